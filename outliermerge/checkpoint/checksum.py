@@ -1,0 +1,37 @@
+"""Checksums of tensors that threads can compute in pieces, and of whole files.
+
+A tensor's checksum is xxh3_128 over the concatenated xxh3_128 digests of its pieces of 65,536
+elements (the last may be shorter), so it depends on neither block size nor thread count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+PIECE_ELEMENTS = 65_536
+
+
+def piece_digests(data: memoryview, num_item_bytes: int) -> bytes:
+    """Return the joined digests of a block's pieces; the block starts at a piece's start."""
+    step = PIECE_ELEMENTS * num_item_bytes
+    return b"".join(
+        xxhash.xxh3_128_digest(data[start : start + step]) for start in range(0, len(data), step)
+    )
+
+
+def tensor_checksum(digests: Iterable[bytes]) -> str:
+    """Return a tensor's checksum from its pieces' digests, in order."""
+    return xxhash.xxh3_128_hexdigest(b"".join(digests))
+
+
+def file_checksum(path: Path) -> str:
+    """Return a file's SHA-256, as the hub shows it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""The exact bytes of the output's files, planned before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from outliermerge.checkpoint.meta import DType
+from outliermerge.checkpoint.safetensors_file import make_header
+from outliermerge.errors import SpecError
+
+INDEX_NAME = "model.safetensors.index.json"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str, *, option: str) -> int:
+    """Return a size in bytes from text such as 5GB (10⁹), 1GiB (2³⁰) or 4096.
+
+    Raises:
+        SpecError: the text is not a positive size.
+
+    >>> parse_bytes("5GB", option="--shard-size"), parse_bytes("1.5 GiB", option="--memory")
+    (5000000000, 1610612736)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+        raise SpecError(
+            f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB."
+        )
+    return int(float(match[1]) * _UNITS[unit])
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output: its name, type, shape, and where its bytes go."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of the output: its name, first bytes and whole size."""
+
+    file: str
+    header: bytes
+    num_bytes: int
+
+
+def plan_layout(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], *, shard_bytes: int
+) -> tuple[list[Shard], dict[str, OutputTensor]]:
+    """Place tensors into shards of at most shard_bytes, in the order given.
+
+    A tensor larger than shard_bytes has a shard of its own. Inside a shard wider dtypes come
+    first, so that every tensor is aligned.
+    """
+    groups: list[list[tuple[str, DType, tuple[int, ...]]]] = []
+    filled = 0
+    for name, dtype, shape in tensors:
+        num_bytes = math.prod(shape) * dtype.num_bytes
+        if not groups or (filled and filled + num_bytes > shard_bytes):
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, dtype, shape))
+        filled += num_bytes
+    shards: list[Shard] = []
+    placed: dict[str, OutputTensor] = {}
+    for number, group in enumerate(groups, start=1):
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        group.sort(key=lambda tensor: -tensor[1].num_bytes)
+        header, offsets = make_header(group)
+        end = len(header)
+        for (name, dtype, shape), offset in zip(group, offsets, strict=True):
+            placed[name] = OutputTensor(name, dtype, shape, file, offset)
+            end = max(end, offset + math.prod(shape) * dtype.num_bytes)
+        shards.append(Shard(file, header, end))
+    return shards, placed
+
+
+def make_index(tensors: Iterable[OutputTensor], *, num_data_bytes: int) -> str:
+    """Return the JSON text of the index that maps tensors to shards."""
+    weight_map = {tensor.name: tensor.file for tensor in tensors}
+    index = {"metadata": {"total_size": num_data_bytes}, "weight_map": weight_map}
+    return json.dumps(index, indent=2) + "\n"

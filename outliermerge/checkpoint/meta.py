@@ -1,0 +1,98 @@
+"""What is known of a tensor before its bytes are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: torch's name for it, safetensors' code, its size."""
+
+    name: str
+    code: str
+    num_bytes: int
+    is_float: bool
+
+
+_TABLE = (
+    DType("bool", "BOOL", 1, False),
+    DType("uint8", "U8", 1, False),
+    DType("int8", "I8", 1, False),
+    DType("uint16", "U16", 2, False),
+    DType("int16", "I16", 2, False),
+    DType("uint32", "U32", 4, False),
+    DType("int32", "I32", 4, False),
+    DType("uint64", "U64", 8, False),
+    DType("int64", "I64", 8, False),
+    DType("float16", "F16", 2, True),
+    DType("bfloat16", "BF16", 2, True),
+    DType("float32", "F32", 4, True),
+    DType("float64", "F64", 8, True),
+)
+DTYPES = {dtype.name: dtype for dtype in _TABLE}
+DTYPES_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
+FLOAT_DTYPES = tuple(dtype.name for dtype in _TABLE if dtype.is_float)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """One stored tensor: its name, type and shape, and where its bytes are.
+
+    Attributes:
+        name: the tensor's name in its checkpoint.
+        dtype: element type as stored.
+        shape: as stored; () is a scalar.
+        path: the file that holds it.
+        offset: position of its first byte in the file, or None in a PyTorch pickle,
+            which is read by name.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    path: Path
+    offset: int | None
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells whether a file is still the one that was planned with."""
+
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's weights as its headers describe them.
+
+    Attributes:
+        root: the folder.
+        tensors: metas by name, in the order of the files.
+        weight_files: the files that hold the tensors.
+        sidecars: configuration, tokenizer and processor files, relative to root.
+        left_behind: files of the folder that a merged model does not take over.
+    """
+
+    root: Path
+    tensors: dict[str, TensorMeta]
+    weight_files: tuple[FileStamp, ...]
+    sidecars: tuple[str, ...]
+    left_behind: tuple[str, ...]

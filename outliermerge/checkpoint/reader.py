@@ -1,0 +1,98 @@
+"""Reading element ranges of tensors into buffers that the caller owns."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.meta import TensorMeta
+from outliermerge.errors import OutlierMergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reader:
+    """Reads spans of tensors; files are opened once and shared by all threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
+        """Fill out with the stored bytes of elements start to stop.
+
+        Raises:
+            OutlierMergeError: the file cannot be read or has become shorter.
+        """
+        try:
+            if meta.offset is None:
+                self._read_pickled(meta, start, stop, out)
+            else:
+                position = meta.offset + start * meta.dtype.num_bytes
+                read_exactly(self._descriptor(meta.path), position, out)
+        except (OSError, EOFError) as error:
+            raise OutlierMergeError(
+                f"{meta.path}: tensor {meta.name!r}: cannot be read: {error}"
+            ) from error
+
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._files.get(path)
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._files.get(path)
+                if descriptor is None:
+                    descriptor = self._files[path] = os.open(path, os.O_RDONLY)
+        return descriptor
+
+    def _read_pickled(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
+        import torch
+
+        from outliermerge.checkpoint.pytorch_file import load_mapped, read_span
+
+        with self._lock:
+            if meta.path not in self._pickles:
+                self._pickles[meta.path] = load_mapped(meta.path)
+        tensor = self._pickles[meta.path][meta.name]
+        if stop > start:
+            target = torch.frombuffer(out, dtype=tensor.dtype)
+            target.copy_(read_span(tensor, start, stop))
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        self._pickles.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_exactly(descriptor: int, position: int, out: memoryview) -> None:
+    """Fill out from a file at a position, or raise EOFError where it ends early."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done:]], position + done)
+        if count == 0:
+            raise EOFError(f"the file ends at byte {position + done}")
+        done += count
+
+
+def write_exactly(descriptor: int, position: int, data: memoryview) -> None:
+    """Write all of data into a file at a position."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)

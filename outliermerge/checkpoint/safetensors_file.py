@@ -1,0 +1,169 @@
+"""The safetensors format: headers read and written by the published rules.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
+then the tensors' bytes without holes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta
+from outliermerge.errors import OutlierMergeError, listing
+
+MAX_HEADER_BYTES = 100_000_000
+_ALIGNMENT_BYTES = 8
+
+
+def read_header(path: Path) -> list[TensorMeta]:
+    """Return the tensors of a file in the order of their bytes.
+
+    Raises:
+        OutlierMergeError: the file is truncated or its header breaks the format's rules.
+    """
+    try:
+        return _parse(path)
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(path: Path) -> list[TensorMeta]:
+    num_file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise OutlierMergeError(
+                f"{path}: not a safetensors file: {num_file_bytes} bytes, "
+                "expected at least the 8 bytes of the header's length. Fetch it again."
+            )
+        (header_length,) = struct.unpack("<Q", prefix)
+        if prefix == b"version ":
+            raise OutlierMergeError(
+                f"{path}: a Git LFS pointer, not the weights themselves. "
+                "Fetch them with `git lfs pull`."
+            )
+        if header_length > MAX_HEADER_BYTES:
+            raise OutlierMergeError(
+                f"{path}: the header claims {header_length} bytes, "
+                f"more than the {MAX_HEADER_BYTES} allowed: not a safetensors file."
+            )
+        if 8 + header_length > num_file_bytes:
+            raise OutlierMergeError(
+                f"{path}: truncated: the header needs {8 + header_length} bytes, "
+                f"the file has {num_file_bytes}. Fetch it again."
+            )
+        raw = file.read(header_length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise OutlierMergeError(f"{path}: the header is not valid JSON: {error}") from error
+    except _DuplicateKeyError as error:
+        raise OutlierMergeError(f"{path}: the header names {error} twice") from error
+    if not isinstance(header, dict):
+        raise OutlierMergeError(f"{path}: the header is not a JSON object")
+    header.pop("__metadata__", None)
+    data_start = 8 + header_length
+    metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
+    _check_contiguous(path, metas, data_start, num_file_bytes)
+    return metas
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(repr(key))
+        result[key] = value
+    return result
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
+    def fail(what: str) -> OutlierMergeError:
+        return OutlierMergeError(f"{path}: tensor {name!r}: {what}")
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise fail("its header entry needs dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise fail(f"unknown dtype {code!r}. Supported: {', '.join(DTYPES_BY_CODE)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise fail(f"shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise fail(f"data_offsets {offsets!r} are not two positions")
+    meta = TensorMeta(name, dtype, tuple(shape), path, data_start + offsets[0])
+    if offsets[1] - offsets[0] != meta.num_bytes:
+        raise fail(
+            f"data_offsets span {offsets[1] - offsets[0]} bytes, "
+            f"but {dtype.name} of shape {shape} needs {meta.num_bytes}"
+        )
+    return meta
+
+
+def _check_contiguous(
+    path: Path, metas: list[TensorMeta], data_start: int, num_file_bytes: int
+) -> None:
+    position = data_start
+    for meta in metas:
+        assert meta.offset is not None
+        if meta.offset != position:
+            what = "overlaps the tensor before it" if meta.offset < position else "follows a hole"
+            raise OutlierMergeError(
+                f"{path}: tensor {meta.name!r} {what}: it starts at byte {meta.offset}, "
+                f"expected {position}"
+            )
+        position += meta.num_bytes
+    if position != num_file_bytes:
+        what = "truncated" if position > num_file_bytes else "longer than its tensors"
+        raise OutlierMergeError(
+            f"{path}: {what}: its tensors end at byte {position}, "
+            f"the file has {num_file_bytes}. Fetch it again."
+        )
+
+
+def make_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """Return a file's first bytes and the absolute offset of each tensor.
+
+    The header is padded with spaces so that the data starts at a multiple of 8 bytes.
+    """
+    position = 0
+    starts: list[int] = []
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, dtype, shape in tensors:
+        num_bytes = math.prod(shape) * dtype.num_bytes
+        starts.append(position)
+        header[name] = {
+            "dtype": dtype.code,
+            "shape": list(shape),
+            "data_offsets": [position, position + num_bytes],
+        }
+        position += num_bytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT_BYTES)
+    data_start = 8 + len(raw)
+    return struct.pack("<Q", len(raw)) + raw, [data_start + start for start in starts]
+
+
+def duplicates(metas: Iterable[TensorMeta]) -> str | None:
+    """Return a listing of the names that two files hold, or None."""
+    seen: dict[str, Path] = {}
+    twice: list[str] = []
+    for meta in metas:
+        if meta.name in seen:
+            twice.append(f"{meta.name} in {seen[meta.name].name} and {meta.path.name}")
+        seen[meta.name] = meta.path
+    return listing(twice) if twice else None

@@ -1,0 +1,56 @@
+"""The min-σ rule.
+
+Shape suffixes: M models, E elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
+
+from outliermerge.method import PerModel, merge_method
+from outliermerge.statistics import StandardDeviation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _is_one_whole_model(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters["weight"] == (1.0,) and parameters["lambda"] == 1)
+
+
+@merge_method(
+    space="delta",
+    needs={"sigma": StandardDeviation()},
+    idempotent=_is_one_whole_model,
+    paper="arXiv 2501.10661, Algorithm 2",
+)
+def min_sigma(
+    deltas_ME: Tensor,
+    *,
+    sigma: Tensor,
+    t: Annotated[float, Ge(0)] = 2.0,
+    weight: PerModel = 1.0,
+    lambda_: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Min-σ: average the noise inside ±tσ, keep the outliers whole.
+
+    σ = minᵢ std(ΔWᵢ); δ ↦ δ/n where |δ| ≤ tσ, else δ; W* = W + λ Σ wᵢΔWᵢ.
+
+    σ is of a whole tensor, n the number of task models that have it. The paper recommends t of
+    2 or 3; `weight` and `lambda` are ours, and their defaults are the paper's rule.
+
+    Args:
+        deltas_ME: task vectors.
+        sigma: standard deviation of each task vector, (M,).
+        t: threshold in units of σ.
+        weight: wᵢ, applied after an element is classified.
+        lambda_: λ, scales the sum of task vectors.
+    """
+    threshold = t * sigma.min()
+    outlier_ME = deltas_ME.abs() > threshold
+    kept_ME = deltas_ME.where(outlier_ME, deltas_ME / len(deltas_ME))
+    merged_E = (kept_ME * weight[:, None]).sum(0) * lambda_
+    return merged_E, {"threshold": threshold, "outliers": outlier_ME.sum(1)}

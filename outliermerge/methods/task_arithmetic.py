@@ -1,0 +1,100 @@
+"""Task arithmetic and its sparse relatives.
+
+Shape suffixes: M models, E elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Interval
+
+from outliermerge.method import PerModel, merge_method
+from outliermerge.statistics import Trim
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _returns_equal_models(parameters: Mapping[str, Any]) -> bool:
+    weights = parameters["weight"]
+    total = math.fsum(weights)
+    scaled_by_one = total == 1 or (parameters["normalize"] and abs(total) >= 1e-8)
+    whole = all(density >= 1 for density in parameters.get("density", ()))
+    return bool(scaled_by_one and whole and parameters["lambda"] == 1 and min(weights) >= 0)
+
+
+@merge_method(space="delta", idempotent=_returns_equal_models, paper="arXiv 2212.04089")
+def task_arithmetic(
+    deltas_ME: Tensor,
+    *,
+    weight: PerModel = 1.0,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Tensor:
+    """Weighted sum of task vectors.
+
+    W* = W + λ Σ wᵢΔWᵢ, the sum divided by Σ wᵢ if `normalize` (unless |Σ wᵢ| < 1e-8).
+
+    Args:
+        deltas_ME: task vectors.
+        weight: wᵢ.
+        normalize: divide by Σ wᵢ.
+        lambda_: λ, scales the sum of task vectors.
+        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
+    """
+    total = weight.sum()
+    if normalize and total.abs() >= 1e-8:
+        weight = weight / total
+    return (deltas_ME * (weight * lambda_)[:, None]).sum(0)
+
+
+@merge_method(
+    space="delta",
+    needs={"trim": Trim()},
+    idempotent=_returns_equal_models,
+    paper="arXiv 2306.01708",
+)
+def ties(
+    deltas_ME: Tensor,
+    *,
+    trim: Tensor,
+    weight: PerModel = 1.0,
+    density: Annotated[PerModel, Interval(ge=0, le=1)] = 1.0,
+    normalize: bool = True,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Tensor:
+    """TIES: trim small elements, elect a sign, merge the elements that agree with it.
+
+    mᵢ = wᵢ · trim(ΔWᵢ); s = +1 where Σ mᵢ ≥ 0, else −1;
+    W* = W + λ Σ{mᵢ : sign mᵢ = s}, divided by Σ{wᵢ : sign mᵢ = s} if `normalize`.
+
+    trim keeps the k = max(1, int(density·n)) largest magnitudes of a tensor of n elements. The
+    k-th is found exactly, and every element tied with it is kept: in bfloat16 many are, so
+    somewhat more than k can stay (mergekit keeps k, an arbitrary choice among equals).
+
+    Args:
+        deltas_ME: task vectors.
+        trim: magnitude thresholds and rescaling factors, (2, M).
+        weight: wᵢ.
+        density: share of elements kept; 0 keeps none.
+        normalize: divide by the weights of the elements kept.
+        rescale: bring the trimmed task vector back to its L1 norm.
+        lambda_: λ, scales the merged task vector.
+        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
+    """
+    threshold_M, scale_M = trim.to(deltas_ME.dtype)
+    weighted_ME = deltas_ME * (weight * scale_M)[:, None]
+    weighted_ME = weighted_ME * (deltas_ME.abs() >= threshold_M[:, None])
+    positive_E = weighted_ME.sum(0) >= 0
+    agrees_ME = ((weighted_ME > 0) & positive_E) | ((weighted_ME < 0) & ~positive_E)
+    merged_E = (weighted_ME * agrees_ME).sum(0)
+    if normalize:
+        divisor_E = (weight[:, None] * agrees_ME).sum(0)
+        merged_E = merged_E / divisor_E.masked_fill(divisor_E == 0, 1)
+    return merged_E * lambda_

@@ -1,0 +1,150 @@
+"""Parameter settings: scalars, gradients over layers, and filters on tensor names.
+
+The rules are mergekit's. A filter is a case-sensitive part of the tensor's name; the first entry
+that matches wins. A list of n numbers is a gradient: at position p from 0 (first layer) to 1
+(last) it is interpolated between its neighbours. Texts and booleans do not interpolate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from outliermerge.method import Parameter
+
+SpecPath = tuple[str | int, ...]
+
+
+class SettingError(ValueError):
+    """A wrong setting and where in the spec it stands."""
+
+    def __init__(self, path: SpecPath, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a setting, for the tensors whose name holds `filter` (None: all)."""
+
+    filter: str | None
+    values: tuple[Any, ...]
+    is_gradient: bool
+    path: SpecPath
+
+    def matches(self, tensor_name: str) -> bool:
+        return self.filter is None or self.filter in tensor_name
+
+    def at(self, position: float) -> Any:
+        """Return the value at a position between 0 and 1."""
+        if not self.is_gradient:
+            return self.values[0]
+        scaled = position * (len(self.values) - 1)
+        low = int(scaled)
+        if not all(isinstance(value, float) for value in self.values):
+            return self.values[low]
+        high = min(low + 1, len(self.values) - 1)
+        fraction = scaled - low
+        return (1 - fraction) * self.values[low] + fraction * self.values[high]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a spec says of one parameter."""
+
+    entries: tuple[Entry, ...]
+
+    def entry_for(self, tensor_name: str) -> Entry | None:
+        return next((entry for entry in self.entries if entry.matches(tensor_name)), None)
+
+
+def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
+    """Return a setting whose values all have the parameter's type and range.
+
+    Raises:
+        SettingError: the form, a type or a range is wrong.
+    """
+    if isinstance(raw, Mapping):
+        return Setting((_conditional(raw, parameter, path),))
+    if isinstance(raw, list) and raw and all(isinstance(item, Mapping) for item in raw):
+        return Setting(
+            tuple(
+                _conditional(item, parameter, (*path, index)) for index, item in enumerate(raw)
+            )
+        )
+    return Setting((_entry(raw, parameter, None, path),))
+
+
+def _conditional(raw: Mapping[str, Any], parameter: Parameter, path: SpecPath) -> Entry:
+    for key in raw:
+        if key not in ("filter", "value"):
+            raise SettingError((*path, key), f"unknown key {key!r}. Valid: filter, value.")
+    if "value" not in raw:
+        raise SettingError(path, "an entry with a filter needs a `value`")
+    name = raw.get("filter")
+    if name is not None and (not isinstance(name, str) or not name):
+        raise SettingError(
+            (*path, "filter"), f"found {name!r}, expected a part of a tensor's name"
+        )
+    return _entry(raw["value"], parameter, None if name == "*" else name, (*path, "value"))
+
+
+def _entry(raw: object, parameter: Parameter, name: str | None, path: SpecPath) -> Entry:
+    is_gradient = isinstance(raw, list)
+    items: list[Any] = raw if isinstance(raw, list) else [raw]
+    if not items:
+        raise SettingError(path, "found an empty list, expected at least one value")
+    values = []
+    for index, item in enumerate(items):
+        place = (*path, index) if is_gradient else path
+        if isinstance(item, (list, Mapping)) or item is None:
+            raise SettingError(
+                place, f"found {item!r}, expected a value, a list of values or filter entries"
+            )
+        try:
+            values.append(parameter.check(item))
+        except ValueError as error:
+            raise SettingError(place, str(error)) from error
+    return Entry(name, tuple(values), is_gradient, path)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tensor's place in a stack of layers such as `model.layers.`."""
+
+    stack: str
+    index: int
+    num_layers: int
+
+    @property
+    def position(self) -> float:
+        """0 at the first layer, 1 at the last and in a stack of one."""
+        return self.index / (self.num_layers - 1) if self.num_layers > 1 else 1.0
+
+
+_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)$")
+
+
+def find_layers(names: Iterable[str]) -> dict[str, Layer]:
+    """Return the layer of each tensor that is in one.
+
+    The layer is the first whole number between dots in the name; its stack is what stands before.
+    A number directly before the last part (`mm_projector.0.weight`) is a module of a sequence,
+    not a layer. Tensors outside layers (embeddings, final norm, head) have position 0.
+
+    >>> find_layers(["model.layers.0.mlp.up.weight", "model.layers.1.mlp.up.weight", "head.weight"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'model.layers.0.mlp.up.weight': Layer(stack='model.layers.', index=0, num_layers=2),
+     'model.layers.1.mlp.up.weight': Layer(stack='model.layers.', index=1, num_layers=2)}
+    """
+    found: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, int] = {}
+    for name in names:
+        match = _LAYER.match(name)
+        if match and "." in match["rest"]:
+            stack, index = match["stack"], int(match["index"])
+            found[name] = (stack, index)
+            sizes[stack] = max(sizes.get(stack, 0), index + 1)
+    return {name: Layer(stack, index, sizes[stack]) for name, (stack, index) in found.items()}

@@ -1,0 +1,428 @@
+"""The YAML spec: mergekit's vocabulary, read strictly. The only place where YAML is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from outliermerge.checkpoint.meta import FLOAT_DTYPES
+from outliermerge.errors import SpecError, suggest
+from outliermerge.method import MergeMethod, Parameter
+from outliermerge.methods import METHODS, find_method
+from outliermerge.settings import Setting, SettingError, SpecPath, parse_setting
+
+_NOT_YET = {
+    "slices": "give whole `models`",
+    "modules": "give whole `models`",
+    "tokenizer": "the tokenizer is copied byte for byte from the base model",
+    "chat_template": "the chat template is copied byte for byte from the base model",
+}
+_DTypeName = Annotated[
+    Literal["float16", "bfloat16", "float32", "float64"],
+    BeforeValidator(lambda v: v.removeprefix("torch.") if isinstance(v, str) else v),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelEntry(_Strict):
+    """A model to merge."""
+
+    model: str = Field(
+        min_length=1, description="A folder, or a hub id: org/name or org/name@revision."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Parameters of this model; they win over the global ones."
+    )
+
+
+class SpecDocument(_Strict):
+    """A merge: the method, the base model, the models, and how the output is stored."""
+
+    merge_method: str = Field(
+        description="A name from `outliermerge methods`, or package.module:function."
+    )
+    base_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The model that the task models were fine-tuned from.",
+    )
+    models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Parameters of the method, for all models."
+    )
+    dtype: _DTypeName | None = Field(
+        default=None,
+        description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
+        "float32, or in float64 with `dtype: float64`.",
+    )
+    out_dtype: _DTypeName | None = Field(
+        default=None, description="The output's dtype; the base model's own by default."
+    )
+    tokenizer_source: Literal["base"] | None = Field(
+        default=None, description="Only `base`: its tokenizer files are copied byte for byte."
+    )
+    output: str | None = Field(
+        default=None, min_length=1, description="The folder to write; --output wins over it."
+    )
+    missing: Literal["error", "base"] = Field(
+        default="error",
+        description="A tensor that a model lacks: stop, or take the model as unchanged there.",
+    )
+    extra: Literal["error", "copy", "drop"] = Field(
+        default="error",
+        description="A tensor that the base model lacks: stop, copy it (all models that have it "
+        "must agree), or leave it out.",
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a spec is from, to point at its lines."""
+
+    file: str
+    keys: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
+    values: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
+
+    def error(self, path: SpecPath, message: str, *, at_key: bool = False) -> SpecError:
+        """Return an error that starts with file, line, column and the key's path."""
+        marks = self.keys if at_key else self.values
+        place = self.file
+        for end in range(len(path), -1, -1):
+            if mark := marks.get(path[:end]) or self.keys.get(path[:end]):
+                place = f"{self.file}:{mark[0]}:{mark[1]}"
+                break
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+        return SpecError(f"{place}: {name.lstrip('.') + ': ' if name else ''}{message}")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of a spec with its parameters' settings."""
+
+    reference: str
+    settings: Mapping[str, Setting]
+    path: SpecPath
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """A spec that has been checked.
+
+    Attributes:
+        document: the spec as written.
+        method: the merge method.
+        models: what is merged, in order; without the base for methods on task vectors.
+        settings: global parameter settings.
+        source: where it is from.
+    """
+
+    document: SpecDocument
+    method: MergeMethod
+    models: tuple[ModelSpec, ...]
+    settings: Mapping[str, Setting]
+    source: Source
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the spec as JSON values, without what it leaves at its default."""
+        return self.document.model_dump(mode="json", exclude_defaults=True)
+
+    def as_yaml(self) -> str:
+        """Return the spec as YAML."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
+    """Read and check a spec from a YAML file or from a dict.
+
+    Raises:
+        SpecError: it cannot be read, or anything in it is unknown, of a wrong type or out of
+            range; the message starts with file, line and column.
+    """
+    if isinstance(spec, Mapping):
+        return _check(dict(spec), Source("spec"))
+    path = Path(spec)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: no such spec file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    return parse_spec(text, file=str(path))
+
+
+def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
+    """Read and check a spec from YAML text.
+
+    Raises:
+        SpecError: as for load_spec.
+    """
+    keys: dict[SpecPath, tuple[int, int]] = {}
+    values: dict[SpecPath, tuple[int, int]] = {}
+    loader = yaml.SafeLoader(text) if _is_printable(text, file) else None
+    assert loader is not None
+    try:
+        node = loader.get_single_node()
+        _record_marks(node, (), keys, values, file, parents=())
+        raw = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        raise SpecError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"{file}: not valid YAML: {error}") from error
+    source = Source(file, keys, values)
+    if not isinstance(raw, dict):
+        raise source.error((), f"found {_describe(raw)}, expected a mapping with `merge_method`")
+    return _check(raw, source)
+
+
+def _is_printable(text: str, file: str) -> bool:
+    if match := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        line = text.count("\n", 0, match.start()) + 1
+        raise SpecError(f"{file}:{line}: not valid YAML: the character {match[0]!r}")
+    return True
+
+
+def _record_marks(
+    node: Any,
+    path: SpecPath,
+    keys: dict[SpecPath, tuple[int, int]],
+    values: dict[SpecPath, tuple[int, int]],
+    file: str,
+    parents: tuple[int, ...],
+) -> None:
+    if node is None:
+        return
+    if id(node) in parents:
+        raise SpecError(f"{file}:{node.start_mark.line + 1}: not valid YAML: it contains itself")
+    parents = (*parents, id(node))
+    values[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                mark = (key.start_mark.line + 1, key.start_mark.column + 1)
+                if (*path, key.value) in keys:
+                    raise SpecError(
+                        f"{file}:{mark[0]}:{mark[1]}: the key {key.value!r} stands twice, "
+                        f"first in line {keys[(*path, key.value)][0]}"
+                    )
+                keys[(*path, key.value)] = mark
+                _record_marks(value, (*path, key.value), keys, values, file, parents)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _record_marks(item, (*path, index), keys, values, file, parents)
+
+
+def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
+    for key in raw:
+        if key in _NOT_YET:
+            raise source.error(
+                (key,), f"a mergekit key that is not supported: {_NOT_YET[key]}", at_key=True
+            )
+    try:
+        document = SpecDocument.model_validate(raw)
+    except ValidationError as error:
+        messages = [str(_explain(problem, raw, source)) for problem in error.errors()]
+        raise SpecError("\n".join(messages)) from error
+    try:
+        method = find_method(document.merge_method)
+    except SpecError as error:
+        raise source.error(("merge_method",), str(error)) from error
+    if method.space == "delta" and document.base_model is None:
+        raise source.error(
+            (), f"`base_model` is missing: {method.name} works on differences from a base model"
+        )
+    settings = _settings(document.parameters, method, ("parameters",), source, of_model=False)
+    models = _models(document, method, source)
+    return MergeSpec(document, method, models, settings, source)
+
+
+def _models(
+    document: SpecDocument, method: MergeMethod, source: Source
+) -> tuple[ModelSpec, ...]:
+    models: list[ModelSpec] = []
+    first_place: dict[str, int] = {}
+    for index, entry in enumerate(document.models):
+        path: SpecPath = ("models", index)
+        identity = _identity(entry.model)
+        if identity in first_place:
+            raise source.error(
+                (*path, "model"),
+                f"{entry.model!r} stands twice, first as models[{first_place[identity]}]",
+            )
+        first_place[identity] = index
+        is_base = document.base_model is not None and identity == _identity(document.base_model)
+        if is_base and method.space == "delta":
+            if entry.parameters:
+                raise source.error(
+                    (*path, "parameters"),
+                    f"{entry.model!r} is the base model: it has no task vector, "
+                    "so its parameters have no effect. Remove them.",
+                    at_key=True,
+                )
+            continue
+        path_of_settings = (*path, "parameters")
+        settings = _settings(entry.parameters, method, path_of_settings, source, of_model=True)
+        models.append(ModelSpec(entry.model, settings, path))
+    most = method.max_models
+    if len(models) < method.min_models or (most is not None and len(models) > most):
+        wanted = str(method.min_models) if most == method.min_models else (
+            f"{method.min_models} to {most}" if most is not None else
+            f"at least {method.min_models}"
+        )  # fmt: skip
+        besides = " besides the base model" if method.space == "delta" else ""
+        raise source.error(
+            ("models",), f"{method.name} takes {wanted} model(s){besides}, found {len(models)}"
+        )
+    return tuple(models)
+
+
+def _identity(reference: str) -> str:
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if path.exists() else reference
+
+
+def _settings(
+    raw: Mapping[str, Any],
+    method: MergeMethod,
+    path: SpecPath,
+    source: Source,
+    *,
+    of_model: bool,
+) -> dict[str, Setting]:
+    settings = {}
+    for name, value in raw.items():
+        parameter = method.parameters.get(name)
+        if parameter is None:
+            known = [p.name for p in method.parameters.values() if p.per_model or not of_model]
+            raise source.error(
+                (*path, name),
+                f"{method.name} has no parameter {name!r}. {suggest(name, known)}",
+                at_key=True,
+            )
+        if of_model and not parameter.per_model:
+            raise source.error(
+                (*path, name),
+                f"{name!r} is of the whole merge, not of one model: "
+                "move it to the top-level `parameters`",
+                at_key=True,
+            )
+        try:
+            settings[name] = parse_setting(value, parameter, (*path, name))
+        except SettingError as error:
+            raise source.error(error.path, str(error)) from error
+    return settings
+
+
+def _describe(value: object) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(value), repr(value))
+
+
+def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
+    path: SpecPath = tuple(problem["loc"])
+    found = _describe(problem["input"])
+    match problem["type"]:
+        case "extra_forbidden":
+            in_model = path[0] == "models"
+            fields = ModelEntry.model_fields if in_model else SpecDocument.model_fields
+            name = str(path[-1])
+            advice = suggest(name, fields)
+            try:
+                method = find_method(str(raw.get("merge_method")))
+            except SpecError:
+                method = None
+            if method is not None and name in method.parameters:
+                advice = f"It is a parameter of {method.name}: put it under `parameters`."
+            return source.error(path, f"unknown key {name!r}. {advice}", at_key=True)
+        case "missing":
+            return source.error(path[:-1], f"`{path[-1]}` is missing")
+        case "literal_error":
+            return source.error(path, f"found {found}, expected {problem['ctx']['expected']}")
+        case "too_short" | "string_too_short":
+            return source.error(path, "must not be empty")
+        case "string_type":
+            return source.error(path, f"found {found}, expected a text")
+        case "list_type":
+            return source.error(path, f"found {found}, expected a list")
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return source.error(path, f"found {found}, expected a mapping")
+        case _:
+            return source.error(path, f"found {found}: {problem['msg']}")
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a spec, for editors.
+
+    With a method of the table only its own parameters are valid.
+    """
+    schema = SpecDocument.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "outliermerge spec"
+    schema["properties"]["merge_method"] = {
+        "description": SpecDocument.model_fields["merge_method"].description,
+        "anyOf": [
+            {"enum": list(METHODS)},
+            {"type": "string", "pattern": r"^[\w.]+:\w+$"},
+        ],
+    }
+    dtypes = {"enum": [*FLOAT_DTYPES, *(f"torch.{name}" for name in FLOAT_DTYPES)]}
+    for name in ("dtype", "out_dtype"):
+        schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"merge_method": {"const": method.name}}},
+            "then": {
+                "required": ["base_model"] if method.space == "delta" else [],
+                "properties": {
+                    "parameters": _parameters_schema(method, of_model=False),
+                    "models": {
+                        "items": {
+                            "properties": {"parameters": _parameters_schema(method, of_model=True)}
+                        }
+                    },
+                },
+            },
+        }
+        for method in METHODS.values()
+    ]
+    return schema
+
+
+def _parameters_schema(method: MergeMethod, *, of_model: bool) -> dict[str, Any]:
+    properties = {
+        parameter.name: _setting_schema(parameter)
+        for parameter in method.parameters.values()
+        if parameter.per_model or not of_model
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _setting_schema(parameter: Parameter) -> dict[str, Any]:
+    kinds = {float: "number", int: "integer", bool: "boolean", str: "string"}
+    scalar: dict[str, Any] = {"type": kinds[parameter.type]}
+    limits = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    for bound, keyword in limits.items():
+        if (limit := getattr(parameter.bounds, bound)) is not None:
+            scalar[keyword] = limit
+    if parameter.type in (float, int):
+        scalar = {"anyOf": [scalar, {"type": "string", "pattern": r"^[-+.\d]+[eE][-+]?\d+$"}]}
+    value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}
+    entry = {
+        "type": "object",
+        "required": ["value"],
+        "additionalProperties": False,
+        "properties": {"value": value, "filter": {"type": ["string", "null"]}},
+    }
+    many = {"type": "array", "items": entry, "minItems": 1}
+    return {"default": parameter.default, "anyOf": [*value["anyOf"], entry, many]}
