@@ -76,13 +76,14 @@ class Parameter:
             converted = int(converted)
         if type(converted) is not self.type:
             raise ValueError(f"found {value!r}, expected {kind[self.type]}")
-        if self.type is float and not math.isfinite(converted):
+        number: Any = converted
+        if self.type is float and not math.isfinite(number):
             raise ValueError(f"found {value!r}, expected a finite number")
-        low = (self.bounds.ge is not None and not converted >= self.bounds.ge) or (
-            self.bounds.gt is not None and not converted > self.bounds.gt
+        low = (self.bounds.ge is not None and not number >= self.bounds.ge) or (
+            self.bounds.gt is not None and not number > self.bounds.gt
         )
-        high = (self.bounds.le is not None and not converted <= self.bounds.le) or (
-            self.bounds.lt is not None and not converted < self.bounds.lt
+        high = (self.bounds.le is not None and not number <= self.bounds.le) or (
+            self.bounds.lt is not None and not number < self.bounds.lt
         )
         if low or high:
             raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")

@@ -22,7 +22,6 @@ from outliermerge.statistics import CHUNK_ELEMENTS
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
-DEFAULT_THREADS = 2
 _MAX_BLOCK_CHUNKS = {"cpu": 4, "cuda": 64}
 
 
@@ -45,6 +44,7 @@ class Job:
         sources: which input (its number in the plan) and which of its tensors; for a merge of
             task vectors the base's comes first.
         parameters: resolved for this tensor, per-model ones as tuples; empty unless merged.
+        compute_dtype: of the arithmetic; float64 if the spec asks for it or a source is float64.
         reason: why it is not merged, in words.
     """
 
@@ -53,6 +53,7 @@ class Job:
     parameters: Mapping[str, Any]
     sources: tuple[tuple[int, TensorMeta], ...]
     output: OutputTensor
+    compute_dtype: str = "float32"
     reason: str = ""
 
     @property
@@ -80,7 +81,6 @@ class Plan:
         inputs: the models, the base first where there is one.
         jobs: one per output tensor, in the order of the base's files.
         shards: the output's weight files.
-        compute_dtype: `float32` or `float64`.
         sidecars: files copied from the first input's folder.
         gradients: for each parameter that varies over layers, its values by stack of layers.
         dropped: tensors that are left out by `extra: drop`.
@@ -91,7 +91,6 @@ class Plan:
     inputs: tuple[Input, ...]
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
-    compute_dtype: str
     sidecars: tuple[str, ...]
     gradients: Mapping[str, Mapping[str, list[Any]]]
     dropped: tuple[str, ...]
@@ -151,7 +150,7 @@ class Plan:
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
         if job.action != "merge":
             return raw
-        compute = DTYPES[self.compute_dtype].num_bytes
+        compute = DTYPES[job.compute_dtype].num_bytes
         # The block itself, and what a method's intermediate results were measured to take.
         return raw + compute * (num_sources + 5 * num_sources + 4)
 
@@ -160,7 +159,7 @@ class Plan:
         return {
             "spec": self.spec.as_dict(),
             "method": self.spec.method.name,
-            "compute_dtype": self.compute_dtype,
+            "compute_dtypes": sorted({job.compute_dtype for job in self.jobs}),
             "inputs": [
                 {
                     "model": entry.reference,
@@ -235,9 +234,7 @@ class _Planner:
         self.used_filters: set[SpecPath] = set()
 
     def plan(self, shard_bytes: int) -> Plan:
-        names = dict.fromkeys(
-            name for entry in self.inputs for name in entry.checkpoint.tensors
-        )
+        names = dict.fromkeys(name for entry in self.inputs for name in entry.checkpoint.tensors)
         self.layers = find_layers(names)
         drafts = [draft for name in names if (draft := self._draft(name)) is not None]
         self._raise_problems()
@@ -247,7 +244,15 @@ class _Planner:
             shard_bytes=shard_bytes,
         )
         jobs = tuple(
-            Job(action, self.spec.document.merge_method, parameters, sources, placed[name], why)
+            Job(
+                action,
+                self.spec.document.merge_method,
+                parameters,
+                sources,
+                placed[name],
+                self._compute_dtype(sources),
+                why,
+            )
             for name, action, sources, parameters, _, why in drafts
         )
         self._note_what_is_unusual(jobs)
@@ -257,7 +262,6 @@ class _Planner:
             inputs=self.inputs,
             jobs=jobs,
             shards=tuple(shards),
-            compute_dtype="float64" if self.spec.document.dtype == "float64" else "float32",
             sidecars=tuple(name for name in checkpoint.sidecars if name != "README.md"),
             gradients=self._gradients(jobs),
             dropped=tuple(self.dropped),
@@ -330,6 +334,10 @@ class _Planner:
             self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
         return False
 
+    def _compute_dtype(self, sources: tuple[tuple[int, TensorMeta], ...]) -> str:
+        wide = any(meta.dtype.name == "float64" for _, meta in sources)
+        return "float64" if wide or self.spec.document.dtype == "float64" else "float32"
+
     def _stored(self, meta: TensorMeta) -> DType:
         document = self.spec.document
         wanted = document.out_dtype or document.dtype
@@ -385,9 +393,7 @@ class _Planner:
             f"{len(items)} tensor(s) {kind}:\n{listing(items)}\n{advice[kind]}"
             for kind, items in self.problems.items()
         ]
-        raise OutlierMergeError(
-            "the models do not hold the same tensors\n" + "\n".join(parts)
-        )
+        raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
     def _check_filters(self) -> None:
         merged = bool(self.used_filters)
@@ -452,7 +458,7 @@ class _Planner:
                 f"dtype: {self.spec.document.dtype} sets how the output is stored; "
                 "arithmetic stays in float32"
             )
-        for kind, reason in (("missing", "in no task model"), ("extra", "extra, copied")):
+        for reason in ("in no task model", "extra, copied"):
             names = [job.name for job in jobs if job.reason == reason]
             if names:
                 self.notes.append(f"{len(names)} tensors {reason}:\n{listing(names, limit=5)}")
@@ -510,12 +516,8 @@ def _open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     if spec.document.base_model is not None:
         number_of(spec.document.base_model, "base", ("base_model",))
     elif spec.document.missing == "base":
-        raise spec.source.error(
-            ("missing",), "`missing: base` needs a `base_model`", at_key=True
-        )
-    numbers = [
-        number_of(model.reference, "model", (*model.path, "model")) for model in spec.models
-    ]
+        raise spec.source.error(("missing",), "`missing: base` needs a `base_model`", at_key=True)
+    numbers = [number_of(model.reference, "model", (*model.path, "model")) for model in spec.models]
     return tuple(inputs), numbers
 
 

@@ -70,9 +70,7 @@ def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
         return Setting((_conditional(raw, parameter, path),))
     if isinstance(raw, list) and raw and all(isinstance(item, Mapping) for item in raw):
         return Setting(
-            tuple(
-                _conditional(item, parameter, (*path, index)) for index, item in enumerate(raw)
-            )
+            tuple(_conditional(item, parameter, (*path, index)) for index, item in enumerate(raw))
         )
     return Setting((_entry(raw, parameter, None, path),))
 
@@ -85,9 +83,7 @@ def _conditional(raw: Mapping[str, Any], parameter: Parameter, path: SpecPath) -
         raise SettingError(path, "an entry with a filter needs a `value`")
     name = raw.get("filter")
     if name is not None and (not isinstance(name, str) or not name):
-        raise SettingError(
-            (*path, "filter"), f"found {name!r}, expected a part of a tensor's name"
-        )
+        raise SettingError((*path, "filter"), f"found {name!r}, expected a part of a tensor's name")
     return _entry(raw["value"], parameter, None if name == "*" else name, (*path, "value"))
 
 

@@ -247,9 +247,7 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
     return MergeSpec(document, method, models, settings, source)
 
 
-def _models(
-    document: SpecDocument, method: MergeMethod, source: Source
-) -> tuple[ModelSpec, ...]:
+def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tuple[ModelSpec, ...]:
     models: list[ModelSpec] = []
     first_place: dict[str, int] = {}
     for index, entry in enumerate(document.models):

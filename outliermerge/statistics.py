@@ -183,9 +183,7 @@ class _RadixSelect:
             )
         thresholds = [
             threshold if rank is None else _float_of_bits(prefix, self._num_bits)
-            for threshold, rank, prefix in zip(
-                self._thresholds, self._ranks, prefixes, strict=True
-            )
+            for threshold, rank, prefix in zip(self._thresholds, self._ranks, prefixes, strict=True)
         ]
         return _KeptShare(thresholds) if self._rescale else [thresholds, [1.0] * len(thresholds)]
 
@@ -203,9 +201,7 @@ class _KeptShare:
         for start in range(0, block_ME.shape[1], CHUNK_ELEMENTS):
             magnitude_MC = block_ME[:, start : start + CHUNK_ELEMENTS].abs()
             kept_MC = magnitude_MC * (magnitude_MC >= thresholds_M1)
-            shares.append(
-                (magnitude_MC.double().sum(1).tolist(), kept_MC.double().sum(1).tolist())
-            )
+            shares.append((magnitude_MC.double().sum(1).tolist(), kept_MC.double().sum(1).tolist()))
         return shares
 
     def add(self, share: list[tuple[list[float], list[float]]]) -> None:

@@ -87,9 +87,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise OutlierMergeError(
                 f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
             )
-    missing = sorted(
-        {file for file in weight_map.values() if not (index.parent / file).is_file()}
-    )
+    missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
     if missing:
         raise OutlierMergeError(
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
@@ -150,7 +148,8 @@ def _no_weights(root: Path) -> str:
 
 
 def _sidecars(root: Path, weights: set[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    sidecars, left_behind = [], []
+    sidecars: list[str] = []
+    left_behind: list[str] = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
         if not path.is_file() or path in weights or any(p.startswith(".") for p in name.parts):

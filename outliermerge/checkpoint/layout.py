@@ -29,9 +29,7 @@ def parse_bytes(text: str, *, option: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
-        raise SpecError(
-            f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB."
-        )
+        raise SpecError(f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB.")
     return int(float(match[1]) * _UNITS[unit])
 
 
@@ -44,6 +42,10 @@ class OutputTensor:
     shape: tuple[int, ...]
     file: str
     offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.num_bytes
 
 
 @dataclass(frozen=True, slots=True)

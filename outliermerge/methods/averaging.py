@@ -27,9 +27,7 @@ def _has_a_mean(parameters: Mapping[str, Any]) -> None:
         )
 
 
-@merge_method(
-    space="weight", idempotent=_is_mean, check=_has_a_mean, paper="arXiv 2203.05482"
-)
+@merge_method(space="weight", idempotent=_is_mean, check=_has_a_mean, paper="arXiv 2203.05482")
 def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True) -> Tensor:
     """Weighted sum of the models' weights; the mean by default (model soup).
 
@@ -42,7 +40,8 @@ def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True
     """
     if normalize:
         weight = weight / weight.sum()
-    return (weights_ME * weight[:, None]).sum(0)
+    merged_E: Tensor = (weights_ME * weight[:, None]).sum(0)
+    return merged_E
 
 
 @merge_method(

@@ -49,7 +49,8 @@ def task_arithmetic(
     total = weight.sum()
     if normalize and total.abs() >= 1e-8:
         weight = weight / total
-    return (deltas_ME * (weight * lambda_)[:, None]).sum(0)
+    merged_E: Tensor = (deltas_ME * (weight * lambda_)[:, None]).sum(0)
+    return merged_E
 
 
 @merge_method(
@@ -93,7 +94,7 @@ def ties(
     weighted_ME = weighted_ME * (deltas_ME.abs() >= threshold_M[:, None])
     positive_E = weighted_ME.sum(0) >= 0
     agrees_ME = ((weighted_ME > 0) & positive_E) | ((weighted_ME < 0) & ~positive_E)
-    merged_E = (weighted_ME * agrees_ME).sum(0)
+    merged_E: Tensor = (weighted_ME * agrees_ME).sum(0)
     if normalize:
         divisor_E = (weight[:, None] * agrees_ME).sum(0)
         merged_E = merged_E / divisor_E.masked_fill(divisor_E == 0, 1)

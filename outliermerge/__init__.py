@@ -1,0 +1,44 @@
+"""outliermerge: merge model checkpoints by the min-σ rule (arXiv 2501.10661) and others.
+
+The package imports nothing heavy until one of its functions is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from outliermerge.errors import OutlierMergeError, SpecError
+    from outliermerge.merge import merge_state_dicts, merge_tensors, plan, run, verify
+    from outliermerge.method import PerModel, merge_method
+    from outliermerge.statistics import StandardDeviation, Trim
+
+__all__ = [
+    "OutlierMergeError",
+    "PerModel",
+    "SpecError",
+    "StandardDeviation",
+    "Trim",
+    "merge_method",
+    "merge_state_dicts",
+    "merge_tensors",
+    "plan",
+    "run",
+    "verify",
+]
+
+_HOMES = {
+    "OutlierMergeError": "errors",
+    "PerModel": "method",
+    "SpecError": "errors",
+    "StandardDeviation": "statistics",
+    "Trim": "statistics",
+    "merge_method": "method",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'outliermerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"outliermerge.{_HOMES.get(name, 'merge')}"), name)

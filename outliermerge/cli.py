@@ -1,0 +1,327 @@
+"""The commands: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.errors import OutlierMergeError, SpecError
+
+if TYPE_CHECKING:
+    from outliermerge.method import MergeMethod
+    from outliermerge.planning import Plan
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_EXAMPLES = """\
+examples:
+  outliermerge run merge_configs/minilm_min_sigma.yaml --output merged
+  outliermerge plan merge_configs/minilm_ties.yaml --json
+  outliermerge verify merged
+  outliermerge methods min_sigma
+  outliermerge schema > outliermerge.schema.json
+
+exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="outliermerge",
+        description="Merge model checkpoints as a YAML spec says.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str, *examples: str) -> argparse.ArgumentParser:
+        lines = "\n".join(f"  {example}" for example in examples)
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"examples:\n{lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    run = add(
+        "run",
+        "merge models into a new folder; a killed run goes on when started again",
+        "outliermerge run merge_configs/minilm_min_sigma.yaml",
+        "outliermerge run merge_configs/minilm_ties.yaml --output merged --overwrite --memory 2GiB",
+    )
+    plan = add(
+        "plan",
+        "show what a run would do, from the models' headers alone",
+        "outliermerge plan merge_configs/minilm_ties.yaml",
+        "outliermerge plan merge_configs/minilm_ties.yaml --json",
+    )
+    for command in (run, plan):
+        command.add_argument("spec", metavar="SPEC", help="a YAML file")
+        command.add_argument("--output", metavar="DIR", help="folder to write (or `output:`)")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+        command.add_argument(
+            "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
+        )
+        command.add_argument(
+            "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
+        )
+        command.add_argument(
+            "--shard-size", default="5GB", metavar="SIZE", help="largest file (default 5GB)"
+        )
+        command.add_argument("--json", action="store_true", help="print JSON for scripts")
+    run.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output when done"
+    )
+    run.add_argument(
+        "--fresh", action="store_true", help="start over instead of going on with a killed run"
+    )
+    run.add_argument(
+        "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
+    )
+    verify = add(
+        "verify",
+        "recompute every checksum of an output",
+        "outliermerge verify merged",
+    )
+    verify.add_argument("folder", metavar="DIR")
+    verify.add_argument("--threads", type=_count, default=0, metavar="N")
+    verify.add_argument("--json", action="store_true", help="print JSON for scripts")
+    methods = add(
+        "methods",
+        "list merge methods and their parameters",
+        "outliermerge methods",
+        "outliermerge methods min_sigma",
+        "outliermerge methods --json",
+    )
+    methods.add_argument("name", metavar="NAME", nargs="?")
+    methods.add_argument("--json", action="store_true", help="print JSON for scripts")
+    add("schema", "print the JSON schema of a spec", "outliermerge schema > spec.schema.json")
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"outliermerge {version('outliermerge')}")
+        return EXIT_DONE
+    if options.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        return _COMMANDS[options.command](options)
+    except SpecError as error:
+        return _fail(error, EXIT_USAGE)
+    except OutlierMergeError as error:
+        return _fail(error, EXIT_FAILED)
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
+    except MemoryError:
+        return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted: the same command goes on from here", EXIT_INTERRUPTED)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from outliermerge import merge, render
+
+    planned = merge.plan(options.spec, shard_size=options.shard_size)
+    if not options.json:
+        for note in planned.notes:
+            print(f"note: {note}", file=sys.stderr)
+    with render.progress_bar("merging") as bar:
+        total = sum(planned.num_work_bytes(job) for job in planned.jobs)
+        task = bar.add_task("merging", total=total)
+        result = merge.run(
+            planned,
+            output=options.output,
+            device=options.device,
+            memory=options.memory,
+            threads=options.threads,
+            overwrite=options.overwrite,
+            fresh=options.fresh,
+            allow_non_finite=options.allow_non_finite,
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+        bar.update(task, completed=total)
+    if options.json:
+        _print_json(
+            {
+                "output": str(result.output),
+                "num_tensors": len(result.manifest["tensors"]),
+                "num_parameters": result.manifest["num_parameters"],
+                "num_resumed": result.num_resumed,
+                "read_bytes": result.read_bytes,
+                "written_bytes": result.written_bytes,
+                "seconds": round(result.seconds, 3),
+                "non_finite": result.non_finite,
+                "notes": list(planned.notes),
+            }
+        )
+    else:
+        render.print_result(result)
+    return EXIT_DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from outliermerge import merge, render
+    from outliermerge.checkpoint.layout import parse_bytes
+    from outliermerge.execute import choose_device, num_threads
+    from outliermerge.planning import free_disk_bytes
+
+    planned = merge.plan(options.spec, shard_size=options.shard_size)
+    device = choose_device(options.device)
+    threads = num_threads(options.threads)
+    memory_bytes = parse_bytes(options.memory, option="--memory")
+    named = options.output or planned.spec.document.output
+    output = Path(named).expanduser() if named else None
+    free = free_disk_bytes(output or Path.cwd())
+    peak = planned.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
+    if options.json:
+        _print_json(
+            planned.as_dict()
+            | {
+                "output": named,
+                "threads": threads,
+                "device": device,
+                "peak_memory_bytes": peak,
+                "free_disk_bytes": free,
+            }
+        )
+    else:
+        render.print_plan(
+            planned,
+            output=output,
+            threads=threads,
+            memory_bytes=memory_bytes,
+            device=device,
+            free_bytes=free,
+        )
+    return _warn_of_disk(planned, free)
+
+
+def _warn_of_disk(planned: Plan, free: int) -> int:
+    if planned.num_written_bytes > free:
+        print(
+            f"warning: the disk has {free:,} bytes free, the output needs "
+            f"{planned.num_written_bytes:,}",
+            file=sys.stderr,
+        )
+    return EXIT_DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from outliermerge import manifest, render
+    from outliermerge.execute import num_threads
+
+    folder = Path(options.folder)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with render.progress_bar("verifying") as bar:
+        task = bar.add_task("verifying", total=total)
+        differences = manifest.verify_folder(
+            folder,
+            threads=num_threads(options.threads),
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    if options.json:
+        _print_json({"folder": str(folder), "ok": not differences, "differences": differences})
+    elif differences:
+        print(f"{folder}: {len(differences)} difference(s) from its manifest")
+        for difference in differences:
+            print(f"  {difference}")
+    else:
+        print(f"{folder}: every tensor and file is as its manifest says")
+    return EXIT_FAILED if differences else EXIT_DONE
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from outliermerge.methods import METHODS, find_method
+
+    chosen = [find_method(options.name)] if options.name else list(METHODS.values())
+    if options.json:
+        _print_json([_describe(method) for method in chosen])
+        return EXIT_DONE
+    from outliermerge import render
+
+    if options.name:
+        render.print_method(chosen[0])
+    else:
+        render.print_methods(chosen)
+    return EXIT_DONE
+
+
+def _describe(method: MergeMethod) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "documentation": method.documentation,
+        "paper": method.paper,
+        "space": method.space,
+        "cut": method.cut,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "type": parameter.type.__name__,
+                "default": parameter.default,
+                "per_model": parameter.per_model,
+                "range": parameter.range,
+            }
+            for parameter in method.parameters.values()
+        ],
+    }
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from outliermerge.spec import json_schema
+
+    _print_json(json_schema())
+    return EXIT_DONE
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+_COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "verify": _verify,
+    "methods": _methods,
+    "schema": _schema,
+}

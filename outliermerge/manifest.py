@@ -1,0 +1,314 @@
+"""What is written beside the weights (manifest, model card, configuration), and its proof."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from outliermerge.checkpoint.checksum import file_checksum
+from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.checkpoint.hub import is_hub_id
+from outliermerge.checkpoint.layout import INDEX_NAME, OutputTensor, make_index
+from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.checkpoint.safetensors_file import read_header
+from outliermerge.errors import OutlierMergeError
+from outliermerge.execute import JobResult
+from outliermerge.output import checksum_in_file
+from outliermerge.planning import Plan
+
+MANIFEST_FORMAT = 1
+
+
+def identity(plan: Plan, *, device: str) -> dict[str, Any]:
+    """Return what must be the same for a killed run to be continued, by what a user calls it."""
+    layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
+    return {
+        "the outliermerge version": version("outliermerge"),
+        "the torch version": version("torch"),
+        "the device": device.partition(":")[0],
+        "the spec": plan.spec.as_dict(),
+        "the layout of the output (--shard-size, tensors)": layout,
+        **{
+            f"the files of {entry.reference}": [
+                [str(stamp.path), stamp.num_bytes, stamp.mtime_ns]
+                for stamp in entry.checkpoint.weight_files
+            ]
+            for entry in plan.inputs
+        },
+    }
+
+
+def write_sidecars(
+    plan: Plan, results: Mapping[str, JobResult], folder: Path, *, device: str
+) -> dict[str, Any]:
+    """Write everything but the weights into a folder, the manifest last, and return it."""
+    root = plan.inputs[0].checkpoint.root
+    for name in plan.sidecars:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = (root / name).read_bytes()
+        target.write_bytes(_with_dtype(data, plan) if name == "config.json" else data)
+    if len(plan.shards) > 1:
+        num_data_bytes = sum(job.num_written_bytes for job in plan.jobs)
+        index = make_index((job.output for job in plan.jobs), num_data_bytes=num_data_bytes)
+        (folder / INDEX_NAME).write_text(index, "utf-8")
+    (folder / "README.md").write_text(_model_card(plan), "utf-8")
+    names = [*plan.sidecars, "README.md", *([INDEX_NAME] if len(plan.shards) > 1 else [])]
+    manifest = _manifest(plan, results, folder, sorted(names), device)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / MANIFEST_NAME).write_text(text, "utf-8")
+    return manifest
+
+
+def _with_dtype(data: bytes, plan: Plan) -> bytes:
+    """Return config.json's bytes, with the dtype changed where the spec changes what is stored."""
+    document = plan.spec.document
+    wanted = document.out_dtype or document.dtype
+    if wanted is None:
+        return data
+    try:
+        config = json.loads(data)
+    except ValueError:
+        return data
+    changed = _set_dtype(config, wanted)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changed else data
+
+
+def _set_dtype(config: Any, wanted: str) -> bool:
+    changed = False
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("dtype", "torch_dtype") and value in DTYPES and value != wanted:
+                config[key] = wanted
+                changed = True
+            elif key.endswith("_config"):
+                changed = _set_dtype(value, wanted) or changed
+    return changed
+
+
+def _manifest(
+    plan: Plan,
+    results: Mapping[str, JobResult],
+    folder: Path,
+    names: list[str],
+    device: str,
+) -> dict[str, Any]:
+    read: dict[int, list[str]] = {number: [] for number in range(len(plan.inputs))}
+    for job in plan.jobs:
+        for number, checksum in results[job.name].read.items():
+            read[number].append(f"{job.name} {checksum}\n")
+    return {
+        "format": MANIFEST_FORMAT,
+        "versions": {
+            "outliermerge": version("outliermerge"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+        "device": device.partition(":")[0],
+        "spec": plan.spec.as_dict(),
+        "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
+        "files: sha256; inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
+        "inputs": [
+            {
+                "model": entry.reference,
+                "role": entry.role,
+                "path": str(entry.checkpoint.root),
+                "files": {
+                    stamp.path.relative_to(entry.checkpoint.root).as_posix(): stamp.num_bytes
+                    for stamp in entry.checkpoint.weight_files
+                },
+                "checksum": xxhash.xxh3_128_hexdigest("".join(read[number]).encode()),
+            }
+            for number, entry in enumerate(plan.inputs)
+        ],
+        "read_bytes": plan.num_read_bytes,
+        "num_parameters": plan.num_parameters,
+        "files": {
+            name: {
+                "num_bytes": (folder / name).stat().st_size,
+                "sha256": file_checksum(folder / name),
+            }
+            for name in names
+        },
+        "tensors": {
+            job.name: _plain(
+                {
+                    "file": job.output.file,
+                    "dtype": job.output.dtype.name,
+                    "shape": list(job.output.shape),
+                    "checksum": results[job.name].checksum,
+                    "action": results[job.name].action,
+                    "sources": [plan.inputs[number].reference for number, _ in job.sources],
+                    "parameters": dict(job.parameters),
+                    "statistics": results[job.name].statistics,
+                    "non_finite": results[job.name].non_finite,
+                }
+            )
+            for job in plan.jobs
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values; infinite and NaN numbers become texts, empty entries are left out."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v not in ({}, []) or k == "shape"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _model_card(plan: Plan) -> str:
+    """Return the output's README: the front matter that the hub reads, and the recipe."""
+    references = [entry.reference for entry in plan.inputs]
+    on_hub = [reference.partition("@")[0] for reference in references if is_hub_id(reference)]
+    config = plan.inputs[0].checkpoint.root / "config.json"
+    front = ["---"]
+    if on_hub:
+        front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
+        front += ["base_model_relation: merge"]
+    if config.is_file():
+        front += ["library_name: transformers"]
+    front += ["tags:", "- merge", "- outliermerge", "---"]
+    method = plan.spec.method
+    models = "\n".join(
+        f"- `{entry.reference}`" + (" (base)" if entry.role == "base" else "")
+        for entry in plan.inputs
+    )
+    paper = f" ({method.paper})" if method.paper else ""
+    return (
+        "\n".join(front)
+        + f"\n\n# Merged model\n\nMade by outliermerge {version('outliermerge')} with "
+        + f"`{method.name}`{paper}: {method.summary}\n\n## Models\n\n{models}\n\n"
+        + f"## Recipe\n\n```yaml\n{plan.spec.as_yaml()}```\n\n"
+        + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
+        + "`outliermerge verify` proves this folder against it.\n"
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest.
+
+    Raises:
+        OutlierMergeError: there is none, or it is not one of ours.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise OutlierMergeError(
+            f"{folder}: no {MANIFEST_NAME}: not an output of outliermerge"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != MANIFEST_FORMAT
+        or not isinstance(manifest.get("tensors"), dict)
+        or not isinstance(manifest.get("files"), dict)
+    ):
+        raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    return manifest
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    threads: int,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> list[str]:
+    """Recompute every checksum of an output and return what differs from its manifest.
+
+    Raises:
+        OutlierMergeError: the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    differences: list[str] = []
+    stored: dict[str, OutputTensor] = {}
+    weight_files = sorted({entry["file"] for entry in manifest["tensors"].values()})
+    for file in weight_files:
+        try:
+            metas = read_header(folder / file)
+        except OutlierMergeError as error:
+            differences.append(str(error))
+            continue
+        for meta in metas:
+            assert meta.offset is not None
+            stored[meta.name] = OutputTensor(meta.name, meta.dtype, meta.shape, file, meta.offset)
+    readable = {tensor.file for tensor in stored.values()}
+    to_read = []
+    for name, entry in manifest["tensors"].items():
+        tensor = stored.pop(name, None)
+        if tensor is None:
+            if entry["file"] in readable:
+                differences.append(f"tensor {name!r}: is not in {entry['file']}")
+            continue
+        found = (tensor.file, tensor.dtype.name, list(tensor.shape))
+        if found != (entry["file"], entry["dtype"], entry["shape"]):
+            differences.append(
+                f"tensor {name!r}: found {found[1]} {found[2]} in {found[0]}, expected "
+                f"{entry['dtype']} {entry['shape']} in {entry['file']}"
+            )
+        else:
+            to_read.append(tensor)
+    differences += [f"tensor {name!r}: is not in the manifest" for name in stored]
+    differences += _differing_tensors(folder, to_read, manifest, threads, on_progress)
+    differences += _differing_files(folder, manifest, set(weight_files))
+    return differences
+
+
+def _differing_tensors(
+    folder: Path,
+    tensors: Iterable[OutputTensor],
+    manifest: Mapping[str, Any],
+    threads: int,
+    on_progress: Callable[[int], None],
+) -> list[str]:
+    tensors = list(tensors)
+    descriptors = {
+        file: os.open(folder / file, os.O_RDONLY) for file in {tensor.file for tensor in tensors}
+    }
+
+    def difference(tensor: OutputTensor) -> str | None:
+        checksum = checksum_in_file(descriptors[tensor.file], tensor)
+        on_progress(tensor.num_bytes)
+        wanted = manifest["tensors"][tensor.name]["checksum"]
+        if checksum == wanted:
+            return None
+        return (
+            f"tensor {tensor.name!r} in {tensor.file}: found checksum {checksum}, expected {wanted}"
+        )
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return [text for text in pool.map(difference, tensors) if text]
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _differing_files(folder: Path, manifest: Mapping[str, Any], weights: set[str]) -> list[str]:
+    differences = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            differences.append(f"file {name}: is missing")
+        elif file_checksum(path) != entry["sha256"]:
+            differences.append(f"file {name}: its contents changed")
+    known = weights | set(manifest["files"]) | {MANIFEST_NAME}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in known:
+            differences.append(f"file {name}: is not in the manifest")
+    return differences

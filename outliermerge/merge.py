@@ -1,0 +1,354 @@
+"""The library: merge checkpoints by a spec, or tensors in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.blocks import Span, measure_needs, merge_block, spans
+from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.execute import (
+    JobResult,
+    Options,
+    choose_device,
+    execute,
+    num_threads,
+    use_one_thread,
+)
+from outliermerge.manifest import identity, verify_folder, write_sidecars
+from outliermerge.method import MergeMethod
+from outliermerge.methods import find_method
+from outliermerge.output import OutputFolder, check_target
+from outliermerge.planning import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_SHARD_BYTES,
+    Job,
+    Plan,
+    make_plan,
+    row_elements,
+)
+from outliermerge.spec import MergeSpec, load_spec
+from outliermerge.statistics import CHUNK_ELEMENTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MEMORY_BLOCK_ELEMENTS = {"cpu": 4 * CHUNK_ELEMENTS, "cuda": 64 * CHUNK_ELEMENTS}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished merge did.
+
+    Attributes:
+        output: the folder.
+        manifest: the contents of its outliermerge.json.
+        num_resumed: tensors that an earlier, killed run had already written.
+        read_bytes, written_bytes: of the tensors worked on now.
+        seconds: wall time, planning excluded.
+    """
+
+    output: Path
+    manifest: Mapping[str, Any]
+    num_resumed: int
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+
+    @property
+    def non_finite(self) -> dict[str, list[str]]:
+        """Where infinite or NaN values are, by tensor."""
+        tensors = self.manifest["tensors"].items()
+        return {name: entry["non_finite"] for name, entry in tensors if "non_finite" in entry}
+
+
+def plan(
+    spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str = DEFAULT_SHARD_BYTES
+) -> Plan:
+    """Plan a merge without reading a tensor.
+
+    Args:
+        spec: a YAML file, or the same as a dict.
+        shard_size: most bytes of a weight file, such as "5GB".
+
+    Raises:
+        SpecError: the spec is wrong.
+        OutlierMergeError: a model is absent or broken, or the models do not fit together.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
+    """
+    checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), option="--shard-size"))
+
+
+def run(
+    spec: str | Path | Mapping[str, Any] | Plan,
+    *,
+    output: str | Path | None = None,
+    device: str = "cpu",
+    memory: int | str = DEFAULT_MEMORY_BYTES,
+    threads: int = 0,
+    shard_size: int | str = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    fresh: bool = False,
+    allow_non_finite: bool = False,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> RunResult:
+    """Merge checkpoints on disk into a new model folder.
+
+    A run that was killed goes on where it stopped when it is started again, and gives the same
+    bytes. The output has its name only when it is complete.
+
+    Args:
+        spec: a YAML file, the same as a dict, or a plan.
+        output: the folder to write; the spec's `output` by default.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        memory: bytes for blocks and intermediate results, above what the interpreter takes.
+        threads: worker threads; 0 for the processors at hand.
+        shard_size: most bytes of a weight file.
+        overwrite: replace an existing output when the merge is done.
+        fresh: start over instead of going on with a killed run.
+        allow_non_finite: go on where values are infinite or NaN, and list them.
+        on_progress: called with the bytes just worked on, by any thread.
+
+    Raises:
+        SpecError: the spec or an argument is wrong.
+        OutlierMergeError: a model or the output folder is not fit for it.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
+    """
+    planned = spec if isinstance(spec, Plan) else plan(spec, shard_size=shard_size)
+    final = output_folder(planned, output)
+    options = Options(
+        device=choose_device(device),
+        threads=num_threads(threads),
+        memory_bytes=parse_bytes(str(memory), option="--memory"),
+        allow_non_finite=allow_non_finite,
+    )
+    planned.peak_memory_bytes(  # refuses a budget that is too small
+        threads=options.threads, memory_bytes=options.memory_bytes, device=options.device
+    )
+    check_target(planned, final, overwrite=overwrite)
+    started = time.monotonic()
+    folder = OutputFolder(
+        planned, final, identity=identity(planned, device=options.device), fresh=fresh
+    )
+    try:
+        folder.forget_damaged()
+        resumed = set(folder.done)
+        for job in planned.jobs:
+            if job.name in resumed:
+                on_progress(planned.num_work_bytes(job))
+        left = [job for job in planned.jobs if job.name not in resumed]
+
+        def record(job: Job, result: JobResult) -> None:
+            folder.record(job.name, result)
+
+        execute(planned, left, folder, options, on_result=record, on_progress=on_progress)
+        manifest = write_sidecars(planned, folder.done, folder.path, device=options.device)
+        folder.finish(overwrite=overwrite)
+    finally:
+        folder.close()
+    return RunResult(
+        output=final,
+        manifest=manifest,
+        num_resumed=len(resumed),
+        read_bytes=sum(job.num_read_bytes for job in left),
+        written_bytes=sum(job.num_written_bytes for job in left),
+        seconds=time.monotonic() - started,
+    )
+
+
+def output_folder(planned: Plan, output: str | Path | None) -> Path:
+    """Return the folder that an argument or else the spec names.
+
+    Raises:
+        SpecError: neither does.
+    """
+    named = output or planned.spec.document.output
+    if named is None:
+        raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
+    return Path(named).expanduser()
+
+
+def verify(folder: str | Path, *, threads: int = 0) -> list[str]:
+    """Recompute every checksum of an output; return what differs from its manifest.
+
+    Raises:
+        OutlierMergeError: the folder has no manifest.
+    """
+    return verify_folder(Path(folder), threads=num_threads(threads))
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    method: str | MergeMethod = "min_sigma",
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge dicts of tensors in memory.
+
+    Args:
+        models: the models' tensors, by name; on any devices.
+        base: the base model's tensors; needed by methods on task vectors.
+        method: a name from `outliermerge methods`, `package.module:function`, or a method.
+        **parameters: of the method; those of each model as a list of one value a model.
+
+    Returns:
+        The merged tensors, with the names, dtypes and devices of the base (of the first model
+        where there is no base). Tensors that are not floating-point must be equal and are copied.
+
+    Raises:
+        OutlierMergeError: names, shapes or non-float tensors differ.
+        SpecError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> base = {"w": torch.zeros(4)}
+        >>> tuned = [{"w": torch.tensor([1.0, 0, 0, 0])}, {"w": torch.tensor([0, 0.2, 0, 0])}]
+        >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
+        {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
+    """
+    found = find_method(method) if isinstance(method, str) else method
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    reference = models[0] if base is None else base
+    for number, model in enumerate(models):
+        differing = sorted(set(reference) ^ set(model))
+        if differing:
+            raise OutlierMergeError(
+                f"models[{number}] does not hold the same tensors as "
+                f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
+            )
+    merged = {}
+    for name in reference:
+        try:
+            merged[name] = merge_tensors(
+                [model[name] for model in models],
+                base=None if base is None else base[name],
+                method=found,
+                **parameters,
+            )
+        except SpecError:
+            raise
+        except OutlierMergeError as error:
+            raise OutlierMergeError(f"tensor {name!r}: {error}") from error
+    return merged
+
+
+def merge_tensors(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor | None = None,
+    method: str | MergeMethod = "min_sigma",
+    **parameters: Any,
+) -> Tensor:
+    """Merge one tensor in memory.
+
+    Args:
+        models: the models' tensors, all of one shape; on any devices.
+        base: the base model's tensor, for methods on task vectors.
+        method: a name, `package.module:function`, or a method.
+        **parameters: of the method; those of each model as a list.
+
+    Returns:
+        A tensor of the shape, dtype and device of the base (of the first model without one).
+
+    Raises:
+        OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
+        SpecError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
+        tensor([0.5000, 0.5000])
+    """
+    import torch
+
+    found = find_method(method) if isinstance(method, str) else method
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    most = found.max_models
+    if len(models) < found.min_models or (most is not None and len(models) > most):
+        raise SpecError(f"{found.name} does not take {len(models)} models")
+    if found.space == "delta" and base is None:
+        raise SpecError(f"{found.name} works on differences from a base: give `base`")
+    resolved = found.resolve(len(models), parameters)
+    first = models[0] if base is None else base
+    for number, tensor in enumerate(models):
+        if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
+            raise OutlierMergeError(
+                f"models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {first.dtype} {list(first.shape)}"
+            )
+    if not first.is_floating_point():
+        if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
+            raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
+        return first.clone()
+    sources = [base, *models] if found.space == "delta" and base is not None else list(models)
+    same = all(
+        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
+        for tensor in sources
+    )
+    if same and (found.space == "delta" or found.idempotent(resolved)):
+        return first.clone()
+    if len(models) == 1 and found.idempotent(resolved):
+        return models[0].detach().to(first.device, first.dtype, copy=True)
+    return _merge_in_memory(sources, found, resolved, first)
+
+
+def _merge_in_memory(
+    sources: Sequence[Tensor], method: MergeMethod, resolved: Mapping[str, Any], first: Tensor
+) -> Tensor:
+    import torch
+
+    wide = any(tensor.dtype == torch.float64 for tensor in sources)
+    compute_dtype = torch.float64 if wide else torch.float32
+    num_elements = first.numel()
+    flat = [tensor.detach().reshape(-1) for tensor in sources]
+    result = torch.empty_like(first, memory_format=torch.contiguous_format)
+    result_E = result.reshape(-1)
+    limit = _MEMORY_BLOCK_ELEMENTS.get(first.device.type, 4 * CHUNK_ELEMENTS)
+    row = row_elements(tuple(first.shape))
+    block_elements = {"element": limit, "row": max(row, limit // row * row),
+                      "tensor": max(1, num_elements)}[method.cut]  # fmt: skip
+
+    def load(span: Span) -> Tensor:
+        start, stop = span
+        block_SE = torch.empty((len(flat), stop - start), dtype=compute_dtype, device=first.device)
+        for source, target in zip(flat, block_SE, strict=True):
+            target.copy_(source[start:stop])
+        return block_SE
+
+    with ThreadPoolExecutor(num_threads(0), initializer=use_one_thread) as pool:
+        needs = measure_needs(
+            method,
+            resolved,
+            load,
+            num_models=len(sources) - (method.space == "delta"),
+            num_elements=num_elements,
+            block_elements=block_elements,
+            run=pool.map,
+        )
+        like = torch.empty(0, dtype=compute_dtype, device=first.device)
+        keywords = method.arguments(resolved, like=like) | {
+            name: like.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
+        }
+
+        def merge(span: Span) -> None:
+            merged_E, _ = merge_block(method, load(span), keywords, tuple(first.shape))
+            result_E[span[0] : span[1]].copy_(merged_E)
+
+        for _ in pool.map(merge, spans(num_elements, block_elements)):
+            pass
+    return result

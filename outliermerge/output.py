@@ -1,0 +1,255 @@
+"""The output folder while it is being written: OUT.partial, its journal, and its last step."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
+from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.checkpoint.layout import OutputTensor, Shard
+from outliermerge.checkpoint.reader import read_exactly, write_exactly
+from outliermerge.errors import OutlierMergeError
+from outliermerge.execute import JobResult
+from outliermerge.planning import Plan, free_disk_bytes
+
+_JOURNAL_NAME = "journal.jsonl"
+
+
+def partial_folder(final: Path) -> Path:
+    """Return where an output is written before it has its name."""
+    return final.with_name(final.name + ".partial")
+
+
+def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
+    """Refuse a target that would lose or damage something.
+
+    Raises:
+        OutlierMergeError: it exists and may not be overwritten, or a model is in it.
+    """
+    resolved = final.resolve()
+    for entry in plan.inputs:
+        root = entry.checkpoint.root.resolve()
+        if root == resolved or resolved in root.parents or root in resolved.parents:
+            raise OutlierMergeError(
+                f"{final}: is, holds or is inside the model {entry.reference}: "
+                "choose another output"
+            )
+    if not final.exists():
+        return
+    if not overwrite:
+        raise OutlierMergeError(
+            f"{final}: exists already. Use --overwrite to replace it when the merge is done, "
+            "or choose another --output."
+        )
+    if not (final / MANIFEST_NAME).is_file():
+        raise OutlierMergeError(
+            f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
+            f"{MANIFEST_NAME}. Move it away."
+        )
+
+
+class OutputFolder:
+    """OUT.partial with its planned files, open for writing by one process.
+
+    A journal line follows each finished tensor, so that a killed run can go on. On opening, the
+    tensors in the journal are read back and those whose checksum differs (lost by a power cut)
+    are done again.
+    """
+
+    def __init__(self, plan: Plan, final: Path, *, identity: Mapping[str, Any], fresh: bool):
+        self.final, self.path = final, partial_folder(final)
+        self._plan = plan
+        self._tensors = {job.name: job.output for job in plan.jobs}
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.done: dict[str, JobResult] = {}
+        self._make(fresh)
+        self._journal = self._open_journal(fresh, dict(identity))
+        try:
+            for shard in plan.shards:
+                self._files[shard.file] = self._allocate(shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, fresh: bool) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutlierMergeError(f"{self.path}: cannot be made: {error.strerror}") from error
+        needed = sum(shard.num_bytes for shard in self._plan.shards)
+        written = sum(
+            status.st_blocks * 512
+            for shard in self._plan.shards
+            if (file := self.path / shard.file).exists() and (status := file.stat())
+        )
+        free = free_disk_bytes(self.path) + written
+        if needed > free:
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise OutlierMergeError(
+                f"{self.final}: the disk has {free:,} bytes free, the output needs {needed:,}"
+            )
+
+    def _open_journal(self, fresh: bool, identity: dict[str, Any]) -> int:
+        journal = os.open(self.path / _JOURNAL_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(journal)
+            raise OutlierMergeError(f"{self.path}: another run is writing it") from error
+        try:
+            lines = self._read_journal(journal)
+            if fresh:
+                lines = []
+                for file in self.path.iterdir():
+                    if file.name != _JOURNAL_NAME:
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
+            elif lines:
+                _check_identity(self.path, lines[0], identity)
+            if lines:
+                for line in lines[1:]:
+                    self.done[line.pop("tensor")] = JobResult(
+                        **line | {"read": {int(k): v for k, v in line["read"].items()}}
+                    )
+            # Rewritten without a last line that a kill cut short.
+            os.ftruncate(journal, 0)
+            os.lseek(journal, 0, os.SEEK_SET)
+            _append(journal, identity)
+            for name, result in self.done.items():
+                _append(journal, {"tensor": name} | asdict(result))
+        except BaseException:
+            os.close(journal)
+            raise
+        return journal
+
+    @staticmethod
+    def _read_journal(journal: int) -> list[dict[str, Any]]:
+        with os.fdopen(os.dup(journal), "rb") as file:
+            lines = []
+            for raw in file:
+                try:
+                    lines.append(json.loads(raw))
+                except ValueError:
+                    break
+        return lines
+
+    def _allocate(self, shard: Shard) -> int:
+        path = self.path / shard.file
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.posix_fallocate(descriptor, 0, shard.num_bytes)
+            os.ftruncate(descriptor, shard.num_bytes)
+            write_exactly(descriptor, 0, memoryview(shard.header))
+        except OSError as error:
+            os.close(descriptor)
+            raise OutlierMergeError(
+                f"{path}: no room for {shard.num_bytes:,} bytes: {error.strerror}"
+            ) from error
+        return descriptor
+
+    def forget_damaged(self) -> None:
+        """Forget the tensors of an earlier run whose bytes are not what its journal says."""
+        for name, result in list(self.done.items()):
+            tensor = self._tensors.get(name)
+            if (
+                tensor is None
+                or checksum_in_file(self._files[tensor.file], tensor) != result.checksum
+            ):
+                del self.done[name]
+
+    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
+        """Write elements from `start` on."""
+        position = tensor.offset + start * tensor.dtype.num_bytes
+        try:
+            write_exactly(self._files[tensor.file], position, data)
+        except OSError as error:
+            raise OutlierMergeError(
+                f"{self.path / tensor.file}: cannot be written: {error.strerror}"
+            ) from error
+
+    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+        """Read back elements from `start` on."""
+        read_exactly(self._files[tensor.file], tensor.offset + start * tensor.dtype.num_bytes, out)
+
+    def record(self, name: str, result: JobResult) -> None:
+        """Note in the journal that a tensor is written."""
+        with self._lock:
+            self.done[name] = result
+            _append(self._journal, {"tensor": name} | asdict(result))
+
+    def finish(self, *, overwrite: bool) -> None:
+        """Sync everything and give the folder its name."""
+        for descriptor in self._files.values():
+            os.fsync(descriptor)
+        for path in self.path.rglob("*"):
+            if path.is_file() and path.name not in self._files:
+                _sync(path)
+        replaced = self.final.with_name(self.final.name + ".replaced")
+        if overwrite and self.final.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            self.final.rename(replaced)
+        (self.path / _JOURNAL_NAME).unlink()
+        self.path.rename(self.final)
+        _sync(self.final)
+        _sync(self.final.absolute().parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def close(self) -> None:
+        """Close every file and give up the lock."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+
+def checksum_in_file(descriptor: int, tensor: OutputTensor) -> str:
+    """Return the checksum of a tensor's bytes in an open file.
+
+    Raises:
+        EOFError: the file ends before the tensor does.
+    """
+    elements = 16 * PIECE_ELEMENTS
+    buffer = memoryview(bytearray(elements * tensor.dtype.num_bytes))
+    num_bytes = tensor.num_bytes
+    digests = []
+    for start in range(0, num_bytes, len(buffer)):
+        part = buffer[: min(len(buffer), num_bytes - start)]
+        read_exactly(descriptor, tensor.offset + start, part)
+        digests.append(piece_digests(part, tensor.dtype.num_bytes))
+    return tensor_checksum(digests)
+
+
+def _append(journal: int, entry: Mapping[str, Any]) -> None:
+    line = json.dumps(entry, allow_nan=True).encode() + b"\n"
+    os.write(journal, line)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_identity(path: Path, found: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(now))
+    differing = [key for key in now if found.get(key) != now[key]]
+    if differing:
+        raise OutlierMergeError(
+            f"{path}: was begun by another merge: {', '.join(differing)} changed since. "
+            "Use --fresh to start over."
+        )

@@ -1,0 +1,227 @@
+"""Tables and progress for people at a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from outliermerge.merge import RunResult
+from outliermerge.method import MergeMethod
+from outliermerge.planning import Input, Plan
+
+
+def progress_bar(description: str) -> Progress:
+    """Return a bar with bytes per second and the time left; nothing unless at a terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return a size in decimal units, as the hub and --shard-size use them.
+
+    >>> human_bytes(1_020_000_000)
+    '1.02 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left", overflow="fold")
+    return table
+
+
+def print_plan(
+    plan: Plan,
+    *,
+    output: Path | None,
+    threads: int,
+    memory_bytes: int,
+    device: str,
+    free_bytes: int,
+) -> None:
+    """Print a plan as tables that a person reads in a minute."""
+    console = Console(highlight=False, soft_wrap=False)
+    method = plan.spec.method
+    console.print(Text(f"{method.name}: {method.summary}", style="bold"))
+    models = _table("model", "role", "tensors", "size", "dtypes loaded", "from")
+    for entry in plan.inputs:
+        metas = entry.checkpoint.tensors.values()
+        models.add_row(
+            Text(entry.reference),
+            _role(plan, entry),
+            str(len(metas)),
+            human_bytes(sum(meta.num_bytes for meta in metas)),
+            _counts(meta.dtype.name for meta in metas),
+            Text(_format(entry)),
+        )
+    console.print(models)
+    console.print()
+    actions = _table("what happens", "tensors", "parameters", "loaded", "computed", "stored")
+    groups: dict[str, list[Any]] = {}
+    for job in plan.jobs:
+        what = {"merge": f"merged by {method.name}", "copy": "copied", "equal": "copied if equal"}
+        reason = f" ({job.reason})" if job.reason else ""
+        groups.setdefault(what[job.action] + reason, []).append(job)
+    for what_happens, jobs in groups.items():
+        merged = jobs[0].action == "merge"
+        actions.add_row(
+            Text(what_happens),
+            str(len(jobs)),
+            f"{sum(job.num_elements for job in jobs):,}",
+            ", ".join(sorted({m.dtype.name for job in jobs for _, m in job.sources})),
+            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "–",
+            ", ".join(sorted({job.output.dtype.name for job in jobs})),
+        )
+    console.print(actions)
+    console.print()
+    _print_parameters(console, plan)
+    peak = plan.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
+    facts = _table("", "")
+    facts.show_header = False
+    facts.add_row("reads", human_bytes(plan.num_read_bytes))
+    facts.add_row(
+        "writes",
+        f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
+        f"{human_bytes(free_bytes)} free on the disk",
+    )
+    facts.add_row("peak memory", f"{human_bytes(peak)} on {threads} threads, device {device}")
+    facts.add_row("output", Text(str(output) if output else "not named yet: give --output"))
+    facts.add_row("files carried over", Text(", ".join(plan.sidecars) or "none"))
+    console.print(facts)
+    for note in plan.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _role(plan: Plan, entry: Input) -> str:
+    merged = any(model.reference == entry.reference for model in plan.spec.models)
+    return "base, model" if entry.role == "base" and merged else entry.role
+
+
+def _counts(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ×{count}" for name, count in Counter(names).most_common())
+
+
+def _format(entry: Input) -> str:
+    files = entry.checkpoint.weight_files
+    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}, {entry.checkpoint.root}"
+
+
+def _print_parameters(console: Console, plan: Plan) -> None:
+    merged = [job for job in plan.jobs if job.action == "merge"]
+    if not merged:
+        return
+    table = _table("parameter", "where", "values", title="parameters as resolved")
+    for name in merged[0].parameters:
+        stacks = plan.gradients.get(name, {})
+        for stack, values in stacks.items():
+            table.add_row(name, Text(f"{stack}0–{len(values) - 1}"), Text(_short(values)))
+        counts = Counter(
+            job.parameters[name]
+            for job in merged
+            if not any(job.name.startswith(stack) for stack in stacks)
+        )
+        for value, count in counts.most_common(6):
+            where = "every tensor" if count == len(merged) else f"{count} tensors"
+            table.add_row(name, where, Text(_value(value)))
+    console.print(table)
+    console.print()
+
+
+def _short(values: list[Any]) -> str:
+    texts = [_value(value) for value in values]
+    if len(texts) > 16:
+        texts = [*texts[:8], "…", *texts[-7:]]
+    return "  ".join(texts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(_value(item) for item in value) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_result(result: RunResult) -> None:
+    """Print what a merge did, in a few lines."""
+    console = Console(highlight=False, soft_wrap=True)
+    worked = result.read_bytes + result.written_bytes
+    speed = human_bytes(worked / result.seconds) if result.seconds else "–"
+    console.print(
+        f"wrote {result.output}: {len(result.manifest['tensors'])} tensors, "
+        f"{result.manifest['num_parameters']:,} parameters, "
+        f"{result.seconds:.1f} s, {speed}/s",
+        markup=False,
+    )
+    if result.num_resumed:
+        console.print(f"{result.num_resumed} tensors were there from an earlier run")
+    for name, places in result.non_finite.items():
+        console.print(f"infinite or NaN values in {name}: {', '.join(places)}", markup=False)
+
+
+def print_methods(methods: Iterable[MergeMethod]) -> None:
+    """Print a line per method and parameter."""
+    console = Console(highlight=False)
+    table = _table("method", "parameter", "default", "range", "of")
+    for method in methods:
+        table.add_row(Text(method.name, style="bold"), Text(method.summary), "", "", "")
+        for parameter in method.parameters.values():
+            table.add_row(
+                "",
+                parameter.name,
+                _value(parameter.default),
+                parameter.range or parameter.type.__name__,
+                "each model" if parameter.per_model else "the merge",
+            )
+        if method.paper:
+            table.add_row("", Text(method.paper, style="dim"), "", "", "")
+    console.print(table)
+    console.print("One of them with its formula: outliermerge methods NAME")
+
+
+def print_method(method: MergeMethod) -> None:
+    """Print a method's documentation."""
+    console = Console(highlight=False, soft_wrap=True)
+    print_methods_table = _table("parameter", "default", "range", "of")
+    for parameter in method.parameters.values():
+        print_methods_table.add_row(
+            parameter.name,
+            _value(parameter.default),
+            parameter.range or parameter.type.__name__,
+            "each model" if parameter.per_model else "the merge",
+        )
+    console.print(Text(method.name, style="bold"))
+    console.print(Text(method.documentation))
+    console.print()
+    console.print(print_methods_table)
+    if method.paper:
+        console.print(Text(method.paper))
