@@ -11,8 +11,8 @@ from fetch import fetch
 
 SPECS = ("minilm_min_sigma", "minilm_task_arithmetic", "minilm_ties")
 PAIRS = (
-    ("the pod keeps restarting", "container in CrashLoopBackOff"),
-    ("latency is above the SLO", "requests are slower than promised"),
+    ("the pod keeps restarting", "CrashLoopBackOff"),
+    ("latency is above the SLO", "requests are too slow"),
     ("the disk is full", "no space left on device"),
     ("the disk is full", "the cat sleeps on the sofa"),
     ("roll back the deployment", "revert to the previous release"),
@@ -68,10 +68,11 @@ def main() -> None:
     folders |= {name.removeprefix("minilm_"): Path("merged") / name for name in SPECS}
     columns = {name: _similarities(folder) for name, folder in folders.items()}
     print("\ncosine similarity of sentence pairs, by model")
-    print(f"{'':66}" + "".join(f"{name:>17}" for name in columns))
+    widths = {name: len(name) + 2 for name in columns}
+    print(f"{'':56}" + "".join(f"{name:>{widths[name]}}" for name in columns))
     for row, (left, right) in enumerate(PAIRS):
-        cells = "".join(f"{column[row]:17.4f}" for column in columns.values())
-        print(f"{left + ' / ' + right:66}" + cells)
+        cells = "".join(f"{values[row]:{widths[name]}.3f}" for name, values in columns.items())
+        print(f"{left + ' / ' + right:56}" + cells)
     same, total = _same_tensors(Path("merged/minilm_min_sigma"), models["sre-embedding-model"])
     print(f"\nmin-σ of one task model: {same} of {total} tensors equal the fine-tune bit for bit")
     if same != total:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.errors import OutlierMergeError, SpecError
 
 if TYPE_CHECKING:
+    from outliermerge.jobs import Plan
     from outliermerge.method import MergeMethod
-    from outliermerge.planning import Plan
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -308,7 +308,7 @@ def _describe(method: MergeMethod) -> dict[str, Any]:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from outliermerge.spec import json_schema
+    from outliermerge.schema import json_schema
 
     _print_json(json_schema())
     return EXIT_DONE

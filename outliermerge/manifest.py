@@ -21,9 +21,9 @@ from outliermerge.checkpoint.layout import INDEX_NAME, OutputTensor, make_index
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
-from outliermerge.execute import JobResult
+from outliermerge.job_runner import JobResult
+from outliermerge.jobs import Plan
 from outliermerge.output import checksum_in_file
-from outliermerge.planning import Plan
 
 MANIFEST_FORMAT = 1
 

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.blocks import Span, measure_needs, merge_block, spans
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.execute import (
-    JobResult,
-    Options,
-    choose_device,
-    execute,
-    num_threads,
-    use_one_thread,
-)
+from outliermerge.execute import choose_device, execute, num_threads, use_one_thread
+from outliermerge.job_runner import JobResult, Options
+from outliermerge.jobs import Job, Plan, row_elements
 from outliermerge.manifest import identity, verify_folder, write_sidecars
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
@@ -27,10 +22,7 @@ from outliermerge.output import OutputFolder, check_target
 from outliermerge.planning import (
     DEFAULT_MEMORY_BYTES,
     DEFAULT_SHARD_BYTES,
-    Job,
-    Plan,
     make_plan,
-    row_elements,
 )
 from outliermerge.spec import MergeSpec, load_spec
 from outliermerge.statistics import CHUNK_ELEMENTS

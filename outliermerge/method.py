@@ -121,6 +121,9 @@ class MergeMethod:
     max_models: int | None
     paper: str
 
+    def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
+        return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
+
     @property
     def summary(self) -> str:
         return self.documentation.split("\n", 1)[0]

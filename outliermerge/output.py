@@ -17,8 +17,9 @@ from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError
-from outliermerge.execute import JobResult
-from outliermerge.planning import Plan, free_disk_bytes
+from outliermerge.job_runner import JobResult
+from outliermerge.jobs import Plan
+from outliermerge.planning import free_disk_bytes
 
 _JOURNAL_NAME = "journal.jsonl"
 

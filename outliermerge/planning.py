@@ -4,210 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.hub import resolve
-from outliermerge.checkpoint.layout import OutputTensor, Shard, plan_layout
-from outliermerge.checkpoint.meta import DTYPES, Checkpoint, DType, TensorMeta
+from outliermerge.checkpoint.layout import plan_layout
+from outliermerge.checkpoint.meta import DTYPES, DType, TensorMeta
 from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
-from outliermerge.methods import find_method
 from outliermerge.settings import Layer, SpecPath, find_layers
 from outliermerge.spec import MergeSpec
-from outliermerge.statistics import CHUNK_ELEMENTS
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
-_MAX_BLOCK_CHUNKS = {"cpu": 4, "cuda": 64}
-
-
-@dataclass(frozen=True)
-class Input:
-    """A model that the merge reads; `role` is `base` or `model`."""
-
-    reference: str
-    role: Literal["base", "model"]
-    checkpoint: Checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One output tensor.
-
-    Attributes:
-        action: `merge` computes it; `copy` takes the first source's tensor; `equal` does so
-            after checking that all sources hold the same values.
-        sources: which input (its number in the plan) and which of its tensors; for a merge of
-            task vectors the base's comes first.
-        parameters: resolved for this tensor, per-model ones as tuples; empty unless merged.
-        compute_dtype: of the arithmetic; float64 if the spec asks for it or a source is float64.
-        reason: why it is not merged, in words.
-    """
-
-    action: Literal["merge", "copy", "equal"]
-    method: str
-    parameters: Mapping[str, Any]
-    sources: tuple[tuple[int, TensorMeta], ...]
-    output: OutputTensor
-    compute_dtype: str = "float32"
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def num_elements(self) -> int:
-        return self.sources[0][1].num_elements
-
-    @property
-    def num_read_bytes(self) -> int:
-        return sum(meta.num_bytes for _, meta in self.sources)
-
-    @property
-    def num_written_bytes(self) -> int:
-        return self.num_elements * self.output.dtype.num_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a merge will do.
-
-    Attributes:
-        inputs: the models, the base first where there is one.
-        jobs: one per output tensor, in the order of the base's files.
-        shards: the output's weight files.
-        sidecars: files copied from the first input's folder.
-        gradients: for each parameter that varies over layers, its values by stack of layers.
-        dropped: tensors that are left out by `extra: drop`.
-        notes: what a person should know before starting.
-    """
-
-    spec: MergeSpec
-    inputs: tuple[Input, ...]
-    jobs: tuple[Job, ...]
-    shards: tuple[Shard, ...]
-    sidecars: tuple[str, ...]
-    gradients: Mapping[str, Mapping[str, list[Any]]]
-    dropped: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def num_read_bytes(self) -> int:
-        return sum(job.num_read_bytes for job in self.jobs)
-
-    @property
-    def num_written_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(job.num_elements for job in self.jobs)
-
-    def num_work_bytes(self, job: Job) -> int:
-        """Bytes that pass through the job, every pass counted."""
-        passes = find_method(job.method).num_passes if job.action == "merge" else 1
-        return passes * job.num_read_bytes + job.num_written_bytes
-
-    def block_elements(self, job: Job, *, threads: int, memory_bytes: int, device: str) -> int:
-        """Return how many elements of the job's tensor are worked on at a time.
-
-        Raises:
-            SpecError: not even the smallest block fits the memory budget.
-        """
-        method = find_method(job.method)
-        cut = method.cut if job.action == "merge" else "element"
-        unit = {"element": CHUNK_ELEMENTS, "row": row_elements(job.output.shape),
-                "tensor": max(1, job.num_elements)}[cut]  # fmt: skip
-        per_element = self._bytes_per_element(job)
-        fits = memory_bytes // (threads * per_element)
-        if fits < min(unit, job.num_elements):
-            needed = threads * per_element * min(unit, job.num_elements)
-            raise SpecError(
-                f"--memory: {memory_bytes:,} bytes are too few for tensor {job.name!r}: "
-                f"{method.name} needs {needed:,} on {threads} threads to hold one {cut} block. "
-                "Give more memory or fewer threads."
-            )
-        most = _MAX_BLOCK_CHUNKS[device.partition(":")[0]] * CHUNK_ELEMENTS
-        return max(unit, min(fits, most) // unit * unit)
-
-    def peak_memory_bytes(self, *, threads: int, memory_bytes: int, device: str) -> int:
-        """Return the most memory that blocks and their intermediate results take."""
-        peak = 0
-        for job in self.jobs:
-            block = self.block_elements(
-                job, threads=threads, memory_bytes=memory_bytes, device=device
-            )
-            peak = max(peak, min(block, job.num_elements) * self._bytes_per_element(job))
-        return threads * peak
-
-    def _bytes_per_element(self, job: Job) -> int:
-        num_sources = len(job.sources)
-        raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
-        if job.action != "merge":
-            return raw
-        compute = DTYPES[job.compute_dtype].num_bytes
-        # The block itself, and what a method's intermediate results were measured to take.
-        return raw + compute * (num_sources + 5 * num_sources + 4)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return {
-            "spec": self.spec.as_dict(),
-            "method": self.spec.method.name,
-            "compute_dtypes": sorted({job.compute_dtype for job in self.jobs}),
-            "inputs": [
-                {
-                    "model": entry.reference,
-                    "role": entry.role,
-                    "path": str(entry.checkpoint.root),
-                    "num_tensors": len(entry.checkpoint.tensors),
-                    "num_bytes": sum(m.num_bytes for m in entry.checkpoint.tensors.values()),
-                    "dtypes": _dtype_counts(entry.checkpoint.tensors.values()),
-                }
-                for entry in self.inputs
-            ],
-            "read_bytes": self.num_read_bytes,
-            "write_bytes": self.num_written_bytes,
-            "num_parameters": self.num_parameters,
-            "actions": dict(Counter(job.action for job in self.jobs)),
-            "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
-            "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
-            "sidecars": list(self.sidecars),
-            "dropped": list(self.dropped),
-            "notes": list(self.notes),
-            "tensors": [
-                {
-                    "name": job.name,
-                    "action": job.action,
-                    "reason": job.reason,
-                    "shape": list(job.output.shape),
-                    "dtype": job.output.dtype.name,
-                    "file": job.output.file,
-                    "sources": [self.inputs[index].reference for index, _ in job.sources],
-                    "parameters": dict(job.parameters),
-                }
-                for job in self.jobs
-            ],
-        }
-
-
-def row_elements(shape: tuple[int, ...]) -> int:
-    """Return the elements of one row; a vector or a scalar is one row."""
-    if len(shape) < 2:
-        return max(1, shape[0] if shape else 1)
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
-    return max(1, elements)
-
-
-def _dtype_counts(metas: Iterable[TensorMeta]) -> dict[str, int]:
-    return dict(Counter(meta.dtype.name for meta in metas))
 
 
 def make_plan(spec: MergeSpec, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
@@ -262,7 +73,7 @@ class _Planner:
             inputs=self.inputs,
             jobs=jobs,
             shards=tuple(shards),
-            sidecars=tuple(name for name in checkpoint.sidecars if name != "README.md"),
+            sidecars=checkpoint.sidecars,
             gradients=self._gradients(jobs),
             dropped=tuple(self.dropped),
             notes=tuple(self.notes),
@@ -478,8 +289,9 @@ class _Planner:
         checkpoint = self.inputs[0].checkpoint
         if "config.json" not in checkpoint.sidecars:
             self.notes.append(f"{checkpoint.root} has no config.json: transformers cannot load it")
-        if checkpoint.left_behind:
-            left = listing(checkpoint.left_behind, limit=5)
+        left_behind = [name for name in checkpoint.left_behind if name != "README.md"]
+        if left_behind:
+            left = listing(left_behind, limit=5)
             self.notes.append(f"files of the base model that are not carried over:\n{left}")
 
 

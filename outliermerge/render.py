@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,9 +20,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from outliermerge.jobs import Input, Plan
 from outliermerge.merge import RunResult
 from outliermerge.method import MergeMethod
-from outliermerge.planning import Input, Plan
 
 
 def progress_bar(description: str) -> Progress:
@@ -189,39 +190,34 @@ def print_result(result: RunResult) -> None:
 
 
 def print_methods(methods: Iterable[MergeMethod]) -> None:
-    """Print a line per method and parameter."""
-    console = Console(highlight=False)
-    table = _table("method", "parameter", "default", "range", "of")
+    """Print every method with its parameters."""
+    console = Console(highlight=False, soft_wrap=True)
     for method in methods:
-        table.add_row(Text(method.name, style="bold"), Text(method.summary), "", "", "")
-        for parameter in method.parameters.values():
-            table.add_row(
-                "",
-                parameter.name,
-                _value(parameter.default),
-                parameter.range or parameter.type.__name__,
-                "each model" if parameter.per_model else "the merge",
-            )
+        console.print(Text.assemble((method.name, "bold"), f"  {method.summary}"))
         if method.paper:
-            table.add_row("", Text(method.paper, style="dim"), "", "", "")
-    console.print(table)
+            console.print(Text(f"  {method.paper}", style="dim"))
+        console.print(Padding(_parameter_table(method), (0, 0, 1, 2)))
     console.print("One of them with its formula: outliermerge methods NAME")
 
 
-def print_method(method: MergeMethod) -> None:
-    """Print a method's documentation."""
-    console = Console(highlight=False, soft_wrap=True)
-    print_methods_table = _table("parameter", "default", "range", "of")
+def _parameter_table(method: MergeMethod) -> Table:
+    table = _table("parameter", "default", "range", "of")
     for parameter in method.parameters.values():
-        print_methods_table.add_row(
+        table.add_row(
             parameter.name,
             _value(parameter.default),
             parameter.range or parameter.type.__name__,
             "each model" if parameter.per_model else "the merge",
         )
+    return table
+
+
+def print_method(method: MergeMethod) -> None:
+    """Print a method's documentation."""
+    console = Console(highlight=False, soft_wrap=True)
     console.print(Text(method.name, style="bold"))
     console.print(Text(method.documentation))
     console.print()
-    console.print(print_methods_table)
+    console.print(_parameter_table(method))
     if method.paper:
         console.print(Text(method.paper))

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from outliermerge.checkpoint.meta import FLOAT_DTYPES
 from outliermerge.errors import SpecError, suggest
-from outliermerge.method import MergeMethod, Parameter
-from outliermerge.methods import METHODS, find_method
+from outliermerge.method import MergeMethod
+from outliermerge.methods import find_method
 from outliermerge.settings import Setting, SettingError, SpecPath, parse_setting
 
 _NOT_YET = {
@@ -357,70 +356,3 @@ def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
             return source.error(path, f"found {found}, expected a mapping")
         case _:
             return source.error(path, f"found {found}: {problem['msg']}")
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a spec, for editors.
-
-    With a method of the table only its own parameters are valid.
-    """
-    schema = SpecDocument.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "outliermerge spec"
-    schema["properties"]["merge_method"] = {
-        "description": SpecDocument.model_fields["merge_method"].description,
-        "anyOf": [
-            {"enum": list(METHODS)},
-            {"type": "string", "pattern": r"^[\w.]+:\w+$"},
-        ],
-    }
-    dtypes = {"enum": [*FLOAT_DTYPES, *(f"torch.{name}" for name in FLOAT_DTYPES)]}
-    for name in ("dtype", "out_dtype"):
-        schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
-    schema["allOf"] = [
-        {
-            "if": {"properties": {"merge_method": {"const": method.name}}},
-            "then": {
-                "required": ["base_model"] if method.space == "delta" else [],
-                "properties": {
-                    "parameters": _parameters_schema(method, of_model=False),
-                    "models": {
-                        "items": {
-                            "properties": {"parameters": _parameters_schema(method, of_model=True)}
-                        }
-                    },
-                },
-            },
-        }
-        for method in METHODS.values()
-    ]
-    return schema
-
-
-def _parameters_schema(method: MergeMethod, *, of_model: bool) -> dict[str, Any]:
-    properties = {
-        parameter.name: _setting_schema(parameter)
-        for parameter in method.parameters.values()
-        if parameter.per_model or not of_model
-    }
-    return {"type": "object", "additionalProperties": False, "properties": properties}
-
-
-def _setting_schema(parameter: Parameter) -> dict[str, Any]:
-    kinds = {float: "number", int: "integer", bool: "boolean", str: "string"}
-    scalar: dict[str, Any] = {"type": kinds[parameter.type]}
-    limits = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-    for bound, keyword in limits.items():
-        if (limit := getattr(parameter.bounds, bound)) is not None:
-            scalar[keyword] = limit
-    if parameter.type in (float, int):
-        scalar = {"anyOf": [scalar, {"type": "string", "pattern": r"^[-+.\d]+[eE][-+]?\d+$"}]}
-    value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}
-    entry = {
-        "type": "object",
-        "required": ["value"],
-        "additionalProperties": False,
-        "properties": {"value": value, "filter": {"type": ["string", "null"]}},
-    }
-    many = {"type": "array", "items": entry, "minItems": 1}
-    return {"default": parameter.default, "anyOf": [*value["anyOf"], entry, many]}

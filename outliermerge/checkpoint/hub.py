@@ -58,7 +58,7 @@ def _fetch(reference: str, repo_id: str, revision: str | None) -> Path:
     def snapshot(patterns: tuple[str, ...]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                repo_id, revision=revision, allow_patterns=[*patterns, *SIDECAR_PATTERNS, "*.md"]
+                repo_id, revision=revision, allow_patterns=[*patterns, *SIDECAR_PATTERNS]
             )
         )
 
