@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from outliermerge.blocks import Map
+from outliermerge.blocks import Map, Span
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import SpecError
 from outliermerge.job_runner import JobResult, JobRunner, Options, Sink
@@ -72,6 +74,7 @@ def execute(
     with Reader() as reader:
         runner = JobRunner(plan, reader, sink, options, on_progress)
         pool = ThreadPoolExecutor(options.threads, initializer=use_one_thread)
+        on_all_threads = thread_map(pool, options.threads)
         pending: list[Future[None]] = []
 
         def finish(job: Job, run: Map) -> None:
@@ -84,12 +87,31 @@ def execute(
                 if job.num_elements <= runner.block_elements(job):
                     pending.append(pool.submit(finish, job, map))
                 else:
-                    finish(job, pool.map)
+                    finish(job, on_all_threads)
                     _raise_failures(pending)
             for future in pending:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def thread_map(pool: ThreadPoolExecutor, threads: int) -> Map:
+    """Return a `map` over a pool that keeps few results waiting, so that memory stays bounded."""
+
+    def run(function: Callable[[Span], Any], items: Iterable[Span]) -> Iterator[Any]:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    return run
 
 
 def _raise_failures(pending: list[Future[None]]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.blocks import Span, measure_needs, merge_block, spans
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.execute import choose_device, execute, num_threads, use_one_thread
+from outliermerge.execute import choose_device, execute, num_threads, thread_map, use_one_thread
 from outliermerge.job_runner import JobResult, Options
 from outliermerge.jobs import Job, Plan, row_elements
 from outliermerge.manifest import identity, verify_folder, write_sidecars
@@ -322,7 +322,9 @@ def _merge_in_memory(
             target.copy_(source[start:stop])
         return block_SE
 
-    with ThreadPoolExecutor(num_threads(0), initializer=use_one_thread) as pool:
+    threads = num_threads(0)
+    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
+        run_blocks = thread_map(pool, threads)
         needs = measure_needs(
             method,
             resolved,
@@ -330,7 +332,7 @@ def _merge_in_memory(
             num_models=len(sources) - (method.space == "delta"),
             num_elements=num_elements,
             block_elements=block_elements,
-            run=pool.map,
+            run=run_blocks,
         )
         like = torch.empty(0, dtype=compute_dtype, device=first.device)
         keywords = method.arguments(resolved, like=like) | {
@@ -341,6 +343,6 @@ def _merge_in_memory(
             merged_E, _ = merge_block(method, load(span), keywords, tuple(first.shape))
             result_E[span[0] : span[1]].copy_(merged_E)
 
-        for _ in pool.map(merge, spans(num_elements, block_elements)):
+        for _ in run_blocks(merge, spans(num_elements, block_elements)):
             pass
     return result

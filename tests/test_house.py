@@ -1,0 +1,35 @@
+"""What `make check` checks, so that one command passes or fails the project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["ruff check .", "ruff format --check .", "mypy", "lint-imports"],
+)
+def test_check_passes(command):
+    program, *arguments = command.split()
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / program), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_of_the_package_passes_400_lines():
+    lengths = {
+        path.name: len(path.read_text().splitlines())
+        for path in (ROOT / "outliermerge").rglob("*.py")
+    }
+    assert [name for name, length in lengths.items() if length > 400] == []
