@@ -89,13 +89,19 @@ def ties(
         lambda_: λ, scales the merged task vector.
         int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
+    import torch
+
+    # Arithmetic instead of boolean masks, which torch's CPU kernels take 5 to 15 times longer for.
     threshold_M, scale_M = trim.to(deltas_ME.dtype)
-    weighted_ME = deltas_ME * (weight * scale_M)[:, None]
-    weighted_ME = weighted_ME * (deltas_ME.abs() >= threshold_M[:, None])
-    positive_E = weighted_ME.sum(0) >= 0
-    agrees_ME = ((weighted_ME > 0) & positive_E) | ((weighted_ME < 0) & ~positive_E)
-    merged_E: Tensor = (weighted_ME * agrees_ME).sum(0)
+    largest_dropped_M = threshold_M.nextafter(torch.zeros_like(threshold_M))
+    trimmed_ME = torch.stack(
+        [row.hardshrink(float(x)) for row, x in zip(deltas_ME, largest_dropped_M, strict=True)]
+    )
+    weighted_ME = trimmed_ME * (weight * scale_M)[:, None]
+    sign_E = (weighted_ME.sum(0).sign() + 0.5).sign()  # +1 where the sum is 0
+    agreeing_ME = (weighted_ME * sign_E).relu()  # |mᵢ| where it has that sign, else 0
+    merged_E: Tensor = agreeing_ME.sum(0) * sign_E
     if normalize:
-        divisor_E = (weight[:, None] * agrees_ME).sum(0)
-        merged_E = merged_E / divisor_E.masked_fill(divisor_E == 0, 1)
+        divisor_E = (agreeing_ME.sign() * weight[:, None]).sum(0)
+        merged_E = merged_E / (divisor_E + (1 - divisor_E.abs().sign()))  # 0 becomes 1
     return merged_E * lambda_
