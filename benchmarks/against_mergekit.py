@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from checkpoints import build
+from build_checkpoints import build
 
 RESULT = Path(__file__).parent / "results" / "against_mergekit.json"
 CASES: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
@@ -105,12 +105,39 @@ def run_case(
     return case
 
 
+def table(report: dict[str, Any]) -> str:
+    """Return the Markdown table that the README shows."""
+    rows = [
+        "| merge | wall s | CPU s | peak memory MB | mergekit wall s | CPU s | MB | wall ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in report["cases"]:
+        cells = [f"{case['method']}, {case['size']}"]
+        for tool in ("outliermerge", "mergekit"):
+            measured = case.get(tool)
+            cells += [
+                f"{measured[key]:.{digits}f}" if measured else "–"
+                for key, digits in (
+                    ("wall_seconds", 1),
+                    ("cpu_seconds", 1),
+                    ("peak_anonymous_megabytes", 0),
+                )
+            ]
+        ratio = case.get("mergekit_over_outliermerge", {}).get("wall_seconds")
+        rows.append("| " + " | ".join([*cells, f"{ratio:.1f}" if ratio else "–"]) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--runs", type=int, default=3, help="runs of each merge (default 3)")
     parser.add_argument("--folder", type=Path, help="where to build (default: a temporary one)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    parser.add_argument("--table", action="store_true", help="print the last results and stop")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(RESULT.read_text())))
+        return
     folder = options.folder or Path(tempfile.mkdtemp(prefix="outliermerge-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < 16e9:

@@ -93,8 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         "recompute every checksum of an output",
         "outliermerge verify merged",
     )
-    verify.add_argument("folder", metavar="DIR")
-    verify.add_argument("--threads", type=_count, default=0, metavar="N")
+    verify.add_argument("folder", metavar="DIR", help="a folder that `run` wrote")
+    verify.add_argument(
+        "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
+    )
     verify.add_argument("--json", action="store_true", help="print JSON for scripts")
     methods = add(
         "methods",
@@ -103,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "outliermerge methods min_sigma",
         "outliermerge methods --json",
     )
-    methods.add_argument("name", metavar="NAME", nargs="?")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="show one, with its formula")
     methods.add_argument("--json", action="store_true", help="print JSON for scripts")
     add("schema", "print the JSON schema of a spec", "outliermerge schema > spec.schema.json")
     return parser
@@ -121,6 +123,16 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
@@ -141,9 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:
         return _fail(error, EXIT_FAILED)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)

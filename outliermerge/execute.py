@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from outliermerge.blocks import Map, Span
@@ -71,10 +72,8 @@ def execute(
     # What can refuse a merge is done first: buffers that must be equal.
     ordered = sorted(jobs, key=lambda job: job.action != "equal")
     lock = threading.Lock()
-    with Reader() as reader:
+    with Reader() as reader, worker_pool(options.threads) as (pool, on_all_threads):
         runner = JobRunner(plan, reader, sink, options, on_progress)
-        pool = ThreadPoolExecutor(options.threads, initializer=use_one_thread)
-        on_all_threads = thread_map(pool, options.threads)
         pending: list[Future[None]] = []
 
         def finish(job: Job, run: Map) -> None:
@@ -82,21 +81,27 @@ def execute(
             with lock:
                 on_result(job, result)
 
-        try:
-            for job in ordered:
-                if job.num_elements <= runner.block_elements(job):
-                    pending.append(pool.submit(finish, job, map))
-                else:
-                    finish(job, on_all_threads)
-                    _raise_failures(pending)
-            for future in pending:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for job in ordered:
+            if job.num_elements <= runner.block_elements(job):
+                pending.append(pool.submit(finish, job, map))
+            else:
+                finish(job, on_all_threads)
+                _raise_failures(pending)
+        for future in pending:
+            future.result()
 
 
-def thread_map(pool: ThreadPoolExecutor, threads: int) -> Map:
-    """Return a `map` over a pool that keeps few results waiting, so that memory stays bounded."""
+@contextmanager
+def worker_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Map]]:
+    """Give a pool whose threads compute for themselves alone, and a `map` over it.
+
+    The map keeps few results waiting, so that memory stays bounded. torch's number of threads,
+    which is the process's for threads that start later, is put back at the end.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
     def run(function: Callable[[Span], Any], items: Iterable[Span]) -> Iterator[Any]:
         waiting: deque[Future[Any]] = deque()
@@ -111,7 +116,11 @@ def thread_map(pool: ThreadPoolExecutor, threads: int) -> Map:
             for future in waiting:
                 future.cancel()
 
-    return run
+    try:
+        yield pool, run
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _raise_failures(pending: list[Future[None]]) -> None:
@@ -120,13 +129,6 @@ def _raise_failures(pending: list[Future[None]]) -> None:
         if future.done():
             future.result()
     pending[:] = running
-
-
-def use_one_thread() -> None:
-    """Let torch compute in the calling thread alone; the pool's threads share the processors."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def keep_freed_memory() -> None:

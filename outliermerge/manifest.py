@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from outliermerge.checkpoint.checksum import file_checksum
+from outliermerge.checkpoint.checksum import file_checksum, header_checksum
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import is_hub_id
 from outliermerge.checkpoint.layout import INDEX_NAME, OutputTensor, make_index
@@ -116,7 +116,8 @@ def _manifest(
         "device": device.partition(":")[0],
         "spec": plan.spec.as_dict(),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
-        "files: sha256; inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
+        "files: sha256; shards: xxh3_128 of the header; "
+        "inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
         "inputs": [
             {
                 "model": entry.reference,
@@ -130,6 +131,13 @@ def _manifest(
             }
             for number, entry in enumerate(plan.inputs)
         ],
+        "shards": {
+            shard.file: {
+                "num_bytes": shard.num_bytes,
+                "header": header_checksum(folder / shard.file),
+            }
+            for shard in plan.shards
+        },
         "read_bytes": plan.num_read_bytes,
         "num_parameters": plan.num_parameters,
         "files": {
@@ -171,8 +179,11 @@ def _plain(value: Any) -> Any:
 
 def _model_card(plan: Plan) -> str:
     """Return the output's README: the front matter that the hub reads, and the recipe."""
-    references = [entry.reference for entry in plan.inputs]
-    on_hub = [reference.partition("@")[0] for reference in references if is_hub_id(reference)]
+    on_hub = [
+        entry.reference.partition("@")[0]
+        for entry in plan.inputs
+        if is_hub_id(entry.reference) and Path(entry.reference).absolute() != entry.checkpoint.root
+    ]
     config = plan.inputs[0].checkpoint.root / "config.json"
     front = ["---"]
     if on_hub:
@@ -212,14 +223,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != MANIFEST_FORMAT
-        or not isinstance(manifest.get("tensors"), dict)
-        or not isinstance(manifest.get("files"), dict)
-    ):
+    entries = {
+        "tensors": {"file", "dtype", "shape", "checksum"},
+        "shards": {"num_bytes", "header"},
+        "files": {"num_bytes", "sha256"},
+    }
+    valid = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
+    for key, needed in entries.items():
+        valid = valid and isinstance(manifest.get(key), dict)
+        valid = valid and all(
+            isinstance(entry, dict) and needed <= entry.keys() for entry in manifest[key].values()
+        )
+    if not valid:
         raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
-    return manifest
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def verify_folder(
@@ -235,27 +253,35 @@ def verify_folder(
     """
     manifest = read_manifest(folder)
     differences: list[str] = []
+    changed_headers: set[str] = set()
     stored: dict[str, OutputTensor] = {}
-    weight_files = sorted({entry["file"] for entry in manifest["tensors"].values()})
-    for file in weight_files:
+    for file, shard in manifest["shards"].items():
         try:
             metas = read_header(folder / file)
         except OutlierMergeError as error:
             differences.append(str(error))
             continue
+        if header_checksum(folder / file) != shard["header"]:
+            changed_headers.add(file)
         for meta in metas:
             assert meta.offset is not None
+            if meta.name in stored:
+                differences.append(
+                    f"tensor {meta.name!r}: is in {stored[meta.name].file} and in {file}"
+                )
             stored[meta.name] = OutputTensor(meta.name, meta.dtype, meta.shape, file, meta.offset)
     readable = {tensor.file for tensor in stored.values()}
     to_read = []
     for name, entry in manifest["tensors"].items():
         tensor = stored.pop(name, None)
         if tensor is None:
+            changed_headers.discard(entry["file"])
             if entry["file"] in readable:
                 differences.append(f"tensor {name!r}: is not in {entry['file']}")
             continue
         found = (tensor.file, tensor.dtype.name, list(tensor.shape))
         if found != (entry["file"], entry["dtype"], entry["shape"]):
+            changed_headers -= {tensor.file, entry["file"]}
             differences.append(
                 f"tensor {name!r}: found {found[1]} {found[2]} in {found[0]}, expected "
                 f"{entry['dtype']} {entry['shape']} in {entry['file']}"
@@ -263,8 +289,10 @@ def verify_folder(
         else:
             to_read.append(tensor)
     differences += [f"tensor {name!r}: is not in the manifest" for name in stored]
+    changed_headers -= {tensor.file for tensor in stored.values()}
+    differences += [f"file {file}: its header changed" for file in sorted(changed_headers)]
     differences += _differing_tensors(folder, to_read, manifest, threads, on_progress)
-    differences += _differing_files(folder, manifest, set(weight_files))
+    differences += _differing_files(folder, manifest)
     return differences
 
 
@@ -298,7 +326,7 @@ def _differing_tensors(
             os.close(descriptor)
 
 
-def _differing_files(folder: Path, manifest: Mapping[str, Any], weights: set[str]) -> list[str]:
+def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     differences = []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -306,7 +334,7 @@ def _differing_files(folder: Path, manifest: Mapping[str, Any], weights: set[str
             differences.append(f"file {name}: is missing")
         elif file_checksum(path) != entry["sha256"]:
             differences.append(f"file {name}: its contents changed")
-    known = weights | set(manifest["files"]) | {MANIFEST_NAME}
+    known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in known:

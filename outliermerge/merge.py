@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.blocks import Span, measure_needs, merge_block, spans
+from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.execute import choose_device, execute, num_threads, thread_map, use_one_thread
+from outliermerge.execute import choose_device, execute, num_threads, worker_pool
 from outliermerge.job_runner import JobResult, Options
 from outliermerge.jobs import Job, Plan, row_elements
 from outliermerge.manifest import identity, verify_folder, write_sidecars
@@ -87,7 +87,7 @@ def run(
     device: str = "cpu",
     memory: int | str = DEFAULT_MEMORY_BYTES,
     threads: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_BYTES,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     fresh: bool = False,
     allow_non_finite: bool = False,
@@ -104,7 +104,7 @@ def run(
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         memory: bytes for blocks and intermediate results, above what the interpreter takes.
         threads: worker threads; 0 for the processors at hand.
-        shard_size: most bytes of a weight file.
+        shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         overwrite: replace an existing output when the merge is done.
         fresh: start over instead of going on with a killed run.
         allow_non_finite: go on where values are infinite or NaN, and list them.
@@ -118,7 +118,12 @@ def run(
         >>> import outliermerge
         >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
     """
-    planned = spec if isinstance(spec, Plan) else plan(spec, shard_size=shard_size)
+    if isinstance(spec, Plan):
+        if shard_size is not None:
+            raise SpecError("shard_size: the plan has its shards already; give it to plan()")
+        planned = spec
+    else:
+        planned = plan(spec, shard_size=shard_size or DEFAULT_SHARD_BYTES)
     final = output_folder(planned, output)
     options = Options(
         device=choose_device(device),
@@ -147,7 +152,7 @@ def run(
 
         execute(planned, left, folder, options, on_result=record, on_progress=on_progress)
         manifest = write_sidecars(planned, folder.done, folder.path, device=options.device)
-        folder.finish(overwrite=overwrite)
+        folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
     finally:
         folder.close()
     return RunResult(
@@ -286,14 +291,14 @@ def merge_tensors(
     if not first.is_floating_point():
         if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
             raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
-        return first.clone()
+        return first.detach().clone()
     sources = [base, *models] if found.space == "delta" and base is not None else list(models)
     same = all(
         tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
         for tensor in sources
     )
     if same and (found.space == "delta" or found.idempotent(resolved)):
-        return first.clone()
+        return first.detach().clone()
     if len(models) == 1 and found.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)
     return _merge_in_memory(sources, found, resolved, first)
@@ -322,9 +327,7 @@ def _merge_in_memory(
             target.copy_(source[start:stop])
         return block_SE
 
-    threads = num_threads(0)
-    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
-        run_blocks = thread_map(pool, threads)
+    with worker_pool(num_threads(0)) as (_, run_blocks):
         needs = measure_needs(
             method,
             resolved,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,26 @@ def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
     Raises:
         OutlierMergeError: it exists and may not be overwritten, or a model is in it.
     """
-    resolved = final.resolve()
+    partial, replaced = partial_folder(final), _replaced_folder(final)
     for entry in plan.inputs:
         root = entry.checkpoint.root.resolve()
-        if root == resolved or resolved in root.parents or root in resolved.parents:
-            raise OutlierMergeError(
-                f"{final}: is, holds or is inside the model {entry.reference}: "
-                "choose another output"
-            )
+        for folder in (final, partial, replaced):
+            resolved = folder.resolve()
+            if root == resolved or resolved in root.parents or root in resolved.parents:
+                raise OutlierMergeError(
+                    f"{folder}: is, holds or is inside the model {entry.reference}: "
+                    "choose another output"
+                )
+    if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):
+        raise OutlierMergeError(
+            f"{partial}: the merge would be written there, but it holds something else. "
+            "Move it away or choose another output."
+        )
+    if overwrite and replaced.exists() and not _is_ours(replaced):
+        raise OutlierMergeError(
+            f"{replaced}: the old output would be kept there for a moment, but it holds "
+            "something else. Move it away or choose another output."
+        )
     if not final.exists():
         return
     if not overwrite:
@@ -55,6 +67,14 @@ def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
             f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
             f"{MANIFEST_NAME}. Move it away."
         )
+
+
+def _replaced_folder(final: Path) -> Path:
+    return final.with_name(final.name + ".replaced")
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_JOURNAL_NAME, MANIFEST_NAME))
 
 
 class OutputFolder:
@@ -101,47 +121,55 @@ class OutputFolder:
             )
 
     def _open_journal(self, fresh: bool, identity: dict[str, Any]) -> int:
-        journal = os.open(self.path / _JOURNAL_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        journal = os.open(self.path / _JOURNAL_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(journal)
             raise OutlierMergeError(f"{self.path}: another run is writing it") from error
         try:
-            lines = self._read_journal(journal)
-            if fresh:
-                lines = []
-                for file in self.path.iterdir():
-                    if file.name != _JOURNAL_NAME:
-                        shutil.rmtree(file) if file.is_dir() else file.unlink()
-            elif lines:
+            lines, num_whole_bytes = self._read_journal(journal)
+            if fresh or not lines:
+                self._remove_all_but({_JOURNAL_NAME})
+                os.ftruncate(journal, 0)
+                _append(journal, identity)
+            else:
                 _check_identity(self.path, lines[0], identity)
-            if lines:
+                os.ftruncate(journal, num_whole_bytes)
                 for line in lines[1:]:
-                    self.done[line.pop("tensor")] = JobResult(
-                        **line | {"read": {int(k): v for k, v in line["read"].items()}}
-                    )
-            # Rewritten without a last line that a kill cut short.
-            os.ftruncate(journal, 0)
-            os.lseek(journal, 0, os.SEEK_SET)
-            _append(journal, identity)
-            for name, result in self.done.items():
-                _append(journal, {"tensor": name} | asdict(result))
+                    name = line.pop("tensor")
+                    line["read"] = {int(number): sum_ for number, sum_ in line["read"].items()}
+                    self.done[name] = JobResult(**line)
         except BaseException:
             os.close(journal)
             raise
         return journal
 
     @staticmethod
-    def _read_journal(journal: int) -> list[dict[str, Any]]:
+    def _read_journal(journal: int) -> tuple[list[dict[str, Any]], int]:
+        """Return the whole lines and their bytes; a kill can cut the last line short."""
+        lines: list[dict[str, Any]] = []
+        num_whole_bytes = 0
         with os.fdopen(os.dup(journal), "rb") as file:
-            lines = []
             for raw in file:
                 try:
-                    lines.append(json.loads(raw))
+                    line = json.loads(raw) if raw.endswith(b"\n") else None
                 except ValueError:
+                    line = None
+                if not isinstance(line, dict):
                     break
-        return lines
+                lines.append(line)
+                num_whole_bytes += len(raw)
+        return lines, num_whole_bytes
+
+    def _remove_all_but(self, names: set[str]) -> None:
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            name = path.relative_to(self.path).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif name not in names:
+                path.unlink()
 
     def _allocate(self, shard: Shard) -> int:
         path = self.path / shard.file
@@ -187,14 +215,21 @@ class OutputFolder:
             self.done[name] = result
             _append(self._journal, {"tensor": name} | asdict(result))
 
-    def finish(self, *, overwrite: bool) -> None:
-        """Sync everything and give the folder its name."""
+    def finish(self, files: Iterable[str], *, overwrite: bool) -> None:
+        """Sync everything and give the folder its name.
+
+        Args:
+            files: what the folder holds besides the shards; anything else is of an earlier run
+                and is removed.
+            overwrite: replace an output that is there.
+        """
+        self._remove_all_but({_JOURNAL_NAME, *files, *self._files})
         for descriptor in self._files.values():
             os.fsync(descriptor)
         for path in self.path.rglob("*"):
             if path.is_file() and path.name not in self._files:
                 _sync(path)
-        replaced = self.final.with_name(self.final.name + ".replaced")
+        replaced = _replaced_folder(self.final)
         if overwrite and self.final.exists():
             if replaced.exists():
                 shutil.rmtree(replaced)
@@ -203,7 +238,7 @@ class OutputFolder:
         self.path.rename(self.final)
         _sync(self.final)
         _sync(self.final.absolute().parent)
-        if replaced.exists():
+        if overwrite and replaced.exists():
             shutil.rmtree(replaced)
 
     def close(self) -> None:

@@ -25,6 +25,12 @@ from outliermerge.merge import RunResult
 from outliermerge.method import MergeMethod
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller, instead of ending the program with exit code 1."""
+        raise BrokenPipeError
+
+
 def progress_bar(description: str) -> Progress:
     """Return a bar with bytes per second and the time left; nothing unless at a terminal."""
     console = Console(stderr=True)
@@ -70,7 +76,7 @@ def print_plan(
     free_bytes: int,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
-    console = Console(highlight=False, soft_wrap=False)
+    console = _Console(highlight=False, soft_wrap=False)
     method = plan.spec.method
     console.print(Text(f"{method.name}: {method.summary}", style="bold"))
     models = _table("model", "role", "tensors", "size", "dtypes loaded", "from")
@@ -174,7 +180,7 @@ def _value(value: Any) -> str:
 
 def print_result(result: RunResult) -> None:
     """Print what a merge did, in a few lines."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console(highlight=False, soft_wrap=True)
     worked = result.read_bytes + result.written_bytes
     speed = human_bytes(worked / result.seconds) if result.seconds else "–"
     console.print(
@@ -191,7 +197,7 @@ def print_result(result: RunResult) -> None:
 
 def print_methods(methods: Iterable[MergeMethod]) -> None:
     """Print every method with its parameters."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console(highlight=False, soft_wrap=True)
     for method in methods:
         console.print(Text.assemble((method.name, "bold"), f"  {method.summary}"))
         if method.paper:
@@ -214,7 +220,7 @@ def _parameter_table(method: MergeMethod) -> Table:
 
 def print_method(method: MergeMethod) -> None:
     """Print a method's documentation."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console(highlight=False, soft_wrap=True)
     console.print(Text(method.name, style="bold"))
     console.print(Text(method.documentation))
     console.print()

@@ -28,6 +28,13 @@ def tensor_checksum(digests: Iterable[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(digests))
 
 
+def header_checksum(path: Path) -> str:
+    """Return the checksum of a safetensors file's bytes before its first tensor."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxhash.xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
+
+
 def file_checksum(path: Path) -> str:
     """Return a file's SHA-256, as the hub shows it."""
     digest = hashlib.sha256()

@@ -1,0 +1,202 @@
+"""The same specs through mergekit 0.1.5, in this process: the outputs must agree."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import family, load_folder
+from torch import Tensor
+
+import outliermerge
+
+
+@pytest.fixture(scope="module")
+def merge_by_mergekit() -> Callable[[dict[str, Any], Path], dict[str, Tensor]]:
+    with warnings.catch_warnings():
+        # Its lazy_unpickle.py names a private module of numpy that has been renamed.
+        warnings.filterwarnings("ignore", "numpy.core is deprecated", DeprecationWarning)
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+    def merge(spec: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+        options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
+        run_merge(MergeConfiguration.model_validate(spec), str(folder), options)
+        return load_folder(folder)
+
+    return merge
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
+    folder = tmp_path_factory.mktemp("families")
+    return {
+        "fp32": family("llama", folder / "fp32", num_models=3),
+        "bf16": family(
+            "llama", folder / "bf16", num_models=3, dtype=torch.bfloat16, shard_size="60KB"
+        ),
+    }
+
+
+def filtered(attention: Any, mlp: Any, otherwise: Any) -> list[dict[str, Any]]:
+    return [
+        {"filter": "self_attn", "value": attention},
+        {"filter": "mlp", "value": mlp},
+        {"value": otherwise},
+    ]
+
+
+GRADIENT = [0.1, 0.9, 0.4, 0.7]
+WEIGHTS = [{"weight": 0.3}, {"weight": 0.5}, {"weight": 0.2}]
+SPECS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear", "own": WEIGHTS},
+    "linear-sum": {
+        "method": "linear",
+        "parameters": {"normalize": False},
+        "own": [{"weight": GRADIENT}, {"weight": 0.7}, {"weight": [0.2, -0.3]}],
+    },
+    "linear-filters": {
+        "method": "linear",
+        "own": [
+            {"weight": filtered(0.2, GRADIENT, 0.6)},
+            {"weight": filtered([1, 0.5], 0.3, 1)},
+            {"weight": {"filter": "*", "value": 0.8}},
+        ],
+    },
+    "linear-precedence": {
+        "method": "linear",
+        "parameters": {"weight": GRADIENT},
+        "own": [{"weight": 0.9}, {}, {"weight": {"filter": "mlp", "value": 0.1}}],
+    },
+    "task_arithmetic": {"method": "task_arithmetic", "own": WEIGHTS},
+    "task_arithmetic-normalize": {
+        "method": "task_arithmetic",
+        "parameters": {"normalize": True, "lambda": 0.7},
+        "own": [{"weight": GRADIENT}, {"weight": 0.7}, {"weight": 1.5}],
+    },
+    "task_arithmetic-filters": {
+        "method": "task_arithmetic",
+        "parameters": {"lambda": filtered([0.5, 1.5], 0.8, 1), "weight": 0.6},
+        "own": [
+            {"weight": filtered(0.2, GRADIENT, 0.6)},
+            {"weight": [{"filter": "q_proj", "value": 0.1}, {"filter": "attn", "value": 0.9}]},
+            {},
+        ],
+    },
+    "task_arithmetic-zero-sum": {
+        "method": "task_arithmetic",
+        "parameters": {"normalize": True},
+        "own": [{"weight": 0.5}, {"weight": -0.75}, {"weight": 0.25}],
+    },
+    "ties": {"method": "ties", "parameters": {"density": 0.3}, "own": WEIGHTS},
+    "ties-whole": {"method": "ties", "own": WEIGHTS},
+    "ties-sum": {
+        "method": "ties",
+        "parameters": {"normalize": False, "density": GRADIENT, "lambda": 0.8},
+        "own": WEIGHTS,
+    },
+    "ties-rescale": {
+        "method": "ties",
+        "parameters": {"rescale": True, "int8_mask": True, "density": 0.6, "weight": GRADIENT},
+        "own": [
+            {"density": 0.2},
+            {"density": filtered(0.1, [0.3, 0.7], 0.9), "weight": 0.35},
+            {},
+        ],
+    },
+    "ties-nothing-kept": {
+        "method": "ties",
+        "parameters": {"density": {"filter": "mlp", "value": 0}, "weight": 1},
+        "own": [{}, {}, {"weight": 0.4, "density": 0.5}],
+    },
+    "passthrough": {"method": "passthrough", "own": [{}]},
+    "passthrough-scale": {
+        "method": "passthrough",
+        "parameters": {"scale": filtered(GRADIENT, 0.5, 2)},
+        "own": [{}],
+    },
+}
+
+
+def spec_of(case: str, base: Path, models: list[Path]) -> dict[str, Any]:
+    given = SPECS[case]
+    own = given["own"]
+    spec = {
+        "merge_method": given["method"],
+        "models": [
+            {"model": str(model)} | ({"parameters": p} if p else {})
+            for model, p in zip(models, own, strict=False)
+        ],
+        "parameters": given.get("parameters", {}),
+        "dtype": "float32",
+    }
+    if given["method"] in ("task_arithmetic", "ties"):
+        spec["base_model"] = str(base)
+    return copy.deepcopy(spec)
+
+
+def tied(case: str) -> bool:
+    """Tell whether bfloat16 magnitudes are trimmed: we keep all ties, mergekit some."""
+    return SPECS[case]["method"] == "ties" and case != "ties-whole"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for dtype in ("fp32", "bf16") for case in SPECS
+     if dtype == "fp32" or not tied(case)],
+)  # fmt: skip
+def test_output_agrees_with_mergekit(case, dtype, families, merge_by_mergekit, tmp_path):
+    base, models = families[dtype]
+    spec = spec_of(case, base, models)
+    theirs = merge_by_mergekit(copy.deepcopy(spec), tmp_path / "theirs")
+    ours = load_folder(outliermerge.run(spec, output=tmp_path / "ours").output)
+    assert ours.keys() == theirs.keys()
+    unmerged = load_folder(models[0])
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype == torch.float32
+        scale = float(unmerged[name].float().abs().max())
+        difference = float((tensor - theirs[name]).abs().max())
+        assert difference <= 1e-6 * max(scale, float(theirs[name].abs().max())), name
+    changed = [n for n, t in ours.items() if not torch.equal(t, unmerged[n].float())]
+    assert bool(changed) == (case != "passthrough")
+
+
+def test_parameters_change_what_both_give(families, merge_by_mergekit, tmp_path):
+    base, models = families["fp32"]
+    plain, filters = (
+        merge_by_mergekit(spec_of(case, base, models), tmp_path / case)
+        for case in ("task_arithmetic", "task_arithmetic-filters")
+    )
+    assert all(not torch.allclose(plain[n], filters[n], rtol=0, atol=1e-5) for n in plain)
+
+
+def test_ties_of_bfloat16_keeps_what_mergekit_keeps_and_the_ties(
+    families, merge_by_mergekit, tmp_path
+):
+    base, models = families["bf16"]
+    spec = {
+        "merge_method": "ties",
+        "base_model": str(base),
+        "models": [{"model": str(models[0])}],
+        "parameters": {"density": 0.3, "weight": 1},
+        "dtype": "float32",
+    }
+    theirs = merge_by_mergekit(copy.deepcopy(spec), tmp_path / "theirs")
+    ours = load_folder(outliermerge.run(spec, output=tmp_path / "ours").output)
+    before, after = load_folder(base), load_folder(models[0])
+    more = 0
+    for name, tensor in ours.items():
+        start = before[name].float()
+        delta = after[name].float() - start
+        kept, kept_there = tensor != start, theirs[name] != start
+        assert torch.equal(tensor[kept_there], theirs[name][kept_there]), name
+        extra = kept & ~kept_there
+        assert (delta[extra].abs() == delta[kept].abs().min()).all(), name
+        more += int(extra.sum())
+    assert more > 0
