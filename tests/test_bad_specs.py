@@ -184,8 +184,10 @@ BAD = {
         "4:5: models[0]: `model` is missing",
     ),
     "empty model": (HEAD + "  - model: ''\n", "6:12: models[2].model: must not be empty"),
-    "model of nothing": (HEAD + "  - model:\n", "6:11: models[2].model: found nothing, expected a "
-                         "text"),
+    "model of nothing": (
+        HEAD + "  - model:\n",
+        "6:11: models[2].model: found nothing, expected a text",
+    ),
     # Types.
     "text for a number": (
         _with_parameters("lambda: high"),
@@ -333,8 +335,13 @@ BAD = {
         "take all of its tensors",
     ),
     "filter below one that takes its tensors": (
-        _with_parameters("density:", "  - filter: layers", "    value: 0.3",
-                         "  - filter: layers.0", "    value: 1"),
+        _with_parameters(
+            "density:",
+            "  - filter: layers",
+            "    value: 0.3",
+            "  - filter: layers.0",
+            "    value: 1",
+        ),
         "11:14: parameters.density[1].value: the filter 'layers.0' is never reached: entries "
         "above take all of its tensors",
     ),
@@ -384,8 +391,10 @@ BAD = {
         _with_parameters("density: &it {value: *it}"),
         "7:12: not valid YAML: it contains itself",
     ),
-    "control character": ("merge_method: ties\x07\n", "1:19: not valid YAML: the character "
-                          "'\\x07'"),
+    "control character": (
+        "merge_method: ties\x07\n",
+        "1:19: not valid YAML: the character '\\x07'",
+    ),
     "two documents": (
         HEAD + "---\n" + HEAD,
         "6:1: not valid YAML: expected a single document in the stream but found another document",
@@ -588,8 +597,10 @@ def test_a_run_without_an_output_is_refused_before_any_work(folder, capsys, monk
     code = cli.main(["run", str(folder / "spec.yaml")])
 
     assert code == 2
-    assert capsys.readouterr().err.replace(str(folder), "DIR").endswith(
-        "error: DIR/spec.yaml:1:1: no output: give --output or `output:` in the spec\n"
+    assert (
+        capsys.readouterr()
+        .err.replace(str(folder), "DIR")
+        .endswith("error: DIR/spec.yaml:1:1: no output: give --output or `output:` in the spec\n")
     )
     assert sorted(folder.iterdir()) == before
 
@@ -597,15 +608,11 @@ def test_a_run_without_an_output_is_refused_before_any_work(folder, capsys, monk
 def test_a_run_with_too_little_memory_writes_nothing(folder, capsys):
     _plan(folder, HEAD, capsys)
     output = folder / "out"
-    code = cli.main(
-        ["run", str(folder / "spec.yaml"), "--output", str(output), "--memory", "1B"]
-    )
+    code = cli.main(["run", str(folder / "spec.yaml"), "--output", str(output), "--memory", "1B"])
 
     assert code == 2
     assert "error: --memory: '1B' is not a size." in capsys.readouterr().err
-    code = cli.main(
-        ["run", str(folder / "spec.yaml"), "--output", str(output), "--memory", "100"]
-    )
+    code = cli.main(["run", str(folder / "spec.yaml"), "--output", str(output), "--memory", "100"])
     assert code == 2
     assert "error: --memory: 100 bytes are too few for tensor" in capsys.readouterr().err
     assert not output.exists()

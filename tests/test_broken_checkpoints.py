@@ -190,8 +190,7 @@ BROKEN = {
     ),
     "header beyond the file": (
         _file(_bytes(b"{}", length=1000)),
-        f"DIR/bad{FILE}: truncated: the header needs 1008 bytes, the file has 10. "
-        "Fetch it again.",
+        f"DIR/bad{FILE}: truncated: the header needs 1008 bytes, the file has 10. Fetch it again.",
     ),
     "header above 100 MB": (
         _file(_bytes(b"{}", length=100_000_001)),
@@ -278,7 +277,6 @@ BROKEN = {
         f"DIR/bad{FILE}: tensor 'w': data_offsets span 8 bytes, but float32 of shape [3] needs 12",
     ),
     "overlapping tensors": (
-        # The header is 117 bytes, the data starts at byte 8 + 117.
         _file({"v": _entry(), "w": _entry(offsets=(4, 12))}, num_data_bytes=12),
         f"DIR/bad{FILE}: tensor 'w' overlaps the tensor before it: it starts at byte "
         "{4}, expected {8}",
@@ -304,7 +302,7 @@ BROKEN = {
     # Shards and their index.
     "truncated shard": (
         _truncated_shard,
-        f"DIR/bad/{SHARDS[1]}: truncated: its tensors end at byte 92, the file has 87. "
+        f"DIR/bad/{SHARDS[1]}: truncated: its tensors end at byte 84, the file has 79. "
         "Fetch it again.",
     ),
     "missing shard": (
@@ -376,8 +374,7 @@ BROKEN = {
     ),
     "pickle of a training state": (
         _pickle({"model": dict(GOOD), "epoch": 3}),
-        f"DIR/bad{BIN}: 'model' is a dict, expected a tensor. "
-        "Save the model's state_dict() alone.",
+        f"DIR/bad{BIN}: 'model' is a dict, expected a tensor. Save the model's state_dict() alone.",
     ),
     "pickle of the old format": (
         _pickle(GOOD, _use_new_zipfile_serialization=False),
@@ -447,9 +444,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(new_format, tmp_pat
     bad = tmp_path / "bad"
     bad.mkdir()
     value = GOOD | {"c": _RunsCode(tmp_path / "ran")}
-    torch.save(
-        value, bad / "pytorch_model.bin", _use_new_zipfile_serialization=new_format
-    )
+    torch.save(value, bad / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
 
     code, message = _run(tmp_path, capsys, LINEAR)
 
@@ -485,7 +480,8 @@ def test_a_truncated_pickle_is_told_as_broken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\x80", LFS, b"no pickle", b"\x80\x02K\x01."],
+    "raw",
+    [b"", b"\x80", LFS, b"no pickle", b"\x80\x02K\x01."],
     ids=["empty", "one byte", "Git LFS pointer", "text", "a number"],
 )
 def test_bytes_that_are_no_pytorch_file_are_told_in_one_message(raw, tmp_path, capsys):
@@ -588,8 +584,11 @@ def test_every_kind_of_difference_is_told_at_once(tmp_path, capsys):
     code, message = _run(tmp_path, capsys, TASK)
 
     assert code == 1
-    for row in ("  x.weight: not in DIR/a\n", "  y: in DIR/a, not in DIR/base\n",
-                "  w.weight: float32 [2, 2] in DIR/base, float32 [5] in DIR/a\n"):
+    for row in (
+        "  x.weight: not in DIR/a\n",
+        "  y: in DIR/a, not in DIR/base\n",
+        "  w.weight: float32 [2, 2] in DIR/base, float32 [5] in DIR/a\n",
+    ):
         assert row in message
 
 
@@ -698,9 +697,7 @@ def test_integer_buffers_of_another_integer_type_stop_the_merge(tmp_path, capsys
 
 # Values that are not finite.
 
-NON_FINITE = (
-    "Check that model; --allow-non-finite goes on and lists such tensors.\n"
-)
+NON_FINITE = "Check that model; --allow-non-finite goes on and lists such tensors.\n"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

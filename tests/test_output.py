@@ -495,13 +495,17 @@ class TestCard:
     def test_front_matter_names_hub_ids_only(
         self, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Folders that are named like hub ids stand in for the hub."""
+        """Folders stand in for the hub's cache; a local folder may look like a hub id."""
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "org").mkdir()
-        models["base"].rename(tmp_path / "org" / "base-7b")
-        models["task1"].rename(tmp_path / "org" / "task.1@main")
-        names = {"base": "org/base-7b", "task1": "org/task.1@main", "task2": "./task2"}
-        assert [is_hub_id(name) for name in names.values()] == [True, True, False]
+        names = {"base": "org/base-7b", "task1": "org/task.1@main", "task2": "models/task2"}
+        assert all(is_hub_id(name) for name in names.values())
+        (tmp_path / "models").mkdir()
+        models["task2"].rename(tmp_path / "models" / "task2")
+        cached = {"org/base-7b": models["base"], "org/task.1@main": models["task1"]}
+        monkeypatch.setattr(
+            "outliermerge.planning.resolve",
+            lambda name: cached.get(name) or (tmp_path / name),
+        )
         outliermerge.run(_spec(names), output="out", **CPU)  # type: ignore[arg-type]
         front = self._front(tmp_path / "out")
         assert front == {
