@@ -131,6 +131,20 @@ def test_a_change_of_dtype_is_in_the_config_too(kind, key, families, tmp_path):
     assert (same / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
+def test_a_change_of_dtype_reaches_nested_configs(families, tmp_path):
+    base, models = families("llava")
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["torch_dtype"] = config["vision_config"]["dtype"] = "float32"
+    (base / "config.json").write_text(json.dumps(config))
+    spec = spec_of("task_arithmetic", base, models, out_dtype="float16")
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+    config["text_config"]["torch_dtype"] = config["vision_config"]["dtype"] = "float16"
+    config["dtype"] = "float16"
+    assert json.loads((output / "config.json").read_text()) == config
+    assert load(output).dtype == torch.float16
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_the_base_are_carried_byte_for_byte(kind, families, tmp_path):
     base, *models = (

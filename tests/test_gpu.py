@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import outliermerge
 import pytest
 import torch
 from checkpoints import family, load_folder
+
+import outliermerge
 
 pytestmark = pytest.mark.gpu
 

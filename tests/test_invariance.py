@@ -13,6 +13,7 @@ from checkpoints import family, load_folder, save_tensors
 from torch import Tensor
 
 import outliermerge
+from outliermerge.blocks import measure_needs
 from outliermerge.statistics import CHUNK_ELEMENTS, StandardDeviation, Trim
 
 SHAPES = {
@@ -199,6 +200,26 @@ def test_statistics_do_not_depend_on_blocks(statistic, parameters, dtype):
         return state
 
     assert measured(1) == measured(2) == measured(3) == measured(100)
+
+
+def test_statistics_of_rows_do_not_depend_on_blocks():
+    generator = torch.Generator().manual_seed(10)
+    num_elements = 3 * CHUNK_ELEMENTS + 77
+    for _ in range(8):
+        block = torch.randn(2, num_elements, generator=generator) ** 3
+        measured = [
+            measure_needs(
+                row_scaled,
+                {},
+                lambda span, block=block: block[:, span[0] : span[1]].clone(),
+                num_models=2,
+                num_elements=num_elements,
+                block_elements=block_elements,
+                run=map,
+            )
+            for block_elements in (1, 521, 70_001, 150_000, num_elements)
+        ]
+        assert measured == measured[:1] * len(measured)
 
 
 @pytest.mark.parametrize("method", ["min_sigma", "task_arithmetic"])

@@ -457,7 +457,7 @@ def test_t_by_gradient_and_filter_moves_the_threshold_layer_by_layer(tmp_path):
     delta = torch.tensor([1.0, -1.0, 1.0, -1.0])
     wide = delta * 16
     names = [f"model.layers.{i}.{part}.weight" for i in range(3) for part in ("mlp", "attn")]
-    names += ["embed.weight", "norm.weight"]
+    names += ["embed.weight", "norm.weight", "tower.layers.0.mlp.weight", "projector.2.weight"]
     tensors_of(
         tmp_path,
         base={name: torch.zeros(4) for name in names},
@@ -468,7 +468,45 @@ def test_t_by_gradient_and_filter_moves_the_threshold_layer_by_layer(tmp_path):
     expected = {name: 5.0 if "attn" in name else 1.0 for name in names}
     for layer, t in enumerate([1.0, 9.0, 6.0]):
         expected[f"model.layers.{layer}.mlp.weight"] = t
+    expected["tower.layers.0.mlp.weight"] = 6.0  # the only layer of its stack is the last
     assert thresholds == expected
+
+
+def test_counts_of_outliers_stay_counts_where_values_are_not_finite(tmp_path):
+    changed = torch.tensor([math.nan, 1.0, -1.0, 0.0])
+    base = save_tensors(tmp_path / "base", {"w": torch.zeros(4)})
+    models = [
+        save_tensors(tmp_path / name, {"w": delta})
+        for name, delta in (("a", changed), ("b", torch.tensor([1.0, -1.0, 1.0, -1.0])))
+    ]
+    spec = {
+        "merge_method": "min_sigma",
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+    }
+    result = outliermerge.run(spec, output=tmp_path / "out", allow_non_finite=True)
+    assert result.non_finite.keys() == {"w"}
+    assert load_folder(result.output)["w"].isnan().tolist() == [True, False, False, False]
+    statistics = result.manifest["tensors"]["w"]["statistics"]
+    assert all(0 <= count <= 4 for count in statistics["outliers"])
+
+
+def test_an_infinite_element_stays_infinite_where_that_is_allowed(tmp_path):
+    base = save_tensors(tmp_path / "base", {"w": torch.zeros(4)})
+    models = [
+        save_tensors(tmp_path / name, {"w": torch.tensor(delta)})
+        for name, delta in (("a", [math.inf, 1.0, -1.0, 0.0]), ("b", [1.0, -1.0, 1.0, -1.0]))
+    ]
+    for method in ("min_sigma", "task_arithmetic", "ties"):
+        spec = {
+            "merge_method": method,
+            "base_model": str(base),
+            "models": [{"model": str(model)} for model in models],
+        }
+        result = outliermerge.run(spec, output=tmp_path / method, allow_non_finite=True)
+        merged = load_folder(result.output)["w"]
+        assert merged[0] == math.inf, method
+        assert merged[1:].isfinite().all(), method
 
 
 # TIES.

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import outliermerge
 import pytest
 import torch
 import yaml
 from checkpoints import fine_tune, load_folder, save_model
 from safetensors.torch import load_file, save_file
+
+import outliermerge
 
 ROOT = Path(__file__).parent.parent
 SPECS = sorted((ROOT / "merge_configs").glob("*.yaml"))
@@ -71,7 +72,7 @@ def test_a_missing_tensor_of_the_real_fine_tune_stops_the_plan(real_models):
         "base_model": str(real_models["all-MiniLM-L6-v2"]),
         "models": [{"model": str(real_models["sre-embedding-model"])}],
     }
-    with pytest.raises(outliermerge.OutlierMergeError, match="embeddings.position_ids: not in"):
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"embeddings\.position_ids: not in"):
         outliermerge.plan(spec)
 
 
