@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
 
 if TYPE_CHECKING:
     from outliermerge.jobs import Plan
@@ -165,7 +165,11 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in str(message)
+    )
+    print(f"error: {shown}", file=sys.stderr)
     return code
 
 
@@ -221,7 +225,7 @@ def _plan(options: argparse.Namespace) -> int:
     threads = num_threads(options.threads)
     memory_bytes = parse_bytes(options.memory, option="--memory")
     named = options.output or planned.spec.document.output
-    output = Path(named).expanduser() if named else None
+    output = as_path(named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     peak = planned.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
     if options.json:

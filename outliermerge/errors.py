@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OutlierMergeError(ValueError):
@@ -12,6 +13,26 @@ class OutlierMergeError(ValueError):
 
 class SpecError(OutlierMergeError):
     """A mistake in a spec or on the command line (exit code 2)."""
+
+
+def as_path(text: str | Path) -> Path:
+    """Return a path with `~` resolved.
+
+    Raises:
+        OutlierMergeError: no file can have that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        if "\0" in str(text):
+            raise ValueError("it has a null character")
+        return path
+    except OSError as error:
+        reason = error.strerror
+    except (RuntimeError, ValueError) as error:
+        reason = str(error)
+    shown = str(text) if len(str(text)) < 80 else f"{str(text)[:80]}…"
+    raise OutlierMergeError(f"{shown!r} cannot be a path: {reason}")
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

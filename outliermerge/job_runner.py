@@ -21,7 +21,6 @@ from outliermerge.jobs import Job, Plan
 from outliermerge.methods import find_method
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -193,29 +192,31 @@ class JobRunner:
         number, meta = job.sources[0]
         target = getattr(torch, job.output.dtype.name)
 
-        def copy(span: Span) -> tuple[bytes, bytes, bool]:
+        def copy(span: Span) -> tuple[bytes, bytes, bool, bool]:
             raw = self._read(meta, span, 0)
             values = raw.view(getattr(torch, meta.dtype.name))
             read = piece_digests(_bytes_of(raw), meta.dtype.num_bytes)
-            out, written, finite = raw, read, True
+            out, written = raw, read
+            finite = not meta.dtype.is_float or _is_finite(values)
+            fits = True
             if meta.dtype != job.output.dtype:
-                out = values.to(target).view(torch.uint8)
-                values = out.view(target)
+                stored = values.to(target)
+                fits = not finite or _is_finite(stored)
+                out = stored.view(torch.uint8)
                 written = piece_digests(_bytes_of(out), job.output.dtype.num_bytes)
-            if meta.dtype.is_float:
-                wide = values if values.dtype == torch.float64 else values.float()
-                finite = _is_finite(*wide.aminmax())
             self._write(job.output, span, out)
-            return read, written, finite
+            return read, written, finite, fits
 
         results = list(run(copy, task.element_spans))
         result = JobResult(
             action="copy",
-            checksum=tensor_checksum(written for _, written, _ in results),
-            read={number: tensor_checksum(read for read, _, _ in results)},
+            checksum=tensor_checksum(written for _, written, _, _ in results),
+            read={number: tensor_checksum(read for read, _, _, _ in results)},
         )
-        if not all(finite for _, _, finite in results):
+        if not all(finite for _, _, finite, _ in results):
             self._non_finite(result, job, f"in {self._plan.inputs[number].reference}")
+        if not all(fits for _, _, _, fits in results):
+            self._non_finite(result, job, f"in the output ({job.output.dtype.name})")
         return result
 
     def _merge(self, task: _Task, run: Map) -> JobResult:
@@ -245,8 +246,8 @@ class JobRunner:
             digests: list[bytes] = []
             block_SE = self._load(task, span, digests if in_pieces else None)
             bad = set()
-            if not _is_finite(*block_SE.aminmax()):
-                bad = {r for r, row in enumerate(block_SE) if not _is_finite(*row.aminmax())}
+            if not _is_finite(block_SE):
+                bad = {r for r, row in enumerate(block_SE) if not _is_finite(row)}
                 if bad and not self._options.allow_non_finite:
                     self._raise_non_finite(job, [self._where(job, row) for row in sorted(bad)])
             merged_E, report = merge_block(method, block_SE, keywords, job.output.shape)
@@ -283,7 +284,12 @@ class JobRunner:
             self._checksum_again(task, result, run)
         if bad or not finite:
             places = [self._where(job, row) for row in sorted(bad)]
-            self._non_finite(result, job, *places, *([] if finite else ["in the output"]))
+            self._non_finite(
+                result,
+                job,
+                *places,
+                *([] if finite else [f"in the output ({job.output.dtype.name})"]),
+            )
         return result
 
     def _checksum_again(self, task: _Task, result: JobResult, run: Map) -> None:
@@ -356,5 +362,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _is_finite(low: torch.Tensor, high: torch.Tensor) -> bool:
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+def _is_finite(values: Tensor) -> bool:
+    """Tell whether no value is infinite or NaN, by the extremes, which NaN takes over."""
+    wide = values if values.element_size() >= 4 else values.float()
+    return all(math.isfinite(float(extreme)) for extreme in wide.aminmax())

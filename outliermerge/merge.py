@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.blocks import Span, measure_needs, merge_block, spans
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import parse_bytes
-from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.errors import OutlierMergeError, SpecError, as_path, listing
 from outliermerge.execute import choose_device, execute, num_threads, worker_pool
 from outliermerge.job_runner import JobResult, Options
 from outliermerge.jobs import Job, Plan, row_elements
@@ -174,7 +174,7 @@ def output_folder(planned: Plan, output: str | Path | None) -> Path:
     named = output or planned.spec.document.output
     if named is None:
         raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
-    return Path(named).expanduser()
+    return as_path(named)
 
 
 def verify(folder: str | Path, *, threads: int = 0) -> list[str]:

@@ -71,7 +71,10 @@ class Parameter:
             except ValueError:
                 pass
         if self.type is float and isinstance(converted, int) and not isinstance(converted, bool):
-            converted = float(converted)
+            try:
+                converted = float(converted)
+            except OverflowError:
+                converted = math.inf
         if self.type is int and isinstance(converted, float) and converted.is_integer():
             converted = int(converted)
         if type(converted) is not self.type:

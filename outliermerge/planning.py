@@ -43,6 +43,7 @@ class _Planner:
         self.notes: list[str] = []
         self.dropped: list[str] = []
         self.used_filters: set[SpecPath] = set()
+        self.any_resolved = False
 
     def plan(self, shard_bytes: int) -> Plan:
         names = dict.fromkeys(name for entry in self.inputs for name in entry.checkpoint.tensors)
@@ -90,7 +91,8 @@ class _Planner:
         first = self.reference[name]
         for number in holders:
             meta = self.inputs[number].checkpoint.tensors[name]
-            if meta.shape != first.shape or meta.dtype.is_float != first.dtype.is_float:
+            same_kind = meta.dtype == first.dtype or (meta.dtype.is_float and first.dtype.is_float)
+            if meta.shape != first.shape or not same_kind:
                 self._problem(
                     "of another shape or kind",
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
@@ -131,8 +133,7 @@ class _Planner:
         if self.spec.document.extra == "drop":
             self.dropped.append(name)
             return None
-        shapes = {meta.shape for _, meta in found}
-        if len(shapes) > 1:
+        if len({(meta.shape, meta.dtype) for _, meta in found}) > 1:
             self._problem("of another shape or kind", f"{name}: differs between {where}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
@@ -158,6 +159,7 @@ class _Planner:
         layer = self.layers.get(name)
         position = layer.position if layer else 0.0
         given: dict[str, Any] = {}
+        self.any_resolved = True
         for parameter in self.method.parameters.values():
             if parameter.per_model:
                 given[parameter.name] = [
@@ -207,21 +209,24 @@ class _Planner:
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
     def _check_filters(self) -> None:
-        merged = bool(self.used_filters)
+        if not self.any_resolved:
+            return
         levels = [self.spec.settings, *(model.settings for model in self.spec.models)]
         for settings in levels:
             for setting in settings.values():
+                takes_all = False
                 for entry in setting.entries:
-                    if merged and entry.filter is not None and entry.path not in self.used_filters:
+                    unused = entry.filter is not None and entry.path not in self.used_filters
+                    if unused or takes_all:
                         shadowed = any(entry.matches(name) for name in self.reference)
                         why = (
                             "is never reached: entries above take all of its tensors"
                             if shadowed
                             else "is in no merged tensor's name"
                         )
-                        raise self.spec.source.error(
-                            entry.path, f"the filter {entry.filter!r} {why}"
-                        )
+                        what = f"the filter {entry.filter!r}" if entry.filter else "this entry"
+                        raise self.spec.source.error(entry.path, f"{what} {why}")
+                    takes_all = takes_all or entry.filter is None
 
     def _gradients(self, jobs: tuple[Job, ...]) -> dict[str, dict[str, list[Any]]]:
         """Return values by layer of what varies over a stack and is one value in each layer."""

@@ -20,9 +20,9 @@ SpecPath = tuple[str | int, ...]
 class SettingError(ValueError):
     """A wrong setting and where in the spec it stands."""
 
-    def __init__(self, path: SpecPath, message: str) -> None:
+    def __init__(self, path: SpecPath, message: str, *, at_key: bool = False) -> None:
         super().__init__(message)
-        self.path = path
+        self.path, self.at_key = path, at_key
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
     """
     if isinstance(raw, Mapping):
         return Setting((_conditional(raw, parameter, path),))
-    if isinstance(raw, list) and raw and all(isinstance(item, Mapping) for item in raw):
+    if isinstance(raw, list) and raw and isinstance(raw[0], Mapping):
+        for index, item in enumerate(raw):
+            if not isinstance(item, Mapping):
+                raise SettingError((*path, index), f"found {item!r}, expected a filter entry")
         return Setting(
             tuple(_conditional(item, parameter, (*path, index)) for index, item in enumerate(raw))
         )
@@ -78,7 +81,9 @@ def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
 def _conditional(raw: Mapping[str, Any], parameter: Parameter, path: SpecPath) -> Entry:
     for key in raw:
         if key not in ("filter", "value"):
-            raise SettingError((*path, key), f"unknown key {key!r}. Valid: filter, value.")
+            raise SettingError(
+                (*path, key), f"unknown key {key!r}. Valid: filter, value.", at_key=True
+            )
     if "value" not in raw:
         raise SettingError(path, "an entry with a filter needs a `value`")
     name = raw.get("filter")
@@ -96,8 +101,9 @@ def _entry(raw: object, parameter: Parameter, name: str | None, path: SpecPath) 
     for index, item in enumerate(items):
         place = (*path, index) if is_gradient else path
         if isinstance(item, (list, Mapping)) or item is None:
+            found = "nothing" if item is None else repr(item)
             raise SettingError(
-                place, f"found {item!r}, expected a value, a list of values or filter entries"
+                place, f"found {found}, expected a value, a list of values or filter entries"
             )
         try:
             values.append(parameter.check(item))

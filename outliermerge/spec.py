@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from outliermerge.errors import SpecError, suggest
+from outliermerge.errors import OutlierMergeError, SpecError, as_path, suggest
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
 from outliermerge.settings import Setting, SettingError, SpecPath, parse_setting
@@ -152,7 +152,9 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
         raise SpecError(f"{path}: no such spec file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     return parse_spec(text, file=str(path))
 
@@ -165,8 +167,8 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     """
     keys: dict[SpecPath, tuple[int, int]] = {}
     values: dict[SpecPath, tuple[int, int]] = {}
-    loader = yaml.SafeLoader(text) if _is_printable(text, file) else None
-    assert loader is not None
+    _check_characters(text, file)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         _record_marks(node, (), keys, values, file, parents=())
@@ -174,7 +176,10 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise SpecError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+        problem = error.problem or error.context or "cannot be read"
+        if problem.startswith("but ") and error.context:
+            problem = f"{error.context} {problem}"
+        raise SpecError(f"{place}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, SpecError):
             raise
@@ -185,11 +190,23 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     return _check(raw, source)
 
 
-def _is_printable(text: str, file: str) -> bool:
+class _Loader(yaml.SafeLoader):
+    """Gives values that Python refuses, such as the date 2024-13-45, their place."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from error
+
+
+def _check_characters(text: str, file: str) -> None:
     if match := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, match.start()) + 1
-        raise SpecError(f"{file}:{line}: not valid YAML: the character {match[0]!r}")
-    return True
+        column = match.start() - text.rfind("\n", 0, match.start())
+        raise SpecError(f"{file}:{line}:{column}: not valid YAML: the character {match[0]!r}")
 
 
 def _record_marks(
@@ -203,13 +220,21 @@ def _record_marks(
     if node is None:
         return
     if id(node) in parents:
-        raise SpecError(f"{file}:{node.start_mark.line + 1}: not valid YAML: it contains itself")
+        mark = node.start_mark
+        raise SpecError(
+            f"{file}:{mark.line + 1}:{mark.column + 1}: not valid YAML: it contains itself"
+        )
     parents = (*parents, id(node))
     values[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                mark = (key.start_mark.line + 1, key.start_mark.column + 1)
+            mark = (key.start_mark.line + 1, key.start_mark.column + 1)
+            if key.tag != "tag:yaml.org,2002:merge":
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise SpecError(
+                        f"{file}:{mark[0]}:{mark[1]}: found a key that is not a text. "
+                        "Put it in quotes if it is meant."
+                    )
                 if (*path, key.value) in keys:
                     raise SpecError(
                         f"{file}:{mark[0]}:{mark[1]}: the key {key.value!r} stands twice, "
@@ -248,10 +273,18 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
 
 def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tuple[ModelSpec, ...]:
     models: list[ModelSpec] = []
+    if document.base_model is not None:
+        try:
+            _identity(document.base_model)
+        except OutlierMergeError as error:
+            raise source.error(("base_model",), str(error)) from error
     first_place: dict[str, int] = {}
     for index, entry in enumerate(document.models):
         path: SpecPath = ("models", index)
-        identity = _identity(entry.model)
+        try:
+            identity = _identity(entry.model)
+        except OutlierMergeError as error:
+            raise source.error((*path, "model"), str(error)) from error
         if identity in first_place:
             raise source.error(
                 (*path, "model"),
@@ -285,7 +318,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
 
 
 def _identity(reference: str) -> str:
-    path = Path(reference).expanduser()
+    path = as_path(reference)
     return str(path.resolve()) if path.exists() else reference
 
 
@@ -317,7 +350,7 @@ def _settings(
         try:
             settings[name] = parse_setting(value, parameter, (*path, name))
         except SettingError as error:
-            raise source.error(error.path, str(error)) from error
+            raise source.error(error.path, str(error), at_key=error.at_key) from error
     return settings
 
 

@@ -467,8 +467,11 @@ def test_a_second_entry_for_all_tensors_is_refused_as_never_reached(catch_all, f
     assert "never reached" in message
 
 
-def test_a_value_that_yaml_itself_refuses_is_told_with_its_line(folder, capsys):
-    code, message = _plan(folder, _with_parameters("lambda: 2024-13-45"), capsys)
+@pytest.mark.parametrize(
+    "value", ["2024-13-45", "!!int ''", "!!int x", "!!float x", "!!bool x", "!!timestamp x"]
+)
+def test_a_value_that_yaml_itself_refuses_is_told_with_its_line(value, folder, capsys):
+    code, message = _plan(folder, _with_parameters(f"lambda: {value}"), capsys)
 
     assert code == 2
     assert message.startswith("error: DIR/spec.yaml:7:11: ")

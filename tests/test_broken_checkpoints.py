@@ -502,6 +502,68 @@ def test_bytes_that_are_no_pytorch_file_are_told_in_one_message(raw, tmp_path, c
     _assert_nothing_was_written(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"w": 1' + b"1" * 5000 + b"}",
+        b'{"w\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"w": {"dtype": "F32", "shape": [0, 1' + b"0" * 30 + b'], "data_offsets": [0, 0]}}',
+        b'{"a":' * 100_000,
+    ],
+    ids=["long number", "half a character", "size beyond 64 bits", "deep"],
+)
+def test_json_that_python_takes_but_the_format_does_not_is_refused(header, tmp_path, capsys):
+    save_tensors(tmp_path / "good", GOOD)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_bytes(_bytes(header, bytes(8)))
+
+    code, message = _run(tmp_path, capsys, LINEAR)
+
+    assert code == 1
+    start = "error: DIR/spec.yaml:4:12: models[1].model: DIR/bad/model.safetensors: "
+    assert message.startswith(start)
+    # What is wrong is the header, and not that tensors are left over or lacking.
+    assert "longer than its tensors" not in message
+    _assert_nothing_was_written(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["of another device", "nested", "under a number"])
+def test_an_entry_of_a_pickle_that_cannot_be_read_is_refused_by_name(kind, tmp_path, capsys):
+    save_tensors(tmp_path / "good", GOOD)
+    (tmp_path / "bad").mkdir()
+    entry = {
+        "of another device": lambda: {"w": torch.empty(2, device="meta")},
+        "nested": lambda: {"w": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "under a number": lambda: {7: torch.ones(2)},
+    }[kind]()
+    torch.save(GOOD | entry, tmp_path / "bad" / "pytorch_model.bin")
+
+    code, message = _run(tmp_path, capsys, LINEAR)
+
+    assert code == 1
+    assert message.startswith(
+        "error: DIR/spec.yaml:4:12: models[1].model: DIR/bad/pytorch_model.bin: "
+    )
+    assert ("7" if kind == "under a number" else "'w'") in message
+    _assert_nothing_was_written(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["x" * 5000, "a\0b", "\ud800"], ids=["long", "nul", "half"])
+def test_an_index_that_names_what_no_file_can_be_named_is_refused(file, tmp_path, capsys):
+    save_tensors(tmp_path / "good", GOOD)
+    (tmp_path / "bad").mkdir()
+    _index({"a.weight": file})(tmp_path / "bad")
+
+    code, message = _run(tmp_path, capsys, LINEAR)
+
+    assert code == 1
+    assert message.startswith(
+        "error: DIR/spec.yaml:4:12: models[1].model: DIR/bad/model.safetensors.index.json: "
+    )
+    _assert_nothing_was_written(tmp_path)
+
+
 # Models that do not fit together.
 
 TASK = """\
@@ -772,7 +834,7 @@ def test_allow_non_finite_goes_on_and_lists_such_tensors(method, tmp_path, capsy
     assert cli.main([*arguments, "--allow-non-finite", "--json"]) == 0
 
     listed = json.loads(capsys.readouterr().out)["non_finite"]
-    assert listed == {"w.weight": [f"in {tmp_path / 'a'}", "in the output"]}
+    assert listed == {"w.weight": [f"in {tmp_path / 'a'}", "in the output (float32)"]}
     manifest = json.loads((tmp_path / "out" / "outliermerge.json").read_text())
     tensors = manifest["tensors"]
     assert tensors["w.weight"]["non_finite"] == listed["w.weight"]

@@ -10,7 +10,7 @@ from outliermerge.checkpoint.folder import (
     SAFETENSORS_PATTERNS,
     SIDECAR_PATTERNS,
 )
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, as_path
 
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 
@@ -33,7 +33,7 @@ def resolve(reference: str) -> Path:
     Raises:
         OutlierMergeError: it is neither here nor to be had from the hub.
     """
-    local = Path(reference).expanduser()
+    local = as_path(reference)
     if local.exists():
         return local.absolute()
     match = _HUB_ID.match(reference)

@@ -28,7 +28,7 @@ def parse_bytes(text: str, *, option: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match[2].upper() if match else ""
-    if match is None or unit not in _UNITS or float(match[1]) * _UNITS[unit] < 1:
+    if match is None or unit not in _UNITS or not 1 <= float(match[1]) * _UNITS[unit] < 2**63:
         raise SpecError(f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB.")
     return int(float(match[1]) * _UNITS[unit])
 

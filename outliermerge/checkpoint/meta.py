@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from outliermerge.errors import OutlierMergeError
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -63,6 +65,20 @@ class TensorMeta:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.num_bytes
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise OutlierMergeError if a file only points to its contents in Git LFS."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+    if start == b"version ":
+        raise OutlierMergeError(
+            f"{path}: a Git LFS pointer, not the weights themselves. "
+            "Fetch them with `git lfs pull`."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outliermerge.checkpoint.meta import DTYPES, TensorMeta
+from outliermerge.checkpoint.meta import DTYPES, TensorMeta, refuse_lfs_pointer
 from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     """
     import torch
 
+    refuse_lfs_pointer(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

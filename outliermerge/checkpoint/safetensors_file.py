@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta
+from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta, refuse_lfs_pointer
 from outliermerge.errors import OutlierMergeError, listing
 
 MAX_HEADER_BYTES = 100_000_000
@@ -26,6 +26,7 @@ def read_header(path: Path) -> list[TensorMeta]:
     Raises:
         OutlierMergeError: the file is truncated or its header breaks the format's rules.
     """
+    refuse_lfs_pointer(path)
     try:
         return _parse(path)
     except OSError as error:
@@ -42,11 +43,6 @@ def _parse(path: Path) -> list[TensorMeta]:
                 "expected at least the 8 bytes of the header's length. Fetch it again."
             )
         (header_length,) = struct.unpack("<Q", prefix)
-        if prefix == b"version ":
-            raise OutlierMergeError(
-                f"{path}: a Git LFS pointer, not the weights themselves. "
-                "Fetch them with `git lfs pull`."
-            )
         if header_length > MAX_HEADER_BYTES:
             raise OutlierMergeError(
                 f"{path}: the header claims {header_length} bytes, "

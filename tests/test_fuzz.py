@@ -1,0 +1,453 @@
+"""Arbitrary input: a spec or a file is taken, or refused with our error and with no other."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jsonschema
+import pytest
+import safetensors
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from outliermerge import OutlierMergeError, SpecError
+from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.layout import parse_bytes, plan_layout
+from outliermerge.checkpoint.meta import DTYPES, DTYPES_BY_CODE
+from outliermerge.checkpoint.safetensors_file import make_header, read_header
+from outliermerge.methods import METHODS
+from outliermerge.schema import json_schema
+from outliermerge.spec import MergeSpec, load_spec, parse_spec
+
+settings.register_profile(
+    "fuzz",
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+FUZZ = settings.get_profile("fuzz")
+
+
+@contextmanager
+def _file(raw: bytes, name: str = "model.safetensors") -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(raw)
+        yield path
+
+
+# Specs.
+
+GOOD = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [
+        {"model": "a", "parameters": {"weight": 0.5, "density": [0.1, 0.9]}},
+        {"model": "b"},
+    ],
+    "parameters": {
+        "lambda": 0.3,
+        "normalize": True,
+        "density": [{"filter": "mlp", "value": [0.2, 0.4]}, {"value": 1}],
+    },
+    "dtype": "float32",
+    "missing": "base",
+}
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**300, max_value=10**320)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["ties", "linear", "base", "a", "1e-3", "float32", "*", "~x", "torch.", ":"])
+    | st.dates()
+    | st.binary(max_size=4)
+)
+_words = st.sampled_from(
+    [*GOOD, "model", "weight", "density", "t", "filter", "value", "slices", "out_dtype", "output"]
+)
+_keys = _words | st.text(max_size=4) | st.integers() | st.booleans() | st.none()
+_values = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_keys, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def _check(spec: MergeSpec) -> None:
+    """Assert that what was taken is complete and can be written down again."""
+    method = METHODS[spec.document.merge_method]
+    assert spec.models
+    assert method.max_models is None or len(spec.models) <= method.max_models
+    assert method.space == "weight" or spec.document.base_model
+    for level in (spec.settings, *(model.settings for model in spec.models)):
+        for name, setting in level.items():
+            assert setting.entries
+            for entry in setting.entries:
+                for position in (0.0, 0.3, 1.0):
+                    method.parameters[name].check(entry.at(position))
+    again = parse_spec(spec.as_yaml())
+    assert again.as_dict() == spec.as_dict()
+    assert json.loads(json.dumps(spec.as_dict())) == spec.as_dict()
+
+
+def _takes(raw: object) -> bool:
+    try:
+        _check(load_spec(raw))
+    except SpecError as error:
+        assert str(error).startswith("spec: ")
+        return False
+    return True
+
+
+def _takes_text(text: str) -> bool:
+    try:
+        _check(parse_spec(text))
+    except SpecError as error:
+        assert str(error).startswith("spec:")
+        return False
+    return True
+
+
+@FUZZ
+@given(st.text())
+def test_any_text_is_a_spec_or_refused(text):
+    _takes_text(text)
+
+
+_snippets = st.sampled_from(
+    ["merge_method", "ties", "models", "model", "parameters", "weight", ": ", ":", "- ", "\n",
+     "\n  ", "{", "}", "[", "]", "&a ", "*a", "<<: ", "!!int ", "!!python/name:os", "? ", "'", '"',
+     "|", ">", "---\n", "...\n", "%YAML 1.1\n", "#", "\t", "1e3", "~", "yes", ".nan", "0x1f",
+     "2024-02-30", "1:60", "!!timestamp x", "!!float x", "!!binary x", "!!set ", "!!omap ",
+     "!!pairs ", "\\", "\ud7ff", "\u2028", "\x85", ","]
+)  # fmt: skip
+
+
+@FUZZ
+@given(st.lists(_snippets, max_size=25).map("".join))
+def test_any_pieces_of_yaml_are_a_spec_or_refused(text):
+    _takes_text(text)
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_spec_or_refused(raw):
+    with _file(raw, "spec.yaml") as path:
+        try:
+            load_spec(path)
+        except SpecError as error:
+            assert str(error).startswith(str(path))
+
+
+@FUZZ
+@given(st.dictionaries(_keys, _values, max_size=6))
+def test_any_dict_is_a_spec_or_refused(raw):
+    _takes(raw)
+
+
+@FUZZ
+@given(_values)
+def test_any_yaml_value_is_a_spec_or_refused(value):
+    _takes_text(yaml.safe_dump(value, allow_unicode=True))
+
+
+def _places(value: object, path: tuple = ()) -> list[tuple]:
+    found = [path]
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += _places(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            found += _places(inner, (*path, index))
+    return found
+
+
+PLACES = [path for path in _places(GOOD) if path]
+
+
+@st.composite
+def _mutated(draw):
+    """Return the good spec with one to three values replaced, added or taken away."""
+    raw = copy.deepcopy(GOOD)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(PLACES))
+        holder = raw
+        try:
+            for part in path[:-1]:
+                holder = holder[part]
+            _ = holder[path[-1]]
+        except (KeyError, IndexError, TypeError):
+            continue
+        if not isinstance(holder, (dict, list)):
+            continue
+        action = draw(st.sampled_from(["replace", "remove", "add"]))
+        if action == "replace":
+            holder[path[-1]] = draw(_values)
+        elif action == "remove":
+            del holder[path[-1]]
+        elif isinstance(holder, dict):
+            holder[draw(_keys)] = draw(_values)
+        else:
+            holder.insert(draw(st.integers(0, len(holder))), draw(_values))
+    return raw
+
+
+def test_the_spec_that_is_mutated_is_good():
+    assert _takes(GOOD)
+
+
+@FUZZ
+@given(_mutated())
+def test_a_mutated_spec_is_taken_or_refused_alike_as_dict_and_as_yaml(raw):
+    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    # Two texts in Python can be one in YAML's eyes only if it cannot write them.
+    assume(yaml.safe_load(text) == raw)
+
+    assert _takes(raw) == _takes_text(text)
+
+
+SCHEMA = jsonschema.Draft202012Validator(json_schema())
+
+
+@FUZZ
+@given(_mutated())
+def test_what_is_taken_is_valid_by_the_schema(raw):
+    if _takes(raw):
+        SCHEMA.validate(raw)
+
+
+@FUZZ
+@given(_values)
+@pytest.mark.parametrize("name", ["weight", "density", "normalize", "lambda"])
+def test_any_value_of_a_parameter_is_taken_only_if_every_number_in_it_is_in_range(name, value):
+    raw = copy.deepcopy(GOOD)
+    raw["parameters"] = {name: value}
+    taken = _takes(raw)
+
+    def leaves(item):
+        if isinstance(item, list):
+            return [leaf for inner in item for leaf in leaves(inner)]
+        if isinstance(item, dict):
+            return leaves(item["value"])
+        return [item]
+
+    if taken:
+        for leaf in leaves(value):
+            if name == "normalize":
+                assert isinstance(leaf, bool)
+            else:
+                assert not isinstance(leaf, bool)
+                assert math.isfinite(float(leaf))
+                assert name != "density" or 0 <= float(leaf) <= 1
+
+
+@FUZZ
+@given(st.text(max_size=12) | st.from_regex(r"\s*[0-9.]{1,400}\s*[kKMGTi]{0,2}B?\s*"))
+def test_any_text_is_a_size_of_at_least_a_byte_or_refused(text):
+    try:
+        size = parse_bytes(text, option="--memory")
+    except SpecError as error:
+        assert str(error).startswith("--memory: ")
+    else:
+        assert isinstance(size, int)
+        assert size >= 1
+
+
+# safetensors files.
+
+
+def _by_library(path: Path) -> dict[str, tuple[str, list[int]]] | None:
+    """Return what the safetensors library reads of a file, or None where it refuses it."""
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return {
+                name: (file.get_slice(name).get_dtype(), list(file.get_slice(name).get_shape()))
+                for name in file.keys()  # noqa: SIM118 - not a dict
+            }
+    except (safetensors.SafetensorError, OSError):
+        return None
+
+
+def _assert_agrees(raw: bytes) -> bool:
+    """Assert that we read a file as the library does; return whether we take it."""
+    with _file(raw) as path:
+        theirs = _by_library(path)
+        try:
+            metas = read_header(path)
+        except OutlierMergeError as error:
+            assert str(error).startswith(f"{path}: ")
+            # We refuse what it refuses, and dtypes that nothing here can merge.
+            assert theirs is None or any(code not in DTYPES_BY_CODE for code, _ in theirs.values())
+            return False
+        assert theirs == {meta.name: (meta.dtype.code, list(meta.shape)) for meta in metas}
+        for meta in metas:
+            assert 0 <= meta.offset <= meta.offset + meta.num_bytes <= len(raw)
+    return True
+
+
+def _assemble(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@FUZZ
+@given(st.binary(max_size=300))
+def test_any_bytes_are_read_as_the_safetensors_library_reads_them(raw):
+    _assert_agrees(raw)
+
+
+@FUZZ
+@given(st.binary(max_size=100), st.binary(max_size=20))
+def test_any_bytes_as_a_header_are_read_as_the_library_reads_them(header, data):
+    _assert_agrees(_assemble(header, data))
+
+
+_small = st.integers(-1, 12)
+_entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*DTYPES_BY_CODE, "F8_E4M3", "FOO"]) | st.none(),
+        "shape": st.lists(_small, max_size=3) | st.integers() | st.lists(st.floats(), max_size=1),
+        "data_offsets": st.lists(_small, min_size=2, max_size=2) | st.lists(_small, max_size=3),
+    },
+    optional={"other": st.integers()},
+)
+_headers = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=3), _entries, max_size=3
+)
+
+
+@FUZZ
+@given(_headers, st.binary(max_size=24))
+def test_any_header_entries_are_read_as_the_library_reads_them(header, data):
+    _assert_agrees(_assemble(json.dumps(header).encode(), data))
+
+
+@FUZZ
+@given(
+    st.sampled_from(
+        [{"a": "b"}, {}, None, 5, [], {"a": 1}, {"a": None}, "x"]
+    )
+)
+def test_any_metadata_are_taken_as_the_library_takes_them(metadata):
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    _assert_agrees(_assemble(json.dumps({"__metadata__": metadata, "w": entry}).encode(), b"x"))
+
+
+_names = st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(
+    lambda name: name != "__metadata__"
+)
+_tensors = st.lists(
+    st.tuples(
+        _names,
+        st.sampled_from(list(DTYPES.values())),
+        st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    ),
+    max_size=6,
+    unique_by=lambda tensor: tensor[0],
+)
+
+
+def _contents(tensors: list) -> tuple[bytes, int]:
+    header, _ = make_header(tensors)
+    num_bytes = sum(math.prod(shape) * dtype.num_bytes for _, dtype, shape in tensors)
+    return header + bytes(num_bytes), len(header)
+
+
+@st.composite
+def _mutated_files(draw):
+    """Return a good file with some bytes of its length or header changed, removed or added."""
+    raw, num_header_bytes = _contents(draw(_tensors))
+    mutable = bytearray(raw)
+    for _ in range(draw(st.integers(1, 3))):
+        position = draw(st.integers(0, min(num_header_bytes, len(mutable)) - 1))
+        action = draw(st.sampled_from(["change", "remove", "add", "end"]))
+        byte = draw(st.integers(0, 255) | st.sampled_from(list(b'0123456789-.,"[]{}:FUIB')))
+        if action == "change":
+            mutable[position] = byte
+        elif action == "add":
+            mutable.insert(position, byte)
+        elif action == "remove" and len(mutable) > 1:
+            del mutable[position]
+        elif len(mutable) > 1:
+            mutable.pop()
+    return bytes(mutable)
+
+
+@FUZZ
+@given(_mutated_files())
+def test_a_mutated_file_is_read_as_the_library_reads_it(raw):
+    _assert_agrees(raw)
+
+
+@FUZZ
+@given(_tensors)
+def test_a_header_that_is_written_is_read_back_by_us_and_by_the_library(tensors):
+    header, offsets = make_header(tensors)
+    raw, num_header_bytes = _contents(tensors)
+    assert raw.startswith(header)
+    assert num_header_bytes % 8 == 0
+    assert _assert_agrees(raw)
+
+    with _file(raw) as path:
+        found = {m.name: (m.dtype, m.shape, m.offset) for m in read_header(path)}
+    assert found == {
+        name: (dtype, shape, offset)
+        for (name, dtype, shape), offset in zip(tensors, offsets, strict=True)
+    }
+
+
+@FUZZ
+@given(_tensors.filter(bool), st.integers(1, 200))
+def test_a_planned_layout_is_a_checkpoint_that_opens(tensors, shard_bytes):
+    shards, placed = plan_layout(tensors, shard_bytes=shard_bytes)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for shard in shards:
+            raw = shard.header + bytes(shard.num_bytes - len(shard.header))
+            (root / shard.file).write_bytes(raw)
+            assert _assert_agrees(raw)
+            sizes = [t.num_bytes for t in placed.values() if t.file == shard.file]
+            assert sum(sizes) <= shard_bytes or sum(size > 0 for size in sizes) == 1
+        found = open_checkpoint(root).tensors
+    assert {n: (m.dtype, m.shape) for n, m in found.items()} == {
+        name: (dtype, shape) for name, dtype, shape in tensors
+    }
+    for name, meta in found.items():
+        assert (meta.path.name, meta.offset) == (placed[name].file, placed[name].offset)
+        assert meta.offset % meta.dtype.num_bytes == 0
+
+
+@FUZZ
+@given(st.binary(max_size=60) | _values.map(lambda v: json.dumps(v, default=str).encode()))
+def test_any_index_is_refused_or_names_files_of_the_folder(raw):
+    with _file(_contents([("w", DTYPES["uint8"], (1,))])[0], "a.safetensors") as path:
+        (path.parent / "model.safetensors.index.json").write_bytes(raw)
+        with pytest.raises(OutlierMergeError):  # nothing drawn names a.safetensors
+            open_checkpoint(path.parent)
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(["w", "v"]), st.text(max_size=8) | _scalars, max_size=2))
+def test_any_weight_map_is_refused_or_right(weight_map):
+    raw = json.dumps({"weight_map": weight_map}, default=str).encode()
+    with _file(_contents([("w", DTYPES["uint8"], (1,))])[0], "a.safetensors") as path:
+        (path.parent / "model.safetensors.index.json").write_bytes(raw)
+        try:
+            found = open_checkpoint(path.parent)
+        except OutlierMergeError:
+            return
+        assert set(found.tensors) == {"w"}
+        assert set(weight_map) == {"w"}
