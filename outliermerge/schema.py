@@ -10,6 +10,9 @@ from outliermerge.methods import METHODS
 from outliermerge.spec import SpecDocument
 
 
+_NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a spec, for editors.
 
@@ -33,7 +36,10 @@ def json_schema() -> dict[str, Any]:
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
                 "required": ["base_model"] if method.space == "delta" else [],
-                "properties": {
+                "properties": (
+                    {"base_model": {"type": "string"}} if method.space == "delta" else {}
+                )
+                | {
                     "parameters": _parameters_schema(method, of_model=False),
                     "models": {
                         "items": {
@@ -65,13 +71,13 @@ def _setting_schema(parameter: Parameter) -> dict[str, Any]:
         if (limit := getattr(parameter.bounds, bound)) is not None:
             scalar[keyword] = limit
     if parameter.type in (float, int):
-        scalar = {"anyOf": [scalar, {"type": "string", "pattern": r"^[-+.\d]+[eE][-+]?\d+$"}]}
+        scalar = {"anyOf": [scalar, {"type": "string", "pattern": _NUMBER}]}
     value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}
     entry = {
         "type": "object",
         "required": ["value"],
         "additionalProperties": False,
-        "properties": {"value": value, "filter": {"type": ["string", "null"]}},
+        "properties": {"value": value, "filter": {"type": ["string", "null"], "minLength": 1}},
     }
     many = {"type": "array", "items": entry, "minItems": 1}
     return {"default": parameter.default, "anyOf": [*value["anyOf"], entry, many]}

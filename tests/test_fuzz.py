@@ -335,11 +335,7 @@ def test_any_header_entries_are_read_as_the_library_reads_them(header, data):
 
 
 @FUZZ
-@given(
-    st.sampled_from(
-        [{"a": "b"}, {}, None, 5, [], {"a": 1}, {"a": None}, "x"]
-    )
-)
+@given(st.sampled_from([{"a": "b"}, {}, None, 5, [], {"a": 1}, {"a": None}, "x"]))
 def test_any_metadata_are_taken_as_the_library_takes_them(metadata):
     entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
     _assert_agrees(_assemble(json.dumps({"__metadata__": metadata, "w": entry}).encode(), b"x"))

@@ -87,13 +87,20 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise OutlierMergeError(
                 f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
             )
-    missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
+    missing = sorted({file for file in weight_map.values() if not _is_file(index.parent / file)})
     if missing:
         raise OutlierMergeError(
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
             "Fetch the model again."
         )
     return weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no file can have that name
+        return False
 
 
 def _check_shard_numbers(paths: list[Path]) -> None:

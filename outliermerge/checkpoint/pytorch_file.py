@@ -58,13 +58,18 @@ def read_metas(path: Path) -> list[TensorMeta]:
     """Return the tensors of a pickled file in its order."""
     metas = []
     for name, tensor in load_mapped(path).items():
+        if not isinstance(name, str):
+            raise OutlierMergeError(f"{path}: a tensor is named {name!r}, expected a text")
         dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or tensor.layout.__str__() != "torch.strided":
+        plain = str(tensor.layout) == "torch.strided" and not tensor.is_nested
+        if dtype is None or not plain:
             raise OutlierMergeError(
                 f"{path}: tensor {name!r}: unknown dtype {tensor.dtype} ({tensor.layout}). "
                 f"Supported: {', '.join(DTYPES)}"
             )
-        metas.append(TensorMeta(str(name), dtype, tuple(tensor.shape), path, None))
+        if tensor.device.type != "cpu":
+            raise OutlierMergeError(f"{path}: tensor {name!r} has no data ({tensor.device})")
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), path, None))
     return metas
 
 

@@ -56,7 +56,7 @@ def _parse(path: Path) -> list[TensorMeta]:
         raw = file.read(header_length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise OutlierMergeError(f"{path}: the header is not valid JSON: {error}") from error
     except _DuplicateKeyError as error:
         raise OutlierMergeError(f"{path}: the header names {error} twice") from error
@@ -84,13 +84,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
     def fail(what: str) -> OutlierMergeError:
         return OutlierMergeError(f"{path}: tensor {name!r}: {what}")
 
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise fail("its name is not valid Unicode")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise fail("its header entry needs dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
