@@ -9,7 +9,6 @@ from outliermerge.method import MergeMethod, Parameter
 from outliermerge.methods import METHODS
 from outliermerge.spec import SpecDocument
 
-
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 

@@ -196,7 +196,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise yaml.constructor.ConstructorError(
                 None, None, str(error), node.start_mark
             ) from error

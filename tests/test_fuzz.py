@@ -275,7 +275,7 @@ def _by_library(path: Path) -> dict[str, tuple[str, list[int]]] | None:
         with safetensors.safe_open(path, "np") as file:
             return {
                 name: (file.get_slice(name).get_dtype(), list(file.get_slice(name).get_shape()))
-                for name in file.keys()  # noqa: SIM118 - not a dict
+                for name in file.keys()
             }
     except (safetensors.SafetensorError, OSError):
         return None
