@@ -5,6 +5,7 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +51,8 @@ def min_sigma(
         lambda_: λ, scales the sum of task vectors.
     """
     # Arithmetic instead of boolean masks, which torch's CPU kernels take 5 to 15 times longer for.
-    threshold = t * sigma.min()
+    # NaN where a value allowed in is not finite: then nothing tells outliers, all is averaged.
+    threshold = (t * sigma.min()).nan_to_num(nan=math.inf, posinf=math.inf)
     outliers_ME = deltas_ME.hardshrink(float(threshold))  # 0 where |δ| ≤ tσ
     noise_ME = deltas_ME - outliers_ME
     kept_ME = outliers_ME + noise_ME / len(deltas_ME)
