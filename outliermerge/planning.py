@@ -316,19 +316,19 @@ def _describe(meta: TensorMeta) -> str:
 
 def _open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     """Open every model once; return them and the numbers of those that are merged, in order."""
-    opened: dict[str, int] = {}
+    opened: dict[Path, int] = {}
     inputs: list[Input] = []
 
     def number_of(reference: str, role: Literal["base", "model"], path: SpecPath) -> int:
-        if reference not in opened:
-            try:
-                checkpoint = open_checkpoint(resolve(reference))
-            except OutlierMergeError as error:
-                located = spec.source.error(path, str(error))
-                raise OutlierMergeError(str(located)) from error
-            opened[reference] = len(inputs)
-            inputs.append(Input(reference, role, checkpoint))
-        return opened[reference]
+        try:
+            root = resolve(reference)
+            if root.resolve() not in opened:
+                opened[root.resolve()] = len(inputs)
+                inputs.append(Input(reference, role, open_checkpoint(root)))
+        except OutlierMergeError as error:
+            located = spec.source.error(path, str(error))
+            raise OutlierMergeError(str(located)) from error
+        return opened[root.resolve()]
 
     if spec.document.base_model is not None:
         number_of(spec.document.base_model, "base", ("base_model",))

@@ -135,7 +135,11 @@ class MergeSpec:
 
     def as_yaml(self) -> str:
         """Return the spec as YAML."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        document = self.as_dict()
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(text) == document:
+            return text
+        return yaml.safe_dump(document, sort_keys=False)  # some line breaks need escapes
 
 
 def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:

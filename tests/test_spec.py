@@ -475,6 +475,15 @@ def test_a_spec_written_as_yaml_reads_back_as_the_same(name, folder):
     assert again.as_yaml() == spec.as_yaml()
 
 
+@pytest.mark.parametrize(
+    "character", ["\x85", "\u2028", "\xa0", "é", "\ufeff", "\x07", "\n", "'", "𝄞"]
+)
+def test_any_character_of_a_spec_survives_being_written(character):
+    raw = {"merge_method": "linear", "models": [{"model": f"a{character}b"}], "output": character}
+
+    assert parse_spec(load_spec(raw).as_yaml()).as_dict() == raw
+
+
 def test_a_written_spec_holds_only_what_was_set(folder):
     spec = parse_spec(_good_specs(folder)["smallest"])
 

@@ -62,7 +62,11 @@ def _parse(path: Path) -> list[TensorMeta]:
         raise OutlierMergeError(f"{path}: the header names {error} twice") from error
     if not isinstance(header, dict):
         raise OutlierMergeError(f"{path}: the header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise OutlierMergeError(f"{path}: the header's __metadata__ is not an object of texts")
     data_start = 8 + header_length
     metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
     metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
