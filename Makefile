@@ -25,7 +25,7 @@ check: $(VENV)/.dev ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## measure against mergekit (needs 12 GB of disk, about 20 minutes)
+bench: $(VENV)/.dev ## measure against mergekit (needs 16 GB of disk, about 20 minutes)
 	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/against_mergekit.py
 
 clean: ## remove the virtual environment and what demo wrote
