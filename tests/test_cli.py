@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -442,17 +443,23 @@ class TestInterrupt:
             f"models:\n- model: {tmp_path}/task\n  parameters:\n    density: 0.3\n"
         )
         run = ["run", tmp_path / "spec.yaml", "--output", tmp_path / "out", "--threads", "1"]
-        process = subprocess.Popen(
-            [*PROGRAM, *map(str, run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
         journal = tmp_path / "out.partial" / "journal.jsonl"
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        for _ in range(5):  # on a busy machine the run can end before the signal arrives
+            process = subprocess.Popen(
+                [*PROGRAM, *map(str, run)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            while process.poll() is None:
+                if journal.exists() and journal.read_bytes().count(b"\n") > 5:
+                    process.send_signal(signal.SIGINT)
+                    break
+                time.sleep(0.001)
+            out, err = process.communicate(timeout=60)
+            if process.returncode != 0:
+                break
+            shutil.rmtree(tmp_path / "out")
 
         assert process.returncode == 130
         assert out == ""
