@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
 
 if TYPE_CHECKING:
-    from outliermerge.jobs import Plan
     from outliermerge.method import MergeMethod
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -248,10 +247,6 @@ def _plan(options: argparse.Namespace) -> int:
             device=device,
             free_bytes=free,
         )
-    return _warn_of_disk(planned, free)
-
-
-def _warn_of_disk(planned: Plan, free: int) -> int:
     if planned.num_written_bytes > free:
         print(
             f"warning: the disk has {free:,} bytes free, the output needs "

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -90,9 +89,8 @@ class OutputFolder:
         self._plan = plan
         self._tensors = {job.name: job.output for job in plan.jobs}
         self._files: dict[str, int] = {}
-        self._lock = threading.Lock()
         self.done: dict[str, JobResult] = {}
-        self._make(fresh)
+        self._make()
         self._journal = self._open_journal(fresh, dict(identity))
         try:
             for shard in plan.shards:
@@ -101,7 +99,7 @@ class OutputFolder:
             self.close()
             raise
 
-    def _make(self, fresh: bool) -> None:
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -210,10 +208,9 @@ class OutputFolder:
         read_exactly(self._files[tensor.file], tensor.offset + start * tensor.dtype.num_bytes, out)
 
     def record(self, name: str, result: JobResult) -> None:
-        """Note in the journal that a tensor is written."""
-        with self._lock:
-            self.done[name] = result
-            _append(self._journal, {"tensor": name} | asdict(result))
+        """Note in the journal that a tensor is written; for one thread at a time."""
+        self.done[name] = result
+        _append(self._journal, {"tensor": name} | asdict(result))
 
     def finish(self, files: Iterable[str], *, overwrite: bool) -> None:
         """Sync everything and give the folder its name.
