@@ -140,7 +140,7 @@ def run(
         planned, final, identity=identity(planned, device=options.device), fresh=fresh
     )
     try:
-        folder.forget_damaged()
+        folder.forget_unfit(allow_non_finite=allow_non_finite)
         resumed = set(folder.done)
         for job in planned.jobs:
             if job.name in resumed:

@@ -183,12 +183,16 @@ class OutputFolder:
             ) from error
         return descriptor
 
-    def forget_damaged(self) -> None:
-        """Forget the tensors of an earlier run whose bytes are not what its journal says."""
+    def forget_unfit(self, *, allow_non_finite: bool) -> None:
+        """Forget the tensors of an earlier run that this one may not take over.
+
+        Their bytes are not what the journal says, or have values that only that run allowed.
+        """
         for name, result in list(self.done.items()):
             tensor = self._tensors.get(name)
             if (
                 tensor is None
+                or (result.non_finite and not allow_non_finite)
                 or checksum_in_file(self._files[tensor.file], tensor) != result.checksum
             ):
                 del self.done[name]

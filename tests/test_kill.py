@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import save_tensors
 
+import outliermerge
 from outliermerge import cli
 
 NUM_LAYERS, NUM_SMALL = 20, 12
@@ -518,3 +519,28 @@ def test_a_non_finite_value_in_a_late_tensor_leaves_no_output(
     assert done["num_resumed"] == 9
     assert list(done["non_finite"]) == ["w9"]
     assert cli.main(["verify", str(output)]) == 0
+
+
+def test_a_run_that_allows_no_infinite_values_takes_none_over(tmp_path, monkeypatch):
+    """They were allowed by the killed run, not by the one that goes on."""
+    base = {name: torch.zeros(4) for name in ("a", "b")}
+    save_tensors(tmp_path / "base", base)
+    save_tensors(tmp_path / "task", {"a": torch.full((4,), torch.inf), "b": torch.ones(4)})
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "task"), "parameters": {"weight": 0.5}}],
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr("outliermerge.merge.write_sidecars", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            outliermerge.run(spec, output=tmp_path / "out", allow_non_finite=True)
+    with pytest.raises(outliermerge.OutlierMergeError, match="'a' has values that are infinite"):
+        outliermerge.run(spec, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = outliermerge.run(spec, output=tmp_path / "out", allow_non_finite=True)
+    assert list(result.non_finite) == ["a"]
+
+
+def _interrupt(*arguments, **options):
+    raise KeyboardInterrupt
