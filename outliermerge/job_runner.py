@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from outliermerge.blocks import Map, Span, fold_reports, measure_needs, merge_block, spans
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
 from outliermerge.checkpoint.layout import OutputTensor
-from outliermerge.checkpoint.meta import TensorMeta
+from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Job, Plan
@@ -131,10 +131,10 @@ class JobRunner:
             self._workspace.raw[slot] = buffer
         return buffer[:num_bytes]
 
-    def _read(self, meta: TensorMeta, span: Span, slot: object) -> Tensor:
+    def _read(self, meta: Source, span: Span, slot: object) -> Tensor:
         num_bytes = (span[1] - span[0]) * meta.dtype.num_bytes
         raw = self._raw(slot, num_bytes)
-        self._reader.read(meta, *span, _bytes_of(raw))
+        meta.read(self._reader, *span, _bytes_of(raw))
         self._on_progress(num_bytes)
         return raw
 
@@ -304,7 +304,7 @@ class JobRunner:
         result.checksum = tensor_checksum(run(written, task.element_spans))
         for number, meta in job.sources:
 
-            def read(span: Span, meta: TensorMeta = meta) -> bytes:
+            def read(span: Span, meta: Source = meta) -> bytes:
                 raw = self._read(meta, span, 0)
                 return piece_digests(_bytes_of(raw), meta.dtype.num_bytes)
 

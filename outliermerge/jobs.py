@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.meta import DTYPES, Checkpoint, TensorMeta
+from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source
 from outliermerge.errors import SpecError
 from outliermerge.methods import find_method
 from outliermerge.spec import MergeSpec
@@ -43,7 +43,7 @@ class Job:
     action: Literal["merge", "copy", "equal"]
     method: str
     parameters: Mapping[str, Any]
-    sources: tuple[tuple[int, TensorMeta], ...]
+    sources: tuple[tuple[int, Source], ...]
     output: OutputTensor
     compute_dtype: str = "float32"
     reason: str = ""
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def num_read_bytes(self) -> int:
-        return sum(meta.num_bytes for _, meta in self.sources)
+        return sum(meta.num_bytes for _, source in self.sources for meta in source.stored)
 
     @property
     def num_written_bytes(self) -> int:
@@ -103,7 +103,7 @@ class Plan:
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""
         passes = find_method(job.method).num_passes if job.action == "merge" else 1
-        return passes * job.num_read_bytes + job.num_written_bytes
+        return passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
 
     def block_elements(self, job: Job, *, threads: int, memory_bytes: int, device: str) -> int:
         """Return how many elements of the job's tensor are worked on at a time.
@@ -198,5 +198,5 @@ def row_elements(shape: tuple[int, ...]) -> int:
     return max(1, elements)
 
 
-def _dtype_counts(metas: Iterable[TensorMeta]) -> dict[str, int]:
+def _dtype_counts(metas: Iterable[Source]) -> dict[str, int]:
     return dict(Counter(meta.dtype.name for meta in metas))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.checkpoint.layout import plan_layout
-from outliermerge.checkpoint.meta import DTYPES, DType, TensorMeta
+from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
@@ -146,14 +146,14 @@ class _Planner:
             self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
         return False
 
-    def _compute_dtype(self, sources: tuple[tuple[int, TensorMeta], ...]) -> str:
+    def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
         wide = any(meta.dtype.name == "float64" for _, meta in sources)
         return "float64" if wide or self.spec.document.dtype == "float64" else "float32"
 
-    def _stored(self, meta: TensorMeta) -> DType:
+    def _stored(self, meta: Source) -> DType:
         document = self.spec.document
         wanted = document.out_dtype or document.dtype
-        return DTYPES[wanted] if wanted and meta.dtype.is_float else meta.dtype
+        return DTYPES[wanted] if wanted and meta.dtype.is_float else meta.out_dtype
 
     def _parameters(self, name: str, holders: list[int]) -> dict[str, Any]:
         layer = self.layers.get(name)
@@ -303,14 +303,14 @@ class _Planner:
 _Draft = tuple[
     str,
     Literal["merge", "copy", "equal"],
-    tuple[tuple[int, TensorMeta], ...],
+    tuple[tuple[int, Source], ...],
     dict[str, Any],
     DType,
     str,
 ]
 
 
-def _describe(meta: TensorMeta) -> str:
+def _describe(meta: Source) -> str:
     return f"{meta.dtype.name} {list(meta.shape)}"
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from outliermerge.errors import OutlierMergeError
+
+if TYPE_CHECKING:
+    from outliermerge.checkpoint.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type: torch's name for it, safetensors' code, its size."""
+    """An element type: torch's name for it, safetensors' code, its size; is_float: mergeable."""
 
     name: str
     code: str
@@ -29,6 +34,9 @@ _TABLE = (
     DType("int32", "I32", 4, False),
     DType("uint64", "U64", 8, False),
     DType("int64", "I64", 8, False),
+    DType("complex64", "C64", 8, False),
+    DType("float8_e4m3fn", "F8_E4M3", 1, True),
+    DType("float8_e5m2", "F8_E5M2", 1, True),
     DType("float16", "F16", 2, True),
     DType("bfloat16", "BF16", 2, True),
     DType("float32", "F32", 4, True),
@@ -36,15 +44,43 @@ _TABLE = (
 )
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 DTYPES_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
-FLOAT_DTYPES = tuple(dtype.name for dtype in _TABLE if dtype.is_float)
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Source(Protocol):
+    """A tensor as a merge sees it: stored as it is, or computed from stored ones when read.
+
+    Attributes:
+        name: a stored name, for messages.
+        dtype: of the values that `read` gives.
+        out_dtype: what an output stores where the spec does not say.
+        stored: the stored tensors that it is read from.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def out_dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_elements(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]: ...
+    def read(self, reader: Reader, start: int, stop: int, out: memoryview) -> None:
+        """Fill out with elements start to stop, in `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """One stored tensor: its name, type and shape, and where its bytes are.
+    """One stored tensor: its name, type and shape, and where its bytes are. A Source.
 
     Attributes:
-        name: the tensor's name in its checkpoint.
+        name: the tensor's name in its file.
         dtype: element type as stored.
         shape: as stored; () is a scalar.
         path: the file that holds it.
@@ -65,6 +101,22 @@ class TensorMeta:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.num_bytes
+
+    @property
+    def out_dtype(self) -> DType:
+        return self.dtype
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self,)
+
+    def read(self, reader: Reader, start: int, stop: int, out: memoryview) -> None:
+        """Fill out with the stored bytes of elements start to stop.
+
+        Raises:
+            OutlierMergeError: the file cannot be read or has become shorter.
+        """
+        reader.read_stored(self, start, stop, out)
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -100,15 +152,20 @@ class Checkpoint:
     """A model's weights as its headers describe them.
 
     Attributes:
-        root: the folder.
-        tensors: metas by name, in the order of the files.
+        root: the folder, or the file of a raw state dict.
+        tensors: by name, in the order of the files; those of a component of a pipeline have
+            its folder before their name: `unet/conv_in.weight`.
         weight_files: the files that hold the tensors.
         sidecars: configuration, tokenizer and processor files, relative to root.
         left_behind: files of the folder that a merged model does not take over.
+        components: by component's folder ("" for a plain model) the stem of its weight files.
+        notes: what a person should know of how it was read.
     """
 
     root: Path
-    tensors: dict[str, TensorMeta]
+    tensors: Mapping[str, Source]
     weight_files: tuple[FileStamp, ...]
     sidecars: tuple[str, ...]
     left_behind: tuple[str, ...]
+    components: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
+    notes: tuple[str, ...] = ()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.meta import TensorMeta
+from outliermerge.checkpoint.meta import Source, TensorMeta
 from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_WHOLE_BYTES = 1 << 26
 
 
 class Reader:
@@ -21,9 +25,34 @@ class Reader:
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
         self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._whole: OrderedDict[Source, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
+    def values(self, source: Source, start: int, stop: int) -> Tensor:
+        """Return elements start to stop as a new tensor (E,) of the source's dtype."""
+        import torch
+
+        values = torch.empty(stop - start, dtype=getattr(torch, source.dtype.name))
+        array: Any = values.view(torch.uint8).numpy()
+        source.read(self, start, stop, memoryview(array))
+        return values
+
+    def whole(self, source: Source) -> Tensor:
+        """Return a small tensor (scales, a low-rank factor) in its shape; the latest are kept."""
+        with self._lock:
+            if source in self._whole:
+                self._whole.move_to_end(source)
+                return self._whole[source]
+        values = self.values(source, 0, source.num_elements).view(source.shape)
+        with self._lock:
+            self._whole[source] = values
+            while len(self._whole) > 1 and (
+                sum(kept.num_bytes for kept in self._whole) > _WHOLE_BYTES
+            ):
+                self._whole.popitem(last=False)
+        return values
+
+    def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill out with the stored bytes of elements start to stop.
 
         Raises:
@@ -68,6 +97,7 @@ class Reader:
             os.close(descriptor)
         self._files.clear()
         self._pickles.clear()
+        self._whole.clear()
 
     def __enter__(self) -> Reader:
         return self

@@ -1,0 +1,85 @@
+"""Tensors that are computed from stored ones when they are read, row by row."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.meta import DTYPES, DType, Source, TensorMeta
+from outliermerge.checkpoint.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GROUP_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedTensor(ABC):
+    """A Source whose values are made from stored tensors, a group of rows at a time.
+
+    A row is what lies behind the first dimension (R, …); a vector's rows are its elements. Rows
+    are always computed in the same groups, so values do not depend on the blocks they are read in.
+
+    Attributes:
+        name: a stored name, for messages.
+        shape: of the whole tensor.
+        out_dtype: what an output stores where the spec does not say.
+        dtype: of the values that are read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    out_dtype: DType
+    dtype: DType = DTYPES["float32"]
+
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[TensorMeta, ...]:
+        """The stored tensors that it is read from."""
+
+    @abstractmethod
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.num_bytes
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def num_columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def read(self, reader: Reader, start: int, stop: int, out: memoryview) -> None:
+        """Fill out with elements start to stop, in `dtype`."""
+        import torch
+
+        if stop == start:
+            return
+        target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))
+        columns = self.num_columns  # not 0: nothing is read of an empty tensor
+        group = max(1, _GROUP_ELEMENTS // columns)
+        first = start // columns // group * group
+        while first * columns < stop:
+            last = min(first + group, self.num_rows)
+            flat = self.rows(reader, first, last).reshape(-1)
+            low, high = max(start, first * columns), min(stop, last * columns)
+            skipped = first * columns
+            target[low - start : high - start] = flat[low - skipped : high - skipped]
+            first = last
+
+
+def read_rows(reader: Reader, source: Source, first: int, last: int) -> Tensor:
+    """Return rows of a source as (last - first, C), in its dtype."""
+    columns = math.prod(source.shape[1:])
+    return reader.values(source, first * columns, last * columns).view(last - first, columns)
