@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.errors import OutlierMergeError, SpecError
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (run, plan):
         command.add_argument("spec", metavar="SPEC", help="a YAML file")
-        command.add_argument("--output", metavar="DIR", help="folder to write (or `output:`)")
+        command.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
         command.add_argument(
             "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
@@ -74,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
         )
-        command.add_argument(
-            "--shard-size", default="5GB", metavar="SIZE", help="largest file (default 5GB)"
-        )
+        command.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
         command.add_argument("--json", action="store_true", help="print JSON for scripts")
     run.add_argument(
         "--overwrite", action="store_true", help="replace an existing output when done"
@@ -92,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "recompute every checksum of an output",
         "outliermerge verify merged",
     )
-    verify.add_argument("folder", metavar="DIR", help="a folder that `run` wrote")
+    verify.add_argument("folder", metavar="OUT", help="what `run` wrote")
     verify.add_argument(
         "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
     )
@@ -217,14 +215,14 @@ def _plan(options: argparse.Namespace) -> int:
     from outliermerge import merge, render
     from outliermerge.checkpoint.layout import parse_bytes
     from outliermerge.execute import choose_device, num_threads
-    from outliermerge.planning import free_disk_bytes
+    from outliermerge.output import free_disk_bytes
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
     device = choose_device(options.device)
     threads = num_threads(options.threads)
     memory_bytes = parse_bytes(options.memory, option="--memory")
     named = options.output or planned.spec.document.output
-    output = as_path(named) if named else None
+    output = merge.output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     peak = planned.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
     if options.json:
@@ -261,7 +259,8 @@ def _verify(options: argparse.Namespace) -> int:
     from outliermerge.execute import num_threads
 
     folder = Path(options.folder)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
+    total = sum(path.stat().st_size for path in shards if path.exists())
     with render.progress_bar("verifying") as bar:
         task = bar.add_task("verifying", total=total)
         differences = manifest.verify_folder(

@@ -74,6 +74,8 @@ def execute(
     lock = threading.Lock()
     with Reader() as reader, worker_pool(options.threads) as (pool, on_all_threads):
         runner = JobRunner(plan, reader, sink, options, on_progress)
+        for job in plan.checks:
+            runner.check_equal(job, on_all_threads)
         pending: list[Future[None]] = []
 
         def finish(job: Job, run: Map) -> None:

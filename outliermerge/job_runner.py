@@ -111,8 +111,7 @@ class JobRunner:
         if job.action == "copy":
             return self._copy(task, run)
         if job.action == "equal":
-            if not self._identical(task, run):
-                self._raise_unequal(job)
+            self.check_equal(job, run)
             return self._copy(task, run)
         method = find_method(job.method)
         unchanged = method.space == "delta" or method.idempotent(job.parameters)
@@ -176,13 +175,24 @@ class JobRunner:
             return False
         return all(run(same, task.spans_after_first_piece))
 
-    def _raise_unequal(self, job: Job) -> None:
+    def check_equal(self, job: Job, run: Map) -> None:
+        """Raise OutlierMergeError unless all sources of a job hold the same values."""
+        if self._identical(_Task(job, self.block_elements(job)), run):
+            return
         models = [self._plan.inputs[number].reference for number, _ in job.sources]
+        if job in self._plan.checks:
+            raise OutlierMergeError(
+                f"{job.reason}. It does not. `extra: drop` leaves it out all the same."
+            )
         kind = job.sources[0][1].dtype.name
+        advice = (
+            "`unequal: base` takes the base model's, or make it equal."
+            if not job.output.dtype.is_float
+            else "Give `extra: copy` to one of them and `extra: drop` to the others."
+        )
         raise OutlierMergeError(
             f"tensor {job.name!r} ({kind}, {job.reason}) cannot be merged, only copied, "
-            f"but it differs between:\n{listing(models)}\n"
-            "Take it out of the models where it is not needed, or make it equal."
+            f"but it differs between:\n{listing(models)}\n{advice}"
         )
 
     def _copy(self, task: _Task, run: Map) -> JobResult:

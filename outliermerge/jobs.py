@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.layout import OutputTensor, Shard
@@ -19,11 +20,43 @@ _MAX_BLOCK_CHUNKS = {"cpu": 4, "cuda": 64}
 
 @dataclass(frozen=True)
 class Input:
-    """A model that the merge reads; `role` is `base` or `model`."""
+    """A model that the merge reads.
+
+    Attributes:
+        reference: as the spec names it.
+        home: where its config and tokenizer are: its own folder, for an adapter its base's.
+        renamed: by rule of its `rename`, how many names it changes, and one before and after.
+    """
 
     reference: str
     role: Literal["base", "model"]
     checkpoint: Checkpoint
+    home: Path
+    renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A file carried over beside the weights: its name in the output, and where it is from."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the output's tensors compare with the reference's (the base, or the first model).
+
+    Attributes:
+        num_reference_parameters: stored by the reference.
+        added, removed: names of tensors that only one of them has.
+        resized: names of tensors whose number of rows differs.
+    """
+
+    num_reference_parameters: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    resized: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +91,7 @@ class Job:
 
     @property
     def num_read_bytes(self) -> int:
-        return sum(meta.num_bytes for _, source in self.sources for meta in source.stored)
+        return sum(meta.num_bytes for meta in {m for _, s in self.sources for m in s.stored})
 
     @property
     def num_written_bytes(self) -> int:
@@ -73,24 +106,39 @@ class Plan:
         inputs: the models, the base first where there is one.
         jobs: one per output tensor, in the order of the base's files.
         shards: the output's weight files.
-        sidecars: files copied from the first input's folder.
+        sidecars: files that are carried over.
         gradients: for each parameter that varies over layers, its values by stack of layers.
-        dropped: tensors that are left out by `extra: drop`.
+        dropped: tensors that are left out by `extra: drop`, or because the head is tied.
         notes: what a person should know before starting.
+        checks: tensors that must be equal for the merge to be right, but are not written.
+        proof: how the output's tensors compare with the reference's.
+        components: by component's folder the stem of its weight files.
+        num_rows: of the vocabulary, where the merge changes it.
+        added_tokens: id, token, and the input that has it, for a vocabulary that grows.
     """
 
     spec: MergeSpec
     inputs: tuple[Input, ...]
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
-    sidecars: tuple[str, ...]
+    sidecars: tuple[Sidecar, ...]
     gradients: Mapping[str, Mapping[str, list[Any]]]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
+    checks: tuple[Job, ...]
+    proof: Proof
+    components: Mapping[str, str]
+    num_rows: int | None = None
+    added_tokens: tuple[tuple[int, str, int], ...] = ()
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the output is a single file, as the reference is."""
+        return self.inputs[0].checkpoint.root.is_file()
 
     @property
     def num_read_bytes(self) -> int:
-        return sum(job.num_read_bytes for job in self.jobs)
+        return sum(job.num_read_bytes for job in (*self.jobs, *self.checks))
 
     @property
     def num_written_bytes(self) -> int:
@@ -140,6 +188,8 @@ class Plan:
     def _bytes_per_element(self, job: Job) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
+        # Computed sources hold their rows in float32 while they are made.
+        raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
         if job.action != "merge":
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes
@@ -160,6 +210,10 @@ class Plan:
                     "num_tensors": len(entry.checkpoint.tensors),
                     "num_bytes": sum(m.num_bytes for m in entry.checkpoint.tensors.values()),
                     "dtypes": _dtype_counts(entry.checkpoint.tensors.values()),
+                    "renamed": {
+                        rule: {"num_tensors": count, "from": before, "to": after}
+                        for rule, (count, before, after) in entry.renamed.items()
+                    },
                 }
                 for entry in self.inputs
             ],
@@ -169,9 +223,21 @@ class Plan:
             "actions": dict(Counter(job.action for job in self.jobs)),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
-            "sidecars": list(self.sidecars),
+            "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},
             "dropped": list(self.dropped),
             "notes": list(self.notes),
+            "checks": [job.reason for job in self.checks],
+            "proof": {
+                "num_reference_parameters": self.proof.num_reference_parameters,
+                "added": list(self.proof.added),
+                "removed": list(self.proof.removed),
+                "resized": list(self.proof.resized),
+            },
+            "num_rows": self.num_rows,
+            "added_tokens": [
+                {"id": number, "token": token, "from": self.inputs[model].reference}
+                for number, token, model in self.added_tokens
+            ],
             "tensors": [
                 {
                     "name": job.name,
@@ -181,6 +247,7 @@ class Plan:
                     "dtype": job.output.dtype.name,
                     "file": job.output.file,
                     "sources": [self.inputs[index].reference for index, _ in job.sources],
+                    "stored_names": [source.name for _, source in job.sources],
                     "parameters": dict(job.parameters),
                 }
                 for job in self.jobs

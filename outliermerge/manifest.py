@@ -17,13 +17,13 @@ import xxhash
 from outliermerge.checkpoint.checksum import file_checksum, header_checksum
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import is_hub_id
-from outliermerge.checkpoint.layout import INDEX_NAME, OutputTensor, make_index
-from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Plan
-from outliermerge.output import checksum_in_file
+from outliermerge.output import checksum_in_file, manifest_path, shard_path
+from outliermerge.sidecars import sidecar_bytes
 
 MANIFEST_FORMAT = 1
 
@@ -31,12 +31,16 @@ MANIFEST_FORMAT = 1
 def identity(plan: Plan, *, device: str) -> dict[str, Any]:
     """Return what must be the same for a killed run to be continued, by what a user calls it."""
     layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
+    computed = [s for job in plan.jobs for _, s in job.sources if s.stored != (s,)]
     return {
         "the outliermerge version": version("outliermerge"),
         "the torch version": version("torch"),
         "the device": device.partition(":")[0],
         "the spec": plan.spec.as_dict(),
         "the layout of the output (--shard-size, tensors)": layout,
+        "how the models' tensors are computed (adapters, quantisation, vocabulary)": (
+            xxhash.xxh3_128_hexdigest(repr(computed).encode())
+        ),
         **{
             f"the files of {entry.reference}": [
                 [str(stamp.path), stamp.num_bytes, stamp.mtime_ns]
@@ -51,48 +55,19 @@ def write_sidecars(
     plan: Plan, results: Mapping[str, JobResult], folder: Path, *, device: str
 ) -> dict[str, Any]:
     """Write everything but the weights into a folder, the manifest last, and return it."""
-    root = plan.inputs[0].checkpoint.root
-    for name in plan.sidecars:
+    contents = sidecar_bytes(plan)
+    indexes = make_indexes((job.output for job in plan.jobs), plan.components)
+    contents |= {name: text.encode() for name, text in indexes.items()}
+    if not plan.is_one_file:
+        contents["README.md"] = _model_card(plan).encode()
+    for name, data in contents.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        data = (root / name).read_bytes()
-        target.write_bytes(_with_dtype(data, plan) if name == "config.json" else data)
-    if len(plan.shards) > 1:
-        num_data_bytes = sum(job.num_written_bytes for job in plan.jobs)
-        index = make_index((job.output for job in plan.jobs), num_data_bytes=num_data_bytes)
-        (folder / INDEX_NAME).write_text(index, "utf-8")
-    (folder / "README.md").write_text(_model_card(plan), "utf-8")
-    names = [*plan.sidecars, "README.md", *([INDEX_NAME] if len(plan.shards) > 1 else [])]
-    manifest = _manifest(plan, results, folder, sorted(names), device)
+        target.write_bytes(data)
+    manifest = _manifest(plan, results, folder, sorted(contents), device)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_NAME).write_text(text, "utf-8")
     return manifest
-
-
-def _with_dtype(data: bytes, plan: Plan) -> bytes:
-    """Return config.json's bytes, with the dtype changed where the spec changes what is stored."""
-    document = plan.spec.document
-    wanted = document.out_dtype or document.dtype
-    if wanted is None:
-        return data
-    try:
-        config = json.loads(data)
-    except ValueError:
-        return data
-    changed = _set_dtype(config, wanted)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if changed else data
-
-
-def _set_dtype(config: Any, wanted: str) -> bool:
-    changed = False
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in ("dtype", "torch_dtype") and value in DTYPES and value != wanted:
-                config[key] = wanted
-                changed = True
-            elif key.endswith("_config"):
-                changed = _set_dtype(value, wanted) or changed
-    return changed
 
 
 def _manifest(
@@ -124,7 +99,7 @@ def _manifest(
                 "role": entry.role,
                 "path": str(entry.checkpoint.root),
                 "files": {
-                    stamp.path.relative_to(entry.checkpoint.root).as_posix(): stamp.num_bytes
+                    _relative(stamp.path, entry.checkpoint.root): stamp.num_bytes
                     for stamp in entry.checkpoint.weight_files
                 },
                 "checksum": xxhash.xxh3_128_hexdigest("".join(read[number]).encode()),
@@ -166,6 +141,13 @@ def _manifest(
     }
 
 
+def _relative(path: Path, root: Path) -> str:
+    """Return a path as seen from a model's folder; whole where it is elsewhere, as a base is."""
+    if path == root or not path.is_relative_to(root):
+        return str(path)
+    return path.relative_to(root).as_posix()
+
+
 def _plain(value: Any) -> Any:
     """Return JSON values; infinite and NaN numbers become texts, empty entries are left out."""
     if isinstance(value, dict):
@@ -184,12 +166,14 @@ def _model_card(plan: Plan) -> str:
         for entry in plan.inputs
         if is_hub_id(entry.reference) and Path(entry.reference).absolute() != entry.checkpoint.root
     ]
-    config = plan.inputs[0].checkpoint.root / "config.json"
+    sidecars = {sidecar.name for sidecar in plan.sidecars}
     front = ["---"]
     if on_hub:
         front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
         front += ["base_model_relation: merge"]
-    if config.is_file():
+    if "model_index.json" in sidecars:
+        front += ["library_name: diffusers"]
+    elif "config.json" in sidecars:
         front += ["library_name: transformers"]
     front += ["tags:", "- merge", "- outliermerge", "---"]
     method = plan.spec.method
@@ -214,12 +198,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         OutlierMergeError: there is none, or it is not one of ours.
     """
-    path = folder / MANIFEST_NAME
+    path = manifest_path(folder)
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise OutlierMergeError(
-            f"{folder}: no {MANIFEST_NAME}: not an output of outliermerge"
+            f"{folder}: no {path.name}: not an output of outliermerge"
         ) from error
     except (OSError, ValueError) as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
@@ -256,20 +240,21 @@ def verify_folder(
     changed_headers: set[str] = set()
     stored: dict[str, OutputTensor] = {}
     for file, shard in manifest["shards"].items():
+        path = shard_path(folder, file)
+        component = file.rpartition("/")[0]
         try:
-            metas = read_header(folder / file)
+            metas = read_header(path)
         except OutlierMergeError as error:
             differences.append(str(error))
             continue
-        if header_checksum(folder / file) != shard["header"]:
+        if header_checksum(path) != shard["header"]:
             changed_headers.add(file)
         for meta in metas:
             assert meta.offset is not None
-            if meta.name in stored:
-                differences.append(
-                    f"tensor {meta.name!r}: is in {stored[meta.name].file} and in {file}"
-                )
-            stored[meta.name] = OutputTensor(meta.name, meta.dtype, meta.shape, file, meta.offset)
+            name = f"{component}/{meta.name}" if component else meta.name
+            if name in stored:
+                differences.append(f"tensor {name!r}: is in {stored[name].file} and in {file}")
+            stored[name] = OutputTensor(name, meta.dtype, meta.shape, file, meta.offset)
     readable = {tensor.file for tensor in stored.values()}
     to_read = []
     for name, entry in manifest["tensors"].items():

@@ -19,11 +19,7 @@ from outliermerge.manifest import identity, verify_folder, write_sidecars
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
 from outliermerge.output import OutputFolder, check_target
-from outliermerge.planning import (
-    DEFAULT_MEMORY_BYTES,
-    DEFAULT_SHARD_BYTES,
-    make_plan,
-)
+from outliermerge.planning import DEFAULT_MEMORY_BYTES, make_plan
 from outliermerge.spec import MergeSpec, load_spec
 from outliermerge.statistics import CHUNK_ELEMENTS
 
@@ -60,13 +56,13 @@ class RunResult:
 
 
 def plan(
-    spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str = DEFAULT_SHARD_BYTES
+    spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str | None = None
 ) -> Plan:
     """Plan a merge without reading a tensor.
 
     Args:
         spec: a YAML file, or the same as a dict.
-        shard_size: most bytes of a weight file, such as "5GB".
+        shard_size: most bytes of a weight file, such as "5GB", the default.
 
     Raises:
         SpecError: the spec is wrong.
@@ -77,6 +73,8 @@ def plan(
         >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
     """
     checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    if shard_size is None:
+        return make_plan(checked)
     return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), option="--shard-size"))
 
 
@@ -100,7 +98,7 @@ def run(
 
     Args:
         spec: a YAML file, the same as a dict, or a plan.
-        output: the folder to write; the spec's `output` by default.
+        output: the folder or .safetensors file to write; the spec's `output` by default.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         memory: bytes for blocks and intermediate results, above what the interpreter takes.
         threads: worker threads; 0 for the processors at hand.
@@ -123,8 +121,8 @@ def run(
             raise SpecError("shard_size: the plan has its shards already; give it to plan()")
         planned = spec
     else:
-        planned = plan(spec, shard_size=shard_size or DEFAULT_SHARD_BYTES)
-    final = output_folder(planned, output)
+        planned = plan(spec, shard_size=shard_size)
+    final = output_path(planned, output)
     options = Options(
         device=choose_device(device),
         threads=num_threads(threads),
@@ -165,16 +163,26 @@ def run(
     )
 
 
-def output_folder(planned: Plan, output: str | Path | None) -> Path:
-    """Return the folder that an argument or else the spec names.
+def output_path(planned: Plan, output: str | Path | None) -> Path:
+    """Return the folder or file that an argument or else the spec names.
 
     Raises:
-        SpecError: neither does.
+        SpecError: neither does, or a file is named where a folder is written or the reverse.
     """
     named = output or planned.spec.document.output
     if named is None:
         raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
-    return as_path(named)
+    path = as_path(named)
+    if planned.is_one_file and path.suffix != ".safetensors":
+        raise SpecError(
+            f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "
+            f"name it {path.name}.safetensors"
+        )
+    if not planned.is_one_file and path.suffix == ".safetensors":
+        raise SpecError(f"output {path}: a folder is written: leave .safetensors away")
+    if planned.is_one_file and len(planned.shards) > 1:
+        raise SpecError("--shard-size: the output is a single file: leave it away")
+    return path
 
 
 def verify(folder: str | Path, *, threads: int = 0) -> list[str]:

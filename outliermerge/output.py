@@ -18,7 +18,6 @@ from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Plan
-from outliermerge.planning import free_disk_bytes
 
 _JOURNAL_NAME = "journal.jsonl"
 
@@ -26,6 +25,18 @@ _JOURNAL_NAME = "journal.jsonl"
 def partial_folder(final: Path) -> Path:
     """Return where an output is written before it has its name."""
     return final.with_name(final.name + ".partial")
+
+
+def manifest_path(final: Path) -> Path:
+    """Return where the manifest of an output is: in its folder, or beside its file."""
+    if final.suffix == ".safetensors" and not final.is_dir():
+        return final.with_name(f"{final.name}.{MANIFEST_NAME}")
+    return final / MANIFEST_NAME
+
+
+def shard_path(final: Path, file: str) -> Path:
+    """Return where a shard of an output is: in its folder, or the output itself."""
+    return final / file if final.is_dir() else final
 
 
 def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
@@ -56,15 +67,17 @@ def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
         )
     if not final.exists():
         return
+    if plan.is_one_file and final.is_dir():
+        raise OutlierMergeError(f"{final}: is a folder, and a file is to be written")
     if not overwrite:
         raise OutlierMergeError(
             f"{final}: exists already. Use --overwrite to replace it when the merge is done, "
             "or choose another --output."
         )
-    if not (final / MANIFEST_NAME).is_file():
+    if not manifest_path(final).is_file():
         raise OutlierMergeError(
             f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
-            f"{MANIFEST_NAME}. Move it away."
+            f"{manifest_path(final).name}. Move it away."
         )
 
 
@@ -171,6 +184,7 @@ class OutputFolder:
 
     def _allocate(self, shard: Shard) -> int:
         path = self.path / shard.file
+        path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             os.posix_fallocate(descriptor, 0, shard.num_bytes)
@@ -228,8 +242,11 @@ class OutputFolder:
         for descriptor in self._files.values():
             os.fsync(descriptor)
         for path in self.path.rglob("*"):
-            if path.is_file() and path.name not in self._files:
+            if path.is_file() and path.relative_to(self.path).as_posix() not in self._files:
                 _sync(path)
+        if self._plan.is_one_file:
+            self._finish_file()
+            return
         replaced = _replaced_folder(self.final)
         if overwrite and self.final.exists():
             if replaced.exists():
@@ -241,6 +258,14 @@ class OutputFolder:
         _sync(self.final.absolute().parent)
         if overwrite and replaced.exists():
             shutil.rmtree(replaced)
+
+    def _finish_file(self) -> None:
+        """Give the one shard its name, and the manifest one beside it."""
+        (shard,) = self._plan.shards
+        (self.path / MANIFEST_NAME).replace(manifest_path(self.final))
+        (self.path / shard.file).replace(self.final)
+        shutil.rmtree(self.path)
+        _sync(self.final.absolute().parent)
 
     def close(self) -> None:
         """Close every file and give up the lock."""
@@ -290,3 +315,11 @@ def _check_identity(path: Path, found: Mapping[str, Any], now: Mapping[str, Any]
             f"{path}: was begun by another merge: {', '.join(differing)} changed since. "
             "Use --fresh to start over."
         )
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk that a folder, perhaps not yet made, is on."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.hub import resolve
-from outliermerge.checkpoint.layout import plan_layout
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.jobs import Input, Job, Plan
+from outliermerge.inputs import open_inputs
+from outliermerge.jobs import Job, Plan
 from outliermerge.method import MergeMethod
-from outliermerge.settings import Layer, SpecPath, find_layers
+from outliermerge.notes import merge_notes
+from outliermerge.proof import prove
+from outliermerge.rename import best_map
+from outliermerge.settings import Layer, Setting, SettingError, SpecPath, find_layers
+from outliermerge.sidecars import choose_sidecars
 from outliermerge.spec import MergeSpec
+from outliermerge.tied import TiedHead, match_heads
+
+try:
+    from outliermerge.vocabulary import align_vocabulary
+except ImportError:
+    from types import SimpleNamespace
+
+    align_vocabulary = lambda m, p: SimpleNamespace(
+        checkpoints=tuple(c for _, c in m), num_rows=None, added_tokens=(), notes=()
+    )
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
 
 
-def make_plan(spec: MergeSpec, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     """Plan a merge from a spec and the headers of its models.
 
+    Args:
+        shard_bytes: most bytes of a weight file; by default 5 GB, and no limit where the output
+            is a single file.
+
     Raises:
-        SpecError: a filter that no tensor matches, or parameters that do not go together.
+        SpecError: a filter or rule that no tensor matches, or parameters that do not go together.
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
@@ -36,24 +53,39 @@ class _Planner:
     def __init__(self, spec: MergeSpec) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
-        self.inputs, self.model_numbers = _open_inputs(spec)
+        opened, self.model_numbers = open_inputs(spec)
+        matched, self.tied_heads, self.notes = match_heads(opened)
+        self.alignment = align_vocabulary(
+            [(entry.reference, entry.checkpoint) for entry in matched], spec.document.vocabulary
+        )
+        self.inputs = tuple(
+            replace(entry, checkpoint=checkpoint)
+            for entry, checkpoint in zip(matched, self.alignment.checkpoints, strict=True)
+        )
+        self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.has_base = self.inputs[0].role == "base"
         self.problems: dict[str, list[str]] = {}
-        self.notes: list[str] = []
         self.dropped: list[str] = []
+        self.checks: list[Job] = []
         self.used_filters: set[SpecPath] = set()
         self.any_resolved = False
+        self._check_policies()
 
-    def plan(self, shard_bytes: int) -> Plan:
+    def plan(self, shard_bytes: int | None) -> Plan:
         names = dict.fromkeys(name for entry in self.inputs for name in entry.checkpoint.tensors)
         self.layers = find_layers(names)
         drafts = [draft for name in names if (draft := self._draft(name)) is not None]
         self._raise_problems()
         self._check_filters()
+        checkpoint = self.inputs[0].checkpoint
+        written = self._written_names([draft[0] for draft in drafts])
+        if shard_bytes is None and checkpoint.root.is_dir():
+            shard_bytes = DEFAULT_SHARD_BYTES
         shards, placed = plan_layout(
-            ((name, dtype, sources[0][1].shape) for name, _, sources, _, dtype, _ in drafts),
+            ((written[name], dtype, source[0][1].shape) for name, _, source, _, dtype, _ in drafts),
             shard_bytes=shard_bytes,
+            components=checkpoint.components,
         )
         jobs = tuple(
             Job(
@@ -61,24 +93,47 @@ class _Planner:
                 self.spec.document.merge_method,
                 parameters,
                 sources,
-                placed[name],
+                placed[written[name]],
                 self._compute_dtype(sources),
                 why,
             )
             for name, action, sources, parameters, _, why in drafts
         )
-        self._note_what_is_unusual(jobs)
-        checkpoint = self.inputs[0].checkpoint
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, self.alignment)
+        config = next((file for file in sidecars if file.name == "config.json"), None)
+        proof, doubts = prove(
+            self.stored_reference,
+            {name: sources[0][1].shape for name, _, sources, *_ in drafts},
+            read_json(config.path) if config else {},
+        )
         return Plan(
             spec=self.spec,
             inputs=self.inputs,
             jobs=jobs,
             shards=tuple(shards),
-            sidecars=checkpoint.sidecars,
-            gradients=self._gradients(jobs),
+            sidecars=sidecars,
+            gradients=self._gradients(jobs, {new: old for old, new in written.items()}),
             dropped=tuple(self.dropped),
-            notes=tuple(self.notes),
+            notes=(
+                *self.notes,
+                *self.alignment.notes,
+                *sidecar_notes,
+                *doubts,
+                *merge_notes(self.spec, self.inputs, jobs, self.dropped),
+            ),
+            checks=tuple(self.checks),
+            proof=proof,
+            components=checkpoint.components,
+            num_rows=self.alignment.num_rows,
+            added_tokens=self.alignment.added_tokens,
         )
+
+    def _written_names(self, names: list[str]) -> dict[str, str]:
+        """Return the name in the output of each tensor of the merge."""
+        try:
+            return self.spec.rename.apply(names)
+        except SettingError as error:
+            raise self.spec.source.error(error.path, str(error), at_key=error.at_key) from error
 
     def _draft(self, name: str) -> _Draft | None:
         holders = [
@@ -90,13 +145,15 @@ class _Planner:
             return self._draft_extra(name, holders)
         first = self.reference[name]
         for number in holders:
-            meta = self.inputs[number].checkpoint.tensors[name]
-            same_kind = meta.dtype == first.dtype or (meta.dtype.is_float and first.dtype.is_float)
-            if meta.shape != first.shape or not same_kind:
+            source = self.inputs[number].checkpoint.tensors[name]
+            same_kind = source.dtype == first.dtype or (
+                source.dtype.is_float and first.dtype.is_float
+            )
+            if source.shape != first.shape or not same_kind:
                 self._problem(
                     "of another shape or kind",
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
-                    f"{_describe(meta)} in {self.inputs[number].reference}",
+                    f"{_describe(source)} in {self.inputs[number].reference}",
                 )
                 return None
         lacking = [number for number in self.model_numbers if number not in holders]
@@ -106,9 +163,7 @@ class _Planner:
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
         dtype = self._stored(first)
         if not first.dtype.is_float:
-            sources = dict.fromkeys([own, *found])
-            action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
-            return name, action, tuple(sources), {}, dtype, f"{first.dtype.name} buffer"
+            return self._draft_unmergeable(name, own, found, dtype)
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
@@ -124,27 +179,97 @@ class _Planner:
             found = (own, *found)
         return name, "merge", found, parameters, dtype, ""
 
+    def _draft_unmergeable(
+        self, name: str, own: _Numbered, found: tuple[_Numbered, ...], dtype: DType
+    ) -> _Draft:
+        kind = f"{dtype.name} buffer"
+        if self._policy((self.spec.unequal,), name) == "base":
+            return name, "copy", (own,), {}, dtype, f"{kind}, the base model's"
+        sources = tuple(dict.fromkeys([own, *found]))
+        action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
+        return name, action, sources, {}, dtype, kind
+
     def _draft_extra(self, name: str, holders: list[int]) -> _Draft | None:
-        found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
-        where = ", ".join(self.inputs[n].reference for n in holders)
-        if self.spec.document.extra == "error":
-            self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
+        copied = []
+        for number in holders:
+            word = self._policy(self._policies(number, "extra"), name, default="")
+            tied = next((t for t in self.tied_heads if (t.number, t.name) == (number, name)), None)
+            if word == "copy":
+                copied.append(number)
+            elif not word and tied is not None:
+                self.checks.append(self._check_tied(tied))
+            elif word != "drop":
+                where = self.inputs[number].reference
+                self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
+        found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
+        if not found:
+            if holders:
+                self.dropped.append(name)
             return None
-        if self.spec.document.extra == "drop":
-            self.dropped.append(name)
-            return None
-        if len({(meta.shape, meta.dtype) for _, meta in found}) > 1:
+        if len({(source.shape, source.dtype) for _, source in found}) > 1:
+            where = ", ".join(self.inputs[n].reference for n in copied)
             self._problem("of another shape or kind", f"{name}: differs between {where}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
         return name, action, found, {}, self._stored(found[0][1]), "extra, copied"
 
+    def _check_tied(self, tied: TiedHead) -> Job:
+        model = self.inputs[tied.number].reference
+        reason = (
+            f"{self.inputs[0].reference} ties {tied.name} to its embeddings, so that of {model} "
+            "is left out, which is right only where it equals the embeddings of that model"
+        )
+        unwritten = OutputTensor(tied.name, tied.head.dtype, tied.head.shape, "", 0)
+        sources = ((tied.number, tied.head), (tied.number, tied.embeddings))
+        return Job("equal", self.method.name, {}, sources, unwritten, reason=reason)
+
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
-        if self.spec.document.missing == "base" and self.has_base:
-            return True
+        allowed = True
         for number in lacking:
-            self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
-        return False
+            if self._policy(self._policies(number, "missing"), name) != "base":
+                self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
+                allowed = False
+        return allowed
+
+    def _policies(self, number: int, key: Literal["missing", "extra"]) -> tuple[Setting, Setting]:
+        """Return the policies that hold for a model, its own first."""
+        everyone: Setting = getattr(self.spec, key)
+        if number not in self.model_numbers:
+            return everyone, everyone
+        model = self.spec.models[self.model_numbers.index(number)]
+        return getattr(model, key), everyone
+
+    def _policy(self, levels: tuple[Setting, ...], name: str, default: str = "error") -> str:
+        for setting in levels:
+            entry = setting.entry_for(name)
+            if entry is not None:
+                word: str = entry.at(0)
+                return word
+        return default
+
+    def _check_policies(self) -> None:
+        """Refuse a filter that is in no name, and `base` where there is no base model."""
+        names = {name for entry in self.inputs for name in entry.checkpoint.tensors}
+        models = self.spec.models
+        levels = [
+            (key, setting)
+            for key, settings in (
+                ("missing", [self.spec.missing, *(model.missing for model in models)]),
+                ("extra", [self.spec.extra, *(model.extra for model in models)]),
+                ("unequal", [self.spec.unequal]),
+            )
+            for setting in settings
+        ]
+        for key, setting in levels:
+            for entry in setting.entries:
+                if not any(entry.matches(name) for name in names):
+                    raise self.spec.source.error(
+                        entry.path, f"the filter {entry.filter!r} is in no tensor's name"
+                    )
+                if entry.at(0) == "base" and not self.has_base:
+                    raise self.spec.source.error(
+                        entry.path, f"`{key}: base` needs a `base_model`", at_key=True
+                    )
 
     def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
         wide = any(meta.dtype.name == "float64" for _, meta in sources)
@@ -206,6 +331,13 @@ class _Planner:
             f"{len(items)} tensor(s) {kind}:\n{listing(items)}\n{advice[kind]}"
             for kind, items in self.problems.items()
         ]
+        for entry in self.inputs[1:]:
+            names = entry.checkpoint.tensors
+            if (best := best_map(names, self.reference.__contains__)) is not None:
+                parts.append(
+                    f"`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
+                    f"{len(names)} tensors with those of {self.inputs[0].reference}."
+                )
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
     def _check_filters(self) -> None:
@@ -228,11 +360,13 @@ class _Planner:
                         raise self.spec.source.error(entry.path, f"{what} {why}")
                     takes_all = takes_all or entry.filter is None
 
-    def _gradients(self, jobs: tuple[Job, ...]) -> dict[str, dict[str, list[Any]]]:
+    def _gradients(
+        self, jobs: tuple[Job, ...], names: Mapping[str, str]
+    ) -> dict[str, dict[str, list[Any]]]:
         """Return values by layer of what varies over a stack and is one value in each layer."""
         seen: dict[str, dict[str, dict[int, set[Any]]]] = {}
         for job in jobs:
-            layer: Layer | None = self.layers.get(job.name)
+            layer: Layer | None = self.layers.get(names[job.name])
             if job.action != "merge" or layer is None:
                 continue
             for name, value in job.parameters.items():
@@ -248,99 +382,17 @@ class _Planner:
                     ]
         return result
 
-    def _note_what_is_unusual(self, jobs: tuple[Job, ...]) -> None:
-        weighted = [bool(model.settings.get("weight")) for model in self.spec.models]
-        if any(weighted) and not all(weighted) and "weight" not in self.spec.settings:
-            names = [
-                m.reference for m, own in zip(self.spec.models, weighted, strict=True) if not own
-            ]
-            self.notes.append(f"no `weight` for {', '.join(names)}: 1 is used")
-        mixed = [
-            f"{job.name}: {', '.join(meta.dtype.name for _, meta in job.sources)}"
-            for job in jobs
-            if len({meta.dtype for _, meta in job.sources}) > 1
-        ]
-        if mixed:
-            self.notes.append(f"dtypes differ between models:\n{listing(mixed, limit=5)}")
-        narrowed = Counter(
-            (job.sources[0][1].dtype.name, job.output.dtype.name)
-            for job in jobs
-            if job.output.dtype.num_bytes < max(m.dtype.num_bytes for _, m in job.sources)
-        )
-        for (loaded, stored), count in narrowed.items():
-            self.notes.append(f"{count} tensors are loaded as {loaded} and stored as {stored}")
-        if self.spec.document.dtype in ("bfloat16", "float16"):
-            self.notes.append(
-                f"dtype: {self.spec.document.dtype} sets how the output is stored; "
-                "arithmetic stays in float32"
-            )
-        for reason in ("in no task model", "extra, copied"):
-            names = [job.name for job in jobs if job.reason == reason]
-            if names:
-                self.notes.append(f"{len(names)} tensors {reason}:\n{listing(names, limit=5)}")
-        partly = [
-            job.name for job in jobs
-            if job.action == "merge" and self.method.space == "delta"
-            and len(job.sources) <= len(self.model_numbers)
-        ]  # fmt: skip
-        if partly:
-            self.notes.append(
-                f"{len(partly)} tensors are not in every task model:\n{listing(partly, limit=5)}"
-            )
-        if self.dropped:
-            self.notes.append(
-                f"{len(self.dropped)} extra tensors are dropped:\n{listing(self.dropped, limit=5)}"
-            )
-        checkpoint = self.inputs[0].checkpoint
-        if "config.json" not in checkpoint.sidecars:
-            self.notes.append(f"{checkpoint.root} has no config.json: transformers cannot load it")
-        left_behind = [name for name in checkpoint.left_behind if name != "README.md"]
-        if left_behind:
-            left = listing(left_behind, limit=5)
-            self.notes.append(f"files of the base model that are not carried over:\n{left}")
 
-
+_Numbered = tuple[int, Source]
 _Draft = tuple[
     str,
     Literal["merge", "copy", "equal"],
-    tuple[tuple[int, Source], ...],
+    tuple[_Numbered, ...],
     dict[str, Any],
     DType,
     str,
 ]
 
 
-def _describe(meta: Source) -> str:
-    return f"{meta.dtype.name} {list(meta.shape)}"
-
-
-def _open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
-    """Open every model once; return them and the numbers of those that are merged, in order."""
-    opened: dict[Path, int] = {}
-    inputs: list[Input] = []
-
-    def number_of(reference: str, role: Literal["base", "model"], path: SpecPath) -> int:
-        try:
-            root = resolve(reference)
-            if root.resolve() not in opened:
-                opened[root.resolve()] = len(inputs)
-                inputs.append(Input(reference, role, open_checkpoint(root)))
-        except OutlierMergeError as error:
-            located = spec.source.error(path, str(error))
-            raise OutlierMergeError(str(located)) from error
-        return opened[root.resolve()]
-
-    if spec.document.base_model is not None:
-        number_of(spec.document.base_model, "base", ("base_model",))
-    elif spec.document.missing == "base":
-        raise spec.source.error(("missing",), "`missing: base` needs a `base_model`", at_key=True)
-    numbers = [number_of(model.reference, "model", (*model.path, "model")) for model in spec.models]
-    return tuple(inputs), numbers
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the free space of the disk that a folder, perhaps not yet made, is on."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def _describe(source: Source) -> str:
+    return f"{source.dtype.name} {list(source.shape)}"

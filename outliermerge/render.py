@@ -92,6 +92,7 @@ def print_plan(
         )
     console.print(models)
     console.print()
+    _print_pairing(console, plan)
     actions = _table("what happens", "tensors", "parameters", "loaded", "computed", "stored")
     groups: dict[str, list[Any]] = {}
     for job in plan.jobs:
@@ -120,12 +121,42 @@ def print_plan(
         f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
         f"{human_bytes(free_bytes)} free on the disk",
     )
+    facts.add_row("parameters", Text(_proof(plan)))
     facts.add_row("peak memory", f"{human_bytes(peak)} on {threads} threads, device {device}")
     facts.add_row("output", Text(str(output) if output else "not named yet: give --output"))
-    facts.add_row("files carried over", Text(", ".join(plan.sidecars) or "none"))
+    facts.add_row(
+        "files carried over", Text(", ".join(file.name for file in plan.sidecars) or "none")
+    )
     console.print(facts)
     for note in plan.notes:
         console.print(Text(f"note: {note}"))
+
+
+def _print_pairing(console: Console, plan: Plan) -> None:
+    """Print how names are changed, where they are."""
+    table = _table("renamed in", "rule", "tensors", "for example", "becomes")
+    for entry in plan.inputs:
+        for rule, (count, before, after) in entry.renamed.items():
+            table.add_row(Text(entry.reference), Text(rule), str(count), Text(before), Text(after))
+    if table.row_count:
+        console.print(table)
+        console.print()
+
+
+def _proof(plan: Plan) -> str:
+    """Return in words how the output's tensors compare with the reference's."""
+    proof, reference = plan.proof, plan.inputs[0].reference
+    parts = [
+        f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (
+            ("added", proof.added), ("left out", proof.removed), ("other rows in", proof.resized)
+        )
+        if names
+    ]  # fmt: skip
+    same = f"the tensors of {reference}" + (": " + "; ".join(parts) if parts else ", all of them")
+    difference = plan.num_parameters - proof.num_reference_parameters
+    change = f" ({difference:+,})" if difference else ""
+    return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors: {same}"
 
 
 def _role(plan: Plan, entry: Input) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from outliermerge.checkpoint.meta import FLOAT_DTYPES
+from outliermerge.document import SpecDocument
 from outliermerge.method import MergeMethod, Parameter
 from outliermerge.methods import METHODS
-from outliermerge.spec import SpecDocument
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 

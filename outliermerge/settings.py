@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from outliermerge.method import Parameter
+from typing import Any, Protocol
 
 SpecPath = tuple[str | int, ...]
 
@@ -23,6 +21,13 @@ class SettingError(ValueError):
     def __init__(self, path: SpecPath, message: str, *, at_key: bool = False) -> None:
         super().__init__(message)
         self.path, self.at_key = path, at_key
+
+
+class _Checked(Protocol):
+    """What a setting's values are checked by, such as a method's Parameter."""
+
+    def check(self, value: object) -> Any:
+        """Return a value in its type, or raise ValueError."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class Entry:
 class Setting:
     """What a spec says of one parameter."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...] = ()
 
     def entry_for(self, tensor_name: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.matches(tensor_name)), None)
 
 
-def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
+def parse_setting(raw: object, parameter: _Checked, path: SpecPath) -> Setting:
     """Return a setting whose values all have the parameter's type and range.
 
     Raises:
@@ -78,7 +83,7 @@ def parse_setting(raw: object, parameter: Parameter, path: SpecPath) -> Setting:
     return Setting((_entry(raw, parameter, None, path),))
 
 
-def _conditional(raw: Mapping[str, Any], parameter: Parameter, path: SpecPath) -> Entry:
+def _conditional(raw: Mapping[str, Any], parameter: _Checked, path: SpecPath) -> Entry:
     for key in raw:
         if key not in ("filter", "value"):
             raise SettingError(
@@ -92,7 +97,7 @@ def _conditional(raw: Mapping[str, Any], parameter: Parameter, path: SpecPath) -
     return _entry(raw["value"], parameter, None if name == "*" else name, (*path, "value"))
 
 
-def _entry(raw: object, parameter: Parameter, name: str | None, path: SpecPath) -> Entry:
+def _entry(raw: object, parameter: _Checked, name: str | None, path: SpecPath) -> Entry:
     is_gradient = isinstance(raw, list)
     items: list[Any] = raw if isinstance(raw, list) else [raw]
     if not items:
@@ -110,6 +115,36 @@ def _entry(raw: object, parameter: Parameter, name: str | None, path: SpecPath) 
         except ValueError as error:
             raise SettingError(place, str(error)) from error
     return Entry(name, tuple(values), is_gradient, path)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What `parse_setting` asks of a parameter, for a setting that is one of a few words."""
+
+    words: tuple[str, ...]
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            expected = ", ".join(map(repr, self.words[:-1])) + f" or {self.words[-1]!r}"
+            raise ValueError(f"found {value!r}, expected {expected}")
+        return value
+
+
+def parse_policy(raw: object, words: tuple[str, ...], path: SpecPath) -> Setting:
+    """Return a setting that is one of a few words, for all tensors or by filters.
+
+    Raises:
+        SettingError: the form is wrong, or a word is not one of them.
+    """
+    if raw is None:
+        return Setting()
+    setting = parse_setting(raw, _Choice(words), path)
+    for entry in setting.entries:
+        if entry.is_gradient:
+            raise SettingError(
+                entry.path, "found a list of words, expected one word or a list of filter entries"
+            )
+    return setting
 
 
 @dataclass(frozen=True)

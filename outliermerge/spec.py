@@ -5,110 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from outliermerge.document import EXTRA, MISSING, UNEQUAL, BaseEntry, ModelEntry, SpecDocument
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, suggest
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
-from outliermerge.settings import Setting, SettingError, SpecPath, parse_setting
+from outliermerge.rename import Rename, parse_rename
+from outliermerge.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
+from outliermerge.spec_text import Source, parse_yaml
 
 _NOT_YET = {
     "slices": "give whole `models`",
     "modules": "give whole `models`",
-    "tokenizer": "the tokenizer is copied byte for byte from the base model",
-    "chat_template": "the chat template is copied byte for byte from the base model",
+    "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
+    "what becomes of rows that differ",
+    "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
-_DTypeName = Annotated[
-    Literal["float16", "bfloat16", "float32", "float64"],
-    BeforeValidator(lambda v: v.removeprefix("torch.") if isinstance(v, str) else v),
-]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelEntry(_Strict):
-    """A model to merge."""
-
-    model: str = Field(
-        min_length=1, description="A folder, or a hub id: org/name or org/name@revision."
-    )
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Parameters of this model; they win over the global ones."
-    )
-
-
-class SpecDocument(_Strict):
-    """A merge: the method, the base model, the models, and how the output is stored."""
-
-    merge_method: str = Field(
-        description="A name from `outliermerge methods`, or package.module:function."
-    )
-    base_model: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The model that the task models were fine-tuned from.",
-    )
-    models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Parameters of the method, for all models."
-    )
-    dtype: _DTypeName | None = Field(
-        default=None,
-        description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
-        "float32, or in float64 with `dtype: float64`.",
-    )
-    out_dtype: _DTypeName | None = Field(
-        default=None, description="The output's dtype; the base model's own by default."
-    )
-    tokenizer_source: Literal["base"] | None = Field(
-        default=None, description="Only `base`: its tokenizer files are copied byte for byte."
-    )
-    output: str | None = Field(
-        default=None, min_length=1, description="The folder to write; --output wins over it."
-    )
-    missing: Literal["error", "base"] = Field(
-        default="error",
-        description="A tensor that a model lacks: stop, or take the model as unchanged there.",
-    )
-    extra: Literal["error", "copy", "drop"] = Field(
-        default="error",
-        description="A tensor that the base model lacks: stop, copy it (all models that have it "
-        "must agree), or leave it out.",
-    )
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a spec is from, to point at its lines."""
-
-    file: str
-    keys: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
-    values: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
-
-    def error(self, path: SpecPath, message: str, *, at_key: bool = False) -> SpecError:
-        """Return an error that starts with file, line, column and the key's path."""
-        marks = self.keys if at_key else self.values
-        place = self.file
-        for end in range(len(path), -1, -1):
-            if mark := marks.get(path[:end]) or self.keys.get(path[:end]):
-                place = f"{self.file}:{mark[0]}:{mark[1]}"
-                break
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-        return SpecError(f"{place}: {name.lstrip('.') + ': ' if name else ''}{message}")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model of a spec with its parameters' settings."""
+    """A model of a spec.
+
+    Attributes:
+        settings: of the method's parameters.
+        missing, extra: its own policies, which win over the spec's.
+    """
 
     reference: str
-    settings: Mapping[str, Setting]
     path: SpecPath
+    rename: Rename = field(default_factory=Rename)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    missing: Setting = field(default_factory=Setting)
+    extra: Setting = field(default_factory=Setting)
 
 
 @dataclass(frozen=True)
@@ -118,15 +51,23 @@ class MergeSpec:
     Attributes:
         document: the spec as written.
         method: the merge method.
+        base: the base model, where there is one.
         models: what is merged, in order; without the base for methods on task vectors.
         settings: global parameter settings.
+        rename: of the output.
+        missing, extra, unequal: policies for all models.
         source: where it is from.
     """
 
     document: SpecDocument
     method: MergeMethod
+    base: ModelSpec | None
     models: tuple[ModelSpec, ...]
     settings: Mapping[str, Setting]
+    rename: Rename
+    missing: Setting
+    extra: Setting
+    unequal: Setting
     source: Source
 
     def as_dict(self) -> dict[str, Any]:
@@ -169,86 +110,10 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     Raises:
         SpecError: as for load_spec.
     """
-    keys: dict[SpecPath, tuple[int, int]] = {}
-    values: dict[SpecPath, tuple[int, int]] = {}
-    _check_characters(text, file)
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        _record_marks(node, (), keys, values, file, parents=())
-        raw = loader.construct_document(node) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        problem = error.problem or error.context or "cannot be read"
-        if problem.startswith("but ") and error.context:
-            problem = f"{error.context} {problem}"
-        raise SpecError(f"{place}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, SpecError):
-            raise
-        raise SpecError(f"{file}: not valid YAML: {error}") from error
-    source = Source(file, keys, values)
+    raw, source = parse_yaml(text, file=file)
     if not isinstance(raw, dict):
         raise source.error((), f"found {_describe(raw)}, expected a mapping with `merge_method`")
     return _check(raw, source)
-
-
-class _Loader(yaml.SafeLoader):
-    """Gives values that Python refuses, such as the date 2024-13-45, their place."""
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, str(error), node.start_mark
-            ) from error
-
-
-def _check_characters(text: str, file: str) -> None:
-    if match := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        line = text.count("\n", 0, match.start()) + 1
-        column = match.start() - text.rfind("\n", 0, match.start())
-        raise SpecError(f"{file}:{line}:{column}: not valid YAML: the character {match[0]!r}")
-
-
-def _record_marks(
-    node: Any,
-    path: SpecPath,
-    keys: dict[SpecPath, tuple[int, int]],
-    values: dict[SpecPath, tuple[int, int]],
-    file: str,
-    parents: tuple[int, ...],
-) -> None:
-    if node is None:
-        return
-    if id(node) in parents:
-        mark = node.start_mark
-        raise SpecError(
-            f"{file}:{mark.line + 1}:{mark.column + 1}: not valid YAML: it contains itself"
-        )
-    parents = (*parents, id(node))
-    values[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            mark = (key.start_mark.line + 1, key.start_mark.column + 1)
-            if key.tag != "tag:yaml.org,2002:merge":
-                if key.tag != "tag:yaml.org,2002:str":
-                    raise SpecError(
-                        f"{file}:{mark[0]}:{mark[1]}: found a key that is not a text. "
-                        "Put it in quotes if it is meant."
-                    )
-                if (*path, key.value) in keys:
-                    raise SpecError(
-                        f"{file}:{mark[0]}:{mark[1]}: the key {key.value!r} stands twice, "
-                        f"first in line {keys[(*path, key.value)][0]}"
-                    )
-                keys[(*path, key.value)] = mark
-                _record_marks(value, (*path, key.value), keys, values, file, parents)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _record_marks(item, (*path, index), keys, values, file, parents)
 
 
 def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
@@ -270,19 +135,52 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
         raise source.error(
             (), f"`base_model` is missing: {method.name} works on differences from a base model"
         )
-    settings = _settings(document.parameters, method, ("parameters",), source, of_model=False)
-    models = _models(document, method, source)
-    return MergeSpec(document, method, models, settings, source)
+    _check_sources(document, source)
+    try:
+        return MergeSpec(
+            document=document,
+            method=method,
+            base=_base(document, source),
+            models=_models(document, method, source),
+            settings=_settings(document.parameters, method, ("parameters",), of_model=False),
+            rename=parse_rename(document.rename, ("rename",)),
+            missing=parse_policy(document.missing, MISSING, ("missing",)),
+            extra=parse_policy(document.extra, EXTRA, ("extra",)),
+            unequal=parse_policy(document.unequal, UNEQUAL, ("unequal",)),
+            source=source,
+        )
+    except SettingError as error:
+        raise source.error(error.path, str(error), at_key=error.at_key) from error
+
+
+def _check_sources(document: SpecDocument, source: Source) -> None:
+    known = ["base", *(entry.model for entry in document.models)]
+    for key in ("config_source", "tokenizer_source", "processor_source"):
+        wanted = getattr(document, key)
+        if wanted is not None and wanted not in known:
+            is_union = (key, wanted) == ("tokenizer_source", "union")
+            advice = (
+                ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
+            )
+            raise source.error((key,), f"{wanted!r} is none of the models{advice}")
+
+
+def _base(document: SpecDocument, source: Source) -> ModelSpec | None:
+    entry = document.base_model
+    if entry is None:
+        return None
+    path: SpecPath = ("base_model",)
+    try:
+        _identity(entry.model)
+    except OutlierMergeError as error:
+        raise source.error(path, str(error)) from error
+    return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
 
 
 def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tuple[ModelSpec, ...]:
     models: list[ModelSpec] = []
-    if document.base_model is not None:
-        try:
-            _identity(document.base_model)
-        except OutlierMergeError as error:
-            raise source.error(("base_model",), str(error)) from error
     first_place: dict[str, int] = {}
+    base = _identity(document.base_model.model) if document.base_model else None
     for index, entry in enumerate(document.models):
         path: SpecPath = ("models", index)
         try:
@@ -295,19 +193,20 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
                 f"{entry.model!r} stands twice, first as models[{first_place[identity]}]",
             )
         first_place[identity] = index
-        is_base = document.base_model is not None and identity == _identity(document.base_model)
-        if is_base and method.space == "delta":
-            if entry.parameters:
-                raise source.error(
-                    (*path, "parameters"),
-                    f"{entry.model!r} is the base model: it has no task vector, "
-                    "so its parameters have no effect. Remove them.",
-                    at_key=True,
-                )
-            continue
-        path_of_settings = (*path, "parameters")
-        settings = _settings(entry.parameters, method, path_of_settings, source, of_model=True)
-        models.append(ModelSpec(entry.model, settings, path))
+        if identity == base:
+            _refuse_on_base(entry, method, path, source)
+            if method.space == "delta":
+                continue
+        models.append(
+            ModelSpec(
+                reference=entry.model,
+                path=path,
+                rename=parse_rename(entry.rename, (*path, "rename")),
+                settings=_settings(entry.parameters, method, (*path, "parameters"), of_model=True),
+                missing=parse_policy(entry.missing, MISSING, (*path, "missing")),
+                extra=parse_policy(entry.extra, EXTRA, (*path, "extra")),
+            )
+        )
     most = method.max_models
     if len(models) < method.min_models or (most is not None and len(models) > most):
         wanted = str(method.min_models) if most == method.min_models else (
@@ -321,40 +220,48 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
     return tuple(models)
 
 
+def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source) -> None:
+    if entry.parameters and method.space == "delta":
+        raise source.error(
+            (*path, "parameters"),
+            f"{entry.model!r} is the base model: it has no task vector, "
+            "so its parameters have no effect. Remove them.",
+            at_key=True,
+        )
+    for key in ("rename", "missing", "extra"):
+        if getattr(entry, key) is not None:
+            where = " Write it under `base_model`." if key == "rename" else " Remove it."
+            raise source.error(
+                (*path, key), f"{entry.model!r} is the base model.{where}", at_key=True
+            )
+
+
 def _identity(reference: str) -> str:
     path = as_path(reference)
     return str(path.resolve()) if path.exists() else reference
 
 
 def _settings(
-    raw: Mapping[str, Any],
-    method: MergeMethod,
-    path: SpecPath,
-    source: Source,
-    *,
-    of_model: bool,
+    raw: Mapping[str, Any], method: MergeMethod, path: SpecPath, *, of_model: bool
 ) -> dict[str, Setting]:
     settings = {}
     for name, value in raw.items():
         parameter = method.parameters.get(name)
         if parameter is None:
             known = [p.name for p in method.parameters.values() if p.per_model or not of_model]
-            raise source.error(
+            raise SettingError(
                 (*path, name),
                 f"{method.name} has no parameter {name!r}. {suggest(name, known)}",
                 at_key=True,
             )
         if of_model and not parameter.per_model:
-            raise source.error(
+            raise SettingError(
                 (*path, name),
                 f"{name!r} is of the whole merge, not of one model: "
                 "move it to the top-level `parameters`",
                 at_key=True,
             )
-        try:
-            settings[name] = parse_setting(value, parameter, (*path, name))
-        except SettingError as error:
-            raise source.error(error.path, str(error), at_key=error.at_key) from error
+        settings[name] = parse_setting(value, parameter, (*path, name))
     return settings
 
 
@@ -365,11 +272,14 @@ def _describe(value: object) -> str:
 
 def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
     path: SpecPath = tuple(problem["loc"])
+    if path[0] == "base_model" and not isinstance(raw.get("base_model"), dict):
+        path = path[:1]
     found = _describe(problem["input"])
     match problem["type"]:
         case "extra_forbidden":
-            in_model = path[0] == "models"
-            fields = ModelEntry.model_fields if in_model else SpecDocument.model_fields
+            fields = {"models": ModelEntry, "base_model": BaseEntry}.get(
+                str(path[0]) if len(path) > 1 else "", SpecDocument
+            ).model_fields
             name = str(path[-1])
             advice = suggest(name, fields)
             try:
@@ -389,6 +299,8 @@ def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
             return source.error(path, f"found {found}, expected a text")
         case "list_type":
             return source.error(path, f"found {found}, expected a list")
+        case "model_type" if path == ("base_model",):
+            return source.error(path, f"found {found}, expected a text or a mapping")
         case "dict_type" | "model_type" | "model_attributes_type":
             return source.error(path, f"found {found}, expected a mapping")
         case _:

@@ -66,8 +66,9 @@ BAD = {
     ),
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
-        "6:1: zzz: unknown key 'zzz'. Valid: base_model, dtype, extra, merge_method, missing, "
-        "models, out_dtype, output, parameters, tokenizer_source.",
+        "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
+        "merge_method, missing, models, out_dtype, output, parameters, processor_source, rename, "
+        "tokenizer_source, unequal, vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",
@@ -120,17 +121,17 @@ BAD = {
     ),
     "tokenizer": (
         HEAD + "tokenizer: {source: base}\n",
-        "6:1: tokenizer: a mergekit key that is not supported: the tokenizer is copied byte for "
-        "byte from the base model",
+        "6:1: tokenizer: a mergekit key that is not supported: `tokenizer_source` names the "
+        "model whose tokenizer is taken, `vocabulary` says what becomes of rows that differ",
     ),
     "chat_template": (
         HEAD + "chat_template: auto\n",
-        "6:1: chat_template: a mergekit key that is not supported: the chat template is copied "
-        "byte for byte from the base model",
+        "6:1: chat_template: a mergekit key that is not supported: it is taken with the "
+        "tokenizer, from `tokenizer_source`",
     ),
     "tokenizer_source": (
         HEAD + "tokenizer_source: union\n",
-        "6:19: tokenizer_source: found 'union', expected 'base'",
+        "6:19: tokenizer_source: 'union' is none of the models: here it is `vocabulary: union`",
     ),
     # Methods.
     "unknown method": (
@@ -215,7 +216,7 @@ BAD = {
     ),
     "number for a text": (
         HEAD.replace("DIR/base", "5"),
-        "2:13: base_model: found 5, expected a text",
+        "2:13: base_model: found 5, expected a text or a mapping",
     ),
     "mapping for a list": (
         NO_MODELS + "models:\n  model: DIR/a\n",
@@ -423,12 +424,12 @@ def test_the_spec_that_the_bad_ones_are_made_from_is_good(folder, capsys):
 
 
 def test_every_mistake_that_does_not_hide_another_is_told_at_once(folder, capsys):
-    code, message = _plan(folder, HEAD + "dtype: fp16\nmissing: skip\n", capsys)
+    code, message = _plan(folder, HEAD + "dtype: fp16\nvocabulary: skip\n", capsys)
 
     assert code == 2
     assert message == (
         f"error: DIR/spec.yaml:6:8: dtype: found 'fp16', expected {DTYPES}\n"
-        "DIR/spec.yaml:7:10: missing: found 'skip', expected 'error' or 'base'\n"
+        "DIR/spec.yaml:7:13: vocabulary: found 'skip', expected 'error', 'base', 'common' or 'union'\n"
     )
 
 

@@ -167,7 +167,7 @@ class TestUsage:
             (["plan", "a.yaml", "--threads", "0"], "'0' is not a number of at least 1"),
             (["plan", "a.yaml", "--threads", "-1"], "--threads"),
             (["plan", "a.yaml", "--threads", "two"], "'two' is not a number of at least 1"),
-            (["verify"], "DIR"),
+            (["verify"], "OUT"),
             (["--nonsense"], "--nonsense"),
         ],
     )

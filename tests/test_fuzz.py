@@ -7,13 +7,15 @@ import json
 import math
 import struct
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import jsonschema
 import pytest
 import safetensors
+import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from outliermerge import OutlierMergeError, SpecError
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.layout import parse_bytes, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DTYPES_BY_CODE
+from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.safetensors_file import make_header, read_header
 from outliermerge.methods import METHODS
 from outliermerge.schema import json_schema
@@ -345,7 +348,7 @@ _wrong = (
     st.integers(-2, 30)
     | st.integers(2**62, 2**65)
     | st.lists(st.integers(-1, 12), max_size=3)
-    | st.sampled_from([*DTYPES_BY_CODE, "F8_E4M3", "C64", "FOO", "f32", None, True, 2.0, [2.0],
+    | st.sampled_from([*DTYPES_BY_CODE, "F8_E8M0", "F4", "FOO", "f32", None, True, 2.0, [2.0],
                        [True], {}, "", [0, 2**63, 2**63], [0, 2**64]])
 )  # fmt: skip
 
@@ -486,3 +489,194 @@ def test_any_weight_map_is_refused_or_right(weight_map):
             return
         assert set(found.tensors) == {"w"}
         assert set(weight_map) == {"w"}
+
+
+# Indexes.
+
+
+@contextmanager
+def _two_shards(index: bytes, name: str = "model.safetensors.index.json") -> Iterator[Path]:
+    """Make a folder of two shards, a file that no index names, and an index."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "model"
+        root.mkdir()
+        for file, tensor in (("a", "v"), ("b", "w"), ("c", "v")):
+            contents, _ = _contents([(tensor, DTYPES["uint8"], (2,))])
+            (root / f"{file}.safetensors").write_bytes(contents)
+        (root.parent / "outside.safetensors").write_bytes(contents)
+        (root / name).write_bytes(index)
+        yield root
+
+
+WEIGHT_MAP = {"v": "a.safetensors", "w": "b.safetensors"}
+
+
+def _opens_as_the_library_reads(root: Path) -> bool:
+    """Assert that what opens is what the library reads of its files; return whether it opens."""
+    try:
+        checkpoint = open_checkpoint(root)
+    except OutlierMergeError as error:
+        assert str(error).startswith(str(root))
+        return False
+    theirs: dict[str, tuple[str, list[int]]] = {}
+    for stamp in checkpoint.weight_files:
+        assert stamp.path.parent == root
+        theirs |= _by_library(stamp.path)
+    assert theirs == {
+        name: (source.dtype.code, list(source.shape)) for name, source in checkpoint.tensors.items()
+    }
+    return True
+
+
+def _open_files(root: Path) -> dict[str, str]:
+    return {name: meta.path.name for name, meta in open_checkpoint(root).tensors.items()}
+
+
+@st.composite
+def _mutated_indexes(draw):
+    """Return a good index with a few of its bytes changed, removed or added."""
+    raw = bytearray(json.dumps({"metadata": {"total_size": 4}, "weight_map": WEIGHT_MAP}).encode())
+    for _ in range(draw(st.integers(0, 3))):
+        position = draw(st.integers(0, len(raw) - 1))
+        byte = draw(st.integers(0, 255) | st.sampled_from(list(b'abcvw. /\\,"[]{}:')))
+        action = draw(st.sampled_from(["change", "add", "remove"]))
+        if action == "add":
+            raw.insert(position, byte)
+        elif action == "change":
+            raw[position] = byte
+        else:
+            del raw[position]
+    return bytes(raw)
+
+
+@FUZZ
+@given(_mutated_indexes())
+def test_a_mutated_index_opens_what_it_names_or_is_refused(raw):
+    with _two_shards(raw) as root:
+        if _opens_as_the_library_reads(root):
+            assert json.loads(raw)["weight_map"].items() <= _open_files(root).items()
+
+
+_files = st.sampled_from(
+    ["a.safetensors", "b.safetensors", "./a.safetensors", "c.safetensors", "../outside.safetensors",
+     "..", ".", "/", "", "x", "a.safetensors/", "a.safetensors/..", "~", "\0", "\ud800", "x" * 300,
+     "model.safetensors.index.json", "//a.safetensors", "..\\outside.safetensors"]
+)  # fmt: skip
+
+
+@FUZZ
+@given(
+    st.dictionaries(
+        st.sampled_from(["v", "w", "", "x"]), _files | st.text(max_size=4) | _values, max_size=3
+    )
+)
+def test_any_weight_map_opens_what_it_names_or_is_refused(weight_map):
+    raw = json.dumps({"weight_map": weight_map}, default=str, skipkeys=True).encode()
+    with _two_shards(raw) as root:
+        if _opens_as_the_library_reads(root):
+            files = {name: PurePosixPath(file).name for name, file in weight_map.items()}
+            assert files.items() <= _open_files(root).items()
+
+
+def test_the_index_that_is_mutated_is_good():
+    with _two_shards(json.dumps({"weight_map": WEIGHT_MAP}).encode()) as root:
+        assert _opens_as_the_library_reads(root)
+        assert _open_files(root) == WEIGHT_MAP
+
+
+_components = st.sampled_from(["unet", "..", ".", "", "/", "../model", "\0", "x" * 300, "vae"])
+
+
+@FUZZ
+@given(
+    st.binary(max_size=40).map(lambda raw: (raw, False))
+    | _values.map(lambda value: (json.dumps(value, default=str, skipkeys=True).encode(), False))
+    | st.dictionaries(
+        _components | st.text(max_size=3),
+        _values | st.just(["diffusers", "Model"]) | st.just([None, None]),
+        max_size=3,
+    ).map(lambda value: (json.dumps(value, default=str).encode(), value.get("unet")))
+)
+def test_any_index_of_a_pipeline_opens_the_components_it_names_or_is_refused(drawn):
+    raw, unet = drawn
+    with _two_shards(raw, "model_index.json") as root:
+        (root / "unet").mkdir()
+        contents, _ = _contents([("v", DTYPES["uint8"], (2,))])
+        (root / "unet" / "model.safetensors").write_bytes(contents)
+        try:
+            found = open_checkpoint(root)
+        except OutlierMergeError as error:
+            assert str(error).startswith(str(root))
+        else:
+            assert list(found.tensors) == ["unet/v"]
+            assert unet
+
+
+# Pickles.
+
+_pickled = st.recursive(
+    st.integers(0, 3).map(lambda size: torch.full((size,), float(size))) | st.integers(0, 3),
+    lambda inner: (
+        st.dictionaries(
+            st.sampled_from(["state_dict", "model", "params", "optimizer", "w", "module.v", 0]),
+            inner,
+            max_size=3,
+        )
+        | st.lists(inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+def _state_dicts(value: object) -> list[dict[str, torch.Tensor]]:
+    """Return every dict of tensors alone, wherever it is."""
+    if not isinstance(value, dict):
+        return []
+    here = [value] if value and all(isinstance(t, torch.Tensor) for t in value.values()) else []
+    return here + [found for inner in value.values() for found in _state_dicts(inner)]
+
+
+@FUZZ
+@given(_pickled)
+def test_any_nested_pickle_is_one_of_its_state_dicts_or_refused(value):
+    with _file(b"", "m.pt") as path:
+        torch.save(value, path)
+        try:
+            found = open_checkpoint(path)
+        except OutlierMergeError as error:
+            assert str(error).startswith(f"{path}: ")
+            return
+        [state] = [  # of the same tensors; another one would have been as good
+            state
+            for state in _state_dicts(value)
+            if {name: tuple(tensor.shape) for name, tensor in state.items()}
+            == {source.name: source.shape for source in found.tensors.values()}
+        ][:1]
+        with Reader() as reader:
+            for source in found.tensors.values():
+                values = reader.values(source, 0, source.num_elements)
+                assert torch.equal(values, state[source.name])
+
+
+@settings(FUZZ, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_pickle_with_changed_bytes_is_read_or_refused(changes):
+    with _file(b"", "m.pt") as path:
+        torch.save({"state_dict": {"w": torch.ones(3), "v": torch.zeros(2)}, "epoch": 3}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = [(info.filename, archive.read(info)) for info in archive.infolist()]
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in records:
+                changed = bytearray(data)
+                if name.endswith("/data.pkl"):
+                    for position, byte in changes:
+                        changed[position % len(changed)] = byte
+                archive.writestr(name, bytes(changed))
+        try:
+            found = open_checkpoint(path)
+        except OutlierMergeError as error:
+            assert str(error).startswith(f"{path}: ")
+            return
+        with Reader() as reader:
+            for source in found.tensors.values():
+                reader.values(source, 0, source.num_elements)

@@ -446,7 +446,7 @@ class TestSidecars:
     def test_files_of_the_base_are_carried_over_byte_for_byte(self, output: Path) -> None:
         found = _bytes(output)
         assert {name: found.get(name) for name in self.carried} == self.carried
-        assert sorted(self.planned.sidecars) == sorted(self.carried)
+        assert sorted(file.name for file in self.planned.sidecars) == sorted(self.carried)
 
     def test_nothing_else_is_there(self, output: Path) -> None:
         ours = {"README.md", "model.safetensors", "outliermerge.json"}
@@ -503,7 +503,7 @@ class TestCard:
         models["task2"].rename(tmp_path / "models" / "task2")
         cached = {"org/base-7b": models["base"], "org/task.1@main": models["task1"]}
         monkeypatch.setattr(
-            "outliermerge.planning.resolve",
+            "outliermerge.inputs.resolve",
             lambda name: cached.get(name) or (tmp_path / name),
         )
         outliermerge.run(_spec(names), output="out", **CPU)  # type: ignore[arg-type]

@@ -541,7 +541,7 @@ BAD = {
     "integer dtype": HEAD | {"out_dtype": "int8"},
     "unknown policy": HEAD | {"missing": "skip"},
     "slices": HEAD | {"slices": []},
-    "another tokenizer": HEAD | {"tokenizer_source": "union"},
+    "another tokenizer": HEAD | {"tokenizer_source": 5},
 }
 
 

@@ -1,172 +1,177 @@
-"""A model folder: which of its files hold weights, and which belong beside them."""
+"""What a model's path may be: a folder of weights, a pipeline of such folders, or one file."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from outliermerge.checkpoint.meta import Checkpoint, FileStamp, TensorMeta
-from outliermerge.checkpoint.safetensors_file import duplicates, read_header
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
+from outliermerge.checkpoint.weights import (
+    OTHER_FORMATS,
+    PYTORCH_PATTERNS,
+    PYTORCH_SUFFIXES,
+    SAFETENSORS_PATTERNS,
+    SHARD,
+    TRAINING_FILES,
+    Weights,
+    no_weights,
+    read_metas,
+    read_weights,
+)
+from outliermerge.errors import OutlierMergeError
 
-SAFETENSORS_PATTERNS = ("*.safetensors",)
-PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
+__all__ = [
+    "MANIFEST_NAME",
+    "PIPELINE_NAME",
+    "PYTORCH_PATTERNS",
+    "SAFETENSORS_PATTERNS",
+    "SIDECAR_PATTERNS",
+    "open_checkpoint",
+]
+
 SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm",
                     "LICENSE*", "NOTICE*")  # fmt: skip
 MANIFEST_NAME = "outliermerge.json"
-_TRAINING_FILES = re.compile(
-    r"(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(bin|pt|pth|json)$"
-)
-_SHARD_NUMBER = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
+PIPELINE_NAME = "model_index.json"
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+_FILE_SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES)
+# What DataParallel and torch.compile put before the names of the module that they wrap.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
-    """Read the headers of every weight file in a model folder.
+    """Read the headers of a model: a folder of weights, a diffusers pipeline, or one file.
 
-    safetensors files are used where there are any, PyTorch files otherwise.
+    In a folder safetensors files are used where there are any, PyTorch files otherwise. In one
+    file, a prefix that a wrapper put before all names is stripped.
 
     Raises:
-        OutlierMergeError: the folder is absent, holds no weights, or a file is missing or broken.
+        OutlierMergeError: it is absent, holds no weights, or a file is missing, broken, dangerous
+            or a link out of the folder.
     """
+    if root.is_file():
+        return _open_file(root)
     if not root.is_dir():
-        kind = "is a file, expected a model folder" if root.exists() else "no such folder"
+        kind = (
+            "is neither a folder nor a regular file" if root.exists() else "no such file or folder"
+        )
         raise OutlierMergeError(f"{root}: {kind}")
-    paths = _weight_files(root, "model.safetensors.index.json", SAFETENSORS_PATTERNS)
-    if paths:
-        metas = _read_all(root, "model.safetensors.index.json", paths, read_header)
+    if os.path.lexists(root / PIPELINE_NAME):
+        components = _pipeline(root)
     else:
-        paths = _weight_files(root, "pytorch_model.bin.index.json", PYTORCH_PATTERNS)
-        if not paths:
-            raise OutlierMergeError(_no_weights(root))
-        from outliermerge.checkpoint.pytorch_file import read_metas
-
-        metas = _read_all(root, "pytorch_model.bin.index.json", paths, read_metas)
+        weights = read_weights(root, root, loose=True)
+        if weights is None:
+            raise OutlierMergeError(no_weights(root))
+        components = {"": weights}
+    tensors: dict[str, Source] = {}
+    for folder, weights in components.items():
+        tensors |= {f"{folder}/{m.name}" if folder else m.name: m for m in weights.metas}
+    paths = [path for weights in components.values() for path in weights.paths]
     sidecars, left_behind = _sidecars(root, set(paths))
     return Checkpoint(
         root=root,
-        tensors={meta.name: meta for meta in metas},
+        tensors=tensors,
         weight_files=tuple(FileStamp.of(path) for path in paths),
         sidecars=sidecars,
         left_behind=left_behind,
+        components={folder: weights.stem for folder, weights in components.items()},
+        notes=tuple(note for weights in components.values() for note in weights.notes),
     )
 
 
-def _weight_files(root: Path, index_name: str, patterns: tuple[str, ...]) -> list[Path]:
-    index = root / index_name
-    if index.is_file():
-        return [root / name for name in dict.fromkeys(_weight_map(index).values())]
-    found = sorted(
-        path
-        for pattern in patterns
-        for path in root.glob(pattern)
-        if path.is_file()
-        and not _TRAINING_FILES.search(path.name)
-        and not path.name.startswith("adapter_model.")
-    )
-    named = [path for path in found if re.match(r"(pytorch_)?model[.-]", path.name)]
-    found = named or found
-    _check_shard_numbers(found)
-    return found
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return an index's weight_map after checking that every file is inside the folder."""
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise OutlierMergeError(f"{index}: not an index: no valid JSON weight_map") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
-        parts = PurePosixPath(file)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in file:
-            raise OutlierMergeError(
-                f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
-            )
-    missing = sorted({file for file in weight_map.values() if not _is_file(index.parent / file)})
-    if missing:
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix not in _FILE_SUFFIXES:
+        for pattern, kind, advice in OTHER_FORMATS:
+            if re.search(pattern, path.name):
+                raise OutlierMergeError(f"{path}: is {kind}. {advice}")
         raise OutlierMergeError(
-            f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
-            "Fetch the model again."
+            f"{path}: is a file, expected a model folder or a file of weights "
+            f"({', '.join(_FILE_SUFFIXES)})"
         )
-    return weight_map
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no file can have that name
-        return False
-
-
-def _check_shard_numbers(paths: list[Path]) -> None:
-    totals: dict[tuple[str, str, str], set[int]] = {}
-    for path in paths:
-        if match := _SHARD_NUMBER.match(path.name):
-            key = (match["stem"], match["total"], match["end"])
-            totals.setdefault(key, set()).add(int(match["number"]))
-    for (stem, total, end), numbers in totals.items():
-        absent = set(range(1, int(total) + 1)) - numbers
-        if absent:
-            names = [f"{stem}-{number:05d}-of-{total}{end}" for number in sorted(absent)]
-            raise OutlierMergeError(
-                f"{paths[0].parent}: shards are missing:\n{listing(names)}\nFetch the model again."
-            )
-
-
-def _read_all(
-    root: Path,
-    index_name: str,
-    paths: list[Path],
-    read: Callable[[Path], list[TensorMeta]],
-) -> list[TensorMeta]:
-    metas = [meta for path in paths for meta in read(path)]
-    if twice := duplicates(metas):
-        raise OutlierMergeError(f"{root}: tensors stored twice:\n{twice}")
-    index = root / index_name
-    if index.is_file():
-        files = {meta.name: meta.path for meta in metas}
-        wrong = [
-            f"{name}: the index says {file}, "
-            + (f"it is in {files[name].name}" if name in files else "it is in no shard")
-            for name, file in _weight_map(index).items()
-            if files.get(name) != root / file
-        ]
-        if wrong:
-            raise OutlierMergeError(f"{index}: disagrees with the shards:\n{listing(wrong)}")
+    if (shard := SHARD.match(path.name)) and int(shard["total"]) > 1:
+        raise OutlierMergeError(
+            f"{path}: is one of {int(shard['total'])} shards: name the folder that holds them all"
+        )
+    metas, notes = read_metas(path)
     if not metas:
-        raise OutlierMergeError(f"{root}: its weight files hold no tensors")
-    return metas
+        raise OutlierMergeError(f"{path}: holds no tensors")
+    prefix = _wrapper_prefix([meta.name for meta in metas])
+    if prefix:
+        notes.append(f"{path}: {prefix!r} is stripped from the start of all names")
+    return Checkpoint(
+        root=path,
+        tensors={meta.name.removeprefix(prefix): meta for meta in metas},
+        weight_files=(FileStamp.of(path),),
+        sidecars=(),
+        left_behind=(),
+        components={"": path.stem},
+        notes=tuple(notes),
+    )
 
 
-def _no_weights(root: Path) -> str:
-    if (root / "adapter_config.json").is_file():
-        return (
-            f"{root}: a PEFT adapter, not a full model. "
-            "Merge it into its base first: peft's merge_and_unload(), then save_pretrained()."
-        )
-    names = sorted(path.name for path in root.iterdir())
-    found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
-    return f"{root}: no weights (*.safetensors, *.bin, *.pt, *.pth): {found}"
+def _wrapper_prefix(names: list[str]) -> str:
+    """Return what wrappers put before all names.
+
+    >>> _wrapper_prefix(["module._orig_mod.a", "module._orig_mod.b"])
+    'module._orig_mod.'
+    """
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) and name != wrapper for name in names):
+            return wrapper + _wrapper_prefix([name.removeprefix(wrapper) for name in names])
+    return ""
+
+
+def _pipeline(root: Path) -> dict[str, Weights]:
+    """Read the components that a pipeline's model_index.json names and that have weights."""
+    path = root / PIPELINE_NAME
+    check_file(path, root)
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise OutlierMergeError(f"{path}: not an index of a pipeline: no JSON object")
+    names = names_in(root)  # a name that is none of these could lead out of the folder
+    components: dict[str, Weights] = {}
+    for name, value in content.items():
+        # A component is [library, class]; one that the pipeline does without is [null, null].
+        if not isinstance(value, list) or len(value) != 2 or value[1] is None:
+            continue
+        folder = root / name
+        if name not in names or not folder.is_dir():
+            raise OutlierMergeError(
+                f"{path}: names the component {name!r}, but there is no such folder. "
+                "Fetch the model again."
+            )
+        weights = read_weights(folder, root, loose=False)
+        if weights is not None:
+            components[name] = weights
+        elif (folder / "config.json").is_file():
+            raise OutlierMergeError(
+                f"{path}: names the component {name!r}, a model without its weights.\n"
+                + no_weights(folder)
+            )
+    if not components:
+        raise OutlierMergeError(f"{path}: names no component that has weights")
+    return components
 
 
 def _sidecars(root: Path, weights: set[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     sidecars: list[str] = []
     left_behind: list[str] = []
-    for path in sorted(root.rglob("*")):
+    # rglob does not go into folders that are links; a component can be one.
+    linked = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
+    for path in sorted({*root.rglob("*"), *(file for link in linked for file in link.iterdir())}):
         name = path.relative_to(root)
-        if not path.is_file() or path in weights or any(p.startswith(".") for p in name.parts):
+        if path.is_dir() or path in weights or any(p.startswith(".") for p in name.parts):
             continue
         carried = (
             len(name.parts) <= 2
             and any(path.match(pattern) for pattern in SIDECAR_PATTERNS)
-            and not name.name.endswith(".index.json")
-            and not _TRAINING_FILES.search(name.name)
+            and not _INDEX.search(name.name)
+            and not TRAINING_FILES.search(name.name)
             and name.name != MANIFEST_NAME
         )
+        if carried:
+            check_file(path, root)
         (sidecars if carried else left_behind).append(name.as_posix())
     return tuple(sidecars), tuple(left_behind)

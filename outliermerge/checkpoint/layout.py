@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from outliermerge.checkpoint.meta import DType
 from outliermerge.checkpoint.safetensors_file import make_header
 from outliermerge.errors import SpecError
 
-INDEX_NAME = "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -58,42 +57,75 @@ class Shard:
 
 
 def plan_layout(
-    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], *, shard_bytes: int
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]],
+    *,
+    shard_bytes: int | None,
+    components: Mapping[str, str],
 ) -> tuple[list[Shard], dict[str, OutputTensor]]:
-    """Place tensors into shards of at most shard_bytes, in the order given.
+    """Place tensors into shards of at most shard_bytes (None: no limit), in the order given.
 
     A tensor larger than shard_bytes has a shard of its own. Inside a shard wider dtypes come
     first, so that every tensor is aligned.
+
+    Args:
+        components: by folder the stem of its files; a tensor of `unet/conv_in.weight` is stored
+            as `conv_in.weight` in a file of the folder `unet`.
     """
-    groups: list[list[tuple[str, DType, tuple[int, ...]]]] = []
-    filled = 0
+    by_component: dict[str, list[list[tuple[str, DType, tuple[int, ...]]]]] = {}
+    filled: dict[str, int] = {}
     for name, dtype, shape in tensors:
+        component = component_of(name, components)
+        groups = by_component.setdefault(component, [])
         num_bytes = math.prod(shape) * dtype.num_bytes
-        if not groups or (filled and filled + num_bytes > shard_bytes):
+        full = shard_bytes is not None and filled.get(component, 0) + num_bytes > shard_bytes
+        if not groups or (filled[component] and full):
             groups.append([])
-            filled = 0
+            filled[component] = 0
         groups[-1].append((name, dtype, shape))
-        filled += num_bytes
+        filled[component] += num_bytes
     shards: list[Shard] = []
     placed: dict[str, OutputTensor] = {}
-    for number, group in enumerate(groups, start=1):
-        file = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        )
-        group.sort(key=lambda tensor: -tensor[1].num_bytes)
-        header, offsets = make_header(group)
-        end = len(header)
-        for (name, dtype, shape), offset in zip(group, offsets, strict=True):
-            placed[name] = OutputTensor(name, dtype, shape, file, offset)
-            end = max(end, offset + math.prod(shape) * dtype.num_bytes)
-        shards.append(Shard(file, header, end))
+    for component, groups in by_component.items():
+        folder = f"{component}/" if component else ""
+        for number, group in enumerate(groups, start=1):
+            part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            file = f"{folder}{components[component]}{part}.safetensors"
+            group.sort(key=lambda tensor: -tensor[1].num_bytes)
+            header, offsets = make_header(
+                (name.removeprefix(folder), dtype, shape) for name, dtype, shape in group
+            )
+            end = len(header)
+            for (name, dtype, shape), offset in zip(group, offsets, strict=True):
+                placed[name] = OutputTensor(name, dtype, shape, file, offset)
+                end = max(end, offset + math.prod(shape) * dtype.num_bytes)
+            shards.append(Shard(file, header, end))
     return shards, placed
 
 
-def make_index(tensors: Iterable[OutputTensor], *, num_data_bytes: int) -> str:
-    """Return the JSON text of the index that maps tensors to shards."""
-    weight_map = {tensor.name: tensor.file for tensor in tensors}
-    index = {"metadata": {"total_size": num_data_bytes}, "weight_map": weight_map}
-    return json.dumps(index, indent=2) + "\n"
+def component_of(name: str, components: Iterable[str]) -> str:
+    """Return the component that a tensor is of, "" where it is of none.
+
+    >>> component_of("unet/conv_in.weight", ["unet", "vae"])
+    'unet'
+    """
+    return next((part for part in components if part and name.startswith(f"{part}/")), "")
+
+
+def make_indexes(tensors: Iterable[OutputTensor], components: Mapping[str, str]) -> dict[str, str]:
+    """Return, by file name, the JSON texts of the indexes of components in several shards."""
+    groups: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(component_of(tensor.name, components), []).append(tensor)
+    indexes = {}
+    for component, group in groups.items():
+        if len({tensor.file for tensor in group}) > 1:
+            folder = f"{component}/" if component else ""
+            weight_map = {
+                tensor.name.removeprefix(folder): tensor.file.removeprefix(folder)
+                for tensor in group
+            }
+            metadata = {"total_size": sum(tensor.num_bytes for tensor in group)}
+            index = {"metadata": metadata, "weight_map": weight_map}
+            file = f"{folder}{components[component]}.safetensors.index.json"
+            indexes[file] = json.dumps(index, indent=2) + "\n"
+    return indexes

@@ -10,9 +10,12 @@ import json
 import math
 import struct
 from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta, refuse_lfs_pointer
 from outliermerge.errors import OutlierMergeError, listing
 
@@ -26,6 +29,7 @@ def read_header(path: Path) -> list[TensorMeta]:
     Raises:
         OutlierMergeError: the file is truncated or its header breaks the format's rules.
     """
+    check_file(path)
     refuse_lfs_pointer(path)
     try:
         return _parse(path)
@@ -103,7 +107,11 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
     dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise fail(f"unknown dtype {code!r}. Supported: {', '.join(DTYPES_BY_CODE)}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+    if (
+        not isinstance(shape, list)
+        or not all(_is_count(size) for size in shape)
+        or any(count >= 2**64 for count in accumulate(shape, mul))
+    ):
         raise fail(f"shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise fail(f"data_offsets {offsets!r} are not two positions")

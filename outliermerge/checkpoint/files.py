@@ -1,0 +1,68 @@
+"""Which files of a folder are read: regular ones that lie in it, not what links elsewhere."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from outliermerge.errors import OutlierMergeError
+
+
+def check_file(path: Path, folder: Path | None = None) -> None:
+    """Raise OutlierMergeError unless a path is a regular file that lies in a folder.
+
+    Links inside the folder are followed, and those of the hub's cache, whose snapshots link into
+    the blobs of the same repository:
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            what = f"is a link to {path.readlink()}, which is not there. Fetch the model again."
+        raise OutlierMergeError(f"{path}: {what}") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise OutlierMergeError(f"{path}: is {what}, expected a regular file")
+    if folder is None:
+        return
+    inside, real = folder.resolve(), path.resolve()
+    if real.is_relative_to(inside):
+        return
+    blobs = _blobs(inside)
+    if blobs is None or not real.is_relative_to(blobs):
+        raise OutlierMergeError(
+            f"{path}: is a link out of the folder to {real}: refused. "
+            "Copy the file into the folder, or name the folder that it is in."
+        )
+
+
+def _blobs(folder: Path) -> Path | None:
+    for revision in (folder, *folder.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the sorted names in a folder.
+
+    Raises:
+        OutlierMergeError: it cannot be listed.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise OutlierMergeError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def load_json(path: Path) -> Any:
+    """Return what a JSON file holds, or None where it is no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError):
+        return None

@@ -1,0 +1,246 @@
+"""The weights of one folder: which of its files hold them, and what their headers say."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.meta import TensorMeta
+from outliermerge.checkpoint.safetensors_file import duplicates, read_header
+from outliermerge.errors import OutlierMergeError, listing
+
+SAFETENSORS_PATTERNS = ("*.safetensors",)
+PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
+_FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
+PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
+TRAINING_FILES = re.compile(
+    r"(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(bin|pt|pth|json)$"
+)
+SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
+
+# The names that transformers and diffusers load. A variant, such as fp16, stands before the
+# extension, before or behind a shard's number.
+_LOADED = {
+    ("model", "safetensors"),
+    ("pytorch_model", "bin"),
+    ("diffusion_pytorch_model", "safetensors"),
+    ("diffusion_pytorch_model", "bin"),
+}
+_WEIGHTS = re.compile(
+    r"^(?P<stem>\w+)(\.(?P<variant>[A-Za-z]\w*))?(-\d{5}-of-\d{5})?"
+    r"(\.(?P<late_variant>[A-Za-z]\w*))?\.(?P<format>safetensors|bin)$"
+)
+_INDEX = re.compile(
+    r"^(?P<stem>\w+)\.(?P<format>safetensors|bin)\.index(\.(?P<variant>[A-Za-z]\w*))?\.json$"
+)
+_ORIGINAL_LLAMA = r"^consolidated\.\d+\.pth$"
+OTHER_FORMATS = (
+    (r"\.gguf$", "GGUF",
+     "Convert it to safetensors: transformers' from_pretrained(…, gguf_file=…), then "
+     "save_pretrained()."),
+    (_ORIGINAL_LLAMA, "the original Llama format",
+     "Convert it with transformers' convert_llama_weights_to_hf.py."),
+    (r"\.h5$", "TensorFlow",
+     "Convert it to safetensors: from_pretrained(…, from_tf=True) of transformers before 5, then "
+     "save_pretrained()."),
+    (r"\.msgpack$", "Flax",
+     "Convert it to safetensors: from_pretrained(…, from_flax=True) of transformers before 5, "
+     "then save_pretrained()."),
+    (r"\.onnx$", "ONNX", "Take the model that it was exported from."),
+    (r"\.ckpt$", "a training checkpoint", "Name the file itself as the model."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one folder or file.
+
+    Attributes:
+        stem: of the weight files that a merged model has in its place.
+        metas: the tensors, in the order of the files.
+        paths: the files that hold them.
+        notes: what a person should know of how they were read.
+    """
+
+    stem: str
+    metas: list[TensorMeta]
+    paths: list[Path]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _Choice:
+    """Files that a loader would take together; the least one is the one it takes."""
+
+    variant: str
+    is_pickled: bool
+    stem: str
+
+
+def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
+    """Read the headers of a folder's weight files, or return None where it has none.
+
+    Files without a variant are preferred to a variant, safetensors files to PyTorch files.
+
+    Arguments:
+        folder: holds the files.
+        root: the model folder, which no file may link out of.
+        loose: take files of any name where none has a name that transformers or diffusers loads.
+
+    Raises:
+        OutlierMergeError: a file is missing or broken, or it is open which variant is meant.
+    """
+    names = names_in(folder)
+    choices: dict[_Choice, list[str]] = {}
+    indexes: dict[_Choice, Path] = {}
+    for name in names:
+        match = _WEIGHTS.match(name) or _INDEX.match(name)
+        if match is None or (match["stem"], match["format"]) not in _LOADED:
+            continue
+        found = match.groupdict()
+        variant = found["variant"] or found.get("late_variant") or ""
+        choice = _Choice(variant, found["format"] == "bin", found["stem"])
+        files = choices.setdefault(choice, [])
+        if match.re is _WEIGHTS:
+            files.append(name)
+        else:
+            indexes[choice] = folder / name
+    if not choices:
+        files = _loose_files(names) if loose else []
+        if not files:
+            return None
+        choices[_Choice("", False, "model")] = files
+    chosen = min(choices)
+    variants = sorted({choice.variant for choice in choices})
+    if chosen.variant and len(variants) > 1:
+        raise OutlierMergeError(
+            f"{folder}: its weights are there only as variants, and as several: "
+            f"{', '.join(variants)}. Move all but one of them away."
+        )
+    index = indexes.get(chosen)
+    if index is None:
+        paths = [folder / name for name in choices[chosen]]
+        _check_shard_numbers(paths)
+    else:
+        check_file(index, root)
+        weight_map = _weight_map(index)
+        paths = list(dict.fromkeys(weight_map.values()))
+    metas: list[TensorMeta] = []
+    notes: list[str] = []
+    for path in paths:
+        check_file(path, root)
+        found_metas, found_notes = read_metas(path)
+        metas += found_metas
+        notes += found_notes
+    if twice := duplicates(metas):
+        raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
+    if index is not None:
+        _check_index(index, weight_map, metas)
+    if not metas:
+        raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
+    if chosen.variant:
+        notes.append(f"{folder}: there is only the variant {chosen.variant}, which is taken")
+    stem = "model" if chosen.stem == "pytorch_model" else chosen.stem
+    return Weights(stem, metas, paths, tuple(notes))
+
+
+def read_metas(path: Path) -> tuple[list[TensorMeta], list[str]]:
+    """Return the tensors of a safetensors or PyTorch file, and notes on how they were read.
+
+    Raises:
+        OutlierMergeError: the file is broken or dangerous.
+    """
+    if path.suffix not in PYTORCH_SUFFIXES:
+        return read_header(path), []
+    from outliermerge.checkpoint.pytorch_file import read_pickle
+
+    return read_pickle(path)
+
+
+def _loose_files(names: list[str]) -> list[str]:
+    for suffixes in ((".safetensors",), _FOLDER_SUFFIXES):
+        found = [
+            name
+            for name in names
+            if name.endswith(suffixes)
+            and not TRAINING_FILES.search(name)
+            and not name.startswith((".", "adapter_model."))
+            and not re.search(_ORIGINAL_LLAMA, name)
+        ]
+        named = [name for name in found if re.match(r"(pytorch_)?model[.-]", name)]
+        if found:
+            return named or found
+    return []
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor after checking that it is inside the folder."""
+    content = load_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if weight_map is None:
+        raise OutlierMergeError(f"{index}: not an index: no valid JSON weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
+        parts = PurePosixPath(file)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in file:
+            raise OutlierMergeError(
+                f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
+            )
+    missing = sorted(
+        {file for file in weight_map.values() if not os.path.lexists(index.parent / file)}
+    )
+    if missing:
+        raise OutlierMergeError(
+            f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
+            "Fetch the model again."
+        )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _check_index(index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]) -> None:
+    files = {meta.name: meta.path for meta in metas}
+    wrong = [
+        f"{name}: the index says {path.relative_to(index.parent)}, "
+        + (f"it is in {files[name].name}" if name in files else "it is in no shard")
+        for name, path in weight_map.items()
+        if files.get(name) != path
+    ]
+    if wrong:
+        raise OutlierMergeError(f"{index}: disagrees with the shards:\n{listing(wrong)}")
+
+
+def _check_shard_numbers(paths: list[Path]) -> None:
+    totals: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.match(path.name):
+            key = (match["stem"], match["total"], match["end"])
+            totals.setdefault(key, set()).add(int(match["number"]))
+    for (stem, total, end), numbers in totals.items():
+        absent = set(range(1, int(total) + 1)) - numbers
+        if absent:
+            names = [f"{stem}-{number:05d}-of-{total}{end}" for number in sorted(absent)]
+            raise OutlierMergeError(
+                f"{paths[0].parent}: shards are missing:\n{listing(names)}\nFetch the model again."
+            )
+
+
+def no_weights(folder: Path) -> str:
+    """Return what to say of a folder without weights that can be read."""
+    names = names_in(folder)
+    if "adapter_config.json" in names:
+        return (
+            f"{folder}: a PEFT adapter, not a full model: it can be a task model, with "
+            "base_model the model it was trained on"
+        )
+    for pattern, kind, advice in OTHER_FORMATS:
+        files = [name for name in names if re.search(pattern, name)]
+        if files:
+            return f"{folder}: no weights that can be read, only {kind}: {files[0]}. {advice}"
+    found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
+    return f"{folder}: no weights (*.safetensors, *.bin, *.pt, *.pth): {found}"

@@ -1,0 +1,169 @@
+"""The keys of a YAML spec: their names, forms and descriptions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from outliermerge.rename import MAP_NAMES
+
+MISSING = ("error", "base")
+EXTRA = ("error", "copy", "drop")
+UNEQUAL = ("error", "base")
+_DTypeName = Annotated[
+    Literal["float16", "bfloat16", "float32", "float64"],
+    BeforeValidator(lambda v: v.removeprefix("torch.") if isinstance(v, str) else v),
+]
+
+
+def _policy(words: tuple[str, ...]) -> Any:
+    word = {"enum": list(words)}
+    entry = {
+        "type": "object",
+        "required": ["value"],
+        "additionalProperties": False,
+        "properties": {"value": word, "filter": {"type": ["string", "null"], "minLength": 1}},
+    }
+    many = {"type": "array", "items": entry, "minItems": 1}
+    return WithJsonSchema({"anyOf": [word, entry, many, {"type": "null"}]})
+
+
+_RULE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": list(MAP_NAMES)},
+        {
+            "type": "object",
+            "required": ["from", "to"],
+            "additionalProperties": False,
+            "properties": {"from": {"type": "string", "minLength": 1}, "to": {"type": "string"}},
+        },
+    ]
+}
+_RenameField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [*_RULE_SCHEMA["anyOf"], {"type": "array", "items": _RULE_SCHEMA, "minItems": 1},
+                   {"type": "null"}]}
+    ),
+]  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class BaseEntry(_Strict):
+    """The base model, where more is to be said of it than its name."""
+
+    model: str = Field(
+        min_length=1, description="A folder, a file, or a hub id: org/name or org/name@revision."
+    )
+    rename: _RenameField = Field(
+        default=None,
+        description="How its tensors' names become those of the merge: a map that ships, a rule "
+        "with `from` (a regular expression) and `to`, or a list of these.",
+    )
+
+
+class ModelEntry(BaseEntry):
+    """A model to merge; base+adapter, or a PEFT adapter of the base model alone, is one too."""
+
+    missing: Annotated[Any, _policy(MISSING)] = Field(
+        default=None, description="As the top-level `missing`, for this model; it wins."
+    )
+    extra: Annotated[Any, _policy(EXTRA)] = Field(
+        default=None, description="As the top-level `extra`, for this model; it wins."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Parameters of this model; they win over the global ones."
+    )
+
+
+_NAME_SCHEMA = {"type": "string", "minLength": 1}
+
+
+class _NameOrEntry:
+    """The JSON schema of what may be a name alone."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
+        return {"anyOf": [_NAME_SCHEMA, handler(core)]}
+
+
+_Base = Annotated[
+    BaseEntry,
+    _NameOrEntry(),
+    BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value),
+    PlainSerializer(
+        lambda entry: entry.model if entry.rename is None else entry.model_dump(exclude_none=True)
+    ),
+]
+
+
+class SpecDocument(_Strict):
+    """A merge: the method, the base model, the models, and how the output is stored."""
+
+    merge_method: str = Field(
+        description="A name from `outliermerge methods`, or package.module:function."
+    )
+    base_model: _Base | None = Field(
+        default=None,
+        description="The model that the task models were fine-tuned from: its name, or a mapping "
+        "with `model` and `rename`.",
+    )
+    models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Parameters of the method, for all models."
+    )
+    dtype: _DTypeName | None = Field(
+        default=None,
+        description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
+        "float32, or in float64 with `dtype: float64`.",
+    )
+    out_dtype: _DTypeName | None = Field(
+        default=None, description="The output's dtype; the base model's own by default."
+    )
+    rename: _RenameField = Field(
+        default=None, description="How the names of the merge become those of the output."
+    )
+    missing: Annotated[Any, _policy(MISSING)] = Field(
+        default=None,
+        description="A tensor that a model lacks: `error` (default), or `base`: the model is "
+        "taken as unchanged there. One word, or a list of filters.",
+    )
+    extra: Annotated[Any, _policy(EXTRA)] = Field(
+        default=None,
+        description="A tensor that the base model lacks: `error` (default), `copy` (all models "
+        "that have it must agree), or `drop`. One word, or a list of filters.",
+    )
+    unequal: Annotated[Any, _policy(UNEQUAL)] = Field(
+        default=None,
+        description="An integer, bool or complex tensor that differs between the models: `error` "
+        "(default), or `base`: the base model's is taken. One word, or a list of filters.",
+    )
+    vocabulary: Literal["error", "base", "common", "union"] = Field(
+        default="error",
+        description="Rows of embeddings and head that differ: `error`; `base` keeps the base "
+        "model's rows, `common` those that all models have, `union` those that any has.",
+    )
+    config_source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The model whose config is taken; `base` is default.",
+    )
+    tokenizer_source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The model whose tokenizer and chat template are taken; `base` is default.",
+    )
+    processor_source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The model whose image processor is taken; `base` is default.",
+    )
+    output: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The folder to write, or a .safetensors file where the base model is a file; "
+        "--output wins over it.",
+    )

@@ -1,0 +1,141 @@
+"""Opens the models of a spec: folders, files, hub ids, adapters; renamed and dequantised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.hub import resolve
+from outliermerge.checkpoint.meta import Checkpoint
+from outliermerge.errors import OutlierMergeError, as_path
+from outliermerge.jobs import Input
+from outliermerge.rename import Rename
+from outliermerge.settings import SettingError
+from outliermerge.spec import MergeSpec, ModelSpec
+
+try:  # TEMP
+    from outliermerge.checkpoint.adapter import base_of_adapter, is_adapter, open_adapter
+except ImportError:
+    is_adapter = lambda f: False
+try:
+    from outliermerge.checkpoint.quantized import dequantize
+except ImportError:
+    dequantize = lambda c: c
+
+
+def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
+    """Open every model once; return them and the numbers of those that are merged, in order.
+
+    Raises:
+        SpecError: a rule of a `rename` matches nothing, or gives two tensors one name.
+        OutlierMergeError: a model is absent or broken; the message starts with the spec's line.
+    """
+    inputs: list[Input] = []
+
+    def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
+        base = inputs[0] if inputs and inputs[0].role == "base" else None
+        try:
+            entry = _open(model.reference, model.rename, role, base)
+        except SettingError as error:
+            raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
+        except OutlierMergeError as error:
+            path = model.path if role == "base" else (*model.path, "model")
+            raise OutlierMergeError(str(spec.source.error(path, str(error)))) from error
+        for number, other in enumerate(inputs):
+            if _same(entry, other):
+                return number
+        inputs.append(entry)
+        return len(inputs) - 1
+
+    if spec.base is not None:
+        number_of(spec.base, "base")
+    numbers = [number_of(model, "model") for model in spec.models]
+    return tuple(inputs), numbers
+
+
+def _same(entry: Input, other: Input) -> bool:
+    """Tell whether two references lead to the same files."""
+    return entry.checkpoint.root.resolve() == other.checkpoint.root.resolve() and (
+        entry.home.resolve() == other.home.resolve()
+    )
+
+
+def _open(
+    reference: str, rename: Rename, role: Literal["base", "model"], base: Input | None
+) -> Input:
+    stem, plus, last = reference.rpartition("+")
+    if plus and not as_path(reference).exists():
+        return _open_adapter(reference, resolve(last), rename, role, base, stem)
+    root = resolve(reference)
+    if root.is_dir() and is_adapter(root):
+        return _open_adapter(reference, root, rename, role, base, None)
+    checkpoint = dequantize(open_checkpoint(root))
+    return _renamed(Input(reference, role, checkpoint, home=root), rename)
+
+
+def _open_adapter(
+    reference: str,
+    folder: Path,
+    rename: Rename,
+    role: Literal["base", "model"],
+    base: Input | None,
+    stem: str | None,
+) -> Input:
+    """Open an adapter over the model named before the `+`, the base model, or its own base."""
+    if not is_adapter(folder):
+        raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
+    trained_on = base_of_adapter(folder)
+    if stem is not None:
+        under = _open(stem, Rename(), role, None)
+        if base is not None and _same(under, base):
+            under = base
+    elif base is not None:
+        under = base
+    elif trained_on is not None:
+        under = _open(trained_on, Rename(), role, None)
+    else:
+        raise OutlierMergeError(
+            f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"
+        )
+    notes: tuple[str, ...] = ()
+    if stem is None and trained_on and Path(trained_on).name != Path(under.reference).name:
+        notes = (
+            f"{reference} was trained on {trained_on}, and is taken as a change of "
+            f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former",
+        )
+    if under is not base:
+        checkpoint = replace(
+            open_adapter(folder, under.checkpoint),
+            sidecars=under.checkpoint.sidecars,
+            left_behind=under.checkpoint.left_behind,
+        )
+        entry = Input(reference, role, checkpoint, home=under.home)
+        return _renamed(entry, rename)
+    seen: list[str] = []
+
+    def target(name: str) -> str:
+        seen.append(name)
+        return rename(name)
+
+    checkpoint = open_adapter(folder, under.checkpoint, target)
+    rename.apply(seen)
+    return Input(
+        reference,
+        role,
+        replace(checkpoint, notes=(*checkpoint.notes, *notes)),
+        home=under.home,
+        renamed=rename.counts(seen),
+    )
+
+
+def _renamed(entry: Input, rename: Rename) -> Input:
+    if not rename.rules:
+        return entry
+    tensors = entry.checkpoint.tensors
+    names = rename.apply(tensors)
+    checkpoint: Checkpoint = replace(
+        entry.checkpoint, tensors={names[name]: source for name, source in tensors.items()}
+    )
+    return replace(entry, checkpoint=checkpoint, renamed=rename.counts(tensors))

@@ -1,0 +1,73 @@
+"""The proof, before a byte is written, that the output is a model that its config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outliermerge.checkpoint.config import text_config
+from outliermerge.checkpoint.meta import Source
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.jobs import Proof
+from outliermerge.settings import find_layers
+from outliermerge.tied import is_head, ties_head
+
+
+def prove(
+    reference: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+) -> tuple[Proof, list[str]]:
+    """Return how the output's tensors compare with the reference's, and doubts about the config.
+
+    Args:
+        reference: the tensors that the base (or the first model) stores.
+        shapes: of the output's tensors, by their names in the merge.
+        config: that the output will have.
+
+    Raises:
+        OutlierMergeError: the output would have parameters that its config does not know: a head
+            that is tied to the embeddings, or more layers.
+    """
+    added = tuple(name for name in shapes if name not in reference)
+    problems = []
+    heads = [name for name in added if is_head(name)]
+    if heads and ties_head(config):
+        problems.append(
+            f"{heads[0]}: the config ties it to the embeddings (tie_word_embeddings), so nothing "
+            "would read it. `extra: drop` leaves it out."
+        )
+    ours, theirs = _stacks(shapes), _stacks(reference)
+    depth = text_config(config).get("num_hidden_layers")
+    for stack, num_layers in ours.items():
+        if stack in theirs and num_layers > theirs[stack] and num_layers != depth:
+            problems.append(
+                f"{stack}: {num_layers} layers, where the reference has {theirs[stack]} and the "
+                f"config says {depth}. `extra: drop` leaves them out; `config_source` takes the "
+                "config of the deeper model."
+            )
+    if problems:
+        raise OutlierMergeError(
+            "the output would have tensors that its config does not know:\n" + listing(problems)
+        )
+    doubts = []
+    if isinstance(depth, int) and ours and depth not in ours.values():
+        doubts.append(
+            f"the config says num_hidden_layers {depth}, but the tensors have "
+            + ", ".join(f"{count} in {stack}*" for stack, count in ours.items())
+        )
+    proof = Proof(
+        num_reference_parameters=sum(source.num_elements for source in reference.values()),
+        added=added,
+        removed=tuple(name for name in reference if name not in shapes),
+        resized=tuple(
+            name
+            for name, shape in shapes.items()
+            if name in reference and reference[name].shape != shape
+        ),
+    )
+    return proof, doubts
+
+
+def _stacks(names: Mapping[str, Any] | Sequence[str]) -> dict[str, int]:
+    return {layer.stack: layer.num_layers for layer in find_layers(names).values()}

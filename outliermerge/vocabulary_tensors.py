@@ -1,0 +1,204 @@
+"""Which tensors have a row for every token, and such tensors with their rows rearranged."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.checkpoint.computed import ComputedTensor, read_rows
+from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.meta import DTYPES, Checkpoint, DType, Source, TensorMeta
+from outliermerge.checkpoint.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KNOWN_NAME = re.compile(
+    r"(^|[./])("
+    r"(embed_tokens|tok_embeddings|embed_in|wte|word_embeddings|shared)\.weight"
+    r"|(lm_head|embed_out|output|output_layer|(predictions|lm_head)\.decoder)\.(weight|bias)"
+    r"|predictions\.bias)$"
+)
+_NUMBERED = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass(frozen=True)
+class VocabularyTensors:
+    """The tensors whose rows are the vocabulary's.
+
+    Attributes:
+        names: of the tensors.
+        num_rows: of a model's vocabulary tensors, by the model's number.
+        unclear: tensors of which neither name nor number of rows tells for sure.
+    """
+
+    names: tuple[str, ...]
+    num_rows: Mapping[int, int]
+    unclear: tuple[str, ...]
+
+
+def find_vocabulary_tensors(checkpoints: Sequence[Checkpoint]) -> VocabularyTensors:
+    """Find the tensors with a row for every token, by what the models' configs and names say.
+
+    These are tensors whose number of rows differs between models as their vocab_size does, and
+    those of an embedding's or a head's name. A tensor that only has as many rows as there are
+    tokens, in all models alike, may have them by chance: it is unclear.
+    """
+    sizes = [_vocab_sizes(read_json(checkpoint.root / "config.json")) for checkpoint in checkpoints]
+    sure: dict[str, dict[int, int]] = {}
+    unclear: list[str] = []
+    for name in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors):
+        held = {
+            number: checkpoint.tensors[name]
+            for number, checkpoint in enumerate(checkpoints)
+            if name in checkpoint.tensors
+        }
+        rows = {number: source.shape[0] for number, source in held.items() if source.shape}
+        if (
+            len(rows) < len(held)
+            or len({source.shape[1:] for source in held.values()}) > 1
+            or not all(source.dtype.is_float for source in held.values())
+            or any(rows[number] in sizes[number][1] for number in held)
+        ):
+            continue
+        sized = all(rows[number] == sizes[number][0] for number in held)
+        known = _KNOWN_NAME.search(name) and not _NUMBERED.search(name)
+        if known or (sized and len(set(rows.values())) > 1):
+            sure[name] = rows
+        elif sized:
+            unclear.append(name)
+    num_rows: dict[int, int] = {}
+    for number, (size, _) in enumerate(sizes):
+        found = [rows[number] for rows in sure.values() if number in rows]
+        if found:
+            num_rows[number] = size if size in found else found[0]
+    names = [
+        name
+        for name, rows in sure.items()
+        if all(num_rows[number] == count for number, count in rows.items())
+    ]
+    unclear += [name for name in sure if name not in names]
+    return VocabularyTensors(tuple(names), num_rows, tuple(unclear))
+
+
+def _vocab_sizes(config: Mapping[str, Any]) -> tuple[int | None, set[int]]:
+    """Return the language model's vocab_size and those of other parts (codebooks, a Q-Former)."""
+    everywhere = set(_nested_sizes(config))
+    levels = (text_config(config).get("vocab_size"), config.get("vocab_size"))
+    own = [size for size in levels if isinstance(size, int)]
+    if own:
+        return own[0], everywhere - set(own)
+    return (everywhere.pop() if len(everywhere) == 1 else None), set()
+
+
+def _nested_sizes(config: Mapping[str, Any]) -> Iterator[int]:
+    for key, value in config.items():
+        if key == "vocab_size" and isinstance(value, int):
+            yield value
+        elif isinstance(value, dict):
+            yield from _nested_sizes(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows `start` to `stop` of a tensor: the mean of rows of one or several sources.
+
+    Attributes:
+        parts: numbers of sources, each with the row that `start` is there.
+    """
+
+    start: int
+    stop: int
+    parts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RearrangedRows(ComputedTensor):
+    """Rows taken from sources, or averaged over them, in runs that cover the tensor in order."""
+
+    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        import torch
+
+        result = torch.empty(last - first, self.num_columns, dtype=getattr(torch, self.dtype.name))
+        index = bisect_right(self.runs, first, key=lambda run: run.start) - 1
+        position = first
+        while position < last:
+            run = self.runs[index]
+            stop = min(last, run.stop)
+            result[position - first : stop - first] = self._part(
+                reader, run.parts, position - run.start, stop - run.start
+            )
+            position, index = stop, index + 1
+        return result
+
+    def _part(
+        self, reader: Reader, parts: tuple[tuple[int, int], ...], first: int, last: int
+    ) -> Tensor:
+        number, row = parts[0]
+        values = read_rows(reader, self.sources[number], row + first, row + last)
+        if len(parts) == 1:
+            return values
+        total = values.double()
+        for number, row in parts[1:]:
+            total += read_rows(reader, self.sources[number], row + first, row + last)
+        return total / len(parts)
+
+
+def rearrange(
+    own: int, sources: Mapping[int, Source], cells: Sequence[tuple[tuple[int, int], ...]]
+) -> Source:
+    """Return a model's tensor with given rows; its own source where these are its rows in order.
+
+    Args:
+        own: the model's number.
+        sources: the tensor in each model that has it, by the model's number.
+        cells: for every row, the models and their rows that it is the mean of.
+    """
+    source = sources[own]
+    spans = list(_spans(cells))
+    if spans == [(0, source.shape[0], ((own, 0),))]:
+        return source
+    used = dict.fromkeys(number for _, _, parts in spans for number, _ in parts)
+    places = {number: place for place, number in enumerate(used)}
+    means = any(len(parts) > 1 for _, _, parts in spans)
+    return RearrangedRows(
+        name=source.name,
+        shape=(len(cells), *source.shape[1:]),
+        out_dtype=source.out_dtype,
+        dtype=_common_dtype([sources[number].dtype for number in used], means),
+        sources=tuple(sources[number] for number in used),
+        runs=tuple(
+            Run(start, stop, tuple((places[number], row) for number, row in parts))
+            for start, stop, parts in spans
+        ),
+    )
+
+
+def _spans(
+    cells: Sequence[tuple[tuple[int, int], ...]],
+) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    start = 0
+    for stop in range(1, len(cells) + 1):
+        follows = stop < len(cells) and cells[stop] == tuple(
+            (number, row + 1) for number, row in cells[stop - 1]
+        )
+        if not follows:
+            yield start, stop, cells[start]
+            start = stop
+
+
+def _common_dtype(dtypes: Sequence[DType], means: bool) -> DType:
+    if len(set(dtypes)) == 1 and not means:
+        return dtypes[0]
+    return DTYPES["float64" if DTYPES["float64"] in dtypes else "float32"]

@@ -1,0 +1,238 @@
+"""The tokens that tokenizer files name, against the libraries that wrote them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from outliermerge.checkpoint.tokens import read_tokens, same_token_files, token_files
+from outliermerge.errors import OutlierMergeError
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "merging models — de la même famille"] * 20
+
+
+def trained(kind: str) -> Tokenizer:
+    special = ["<unk>", "<s>"]
+    if kind == "BPE":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=special, show_progress=False)
+    elif kind == "WordPiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=100, special_tokens=special, show_progress=False
+        )
+    elif kind == "WordLevel":
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_tokens(["newword"])
+    tokenizer.add_special_tokens(["<image>"])
+    return tokenizer
+
+
+def sentencepiece_model(kind: str, *, vocab_size: int, byte_fallback: bool) -> bytes:
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=written,
+        model_type=kind,
+        vocab_size=vocab_size,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def llama_model() -> bytes:
+    return sentencepiece_model("bpe", vocab_size=340, byte_fallback=True)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "WordPiece", "WordLevel", "Unigram"])
+def test_tokenizer_json_names_what_the_tokenizers_library_does(tmp_path, kind):
+    tokenizer = trained(kind)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = read_tokens(tmp_path)
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    assert tokens == {number: tokenizer.id_to_token(number) for number in range(size)}
+    assert "<image>" in tokens.values()
+    assert len(tokens) > 15
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_tokenizer_model_names_what_the_sentencepiece_library_does(tmp_path, kind):
+    model = sentencepiece_model(kind, vocab_size=100, byte_fallback=False)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokens = read_tokens(tmp_path)
+    assert tokens == {n: processor.id_to_piece(n) for n in range(processor.get_piece_size())}
+    assert "▁" in "".join(tokens.values())
+
+
+def test_a_llama_vocabulary_is_the_same_before_and_after_its_conversion(tmp_path, llama_model):
+    slow, fast = tmp_path / "slow", tmp_path / "fast"
+    slow.mkdir()
+    (slow / "tokenizer.model").write_bytes(llama_model)
+    (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    transformers.AutoTokenizer.from_pretrained(slow).save_pretrained(fast)
+    assert token_files(fast) == (fast / "tokenizer.json",)
+    assert read_tokens(slow) == read_tokens(fast)
+    assert {"<s>", "<0x0A>", "▁the"} <= set(read_tokens(slow).values())
+
+
+def test_added_tokens_stand_beside_tokenizer_model(tmp_path, llama_model):
+    (tmp_path / "tokenizer.model").write_bytes(llama_model)
+    plain = read_tokens(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 340, "<old>": 341}')
+    decoder = {"0": {"content": "<unknown>"}, "341": {"content": "<new>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    assert read_tokens(tmp_path) == plain | {0: "<unknown>", 340: "<image>", 341: "<new>"}
+
+
+def test_vocab_json_and_its_added_tokens(tmp_path):
+    trained("BPE").model.save(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 500}')
+    expected = json.loads((tmp_path / "vocab.json").read_text())
+    assert read_tokens(tmp_path) == {i: t for t, i in expected.items()} | {500: "<image>"}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_vocab_txt_has_a_token_a_line_whatever_the_token_is(tmp_path, end, closed):
+    lines = ["[PAD]", "a\u2028b", "\u00a0", "##é"]
+    text = end.join(lines) + (end if closed else "")
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    assert read_tokens(tmp_path) == dict(enumerate(lines))
+
+
+def test_tokenizer_json_is_preferred_and_needs_no_other_file(tmp_path):
+    trained("WordLevel").save(str(tmp_path / "tokenizer.json"))
+    alone = read_tokens(tmp_path)
+    for name in ("vocab.json", "vocab.txt", "tokenizer.model", "added_tokens.json"):
+        (tmp_path / name).write_text("broken")
+    assert read_tokens(tmp_path) == alone
+
+
+def test_a_folder_without_tokenizer_files_has_no_tokens(tmp_path):
+    (tmp_path / "added_tokens.json").write_text('{"<image>": 1}')
+    assert read_tokens(tmp_path) is None
+    assert read_tokens(tmp_path / "added_tokens.json") is None
+    assert read_tokens(tmp_path / "absent") is None
+
+
+def test_tokenizer_files_are_compared_byte_for_byte(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "vocab.txt").write_text("a\nb\n")
+        (folders[-1] / "added_tokens.json").write_text('{"<image>": 2}')
+        (folders[-1] / "special_tokens_map.json").write_text(name)
+    assert same_token_files(*folders)
+    (folders[1] / "added_tokens.json").write_text('{"<other>": 2}')
+    assert not same_token_files(*folders)
+    (folders[1] / "added_tokens.json").unlink()
+    assert not same_token_files(*folders)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", b"{", "Expecting property name"),
+        ("tokenizer.json", b"[]", "it holds no JSON object"),
+        ("tokenizer.json", b'{"version": "1.0"}', "it has no model.vocab"),
+        ("tokenizer.json", b'{"model": {"vocab": "a"}}', "it has no model.vocab"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}', "'a' with id -1 is not a token"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": true}}}', "'a' with id True is not"),
+        ("tokenizer.json", b'{"model": {"vocab": ["a"]}}', "None with id 0 is not a token"),
+        ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [1]}', "1 is not an added"),
+        ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [{}]}', "None with id None"),
+        (
+            "tokenizer.json",
+            b'{"model": {"vocab": {}}, "added_tokens": 1}',
+            "added_tokens is not a list",
+        ),
+        ("tokenizer.json", b"[" * 100_000, "recursion"),
+        ("vocab.json", b'{"a": "b"}', "'a' with id 'b' is not a token"),
+        ("vocab.txt", b"\xff\xfe", "can't decode byte"),
+        ("tokenizer.model", b"", "it has no pieces"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "no sentencepiece model"),
+        ("tokenizer.model", b"\x0a\x05\x0a\x01", "it ends within a field"),
+        ("tokenizer.model", b"\x0a", "it ends within a number"),
+        ("tokenizer.model", b"\x08" + b"\xff" * 11, "a number is too long"),
+        ("tokenizer.model", b"\x0a\x02\x10\x01", "piece 0 has no text"),
+        ("tokenizer.model", b"\x0b", "wire type 3 at byte 1"),
+        ("tokenizer.model", b"\x0a\x03\x0a\x01\xff", "can't decode byte"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(OutlierMergeError) as caught:
+        read_tokens(tmp_path)
+    assert str(caught.value).startswith(f"{path}: not a tokenizer file that can be read: ")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith("Fetch it again.")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("added_tokens.json", "[]", "it holds no JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "'x'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "a"}}', "None with id 1"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": [1]}',
+            "added_tokens_decoder is not an object",
+        ),
+    ],
+)
+def test_broken_added_tokens_are_refused(tmp_path, name, content, reason):
+    (tmp_path / "vocab.txt").write_text("a\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(OutlierMergeError) as caught:
+        read_tokens(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}: not a tokenizer file")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 1000, 2500])
+def test_a_sentencepiece_model_that_ends_early_is_refused(tmp_path, cut):
+    model = sentencepiece_model("bpe", vocab_size=100, byte_fallback=False)
+    (tmp_path / "tokenizer.model").write_bytes(model[:-cut])
+    with pytest.raises(OutlierMergeError, match="it ends within a"):
+        read_tokens(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_told_apart(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(OutlierMergeError, match="a Git LFS pointer"):
+        read_tokens(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "vocab.txt").write_text("a\n")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OutlierMergeError, match=r"vocab\.txt: cannot be read: Permission denied"):
+        read_tokens(tmp_path)
