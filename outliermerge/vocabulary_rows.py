@@ -77,16 +77,14 @@ def _matched(model: Model, num_rows: int, names: Mapping[int, str]) -> list[int]
     """Return which of a model's rows each of the reference's rows is."""
     if not model.has_tokenizer:
         return [row if row < model.num_rows else ABSENT for row in range(num_rows)]
-    ids: dict[str, int] = {}
-    for id_, name in model.tokens.items():
-        ids.setdefault(name, id_)
+    ids = {token: id_ for id_, token in model.tokens.items()}
     rows = []
     for row in range(num_rows):
-        token = names.get(row)
-        if model.tokens.get(row) == token:
+        name = names.get(row)
+        if model.tokens.get(row) == name:
             rows.append(row if row < model.num_rows else ABSENT)
         else:
-            rows.append(ABSENT if token is None else ids.get(token, ABSENT))
+            rows.append(ABSENT if name is None else ids.get(name, ABSENT))
     return rows
 
 
@@ -139,7 +137,7 @@ def lay_out_union(members: Sequence[Model]) -> Layout:
     for model in members[1:]:
         for id_, token in model.tokens.items():
             if token not in known:
-                holders.setdefault(token, {}).setdefault(model.number, id_)
+                holders.setdefault(token, {})[model.number] = id_
     extra = list(holders.values())
     row = num_named = base.num_rows + len(extra)
     while padding := {
@@ -179,7 +177,7 @@ def _check_free(reference: Model, added: Iterable[tuple[int, str, int]]) -> None
     wrong = [
         f"{token!r} {id_}"
         for id_, token in reference.beyond.items()
-        if (id_, token) not in taken and (id_ in ids)
+        if (id_, token) not in taken and (id_ in ids or token in tokens)
     ]
     if wrong:
         raise OutlierMergeError(

@@ -160,9 +160,12 @@ def test_a_reference_without_vocabulary_tensors_leaves_models_as_they_are(tmp_pa
 
 
 def vocabularies() -> st.SearchStrategy[tuple[list[str], int]]:
-    """Tokens in any order, words first as a tokenizer has them, and padding rows behind."""
-    words = st.permutations(WORDS[:5]).flatmap(
-        lambda words: st.integers(2, 5).map(lambda count: list(words[:count]))
+    """Tokens in any order, words first as a tokenizer has them, and padding rows behind.
+
+    There are never as many rows as columns, as the norm would then be unclear.
+    """
+    words = st.permutations(WORDS[:6]).flatmap(
+        lambda words: st.integers(COLUMNS + 1, 6).map(lambda count: list(words[:count]))
     )
     added = st.permutations(["<a>", "<b>", "<c>"]).flatmap(
         lambda tokens: st.integers(0, 3).map(lambda count: list(tokens[:count]))
@@ -330,6 +333,34 @@ def test_the_first_tokenizer_tells_the_tokens_of_a_reference_without_one(tmp_pat
     assert torch.equal(values(alignment, 2), rows_after(turned, 0).flip(0))
 
 
+def test_tokens_beyond_a_reference_without_a_tokenizer_are_added(tmp_path, with_image):
+    base = save_vocabulary(tmp_path / "base", None, 10)
+    alignment = align("union", base, with_image)
+    assert alignment.added_tokens == ((10, "<image>", 1), (11, "<pad>", 1))
+    assert torch.equal(values(alignment, 0)[10:], rows_after(with_image, 10))
+
+
+def test_a_reference_without_a_tokenizer_is_not_said_to_name_too_little(tmp_path, reference):
+    base = save_vocabulary(tmp_path / "base", None, 10)
+    same = save_vocabulary(tmp_path / "same", None, 10, seed=1)
+    (same / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    assert align("error", base, reference, same).notes == ()
+
+
+def test_padding_between_tokens_is_added_as_far_as_it_goes_on(tmp_path, reference):
+    holes = save_vocabulary(tmp_path / "holes", None, 13, seed=1)
+    words = {**{word: number for number, word in enumerate(WORDS[:9])}, WORDS[9]: 11}
+    (holes / "vocab.json").write_text(json.dumps(words))
+    alignment = align("union", reference, holes)
+    rows = rows_after(holes, 0)
+    assert torch.equal(values(alignment, 1), rows[[*range(9), 11, 10]])
+    assert alignment.notes == (
+        "left out of holes: 2 padding rows (9, 12)",
+        "holes has other ids than reference for 1 token: matched by token",
+        "added after the rows of reference: 1 padding row (10)",
+    )
+
+
 # Which tensors are the vocabulary's
 
 
@@ -369,6 +400,24 @@ def test_another_parts_vocabulary_is_not_the_tokenizers(tmp_path):
     changed = alignment.checkpoints[1].tensors
     assert isinstance(changed[EMBEDDINGS], RearrangedRows)
     assert changed[names[1]] == open_checkpoint(folders[1]).tensors[names[1]]
+
+
+def test_a_stale_vocab_size_beside_the_language_models_hides_nothing(tmp_path):
+    config = {"text_config": {"vocab_size": 12}, "vocab_size": 10}
+    ours = save_vocabulary(tmp_path / "ours", WORDS, 10, config=config)
+    theirs = save_vocabulary(tmp_path / "theirs", WORDS, 12, config=config)
+    assert align("base", ours, theirs).num_rows == 10
+
+
+def test_integers_are_not_touched(tmp_path):
+    ours = save_vocabulary(tmp_path / "ours", WORDS, 10)
+    theirs = save_vocabulary(tmp_path / "theirs", WORDS, 12)
+    for folder, rows in ((ours, 10), (theirs, 12)):
+        path = folder / "model.safetensors"
+        save_file({**load(path), HEAD: torch.ones(rows, COLUMNS, dtype=torch.int8)}, path)
+    changed = align("base", ours, theirs).checkpoints[1].tensors
+    assert changed[EMBEDDINGS].shape == (10, COLUMNS)
+    assert changed[HEAD] == open_checkpoint(theirs).tensors[HEAD]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -527,6 +576,11 @@ def test_union_refuses_ids_that_the_tokenizer_names_without_a_row(tmp_path, with
         "`vocabulary: union` would put other tokens where the tokenizer of short names some that "
         "have no row: '<other>' 10. Use `vocabulary: base`."
     )
+    ahead = save_vocabulary(tmp_path / "ahead", None, 10)
+    words = {word: number for number, word in enumerate(WORDS)}
+    (ahead / "vocab.json").write_text(json.dumps({**words, "<image>": 20}))
+    with pytest.raises(OutlierMergeError, match="no row: '<image>' 20"):
+        align("union", ahead, with_image)
     fits = save_vocabulary(tmp_path / "fits", [*WORDS, "<image>"], 10)
     assert align("union", fits, with_image).added_tokens == ((11, "<pad>", 1),)
 
