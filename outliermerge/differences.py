@@ -8,43 +8,58 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 
-# Keys whose names differ between layouts; those on the right are of LLaVA's original code.
+# One name for what layouts call differently; the last one is of LLaVA's original code.
 _ALIASES = {
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_sequence_length"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "hidden_act": ("hidden_act", "hidden_activation", "activation_function"),
+    "n_positions": "max_position_embeddings",
+    "max_sequence_length": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "depth": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "hidden_activation": "hidden_act",
+    "activation_function": "hidden_act",
+    "torch_dtype": "dtype",
+    "mm_vision_select_layer": "vision_feature_layer",
 }
-_TEXT_KEYS = (
+# What says nothing of how the weights are used.
+_IGNORED = {
+    "_commit_hash",
+    "_diffusers_version",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "quantization_config",
+    "transformers_version",
+    "transformers.js_config",
+    "use_cache",
+}
+# These matter also where only one config has them.
+_OPTIONAL = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints", "rope_scaling")
+# With these the same shapes mean something else, or parts of a model would be lost. A diffusers
+# U-Net's `attention_head_dim` is its number of heads.
+_SENSELESS = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "hidden_size",
-    "hidden_act",
-    "vocab_size",
-    "max_position_embeddings",
-    "sliding_window",
-    "tie_word_embeddings",
+    "attention_head_dim",
 )
-_VISION_KEYS = ("num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-_IMAGE_KEYS = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints")
-# With these the same shapes mean something else, or parts of a model would be lost.
-_SENSELESS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-_SIDECARS = (
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+_SIDECARS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def compare_configs(
     models: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> tuple[list[str], list[str]]:
     """Return how configs differ from the first one: what to know, and what forbids a merge.
+
+    Keys are compared that both configs have, whatever a layout calls them.
 
     Args:
         models: name and config of each; a model without a config is {}.
@@ -56,7 +71,7 @@ def compare_configs(
         first_name, first = known[0]
         for key in dict.fromkeys((*first, *facts)):
             ours, theirs = first.get(key), facts.get(key)
-            optional = key in _IMAGE_KEYS or key == "rope_scaling"
+            optional = key in _OPTIONAL
             if ours == theirs or (not optional and (ours is None or theirs is None)):
                 continue
             text = f"{key}: {_shown(ours)} in {first_name}, {_shown(theirs)} in {name}"
@@ -69,53 +84,71 @@ def compare_sidecars(models: Sequence[tuple[str, Path]]) -> list[str]:
     notes = []
     (first_name, first), *others = models
     for name, root in others:
-        for file in _SIDECARS:
-            ours, theirs = first / file, root / file
-            if not ours.is_file() and not theirs.is_file():
-                continue
-            if not ours.is_file() or not theirs.is_file():
-                where = name if theirs.is_file() else first_name
-                notes.append(f"{file}: only in {where}")
-            elif not _same(ours, theirs):
-                notes.append(f"{file}: differs between {first_name} and {name}")
+        pairs = [(file, read_json(first / file), read_json(root / file)) for file in _SIDECARS]
+        pairs.append(("chat template", chat_template(first), chat_template(root)))
+        for what, ours, theirs in pairs:
+            if ours and theirs and ours != theirs:
+                notes.append(f"{what}: differs between {first_name} and {name}")
+            elif bool(ours) != bool(theirs):
+                has, lacks = (first_name, name) if ours else (name, first_name)
+                notes.append(f"{what}: in {has}, not in {lacks}")
     return notes
 
 
-def _same(left: Path, right: Path) -> bool:
-    if left.suffix == ".json":
-        return read_json(left) == read_json(right)
-    return left.read_bytes() == right.read_bytes()
+def chat_template(root: Path) -> Any:
+    """Return a model's chat template from the file that transformers would take it from."""
+    jinja = root / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text("utf-8", errors="replace")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        if template := read_json(root / file).get("chat_template"):
+            return template
+    return None
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what matters of a config, by the same keys in every layout."""
     text = text_config(config)
-    facts: dict[str, Any] = {key: _value(text, key) for key in _TEXT_KEYS}
-    if facts["head_dim"] is None and facts["hidden_size"] and facts["num_attention_heads"]:
-        facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
-    rope = text.get("rope_parameters")
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        rope = {"per layer type": rope} if rope else {}
-    scaling = text.get("rope_scaling")
-    facts["rope_theta"] = text.get("rope_theta", rope.get("rope_theta"))
-    if not isinstance(scaling, dict):
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    facts["rope_scaling"] = scaling if kind != "default" or len(scaling) > 1 else None
-    facts |= {key: config.get(key) for key in _IMAGE_KEYS}
-    vision = config.get("vision_config")
-    if isinstance(vision, dict):
-        facts |= {f"vision_config.{key}": _value(vision, key) for key in _VISION_KEYS}
-    facts["vision_feature_layer"] = config.get(
-        "vision_feature_layer", config.get("mm_vision_select_layer")
-    )
+    facts = _flat({key: value for key, value in config.items() if value is not text})
+    facts |= _flat(text)
+    if {"hidden_size", "num_attention_heads"} <= facts.keys() and "head_dim" not in facts:
+        heads = facts["num_attention_heads"]
+        if isinstance(heads, int) and isinstance(facts["hidden_size"], int) and heads > 0:
+            facts["head_dim"] = facts["hidden_size"] // heads
     return facts
 
 
-def _value(config: Mapping[str, Any], key: str) -> Any:
-    names = _ALIASES.get(key, (key,))
-    return next((config[name] for name in names if config.get(name) is not None), None)
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for key, value in config.items():
+        name = _ALIASES.get(key, key)
+        if name in _IGNORED or value is None or name.startswith("rope_"):
+            continue
+        if isinstance(value, dict):
+            facts |= _flat(value, f"{before}{name}.")
+        else:
+            facts[before + name] = value
+    return facts | {before + key: value for key, value in _rope(config).items()}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE's base and scaling, which transformers 5 writes as one `rope_parameters`."""
+    parameters = config.get("rope_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    facts: dict[str, Any] = {}
+    theta = config.get("rope_theta", parameters.get("rope_theta"))
+    if theta is not None:
+        facts["rope_theta"] = theta
+    scaling = config.get("rope_scaling")
+    scaling = dict(scaling if isinstance(scaling, dict) else parameters)
+    scaling.pop("rope_theta", None)
+    kinds = [scaling.pop(word, None) for word in ("rope_type", "type")]
+    kind = next((kind for kind in kinds if kind not in (None, "default", "mrope")), None)
+    if kind or scaling:
+        facts["rope_scaling"] = ({"rope_type": kind} if kind else {}) | scaling
+    return facts
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

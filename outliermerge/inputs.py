@@ -9,6 +9,7 @@ from typing import Literal
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.checkpoint.meta import Checkpoint
+from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.rename import Rename
@@ -19,10 +20,6 @@ try:  # TEMP
     from outliermerge.checkpoint.adapter import base_of_adapter, is_adapter, open_adapter
 except ImportError:
     is_adapter = lambda f: False
-try:
-    from outliermerge.checkpoint.quantized import dequantize
-except ImportError:
-    dequantize = lambda c: c
 
 
 def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
@@ -100,34 +97,30 @@ def _open_adapter(
             f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"
         )
     notes: tuple[str, ...] = ()
-    if stem is None and trained_on and Path(trained_on).name != Path(under.reference).name:
+    if stem is None and trained_on and _last(trained_on) != _last(under.reference):
         notes = (
             f"{reference} was trained on {trained_on}, and is taken as a change of "
             f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former",
         )
-    if under is not base:
-        checkpoint = replace(
-            open_adapter(folder, under.checkpoint),
-            sidecars=under.checkpoint.sidecars,
-            left_behind=under.checkpoint.left_behind,
-        )
-        entry = Input(reference, role, checkpoint, home=under.home)
-        return _renamed(entry, rename)
     seen: list[str] = []
 
     def target(name: str) -> str:
         seen.append(name)
-        return rename(name)
+        return rename(name) if under is base else name
 
-    checkpoint = open_adapter(folder, under.checkpoint, target)
-    rename.apply(seen)
-    return Input(
-        reference,
-        role,
-        replace(checkpoint, notes=(*checkpoint.notes, *notes)),
-        home=under.home,
-        renamed=rename.counts(seen),
+    adapted = open_adapter(folder, under.checkpoint, target)
+    checkpoint = replace(
+        adapted,
+        sidecars=under.checkpoint.sidecars,
+        left_behind=under.checkpoint.left_behind,
+        components=under.checkpoint.components,
+        notes=(*adapted.notes, *notes),
     )
+    entry = Input(reference, role, checkpoint, home=under.home)
+    if under is not base:
+        return _renamed(entry, rename)
+    rename.apply(seen)
+    return replace(entry, renamed=rename.counts(seen))
 
 
 def _renamed(entry: Input, rename: Rename) -> Input:
@@ -139,3 +132,8 @@ def _renamed(entry: Input, rename: Rename) -> Input:
         entry.checkpoint, tensors={names[name]: source for name, source in tensors.items()}
     )
     return replace(entry, checkpoint=checkpoint, renamed=rename.counts(tensors))
+
+
+def _last(reference: str) -> str:
+    """Return the last part of a model's name, which a copy of it usually has too."""
+    return Path(reference.partition("@")[0]).name

@@ -182,7 +182,7 @@ class JobRunner:
         models = [self._plan.inputs[number].reference for number, _ in job.sources]
         if job in self._plan.checks:
             raise OutlierMergeError(
-                f"{job.reason}. It does not. `extra: drop` leaves it out all the same."
+                f"{job.reason}. They are not. `extra: drop` leaves it out all the same."
             )
         kind = job.sources[0][1].dtype.name
         advice = (

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source
+from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source, TensorMeta
+from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
 from outliermerge.methods import find_method
 from outliermerge.spec import MergeSpec
@@ -33,6 +34,19 @@ class Input:
     checkpoint: Checkpoint
     home: Path
     renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> list[TensorMeta]:
+        """The tensors of its own files that the merge may read."""
+        files = {stamp.path for stamp in self.checkpoint.weight_files}
+        metas = {m: None for s in self.checkpoint.tensors.values() for m in s.stored}
+        return [meta for meta in metas if meta.path in files]
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """Where its tokenizer is: an adapter saved with added tokens has one of its own."""
+        root = self.checkpoint.root
+        return root if root.is_dir() and token_files(root) else self.home
 
 
 @dataclass(frozen=True)
@@ -208,8 +222,8 @@ class Plan:
                     "role": entry.role,
                     "path": str(entry.checkpoint.root),
                     "num_tensors": len(entry.checkpoint.tensors),
-                    "num_bytes": sum(m.num_bytes for m in entry.checkpoint.tensors.values()),
-                    "dtypes": _dtype_counts(entry.checkpoint.tensors.values()),
+                    "num_bytes": sum(meta.num_bytes for meta in entry.stored),
+                    "dtypes": dict(Counter(meta.dtype.name for meta in entry.stored)),
                     "renamed": {
                         rule: {"num_tensors": count, "from": before, "to": after}
                         for rule, (count, before, after) in entry.renamed.items()
@@ -263,7 +277,3 @@ def row_elements(shape: tuple[int, ...]) -> int:
     for size in shape[1:]:
         elements *= size
     return max(1, elements)
-
-
-def _dtype_counts(metas: Iterable[Source]) -> dict[str, int]:
-    return dict(Counter(meta.dtype.name for meta in metas))

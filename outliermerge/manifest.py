@@ -290,7 +290,8 @@ def _differing_tensors(
 ) -> list[str]:
     tensors = list(tensors)
     descriptors = {
-        file: os.open(folder / file, os.O_RDONLY) for file in {tensor.file for tensor in tensors}
+        file: os.open(shard_path(folder, file), os.O_RDONLY)
+        for file in {tensor.file for tensor in tensors}
     }
 
     def difference(tensor: OutputTensor) -> str | None:
@@ -320,7 +321,7 @@ def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         elif file_checksum(path) != entry["sha256"]:
             differences.append(f"file {name}: its contents changed")
     known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in known:
             differences.append(f"file {name}: is not in the manifest")

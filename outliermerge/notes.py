@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from outliermerge.errors import listing
 from outliermerge.jobs import Input, Job
@@ -11,9 +11,18 @@ from outliermerge.spec import MergeSpec
 
 
 def merge_notes(
-    spec: MergeSpec, inputs: Sequence[Input], jobs: Sequence[Job], dropped: Sequence[str]
+    spec: MergeSpec,
+    inputs: Sequence[Input],
+    jobs: Sequence[Job],
+    dropped: Sequence[str],
+    lacking: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
-    """Yield what is unusual of the models and of the jobs, a note each."""
+    """Yield what is unusual of the models and of the jobs, a note each.
+
+    Args:
+        dropped: tensors that are left out.
+        lacking: by model the tensors that it lacks and another task model has.
+    """
     for entry in inputs:
         yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
     weighted = [bool(model.settings.get("weight")) for model in spec.models]
@@ -21,16 +30,17 @@ def merge_notes(
         names = [m.reference for m, own in zip(spec.models, weighted, strict=True) if not own]
         yield f"no `weight` for {', '.join(names)}: 1 is used"
     mixed = [
-        f"{job.name}: {', '.join(meta.dtype.name for _, meta in job.sources)}"
+        f"{job.name}: {', '.join(source.out_dtype.name for _, source in job.sources)}"
         for job in jobs
-        if len({meta.dtype for _, meta in job.sources}) > 1
+        if len({source.out_dtype for _, source in job.sources}) > 1
     ]
     if mixed:
         yield f"dtypes differ between models:\n{listing(mixed, limit=5)}"
     narrowed = Counter(
-        (job.sources[0][1].dtype.name, job.output.dtype.name)
+        (widest.name, job.output.dtype.name)
         for job in jobs
-        if job.output.dtype.num_bytes < max(m.dtype.num_bytes for _, m in job.sources)
+        for widest in [max((s.out_dtype for _, s in job.sources), key=lambda d: d.num_bytes)]
+        if job.output.dtype.num_bytes < widest.num_bytes
     )
     for (loaded, stored), count in narrowed.items():
         yield f"{count} tensors are loaded as {loaded} and stored as {stored}"
@@ -43,20 +53,22 @@ def merge_notes(
         names = [job.name for job in jobs if job.reason == reason]
         if names:
             yield f"{len(names)} tensors {reason}:\n{listing(names, limit=5)}"
-    partly = [
-        job.name for job in jobs
-        if job.action == "merge" and spec.method.space == "delta"
-        and len(job.sources) <= len(spec.models)
-    ]  # fmt: skip
-    if partly:
-        yield f"{len(partly)} tensors are not in every task model:\n{listing(partly, limit=5)}"
+    for model, lacked in lacking.items():
+        yield (
+            f"{len(lacked)} tensor(s) are not in {model}, which is taken as unchanged there:\n"
+            f"{listing(lacked, limit=5)}"
+        )
     if dropped:
-        yield f"{len(dropped)} extra tensors are dropped:\n{listing(dropped, limit=5)}"
+        yield f"{len(dropped)} extra tensor(s) are left out:\n{listing(dropped, limit=5)}"
     checkpoint = inputs[0].checkpoint
     known = {"config.json", "model_index.json"}
     if checkpoint.root.is_dir() and not known & set(checkpoint.sidecars):
         yield f"{checkpoint.root} has no config.json: transformers cannot load it"
-    left_behind = [name for name in checkpoint.left_behind if name != "README.md"]
+    left_behind = [
+        name
+        for name in checkpoint.left_behind
+        if name != "README.md" and not name.endswith(".index.json")
+    ]
     if left_behind:
         left = listing(left_behind, limit=5)
         yield f"files of the base model that are not carried over:\n{left}"

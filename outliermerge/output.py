@@ -140,7 +140,7 @@ class OutputFolder:
             raise OutlierMergeError(f"{self.path}: another run is writing it") from error
         try:
             lines, num_whole_bytes = self._read_journal(journal)
-            if fresh or not lines:
+            if fresh or len(lines) < 2:  # nothing is done yet: nothing is lost by starting over
                 self._remove_all_but({_JOURNAL_NAME})
                 os.ftruncate(journal, 0)
                 _append(journal, identity)

@@ -11,24 +11,16 @@ from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.inputs import open_inputs
-from outliermerge.jobs import Job, Plan
+from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.notes import merge_notes
 from outliermerge.proof import prove
-from outliermerge.rename import best_map
+from outliermerge.rename import best_rename
 from outliermerge.settings import Layer, Setting, SettingError, SpecPath, find_layers
 from outliermerge.sidecars import choose_sidecars
 from outliermerge.spec import MergeSpec
-from outliermerge.tied import TiedHead, match_heads
-
-try:
-    from outliermerge.vocabulary import align_vocabulary
-except ImportError:
-    from types import SimpleNamespace
-
-    align_vocabulary = lambda m, p: SimpleNamespace(
-        checkpoints=tuple(c for _, c in m), num_rows=None, added_tokens=(), notes=()
-    )
+from outliermerge.tied import TiedCopy, match_tied
+from outliermerge.vocabulary import Alignment, align_vocabulary
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
@@ -54,19 +46,23 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
-        matched, self.tied_heads, self.notes = match_heads(opened)
-        self.alignment = align_vocabulary(
-            [(entry.reference, entry.checkpoint) for entry in matched], spec.document.vocabulary
-        )
+        matched, self.tied_copies, self.notes = match_tied(opened)
+        self.alignment = _align(matched, spec)
         self.inputs = tuple(
-            replace(entry, checkpoint=checkpoint)
-            for entry, checkpoint in zip(matched, self.alignment.checkpoints, strict=True)
+            replace(
+                e,
+                checkpoint=replace(
+                    e.checkpoint, tensors={**e.checkpoint.tensors, **aligned.tensors}
+                ),
+            )
+            for e, aligned in zip(matched, self.alignment.checkpoints, strict=True)
         )
         self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.has_base = self.inputs[0].role == "base"
         self.problems: dict[str, list[str]] = {}
         self.dropped: list[str] = []
+        self.lacking: dict[str, list[str]] = {}
         self.checks: list[Job] = []
         self.used_filters: set[SpecPath] = set()
         self.any_resolved = False
@@ -119,7 +115,7 @@ class _Planner:
                 *self.alignment.notes,
                 *sidecar_notes,
                 *doubts,
-                *merge_notes(self.spec, self.inputs, jobs, self.dropped),
+                *merge_notes(self.spec, self.inputs, jobs, self.dropped, self.lacking),
             ),
             checks=tuple(self.checks),
             proof=proof,
@@ -156,8 +152,7 @@ class _Planner:
                     f"{_describe(source)} in {self.inputs[number].reference}",
                 )
                 return None
-        lacking = [number for number in self.model_numbers if number not in holders]
-        if lacking and not self._may_lack(name, lacking):
+        if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
             return None
         own = (0, first)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
@@ -193,7 +188,7 @@ class _Planner:
         copied = []
         for number in holders:
             word = self._policy(self._policies(number, "extra"), name, default="")
-            tied = next((t for t in self.tied_heads if (t.number, t.name) == (number, name)), None)
+            tied = next((t for t in self.tied_copies if (t.number, t.name) == (number, name)), None)
             if word == "copy":
                 copied.append(number)
             elif not word and tied is not None:
@@ -213,14 +208,15 @@ class _Planner:
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
         return name, action, found, {}, self._stored(found[0][1]), "extra, copied"
 
-    def _check_tied(self, tied: TiedHead) -> Job:
-        model = self.inputs[tied.number].reference
+    def _check_tied(self, tied: TiedCopy) -> Job:
+        entry = self.inputs[tied.number]
+        copy, original = (entry.checkpoint.tensors[name] for name in (tied.name, tied.original))
         reason = (
-            f"{self.inputs[0].reference} ties {tied.name} to its embeddings, so that of {model} "
-            "is left out, which is right only where it equals the embeddings of that model"
+            f"{self.inputs[0].reference} ties {tied.name} to {tied.original}, so that of "
+            f"{entry.reference} is left out, which is right only where they are equal in that model"
         )
-        unwritten = OutputTensor(tied.name, tied.head.dtype, tied.head.shape, "", 0)
-        sources = ((tied.number, tied.head), (tied.number, tied.embeddings))
+        unwritten = OutputTensor(tied.name, copy.dtype, copy.shape, "", 0)
+        sources = ((tied.number, copy), (tied.number, original))
         return Job("equal", self.method.name, {}, sources, unwritten, reason=reason)
 
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
@@ -229,6 +225,8 @@ class _Planner:
             if self._policy(self._policies(number, "missing"), name) != "base":
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
                 allowed = False
+            elif len(lacking) < len(self.model_numbers):
+                self.lacking.setdefault(self.inputs[number].reference, []).append(name)
         return allowed
 
     def _policies(self, number: int, key: Literal["missing", "extra"]) -> tuple[Setting, Setting]:
@@ -333,7 +331,7 @@ class _Planner:
         ]
         for entry in self.inputs[1:]:
             names = entry.checkpoint.tensors
-            if (best := best_map(names, self.reference.__contains__)) is not None:
+            if (best := best_rename(names, self.reference)) is not None:
                 parts.append(
                     f"`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
                     f"{len(names)} tensors with those of {self.inputs[0].reference}."
@@ -392,6 +390,23 @@ _Draft = tuple[
     DType,
     str,
 ]
+
+
+def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
+    """Align the rows of what the reference has too; what it lacks is no matter of rows."""
+    reference = inputs[0].checkpoint.tensors
+    models = [
+        (
+            entry.reference,
+            replace(
+                entry.checkpoint,
+                root=entry.tokenizer_home,
+                tensors={n: s for n, s in entry.checkpoint.tensors.items() if n in reference},
+            ),
+        )
+        for entry in inputs
+    ]
+    return align_vocabulary(models, spec.document.vocabulary)
 
 
 def _describe(source: Source) -> str:

@@ -32,6 +32,12 @@ def prove(
     added = tuple(name for name in shapes if name not in reference)
     problems = []
     heads = [name for name in added if is_head(name)]
+    doubts = []
+    if heads and ties_head(config) is None:
+        doubts.append(
+            f"{heads[0]} is copied, but the config does not say whether it ties it to the "
+            "embeddings; if it does, nothing reads it"
+        )
     if heads and ties_head(config):
         problems.append(
             f"{heads[0]}: the config ties it to the embeddings (tie_word_embeddings), so nothing "
@@ -50,7 +56,6 @@ def prove(
         raise OutlierMergeError(
             "the output would have tensors that its config does not know:\n" + listing(problems)
         )
-    doubts = []
     if isinstance(depth, int) and ours and depth not in ours.values():
         doubts.append(
             f"the config says num_hidden_layers {depth}, but the tensors have "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from outliermerge.errors import suggest
@@ -185,11 +186,36 @@ def _pairs(map_name: str) -> dict[str, str]:
     return dict(ordered)
 
 
-def best_map(names: Iterable[str], wanted: Callable[[str], bool]) -> tuple[str, int] | None:
-    """Return the map under which most names are wanted ones, and how many; None if none helps."""
+def best_rename(names: Iterable[str], wanted: Mapping[str, Any]) -> tuple[str, int] | None:
+    r"""Return the map or prefix rule, as in YAML, that makes most names wanted ones, and how many.
+
+    None where nothing pairs more of them than their names do as they are.
+
+    >>> best_rename(["model.a.b", "model.c"], {"a.b": 1, "c": 1})
+    ("[{from: '^model\\.', to: ''}]", 2)
+    """
     listed = list(names)
-    counts = {
-        map_name: sum(wanted(_by_prefix(map_name, n)) for n in listed) for map_name in MAP_NAMES
+    changes: dict[str, Callable[[str], str]] = {
+        map_name: partial(_by_prefix, map_name) for map_name in MAP_NAMES
     }
-    best = max(MAP_NAMES, key=lambda map_name: counts[map_name])
-    return (best, counts[best]) if counts[best] > sum(map(wanted, listed)) else None
+    for prefix in _prefixes(listed):
+        changes[f"[{{from: '^{re.escape(prefix)}', to: ''}}]"] = partial(_without, prefix)
+    for prefix in _prefixes(list(wanted)):
+        changes[f"[{{from: '^', to: '{prefix}'}}]"] = prefix.__add__
+    counts = {
+        text: sum(change(name) in wanted for name in listed) for text, change in changes.items()
+    }
+    best = max(counts, key=lambda text: counts[text])
+    return (best, counts[best]) if counts[best] > sum(n in wanted for n in listed) else None
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """Return the prefixes, up to a dot or slash, of the first and the last name."""
+    ends = names[:1] + names[-1:]
+    return list(
+        dict.fromkeys(n[: i + 1] for n in ends for i, sign in enumerate(n[:-1]) if sign in "./")
+    )
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)

@@ -81,11 +81,11 @@ def print_plan(
     console.print(Text(f"{method.name}: {method.summary}", style="bold"))
     models = _table("model", "role", "tensors", "size", "dtypes loaded", "from")
     for entry in plan.inputs:
-        metas = entry.checkpoint.tensors.values()
+        metas = entry.stored
         models.add_row(
             Text(entry.reference),
             _role(plan, entry),
-            str(len(metas)),
+            str(len(entry.checkpoint.tensors)),
             human_bytes(sum(meta.num_bytes for meta in metas)),
             _counts(meta.dtype.name for meta in metas),
             Text(_format(entry)),
@@ -105,7 +105,9 @@ def print_plan(
             Text(what_happens),
             str(len(jobs)),
             f"{sum(job.num_elements for job in jobs):,}",
-            ", ".join(sorted({m.dtype.name for job in jobs for _, m in job.sources})),
+            ", ".join(
+                sorted({m.dtype.name for job in jobs for _, s in job.sources for m in s.stored})
+            ),
             ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "–",
             ", ".join(sorted({job.output.dtype.name for job in jobs})),
         )

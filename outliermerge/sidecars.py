@@ -15,11 +15,7 @@ from outliermerge.differences import compare_configs, compare_sidecars
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.spec import MergeSpec
-
-try:
-    from outliermerge.vocabulary import Alignment
-except ImportError:
-    Alignment = object
+from outliermerge.vocabulary import Alignment
 
 _TOKENIZER = re.compile(
     r"(tokenizer|tokenization|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece)"
@@ -48,8 +44,12 @@ def choose_sidecars(
         for name in entry.checkpoint.sidecars:
             if _kind(name) == kind:
                 chosen[name] = Sidecar(name, entry.home / name)
-    configs = [(e.reference, read_json(e.home / "config.json")) for e in inputs]
-    differing, senseless = compare_configs(configs)
+    differing: list[str] = []
+    senseless: list[str] = []
+    for file in _config_files(inputs[0]):
+        configs = [(_in(e.reference, file), read_json(e.home / file)) for e in inputs]
+        for found, new in zip((differing, senseless), compare_configs(configs), strict=True):
+            found += new
     if senseless:
         raise OutlierMergeError(
             "the models' configs say that their weights do not mean the same, "
@@ -69,6 +69,23 @@ def choose_sidecars(
     return tuple(chosen[name] for name in sorted(chosen)), notes
 
 
+def _config_files(reference: Input) -> list[str]:
+    """Return the configs that models are compared by: one, or one for each part of a pipeline."""
+    if set(reference.checkpoint.components) == {""}:
+        return ["config.json"]
+    return [
+        name
+        for name in reference.checkpoint.sidecars
+        if re.search(r"/(config|\w+_config)\.json$", name) and _kind(name) == "config"
+    ]
+
+
+def _in(reference: str, file: str) -> str:
+    """Return how a model's config is named: with its folder where it is of a part."""
+    folder = file.rpartition("/")[0]
+    return f"{reference}/{folder}" if folder else reference
+
+
 def _kind(name: str) -> str:
     file = name.rpartition("/")[2]
     if _PROCESSOR.search(file):
@@ -82,9 +99,9 @@ def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
 
 def _check_tokenizer(reference: Input, entry: Input, alignment: Alignment) -> None:
     """Refuse a tokenizer whose ids are not the output's rows."""
-    ours = dict(read_tokens(reference.home) or {})
+    ours = dict(read_tokens(reference.tokenizer_home) or {})
     ours |= {number: token for number, token, _ in alignment.added_tokens}
-    theirs = read_tokens(entry.home) or {}
+    theirs = read_tokens(entry.tokenizer_home) or {}
     wrong = [
         f"{number}: {ours[number]!r} in the output, {token!r} in that tokenizer"
         for number, token in sorted(theirs.items())
@@ -109,7 +126,7 @@ def _check_tokenizer(reference: Input, entry: Input, alignment: Alignment) -> No
 
 
 def _covers(entry: Input, alignment: Alignment) -> bool:
-    tokens = read_tokens(entry.home) or {}
+    tokens = read_tokens(entry.tokenizer_home) or {}
     return all(tokens.get(number) == token for number, token, _ in alignment.added_tokens)
 
 
@@ -122,7 +139,7 @@ def _check_extensible(entry: Input, inputs: Sequence[Input], alignment: Alignmen
     ordinary = [
         f"{token!r} of {inputs[model].reference}"
         for _, token, model in alignment.added_tokens
-        if token not in _added_entries(inputs[model].home)
+        if token not in _added_entries(inputs[model].tokenizer_home)
     ]
     if ordinary:
         raise OutlierMergeError(
@@ -150,7 +167,7 @@ def sidecar_bytes(plan: Plan) -> dict[str, bytes]:
     for number, token, model in plan.added_tokens:
         if number in present:
             continue
-        entry = _added_entries(plan.inputs[model].home)[token] | {"id": number}
+        entry = _added_entries(plan.inputs[model].tokenizer_home)[token] | {"id": number}
         for name, change in _TOKEN_FILES.items():
             if name in contents:
                 contents[name] = _changed_json(contents[name], lambda v, c=change, e=entry: c(v, e))
@@ -174,8 +191,9 @@ def _change_config(config: Any, plan: Plan) -> bool:
     if not isinstance(config, dict):
         return False
     changed = wanted is not None and _set_dtype(config, wanted)
-    if config.pop("quantization_config", None) is not None:
-        changed = True
+    for part in (config, text_config(config)):
+        if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
+            changed = True
     if plan.num_rows is not None and "vocab_size" in (text := text_config(config)):
         changed = changed or text["vocab_size"] != plan.num_rows
         text["vocab_size"] = plan.num_rows  # type: ignore[index]  # of the dict just parsed

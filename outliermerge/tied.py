@@ -1,4 +1,4 @@
-"""Output heads that are tied to the embeddings: stored in one model, left out by another."""
+"""Tensors that are tied to others (an output head to the embeddings): stored or left out."""
 
 from __future__ import annotations
 
@@ -10,24 +10,40 @@ from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.jobs import Input
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
+_EMBEDDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+)
+# By the end of a tied tensor's name what it may be tied to, the likeliest first (transformers'
+# `_tied_weights_keys` of its model classes).
+_ORIGINALS = {
+    "lm_head.weight": _EMBEDDINGS,
+    "predictions.decoder.weight": _EMBEDDINGS,
+    "lm_head.decoder.weight": _EMBEDDINGS,
+    "embed_out.weight": _EMBEDDINGS,
+    "encoder.embed_tokens.weight": ("shared.weight",),
+    "decoder.embed_tokens.weight": ("shared.weight",),
+    "predictions.decoder.bias": ("predictions.bias",),
+    "lm_head.decoder.bias": ("lm_head.bias",),
+}
 
 
 @dataclass(frozen=True)
-class TiedHead:
-    """A head that a model stores and the reference ties: left out if it equals the embeddings.
+class TiedCopy:
+    """A copy that a model stores and the reference does not: left out if it is one.
 
     Attributes:
         number: of the input.
-        name: of the head in the merge.
-        head, embeddings: the two tensors.
+        name: of the copy in the merge.
+        original: of what it is tied to.
     """
 
     number: int
     name: str
-    head: Source
-    embeddings: Source
+    original: str
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
@@ -42,48 +58,63 @@ def ties_head(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def match_heads(inputs: tuple[Input, ...]) -> tuple[tuple[Input, ...], list[TiedHead], list[str]]:
-    """Give models that tie their head one to pair with, and find heads that the reference ties.
+def is_head(name: str) -> bool:
+    """Tell whether a tensor is a language model's output head, which a config may tie."""
+    return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is _EMBEDDINGS
+
+
+def match_tied(inputs: tuple[Input, ...]) -> tuple[tuple[Input, ...], list[TiedCopy], list[str]]:
+    """Give models that leave a tied tensor out one to pair with, and find copies of it.
 
     Returns:
-        The inputs, of which those that tie their head have their embeddings under its name where
-        the reference stores one; the heads that only models store; and notes.
+        The inputs, of which those that lack a tied tensor have its original under its name where
+        the reference stores one; copies that only models store; and notes.
     """
     reference = inputs[0].checkpoint.tensors
-    heads = {name for name in reference if is_head(name)}
+    copies = [name for name in reference if _ends(name)]
+    untied = ties_head(_config(inputs[0])) is False
     matched, stray, notes = [inputs[0]], [], []
     for number, entry in enumerate(inputs[1:], start=1):
         tensors = entry.checkpoint.tensors
-        for name in set() if any(map(is_head, tensors)) else heads:
-            embeddings = _embeddings(tensors, reference[name])
-            if embeddings is not None and ties_head(_config(entry)) is not False:
-                tensors = {**tensors, name: tensors[embeddings]}
-                notes.append(
-                    f"{entry.reference} ties {name} to {embeddings}: its embeddings are its head"
-                )
+        has_head = any(map(is_head, tensors))
+        said_untied = ties_head(_config(entry)) is False
+        for name in copies:
+            original = _original(name, tensors, reference[name])
+            if name in tensors or original is None or original not in reference:
+                continue
+            if not (is_head(name) and (has_head or said_untied)):
+                tensors = {**tensors, name: tensors[original]}
+                notes.append(f"{entry.reference} ties {name} to {original}, which stands for it")
         matched.append(replace(entry, checkpoint=replace(entry.checkpoint, tensors=tensors)))
-        if not heads and ties_head(_config(inputs[0])) is not False:
-            for name in filter(is_head, tensors):
-                embeddings = _embeddings(tensors, tensors[name])
-                if embeddings is not None and embeddings in reference:
-                    stray.append(TiedHead(number, name, tensors[name], tensors[embeddings]))
+        for name in tensors:
+            original = _original(name, tensors, tensors[name])
+            if name in reference or original is None or original not in reference:
+                continue
+            if not (is_head(name) and untied):
+                stray.append(TiedCopy(number, name, original))
     return tuple(matched), stray, notes
-
-
-def is_head(name: str) -> bool:
-    """Tell whether a tensor is a language model's output head."""
-    return name == _HEAD or name.endswith("." + _HEAD)
 
 
 def _config(entry: Input) -> Mapping[str, Any]:
     return read_json(entry.home / "config.json")
 
 
-def _embeddings(tensors: Mapping[str, Source], head: Source) -> str | None:
-    """Return the name of the embeddings that a head of this shape can be tied to."""
-    found = [
-        name
-        for name, source in tensors.items()
-        if name.endswith(_EMBEDDINGS) and source.shape[1:] == head.shape[1:]
-    ]
-    return found[0] if len(found) == 1 else None
+def _ends(name: str) -> str | None:
+    """Return which end of a tied tensor's name a name has."""
+    return next((end for end in _ORIGINALS if name == end or name.endswith("." + end)), None)
+
+
+def _original(name: str, tensors: Mapping[str, Source], copy: Source) -> str | None:
+    """Return the name of what a tensor can be tied to; None where it is unclear."""
+    end = _ends(name)
+    for original in _ORIGINALS[end] if end else ():
+        found = [
+            other
+            for other, source in tensors.items()
+            if (other == original or other.endswith("." + original))
+            and other != name
+            and source.shape[1:] == copy.shape[1:]
+        ]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None

@@ -167,9 +167,7 @@ def save_llama(folder: Path, *, tied: bool = False) -> Path:
 
 
 def _qwen(folder: Path) -> Family:
-    return _family(
-        "qwen2_5_vl", save_qwen(folder / "base"), folder, shards=("60KB", "5GB", "90KB")
-    )
+    return _family("qwen2_5_vl", save_qwen(folder / "base"), folder, shards=("60KB", "5GB", "90KB"))
 
 
 def _qwen_tied(folder: Path) -> Family:
@@ -260,6 +258,28 @@ def old_layer_norms(folder: Path) -> Path:
         for name, tensor in load_folder(folder).items()
     }
     return replace_tensors(folder, tensors)
+
+
+def gpt2(folder: Path) -> Family:
+    """GPT-2 as published, and fine-tunes as transformers saves them.
+
+    https://huggingface.co/openai-community/gpt2 has the names of GPT2Model (`h.0.…`), and causal
+    masks (`h.0.attn.bias`) among its tensors; a saved GPT2LMHeadModel has `transformer.h.0.…` and
+    no masks. Both leave the tied head out.
+    """
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=96, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    saved = _save(transformers.GPT2LMHeadModel(config), folder / "base")
+    first, second = (tune(saved, folder / f"task{seed}", seed=seed) for seed in (1, 2))
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_folder(saved).items()
+    }
+    mask = torch.tril(torch.ones(1, 1, 16, 16))
+    masks = {f"h.{layer}.attn.bias": mask.clone() for layer in range(2)}
+    return Family("gpt2", replace_tensors(saved, tensors | masks), (first, second))
 
 
 def _unet_model() -> Any:
@@ -383,7 +403,7 @@ def pipeline(folder: Path) -> Path:
            "cat</w>": 6, "a</w>": 7}  # fmt: skip
     (vocabulary / "vocab.json").write_text(json.dumps(ids))
     (vocabulary / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary, model_max_length=16)
     diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=transformers.CLIPTextModel(config),

@@ -618,9 +618,10 @@ def test_tensors_that_the_base_lacks_are_all_listed(tmp_path, capsys):
     assert _run(tmp_path, capsys, TASK) == (
         1,
         "error: the models do not hold the same tensors\n"
-        "2 tensor(s) extra:\n"
+        "3 tensor(s) extra:\n"
         "  y: in DIR/a, not in DIR/base\n"
-        "  z: in DIR/a, DIR/b, not in DIR/base\n"
+        "  z: in DIR/a, not in DIR/base\n"
+        "  z: in DIR/b, not in DIR/base\n"
         "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out.\n",
     )
     _assert_nothing_was_written(tmp_path)
@@ -711,7 +712,7 @@ def test_extra_copy_stops_where_two_models_disagree(tmp_path, capsys):
         1,
         "error: tensor 'y' (float32, extra, copied) cannot be merged, only copied, but it differs "
         "between:\n  DIR/a\n  DIR/b\n"
-        "Take it out of the models where it is not needed, or make it equal.\n",
+        "Give `extra: copy` to one of them and `extra: drop` to the others.\n",
     )
     assert not (tmp_path / "out").exists()
 
@@ -744,7 +745,7 @@ def test_integer_buffers_that_differ_stop_the_merge(tmp_path, capsys):
         1,
         "error: tensor 'position_ids' (int64, int64 buffer) cannot be merged, only copied, but it "
         "differs between:\n  DIR/base\n  DIR/a\n  DIR/b\n"
-        "Take it out of the models where it is not needed, or make it equal.\n",
+        "`unequal: base` takes the base model's, or make it equal.\n",
     )
     assert not (tmp_path / "out").exists()
 

@@ -164,7 +164,7 @@ def test_files_that_differ_are_listed_before_the_merge(three):
     base, a, b = (three / name for name in ("base", "a", "b"))
     assert f"the output has the config of {base}, tokenizer of {base}, processor of {base}" in note
     assert f"max_position_embeddings: 4096 in {base}, 8192 in {a}" in note
-    assert f"chat_template.jinja: only in {a}" in note
+    assert f"chat template: in {a}, not in {base}" in note
     assert f"preprocessor_config.json: differs between {base} and {b}" in note
     assert f"preprocessor_config.json: differs between {base} and {a}" not in note
 
@@ -188,6 +188,13 @@ ROPE_V5 = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "linear", "f
         ({"text_config": {"max_position_embeddings": 2048}}, {"max_position_embeddings": 4096},
          "max_position_embeddings: 2048 in DIR/base, 4096 in DIR/a"),
         ({"vision_feature_layer": -2}, {"mm_vision_select_layer": -2}, None),
+        ({"num_experts_per_tok": 2, "architectures": ["A"]},
+         {"num_experts_per_tok": 4, "architectures": ["B"], "dtype": "float16"},
+         "num_experts_per_tok: 2 in DIR/base, 4 in DIR/a"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}},
+         {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, None),
+        ({"architectures": ["A"], "torch_dtype": "float16"},
+         {"architectures": ["B"], "dtype": "bfloat16"}, None),
         ({"vision_config": {"image_size": 336}}, {"vision_config": {"image_size": 224}},
          "vision_config.image_size: 336 in DIR/base, 224 in DIR/a"),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": False},

@@ -1,18 +1,31 @@
-"""From a model's name in a spec to a folder: a local path, or a hub id through the hub's cache."""
+"""From a model's name in a spec to a path: a local one, or a hub id through the hub's cache."""
 
 from __future__ import annotations
 
+import glob
+import logging
 import re
-from pathlib import Path
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
-from outliermerge.checkpoint.folder import (
-    PYTORCH_PATTERNS,
-    SAFETENSORS_PATTERNS,
-    SIDECAR_PATTERNS,
+from outliermerge.checkpoint.files import load_json
+from outliermerge.checkpoint.folder import PIPELINE_NAME, SIDECAR_PATTERNS
+from outliermerge.checkpoint.weights import (
+    _INDEX,
+    _LOADED,
+    _WEIGHTS,
+    PYTORCH_SUFFIXES,
+    TRAINING_FILES,
+    _loose_files,
 )
-from outliermerge.errors import OutlierMergeError, as_path
+from outliermerge.errors import OutlierMergeError, as_path, listing
 
+_LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
+_MODEL_SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
+_ADAPTER = r"adapter_model\.(bin|safetensors)"  # the latter is preferred
+_NO_WEIGHTS = "weights (*.safetensors, *.bin, *.pt, *.pth)"
 
 
 def is_hub_id(reference: str) -> bool:
@@ -25,10 +38,11 @@ def is_hub_id(reference: str) -> bool:
 
 
 def resolve(reference: str) -> Path:
-    """Return the folder of a model, fetching it from the hub where it is not local.
+    """Return the folder or file of a model, fetching it from the hub where it is not local.
 
-    A local folder wins over a hub id of the same name. Of a hub repository either the
-    safetensors files are fetched or, where it has none, the PyTorch files; never both.
+    A local path wins over a hub id of the same name. Of a hub repository only those weights are
+    fetched that `open_checkpoint` reads, in one format, and the small files beside them. Where the
+    hub does not answer, a snapshot in its cache is used if it is complete.
 
     Raises:
         OutlierMergeError: it is neither here nor to be had from the hub.
@@ -39,53 +53,175 @@ def resolve(reference: str) -> Path:
     match = _HUB_ID.match(reference)
     if match is None or not is_hub_id(reference):
         raise OutlierMergeError(
-            f"model {reference!r}: no such folder ({local.absolute()}), and not a hub id "
+            f"model {reference!r}: no such file or folder ({local.absolute()}), and not a hub id "
             "(org/name or org/name@revision)"
         )
-    return _fetch(reference, match["id"], match["revision"])
+    repo_id, revision = match["id"], match["revision"]
+    try:
+        return _fetch(repo_id, revision)
+    except OutlierMergeError as error:
+        from huggingface_hub import constants
+
+        command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
+        asked = "" if constants.HF_HUB_OFFLINE else f", then at {constants.ENDPOINT}"
+        raise OutlierMergeError(
+            f"model {reference!r}: {error}\nLooked for {local.absolute()}, then in the hub's cache "
+            f"{constants.HF_HUB_CACHE}{asked}.\nTo fetch it: {command}"
+        ) from error
 
 
-def _fetch(reference: str, repo_id: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def _fetch(repo_id: str, revision: str | None) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    def snapshot(names: list[str], revision: str | None) -> Path:
+        patterns = [glob.escape(name) for name in names]
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+    # The client lets the exceptions of its network libraries through, which differ by version.
+    try:
+        info = hub.HfApi().model_info(
+            repo_id, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except RevisionNotFoundError as error:
+        raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
+    except Exception as error:
+        return _from_cache(repo_id, revision, error)
+    names = [file.rfilename for file in info.siblings or ()]
+    sidecars = _sidecars(names)
+    guides = [name for name in sidecars if name == PIPELINE_NAME or ".index." in name]
+    try:
+        folder = snapshot(guides, revision) if guides else Path()
+        weights = _weights(names, folder)
+        if weights:
+            return snapshot([*sidecars, *weights], folder.name or revision)
+    except OutlierMergeError:
+        raise
+    except Exception as error:
+        kept = "\nFiles that have arrived are kept: the same command goes on with the others."
+        reason = _reason(error, repo_id, revision)
+        refused = isinstance(error, GatedRepoError)
+        raise OutlierMergeError(f"{reason}.{'' if refused else kept}") from error
+    raise OutlierMergeError(
+        f"the repository has no {_NO_WEIGHTS}. It has:\n{listing(sorted(names), limit=10)}"
     )
 
-    def snapshot(patterns: tuple[str, ...]) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id, revision=revision, allow_patterns=[*patterns, *SIDECAR_PATTERNS]
+
+def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
+    """Return the snapshot in the cache after the hub has not answered, if it is complete."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    reason = _reason(error, repo_id, revision)
+    try:
+        folder = Path(
+            hub.snapshot_download(
+                repo_id, revision=revision, local_files_only=True, allow_patterns=[]
             )
         )
+    except (OSError, ValueError):
+        raise OutlierMergeError(f"{reason}.") from error
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    present = {name for name, path in paths.items() if path.is_file()}
+    names = present | {name for name, path in paths.items() if path.is_symlink()}
+    # Without a listing (of an older huggingface_hub, say) an index still names what it needs.
+    if hasattr(hub, "get_cached_repo_tree"):
+        try:
+            listed = hub.get_cached_repo_tree(repo_id, revision=folder.name)
+            names |= {file.path for file in listed}
+        except errors.CachedRepoTreeNotFoundError:
+            pass
+    weights = _weights(names, folder)
+    missing = sorted({*_sidecars(names), *weights} - present) + ([] if weights else [_NO_WEIGHTS])
+    if missing:
+        raise OutlierMergeError(
+            f"{reason}, and the snapshot {folder} lacks:\n{listing(missing)}"
+        ) from error
+    if not isinstance(error, errors.OfflineModeIsEnabled):
+        _LOGGER.warning("%s: %s; the snapshot in the cache is used", repo_id, reason)
+    return folder
 
-    def has(folder: Path, patterns: tuple[str, ...]) -> bool:
-        return any(True for pattern in patterns for _ in folder.glob(pattern))
 
-    try:
-        folder = snapshot(SAFETENSORS_PATTERNS)
-        if not has(folder, SAFETENSORS_PATTERNS) and not has(folder, PYTORCH_PATTERNS):
-            folder = snapshot(PYTORCH_PATTERNS)
-        return folder
-    except GatedRepoError as error:
-        reason = "the repository is gated: accept its terms on the hub and run `hf auth login`"
-        cause: Exception = error
-    except RevisionNotFoundError as error:
-        reason, cause = f"the repository has no revision {revision!r}", error
-    except RepositoryNotFoundError as error:
-        reason = "the hub has no such repository (or it is private: run `hf auth login`)"
-        cause = error
-    except LocalEntryNotFoundError as error:
-        reason, cause = "it is not in the cache and the hub cannot be reached", error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason, cause = str(error).strip().splitlines()[0], error
-    command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
-    raise OutlierMergeError(
-        f"model {reference!r}: {reason}.\n"
-        f"Looked for the folder {Path(reference).absolute()}, then in the hub's cache "
-        f"{huggingface_hub.constants.HF_HUB_CACHE}, then at {huggingface_hub.constants.ENDPOINT}.\n"
-        f"Fetch it where there is a connection: {command}"
-    ) from cause
+def _sidecars(names: Collection[str]) -> list[str]:
+    """Return the small files that a model needs, without those of other models in subfolders."""
+    paths = [PurePosixPath(name) for name in sorted(names)]
+    others = {path.parent for path in paths if path.suffix in _MODEL_SUFFIXES} - {PurePosixPath()}
+    return [
+        str(path)
+        for path in paths
+        if len(path.parts) <= 2
+        and any(fnmatch(path.name, pattern) for pattern in SIDECAR_PATTERNS)
+        and not TRAINING_FILES.search(path.name)
+        and (path.parent not in others or PIPELINE_NAME in names)
+    ]
+
+
+def _weights(names: Collection[str], folder: Path) -> list[str]:
+    """Return the weight files that `open_checkpoint` reads; an index in the folder is followed."""
+    pipeline = load_json(folder / PIPELINE_NAME) if PIPELINE_NAME in names else None
+    parts = [""]
+    if isinstance(pipeline, dict):
+        parts = [f"{key}/" for key, value in pipeline.items() if isinstance(value, list)]
+    chosen: list[str] = []
+    for part in parts:
+        inside = sorted(name.removeprefix(part) for name in names if name.startswith(part))
+        files = _choose([name for name in inside if "/" not in name], loose=not part)
+        if index := next(filter(_INDEX.match, files), None):
+            content = load_json(folder / part / index)
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            if isinstance(weight_map, dict):
+                files = [index, *{str(file): None for file in weight_map.values()}]
+        chosen += [part + file for file in files]
+    return chosen
+
+
+def _choose(names: list[str], *, loose: bool) -> list[str]:
+    """Return the weight files of one folder that are read, and their index."""
+    choices: dict[tuple[str, bool, str], list[str]] = {}
+    for name in names:
+        match = _WEIGHTS.match(name) or _INDEX.match(name)
+        if match and (match["stem"], match["format"]) in _LOADED:
+            found = match.groupdict()
+            variant = found["variant"] or found.get("late_variant") or ""
+            key = (variant, match["format"] == "bin", match["stem"])
+            choices.setdefault(key, []).append(name)
+    variants = sorted({variant for variant, _, _ in choices})
+    if len(variants) > 1 and variants[0]:
+        raise OutlierMergeError(
+            f"its weights are there only as variants, and as several: {', '.join(variants)}. "
+            "Fetch one with `hf download … --include … --local-dir …` and name that folder."
+        )
+    files = choices[min(choices)] if choices else []
+    if "adapter_config.json" in names:
+        adapters = [name for name in names if re.fullmatch(_ADAPTER, name)]
+        return files + adapters[-1:]
+    return files or (_loose_files(names) if loose else [])
+
+
+def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors, get_token
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    has_token = get_token() is not None
+    log_in = "run `hf auth login` or set HF_TOKEN"
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "the hub is not asked, as HF_HUB_OFFLINE is set"
+        case errors.GatedRepoError():
+            ask = f"ask for access at {constants.ENDPOINT}/{repo_id}"
+            then = "your token has no access" if has_token else f"then {log_in}"
+            return f"the repository is gated: {ask}; {then}"
+        case errors.RevisionNotFoundError():
+            return f"the repository has no revision {revision!r}"
+        case errors.RepositoryNotFoundError():
+            private = "your token may not read it" if has_token else f"it is private: {log_in}"
+            return f"the hub has no such repository, or {private}"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"the hub refuses the token that was sent: {log_in}"
+        case errors.HfHubHTTPError() if error.server_message:
+            return f"the hub answers {error.response.status_code}: {error.server_message}"
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (OSError, errors.HFValidationError)):
+        return text
+    return f"the connection to the hub failed: {text}"

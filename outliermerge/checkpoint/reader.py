@@ -26,6 +26,7 @@ class Reader:
         self._files: dict[Path, int] = {}
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         self._whole: OrderedDict[Source, Tensor] = OrderedDict()
+        self._num_whole_bytes = 0
         self._lock = threading.Lock()
 
     def values(self, source: Source, start: int, stop: int) -> Tensor:
@@ -45,11 +46,10 @@ class Reader:
                 return self._whole[source]
         values = self.values(source, 0, source.num_elements).view(source.shape)
         with self._lock:
-            self._whole[source] = values
-            while len(self._whole) > 1 and (
-                sum(kept.num_bytes for kept in self._whole) > _WHOLE_BYTES
-            ):
-                self._whole.popitem(last=False)
+            if self._whole.setdefault(source, values) is values:
+                self._num_whole_bytes += source.num_bytes
+            while len(self._whole) > 1 and self._num_whole_bytes > _WHOLE_BYTES:
+                self._num_whole_bytes -= self._whole.popitem(last=False)[0].num_bytes
         return values
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:

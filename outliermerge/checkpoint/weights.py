@@ -85,7 +85,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
 
     Files without a variant are preferred to a variant, safetensors files to PyTorch files.
 
-    Arguments:
+    Args:
         folder: holds the files.
         root: the model folder, which no file may link out of.
         loose: take files of any name where none has a name that transformers or diffusers loads.

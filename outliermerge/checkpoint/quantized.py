@@ -1,0 +1,400 @@
+"""Quantised weights, which are computed in float32 from their codes and scales when they are read.
+
+Layouts that are read, as these libraries write them:
+    fp8: transformers 5.23, integrations/finegrained_fp8.py (DeepSeek-V3's layout).
+    compressed-tensors: compressed_tensors 0.20, compressors/naive_quantized/base.py.
+    bitsandbytes: bitsandbytes 0.50, functional.py (QuantState) and nn/modules.py (Linear8bitLt).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from outliermerge.checkpoint.computed import ComputedTensor
+from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.errors import OutlierMergeError, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What becomes of a stored tensor: another source, or nothing.
+_Changes = dict[str, Source | None]
+# Rows and columns that share a scale; None is all of them.
+_Block = tuple[int | None, int | None]
+
+_CODES = ("float8_e4m3fn", "float8_e5m2", "int8")
+# What is stored besides a weight: of its activations, of the key-value cache, of itself.
+_ACTIVATIONS = ("activation_scale", "input_scale", "input_zero_point", "output_scale",
+                "output_zero_point")  # fmt: skip
+_CACHE = re.compile(r"(^|[./])(q|k|v|kv)_(scale|zero_point)$")
+_COMPANIONS = re.compile(
+    r"(_scale_inv|weight_(scale|zero_point|shape|packed|g_idx|global_scale|format)|\.SCB"
+    r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+)$"
+)
+# Endings of two names that are only together in a quantised model.
+_EVIDENCE = (("SCB", "weight", "bitsandbytes"), ("quant_map", "absmax", "bitsandbytes"),
+             ("qweight", "qzeros", "gptq or awq"), ("_blocks", "_scales", "mxfp4"),
+             ("_packed", "_scale", "compressed-tensors"), ("", "_scale_inv", "fp8"),
+             ("", "_scale", "compressed-tensors or fp8"))  # fmt: skip
+_CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
+_TAKE_ORIGINAL = "Name the model that it was quantised from instead."
+_CT_ADVICE = "Convert it with CompressedTensorsDequantizer of compressed_tensors."
+_ADVICE = {
+    "awq": "Convert it with compressed_tensors: AutoAWQConverter, CompressedTensorsDequantizer.",
+    "gguf": "Convert it with from_pretrained(…, gguf_file=…) of transformers, then "
+    "save_pretrained().",
+    "mxfp4": "Convert it with from_pretrained(…, quantization_config=Mxfp4Config("
+    "dequantize=True)) of transformers, then save_pretrained().",
+}
+# bitsandbytes multiplies by this float instead of dividing by 127.
+_INT8_STEP = 7.874015718698502e-3
+# bitsandbytes stores the weights of their Conv1D layers transposed.
+_CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MatrixTensor(ComputedTensor):
+    """One whose rows are those of its matrices, also where many are stacked to (…, R, C)."""
+
+    weight: TensorMeta
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledTensor(_MatrixTensor):
+    """(code − zero point) × scale × factor; a block of rows and columns shares a scale.
+
+    Scales and zero points are (…, R / block rows, C / block columns), both rounded up.
+    """
+
+    scale: TensorMeta
+    zero_point: TensorMeta | None
+    block: tuple[int, int]
+    factor: float
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return tuple(meta for meta in (self.weight, self.scale, self.zero_point) if meta)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        import torch
+
+        num_matrix_rows, num_columns = self.shape[-2:]
+        row = torch.arange(first, last)
+        matrix, row = row // num_matrix_rows, row % num_matrix_rows
+        block_row = matrix * -(-num_matrix_rows // self.block[0]) + row // self.block[0]
+        block_column = torch.arange(num_columns) // self.block[1]
+
+        def by_element(meta: TensorMeta) -> Tensor:
+            values = reader.whole(meta).float()
+            return values.view(-1, -(-num_columns // self.block[1]))[block_row][:, block_column]
+
+        codes = reader.values(self.weight, first * num_columns, last * num_columns)
+        values = codes.float().view(-1, num_columns)
+        if self.zero_point is not None:
+            values = values - by_element(self.zero_point)
+        return values * by_element(self.scale) * self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeTensor(_MatrixTensor):
+    """bitsandbytes' nf4 and fp4: value of a code × greatest magnitude (absmax) of its block.
+
+    A block goes on from row to row. The first code of a byte is in its high bits; offset is added.
+    """
+
+    bits: int
+    values: TensorMeta
+    absmax: Source
+    block: int
+    offset: float | None = None
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.weight, self.values, *self.absmax.stored)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        import torch
+
+        start, stop = first * self.num_columns, last * self.num_columns
+        # The bytes can be stored as any dtype (bnb_4bit_quant_storage).
+        num_codes = 8 // self.bits * self.weight.dtype.num_bytes
+        skipped = start // num_codes
+        codes = reader.values(self.weight, skipped, -(-stop // num_codes)).view(torch.uint8)
+        if self.bits == 4:
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
+        codes = codes[start - skipped * num_codes : stop - skipped * num_codes].int()
+        absmax = reader.whole(self.absmax).flatten()[torch.arange(start, stop) // self.block]
+        values = reader.whole(self.values)[codes] * absmax
+        return (values if self.offset is None else values + self.offset).view(last - first, -1)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A folder's stored tensors with what its config.json says of their quantisation."""
+
+    home: Path
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, TensorMeta]
+    out_dtype: DType
+    reader: Reader
+
+    def refuse(self, what: str) -> NoReturn:
+        raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")
+
+    def broken(self, name: str, what: str) -> NoReturn:
+        raise OutlierMergeError(f"{self.tensors[name].path}: tensor {name!r}: {what}")
+
+
+def dequantize(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose quantised weights are float32 when read; others as they are.
+
+    Raises:
+        OutlierMergeError: a method or layout that cannot be read, or tensors that are missing,
+            of a wrong shape or left over.
+    """
+    changes: _Changes = {}
+    notes: list[str] = []
+    for folder in checkpoint.components:
+        home, prefix = checkpoint.root / folder, f"{folder}/" if folder else ""
+        tensors = {
+            name: source
+            for name, source in checkpoint.tensors.items()
+            if name.startswith(prefix) and isinstance(source, TensorMeta)
+        }
+        config = read_json(home / "config.json")
+        levels = (config, text_config(config))
+        settings = next((s for level in levels if (s := level.get("quantization_config"))), None)
+        if settings is None:
+            _refuse_undeclared(home, tensors)
+            continue
+        if not isinstance(settings, dict):
+            settings = {"quant_method": settings}
+        dtypes = [str(level.get(key)) for level in levels for key in ("dtype", "torch_dtype")]
+        names = [name.removeprefix("torch.") for name in dtypes]
+        out_dtype = next((name for name in names if name in FLOAT_DTYPES), "bfloat16")
+        with Reader() as reader:
+            model = _Model(home, settings, tensors, DTYPES[out_dtype], reader)
+            found = _read(model, config.get("model_type"))
+        changes |= found
+        num_weights = sum(change is not None for change in found.values())
+        kind = _described(settings)
+        notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
+    replaced = {
+        name: source
+        for name, stored in checkpoint.tensors.items()
+        if (source := changes.get(name, stored)) is not None
+    }
+    all_notes = (*checkpoint.notes, *notes)
+    return replace(checkpoint, tensors=replaced, notes=all_notes) if notes else checkpoint
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    bits = next((settings[key] for key in ("bits", "w_bit", "nbits") if settings.get(key)), None)
+    bits = bits or (settings.get("load_in_8bit") and 8) or (settings.get("load_in_4bit") and 4)
+    return f"{settings.get('quant_method')}" + (f" ({bits} bits)" if bits else "")
+
+
+def _read(model: _Model, model_type: object) -> _Changes:
+    method = str(model.settings.get("quant_method"))
+    if method not in _READERS:
+        model.refuse(
+            f"the model is quantised with {_described(model.settings)}, which cannot be read "
+            f"({', '.join(_READERS)} can). {_ADVICE.get(method, _TAKE_ORIGINAL)}"
+        )
+    read, scales = _READERS[method]
+    changes = read(model)
+    if changes and method == "bitsandbytes" and model_type in _CONV1D:
+        model.refuse(
+            f"bitsandbytes transposes weights of {model_type}: cannot be read. {_TAKE_ORIGINAL}"
+        )
+    for name, meta in model.tensors.items():
+        if changes and name not in changes and meta.dtype.name in (*_CODES, "uint8"):
+            if meta.dtype.is_float or name.endswith(".weight"):
+                model.broken(name, f"quantised ({meta.dtype.name}), but its {scales} is missing")
+    left = [name for name in model.tensors if _COMPANIONS.search(name) and name not in changes]
+    if left:
+        what = f"is no part of a complete quantised weight ({method}). All such:"
+        model.broken(left[0], f"{what}\n{listing(left)}")
+    if changes and model.settings.get("kv_cache_scheme"):
+        changes |= {name: None for name in model.tensors if _CACHE.search(name)}
+    return changes
+
+
+def _refuse_undeclared(home: Path, tensors: Mapping[str, TensorMeta]) -> None:
+    for name, meta in tensors.items():
+        for end, other, method in _EVIDENCE:
+            is_evident = name.endswith(end) and name.removesuffix(end) + other in tensors
+            if is_evident and (end or meta.dtype.name in _CODES):
+                raise OutlierMergeError(
+                    f"{home}: tensor {name!r} is quantised ({method}), but no config.json has a "
+                    f"quantization_config: use the folder that has it. {_TAKE_ORIGINAL}"
+                )
+
+
+def _are_sizes(values: Sequence[object]) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+
+
+def _fp8(model: _Model) -> _Changes:
+    size = model.settings.get("weight_block_size", [128, 128])
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and _are_sizes(size)):
+        model.refuse(f"weight_block_size is {size!r}, expected two whole numbers or null")
+    block = (size[0], size[1]) if size else (None, None)
+    return _scaled(model, {"_scale_inv": [block], "_scale": [(None, None), (1, None)]})
+
+
+def _compressed_tensors(model: _Model) -> _Changes:
+    settings, blocks = model.settings, list[_Block]()
+    try:
+        schemes = [s for s in settings["config_groups"].values() if s.get("weights")]
+        transforms = (settings.get("transform_config") or {}).get("config_groups")
+        sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+        layouts = {scheme.get("format") or settings.get("format") for scheme in schemes}
+        weights = [(s["weights"], str(s["weights"].get("strategy"))) for s in schemes]
+    except (AttributeError, LookupError, TypeError) as error:
+        model.refuse(f"not one of compressed-tensors: {error!r}. Fetch the model again.")
+    if transforms or sparsity != "dense":
+        model.refuse(f"compressed-tensors with transforms or sparsity. {_TAKE_ORIGINAL}")
+    for args, strategy in weights:
+        group, block = [1, args.get("group_size")], args.get("block_structure")
+        size = {"tensor": [], "channel": [1], "group": group, "block": block}.get(strategy)
+        if not layouts <= set(_CT_FORMATS) or not isinstance(size, list) or not _are_sizes(size):
+            model.refuse(
+                f"compressed-tensors of the format {' and '.join(sorted(map(str, layouts)))}, "
+                f"{args.get('num_bits')} bits per {strategy}, cannot be read "
+                f"({', '.join(_CT_FORMATS)} can). {_CT_ADVICE}"
+            )
+        rows, columns = [*size, None, None][:2]
+        blocks.append((rows, columns))
+    return _scaled(model, {"_scale": blocks})
+
+
+def _scaled(model: _Model, blocks: Mapping[str, list[_Block]]) -> _Changes:
+    """Read weights with a scale; blocks: what a scale may be for, by the end of its name."""
+    changes: _Changes = {}
+    for name, weight in model.tensors.items():
+        end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
+        if end is not None and weight.dtype.name in _CODES:
+            changes |= _scaled_weight(model, name, name + end, blocks[end])
+    return changes
+
+
+def _scaled_weight(
+    model: _Model, name: str, scale_name: str, blocks: list[_Block], factor: float = 1.0
+) -> _Changes:
+    weight, scale = model.tensors[name], model.tensors[scale_name]
+    zero_point = model.tensors.get(f"{name}_zero_point")
+    if len(weight.shape) < 2 or not weight.num_elements:
+        model.broken(name, f"has a scale, but is no matrix: its shape is {weight.shape}")
+    *stack, R, C = weight.shape
+    sizes = {(min(rows or R, R), min(columns or C, C)) for rows, columns in blocks}
+    # Stacked experts keep a scale for each half, gate and up, where one block holds both.
+    if stack and R % 2 == 0:
+        sizes |= {(R // 2, columns) for rows, columns in sizes if rows == R}
+    grids = {size: (*stack, -(-R // size[0]), -(-C // size[1])) for size in sizes}
+    # A last 1 is left out, and a tensor's only scale is of any shape.
+    fitting = [
+        size
+        for size, grid in grids.items()
+        if scale.shape in (grid, grid[:-1] if grid[-1] == 1 else grid)
+        or scale.num_elements == math.prod(grid) == 1
+    ]
+    is_like = zero_point is None or zero_point.shape == scale.shape
+    if len(fitting) != 1 or scale.dtype.name not in FLOAT_DTYPES or not is_like:
+        zero = "" if zero_point is None else f" (zero points: {zero_point.shape})"
+        model.broken(
+            scale_name,
+            f"{scale.dtype.name} {scale.shape}{zero} for a weight {weight.shape}; config.json says "
+            f"a float of shape {' or '.join(map(str, sorted(grids.values())))}. Fetch both again.",
+        )
+    tensor = ScaledTensor(
+        name=weight.name, shape=weight.shape, out_dtype=model.out_dtype, weight=weight,
+        scale=scale, zero_point=zero_point, block=fitting[0], factor=factor,
+    )  # fmt: skip
+    stem = name.removesuffix("weight")
+    gone = [scale_name, f"{name}_zero_point", f"{name}_activation_scale"]
+    gone += [stem + activation for activation in _ACTIVATIONS]
+    return {name: tensor, **{other: None for other in gone if other in model.tensors}}
+
+
+def _bnb(model: _Model) -> _Changes:
+    changes: _Changes = {}
+    for name, weight in model.tensors.items():
+        stem = name.removesuffix("weight")
+        for kind in ("nf4", "fp4"):
+            if (state := f"{name}.quant_state.bitsandbytes__{kind}") in model.tensors:
+                changes |= _four_bit(model, name, state)
+        if weight.dtype.name == "int8" and stem != name and f"{stem}SCB" in model.tensors:
+            if layout := model.tensors.get(f"{stem}weight_format"):
+                changes[f"{stem}weight_format"] = None
+                if (number := int(model.reader.values(layout, 0, 1))) != 0:
+                    what = f"its weight_format is {number}, of old bitsandbytes versions, expected"
+                    model.broken(name, f"{what} 0 (rows). {_TAKE_ORIGINAL}")
+            changes |= _scaled_weight(model, name, f"{stem}SCB", [(1, None)], _INT8_STEP)
+    return changes
+
+
+def _four_bit(model: _Model, name: str, state_name: str) -> _Changes:
+    meta = model.tensors[state_name]
+    try:
+        state = json.loads(bytes(model.reader.values(meta, 0, meta.num_elements).tolist()))
+        shape, block = tuple(state["shape"]), state["blocksize"]
+        nested_block = state.get("nested_blocksize")
+        offset = float(state["nested_offset"]) if nested_block else None
+        if not _are_sizes((*shape, block, nested_block or 1)) or not shape:
+            raise ValueError(f"shape {shape}, block sizes {block} and {nested_block}")
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        model.broken(state_name, f"not a quant_state of bitsandbytes: {error!r}")
+    num_blocks = -(-math.prod(shape) // block)
+    # In bytes; the weight's are of any dtype.
+    expected = {"": ("", -(-math.prod(shape) // 2)), ".quant_map": ("float32", 64)}
+    expected[".absmax"] = ("uint8", num_blocks) if nested_block else ("float32", 4 * num_blocks)
+    if nested_block:
+        expected[".nested_absmax"] = ("float32", 4 * -(-num_blocks // nested_block))
+        expected[".nested_quant_map"] = ("float32", 1024)
+    metas: dict[str, TensorMeta] = {}
+    for part, (dtype, num_bytes) in expected.items():
+        found = model.tensors.get(f"{name}{part}")
+        if found is None or found.dtype.name != (dtype or found.dtype.name):
+            model.broken(name, f"quantised, but its {part[1:]} ({dtype}) is missing")
+        if found.num_bytes != num_bytes:
+            what = f"has {found.num_bytes} bytes, its quant_state's shape {shape} needs {num_bytes}"
+            model.broken(f"{name}{part}", what)
+        metas[part] = found
+    absmax: Source = metas[".absmax"]
+    if nested_block:
+        absmax = CodeTensor(
+            name=metas[".absmax"].name, shape=(num_blocks,), out_dtype=DTYPES["float32"],
+            weight=metas[".absmax"], bits=8, values=metas[".nested_quant_map"],
+            absmax=metas[".nested_absmax"], block=nested_block, offset=offset,
+        )  # fmt: skip
+    tensor = CodeTensor(
+        name=metas[""].name, shape=shape, out_dtype=model.out_dtype, weight=metas[""], bits=4,
+        values=metas[".quant_map"], absmax=absmax, block=block,
+    )  # fmt: skip
+    return {state_name: None, **{f"{name}{part}": None for part in expected}, name: tensor}
+
+
+_READERS: Mapping[str, tuple[Callable[[_Model], _Changes], str]] = {
+    "bitsandbytes": (_bnb, "SCB or quant_state"),
+    "compressed-tensors": (_compressed_tensors, "weight_scale"),
+    "fp8": (_fp8, "weight_scale_inv or weight_scale"),
+}
