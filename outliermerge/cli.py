@@ -24,7 +24,7 @@ examples:
   outliermerge plan merge_configs/minilm_ties.yaml --json
   outliermerge verify merged
   outliermerge methods min_sigma
-  outliermerge schema > outliermerge.schema.json
+  outliermerge schema > outliermerge.spec.schema.json
 
 exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 """
@@ -136,6 +136,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # It has a handler of its own, so its warnings would be printed twice.
+    logging.getLogger("huggingface_hub").propagate = False
     if options.version:
         from importlib.metadata import version
 
@@ -317,7 +319,7 @@ def _describe(method: MergeMethod) -> dict[str, Any]:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from outliermerge.schema import json_schema
+    from outliermerge.spec.schema import json_schema
 
     _print_json(json_schema())
     return EXIT_DONE

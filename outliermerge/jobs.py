@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source, TensorMeta
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
 from outliermerge.methods import find_method
-from outliermerge.spec import MergeSpec
+from outliermerge.spec.check import MergeSpec
 from outliermerge.statistics import CHUNK_ELEMENTS
 
 _MAX_BLOCK_CHUNKS = {"cpu": 4, "cuda": 64}

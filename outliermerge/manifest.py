@@ -23,7 +23,7 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Plan
 from outliermerge.output import checksum_in_file, manifest_path, shard_path
-from outliermerge.sidecars import sidecar_bytes
+from outliermerge.planning.sidecars import sidecar_bytes
 
 MANIFEST_FORMAT = 1
 

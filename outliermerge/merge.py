@@ -19,8 +19,8 @@ from outliermerge.manifest import identity, verify_folder, write_sidecars
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
 from outliermerge.output import OutputFolder, check_target
-from outliermerge.planning import DEFAULT_MEMORY_BYTES, make_plan
-from outliermerge.spec import MergeSpec, load_spec
+from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
+from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.statistics import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from checkpoints import save_tensors
 
 from outliermerge import SpecError, cli
-from outliermerge.spec import load_spec
+from outliermerge.spec.check import load_spec
 
 NAMES = ("embed.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight")
 
@@ -429,7 +429,8 @@ def test_every_mistake_that_does_not_hide_another_is_told_at_once(folder, capsys
     assert code == 2
     assert message == (
         f"error: DIR/spec.yaml:6:8: dtype: found 'fp16', expected {DTYPES}\n"
-        "DIR/spec.yaml:7:13: vocabulary: found 'skip', expected 'error', 'base', 'common' or 'union'\n"
+        "DIR/spec.yaml:7:13: vocabulary: found 'skip', "
+        "expected 'error', 'base', 'common' or 'union'\n"
     )
 
 

@@ -157,7 +157,7 @@ BROKEN = {
     # The folder.
     "absent": (
         _absent,
-        "model 'DIR/bad': no such folder (DIR/bad), and not a hub id (org/name or "
+        "model 'DIR/bad': no such file or folder (DIR/bad), and not a hub id (org/name or "
         "org/name@revision)",
     ),
     "a file": (
@@ -872,11 +872,10 @@ def test_a_hub_model_that_is_not_in_the_cache_is_told_with_the_command(
 
     assert _resolve(reference, tmp_path, capsys) == (
         1,
-        f"error: DIR/spec.yaml:3:12: models[0].model: model {reference!r}: it is not in the cache "
-        "and the hub cannot be reached.\n"
-        f"Looked for the folder DIR/{reference}, then in the hub's cache "
-        f"{constants.HF_HUB_CACHE}, then at {constants.ENDPOINT}.\n"
-        f"Fetch it where there is a connection: {command}\n",
+        f"error: DIR/spec.yaml:3:12: models[0].model: model {reference!r}: the hub is not asked, "
+        "as HF_HUB_OFFLINE is set.\n"
+        f"Looked for DIR/{reference}, then in the hub's cache {constants.HF_HUB_CACHE}.\n"
+        f"To fetch it: {command}\n",
     )
     _assert_nothing_was_written(tmp_path)
 
@@ -899,8 +898,8 @@ def test_a_reference_that_is_no_hub_id_is_looked_for_on_disk_alone(
 
     assert _resolve(reference, tmp_path, capsys) == (
         1,
-        f"error: DIR/spec.yaml:3:12: models[0].model: model {reference!r}: no such folder "
-        f"({folder}), and not a hub id (org/name or org/name@revision)\n",
+        f"error: DIR/spec.yaml:3:12: models[0].model: model {reference!r}: no such file or "
+        f"folder ({folder}), and not a hub id (org/name or org/name@revision)\n",
     )
     _assert_nothing_was_written(tmp_path)
 

@@ -227,7 +227,7 @@ class TestPlan:
             code, modules = _imported("plan", place / "spec.yaml", *options)
             assert code == 0
             assert modules.isdisjoint({"torch", "transformers", "huggingface_hub"})
-            assert "outliermerge.planning" in modules
+            assert "outliermerge.planning.plan" in modules
 
     def test_the_table_tells_what_a_person_asks(
         self,

@@ -27,8 +27,8 @@ from outliermerge.checkpoint.meta import DTYPES, DTYPES_BY_CODE
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.safetensors_file import make_header, read_header
 from outliermerge.methods import METHODS
-from outliermerge.schema import json_schema
-from outliermerge.spec import MergeSpec, load_spec, parse_spec
+from outliermerge.spec.check import MergeSpec, load_spec, parse_spec
+from outliermerge.spec.schema import json_schema
 
 settings.register_profile(
     "fuzz",

@@ -484,7 +484,6 @@ class TestCache:
                 _error(hub, tmp_path, "org/a@v1", "the repository has no revision 'v1'."),
             )
 
-    @pytest.mark.xfail(strict=True, reason="check_file does not know the store of the whole cache")
     def test_weights_in_the_store_that_all_repositories_share_are_read(
         self, hub: HubServer, models: dict[str, Path], tmp_path: Path
     ) -> None:

@@ -503,7 +503,7 @@ class TestCard:
         models["task2"].rename(tmp_path / "models" / "task2")
         cached = {"org/base-7b": models["base"], "org/task.1@main": models["task1"]}
         monkeypatch.setattr(
-            "outliermerge.inputs.resolve",
+            "outliermerge.planning.inputs.resolve",
             lambda name: cached.get(name) or (tmp_path / name),
         )
         outliermerge.run(_spec(names), output="out", **CPU)  # type: ignore[arg-type]

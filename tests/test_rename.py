@@ -10,7 +10,7 @@ import torch
 
 import outliermerge
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.rename import MAP_NAMES, parse_rename
+from outliermerge.spec.rename import MAP_NAMES, parse_rename
 from tests.checkpoints import load_folder, save_tensors
 
 ORIGINAL_TO_HF = {
@@ -223,7 +223,7 @@ def test_names_in_another_layout_get_the_map_that_pairs_them(tmp_path):
 
 
 def test_the_schema_knows_every_map():
-    from outliermerge.schema import json_schema
+    from outliermerge.spec.schema import json_schema
 
     rename = json_schema()["properties"]["rename"]
     assert set(rename["anyOf"][0]["enum"]) == set(MAP_NAMES)

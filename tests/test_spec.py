@@ -13,9 +13,9 @@ from checkpoints import save_tensors
 import outliermerge
 from outliermerge.method import Parameter, merge_method
 from outliermerge.methods import METHODS
-from outliermerge.schema import json_schema
-from outliermerge.settings import find_layers, parse_setting
-from outliermerge.spec import load_spec, parse_spec
+from outliermerge.spec.check import load_spec, parse_spec
+from outliermerge.spec.schema import json_schema
+from outliermerge.spec.settings import find_layers, parse_setting
 
 SHIPPED = sorted((Path(__file__).parents[1] / "merge_configs").glob("*.yaml"))
 

@@ -18,8 +18,8 @@ from tokenizers.models import WordLevel
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
-from outliermerge.vocabulary import Alignment, align_vocabulary
-from outliermerge.vocabulary_tensors import RearrangedRows
+from outliermerge.planning.vocabulary import Alignment, align_vocabulary
+from outliermerge.planning.vocabulary_tensors import RearrangedRows
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 WORDS = [f"word{number}" for number in range(10)]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.files import load_json
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; an empty one where it is absent or is no JSON object."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    value = load_json(path)
     return value if isinstance(value, dict) else {}
 
 

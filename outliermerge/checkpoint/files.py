@@ -14,7 +14,7 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     """Raise OutlierMergeError unless a path is a regular file that lies in a folder.
 
     Links inside the folder are followed, and those of the hub's cache, whose snapshots link into
-    the blobs of the same repository:
+    the blobs of the same repository or of all:
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """
     try:
@@ -32,20 +32,20 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     inside, real = folder.resolve(), path.resolve()
     if real.is_relative_to(inside):
         return
-    blobs = _blobs(inside)
-    if blobs is None or not real.is_relative_to(blobs):
+    if not any(real.is_relative_to(blobs) for blobs in _blobs(inside)):
         raise OutlierMergeError(
             f"{path}: is a link out of the folder to {real}: refused. "
             "Copy the file into the folder, or name the folder that it is in."
         )
 
 
-def _blobs(folder: Path) -> Path | None:
+def _blobs(folder: Path) -> tuple[Path, ...]:
+    """Return where the hub's cache keeps the files that a snapshot links to."""
     for revision in (folder, *folder.parents):
         repository = revision.parent.parent
         if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
-            return repository / "blobs"
-    return None
+            return repository / "blobs", repository.parent / "blobs"
+    return ()
 
 
 def names_in(folder: Path) -> list[str]:

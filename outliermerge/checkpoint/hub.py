@@ -11,14 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import PIPELINE_NAME, SIDECAR_PATTERNS
-from outliermerge.checkpoint.weights import (
-    _INDEX,
-    _LOADED,
-    _WEIGHTS,
-    PYTORCH_SUFFIXES,
-    TRAINING_FILES,
-    _loose_files,
-)
+from outliermerge.checkpoint.weights import PYTORCH_SUFFIXES, TRAINING_FILES, choose
 from outliermerge.errors import OutlierMergeError, as_path, listing
 
 _LOGGER = logging.getLogger(__name__)
@@ -165,37 +158,28 @@ def _weights(names: Collection[str], folder: Path) -> list[str]:
     chosen: list[str] = []
     for part in parts:
         inside = sorted(name.removeprefix(part) for name in names if name.startswith(part))
-        files = _choose([name for name in inside if "/" not in name], loose=not part)
-        if index := next(filter(_INDEX.match, files), None):
-            content = load_json(folder / part / index)
+        inside = [name for name in inside if "/" not in name]
+        if "adapter_config.json" in inside:
+            files = [name for name in inside if re.fullmatch(_ADAPTER, name)][-1:]
+            chosen += [part + file for file in files]
+        try:
+            choice = choose(inside, loose=not part)
+        except OutlierMergeError as error:
+            raise OutlierMergeError(
+                f"{error}. Fetch one with `hf download … --include … --local-dir …` and name that "
+                "folder."
+            ) from error
+        if choice is None:
+            continue
+        files = [*choice.files]
+        if choice.index:
+            content = load_json(folder / part / choice.index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
             if isinstance(weight_map, dict):
-                files = [index, *{str(file): None for file in weight_map.values()}]
+                files = [str(file) for file in dict.fromkeys(weight_map.values())]
+            files.append(choice.index)
         chosen += [part + file for file in files]
     return chosen
-
-
-def _choose(names: list[str], *, loose: bool) -> list[str]:
-    """Return the weight files of one folder that are read, and their index."""
-    choices: dict[tuple[str, bool, str], list[str]] = {}
-    for name in names:
-        match = _WEIGHTS.match(name) or _INDEX.match(name)
-        if match and (match["stem"], match["format"]) in _LOADED:
-            found = match.groupdict()
-            variant = found["variant"] or found.get("late_variant") or ""
-            key = (variant, match["format"] == "bin", match["stem"])
-            choices.setdefault(key, []).append(name)
-    variants = sorted({variant for variant, _, _ in choices})
-    if len(variants) > 1 and variants[0]:
-        raise OutlierMergeError(
-            f"its weights are there only as variants, and as several: {', '.join(variants)}. "
-            "Fetch one with `hf download … --include … --local-dir …` and name that folder."
-        )
-    files = choices[min(choices)] if choices else []
-    if "adapter_config.json" in names:
-        adapters = [name for name in names if re.fullmatch(_ADAPTER, name)]
-        return files + adapters[-1:]
-    return files or (_loose_files(names) if loose else [])
 
 
 def _reason(error: Exception, repo_id: str, revision: str | None) -> str:

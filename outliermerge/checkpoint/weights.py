@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.files import check_file, load_json, names_in
@@ -72,57 +73,78 @@ class Weights:
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class _Choice:
-    """Files that a loader would take together; the least one is the one it takes."""
+class Choice:
+    """Files that a loader would take together; the least one is the one it takes.
+
+    Attributes:
+        files: their names, without those that only an index names.
+        index: the name of their index, where they have one.
+    """
 
     variant: str
     is_pickled: bool
     stem: str
+    files: tuple[str, ...] = ()
+    index: str | None = None
 
 
-def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
-    """Read the headers of a folder's weight files, or return None where it has none.
+def choose(names: Iterable[str], *, loose: bool) -> Choice | None:
+    """Return which of a folder's files are its weights; None where it has none.
 
     Files without a variant are preferred to a variant, safetensors files to PyTorch files.
 
     Args:
-        folder: holds the files.
-        root: the model folder, which no file may link out of.
+        names: of the files directly in the folder.
         loose: take files of any name where none has a name that transformers or diffusers loads.
 
     Raises:
-        OutlierMergeError: a file is missing or broken, or it is open which variant is meant.
+        OutlierMergeError: it is open which variant is meant; the message is to be finished.
     """
-    names = names_in(folder)
-    choices: dict[_Choice, list[str]] = {}
-    indexes: dict[_Choice, Path] = {}
+    choices: dict[tuple[str, bool, str], Choice] = {}
+    names = sorted(names)
     for name in names:
         match = _WEIGHTS.match(name) or _INDEX.match(name)
         if match is None or (match["stem"], match["format"]) not in _LOADED:
             continue
         found = match.groupdict()
         variant = found["variant"] or found.get("late_variant") or ""
-        choice = _Choice(variant, found["format"] == "bin", found["stem"])
-        files = choices.setdefault(choice, [])
+        key = (variant, found["format"] == "bin", found["stem"])
+        choice = choices.setdefault(key, Choice(*key))
         if match.re is _WEIGHTS:
-            files.append(name)
+            choices[key] = replace(choice, files=(*choice.files, name))
         else:
-            indexes[choice] = folder / name
+            choices[key] = replace(choice, index=name)
     if not choices:
         files = _loose_files(names) if loose else []
-        if not files:
-            return None
-        choices[_Choice("", False, "model")] = files
-    chosen = min(choices)
-    variants = sorted({choice.variant for choice in choices})
-    if chosen.variant and len(variants) > 1:
+        return Choice("", False, "model", tuple(files)) if files else None
+    variants = sorted({variant for variant, _, _ in choices})
+    if variants[0] and len(variants) > 1:
         raise OutlierMergeError(
-            f"{folder}: its weights are there only as variants, and as several: "
-            f"{', '.join(variants)}. Move all but one of them away."
+            f"its weights are there only as variants, and as several: {', '.join(variants)}"
         )
-    index = indexes.get(chosen)
+    return choices[min(choices)]
+
+
+def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
+    """Read the headers of a folder's weight files, or return None where it has none.
+
+    Args:
+        folder: holds the files.
+        root: the model folder, which no file may link out of.
+        loose: as `choose` takes it.
+
+    Raises:
+        OutlierMergeError: a file is missing or broken, or it is open which variant is meant.
+    """
+    try:
+        chosen = choose(names_in(folder), loose=loose)
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{folder}: {error}. Move all but one of them away.") from error
+    if chosen is None:
+        return None
+    index = folder / chosen.index if chosen.index else None
     if index is None:
-        paths = [folder / name for name in choices[chosen]]
+        paths = [folder / name for name in chosen.files]
         _check_shard_numbers(paths)
     else:
         check_file(index, root)

@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from outliermerge.document import EXTRA, MISSING, UNEQUAL, BaseEntry, ModelEntry, SpecDocument
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, suggest
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
-from outliermerge.rename import Rename, parse_rename
-from outliermerge.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
-from outliermerge.spec_text import Source, parse_yaml
+from outliermerge.spec.document import EXTRA, MISSING, UNEQUAL, BaseEntry, ModelEntry, SpecDocument
+from outliermerge.spec.rename import Rename, parse_rename
+from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
+from outliermerge.spec.text import Source, parse_yaml
 
 _NOT_YET = {
     "slices": "give whole `models`",

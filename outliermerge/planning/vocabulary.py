@@ -9,7 +9,7 @@ from typing import Literal
 from outliermerge.checkpoint.meta import Checkpoint, Source
 from outliermerge.checkpoint.tokens import read_tokens, same_token_files, token_files
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.vocabulary_rows import (
+from outliermerge.planning.vocabulary_rows import (
     ABSENT,
     NUM_SHOWN,
     Layout,
@@ -19,7 +19,7 @@ from outliermerge.vocabulary_rows import (
     lay_out_common,
     lay_out_union,
 )
-from outliermerge.vocabulary_tensors import find_vocabulary_tensors, rearrange
+from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors, rearrange
 
 Policy = Literal["error", "base", "common", "union"]
 

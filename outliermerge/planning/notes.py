@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from outliermerge.errors import listing
 from outliermerge.jobs import Input, Job
-from outliermerge.spec import MergeSpec
+from outliermerge.spec.check import MergeSpec
 
 
 def merge_notes(

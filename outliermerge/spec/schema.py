@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from outliermerge.checkpoint.meta import FLOAT_DTYPES
-from outliermerge.document import SpecDocument
 from outliermerge.method import MergeMethod, Parameter
 from outliermerge.methods import METHODS
+from outliermerge.spec.document import SpecDocument, by_filters
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
@@ -72,11 +72,4 @@ def _setting_schema(parameter: Parameter) -> dict[str, Any]:
     if parameter.type in (float, int):
         scalar = {"anyOf": [scalar, {"type": "string", "pattern": _NUMBER}]}
     value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}
-    entry = {
-        "type": "object",
-        "required": ["value"],
-        "additionalProperties": False,
-        "properties": {"value": value, "filter": {"type": ["string", "null"], "minLength": 1}},
-    }
-    many = {"type": "array", "items": entry, "minItems": 1}
-    return {"default": parameter.default, "anyOf": [*value["anyOf"], entry, many]}
+    return {"default": parameter.default, "anyOf": by_filters(value)}

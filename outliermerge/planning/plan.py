@@ -10,17 +10,18 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.inputs import open_inputs
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
-from outliermerge.notes import merge_notes
-from outliermerge.proof import prove
-from outliermerge.rename import best_rename
-from outliermerge.settings import Layer, Setting, SettingError, SpecPath, find_layers
-from outliermerge.sidecars import choose_sidecars
-from outliermerge.spec import MergeSpec
-from outliermerge.tied import TiedCopy, match_tied
-from outliermerge.vocabulary import Alignment, align_vocabulary
+from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.notes import merge_notes
+from outliermerge.planning.policies import Policies
+from outliermerge.planning.proof import prove
+from outliermerge.planning.sidecars import choose_sidecars
+from outliermerge.planning.tied import TiedCopy, match_tied
+from outliermerge.planning.vocabulary import Alignment, align_vocabulary
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.rename import best_rename
+from outliermerge.spec.settings import Layer, SettingError, SpecPath, find_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
@@ -59,19 +60,20 @@ class _Planner:
         )
         self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
-        self.has_base = self.inputs[0].role == "base"
         self.problems: dict[str, list[str]] = {}
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
         self.checks: list[Job] = []
         self.used_filters: set[SpecPath] = set()
         self.any_resolved = False
-        self._check_policies()
+        self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
+        self.policies = Policies(
+            spec, self.model_numbers, names=self.names, has_base=self.inputs[0].role == "base"
+        )
 
     def plan(self, shard_bytes: int | None) -> Plan:
-        names = dict.fromkeys(name for entry in self.inputs for name in entry.checkpoint.tensors)
-        self.layers = find_layers(names)
-        drafts = [draft for name in names if (draft := self._draft(name)) is not None]
+        self.layers = find_layers(self.names)
+        drafts = [draft for name in self.names if (draft := self._draft(name)) is not None]
         self._raise_problems()
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
@@ -178,7 +180,7 @@ class _Planner:
         self, name: str, own: _Numbered, found: tuple[_Numbered, ...], dtype: DType
     ) -> _Draft:
         kind = f"{dtype.name} buffer"
-        if self._policy((self.spec.unequal,), name) == "base":
+        if self.policies.word("unequal", name) == "base":
             return name, "copy", (own,), {}, dtype, f"{kind}, the base model's"
         sources = tuple(dict.fromkeys([own, *found]))
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
@@ -187,11 +189,11 @@ class _Planner:
     def _draft_extra(self, name: str, holders: list[int]) -> _Draft | None:
         copied = []
         for number in holders:
-            word = self._policy(self._policies(number, "extra"), name, default="")
+            word = self.policies.word("extra", name, number)
             tied = next((t for t in self.tied_copies if (t.number, t.name) == (number, name)), None)
             if word == "copy":
                 copied.append(number)
-            elif not word and tied is not None:
+            elif word is None and tied is not None:
                 self.checks.append(self._check_tied(tied))
             elif word != "drop":
                 where = self.inputs[number].reference
@@ -222,52 +224,12 @@ class _Planner:
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
         allowed = True
         for number in lacking:
-            if self._policy(self._policies(number, "missing"), name) != "base":
+            if self.policies.word("missing", name, number) != "base":
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
                 allowed = False
             elif len(lacking) < len(self.model_numbers):
                 self.lacking.setdefault(self.inputs[number].reference, []).append(name)
         return allowed
-
-    def _policies(self, number: int, key: Literal["missing", "extra"]) -> tuple[Setting, Setting]:
-        """Return the policies that hold for a model, its own first."""
-        everyone: Setting = getattr(self.spec, key)
-        if number not in self.model_numbers:
-            return everyone, everyone
-        model = self.spec.models[self.model_numbers.index(number)]
-        return getattr(model, key), everyone
-
-    def _policy(self, levels: tuple[Setting, ...], name: str, default: str = "error") -> str:
-        for setting in levels:
-            entry = setting.entry_for(name)
-            if entry is not None:
-                word: str = entry.at(0)
-                return word
-        return default
-
-    def _check_policies(self) -> None:
-        """Refuse a filter that is in no name, and `base` where there is no base model."""
-        names = {name for entry in self.inputs for name in entry.checkpoint.tensors}
-        models = self.spec.models
-        levels = [
-            (key, setting)
-            for key, settings in (
-                ("missing", [self.spec.missing, *(model.missing for model in models)]),
-                ("extra", [self.spec.extra, *(model.extra for model in models)]),
-                ("unequal", [self.spec.unequal]),
-            )
-            for setting in settings
-        ]
-        for key, setting in levels:
-            for entry in setting.entries:
-                if not any(entry.matches(name) for name in names):
-                    raise self.spec.source.error(
-                        entry.path, f"the filter {entry.filter!r} is in no tensor's name"
-                    )
-                if entry.at(0) == "base" and not self.has_base:
-                    raise self.spec.source.error(
-                        entry.path, f"`{key}: base` needs a `base_model`", at_key=True
-                    )
 
     def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
         wide = any(meta.dtype.name == "float64" for _, meta in sources)

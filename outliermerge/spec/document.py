@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
-from outliermerge.rename import MAP_NAMES
+from outliermerge.spec.rename import MAP_NAMES
 
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
@@ -17,16 +17,19 @@ _DTypeName = Annotated[
 ]
 
 
-def _policy(words: tuple[str, ...]) -> Any:
-    word = {"enum": list(words)}
+def by_filters(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the JSON schemas of a setting: a value, an entry with a filter, a list of entries."""
     entry = {
         "type": "object",
         "required": ["value"],
         "additionalProperties": False,
-        "properties": {"value": word, "filter": {"type": ["string", "null"], "minLength": 1}},
+        "properties": {"value": value, "filter": {"type": ["string", "null"], "minLength": 1}},
     }
-    many = {"type": "array", "items": entry, "minItems": 1}
-    return WithJsonSchema({"anyOf": [word, entry, many, {"type": "null"}]})
+    return [value, entry, {"type": "array", "items": entry, "minItems": 1}]
+
+
+def _policy(words: tuple[str, ...]) -> Any:
+    return WithJsonSchema({"anyOf": [*by_filters({"enum": list(words)}), {"type": "null"}]})
 
 
 _RULE_SCHEMA: dict[str, Any] = {

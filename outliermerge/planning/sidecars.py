@@ -11,11 +11,11 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.tokens import read_tokens
-from outliermerge.differences import compare_configs, compare_sidecars
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
-from outliermerge.spec import MergeSpec
-from outliermerge.vocabulary import Alignment
+from outliermerge.planning.differences import compare_configs, compare_sidecars
+from outliermerge.planning.vocabulary import Alignment
+from outliermerge.spec.check import MergeSpec
 
 _TOKENIZER = re.compile(
     r"(tokenizer|tokenization|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece)"

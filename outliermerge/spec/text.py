@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from outliermerge.errors import SpecError
-from outliermerge.settings import SpecPath
+from outliermerge.spec.settings import SpecPath
 
 
 @dataclass(frozen=True)

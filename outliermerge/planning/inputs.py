@@ -12,9 +12,9 @@ from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
-from outliermerge.rename import Rename
-from outliermerge.settings import SettingError
-from outliermerge.spec import MergeSpec, ModelSpec
+from outliermerge.spec.check import MergeSpec, ModelSpec
+from outliermerge.spec.rename import Rename
+from outliermerge.spec.settings import SettingError
 
 try:  # TEMP
     from outliermerge.checkpoint.adapter import base_of_adapter, is_adapter, open_adapter

@@ -111,6 +111,9 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     text = text_config(config)
     facts = _flat({key: value for key, value in config.items() if value is not text})
     facts |= _flat(text)
+    # Parts of one model have model types of their own in newer configs.
+    facts = {key: value for key, value in facts.items() if not key.endswith("model_type")}
+    facts["model_type"] = config.get("model_type")
     if {"hidden_size", "num_attention_heads"} <= facts.keys() and "head_dim" not in facts:
         heads = facts["num_attention_heads"]
         if isinstance(heads, int) and isinstance(facts["hidden_size"], int) and heads > 0:

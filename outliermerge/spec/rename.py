@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from outliermerge.errors import suggest
-from outliermerge.settings import SettingError, SpecPath
+from outliermerge.spec.settings import SettingError, SpecPath
 
 # Prefixes of names in two layouts. Those of LLaVA are from the conversion scripts
 # (convert_llava_weights_to_hf.py, convert_llava_next_weights_to_hf.py) and the model classes of

@@ -9,8 +9,8 @@ from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
-from outliermerge.settings import find_layers
-from outliermerge.tied import is_head, ties_head
+from outliermerge.planning.tied import is_head, ties_head
+from outliermerge.spec.settings import find_layers
 
 
 def prove(

@@ -1,0 +1,59 @@
+"""What a spec says of tensors that not all models have, or that cannot be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.settings import Setting
+
+Key = Literal["missing", "extra", "unequal"]
+
+
+class Policies:
+    """The spec's `missing`, `extra` and `unequal`, by model and by tensor.
+
+    Raises:
+        SpecError: a filter is in no tensor's name, or `base` stands where there is no base model.
+    """
+
+    def __init__(
+        self,
+        spec: MergeSpec,
+        model_numbers: Sequence[int],
+        *,
+        names: Iterable[str],
+        has_base: bool,
+    ) -> None:
+        self._spec, self._model_numbers = spec, list(model_numbers)
+        listed = list(names)
+        levels: list[tuple[Key, Setting]] = [
+            ("missing", spec.missing),
+            ("extra", spec.extra),
+            ("unequal", spec.unequal),
+            *(("missing", model.missing) for model in spec.models),
+            *(("extra", model.extra) for model in spec.models),
+        ]  # fmt: skip
+        for key, setting in levels:
+            for entry in setting.entries:
+                if not any(entry.matches(name) for name in listed):
+                    raise spec.source.error(
+                        entry.path, f"the filter {entry.filter!r} is in no tensor's name"
+                    )
+                if entry.at(0) == "base" and not has_base:
+                    raise spec.source.error(
+                        entry.path, f"`{key}: base` needs a `base_model`", at_key=True
+                    )
+
+    def word(self, key: Key, name: str, number: int | None = None) -> str | None:
+        """Return what the spec says of a tensor, for an input's number where that matters."""
+        levels = [getattr(self._spec, key)]
+        if number in self._model_numbers:
+            model = self._spec.models[self._model_numbers.index(number)]
+            levels.insert(0, getattr(model, key))
+        for setting in levels:
+            if (entry := setting.entry_for(name)) is not None:
+                word: str = entry.at(0)
+                return word
+        return None

@@ -1,0 +1,1 @@
+"""The YAML spec, the only place where YAML is known."""
