@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from outliermerge.checkpoint.adapter import open_adapter
+from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.checkpoint.meta import Checkpoint
@@ -13,13 +15,8 @@ from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.spec.check import MergeSpec, ModelSpec
-from outliermerge.spec.rename import Rename
+from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
-
-try:  # TEMP
-    from outliermerge.checkpoint.adapter import base_of_adapter, is_adapter, open_adapter
-except ImportError:
-    is_adapter = lambda f: False
 
 
 def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
@@ -102,13 +99,20 @@ def _open_adapter(
             f"{reference} was trained on {trained_on}, and is taken as a change of "
             f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former",
         )
-    seen: list[str] = []
+    seen: dict[str, None] = {}
 
     def target(name: str) -> str:
-        seen.append(name)
+        seen[name] = None
         return rename(name) if under is base else name
 
-    adapted = open_adapter(folder, under.checkpoint, target)
+    try:
+        adapted = open_adapter(folder, under.checkpoint, target)
+    except OutlierMergeError as error:
+        best = best_rename(seen, under.checkpoint.tensors)
+        if best is None or "`rename`" not in str(error):
+            raise
+        advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
+        raise OutlierMergeError(f"{error}\n{advice}") from error
     checkpoint = replace(
         adapted,
         sidecars=under.checkpoint.sidecars,

@@ -1,0 +1,309 @@
+"""PEFT adapters as models: a base's tensors as the adapter changes them, nothing merged to disk.
+
+The file layout is that of peft 0.21's `get_peft_model_state_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from outliermerge.checkpoint.adapter_config import (
+    CONFIG_NAME,
+    FILE_NAMES,
+    by_pattern,
+    ends_with,
+    read_adapter_config,
+)
+from outliermerge.checkpoint.adapter_tensors import (
+    LowRankSum,
+    ReplacedRows,
+    Rescaled,
+    ShiftedBias,
+)
+from outliermerge.checkpoint.files import check_file
+from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
+from outliermerge.checkpoint.weights import read_metas
+from outliermerge.errors import OutlierMergeError, listing
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?"
+    r"(\.(?P<end>weight|bias))?$"
+)
+
+
+@dataclass
+class _Module:
+    """What an adapter's file holds for one layer of the base."""
+
+    parts: dict[str, TensorMeta] = field(default_factory=dict)
+
+    def pair(self) -> tuple[TensorMeta, TensorMeta, bool] | None:
+        """Return A, B, and whether they are an embedding's; None where it has neither."""
+        for a, b, embedding in (
+            ("lora_A.weight", "lora_B.weight", False),
+            ("lora_embedding_A", "lora_embedding_B", True),
+        ):
+            if a in self.parts or b in self.parts:
+                return self.parts[a], self.parts[b], embedding
+        return None
+
+
+def open_adapter(
+    folder: Path, base: Checkpoint, rename: Callable[[str], str] = lambda name: name
+) -> Checkpoint:
+    """Return the model that an adapter makes of a base.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors or .bin.
+        base: the model that it changes.
+        rename: from the adapter's names of the base's tensors to the base's.
+
+    Returns:
+        The base's tensors in their order, of which those that the adapter changes are computed
+        when they are read; then those that only the adapter has.
+
+    Raises:
+        OutlierMergeError: an adapter of another kind than LoRA, one that cannot be merged, or one
+            that does not fit the base.
+    """
+    return _Adapter(folder, base, rename).checkpoint()
+
+
+class _Adapter:
+    def __init__(self, folder: Path, base: Checkpoint, rename: Callable[[str], str]) -> None:
+        self.folder, self.base, self.rename = folder, base, rename
+        self.config = read_adapter_config(folder)
+        self.file = next(folder / name for name in FILE_NAMES if (folder / name).is_file())
+        check_file(self.file, folder)
+        metas, _ = read_metas(self.file)
+        self.modules: dict[str, _Module] = {}
+        self.whole: dict[str, TensorMeta] = {}
+        for meta in metas:
+            name = meta.name.removeprefix(_PREFIX)
+            if match := _KEY.match(name):
+                part = match["part"]
+                if part in ("lora_A", "lora_B"):
+                    part += f".{match['end']}"
+                self.modules.setdefault(match["module"], _Module()).parts[part] = meta
+            elif "lora_" in name or "token_adapter" in name:
+                raise self.refuse(f"tensor {meta.name!r} is of no known kind")
+            else:
+                self.whole[name.replace(".base_layer.", ".")] = meta
+
+        self.seen_transposed: set[bool] = set()
+
+    def refuse(self, what: str) -> OutlierMergeError:
+        return OutlierMergeError(f"{self.file}: {what}")
+
+    def checkpoint(self) -> Checkpoint:
+        tensors = dict(self.base.tensors)
+        for name, meta in self.whole.items():
+            tensors[self.rename(name)] = meta
+        self._check_targets(tensors)
+        self.seen_transposed = self._told_by_shapes(tensors)
+        for module, found in self.modules.items():
+            self._change(tensors, module, found)
+        return replace(
+            self.base,
+            root=self.folder,
+            tensors=tensors,
+            weight_files=(*self.base.weight_files, FileStamp.of(self.file)),
+            sidecars=(),
+            left_behind=(),
+            notes=(*self.base.notes, self._note()),
+        )
+
+    def _note(self) -> str:
+        kind = "DoRA" if self.config.get("use_dora") else "LoRA"
+        kind = f"rank-stabilised {kind}" if self.config.get("use_rslora") else kind
+        whole = f", {len(self.whole)} tensors stored whole" if self.whole else ""
+        return f"{kind} of {len(self.modules)} layers{whole}, computed when it is read"
+
+    def _check_targets(self, tensors: Mapping[str, Source]) -> None:
+        absent = [
+            target
+            for module in self.modules
+            if (target := self.rename(f"{module}.weight")) not in tensors
+        ]
+        if not absent:
+            return
+        head = [name for name in absent if name.endswith("lm_head.weight")]
+        if head == absent:
+            raise self.refuse(
+                f"it changes {head[0]}, which {self.base.root} ties to its embeddings. The two "
+                "would part: untie them in the base first, then take that as the base model."
+            )
+        raise self.refuse(
+            f"it changes tensors that {self.base.root} does not have:\n{listing(absent)}\n"
+            f"That has for example {next(iter(self.base.tensors), 'none')!r}; `rename` on this "
+            "model maps the adapter's names to those."
+        )
+
+    def _told_by_shapes(self, tensors: Mapping[str, Source]) -> set[bool]:
+        """Return which ways round the weights are stored whose shapes tell it."""
+        ways = set()
+        for module, found in self.modules.items():
+            pair = self._pair(module, found)
+            if pair is not None and not pair[2]:
+                shape = tensors[self.rename(f"{module}.weight")].shape
+                fits = _made(shape, pair, transposed=False), _made(shape, pair, transposed=True)
+                if fits[0] != fits[1]:
+                    ways.add(fits[1])
+        return ways
+
+    def _pair(self, module: str, found: _Module) -> tuple[TensorMeta, TensorMeta, bool] | None:
+        try:
+            return found.pair()
+        except KeyError as error:
+            raise self.refuse(f"{module}: has no {error.args[0]}") from error
+
+    def _change(self, tensors: dict[str, Source], module: str, found: _Module) -> None:
+        target = self.rename(f"{module}.weight")
+        parts = dict(found.parts)
+        base = tensors[target]
+        if (new := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
+            if parts:
+                raise self.refuse(f"{module}: LoRA and trainable tokens in one layer")
+            tensors[target] = self._replaced_rows(module, base, new)
+            return
+        pair = self._pair(module, found)
+        if pair is None:
+            raise self.refuse(f"{module}: has {', '.join(parts)} without lora_A and lora_B")
+        lora_a, lora_b, is_embedding = pair
+        if is_embedding and not _made(base.shape, pair, transposed=True):
+            raise self._misfit(module, base.shape, pair)
+        scale = self._scale(module, lora_a)
+        low_rank = LowRankSum(
+            name=base.name,
+            shape=base.shape,
+            out_dtype=base.out_dtype,
+            base=base,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            scale=scale,
+            transposed=is_embedding or self._is_transposed(module, base.shape, pair),
+        )
+        magnitude = parts.pop("lora_magnitude_vector", None)
+        is_dora = bool(self.config.get("use_dora"))
+        if (magnitude is not None) != is_dora:
+            has = "a" if magnitude else "no"
+            raise self.refuse(
+                f"{module}: has {has} lora_magnitude_vector, but use_dora is {is_dora} in "
+                f"{CONFIG_NAME}"
+            )
+        tensors[target] = self._rescaled(module, low_rank, magnitude) if magnitude else low_rank
+        if (change := parts.pop("lora_B.bias", None)) is not None:
+            self._shift_bias(tensors, module, change, scale)
+        if left := [part for part, meta in parts.items() if meta not in (lora_a, lora_b)]:
+            raise self.refuse(f"{module}: {', '.join(left)} has no use")
+
+    def _is_transposed(
+        self, module: str, shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool]
+    ) -> bool:
+        """Tell whether a layer stores its weight (in, out), as GPT-2's Conv1D does.
+
+        The config's fan_in_fan_out is that of the layer that was adapted last, so shapes are
+        asked first.
+        """
+        fits = _made(shape, pair, transposed=False), _made(shape, pair, transposed=True)
+        if not any(fits):
+            raise self._misfit(module, shape, pair)
+        if not all(fits):
+            return fits[1]
+        said = bool(self.config.get("fan_in_fan_out"))
+        if said in self.seen_transposed or not self.seen_transposed:
+            return said
+        raise self.refuse(
+            f"{module}: its weight {list(shape)} is square, so its shape does not tell whether it "
+            f"is stored transposed, and fan_in_fan_out {said} is wrong for other layers. Correct "
+            f"it in {CONFIG_NAME}."
+        )
+
+    def _misfit(
+        self, module: str, shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool]
+    ) -> OutlierMergeError:
+        return self.refuse(
+            f"{module}: A {list(pair[0].shape)} and B {list(pair[1].shape)} do not make a change "
+            f"of {list(shape)}: is it an adapter of {self.base.root}?"
+        )
+
+    def _scale(self, module: str, lora_a: TensorMeta) -> float:
+        rank = by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
+        alpha = by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        if not lora_a.shape or lora_a.shape[0] != rank:
+            raise self.refuse(
+                f"{module}: A {list(lora_a.shape)} is not of rank {rank}, as {CONFIG_NAME} says"
+            )
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not rank:
+            raise self.refuse(f"{module}: lora_alpha {alpha!r} and r {rank!r} give no scale")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _rescaled(self, module: str, low_rank: LowRankSum, magnitude: TensorMeta) -> Rescaled:
+        outputs = low_rank.num_columns if low_rank.transposed else low_rank.num_rows
+        if magnitude.num_elements != outputs:
+            raise self.refuse(
+                f"{module}: lora_magnitude_vector has {magnitude.num_elements} values, expected "
+                f"{outputs}"
+            )
+        return Rescaled(
+            name=low_rank.name,
+            shape=low_rank.shape,
+            out_dtype=low_rank.out_dtype,
+            direction=low_rank,
+            magnitude=magnitude,
+        )
+
+    def _shift_bias(
+        self, tensors: dict[str, Source], module: str, change: TensorMeta, scale: float
+    ) -> None:
+        target = self.rename(f"{module}.bias")
+        base = tensors.get(target)
+        if base is None or base.shape != change.shape:
+            raise self.refuse(f"{module}: lora_bias needs a bias {list(change.shape)} in the base")
+        tensors[target] = ShiftedBias(
+            name=base.name,
+            shape=base.shape,
+            out_dtype=base.out_dtype,
+            base=base,
+            change=change,
+            scale=scale,
+        )
+
+    def _replaced_rows(self, module: str, base: Source, new: TensorMeta) -> ReplacedRows:
+        said = self.config.get("trainable_token_indices")
+        if isinstance(said, Mapping):
+            said = next((rows for name, rows in said.items() if ends_with(module, name)), None)
+        indices = tuple(said) if isinstance(said, list) else ()
+        valid = all(isinstance(index, int) and 0 <= index < base.shape[0] for index in indices)
+        if not indices or not valid or new.shape != (len(indices), *base.shape[1:]):
+            raise self.refuse(
+                f"{module}: {list(new.shape)} rows do not fit trainable_token_indices "
+                f"({len(indices)}) and the base's {list(base.shape)}"
+            )
+        return ReplacedRows(
+            name=base.name,
+            shape=base.shape,
+            out_dtype=base.out_dtype,
+            dtype=base.dtype,
+            base=base,
+            new=new,
+            indices=indices,
+        )
+
+
+def _made(
+    shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool], *, transposed: bool
+) -> bool:
+    """Tell whether A and B make a change of this shape."""
+    a, b = pair[0].shape, pair[1].shape
+    if len(a) < 2 or len(b) < 2:
+        return False
+    if transposed:
+        return len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == shape
+    return math.prod(b[1:]) == a[0] and (b[0], *a[1:]) == shape

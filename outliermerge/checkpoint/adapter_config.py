@@ -1,0 +1,120 @@
+"""What a PEFT adapter's config says, and which adapters can be computed from their file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.files import check_file
+from outliermerge.errors import OutlierMergeError, listing
+
+CONFIG_NAME = "adapter_config.json"
+FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# What a config may say: read here, or without a meaning for the merged weights.
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_bias",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+}
+_WITHOUT_MEANING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "velora_config",
+}
+# Initialisations that take something out of the base's weights, which an adapter alone lacks.
+_CHANGES_BASE = re.compile(r"^(pissa|corda|olora|loftq|lora_ga|kasa)", re.IGNORECASE)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds a PEFT adapter."""
+    return (folder / CONFIG_NAME).is_file() and any(
+        (folder / name).is_file() for name in FILE_NAMES
+    )
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """Return the model that an adapter was trained on, as its config names it."""
+    config = read_json(folder / CONFIG_NAME)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    local = name.startswith((".", "/", "~"))
+    return f"{name}@{revision}" if revision and not local else name
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter's config after checking that the adapter can be computed.
+
+    Raises:
+        OutlierMergeError: it is not LoRA, or of a kind whose weights cannot be told from its file.
+    """
+    path = folder / CONFIG_NAME
+    check_file(path, folder)
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise OutlierMergeError(
+            f"{path}: a PEFT adapter of type {kind}; only LORA (with rsLoRA and DoRA) can be a "
+            "model. Merge it with peft's merge_and_unload(), then save_pretrained()."
+        )
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and _CHANGES_BASE.match(initial):
+        raise OutlierMergeError(
+            f"{path}: init_lora_weights {initial!r} also changed the base's weights, which the "
+            "adapter does not hold. Convert it when it is saved: peft's save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)."
+        )
+    unknown = [
+        key for key, value in config.items() if value and key not in _READ | _WITHOUT_MEANING
+    ]
+    if unknown:
+        raise OutlierMergeError(
+            f"{path}: cannot be computed with the settings:\n"
+            + listing(f"{key}: {config[key]}" for key in unknown)
+            + "\nMerge it with peft's merge_and_unload() where peft can, then save_pretrained()."
+        )
+    return config
+
+
+def by_pattern(patterns: object, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that a layer's name ends with, as peft matches them."""
+    if isinstance(patterns, Mapping):
+        for pattern, value in patterns.items():
+            if ends_with(module, pattern):
+                return value
+    return default
+
+
+def ends_with(module: str, pattern: str) -> bool:
+    """Tell whether a layer's name is, or ends with, what a regular expression matches."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -1,0 +1,142 @@
+"""Tensors as a PEFT adapter changes them, computed from the base's and the adapter's when read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.computed import ComputedTensor, read_rows
+from outliermerge.checkpoint.meta import Source, TensorMeta
+from outliermerge.checkpoint.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankSum(ComputedTensor):
+    """W + s·BA (arXiv 2106.09685), or W + s·(BA)ᵀ where the layer stores its weight transposed.
+
+    Attributes:
+        base: W, (R, …).
+        lora_a, lora_b: A (r, …) and B (…, r).
+        scale: s.
+        transposed: W is stored (in, out), as Conv1D and embeddings do.
+    """
+
+    base: Source
+    lora_a: TensorMeta
+    lora_b: TensorMeta
+    scale: float
+    transposed: bool = False
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.lora_a, self.lora_b)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        lora_a = reader.whole(self.lora_a).flatten(1)
+        lora_b = reader.whole(self.lora_b).flatten(1)
+        left, right = (lora_a.T, lora_b.T) if self.transposed else (lora_b, lora_a)
+        change = (left[first:last].float() @ right.float()) * self.scale
+        return read_rows(reader, self.base, first, last).float() + change
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnNorms(ComputedTensor):
+    """The L2 norm of each column of a matrix (R, C), as a vector (C,)."""
+
+    matrix: LowRankSum
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.matrix.stored
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return elements first to last (excluded) as (last - first, 1) of float32."""
+        import torch
+
+        squares = torch.zeros(last - first, dtype=torch.float64)
+        step = max(1, 65_536 // self.matrix.num_columns)
+        for row in range(0, self.matrix.num_rows, step):
+            end = min(row + step, self.matrix.num_rows)
+            part = self.matrix.rows(reader, row, end)[:, first:last]
+            squares += part.double().square().sum(0)
+        return squares.sqrt().float()[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(ComputedTensor):
+    """DoRA (arXiv 2402.09353): m · V / ‖V‖, with V = W + s·BA and a norm for each output.
+
+    Attributes:
+        direction: V.
+        magnitude: m, one value for each output.
+    """
+
+    direction: LowRankSum
+    magnitude: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.direction.stored, self.magnitude)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        values = self.direction.rows(reader, first, last)
+        magnitude = reader.whole(self.magnitude).float().flatten()
+        if not self.direction.transposed:
+            norms = values.double().square().sum(1).sqrt().float()
+            return values * (magnitude[first:last] / norms)[:, None]
+        columns = ColumnNorms(
+            name=self.name,
+            shape=(self.num_columns,),
+            out_dtype=self.out_dtype,
+            matrix=self.direction,
+        )
+        return values * (magnitude / reader.whole(columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftedBias(ComputedTensor):
+    """b + s·b_B: a bias whose layer's B has one of its own (`lora_bias`)."""
+
+    base: Source
+    change: TensorMeta
+    scale: float
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.change)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return elements first to last (excluded) as (last - first, 1) of float32."""
+        change = reader.whole(self.change)[first:last, None].float() * self.scale
+        return read_rows(reader, self.base, first, last).float() + change
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedRows(ComputedTensor):
+    """W with some rows replaced (`trainable_token_indices`); `dtype` is that of W.
+
+    Attributes:
+        new: the rows that stand in their place, (n, C).
+        indices: which rows of W they replace, in order.
+    """
+
+    base: Source
+    new: TensorMeta
+    indices: tuple[int, ...]
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.new)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        values = read_rows(reader, self.base, first, last)
+        for place, index in enumerate(self.indices):
+            if first <= index < last:
+                values[index - first] = reader.whole(self.new)[place].to(values.dtype)
+        return values
