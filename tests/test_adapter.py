@@ -170,14 +170,6 @@ def test_an_adapter_is_what_peft_merges(case, tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-6, msg=name)
         changed += not torch.equal(tensor, before[name])
     assert changed >= 2 or case == "embeddings with dora"
-    untouched = [name for name in before if opened.tensors[name].stored == (opened.tensors[name],)]
-    assert all(
-        torch.equal(before[name], expected[name]) or name in load_file(
-            adapter / "adapter_model.safetensors"
-        ) or f"base_model.model.{name}" in load_file(adapter / "adapter_model.safetensors")
-        or ".base_layer." in str(list(load_file(adapter / "adapter_model.safetensors")))
-        for name in untouched
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "conv1d with dora", "embeddings", "conv2d"])
