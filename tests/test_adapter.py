@@ -102,6 +102,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_bias": ("llama", {"target_modules": ATTENTION, "lora_bias": True}),
     "bias lora_only": ("llama", {"target_modules": ATTENTION, "bias": "lora_only"}),
     "bias all": ("bert", {"target_modules": ["query"], "bias": "all"}),
+    "bias all with a new head": (
+        "bert",
+        {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
+    ),
     "modules to save": (
         "llama",
         {"target_modules": ATTENTION, "modules_to_save": ["lm_head", "embed_tokens"]},
@@ -326,7 +330,7 @@ def test_the_plan_tells_of_adapters(two):
         "models": [{"model": str(two["adapter1"])}, {"model": str(two["adapter2"])}],
     }
     plan = outliermerge.plan(spec)
-    first = f"{two['adapter1']}: DoRA of 6 layers, computed when it is read"
+    first = f"{two['adapter1']}: DoRA (r=4) of 6 layers, computed when it is read"
     assert first in plan.notes
     job = next(job for job in plan.jobs if job.name == "model.layers.0.self_attn.q_proj.weight")
     assert {len(source.stored) for _, source in job.sources} == {1, 3, 4}
@@ -397,6 +401,9 @@ def _copy(source: Path, target: Path, **changes: Any) -> Path:
         ({"alora_invocation_tokens": [1]}, "  alora_invocation_tokens: [1]"),
         ({"target_parameters": ["experts.up"]}, "  target_parameters: ['experts.up']"),
         ({"a_key_of_tomorrow": 1}, "  a_key_of_tomorrow: 1"),
+        ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' also changed the base's weights, or"),
+        ({"init_lora_weights": "loftq"}, "Merge it with peft's merge_and_unload() where it was"),
+        ({"rank_pattern": {"q_proj(": 4}}, "rank_pattern: 'q_proj(' is not a regular expression"),
         ({"r": 8}, "is not of rank 8, as adapter_config.json says"),
         ({"rank_pattern": {"q_proj": 3}}, "A [4, 32] is not of rank 3"),
         ({"lora_alpha": "much"}, "lora_alpha 'much' and r 4 give no scale"),
@@ -424,6 +431,8 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         (f"{PREFIX}.lora_B.weight", torch.ones(31, 4),
          "A [4, 32] and B [31, 4] do not make a change of [32, 32]: is it an adapter of"),
         (f"{PREFIX}.lora_B.weight", torch.ones(4), "do not make a change of"),
+        (f"{PREFIX}.lora_B.weight", torch.ones(32, 4, dtype=torch.int8), "is int8, expected"),
+        (f"{PREFIX}.ia3_l", torch.ones(32, 1), "neither LoRA's nor the base's:\n  " + PREFIX),
         (f"{PREFIX}.lora_C.weight", torch.ones(4), ".lora_C.weight' is of no known kind"),
         (f"{PREFIX}.lora_embedding_A", torch.ones(4, 32), "lora_embedding_A has no use"),
         (f"{PREFIX}.lora_B.bias", torch.ones(31), "lora_bias needs a bias [31] in the base"),
@@ -479,3 +488,89 @@ def test_an_adapter_that_names_no_base_is_refused(two, tmp_path):
     spec = {"merge_method": "passthrough", "models": [{"model": str(adapter)}]}
     with pytest.raises(OutlierMergeError, match="a PEFT adapter that names no base"):
         outliermerge.plan(spec)
+
+
+def _gpt2_classifier() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=4, vocab_size=80, n_positions=32, num_labels=3, pad_token_id=0
+    )
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def test_a_square_weight_between_both_layouts_is_refused(tmp_path, monkeypatch):
+    """The saved fan_in_fan_out is of the last layer, here the linear one."""
+    monkeypatch.setitem(MODELS, "gpt2_classifier", _gpt2_classifier)
+    targets = ["c_attn", "c_proj", "score"]
+    base, adapter, _ = _adapt("gpt2_classifier", tmp_path, target_modules=targets)
+    assert not json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"]
+    with pytest.raises(OutlierMergeError, match=r"attn.c_proj: its weight \[32, 32\] is square"):
+        open_adapter(adapter, open_checkpoint(base))
+
+
+def test_trained_tokens_of_embeddings_that_are_saved_whole(tmp_path):
+    base, adapter, expected = _adapt(
+        "llama", tmp_path, target_modules=ATTENTION, trainable_token_indices=[3, 70]
+    )
+    weights = adapter / "adapter_model.safetensors"
+    name = "model.embed_tokens.weight"
+    whole = torch.cat((load_folder(base)[name], torch.ones(4, 32)))  # as after new tokens
+    key = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    save_file(load_file(weights) | {key: whole}, weights)
+    found = _read(open_adapter(adapter, open_checkpoint(base)))
+    assert torch.equal(found[name], torch.cat((expected[name], torch.ones(4, 32))))
+
+
+def test_tensors_stored_whole_keep_the_bases_dtype_in_an_output(tmp_path):
+    base, adapter, _ = _adapt(
+        "llama", tmp_path, dtype=torch.bfloat16, target_modules=ATTENTION,
+        modules_to_save=["lm_head"],
+    )  # fmt: skip
+    weights = adapter / "adapter_model.safetensors"
+    stored = load_file(weights)
+    stored["base_model.model.lm_head.weight"] = torch.rand(80, 32)
+    save_file(stored, weights)
+    opened = open_adapter(adapter, open_checkpoint(base))
+    assert {source.out_dtype.name for source in opened.tensors.values()} == {"bfloat16"}
+    found = _read(opened)["lm_head.weight"]
+    assert torch.equal(found, stored["base_model.model.lm_head.weight"])
+
+
+@pytest.mark.parametrize("case", ["head", "embeddings", "conv1d"])
+def test_factors_too_large_for_the_cache_give_the_same(case, tmp_path, monkeypatch):
+    kind, keys = CASES[case]
+    base, adapter, expected = _adapt(kind, tmp_path, **keys)
+    monkeypatch.setattr("outliermerge.checkpoint.adapter_tensors._MAX_WHOLE_BYTES", 0)
+    found = _read(open_adapter(adapter, open_checkpoint(base)))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def test_two_targets_of_one_name_are_refused(two):
+    with pytest.raises(OutlierMergeError, match="both become"):
+        open_adapter(two["adapter1"], open_checkpoint(two["base"]), lambda name: name.replace(
+            "layers.1", "layers.0"))  # fmt: skip
+
+
+def test_a_config_that_is_no_json_is_refused(two, tmp_path):
+    adapter = _copy(two["adapter1"], tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(OutlierMergeError, match="no JSON object with settings"):
+        open_adapter(adapter, open_checkpoint(two["base"]))
+
+
+def test_an_adapter_of_tied_embeddings_is_told(tmp_path):
+    base = tmp_path / "base"
+    model = _llama(tie=True)
+    model.save_pretrained(base)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["embed_tokens"]), autocast_adapter_dtype=False
+    )
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    spec = {
+        "merge_method": "min_sigma",
+        "base_model": str(base),
+        "models": [{"model": str(tmp_path / "adapter")}],
+    }
+    notes = "\n".join(outliermerge.plan(spec).notes)
+    assert f"it changes model.embed_tokens.weight, to which {base} ties its head" in notes

@@ -173,8 +173,12 @@ BROKEN = {
     ),
     "adapter": (
         _adapter,
-        "DIR/bad: a PEFT adapter, not a full model: it can be a task model, with base_model the "
-        "model it was trained on",
+        "DIR/bad: a PEFT adapter that names no base: write `base+adapter` as the model",
+    ),
+    "adapter without weights": (
+        lambda bad: (bad / "adapter_config.json").write_text("{}"),
+        "DIR/bad: a PEFT adapter without its weights: expected adapter_model.safetensors or "
+        "adapter_model.bin beside adapter_config.json. Fetch it again.",
     ),
     # A safetensors file.
     "empty file": (

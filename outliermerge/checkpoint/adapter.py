@@ -16,9 +16,11 @@ from outliermerge.checkpoint.adapter_config import (
     FILE_NAMES,
     by_pattern,
     ends_with,
+    is_saved_whole,
     read_adapter_config,
 )
 from outliermerge.checkpoint.adapter_tensors import (
+    InDType,
     LowRankSum,
     ReplacedRows,
     Rescaled,
@@ -30,6 +32,8 @@ from outliermerge.checkpoint.weights import read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
 _PREFIX = "base_model.model."
+# What peft puts around a layer that it wraps.
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save\.")
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?"
@@ -91,12 +95,36 @@ class _Adapter:
                 if part in ("lora_A", "lora_B"):
                     part += f".{match['end']}"
                 self.modules.setdefault(match["module"], _Module()).parts[part] = meta
-            elif "lora_" in name or "token_adapter" in name:
+            elif "lora_" in name or "token_adapter.trainable" in name:
                 raise self.refuse(f"tensor {meta.name!r} is of no known kind")
-            else:
-                self.whole[name.replace(".base_layer.", ".")] = meta
+            elif ".original_module." not in name:  # the same as in the base
+                self._add_whole(_WRAPPED.sub(".", name), meta)
+        self._check_names()
 
         self.seen_transposed: set[bool] = set()
+
+    def _add_whole(self, name: str, meta: TensorMeta) -> None:
+        # bias="all" saves a bias of modules_to_save twice.
+        other = self.whole.setdefault(name, meta)
+        if other is not meta and ".modules_to_save." not in other.name + meta.name:
+            raise self.refuse(f"{other.name!r} and {meta.name!r} are the same tensor of the base")
+
+    def _check_names(self) -> None:
+        unknown = [
+            meta.name
+            for name, meta in self.whole.items()
+            if self.rename(name) not in self.base.tensors and not is_saved_whole(self.config, name)
+        ]
+        if unknown:
+            raise self.refuse(
+                f"it holds tensors that are neither LoRA's nor the base's:\n{listing(unknown)}\n"
+                "If the base names them otherwise, `rename` on this model maps the names."
+            )
+        origin: dict[str, str] = {}
+        names = [*(f"{module}.weight" for module in self.modules), *self.whole]
+        for name in dict.fromkeys(names):
+            if (other := origin.setdefault(self.rename(name), name)) != name:
+                raise self.refuse(f"{other!r} and {name!r} both become {self.rename(name)!r}")
 
     def refuse(self, what: str) -> OutlierMergeError:
         return OutlierMergeError(f"{self.file}: {what}")
@@ -104,7 +132,8 @@ class _Adapter:
     def checkpoint(self) -> Checkpoint:
         tensors = dict(self.base.tensors)
         for name, meta in self.whole.items():
-            tensors[self.rename(name)] = meta
+            target = self.rename(name)
+            tensors[target] = _as_in_base(meta, self.base.tensors.get(target))
         self._check_targets(tensors)
         self.seen_transposed = self._told_by_shapes(tensors)
         for module, found in self.modules.items():
@@ -122,6 +151,9 @@ class _Adapter:
     def _note(self) -> str:
         kind = "DoRA" if self.config.get("use_dora") else "LoRA"
         kind = f"rank-stabilised {kind}" if self.config.get("use_rslora") else kind
+        pairs = (found.pair() for found in self.modules.values())
+        ranks = sorted({pair[0].shape[0] for pair in pairs if pair})
+        kind += f" (r={', '.join(map(str, ranks))})" if ranks else ""
         whole = f", {len(self.whole)} tensors stored whole" if self.whole else ""
         return f"{kind} of {len(self.modules)} layers{whole}, computed when it is read"
 
@@ -176,6 +208,9 @@ class _Adapter:
         if pair is None:
             raise self.refuse(f"{module}: has {', '.join(parts)} without lora_A and lora_B")
         lora_a, lora_b, is_embedding = pair
+        for source in (base, lora_a, lora_b):
+            if not source.dtype.is_float:
+                raise self.refuse(f"{source.name}: is {source.dtype.name}, expected floats")
         if is_embedding and not _made(base.shape, pair, transposed=True):
             raise self._misfit(module, base.shape, pair)
         scale = self._scale(module, lora_a)
@@ -217,12 +252,16 @@ class _Adapter:
         if not all(fits):
             return fits[1]
         said = bool(self.config.get("fan_in_fan_out"))
-        if said in self.seen_transposed or not self.seen_transposed:
+        if self.seen_transposed <= {said}:
             return said
+        advice = (
+            "Merge it with peft's merge_and_unload(), then save_pretrained()."
+            if said in self.seen_transposed
+            else f"Correct it in {CONFIG_NAME}."
+        )
         raise self.refuse(
             f"{module}: its weight {list(shape)} is square, so its shape does not tell whether it "
-            f"is stored transposed, and fan_in_fan_out {said} is wrong for other layers. Correct "
-            f"it in {CONFIG_NAME}."
+            f"is stored transposed, and fan_in_fan_out {said} is wrong for other layers. {advice}"
         )
 
     def _misfit(
@@ -280,7 +319,7 @@ class _Adapter:
         if isinstance(said, Mapping):
             said = next((rows for name, rows in said.items() if ends_with(module, name)), None)
         indices = tuple(said) if isinstance(said, list) else ()
-        valid = all(isinstance(index, int) and 0 <= index < base.shape[0] for index in indices)
+        valid = all(type(index) is int and 0 <= index < base.shape[0] for index in indices)
         if not indices or not valid or new.shape != (len(indices), *base.shape[1:]):
             raise self.refuse(
                 f"{module}: {list(new.shape)} rows do not fit trainable_token_indices "
@@ -295,6 +334,15 @@ class _Adapter:
             new=new,
             indices=indices,
         )
+
+
+def _as_in_base(meta: TensorMeta, base: Source | None) -> Source:
+    """Return a tensor that an output stores in the base's dtype."""
+    if base is None or meta.dtype == base.out_dtype:
+        return meta
+    return InDType(
+        name=meta.name, shape=meta.shape, out_dtype=base.out_dtype, dtype=meta.dtype, whole=meta
+    )
 
 
 def _made(

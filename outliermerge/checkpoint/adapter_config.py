@@ -51,8 +51,9 @@ _WITHOUT_MEANING = {
     "task_type",
     "velora_config",
 }
-# Initialisations that take something out of the base's weights, which an adapter alone lacks.
-_CHANGES_BASE = re.compile(r"^(pissa|corda|olora|loftq|lora_ga|kasa)", re.IGNORECASE)
+# Initialisations that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) take something out of them, which an adapter alone lacks.
+_LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -81,6 +82,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     check_file(path, folder)
     config = read_json(path)
+    if not config:
+        raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise OutlierMergeError(
@@ -88,12 +91,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             "model. Merge it with peft's merge_and_unload(), then save_pretrained()."
         )
     initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and _CHANGES_BASE.match(initial):
-        raise OutlierMergeError(
-            f"{path}: init_lora_weights {initial!r} also changed the base's weights, which the "
-            "adapter does not hold. Convert it when it is saved: peft's save_pretrained(…, "
+    if initial not in _LEAVES_BASE:
+        advice = (
+            "Merge it with peft's merge_and_unload() where it was trained."
+            if initial == "loftq"
+            else "Convert it when it is saved: peft's save_pretrained(…, "
             "path_initial_model_for_weight_conversion=…)."
         )
+        raise OutlierMergeError(
+            f"{path}: init_lora_weights {initial!r} also changed the base's weights, or is not "
+            f"known not to, and the adapter does not hold that change. {advice}"
+        )
+    _check_patterns(path, config)
     unknown = [
         key for key, value in config.items() if value and key not in _READ | _WITHOUT_MEANING
     ]
@@ -104,6 +113,23 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             + "\nMerge it with peft's merge_and_unload() where peft can, then save_pretrained()."
         )
     return config
+
+
+def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise OutlierMergeError(
+                    f"{path}: {key}: {pattern!r} is not a regular expression: {error}"
+                ) from error
+
+
+def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether peft saves a tensor that the base may lack or have in another shape."""
+    modules = (*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head")
+    return any(f".{module}." in f".{name}" for module in modules)
 
 
 def by_pattern(patterns: object, module: str, default: Any) -> Any:

@@ -12,6 +12,9 @@ from outliermerge.checkpoint.reader import Reader
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Larger factors (those of a large vocabulary) would push each other out of the reader's cache.
+_MAX_WHOLE_BYTES = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankSum(ComputedTensor):
@@ -36,11 +39,39 @@ class LowRankSum(ComputedTensor):
 
     def rows(self, reader: Reader, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
-        lora_a = reader.whole(self.lora_a).flatten(1)
-        lora_b = reader.whole(self.lora_b).flatten(1)
-        left, right = (lora_a.T, lora_b.T) if self.transposed else (lora_b, lora_a)
-        change = (left[first:last].float() @ right.float()) * self.scale
+        if self.transposed:
+            left = _columns(reader, self.lora_a, first, last).T
+            right = reader.whole(self.lora_b).T
+        else:
+            left = read_rows(reader, self.lora_b, first, last)
+            right = reader.whole(self.lora_a).flatten(1)
+        change = (left.float() @ right.float()) * self.scale
         return read_rows(reader, self.base, first, last).float() + change
+
+
+def _columns(reader: Reader, matrix: TensorMeta, first: int, last: int) -> Tensor:
+    import torch
+
+    if matrix.num_bytes <= _MAX_WHOLE_BYTES:
+        return reader.whole(matrix)[:, first:last]
+    num_rows, width = matrix.shape
+    starts = range(0, num_rows * width, width)
+    return torch.stack([reader.values(matrix, at + first, at + last) for at in starts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDType(ComputedTensor):
+    """A stored tensor as it is, of which an output is stored in the dtype of the base's."""
+
+    whole: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.whole,)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        return read_rows(reader, self.whole, first, last)
 
 
 @dataclass(frozen=True, kw_only=True)

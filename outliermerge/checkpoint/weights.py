@@ -257,8 +257,8 @@ def no_weights(folder: Path) -> str:
     names = names_in(folder)
     if "adapter_config.json" in names:
         return (
-            f"{folder}: a PEFT adapter, not a full model: it can be a task model, with "
-            "base_model the model it was trained on"
+            f"{folder}: a PEFT adapter without its weights: expected adapter_model.safetensors or "
+            "adapter_model.bin beside adapter_config.json. Fetch it again."
         )
     for pattern, kind, advice in OTHER_FORMATS:
         files = [name for name in names if re.search(pattern, name)]

@@ -14,6 +14,7 @@ from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
+from outliermerge.planning.tied import tied_embeddings
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
@@ -93,11 +94,11 @@ def _open_adapter(
         raise OutlierMergeError(
             f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"
         )
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if stem is None and trained_on and _last(trained_on) != _last(under.reference):
-        notes = (
+        notes.append(
             f"{reference} was trained on {trained_on}, and is taken as a change of "
-            f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former",
+            f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former"
         )
     seen: dict[str, None] = {}
 
@@ -113,6 +114,12 @@ def _open_adapter(
             raise
         advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
+    for name in tied_embeddings(under):
+        if adapted.tensors[name] is not under.checkpoint.tensors[name]:
+            notes.append(
+                f"it changes {name}, to which {under.reference} ties its head: the head changes "
+                "with it, as when peft merges it, though it did not in training"
+            )
     checkpoint = replace(
         adapted,
         sidecars=under.checkpoint.sidecars,

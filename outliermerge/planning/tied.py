@@ -63,6 +63,14 @@ def is_head(name: str) -> bool:
     return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is _EMBEDDINGS
 
 
+def tied_embeddings(entry: Input) -> list[str]:
+    """Return the names of a model's embeddings where its head is tied to them."""
+    tensors = entry.checkpoint.tensors
+    if any(map(is_head, tensors)) or ties_head(_config(entry)) is not True:
+        return []
+    return [name for name in tensors if name.endswith(_EMBEDDINGS)]
+
+
 def match_tied(inputs: tuple[Input, ...]) -> tuple[tuple[Input, ...], list[TiedCopy], list[str]]:
     """Give models that leave a tied tensor out one to pair with, and find copies of it.
 
