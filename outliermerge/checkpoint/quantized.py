@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from outliermerge.checkpoint.computed import ComputedTensor
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
+from outliermerge.checkpoint.quantized_tensors import CodeTensor, ScaledTensor
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 # What becomes of a stored tensor: another source, or nothing.
 _Changes = dict[str, Source | None]
@@ -58,92 +58,6 @@ _ADVICE = {
 _INT8_STEP = 7.874015718698502e-3
 # bitsandbytes stores the weights of their Conv1D layers transposed.
 _CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MatrixTensor(ComputedTensor):
-    """One whose rows are those of its matrices, also where many are stacked to (…, R, C)."""
-
-    weight: TensorMeta
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def num_columns(self) -> int:
-        return self.shape[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaledTensor(_MatrixTensor):
-    """(code − zero point) × scale × factor; a block of rows and columns shares a scale.
-
-    Scales and zero points are (…, R / block rows, C / block columns), both rounded up.
-    """
-
-    scale: TensorMeta
-    zero_point: TensorMeta | None
-    block: tuple[int, int]
-    factor: float
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return tuple(meta for meta in (self.weight, self.scale, self.zero_point) if meta)
-
-    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
-        """Return rows first to last (excluded) as (last - first, C) of float32."""
-        import torch
-
-        num_matrix_rows, num_columns = self.shape[-2:]
-        row = torch.arange(first, last)
-        matrix, row = row // num_matrix_rows, row % num_matrix_rows
-        block_row = matrix * -(-num_matrix_rows // self.block[0]) + row // self.block[0]
-        block_column = torch.arange(num_columns) // self.block[1]
-
-        def by_element(meta: TensorMeta) -> Tensor:
-            values = reader.whole(meta).float()
-            return values.view(-1, -(-num_columns // self.block[1]))[block_row][:, block_column]
-
-        codes = reader.values(self.weight, first * num_columns, last * num_columns)
-        values = codes.float().view(-1, num_columns)
-        if self.zero_point is not None:
-            values = values - by_element(self.zero_point)
-        return values * by_element(self.scale) * self.factor
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeTensor(_MatrixTensor):
-    """bitsandbytes' nf4 and fp4: value of a code × greatest magnitude (absmax) of its block.
-
-    A block goes on from row to row. The first code of a byte is in its high bits; offset is added.
-    """
-
-    bits: int
-    values: TensorMeta
-    absmax: Source
-    block: int
-    offset: float | None = None
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return (self.weight, self.values, *self.absmax.stored)
-
-    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
-        """Return rows first to last (excluded) as (last - first, C) of float32."""
-        import torch
-
-        start, stop = first * self.num_columns, last * self.num_columns
-        # The bytes can be stored as any dtype (bnb_4bit_quant_storage).
-        num_codes = 8 // self.bits * self.weight.dtype.num_bytes
-        skipped = start // num_codes
-        codes = reader.values(self.weight, skipped, -(-stop // num_codes)).view(torch.uint8)
-        if self.bits == 4:
-            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
-        codes = codes[start - skipped * num_codes : stop - skipped * num_codes].int()
-        absmax = reader.whole(self.absmax).flatten()[torch.arange(start, stop) // self.block]
-        values = reader.whole(self.values)[codes] * absmax
-        return (values if self.offset is None else values + self.offset).view(last - first, -1)
 
 
 @dataclass(frozen=True)
