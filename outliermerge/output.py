@@ -47,14 +47,18 @@ def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
     """
     partial, replaced = partial_folder(final), _replaced_folder(final)
     for entry in plan.inputs:
-        root = entry.checkpoint.root.resolve()
+        files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
+        roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
+        if entry.home != entry.checkpoint.root:  # an adapter, over the files of other folders
+            roots |= {path.parent for path in files}
         for folder in (final, partial, replaced):
             resolved = folder.resolve()
-            if root == resolved or resolved in root.parents or root in resolved.parents:
-                raise OutlierMergeError(
-                    f"{folder}: is, holds or is inside the model {entry.reference}: "
-                    "choose another output"
-                )
+            for root in roots:
+                if root == resolved or resolved in root.parents or root in resolved.parents:
+                    raise OutlierMergeError(
+                        f"{folder}: is, holds or is inside the model {entry.reference}: "
+                        "choose another output"
+                    )
     if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):
         raise OutlierMergeError(
             f"{partial}: the merge would be written there, but it holds something else. "

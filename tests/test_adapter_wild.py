@@ -270,7 +270,7 @@ def test_ranks_and_alphas_that_give_no_scale_are_refused(changes, message, home,
         {
             "target_modules": ["q_proj", "v_proj", "up_proj"],
             "rank_pattern": {r"^model\.layers\.0.*q_proj": 2, r"layers.\d+.mlp.(up|down)_proj": 3},
-            "alpha_pattern": {r"model.layers.1.self_attn.(q|v)_proj": -5, "proj": 100},
+            "alpha_pattern": {r"model.layers.1.self_attn.(q|v)_proj": -5, r"up\w+": 100},
         },
         {"target_modules": "all-linear", "exclude_modules": ["q_proj"], "use_rslora": True},
     ],
@@ -356,7 +356,13 @@ def test_another_adapters_name_in_the_keys_is_refused(home, tmp_path):
         outliermerge.plan(_spec(home / "base", adapter))
 
 
-@pytest.mark.parametrize("wrapper", ["modules_to_save.", "modules_to_save.default."])
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "modules_to_save.",
+        "modules_to_save.default.",
+    ],
+)
 def test_modules_that_are_saved_in_their_wrapper(wrapper, home, tmp_path):
     expected = _adapt(home / "base", tmp_path / "made", modules_to_save=["embed_tokens", "lm_head"])
     adapter = _copy(
@@ -365,6 +371,35 @@ def test_modules_that_are_saved_in_their_wrapper(wrapper, home, tmp_path):
         lambda name: re.sub(r"(embed_tokens|lm_head)\.", rf"\1.{wrapper}", name),
     )
     _assert_same(_run(_spec(home / "base", adapter), tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("lora_A.weight", "lora_A.default.weight"), ("base_model.model.", "")],
+)
+def test_two_keys_for_one_factor_are_refused(old, new, home, tmp_path):
+    """Saved twice, by a trainer's own code and by peft's."""
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    stored = load_file(adapter / WEIGHTS)
+    key = next(name for name in stored if "lora_A" in name)
+    save_file(stored | {key.replace(old, new): torch.ones(4, 32)}, adapter / WEIGHTS)
+    with pytest.raises(OutlierMergeError, match="lora_A"):
+        outliermerge.plan(_spec(home / "base", adapter))
+
+
+def test_an_adapter_without_tensors_is_refused(home, tmp_path):
+    """As a wrapped or sharded model gives that was saved with the wrong state dict."""
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    save_file({}, adapter / WEIGHTS)
+    with pytest.raises(OutlierMergeError, match=WEIGHTS):
+        outliermerge.plan(_spec(home / "base", adapter))
+
+
+def test_factors_that_zero_3_left_empty_are_refused(home, tmp_path):
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    save_file({name: torch.zeros(0) for name in load_file(adapter / WEIGHTS)}, adapter / WEIGHTS)
+    with pytest.raises(OutlierMergeError, match="q_proj: A is empty, as ZeRO-3 saves it"):
+        outliermerge.plan(_spec(home / "base", adapter))
 
 
 def test_an_adapter_of_transformers_5_fits_llava_as_it_is_published(tmp_path):
@@ -458,25 +493,36 @@ TIED: dict[str, dict[str, Any]] = {
 }
 
 
+_PARTED = ("embeddings saved", "head saved", "both saved", "head")
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(80)[None]).logits
+
+
 @pytest.mark.parametrize("alone", [False, True], ids=["as a task model", "alone"])
-@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize(
+    "case",
+    list(TIED),
+)
 def test_a_tied_base_becomes_what_peft_makes_of_it_or_is_refused(case, alone, home, tmp_path):
     _adapt(home / "tied", tmp_path / "adapter", **TIED[case])
     spec = _alone(tmp_path / "adapter") if alone else _spec(home / "tied", tmp_path / "adapter")
     try:
         _run(spec, tmp_path / "out")
     except OutlierMergeError as error:
-        told = "ties lm_head.weight to model.embed_tokens.weight", "the two would part"
-        assert any(words in str(error) for words in told) or "untie" in str(error)
-        assert case in ("embeddings saved", "head saved", "both saved", "head")
+        reasons = ("ties lm_head.weight to model.embed_tokens.weight", "a head of its own",
+                   "untie them in the base first")  # fmt: skip
+        assert any(reason in str(error) for reason in reasons)
+        assert case in _PARTED or (alone and case == "both saved as one")  # asks for equal data
         return
-    tokens = torch.arange(80)[None]
-    with torch.no_grad():
-        found, expected = (
-            transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits
-            for folder in (tmp_path / "out", tmp_path / "adapter-merged")
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found = _logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    folder = home / "tied" if case in _PARTED else tmp_path / "adapter-merged"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    if case in _PARTED:  # as it was trained; merged, peft changes both ends with "head"
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(found, _logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_one_adapter_on_both_ends_of_a_tied_tensor_is_added_once(home, tmp_path):
@@ -493,13 +539,16 @@ def test_one_adapter_on_both_ends_of_a_tied_tensor_is_added_once(home, tmp_path)
     _assert_same(found, before | {name: before[name] + change})
 
 
-def test_an_output_has_no_head_that_its_config_ties(home, tmp_path):
-    _adapt(home / "tied", tmp_path / "adapter", modules_to_save=["embed_tokens"],
-           ensure_weight_tying=True)  # fmt: skip
-    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter" / WEIGHTS)
-    found = _run(_alone(tmp_path / "adapter"), tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
-    assert "lm_head.weight" not in found
+@pytest.mark.parametrize("case", ["head saved", "both saved", "both saved as one", "head"])
+def test_an_output_has_no_head_that_its_config_ties(case, home, tmp_path):
+    """Else transformers before 5 overwrites it with the embeddings."""
+    _adapt(home / "tied", tmp_path / "adapter", **TIED[case])
+    try:
+        found = _run(_alone(tmp_path / "adapter"), tmp_path / "out")
+    except OutlierMergeError:
+        return
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert ("lm_head.weight" in found) is not config["tie_word_embeddings"]
 
 
 # Vocabularies.
@@ -603,6 +652,13 @@ def test_a_chain_is_not_the_base_that_it_ends_like(home, tmp_path):
     _assert_same(found, {name: one[name] + two[name] - before[name] for name in before})
 
 
+def test_a_chain_over_a_chain_that_ends_like_the_base(home, tmp_path):
+    before, one, two = (load_folder(home / name) for name in ("base", "one-merged", "two-merged"))
+    chain = f"{home}/base+{home}/one+{home}/two+{home}/one"
+    found = _run(_spec(f"{home}/base+{home}/two", chain), tmp_path / "out")
+    _assert_same(found, {n: 2 * (one[n] - before[n]) + two[n] for n in before})
+
+
 def test_an_adapter_as_the_base_model(home, tmp_path):
     before, one, two = (load_folder(home / name) for name in ("base", "one-merged", "two-merged"))
     found = _run(_spec(home / "one", home / "two-merged"), tmp_path / "out")
@@ -614,23 +670,26 @@ def test_an_adapter_as_the_base_model(home, tmp_path):
 def test_one_adapter_by_two_names_counts_twice(home, tmp_path):
     (tmp_path / "link").symlink_to(home / "one")
     before, one = load_folder(home / "base"), load_folder(home / "one-merged")
-    spec = _spec(home / "base", home / "one", f"{home}/base+{home}/one", tmp_path / "link")
-    found = _run(spec, tmp_path / "out")
-    _assert_same(found, {name: 3 * one[name] - 2 * before[name] for name in before})
-    with pytest.raises(OutlierMergeError, match="stands twice"):
-        outliermerge.plan(_spec(home / "base", home / "one", home / "one"))
+    found = _run(_spec(home / "base", home / "one", f"{home}/base+{home}/one"), tmp_path / "out")
+    _assert_same(found, {name: 2 * one[name] - before[name] for name in before})
+    for again in (home / "one", tmp_path / "link"):
+        with pytest.raises(OutlierMergeError, match="stands twice"):
+            outliermerge.plan(_spec(home / "base", home / "one", again))
 
 
-def test_a_plus_in_a_folders_name(home, tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{here}/my+adapter",
+        "{here}/my+base+{home}/one",
+        "{home}/base+{here}/my+adapter",
+    ],
+)
+def test_a_plus_in_a_folders_name(model, home, tmp_path):
     shutil.copytree(home / "base", tmp_path / "my+base")
     shutil.copytree(home / "one", tmp_path / "my+adapter")
-    expected = load_folder(home / "one-merged")
-    for number, model in enumerate(
-        (tmp_path / "my+adapter", f"{tmp_path}/my+base+{home}/one",
-         f"{home}/base+{tmp_path}/my+adapter")
-    ):  # fmt: skip
-        found = _run(_spec(home / "base", model), tmp_path / f"out{number}")
-        _assert_same(found, expected)
+    found = _run(_spec(home / "base", model.format(home=home, here=tmp_path)), tmp_path / "out")
+    _assert_same(found, load_folder(home / "one-merged"))
 
 
 def test_an_adapter_beside_a_whole_model_is_taken(home, tmp_path):
@@ -659,7 +718,6 @@ def test_an_output_does_not_replace_the_base_of_an_adapter(inside, home, tmp_pat
     base = tmp_path / "base"
     _run(_spec(home / "base", home / "one"), base)  # an output, which --overwrite may replace
     with pytest.raises(OutlierMergeError, match="is, holds or is inside the model"):
-        outliermerge.plan(_alone(f"{base}+{home}/two"))
         target = base / "out" if inside else base
         outliermerge.run(_alone(f"{base}+{home}/two"), output=target, overwrite=True)
 
@@ -781,17 +839,13 @@ def test_the_plan_as_json(home, tmp_path, capsys):
     assert [entry["path"] for entry in plan["inputs"]] == [
         str(home / name) for name in ("base", "two", "one")
     ]
-    stored = load_file(home / "two" / WEIGHTS), load_folder(home / "base")
-    assert plan["inputs"][1]["num_tensors"] == len(stored[1])
-    assert plan["actions"] == {"merge": 4, "equal": len(stored[1]) - 4} or (
-        plan["actions"]["merge"] == 4
-    )
+    assert plan["inputs"][1]["num_tensors"] == len(load_folder(home / "base"))
     assert any(f"{home}/two: LoRA (r=4) of 4 layers" in note for note in plan["notes"])
     job = next(job for job in plan["tensors"] if job["name"] == LAYER_0)
     assert job["sources"] == [str(home / "base"), str(home / "two"), chain]
 
 
-NUM_LAYERS = 40
+NUM_LAYERS = 30
 
 
 @pytest.fixture
@@ -803,12 +857,12 @@ def long(tmp_path: Path) -> Path:
         return torch.randn(shape, generator=generator)
 
     names = [f"model.layers.{number}.mlp" for number in range(NUM_LAYERS)]
-    save_tensors(tmp_path / "base", {f"{name}.weight": random(400, 384) for name in names})
+    save_tensors(tmp_path / "base", {f"{name}.weight": random(320, 256) for name in names})
     for adapter in ("first", "second"):
         stored = {}
         for name in names:
-            stored[f"base_model.model.{name}.lora_A.weight"] = random(4, 384)
-            stored[f"base_model.model.{name}.lora_B.weight"] = random(400, 4)
+            stored[f"base_model.model.{name}.lora_A.weight"] = random(4, 256)
+            stored[f"base_model.model.{name}.lora_B.weight"] = random(320, 4)
         (tmp_path / adapter).mkdir()
         save_file(stored, tmp_path / adapter / WEIGHTS)
         (tmp_path / adapter / CONFIG).write_text(json.dumps(_MIDDLE))
@@ -835,12 +889,10 @@ def test_a_killed_merge_goes_on_only_with_the_same_adapters(long):
 
     config = long / "second" / CONFIG
     said = config.read_text()
-    for changes in ({"lora_alpha": 7}, {"use_rslora": True}, {"alpha_pattern": {"layers.39": 1}}):
+    for changes in ({"lora_alpha": 7}, {"use_rslora": True}, {"alpha_pattern": {".*29.mlp": 1}}):
         config.write_text(json.dumps(_MIDDLE | changes))
-        changed = "alpha_pattern" not in changes  # that one is of no layer: `layers.39.mlp` is
-        if changed:
-            with pytest.raises(OutlierMergeError, match=r"how the models' tensors are computed"):
-                outliermerge.run(spec, output=output)
+        with pytest.raises(OutlierMergeError, match="how the models' tensors are computed"):
+            outliermerge.run(spec, output=output)
     config.write_text(said)
     weights = long / "first" / WEIGHTS
     status = weights.stat()

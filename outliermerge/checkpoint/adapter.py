@@ -33,7 +33,7 @@ from outliermerge.errors import OutlierMergeError, listing
 
 _PREFIX = "base_model.model."
 # What peft puts around a layer that it wraps.
-_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save\.")
+_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.default)?\.")
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?"
@@ -86,6 +86,13 @@ class _Adapter:
         self.file = next(folder / name for name in FILE_NAMES if (folder / name).is_file())
         check_file(self.file, folder)
         metas, _ = read_metas(self.file)
+        if not metas:
+            raise self.refuse("holds no tensors. Save the adapter again.")
+        if (folder / "non_lora_trainables.bin").exists():
+            raise OutlierMergeError(
+                f"{folder}: beside the adapter, non_lora_trainables.bin holds trained tensors of "
+                "LLaVA. Merge both with LLaVA's scripts/merge_lora_weights.py."
+            )
         self.modules: dict[str, _Module] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
@@ -94,7 +101,9 @@ class _Adapter:
                 part = match["part"]
                 if part in ("lora_A", "lora_B"):
                     part += f".{match['end']}"
-                self.modules.setdefault(match["module"], _Module()).parts[part] = meta
+                parts = self.modules.setdefault(match["module"], _Module()).parts
+                if (other := parts.setdefault(part, meta)) is not meta:
+                    raise self.refuse(f"{other.name!r} and {meta.name!r} are the same factor")
             elif "lora_" in name or "token_adapter.trainable" in name:
                 raise self.refuse(f"tensor {meta.name!r} is of no known kind")
             elif ".original_module." not in name:  # the same as in the base
@@ -275,6 +284,8 @@ class _Adapter:
     def _scale(self, module: str, lora_a: TensorMeta) -> float:
         rank = by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
         alpha = by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        if lora_a.num_elements == 0:
+            raise self.refuse(f"{module}: A is empty, as ZeRO-3 saves it where it is not gathered")
         if not lora_a.shape or lora_a.shape[0] != rank:
             raise self.refuse(
                 f"{module}: A {list(lora_a.shape)} is not of rank {rank}, as {CONFIG_NAME} says"

@@ -42,6 +42,7 @@ _WITHOUT_MEANING = {
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",
     "modules_to_save",
     "peft_version",
     "qalora_group_size",

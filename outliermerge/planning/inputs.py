@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from outliermerge.checkpoint.adapter import open_adapter
-from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
+from outliermerge.checkpoint.adapter_config import CONFIG_NAME, base_of_adapter, is_adapter
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.hub import resolve
+from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
-from outliermerge.planning.tied import tied_embeddings
+from outliermerge.planning.tied import is_head, tied_embeddings
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
@@ -52,22 +53,32 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
 
 def _same(entry: Input, other: Input) -> bool:
     """Tell whether two references lead to the same files."""
-    return entry.checkpoint.root.resolve() == other.checkpoint.root.resolve() and (
-        entry.home.resolve() == other.home.resolve()
-    )
+    return _files(entry) == _files(other)
+
+
+def _files(entry: Input) -> list[Path]:
+    return [stamp.path.resolve() for stamp in entry.checkpoint.weight_files]
 
 
 def _open(
     reference: str, rename: Rename, role: Literal["base", "model"], base: Input | None
 ) -> Input:
-    stem, plus, last = reference.rpartition("+")
-    if plus and not as_path(reference).exists():
+    if "+" in reference and not as_path(reference).exists():
+        stem, last = _split(reference)
         return _open_adapter(reference, resolve(last), rename, role, base, stem)
     root = resolve(reference)
     if root.is_dir() and is_adapter(root):
         return _open_adapter(reference, root, rename, role, base, None)
     checkpoint = dequantize(open_checkpoint(root))
     return _renamed(Input(reference, role, checkpoint, home=root), rename)
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """Return what stands before the last `+` that does not belong to a name, and behind it."""
+    parts = reference.split("+")
+    splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(len(parts) - 1, 0, -1)]
+    named = (pair for pair in splits if as_path(pair[1]).exists() or is_hub_id(pair[1]))
+    return next(named, splits[0])
 
 
 def _open_adapter(
@@ -109,17 +120,12 @@ def _open_adapter(
     try:
         adapted = open_adapter(folder, under.checkpoint, target)
     except OutlierMergeError as error:
-        best = best_rename(seen, under.checkpoint.tensors)
+        best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):
             raise
         advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
-    for name in tied_embeddings(under):
-        if adapted.tensors[name] is not under.checkpoint.tensors[name]:
-            notes.append(
-                f"it changes {name}, to which {under.reference} ties its head: the head changes "
-                "with it, as when peft merges it, though it did not in training"
-            )
+    notes += _check_tied(folder, under, adapted, alone=under is not base)
     checkpoint = replace(
         adapted,
         sidecars=under.checkpoint.sidecars,
@@ -132,6 +138,27 @@ def _open_adapter(
         return _renamed(entry, rename)
     rename.apply(seen)
     return replace(entry, renamed=rename.counts(seen))
+
+
+def _check_tied(folder: Path, under: Input, adapted: Checkpoint, *, alone: bool) -> list[str]:
+    """Refuse an adapter that parts a head from the embeddings that it is tied to."""
+    notes = []
+    for name in tied_embeddings(under):
+        heads = [head for head in adapted.tensors if is_head(head)]
+        whole = read_json(folder / CONFIG_NAME).get("modules_to_save") or ()
+        if (alone and heads) or (not heads and any(f".{part}." in f".{name}" for part in whole)):
+            raise OutlierMergeError(
+                f"{folder}: it has {heads[0] if heads else name} by itself, which {under.reference} "
+                "ties, so that the model has a head of its own, which the base's config does not "
+                "know. Merge it with peft's merge_and_unload(), then "
+                "save_pretrained()."
+            )
+        if adapted.tensors[name] is not under.checkpoint.tensors[name]:
+            notes.append(
+                f"it changes {name}, to which {under.reference} ties its head: the head changes "
+                "with it, as when peft merges it, though it did not in training"
+            )
+    return notes
 
 
 def _renamed(entry: Input, rename: Rename) -> Input:

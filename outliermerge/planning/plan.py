@@ -17,7 +17,7 @@ from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars
-from outliermerge.planning.tied import TiedCopy, match_tied
+from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.rename import best_rename
@@ -122,7 +122,7 @@ class _Planner:
             checks=tuple(self.checks),
             proof=proof,
             components=checkpoint.components,
-            num_rows=self.alignment.num_rows,
+            num_rows=self.alignment.num_rows or grown_rows(self.inputs[0]),
             added_tokens=self.alignment.added_tokens,
         )
 
@@ -174,6 +174,9 @@ class _Planner:
             return name, "copy", found, {}, dtype, "one model, unchanged by the method"
         if self.method.space == "delta":
             found = (own, *found)
+        one_source = len({source for _, source in found}) == 1 and len(found) > 1
+        if one_source and (self.method.space == "delta" or self.method.idempotent(parameters)):
+            return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
 
     def _draft_unmergeable(

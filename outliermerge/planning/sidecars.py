@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
@@ -41,9 +42,13 @@ def choose_sidecars(
     }
     chosen = {}
     for kind, entry in sources.items():
-        for name in entry.checkpoint.sidecars:
-            if _kind(name) == kind:
-                chosen[name] = Sidecar(name, entry.home / name)
+        home, names = entry.home, entry.checkpoint.sidecars
+        if kind == "tokenizer" and entry.tokenizer_home != home:
+            home, names = entry.tokenizer_home, tuple(names_in(entry.tokenizer_home))
+        for name in names:
+            if _kind(name) == kind and (home / name).is_file():
+                check_file(home / name, home)
+                chosen[name] = Sidecar(name, home / name)
     differing: list[str] = []
     senseless: list[str] = []
     for file in _config_files(inputs[0]):

@@ -63,6 +63,16 @@ def is_head(name: str) -> bool:
     return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is _EMBEDDINGS
 
 
+def grown_rows(entry: Input) -> int | None:
+    """Return the rows of embeddings that an adapter has changed the number of; else None."""
+    if entry.home == entry.checkpoint.root:
+        return None
+    tensors = entry.checkpoint.tensors
+    rows = {tensors[name].shape[0] for name in tensors if name.endswith(_EMBEDDINGS)}
+    said = text_config(_config(entry)).get("vocab_size")
+    return rows.pop() if len(rows) == 1 and said not in (None, *rows) else None
+
+
 def tied_embeddings(entry: Input) -> list[str]:
     """Return the names of a model's embeddings where its head is tied to them."""
     tensors = entry.checkpoint.tensors

@@ -35,6 +35,8 @@ _LLAVA_V4_TO_V5 = (
     # In the names of transformers 4.52 to 4.57 it still has.
     ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
 )
+# Of Qwen2-VL and Qwen2.5-VL; the published names are those of transformers before 4.52.
+_QWEN_VL_V4_TO_V5 = (("model.", "model.language_model."), ("visual.", "model.visual."))
 _PAIRS = {
     "llava_original_to_hf": _LLAVA_ORIGINAL_TO_HF,
     "llava_next_original_to_hf": (
@@ -42,12 +44,14 @@ _PAIRS = {
         ("model.image_newline", "image_newline"),
     ),
     "transformers_v4_to_v5": _LLAVA_V4_TO_V5,
+    "qwen_vl_v4_to_v5": _QWEN_VL_V4_TO_V5,
 }
 # Each map can be taken backwards: a_to_b as b_to_a.
 _BACKWARDS = {
     "llava_hf_to_original": "llava_original_to_hf",
     "llava_next_hf_to_original": "llava_next_original_to_hf",
     "transformers_v5_to_v4": "transformers_v4_to_v5",
+    "qwen_vl_v5_to_v4": "qwen_vl_v4_to_v5",
 }
 MAP_NAMES = (*_PAIRS, *_BACKWARDS)
 
