@@ -147,10 +147,10 @@ def _check_tied(folder: Path, under: Input, adapted: Checkpoint, *, alone: bool)
         heads = [head for head in adapted.tensors if is_head(head)]
         whole = read_json(folder / CONFIG_NAME).get("modules_to_save") or ()
         if (alone and heads) or (not heads and any(f".{part}." in f".{name}" for part in whole)):
+            parted = heads[0] if heads else name
             raise OutlierMergeError(
-                f"{folder}: it has {heads[0] if heads else name} by itself, which {under.reference} "
-                "ties, so that the model has a head of its own, which the base's config does not "
-                "know. Merge it with peft's merge_and_unload(), then "
+                f"{folder}: it has {parted} by itself, which {under.reference} ties, so that the "
+                "model has a head of its own, which the base's config does not know. Merge it with peft's merge_and_unload(), then "
                 "save_pretrained()."
             )
         if adapted.tensors[name] is not under.checkpoint.tensors[name]:
