@@ -185,11 +185,11 @@ class JobRunner:
                 f"{job.reason}. They are not. `extra: drop` leaves it out all the same."
             )
         kind = job.sources[0][1].dtype.name
-        advice = (
-            "`unequal: base` takes the base model's, or make it equal."
-            if not job.output.dtype.is_float
-            else "Give `extra: copy` to one of them and `extra: drop` to the others."
-        )
+        advice = "Make it equal."
+        if job.reason.startswith("extra"):
+            advice = "Give `extra: copy` to one of them and `extra: drop` to the others."
+        elif self._plan.inputs[0].role == "base":
+            advice = "`unequal: base` takes the base model's."
         raise OutlierMergeError(
             f"tensor {job.name!r} ({kind}, {job.reason}) cannot be merged, only copied, "
             f"but it differs between:\n{listing(models)}\n{advice}"
@@ -211,7 +211,7 @@ class JobRunner:
             fits = True
             if meta.dtype != job.output.dtype:
                 stored = values.to(target)
-                fits = not finite or _is_finite(stored)
+                fits = not finite or _fits(values, stored)
                 out = stored.view(torch.uint8)
                 written = piece_digests(_bytes_of(out), job.output.dtype.num_bytes)
             self._write(job.output, span, out)
@@ -249,7 +249,6 @@ class JobRunner:
             name: like.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
         }
         target = getattr(torch, job.output.dtype.name)
-        largest = torch.finfo(target).max
         in_pieces = method.cut == "element"
 
         def merge(span: Span) -> tuple[list[bytes], bytes, set[int], bool, dict[str, Any]]:
@@ -264,8 +263,7 @@ class JobRunner:
             out = self._raw("out", (span[1] - span[0]) * job.output.dtype.num_bytes)
             stored_E = out.view(target)
             stored_E.copy_(merged_E)
-            low, high = (float(value) for value in merged_E.aminmax())
-            finite = (-largest <= low and high <= largest) or bool(stored_E.isfinite().all())
+            finite = _fits(merged_E, stored_E)
             if not finite and not self._options.allow_non_finite:
                 self._raise_non_finite(job, [f"in the output ({job.output.dtype.name})"])
             written = piece_digests(_bytes_of(out), job.output.dtype.num_bytes)
@@ -372,7 +370,27 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def _fits(values: Tensor, stored: Tensor) -> bool:
+    """Tell whether finite values are still so in the dtype that they are stored in.
+
+    torch stores what is too large for float8_e4m3fn as its largest value, 448; what is nearer to
+    the next one, which would be 480, is taken as too large.
+    """
+    import torch
+
+    kept = torch.finfo(stored.dtype).max
+    low, high = _extremes(values)
+    if stored.dtype == torch.float8_e4m3fn:
+        return -464 <= low and high <= 464
+    return (-kept <= low and high <= kept) or _is_finite(stored)
+
+
 def _is_finite(values: Tensor) -> bool:
     """Tell whether no value is infinite or NaN, by the extremes, which NaN takes over."""
+    return all(math.isfinite(extreme) for extreme in _extremes(values))
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
     wide = values if values.element_size() >= 4 else values.float()
-    return all(math.isfinite(float(extreme)) for extreme in wide.aminmax())
+    low, high = wide.aminmax()
+    return float(low), float(high)

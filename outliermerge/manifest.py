@@ -31,15 +31,15 @@ MANIFEST_FORMAT = 1
 def identity(plan: Plan, *, device: str) -> dict[str, Any]:
     """Return what must be the same for a killed run to be continued, by what a user calls it."""
     layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
-    computed = [s for job in plan.jobs for _, s in job.sources if s.stored != (s,)]
+    pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
     return {
         "the outliermerge version": version("outliermerge"),
         "the torch version": version("torch"),
         "the device": device.partition(":")[0],
         "the spec": plan.spec.as_dict(),
         "the layout of the output (--shard-size, tensors)": layout,
-        "how the models' tensors are computed (adapters, quantisation, vocabulary)": (
-            xxhash.xxh3_128_hexdigest(repr(computed).encode())
+        "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
+            xxhash.xxh3_128_hexdigest(repr(pairing).encode("utf-8", "surrogatepass"))
         ),
         **{
             f"the files of {entry.reference}": [

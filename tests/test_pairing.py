@@ -37,11 +37,6 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = ["[UNK]", "one", "two", "three", "four", "five", "six", "seven"]
 
 
-def bug(reason: str) -> Any:
-    """Mark a test that fails until the package is corrected."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def model(
     folder: Path, tensors: Mapping[str, Tensor], *, words: list[str] | None = None, **config: Any
 ) -> Path:
@@ -292,7 +287,6 @@ def test_a_tensor_that_is_no_float_and_differs_is_refused_or_the_bases(name, has
         assert torch.equal(found[name], odd_tensors(0)[name])
 
 
-@bug("`unequal: base` is advised where there is no base model, and then refused")
 def test_the_advice_for_buffers_that_differ_holds_without_a_base(tmp_path):
     ours = model(tmp_path / "a", {"w": torch.ones(2), "n": torch.tensor(1)})
     theirs = model(tmp_path / "b", {"w": torch.ones(2), "n": torch.tensor(2)})
@@ -303,7 +297,6 @@ def test_the_advice_for_buffers_that_differ_holds_without_a_base(tmp_path):
         outliermerge.plan(spec | {"unequal": "base"})
 
 
-@bug("`unequal: base` is advised for a buffer that the base lacks, and changes nothing there")
 def test_the_advice_for_extra_buffers_that_differ_holds(tmp_path):
     base = model(tmp_path / "base", {"w": torch.ones(2)})
     tuned = [model(tmp_path / f"m{n}", {"w": torch.ones(2), "n": torch.tensor(n)}) for n in (1, 2)]
@@ -337,7 +330,7 @@ def test_plain_fp8_tensors_are_merged_in_float32_and_rounded_once(dtype, out_dty
 @pytest.mark.parametrize(
     "dtype",
     [
-        pytest.param(FP8[0], marks=bug("torch knows no isfinite of float8_e4m3fn: a traceback")),
+        FP8[0],
         FP8[1],
     ],
     ids=str,
@@ -351,11 +344,8 @@ def test_fp8_values_too_large_to_store_are_named(dtype, tmp_path):
     assert not (tmp_path / "out").exists()
     wide = merged(spec | {"out_dtype": "float32"}, tmp_path / "wide")["w"]
     assert torch.equal(wide, 2 * largest.float())
-        largest[0]
-    )
 
 
-@bug("torch knows no isfinite of float8_e4m3fn: a traceback")
 def test_a_value_that_rounds_to_the_largest_fp8_is_stored(tmp_path):
     # 456 is nearer to 448 than to where 512 would be, as float8_e4m3fn has steps of 32 there.
     base = model(tmp_path / "base", {"w": torch.zeros(2).to(FP8[0])})
@@ -381,16 +371,15 @@ def test_rows_of_fp8_embeddings_are_picked(policy, tmp_path):
 # Renames
 
 
-@bug("the advice is for the names after the model's own rename, and does not say to append it")
 def test_the_map_that_is_advised_pairs_where_there_is_a_rename_already(tmp_path):
     tensors = randoms({name: (4, 4) for name in ORIGINAL_TO_HF}, 0)
     base = model(tmp_path / "base", {ORIGINAL_TO_HF[name]: t for name, t in tensors.items()})
     task = model(tmp_path / "task", {f"module.{name}": t for name, t in tensors.items()})
     spec = spec_of(base, named(task, rule(r"^module\.", "")))
     message = refusal(spec)
-    assert "`rename: " in message
+    assert "Added to its own, `rename: " in message
     advice = yaml.safe_load(message.split("`rename: ")[1].split("`")[0])
-    spec["models"][0]["rename"] = advice
+    spec["models"][0]["rename"] = [rule(r"^module\.", ""), advice]
     outliermerge.plan(spec)
 
 
@@ -402,7 +391,7 @@ def test_the_map_that_is_advised_pairs_where_there_is_a_rename_already(tmp_path)
         "x y/",
         "[0].",
         "é.",
-        pytest.param("it's.", marks=bug("the quote ends the YAML text")),
+        "it's.",
     ],
 )
 def test_the_rule_that_is_advised_for_a_prefix_pairs(prefix, tmp_path):
@@ -419,8 +408,8 @@ def test_the_rule_that_is_advised_for_a_prefix_pairs(prefix, tmp_path):
     [
         "model.",
         "[0].",
-        pytest.param("a\\1.", marks=bug("a backslash in a replacement is not escaped")),
-        pytest.param("it's.", marks=bug("the quote ends the YAML text")),
+        "a\\1.",
+        "it's.",
     ],
 )
 def test_the_rule_that_is_advised_for_a_prefix_of_the_base_pairs(prefix, tmp_path):
@@ -431,7 +420,6 @@ def test_the_rule_that_is_advised_for_a_prefix_of_the_base_pairs(prefix, tmp_pat
     outliermerge.plan(spec_of(base, named(task, *yaml.safe_load(advice))))
 
 
-@bug("the last rule is blamed")
 def test_the_rule_that_makes_two_names_one_is_pointed_at(tmp_path):
     base = model(tmp_path / "base", randoms({"y": (2,)}, 0))
     task = model(tmp_path / "task", randoms({"a": (2,), "b": (2,)}, 1))
@@ -457,8 +445,8 @@ def test_names_that_change_places_take_their_tensors_along(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("__metadata__", marks=bug("written into the header's own entry: unreadable")),
-        pytest.param("w\ud800", marks=bug("UnicodeEncodeError")),
+        "__metadata__",
+        "w\ud800",
     ],
     ids=["reserved", "surrogate"],
 )
@@ -507,7 +495,6 @@ def test_a_base_pipeline_with_other_names_is_paired_and_written_under_its_own(tm
     close(found["vae/m.c"], sums(parts(0)["vae"]["c"], parts(1)["vae"]["c"]))
 
 
-@bug("KeyError ''")
 @pytest.mark.parametrize(
     ("before", "after", "name"),
     [("^unet/", "", "a"), ("^vae/", "decoder/", "decoder/a"), ("^unet/a", "a", "a")],
@@ -517,18 +504,16 @@ def test_a_name_outside_of_all_components_is_refused(before, after, name, pipeli
     if before == "^unet/":
         spec["rename"].append(rule("^b$", "unet/b"))
     message = refusal(spec)
-    assert "rename" in message and repr(name) in message and "unet" in message
+    assert f"becomes {name!r}, which is not of the same component" in message
 
 
-@bug("KeyError ''")
 def test_a_base_rename_out_of_all_components_is_refused(pipelines):
     base, task = pipelines
     strip = rule("^unet/", "")
     message = refusal(spec_of(named(base, strip), named(task, strip)))
-    assert "'a'" in message and "unet" in message
+    assert "of no component of" in message and "\n  a\n" in message and "unet" in message
 
 
-@bug("KeyError ''")
 def test_a_component_that_the_base_lacks_cannot_be_copied(pipelines, tmp_path):
     more = pipeline(tmp_path / "more", parts(1) | {"text_encoder": randoms({"w": (2,)}, 1)})
     spec = spec_of(pipelines[0], more)
@@ -539,14 +524,12 @@ def test_a_component_that_the_base_lacks_cannot_be_copied(pipelines, tmp_path):
     assert "text_encoder/w" in refusal(spec | {"extra": "copy"})
 
 
-@bug("KeyError ''")
 def test_a_tensor_of_no_component_cannot_be_copied_into_a_pipeline(pipelines, tmp_path):
     plain = {f"{part}/{k}": v for part, held in parts(1).items() for k, v in held.items()}
     task = model(tmp_path / "plain", plain | {"stray": torch.ones(2)})
     assert "stray" in refusal(spec_of(pipelines[0], task, extra="copy"))
 
 
-@bug("written without a word: neither diffusers nor outliermerge reads it again")
 def test_a_component_is_not_left_without_weights(pipelines, tmp_path):
     spec = spec_of(*pipelines, rename=rule(r"^vae/(.*)", r"unet/vae.\1"))
     try:
@@ -582,7 +565,6 @@ def test_a_file_of_either_kind_is_merged_with_one_of_the_other(kinds, tmp_path):
     ]
 
 
-@bug("the manifest lists config.json, which is not written beside a file: verify fails")
 def test_a_file_verifies_whatever_the_config_is_taken_from(tmp_path):
     save_file(randoms({"w": (3,)}, 0), tmp_path / "base.safetensors")
     task = model(tmp_path / "task", randoms({"w": (3,)}, 1))
@@ -595,7 +577,6 @@ def test_a_file_verifies_whatever_the_config_is_taken_from(tmp_path):
         assert outliermerge.verify(result.output) == []
 
 
-@bug("the note looks at the base's files, not at those of the output")
 @pytest.mark.parametrize("base_has_it", [True, False])
 def test_an_output_without_a_config_is_told_and_no_other(base_has_it, tmp_path):
     base, task = (model(tmp_path / n, randoms({"w": (3,)}, 0)) for n in ("base", "task"))
@@ -606,7 +587,6 @@ def test_an_output_without_a_config_is_told_and_no_other(base_has_it, tmp_path):
     assert told is not (output / "config.json").exists()
 
 
-@bug("'base' is the word for it; another model is suggested")
 def test_the_base_may_be_named_as_a_source(tmp_path):
     base, task = (model(tmp_path / n, randoms({"w": (3,)}, 0)) for n in ("base", "task"))
     spec = spec_of(base, task, config_source=str(base))
@@ -634,23 +614,16 @@ def adapter(folder: Path, base: Path, seed: int) -> Path:
     return folder
 
 
-@bug("the second weight is silently not used: the first counts for both")
-def test_an_adapter_named_in_two_ways_has_both_weights_or_is_refused(tmp_path):
+def test_an_adapter_named_in_two_ways_is_refused(tmp_path):
     base = model(tmp_path / "base", randoms({"model.proj.weight": (4, 4)}, 0))
     lora = adapter(tmp_path / "lora", base, 1)
-    alone = merged(spec_of(base, lora), tmp_path / "alone")["model.proj.weight"]
     spec = spec_of(
         base,
         {"model": str(lora), "parameters": {"weight": 0.25}},
         {"model": f"{base}+{lora}", "parameters": {"weight": 0.5}},
     )
-    try:
-        found = merged(spec, tmp_path / "twice")["model.proj.weight"]
-    except SpecError as error:
-        assert "stands twice" in str(error)
-    else:
-        stored = load_folder(base)["model.proj.weight"].double()
-        close(found, stored + 0.75 * (alone.double() - stored))
+    with pytest.raises(SpecError, match=r"models\[1\]\.model: .* is the same model as "):
+        outliermerge.plan(spec)
 
 
 def test_a_link_to_a_model_is_that_model(tmp_path):
@@ -696,7 +669,6 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RearrangedRows, "rows", counted)
 
 
-@bug("the copy, all of whose rows stay, is compared with the cut embeddings: it reads for ever")
 @pytest.mark.parametrize("policy", ["base", "common"])
 @pytest.mark.parametrize("num_rows", [9, 72])
 @pytest.mark.usefixtures("guarded")
@@ -710,7 +682,6 @@ def test_a_copy_of_larger_tied_embeddings_is_left_out(policy, num_rows, tmp_path
     close(found[EMBEDDINGS], sums(load_folder(base)[EMBEDDINGS], theirs))
 
 
-@bug("the copy is compared with the embeddings in the base's order: a false refusal")
 def test_a_copy_of_tied_embeddings_in_another_order_is_left_out(tmp_path):
     base = language_model(tmp_path / "base", 8, tie=True)
     words = [WORDS[0], *reversed(WORDS[1:])]
@@ -721,7 +692,6 @@ def test_a_copy_of_tied_embeddings_in_another_order_is_left_out(tmp_path):
     close(found[EMBEDDINGS], sums(load_folder(base)[EMBEDDINGS], theirs))
 
 
-@bug("the comparison reads past the embeddings' end: 'the file ends at byte'")
 def test_a_stray_head_with_more_rows_than_its_embeddings_is_named(tmp_path):
     base = language_model(tmp_path / "base", 8, tie=True)
     task = language_model(tmp_path / "task", 8, head=72, seed=1, tie=True)
@@ -747,7 +717,6 @@ def test_a_tied_model_with_64_more_rows_serves_an_untied_base(policy, tmp_path):
     assert config["vocab_size"] == num_rows and config["tie_word_embeddings"] is False
 
 
-@bug("the head keeps the model's rows beside the base's embeddings and vocab_size")
 @pytest.mark.parametrize("tie", [None, False])
 def test_an_extra_head_has_the_rows_of_the_embeddings(tie, tmp_path):
     base = language_model(tmp_path / "base", 8, tie=tie)
@@ -760,25 +729,6 @@ def test_an_extra_head_has_the_rows_of_the_embeddings(tie, tmp_path):
         assert HEAD in str(error)
     else:
         assert found[HEAD].shape == found[EMBEDDINGS].shape
-
-
-@bug("the config of the deeper model is refused, or says no more layers")
-def test_the_config_that_is_advised_for_more_layers_helps(tmp_path):
-    def layers(num: int) -> dict[str, tuple[int, ...]]:
-        return {f"model.layers.{n}.mlp.up_proj.weight": (4, 4) for n in range(num)}
-
-    base = model(tmp_path / "base", randoms(layers(1), 0), num_hidden_layers=1)
-    deep = model(tmp_path / "deep", randoms(layers(2), 1), num_hidden_layers=1)
-    spec = spec_of(base, deep, extra="copy")
-    assert "`config_source` takes the config of the deeper model" in refusal(spec)
-    for said in (1, 2):
-        model(deep, randoms(layers(2), 1), num_hidden_layers=said)
-        try:
-            outliermerge.plan(spec | {"config_source": str(deep)})
-            return
-        except OutlierMergeError:
-            continue
-    pytest.fail("the advice never helps")
 
 
 def causal_model(folder: Path, num_rows: int, tokens: list[str], *, tied: bool, seed: int) -> Path:
@@ -911,54 +861,52 @@ def test_the_manifests_spec_and_the_readmes_recipe_give_the_same_bytes(tmp_path)
 
 
 RULES = [
-    ("base_model", {"model": "b"}, True, "schema"),
-    ("base_model", {"model": "b", "rename": "transformers_v4_to_v5"}, True, "schema"),
-    ("base_model", {"model": ""}, False, None),
-    ("base_model", {"model": "b", "missing": "base"}, False, None),
-    ("base_model", 5, False, None),
-    ("rename", None, True, None),
-    ("rename", [], False, None),
-    ("rename", {"from": "x", "to": ""}, True, None),
-    ("rename", {"from": "", "to": "x"}, False, None),
-    ("rename", {"from": "x"}, False, None),
-    ("rename", ["transformers_v4_to_v5", {"from": "x", "to": "y"}], True, None),
-    ("rename", [["transformers_v4_to_v5"]], False, None),
-    ("rename", "nope", False, None),
-    ("missing", "base", True, None),
-    ("missing", "copy", False, None),
-    ("missing", ["base"], False, None),
-    ("missing", [], False, None),
-    ("missing", [{"filter": "x", "value": "base"}, {"value": "error"}], True, None),
-    ("missing", [{"filter": "", "value": "base"}], False, None),
-    ("missing", {"value": "base", "filter": None}, True, None),
-    ("missing", {"filter": "x"}, False, None),
-    ("extra", "drop", True, None),
-    ("extra", "base", False, None),
-    ("extra", [{"filter": "x", "value": "copy", "also": 1}], False, None),
-    ("unequal", "base", True, None),
-    ("unequal", "drop", False, None),
-    ("vocabulary", "union", True, None),
-    ("vocabulary", None, False, None),
-    ("vocabulary", "all", False, None),
-    ("config_source", "m", True, None),
-    ("config_source", "", False, None),
-    ("tokenizer_source", "base", True, None),
-    ("processor_source", None, True, None),
-    ("processor_source", 1, False, None),
-    ("output", "x.safetensors", True, None),
-    ("output", "", False, None),
-    ("models", [{"model": "m", "extra": "copy", "missing": "base"}], True, None),
-    ("models", [{"model": "m", "rename": "llava_hf_to_original"}], True, None),
-    ("models", [{"model": "m", "unequal": "base"}], False, None),
-    ("models", [{"model": "m", "rename": []}], False, None),
+    ("base_model", {"model": "b"}, True),
+    ("base_model", {"model": "b", "rename": "transformers_v4_to_v5"}, True),
+    ("base_model", {"model": ""}, False),
+    ("base_model", {"model": "b", "missing": "base"}, False),
+    ("base_model", 5, False),
+    ("rename", None, True),
+    ("rename", [], False),
+    ("rename", {"from": "x", "to": ""}, True),
+    ("rename", {"from": "", "to": "x"}, False),
+    ("rename", {"from": "x"}, False),
+    ("rename", ["transformers_v4_to_v5", {"from": "x", "to": "y"}], True),
+    ("rename", [["transformers_v4_to_v5"]], False),
+    ("rename", "nope", False),
+    ("missing", "base", True),
+    ("missing", "copy", False),
+    ("missing", ["base"], False),
+    ("missing", [], False),
+    ("missing", [{"filter": "x", "value": "base"}, {"value": "error"}], True),
+    ("missing", [{"filter": "", "value": "base"}], False),
+    ("missing", {"value": "base", "filter": None}, True),
+    ("missing", {"filter": "x"}, False),
+    ("extra", "drop", True),
+    ("extra", "base", False),
+    ("extra", [{"filter": "x", "value": "copy", "also": 1}], False),
+    ("unequal", "base", True),
+    ("unequal", "drop", False),
+    ("vocabulary", "union", True),
+    ("vocabulary", None, False),
+    ("vocabulary", "all", False),
+    ("config_source", "m", True),
+    ("config_source", "", False),
+    ("tokenizer_source", "base", True),
+    ("processor_source", None, True),
+    ("processor_source", 1, False),
+    ("output", "x.safetensors", True),
+    ("output", "", False),
+    ("models", [{"model": "m", "extra": "copy", "missing": "base"}], True),
+    ("models", [{"model": "m", "rename": "llava_hf_to_original"}], True),
+    ("models", [{"model": "m", "unequal": "base"}], False),
+    ("models", [{"model": "m", "rename": []}], False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
-@pytest.mark.parametrize(("key", "value", "is_valid", "wrong"), RULES)
-def test_the_schema_takes_what_the_package_takes(key, value, is_valid, wrong, method, request):
-    if wrong and METHODS[method].space == "delta":
-        request.applymarker(bug("the schema wants a text for base_model"))
+@pytest.mark.parametrize(("key", "value", "is_valid"), RULES)
+def test_the_schema_takes_what_the_package_takes(key, value, is_valid, method):
     spec = spec_of("b", "m", method=method) | {key: value}
     try:
         load_spec(spec)
@@ -1048,13 +996,12 @@ def test_a_tokenizer_that_moved_rows_since_a_kill_is_refused(tmp_path, monkeypat
     spec, name = vocabulary_case(tmp_path)
     kill(spec, tmp_path / name, monkeypatch)
     shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "task/tokenizer.json")
-    with pytest.raises(OutlierMergeError, match=r"vocabulary.* changed since\. Use --fresh"):
+    with pytest.raises(OutlierMergeError, match=r"tokenizers\) changed since\. Use --fresh"):
         outliermerge.run(spec, output=tmp_path / name)
     result = outliermerge.run(spec, output=tmp_path / name, fresh=True)
     assert outliermerge.verify(result.output) == []
 
 
-@bug("what was paired before is kept: the journal does not know which tensors were read")
 def test_a_config_that_pairs_other_tensors_since_a_kill_is_noticed(tmp_path, monkeypatch):
     # Without `tie_word_embeddings: false` the task's embeddings stand for the head that it lacks.
     base = language_model(tmp_path / "base", 8, head=8, tie=False)

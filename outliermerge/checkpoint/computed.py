@@ -64,6 +64,7 @@ class ComputedTensor(ABC):
         """Fill out with elements start to stop, in `dtype`."""
         import torch
 
+        assert 0 <= start <= stop <= self.num_elements
         if stop == start:
             return
         target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))

@@ -47,7 +47,15 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
 
     if spec.base is not None:
         number_of(spec.base, "base")
-    numbers = [number_of(model, "model") for model in spec.models]
+    numbers: list[int] = []
+    for model in spec.models:
+        number = number_of(model, "model")
+        if number in numbers or (number == 0 and spec.base and spec.method.space == "delta"):
+            other = inputs[number].reference
+            raise spec.source.error(
+                (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
+            )
+        numbers.append(number)
     return tuple(inputs), numbers
 
 
@@ -150,8 +158,8 @@ def _check_tied(folder: Path, under: Input, adapted: Checkpoint, *, alone: bool)
             parted = heads[0] if heads else name
             raise OutlierMergeError(
                 f"{folder}: it has {parted} by itself, which {under.reference} ties, so that the "
-                "model has a head of its own, which the base's config does not know. Merge it with peft's merge_and_unload(), then "
-                "save_pretrained()."
+                "model has a head of its own, which the base's config does not know. Merge it with "
+                "peft's merge_and_unload(), then save_pretrained()."
             )
         if adapted.tensors[name] is not under.checkpoint.tensors[name]:
             notes.append(

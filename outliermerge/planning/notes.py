@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from outliermerge.errors import listing
-from outliermerge.jobs import Input, Job
+from outliermerge.jobs import Input, Job, Sidecar
 from outliermerge.spec.check import MergeSpec
 
 
@@ -14,12 +14,14 @@ def merge_notes(
     spec: MergeSpec,
     inputs: Sequence[Input],
     jobs: Sequence[Job],
+    sidecars: Sequence[Sidecar],
     dropped: Sequence[str],
     lacking: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
     """Yield what is unusual of the models and of the jobs, a note each.
 
     Args:
+        sidecars: files that are carried over.
         dropped: tensors that are left out.
         lacking: by model the tensors that it lacks and another task model has.
     """
@@ -62,8 +64,10 @@ def merge_notes(
         yield f"{len(dropped)} extra tensor(s) are left out:\n{listing(dropped, limit=5)}"
     checkpoint = inputs[0].checkpoint
     known = {"config.json", "model_index.json"}
-    if checkpoint.root.is_dir() and not known & set(checkpoint.sidecars):
-        yield f"{checkpoint.root} has no config.json: transformers cannot load it"
+    if checkpoint.root.is_dir() and not known & {sidecar.name for sidecar in sidecars}:
+        wanted = spec.document.config_source
+        home = next((e.home for e in inputs if e.reference == wanted), inputs[0].home)
+        yield f"{home} has no config.json: transformers cannot load it"
     left_behind = [
         name
         for name in checkpoint.left_behind

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
@@ -14,6 +14,7 @@ from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
+from outliermerge.planning.output_names import written_names
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars
@@ -21,7 +22,7 @@ from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.rename import best_rename
-from outliermerge.spec.settings import Layer, SettingError, SpecPath, find_layers
+from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
@@ -77,7 +78,7 @@ class _Planner:
         self._raise_problems()
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
-        written = self._written_names([draft[0] for draft in drafts])
+        written = written_names(self.spec, self.inputs[0], [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
             shard_bytes = DEFAULT_SHARD_BYTES
         shards, placed = plan_layout(
@@ -117,21 +118,22 @@ class _Planner:
                 *self.alignment.notes,
                 *sidecar_notes,
                 *doubts,
-                *merge_notes(self.spec, self.inputs, jobs, self.dropped, self.lacking),
+                *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
             checks=tuple(self.checks),
             proof=proof,
             components=checkpoint.components,
-            num_rows=self.alignment.num_rows or grown_rows(self.inputs[0]),
+            num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
         )
 
-    def _written_names(self, names: list[str]) -> dict[str, str]:
-        """Return the name in the output of each tensor of the merge."""
-        try:
-            return self.spec.rename.apply(names)
-        except SettingError as error:
-            raise self.spec.source.error(error.path, str(error), at_key=error.at_key) from error
+    def _num_rows(self) -> int | None:
+        """Return the rows of the output's vocabulary where its config may say otherwise."""
+        rows = self.alignment.num_rows or grown_rows(self.inputs[0])
+        if rows is None and self.spec.document.config_source is not None:
+            size = text_config(read_json(self.inputs[0].home / "config.json")).get("vocab_size")
+            rows = size if isinstance(size, int) else None
+        return rows
 
     def _draft(self, name: str) -> _Draft | None:
         holders = [
@@ -142,6 +144,9 @@ class _Planner:
         if name not in self.reference:
             return self._draft_extra(name, holders)
         first = self.reference[name]
+        if not first.dtype.is_float and self.policies.word("unequal", name) == "base":
+            reason = f"{first.dtype.name} buffer, the base model's"
+            return name, "copy", ((0, first),), {}, self._stored(first), reason
         for number in holders:
             source = self.inputs[number].checkpoint.tensors[name]
             same_kind = source.dtype == first.dtype or (
@@ -183,8 +188,6 @@ class _Planner:
         self, name: str, own: _Numbered, found: tuple[_Numbered, ...], dtype: DType
     ) -> _Draft:
         kind = f"{dtype.name} buffer"
-        if self.policies.word("unequal", name) == "base":
-            return name, "copy", (own,), {}, dtype, f"{kind}, the base model's"
         sources = tuple(dict.fromkeys([own, *found]))
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
         return name, action, sources, {}, dtype, kind
@@ -215,7 +218,7 @@ class _Planner:
 
     def _check_tied(self, tied: TiedCopy) -> Job:
         entry = self.inputs[tied.number]
-        copy, original = (entry.checkpoint.tensors[name] for name in (tied.name, tied.original))
+        copy, original = tied.sources
         reason = (
             f"{self.inputs[0].reference} ties {tied.name} to {tied.original}, so that of "
             f"{entry.reference} is left out, which is right only where they are equal in that model"
@@ -297,8 +300,9 @@ class _Planner:
         for entry in self.inputs[1:]:
             names = entry.checkpoint.tensors
             if (best := best_rename(names, self.reference)) is not None:
+                own = "Added to its own, " if entry.renamed else ""
                 parts.append(
-                    f"`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
+                    f"{own}`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
                     f"{len(names)} tensors with those of {self.inputs[0].reference}."
                 )
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))

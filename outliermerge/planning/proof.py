@@ -9,7 +9,7 @@ from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
-from outliermerge.planning.tied import is_head, ties_head
+from outliermerge.planning.tied import is_head, ties_head, vocabulary_rows
 from outliermerge.spec.settings import find_layers
 
 
@@ -49,9 +49,14 @@ def prove(
         if stack in theirs and num_layers > theirs[stack] and num_layers != depth:
             problems.append(
                 f"{stack}: {num_layers} layers, where the reference has {theirs[stack]} and the "
-                f"config says {depth}. `extra: drop` leaves them out; `config_source` takes the "
-                "config of the deeper model."
+                f"config says {depth}. `extra: drop` leaves them out."
             )
+    rows = vocabulary_rows(shapes)
+    if heads and len(rows) > 1:
+        problems.append(
+            f"{heads[0]}: copied with {shapes[heads[0]][0]} rows, but embeddings and head have "
+            f"{' and '.join(map(str, sorted(rows)))}. `extra: drop` leaves it out."
+        )
     if problems:
         raise OutlierMergeError(
             "the output would have tensors that its config does not know:\n" + listing(problems)

@@ -31,10 +31,17 @@ def choose_sidecars(
     """Return the files that the output takes over, and how the models' files differ.
 
     Raises:
+        SpecError: a `*_source` where the output is a single file.
         OutlierMergeError: configs that make the merge senseless, or a tokenizer that does not fit
             the output's rows.
     """
     document = spec.document
+    if inputs[0].checkpoint.root.is_file():
+        for key in ("config_source", "tokenizer_source", "processor_source"):
+            if getattr(document, key) is not None:
+                raise spec.source.error(
+                    (key,), "the output is a single file, as the base is: nothing stands beside it"
+                )
     sources = {
         "config": _source(inputs, document.config_source),
         "tokenizer": _source(inputs, document.tokenizer_source),

@@ -39,11 +39,13 @@ class TiedCopy:
         number: of the input.
         name: of the copy in the merge.
         original: of what it is tied to.
+        sources: both, as the model stores them.
     """
 
     number: int
     name: str
     original: str
+    sources: tuple[Source, Source]
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
@@ -61,6 +63,13 @@ def ties_head(config: Mapping[str, Any]) -> bool | None:
 def is_head(name: str) -> bool:
     """Tell whether a tensor is a language model's output head, which a config may tie."""
     return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is _EMBEDDINGS
+
+
+def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """Return the numbers of rows that embeddings and heads have; one unless they differ."""
+    return {
+        shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS) or is_head(name)
+    }
 
 
 def grown_rows(entry: Input) -> int | None:
@@ -108,8 +117,9 @@ def match_tied(inputs: tuple[Input, ...]) -> tuple[tuple[Input, ...], list[TiedC
             original = _original(name, tensors, tensors[name])
             if name in reference or original is None or original not in reference:
                 continue
-            if not (is_head(name) and untied):
-                stray.append(TiedCopy(number, name, original))
+            pair = tensors[name], tensors[original]
+            if pair[0].shape == pair[1].shape and not (is_head(name) and untied):
+                stray.append(TiedCopy(number, name, original, pair))
     return tuple(matched), stray, notes
 
 

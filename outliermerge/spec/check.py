@@ -154,7 +154,8 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
 
 
 def _check_sources(document: SpecDocument, source: Source) -> None:
-    known = ["base", *(entry.model for entry in document.models)]
+    entries = [document.base_model] if document.base_model else []
+    known = ["base", *(entry.model for entry in (*entries, *document.models))]
     for key in ("config_source", "tokenizer_source", "processor_source"):
         wanted = getattr(document, key)
         if wanted is not None and wanted not in known:

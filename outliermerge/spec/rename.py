@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -105,13 +106,17 @@ class Rename:
                     rule.path, f"{rule.label!r} matches no tensor; there is for example {example!r}"
                 )
             renamed = {old: rule(new) for old, new in renamed.items()}
-        origin: dict[str, str] = {}
-        for old, new in renamed.items():
-            if new in origin:
-                raise SettingError(
-                    self.rules[-1].path, f"{origin[new]!r} and {old!r} both become {new!r}"
-                )
-            origin[new] = old
+            origin: dict[str, str] = {}
+            for old, new in renamed.items():
+                if new in origin:
+                    raise SettingError(
+                        rule.path, f"{origin[new]!r} and {old!r} both become {new!r}"
+                    )
+                origin[new] = old
+                if new in ("", "__metadata__") or any("\ud800" <= c <= "\udfff" for c in new):
+                    raise SettingError(
+                        rule.path, f"{old!r} becomes {new!r}, which cannot be a tensor's name"
+                    )
         return renamed
 
     def counts(self, names: Iterable[str]) -> dict[str, tuple[int, str, str]]:
@@ -196,21 +201,26 @@ def best_rename(names: Iterable[str], wanted: Mapping[str, Any]) -> tuple[str, i
     None where nothing pairs more of them than their names do as they are.
 
     >>> best_rename(["model.a.b", "model.c"], {"a.b": 1, "c": 1})
-    ("[{from: '^model\\.', to: ''}]", 2)
+    ('[{from: "^model\\\\.", to: ""}]', 2)
     """
     listed = list(names)
     changes: dict[str, Callable[[str], str]] = {
         map_name: partial(_by_prefix, map_name) for map_name in MAP_NAMES
     }
     for prefix in _prefixes(listed):
-        changes[f"[{{from: '^{re.escape(prefix)}', to: ''}}]"] = partial(_without, prefix)
+        changes[_as_yaml(f"^{re.escape(prefix)}", "")] = partial(_without, prefix)
     for prefix in _prefixes(list(wanted)):
-        changes[f"[{{from: '^', to: '{prefix}'}}]"] = prefix.__add__
+        changes[_as_yaml("^", prefix.replace("\\", "\\\\"))] = prefix.__add__
     counts = {
         text: sum(change(name) in wanted for name in listed) for text, change in changes.items()
     }
     best = max(counts, key=lambda text: counts[text])
     return (best, counts[best]) if counts[best] > sum(n in wanted for n in listed) else None
+
+
+def _as_yaml(pattern: str, replacement: str) -> str:
+    """Return a rule as YAML; a JSON text is one in YAML too."""
+    return f"[{{from: {json.dumps(pattern)}, to: {json.dumps(replacement)}}}]"
 
 
 def _prefixes(names: list[str]) -> list[str]:

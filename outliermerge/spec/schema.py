@@ -36,7 +36,7 @@ def json_schema() -> dict[str, Any]:
             "then": {
                 "required": ["base_model"] if method.space == "delta" else [],
                 "properties": (
-                    {"base_model": {"type": "string"}} if method.space == "delta" else {}
+                    {"base_model": {"not": {"type": "null"}}} if method.space == "delta" else {}
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),

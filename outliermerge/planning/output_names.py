@@ -1,0 +1,42 @@
+"""The names that the output's tensors are written under."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outliermerge.checkpoint.layout import component_of
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.jobs import Input
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.settings import SettingError
+
+
+def written_names(spec: MergeSpec, reference: Input, names: Sequence[str]) -> dict[str, str]:
+    """Return the name in the output of each tensor of the merge.
+
+    Args:
+        reference: the model whose layout the output has.
+
+    Raises:
+        SpecError: the output's `rename` fits no tensor, gives two one name, or leads out of a
+            pipeline's component.
+        OutlierMergeError: a tensor is of no component of a pipeline.
+    """
+    components = reference.checkpoint.components
+    lost = [name for name in names if not component_of(name, components)]
+    if lost and "" not in components:
+        raise OutlierMergeError(
+            f"tensors that are of no component of {reference.reference} "
+            f"({', '.join(components)}):\n{listing(lost)}\n"
+            "`extra: drop` leaves out what it lacks; a `rename` of a pipeline must keep the folder."
+        )
+    try:
+        written = spec.rename.apply(names)
+    except SettingError as error:
+        raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
+    for old, new in written.items():
+        if component_of(old, components) != component_of(new, components):
+            raise spec.source.error(
+                ("rename",), f"{old!r} becomes {new!r}, which is not of the same component"
+            )
+    return written
