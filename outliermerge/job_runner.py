@@ -189,7 +189,7 @@ class JobRunner:
         if job.reason.startswith("extra"):
             advice = "Give `extra: copy` to one of them and `extra: drop` to the others."
         elif self._plan.inputs[0].role == "base":
-            advice = "`unequal: base` takes the base model's."
+            advice = "`unequal: base` takes the base model's, or make it equal."
         raise OutlierMergeError(
             f"tensor {job.name!r} ({kind}, {job.reason}) cannot be merged, only copied, "
             f"but it differs between:\n{listing(models)}\n{advice}"
