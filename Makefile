@@ -25,8 +25,9 @@ check: $(VENV)/.dev ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## measure against mergekit (needs 16 GB of disk, about 20 minutes)
+bench: $(VENV)/.dev ## measure against mergekit and peft (needs 16 GB of disk, about 30 minutes)
 	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/against_mergekit.py
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/inputs.py
 
 clean: ## remove the virtual environment and what demo wrote
 	rm -rf $(VENV) models merged
