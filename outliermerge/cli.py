@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         "merge models into a new folder; a killed run goes on when started again",
         "outliermerge run merge_configs/minilm_min_sigma.yaml",
+        "outliermerge run merge_configs/llava_math.yaml --output merged/llava_math",
         "outliermerge run merge_configs/minilm_ties.yaml --output merged --overwrite --memory 2GiB",
     )
     plan = add(
