@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from hub_server import HubServer
 from llava_replicas import (
     HF_BASE,
     INSTRUCT,
@@ -490,3 +493,27 @@ def test_the_plan_shows_what_differs_between_the_published_models(world, monkeyp
         f"{INSTRUCT} lacks 2 tokens ('<image>' {NUM_TOKENS}, '<pad>' {NUM_TOKENS + 1})",
     ):
         assert difference in shown, difference
+
+
+def test_it_is_fetched_from_the_hub_by_its_ids(world, merged, tmp_path):
+    """Unchanged, from a hub that has the three repositories: the same bytes as from folders."""
+    ids = (HF_BASE, INSTRUCT, MATHS)
+    with HubServer({name: world / name for name in ids}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "outliermerge", "run", str(SPECS / "llava_math.yaml")],
+            cwd=tmp_path,
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        fetched = hub.fetched()
+    assert done.returncode == 0, done.stderr
+    assert not any(name.endswith((".bin", "README.md")) for name in fetched)
+    fetched_output = tmp_path / "merged" / "llava_math"
+    weights = sorted(path.name for path in merged.glob("*.safetensors"))
+    assert sorted(path.name for path in fetched_output.glob("*.safetensors")) == weights
+    for name in (*weights, "config.json", "tokenizer.json"):
+        assert (fetched_output / name).read_bytes() == (merged / name).read_bytes(), name
+    card = (fetched_output / "README.md").read_text()
+    assert all(f'- "{name}"' in card for name in ids)
