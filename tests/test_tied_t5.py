@@ -1,4 +1,4 @@
-"""A model with three tensors tied to a fourth: T5, stored once or, as older tools did, four times."""
+"""T5, which ties three tensors to a fourth: stored once, or four times as older tools did."""
 
 from __future__ import annotations
 
