@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli_scores import add_commands, run_compare, run_eval
 from outliermerge.errors import OutlierMergeError, SpecError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ examples:
   outliermerge run merge_configs/minilm_min_sigma.yaml --output merged
   outliermerge plan merge_configs/minilm_ties.yaml --json
   outliermerge verify merged
+  outliermerge eval merged --suite evals/paper.yaml --output scores
+  outliermerge compare scores --paper
   outliermerge methods min_sigma
   outliermerge schema > outliermerge.spec.schema.json
 
@@ -33,7 +36,7 @@ exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outliermerge",
-        description="Merge model checkpoints as a YAML spec says.",
+        description="Merge model checkpoints as a YAML spec says, and score them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
     )
     verify.add_argument("--json", action="store_true", help="print JSON for scripts")
+    add_commands(add, _count)
     methods = add(
         "methods",
         "list merge methods and their parameters",
@@ -334,6 +338,8 @@ _COMMANDS = {
     "run": _run,
     "plan": _plan,
     "verify": _verify,
+    "eval": run_eval,
+    "compare": run_compare,
     "methods": _methods,
     "schema": _schema,
 }

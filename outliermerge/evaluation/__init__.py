@@ -1,0 +1,1 @@
+"""Scores of models: lmms-eval as a subprocess, its results as tables and charts."""

@@ -1,0 +1,58 @@
+"""The model types of lmms-eval that evaluate a checkpoint from a folder, and their arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """What a model type of lmms-eval 0.7.3 takes.
+
+    Attributes:
+        path_argument: the name of the argument for the checkpoint.
+        takes_dtype: it has an argument `dtype`.
+        takes_device: it has the arguments `device` and `device_map`.
+        one_at_a_time: it refuses batches.
+        model_8bit: the model type that loads it in 8 bit, if there is one.
+    """
+
+    path_argument: str
+    takes_dtype: bool = True
+    takes_device: bool = True
+    one_at_a_time: bool = False
+    model_8bit: str | None = None
+
+
+MODEL_TYPES = {
+    "llava_hf": ModelType("pretrained", one_at_a_time=True, model_8bit="llava_hf_8bit"),
+    "qwen2_5_vl": ModelType("pretrained", takes_dtype=False),
+    "vllm": ModelType("model", takes_device=False),
+}
+
+
+def model_arguments(
+    model_type: str,
+    *,
+    path: str,
+    device: str,
+    dtype: str,
+    load_in_8bit: bool,
+    extra: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """Return the model type to ask lmms-eval for, and its arguments.
+
+    >>> model_arguments("llava_hf", path="m", device="cpu", dtype="float32", load_in_8bit=False,
+    ...                 extra={})
+    ('llava_hf', {'pretrained': 'm', 'device': 'cpu', 'device_map': 'cpu', 'dtype': 'float32'})
+    """
+    kind = MODEL_TYPES[model_type]
+    arguments: dict[str, Any] = {kind.path_argument: path}
+    if kind.takes_device:
+        # Without a device map llava_hf leaves the weights to the accelerator that it finds.
+        arguments |= {"device": device, "device_map": device}
+    if kind.takes_dtype:
+        arguments["dtype"] = dtype
+    name = kind.model_8bit if load_in_8bit and kind.model_8bit else model_type
+    return name, arguments | extra

@@ -1,0 +1,156 @@
+"""A suite: which tasks of lmms-eval, at which settings, as a YAML file says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from outliermerge.errors import SpecError, suggest
+from outliermerge.evaluation.model_types import MODEL_TYPES
+from outliermerge.spec.text import Source, parse_yaml
+
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class SuiteTask(_Strict):
+    """One column of the table."""
+
+    title: _Text = Field(description="the column's title")
+    task: _Text = Field(description="lmms-eval's name of the task")
+    metric: _Text = Field(description='the key of its score: "metric,filter"')
+    scale: Literal[1, 100] = Field(100, description="what makes the metric 0–100")
+    limit: _Count | None = Field(None, description="questions asked; all of them by default")
+    generation: dict[str, Any] = Field({}, description="generation settings, over the task's own")
+
+
+class SuiteDocument(_Strict):
+    """The keys of a suite."""
+
+    tasks: list[SuiteTask] = Field(min_length=1)
+    tasks_folder: _Text | None = Field(None, description="tasks of our own, beside lmms-eval's")
+    data: _Text | None = Field(
+        None, description="a folder with data sets under their hub ids, which win over the hub"
+    )
+    model_type: Literal["llava_hf", "qwen2_5_vl", "vllm"] = "llava_hf"
+    model_args: dict[str, Any] = Field({}, description="for the model type, besides ours")
+    device: _Text = Field("auto", description="cpu, cuda, cuda:N, or auto")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    load_in_8bit: bool = False
+    batch_size: _Count = 1
+    limit: _Count | None = Field(None, description="questions a task, where it says nothing")
+    generation: dict[str, Any] = Field({}, description="for all tasks; a task's own win")
+    judge: bool = Field(False, description="some task asks a language model whether answers fit")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite that has been checked.
+
+    Attributes:
+        name: of its file.
+        tasks_folder, data: absolute, and there.
+    """
+
+    name: str
+    document: SuiteDocument
+    tasks_folder: Path | None
+    data: Path | None
+    source: Source
+
+    def limit_of(self, task: SuiteTask) -> int | None:
+        """Return how many questions are asked; None for all of them."""
+        return task.limit or self.document.limit
+
+    def generation_of(self, task: SuiteTask) -> dict[str, Any]:
+        """Return the generation settings that win over those of the task's own file."""
+        return {**self.document.generation, **task.generation}
+
+
+def load_suite(path: str | Path, **overrides: Any) -> Suite:
+    """Read and check a suite; `overrides` replace its keys where they are not None.
+
+    Paths in a suite are relative to its file, those of overrides to the working directory.
+
+    Raises:
+        SpecError: it cannot be read, or anything in it is unknown, of a wrong type or out of
+            range; the message starts with file, line and column.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"{file}: no such suite. The project's own are in evals/") from error
+    except OSError as error:
+        raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{file}: cannot be read: {error}") from error
+    raw, source = parse_yaml(text, file=str(file))
+    if not isinstance(raw, dict):
+        raise source.error((), "expected a mapping with `tasks`")
+    _validate(raw, source)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    document = _validate({**raw, **given}, Source("command line"))
+    _check(document, source)
+    folders: dict[str, Path | None] = {}
+    for key in ("tasks_folder", "data"):
+        named = getattr(document, key)
+        place = Path.cwd() if key in given else file.parent
+        folders[key] = (place / Path(named).expanduser()).absolute() if named else None
+        if (found := folders[key]) is not None and not found.is_dir():
+            raise source.error((key,), f"no such folder: {found}")
+    return Suite(file.stem, document, folders["tasks_folder"], folders["data"], source)
+
+
+def _validate(raw: Mapping[str, Any], source: Source) -> SuiteDocument:
+    try:
+        return SuiteDocument.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(
+            "\n".join(str(_explain(problem, source)) for problem in error.errors())
+        ) from error
+
+
+def _explain(problem: Any, source: Source) -> SpecError:
+    path = tuple(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        fields = (SuiteTask if len(path) > 1 else SuiteDocument).model_fields
+        name = str(path[-1])
+        return source.error(path, f"unknown key {name!r}. {suggest(name, fields)}", at_key=True)
+    if problem["type"] == "missing":
+        return source.error(path[:-1], f"`{path[-1]}` is missing")
+    return source.error(path, f"found {problem['input']!r}: {problem['msg']}")
+
+
+def _check(document: SuiteDocument, source: Source) -> None:
+    first: dict[tuple[str, str], int] = {}
+    for index, task in enumerate(document.tasks):
+        for key in ("title", "task"):
+            earlier = first.setdefault((key, getattr(task, key)), index)
+            if earlier != index:
+                raise source.error(
+                    ("tasks", index, key),
+                    f"{getattr(task, key)!r} stands twice, first in tasks[{earlier}]",
+                )
+    kind = MODEL_TYPES[document.model_type]
+    if document.load_in_8bit and kind.model_8bit is None:
+        raise source.error(("load_in_8bit",), f"{document.model_type} cannot load in 8 bit here")
+    if document.dtype != "auto" and not kind.takes_dtype:
+        raise source.error(
+            ("dtype",),
+            f"{document.model_type} takes the checkpoint's dtype: leave it at auto",
+        )
+    if document.batch_size > 1 and kind.one_at_a_time:
+        raise source.error(("batch_size",), f"{document.model_type} takes one question at a time")
+    for name in document.model_args:
+        if name in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
+            raise source.error(("model_args", name), f"{name!r} is set by the command", at_key=True)

@@ -1,0 +1,208 @@
+"""The subprocess of one model: loads it once and lets lmms-eval evaluate task after task.
+
+Run as `python -m outliermerge.evaluation.worker` with a request as JSON on standard input. What
+happens is told in lines of JSON on standard output; all that lmms-eval and the model print goes to
+standard error. A process of its own, since importing lmms-eval changes torch's global settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+# llava_hf answers with an empty text where generation failed, and goes on.
+_SWALLOWED = "in generating"
+
+
+def main() -> None:
+    """Evaluate what the request asks for."""
+    request = json.load(sys.stdin)
+    sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())]  # noqa: PTH109
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as events:
+        os.dup2(2, 1)
+
+        def tell(**event: Any) -> None:
+            events.write(json.dumps(event, allow_nan=False) + "\n")
+
+        _evaluate_all(request, tell)
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that asked is gone: nobody would hear the results."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    from lmms_eval import models
+    from lmms_eval.tasks import TaskManager
+    from loguru import logger
+
+    swallowed: list[str] = []
+    logger.add(
+        lambda message: swallowed.append(message.record["message"]),
+        level="ERROR",
+        filter=lambda record: _SWALLOWED in record["message"],
+    )
+    logger.add(sys.stderr, level="WARNING")
+    try:
+        model = models.get_model(request["model_type"]).create_from_arg_string(
+            "", {**request["model_args"], "batch_size": request["batch_size"]}
+        )
+    except Exception as error:
+        tell(event="not loaded", reason=_reason(error))
+        raise
+    # lmms-eval drops the weights after a task; here the next one needs them.
+    model.clean = lambda: None
+    tasks = TaskManager(
+        "WARNING", include_path=request["tasks_folder"], model_name=request["model_type"]
+    )
+    tell(event="loaded", image_backend=_image_backend(model))
+    for entry in request["tasks"]:
+        tell(event="started", title=entry["title"])
+        swallowed.clear()
+        started = time.monotonic()
+        try:
+            result = _evaluate(model, tasks, entry, request)
+            if swallowed:
+                raise RuntimeError(f"{len(swallowed)} answers could not be made: {swallowed[0]}")
+        except Exception as error:
+            tell(event="failed", title=entry["title"], reason=_reason(error))
+            continue
+        result["seconds"] = time.monotonic() - started
+        tell(event="finished", title=entry["title"], result=result)
+
+
+def _evaluate(
+    model: Any, tasks: Any, entry: Mapping[str, Any], request: Mapping[str, Any]
+) -> dict[str, Any]:
+    from lmms_eval.api.task import Task
+    from lmms_eval.evaluator import simple_evaluate
+
+    name = entry["task"]
+    if name not in tasks.all_tasks:
+        raise LookupError(f"lmms-eval has no task of this name ({name})")
+    task = tasks.load_task_or_group([name], "simple" if model.is_simple else "chat").get(name)
+    results = simple_evaluate(
+        model=model,
+        tasks=[task if isinstance(task, Task) else name],  # a name, where it is a group
+        task_manager=tasks,
+        limit=entry["limit"],
+        gen_kwargs=",".join(f"{key}={value}" for key, value in entry["generation"].items()),
+        batch_size=request["batch_size"],
+        bootstrap_iters=0,  # standard errors are ours, of the units
+        log_samples=True,
+        verbosity="WARNING",
+        # Several threads would share one random generator: MMMU guesses where it finds no answer.
+        process_docs_parallel=1,
+        # Without it, images are decoded once more to score texts.
+        cli_args=Namespace(
+            process_with_media=False, output_path=request["work_folder"], log_samples_suffix=""
+        ),
+    )
+    found = results["results"].get(name, {})
+    metrics = {key: _number(value) for key, value in found.items()}
+    numbers = {key: value for key, value in metrics.items() if value is not None}
+    metric = entry["metric"]
+    if metric not in numbers:
+        known = ", ".join(sorted(numbers)) or "none"
+        raise LookupError(f"the results have no number {metric!r}. They have: {known}")
+    samples = results["samples"].get(name, [])
+    wanted = results["n-samples"].get(name, {}).get("effective")
+    if wanted is not None and {sample["doc_id"] for sample in samples} != set(range(wanted)):
+        raise RuntimeError(f"{wanted} questions were asked, {len(samples)} came back")
+    _write_samples(samples, entry["samples_path"])
+    return {
+        "score": numbers[metric] * entry["scale"],
+        "metrics": numbers,
+        "num_samples": len(samples),
+        "num_empty": sum(not _answer(sample).strip() for sample in samples),
+        "units": _unit_scores(task, samples, metric, entry["scale"]),
+    }
+
+
+def _unit_scores(
+    task: Any, samples: Iterable[Mapping[str, Any]], metric: str, scale: float
+) -> dict[str, float]:
+    """Return the score of each unit: what the task's own aggregation makes of that unit alone.
+
+    A unit is a question, or the questions whose values name the same `unit`. Where the aggregation
+    cannot take a unit alone, there are none.
+    """
+    name = metric.partition(",")[0]
+    units: dict[str, list[Any]] = {}
+    documents = set()
+    for sample in samples:
+        if name not in sample or sample["doc_id"] in documents:
+            return {}  # a group of tasks, or several filters whose values cannot be told apart
+        documents.add(sample["doc_id"])
+        value = sample[name]
+        unit = value["unit"] if isinstance(value, dict) and "unit" in value else sample["doc_id"]
+        units.setdefault(str(unit), []).append(value)
+    try:
+        aggregate = task.aggregation()[name]
+        scores = {unit: _number(aggregate(values)) for unit, values in units.items()}
+    except Exception:  # of any task's own code; the score itself is there
+        return {}
+    return {unit: score * scale for unit, score in scores.items() if score is not None}
+
+
+def _number(value: Any) -> float | None:
+    """Return a metric as a number; "12.34%" is 12.34.
+
+    >>> _number("12.34%"), _number(1), _number("N/A")
+    (12.34, 1.0, None)
+    """
+    try:
+        number = float(value.removesuffix("%") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    answer = sample["resps"]
+    while isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    return str(answer)
+
+
+def _write_samples(samples: Iterable[Mapping[str, Any]], path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        for sample in samples:
+            kept = {
+                key: value
+                for key, value in sample.items()
+                if key not in ("input_media", "token_counts", "doc_hash")
+            }
+            file.write(json.dumps(kept, ensure_ascii=False, default=str) + "\n")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in a few lines."""
+    attempt = getattr(error, "last_attempt", None)  # tenacity's RetryError hides the cause
+    if attempt is not None and attempt.exception() is not None:
+        error = attempt.exception()
+    text = str(error).strip() or type(error).__name__
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + "\n".join(lines[:6])[:1500]
+
+
+def _image_backend(model: Any) -> str:
+    """Return which library prepares images: their pixels differ a little."""
+    processor = getattr(model, "_image_processor", getattr(model, "processor", None))
+    kind = type(getattr(processor, "image_processor", processor)).__name__
+    return "pil" if kind.endswith("Pil") else f"torchvision ({kind})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Starts the subprocess that runs lmms-eval on one model, and listens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# As tqdm writes it; the number before is of the same bar.
+_BAR = re.compile(rb"(\d+)/(\d+) \[")
+
+
+@contextmanager
+def worker(
+    request: Mapping[str, Any],
+    *,
+    folder: Path,
+    log: Path,
+    environment: Mapping[str, str],
+    on_progress: Callable[[int, int], None],
+) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
+    """Start a worker; give it and its events, and end it on leaving.
+
+    Args:
+        request: what outliermerge.evaluation.worker reads.
+        folder: the working directory.
+        log: takes what lmms-eval prints.
+        environment: added to this process's.
+        on_progress: called with the questions done and asked of the step at hand.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "outliermerge.evaluation.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
+    assert process.stdin and process.stdout and process.stderr
+    listener = threading.Thread(target=_tee, args=(process.stderr.fileno(), log, on_progress))
+    listener.start()
+    try:
+        try:
+            process.stdin.write(json.dumps(request).encode())
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended at once: its exit code and log say why
+        yield process, (json.loads(line) for line in process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+        listener.join()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) -> None:
+    with log.open("ab") as file:
+        while block := os.read(descriptor, 1 << 16):
+            file.write(block)
+            file.flush()
+            if bars := _BAR.findall(block):
+                on_progress(int(bars[-1][0]), int(bars[-1][1]))
+
+
+def why_it_ended(returncode: int, log: Path) -> str:
+    """Return in words how a worker ended before it was done."""
+    if returncode == -signal.SIGKILL:
+        how = "was killed (signal 9), as the system does when memory runs out"
+    elif returncode < 0:
+        how = f"was ended by signal {-returncode} ({signal.Signals(-returncode).name})"
+    else:
+        how = f"ended with exit code {returncode}"
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
+    said = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
+    return f"lmms-eval's process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")

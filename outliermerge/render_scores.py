@@ -1,0 +1,105 @@
+"""Progress of an evaluation for people at a terminal, or as lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from outliermerge.evaluation.evaluate import Listener
+from outliermerge.evaluation.scores import Failure, Score
+
+
+class EvaluationProgress(Listener):
+    """A line for each model at work, and one for all; without a terminal, a line a result."""
+
+    def __init__(self, tasks: Sequence[object], models: Sequence[object]) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._all = self._bars.add_task("models × tasks", total=len(tasks) * len(models))
+        self._rows: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> EvaluationProgress:
+        self._bars.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.__exit__(kind, error, trace)
+
+    def kept(self, model: str, title: str, score: Score) -> None:
+        """Count it."""
+        self._line(f"{model}: {title} {_shown(score)}, scored before")
+        self._bars.advance(self._all)
+
+    def loading(self, model: str, titles: Sequence[str]) -> None:
+        """Show the model."""
+        self._line(f"{model}: starting lmms-eval for {', '.join(titles)}")
+        self._show(model, "loading", 0, None)
+
+    def progress(self, model: str, title: str, done: int, total: int) -> None:
+        """Move the model's bar."""
+        self._show(model, title, done, total)
+
+    def finished(self, model: str, title: str, result: Score | Failure) -> None:
+        """Print the result."""
+        if isinstance(result, Failure):
+            self._line(f"{model}: {title} failed: {result.reason}")
+        else:
+            self._line(
+                f"{model}: {title} {_shown(result)} ({result.num_samples} questions, "
+                f"{result.seconds:.0f} s)"
+            )
+        if result_is_all_empty(result):
+            self._line(f"warning: {model}: {title}: every answer is empty")
+        self._bars.advance(self._all)
+
+    def _show(self, model: str, step: str, done: int, total: int | None) -> None:
+        with self._lock:
+            if model not in self._rows:
+                self._rows[model] = self._bars.add_task(model)
+            text = escape(f"{model}: {step}")
+            self._bars.update(self._rows[model], description=text, completed=done, total=total)
+
+    def _line(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._bars.console.print(escape(text), soft_wrap=True, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def result_is_all_empty(result: Score | Failure) -> bool:
+    """Tell whether a model answered nothing at all, as a broken one does."""
+    return isinstance(result, Score) and 0 < result.num_samples == result.num_empty
+
+
+def _shown(score: Score) -> str:
+    stderr = "" if score.stderr is None else f" ± {score.stderr:.1f}"
+    return f"{score.score:.1f}{stderr}"
