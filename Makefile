@@ -2,35 +2,51 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+IN_VENV = PATH=$(abspath $(BIN)):$$PATH
+SUITE ?= evals/paper.yaml
+OUTPUT ?= scores/eval
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench clean
+.PHONY: help demo demo-minilm eval eval-paper study test test-gpu check bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## merge a real model and its real fine-tune, verify, compare them
-	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python demo/demo.py
+demo: $(VENV)/.eval ## the paper in five minutes: merge a small LLaVA family, score all, show the table
+	@$(IN_VENV) $(BIN)/python demo/family.py
 
-test: $(VENV)/.dev ## run the tests
+demo-minilm: $(VENV)/.demo ## merge a real model and its real fine-tune, verify, compare them
+	@$(IN_VENV) $(BIN)/python demo/minilm.py
+
+eval: $(VENV)/.eval ## score a model: MODEL=… [SUITE=evals/paper.yaml] [LIMIT=…] [OUTPUT=scores/eval]
+	@test -n "$(MODEL)" || { echo "error: name a model: make eval MODEL=merged/llava_math" >&2; exit 2; }
+	@$(IN_VENV) outliermerge eval $(MODEL) --suite $(SUITE) --output $(OUTPUT) $(if $(LIMIT),--limit $(LIMIT))
+
+eval-paper: $(VENV)/.eval ## the paper's Table 4, merges and scores (needs a GPU and the hub) [LIMIT=…]
+	@$(IN_VENV) $(BIN)/python evals/paper.py $(if $(LIMIT),--limit $(LIMIT))
+
+study: $(VENV)/.eval ## train, merge and score the small family for five seeds in two regimes (an hour)
+	@$(IN_VENV) $(BIN)/python evals/family/study.py
+
+test: $(VENV)/.dev $(VENV)/.eval ## run the tests
 	@$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
-check: $(VENV)/.dev ## ruff, mypy strict, and the layers of imports
+check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## measure against mergekit and peft (needs 16 GB of disk, about 30 minutes)
-	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/against_mergekit.py
-	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/inputs.py
+	@$(IN_VENV) $(BIN)/python benchmarks/against_mergekit.py
+	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
 
 clean: ## remove the virtual environment and what demo wrote
-	rm -rf $(VENV) models merged
+	rm -rf $(VENV) models merged scores evals/data
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -38,6 +54,13 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) (once)"
 	@$(INSTALL) -e '.[demo]'
+	@touch $@
+
+# lmms-eval's own list of needs brings a torchvision that a CPU build of torch cannot load.
+$(VENV)/.eval: pyproject.toml constraints.txt evals/requirements-cpu.txt | $(BIN)/python
+	@echo "setting up $(VENV) for evaluations (once)"
+	@$(INSTALL) -e '.[family]' -r evals/requirements-cpu.txt
+	@$(INSTALL) --no-deps lmms-eval==0.7.3
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

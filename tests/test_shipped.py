@@ -38,6 +38,8 @@ def test_every_shipped_spec_merges_small_replicas(path, tmp_path, monkeypatch):
     base = document.get("base_model") or document["models"][0]["model"]
     if path.stem.startswith("llava"):
         llava_replicas.save_all(tmp_path)
+    elif path.stem.startswith("tiny"):
+        (tmp_path / "evals").symlink_to(ROOT / "evals")
     else:
         save_model("bert", tmp_path / base, dtype=torch.float32)
         for number, entry in enumerate(document["models"]):
@@ -46,8 +48,8 @@ def test_every_shipped_spec_merges_small_replicas(path, tmp_path, monkeypatch):
     result = outliermerge.run(path)
     assert result.output == Path(document["output"])
     assert outliermerge.verify(result.output) == []
-    stored = "float16" if path.stem.startswith("llava") else "float32"  # as the base is
-    wanted = document.get("out_dtype", stored)
+    stored = {"llava": "float16", "tiny": "bfloat16"}  # as the base is
+    wanted = document.get("out_dtype", stored.get(path.stem.partition("_")[0], "float32"))
     assert {str(t.dtype) for t in load_folder(result.output).values()} == {f"torch.{wanted}"}
 
 
@@ -151,13 +153,13 @@ def test_the_make_targets_of_the_readme_exist():
     assert all(target in listed for target in ("demo", "test", "check", "bench"))
 
 
-def test_the_demo_compares_base_fine_tune_and_merges(real_models):
+def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models):
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
     if not (folder / "merge_configs").exists():
         (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "demo" / "demo.py")],
+        [sys.executable, str(ROOT / "demo" / "minilm.py")],
         cwd=folder,
         env=os.environ | {"PATH": path},
         capture_output=True,

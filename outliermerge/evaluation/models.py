@@ -16,7 +16,7 @@ from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods import find_method
 
-_NAMED = re.compile(r"(?P<name>[^=/]+)=(?P<path>.+)")
+_NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
 
 
 @dataclass(frozen=True)

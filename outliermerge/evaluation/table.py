@@ -1,0 +1,391 @@
+"""Scores as a table laid out like Table 4 of arXiv 2501.10661: parents, average, other merges."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from outliermerge.errors import OutlierMergeError, suggest
+from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores, check_names
+
+AVG = "avg"
+GAIN = "gain"
+
+_SETTINGS = {
+    "limit": "limit",
+    "device": "device",
+    "dtype": "dtype",
+    "load_in_8bit": "8 bit",
+    "model_type": "model type",
+    "image_backend": "image backend",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table; with neither value nor failure it was not asked for.
+
+    Attributes:
+        value: 0–100, or points gained.
+        stderr: one standard error of `value`; None where there is none to be had.
+        failure: why there is no value.
+    """
+
+    value: float | None = None
+    stderr: float | None = None
+    failure: str | None = None
+
+    def text(self, *, signed: bool = False, bold: bool = False) -> str:
+        """Return what a reader sees, with one decimal.
+
+        >>> Cell(44.54, 1.21).text(bold=True), Cell(1.2).text(signed=True), Cell().text()
+        ('**44.5** ± 1.2', '+1.2', '–')
+        """
+        if self.value is None:
+            return "–" if self.failure is None else "failed"
+        shown = _shown(self.value)
+        score = f"{shown:+.1f}" if signed and shown else f"{shown:.1f}"
+        score = f"**{score}**" if bold else score
+        return score if self.stderr is None else f"{score} ± {self.stderr:.1f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of a table; there is a rule where the next row's group is another."""
+
+    name: str
+    group: Literal["parent", "merged", "paper"]
+    cells: Mapping[str, Cell]
+
+    def cell(self, column: str) -> Cell:
+        """Return the cell of a column, an empty one if there is none."""
+        return self.cells.get(column, Cell())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores of models, in the order in which they are shown.
+
+    Attributes:
+        suite: its name.
+        titles: of the tasks.
+        averaged: the titles that `avg` is the mean of: those on which all models have a score.
+        rows: the models.
+        baseline: the row that `gain` compares with; None: there is no such column.
+        notes: what a reader must know to compare the numbers.
+        facts: suite, settings, versions and date.
+    """
+
+    suite: str
+    titles: tuple[str, ...]
+    averaged: tuple[str, ...]
+    rows: tuple[Row, ...]
+    baseline: str | None = None
+    notes: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The titles, `avg`, and `gain` if there is a baseline."""
+        return (*self.titles, AVG, *([GAIN] if self.baseline is not None else []))
+
+    def best(self, column: str) -> frozenset[str]:
+        """Return the names of the rows with the highest value, as far as a reader sees it.
+
+        There is none among fewer than two; the paper's rows do not compete.
+        """
+        cells = ((row.name, row.cell(column).value) for row in self.rows if row.group != "paper")
+        shown = {name: _shown(value) for name, value in cells if value is not None}
+        if len(shown) < 2:
+            return frozenset()
+        return frozenset(name for name, value in shown.items() if value == max(shown.values()))
+
+    def as_markdown(self) -> str:
+        """Return the table, then the facts, then the notes."""
+        columns = {column: self.best(column) for column in self.columns}
+        lines = [["model", *columns]]
+        for index, row in enumerate(self.rows):
+            if index and row.group != self.rows[index - 1].group:
+                lines.append([""] * len(lines[0]))
+            cells = (
+                row.cell(column).text(signed=column == GAIN, bold=row.name in best)
+                for column, best in columns.items()
+            )
+            lines.append([row.name, *cells])
+        lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+        widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+        lines.insert(1, [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])])
+        table = []
+        for first, *rest in lines:
+            texts = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+            table.append(f"| {' | '.join(texts)} |")
+        legend = "Best of each column in bold; ± one standard error"
+        if self.baseline is not None:
+            legend += f"; gain: avg minus that of {self.baseline}, ± of paired differences"
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*table, "", f"{', '.join(self.facts)}.", f"{legend}.", *notes]) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the table for JSON, its numbers unrounded."""
+        best = {column: self.best(column) for column in self.columns}
+        return {
+            "suite": self.suite,
+            "titles": list(self.titles),
+            "averaged": list(self.averaged),
+            "baseline": self.baseline,
+            "rows": [
+                {
+                    "name": row.name,
+                    "group": row.group,
+                    "tasks": {t: _task(row.cells[t]) for t in self.titles if t in row.cells},
+                    "avg": row.cell(AVG).value,
+                    "avg_stderr": row.cell(AVG).stderr,
+                    "gain": row.cell(GAIN).value,
+                    "gain_stderr": row.cell(GAIN).stderr,
+                    "best": [column for column in self.columns if row.name in best[column]],
+                }
+                for row in self.rows
+            ],
+            "notes": list(self.notes),
+            "facts": list(self.facts),
+        }
+
+
+def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
+    """Return the scores of one or several runs as one table (arXiv 2501.10661, Table 4).
+
+    Parents come first, then the average, the other merges, and min-σ from the largest t down.
+    Over the K tasks on which all models have a score s_k with standard error e_k::
+
+        avg      = Σ s_k / K                    its error  √(Σ e_k²) / K
+        gain     = avg − avg of the baseline    its error  √(Σ p_k²) / K
+
+    with p_k the standard error of task k's paired differences: over the n observations u that both
+    models have, d_u = units[u] − baseline units[u], and p_k = std(d, ddof=1) / √n.
+
+    Args:
+        baseline: the row that gains are differences from; the one linear merge if not given.
+
+    Raises:
+        OutlierMergeError: there is no model, no such baseline, or names that cannot be told apart.
+    """
+    models = sorted(_models(runs), key=_rank)
+    if not models:
+        raise OutlierMergeError("there are no models to make a table of")
+    titles = tuple(dict.fromkeys(title for run in runs for title in run.titles))
+    for column in {AVG, GAIN} & set(titles):
+        raise OutlierMergeError(f"a task cannot be titled {column!r}: the table has such a column")
+    averaged = tuple(t for t in titles if all(isinstance(m.tasks.get(t), Score) for m in models))
+    facts, notes = _facts(runs)
+    notes += _metric_notes(models, titles)
+    chosen, baseline_notes = _baseline(models, baseline)
+    notes += _averaged_notes(titles, averaged) + baseline_notes
+    rows = []
+    for model in models:
+        cells = {title: _cell(model.tasks[title]) for title in titles if title in model.tasks}
+        notes += [
+            f"{model.name}, {title}: failed: {' '.join(cell.failure.split())}"
+            for title, cell in cells.items()
+            if cell.failure is not None
+        ]
+        if averaged:
+            cells[AVG] = _average([cells[title] for title in averaged])
+        if averaged and chosen is not None:
+            cells[GAIN], gain_notes = _gain(model, chosen, averaged)
+            notes += gain_notes
+        rows.append(Row(model.name, "merged" if model.merge else "parent", cells))
+    return Table(
+        suite=" + ".join(dict.fromkeys(run.suite for run in runs)),
+        titles=titles,
+        averaged=averaged,
+        rows=tuple(rows),
+        baseline=chosen.name if chosen else None,
+        notes=tuple(notes),
+        facts=tuple(facts),
+    )
+
+
+def _models(runs: Sequence[Scores]) -> list[ModelScores]:
+    """Return all models; one that two runs scored alike is one, with the tasks of both."""
+    found: list[tuple[int, ModelScores]] = []
+    for number, run in enumerate(runs, 1):
+        for model in run.models:
+            for index, (other, earlier) in enumerate(found):
+                same_settings = _settings(runs[other - 1]) == _settings(run)
+                if other != number and same_settings and _same(earlier, model):
+                    joined = replace(earlier, tasks={**earlier.tasks, **model.tasks})
+                    found[index] = (other, joined)
+                    break
+            else:
+                found.append((number, model))
+    counts = Counter(model.name for _, model in found)
+    for number in range(1, len(runs) + 1):
+        check_names([model.name for run, model in found if run == number])
+    models = [
+        replace(model, name=f"{model.name} (run {number})") if counts[model.name] > 1 else model
+        for number, model in found
+    ]
+    check_names([model.name for model in models])
+    return models
+
+
+def _same(first: ModelScores, second: ModelScores) -> bool:
+    return (
+        first.name == second.name
+        and first.fingerprint == second.fingerprint != ""
+        and all(
+            _finding(first.tasks[title]) == _finding(second.tasks[title])
+            for title in first.tasks.keys() & second.tasks.keys()
+        )
+    )
+
+
+def _finding(result: Score | Failure) -> Score | Failure:
+    return result if isinstance(result, Failure) else replace(result, seconds=0.0, record="")
+
+
+def _rank(model: ModelScores) -> tuple[int, float]:
+    if model.merge is None:
+        return 0, 0.0
+    match model.merge.get("method"):
+        case "linear":
+            return 1, 0.0
+        case "min_sigma":
+            t = (model.merge.get("parameters") or {}).get("t", 2.0)  # the method's own default
+            return 3, -t if isinstance(t, (int, float)) else math.inf
+    return 2, 0.0
+
+
+def _baseline(
+    models: Sequence[ModelScores], name: str | None
+) -> tuple[ModelScores | None, list[str]]:
+    if name is not None:
+        for model in models:
+            if model.name == name:
+                return model, []
+        raise OutlierMergeError(
+            f"the baseline {name!r} is not a model of the table. "
+            + suggest(name, (model.name for model in models))
+        )
+    linear = [model for model in models if model.merge and model.merge.get("method") == "linear"]
+    if len(linear) == 1:
+        return linear[0], []
+    found = "none of the models is a linear merge"
+    if linear:
+        found = f"{', '.join(model.name for model in linear)} are all linear merges"
+    return None, [f"No gain: {found}, and no other baseline was chosen."]
+
+
+def _cell(result: Score | Failure) -> Cell:
+    if isinstance(result, Failure):
+        return Cell(failure=result.reason)
+    return Cell(result.score, result.stderr)
+
+
+def _average(cells: Sequence[Cell]) -> Cell:
+    values = [cell.value for cell in cells if cell.value is not None]
+    return Cell(math.fsum(values) / len(values), _pooled([cell.stderr for cell in cells]))
+
+
+def _pooled(stderrs: Sequence[float | None]) -> float | None:
+    """Return the standard error of a mean of independent numbers: √(Σ e²) / K."""
+    known = [stderr for stderr in stderrs if stderr is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
+
+
+def _gain(model: ModelScores, base: ModelScores, titles: Sequence[str]) -> tuple[Cell, list[str]]:
+    if model is base:
+        return Cell(0.0), []
+    differences: list[float] = []
+    stderrs: list[float | None] = []
+    unpaired: list[str] = []
+    for title in titles:
+        ours, theirs = model.tasks[title], base.tasks[title]
+        assert isinstance(ours, Score) and isinstance(theirs, Score)
+        differences.append(ours.score - theirs.score)
+        if ours.units.keys() == theirs.units.keys():
+            stderrs.append(_paired(ours.units, theirs.units))
+        else:
+            unpaired.append(title)
+    note = (
+        f"{model.name}: its gain has no standard error: its questions of {', '.join(unpaired)} "
+        f"are not those of {base.name} (another limit, or other data)."
+    )
+    stderr = None if unpaired else _pooled(stderrs)
+    return Cell(math.fsum(differences) / len(titles), stderr), [note] if unpaired else []
+
+
+def _paired(units: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+    """Return std(d, ddof=1) / √n of the differences d, None for fewer than two."""
+    differences = [units[name] - base[name] for name in units]
+    if len(differences) < 2:
+        return None
+    return statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def _shown(value: float) -> float:
+    return round(value, 1) + 0.0  # -0.0 is shown as 0.0
+
+
+def _task(cell: Cell) -> dict[str, Any]:
+    if cell.failure is not None:
+        return {"failed": cell.failure}
+    return {"score": cell.value, "stderr": cell.stderr}
+
+
+def _settings(run: Scores) -> dict[str, str]:
+    """Return what makes the scores of two runs comparable if it is the same, as text."""
+    values = {label: run.settings.get(key) for key, label in _SETTINGS.items()}
+    versions = run.settings.get("versions") or {}
+    values |= {package.replace("_", "-"): version for package, version in versions.items()}
+    words = {True: "yes", False: "no"}
+    return {
+        label: words[value] if isinstance(value, bool) else str(value)
+        for label, value in values.items()
+        if value is not None
+    }
+
+
+def _facts(runs: Sequence[Scores]) -> tuple[list[str], list[str]]:
+    facts = ["Suite " + " / ".join(dict.fromkeys(run.suite for run in runs))]
+    settings = [_settings(run) for run in runs]
+    differing = []
+    for label in dict.fromkeys(label for known in settings for label in known):
+        values = list(dict.fromkeys(known.get(label, "none") for known in settings))
+        facts.append(f"{label} {' / '.join(values)}")
+        if len(values) > 1:
+            differing.append(facts[-1])
+    dates = dict.fromkeys(str(run.settings["date"]) for run in runs if run.settings.get("date"))
+    facts += [" / ".join(dates)] if dates else []
+    if not differing:
+        return facts, []
+    return facts, [f"The scores are of runs that differ: {', '.join(differing)}."]
+
+
+def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[str]:
+    notes = []
+    for title in titles:
+        names: dict[str, list[str]] = {}
+        for model in models:
+            result = model.tasks.get(title)
+            if isinstance(result, Score):
+                names.setdefault(f"{result.task} {result.metric}", []).append(model.name)
+        if len(names) > 1:
+            differing = "; ".join(f"{metric} ({', '.join(who)})" for metric, who in names.items())
+            notes.append(f"{title} is not the same score in all rows: {differing}.")
+    return notes
+
+
+def _averaged_notes(titles: Sequence[str], averaged: Sequence[str]) -> list[str]:
+    if not averaged:
+        return ["No avg: there is no task on which all models have a score."]
+    left_out = [title for title in titles if title not in averaged]
+    if not left_out:
+        return []
+    return [
+        f"avg is over {', '.join(averaged)}; not all models have a score on {', '.join(left_out)}."
+    ]
