@@ -46,7 +46,7 @@ bench: $(VENV)/.dev ## measure against mergekit and peft (needs 16 GB of disk, a
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
 
 clean: ## remove the virtual environment and what demo wrote
-	rm -rf $(VENV) models merged scores evals/data
+	rm -rf $(VENV) models merged scores evals/data/tiny
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
