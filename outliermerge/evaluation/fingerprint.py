@@ -78,8 +78,10 @@ class Fingerprints:
         return digest.hexdigest()
 
 
-def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> dict[str, list[Path]]:
-    """Return the files of a task of ours, and those of its data where they are local.
+def task_files(
+    task: str, tasks_folder: Path | None, data: Path | None
+) -> dict[str, tuple[Path | None, list[Path]]]:
+    """Return the files of a task of ours and those of its local data, each below a folder.
 
     The files of lmms-eval's own tasks are told by its version.
     """
@@ -93,7 +95,11 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> dict[
                 config = found
     if config is None:
         config = _official(task)
-    return {"definition": definition, "data": _local_data(config, data) if data else []}
+    local = _local_data(config, data) if data else []
+    return {
+        "definition": (tasks_folder if definition else None, definition),
+        "data": (data if local else None, local),
+    }
 
 
 def _official(task: str) -> Mapping[str, Any]:

@@ -120,7 +120,7 @@ def _evaluate(
     wanted = results["n-samples"].get(name, {}).get("effective")
     if wanted is not None and {sample["doc_id"] for sample in samples} != set(range(wanted)):
         raise RuntimeError(f"{wanted} questions were asked, {len(samples)} came back")
-    _write_samples(samples, entry["samples_path"])
+    _write_answers(samples, entry["answers_path"])
     return {
         "score": numbers[metric] * entry["scale"],
         "metrics": numbers,
@@ -176,7 +176,7 @@ def _answer(sample: Mapping[str, Any]) -> str:
     return str(answer)
 
 
-def _write_samples(samples: Iterable[Mapping[str, Any]], path: str) -> None:
+def _write_answers(samples: Iterable[Mapping[str, Any]], path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         for sample in samples:
             kept = {

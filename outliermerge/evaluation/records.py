@@ -1,0 +1,121 @@
+"""The scores that are there already, each under what it was computed from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import date
+from importlib import util
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from outliermerge.evaluation.fingerprint import Fingerprints, task_files
+from outliermerge.evaluation.models import Model
+from outliermerge.evaluation.scores import Score, load_record, write_json
+from outliermerge.evaluation.suite import Suite, SuiteTask
+
+_FORMAT = 1
+_JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL", "LLM_JUDGE_URL")
+
+
+class Records:
+    """The records of a folder, for one suite at given settings and versions.
+
+    A record is found if the model's files, the task's files and local data, settings and versions
+    are what they were; lmms-eval's own cache, which goes by the model's path, is not used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        suite: Suite,
+        fingerprints: Fingerprints,
+        *,
+        settings: Mapping[str, Any],
+        versions: Mapping[str, str],
+    ) -> None:
+        self._folder = folder
+        torchvision = version("torchvision") if util.find_spec("torchvision") else None
+        common = {
+            "format": _FORMAT,
+            "settings": dict(settings),
+            "versions": {
+                **{name: versions[name] for name in ("lmms_eval", "transformers", "torch")},
+                "torchvision": torchvision,
+            },
+            "judge": {name: os.environ.get(name) for name in _JUDGE}
+            if suite.document.judge
+            else None,
+        }
+        self._identities = {
+            task.title: common | _task_identity(task, suite, fingerprints)
+            for task in suite.document.tasks
+        }
+
+    def find(self, model: Model, task: SuiteTask) -> Score | None:
+        """Return the score of a model on a task, if it is there and whole."""
+        path, identity = self._place(model, task)
+        try:
+            if json.loads(path.read_text("utf-8"))["identity"] != identity:
+                return None
+            return load_record(path, record=self._relative(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(
+        self, model: Model, task: SuiteTask, result: Mapping[str, Any], image_backend: str
+    ) -> Score:
+        """Write what a worker found, and return it as a score."""
+        path, identity = self._place(model, task)
+        score = Score(
+            task=task.task,
+            metric=task.metric,
+            stderr=_stderr(list(result["units"].values())),
+            image_backend=image_backend,
+            date=date.today().isoformat(),
+            record=self._relative(path),
+            **result,
+        )
+        kept = {name: value for name, value in vars(score).items() if name != "record"}
+        write_json(path, {"identity": identity, "model": model.reference, "result": kept})
+        return score
+
+    def answers_path(self, model: Model, task: SuiteTask) -> Path:
+        """Return where a worker writes the answers: beside the record."""
+        return self._place(model, task)[0].with_suffix(".jsonl")
+
+    def _place(self, model: Model, task: SuiteTask) -> tuple[Path, dict[str, Any]]:
+        identity = {**self._identities[task.title], "model": model.fingerprint}
+        key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
+        return self._folder / "records" / f"{task.task}-{key}.json", identity
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def _task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) -> dict[str, Any]:
+    files = task_files(task.task, suite.tasks_folder, suite.data)
+    return {
+        "task": task.task,
+        "metric": task.metric,
+        "scale": task.scale,
+        "limit": suite.limit_of(task),
+        "generation": suite.generation_of(task),
+        "files": {
+            name: fingerprints.of_files(paths, root) if root else None
+            for name, (root, paths) in files.items()
+        },
+    }
+
+
+def _stderr(units: list[float]) -> float | None:
+    """Return the standard error of the mean: std(units, ddof=1) / √n."""
+    if len(units) < 2:
+        return None
+    mean = sum(units) / len(units)
+    variance = sum((unit - mean) ** 2 for unit in units) / (len(units) - 1)
+    return float((variance / len(units)) ** 0.5)
