@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.errors import SpecError
+from outliermerge.errors import SpecError, suggest
 
 if TYPE_CHECKING:
     from outliermerge.evaluation.table import Table
@@ -76,6 +76,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """Evaluate; return 1 where a task has no score."""
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.evaluate import evaluate
+    from outliermerge.evaluation.models import split_name
     from outliermerge.evaluation.suite import load_suite
     from outliermerge.evaluation.table import make_table
     from outliermerge.render_scores import EvaluationProgress
@@ -87,6 +88,11 @@ def run_eval(options: argparse.Namespace) -> int:
     suite = load_suite(
         options.suite, **overrides, generation=_generation(options.generation) or None
     )
+    names = [split_name(model)[0] for model in options.models]
+    if options.baseline is not None and options.baseline not in names:
+        raise SpecError(
+            f"--baseline {options.baseline}: no such model. {suggest(options.baseline, names)}"
+        )
     with EvaluationProgress(suite.document.tasks, options.models) as progress:
         scores = evaluate(
             options.models,

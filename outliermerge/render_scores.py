@@ -56,7 +56,7 @@ class EvaluationProgress(Listener):
 
     def kept(self, model: str, title: str, score: Score) -> None:
         """Count it."""
-        self._line(f"{model}: {title} {_shown(score)}, scored before")
+        self._line(f"{model}: {title} {_shown(score)}, scored before{_warning(score)}")
         self._bars.advance(self._all)
 
     def loading(self, model: str, titles: Sequence[str]) -> None:
@@ -75,10 +75,8 @@ class EvaluationProgress(Listener):
         else:
             self._line(
                 f"{model}: {title} {_shown(result)} ({result.num_samples} questions, "
-                f"{result.seconds:.0f} s)"
+                f"{result.seconds:.0f} s){_warning(result)}"
             )
-        if result_is_all_empty(result):
-            self._line(f"warning: {model}: {title}: every answer is empty")
         self._bars.advance(self._all)
 
     def _show(self, model: str, step: str, done: int, total: int | None) -> None:
@@ -92,12 +90,11 @@ class EvaluationProgress(Listener):
         if self._console.is_terminal:
             self._bars.console.print(escape(text), soft_wrap=True, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            sys.stderr.write(text + "\n")  # at once: lines of several models would mix
 
 
-def result_is_all_empty(result: Score | Failure) -> bool:
-    """Tell whether a model answered nothing at all, as a broken one does."""
-    return isinstance(result, Score) and 0 < result.num_samples == result.num_empty
+def _warning(score: Score) -> str:
+    return "; warning: every answer is empty" if score.num_samples == score.num_empty else ""
 
 
 def _shown(score: Score) -> str:

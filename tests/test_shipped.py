@@ -122,23 +122,40 @@ def test_the_readme_names_the_two_set_up_commands_and_the_main_job():
     assert any(command.startswith("outliermerge run ") for command in commands)
 
 
+def _link_the_project(folder: Path) -> None:
+    """Make a folder in which the README's commands run, but for `make`."""
+    if (folder / "evals").exists():
+        return
+    (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
+    (folder / "evals" / "data").mkdir(parents=True)
+    for path in (ROOT / "evals").iterdir():
+        if path.name != "data":
+            (folder / "evals" / path.name).symlink_to(path)
+    command = [sys.executable, str(ROOT / "evals" / "family" / "data.py"), "evals/data"]
+    subprocess.run(command, cwd=folder, check=True)
+
+
 @pytest.mark.parametrize("command", [c for c in _commands() if not c.startswith("make ")])
 def test_every_readme_command_runs(command, real_models, tmp_path_factory):
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
-    if not (folder / "merge_configs").exists():
-        (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
+    _link_the_project(folder)
     if "llava" in command and not (folder / "llava-hf").exists():
         llava_replicas.save_all(folder)
     arguments = shlex.split(command)
     assert arguments[0] == "outliermerge"
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_make_targets_of_the_readme_exist():
-    for target in ("demo", "test", "check", "bench"):
+    for target in ("demo", "demo-minilm", "study", "eval-paper", "test", "check", "bench"):
         done = subprocess.run(
             ["make", "-n", target, "VENV=absent"],
             cwd=ROOT,
@@ -155,8 +172,7 @@ def test_the_make_targets_of_the_readme_exist():
 
 def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models):
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
-    if not (folder / "merge_configs").exists():
-        (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
+    _link_the_project(folder)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, str(ROOT / "demo" / "minilm.py")],
@@ -176,8 +192,7 @@ def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models):
 def test_readme_python_examples_run(real_models, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
-    if not (folder / "merge_configs").exists():
-        (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
+    _link_the_project(folder)
     monkeypatch.chdir(folder)
     w = torch.zeros(4)
     a, b = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from outliermerge.errors import SpecError
+from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
-from outliermerge.evaluation.model_types import model_arguments
-from outliermerge.evaluation.models import Model, find_models
+from outliermerge.evaluation.model_types import MODEL_TYPES, model_arguments
+from outliermerge.evaluation.models import Model, find_models, merge_of
 from outliermerge.evaluation.records import Records
 from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores
 from outliermerge.evaluation.suite import Suite, SuiteTask
-from outliermerge.evaluation.worker_process import why_it_ended, worker
+from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execute import choose_device
 
 
@@ -65,21 +68,21 @@ def evaluate(
         listener: is told what happens.
 
     Raises:
-        SpecError: two models of one name, or a judge is needed and none is named.
-        OutlierMergeError: a model is absent, or lmms-eval is.
+        SpecError: a judge is needed and none is named.
+        OutlierMergeError: a model is absent, or lmms-eval is; two models have one name.
     """
     listener = listener or Listener()
     installed = versions()
     _check_judge(suite)
     device = choose_device(suite.document.device)
+    kind = MODEL_TYPES[suite.document.model_type]
     dtype = suite.document.dtype
-    if dtype == "auto" and device == "cpu":
+    if dtype == "auto" and device == "cpu" and kind.takes_dtype:
         dtype = "float32"
+    paths = find_models(models)
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    fingerprints = Fingerprints(folder, listener.hashing)
-    found = find_models(models, fingerprints)
     settings = {
         "model_type": suite.document.model_type,
         "model_args": suite.document.model_args,
@@ -88,10 +91,26 @@ def evaluate(
         "load_in_8bit": suite.document.load_in_8bit,
         "batch_size": suite.document.batch_size,
     }
-    records = Records(folder, suite, fingerprints, settings=settings, versions=installed)
-    fingerprints.save()
-    run = _Run(suite, found, folder, records, listener, settings | {"versions": installed})
-    return run.evaluate(jobs, device=device, threads=threads)
+    with _alone_in(folder):
+        fingerprints = Fingerprints(folder, listener.hashing)
+        found = [
+            Model(name, reference, path, fingerprints.of_model(path), merge_of(path))
+            for name, reference, path in paths
+        ]
+        records = Records(folder, suite, fingerprints, settings=settings, versions=installed)
+        fingerprints.save()
+        run = _Run(suite, found, folder, records, listener, settings | {"versions": installed})
+        return run.evaluate(jobs, device=device, threads=threads)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with (folder / "work" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutlierMergeError(f"{folder}: another evaluation is writing there") from error
+        yield
 
 
 def _check_judge(suite: Suite) -> None:
@@ -124,6 +143,9 @@ class _Run:
         self._results: dict[tuple[str, str], Score | Failure] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._workers: set[subprocess.Popen[bytes]] = set()
+        # Weights that stand twice are scored once.
+        self._turns = {model.fingerprint: threading.Lock() for model in models}
 
     def evaluate(self, jobs: int, *, device: str, threads: int) -> Scores:
         """Take what is there, run the rest, and return all."""
@@ -136,21 +158,24 @@ class _Run:
                     future.result()
             except BaseException:
                 self._stopped.set()
+                for process in list(self._workers):
+                    end(process)
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return self._save()
 
     def _evaluate_model(self, model: Model, device: str, threads: int) -> None:
-        pending = []
-        for task in self._suite.document.tasks:
-            score = self._records.find(model, task)
-            if score is None:
-                pending.append(task)
-            else:
-                self._results[model.name, task.title] = score
-                self._listener.kept(model.name, task.title, score)
-        while pending and not self._stopped.is_set():
-            pending = self._run_worker(model, pending, device, threads)
+        with self._turns[model.fingerprint]:
+            pending = []
+            for task in self._suite.document.tasks:
+                score = self._records.find(model, task)
+                if score is None:
+                    pending.append(task)
+                else:
+                    self._results[model.name, task.title] = score
+                    self._listener.kept(model.name, task.title, score)
+            while pending and not self._stopped.is_set():
+                pending = self._run_worker(model, pending, device, threads)
 
     def _run_worker(
         self, model: Model, pending: Sequence[SuiteTask], device: str, threads: int
@@ -160,6 +185,7 @@ class _Run:
         current: str | None = None
         image_backend = reason = ""
         log = self._folder / "logs" / (re.sub(r"[^\w.-]", "_", model.name) + ".log")
+        log_start = log.stat().st_size if log.exists() else 0
         self._listener.loading(model.name, list(left))
 
         def on_progress(done: int, total: int) -> None:
@@ -173,6 +199,9 @@ class _Run:
             environment=_environment(device, threads),
             on_progress=on_progress,
         ) as (process, events):
+            self._workers.add(process)
+            if self._stopped.is_set():
+                return []
             for event in events:
                 match event["event"]:
                     case "loaded":
@@ -189,10 +218,16 @@ class _Run:
                         score = self._records.keep(model, task, event["result"], image_backend)
                         self._finish(model, task, score)
             returncode = process.wait()
+            self._workers.discard(process)
         if not left or self._stopped.is_set():
             return []
-        reason = reason or why_it_ended(returncode, log)
-        failed = [left.pop(current)] if current else [left.pop(title) for title in list(left)]
+        reason = reason or why_it_ended(returncode, log, log_start)
+        if current:
+            failed = [left.pop(current)]
+        elif len(left) < len(pending):  # it ended between two tasks: the next start tries the rest
+            failed = []
+        else:
+            failed = [left.pop(title) for title in list(left)]
         for task in failed:
             self._finish(model, task, Failure(task.task, f"{reason} (log: {log})"))
         return [*left.values()]

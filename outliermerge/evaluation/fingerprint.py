@@ -1,17 +1,15 @@
-"""What an evaluation depends on: a model's files, a task's files and local data, the versions."""
+"""What an evaluation depends on: files by their contents, and the versions of what reads them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from importlib import util
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
@@ -34,13 +32,17 @@ class Fingerprints:
         self._path = folder / STAMPS_NAME
         self.on_progress = on_progress
         try:
-            self._known: dict[str, list[Any]] = json.loads(self._path.read_text("utf-8"))
+            known = json.loads(self._path.read_text("utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            known = None
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
-    def of_files(self, files: Iterable[Path], root: Path) -> str:
-        """Return the hash of some files' contents and of their names below a folder."""
-        lines = [f"{path.relative_to(root).as_posix()} {self._of_file(path)}" for path in files]
+    def of_files(self, files: Iterable[Path], root: Path | None = None) -> str:
+        """Return the hash of some files' contents and of their names, below a folder if given."""
+        lines = [
+            f"{path.relative_to(root).as_posix() if root else path.name} {self._of_file(path)}"
+            for path in files
+        ]
         return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
     def of_model(self, path: Path) -> str:
@@ -66,7 +68,7 @@ class Fingerprints:
         place, status = str(path.absolute()), path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         known = self._known.get(place)
-        if known is not None and known[:-1] == stamp:
+        if isinstance(known, list) and known[:-1] == stamp:
             self.on_progress(status.st_size)
             return str(known[-1])
         digest = xxhash.xxh3_128()
@@ -76,73 +78,6 @@ class Fingerprints:
                 self.on_progress(len(block))
         self._known[place] = [*stamp, digest.hexdigest()]
         return digest.hexdigest()
-
-
-def task_files(
-    task: str, tasks_folder: Path | None, data: Path | None
-) -> dict[str, tuple[Path | None, list[Path]]]:
-    """Return the files of a task of ours and those of its local data, each below a folder.
-
-    The files of lmms-eval's own tasks are told by its version.
-    """
-    definition: list[Path] = []
-    config: Mapping[str, Any] | None = None
-    if tasks_folder is not None:
-        for file in sorted(tasks_folder.rglob("*.yaml")):
-            found = _task_config(file)
-            if found.get("task") == task:
-                definition = [path for path in sorted(file.parent.iterdir()) if path.is_file()]
-                config = found
-    if config is None:
-        config = _official(task)
-    local = _local_data(config, data) if data else []
-    return {
-        "definition": (tasks_folder if definition else None, definition),
-        "data": (data if local else None, local),
-    }
-
-
-def _official(task: str) -> Mapping[str, Any]:
-    spec = util.find_spec("lmms_eval")
-    places = [Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ()]
-    for place in places:
-        for file in sorted(place.rglob(f"{task}.yaml")):
-            found = _task_config(file)
-            if found.get("task") == task:
-                return found
-    return {}
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads lmms-eval's task files, whose functions are of no interest here."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: None)
-
-
-def _task_config(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.load(file.read_text("utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _local_data(config: Mapping[str, Any], data: Path) -> list[Path]:
-    arguments = config.get("dataset_kwargs") or {}
-    named = arguments.get("data_files") or {}
-    patterns = list(named.values()) if isinstance(named, dict) else [named]
-    folder = data / str(config.get("dataset_path") or "")
-    place = folder if folder != data and folder.is_dir() else data
-    if not patterns:
-        patterns = ["**/*"] if place != data else []
-    files = {
-        file
-        for pattern in patterns
-        for one in (pattern if isinstance(pattern, list) else [pattern])
-        for file in place.glob(str(one))
-    }
-    return sorted(file for file in files if file.is_file())
 
 
 def versions() -> dict[str, str]:

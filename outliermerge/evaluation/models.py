@@ -12,7 +12,6 @@ from typing import Any
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods import find_method
 
@@ -30,28 +29,28 @@ class Model:
     merge: Mapping[str, Any] | None
 
 
-def find_models(models: Sequence[str], fingerprints: Fingerprints) -> list[Model]:
-    """Return models given as "PATH" or "NAME=PATH"; all are looked for before any is read.
+def find_models(models: Sequence[str]) -> list[tuple[str, str, Path]]:
+    """Return name, reference and folder of models given as "PATH" or "NAME=PATH".
 
     Raises:
         OutlierMergeError: two have one name, or one is neither here nor to be had from the hub.
     """
-    pairs = [_split_name(model) for model in models]
+    pairs = [split_name(model) for model in models]
     check_names([name for name, _ in pairs])
-    paths = [_find(reference) for _, reference in pairs]
-    merges = [_merge(path) for path in paths]
-    return [
-        Model(name, reference, path, fingerprints.of_model(path), merge)
-        for (name, reference), path, merge in zip(pairs, paths, merges, strict=True)
-    ]
+    return [(name, reference, _find(reference)) for name, reference in pairs]
 
 
-def _split_name(model: str) -> tuple[str, str]:
+def split_name(model: str) -> tuple[str, str]:
+    """Return a model's name in tables, and its path or hub id.
+
+    >>> split_name("t=3=merged/t3"), split_name("org/name@main")
+    (('t=3', 'merged/t3'), ('name', 'org/name@main'))
+    """
     match = _NAMED.fullmatch(model)
     if match and not Path(model).exists():
         return match["name"], match["path"]
-    name = Path(model.partition("@")[0]).expanduser().resolve().name
-    return name, model
+    place = model if Path(model).exists() else model.partition("@")[0]
+    return Path(place).expanduser().resolve().name, model
 
 
 def _find(reference: str) -> Path:
@@ -61,7 +60,7 @@ def _find(reference: str) -> Path:
     return path
 
 
-def _merge(path: Path) -> dict[str, Any] | None:
+def merge_of(path: Path) -> dict[str, Any] | None:
     """Return what merged a model, from its manifest; None for one that was only converted."""
     try:
         spec = json.loads((path / MANIFEST_NAME).read_text("utf-8"))["spec"]

@@ -13,10 +13,11 @@ from typing import Any
 
 import xxhash
 
-from outliermerge.evaluation.fingerprint import Fingerprints, task_files
+from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.models import Model
 from outliermerge.evaluation.scores import Score, load_record, write_json
 from outliermerge.evaluation.suite import Suite, SuiteTask
+from outliermerge.evaluation.task_files import task_files
 
 _FORMAT = 1
 _JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL", "LLM_JUDGE_URL")
@@ -74,7 +75,7 @@ class Records:
         score = Score(
             task=task.task,
             metric=task.metric,
-            stderr=_stderr(list(result["units"].values())),
+            stderr=_stderr(result["score"], list(result["units"].values())),
             image_backend=image_backend,
             date=date.today().isoformat(),
             record=self._relative(path),
@@ -105,17 +106,19 @@ def _task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) ->
         "scale": task.scale,
         "limit": suite.limit_of(task),
         "generation": suite.generation_of(task),
-        "files": {
-            name: fingerprints.of_files(paths, root) if root else None
-            for name, (root, paths) in files.items()
-        },
+        "files": fingerprints.of_files(files),
     }
 
 
-def _stderr(units: list[float]) -> float | None:
-    """Return the standard error of the mean: std(units, ddof=1) / √n."""
+def _stderr(score: float, units: list[float]) -> float | None:
+    """Return the standard error of the mean of units: std(units, ddof=1) / √n.
+
+    None where the score is so far from that mean that it is another quantity: a task may average
+    over categories, which a limit leaves unequal.
+    """
     if len(units) < 2:
         return None
     mean = sum(units) / len(units)
     variance = sum((unit - mean) ** 2 for unit in units) / (len(units) - 1)
-    return float((variance / len(units)) ** 0.5)
+    stderr = float((variance / len(units)) ** 0.5)
+    return stderr if abs(score - mean) <= max(stderr, 1e-6) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,11 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from outliermerge.errors import SpecError, suggest
 from outliermerge.evaluation.model_types import MODEL_TYPES
+from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import Source, parse_yaml
 
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
-DTYPES = ("auto", "float16", "bfloat16", "float32")
+# What lmms-eval's model types read; they pass over any other without a word.
+GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "until")
+RESERVED = ("avg", "gain")
 
 
 class _Strict(BaseModel):
@@ -97,18 +101,32 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
     raw, source = parse_yaml(text, file=str(file))
     if not isinstance(raw, dict):
         raise source.error((), "expected a mapping with `tasks`")
-    _validate(raw, source)
     given = {key: value for key, value in overrides.items() if value is not None}
-    document = _validate({**raw, **given}, Source("command line"))
-    _check(document, source)
+    sources = dict.fromkeys(given, Source("command line"))
+    document = _over(_validate(raw, source), given)
+    _check(document, lambda key: sources.get(key, source))
     folders: dict[str, Path | None] = {}
     for key in ("tasks_folder", "data"):
         named = getattr(document, key)
         place = Path.cwd() if key in given else file.parent
         folders[key] = (place / Path(named).expanduser()).absolute() if named else None
         if (found := folders[key]) is not None and not found.is_dir():
-            raise source.error((key,), f"no such folder: {found}")
+            raise sources.get(key, source).error((key,), f"no such folder: {found}")
     return Suite(file.stem, document, folders["tasks_folder"], folders["data"], source)
+
+
+def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
+    """Return a suite with the command's settings, which win over those of single tasks too."""
+    limit, generation = given.get("limit"), given.get("generation", {})
+    tasks = [
+        task.model_copy(
+            update={"limit": limit or task.limit, "generation": {**task.generation, **generation}}
+        )
+        for task in document.tasks
+    ]
+    merged = {**given, "generation": {**document.generation, **generation}}
+    plain = {**document.model_dump(), **merged, "tasks": [task.model_dump() for task in tasks]}
+    return _validate(plain, Source("command line"))
 
 
 def _validate(raw: Mapping[str, Any], source: Source) -> SuiteDocument:
@@ -131,26 +149,54 @@ def _explain(problem: Any, source: Source) -> SpecError:
     return source.error(path, f"found {problem['input']!r}: {problem['msg']}")
 
 
-def _check(document: SuiteDocument, source: Source) -> None:
+def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
+    tasks = source_of("tasks")
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
+        if task.title in RESERVED:
+            raise tasks.error(
+                ("tasks", index, "title"), f"{task.title!r} is a column that the table adds"
+            )
         for key in ("title", "task"):
             earlier = first.setdefault((key, getattr(task, key)), index)
             if earlier != index:
-                raise source.error(
+                raise tasks.error(
                     ("tasks", index, key),
                     f"{getattr(task, key)!r} stands twice, first in tasks[{earlier}]",
                 )
+        _check_settings(task.generation, GENERATION, ("tasks", index, "generation"), tasks)
+    _check_settings(document.generation, GENERATION, ("generation",), source_of("generation"))
+    _check_settings(document.model_args, None, ("model_args",), source_of("model_args"))
     kind = MODEL_TYPES[document.model_type]
     if document.load_in_8bit and kind.model_8bit is None:
-        raise source.error(("load_in_8bit",), f"{document.model_type} cannot load in 8 bit here")
+        raise source_of("load_in_8bit").error(
+            ("load_in_8bit",), f"{document.model_type} cannot load in 8 bit here"
+        )
     if document.dtype != "auto" and not kind.takes_dtype:
-        raise source.error(
-            ("dtype",),
-            f"{document.model_type} takes the checkpoint's dtype: leave it at auto",
+        raise source_of("dtype").error(
+            ("dtype",), f"{document.model_type} takes the checkpoint's dtype: leave it at auto"
         )
     if document.batch_size > 1 and kind.one_at_a_time:
-        raise source.error(("batch_size",), f"{document.model_type} takes one question at a time")
+        raise source_of("batch_size").error(
+            ("batch_size",), f"{document.model_type} takes one question at a time"
+        )
     for name in document.model_args:
         if name in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
-            raise source.error(("model_args", name), f"{name!r} is set by the command", at_key=True)
+            raise source_of("model_args").error(
+                ("model_args", name), f"{name!r} is set by the command", at_key=True
+            )
+
+
+def _check_settings(
+    settings: Mapping[str, Any], known: Collection[str] | None, path: SpecPath, source: Source
+) -> None:
+    for name, value in settings.items():
+        if known is not None and name not in known:
+            raise source.error(
+                (*path, name), f"no generation setting {name!r}. {suggest(name, known)}",
+                at_key=True,
+            )  # fmt: skip
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise source.error((*path, name), f"found {value!r}, expected plain values") from error

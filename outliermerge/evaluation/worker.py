@@ -1,8 +1,8 @@
 """The subprocess of one model: loads it once and lets lmms-eval evaluate task after task.
 
-Run as `python -m outliermerge.evaluation.worker` with a request as JSON on standard input. What
-happens is told in lines of JSON on standard output; all that lmms-eval and the model print goes to
-standard error. A process of its own, since importing lmms-eval changes torch's global settings.
+Started by worker_process.py with a request as JSON on standard input. What happens is told in lines
+of JSON on standard output; all that lmms-eval and the model print goes to standard error. A process
+of its own, since importing lmms-eval changes torch's global settings.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _SWALLOWED = "in generating"
 def main() -> None:
     """Evaluate what the request asks for."""
     request = json.load(sys.stdin)
-    sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())]  # noqa: PTH109
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as events:
         os.dup2(2, 1)
 
@@ -43,10 +42,12 @@ def _end_with(parent: int) -> None:
 
 
 def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    import lmms_eval.evaluator  # noqa: F401  before the sinks: importing it removes all of them
     from lmms_eval import models
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
+    _refuse_made_up_weights()
     swallowed: list[str] = []
     logger.add(
         lambda message: swallowed.append(message.record["message"]),
@@ -82,22 +83,34 @@ def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None
         tell(event="finished", title=entry["title"], result=result)
 
 
+def _refuse_made_up_weights() -> None:
+    """Make transformers fail where a checkpoint lacks weights, which it draws at random instead."""
+    import transformers
+
+    PreTrainedModel: Any = transformers.PreTrainedModel
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls: type, *arguments: Any, **options: Any) -> Any:
+        model, found = load(cls, *arguments, **{**options, "output_loading_info": True})
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} tensors: {', '.join(missing[:5])}")
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
 def _evaluate(
     model: Any, tasks: Any, entry: Mapping[str, Any], request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from lmms_eval.api.task import Task
     from lmms_eval.evaluator import simple_evaluate
 
-    name = entry["task"]
-    if name not in tasks.all_tasks:
-        raise LookupError(f"lmms-eval has no task of this name ({name})")
-    task = tasks.load_task_or_group([name], "simple" if model.is_simple else "chat").get(name)
+    name, metric = entry["task"], entry["metric"]
+    task = _load_task(tasks, entry, "simple" if model.is_simple else "chat")
     results = simple_evaluate(
         model=model,
-        tasks=[task if isinstance(task, Task) else name],  # a name, where it is a group
+        tasks=[task or name],
         task_manager=tasks,
         limit=entry["limit"],
-        gen_kwargs=",".join(f"{key}={value}" for key, value in entry["generation"].items()),
         batch_size=request["batch_size"],
         bootstrap_iters=0,  # standard errors are ours, of the units
         log_samples=True,
@@ -109,25 +122,45 @@ def _evaluate(
             process_with_media=False, output_path=request["work_folder"], log_samples_suffix=""
         ),
     )
-    found = results["results"].get(name, {})
-    metrics = {key: _number(value) for key, value in found.items()}
-    numbers = {key: value for key, value in metrics.items() if value is not None}
-    metric = entry["metric"]
-    if metric not in numbers:
-        known = ", ".join(sorted(numbers)) or "none"
-        raise LookupError(f"the results have no number {metric!r}. They have: {known}")
     samples = results["samples"].get(name, [])
-    wanted = results["n-samples"].get(name, {}).get("effective")
-    if wanted is not None and {sample["doc_id"] for sample in samples} != set(range(wanted)):
-        raise RuntimeError(f"{wanted} questions were asked, {len(samples)} came back")
     _write_answers(samples, entry["answers_path"])
+    found = {key: _number(value) for key, value in results["results"].get(name, {}).items()}
+    metrics = {key: value for key, value in found.items() if value is not None}
+    if metric not in metrics:
+        raise LookupError(f"the results have no number {metric!r}. {_known(metrics)}")
+    answers = {sample["doc_id"]: _answer(sample) for sample in samples}
+    asked = results["n-samples"].get(name, {}).get("effective")
+    if asked is not None and answers.keys() != set(range(asked)):
+        raise RuntimeError(f"{asked} questions were asked, {len(answers)} came back")
     return {
-        "score": numbers[metric] * entry["scale"],
-        "metrics": numbers,
-        "num_samples": len(samples),
-        "num_empty": sum(not _answer(sample).strip() for sample in samples),
+        "score": metrics[metric] * entry["scale"],
+        "metrics": metrics,
+        "num_samples": len(answers),
+        "num_empty": sum(not answer.strip() for answer in answers.values()),
         "units": _unit_scores(task, samples, metric, entry["scale"]),
     }
+
+
+def _load_task(tasks: Any, entry: Mapping[str, Any], kind: str) -> Any:
+    """Return a task with its generation settings; None where the name is of a group of tasks."""
+    from lmms_eval.api.task import Task
+
+    name = entry["task"]
+    if name not in tasks.all_tasks:
+        raise LookupError(f"lmms-eval has no task of this name ({name})")
+    task = tasks.load_task_or_group([name], kind).get(name)
+    if not isinstance(task, Task):
+        if entry["generation"]:
+            raise ValueError(f"{name} is a group of tasks, which take no generation settings")
+        return None
+    if entry["metric"].partition(",")[0] not in task.aggregation():
+        raise LookupError(f"no metric {entry['metric']!r}. {_known(task.aggregation())}")
+    task.set_config("generation_kwargs", entry["generation"], update=True)
+    return task
+
+
+def _known(metrics: Iterable[str]) -> str:
+    return f"The task has: {', '.join(sorted(metrics)) or 'none'}"
 
 
 def _unit_scores(

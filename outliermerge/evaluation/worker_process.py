@@ -10,10 +10,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+# "" is the working directory, where a file of a data set must not stand for a module.
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from outliermerge.evaluation.worker import main; main()"
+)
 # As tqdm writes it; the number before is of the same bar.
 _BAR = re.compile(rb"(\d+)/(\d+) \[")
 
@@ -37,48 +42,64 @@ def worker(
         on_progress: called with the questions done and asked of the step at hand.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "outliermerge.evaluation.worker"],
+        [sys.executable, "-c", _START],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=folder,
         env={**os.environ, **environment},
+        start_new_session=True,  # so that it can be killed with what it has started
     )
     assert process.stdin and process.stdout and process.stderr
     listener = threading.Thread(target=_tee, args=(process.stderr.fileno(), log, on_progress))
     listener.start()
     try:
         try:
-            process.stdin.write(json.dumps(request).encode())
+            process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
             process.stdin.close()
         except BrokenPipeError:
             pass  # it ended at once: its exit code and log say why
-        yield process, (json.loads(line) for line in process.stdout)
+        yield process, _events(process.stdout)
     finally:
-        process.kill()
+        end(process)
         process.wait()
         listener.join()
         process.stdout.close()
         process.stderr.close()
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker and what it has started, which may hold its standard error."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _events(lines: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # it was killed while it wrote
+            return
+
+
 def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) -> None:
-    with log.open("ab") as file:
-        while block := os.read(descriptor, 1 << 16):
+    while block := os.read(descriptor, 1 << 16):
+        # Whatever becomes of the log, a worker whose output nobody reads would wait forever.
+        with suppress(OSError), log.open("ab") as file:
             file.write(block)
-            file.flush()
-            if bars := _BAR.findall(block):
-                on_progress(int(bars[-1][0]), int(bars[-1][1]))
+        if bars := _BAR.findall(block):
+            on_progress(int(bars[-1][0]), int(bars[-1][1]))
 
 
-def why_it_ended(returncode: int, log: Path) -> str:
-    """Return in words how a worker ended before it was done."""
+def why_it_ended(returncode: int, log: Path, start: int) -> str:
+    """Return in words how a worker ended before it was done; its log begins at `start`."""
     if returncode == -signal.SIGKILL:
         how = "was killed (signal 9), as the system does when memory runs out"
     elif returncode < 0:
-        how = f"was ended by signal {-returncode} ({signal.Signals(-returncode).name})"
+        how = f"was ended by signal {-returncode} ({signal.strsignal(-returncode)})"
     else:
         how = f"ended with exit code {returncode}"
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
+    text = log.read_bytes()[start:].decode("utf-8", "replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines()]
     said = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
     return f"lmms-eval's process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")
