@@ -362,7 +362,7 @@ def test_a_failed_task_has_its_reason_and_no_number_and_the_others_are_scored(ta
         ("Broken", "ZeroDivisionError"),
         ("No_Such_Task", "no task of this name (no_such_task)"),
         ("Deadly", "was killed (signal 9)"),
-        ("Waiting", "no number 'bleu,none'. They have: accuracy,none"),
+        ("Waiting", "no metric 'bleu,none'. The task has: accuracy"),
     ],
 )
 def test_a_reason_is_the_one_that_helps(tasks_run, title, reason):
@@ -517,9 +517,9 @@ def test_changed_data_is_what_is_scored(changed_run):
 
 
 def test_a_model_that_only_answers_with_nothing_is_warned_of(changed_run):
-    assert "warning: good: Mmstar: every answer is empty\n" in changed_run.err
+    lines = [line for line in changed_run.err.splitlines() if "every answer is empty" in line]
+    assert lines and all(line.startswith("good: Mmstar") for line in lines)
     assert changed_run.tasks("good")["Mmstar"]["num_empty"] == 3
-    assert "warning: old" not in changed_run.err
 
 
 def test_a_merge_is_told_by_its_manifest(changed_run):
@@ -1021,7 +1021,7 @@ def test_a_folder_with_an_at_sign_keeps_its_name(small, stub):
 @pytest.mark.parametrize("option", ["--baseline=abscent", "--baseline=model "])
 def test_a_baseline_that_is_no_model_is_refused_before_the_run(small, stub, capsys, option):
     code, told = _refused(small, capsys, str(small / "model"), option)
-    assert code in (1, 2) and "is not a model" in told and stub.asked == []
+    assert code in (1, 2) and "no such model" in told and stub.asked == []
 
 
 def test_an_output_that_is_a_file_is_refused(small, stub, capsys):
