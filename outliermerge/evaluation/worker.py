@@ -125,7 +125,9 @@ def _evaluate(
     samples = results["samples"].get(name, [])
     _write_answers(samples, entry["answers_path"])
     found = {key: _number(value) for key, value in results["results"].get(name, {}).items()}
-    metrics = {key: value for key, value in found.items() if value is not None}
+    metrics = {
+        key: value for key, value in found.items() if value is not None and "_stderr" not in key
+    }
     if metric not in metrics:
         raise LookupError(f"the results have no number {metric!r}. {_known(metrics)}")
     answers = {sample["doc_id"]: _answer(sample) for sample in samples}
