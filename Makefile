@@ -14,7 +14,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/.eval ## the paper in five minutes: merge a small LLaVA family, score all, show the table
-	@$(IN_VENV) $(BIN)/python demo/family.py
+	@$(IN_VENV) $(BIN)/python evals/demo.py
 
 demo-minilm: $(VENV)/.demo ## merge a real model and its real fine-tune, verify, compare them
 	@$(IN_VENV) $(BIN)/python demo/minilm.py

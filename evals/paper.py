@@ -1,20 +1,24 @@
-"""Reproduce Table 4 of arXiv 2501.10661: merge, evaluate parents and merges, print both tables.
+"""Reproduce Table 4 of arXiv 2501.10661: merge, score parents and merges, print both tables.
 
-    python evals/paper.py [--limit QUESTIONS]
+    python evals/paper.py [--limit QUESTIONS] [--jobs MODELS_AT_ONCE]
 
-Needs a CUDA device of 24 GB or more, the hub (or its cache), and 300 GB of disk.
+Needs a CUDA device of 24 GB or more, the hub, and 300 GB of disk.
 """
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
 
+from steps import command, merge, options, score
+
 BASE = "llava-hf/llava-1.5-13b-hf"
-INSTRUCT = "llava-hf/llava-v1.6-vicuna-13b-hf"
 # Math-LLaVA is published in LLaVA's original layout, which lmms-eval's llava_hf does not load.
 MATHS = "llava_math_parent"
+PARENTS = {
+    "LLaVA-v1.5-13B": BASE,
+    "LLaVA-1.6-13B": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "Math-LLaVA": f"merged/{MATHS}",
+}
 MERGES = {
     "average": "llava_math_average",
     "task arithmetic": "llava_math_task_arithmetic",
@@ -41,28 +45,14 @@ def lacking() -> list[str]:
     return found
 
 
-def command(*arguments: str) -> None:
-    print("$ " + " ".join(arguments), flush=True)
-    done = subprocess.run(arguments, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--limit", help="questions of each task (default: all)")
-    options = parser.parse_args()
+    chosen = options(__doc__ or "", jobs=1)
     if missing := lacking():
         print(f"error: this machine lacks {' and '.join(missing)}", file=sys.stderr)
         raise SystemExit(1)
-    for spec in (MATHS, *MERGES.values()):
-        command("outliermerge", "run", f"merge_configs/{spec}.yaml", "--overwrite")
-    models = [f"LLaVA-v1.5-13B={BASE}", f"LLaVA-1.6-13B={INSTRUCT}", f"Math-LLaVA=merged/{MATHS}"]
-    models += [f"{name}=merged/{spec}" for name, spec in MERGES.items()]
-    limit = ["--limit", options.limit] if options.limit else []
-    command(
-        "outliermerge", "eval", *models, "--suite", "evals/paper.yaml", "--output", OUTPUT, *limit
-    )
+    merge([MATHS, *MERGES.values()])
+    models = PARENTS | {name: f"merged/{spec}" for name, spec in MERGES.items()}
+    score(models, "evals/paper.yaml", OUTPUT, chosen)
     command("outliermerge", "compare", OUTPUT, "--paper")
 
 

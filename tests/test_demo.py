@@ -33,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (evals / name).symlink_to(ROOT / "evals" / name)
     (evals / "data").mkdir()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "demo" / "family.py"), "--limit", str(LIMIT)],
+        [sys.executable, str(ROOT / "evals" / "demo.py"), "--limit", str(LIMIT)],
         cwd=folder,
         env=ENVIRONMENT,
         capture_output=True,

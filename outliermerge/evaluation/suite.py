@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from outliermerge.errors import SpecError, suggest
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.spec.settings import SpecPath
-from outliermerge.spec.text import Source, parse_yaml
+from outliermerge.spec.text import Source, parse_yaml, read_text
 
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
@@ -90,14 +90,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
             range; the message starts with file, line and column.
     """
     file = Path(path)
-    try:
-        text = file.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise SpecError(f"{file}: no such suite. The project's own are in evals/") from error
-    except OSError as error:
-        raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{file}: cannot be read: {error}") from error
+    text = read_text(file, absent="no such suite. The project's own are in evals/")
     raw, source = parse_yaml(text, file=str(file))
     if not isinstance(raw, dict):
         raise source.error((), "expected a mapping with `tasks`")

@@ -16,7 +16,7 @@ from outliermerge.methods import find_method
 from outliermerge.spec.document import EXTRA, MISSING, UNEQUAL, BaseEntry, ModelEntry, SpecDocument
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
-from outliermerge.spec.text import Source, parse_yaml
+from outliermerge.spec.text import Source, parse_yaml, read_text
 
 _NOT_YET = {
     "slices": "give whole `models`",
@@ -93,15 +93,7 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
     if isinstance(spec, Mapping):
         return _check(dict(spec), Source("spec"))
     path = Path(spec)
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: no such spec file") from error
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
-    return parse_spec(text, file=str(path))
+    return parse_spec(read_text(path, absent="no such spec file"), file=str(path))
 
 
 def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:

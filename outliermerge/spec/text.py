@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,6 +31,22 @@ class Source:
                 break
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
         return SpecError(f"{place}: {name.lstrip('.') + ': ' if name else ''}{message}")
+
+
+def read_text(path: Path, *, absent: str) -> str:
+    """Return a file's text.
+
+    Raises:
+        SpecError: it cannot be read; `absent` is what to say where there is none.
+    """
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: {absent}") from error
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
 
 
 def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
