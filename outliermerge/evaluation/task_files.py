@@ -30,8 +30,8 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
     for file in _definitions(task, tasks_folder):
         config, files = _read(file)
         if tasks_folder is not None and tasks_folder in file.parents:
-            found.update(files)
-            found.update(path for path in file.parent.iterdir() if path.is_file())
+            # The functions that a file names are in its own folder.
+            found.update(path for part in files for path in part.parent.iterdir() if path.is_file())
         for name in _members(config):
             found.update(task_files(name, tasks_folder, data))
         found.update(_local_data(config, file.parent, data))
