@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from outliermerge import cli
-from outliermerge.errors import SpecError
+from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages
 from outliermerge.evaluation.suite import Suite, load_suite
 
 TASK = "- {title: MMStar, task: mmstar, metric: 'average,none'}\n"
@@ -265,3 +266,12 @@ def test_a_mistake_in_a_suite_ends_with_exit_code_2_and_leaves_nothing(tmp_path,
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(f"error: {file}:1:8: tasks: ")
     assert not output.exists()
+
+
+def test_a_model_type_whose_packages_are_absent_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(MODEL_TYPES, "vllm", ModelType("model", packages=("json", "no_such_one")))
+    with pytest.raises(
+        OutlierMergeError, match=r"^vllm needs packages .*: pip install no-such-one$"
+    ):
+        check_packages("vllm", load_in_8bit=False)
+    check_packages("llava_hf", load_in_8bit=True)

@@ -16,7 +16,11 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
-from outliermerge.evaluation.model_types import MODEL_TYPES, model_arguments
+from outliermerge.evaluation.model_types import (
+    MODEL_TYPES,
+    check_packages,
+    model_arguments,
+)
 from outliermerge.evaluation.models import Model, find_models, merge_of
 from outliermerge.evaluation.records import Records
 from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores
@@ -73,6 +77,7 @@ def evaluate(
     """
     listener = listener or Listener()
     installed = versions()
+    check_packages(suite.document.model_type, load_in_8bit=suite.document.load_in_8bit)
     _check_judge(suite)
     device = choose_device(suite.document.device)
     kind = MODEL_TYPES[suite.document.model_type]

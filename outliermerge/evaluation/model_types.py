@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import util
 from typing import Any
+
+from outliermerge.errors import OutlierMergeError
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class ModelType:
         takes_device: it has the arguments `device` and `device_map`.
         one_at_a_time: it refuses batches.
         model_8bit: the model type that loads it in 8 bit, if there is one.
+        packages: what it imports besides transformers.
     """
 
     path_argument: str
@@ -23,13 +27,33 @@ class ModelType:
     takes_device: bool = True
     one_at_a_time: bool = False
     model_8bit: str | None = None
+    packages: tuple[str, ...] = ()
 
 
 MODEL_TYPES = {
-    "llava_hf": ModelType("pretrained", one_at_a_time=True, model_8bit="llava_hf_8bit"),
-    "qwen2_5_vl": ModelType("pretrained", takes_dtype=False),
-    "vllm": ModelType("model", takes_device=False),
+    "llava_hf": ModelType(
+        "pretrained", one_at_a_time=True, model_8bit="llava_hf_8bit", packages=("decord",)
+    ),
+    "qwen2_5_vl": ModelType(
+        "pretrained", takes_dtype=False, packages=("qwen_vl_utils", "torchvision")
+    ),
+    "vllm": ModelType("model", takes_device=False, packages=("vllm",)),
 }
+
+
+def check_packages(model_type: str, *, load_in_8bit: bool) -> None:
+    """Refuse a model type whose packages are not installed.
+
+    Raises:
+        OutlierMergeError: it names those that are not.
+    """
+    wanted = (*MODEL_TYPES[model_type].packages, *(["bitsandbytes"] if load_in_8bit else []))
+    if absent := [name for name in wanted if util.find_spec(name) is None]:
+        names = " ".join(name.replace("_", "-") for name in absent)
+        raise OutlierMergeError(
+            f"{model_type}{' in 8 bit' if load_in_8bit else ''} needs packages that are not "
+            f"installed here: pip install {names}"
+        )
 
 
 def model_arguments(
