@@ -95,3 +95,22 @@ def test_make_eval_wants_a_model():
     )  # fmt: skip
     assert done.returncode == 2
     assert "make eval MODEL=" in done.stderr
+
+
+def test_the_readme_shows_the_committed_results_of_the_small_family():
+    readme = (ROOT / "README.md").read_text()
+    family = ROOT / "evals" / "family"
+    table, facts = (family / "scores.md").read_text().split("\n\n")[:2]
+    assert table in readme and facts.splitlines()[0] in readme
+    assert "(evals/family/scores.png)" in readme
+    assert (family / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert (family / "study.md").read_text().strip() in readme
+    study = json.loads((family / "study.json").read_text())
+    assert len(study["seeds"]) == 5
+    monkey = pytest.MonkeyPatch()
+    monkey.syspath_prepend(str(ROOT))
+    try:
+        from evals.family.study import report
+    finally:
+        monkey.undo()
+    assert report(study) == (family / "study.md").read_text()

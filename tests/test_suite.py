@@ -270,8 +270,6 @@ def test_a_mistake_in_a_suite_ends_with_exit_code_2_and_leaves_nothing(tmp_path,
 
 def test_a_model_type_whose_packages_are_absent_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(MODEL_TYPES, "vllm", ModelType("model", packages=("json", "no_such_one")))
-    with pytest.raises(
-        OutlierMergeError, match=r"^vllm needs packages .*: pip install no-such-one$"
-    ):
+    with pytest.raises(OutlierMergeError, match=r"^vllm needs .*: pip install no-such-one$"):
         check_packages("vllm", load_in_8bit=False)
     check_packages("llava_hf", load_in_8bit=True)
