@@ -36,17 +36,25 @@ def add_commands(add: AddCommand, count: Callable[[str], int]) -> None:
     )
     evaluate.add_argument("--limit", type=count, metavar="N", help="questions of each task")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:N, or auto (default: the suite's)")
-    evaluate.add_argument("--dtype", help="auto, float16, bfloat16 or float32 (the suite's)")
-    evaluate.add_argument("--model-type", metavar="TYPE", help="llava_hf, qwen2_5_vl or vllm")
+    evaluate.add_argument(
+        "--dtype", help="auto, float16, bfloat16 or float32 (default: the suite's)"
+    )
+    evaluate.add_argument(
+        "--model-type", metavar="TYPE", help="llava_hf, qwen2_5_vl or vllm (default: the suite's)"
+    )
     evaluate.add_argument(
         "--load-in-8bit",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="quantise with bitsandbytes while loading (the suite's)",
+        help="quantise with bitsandbytes while loading (default: the suite's)",
     )
     evaluate.add_argument("--batch-size", type=count, metavar="N", help="questions at once")
     evaluate.add_argument(
-        "--generation", action="append", default=[], metavar="KEY=VALUE", help="may be repeated"
+        "--generation",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="such as max_new_tokens=32; may be repeated",
     )
     evaluate.add_argument("--data", metavar="DIR", help="data sets here win over the hub's")
     evaluate.add_argument(

@@ -159,6 +159,8 @@ def load_scores(path: str | Path) -> Scores:
             settings=content["settings"],
             models=tuple(_model(entry, file.parent) for entry in content["models"]),
         )
+    except OutlierMergeError:
+        raise
     except FileNotFoundError as error:
         raise OutlierMergeError(
             f"{error.filename}: no such file. `outliermerge eval` writes it."
@@ -182,9 +184,17 @@ def _model(entry: Mapping[str, Any], folder: Path) -> ModelScores:
 
 
 def load_record(path: Path, *, record: str) -> Score:
-    """Read a record; `record` is what scores.json calls it."""
-    content = json.loads(path.read_text("utf-8"))["result"]
-    return Score(**content, record=record)
+    """Read a record; `record` is what scores.json calls it.
+
+    Raises:
+        OutlierMergeError: it is not what `outliermerge eval` wrote.
+    """
+    try:
+        return Score(**json.loads(path.read_text("utf-8"))["result"], record=record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutlierMergeError(
+            f"{path}: is not what `outliermerge eval` wrote: {type(error).__name__}: {error}"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
