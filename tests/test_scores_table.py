@@ -553,5 +553,5 @@ def test_a_file_that_is_something_else_is_told(tmp_path, content, reason):
 def test_a_broken_record_is_told(tmp_path, content):
     _, path = saved(tmp_path)
     (tmp_path / "records" / "a.json").write_text(content)
-    with pytest.raises(OutlierMergeError, match="is not what `outliermerge eval` wrote"):
+    with pytest.raises(OutlierMergeError, match=r"a\.json: is not what `outliermerge eval` wrote"):
         load_scores(path)

@@ -86,9 +86,10 @@ def one_seed(seed: int, work: Path, chosen: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def mean_and_error(values: Sequence[float]) -> str:
+def mean_and_error(values: Sequence[float], sign: str = "") -> str:
     """Return the mean over seeds and its standard error, std(ddof=1) / √n, as a text."""
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):{sign}.1f} ± {error:.1f}"
 
 
 def table(found: Mapping[int, Mapping[str, Any]], regime: str) -> str:
@@ -118,7 +119,7 @@ def table(found: Mapping[int, Mapping[str, Any]], regime: str) -> str:
             text = mean_and_error(scores(row, title))
             cells.append(f"**{text}**" if best[title] == row else text)
         gains = [a - b for a, b in zip(scores(row, None), average, strict=True)]
-        cells.append("–" if row == "average" else f"{mean_and_error(gains)}")
+        cells.append("–" if row == "average" else mean_and_error(gains, "+"))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
