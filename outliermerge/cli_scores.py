@@ -85,6 +85,7 @@ def run_eval(options: argparse.Namespace) -> int:
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.evaluate import evaluate
     from outliermerge.evaluation.models import split_name
+    from outliermerge.evaluation.scores import write_whole
     from outliermerge.evaluation.suite import load_suite
     from outliermerge.evaluation.table import make_table
     from outliermerge.render_scores import EvaluationProgress
@@ -112,7 +113,7 @@ def run_eval(options: argparse.Namespace) -> int:
         )
     table = make_table([scores], baseline=options.baseline)
     folder = Path(options.output).expanduser()
-    _write(folder / TABLE_NAME, table.as_markdown())
+    write_whole(folder / TABLE_NAME, (table.as_markdown() + "\n").encode())
     draw(table, folder / CHART_NAME)
     if options.json:
         print(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False))
@@ -126,7 +127,7 @@ def run_compare(options: argparse.Namespace) -> int:
     """Put finished evaluations into one table."""
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.paper import with_paper
-    from outliermerge.evaluation.scores import load_scores
+    from outliermerge.evaluation.scores import load_scores, write_whole
     from outliermerge.evaluation.table import make_table
 
     table: Table = make_table([load_scores(path) for path in options.scores],
@@ -134,7 +135,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.paper:
         table = with_paper(table)
     if options.markdown:
-        _write(Path(options.markdown), table.as_markdown())
+        write_whole(Path(options.markdown), (table.as_markdown() + "\n").encode())
     if options.chart:
         draw(table, Path(options.chart))
     if options.json:
@@ -155,9 +156,3 @@ def _generation(settings: list[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text + "\n", "utf-8")
-    partial.replace(path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 from collections import Counter
 from pathlib import Path
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.evaluation.scores import write_whole
 from outliermerge.evaluation.table import AVG, Table
 
 # Okabe and Ito, "Color Universal Design" (2008), without black: told apart by colour-blind readers.
@@ -73,10 +73,8 @@ def draw(table: Table, path: Path) -> None:
     )
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content.getvalue())
-        partial.replace(path)
+        write_whole(path, content.getvalue())
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -198,10 +198,15 @@ def load_record(path: Path, *, record: str) -> Score:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, by `write_whole`."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there as a whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    partial.write_text(text, "utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 
