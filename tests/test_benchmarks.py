@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from oracle_llava import save_oracles
 from replicas_mathvista_geoqa import EVALS, GEOQA, MATHVISTA, save_geoqa, save_mathvista
 from replicas_official import AI2D, MMMU, MMSTAR, save_ai2d, save_mmmu, save_mmstar
@@ -278,8 +277,10 @@ def test_in_8_bit_as_the_suite_says_the_answers_are_alike(run: Run, tmp_path: Pa
     assert json.loads(loaded.stdout.splitlines()[-1]) == {"torch.int8": 21, "torch.float32": 1}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_a_gpu_that_is_not_there_is_said_in_a_line(run: Run, tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_said_in_a_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is one, it is hidden
     out, err = command(
         "eval", run.place / "right", "--suite", SUITE, "--device", "cuda",
         "--output", tmp_path / "out", code=2,
