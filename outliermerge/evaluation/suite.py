@@ -69,7 +69,6 @@ class Suite:
     document: SuiteDocument
     tasks_folder: Path | None
     data: Path | None
-    source: Source
 
     def limit_of(self, task: SuiteTask) -> int | None:
         """Return how many questions are asked; None for all of them."""
@@ -105,7 +104,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
         folders[key] = (place / Path(named).expanduser()).absolute() if named else None
         if (found := folders[key]) is not None and not found.is_dir():
             raise sources.get(key, source).error((key,), f"no such folder: {found}")
-    return Suite(file.stem, document, folders["tasks_folder"], folders["data"], source)
+    return Suite(file.stem, document, folders["tasks_folder"], folders["data"])
 
 
 def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
