@@ -39,6 +39,7 @@ class EvaluationProgress(Listener):
             disable=not self._console.is_terminal,
         )
         self._all = self._bars.add_task("models × tasks", total=len(tasks) * len(models))
+        self._hashed = self._bars.add_task("MB of models hashed", total=None, visible=False)
         self._rows: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
@@ -53,6 +54,10 @@ class EvaluationProgress(Listener):
         trace: TracebackType | None,
     ) -> None:
         self._bars.__exit__(kind, error, trace)
+
+    def hashing(self, num_bytes: int) -> None:
+        """Show that large models are being read."""
+        self._bars.update(self._hashed, advance=num_bytes / 1e6, visible=True)
 
     def kept(self, model: str, title: str, score: Score) -> None:
         """Count it."""

@@ -7,7 +7,6 @@ exception, as its rule guesses an option where an answer names none.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -23,10 +22,6 @@ from replicas_official import AI2D, MMMU, MMSTAR, save_ai2d, save_mmmu, save_mms
 from replicas_wemath_dynamath import DYNAMATH, WEMATH, save_dynamath, save_wemath
 
 from outliermerge.evaluation.scores import ModelScores, Scores, load_scores
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
-)
 
 SUITE = EVALS / "paper.yaml"
 SAVES: tuple[Callable[[Path], None], ...] = (

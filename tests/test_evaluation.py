@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,18 +22,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from llava_replicas import save_hf_base
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from outliermerge import cli
+from outliermerge import cli, render_scores
 from outliermerge.evaluation import evaluate as evaluate_module
 from outliermerge.evaluation.scores import Failure, Score, Scores, load_scores
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.evaluation.worker_process import worker
 from outliermerge.render_scores import EvaluationProgress
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
-)
 
 PYTHON = sys.executable
 
@@ -1060,3 +1057,14 @@ def test_without_lmms_eval_one_message_says_what_to_install(small):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: lmms-eval is not installed") and "outliermerge[eval]" in line
     assert not (small / "out").exists()
+
+
+def test_at_a_terminal_the_reading_of_models_is_shown(monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(render_scores, "Console", lambda **_: terminal)
+    with EvaluationProgress(["a task"], ["a model"]) as progress:
+        assert "hashed" not in screen.getvalue()
+        for _ in range(5):
+            progress.hashing(300_000_000)
+    assert re.search(r"MB of models hashed .* 1500/\?", screen.getvalue())

@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from evals.family import data
 
-pytest.importorskip("easy_vqa")
-pytest.importorskip("datasets")
-
 FAMILY = Path(data.__file__).with_name("models")
 NAMES = ("base", "instruct", "maths")
 
