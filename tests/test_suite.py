@@ -9,8 +9,11 @@ import pytest
 
 from outliermerge import cli
 from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.evaluation import task_files
 from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages
 from outliermerge.evaluation.suite import Suite, load_suite
+
+SUITES = Path(__file__).parent.parent / "evals"
 
 TASK = "- {title: MMStar, task: mmstar, metric: 'average,none'}\n"
 
@@ -273,3 +276,19 @@ def test_a_model_type_whose_packages_are_absent_is_refused_by_name(monkeypatch):
     with pytest.raises(OutlierMergeError, match=r"^vllm needs .*: pip install no-such-one$"):
         check_packages("vllm", load_in_8bit=False)
     check_packages("llava_hf", load_in_8bit=True)
+
+
+@pytest.mark.parametrize("name", ["paper", "paper-judge", "tiny"])
+def test_every_shipped_suite_names_tasks_that_there_are(name):
+    suite = load_suite(SUITES / f"{name}.yaml")
+    assert suite.document.judge == (name == "paper-judge")
+    for task in suite.document.tasks:
+        (file,) = task_files._definitions(task.task, suite.tasks_folder)
+        config, _ = task_files._read(file)
+        metrics = {entry["metric"] for entry in config["metric_list"]}
+        assert task.metric.partition(",")[0] in metrics
+
+
+def test_every_suite_that_ships_is_looked_at():
+    names = {path.stem for path in SUITES.glob("*.yaml")}
+    assert names == {"paper", "paper-judge", "tiny"}

@@ -45,8 +45,12 @@ def _definitions(task: str, tasks_folder: Path | None) -> Iterator[Path]:
     for files in (
         tasks_folder.rglob("*.yaml") if tasks_folder else (),
         (file for place in official for file in place.rglob(f"{glob.escape(task)}.yaml")),
+        # Few are in a file of another name, and only then all have to be searched.
+        (file for place in official for file in place.rglob("*.yaml")),
     ):
         for file in sorted(files):
+            if task.encode() not in file.read_bytes():
+                continue
             config, _ = _read(file)
             if task in (config.get("task"), config.get("group")):
                 yield file
