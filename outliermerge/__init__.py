@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from outliermerge.errors import OutlierMergeError, SpecError
     from outliermerge.merge import merge_state_dicts, merge_tensors, plan, run, verify
     from outliermerge.method import PerModel, merge_method
-    from outliermerge.statistics import StandardDeviation, Trim
+    from outliermerge.statistics import StandardDeviation
+    from outliermerge.trim import Trim
 
 __all__ = [
     "OutlierMergeError",
@@ -33,7 +34,7 @@ _HOMES = {
     "PerModel": "method",
     "SpecError": "errors",
     "StandardDeviation": "statistics",
-    "Trim": "statistics",
+    "Trim": "trim",
     "merge_method": "method",
 }
 

@@ -1,113 +1,109 @@
-"""The merge of one tensor, block by block, wherever its blocks come from.
-
-Shape suffixes: M models, S sources (the base, where there is one, then the models), E elements.
-"""
+"""The merge of one tensor, block by block, wherever its blocks come from."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
-from outliermerge.method import MergeMethod
-from outliermerge.statistics import CHUNK_ELEMENTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from outliermerge.checkpoint.meta import DType
+from outliermerge.method import Task
+from outliermerge.rounds import Round, Steps
+from outliermerge.statistics import CHUNK_ELEMENTS, Pass, Statistic
 
 Span: TypeAlias = tuple[int, int]
-Load: TypeAlias = "Callable[[Span], Tensor]"
-Map: TypeAlias = Callable[[Callable[[Span], Any], Iterable[Span]], Iterable[Any]]
-"""`map`, or that of a thread pool: results come in the order of the spans."""
+NeedKey: TypeAlias = tuple[Statistic, tuple[Any, ...]]
+"""A statistic, and the values of the parameters that it depends on."""
 
 
-def spans(num_elements: int, block_elements: int) -> list[Span]:
-    """Return the element ranges of a tensor's blocks.
+def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Span]:
+    """Return the element ranges of blocks, from start on.
 
     >>> spans(10, 4)
     [(0, 4), (4, 8), (8, 10)]
     """
     return [
-        (start, min(start + block_elements, num_elements))
-        for start in range(0, num_elements, block_elements)
+        (first, min(first + block_elements, num_elements))
+        for first in range(start, num_elements, block_elements)
     ]
 
 
-def to_deltas(block_SE: Tensor) -> Tensor:
-    """Subtract the base, in place, and return the task vectors (M, E)."""
-    return block_SE[1:].sub_(block_SE[0])
+class Engine(Protocol):
+    """What computes blocks of raw bytes; any thread may call it."""
+
+    def buffer(self, slot: object, num_bytes: int) -> memoryview:
+        """Return bytes that this thread uses again for the slot."""
+
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+        """Return what `merge` needs to know of a whole tensor."""
+
+    def measure(
+        self, task: Task, passes: Mapping[Any, Pass], sources: Sequence[Any], num_elements: int
+    ) -> dict[Any, Any]:
+        """Return a block's share in each statistic's pass."""
+
+    def merge(
+        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+    ) -> tuple[bool, bool, dict[str, Any]]:
+        """Fill out with a block's merged weights.
+
+        Returns:
+            Whether all sources are finite, whether the output is, and the method's report.
+        """
+
+    def is_finite(self, dtype: DType, raw: memoryview) -> bool:
+        """Tell whether no value is infinite or NaN."""
+
+    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
+        """Fill out with the values in another dtype; tell whether it holds them."""
+
+    def equal(self, a: memoryview, b: memoryview) -> bool:
+        """Tell whether two buffers hold the same bytes."""
 
 
 def measure_needs(
-    method: MergeMethod,
-    resolved: Mapping[str, Any],
-    load: Load,
+    tasks: Sequence[Task],
+    measure: Callable[..., dict[NeedKey, Any]],
     *,
-    num_models: int,
     num_elements: int,
     block_elements: int,
-    run: Map,
-) -> dict[str, list[Any]]:
-    """Return a method's whole-tensor statistics, as lists, in as many passes as they take.
+    on_pass: Callable[[int], None] = lambda num_elements: None,
+) -> Steps[list[dict[str, list[Any]]]]:
+    """Measure what methods need to know of a tensor, in as many passes as it takes.
 
     Args:
-        load: returns a span's sources (S, E) in the compute dtype, in a buffer of the thread.
-        run: `map` or a thread pool's.
+        tasks: merges of the same sources; what several need is measured once.
+        measure: returns a span's share in each of some `passes`.
+        on_pass: called with the number of elements that a pass will read.
+
+    Returns:
+        For each task its needs by name, as (nested) lists of numbers.
     """
-    states: dict[str, Any] = {
-        name: need.start(num_models, num_elements, resolved) for name, need in method.needs.items()
+    keys = [{name: _key(need, task) for name, need in task.method.needs.items()} for task in tasks]
+    states: dict[NeedKey, Any] = {
+        key: key[0].start(task.num_models, num_elements, task.parameters)
+        for task, named in zip(tasks, keys, strict=True)
+        for key in named.values()
     }
     aligned = max(CHUNK_ELEMENTS, block_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS)
-    while active := {name: s for name, s in states.items() if not isinstance(s, list)}:
-
-        def measure(span: Span, active: dict[str, Any] = active) -> dict[str, Any]:
-            block_SE = load(span)
-            block_ME = to_deltas(block_SE) if method.space == "delta" else block_SE
-            return {name: state.measure(block_ME) for name, state in active.items()}
-
-        for shares in run(measure, spans(num_elements, aligned)):
-            for name, share in shares.items():
-                active[name].add(share)
-        states |= {name: state.finish() for name, state in active.items()}
-    return states
-
-
-def merge_block(
-    method: MergeMethod,
-    block_SE: Tensor,
-    keywords: Mapping[str, Any],
-    shape: tuple[int, ...],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a block's merged weights (E,) in the compute dtype, and the method's report.
-
-    Args:
-        block_SE: the sources; overwritten.
-        keywords: needs and parameters as the method's function takes them.
-        shape: of the whole tensor, for methods that see rows or the tensor.
-    """
-    block_ME = to_deltas(block_SE) if method.space == "delta" else block_SE
-    result = method.function(view_for(method, block_ME, shape), **keywords)
-    merged, report = result if isinstance(result, tuple) else (result, {})
-    merged_E = merged.reshape(-1)
-    if merged_E.shape != block_SE.shape[1:]:
-        raise ValueError(
-            f"{method.name} returned shape {tuple(merged.shape)} for a block "
-            f"of {block_SE.shape[1]} elements"
-        )
-    if method.space == "delta":
-        merged_E = merged_E + block_SE[0]
-    return merged_E, report
+    while waiting := {k: state for k, state in states.items() if not isinstance(state, list)}:
+        chunks = next(iter(waiting.values())).chunks
+        active = {key: state for key, state in waiting.items() if state.chunks == chunks}
+        if chunks is None:
+            read = spans(num_elements, aligned)
+        else:
+            read = [(i * CHUNK_ELEMENTS, (i + 1) * CHUNK_ELEMENTS) for i in chunks]
+        on_pass(sum(stop - start for start, stop in read))
+        shares = yield Round(partial(measure, passes=active), read)
+        for share in shares:
+            for key, state in active.items():
+                state.add(share[key])
+        states |= {key: state.finish() for key, state in active.items()}
+    return [{name: states[key] for name, key in named.items()} for named in keys]
 
 
-def view_for(method: MergeMethod, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a block in the shape that the method's cut promises."""
-    num_models = len(block_ME)
-    if method.cut == "row":
-        return block_ME.view(num_models, -1, math.prod(shape[1:]) if len(shape) > 1 else
-                             block_ME.shape[1])  # fmt: skip
-    if method.cut == "tensor":
-        return block_ME.view(num_models, *shape)
-    return block_ME
+def _key(need: Statistic, task: Task) -> NeedKey:
+    return need, tuple(task.parameters.get(name) for name in need.depends_on)
 
 
 def fold_reports(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

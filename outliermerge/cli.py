@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
         )
+        command.add_argument(
+            "--no-kernels", action="store_true", help="compute by torch, as methods are defined"
+        )
         command.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
         command.add_argument("--json", action="store_true", help="print JSON for scripts")
     run.add_argument(
@@ -195,6 +198,7 @@ def _run(options: argparse.Namespace) -> int:
             threads=options.threads,
             overwrite=options.overwrite,
             fresh=options.fresh,
+            kernels=not options.no_kernels,
             allow_non_finite=options.allow_non_finite,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
@@ -220,25 +224,28 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from outliermerge import merge, render
-    from outliermerge.checkpoint.layout import parse_bytes
-    from outliermerge.execute import choose_device, num_threads
+    from outliermerge.execute import choose_options
     from outliermerge.output import free_disk_bytes
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
-    device = choose_device(options.device)
-    threads = num_threads(options.threads)
-    memory_bytes = parse_bytes(options.memory, option="--memory")
+    chosen = choose_options(
+        device=options.device,
+        memory=options.memory,
+        threads=options.threads,
+        kernels=not options.no_kernels,
+    )
     named = options.output or planned.spec.document.output
     output = merge.output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
-    peak = planned.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
+    peak = planned.peak_memory_bytes(chosen)
     if options.json:
         _print_json(
             planned.as_dict()
             | {
                 "output": named,
-                "threads": threads,
-                "device": device,
+                "threads": chosen.threads,
+                "device": chosen.device,
+                "kernels": chosen.kernels,
                 "peak_memory_bytes": peak,
                 "free_disk_bytes": free,
             }
@@ -247,9 +254,7 @@ def _plan(options: argparse.Namespace) -> int:
         render.print_plan(
             planned,
             output=output,
-            threads=threads,
-            memory_bytes=memory_bytes,
-            device=device,
+            options=chosen,
             free_bytes=free,
         )
     if planned.num_written_bytes > free:

@@ -1,21 +1,24 @@
-"""Runs a plan: the loop over jobs, on threads and devices."""
+"""Runs a plan: which engine computes what, on how many threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-from outliermerge.blocks import Map, Span
+from outliermerge.blocks import Engine
+from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import SpecError
-from outliermerge.job_runner import JobResult, JobRunner, Options, Sink
-from outliermerge.jobs import Job, Plan
+from outliermerge.job_runner import JobResult, JobRunner, Sink
+from outliermerge.jobs import Job, Options, Plan
+from outliermerge.kernel_engine import KernelEngine
+from outliermerge.kernels import find_kernels
+from outliermerge.rounds import Steps, run_all
+from outliermerge.torch_engine import TorchEngine
 
 _MAX_DEFAULT_THREADS = 8
 
@@ -47,90 +50,156 @@ def choose_device(name: str) -> str:
     return name
 
 
+def choose_options(
+    *,
+    device: str,
+    memory: int | str,
+    threads: int,
+    kernels: bool,
+    allow_non_finite: bool = False,
+) -> Options:
+    """Return how a plan is run on this machine.
+
+    Raises:
+        SpecError: an option is wrong.
+    """
+    return Options(
+        device=choose_device(device),
+        threads=num_threads(threads),
+        memory_bytes=parse_bytes(str(memory), option="--memory"),
+        kernels=kernels and find_kernels() is not None,
+        allow_non_finite=allow_non_finite,
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A plan whose jobs are to be run, and where their bytes go.
+
+    Attributes:
+        jobs: those of the plan that are left to do.
+        on_result: called by one thread at a time, in any order of jobs, when its bytes are
+            written.
+    """
+
+    plan: Plan
+    jobs: Sequence[Job]
+    sink: Sink
+    on_result: Callable[[Job, JobResult], None]
+
+
 def execute(
-    plan: Plan,
-    jobs: Iterable[Job],
-    sink: Sink,
+    targets: Sequence[Target],
     options: Options,
     *,
-    on_result: Callable[[Job, JobResult], None],
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Run jobs; each result is reported once its bytes are written.
+    """Run the jobs of plans, together where they merge the same tensors.
 
     The bytes are the same for any number of threads and any memory budget on a device.
 
     Args:
-        on_result: called by one thread at a time, in any order of jobs.
+        targets: the plans; of several, all read the same models.
         on_progress: called with the bytes just worked on, by any thread.
 
     Raises:
         OutlierMergeError: a source cannot be read, tensors that must be equal differ, or a value
             is not finite. Jobs already reported stay valid.
     """
-    keep_freed_memory()
-    # What can refuse a merge is done first: buffers that must be equal.
-    ordered = sorted(jobs, key=lambda job: job.action != "equal")
-    lock = threading.Lock()
-    with Reader() as reader, worker_pool(options.threads) as (pool, on_all_threads):
-        runner = JobRunner(plan, reader, sink, options, on_progress)
-        for job in plan.checks:
-            runner.check_equal(job, on_all_threads)
-        pending: list[Future[None]] = []
+    checks = [(target.plan, job) for target in targets for job in target.plan.checks]
+    groups = _groups(targets)
+    all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
+    with Reader() as reader, ExitStack() as stack:
+        kernels: KernelEngine | None = None
+        torch: TorchEngine | None = None
+        prepare = _nothing
+        if any(options.uses_kernels(job) for job in all_jobs):
+            kernels = KernelEngine(find_kernels())
+        if any(not options.uses_kernels(job) or _reads_by_torch(job) for job in all_jobs):
+            prepare = stack.enter_context(torch_threads())
+            torch = TorchEngine(devices(options.device))
 
-        def finish(job: Job, run: Map) -> None:
-            result = runner.run_job(job, run)
+        def engine_for(job: Job) -> Engine:
+            engine = kernels if options.uses_kernels(job) else torch
+            assert engine is not None
+            return engine
+
+        def runner(plan: Plan) -> JobRunner:
+            return JobRunner(plan, reader, options, engine_for, on_progress)
+
+        def run_group(group: Sequence[tuple[Target, Job]]) -> Steps[None]:
+            outputs = [(job, target.sink) for target, job in group]
+            results = yield from runner(group[0][0].plan).run(outputs)
             with lock:
-                on_result(job, result)
+                for (target, job), result in zip(group, results, strict=True):
+                    target.on_result(job, result)
 
-        for job in ordered:
-            if job.num_elements <= runner.block_elements(job):
-                pending.append(pool.submit(finish, job, map))
-            else:
-                finish(job, on_all_threads)
-                _raise_failures(pending)
-        for future in pending:
-            future.result()
+        lock = threading.Lock()
+        for work in (
+            (runner(plan).check_equal(job) for plan, job in checks),
+            map(run_group, groups),
+        ):
+            run_all(work, threads=options.threads, prepare=prepare)
+
+
+def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
+    """Bring together the jobs that read the same sources in the same way.
+
+    What can refuse a merge comes first: buffers that must be equal.
+    """
+    groups: dict[object, list[tuple[Target, Job]]] = {}
+    for target in targets:
+        for job in target.jobs:
+            key = (
+                job.action,
+                job.sources,
+                job.compute_dtype,
+                job.task.method.cut,
+                job.fits_kernels,
+            )
+            groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
+    return sorted(groups.values(), key=lambda group: group[0][1].action != "equal")
+
+
+def _nothing() -> None:
+    return None
+
+
+def _reads_by_torch(job: Job) -> bool:
+    """Tell whether a source is computed from others, or pickled."""
+    return any(
+        source.stored != (source,) or any(meta.offset is None for meta in source.stored)
+        for _, source in job.sources
+    )
+
+
+def devices(name: str) -> list[str]:
+    """Return the devices that a resolved option names: `cuda` means all GPUs.
+
+    >>> devices("cpu")
+    ['cpu']
+    """
+    if name != "cuda":
+        return [name]
+    import torch
+
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 @contextmanager
-def worker_pool(threads: int) -> Iterator[tuple[ThreadPoolExecutor, Map]]:
-    """Give a pool whose threads compute for themselves alone, and a `map` over it.
+def torch_threads() -> Iterator[Callable[[], None]]:
+    """Let threads compute for themselves alone, each by calling what this gives first.
 
-    The map keeps few results waiting, so that memory stays bounded. torch's number of threads,
-    which is the process's for threads that start later, is put back at the end.
+    torch's number of threads, which is the process's for threads that start later, is put back.
     """
     import torch
 
+    keep_freed_memory()
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-    def run(function: Callable[[Span], Any], items: Iterable[Span]) -> Iterator[Any]:
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
     try:
-        yield pool, run
+        yield lambda: torch.set_num_threads(1)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
-
-
-def _raise_failures(pending: list[Future[None]]) -> None:
-    running = [future for future in pending if not future.done()]
-    for future in pending:
-        if future.done():
-            future.result()
-    pending[:] = running
 
 
 def keep_freed_memory() -> None:

@@ -1,54 +1,36 @@
-"""Runs one job: its blocks are read, merged, checked, checksummed and written.
-
-Shape suffixes: S sources (the base, where there is one, then the models), E elements.
-"""
+"""Makes the bytes of one output tensor: read, merged, checked, checksummed and written."""
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import Any, Protocol
 
-from outliermerge.blocks import Map, Span, fold_reports, measure_needs, merge_block, spans
-from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
+from outliermerge.blocks import Engine, NeedKey, Span, fold_reports, measure_needs
+from outliermerge.checkpoint.checksum import piece_digests, tensor_checksum
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.jobs import Job, Plan
-from outliermerge.methods import find_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from outliermerge.jobs import Job, Options, Plan
+from outliermerge.kernel_engine import KernelEngine
+from outliermerge.rounds import Round, Steps
+from outliermerge.statistics import Pass
+from outliermerge.work import Work
 
 
 class Sink(Protocol):
     """Where merged bytes go."""
+
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int]:
+        """Return the descriptor of a file and the position of an element in it."""
 
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
 
     def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         """Read back elements from `start` on."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is run.
-
-    Attributes:
-        device: `cpu`, `cuda`, `cuda:N`, or `auto` (a GPU where there is one).
-        threads: worker threads; 0 means as many as there are processors, at most 8.
-        memory_bytes: budget for blocks and intermediate results.
-        allow_non_finite: go on where values are infinite or NaN, and list them.
-    """
-
-    device: str
-    threads: int
-    memory_bytes: int
-    allow_non_finite: bool = False
 
 
 @dataclass
@@ -59,6 +41,7 @@ class JobResult:
         action: `merge`, or `copy` where the bytes are those of a source.
         checksum: of the output tensor.
         read: checksum of each source tensor by the input's number.
+        read_bytes: of its sources, all passes counted.
         statistics: the method's needs and report, by name.
         non_finite: where infinite or NaN values are.
     """
@@ -66,118 +49,97 @@ class JobResult:
     action: str
     checksum: str
     read: dict[int, str]
+    read_bytes: int = 0
     statistics: dict[str, Any] = field(default_factory=dict)
     non_finite: list[str] = field(default_factory=list)
 
 
-class _Workspace(threading.local):
-    """A thread's reused buffers."""
+@dataclass
+class _Written:
+    """What one item of the last round read and wrote for one output, in pieces' digests."""
 
-    def __init__(self) -> None:
-        self.raw: dict[object, Tensor] = {}
-        self.block: dict[object, Tensor] = {}
+    digests: list[list[bytes]]
+    written: list[bytes] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
+    fits: bool = True
+    reports: list[dict[str, Any]] = field(default_factory=list)
 
 
 class JobRunner:
-    """Makes the bytes of one output tensor after another, in any thread."""
+    """Makes output tensors, each by steps that threads share.
+
+    Args:
+        choose_engine: returns what computes a job.
+        on_progress: called with the bytes just worked on, by any thread.
+    """
 
     def __init__(
         self,
         plan: Plan,
         reader: Reader,
-        sink: Sink,
         options: Options,
+        choose_engine: Callable[[Job], Engine],
         on_progress: Callable[[int], None],
     ) -> None:
-        import torch
+        self._plan, self._reader, self._options = plan, reader, options
+        self._choose_engine, self._on_progress = choose_engine, on_progress
 
-        self._plan, self._reader, self._sink = plan, reader, sink
-        self._options, self._on_progress = options, on_progress
-        self._device = torch.device(options.device)
-        self._workspace = _Workspace()
+    def run(self, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
+        """Read, merge, check and write one tensor in one or several ways.
 
-    def block_elements(self, job: Job) -> int:
-        """Return how many elements of a job's tensor are worked on at a time."""
-        return self._plan.block_elements(
-            job,
-            threads=self._options.threads,
-            memory_bytes=self._options.memory_bytes,
-            device=self._options.device,
-        )
+        Args:
+            outputs: jobs with the same sources and arithmetic, and where their bytes go.
+        """
+        first = outputs[0][0]
+        if first.action == "equal":
+            yield from self.check_equal(first)
+        if first.action == "merge":
+            unchanged = [_keeps_equal_models(job) for job, _ in outputs]
+            if not any(unchanged) or not (yield from self._identical(self._work(first))):
+                return (yield from self._merge(outputs))
+        else:
+            unchanged = [True] * len(outputs)
+        results = []
+        for output, is_copy in zip(outputs, unchanged, strict=True):
+            if is_copy:
+                results.append((yield from self._copy(self._work(output[0]), output[1])))
+            else:
+                results += yield from self._merge([output])
+        return results
 
-    def run_job(self, job: Job, run: Map) -> JobResult:
-        """Read, merge, check and write one tensor; `run` maps over its blocks."""
-        task = _Task(job, self.block_elements(job))
-        if job.action == "copy":
-            return self._copy(task, run)
-        if job.action == "equal":
-            self.check_equal(job, run)
-            return self._copy(task, run)
-        method = find_method(job.method)
-        unchanged = method.space == "delta" or method.idempotent(job.parameters)
-        if unchanged and self._identical(task, run):
-            return self._copy(task, run)
-        return self._merge(task, run)
+    def _work(self, job: Job) -> Work:
+        return Work(job, self._choose_engine(job), self._plan, self._options)
 
-    def _raw(self, slot: object, num_bytes: int) -> Tensor:
-        """Return a reused buffer of bytes; pinned where a GPU reads it."""
-        import torch
-
-        buffer = self._workspace.raw.get(slot)
-        if buffer is None or len(buffer) < num_bytes:
-            pinned = self._device.type == "cuda"
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-            self._workspace.raw[slot] = buffer
-        return buffer[:num_bytes]
-
-    def _read(self, meta: Source, span: Span, slot: object) -> Tensor:
-        num_bytes = (span[1] - span[0]) * meta.dtype.num_bytes
-        raw = self._raw(slot, num_bytes)
-        meta.read(self._reader, *span, _bytes_of(raw))
-        self._on_progress(num_bytes)
+    def _read(self, work: Work, meta: Source, span: Span, slot: object) -> memoryview:
+        raw = work.engine.buffer(slot, (span[1] - span[0]) * meta.dtype.num_bytes)
+        meta.read(self._reader, *span, raw)
         return raw
 
-    def _load(self, task: _Task, span: Span, digests: list[bytes] | None = None) -> Tensor:
-        """Return a span's sources (S, E) in the compute dtype, in this thread's buffer."""
-        import torch
+    def _read_all(self, work: Work, span: Span) -> list[memoryview]:
+        sources = work.job.sources
+        return [self._read(work, meta, span, slot) for slot, (_, meta) in enumerate(sources)]
 
-        job, num_elements = task.job, span[1] - span[0]
-        dtype = getattr(torch, job.compute_dtype)
-        size = len(job.sources) * num_elements
-        flat = self._workspace.block.get(dtype)
-        if flat is None or len(flat) < size:
-            room = len(job.sources) * min(task.block_elements, job.num_elements)
-            flat = torch.empty(max(size, room), dtype=dtype, device=self._device)
-            self._workspace.block[dtype] = flat
-        block_SE = flat[:size].view(len(job.sources), num_elements)
-        for row, (_, meta) in enumerate(job.sources):
-            raw = self._read(meta, span, 0)
-            if digests is not None:
-                digests.append(piece_digests(_bytes_of(raw), meta.dtype.num_bytes))
-            source = raw.view(getattr(torch, meta.dtype.name))
-            block_SE[row].copy_(source)
-        return block_SE
-
-    def _identical(self, task: _Task, run: Map) -> bool:
-        """Tell whether all sources hold the same bytes, reading as little as shows it."""
-        import torch
-
-        job = task.job
+    def _identical(self, work: Work) -> Steps[bool]:
+        """Tell whether all sources hold the same bytes, by their first pieces as a rule."""
+        job = work.job
         if len(job.sources) < 2 or len({meta.dtype for _, meta in job.sources}) > 1:
             return len(job.sources) < 2
 
         def same(span: Span) -> bool:
-            first = self._read(job.sources[0][1], span, 0)
-            return all(torch.equal(first, self._read(meta, span, 1)) for _, meta in job.sources[1:])
+            first, *others = self._read_all(work, span)
+            return all(work.engine.equal(first, other) for other in others)
 
-        start = min(PIECE_ELEMENTS, job.num_elements)
-        if start and not same((0, start)):
-            return False
-        return all(run(same, task.spans_after_first_piece))
+        first, *rest = work.first_piece_and_blocks()
+        for blocks in ([first], rest):
+            work.count(sum(stop - start for start, stop in blocks))
+            results = yield Round(same, blocks)
+            if not all(results):
+                return False
+        return True
 
-    def check_equal(self, job: Job, run: Map) -> None:
+    def check_equal(self, job: Job) -> Steps[None]:
         """Raise OutlierMergeError unless all sources of a job hold the same values."""
-        if self._identical(_Task(job, self.block_elements(job)), run):
+        if (yield from self._identical(self._work(job))):
             return
         models = [self._plan.inputs[number].reference for number, _ in job.sources]
         if job in self._plan.checks:
@@ -195,202 +157,188 @@ class JobRunner:
             f"but it differs between:\n{listing(models)}\n{advice}"
         )
 
-    def _copy(self, task: _Task, run: Map) -> JobResult:
-        import torch
-
-        job = task.job
+    def _copy(self, work: Work, sink: Sink) -> Steps[JobResult]:
+        job = work.job
         number, meta = job.sources[0]
-        target = getattr(torch, job.output.dtype.name)
+        converts = meta.dtype != job.output.dtype
 
-        def copy(span: Span) -> tuple[bytes, bytes, bool, bool]:
-            raw = self._read(meta, span, 0)
-            values = raw.view(getattr(torch, meta.dtype.name))
-            read = piece_digests(_bytes_of(raw), meta.dtype.num_bytes)
-            out, written = raw, read
-            finite = not meta.dtype.is_float or _is_finite(values)
-            fits = True
-            if meta.dtype != job.output.dtype:
-                stored = values.to(target)
-                fits = not finite or _fits(values, stored)
-                out = stored.view(torch.uint8)
-                written = piece_digests(_bytes_of(out), job.output.dtype.num_bytes)
-            self._write(job.output, span, out)
-            return read, written, finite, fits
+        def copy_blocks(span: Span) -> _Written:
+            done = _Written(digests=[[]])
+            for block in work.split(span):
+                raw = out = self._read(work, meta, block, 0)
+                done.digests[0].append(piece_digests(raw, meta.dtype.num_bytes))
+                if meta.dtype.is_float and not work.engine.is_finite(meta.dtype, raw):
+                    done.bad.add(0)
+                if converts:
+                    out = work.out(job, block)
+                    fits = work.engine.convert(meta.dtype, raw, job.output.dtype, out)
+                    done.fits = done.fits and (fits or bool(done.bad))
+                self._refuse_non_finite(job, [done])
+                self._write(job, sink, block, out, done)
+            return done
 
-        results = list(run(copy, task.element_spans))
+        def copy(span: Span) -> _Written:
+            places = None if converts else work.places(self._reader, span, sources=1)
+            kernels = work.engine
+            if places is not None and isinstance(kernels, KernelEngine):
+                try:
+                    finite, digests = kernels.copy(
+                        meta.dtype, places[0], span[1] - span[0], sink.place(job.output, span[0])
+                    )
+                except (OSError, EOFError):  # done again, to say where
+                    finite = False
+                if finite:
+                    self._on_progress(2 * meta.dtype.num_bytes * (span[1] - span[0]))
+                    return _Written(digests=[[digests]], written=[digests])
+            return copy_blocks(span)
+
+        work.count(job.num_elements, sources=1)
+        items: list[_Written] = yield Round(copy, work.spans())
         result = JobResult(
             action="copy",
-            checksum=tensor_checksum(written for _, written, _, _ in results),
-            read={number: tensor_checksum(read for read, _, _, _ in results)},
+            checksum=tensor_checksum(piece for item in items for piece in item.written),
+            read={number: tensor_checksum(piece for item in items for piece in item.digests[0])},
+            read_bytes=work.read_bytes,
+            non_finite=self._places(job, items),
         )
-        if not all(finite for _, _, finite, _ in results):
-            self._non_finite(result, job, f"in {self._plan.inputs[number].reference}")
-        if not all(fits for _, _, _, fits in results):
-            self._non_finite(result, job, f"in the output ({job.output.dtype.name})")
         return result
 
-    def _merge(self, task: _Task, run: Map) -> JobResult:
-        import torch
+    def _merge(self, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
+        work = self._work(outputs[0][0])
+        tasks = [job.task for job, _ in outputs]
 
-        job, method = task.job, find_method(task.job.method)
-        compute_dtype = getattr(torch, job.compute_dtype)
-        is_delta = method.space == "delta"
-        needs = measure_needs(
-            method,
-            job.parameters,
-            lambda span: self._load(task, span),
-            num_models=len(job.sources) - is_delta,
-            num_elements=job.num_elements,
-            block_elements=task.block_elements,
-            run=run,
+        def measure(span: Span, passes: dict[NeedKey, Pass]) -> dict[NeedKey, Any]:
+            num_elements = span[1] - span[0]
+            self._on_progress(num_elements * work.element_bytes)
+            places = work.places(self._reader, span)
+            if places is not None:
+                try:
+                    return work.engine.measure(tasks[0], passes, places, num_elements)
+                except (OSError, EOFError):  # done again, to say where
+                    pass
+            return work.engine.measure(tasks[0], passes, self._read_all(work, span), num_elements)
+
+        needs = yield from measure_needs(
+            tasks,
+            measure,
+            num_elements=work.job.num_elements,
+            block_elements=work.measured_elements,
+            on_pass=work.count,
         )
-        like = torch.empty(0, dtype=compute_dtype, device=self._device)
-        keywords = method.arguments(job.parameters, like=like) | {
-            name: like.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
-        }
-        target = getattr(torch, job.output.dtype.name)
-        in_pieces = method.cut == "element"
+        prepared = [work.engine.prepare(task, own) for task, own in zip(tasks, needs, strict=True)]
 
-        def merge(span: Span) -> tuple[list[bytes], bytes, set[int], bool, dict[str, Any]]:
-            digests: list[bytes] = []
-            block_SE = self._load(task, span, digests if in_pieces else None)
-            bad = set()
-            if not _is_finite(block_SE):
-                bad = {r for r, row in enumerate(block_SE) if not _is_finite(row)}
-                if bad and not self._options.allow_non_finite:
-                    self._raise_non_finite(job, [self._where(job, row) for row in sorted(bad)])
-            merged_E, report = merge_block(method, block_SE, keywords, job.output.shape)
-            out = self._raw("out", (span[1] - span[0]) * job.output.dtype.num_bytes)
-            stored_E = out.view(target)
-            stored_E.copy_(merged_E)
-            finite = _fits(merged_E, stored_E)
-            if not finite and not self._options.allow_non_finite:
-                self._raise_non_finite(job, [f"in the output ({job.output.dtype.name})"])
-            written = piece_digests(_bytes_of(out), job.output.dtype.num_bytes)
-            self._write(job.output, span, out)
-            plain = {name: value.tolist() for name, value in report.items()}
-            return digests, written, bad, finite, plain
+        def merge_blocks(span: Span) -> list[_Written]:
+            done = [_Written(digests=[[] for _ in work.job.sources]) for _ in outputs]
+            for block in work.split(span):
+                raws = self._read_all(work, block)
+                self._on_progress(sum(map(len, raws)))
+                pieces = [
+                    piece_digests(raw, dtype.num_bytes)
+                    for raw, dtype in zip(raws, tasks[0].dtypes, strict=True)
+                    if work.in_pieces
+                ]
+                for each, task, made, (job, sink) in zip(
+                    done, tasks, prepared, outputs, strict=True
+                ):
+                    for digests, piece in zip(each.digests, pieces, strict=False):
+                        digests.append(piece)
+                    out = work.out(job, block)
+                    finite, fits, report = work.engine.merge(
+                        task, made, raws, block[1] - block[0], out
+                    )
+                    if not finite:
+                        each.bad |= work.not_finite(raws)
+                    each.fits = each.fits and fits
+                    each.reports.append(report)
+                    self._refuse_non_finite(job, [each])
+                    self._write(job, sink, block, out, each)
+            return done
 
-        digests: list[list[bytes]] = []
-        written, bad, finite, reports = [], set(), True, []
-        for block_digests, piece, rows, is_finite, report in run(merge, task.cut_spans(method.cut)):
-            digests.append(block_digests)
-            written.append(piece)
-            bad |= rows
-            finite = finite and is_finite
-            reports.append(report)
-        statistics = {name: value for name, value in needs.items()} | fold_reports(reports)
-        result = JobResult(action="merge", checksum="", read={}, statistics=statistics)
-        if in_pieces:
-            result.checksum = tensor_checksum(written)
-            by_row = list(zip(*digests, strict=True)) or [()] * len(job.sources)
-            result.read = {
-                number: tensor_checksum(pieces)
-                for (number, _), pieces in zip(job.sources, by_row, strict=True)
-            }
-        else:
-            self._checksum_again(task, result, run)
-        if bad or not finite:
-            places = [self._where(job, row) for row in sorted(bad)]
-            self._non_finite(
-                result,
-                job,
-                *places,
-                *([] if finite else [f"in the output ({job.output.dtype.name})"]),
+        def merge(span: Span) -> list[_Written]:
+            places = work.places(self._reader, span) if work.in_pieces else None
+            kernels = work.engine
+            if places is not None and isinstance(kernels, KernelEngine):
+                variants = [
+                    (task, made, sink.place(job.output, span[0]))
+                    for task, made, (job, sink) in zip(tasks, prepared, outputs, strict=True)
+                ]
+                try:
+                    read, made_ = kernels.merge_places(variants, places, span[1] - span[0])
+                except (OSError, EOFError):  # done again, to say where
+                    made_ = []
+                if made_ and all(finite for finite, _, _ in made_):
+                    self._on_progress((span[1] - span[0]) * work.moved_bytes(outputs))
+                    digests = [[pieces] for pieces in read]
+                    return [
+                        _Written(digests=digests, written=[pieces], reports=[report])
+                        for _, report, pieces in made_
+                    ]
+            return merge_blocks(span)
+
+        work.count(work.job.num_elements)
+        items: list[list[_Written]] = yield Round(merge, work.spans())
+        results = []
+        for i, (job, sink) in enumerate(outputs):
+            own = [item[i] for item in items]
+            reports = [report for item in own for report in item.reports]
+            result = JobResult(
+                action="merge",
+                checksum=tensor_checksum(piece for item in own for piece in item.written),
+                read={},
+                statistics=dict(needs[i]) | fold_reports(reports),
+                non_finite=self._places(job, own),
             )
-        return result
+            for row, (number, _) in enumerate(job.sources):
+                pieces = (piece for item in own for piece in item.digests[row])
+                result.read[number] = tensor_checksum(pieces)
+            if not work.in_pieces:
+                yield from self._checksum_again(work, job, sink, result)
+            result.read_bytes = work.read_bytes
+            results.append(result)
+        return results
 
-    def _checksum_again(self, task: _Task, result: JobResult, run: Map) -> None:
+    def _checksum_again(self, work: Work, job: Job, sink: Sink, result: JobResult) -> Steps[None]:
         """Checksum a tensor whose blocks are rows, which do not end where pieces do."""
-        job = task.job
 
         def written(span: Span) -> bytes:
-            raw = self._raw("out", (span[1] - span[0]) * job.output.dtype.num_bytes)
-            self._sink.read(job.output, span[0], _bytes_of(raw))
-            return piece_digests(_bytes_of(raw), job.output.dtype.num_bytes)
+            out = work.out(job, span)
+            sink.read(job.output, span[0], out)
+            return piece_digests(out, job.output.dtype.num_bytes)
 
-        result.checksum = tensor_checksum(run(written, task.element_spans))
+        def read(span: Span, meta: Source) -> bytes:
+            return piece_digests(self._read(work, meta, span, 0), meta.dtype.num_bytes)
+
+        pieces = work.blocks()
+        result.checksum = tensor_checksum((yield Round(written, pieces)))
+        work.count(job.num_elements)
         for number, meta in job.sources:
+            result.read[number] = tensor_checksum((yield Round(partial(read, meta=meta), pieces)))
 
-            def read(span: Span, meta: Source = meta) -> bytes:
-                raw = self._read(meta, span, 0)
-                return piece_digests(_bytes_of(raw), meta.dtype.num_bytes)
-
-            result.read[number] = tensor_checksum(run(read, task.element_spans))
-
-    def _write(self, tensor: OutputTensor, span: Span, out: Tensor) -> None:
-        self._sink.write(tensor, span[0], _bytes_of(out))
+    def _write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: _Written) -> None:
+        done.written.append(piece_digests(out, job.output.dtype.num_bytes))
+        sink.write(job.output, block[0], out)
         self._on_progress(len(out))
 
-    def _where(self, job: Job, row: int) -> str:
-        return f"in {self._plan.inputs[job.sources[row][0]].reference}"
+    def _refuse_non_finite(self, job: Job, items: list[_Written]) -> None:
+        places = self._places(job, items)
+        if places and not self._options.allow_non_finite:
+            raise OutlierMergeError(
+                f"tensor {job.name!r} has values that are infinite or NaN "
+                f"{' and '.join(places)}. "
+                "Check that model; --allow-non-finite goes on and lists such tensors."
+            )
 
-    def _non_finite(self, result: JobResult, job: Job, *places: str) -> None:
-        if not self._options.allow_non_finite:
-            self._raise_non_finite(job, list(places))
-        result.non_finite += places
-
-    def _raise_non_finite(self, job: Job, places: list[str]) -> None:
-        raise OutlierMergeError(
-            f"tensor {job.name!r} has values that are infinite or NaN {' and '.join(places)}. "
-            "Check that model; --allow-non-finite goes on and lists such tensors."
-        )
-
-
-class _Task:
-    """A job and how its tensor is cut."""
-
-    def __init__(self, job: Job, block_elements: int) -> None:
-        self.job, self.block_elements = job, block_elements
-
-    @property
-    def spans_after_first_piece(self) -> list[Span]:
-        rest = max(0, self.job.num_elements - PIECE_ELEMENTS)
-        return [
-            (start + PIECE_ELEMENTS, stop + PIECE_ELEMENTS)
-            for start, stop in spans(rest, self.block_elements)
-        ]
-
-    @property
-    def element_spans(self) -> list[Span]:
-        """Blocks that start at multiples of a piece."""
-        aligned = max(PIECE_ELEMENTS, self.block_elements // PIECE_ELEMENTS * PIECE_ELEMENTS)
-        return spans(self.job.num_elements, aligned)
-
-    def cut_spans(self, cut: str) -> list[Span]:
-        if cut == "element":
-            return self.element_spans
-        if self.job.num_elements == 0:
-            return []
-        return spans(self.job.num_elements, self.block_elements)
+    def _places(self, job: Job, items: list[_Written]) -> list[str]:
+        """Say where values are infinite or NaN; the output only adds to that what is allowed."""
+        rows = sorted({row for item in items for row in item.bad})
+        places = [f"in {self._plan.inputs[job.sources[row][0]].reference}" for row in rows]
+        fits = all(item.fits for item in items)
+        if not fits and (not places or self._options.allow_non_finite):
+            places.append(f"in the output ({job.output.dtype.name})")
+        return places
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array)
-
-
-def _fits(values: Tensor, stored: Tensor) -> bool:
-    """Tell whether finite values are still so in the dtype that they are stored in.
-
-    torch stores what is too large for float8_e4m3fn as its largest value, 448; what is nearer to
-    the next one, which would be 480, is taken as too large.
-    """
-    import torch
-
-    kept = torch.finfo(stored.dtype).max
-    low, high = _extremes(values)
-    if stored.dtype == torch.float8_e4m3fn:
-        return -464 <= low and high <= 464
-    return (-kept <= low and high <= kept) or _is_finite(stored)
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Tell whether no value is infinite or NaN, by the extremes, which NaN takes over."""
-    return all(math.isfinite(extreme) for extreme in _extremes(values))
-
-
-def _extremes(values: Tensor) -> tuple[float, float]:
-    wide = values if values.element_size() >= 4 else values.float()
-    low, high = wide.aminmax()
-    return float(low), float(high)
+def _keeps_equal_models(job: Job) -> bool:
+    """Tell whether models that are all equal come back as they are."""
+    method = job.task.method
+    return method.space == "delta" or method.idempotent(job.parameters)

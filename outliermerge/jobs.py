@@ -12,6 +12,8 @@ from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source, TensorMeta
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
+from outliermerge.kernels import CODES
+from outliermerge.method import Task
 from outliermerge.methods import find_method
 from outliermerge.spec.check import MergeSpec
 from outliermerge.statistics import CHUNK_ELEMENTS
@@ -104,12 +106,54 @@ class Job:
         return self.sources[0][1].num_elements
 
     @property
+    def task(self) -> Task:
+        """How it is merged."""
+        return Task(
+            method=find_method(self.method),
+            parameters=self.parameters,
+            dtypes=tuple(source.dtype for _, source in self.sources),
+            out_dtype=self.output.dtype,
+            compute_dtype=self.compute_dtype,
+            shape=self.output.shape,
+        )
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether the CPU kernels can do it."""
+        if self.action == "merge":
+            return self.task.fits_kernels
+        source, output = self.sources[0][1].dtype, self.output.dtype
+        return not source.is_float or {source.name, output.name} <= CODES.keys()
+
+    @property
     def num_read_bytes(self) -> int:
         return sum(meta.num_bytes for meta in {m for _, s in self.sources for m in s.stored})
 
     @property
     def num_written_bytes(self) -> int:
         return self.num_elements * self.output.dtype.num_bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is run.
+
+    Attributes:
+        device: `cpu`, `cuda` (all GPUs) or `cuda:N`.
+        threads: worker threads.
+        memory_bytes: budget for blocks and intermediate results.
+        kernels: compute on the CPU by fused kernels what they know.
+        allow_non_finite: go on where values are infinite or NaN, and list them.
+    """
+
+    device: str
+    threads: int
+    memory_bytes: int
+    kernels: bool = True
+    allow_non_finite: bool = False
+
+    def uses_kernels(self, job: Job) -> bool:
+        return self.kernels and self.device == "cpu" and job.fits_kernels
 
 
 @dataclass(frozen=True)
@@ -164,10 +208,11 @@ class Plan:
 
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""
-        passes = find_method(job.method).num_passes if job.action == "merge" else 1
+        merges = job.action == "merge"
+        passes = find_method(job.method).num_passes(job.parameters) if merges else 1
         return passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
 
-    def block_elements(self, job: Job, *, threads: int, memory_bytes: int, device: str) -> int:
+    def block_elements(self, job: Job, options: Options) -> int:
         """Return how many elements of the job's tensor are worked on at a time.
 
         Raises:
@@ -177,34 +222,32 @@ class Plan:
         cut = method.cut if job.action == "merge" else "element"
         unit = {"element": CHUNK_ELEMENTS, "row": row_elements(job.output.shape),
                 "tensor": max(1, job.num_elements)}[cut]  # fmt: skip
-        per_element = self._bytes_per_element(job)
-        fits = memory_bytes // (threads * per_element)
+        per_element = self._bytes_per_element(job, options)
+        fits = options.memory_bytes // (options.threads * per_element)
         if fits < min(unit, job.num_elements):
-            needed = threads * per_element * min(unit, job.num_elements)
+            needed = options.threads * per_element * min(unit, job.num_elements)
             raise SpecError(
-                f"--memory: {memory_bytes:,} bytes are too few for tensor {job.name!r}: "
-                f"{method.name} needs {needed:,} on {threads} threads to hold one {cut} block. "
-                "Give more memory or fewer threads."
+                f"--memory: {options.memory_bytes:,} bytes are too few for tensor {job.name!r}: "
+                f"{method.name} needs {needed:,} on {options.threads} threads to hold one {cut} "
+                "block. Give more memory or fewer threads."
             )
-        most = _MAX_BLOCK_CHUNKS[device.partition(":")[0]] * CHUNK_ELEMENTS
+        most = _MAX_BLOCK_CHUNKS[options.device.partition(":")[0]] * CHUNK_ELEMENTS
         return max(unit, min(fits, most) // unit * unit)
 
-    def peak_memory_bytes(self, *, threads: int, memory_bytes: int, device: str) -> int:
+    def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
         peak = 0
         for job in self.jobs:
-            block = self.block_elements(
-                job, threads=threads, memory_bytes=memory_bytes, device=device
-            )
-            peak = max(peak, min(block, job.num_elements) * self._bytes_per_element(job))
-        return threads * peak
+            block = min(self.block_elements(job, options), job.num_elements)
+            peak = max(peak, block * self._bytes_per_element(job, options))
+        return options.threads * peak
 
-    def _bytes_per_element(self, job: Job) -> int:
+    def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
         # Computed sources hold their rows in float32 while they are made.
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
-        if job.action != "merge":
+        if job.action != "merge" or options.uses_kernels(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes
         # The block itself, and what a method's intermediate results were measured to take.

@@ -21,21 +21,22 @@ from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
-from outliermerge.jobs import Plan
+from outliermerge.jobs import Options, Plan
 from outliermerge.output import checksum_in_file, manifest_path, shard_path
 from outliermerge.planning.sidecars import sidecar_bytes
 
 MANIFEST_FORMAT = 1
 
 
-def identity(plan: Plan, *, device: str) -> dict[str, Any]:
+def identity(plan: Plan, options: Options) -> dict[str, Any]:
     """Return what must be the same for a killed run to be continued, by what a user calls it."""
     layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
     pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
     return {
         "the outliermerge version": version("outliermerge"),
         "the torch version": version("torch"),
-        "the device": device.partition(":")[0],
+        "the device": options.device.partition(":")[0],
+        "what computes (--no-kernels)": "kernels" if options.kernels else "torch",
         "the spec": plan.spec.as_dict(),
         "the layout of the output (--shard-size, tensors)": layout,
         "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
@@ -52,7 +53,7 @@ def identity(plan: Plan, *, device: str) -> dict[str, Any]:
 
 
 def write_sidecars(
-    plan: Plan, results: Mapping[str, JobResult], folder: Path, *, device: str
+    plan: Plan, results: Mapping[str, JobResult], folder: Path, options: Options
 ) -> dict[str, Any]:
     """Write everything but the weights into a folder, the manifest last, and return it."""
     contents = sidecar_bytes(plan)
@@ -64,7 +65,7 @@ def write_sidecars(
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-    manifest = _manifest(plan, results, folder, sorted(contents), device)
+    manifest = _manifest(plan, results, folder, sorted(contents), options)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_NAME).write_text(text, "utf-8")
     return manifest
@@ -75,7 +76,7 @@ def _manifest(
     results: Mapping[str, JobResult],
     folder: Path,
     names: list[str],
-    device: str,
+    options: Options,
 ) -> dict[str, Any]:
     read: dict[int, list[str]] = {number: [] for number in range(len(plan.inputs))}
     for job in plan.jobs:
@@ -88,7 +89,8 @@ def _manifest(
             "torch": version("torch"),
             "python": platform.python_version(),
         },
-        "device": device.partition(":")[0],
+        "device": options.device.partition(":")[0],
+        "kernels": options.kernels and options.device == "cpu",
         "spec": plan.spec.as_dict(),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
         "files: sha256; shards: xxh3_128 of the header; "
@@ -113,7 +115,8 @@ def _manifest(
             }
             for shard in plan.shards
         },
-        "read_bytes": plan.num_read_bytes,
+        "input_bytes": plan.num_read_bytes,
+        "read_bytes": sum(results[job.name].read_bytes for job in plan.jobs),
         "num_parameters": plan.num_parameters,
         "files": {
             name: {

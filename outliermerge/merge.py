@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.blocks import Span, measure_needs, merge_block, spans
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, listing
-from outliermerge.execute import choose_device, execute, num_threads, worker_pool
-from outliermerge.job_runner import JobResult, Options
-from outliermerge.jobs import Job, Plan, row_elements
+from outliermerge.execute import Target, choose_options, execute, num_threads, torch_threads
+from outliermerge.in_memory import merge_in_memory
+from outliermerge.jobs import Plan
+from outliermerge.kernels import find_kernels
 from outliermerge.manifest import identity, verify_folder, write_sidecars
-from outliermerge.method import MergeMethod
+from outliermerge.method import MergeMethod, Task
 from outliermerge.methods import find_method
 from outliermerge.output import OutputFolder, check_target
 from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
+from outliermerge.rounds import run_all
 from outliermerge.spec.check import MergeSpec, load_spec
-from outliermerge.statistics import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_MEMORY_BLOCK_ELEMENTS = {"cpu": 4 * CHUNK_ELEMENTS, "cuda": 64 * CHUNK_ELEMENTS}
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,7 @@ def run(
     shard_size: int | str | None = None,
     overwrite: bool = False,
     fresh: bool = False,
+    kernels: bool = True,
     allow_non_finite: bool = False,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> RunResult:
@@ -105,6 +105,7 @@ def run(
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         overwrite: replace an existing output when the merge is done.
         fresh: start over instead of going on with a killed run.
+        kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
         allow_non_finite: go on where values are infinite or NaN, and list them.
         on_progress: called with the bytes just worked on, by any thread.
 
@@ -123,20 +124,17 @@ def run(
     else:
         planned = plan(spec, shard_size=shard_size)
     final = output_path(planned, output)
-    options = Options(
-        device=choose_device(device),
-        threads=num_threads(threads),
-        memory_bytes=parse_bytes(str(memory), option="--memory"),
+    options = choose_options(
+        device=device,
+        memory=memory,
+        threads=threads,
+        kernels=kernels,
         allow_non_finite=allow_non_finite,
     )
-    planned.peak_memory_bytes(  # refuses a budget that is too small
-        threads=options.threads, memory_bytes=options.memory_bytes, device=options.device
-    )
+    planned.peak_memory_bytes(options)  # refuses a budget that is too small
     check_target(planned, final, overwrite=overwrite)
     started = time.monotonic()
-    folder = OutputFolder(
-        planned, final, identity=identity(planned, device=options.device), fresh=fresh
-    )
+    folder = OutputFolder(planned, final, identity=identity(planned, options), fresh=fresh)
     try:
         folder.forget_unfit(allow_non_finite=allow_non_finite)
         resumed = set(folder.done)
@@ -145,11 +143,9 @@ def run(
                 on_progress(planned.num_work_bytes(job))
         left = [job for job in planned.jobs if job.name not in resumed]
 
-        def record(job: Job, result: JobResult) -> None:
-            folder.record(job.name, result)
-
-        execute(planned, left, folder, options, on_result=record, on_progress=on_progress)
-        manifest = write_sidecars(planned, folder.done, folder.path, device=options.device)
+        target = Target(planned, left, folder, folder.record)
+        execute([target], options, on_progress=on_progress)
+        manifest = write_sidecars(planned, folder.done, folder.path, options)
         folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
     finally:
         folder.close()
@@ -318,42 +314,18 @@ def _merge_in_memory(
     import torch
 
     wide = any(tensor.dtype == torch.float64 for tensor in sources)
-    compute_dtype = torch.float64 if wide else torch.float32
-    num_elements = first.numel()
-    flat = [tensor.detach().reshape(-1) for tensor in sources]
-    result = torch.empty_like(first, memory_format=torch.contiguous_format)
-    result_E = result.reshape(-1)
-    limit = _MEMORY_BLOCK_ELEMENTS.get(first.device.type, 4 * CHUNK_ELEMENTS)
-    row = row_elements(tuple(first.shape))
-    block_elements = {"element": limit, "row": max(row, limit // row * row),
-                      "tensor": max(1, num_elements)}[method.cut]  # fmt: skip
-
-    def load(span: Span) -> Tensor:
-        start, stop = span
-        block_SE = torch.empty((len(flat), stop - start), dtype=compute_dtype, device=first.device)
-        for source, target in zip(flat, block_SE, strict=True):
-            target.copy_(source[start:stop])
-        return block_SE
-
-    with worker_pool(num_threads(0)) as (_, run_blocks):
-        needs = measure_needs(
-            method,
-            resolved,
-            load,
-            num_models=len(sources) - (method.space == "delta"),
-            num_elements=num_elements,
-            block_elements=block_elements,
-            run=run_blocks,
-        )
-        like = torch.empty(0, dtype=compute_dtype, device=first.device)
-        keywords = method.arguments(resolved, like=like) | {
-            name: like.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
-        }
-
-        def merge(span: Span) -> None:
-            merged_E, _ = merge_block(method, load(span), keywords, tuple(first.shape))
-            result_E[span[0] : span[1]].copy_(merged_E)
-
-        for _ in run_blocks(merge, spans(num_elements, block_elements)):
-            pass
-    return result
+    task = Task(
+        method=method,
+        parameters=resolved,
+        dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
+        out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],
+        compute_dtype="float64" if wide else "float32",
+        shape=tuple(first.shape),
+    )
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (first, *sources))
+    threads = num_threads(0)
+    merged = torch.empty_like(first, memory_format=torch.contiguous_format)
+    with torch_threads() as prepare:
+        steps = merge_in_memory(task, sources, merged, find_kernels() if on_cpu else None)
+        run_all([steps], threads=threads, prepare=prepare)
+    return merged

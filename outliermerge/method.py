@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+from outliermerge.checkpoint.meta import DType
 from outliermerge.errors import SpecError, suggest
+from outliermerge.kernels import CODES, KernelCall
 from outliermerge.statistics import Statistic
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ class MergeMethod:
         check: raises ValueError for resolved parameters that do not go together.
         min_models, max_models: how many models it takes.
         paper: where it is from.
+        kernel: returns the call of a fused CPU kernel that computes the same, for resolved
+            parameters and measured needs; None where there is no such kernel.
     """
 
     name: str
@@ -123,6 +127,7 @@ class MergeMethod:
     min_models: int
     max_models: int | None
     paper: str
+    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
         return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
@@ -135,10 +140,9 @@ class MergeMethod:
     def documentation(self) -> str:
         return inspect.cleandoc(self.function.__doc__ or self.name)
 
-    @property
-    def num_passes(self) -> int:
-        """How often a tensor is read at most."""
-        return 1 + max((need.max_passes for need in self.needs.values()), default=0)
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        """Return how often a tensor is read as a rule, for resolved parameters."""
+        return 1 + max((need.num_passes(parameters) for need in self.needs.values()), default=0)
 
     def resolve(self, num_models: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return every parameter by YAML name, per-model ones as tuples of num_models values.
@@ -193,6 +197,44 @@ class MergeMethod:
         }
 
 
+@dataclass(frozen=True)
+class Task:
+    """How one tensor is merged, whoever computes it.
+
+    Attributes:
+        parameters: resolved for this tensor, per-model ones as tuples.
+        dtypes: as the sources' values are stored.
+        out_dtype: as the result is stored.
+        compute_dtype: of the arithmetic.
+        shape: of the whole tensor.
+    """
+
+    method: MergeMethod
+    parameters: Mapping[str, Any]
+    dtypes: tuple[DType, ...]
+    out_dtype: DType
+    compute_dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_delta(self) -> bool:
+        return self.method.space == "delta"
+
+    @property
+    def num_models(self) -> int:
+        return len(self.dtypes) - self.is_delta
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether the CPU kernels compute it: its method, its dtypes, its arithmetic."""
+        names = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
+        return (
+            self.method.kernel is not None
+            and self.compute_dtype == "float32"
+            and names <= CODES.keys()
+        )
+
+
 def _never(parameters: Mapping[str, Any]) -> bool:
     return False
 
@@ -211,6 +253,7 @@ def merge_method(
     min_models: int = 1,
     max_models: int | None = None,
     paper: str = "",
+    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None = None,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method of a function on blocks.
 
@@ -227,6 +270,7 @@ def merge_method(
         min_models: the fewest models it takes.
         max_models: the most models it takes, or None.
         paper: where it is from.
+        kernel: returns the call of a fused CPU kernel that computes the same.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -260,6 +304,7 @@ def merge_method(
             min_models=min_models,
             max_models=max_models,
             paper=paper,
+            kernel=kernel,
         )
 
     return decorate

@@ -17,7 +17,7 @@ from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
-from outliermerge.jobs import Plan
+from outliermerge.jobs import Job, Plan
 
 _JOURNAL_NAME = "journal.jsonl"
 
@@ -215,11 +215,14 @@ class OutputFolder:
             ):
                 del self.done[name]
 
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int]:
+        """Return the descriptor and the position of a tensor's element."""
+        return self._files[tensor.file], tensor.offset + start * tensor.dtype.num_bytes
+
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
-        position = tensor.offset + start * tensor.dtype.num_bytes
         try:
-            write_exactly(self._files[tensor.file], position, data)
+            write_exactly(*self.place(tensor, start), data)
         except OSError as error:
             raise OutlierMergeError(
                 f"{self.path / tensor.file}: cannot be written: {error.strerror}"
@@ -227,12 +230,12 @@ class OutputFolder:
 
     def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         """Read back elements from `start` on."""
-        read_exactly(self._files[tensor.file], tensor.offset + start * tensor.dtype.num_bytes, out)
+        read_exactly(*self.place(tensor, start), out)
 
-    def record(self, name: str, result: JobResult) -> None:
+    def record(self, job: Job, result: JobResult) -> None:
         """Note in the journal that a tensor is written; for one thread at a time."""
-        self.done[name] = result
-        _append(self._journal, {"tensor": name} | asdict(result))
+        self.done[job.name] = result
+        _append(self._journal, {"tensor": job.name} | asdict(result))
 
     def finish(self, files: Iterable[str], *, overwrite: bool) -> None:
         """Sync everything and give the folder its name.

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from outliermerge.jobs import Input, Plan
+from outliermerge.jobs import Input, Options, Plan
 from outliermerge.merge import RunResult
 from outliermerge.method import MergeMethod
 
@@ -70,9 +70,7 @@ def print_plan(
     plan: Plan,
     *,
     output: Path | None,
-    threads: int,
-    memory_bytes: int,
-    device: str,
+    options: Options,
     free_bytes: int,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
@@ -114,7 +112,7 @@ def print_plan(
     console.print(actions)
     console.print()
     _print_parameters(console, plan)
-    peak = plan.peak_memory_bytes(threads=threads, memory_bytes=memory_bytes, device=device)
+    peak = human_bytes(plan.peak_memory_bytes(options))
     facts = _table("", "")
     facts.show_header = False
     facts.add_row("reads", human_bytes(plan.num_read_bytes))
@@ -124,7 +122,7 @@ def print_plan(
         f"{human_bytes(free_bytes)} free on the disk",
     )
     facts.add_row("parameters", Text(_proof(plan)))
-    facts.add_row("peak memory", f"{human_bytes(peak)} on {threads} threads, device {device}")
+    facts.add_row("peak memory", f"{peak} on {options.threads} threads, device {options.device}")
     facts.add_row("output", Text(str(output) if output else "not named yet: give --output"))
     facts.add_row(
         "files carried over", Text(", ".join(file.name for file in plan.sidecars) or "none")

@@ -63,13 +63,14 @@ class Reader:
                 self._read_pickled(meta, start, stop, out)
             else:
                 position = meta.offset + start * meta.dtype.num_bytes
-                read_exactly(self._descriptor(meta.path), position, out)
+                read_exactly(self.descriptor(meta.path), position, out)
         except (OSError, EOFError) as error:
             raise OutlierMergeError(
                 f"{meta.path}: tensor {meta.name!r}: cannot be read: {error}"
             ) from error
 
-    def _descriptor(self, path: Path) -> int:
+    def descriptor(self, path: Path) -> int:
+        """Return the descriptor of a file, opened for reading."""
         descriptor = self._files.get(path)
         if descriptor is None:
             with self._lock:

@@ -6,9 +6,10 @@ Shape suffixes: M models, E elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.kernels import KernelCall, to_float32
 from outliermerge.method import PerModel, merge_method
 
 if TYPE_CHECKING:
@@ -27,7 +28,30 @@ def _has_a_mean(parameters: Mapping[str, Any]) -> None:
         )
 
 
-@merge_method(space="weight", idempotent=_is_mean, check=_has_a_mean, paper="arXiv 2203.05482")
+def _mean_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    weights = parameters["weight"]
+    return KernelCall(
+        kernel="weighted_sum",
+        weights=normalized(weights) if parameters["normalize"] else weights,
+    )
+
+
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Return float32 weights divided by their sum, as float32 arithmetic gives it."""
+    rounded = [to_float32(weight) for weight in weights]
+    total = 0.0
+    for weight in rounded:
+        total = to_float32(total + weight)
+    return [weight / total for weight in rounded]
+
+
+@merge_method(
+    space="weight",
+    idempotent=_is_mean,
+    check=_has_a_mean,
+    paper="arXiv 2203.05482",
+    kernel=_mean_kernel,
+)
 def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True) -> Tensor:
     """Weighted sum of the models' weights; the mean by default (model soup).
 
@@ -48,6 +72,9 @@ def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True
     space="weight",
     idempotent=lambda parameters: bool(parameters["scale"] == 1),
     max_models=1,
+    kernel=lambda parameters, needs: KernelCall(
+        kernel="weighted_sum", weights=[parameters["scale"]]
+    ),
 )
 def passthrough(weights_ME: Tensor, *, scale: float = 1.0) -> Tensor:
     """One model's weights as they are, times `scale`.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
+from outliermerge.kernels import KernelCall
 from outliermerge.method import PerModel, merge_method
 from outliermerge.statistics import StandardDeviation
 
@@ -22,11 +23,27 @@ def _is_one_whole_model(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters["weight"] == (1.0,) and parameters["lambda"] == 1)
 
 
+def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    sigmas = needs["sigma"]
+    undefined = any(math.isnan(sigma) for sigma in sigmas)
+    threshold = math.inf if undefined else parameters["t"] * min(sigmas)
+    threshold = math.inf if math.isnan(threshold) else threshold
+    return KernelCall(
+        kernel="min_sigma",
+        weights=parameters["weight"],
+        lambda_=parameters["lambda"],
+        threshold=threshold,
+        report={"threshold": threshold},
+        counts="outliers",
+    )
+
+
 @merge_method(
     space="delta",
     needs={"sigma": StandardDeviation()},
     idempotent=_is_one_whole_model,
     paper="arXiv 2501.10661, Algorithm 2",
+    kernel=_kernel,
 )
 def min_sigma(
     deltas_ME: Tensor,

@@ -6,13 +6,16 @@ Shape suffixes: M models, E elements.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
+from outliermerge.kernels import KernelCall, to_float32
 from outliermerge.method import PerModel, merge_method
-from outliermerge.statistics import Trim
+from outliermerge.methods.averaging import normalized
+from outliermerge.trim import Trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +29,47 @@ def _returns_equal_models(parameters: Mapping[str, Any]) -> bool:
     return bool(scaled_by_one and whole and parameters["lambda"] == 1 and min(weights) >= 0)
 
 
-@merge_method(space="delta", idempotent=_returns_equal_models, paper="arXiv 2212.04089")
+def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    weights, lambda_ = parameters["weight"], to_float32(parameters["lambda"])
+    if parameters["normalize"] and abs(math.fsum(weights)) >= 1e-8:
+        weights = normalized(weights)
+    return KernelCall(
+        kernel="weighted_sum", weights=[to_float32(weight) * lambda_ for weight in weights]
+    )
+
+
+def _ties_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    thresholds, scales = needs["trim"]
+    return KernelCall(
+        kernel="ties",
+        weights=parameters["weight"],
+        lambda_=parameters["lambda"],
+        normalize=parameters["normalize"],
+        dropped=[_next_below(to_float32(threshold)) for threshold in thresholds],
+        scaled=[
+            to_float32(weight) * to_float32(scale)
+            for weight, scale in zip(parameters["weight"], scales, strict=True)
+        ],
+    )
+
+
+def _next_below(threshold: float) -> float:
+    """Return the largest float32 below a magnitude; 0 for 0.
+
+    >>> _next_below(1.0), _next_below(0.0)
+    (0.9999999403953552, 0.0)
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", threshold))
+    (below,) = struct.unpack("<f", struct.pack("<i", max(bits - 1, 0)))
+    return float(below)
+
+
+@merge_method(
+    space="delta",
+    idempotent=_returns_equal_models,
+    paper="arXiv 2212.04089",
+    kernel=_sum_kernel,
+)
 def task_arithmetic(
     deltas_ME: Tensor,
     *,
@@ -58,6 +101,7 @@ def task_arithmetic(
     needs={"trim": Trim()},
     idempotent=_returns_equal_models,
     paper="arXiv 2306.01708",
+    kernel=_ties_kernel,
 )
 def ties(
     deltas_ME: Tensor,

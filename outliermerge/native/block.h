@@ -1,0 +1,223 @@
+/* A block of several sources, from memory or from files, a piece at a time. */
+#ifndef OUTLIERMERGE_BLOCK_H
+#define OUTLIERMERGE_BLOCK_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <unistd.h>
+
+#include "methods.h"
+
+/* A piece is what has one digest, and stays in a core's second cache. Rows are a step of it in
+ * float32, in the first; they are apart by more than a page, so that none takes another's place. */
+enum { PIECE = 65536, STEP = 1024, ROW = STEP + 64, EXTRA_ROWS = 3, MAX_SOURCES = 4096 };
+
+/* Elements in memory or in a file. */
+typedef struct {
+    char code;
+    int file; /* -1 for memory */
+    int64_t position;
+    Py_buffer view;
+} Place;
+
+typedef struct {
+    Place *places;
+    size_t num_sources, num_models, num_elements;
+    const char **data; /* of each source, where the current piece begins */
+    char *scratch;     /* pieces that are read from files */
+    void *memory;
+    float *base;  /* what is subtracted: zeros where there is no base */
+    float *added; /* what is added at the end: the base, or -0, which changes nothing */
+    float *rows;  /* one for each model, and EXTRA_ROWS more */
+    size_t failed_source;
+} Block;
+
+INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+INLINE int is_known(int code) { return code == BFLOAT16 || code == FLOAT16 || code == FLOAT32; }
+
+/* Take a buffer, or a tuple (file descriptor, position), with room for elements of a dtype. */
+static int take_place(Place *place, PyObject *from, int code, size_t num_elements, int flags) {
+    place->code = (char)code;
+    place->file = -1;
+    if (!is_known(code)) {
+        PyErr_SetString(PyExc_ValueError, "an unknown dtype");
+        return 0;
+    }
+    if (PyTuple_Check(from)) {
+        long long position;
+        if (!PyArg_ParseTuple(from, "iL", &place->file, &position)) return 0;
+        place->position = position;
+        return 1;
+    }
+    if (PyObject_GetBuffer(from, &place->view, flags)) return 0;
+    if ((size_t)place->view.len < num_elements * item_bytes(place->code)) {
+        PyBuffer_Release(&place->view);
+        PyErr_SetString(PyExc_ValueError, "a buffer is too short");
+        return 0;
+    }
+    return 1;
+}
+
+static void release_place(Place *place) {
+    if (place->file < 0) PyBuffer_Release(&place->view);
+}
+
+static void release_some(Block *block, size_t num_places) {
+    for (size_t i = 0; i < num_places; i++) release_place(block->places + i);
+    PyMem_RawFree(block->places);
+    PyMem_RawFree(block->data);
+    PyMem_RawFree(block->scratch);
+    PyMem_RawFree(block->memory);
+}
+
+static void release(Block *block) { release_some(block, block->num_sources); }
+
+/* What "O&" of PyArg_ParseTuple calls with (codes, sources, num_elements, is_delta). */
+static int take(PyObject *tuple, void *target) {
+    Block *block = target;
+    const char *codes;
+    Py_ssize_t num_codes, num_elements;
+    PyObject *sources;
+    int is_delta, has_files = 0;
+    if (!PyArg_ParseTuple(tuple, "y#O!np", &codes, &num_codes, &PyTuple_Type, &sources,
+                          &num_elements, &is_delta))
+        return 0;
+    if (PyTuple_GET_SIZE(sources) != num_codes || num_codes < 1 + is_delta ||
+        num_codes > MAX_SOURCES || num_elements < 0) {
+        PyErr_SetString(PyExc_ValueError, "a source for each code is needed");
+        return 0;
+    }
+    size_t num_sources = (size_t)num_codes, num_models = num_sources - (size_t)is_delta;
+    *block = (Block){.num_sources = num_sources, .num_models = num_models,
+                     .num_elements = (size_t)num_elements};
+    block->places = PyMem_RawCalloc(num_sources, sizeof *block->places);
+    block->data = PyMem_RawCalloc(num_sources, sizeof *block->data);
+    block->memory = PyMem_RawMalloc((2 + num_models + EXTRA_ROWS) * ROW * sizeof(float) + 64);
+    if (block->places == NULL || block->data == NULL || block->memory == NULL) {
+        release_some(block, 0);
+        PyErr_NoMemory();
+        return 0;
+    }
+    for (size_t i = 0; i < num_sources; i++) {
+        if (!take_place(block->places + i, PyTuple_GET_ITEM(sources, (Py_ssize_t)i), codes[i],
+                        block->num_elements, PyBUF_SIMPLE)) {
+            release_some(block, i);
+            return 0;
+        }
+        has_files |= block->places[i].file >= 0;
+    }
+    size_t longest = least(PIECE, block->num_elements) * sizeof(float);
+    if (has_files && (block->scratch = PyMem_RawMalloc(num_sources * longest + 1)) == NULL) {
+        release(block);
+        PyErr_NoMemory();
+        return 0;
+    }
+    block->base = (float *)(((uintptr_t)block->memory + 63) & ~(uintptr_t)63);
+    block->added = is_delta ? block->base : block->base + ROW;
+    block->rows = block->base + 2 * ROW;
+    for (size_t i = 0; i < STEP; i++) {
+        block->base[i] = 0.0f;
+        block->base[ROW + i] = -0.0f;
+    }
+    return 1;
+}
+
+static size_t piece_bytes(const Place *place, size_t num) { return num * item_bytes(place->code); }
+
+static int read_all(const Place *place, size_t start, size_t num, char *into) {
+    size_t left = piece_bytes(place, num);
+    off_t position = (off_t)(place->position + (int64_t)piece_bytes(place, start));
+    while (left > 0) {
+        ssize_t got = pread(place->file, into, left, position);
+        if (got <= 0) {
+            if (got < 0 && errno == EINTR) continue;
+            if (got == 0) errno = 0;
+            return 0;
+        }
+        into += got;
+        position += got;
+        left -= (size_t)got;
+    }
+    return 1;
+}
+
+static int write_all(const Place *place, size_t start, size_t num, const char *from) {
+    size_t left = piece_bytes(place, num);
+    off_t position = (off_t)(place->position + (int64_t)piece_bytes(place, start));
+    while (left > 0) {
+        ssize_t put = pwrite(place->file, from, left, position);
+        if (put < 0) {
+            if (errno == EINTR) continue;
+            return 0;
+        }
+        from += put;
+        position += put;
+        left -= (size_t)put;
+    }
+    return 1;
+}
+
+/* Bring a piece of one source to memory. */
+static int fetch_source(Block *block, size_t source, size_t start, size_t num) {
+    const Place *place = block->places + source;
+    if (place->file < 0) {
+        block->data[source] = (const char *)place->view.buf + piece_bytes(place, start);
+        return 1;
+    }
+    char *into = block->scratch + source * least(PIECE, block->num_elements) * sizeof(float);
+    block->data[source] = into;
+    return read_all(place, start, num, into);
+}
+
+static int fetch(Block *block, size_t start, size_t num) {
+    for (size_t source = 0; source < block->num_sources; source++)
+        if (!fetch_source(block, source, start, num)) return 0;
+    return 1;
+}
+
+/* What a failed read or write raises; the caller does the block again to say where. */
+static void raise_failure(int error) {
+    if (error == 0)
+        PyErr_SetString(PyExc_EOFError, "a file ended early");
+    else {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+    }
+}
+
+/* Release the block and what it gave, raising where reading it failed. */
+static PyObject *finished(Block *block, PyObject *result, int failed, int error) {
+    release(block);
+    if (failed) {
+        Py_CLEAR(result);
+        raise_failure(error);
+    }
+    return result;
+}
+
+static const char *at(const Block *block, size_t source, size_t element) {
+    return block->data[source] + piece_bytes(block->places + source, element);
+}
+
+static size_t source_of(const Block *block, size_t model) {
+    return model + block->num_sources - block->num_models;
+}
+
+/* Elements are counted from where the piece begins. */
+static void load_base(const Block *block, size_t start, size_t num) {
+    if (block->num_models < block->num_sources)
+        load_row(block->places[0].code, at(block, 0, start), block->base, num);
+}
+
+/* Return a row with a model's task vector, or its weights. */
+static float *load_model(const Block *block, size_t model, size_t start, size_t num) {
+    float *row = block->rows + model * ROW;
+    size_t source = source_of(block, model);
+    load_delta(block->places[source].code, at(block, source, start), block->base, row, num);
+    return row;
+}
+
+#endif

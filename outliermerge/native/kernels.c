@@ -1,0 +1,147 @@
+/* Python's view of the kernels; the interpreter goes on meanwhile.
+ *
+ * A block is (codes, sources, num_elements, is_delta): for each source the code of its dtype (b
+ * bfloat16, e float16, f float32), and a buffer or (file descriptor, position). With is_delta the
+ * first source is the base, and the models are taken less it. Failed reads and writes raise
+ * OSError or EOFError. setup.py compiles this file for several generations of processors. */
+#include "measure.h"
+#include "merge.h"
+
+PyDoc_STRVAR(copy_doc,
+             "copy(code, source, num_elements, out) -> (is_finite, digests)\n\n"
+             "Copy elements from a buffer or (file descriptor, position) to another, with a digest "
+             "of 16 bytes for each piece of 65,536 elements.");
+
+static PyObject *py_copy(PyObject *module, PyObject *args) {
+    int code, failed = 0, error = 0;
+    Py_ssize_t num_elements;
+    PyObject *source, *target;
+    Place from, to;
+    if (!PyArg_ParseTuple(args, "COnO", &code, &source, &num_elements, &target)) return NULL;
+    size_t num_all = num_elements < 0 ? 0 : (size_t)num_elements;
+    if (!take_place(&from, source, code, num_all, PyBUF_SIMPLE)) return NULL;
+    if (!take_place(&to, target, code, num_all, PyBUF_WRITABLE)) {
+        release_place(&from);
+        return NULL;
+    }
+    char *scratch = PyMem_RawMalloc(piece_bytes(&from, least(PIECE, num_all)) + 1);
+    PyObject *result = NULL;
+    PyObject *digests = PyBytes_FromStringAndSize(
+        NULL, (Py_ssize_t)((num_all + PIECE - 1) / PIECE * DIGEST_BYTES));
+    if (scratch == NULL) PyErr_NoMemory();
+    if (!PyErr_Occurred()) {
+        uint32_t most = 0;
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < num_all && !failed; start += PIECE) {
+            size_t num = least(PIECE, num_all - start);
+            const char *data = scratch;
+            if (from.file < 0)
+                data = (const char *)from.view.buf + piece_bytes(&from, start);
+            else
+                failed = !read_all(&from, start, num, scratch);
+            if (!failed) {
+                FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
+                    uint32_t size = bits_of(load(CODE, data, i)) & MAGNITUDE;
+                    most = size > most ? size : most;
+                });
+                digest(&from, data, num, start / PIECE, digests);
+                if (to.file < 0)
+                    memcpy((char *)to.view.buf + piece_bytes(&to, start), data,
+                           piece_bytes(&to, num));
+                else
+                    failed = !write_all(&to, start, num, data);
+            }
+            error = errno;
+        }
+        Py_END_ALLOW_THREADS;
+        if (failed)
+            raise_failure(error);
+        else
+            result = Py_BuildValue("(NO)", PyBool_FromLong(most < INFINITE), digests);
+    }
+    Py_XDECREF(digests);
+    PyMem_RawFree(scratch);
+    release_place(&from);
+    release_place(&to);
+    return result;
+}
+
+PyDoc_STRVAR(all_finite_doc,
+             "all_finite(code, buffer, num_elements) -> bool\n\n"
+             "Tell whether no value is infinite or NaN.");
+
+static PyObject *py_all_finite(PyObject *module, PyObject *args) {
+    int code;
+    Py_ssize_t num_elements;
+    Py_buffer view;
+    if (!PyArg_ParseTuple(args, "Cy*n", &code, &view, &num_elements)) return NULL;
+    size_t num = (size_t)num_elements;
+    int fits = is_known(code) && num_elements >= 0 && (size_t)view.len >= num * item_bytes((char)code);
+    uint32_t most = 0;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS;
+        FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
+            uint32_t size = bits_of(load(CODE, view.buf, i)) & MAGNITUDE;
+            most = size > most ? size : most;
+        });
+        Py_END_ALLOW_THREADS;
+    }
+    PyBuffer_Release(&view);
+    if (!fits) return PyErr_Format(PyExc_ValueError, "too short, or of an unknown dtype");
+    return PyBool_FromLong(most < INFINITE);
+}
+
+PyDoc_STRVAR(equal_doc, "equal(a, b) -> bool\n\nTell whether two buffers hold the same bytes.");
+
+static PyObject *py_equal(PyObject *module, PyObject *args) {
+    Py_buffer a, b;
+    int is_equal;
+    if (!PyArg_ParseTuple(args, "y*y*", &a, &b)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    is_equal = a.len == b.len && memcmp(a.buf, b.buf, (size_t)a.len) == 0;
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&a);
+    PyBuffer_Release(&b);
+    return PyBool_FromLong(is_equal);
+}
+
+PyDoc_STRVAR(level_doc, "level() -> int\n\nThe generation of this processor, x86-64-v1 to v4; 0 for others.");
+
+static PyObject *py_level(PyObject *module, PyObject *args) {
+    long level = 0;
+#ifdef __x86_64__
+    level = 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2"))
+        level = 3;
+    if (level == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        level = 4;
+#endif
+    return PyLong_FromLong(level);
+}
+
+static PyMethodDef functions[] = {
+    {"moments", py_moments, METH_VARARGS, moments_doc},
+    {"magnitudes", py_magnitudes, METH_VARARGS, magnitudes_doc},
+    {"histogram", py_histogram, METH_VARARGS, histogram_doc},
+    {"merge", py_merge, METH_VARARGS, merge_doc},
+    {"copy", py_copy, METH_VARARGS, copy_doc},
+    {"all_finite", py_all_finite, METH_VARARGS, all_finite_doc},
+    {"equal", py_equal, METH_VARARGS, equal_doc},
+    {"level", py_level, METH_NOARGS, level_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+#define NAME_OF(name) #name
+#define INIT_OF(name) PyInit_##name
+#define INIT(name) INIT_OF(name)
+#define NAME(name) NAME_OF(name)
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, NAME(MODULE), "Fused kernels on storage dtypes.", -1, functions,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC INIT(MODULE)(void) { return PyModule_Create(&definition); }

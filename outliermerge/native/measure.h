@@ -1,0 +1,203 @@
+/* Statistics of a block: moments, sums and histograms of magnitudes. */
+#ifndef OUTLIERMERGE_MEASURE_H
+#define OUTLIERMERGE_MEASURE_H
+
+#include "block.h"
+#include "statistics.h"
+
+/* Room for two sums of each model in each piece. */
+static PyObject *sums_of_pieces(const Block *block) {
+    size_t num_pieces = (block->num_elements + PIECE - 1) / PIECE;
+    return PyBytes_FromStringAndSize(
+        NULL, (Py_ssize_t)(num_pieces * block->num_models * 2 * sizeof(double)));
+}
+
+PyDoc_STRVAR(moments_doc,
+             "moments(block) -> bytes\n\n"
+             "Mean and sum of squared deviations of each model in each piece of 65,536 elements, "
+             "float64 (pieces, M, 2).");
+
+static PyObject *py_moments(PyObject *module, PyObject *args) {
+    Block block;
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&", take, &block)) return NULL;
+    size_t models = block.num_models;
+    char *memory = PyMem_RawMalloc(models * sizeof(Moments) + 64);
+    Moments *moments = (Moments *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    PyObject *result = memory == NULL ? PyErr_NoMemory() : sums_of_pieces(&block);
+    if (result != NULL) {
+        char *out = PyBytes_AS_STRING(result);
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+            size_t num = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, num);
+            error = errno;
+            for (size_t i = 0; i < num && !failed; i += STEP) {
+                size_t step = least(STEP, num - i);
+                load_base(&block, i, step);
+                for (size_t model = 0; model < models; model++) {
+                    float *row = load_model(&block, model, i, step);
+                    if (i == 0) start_moments(moments + model, row, step);
+                    add_moments(moments + model, row, step);
+                }
+            }
+            for (size_t model = 0; model < models && !failed; model++) {
+                double sums[2];
+                finish_moments(moments + model, num, sums);
+                memcpy(out, sums, sizeof sums);
+                out += sizeof sums;
+            }
+        }
+        Py_END_ALLOW_THREADS;
+    }
+    PyMem_RawFree(memory);
+    return finished(&block, result, failed, error);
+}
+
+PyDoc_STRVAR(magnitudes_doc,
+             "magnitudes(block, thresholds) -> bytes\n\n"
+             "Sum of each model's magnitudes in each piece of 65,536 elements, and of those that "
+             "are not below its threshold (float32, M), float64 (pieces, M, 2).");
+
+static PyObject *py_magnitudes(PyObject *module, PyObject *args) {
+    Block block;
+    const char *thresholds;
+    Py_ssize_t num_bytes;
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&y#", take, &block, &thresholds, &num_bytes)) return NULL;
+    size_t models = block.num_models;
+    PyObject *result = NULL;
+    if (num_bytes != (Py_ssize_t)(models * sizeof(float)))
+        PyErr_SetString(PyExc_ValueError, "a threshold for each model is needed");
+    else
+        result = sums_of_pieces(&block);
+    if (result != NULL) {
+        char *out = PyBytes_AS_STRING(result);
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+            size_t num = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, num);
+            error = errno;
+            for (size_t model = 0; model < models && !failed; model++) {
+                Lanes whole = {{{0}}}, kept = {{{0}}};
+                float threshold, *some = block.rows + models * ROW;
+                memcpy(&threshold, thresholds + model * sizeof threshold, sizeof threshold);
+                for (size_t i = 0; i < num; i += STEP) {
+                    size_t step = least(STEP, num - i);
+                    load_base(&block, i, step);
+                    float *row = load_model(&block, model, i, step);
+                    take_magnitudes(row, some, threshold, step);
+                    add_row(&whole, row, step);
+                    add_row(&kept, some, step);
+                }
+                const double sums[2] = {sum_of(whole), sum_of(kept)};
+                memcpy(out, sums, sizeof sums);
+                out += sizeof sums;
+            }
+        }
+        Py_END_ALLOW_THREADS;
+    }
+    return finished(&block, result, failed, error);
+}
+
+/* One model's magnitudes are counted by their bits: a bin for every 2^shift from low on, and a
+ * last one for what lies above. */
+typedef struct {
+    Bins bins;
+    Py_buffer view; /* uint64, which threads share */
+    uint32_t *own;  /* of a wide window, added to the others at the end */
+    uint64_t num_above;
+} Histogram;
+
+static void count_step(const Block *block, size_t model, size_t i, size_t num, Histogram *into) {
+    uint32_t offsets[STEP];
+    uint8_t inside[STEP];
+    if (num < STEP) memset(inside, 0, sizeof inside);
+    float *row = load_model(block, model, i, num);
+    into->num_above += find_bins(row, into->bins, offsets, inside, num);
+    if (into->own != NULL)
+        count_many(into->bins, offsets, inside, into->own, num);
+    else
+        count_few(into->bins, offsets, inside, into->view.buf, num);
+}
+
+static void finish_counts(Histogram *from) {
+    uint64_t *counts = from->view.buf;
+    for (size_t i = 0; from->own != NULL && i < from->bins.num_bins; i++)
+        if (from->own[i]) __atomic_fetch_add(counts + i, from->own[i], __ATOMIC_RELAXED);
+    __atomic_fetch_add(counts + from->bins.num_bins, from->num_above, __ATOMIC_RELAXED);
+}
+
+static int take_histogram(Histogram *into, PyObject *counts, PyObject *low, unsigned int shift) {
+    unsigned long least_bits = PyLong_AsUnsignedLong(low);
+    if (PyErr_Occurred() || PyObject_GetBuffer(counts, &into->view, PyBUF_WRITABLE)) return 0;
+    uint64_t num_bins = (uint64_t)into->view.len / sizeof(uint64_t) - 1;
+    if (into->view.len < 16 || shift > 16 || least_bits + (num_bins << shift) > 0x80000000u) {
+        PyErr_SetString(PyExc_ValueError, "no such window");
+    } else {
+        into->bins = (Bins){(uint32_t)least_bits, shift, (uint32_t)num_bins};
+        if (shift == 0 || (into->own = PyMem_RawCalloc(num_bins, sizeof *into->own)) != NULL)
+            return 1;
+        PyErr_NoMemory();
+    }
+    PyBuffer_Release(&into->view);
+    return 0;
+}
+
+PyDoc_STRVAR(histogram_doc,
+             "histogram(block, lows, shift, counts)\n\n"
+             "Count each model's magnitudes by their float32 bits: counts, a tuple of writable "
+             "buffers of uint64, or None for a model that is left out, have a bin for every "
+             "2^shift bits from the model's low on, and a last one for what lies above. Any "
+             "threads may add to the same counts at once.");
+
+static PyObject *py_histogram(PyObject *module, PyObject *args) {
+    Block block;
+    PyObject *lows, *counts;
+    unsigned int shift;
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&O!IO!", take, &block, &PyTuple_Type, &lows, &shift,
+                          &PyTuple_Type, &counts))
+        return NULL;
+    size_t models = block.num_models;
+    Histogram *all = PyMem_RawCalloc(models, sizeof *all);
+    if (all == NULL) {
+        PyErr_NoMemory();
+    } else if ((size_t)PyTuple_GET_SIZE(lows) != models ||
+               (size_t)PyTuple_GET_SIZE(counts) != models || block.num_elements > UINT32_MAX) {
+        PyErr_SetString(PyExc_ValueError, "counts for each model are needed");
+    } else {
+        for (size_t i = 0; i < models && !PyErr_Occurred(); i++) {
+            PyObject *buffer = PyTuple_GET_ITEM(counts, (Py_ssize_t)i);
+            if (buffer != Py_None)
+                take_histogram(all + i, buffer, PyTuple_GET_ITEM(lows, (Py_ssize_t)i), shift);
+        }
+    }
+    if (!PyErr_Occurred()) {
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+            size_t num = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, num);
+            error = errno;
+            for (size_t i = 0; i < num && !failed; i += STEP) {
+                size_t step = least(STEP, num - i);
+                load_base(&block, i, step);
+                for (size_t model = 0; model < models; model++)
+                    if (all[model].bins.num_bins)
+                        count_step(&block, model, i, step, all + model);
+            }
+        }
+        for (size_t i = 0; i < models && !failed; i++)
+            if (all[i].bins.num_bins) finish_counts(all + i);
+        Py_END_ALLOW_THREADS;
+    }
+    for (size_t i = 0; all != NULL && i < models; i++)
+        if (all[i].bins.num_bins) {
+            PyBuffer_Release(&all[i].view);
+            PyMem_RawFree(all[i].own);
+        }
+    PyMem_RawFree(all);
+    return finished(&block, PyErr_Occurred() ? NULL : Py_NewRef(Py_None), failed, error);
+}
+
+#endif

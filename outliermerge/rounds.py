@@ -1,0 +1,128 @@
+"""Work in rounds, on threads: a generator yields what is to be done side by side, and goes on.
+
+A tensor's merge is such a generator: a round for each statistic's pass over its blocks, one for
+the merge. Threads take the oldest generator's items first and start the next generator where
+there are none, so that nobody waits at the end of a tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A function, and what it is called with, in any order on any threads."""
+
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
+
+
+Steps: TypeAlias = Generator[Round, list[Any], T]
+"""Yields rounds, gets each one's results in the order of its items, and returns a result."""
+
+
+def run_all(
+    work: Iterable[Steps[None]], *, threads: int, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Run generators on threads.
+
+    Args:
+        prepare: called by each thread first.
+
+    Raises:
+        Exception: the first that a generator or an item raised; the others stop at their next
+            item.
+    """
+    queue = _Queue(iter(work))
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
+        try:
+            for worker in as_completed([pool.submit(queue.work) for _ in range(threads)]):
+                worker.result()
+        finally:  # interrupted, or a worker failed
+            queue.stop()
+
+
+class _Running:
+    """A generator that has begun, and the state of its round."""
+
+    def __init__(self, steps: Steps[None]) -> None:
+        self.steps = steps
+        self.round = Round(lambda item: None, ())
+        self.results: list[Any] = []
+        self.num_issued = self.num_done = 0
+
+
+class _Queue:
+    def __init__(self, work: Iterator[Steps[None]]) -> None:
+        self._work = work
+        self._active: list[_Running] = []
+        self._changed = threading.Condition()
+        self._stopped = self._exhausted = False
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        try:
+            while (task := self._take()) is not None:
+                running, index = task
+                if index is None:
+                    self._advance(running)
+                    continue
+                running.results[index] = running.round.function(running.round.items[index])
+                with self._changed:
+                    running.num_done += 1
+                    is_last = running.num_done == len(running.results)
+                if is_last:
+                    self._advance(running)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _take(self) -> tuple[_Running, int | None] | None:
+        """Return an item of the oldest round that has one left, or a generator to begin."""
+        with self._changed:
+            while not self._stopped:
+                for running in self._active:
+                    if running.num_issued < len(running.results):
+                        running.num_issued += 1
+                        return running, running.num_issued - 1
+                if not self._exhausted:
+                    steps = next(self._work, None)
+                    if steps is not None:
+                        self._active.append(_Running(steps))
+                        return self._active[-1], None
+                    self._exhausted = True
+                if not self._active:
+                    break
+                self._changed.wait()
+        return None
+
+    def _advance(self, running: _Running) -> None:
+        """Go on to a round that several threads can share; do smaller ones here."""
+        begun, results = bool(running.num_issued), running.results
+        while True:
+            try:
+                todo = running.steps.send(results) if begun else next(running.steps)
+            except StopIteration:
+                with self._changed:
+                    self._active.remove(running)
+                    self._changed.notify_all()
+                return
+            begun = True
+            if len(todo.items) > 1:
+                break
+            results = [todo.function(item) for item in todo.items]
+        with self._changed:
+            running.round, running.results = todo, [None] * len(todo.items)
+            running.num_issued = running.num_done = 0
+            self._changed.notify_all()

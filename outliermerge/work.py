@@ -1,0 +1,113 @@
+"""How one tensor is cut into what threads work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from outliermerge.blocks import Engine, Span, spans
+from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
+from outliermerge.checkpoint.meta import TensorMeta
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.jobs import Job, Options, Plan
+from outliermerge.kernel_engine import KernelEngine
+
+_FUSED_PIECES = 16  # of one call of a kernel; fewer where threads would have nothing to do
+_ROUNDS_PER_THREAD = 4
+_SHORT_BYTES = 240  # of pieces that kernels do not digest
+
+
+class Work:
+    """A job with its engine: how its tensor is cut, and what was read for it so far.
+
+    A span is what a thread takes at a time. Kernels work through it piece by piece, from file to
+    file; other engines block by block.
+    """
+
+    def __init__(self, job: Job, engine: Engine, plan: Plan, options: Options) -> None:
+        self.job, self.engine, self.read_bytes = job, engine, 0
+        self.block_elements = plan.block_elements(job, options)
+        self.in_pieces = job.action != "merge" or job.task.method.cut == "element"
+        self._threads = options.threads
+        metas = [meta for _, meta in job.sources]
+        self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)
+        self._smallest = min(
+            dtype.num_bytes for dtype in (job.output.dtype, *(meta.dtype for meta in metas))
+        )
+        self._fuses = isinstance(engine, KernelEngine) and all(
+            isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
+            for meta in metas
+        )
+
+    def count(self, num_elements: int, *, sources: int | None = None) -> None:
+        """Count what a round reads of the first sources, or of all."""
+        for _, meta in self.job.sources[:sources]:
+            stored = sum(tensor.num_bytes for tensor in meta.stored)
+            self.read_bytes += stored * num_elements // max(1, meta.num_elements)
+
+    def moved_bytes(self, outputs: Sequence[tuple[Job, Any]]) -> int:
+        """Return the bytes that an element takes, of all sources and outputs."""
+        return self.element_bytes + sum(job.output.dtype.num_bytes for job, _ in outputs)
+
+    def places(
+        self, reader: Reader, span: Span, *, sources: int | None = None
+    ) -> list[tuple[int, int]] | None:
+        """Return where kernels find a span in files; None where they cannot take it from there."""
+        if not self._fuses:
+            return None
+        last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
+        if last * self._smallest <= _SHORT_BYTES:
+            return None
+        found = []
+        for _, meta in self.job.sources[:sources]:
+            assert isinstance(meta, TensorMeta) and meta.offset is not None
+            position = meta.offset + span[0] * meta.dtype.num_bytes
+            found.append((reader.descriptor(meta.path), position))
+        return found
+
+    def not_finite(self, raws: Sequence[memoryview]) -> set[int]:
+        """Return the numbers of the sources that hold an infinite value or NaN."""
+        return {
+            row
+            for row, (raw, (_, meta)) in enumerate(zip(raws, self.job.sources, strict=True))
+            if not self.engine.is_finite(meta.dtype, raw)
+        }
+
+    def out(self, job: Job, block: Span) -> memoryview:
+        """Return this thread's buffer for a block of output."""
+        return self.engine.buffer("out", (block[1] - block[0]) * job.output.dtype.num_bytes)
+
+    @property
+    def measured_elements(self) -> int:
+        """Elements of one share of a statistic."""
+        return self._fused_elements() if self._fuses else self.block_elements
+
+    def spans(self) -> list[Span]:
+        """Return what threads work on in the last round."""
+        if not self.in_pieces:
+            return spans(self.job.num_elements, self.block_elements)
+        elements = self._fused_elements() if self._fuses else self._aligned()
+        return spans(self.job.num_elements, elements)
+
+    def split(self, span: Span) -> Iterator[Span]:
+        """Cut a span into blocks."""
+        step = self._aligned() if self.in_pieces else self.block_elements
+        for start in range(*span, step):
+            yield start, min(start + step, span[1])
+
+    def blocks(self) -> list[Span]:
+        """Return blocks that begin where pieces do."""
+        return spans(self.job.num_elements, self._aligned())
+
+    def first_piece_and_blocks(self) -> list[Span]:
+        """Return the first piece, and blocks of what follows it."""
+        first = min(PIECE_ELEMENTS, self.job.num_elements)
+        return [(0, first), *spans(self.job.num_elements, self._aligned(), start=first)]
+
+    def _fused_elements(self) -> int:
+        num_pieces = -(-self.job.num_elements // PIECE_ELEMENTS)
+        share = num_pieces // (_ROUNDS_PER_THREAD * self._threads)
+        return PIECE_ELEMENTS * max(1, min(_FUSED_PIECES, share))
+
+    def _aligned(self) -> int:
+        return max(PIECE_ELEMENTS, self.block_elements // PIECE_ELEMENTS * PIECE_ELEMENTS)
