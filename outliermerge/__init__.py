@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from outliermerge.merge import merge_state_dicts, merge_tensors, plan, run, verify
     from outliermerge.method import PerModel, merge_method
     from outliermerge.statistics import StandardDeviation
+    from outliermerge.sweeps import sweep
     from outliermerge.trim import Trim
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "merge_tensors",
     "plan",
     "run",
+    "sweep",
     "verify",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "StandardDeviation": "statistics",
     "Trim": "trim",
     "merge_method": "method",
+    "sweep": "sweeps",
 }
 
 

@@ -23,6 +23,7 @@ _EXAMPLES = """\
 examples:
   outliermerge run merge_configs/minilm_min_sigma.yaml --output merged
   outliermerge plan merge_configs/minilm_ties.yaml --json
+  outliermerge sweep merge_configs/minilm_min_sigma.yaml --set t=2,2.5,3 --output merged/sweep
   outliermerge verify merged
   outliermerge eval merged --suite evals/paper.yaml --output scores
   outliermerge compare scores --paper
@@ -68,7 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         "outliermerge plan merge_configs/minilm_ties.yaml",
         "outliermerge plan merge_configs/minilm_ties.yaml --json",
     )
-    for command in (run, plan):
+    sweep = add(
+        "sweep",
+        "merge with several values of settings, from one reading of the models",
+        "outliermerge sweep merge_configs/minilm_min_sigma.yaml --set t=2,2.5,3 --output merged/t",
+        "outliermerge sweep spec.yaml --set merge_method=linear,task_arithmetic --output merged",
+        "outliermerge sweep spec.yaml --set models.1.weight=0.3,0.5 --set lambda=0.8,1 --output m",
+    )
+    sweep.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUES",
+        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER; "
+        "several --set are combined",
+    )
+    for command in (run, plan, sweep):
         command.add_argument("spec", metavar="SPEC", help="a YAML file")
         command.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
@@ -83,15 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
         command.add_argument("--json", action="store_true", help="print JSON for scripts")
-    run.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output when done"
-    )
-    run.add_argument(
-        "--fresh", action="store_true", help="start over instead of going on with a killed run"
-    )
-    run.add_argument(
-        "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
-    )
+    for command in (run, sweep):
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace an existing output when done"
+        )
+        command.add_argument(
+            "--fresh", action="store_true", help="start over instead of going on with a killed run"
+        )
+        command.add_argument(
+            "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
+        )
     verify = add(
         "verify",
         "recompute every checksum of an output",
@@ -184,48 +201,77 @@ def _run(options: argparse.Namespace) -> int:
     from outliermerge import merge, render
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
-    if not options.json:
-        for note in planned.notes:
-            print(f"note: {note}", file=sys.stderr)
+    _print_notes(planned.notes, options)
     with render.progress_bar("merging") as bar:
-        total = sum(planned.num_work_bytes(job) for job in planned.jobs)
-        task = bar.add_task("merging", total=total)
+        task = bar.add_task("merging", total=planned.work_bytes)
         result = merge.run(
             planned,
-            output=options.output,
-            device=options.device,
-            memory=options.memory,
-            threads=options.threads,
-            overwrite=options.overwrite,
-            fresh=options.fresh,
-            kernels=not options.no_kernels,
-            allow_non_finite=options.allow_non_finite,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+            **_run_options(options),
         )
-        bar.update(task, completed=total)
+        bar.update(task, completed=planned.work_bytes)
     if options.json:
-        _print_json(
-            {
-                "output": str(result.output),
-                "num_tensors": len(result.manifest["tensors"]),
-                "num_parameters": result.manifest["num_parameters"],
-                "num_resumed": result.num_resumed,
-                "read_bytes": result.read_bytes,
-                "written_bytes": result.written_bytes,
-                "seconds": round(result.seconds, 3),
-                "non_finite": result.non_finite,
-                "notes": list(planned.notes),
-            }
-        )
+        _print_json(result.as_dict() | {"notes": list(planned.notes)})
     else:
         render.print_result(result)
     return EXIT_DONE
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from outliermerge import render, sweeps
+
+    settings = {}
+    for option in options.set:
+        key, values = sweeps.parse_values(option)
+        if key in settings:
+            raise SpecError(f"--set {key}: is given twice: write {key}=VALUE,VALUE,…")
+        settings[key] = values
+    variants = sweeps.plan_sweep(options.spec, settings, shard_size=options.shard_size)
+    notes = list(dict.fromkeys(note for variant in variants for note in variant.plan.notes))
+    _print_notes(notes, options)
+    total = sweeps.work_bytes(variants)
+    with render.progress_bar("merging") as bar:
+        task = bar.add_task("merging", total=total)
+        results = sweeps.sweep(
+            variants,
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+            **_run_options(options),
+        )
+        bar.update(task, completed=total)
+    if options.json:
+        pairs = zip(variants, results, strict=True)
+        outputs = [{"settings": dict(v.settings)} | result.as_dict() for v, result in pairs]
+        _print_json({"outputs": outputs, "notes": notes})
+    else:
+        for result in results:
+            render.print_result(result)
+    return EXIT_DONE
+
+
+def _print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
+    if not options.json:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _run_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output": options.output,
+        "device": options.device,
+        "memory": options.memory,
+        "threads": options.threads,
+        "overwrite": options.overwrite,
+        "fresh": options.fresh,
+        "kernels": not options.no_kernels,
+        "allow_non_finite": options.allow_non_finite,
+    }
 
 
 def _plan(options: argparse.Namespace) -> int:
     from outliermerge import merge, render
     from outliermerge.execute import choose_options
     from outliermerge.output import free_disk_bytes
+    from outliermerge.runs import output_path
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
     chosen = choose_options(
@@ -235,7 +281,7 @@ def _plan(options: argparse.Namespace) -> int:
         kernels=not options.no_kernels,
     )
     named = options.output or planned.spec.document.output
-    output = merge.output_path(planned, named) if named else None
+    output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     peak = planned.peak_memory_bytes(chosen)
     if options.json:
@@ -342,6 +388,7 @@ def _print_json(value: object) -> None:
 _COMMANDS = {
     "run": _run,
     "plan": _plan,
+    "sweep": _sweep,
     "verify": _verify,
     "eval": run_eval,
     "compare": run_compare,

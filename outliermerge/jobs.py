@@ -212,6 +212,11 @@ class Plan:
         passes = find_method(job.method).num_passes(job.parameters) if merges else 1
         return passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
 
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that pass through all jobs."""
+        return sum(map(self.num_work_bytes, self.jobs))
+
     def block_elements(self, job: Job, options: Options) -> int:
         """Return how many elements of the job's tensor are worked on at a time.
 
@@ -274,7 +279,7 @@ class Plan:
                 }
                 for entry in self.inputs
             ],
-            "read_bytes": self.num_read_bytes,
+            "input_bytes": self.num_read_bytes,
             "write_bytes": self.num_written_bytes,
             "num_parameters": self.num_parameters,
             "actions": dict(Counter(job.action for job in self.jobs)),

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.meta import DTYPES
-from outliermerge.errors import OutlierMergeError, SpecError, as_path, listing
-from outliermerge.execute import Target, choose_options, execute, num_threads, torch_threads
+from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.execute import choose_options, num_threads, torch_threads
 from outliermerge.in_memory import merge_in_memory
 from outliermerge.jobs import Plan
 from outliermerge.kernels import find_kernels
-from outliermerge.manifest import identity, verify_folder, write_sidecars
+from outliermerge.manifest import verify_folder
 from outliermerge.method import MergeMethod, Task
 from outliermerge.methods import find_method
-from outliermerge.output import OutputFolder, check_target
 from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
 from outliermerge.rounds import run_all
+from outliermerge.runs import RunResult, output_path, run_plans
 from outliermerge.spec.check import MergeSpec, load_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished merge did.
-
-    Attributes:
-        output: the folder.
-        manifest: the contents of its outliermerge.json.
-        num_resumed: tensors that an earlier, killed run had already written.
-        read_bytes, written_bytes: of the tensors worked on now.
-        seconds: wall time, planning excluded.
-    """
-
-    output: Path
-    manifest: Mapping[str, Any]
-    num_resumed: int
-    read_bytes: int
-    written_bytes: int
-    seconds: float
-
-    @property
-    def non_finite(self) -> dict[str, list[str]]:
-        """Where infinite or NaN values are, by tensor."""
-        tensors = self.manifest["tensors"].items()
-        return {name: entry["non_finite"] for name, entry in tensors if "non_finite" in entry}
 
 
 def plan(
@@ -131,54 +102,10 @@ def run(
         kernels=kernels,
         allow_non_finite=allow_non_finite,
     )
-    planned.peak_memory_bytes(options)  # refuses a budget that is too small
-    check_target(planned, final, overwrite=overwrite)
-    started = time.monotonic()
-    folder = OutputFolder(planned, final, identity=identity(planned, options), fresh=fresh)
-    try:
-        folder.forget_unfit(allow_non_finite=allow_non_finite)
-        resumed = set(folder.done)
-        for job in planned.jobs:
-            if job.name in resumed:
-                on_progress(planned.num_work_bytes(job))
-        left = [job for job in planned.jobs if job.name not in resumed]
-
-        target = Target(planned, left, folder, folder.record)
-        execute([target], options, on_progress=on_progress)
-        manifest = write_sidecars(planned, folder.done, folder.path, options)
-        folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
-    finally:
-        folder.close()
-    return RunResult(
-        output=final,
-        manifest=manifest,
-        num_resumed=len(resumed),
-        read_bytes=sum(job.num_read_bytes for job in left),
-        written_bytes=sum(job.num_written_bytes for job in left),
-        seconds=time.monotonic() - started,
+    (result,) = run_plans(
+        [(planned, final)], options, overwrite=overwrite, fresh=fresh, on_progress=on_progress
     )
-
-
-def output_path(planned: Plan, output: str | Path | None) -> Path:
-    """Return the folder or file that an argument or else the spec names.
-
-    Raises:
-        SpecError: neither does, or a file is named where a folder is written or the reverse.
-    """
-    named = output or planned.spec.document.output
-    if named is None:
-        raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
-    path = as_path(named)
-    if planned.is_one_file and path.suffix != ".safetensors":
-        raise SpecError(
-            f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "
-            f"name it {path.name}.safetensors"
-        )
-    if not planned.is_one_file and path.suffix == ".safetensors":
-        raise SpecError(f"output {path}: a folder is written: leave .safetensors away")
-    if planned.is_one_file and len(planned.shards) > 1:
-        raise SpecError("--shard-size: the output is a single file: leave it away")
-    return path
+    return result
 
 
 def verify(folder: str | Path, *, threads: int = 0) -> list[str]:

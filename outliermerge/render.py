@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from outliermerge.jobs import Input, Options, Plan
-from outliermerge.merge import RunResult
+from outliermerge.runs import RunResult
 from outliermerge.method import MergeMethod
 
 
@@ -212,12 +212,13 @@ def _value(value: Any) -> str:
 def print_result(result: RunResult) -> None:
     """Print what a merge did, in a few lines."""
     console = _Console(highlight=False, soft_wrap=True)
-    worked = result.read_bytes + result.written_bytes
-    speed = human_bytes(worked / result.seconds) if result.seconds else "–"
+    worked = result.input_bytes + result.written_bytes
+    speed = human_bytes(worked / result.work_seconds) if result.work_seconds else "–"
+    from_disk = "" if not result.disk_bytes else f", {human_bytes(result.disk_bytes)} from disk"
     console.print(
         f"wrote {result.output}: {len(result.manifest['tensors'])} tensors, "
         f"{result.manifest['num_parameters']:,} parameters, "
-        f"{result.seconds:.1f} s, {speed}/s",
+        f"{result.seconds:.1f} s, {speed}/s{from_disk}",
         markup=False,
     )
     if result.num_resumed:

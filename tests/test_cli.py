@@ -293,7 +293,8 @@ class TestPlan:
         assert planned["write_bytes"] == sum(sizes.values())
         tensors = load_folder(output)
         assert done["written_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-        assert planned["read_bytes"] == done["read_bytes"] == 3 * done["written_bytes"]
+        assert planned["input_bytes"] == done["input_bytes"] == 3 * done["written_bytes"]
+        assert done["read_bytes"] >= done["input_bytes"]
         assert planned["num_parameters"] == done["num_parameters"]
         assert done["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
         assert len(planned["tensors"]) == done["num_tensors"] == len(tensors)

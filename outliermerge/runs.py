@@ -1,0 +1,147 @@
+"""Plans carried out: outputs opened, tensors made, files beside them written, folders named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.errors import SpecError, as_path
+from outliermerge.execute import Target, execute
+from outliermerge.jobs import Options, Plan
+from outliermerge.manifest import identity, write_sidecars
+from outliermerge.output import OutputFolder, check_target
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished merge did.
+
+    Attributes:
+        output: the folder.
+        manifest: the contents of its outliermerge.json.
+        num_resumed: tensors that an earlier, killed run had already written.
+        input_bytes, written_bytes: of the tensors worked on now.
+        disk_bytes: what the process had to read from disks, the rest being in the page cache;
+            None where the system does not tell.
+        work_seconds: wall time of reading, computing and writing the tensors.
+        seconds: wall time of all but planning; of all outputs where several were made together.
+    """
+
+    output: Path
+    manifest: Mapping[str, Any]
+    num_resumed: int
+    input_bytes: int
+    written_bytes: int
+    disk_bytes: int | None
+    work_seconds: float
+    seconds: float
+
+    @property
+    def non_finite(self) -> dict[str, list[str]]:
+        """Where infinite or NaN values are, by tensor."""
+        tensors = self.manifest["tensors"].items()
+        return {name: entry["non_finite"] for name, entry in tensors if "non_finite" in entry}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values, without the manifest's tensors."""
+        return {
+            "output": str(self.output),
+            "num_tensors": len(self.manifest["tensors"]),
+            "num_parameters": self.manifest["num_parameters"],
+            "num_resumed": self.num_resumed,
+            "input_bytes": self.input_bytes,
+            "read_bytes": self.manifest["read_bytes"],
+            "written_bytes": self.written_bytes,
+            "disk_bytes": self.disk_bytes,
+            "work_seconds": round(self.work_seconds, 3),
+            "seconds": round(self.seconds, 3),
+            "non_finite": self.non_finite,
+        }
+
+
+def run_plans(
+    plans: Sequence[tuple[Plan, Path]],
+    options: Options,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    on_progress: Callable[[int], None],
+) -> list[RunResult]:
+    """Carry out plans that read the same models, each into its own output, reading them once.
+
+    Raises:
+        SpecError: the memory budget is too small.
+        OutlierMergeError: a model or an output folder is not fit for it.
+    """
+    for plan, final in plans:
+        plan.peak_memory_bytes(options)  # refuses a budget that is too small
+        check_target(plan, final, overwrite=overwrite)
+    started, disk_before = time.monotonic(), _disk_bytes()
+    with ExitStack() as stack:
+        targets, folders = [], []
+        for plan, final in plans:
+            folder = OutputFolder(plan, final, identity=identity(plan, options), fresh=fresh)
+            stack.callback(folder.close)
+            folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+            left = [job for job in plan.jobs if job.name not in folder.done]
+            folders.append(folder)
+            targets.append(Target(plan, left, folder, folder.record))
+            on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
+        working = time.monotonic()
+        execute(targets, options, on_progress=on_progress)
+        work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
+        manifests = []
+        for (plan, _), folder in zip(plans, folders, strict=True):
+            manifest = write_sidecars(plan, folder.done, folder.path, options)
+            folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
+            manifests.append(manifest)
+    known = None not in (disk_before, disk_after)
+    return [
+        RunResult(
+            output=final,
+            manifest=manifest,
+            num_resumed=len(plan.jobs) - len(target.jobs),
+            input_bytes=sum(job.num_read_bytes for job in target.jobs),
+            written_bytes=sum(job.num_written_bytes for job in target.jobs),
+            disk_bytes=(disk_after or 0) - (disk_before or 0) if known else None,
+            work_seconds=work_seconds,
+            seconds=time.monotonic() - started,
+        )
+        for (plan, final), target, manifest in zip(plans, targets, manifests, strict=True)
+    ]
+
+
+def _disk_bytes() -> int | None:
+    """Return what this process has read from disks so far, as the kernel counts it."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def output_path(planned: Plan, output: str | Path | None) -> Path:
+    """Return the folder or file that an argument or else the spec names.
+
+    Raises:
+        SpecError: neither does, or a file is named where a folder is written or the reverse.
+    """
+    named = output or planned.spec.document.output
+    if named is None:
+        raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
+    path = as_path(named)
+    if planned.is_one_file and path.suffix != ".safetensors":
+        raise SpecError(
+            f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "
+            f"name it {path.name}.safetensors"
+        )
+    if not planned.is_one_file and path.suffix == ".safetensors":
+        raise SpecError(f"output {path}: a folder is written: leave .safetensors away")
+    if planned.is_one_file and len(planned.shards) > 1:
+        raise SpecError("--shard-size: the output is a single file: leave it away")
+    return path
