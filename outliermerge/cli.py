@@ -275,6 +275,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
     chosen = choose_options(
+        planned,
         device=options.device,
         memory=options.memory,
         threads=options.threads,
@@ -314,7 +315,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from outliermerge import manifest, render
-    from outliermerge.execute import num_threads
+    from outliermerge.machine import num_threads
 
     folder = Path(options.folder)
     shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from outliermerge.blocks import Engine
 from outliermerge.checkpoint.layout import parse_bytes
@@ -17,16 +17,11 @@ from outliermerge.job_runner import JobResult, JobRunner, Sink
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 from outliermerge.kernels import find_kernels
+from outliermerge.machine import free_memory_bytes, num_threads
 from outliermerge.rounds import Steps, run_all
 from outliermerge.torch_engine import TorchEngine
 
-_MAX_DEFAULT_THREADS = 8
-
-
-def num_threads(wanted: int) -> int:
-    """Return the number of worker threads for an option; 0 takes the processors at hand."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return wanted or min(available or 1, _MAX_DEFAULT_THREADS)
+_CACHED_SHARE = 0.7  # of free memory
 
 
 def choose_device(name: str) -> str:
@@ -51,6 +46,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_options(
+    plan: Plan,
     *,
     device: str,
     memory: int | str,
@@ -60,12 +56,15 @@ def choose_options(
 ) -> Options:
     """Return how a plan is run on this machine.
 
+    Args:
+        plan: what will be read tells how many threads can read it.
+
     Raises:
         SpecError: an option is wrong.
     """
     return Options(
         device=choose_device(device),
-        threads=num_threads(threads),
+        threads=num_threads(threads, plan.paths),
         memory_bytes=parse_bytes(str(memory), option="--memory"),
         kernels=kernels and find_kernels() is not None,
         allow_non_finite=allow_non_finite,
@@ -108,6 +107,8 @@ def execute(
     """
     checks = [(target.plan, job) for target in targets for job in target.plan.checks]
     groups = _groups(targets)
+    upcoming = {id(group): after for group, after in pairwise(groups)}
+    forgets = _is_larger_than_memory(targets)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
     with Reader() as reader, ExitStack() as stack:
         kernels: KernelEngine | None = None
@@ -128,11 +129,14 @@ def execute(
             return JobRunner(plan, reader, options, engine_for, on_progress)
 
         def run_group(group: Sequence[tuple[Target, Job]]) -> Steps[None]:
+            reader.will_need(upcoming.get(id(group), group)[0][1].sources)
             outputs = [(job, target.sink) for target, job in group]
             results = yield from runner(group[0][0].plan).run(outputs)
             with lock:
                 for (target, job), result in zip(group, results, strict=True):
                     target.on_result(job, result)
+            if forgets:
+                reader.forget(group[0][1].sources)
 
         lock = threading.Lock()
         for work in (
@@ -159,6 +163,12 @@ def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
             )
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
     return sorted(groups.values(), key=lambda group: group[0][1].action != "equal")
+
+
+def _is_larger_than_memory(targets: Sequence[Target]) -> bool:
+    """Tell whether what is read cannot stay in the page cache: then nothing is left there."""
+    free = free_memory_bytes()
+    return free is not None and targets[0].plan.num_read_bytes > _CACHED_SHARE * free
 
 
 def _nothing() -> None:

@@ -23,8 +23,8 @@ from outliermerge.work import Work
 class Sink(Protocol):
     """Where merged bytes go."""
 
-    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int]:
-        """Return the descriptor of a file and the position of an element in it."""
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a file, an element's position in it, and the file for direct writes or -1."""
 
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""

@@ -18,7 +18,7 @@ from outliermerge.methods import find_method
 from outliermerge.spec.check import MergeSpec
 from outliermerge.statistics import CHUNK_ELEMENTS
 
-_MAX_BLOCK_CHUNKS = {"cpu": 4, "cuda": 64}
+_MAX_BLOCK_CHUNKS = {"kernels": 16, "cpu": 4, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ class Plan:
         return sum(job.num_read_bytes for job in (*self.jobs, *self.checks))
 
     @property
+    def paths(self) -> set[Path]:
+        """The files that are read."""
+        return {stamp.path for entry in self.inputs for stamp in entry.checkpoint.weight_files}
+
+    @property
     def num_written_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
@@ -236,7 +241,8 @@ class Plan:
                 f"{method.name} needs {needed:,} on {options.threads} threads to hold one {cut} "
                 "block. Give more memory or fewer threads."
             )
-        most = _MAX_BLOCK_CHUNKS[options.device.partition(":")[0]] * CHUNK_ELEMENTS
+        where = "kernels" if options.uses_kernels(job) else options.device.partition(":")[0]
+        most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS
         return max(unit, min(fits, most) // unit * unit)
 
     def peak_memory_bytes(self, options: Options) -> int:

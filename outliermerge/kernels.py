@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 CODES = {"bfloat16": "b", "float16": "e", "float32": "f"}
 """The dtypes that kernels know, and what they call them."""
 
-Place: TypeAlias = memoryview | tuple[int, int]
-"""Where bytes are: in memory, or in a file by its descriptor and the position of the first."""
+Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
+"""Where bytes are: in memory, or in a file by its descriptor and the position of the first; with a
+second descriptor for writing past the page cache, -1 where there is none."""
 
 RawBlock: TypeAlias = tuple[bytes, tuple[Place, ...], int, bool]
 """What kernels take: codes and places of each source, the number of elements, and whether the first

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.errors import OutlierMergeError, SpecError, listing
-from outliermerge.execute import choose_options, num_threads, torch_threads
+from outliermerge.execute import choose_options, torch_threads
 from outliermerge.in_memory import merge_in_memory
 from outliermerge.jobs import Plan
 from outliermerge.kernels import find_kernels
+from outliermerge.machine import num_threads
 from outliermerge.manifest import verify_folder
 from outliermerge.method import MergeMethod, Task
 from outliermerge.methods import find_method
@@ -96,6 +97,7 @@ def run(
         planned = plan(spec, shard_size=shard_size)
     final = output_path(planned, output)
     options = choose_options(
+        planned,
         device=device,
         memory=memory,
         threads=threads,

@@ -18,6 +18,7 @@ from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Plan
+from outliermerge.machine import open_direct
 
 _JOURNAL_NAME = "journal.jsonl"
 
@@ -106,12 +107,14 @@ class OutputFolder:
         self._plan = plan
         self._tensors = {job.name: job.output for job in plan.jobs}
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
         self.done: dict[str, JobResult] = {}
         self._make()
         self._journal = self._open_journal(fresh, dict(identity))
         try:
             for shard in plan.shards:
                 self._files[shard.file] = self._allocate(shard)
+                self._direct[shard.file] = open_direct(self.path / shard.file)
         except BaseException:
             self.close()
             raise
@@ -215,14 +218,15 @@ class OutputFolder:
             ):
                 del self.done[name]
 
-    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int]:
-        """Return the descriptor and the position of a tensor's element."""
-        return self._files[tensor.file], tensor.offset + start * tensor.dtype.num_bytes
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a tensor's file, an element's position in it, and the file for direct writes."""
+        position = tensor.offset + start * tensor.dtype.num_bytes
+        return self._files[tensor.file], position, self._direct[tensor.file]
 
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
         try:
-            write_exactly(*self.place(tensor, start), data)
+            write_exactly(*self.place(tensor, start)[:2], data)
         except OSError as error:
             raise OutlierMergeError(
                 f"{self.path / tensor.file}: cannot be written: {error.strerror}"
@@ -230,7 +234,7 @@ class OutputFolder:
 
     def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         """Read back elements from `start` on."""
-        read_exactly(*self.place(tensor, start), out)
+        read_exactly(*self.place(tensor, start)[:2], out)
 
     def record(self, job: Job, result: JobResult) -> None:
         """Note in the journal that a tensor is written; for one thread at a time."""
@@ -276,9 +280,11 @@ class OutputFolder:
 
     def close(self) -> None:
         """Close every file and give up the lock."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for descriptor in (*self._files.values(), *self._direct.values()):
+            if descriptor >= 0:
+                os.close(descriptor)
         self._files.clear()
+        self._direct.clear()
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from outliermerge.jobs import Input, Options, Plan
-from outliermerge.runs import RunResult
 from outliermerge.method import MergeMethod
+from outliermerge.runs import RunResult
 
 
 class _Console(Console):

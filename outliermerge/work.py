@@ -12,7 +12,6 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 
-_FUSED_PIECES = 16  # of one call of a kernel; fewer where threads would have nothing to do
 _ROUNDS_PER_THREAD = 4
 _SHORT_BYTES = 240  # of pieces that kernels do not digest
 
@@ -106,8 +105,8 @@ class Work:
 
     def _fused_elements(self) -> int:
         num_pieces = -(-self.job.num_elements // PIECE_ELEMENTS)
-        share = num_pieces // (_ROUNDS_PER_THREAD * self._threads)
-        return PIECE_ELEMENTS * max(1, min(_FUSED_PIECES, share))
+        share = num_pieces // (_ROUNDS_PER_THREAD * self._threads) * PIECE_ELEMENTS
+        return min(self._aligned(), max(PIECE_ELEMENTS, share))
 
     def _aligned(self) -> int:
         return max(PIECE_ELEMENTS, self.block_elements // PIECE_ELEMENTS * PIECE_ELEMENTS)

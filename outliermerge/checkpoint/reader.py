@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _WHOLE_BYTES = 1 << 26
+_AHEAD_BYTES = 1 << 26
 
 
 class Reader:
@@ -51,6 +54,24 @@ class Reader:
             while len(self._whole) > 1 and self._num_whole_bytes > _WHOLE_BYTES:
                 self._num_whole_bytes -= self._whole.popitem(last=False)[0].num_bytes
         return values
+
+    def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
+        """Have the beginnings of tensors read from the disk while others are worked on."""
+        self._advise(sources, "POSIX_FADV_WILLNEED", most=_AHEAD_BYTES)
+
+    def forget(self, sources: Iterable[tuple[int, Source]]) -> None:
+        """Give up the room that tensors take in the page cache."""
+        self._advise(sources, "POSIX_FADV_DONTNEED", most=sys.maxsize)
+
+    def _advise(self, sources: Iterable[tuple[int, Source]], name: str, *, most: int) -> None:
+        advice: int | None = getattr(os, name, None)
+        if advice is None:
+            return
+        for _, source in sources:
+            for meta in source.stored:
+                if meta.offset is not None:
+                    num_bytes = min(meta.num_bytes, most)
+                    os.posix_fadvise(self.descriptor(meta.path), meta.offset, num_bytes, advice)
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill out with the stored bytes of elements start to stop.

@@ -14,10 +14,14 @@
  * float32, in the first; they are apart by more than a page, so that none takes another's place. */
 enum { PIECE = 65536, STEP = 1024, ROW = STEP + 64, EXTRA_ROWS = 3, MAX_SOURCES = 4096 };
 
+/* What is written past the page cache: whole pages, if there are enough of them. */
+enum { PAGE = 4096, DIRECT_BYTES = 1 << 18 };
+
 /* Elements in memory or in a file. */
 typedef struct {
     char code;
-    int file; /* -1 for memory */
+    int file;   /* -1 for memory */
+    int direct; /* the same file, past the page cache; -1 where it is not open like that */
     int64_t position;
     Py_buffer view;
 } Place;
@@ -38,17 +42,18 @@ INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 INLINE int is_known(int code) { return code == BFLOAT16 || code == FLOAT16 || code == FLOAT32; }
 
-/* Take a buffer, or a tuple (file descriptor, position), with room for elements of a dtype. */
+/* Take a buffer, or a tuple (file descriptor, position[, descriptor for direct writes]), with room
+ * for elements of a dtype. */
 static int take_place(Place *place, PyObject *from, int code, size_t num_elements, int flags) {
     place->code = (char)code;
-    place->file = -1;
+    place->file = place->direct = -1;
     if (!is_known(code)) {
         PyErr_SetString(PyExc_ValueError, "an unknown dtype");
         return 0;
     }
     if (PyTuple_Check(from)) {
         long long position;
-        if (!PyArg_ParseTuple(from, "iL", &place->file, &position)) return 0;
+        if (!PyArg_ParseTuple(from, "iL|i", &place->file, &position, &place->direct)) return 0;
         place->position = position;
         return 1;
     }
@@ -144,11 +149,9 @@ static int read_all(const Place *place, size_t start, size_t num, char *into) {
     return 1;
 }
 
-static int write_all(const Place *place, size_t start, size_t num, const char *from) {
-    size_t left = piece_bytes(place, num);
-    off_t position = (off_t)(place->position + (int64_t)piece_bytes(place, start));
+static int write_bytes(int file, const char *from, size_t left, int64_t position) {
     while (left > 0) {
-        ssize_t put = pwrite(place->file, from, left, position);
+        ssize_t put = pwrite(file, from, left, (off_t)position);
         if (put < 0) {
             if (errno == EINTR) continue;
             return 0;
@@ -158,6 +161,30 @@ static int write_all(const Place *place, size_t start, size_t num, const char *f
         left -= (size_t)put;
     }
     return 1;
+}
+
+/* Return where a place's bytes begin in memory of room_for(place, num) bytes: as far behind a
+ * page's start as in the file, so that whole pages can be written past the page cache. */
+static char *aligned_like(const Place *place, char *memory) {
+    uintptr_t page = ((uintptr_t)memory + PAGE - 1) & ~(uintptr_t)(PAGE - 1);
+    return (char *)page + place->position % PAGE;
+}
+
+static size_t room_for(const Place *place, size_t num) { return piece_bytes(place, num) + 2 * PAGE; }
+
+/* Write all of a place's elements, from memory that is aligned like them. */
+static int write_all(const Place *place, size_t num, const char *from) {
+    size_t num_bytes = piece_bytes(place, num);
+    size_t head = (size_t)((PAGE - place->position % PAGE) % PAGE);
+    if (place->direct < 0 || num_bytes < head + DIRECT_BYTES)
+        return write_bytes(place->file, from, num_bytes, place->position);
+    size_t whole = (num_bytes - head) / PAGE * PAGE, tail = num_bytes - head - whole;
+    int64_t middle = place->position + (int64_t)head;
+    int done = write_bytes(place->direct, from + head, whole, middle);
+    if (!done && errno == EINVAL) /* this file system wants more than whole pages */
+        done = write_bytes(place->file, from + head, whole, middle);
+    return done && write_bytes(place->file, from, head, place->position) &&
+           write_bytes(place->file, from + head + whole, tail, middle + (int64_t)whole);
 }
 
 /* Bring a piece of one source to memory. */

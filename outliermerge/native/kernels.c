@@ -24,33 +24,32 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
         release_place(&from);
         return NULL;
     }
-    char *scratch = PyMem_RawMalloc(piece_bytes(&from, least(PIECE, num_all)) + 1);
+    char *memory = PyMem_RawMalloc(to.file >= 0 ? room_for(&to, num_all) : 1);
     PyObject *result = NULL;
     PyObject *digests = PyBytes_FromStringAndSize(
         NULL, (Py_ssize_t)((num_all + PIECE - 1) / PIECE * DIGEST_BYTES));
-    if (scratch == NULL) PyErr_NoMemory();
+    if (memory == NULL) PyErr_NoMemory();
     if (!PyErr_Occurred()) {
         uint32_t most = 0;
+        char *all = to.file >= 0 ? aligned_like(&to, memory) : to.view.buf;
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < num_all && !failed; start += PIECE) {
-            size_t num = least(PIECE, num_all - start);
-            const char *data = scratch;
+            size_t num = least(PIECE, num_all - start), first = piece_bytes(&from, start);
+            char *data = all + first;
             if (from.file < 0)
-                data = (const char *)from.view.buf + piece_bytes(&from, start);
+                memmove(data, (const char *)from.view.buf + first, piece_bytes(&from, num));
             else
-                failed = !read_all(&from, start, num, scratch);
-            if (!failed) {
-                FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
-                    uint32_t size = bits_of(load(CODE, data, i)) & MAGNITUDE;
-                    most = size > most ? size : most;
-                });
-                digest(&from, data, num, start / PIECE, digests);
-                if (to.file < 0)
-                    memcpy((char *)to.view.buf + piece_bytes(&to, start), data,
-                           piece_bytes(&to, num));
-                else
-                    failed = !write_all(&to, start, num, data);
-            }
+                failed = !read_all(&from, start, num, data);
+            error = errno;
+            if (failed) break;
+            FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
+                uint32_t size = bits_of(load(CODE, data, i)) & MAGNITUDE;
+                most = size > most ? size : most;
+            });
+            digest(&from, data, num, start / PIECE, digests);
+        }
+        if (!failed && to.file >= 0) {
+            failed = !write_all(&to, num_all, all);
             error = errno;
         }
         Py_END_ALLOW_THREADS;
@@ -60,7 +59,7 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
             result = Py_BuildValue("(NO)", PyBool_FromLong(most < INFINITE), digests);
     }
     Py_XDECREF(digests);
-    PyMem_RawFree(scratch);
+    PyMem_RawFree(memory);
     release_place(&from);
     release_place(&to);
     return result;

@@ -18,7 +18,7 @@ struct Variant {
     float *scaled;  /* (M,): weights times what brings back the L1 norm */
     uint64_t *num_outliers;
     Place out;
-    char *stored; /* a piece of output that goes to a file */
+    char *memory, *stored; /* the output, where it goes to a file */
     PyObject *digests;
 };
 
@@ -82,15 +82,18 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block) {
     if (!take_place(&variant->out, out, code, block->num_elements, PyBUF_WRITABLE)) return 0;
     variant->weights = PyMem_RawMalloc(3 * models * sizeof(float));
     variant->num_outliers = PyMem_RawCalloc(models, sizeof(uint64_t));
-    variant->stored = PyMem_RawMalloc(least(PIECE, block->num_elements) * sizeof(float) + 1);
+    int to_file = variant->out.file >= 0;
+    variant->memory = PyMem_RawMalloc(to_file ? room_for(&variant->out, block->num_elements) : 1);
     variant->digests =
         PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(num_pieces * DIGEST_BYTES));
-    if (variant->weights == NULL || variant->num_outliers == NULL || variant->stored == NULL ||
+    if (variant->weights == NULL || variant->num_outliers == NULL || variant->memory == NULL ||
         variant->digests == NULL) {
         PyErr_NoMemory();
         release_place(&variant->out);
         return 0;
     }
+    variant->stored =
+        to_file ? aligned_like(&variant->out, variant->memory) : variant->out.view.buf;
     memcpy(variant->weights, packed, (size_t)num_packed);
     variant->dropped = variant->weights + models;
     variant->scaled = variant->dropped + models;
@@ -103,11 +106,10 @@ static void digest(const Place *place, const char *data, size_t num, size_t piec
                  (uint8_t *)PyBytes_AS_STRING(to) + piece * DIGEST_BYTES);
 }
 
-/* Merge a piece that has been fetched, digest it and bring it to its place. */
-static int merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
-    Place *out = &variant->out;
-    int to_file = out->file >= 0;
-    char *stored = to_file ? variant->stored : (char *)out->view.buf + piece_bytes(out, start);
+/* Merge a piece that has been fetched, and digest it. */
+static void merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
+    const Place *out = &variant->out;
+    char *stored = variant->stored + piece_bytes(out, start);
     float *merged_row = block->rows + block->num_models * ROW;
     for (size_t i = 0; i < num; i += STEP) {
         size_t step = least(STEP, num - i);
@@ -117,7 +119,6 @@ static int merge_piece(Block *block, Variant *variant, size_t start, size_t num)
             store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
     }
     digest(out, stored, num, start / PIECE, variant->digests);
-    return !to_file || write_all(out, start, num, stored);
 }
 
 /* (is_finite, counts, digests) */
@@ -135,7 +136,8 @@ PyDoc_STRVAR(merge_doc,
              "normalize), parameters, code, out): method is weighted_sum, min_sigma (takes\n"
              "threshold and lambda) or ties (lambda and normalize); parameters are float32 (3, M):\n"
              "weights, and for ties the largest magnitudes that are dropped and the scaled weights;\n"
-             "out is a writable buffer, or (file descriptor, position), of the dtype of code.\n"
+             "out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
+             "direct writes]), of the dtype of code.\n"
              "is_finite tells of the output, and so of all sources; counts are min_sigma's\n"
              "outliers of each model; digests are 16 bytes for each piece of 65,536 elements, of\n"
              "each source (S, pieces) and of each output, undefined for pieces of 240 bytes or\n"
@@ -165,8 +167,14 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
             for (size_t i = 0; i < block.num_sources && !failed; i++)
                 digest(block.places + i, block.data[i], num, start / PIECE,
                        PyTuple_GET_ITEM(digests, (Py_ssize_t)i));
+            error = errno;
             for (size_t i = 0; i < num_variants && !failed; i++)
-                failed = !merge_piece(&block, variants + i, start, num);
+                merge_piece(&block, variants + i, start, num);
+        }
+        for (size_t i = 0; i < num_variants && !failed; i++) {
+            const Variant *variant = variants + i;
+            failed = variant->out.file >= 0 &&
+                     !write_all(&variant->out, block.num_elements, variant->stored);
             error = errno;
         }
         Py_END_ALLOW_THREADS;
@@ -179,7 +187,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
         if (i < num_taken) release_place(&variants[i].out);
         PyMem_RawFree(variants[i].weights);
         PyMem_RawFree(variants[i].num_outliers);
-        PyMem_RawFree(variants[i].stored);
+        PyMem_RawFree(variants[i].memory);
         Py_XDECREF(variants[i].digests);
     }
     PyMem_RawFree(variants);

@@ -1,0 +1,198 @@
+"""Sweeps: each output is what a run of its own gives, from one reading of the models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import family, save_tensors
+
+import outliermerge
+from outliermerge import cli
+from outliermerge.sweeps import parse_values
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> dict[str, Any]:
+    base, models = family("llama", tmp_path_factory.mktemp("sweep"), dtype=torch.bfloat16)
+    return {
+        "merge_method": "min_sigma",
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models],
+    }
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the contents of an output's files; of the manifest what was merged and how."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(files.pop("outliermerge.json"))
+    return files | {"tensors": json.dumps(manifest["tensors"]).encode()}
+
+
+def num_read_bytes() -> int:
+    """Return the bytes that this process has asked files for."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"t": [2, 2.5, 3]}, ["t=2", "t=2.5", "t=3"]),
+        ({"merge_method": ["linear", "task_arithmetic"]},
+         ["merge_method=linear", "merge_method=task_arithmetic"]),
+        ({"merge_method": ["ties"], "density": [0.2, [0.2, 0.5]]},
+         ["merge_method=ties,density=0.2", "merge_method=ties,density=0.2_0.5"]),
+        ({"dtype": ["float64", "bfloat16"]}, ["dtype=float64", "dtype=bfloat16"]),
+        ({"lambda": [0.5, 1.0], "t": [1, 2]},
+         ["lambda=0.5,t=1", "lambda=0.5,t=2", "lambda=1.0,t=1", "lambda=1.0,t=2"]),
+    ],
+    ids=["t", "method", "gradient", "dtype", "two"],
+)  # fmt: skip
+def test_each_output_is_what_its_own_run_gives(settings, names, kernels, spec, tmp_path):
+    results = outliermerge.sweep(spec, settings, output=tmp_path / "all", kernels=kernels)
+    assert [result.output.name for result in results] == names
+    for result in results:
+        assert outliermerge.verify(result.output) == []
+        own = outliermerge.run(
+            dict(result.manifest["spec"]), output=tmp_path / "own" / result.output.name,
+            kernels=kernels,
+        )  # fmt: skip
+        assert files_of(own.output) == files_of(result.output)
+
+
+def test_a_model_can_have_its_own_values(spec, tmp_path):
+    first, second = outliermerge.sweep(
+        spec, {"models.2.weight": [0.25, 0.75]}, output=tmp_path / "out"
+    )
+    assert [m.get("parameters") for m in first.manifest["spec"]["models"]] == [
+        None,
+        {"weight": 0.25},
+    ]
+    assert first.output.name == "models.2.weight=0.25"
+    assert files_of(first.output) != files_of(second.output)
+
+
+def test_the_models_are_read_once_and_statistics_shared(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    tensors = {"w": torch.randn(1500, 1000, generator=generator)}
+    folders = [
+        save_tensors(tmp_path / name, {"w": tensors["w"] + scale * tensors["w"].flip(0)})
+        for name, scale in (("base", 0), ("a", 0.01), ("b", 0.02))
+    ]
+    spec = {
+        "merge_method": "min_sigma",
+        "base_model": str(folders[0]),
+        "models": [{"model": str(folder)} for folder in folders[1:]],
+    }
+    before = num_read_bytes()
+    outliermerge.run(spec, output=tmp_path / "one")
+    between = num_read_bytes()
+    results = outliermerge.sweep(spec, {"t": [1, 2, 2.5, 3]}, output=tmp_path / "four")
+    one, four = between - before, num_read_bytes() - between
+    assert one > 2 * 3 * 6_000_000  # σ is measured in one pass, the merge is another
+    assert four < 1.1 * one
+    sigmas = [result.manifest["tensors"]["w"]["statistics"]["sigma"] for result in results]
+    assert sigmas == sigmas[:1] * 4
+
+
+def test_equal_tensors_are_copied_where_the_method_keeps_them(tmp_path):
+    tensors = {"w": torch.tensor([1.0, -2.0]), "v": torch.tensor([1.0, 0.0])}
+    moved = tensors | {"v": torch.tensor([0.0, 1.0])}
+    models = [save_tensors(tmp_path / "a", tensors), save_tensors(tmp_path / "b", moved)]
+    spec = {"merge_method": "linear", "models": [{"model": str(model)} for model in models]}
+    kept, summed = outliermerge.sweep(spec, {"normalize": [True, False]}, output=tmp_path / "out")
+    assert kept.manifest["tensors"]["w"]["action"] == "copy"
+    assert summed.manifest["tensors"]["w"]["action"] == "merge"
+    assert kept.manifest["tensors"]["v"]["action"] == "merge"
+
+
+def test_an_interrupted_sweep_goes_on(spec, tmp_path):
+    settings = {"t": [1.0, 2.0]}
+    whole = outliermerge.sweep(spec, settings, output=tmp_path / "whole")
+    worked = 0
+
+    def interrupt(num_bytes: int) -> None:
+        nonlocal worked
+        worked += num_bytes
+        if worked > 100_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        outliermerge.sweep(spec, settings, output=tmp_path / "out", on_progress=interrupt)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "t=1.0.partial",
+        "t=2.0.partial",
+    }
+    again = outliermerge.sweep(spec, settings, output=tmp_path / "out")
+    assert all(result.num_resumed > 0 for result in again)
+    for left, right in zip(whole, again, strict=True):
+        assert files_of(left.output) == files_of(right.output)
+
+
+def test_one_file_outputs_have_the_suffix(tmp_path):
+    files = []
+    for number in range(3):
+        folder = save_tensors(tmp_path / f"m{number}", {"w": torch.arange(6.0) * number})
+        files.append((folder / "model.safetensors").rename(tmp_path / f"{number}.safetensors"))
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(files[0]),
+        "models": [{"model": str(file)} for file in files[1:]],
+    }
+    results = outliermerge.sweep(spec, {"lambda": [0.5, 1]}, output=tmp_path / "out")
+    assert [result.output.name for result in results] == [
+        "lambda=0.5.safetensors",
+        "lambda=1.safetensors",
+    ]
+    assert all(result.output.is_file() for result in results)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "a sweep needs settings"),
+        ({"tt": [1]}, r"tt=1: .*min_sigma has no parameter 'tt'.*Did you mean 't'"),
+        ({"t": [1, -1]}, r"t=-1: .*expected a number ≥ 0"),
+        ({"t": [1, 1]}, "t=1 is there twice"),
+        ({"models.3.weight": [1]}, "there is no model 3: the spec has models 1 to 2"),
+        ({"models.0.weight": [1]}, "there is no model 0"),
+        ({"models.1": [1]}, "is no setting of a spec"),
+        ({"merge_method": ["min_sigma", "tie"]}, r"merge_method=tie: .*Did you mean 'ties'"),
+        ({"weight": [1]}, r"model 1 has a weight of its own.*models\.1\.weight"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else ",".join(value) or "none",
+)
+def test_wrong_settings_are_refused_by_name(settings, message, spec, tmp_path):
+    own = dict(spec)
+    if "weight" in settings:
+        own["models"] = [m | {"parameters": {"weight": 0.5}} for m in spec["models"]]
+    with pytest.raises(outliermerge.SpecError, match=message):
+        outliermerge.sweep(own, settings, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["t", "t=", "=1", "t=[1", "t=1,,2", ""])
+def test_an_option_of_another_form_is_refused(option):
+    with pytest.raises(outliermerge.SpecError, match="write KEY=VALUE"):
+        parse_values(option)
+
+
+def test_the_command_prints_what_was_written(spec, tmp_path, capsys):
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(spec))
+    command = ["sweep", str(path), "--output", str(tmp_path / "out"), "--set", "t=2,3"]
+    assert cli.main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [entry["settings"] for entry in printed["outputs"]] == [{"t": 2}, {"t": 3}]
+    for entry in printed["outputs"]:
+        assert outliermerge.verify(entry["output"]) == []
+    assert cli.main(command) == 1
+    assert "exists already. Use --overwrite" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert capsys.readouterr().out.count("wrote ") == 2
+    assert cli.main([*command, "--set", "t=4"]) == 2
+    assert "--set t: is given twice" in capsys.readouterr().err
