@@ -545,10 +545,15 @@ OPTIONS = {
         f"--memory: '{'9' * 400}' is not a size. Write for example 5GB, 500MB or 1GiB.",
     ),
     "memory too small": (
-        ("--memory", "1KB", "--threads", "2"),
+        ("--memory", "1KB", "--threads", "2", "--no-kernels"),
         # 8 elements a tensor; for each 3 sources and the output in float32, and 22 float32 to
         # compute with; 2 threads.
         "--memory: 1,000 bytes are too few for tensor 'embed.weight': ties needs 1,664 on 2 "
+        "threads to hold one element block. Give more memory or fewer threads.",
+    ),
+    "memory too small for kernels": (
+        ("--memory", "100", "--threads", "2"),
+        "--memory: 100 bytes are too few for tensor 'embed.weight': ties needs 256 on 2 "
         "threads to hold one element block. Give more memory or fewer threads.",
     ),
     "shard size that is none": (

@@ -1225,7 +1225,7 @@ def test_an_interrupted_run_goes_on(kind, pipelines, nets, tmp_path):
     def stop(num_bytes: int) -> None:
         nonlocal num_steps
         num_steps += 1
-        if num_steps == 60:
+        if num_steps == 25:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):

@@ -532,7 +532,7 @@ def test_a_run_that_allows_no_infinite_values_takes_none_over(tmp_path, monkeypa
         "models": [{"model": str(tmp_path / "task"), "parameters": {"weight": 0.5}}],
     }
     with monkeypatch.context() as patch:
-        patch.setattr("outliermerge.merge.write_sidecars", _interrupt)
+        patch.setattr("outliermerge.runs.write_sidecars", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec, output=tmp_path / "out", allow_non_finite=True)
     with pytest.raises(outliermerge.OutlierMergeError, match="'a' has values that are infinite"):
