@@ -8,7 +8,7 @@ OUTPUT ?= scores/eval
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study test test-gpu check bench clean
+.PHONY: help demo demo-minilm eval eval-paper study test test-gpu check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,9 +41,18 @@ check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of import
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## measure against mergekit and peft (needs 16 GB of disk, about 30 minutes)
-	@$(IN_VENV) $(BIN)/python benchmarks/against_mergekit.py
+bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26 GB of disk, about an hour)
+	@$(IN_VENV) $(BIN)/python benchmarks/suite.py
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
+	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write-readme
+
+bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
+	$(BIN)/python benchmarks/suite.py --runs 3 --only 0.5B-2 --results "$$new/speed.json" && \
+	$(BIN)/python benchmarks/check.py "$$new/speed.json"
+
+bench-gpu: $(VENV)/.dev ## measure on a CUDA device: from disk, on the device, against mergekit --cuda
+	@$(IN_VENV) $(BIN)/python benchmarks/gpu.py
 
 clean: ## remove the virtual environment and what demo wrote
 	rm -rf $(VENV) models merged scores evals/data/tiny

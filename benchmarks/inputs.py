@@ -4,13 +4,12 @@ Merges two task models of 0.5B parameters by min_sigma: as plain bfloat16, as Lo
 DoRA adapters, as fp8, and as bitsandbytes nf4 (6 GB of disk, removed at the end). Beside it the
 other way to merge two adapters: peft's merge_and_unload of each to disk, then the merge.
 
-    python benchmarks/inputs.py [--runs 3]
+    python benchmarks/inputs.py [--runs 3] [--size 0.5B]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
-from against_mergekit import measure, medians
-from build_checkpoints import build
+from build_checkpoints import SHAPES, build
+from measure import alternate, medians, progress, script, surroundings
 from safetensors.torch import load_file, save_file
 
 RESULT = Path(__file__).parent / "results" / "inputs.json"
@@ -89,11 +88,14 @@ def quantised(source: Path, folder: Path, kind: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--runs", type=int, default=3, help="runs of each merge (default 3)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--size", default="0.5B", choices=SHAPES, help="default 0.5B")
+    parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="outliermerge-bench-"))
+    out = folder / "out"
     try:
-        base, *models = build("0.5B", folder / "plain")
+        base, *models = build(options.size, folder / "plain")
         kinds: dict[str, list[Path]] = {"plain": models}
         for kind in ("lora", "dora", "fp8", "nf4"):
             kinds[kind] = [folder / f"{kind}{number}" for number in range(2)]
@@ -103,34 +105,40 @@ def main() -> None:
                 else:
                     quantised(models[number], path, kind)
         kinds["merged by peft"] = [folder / "peft0", folder / "peft1"]
-        by_peft = [sys.executable, "-c", MERGE_BY_PEFT, str(base), str(folder / "peft")]
-        by_peft += [str(path) for path in kinds["lora"]]
-        runs: dict[str, list[dict[str, float]]] = {"merge_and_unload of both": []}
-        runs |= {kind: [] for kind in kinds}
-        for _ in range(options.runs):
-            runs["merge_and_unload of both"].append(measure(by_peft))
-            for kind, paths in kinds.items():
-                spec = {
-                    "merge_method": "min_sigma",
-                    "base_model": str(base),
-                    "models": [{"model": str(path)} for path in paths],
-                }
-                (folder / "spec.yaml").write_text(json.dumps(spec))
-                command = ["outliermerge", "run", str(folder / "spec.yaml"), "--overwrite"]
-                runs[kind].append(measure([*command, "--output", str(folder / "out")]))
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "load_before": os.getloadavg()[0],
-            "runs": options.runs,
-            "note": "medians of alternating runs, whole process, warm cache; 0.5B parameters, two "
-            "task models, min_sigma; rank 16 on all linear layers",
+        commands = {
+            "merge_and_unload of both": [
+                sys.executable, "-c", MERGE_BY_PEFT, str(base), str(folder / "peft"),
+                *map(str, kinds["lora"]),
+            ]
+        }  # fmt: skip
+        for kind, paths in kinds.items():
+            spec = {
+                "merge_method": "min_sigma",
+                "base_model": str(base),
+                "models": [{"model": str(path)} for path in paths],
+            }
+            path = folder / f"{kind}.yaml"
+            path.write_text(json.dumps(spec))
+            commands[kind] = [script("outliermerge"), "run", str(path), "--output", str(out)]
+
+        def clear() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+
+        runs, failed = alternate(commands, options.runs, before=clear, label="inputs")
+        if failed:
+            raise SystemExit("\n".join(failed.values()))
+        report = surroundings(options.runs, also=("peft", "transformers", "bitsandbytes")) | {
+            "size": options.size,
+            "note": "medians of alternating runs, whole process, warm cache; two task models, "
+            "min_sigma; rank 16 on all linear layers",
             "cases": {kind: medians(measured) for kind, measured in runs.items()},
         }
         plain = report["cases"]["plain"]["wall_seconds"]
         for case in report["cases"].values():
             case["wall_over_plain"] = round(case["wall_seconds"] / plain, 2)
-        RESULT.write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report, indent=2))
+        options.results.write_text(json.dumps(report, indent=1) + "\n")
+        progress(f"wrote {options.results}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -29,6 +29,7 @@ class RunResult:
         disk_bytes: what the process had to read from disks, the rest being in the page cache;
             None where the system does not tell.
         work_seconds: wall time of reading, computing and writing the tensors.
+        sync_seconds: wall time until all is on the disk and has its name.
         seconds: wall time of all but planning; of all outputs where several were made together.
     """
 
@@ -39,6 +40,7 @@ class RunResult:
     written_bytes: int
     disk_bytes: int | None
     work_seconds: float
+    sync_seconds: float
     seconds: float
 
     @property
@@ -59,6 +61,7 @@ class RunResult:
             "written_bytes": self.written_bytes,
             "disk_bytes": self.disk_bytes,
             "work_seconds": round(self.work_seconds, 3),
+            "sync_seconds": round(self.sync_seconds, 3),
             "seconds": round(self.seconds, 3),
             "non_finite": self.non_finite,
         }
@@ -95,11 +98,14 @@ def run_plans(
         working = time.monotonic()
         execute(targets, options, on_progress=on_progress)
         work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
-        manifests = []
-        for (plan, _), folder in zip(plans, folders, strict=True):
-            manifest = write_sidecars(plan, folder.done, folder.path, options)
+        manifests = [
+            write_sidecars(plan, folder.done, folder.path, options)
+            for (plan, _), folder in zip(plans, folders, strict=True)
+        ]
+        syncing = time.monotonic()
+        for folder, manifest in zip(folders, manifests, strict=True):
             folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
-            manifests.append(manifest)
+        sync_seconds = time.monotonic() - syncing
     known = None not in (disk_before, disk_after)
     return [
         RunResult(
@@ -110,6 +116,7 @@ def run_plans(
             written_bytes=sum(job.num_written_bytes for job in target.jobs),
             disk_bytes=(disk_after or 0) - (disk_before or 0) if known else None,
             work_seconds=work_seconds,
+            sync_seconds=sync_seconds,
             seconds=time.monotonic() - started,
         )
         for (plan, final), target, manifest in zip(plans, targets, manifests, strict=True)

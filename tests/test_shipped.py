@@ -206,13 +206,3 @@ def test_readme_python_examples_run(real_models, tmp_path, monkeypatch):
         exec(code, space)
     assert len(blocks) == 2
     assert torch.equal(space["tensor"], torch.tensor([0.5, 0.7, 0, 0]))
-
-
-def test_the_readme_shows_the_committed_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from against_mergekit import RESULT, table
-
-    report = json.loads(RESULT.read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert table(report) in readme
-    assert report["date"] in readme
