@@ -103,6 +103,7 @@ def overheads(case: dict[str, Any], tool: str = "outliermerge") -> list[float]:
 # Ratios of which a larger one is worse: our figure over the other's.
 RATIOS = (
     ("outliermerge", "copy", "work_seconds"),
+    ("outliermerge", "direct copy", "work_seconds"),
     ("outliermerge", "mergekit", "wall_seconds"),
     ("outliermerge", "mergekit", "cpu_seconds"),
     ("outliermerge", "mergekit", "peak_anonymous_megabytes"),

@@ -68,7 +68,7 @@ def merges(size: str) -> list[Case]:
     """
     cases = []
     for method in PARAMETERS:
-        tools = ["copy", "outliermerge", f"outliermerge --memory {MEMORY}"]
+        tools = ["copy", "direct copy", "outliermerge", f"outliermerge --memory {MEMORY}"]
         if method in ("linear", "task_arithmetic", "ties") and size not in ("3B", "7B"):
             tools.append("mergekit")
         if size in ("tiny", "0.5B") and method in ("min_sigma", "ties"):
@@ -103,9 +103,11 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
     path, out = folder / "spec.yaml", folder / "out"
     path.write_text(json.dumps(spec))
     ours = [script("outliermerge"), "run", str(path), "--output", str(out), "--json"]
-    copier = [sys.executable, str(Path(__file__).with_name("copy_files.py")), str(out)]
+    copier = [sys.executable, str(Path(__file__).with_name("copy_files.py"))]
+    copied = [str(out), *(str(model / FILE) for model in tasks)]
     known = {
-        "copy": copier + [str(model / FILE) for model in tasks],
+        "copy": [*copier, *copied],
+        "direct copy": [*copier, "--direct", *copied],
         "outliermerge": ours,
         f"outliermerge --memory {MEMORY}": [*ours, "--memory", MEMORY],
         "outliermerge --no-kernels": [*ours, "--no-kernels"],

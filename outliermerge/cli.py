@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli_runs import add_runs, print_json, run_plan, run_run, run_sweep
 from outliermerge.cli_scores import add_commands, run_compare, run_eval
 from outliermerge.errors import OutlierMergeError, SpecError
 
@@ -56,59 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    run = add(
-        "run",
-        "merge models into a new folder; a killed run goes on when started again",
-        "outliermerge run merge_configs/minilm_min_sigma.yaml",
-        "outliermerge run merge_configs/llava_math.yaml --output merged/llava_math",
-        "outliermerge run merge_configs/minilm_ties.yaml --output merged --overwrite --memory 2GiB",
-    )
-    plan = add(
-        "plan",
-        "show what a run would do, from the models' headers alone",
-        "outliermerge plan merge_configs/minilm_ties.yaml",
-        "outliermerge plan merge_configs/minilm_ties.yaml --json",
-    )
-    sweep = add(
-        "sweep",
-        "merge with several values of settings, from one reading of the models",
-        "outliermerge sweep merge_configs/minilm_min_sigma.yaml --set t=2,2.5,3 --output merged/t",
-        "outliermerge sweep spec.yaml --set merge_method=linear,task_arithmetic --output merged",
-        "outliermerge sweep spec.yaml --set models.1.weight=0.3,0.5 --set lambda=0.8,1 --output m",
-    )
-    sweep.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUES",
-        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER; "
-        "several --set are combined",
-    )
-    for command in (run, plan, sweep):
-        command.add_argument("spec", metavar="SPEC", help="a YAML file")
-        command.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
-        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
-        command.add_argument(
-            "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
-        )
-        command.add_argument(
-            "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
-        )
-        command.add_argument(
-            "--no-kernels", action="store_true", help="compute by torch, as methods are defined"
-        )
-        command.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
-        command.add_argument("--json", action="store_true", help="print JSON for scripts")
-    for command in (run, sweep):
-        command.add_argument(
-            "--overwrite", action="store_true", help="replace an existing output when done"
-        )
-        command.add_argument(
-            "--fresh", action="store_true", help="start over instead of going on with a killed run"
-        )
-        command.add_argument(
-            "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
-        )
+    add_runs(add, _count)
     verify = add(
         "verify",
         "recompute every checksum of an output",
@@ -116,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", metavar="OUT", help="what `run` wrote")
     verify.add_argument(
-        "--threads", type=_count, default=0, metavar="N", help="default: one a processor"
+        "--threads", type=_count, default=0, metavar="N", help="default: processors + 2"
     )
     verify.add_argument("--json", action="store_true", help="print JSON for scripts")
     add_commands(add, _count)
@@ -197,122 +145,6 @@ def _fail(message: object, code: int) -> int:
     return code
 
 
-def _run(options: argparse.Namespace) -> int:
-    from outliermerge import merge, render
-
-    planned = merge.plan(options.spec, shard_size=options.shard_size)
-    _print_notes(planned.notes, options)
-    with render.progress_bar("merging") as bar:
-        task = bar.add_task("merging", total=planned.work_bytes)
-        result = merge.run(
-            planned,
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
-            **_run_options(options),
-        )
-        bar.update(task, completed=planned.work_bytes)
-    if options.json:
-        _print_json(result.as_dict() | {"notes": list(planned.notes)})
-    else:
-        render.print_result(result)
-    return EXIT_DONE
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from outliermerge import render, sweeps
-
-    settings = {}
-    for option in options.set:
-        key, values = sweeps.parse_values(option)
-        if key in settings:
-            raise SpecError(f"--set {key}: is given twice: write {key}=VALUE,VALUE,…")
-        settings[key] = values
-    variants = sweeps.plan_sweep(options.spec, settings, shard_size=options.shard_size)
-    notes = list(dict.fromkeys(note for variant in variants for note in variant.plan.notes))
-    _print_notes(notes, options)
-    total = sweeps.work_bytes(variants)
-    with render.progress_bar("merging") as bar:
-        task = bar.add_task("merging", total=total)
-        results = sweeps.sweep(
-            variants,
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
-            **_run_options(options),
-        )
-        bar.update(task, completed=total)
-    if options.json:
-        pairs = zip(variants, results, strict=True)
-        outputs = [{"settings": dict(v.settings)} | result.as_dict() for v, result in pairs]
-        _print_json({"outputs": outputs, "notes": notes})
-    else:
-        for result in results:
-            render.print_result(result)
-    return EXIT_DONE
-
-
-def _print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
-    if not options.json:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-
-
-def _run_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "output": options.output,
-        "device": options.device,
-        "memory": options.memory,
-        "threads": options.threads,
-        "overwrite": options.overwrite,
-        "fresh": options.fresh,
-        "kernels": not options.no_kernels,
-        "allow_non_finite": options.allow_non_finite,
-    }
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from outliermerge import merge, render
-    from outliermerge.execute import choose_options
-    from outliermerge.output import free_disk_bytes
-    from outliermerge.runs import output_path
-
-    planned = merge.plan(options.spec, shard_size=options.shard_size)
-    chosen = choose_options(
-        planned,
-        device=options.device,
-        memory=options.memory,
-        threads=options.threads,
-        kernels=not options.no_kernels,
-    )
-    named = options.output or planned.spec.document.output
-    output = output_path(planned, named) if named else None
-    free = free_disk_bytes(output or Path.cwd())
-    peak = planned.peak_memory_bytes(chosen)
-    if options.json:
-        _print_json(
-            planned.as_dict()
-            | {
-                "output": named,
-                "threads": chosen.threads,
-                "device": chosen.device,
-                "kernels": chosen.kernels,
-                "peak_memory_bytes": peak,
-                "free_disk_bytes": free,
-            }
-        )
-    else:
-        render.print_plan(
-            planned,
-            output=output,
-            options=chosen,
-            free_bytes=free,
-        )
-    if planned.num_written_bytes > free:
-        print(
-            f"warning: the disk has {free:,} bytes free, the output needs "
-            f"{planned.num_written_bytes:,}",
-            file=sys.stderr,
-        )
-    return EXIT_DONE
-
-
 def _verify(options: argparse.Namespace) -> int:
     from outliermerge import manifest, render
     from outliermerge.machine import num_threads
@@ -328,7 +160,7 @@ def _verify(options: argparse.Namespace) -> int:
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
     if options.json:
-        _print_json({"folder": str(folder), "ok": not differences, "differences": differences})
+        print_json({"folder": str(folder), "ok": not differences, "differences": differences})
     elif differences:
         print(f"{folder}: {len(differences)} difference(s) from its manifest")
         for difference in differences:
@@ -343,7 +175,7 @@ def _methods(options: argparse.Namespace) -> int:
 
     chosen = [find_method(options.name)] if options.name else list(METHODS.values())
     if options.json:
-        _print_json([_describe(method) for method in chosen])
+        print_json([_describe(method) for method in chosen])
         return EXIT_DONE
     from outliermerge import render
 
@@ -378,18 +210,14 @@ def _describe(method: MergeMethod) -> dict[str, Any]:
 def _schema(options: argparse.Namespace) -> int:
     from outliermerge.spec.schema import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
     return EXIT_DONE
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 _COMMANDS = {
-    "run": _run,
-    "plan": _plan,
-    "sweep": _sweep,
+    "run": run_run,
+    "plan": run_plan,
+    "sweep": run_sweep,
     "verify": _verify,
     "eval": run_eval,
     "compare": run_compare,

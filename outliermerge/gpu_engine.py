@@ -11,10 +11,11 @@ models), P pieces.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.kernels import CODES, KernelCall
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
 _BATCH_ELEMENTS = 1 << 32  # 17 MB of a model's moments
 _LEFT_OUT = 0x7FFFFFFF
+_MOST_MODELS = 16  # kernels are compiled for a number of models; more do not fit in registers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorMerge:
     """One tensor's merge in memory.
 
@@ -56,18 +59,34 @@ def fits_gpu(merge: TensorMerge) -> bool:
         device.type == "cuda"
         and merge.task.fits_kernels
         and len(set(models)) == 1
+        and len(models) <= _MOST_MODELS
         and all(source.device == device and source.is_contiguous() for source in merge.sources)
         and merge.result.is_contiguous()
-        and _is_installed()
+        and _work_on(device)
     )
 
 
-def _is_installed() -> bool:
-    return bool(_kernels().is_installed)
+@cache
+def _work_on(device: Any) -> bool:
+    """Tell whether kernels can be built and launched on a device, by trying one."""
+    import torch
+
+    kernels = _kernels()
+    if not kernels.is_installed:
+        return False
+    try:
+        with torch.cuda.device(device):
+            place, num = torch.zeros((2, 1), dtype=torch.int64, device=device)
+            out = torch.zeros((2, 2), dtype=torch.float64, device=device)
+            kernels.combine_moments[1, 1](out[0], place, num + 1, out[1], M=1)
+    except Exception as error:  # no C compiler, a device too old: Triton has no common class
+        _LOG.warning("%s: Triton cannot build its kernels, so torch computes: %s", device, error)
+        return False
+    return True
 
 
 def _kernels() -> Any:
-    # Triton takes a second to import.
+    # Triton takes a while to import.
     return importlib.import_module("outliermerge.gpu_kernels")
 
 
@@ -113,12 +132,13 @@ def _batches(merges: Sequence[TensorMerge]) -> Iterator[_Batch]:
             groups.setdefault(_kind(merge), []).append(merge)
     for group in groups.values():
         batch: list[TensorMerge] = []
+        left = _BATCH_ELEMENTS
         for merge in group:
-            total = sum(each.num_elements for each in batch) + merge.num_elements
-            if batch and total > _BATCH_ELEMENTS:
+            if batch and merge.num_elements > left:
                 yield _Batch(tuple(batch))
-                batch = []
+                batch, left = [], _BATCH_ELEMENTS
             batch.append(merge)
+            left -= merge.num_elements
         yield _Batch(tuple(batch))
 
 
@@ -134,7 +154,7 @@ def _alignment(merge: TensorMerge) -> int:
     return 8 if aligned and merge.num_elements % 8 == 0 else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batch:
     """Tensors of the same dtypes on one device, and the tables that kernels find them by."""
 
@@ -174,8 +194,11 @@ class _Batch:
         tensor_P = numpy.repeat(numpy.arange(len(sizes_T)), self.num_pieces_T)
         first_T = numpy.cumsum(self.num_pieces_T) - self.num_pieces_T
         number_P = numpy.arange(len(tensor_P)) - first_T[tensor_P]
-        left_P = numpy.minimum(sizes_T[tensor_P] - number_P * CHUNK_ELEMENTS, CHUNK_ELEMENTS)
-        return self.upload(numpy.stack([tensor_P, number_P, left_P], 1), "int32")
+        pieces_P3 = numpy.empty((len(tensor_P), 3), numpy.int32)
+        pieces_P3[:, 0], pieces_P3[:, 1], pieces_P3[:, 2] = tensor_P, number_P, CHUNK_ELEMENTS
+        last_T = first_T + self.num_pieces_T - 1
+        pieces_P3[last_T, 2] = sizes_T - (self.num_pieces_T - 1) * CHUNK_ELEMENTS
+        return self.upload(pieces_P3, "int32")
 
     def on_device(self) -> Any:
         import torch

@@ -286,8 +286,8 @@ def ties(
         merged += tl.where(agreeing <= 0, 0.0, agreeing)
         divisor += tl.where(agreeing > 0, tl.load(own + 3 + model), 0.0)
     merged = tl.where(votes < 0, -merged, merged)
-    normalize = tl.load(own + 2) != 0
-    merged = tl.div_rn(merged, tl.where((divisor != 0) & normalize, divisor, 1.0))
+    divisor = tl.where(tl.load(own + 2) != 0, divisor, 1.0)
+    merged = tl.div_rn(merged, tl.where(divisor == 0, 1.0, divisor))
     merged *= tl.load(own + 1)
     store(addresses, row + has_base + M, offsets, merged + base, mask, OUT, ALIGN)
 

@@ -107,8 +107,8 @@ class JobRunner:
                 results += yield from self._merge([output])
         return results
 
-    def _work(self, job: Job) -> Work:
-        return Work(job, self._choose_engine(job), self._plan, self._options)
+    def _work(self, *jobs: Job) -> Work:
+        return Work(jobs, self._choose_engine(jobs[0]), self._plan, self._options)
 
     def _read(self, work: Work, meta: Source, span: Span, slot: object) -> memoryview:
         raw = work.engine.buffer(slot, (span[1] - span[0]) * meta.dtype.num_bytes)
@@ -178,19 +178,19 @@ class JobRunner:
             return done
 
         def copy(span: Span) -> _Written:
-            places = None if converts else work.places(self._reader, span, sources=1)
             kernels = work.engine
-            if places is not None and isinstance(kernels, KernelEngine):
-                try:
-                    finite, digests = kernels.copy(
-                        meta.dtype, places[0], span[1] - span[0], sink.place(job.output, span[0])
-                    )
-                except (OSError, EOFError):  # done again, to say where
-                    finite = False
-                if finite:
-                    self._on_progress(2 * meta.dtype.num_bytes * (span[1] - span[0]))
-                    return _Written(digests=[[digests]], written=[digests])
-            return copy_blocks(span)
+            if not work.fuses(span) or not isinstance(kernels, KernelEngine) or converts:
+                return copy_blocks(span)
+            try:
+                (source,) = work.places(self._reader, span, sources=1)
+                target = sink.place(job.output, span[0])
+                finite, digests = kernels.copy(meta.dtype, source, span[1] - span[0], target)
+            except (OSError, EOFError):
+                return copy_blocks(span)  # says where
+            if not finite:
+                return copy_blocks(span)
+            self._on_progress(2 * meta.dtype.num_bytes * (span[1] - span[0]))
+            return _Written(digests=[[digests]], written=[digests])
 
         work.count(job.num_elements, sources=1)
         items: list[_Written] = yield Round(copy, work.spans())
@@ -204,19 +204,25 @@ class JobRunner:
         return result
 
     def _merge(self, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
-        work = self._work(outputs[0][0])
+        work = self._work(*(job for job, _ in outputs))
         tasks = [job.task for job, _ in outputs]
 
         def measure(span: Span, passes: dict[NeedKey, Pass]) -> dict[NeedKey, Any]:
             num_elements = span[1] - span[0]
             self._on_progress(num_elements * work.element_bytes)
-            places = work.places(self._reader, span)
-            if places is not None:
-                try:
-                    return work.engine.measure(tasks[0], passes, places, num_elements)
-                except (OSError, EOFError):  # done again, to say where
-                    pass
-            return work.engine.measure(tasks[0], passes, self._read_all(work, span), num_elements)
+            if not work.fuses(span):
+                raws = self._read_all(work, span)
+                return work.engine.measure(tasks[0], passes, raws, num_elements)
+            try:
+                places = work.places(self._reader, span)
+                return work.engine.measure(tasks[0], passes, places, num_elements)
+            except (OSError, EOFError) as error:
+                self._read_all(work, span)  # says where, if it fails again
+                # Some of it may have been counted: it must not be measured twice.
+                raise OutlierMergeError(
+                    f"tensor {work.job.name!r}: reading it failed for a moment: {error}. "
+                    "The same command goes on from here."
+                ) from error
 
         needs = yield from measure_needs(
             tasks,
@@ -255,25 +261,26 @@ class JobRunner:
             return done
 
         def merge(span: Span) -> list[_Written]:
-            places = work.places(self._reader, span) if work.in_pieces else None
             kernels = work.engine
-            if places is not None and isinstance(kernels, KernelEngine):
+            if not work.fuses(span) or not isinstance(kernels, KernelEngine):
+                return merge_blocks(span)
+            try:
+                places = work.places(self._reader, span)
                 variants = [
                     (task, made, sink.place(job.output, span[0]))
                     for task, made, (job, sink) in zip(tasks, prepared, outputs, strict=True)
                 ]
-                try:
-                    read, made_ = kernels.merge_places(variants, places, span[1] - span[0])
-                except (OSError, EOFError):  # done again, to say where
-                    made_ = []
-                if made_ and all(finite for finite, _, _ in made_):
-                    self._on_progress((span[1] - span[0]) * work.moved_bytes(outputs))
-                    digests = [[pieces] for pieces in read]
-                    return [
-                        _Written(digests=digests, written=[pieces], reports=[report])
-                        for _, report, pieces in made_
-                    ]
-            return merge_blocks(span)
+                read, results = kernels.merge_places(variants, places, span[1] - span[0])
+            except (OSError, EOFError):
+                return merge_blocks(span)  # says where
+            if not all(finite for finite, _, _ in results):
+                return merge_blocks(span)
+            self._on_progress((span[1] - span[0]) * work.moved_bytes)
+            digests = [[pieces] for pieces in read]
+            return [
+                _Written(digests=digests, written=[pieces], reports=[report])
+                for _, report, pieces in results
+            ]
 
         work.count(work.job.num_elements)
         items: list[list[_Written]] = yield Round(merge, work.spans())

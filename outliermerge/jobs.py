@@ -199,11 +199,6 @@ class Plan:
         return sum(job.num_read_bytes for job in (*self.jobs, *self.checks))
 
     @property
-    def paths(self) -> set[Path]:
-        """The files that are read."""
-        return {stamp.path for entry in self.inputs for stamp in entry.checkpoint.weight_files}
-
-    @property
     def num_written_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 

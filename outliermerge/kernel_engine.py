@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from outliermerge.checkpoint.meta import DType
@@ -26,7 +27,11 @@ class KernelEngine:
         """Return bytes that this thread uses again for the slot."""
         found = self._own.by_slot.get(slot)
         if found is None or len(found) < num_bytes:
-            found = memoryview(mmap.mmap(-1, max(num_bytes, 1)))
+            pages = mmap.mmap(-1, max(num_bytes, 1))
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write is then of few parts
+                with suppress(OSError):
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            found = memoryview(pages)
             self._own.by_slot[slot] = found
         return found[:num_bytes]
 
@@ -81,6 +86,7 @@ class KernelEngine:
                 (*arguments, CODES[task.out_dtype.name], place)
                 for task, (_, arguments), place in variants
             ),
+            self._scratch([task.out_dtype for task, _, _ in variants], num_elements),
         )
         done = []
         for (_, (call, _), _), (is_finite, counts, pieces) in zip(variants, results, strict=True):
@@ -96,8 +102,14 @@ class KernelEngine:
         Raises:
             OSError, EOFError: a file cannot be read or written.
         """
-        finite, digests = self._kernels.copy(CODES[dtype.name], source, num_elements, out)
+        scratch = self._scratch([dtype], num_elements)
+        finite, digests = self._kernels.copy(CODES[dtype.name], source, num_elements, out, scratch)
         return finite, digests
+
+    def _scratch(self, dtypes: Sequence[DType], num_elements: int) -> memoryview:
+        """Return memory for outputs on their way to files."""
+        num_bytes = sum(dtype.num_bytes * num_elements + 2 * mmap.PAGESIZE for dtype in dtypes)
+        return self.buffer("scratch", num_bytes)
 
     def is_finite(self, dtype: DType, raw: memoryview) -> bool:
         """Tell whether no value is infinite or NaN."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.batches import batches, merge_batch
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.execute import choose_options, torch_threads
+from outliermerge.gpu_engine import TensorMerge, differ_early, fits_gpu, merge_on_gpu
 from outliermerge.in_memory import merge_in_memory
 from outliermerge.jobs import Plan
 from outliermerge.kernels import find_kernels
@@ -18,7 +20,7 @@ from outliermerge.manifest import verify_folder
 from outliermerge.method import MergeMethod, Task
 from outliermerge.methods import find_method
 from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
-from outliermerge.rounds import run_all
+from outliermerge.rounds import Steps, run_all
 from outliermerge.runs import RunResult, output_path, run_plans
 from outliermerge.spec.check import MergeSpec, load_spec
 
@@ -97,7 +99,6 @@ def run(
         planned = plan(spec, shard_size=shard_size)
     final = output_path(planned, output)
     options = choose_options(
-        planned,
         device=device,
         memory=memory,
         threads=threads,
@@ -160,20 +161,23 @@ def merge_state_dicts(
                 f"models[{number}] does not hold the same tensors as "
                 f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
             )
-    merged = {}
+    resolved = _resolved(found, len(models), base is not None, parameters)
+    merges = {}
     for name in reference:
         try:
-            merged[name] = merge_tensors(
+            merges[name] = _prepared(
                 [model[name] for model in models],
-                base=None if base is None else base[name],
-                method=found,
-                **parameters,
+                None if base is None else base[name],
+                found,
+                resolved,
             )
-        except SpecError:
-            raise
         except OutlierMergeError as error:
             raise OutlierMergeError(f"tensor {name!r}: {error}") from error
-    return merged
+    _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
+    return {
+        name: merge.result if isinstance(merge, TensorMerge) else merge
+        for name, merge in merges.items()
+    }
 
 
 def merge_tensors(
@@ -203,17 +207,37 @@ def merge_tensors(
         >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
         tensor([0.5000, 0.5000])
     """
-    import torch
-
     found = find_method(method) if isinstance(method, str) else method
     if not models:
         raise OutlierMergeError("no models to merge")
-    most = found.max_models
-    if len(models) < found.min_models or (most is not None and len(models) > most):
-        raise SpecError(f"{found.name} does not take {len(models)} models")
-    if found.space == "delta" and base is None:
-        raise SpecError(f"{found.name} works on differences from a base: give `base`")
-    resolved = found.resolve(len(models), parameters)
+    resolved = _resolved(found, len(models), base is not None, parameters)
+    merge = _prepared(models, base, found, resolved)
+    if not isinstance(merge, TensorMerge):
+        return merge
+    _merge_all([merge])
+    return merge.result
+
+
+def _resolved(
+    method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    most = method.max_models
+    if num_models < method.min_models or (most is not None and num_models > most):
+        raise SpecError(f"{method.name} does not take {num_models} models")
+    if method.space == "delta" and not has_base:
+        raise SpecError(f"{method.name} works on differences from a base: give `base`")
+    return method.resolve(num_models, parameters)
+
+
+def _prepared(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    method: MergeMethod,
+    resolved: Mapping[str, Any],
+) -> TensorMerge | Tensor:
+    """Return the merge that is to be done, or what needs none."""
+    import torch
+
     first = models[0] if base is None else base
     for number, tensor in enumerate(models):
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
@@ -225,36 +249,61 @@ def merge_tensors(
         if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
             raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
         return first.detach().clone()
-    sources = [base, *models] if found.space == "delta" and base is not None else list(models)
-    same = all(
-        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
-        for tensor in sources
-    )
-    if same and (found.space == "delta" or found.idempotent(resolved)):
-        return first.detach().clone()
-    if len(models) == 1 and found.idempotent(resolved):
+    if len(models) == 1 and method.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)
-    return _merge_in_memory(sources, found, resolved, first)
-
-
-def _merge_in_memory(
-    sources: Sequence[Tensor], method: MergeMethod, resolved: Mapping[str, Any], first: Tensor
-) -> Tensor:
-    import torch
-
-    wide = any(tensor.dtype == torch.float64 for tensor in sources)
+    sources = [base, *models] if method.space == "delta" and base is not None else list(models)
     task = Task(
         method=method,
         parameters=resolved,
         dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
         out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],
-        compute_dtype="float64" if wide else "float32",
+        compute_dtype="float64"
+        if any(tensor.dtype == torch.float64 for tensor in sources)
+        else "float32",
         shape=tuple(first.shape),
     )
-    on_cpu = all(tensor.device.type == "cpu" for tensor in (first, *sources))
-    threads = num_threads(0)
-    merged = torch.empty_like(first, memory_format=torch.contiguous_format)
-    with torch_threads() as prepare:
-        steps = merge_in_memory(task, sources, merged, find_kernels() if on_cpu else None)
-        run_all([steps], threads=threads, prepare=prepare)
-    return merged
+    result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
+    return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
+
+
+def _merge_all(merges: Sequence[TensorMerge]) -> None:
+    """Fill the results: on a GPU many at once, else one after another."""
+    import torch
+
+    fitting = [merge for merge in merges if fits_gpu(merge)]
+    differing = dict(zip(map(id, fitting), differ_early(fitting), strict=True))
+    left = [m for m in merges if differing.get(id(m)) or not _keep_equal_models(m)]
+    merge_on_gpu([merge for merge in left if id(merge) in differing])
+    alone = [merge for merge in left if id(merge) not in differing]
+    on_gpu = [merge for merge in alone if merge.result.device.type == "cuda"]
+    if on_gpu:
+        free_bytes, _ = torch.cuda.mem_get_info(on_gpu[0].result.device)
+        for batch in batches(on_gpu, memory_bytes=free_bytes // 2):
+            if len(batch) > 1 and merge_batch(batch):
+                alone = [merge for merge in alone if merge not in batch]
+    if alone:
+        with torch_threads() as prepare:
+            run_all(map(_steps, alone), threads=num_threads(0), prepare=prepare)
+
+
+def _keep_equal_models(merge: TensorMerge) -> bool:
+    """Fill the result where all sources are equal and come back as they are."""
+    import torch
+
+    first, method = merge.sources[0], merge.task.method
+    if method.space == "weight" and not method.idempotent(merge.task.parameters):
+        return False
+    same = all(
+        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
+        for tensor in merge.sources[1:]
+    )
+    if same:
+        merge.result.copy_(first)
+    return same
+
+
+def _steps(merge: TensorMerge) -> Steps[None]:
+    tensors = (merge.result, *merge.sources)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    kernels = find_kernels() if on_cpu else None
+    return merge_in_memory(merge.task, merge.sources, merge.result, kernels)

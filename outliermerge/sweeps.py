@@ -132,7 +132,6 @@ def sweep(
     else:
         variants = list(spec)
     options = choose_options(
-        variants[0].plan,
         device=device,
         memory=memory,
         threads=threads,

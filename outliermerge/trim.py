@@ -30,8 +30,8 @@ class Trim:
     Row 0 is the k-th largest magnitude with k = max(1, int(density·n)), found exactly by radix
     selection: histograms of the magnitude's bits, 16 at a time. Keeping what is not below it keeps
     every element tied with it. A density of 1 or more gives 0 (keep all), of 0 or less gives
-    infinity (keep none). Row 1 is Σ|x| / Σ|kept| where `rescale` is set and neither sum is below
-    1e-7, else 1.
+    infinity (keep none). Row 1 is Σ|x| / Σ|kept| where `rescale` is set, neither sum is below 1e-7,
+    and the first is finite, else 1.
 
     Of a large tensor some chunks are looked at first: they tell a window of magnitudes that the
     k-th is in as a rule, so that one more pass counts it out exactly. Where it is not in there,
@@ -210,7 +210,8 @@ class _KeptShare:
         for model in range(len(self._thresholds)):
             before = math.fsum(whole[model] for whole, _ in self._sums)
             after = math.fsum(kept[model] for _, kept in self._sums)
-            scales.append(before / after if before >= 1e-7 and after >= 1e-7 else 1.0)
+            known = 1e-7 <= after and 1e-7 <= before < math.inf
+            scales.append(before / after if known else 1.0)
         return [self._thresholds, scales]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from outliermerge.blocks import Engine, Span, spans
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
@@ -12,30 +11,35 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 
-_ROUNDS_PER_THREAD = 4
+_ROUNDS_PER_THREAD = 1
 _SHORT_BYTES = 240  # of pieces that kernels do not digest
 
 
 class Work:
-    """A job with its engine: how its tensor is cut, and what was read for it so far.
+    """Jobs of the same sources, with their engine: how the tensor is cut, what was read so far.
 
     A span is what a thread takes at a time. Kernels work through it piece by piece, from file to
     file; other engines block by block.
     """
 
-    def __init__(self, job: Job, engine: Engine, plan: Plan, options: Options) -> None:
+    def __init__(self, jobs: Sequence[Job], engine: Engine, plan: Plan, options: Options) -> None:
+        job = jobs[0]
         self.job, self.engine, self.read_bytes = job, engine, 0
         self.block_elements = plan.block_elements(job, options)
         self.in_pieces = job.action != "merge" or job.task.method.cut == "element"
         self._threads = options.threads
         metas = [meta for _, meta in job.sources]
         self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)
-        self._smallest = min(
-            dtype.num_bytes for dtype in (job.output.dtype, *(meta.dtype for meta in metas))
-        )
-        self._fuses = isinstance(engine, KernelEngine) and all(
-            isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
-            for meta in metas
+        stored = [*(meta.dtype for meta in metas), *(job.output.dtype for job in jobs)]
+        self._smallest = min(dtype.num_bytes for dtype in stored)
+        self.moved_bytes = self.element_bytes + sum(job.output.dtype.num_bytes for job in jobs)
+        self._fuses = (
+            self.in_pieces
+            and isinstance(engine, KernelEngine)
+            and all(
+                isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
+                for meta in metas
+            )
         )
 
     def count(self, num_elements: int, *, sources: int | None = None) -> None:
@@ -44,19 +48,19 @@ class Work:
             stored = sum(tensor.num_bytes for tensor in meta.stored)
             self.read_bytes += stored * num_elements // max(1, meta.num_elements)
 
-    def moved_bytes(self, outputs: Sequence[tuple[Job, Any]]) -> int:
-        """Return the bytes that an element takes, of all sources and outputs."""
-        return self.element_bytes + sum(job.output.dtype.num_bytes for job, _ in outputs)
+    def fuses(self, span: Span) -> bool:
+        """Tell whether kernels can take a span from files, and digest its pieces."""
+        last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
+        return self._fuses and last * self._smallest > _SHORT_BYTES
 
     def places(
         self, reader: Reader, span: Span, *, sources: int | None = None
-    ) -> list[tuple[int, int]] | None:
-        """Return where kernels find a span in files; None where they cannot take it from there."""
-        if not self._fuses:
-            return None
-        last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
-        if last * self._smallest <= _SHORT_BYTES:
-            return None
+    ) -> list[tuple[int, int]]:
+        """Return where kernels find a span in files.
+
+        Raises:
+            OSError: a file cannot be opened.
+        """
         found = []
         for _, meta in self.job.sources[:sources]:
             assert isinstance(meta, TensorMeta) and meta.offset is not None

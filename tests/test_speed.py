@@ -121,13 +121,15 @@ def test_no_tensor_is_left_as_it_was(built):
             assert not torch.equal(task[name], value), name
 
 
-def test_the_yardstick_reads_everything_once_and_writes_the_last(tmp_path):
-    contents = [bytes([i]) * (2 * copy_files.BLOCK_BYTES + 12345 + i) for i in (1, 2)]
+@pytest.mark.parametrize("options", [[], ["--direct"]], ids=["plain", "direct"])
+def test_the_yardstick_reads_everything_once_and_writes_the_last(options, tmp_path):
+    block = copy_files.BLOCK_BYTES[bool(options)]
+    contents = [bytes([i]) * (2 * block + 12345 + i) for i in (1, 2)]
     files = [tmp_path / str(number) for number in range(2)]
     for path, content in zip(files, contents, strict=True):
         path.write_bytes(content)
     done = subprocess.run(
-        [sys.executable, copy_files.__file__, tmp_path / "out", *files],
+        [sys.executable, copy_files.__file__, *options, tmp_path / "out", *files],
         capture_output=True,
         check=True,
     )
@@ -185,7 +187,7 @@ def test_ratios_are_of_the_same_round(report):
     # 1 / 0.5, 1.2 / 1, 1.1 / 1: the median is not the ratio of the medians, 1.1.
     found = report.find("linear", "0.5B")
     assert ratio(found, "outliermerge", "copy", "work_seconds") == 1.2
-    assert "| linear | 1.20 (1.10–2.00) | 1.20" in tables.work(report)
+    assert "| linear, over a plain copy | 1.20 (1.10–2.00) | 1.20" in tables.work(report)
 
 
 def test_what_is_not_work_is_told_from_syncing(report):
@@ -388,8 +390,9 @@ def test_the_suite_measures_writes_cleans_up_and_goes_on_where_it_stopped(tmp_pa
     report = Report.load(results)
     linear, min_sigma = report.cases
     assert [linear["name"], min_sigma["name"]] == ["linear-tiny-2", "min_sigma-tiny-2"]
-    assert list(linear["runs"]) == ["copy", "outliermerge", tables.LOW_MEMORY, "mergekit"]
-    assert list(min_sigma["runs"])[3:] == [tables.TORCH, "sweep"]
+    copies = list(tables.COPIES)
+    assert list(linear["runs"]) == [*copies, "outliermerge", tables.LOW_MEMORY, "mergekit"]
+    assert list(min_sigma["runs"])[4:] == [tables.TORCH, "sweep"]
     for (figures,) in (*linear["runs"].values(), *min_sigma["runs"].values()):
         assert all(math.isfinite(value) for value in figures.values())
         assert figures["wall_seconds"] > 0 and figures["peak_anonymous_megabytes"] > 1

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from outliermerge.checkpoint.meta import DType
-from outliermerge.checkpoint.safetensors_file import make_header
+from outliermerge.checkpoint.safetensors_file import PAGE_BYTES, make_header
 from outliermerge.errors import SpecError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -64,8 +64,9 @@ def plan_layout(
 ) -> tuple[list[Shard], dict[str, OutputTensor]]:
     """Place tensors into shards of at most shard_bytes (None: no limit), in the order given.
 
-    A tensor larger than shard_bytes has a shard of its own. Inside a shard wider dtypes come
-    first, so that every tensor is aligned.
+    A tensor larger than shard_bytes has a shard of its own. Inside a shard tensors of whole pages
+    come first, so that they begin with a page and can be written past the page cache; of the
+    others wider dtypes come first, so that every tensor is aligned.
 
     Args:
         components: by folder the stem of its files; a tensor of `unet/conv_in.weight` is stored
@@ -90,7 +91,7 @@ def plan_layout(
         for number, group in enumerate(groups, start=1):
             part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
             file = f"{folder}{components[component]}{part}.safetensors"
-            group.sort(key=lambda tensor: -tensor[1].num_bytes)
+            group.sort(key=_has_no_whole_pages)
             header, offsets = make_header(
                 (name.removeprefix(folder), dtype, shape) for name, dtype, shape in group
             )
@@ -100,6 +101,12 @@ def plan_layout(
                 end = max(end, offset + math.prod(shape) * dtype.num_bytes)
             shards.append(Shard(file, header, end))
     return shards, placed
+
+
+def _has_no_whole_pages(tensor: tuple[str, DType, tuple[int, ...]]) -> tuple[bool, int]:
+    _, dtype, shape = tensor
+    ends_in_page = math.prod(shape) * dtype.num_bytes % PAGE_BYTES != 0
+    return ends_in_page, -dtype.num_bytes if ends_in_page else 0
 
 
 def component_of(name: str, components: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class Reader:
             for meta in source.stored:
                 if meta.offset is not None:
                     num_bytes = min(meta.num_bytes, most)
-                    os.posix_fadvise(self.descriptor(meta.path), meta.offset, num_bytes, advice)
+                    with suppress(OSError):  # reading it says what is wrong
+                        os.posix_fadvise(self.descriptor(meta.path), meta.offset, num_bytes, advice)
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill out with the stored bytes of elements start to stop.

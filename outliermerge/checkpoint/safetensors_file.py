@@ -20,7 +20,7 @@ from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta, refu
 from outliermerge.errors import OutlierMergeError, listing
 
 MAX_HEADER_BYTES = 100_000_000
-_ALIGNMENT_BYTES = 8
+PAGE_BYTES = 4096
 
 
 def read_header(path: Path) -> list[TensorMeta]:
@@ -148,7 +148,7 @@ def _check_contiguous(
 def make_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
     """Return a file's first bytes and the absolute offset of each tensor.
 
-    The header is padded with spaces so that the data starts at a multiple of 8 bytes.
+    The header is padded with spaces so that the data starts with a page.
     """
     position = 0
     starts: list[int] = []
@@ -163,7 +163,7 @@ def make_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> tuple[
         }
         position += num_bytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % _ALIGNMENT_BYTES)
+    raw += b" " * (-(8 + len(raw)) % PAGE_BYTES)
     data_start = 8 + len(raw)
     return struct.pack("<Q", len(raw)) + raw, [data_start + start for start in starts]
 

@@ -21,7 +21,7 @@ def _is_mean(parameters: Mapping[str, Any]) -> bool:
 
 
 def _has_a_mean(parameters: Mapping[str, Any]) -> None:
-    if parameters["normalize"] and math.fsum(parameters["weight"]) == 0:
+    if parameters["normalize"] and sum_of(parameters["weight"]) == 0:
         raise ValueError(
             f"the weights {list(parameters['weight'])} add up to 0, so there is no mean. "
             "Set normalize: false for a plain sum."
@@ -38,11 +38,18 @@ def _mean_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> Ker
 
 def normalized(weights: Sequence[float]) -> list[float]:
     """Return float32 weights divided by their sum, as float32 arithmetic gives it."""
-    rounded = [to_float32(weight) for weight in weights]
-    total = 0.0
-    for weight in rounded:
-        total = to_float32(total + weight)
+    rounded, total = [to_float32(weight) for weight in weights], sum_of(weights)
+    if total == 0:
+        return [math.copysign(math.inf, weight) if weight else math.nan for weight in rounded]
     return [weight / total for weight in rounded]
+
+
+def sum_of(weights: Sequence[float]) -> float:
+    """Return the sum of weights in float32 arithmetic."""
+    total = 0.0
+    for weight in weights:
+        total = to_float32(total + to_float32(weight))
+    return total
 
 
 @merge_method(

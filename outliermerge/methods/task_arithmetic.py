@@ -14,7 +14,7 @@ from annotated_types import Interval
 
 from outliermerge.kernels import KernelCall, to_float32
 from outliermerge.method import PerModel, merge_method
-from outliermerge.methods.averaging import normalized
+from outliermerge.methods.averaging import normalized, sum_of
 from outliermerge.trim import Trim
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _returns_equal_models(parameters: Mapping[str, Any]) -> bool:
 
 def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     weights, lambda_ = parameters["weight"], to_float32(parameters["lambda"])
-    if parameters["normalize"] and abs(math.fsum(weights)) >= 1e-8:
+    if parameters["normalize"] and abs(sum_of(weights)) >= 1e-8:
         weights = normalized(weights)
     return KernelCall(
         kernel="weighted_sum", weights=[to_float32(weight) * lambda_ for weight in weights]

@@ -55,10 +55,13 @@ static int take_place(Place *place, PyObject *from, int code, size_t num_element
         long long position;
         if (!PyArg_ParseTuple(from, "iL|i", &place->file, &position, &place->direct)) return 0;
         place->position = position;
-        return 1;
+        if (place->file >= 0 && position >= 0) return 1;
+        place->file = -1;
+        PyErr_SetString(PyExc_ValueError, "a file descriptor or a position is negative");
+        return 0;
     }
     if (PyObject_GetBuffer(from, &place->view, flags)) return 0;
-    if ((size_t)place->view.len < num_elements * item_bytes(place->code)) {
+    if ((size_t)place->view.len / item_bytes(place->code) < num_elements) {
         PyBuffer_Release(&place->view);
         PyErr_SetString(PyExc_ValueError, "a buffer is too short");
         return 0;
@@ -87,6 +90,10 @@ static int take(PyObject *tuple, void *target) {
     Py_ssize_t num_codes, num_elements;
     PyObject *sources;
     int is_delta, has_files = 0;
+    if (tuple == NULL) { /* a later argument was wrong */
+        release(block);
+        return 1;
+    }
     if (!PyArg_ParseTuple(tuple, "y#O!np", &codes, &num_codes, &PyTuple_Type, &sources,
                           &num_elements, &is_delta))
         return 0;
@@ -127,7 +134,7 @@ static int take(PyObject *tuple, void *target) {
         block->base[i] = 0.0f;
         block->base[ROW + i] = -0.0f;
     }
-    return 1;
+    return Py_CLEANUP_SUPPORTED;
 }
 
 static size_t piece_bytes(const Place *place, size_t num) { return num * item_bytes(place->code); }
@@ -163,14 +170,26 @@ static int write_bytes(int file, const char *from, size_t left, int64_t position
     return 1;
 }
 
-/* Return where a place's bytes begin in memory of room_for(place, num) bytes: as far behind a
- * page's start as in the file, so that whole pages can be written past the page cache. */
-static char *aligned_like(const Place *place, char *memory) {
-    uintptr_t page = ((uintptr_t)memory + PAGE - 1) & ~(uintptr_t)(PAGE - 1);
-    return (char *)page + place->position % PAGE;
-}
+/* Memory of the caller's for what is on its way to files. Whoever calls uses it again and again:
+ * fresh pages take as long as the writes. */
+typedef struct {
+    Py_buffer view;
+    size_t used;
+} Scratch;
 
-static size_t room_for(const Place *place, size_t num) { return piece_bytes(place, num) + 2 * PAGE; }
+/* Return room for a place's elements, or NULL. It begins as far behind a page's start as in the
+ * file, so that whole pages can be written past the page cache. */
+static char *take_room(Scratch *scratch, const Place *place, size_t num) {
+    size_t needed = piece_bytes(place, num) + 2 * PAGE;
+    uintptr_t memory = (uintptr_t)scratch->view.buf + scratch->used;
+    if ((size_t)scratch->view.len - scratch->used < needed) {
+        PyErr_SetString(PyExc_ValueError, "scratch is too small");
+        return NULL;
+    }
+    scratch->used += needed;
+    memory = (memory + PAGE - 1) & ~(uintptr_t)(PAGE - 1);
+    return (char *)memory + place->position % PAGE;
+}
 
 /* Write all of a place's elements, from memory that is aligned like them. */
 static int write_all(const Place *place, size_t num, const char *from) {

@@ -30,8 +30,14 @@ INLINE float float_of(uint32_t bits) {
 }
 
 INLINE float load(char code, const void *from, size_t i) {
-    if (code == FLOAT32) return ((const float *)from)[i];
-    uint32_t bits = ((const uint16_t *)from)[i];
+    float value;
+    uint16_t half_bits;
+    if (code == FLOAT32) {
+        memcpy(&value, (const char *)from + 4 * i, 4);
+        return value;
+    }
+    memcpy(&half_bits, (const char *)from + 2 * i, 2);
+    uint32_t bits = half_bits;
     if (code == BFLOAT16) return float_of(bits << 16);
     uint32_t half = bits & 0x7FFF, sign = (bits & 0x8000) << 16;
     uint32_t small = bits_of((float)(int32_t)half * 0x1p-24f); /* subnormal, or zero */
@@ -43,7 +49,7 @@ INLINE float load(char code, const void *from, size_t i) {
 INLINE uint32_t store(char code, float value, void *to, size_t i) {
     uint32_t bits = bits_of(value), size = bits & MAGNITUDE;
     if (code == FLOAT32) {
-        ((float *)to)[i] = value;
+        memcpy((char *)to + 4 * i, &value, 4);
         return size;
     }
     uint32_t stored;
@@ -57,7 +63,8 @@ INLINE uint32_t store(char code, float value, void *to, size_t i) {
         stored = size < 0x38800000 ? small : size < 0x47800000 ? normal : special;
         stored |= bits >> 16 & 0x8000;
     }
-    ((uint16_t *)to)[i] = (uint16_t)stored;
+    uint16_t half_bits = (uint16_t)stored;
+    memcpy((char *)to + 2 * i, &half_bits, 2);
     return stored & 0x7FFF;
 }
 

@@ -8,30 +8,35 @@
 #include "merge.h"
 
 PyDoc_STRVAR(copy_doc,
-             "copy(code, source, num_elements, out) -> (is_finite, digests)\n\n"
+             "copy(code, source, num_elements, out[, scratch]) -> (is_finite, digests)\n\n"
              "Copy elements from a buffer or (file descriptor, position) to another, with a digest "
-             "of 16 bytes for each piece of 65,536 elements.");
+             "of 16 bytes for each piece of 65,536 elements. scratch is as for merge.");
 
 static PyObject *py_copy(PyObject *module, PyObject *args) {
     int code, failed = 0, error = 0;
     Py_ssize_t num_elements;
     PyObject *source, *target;
     Place from, to;
-    if (!PyArg_ParseTuple(args, "COnO", &code, &source, &num_elements, &target)) return NULL;
+    Scratch scratch = {0};
+    if (!PyArg_ParseTuple(args, "COnO|w*", &code, &source, &num_elements, &target, &scratch.view))
+        return NULL;
     size_t num_all = num_elements < 0 ? 0 : (size_t)num_elements;
-    if (!take_place(&from, source, code, num_all, PyBUF_SIMPLE)) return NULL;
-    if (!take_place(&to, target, code, num_all, PyBUF_WRITABLE)) {
-        release_place(&from);
+    if (num_elements < 0) PyErr_SetString(PyExc_ValueError, "a number of elements is negative");
+    if (num_elements < 0 || !take_place(&from, source, code, num_all, PyBUF_SIMPLE)) {
+        PyBuffer_Release(&scratch.view);
         return NULL;
     }
-    char *memory = PyMem_RawMalloc(to.file >= 0 ? room_for(&to, num_all) : 1);
+    if (!take_place(&to, target, code, num_all, PyBUF_WRITABLE)) {
+        release_place(&from);
+        PyBuffer_Release(&scratch.view);
+        return NULL;
+    }
+    char *all = to.file >= 0 ? take_room(&scratch, &to, num_all) : to.view.buf;
     PyObject *result = NULL;
     PyObject *digests = PyBytes_FromStringAndSize(
         NULL, (Py_ssize_t)((num_all + PIECE - 1) / PIECE * DIGEST_BYTES));
-    if (memory == NULL) PyErr_NoMemory();
     if (!PyErr_Occurred()) {
         uint32_t most = 0;
-        char *all = to.file >= 0 ? aligned_like(&to, memory) : to.view.buf;
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < num_all && !failed; start += PIECE) {
             size_t num = least(PIECE, num_all - start), first = piece_bytes(&from, start);
@@ -59,7 +64,7 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
             result = Py_BuildValue("(NO)", PyBool_FromLong(most < INFINITE), digests);
     }
     Py_XDECREF(digests);
-    PyMem_RawFree(memory);
+    PyBuffer_Release(&scratch.view);
     release_place(&from);
     release_place(&to);
     return result;
@@ -75,7 +80,8 @@ static PyObject *py_all_finite(PyObject *module, PyObject *args) {
     Py_buffer view;
     if (!PyArg_ParseTuple(args, "Cy*n", &code, &view, &num_elements)) return NULL;
     size_t num = (size_t)num_elements;
-    int fits = is_known(code) && num_elements >= 0 && (size_t)view.len >= num * item_bytes((char)code);
+    int fits = is_known(code) && num_elements >= 0 &&
+               (size_t)view.len / item_bytes((char)code) >= num;
     uint32_t most = 0;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS;
@@ -111,7 +117,8 @@ static PyObject *py_level(PyObject *module, PyObject *args) {
 #ifdef __x86_64__
     level = 1;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2"))
+        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+        __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("avx"))
         level = 3;
     if (level == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

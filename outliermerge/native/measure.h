@@ -132,7 +132,8 @@ static int take_histogram(Histogram *into, PyObject *counts, PyObject *low, unsi
     unsigned long least_bits = PyLong_AsUnsignedLong(low);
     if (PyErr_Occurred() || PyObject_GetBuffer(counts, &into->view, PyBUF_WRITABLE)) return 0;
     uint64_t num_bins = (uint64_t)into->view.len / sizeof(uint64_t) - 1;
-    if (into->view.len < 16 || shift > 16 || least_bits + (num_bins << shift) > 0x80000000u) {
+    if (into->view.len < 16 || shift > 16 || least_bits > MAGNITUDE ||
+        least_bits + (num_bins << shift) > 0x80000000u) {
         PyErr_SetString(PyExc_ValueError, "no such window");
     } else {
         into->bins = (Bins){(uint32_t)least_bits, shift, (uint32_t)num_bins};

@@ -18,7 +18,7 @@ struct Variant {
     float *scaled;  /* (M,): weights times what brings back the L1 norm */
     uint64_t *num_outliers;
     Place out;
-    char *memory, *stored; /* the output, where it goes to a file */
+    char *stored; /* the output: where it goes, or in scratch memory on its way to a file */
     PyObject *digests;
 };
 
@@ -64,7 +64,7 @@ static Method find_method(const char *name) {
 }
 
 /* Take (method, (threshold, lambda, normalize), parameters, code, out). */
-static int take_variant(Variant *variant, PyObject *tuple, const Block *block) {
+static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
     const char *name, *packed;
     Py_ssize_t num_packed;
     PyObject *out;
@@ -82,18 +82,16 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block) {
     if (!take_place(&variant->out, out, code, block->num_elements, PyBUF_WRITABLE)) return 0;
     variant->weights = PyMem_RawMalloc(3 * models * sizeof(float));
     variant->num_outliers = PyMem_RawCalloc(models, sizeof(uint64_t));
-    int to_file = variant->out.file >= 0;
-    variant->memory = PyMem_RawMalloc(to_file ? room_for(&variant->out, block->num_elements) : 1);
+    variant->stored = variant->out.file < 0 ? variant->out.view.buf
+                                            : take_room(scratch, &variant->out, block->num_elements);
     variant->digests =
         PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(num_pieces * DIGEST_BYTES));
-    if (variant->weights == NULL || variant->num_outliers == NULL || variant->memory == NULL ||
+    if (variant->weights == NULL || variant->num_outliers == NULL || variant->stored == NULL ||
         variant->digests == NULL) {
-        PyErr_NoMemory();
+        if (!PyErr_Occurred()) PyErr_NoMemory();
         release_place(&variant->out);
         return 0;
     }
-    variant->stored =
-        to_file ? aligned_like(&variant->out, variant->memory) : variant->out.view.buf;
     memcpy(variant->weights, packed, (size_t)num_packed);
     variant->dropped = variant->weights + models;
     variant->scaled = variant->dropped + models;
@@ -131,13 +129,14 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
 }
 
 PyDoc_STRVAR(merge_doc,
-             "merge(block, variants) -> (digests, ((is_finite, counts, digests), ...))\n\n"
+             "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
              "Merge a block in one or several ways. A variant is (method, (threshold, lambda,\n"
              "normalize), parameters, code, out): method is weighted_sum, min_sigma (takes\n"
              "threshold and lambda) or ties (lambda and normalize); parameters are float32 (3, M):\n"
              "weights, and for ties the largest magnitudes that are dropped and the scaled weights;\n"
              "out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
-             "direct writes]), of the dtype of code.\n"
+             "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"
+             "outputs that go to files, and two pages more for each.\n"
              "is_finite tells of the output, and so of all sources; counts are min_sigma's\n"
              "outliers of each model; digests are 16 bytes for each piece of 65,536 elements, of\n"
              "each source (S, pieces) and of each output, undefined for pieces of 240 bytes or\n"
@@ -146,8 +145,10 @@ PyDoc_STRVAR(merge_doc,
 static PyObject *py_merge(PyObject *module, PyObject *args) {
     Block block;
     PyObject *given, *result = NULL;
+    Scratch scratch = {0};
     int failed = 0, error = 0;
-    if (!PyArg_ParseTuple(args, "O&O!", take, &block, &PyTuple_Type, &given)) return NULL;
+    if (!PyArg_ParseTuple(args, "O&O!|w*", take, &block, &PyTuple_Type, &given, &scratch.view))
+        return NULL;
     size_t num_variants = (size_t)PyTuple_GET_SIZE(given), num_taken = 0;
     size_t num_pieces = (block.num_elements + PIECE - 1) / PIECE;
     Variant *variants = PyMem_RawCalloc(num_variants + 1, sizeof *variants);
@@ -158,7 +159,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
     if (variants == NULL) PyErr_NoMemory();
     while (!PyErr_Occurred() && num_taken < num_variants)
         num_taken += (size_t)take_variant(
-            variants + num_taken, PyTuple_GET_ITEM(given, (Py_ssize_t)num_taken), &block);
+            variants + num_taken, PyTuple_GET_ITEM(given, (Py_ssize_t)num_taken), &block, &scratch);
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
@@ -187,11 +188,11 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
         if (i < num_taken) release_place(&variants[i].out);
         PyMem_RawFree(variants[i].weights);
         PyMem_RawFree(variants[i].num_outliers);
-        PyMem_RawFree(variants[i].memory);
         Py_XDECREF(variants[i].digests);
     }
     PyMem_RawFree(variants);
     Py_XDECREF(digests);
+    PyBuffer_Release(&scratch.view);
     return finished(&block, result, failed, error);
 }
 

@@ -44,14 +44,24 @@ typedef struct {
     Lanes sums, squares;
 } Moments;
 
-/* Take the mean of the first values as shift. Where those are far from all others, the deviation
- * is at least that distance over sqrt(num / 16), so that little of a double is lost by it. */
+static void add_row(Lanes *into, const float *restrict row, size_t num) {
+    Lanes sums = *into;
+    size_t i = 0;
+    for (; i + LANES <= num; i += LANES)
+        for (int part = 0; part < VECTORS; part++)
+            sums.parts[part] += doubles_of(row + i + part * WIDTH);
+    for (size_t lane = 0; i < num; i++, lane++)
+        sums.parts[lane / WIDTH][lane % WIDTH] += row[i];
+    *into = sums;
+}
+
+/* Take the mean of the first step as shift. Where it is far from that of the others, the deviation
+ * is at least that distance over sqrt(steps), so that little of a double is lost by it. */
 static void start_moments(Moments *moments, const float *row, size_t num) {
-    size_t first = num < LANES ? num : LANES;
+    Lanes first = {{{0}}};
+    add_row(&first, row, num);
     memset(moments, 0, sizeof *moments);
-    for (size_t i = 0; i < first; i++) moments->shift += row[i];
-    moments->shift /= (double)first;
-    if (!isfinite(moments->shift)) moments->shift = 0;
+    moments->shift = sum_of(first) / (double)num;
 }
 
 static void add_moments(Moments *moments, const float *restrict row, size_t num) {
@@ -79,17 +89,6 @@ static void finish_moments(const Moments *moments, size_t num, double *out) {
     double squares = sum_of(moments->squares) - sum * sum / (double)num;
     out[0] = moments->shift + sum / (double)num;
     out[1] = squares < 0 ? 0 : squares;
-}
-
-static void add_row(Lanes *into, const float *restrict row, size_t num) {
-    Lanes sums = *into;
-    size_t i = 0;
-    for (; i + LANES <= num; i += LANES)
-        for (int part = 0; part < VECTORS; part++)
-            sums.parts[part] += doubles_of(row + i + part * WIDTH);
-    for (size_t lane = 0; i < num; i++, lane++)
-        sums.parts[lane / WIDTH][lane % WIDTH] += row[i];
-    *into = sums;
 }
 
 static void take_magnitudes(float *restrict row, float *restrict kept, float threshold,
