@@ -41,7 +41,7 @@ class JobResult:
         action: `merge`, or `copy` where the bytes are those of a source.
         checksum: of the output tensor.
         read: checksum of each source tensor by the input's number.
-        read_bytes: of its sources, all passes counted.
+        read_bytes: of its sources, all passes counted; of several outputs together.
         statistics: the method's needs and report, by name.
         non_finite: where infinite or NaN values are.
     """
@@ -90,21 +90,21 @@ class JobRunner:
         Args:
             outputs: jobs with the same sources and arithmetic, and where their bytes go.
         """
-        first = outputs[0][0]
-        if first.action == "equal":
-            yield from self.check_equal(first)
-        if first.action == "merge":
+        work = self._work(*(job for job, _ in outputs))
+        if work.job.action == "equal":
+            yield from self.check_equal(work.job)
+        if work.job.action == "merge":
             unchanged = [_keeps_equal_models(job) for job, _ in outputs]
-            if not any(unchanged) or not (yield from self._identical(self._work(first))):
-                return (yield from self._merge(outputs))
+            if not any(unchanged) or not (yield from self._identical(work)):
+                return (yield from self._merge(work, outputs))
         else:
             unchanged = [True] * len(outputs)
         results = []
-        for output, is_copy in zip(outputs, unchanged, strict=True):
+        for (job, sink), is_copy in zip(outputs, unchanged, strict=True):
             if is_copy:
-                results.append((yield from self._copy(self._work(output[0]), output[1])))
+                results.append((yield from self._copy(work, job, sink)))
             else:
-                results += yield from self._merge([output])
+                results += yield from self._merge(work, [(job, sink)])
         return results
 
     def _work(self, *jobs: Job) -> Work:
@@ -157,8 +157,7 @@ class JobRunner:
             f"but it differs between:\n{listing(models)}\n{advice}"
         )
 
-    def _copy(self, work: Work, sink: Sink) -> Steps[JobResult]:
-        job = work.job
+    def _copy(self, work: Work, job: Job, sink: Sink) -> Steps[JobResult]:
         number, meta = job.sources[0]
         converts = meta.dtype != job.output.dtype
 
@@ -203,8 +202,7 @@ class JobRunner:
         )
         return result
 
-    def _merge(self, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
-        work = self._work(*(job for job, _ in outputs))
+    def _merge(self, work: Work, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
         tasks = [job.task for job, _ in outputs]
 
         def measure(span: Span, passes: dict[NeedKey, Pass]) -> dict[NeedKey, Any]:

@@ -556,9 +556,9 @@ class TestManifest:
         assert manifest["num_parameters"] == sum(t.numel() for t in base.values())
         num_bytes = 3 * sum(t.nbytes for t in base.values())
         assert manifest["input_bytes"] == num_bytes
-        # The first piece, which is all of a small tensor, tells whether models are equal; of those
-        # that are, one is read again.
-        assert num_bytes < manifest["read_bytes"] <= 2 * num_bytes
+        # The first piece, which is all of a small tensor, tells whether models are equal; then a
+        # pass measures σ and one merges. Of what is equal, one is read again.
+        assert 2 * num_bytes < manifest["read_bytes"] <= 3 * num_bytes
         tensors = manifest["tensors"]
         assert set(tensors) == set(base)
         for name, entry in tensors.items():
