@@ -136,18 +136,16 @@ def execute(
                 reader.forget(group[0][1].sources)
 
         lock = threading.Lock()
-        for work in (
-            (runner(plan).check_equal(job) for plan, job in checks),
-            map(run_group, groups),
-        ):
-            run_all(work, threads=options.threads, prepare=prepare)
+        # What can refuse a merge is done first, in order: buffers that must be equal.
+        run_all((runner(plan).check_equal(job) for plan, job in checks), threads=1, prepare=prepare)
+        must_be_equal = [group for group in groups if group[0][1].action == "equal"]
+        others = [group for group in groups if group[0][1].action != "equal"]
+        run_all(map(run_group, must_be_equal), threads=1, prepare=prepare)
+        run_all(map(run_group, others), threads=options.threads, prepare=prepare)
 
 
 def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
-    """Bring together the jobs that read the same sources in the same way.
-
-    What can refuse a merge comes first: buffers that must be equal.
-    """
+    """Bring together the jobs that read the same sources in the same way."""
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
@@ -159,7 +157,7 @@ def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
                 job.fits_kernels,
             )
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
-    return sorted(groups.values(), key=lambda group: group[0][1].action != "equal")
+    return list(groups.values())
 
 
 def _is_larger_than_memory(targets: Sequence[Target]) -> bool:
