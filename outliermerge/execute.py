@@ -21,7 +21,7 @@ from outliermerge.machine import free_memory_bytes, num_threads
 from outliermerge.rounds import Steps, run_all
 from outliermerge.torch_engine import TorchEngine
 
-_CACHED_SHARE = 0.7  # of free memory
+_CACHED_SHARE = 0.9  # of free memory; outputs on local disks take none of it
 
 
 def choose_device(name: str) -> str:
