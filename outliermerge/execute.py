@@ -149,13 +149,9 @@ def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
-            key = (
-                job.action,
-                job.sources,
-                job.compute_dtype,
-                job.task.method.cut,
-                job.fits_kernels,
-            )
+            method = job.task.method
+            how = (job.action, job.compute_dtype, method.space, method.cut, job.fits_kernels)
+            key = (job.sources, how)
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
     return list(groups.values())
 

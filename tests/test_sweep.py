@@ -64,6 +64,18 @@ def test_each_output_is_what_its_own_run_gives(settings, names, kernels, spec, t
         assert files_of(own.output) == files_of(result.output)
 
 
+def test_methods_on_weights_and_on_task_vectors_are_kept_apart(spec, tmp_path):
+    # With the base among the models, a mean and a sum of task vectors read the same tensors.
+    models = [{"model": spec["base_model"]}, *spec["models"]]
+    own = spec | {"models": models}
+    methods = ["task_arithmetic", "linear"]
+    for result in outliermerge.sweep(own, {"merge_method": methods}, output=tmp_path / "all"):
+        alone = outliermerge.run(
+            dict(result.manifest["spec"]), output=tmp_path / "own" / result.output.name
+        )
+        assert files_of(alone.output) == files_of(result.output)
+
+
 def test_a_model_can_have_its_own_values(spec, tmp_path):
     first, second = outliermerge.sweep(
         spec, {"models.2.weight": [0.25, 0.75]}, output=tmp_path / "out"
