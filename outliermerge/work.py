@@ -11,7 +11,6 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 
-_ROUNDS_PER_THREAD = 1
 _SHORT_BYTES = 240  # of pieces that kernels do not digest
 
 
@@ -109,7 +108,7 @@ class Work:
 
     def _fused_elements(self) -> int:
         num_pieces = -(-self.job.num_elements // PIECE_ELEMENTS)
-        share = num_pieces // (_ROUNDS_PER_THREAD * self._threads) * PIECE_ELEMENTS
+        share = num_pieces // self._threads * PIECE_ELEMENTS
         return min(self._aligned(), max(PIECE_ELEMENTS, share))
 
     def _aligned(self) -> int:

@@ -35,7 +35,6 @@ typedef struct {
     float *base;  /* what is subtracted: zeros where there is no base */
     float *added; /* what is added at the end: the base, or -0, which changes nothing */
     float *rows;  /* one for each model, and EXTRA_ROWS more */
-    size_t failed_source;
 } Block;
 
 INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }

@@ -7,13 +7,22 @@
 #include "measure.h"
 #include "merge.h"
 
+static int are_finite(char code, const void *values, size_t num) {
+    uint32_t most = 0;
+    FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
+        uint32_t size = bits_of(load(CODE, values, i)) & MAGNITUDE;
+        most = size > most ? size : most;
+    });
+    return most < INFINITE;
+}
+
 PyDoc_STRVAR(copy_doc,
              "copy(code, source, num_elements, out[, scratch]) -> (is_finite, digests)\n\n"
              "Copy elements from a buffer or (file descriptor, position) to another, with a digest "
              "of 16 bytes for each piece of 65,536 elements. scratch is as for merge.");
 
 static PyObject *py_copy(PyObject *module, PyObject *args) {
-    int code, failed = 0, error = 0;
+    int code, failed = 0, error = 0, is_finite = 1;
     Py_ssize_t num_elements;
     PyObject *source, *target;
     Place from, to;
@@ -36,7 +45,6 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
     PyObject *digests = PyBytes_FromStringAndSize(
         NULL, (Py_ssize_t)((num_all + PIECE - 1) / PIECE * DIGEST_BYTES));
     if (!PyErr_Occurred()) {
-        uint32_t most = 0;
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < num_all && !failed; start += PIECE) {
             size_t num = least(PIECE, num_all - start), first = piece_bytes(&from, start);
@@ -47,10 +55,7 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
                 failed = !read_all(&from, start, num, data);
             error = errno;
             if (failed) break;
-            FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
-                uint32_t size = bits_of(load(CODE, data, i)) & MAGNITUDE;
-                most = size > most ? size : most;
-            });
+            is_finite &= are_finite((char)code, data, num);
             digest(&from, data, num, start / PIECE, digests);
         }
         if (!failed && to.file >= 0) {
@@ -61,7 +66,7 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
         if (failed)
             raise_failure(error);
         else
-            result = Py_BuildValue("(NO)", PyBool_FromLong(most < INFINITE), digests);
+            result = Py_BuildValue("(NO)", PyBool_FromLong(is_finite), digests);
     }
     Py_XDECREF(digests);
     PyBuffer_Release(&scratch.view);
@@ -82,18 +87,15 @@ static PyObject *py_all_finite(PyObject *module, PyObject *args) {
     size_t num = (size_t)num_elements;
     int fits = is_known(code) && num_elements >= 0 &&
                (size_t)view.len / item_bytes((char)code) >= num;
-    uint32_t most = 0;
+    int is_finite = 1;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS;
-        FOR_DTYPE(code, for (size_t i = 0; i < num; i++) {
-            uint32_t size = bits_of(load(CODE, view.buf, i)) & MAGNITUDE;
-            most = size > most ? size : most;
-        });
+        is_finite = are_finite((char)code, view.buf, num);
         Py_END_ALLOW_THREADS;
     }
     PyBuffer_Release(&view);
     if (!fits) return PyErr_Format(PyExc_ValueError, "too short, or of an unknown dtype");
-    return PyBool_FromLong(most < INFINITE);
+    return PyBool_FromLong(is_finite);
 }
 
 PyDoc_STRVAR(equal_doc, "equal(a, b) -> bool\n\nTell whether two buffers hold the same bytes.");
