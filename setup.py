@@ -23,7 +23,16 @@ setup(
             [f"{FOLDER}/kernels.c"],
             depends=[
                 f"{FOLDER}/{header}.h"
-                for header in ("block", "convert", "methods", "statistics", "xxh3")
+                for header in (
+                    "block",
+                    "convert",
+                    "distribution",
+                    "measure",
+                    "merge",
+                    "methods",
+                    "statistics",
+                    "xxh3",
+                )
             ],
             define_macros=[("MODULE", name)],
             extra_compile_args=[*FLAGS, "-Wno-psabi", *more],

@@ -104,7 +104,7 @@ def execute(
     checks = [(target.plan, job) for target in targets for job in target.plan.checks]
     groups = _groups(targets)
     upcoming = {id(group): after for group, after in pairwise(groups)}
-    forgets = _is_larger_than_memory(targets)
+    forgets = exceeds_memory(targets[0].plan.num_read_bytes)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
     keep_freed_memory()
     with Reader() as reader, ExitStack() as stack:
@@ -156,10 +156,10 @@ def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
     return list(groups.values())
 
 
-def _is_larger_than_memory(targets: Sequence[Target]) -> bool:
+def exceeds_memory(num_bytes: int) -> bool:
     """Tell whether what is read cannot stay in the page cache: then nothing is left there."""
     free = free_memory_bytes()
-    return free is not None and targets[0].plan.num_read_bytes > _CACHED_SHARE * free
+    return free is not None and num_bytes > _CACHED_SHARE * free
 
 
 def _nothing() -> None:

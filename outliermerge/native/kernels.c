@@ -4,6 +4,7 @@
  * bfloat16, e float16, f float32), and a buffer or (file descriptor, position). With is_delta the
  * first source is the base, and the models are taken less it. Failed reads and writes raise
  * OSError or EOFError. setup.py compiles this file for several generations of processors. */
+#include "distribution.h"
 #include "measure.h"
 #include "merge.h"
 
@@ -134,6 +135,11 @@ static PyMethodDef functions[] = {
     {"moments", py_moments, METH_VARARGS, moments_doc},
     {"magnitudes", py_magnitudes, METH_VARARGS, magnitudes_doc},
     {"histogram", py_histogram, METH_VARARGS, histogram_doc},
+    {"tally", py_tally, METH_VARARGS, tally_doc},
+    {"filtered", py_filtered, METH_VARARGS, filtered_doc},
+    {"patterns", py_patterns, METH_VARARGS, patterns_doc},
+    {"tally_patterns", py_tally_patterns, METH_VARARGS, tally_patterns_doc},
+    {"filtered_patterns", py_filtered_patterns, METH_VARARGS, filtered_patterns_doc},
     {"merge", py_merge, METH_VARARGS, merge_doc},
     {"copy", py_copy, METH_VARARGS, copy_doc},
     {"all_finite", py_all_finite, METH_VARARGS, all_finite_doc},

@@ -33,7 +33,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
         base = inputs[0] if inputs and inputs[0].role == "base" else None
         try:
-            entry = _open(model.reference, model.rename, role, base)
+            entry = open_model(model.reference, model.rename, role, base)
         except SettingError as error:
             raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
         except OutlierMergeError as error:
@@ -68,7 +68,7 @@ def _files(entry: Input) -> list[Path]:
     return [stamp.path.resolve() for stamp in entry.checkpoint.weight_files]
 
 
-def _open(
+def open_model(
     reference: str, rename: Rename, role: Literal["base", "model"], base: Input | None
 ) -> Input:
     if "+" in reference and not as_path(reference).exists():
@@ -102,13 +102,13 @@ def _open_adapter(
         raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
     trained_on = base_of_adapter(folder)
     if stem is not None:
-        under = _open(stem, Rename(), role, None)
+        under = open_model(stem, Rename(), role, None)
         if base is not None and _same(under, base):
             under = base
     elif base is not None:
         under = base
     elif trained_on is not None:
-        under = _open(trained_on, Rename(), role, None)
+        under = open_model(trained_on, Rename(), role, None)
     else:
         raise OutlierMergeError(
             f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"

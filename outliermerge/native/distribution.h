@@ -1,0 +1,440 @@
+/* The distribution of one source's elements, or of their differences from a base's, in double.
+ *
+ * Everything works on rows of values with weights: a weight is 1, 0 for what is left out, or how
+ * often a value occurs. 16-bit values are counted by their bits first; there are only 65,536. */
+#ifndef OUTLIERMERGE_DISTRIBUTION_H
+#define OUTLIERMERGE_DISTRIBUTION_H
+
+#include "block.h"
+#include "statistics.h"
+
+enum { PATTERNS = 65536, BINS = 512, COUNTS = BINS + 2, TABLES = 4 };
+
+typedef int64_t Longs __attribute__((vector_size(WIDTH * 8)));
+
+/* Values and weights, in whole lanes: behind the last one weights are 0. */
+typedef struct {
+    double values[STEP], weights[STEP];
+} Row;
+
+/* Weight, mean, sums of powers 2 to 4 of what values are away from it, least and greatest. */
+typedef struct {
+    double weight, mean, m2, m3, m4, least, greatest;
+} Central;
+
+/* What the first pass tells: all finite elements; those that are zero, small, not finite; Σ|x|. */
+typedef struct {
+    Central all;
+    double num_zeros, num_small, num_non_finite, sum_of_magnitudes;
+    double shift; /* is not told */
+} Tally;
+
+/* What is asked and told of the second pass: kept are elements between low and high. */
+typedef struct {
+    double mean, low, high, deviation, small;
+} Limits;
+
+typedef struct {
+    Central kept, without_small;
+    double num_outside[3]; /* 2, 3 and 4 deviations from the mean */
+    double kept_shift, without_small_shift; /* are not told */
+} Filtered;
+
+INLINE Doubles doubles_at(const double *from) {
+    Doubles values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+INLINE void store_at(double *to, Doubles values) { memcpy(to, &values, sizeof values); }
+
+INLINE Doubles where(Longs mask, Doubles yes, Doubles no) {
+    return (Doubles)(((Longs)yes & mask) | ((Longs)no & ~mask));
+}
+
+INLINE Doubles only(Longs mask, Doubles values) { return (Doubles)((Longs)values & mask); }
+
+INLINE Doubles magnitude_of(Doubles values) {
+    return (Doubles)((Longs)values & ((Longs){0} + INT64_MAX));
+}
+
+INLINE size_t whole_lanes(size_t num) { return (num + LANES - 1) / LANES * LANES; }
+
+#define FOR_LANES(num)                                                \
+    for (size_t i = 0; i < whole_lanes(num); i += LANES)              \
+        for (int part = 0, at = (int)i; part < VECTORS; part++, at += WIDTH)
+
+/* Take another sample in (Pébay, Sandia report SAND2008-6212, 2008). */
+static void combine(Central *into, Central other) {
+    if (other.weight == 0) return;
+    if (into->weight == 0) {
+        *into = other;
+        return;
+    }
+    double n = into->weight + other.weight, a = into->weight / n, b = other.weight / n;
+    double gap = other.mean - into->mean, square = gap * gap, pairs = into->weight * b;
+    into->m4 += other.m4 + pairs * square * square * (a * a - a * b + b * b) +
+                6 * square * (a * a * other.m2 + b * b * into->m2) +
+                4 * gap * (a * other.m3 - b * into->m3);
+    into->m3 += other.m3 + pairs * square * gap * (a - b) +
+                3 * gap * (a * other.m2 - b * into->m2);
+    into->m2 += other.m2 + pairs * square;
+    into->mean += gap * b;
+    into->weight = n;
+    into->least = other.least < into->least ? other.least : into->least;
+    into->greatest = other.greatest > into->greatest ? other.greatest : into->greatest;
+}
+
+/* A row's, with weights of its own; the mean is counted from shift. */
+static Central central_of(const double *values, const double *weights, double shift, size_t num) {
+    Lanes sums = {{{0}}}, totals = {{{0}}}, second = {{{0}}}, third = {{{0}}}, fourth = {{{0}}};
+    Lanes low, high;
+    for (int part = 0; part < VECTORS; part++) {
+        low.parts[part] = (Doubles){0} + INFINITY;
+        high.parts[part] = (Doubles){0} - INFINITY;
+    }
+    FOR_LANES(num) {
+        Doubles value = doubles_at(values + at), weight = doubles_at(weights + at);
+        Longs counts = weight > 0;
+        totals.parts[part] += weight;
+        sums.parts[part] += weight * (value - shift);
+        low.parts[part] = where(counts & (value < low.parts[part]), value, low.parts[part]);
+        high.parts[part] = where(counts & (value > high.parts[part]), value, high.parts[part]);
+    }
+    Central found = {.weight = sum_of(totals), .least = INFINITY, .greatest = -INFINITY};
+    if (found.weight == 0) return found;
+    found.mean = sum_of(sums) / found.weight;
+    const double mean = found.mean;
+    FOR_LANES(num) {
+        Doubles away = doubles_at(values + at) - shift - mean, square = away * away;
+        Doubles weighted = square * doubles_at(weights + at);
+        second.parts[part] += weighted;
+        third.parts[part] += weighted * away;
+        fourth.parts[part] += weighted * square;
+    }
+    found.m2 = sum_of(second);
+    found.m3 = sum_of(third);
+    found.m4 = sum_of(fourth);
+    for (int part = 0; part < VECTORS; part++)
+        for (int lane = 0; lane < WIDTH; lane++) {
+            double bottom = low.parts[part][lane], top = high.parts[part][lane];
+            found.least = bottom < found.least ? bottom : found.least;
+            found.greatest = top > found.greatest ? top : found.greatest;
+        }
+    return found;
+}
+
+/* Take in a row, counted from the mean of the first one that has weight: where means are large
+ * against deviations, little of a double is lost by it. */
+static void add_sample(Central *into, double *shift, const double *values, const double *weights,
+                       size_t num) {
+    if (into->weight == 0) *shift = central_of(values, weights, 0, num).mean;
+    combine(into, central_of(values, weights, *shift, num));
+}
+
+/* Leave out what is not finite. */
+static double drop_non_finite(Row *row, size_t num) {
+    Lanes dropped = {{{0}}};
+    FOR_LANES(num) {
+        Doubles value = doubles_at(row->values + at), weight = doubles_at(row->weights + at);
+        Longs is_finite = value - value == 0;
+        dropped.parts[part] += only(~is_finite, weight);
+        store_at(row->values + at, only(is_finite, value));
+        store_at(row->weights + at, only(is_finite, weight));
+    }
+    return sum_of(dropped);
+}
+
+static void tally_row(Tally *into, Row *row, double small, size_t num) {
+    Lanes zeros = {{{0}}}, smalls = {{{0}}}, magnitudes = {{{0}}};
+    into->num_non_finite += drop_non_finite(row, num);
+    FOR_LANES(num) {
+        Doubles magnitude = magnitude_of(doubles_at(row->values + at));
+        Doubles weight = doubles_at(row->weights + at);
+        zeros.parts[part] += only(magnitude == 0, weight);
+        smalls.parts[part] += only(magnitude < small, weight);
+        magnitudes.parts[part] += magnitude * weight;
+    }
+    into->num_zeros += sum_of(zeros);
+    into->num_small += sum_of(smalls);
+    into->sum_of_magnitudes += sum_of(magnitudes);
+    add_sample(&into->all, &into->shift, row->values, row->weights, num);
+}
+
+/* Count into several tables in turn: the same bin again would wait for the last count of it. */
+static void count_bins(const double *values, const double *weights, Limits limits,
+                       uint64_t (*tables)[COUNTS], size_t num) {
+    const double first = limits.mean - 8 * limits.deviation, per_bin = 32 / limits.deviation;
+    int64_t bins[STEP], counts[STEP];
+    FOR_LANES(num) {
+        Doubles bin = (doubles_at(values + at) - first) * per_bin;
+        bin = where(bin < 0, (Doubles){0} - 1, bin);
+        bin = where(bin > BINS, (Doubles){0} + BINS, bin);
+        Longs whole = __builtin_convertvector(bin + 1, Longs);
+        Longs weight = __builtin_convertvector(doubles_at(weights + at), Longs);
+        memcpy(bins + at, &whole, sizeof whole);
+        memcpy(counts + at, &weight, sizeof weight);
+    }
+    for (size_t i = 0; i < num; i++) tables[i % TABLES][bins[i]] += (uint64_t)counts[i];
+}
+
+static void filter_row(Filtered *into, Row *row, Limits limits, uint64_t (*tables)[COUNTS],
+                       size_t num) {
+    Lanes outside[3] = {{{{0}}}};
+    double weights[STEP];
+    drop_non_finite(row, num);
+    FOR_LANES(num) {
+        Doubles value = doubles_at(row->values + at), weight = doubles_at(row->weights + at);
+        Doubles away = magnitude_of(value - limits.mean);
+        for (int i = 0; i < 3; i++)
+            outside[i].parts[part] += only(away > (i + 2) * limits.deviation, weight);
+        Longs is_kept = (value >= limits.low) & (value <= limits.high);
+        store_at(weights + at, only(is_kept, weight));
+    }
+    for (int i = 0; i < 3; i++) into->num_outside[i] += sum_of(outside[i]);
+    if (limits.deviation > 0) count_bins(row->values, row->weights, limits, tables, num);
+    add_sample(&into->kept, &into->kept_shift, row->values, weights, num);
+    FOR_LANES(num) {
+        Longs is_large = magnitude_of(doubles_at(row->values + at)) >= limits.small;
+        store_at(weights + at, only(is_large, doubles_at(weights + at)));
+    }
+    add_sample(&into->without_small, &into->without_small_shift, row->values, weights, num);
+}
+
+static PyObject *told_tally(Tally tally) {
+    tally.all.mean += tally.shift;
+    return PyBytes_FromStringAndSize((const char *)&tally, offsetof(Tally, shift));
+}
+
+static PyObject *told_filtered(Filtered filtered) {
+    filtered.kept.mean += filtered.kept_shift;
+    filtered.without_small.mean += filtered.without_small_shift;
+    return PyBytes_FromStringAndSize((const char *)&filtered, offsetof(Filtered, kept_shift));
+}
+
+/* Fill a row with a step of the source, less the base where there is one. */
+static void load_values(const Block *block, size_t start, size_t num, Row *row) {
+    size_t source = block->num_sources - 1, whole = whole_lanes(num);
+    const char *from = at(block, source, start);
+    FOR_DTYPE(block->places[source].code,
+              for (size_t i = 0; i < num; i++) row->values[i] = load(CODE, from, i));
+    if (block->num_models < block->num_sources) {
+        const char *base = at(block, 0, start);
+        FOR_DTYPE(block->places[0].code,
+                  for (size_t i = 0; i < num; i++) row->values[i] -= load(CODE, base, i));
+    }
+    for (size_t i = 0; i < whole; i++) {
+        row->values[i] = i < num ? row->values[i] : 0;
+        row->weights[i] = i < num ? 1 : 0;
+    }
+}
+
+/* Fill a row with bit patterns and how often they occur; tells whether any does. */
+static int load_patterns(char code, const uint64_t *counts, size_t first, Row *row) {
+    uint64_t any = 0;
+    for (size_t i = 0; i < STEP; i++) any |= counts[first + i];
+    if (!any) return 0;
+    uint16_t patterns[STEP];
+    for (size_t i = 0; i < STEP; i++) {
+        patterns[i] = (uint16_t)(first + i);
+        row->weights[i] = (double)counts[first + i];
+    }
+    FOR_DTYPE(code, for (size_t i = 0; i < STEP; i++) row->values[i] = load(CODE, patterns, i));
+    return 1;
+}
+
+static void add_tables(uint64_t (*tables)[COUNTS], uint64_t *counts) {
+    for (int table = 0; table < TABLES; table++)
+        for (int i = 0; i < COUNTS; i++)
+            if (tables[table][i])
+                __atomic_fetch_add(counts + i, tables[table][i], __ATOMIC_RELAXED);
+}
+
+static int take_counts(Py_buffer *view, size_t num) {
+    if ((size_t)view->len == num * sizeof(uint64_t)) return 1;
+    PyErr_Format(PyExc_ValueError, "expected room for %zu counts", num);
+    return 0;
+}
+
+PyDoc_STRVAR(tally_doc,
+             "tally(block, small) -> bytes\n\n"
+             "Of the last source, less the first with is_delta, float64 (11): number, mean, sums "
+             "of the powers 2 to 4 of what elements are away from it, least and greatest of the "
+             "finite elements; how many are zero, below small in magnitude, not finite; the sum "
+             "of magnitudes.");
+
+static PyObject *py_tally(PyObject *module, PyObject *args) {
+    Block block;
+    Tally tally = {.all = {.least = INFINITY, .greatest = -INFINITY}};
+    double small;
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&d", take, &block, &small)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+        size_t num = least(PIECE, block.num_elements - start);
+        failed = !fetch(&block, start, num);
+        error = errno;
+        for (size_t i = 0; i < num && !failed; i += STEP) {
+            Row row;
+            load_values(&block, i, least(STEP, num - i), &row);
+            tally_row(&tally, &row, small, least(STEP, num - i));
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    return finished(&block, told_tally(tally), failed, error);
+}
+
+PyDoc_STRVAR(filtered_doc,
+             "filtered(block, (mean, low, high, deviation, small), counts) -> bytes\n\n"
+             "Of the same elements, float64 (17): as tally's first seven of those from low to "
+             "high, and of those that are not small either; how many are 2, 3 and 4 deviations "
+             "away from the mean. counts, a writable buffer of 514 uint64, has bins of a 32nd "
+             "deviation from -8 on, what lies below before them and what lies above behind. Any "
+             "threads may add to it at once.");
+
+static PyObject *py_filtered(PyObject *module, PyObject *args) {
+    Block block;
+    Limits limits;
+    Filtered filtered = {.num_outside = {0}};
+    Py_buffer counts;
+    uint64_t tables[TABLES][COUNTS] = {{0}};
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&(ddddd)w*", take, &block, &limits.mean, &limits.low,
+                          &limits.high, &limits.deviation, &limits.small, &counts))
+        return NULL;
+    PyObject *result = NULL;
+    if (take_counts(&counts, COUNTS)) {
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+            size_t num = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, num);
+            error = errno;
+            for (size_t i = 0; i < num && !failed; i += STEP) {
+                Row row;
+                load_values(&block, i, least(STEP, num - i), &row);
+                filter_row(&filtered, &row, limits, tables, least(STEP, num - i));
+            }
+        }
+        if (!failed) add_tables(tables, counts.buf);
+        Py_END_ALLOW_THREADS;
+        result = told_filtered(filtered);
+    }
+    PyBuffer_Release(&counts);
+    return finished(&block, result, failed, error);
+}
+
+static void count_patterns(const char *data, size_t num, uint32_t *tables) {
+    uint32_t *first = tables, *second = first + PATTERNS, *third = second + PATTERNS;
+    uint32_t *fourth = third + PATTERNS;
+    size_t i = 0;
+    for (; i + 4 <= num; i += 4) {
+        uint64_t four;
+        memcpy(&four, data + 2 * i, 8);
+        first[four & 0xFFFF]++;
+        second[four >> 16 & 0xFFFF]++;
+        third[four >> 32 & 0xFFFF]++;
+        fourth[four >> 48]++;
+    }
+    for (; i < num; i++) {
+        uint16_t one;
+        memcpy(&one, data + 2 * i, 2);
+        first[one]++;
+    }
+}
+
+PyDoc_STRVAR(patterns_doc,
+             "patterns(block, counts)\n\n"
+             "Count the bit patterns of one source of a 16-bit dtype: counts is a writable buffer "
+             "of 65,536 uint64. Any threads may add to it at once.");
+
+static PyObject *py_patterns(PyObject *module, PyObject *args) {
+    Block block;
+    Py_buffer counts;
+    int failed = 0, error = 0;
+    if (!PyArg_ParseTuple(args, "O&w*", take, &block, &counts)) return NULL;
+    uint32_t *tables = PyMem_RawCalloc(TABLES * PATTERNS, sizeof *tables);
+    int fits = take_counts(&counts, PATTERNS);
+    if (fits && (block.num_sources > 1 || item_bytes(block.places[0].code) != 2 ||
+                 block.num_elements > UINT32_MAX)) {
+        PyErr_SetString(PyExc_ValueError, "expected one source of a 16-bit dtype");
+        fits = 0;
+    }
+    if (tables == NULL) PyErr_NoMemory();
+    if (fits && tables != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
+            size_t num = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, num);
+            error = errno;
+            if (!failed) count_patterns(at(&block, 0, 0), num, tables);
+        }
+        uint64_t *into = counts.buf;
+        for (size_t i = 0; i < PATTERNS && !failed; i++) {
+            uint64_t sum = 0;
+            for (size_t table = 0; table < TABLES; table++) sum += tables[table * PATTERNS + i];
+            if (sum) __atomic_fetch_add(into + i, sum, __ATOMIC_RELAXED);
+        }
+        Py_END_ALLOW_THREADS;
+    }
+    PyMem_RawFree(tables);
+    PyBuffer_Release(&counts);
+    return finished(&block, PyErr_Occurred() ? NULL : Py_NewRef(Py_None), failed, error);
+}
+
+static int take_patterns(PyObject *args, const char *format, int *code, Py_buffer *patterns,
+                         double *small, Limits *limits, Py_buffer *counts) {
+    int taken = counts == NULL
+                    ? PyArg_ParseTuple(args, format, code, patterns, small)
+                    : PyArg_ParseTuple(args, format, code, patterns, &limits->mean, &limits->low,
+                                       &limits->high, &limits->deviation, &limits->small, counts);
+    if (!taken) return 0;
+    if (!is_known(*code) || item_bytes((char)*code) != 2)
+        PyErr_SetString(PyExc_ValueError, "expected a 16-bit dtype");
+    return !PyErr_Occurred() && take_counts(patterns, PATTERNS) &&
+           (counts == NULL || take_counts(counts, COUNTS));
+}
+
+PyDoc_STRVAR(tally_patterns_doc,
+             "tally_patterns(code, patterns, small) -> bytes\n\n"
+             "As tally, of elements that `patterns` counted.");
+
+static PyObject *py_tally_patterns(PyObject *module, PyObject *args) {
+    int code;
+    Py_buffer patterns = {0};
+    double small;
+    Tally tally = {.all = {.least = INFINITY, .greatest = -INFINITY}};
+    int taken = take_patterns(args, "Cy*d", &code, &patterns, &small, NULL, NULL);
+    if (taken) {
+        Row row;
+        for (size_t first = 0; first < PATTERNS; first += STEP)
+            if (load_patterns((char)code, patterns.buf, first, &row))
+                tally_row(&tally, &row, small, STEP);
+    }
+    PyBuffer_Release(&patterns);
+    return taken ? told_tally(tally) : NULL;
+}
+
+PyDoc_STRVAR(filtered_patterns_doc,
+             "filtered_patterns(code, patterns, (mean, low, high, deviation, small), counts)\n\n"
+             "As filtered, of elements that `patterns` counted.");
+
+static PyObject *py_filtered_patterns(PyObject *module, PyObject *args) {
+    int code;
+    Py_buffer patterns = {0}, counts = {0};
+    Limits limits;
+    Filtered filtered = {.num_outside = {0}};
+    uint64_t tables[TABLES][COUNTS] = {{0}};
+    int taken = take_patterns(args, "Cy*(ddddd)w*", &code, &patterns, NULL, &limits, &counts);
+    if (taken) {
+        Row row;
+        for (size_t first = 0; first < PATTERNS; first += STEP)
+            if (load_patterns((char)code, patterns.buf, first, &row))
+                filter_row(&filtered, &row, limits, tables, STEP);
+        add_tables(tables, counts.buf);
+    }
+    PyBuffer_Release(&patterns);
+    PyBuffer_Release(&counts);
+    return taken ? told_filtered(filtered) : NULL;
+}
+
+#endif

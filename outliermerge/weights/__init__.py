@@ -1,0 +1,1 @@
+"""Looking at weights: distributions, comparisons, spectra, simulations, reports."""

@@ -1,0 +1,166 @@
+"""Measures the distribution of one tensor's elements, or of a task vector's, span by span."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.blocks import Span, spans
+from outliermerge.checkpoint.meta import Source, TensorMeta
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.kernels import CODES, Place, RawBlock
+from outliermerge.rounds import Round, Steps
+from outliermerge.weights.sums import (
+    Filtered,
+    Limits,
+    Tally,
+    filtered_of_bytes,
+    filtered_of_values,
+    fold_filtered,
+    fold_tallies,
+    tally_of_bytes,
+    tally_of_values,
+)
+from outliermerge.weights.table import BINS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SPAN_ELEMENTS = 1 << 20
+_PATTERN_SPAN_ELEMENTS = 1 << 24  # tables of 1 MB are cleared and added up for each
+_NUM_PATTERNS = 1 << 16
+
+
+def fit_kernels(sources: Sequence[Source]) -> bool:
+    """Tell whether the kernels know these dtypes."""
+    return all(source.dtype.name in CODES for source in sources)
+
+
+def are_counted(sources: Sequence[Source]) -> bool:
+    """Tell whether kernels count bit patterns, in one reading."""
+    return fit_kernels(sources) and len(sources) == 1 and sources[0].dtype.num_bytes == 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tensor's sums and the counts of its histogram, with what lies below and above."""
+
+    tally: Tally
+    filtered: Filtered
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures tensors, each by steps that threads share.
+
+    16-bit values are counted by their bit patterns in one reading, from which all else follows
+    exactly; other values, and differences from a base, are read twice.
+
+    Attributes:
+        reader: of the sources.
+        kernels: the compiled module; None to compute by torch.
+        device: of torch.
+        filter: how many σ are kept.
+        small: below which magnitude an element is small.
+        on_progress: called with the bytes just read, by any thread.
+    """
+
+    reader: Reader
+    kernels: Any | None
+    device: str
+    filter: float
+    small: float
+    on_progress: Callable[[int], None]
+
+    def measure(self, sources: Sequence[Source]) -> Steps[Measured]:
+        """Measure a tensor (source,) or a task vector (base, model)."""
+        if self.kernels is not None and are_counted(sources):
+            return (yield from self._count(sources[0]))
+        by_kernels = self.kernels is not None and fit_kernels(sources)
+        read = spans(sources[0].num_elements, _SPAN_ELEMENTS)
+
+        def tally(span: Span) -> Tally:
+            if not by_kernels:
+                return tally_of_values(self._values(sources, span), self.small)
+            return tally_of_bytes(self._call("tally", sources, span, self.small))
+
+        whole = fold_tallies((yield Round(tally, read)))
+        limits = self._limits(whole)
+        shared = bytearray(8 * (BINS + 2))
+
+        def filter_span(span: Span) -> tuple[Filtered, Sequence[int]]:
+            if not by_kernels:
+                return filtered_of_values(self._values(sources, span), limits)
+            raw = self._call("filtered", sources, span, tuple(limits), shared)
+            return filtered_of_bytes(raw), ()
+
+        shares: list[tuple[Filtered, Sequence[int]]] = yield Round(filter_span, read)
+        counts = _unpack(shared)
+        for _, own in shares:
+            counts = [a + b for a, b in zip(counts, own, strict=True)] if own else counts
+        return Measured(whole, fold_filtered([share for share, _ in shares]), tuple(counts))
+
+    def _count(self, source: Source) -> Steps[Measured]:
+        assert self.kernels is not None
+        code, patterns = CODES[source.dtype.name], bytearray(8 * _NUM_PATTERNS)
+
+        def count(span: Span) -> None:
+            self._call("patterns", [source], span, patterns)
+
+        yield Round(count, spans(source.num_elements, _PATTERN_SPAN_ELEMENTS))
+        raw = self.kernels.tally_patterns(code, patterns, self.small)
+        whole = fold_tallies([tally_of_bytes(raw)])
+        counts = bytearray(8 * (BINS + 2))
+        raw = self.kernels.filtered_patterns(code, patterns, tuple(self._limits(whole)), counts)
+        return Measured(whole, fold_filtered([filtered_of_bytes(raw)]), tuple(_unpack(counts)))
+
+    def _limits(self, tally: Tally) -> Limits:
+        mean, std = tally.all.mean, tally.all.std
+        return Limits(
+            mean, mean - self.filter * std, mean + self.filter * std, std, self.small
+        )
+
+    def _call(self, name: str, sources: Sequence[Source], span: Span, *arguments: Any) -> Any:
+        function = getattr(self.kernels, name)
+        codes = "".join(CODES[source.dtype.name] for source in sources).encode()
+        num_elements = span[1] - span[0]
+
+        def block(places: tuple[Place, ...]) -> RawBlock:
+            return codes, places, num_elements, len(sources) == 2
+
+        try:
+            places = tuple(self._place(source, span) for source in sources)
+            found = function(block(places), *arguments)
+        except (OSError, EOFError):
+            # Says where; if it can be read now, nothing of it has been counted.
+            found = function(block(tuple(self._bytes(s, span) for s in sources)), *arguments)
+        self.on_progress(sum(source.dtype.num_bytes for source in sources) * num_elements)
+        return found
+
+    def _place(self, source: Source, span: Span) -> Place:
+        if isinstance(source, TensorMeta) and source.offset is not None:
+            position = source.offset + span[0] * source.dtype.num_bytes
+            return self.reader.descriptor(source.path), position
+        return self._bytes(source, span)
+
+    def _bytes(self, source: Source, span: Span) -> memoryview:
+        raw = memoryview(bytearray((span[1] - span[0]) * source.dtype.num_bytes))
+        source.read(self.reader, *span, raw)
+        return raw
+
+    def _values(self, sources: Sequence[Source], span: Span) -> Tensor:
+        """Return a span in float64, less the base's."""
+        *bases, model = (
+            self.reader.values(source, *span).to(self.device).double() for source in sources
+        )
+        self.on_progress(
+            sum(source.dtype.num_bytes for source in sources) * (span[1] - span[0])
+        )
+        return model.sub_(bases[0]) if bases else model
+
+
+def _unpack(counts: bytearray) -> list[int]:
+    return array("Q", counts).tolist()

@@ -1,0 +1,107 @@
+"""Opens what is looked at: a model, or its task vectors against a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+
+from outliermerge.checkpoint.meta import Source
+from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.jobs import Input
+from outliermerge.planning.inputs import open_model
+from outliermerge.spec.rename import Rename, best_rename, parse_rename
+from outliermerge.spec.settings import SettingError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model's tensors, or the pairs of tensors whose differences are its task vectors.
+
+    Attributes:
+        reference, base: as they were named.
+        tensors: by name in the base's (or, without one, the model's) order, a task vector's as
+            (base, model), others as (model,).
+        notes: what is left out, and how the models were read.
+    """
+
+    reference: str
+    base: str | None
+    tensors: dict[str, tuple[Source, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What one reading of all tensors takes."""
+        return sum(source.num_bytes for each in self.tensors.values() for source in each)
+
+
+def open_subject(reference: str, base: str | None = None, *, rename: str | None = None) -> Subject:
+    """Open a model as specs name one: a folder, a file, a hub id, an adapter, `base+adapter`.
+
+    Args:
+        reference: the model.
+        base: what its task vectors are taken against.
+        rename: from the model's tensor names to the base's: a named map, or rules as YAML.
+
+    Raises:
+        SpecError: there is no such map, or it does not fit the names.
+        OutlierMergeError: a model is absent or broken, or the two have no tensor in common.
+    """
+    try:
+        rules = parse_rename(_parsed(rename), ("rename",))
+        opened_base = open_model(base, Rename(), "base", None) if base is not None else None
+        model = open_model(reference, rules, "model", opened_base)
+    except SettingError as error:
+        raise SpecError(f"--rename: {error}") from error
+    notes = [*(opened_base.checkpoint.notes if opened_base else ()), *model.checkpoint.notes]
+    found = {name: (source,) for name, source in model.checkpoint.tensors.items()}
+    if opened_base is None:
+        return _subject(model, None, found, notes)
+    return _subject(model, base, _pairs(opened_base, model, notes), notes)
+
+
+def _parsed(rename: str | None) -> object:
+    try:
+        return yaml.safe_load(rename) if rename is not None else None
+    except yaml.YAMLError as error:
+        raise SpecError(f"--rename: {rename!r} is not YAML: {error}") from error
+
+
+def _subject(
+    model: Input, base: str | None, found: dict[str, tuple[Source, ...]], notes: list[str]
+) -> Subject:
+    floats = {name: each for name, each in found.items() if all(s.dtype.is_float for s in each)}
+    if others := [name for name in found if name not in floats]:
+        notes.append(f"left out, since they are not floats:\n{listing(others)}")
+    if not floats:
+        raise OutlierMergeError(f"{model.reference}: holds no tensor of floats")
+    return Subject(model.reference, base, floats, tuple(dict.fromkeys(notes)))
+
+
+def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Source, ...]]:
+    ours, theirs = model.checkpoint.tensors, base.checkpoint.tensors
+    common = [name for name in theirs if name in ours]
+    for entry, other, names in (
+        (model, base, [name for name in ours if name not in theirs]),
+        (base, model, [name for name in theirs if name not in ours]),
+    ):
+        if names:
+            has = f"only in {entry.reference}, not in {other.reference}"
+            notes.append(f"left out, since they are {has}:\n{listing(names)}")
+    resized = [name for name in common if ours[name].shape != theirs[name].shape]
+    if resized:
+        shown = listing(
+            f"{name}: {list(theirs[name].shape)} in the base, {list(ours[name].shape)}"
+            for name in resized
+        )
+        notes.append(f"left out, since their shapes differ:\n{shown}")
+    pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
+    if not pairs:
+        best = best_rename(list(ours), theirs)
+        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        raise OutlierMergeError(
+            f"{model.reference}: no tensor has the name and shape of one of {base.reference}: "
+            f"found for example {next(iter(ours))!r}, expected {next(iter(theirs))!r}.{advice}"
+        )
+    return pairs

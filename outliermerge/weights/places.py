@@ -1,0 +1,70 @@
+"""Where a tensor sits in its model, told by its name alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from outliermerge.spec.settings import find_layers
+
+_NUMBER = re.compile(r"\.(\d+)\.(?=.+\.)")
+_EXPERT = re.compile(r"\bexperts\.\d+\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The layer and the type of module of a tensor.
+
+    Attributes:
+        layer: its name up to the layer's number, such as `model.layers.3`; None outside layers.
+        depth: the numbers in `layer`, outermost first.
+        module: the name without `.weight`, layers' numbers replaced by `*`.
+    """
+
+    layer: str | None
+    depth: tuple[int, ...]
+    module: str
+
+
+def find_places(names: Iterable[str]) -> dict[str, Place]:
+    """Return the place of each tensor.
+
+    Layers are those of gradients in a spec; stages of layers (`stages.2.layers.10`) count on.
+    Experts of a layer are one type of module.
+
+    >>> find_places(["model.layers.3.mlp.up_proj.weight"])["model.layers.3.mlp.up_proj.weight"]
+    Place(layer='model.layers.3', depth=(3,), module='model.layers.*.mlp.up_proj')
+    >>> find_places(["stages.2.layers.10.pwconv1.bias"])["stages.2.layers.10.pwconv1.bias"]
+    Place(layer='stages.2.layers.10', depth=(2, 10), module='stages.*.layers.*.pwconv1.bias')
+    """
+    names = list(names)
+    layers = find_layers(names)
+    return {name: _place(name) if name in layers else Place(None, (), _type(name)) for name in names}
+
+
+def _place(name: str) -> Place:
+    shared = _EXPERT.sub("experts.*", name)
+    numbers = list(_NUMBER.finditer(f".{shared}"))
+    last = numbers[-1]
+    layer = f".{shared}"[1 : last.end() - 1]
+    depth = tuple(int(match[1]) for match in numbers)
+    return Place(layer, depth, _type(_NUMBER.sub(".*.", f".{shared}")[1:]))
+
+
+def _type(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def short_names(modules: Iterable[str]) -> dict[str, str]:
+    """Return for each type of module what stands behind its layers, where that is unique.
+
+    >>> short_names(["a.layers.*.q_proj", "a.layers.*.k_proj", "head"])
+    {'a.layers.*.q_proj': 'q_proj', 'a.layers.*.k_proj': 'k_proj', 'head': 'head'}
+    """
+    modules = list(dict.fromkeys(modules))
+    ends = [re.sub(r"^(.*?\.)?\*\.((?:\w+\.)*?\*\.)?(?!experts)", "", name) for name in modules]
+    return {
+        name: end if ends.count(end) == 1 else name
+        for name, end in zip(modules, ends, strict=True)
+    }
