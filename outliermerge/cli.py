@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli_runs import add_runs, print_json, run_plan, run_run, run_sweep
+from outliermerge.cli_parts import print_json
+from outliermerge.cli_runs import add_runs, run_plan, run_run, run_sweep
 from outliermerge.cli_scores import add_commands, run_compare, run_eval
+from outliermerge.cli_weights import add_weights, run_stats
 from outliermerge.errors import OutlierMergeError, SpecError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ examples:
   outliermerge verify merged
   outliermerge eval merged --suite evals/paper.yaml --output scores
   outliermerge compare scores --paper
+  outliermerge stats merged
   outliermerge methods min_sigma
   outliermerge schema > outliermerge.spec.schema.json
 
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print JSON for scripts")
     add_commands(add, _count)
+    add_weights(add, _count)
     methods = add(
         "methods",
         "list merge methods and their parameters",
@@ -221,6 +225,7 @@ _COMMANDS = {
     "verify": _verify,
     "eval": run_eval,
     "compare": run_compare,
+    "stats": run_stats,
     "methods": _methods,
     "schema": _schema,
 }

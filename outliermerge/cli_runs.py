@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from outliermerge.cli_parts import AddCommand, print_json
 from outliermerge.errors import SpecError
-
-AddCommand = Callable[..., argparse.ArgumentParser]
 
 
 def add_runs(add: AddCommand, count: Callable[[str], int]) -> None:
@@ -191,8 +189,3 @@ def run_plan(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def print_json(value: object) -> None:
-    """Print a value for scripts."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli_parts import AddCommand, print_json
 from outliermerge.errors import SpecError, suggest
 
 if TYPE_CHECKING:
     from outliermerge.evaluation.table import Table
 
-AddCommand = Callable[..., argparse.ArgumentParser]
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
 
 
@@ -82,10 +82,10 @@ def add_commands(add: AddCommand, count: Callable[[str], int]) -> None:
 
 def run_eval(options: argparse.Namespace) -> int:
     """Evaluate; return 1 where a task has no score."""
+    from outliermerge.checkpoint.files import write_whole
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.evaluate import evaluate
     from outliermerge.evaluation.models import split_name
-    from outliermerge.evaluation.scores import write_whole
     from outliermerge.evaluation.suite import load_suite
     from outliermerge.evaluation.table import make_table
     from outliermerge.render_scores import EvaluationProgress
@@ -116,7 +116,7 @@ def run_eval(options: argparse.Namespace) -> int:
     write_whole(folder / TABLE_NAME, (table.as_markdown() + "\n").encode())
     draw(table, folder / CHART_NAME)
     if options.json:
-        print(json.dumps(scores.as_dict(), indent=2, ensure_ascii=False))
+        print_json(scores.as_dict())
     else:
         print(table.as_markdown())
         print(f"wrote {folder}: scores.json, {TABLE_NAME}, {CHART_NAME}", file=sys.stderr)
@@ -125,9 +125,10 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Put finished evaluations into one table."""
+    from outliermerge.checkpoint.files import write_whole
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.paper import with_paper
-    from outliermerge.evaluation.scores import load_scores, write_whole
+    from outliermerge.evaluation.scores import load_scores
     from outliermerge.evaluation.table import make_table
 
     table: Table = make_table([load_scores(path) for path in options.scores],
@@ -139,7 +140,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.chart:
         draw(table, Path(options.chart))
     if options.json:
-        print(json.dumps(table.as_dict(), indent=2, ensure_ascii=False))
+        print_json(table.as_dict())
     else:
         print(table.as_markdown())
     return 0

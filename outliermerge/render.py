@@ -59,7 +59,13 @@ def human_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def open_console(*, soft_wrap: bool = False) -> Console:
+    """Return where tables are printed; with soft_wrap, long lines stay whole."""
+    return _Console(highlight=False, soft_wrap=soft_wrap)
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """Return a table without lines."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="left", overflow="fold")
@@ -74,10 +80,10 @@ def print_plan(
     free_bytes: int,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
-    console = _Console(highlight=False, soft_wrap=False)
+    console = open_console()
     method = plan.spec.method
     console.print(Text(f"{method.name}: {method.summary}", style="bold"))
-    models = _table("model", "role", "tensors", "size", "dtypes loaded", "from")
+    models = plain_table("model", "role", "tensors", "size", "dtypes loaded", "from")
     for entry in plan.inputs:
         metas = entry.stored
         models.add_row(
@@ -91,7 +97,7 @@ def print_plan(
     console.print(models)
     console.print()
     _print_pairing(console, plan)
-    actions = _table("what happens", "tensors", "parameters", "loaded", "computed", "stored")
+    actions = plain_table("what happens", "tensors", "parameters", "loaded", "computed", "stored")
     groups: dict[str, list[Any]] = {}
     for job in plan.jobs:
         what = {"merge": f"merged by {method.name}", "copy": "copied", "equal": "copied if equal"}
@@ -113,7 +119,7 @@ def print_plan(
     console.print()
     _print_parameters(console, plan)
     peak = human_bytes(plan.peak_memory_bytes(options))
-    facts = _table("", "")
+    facts = plain_table("", "")
     facts.show_header = False
     facts.add_row("reads", human_bytes(plan.num_read_bytes))
     facts.add_row(
@@ -134,7 +140,7 @@ def print_plan(
 
 def _print_pairing(console: Console, plan: Plan) -> None:
     """Print how names are changed, where they are."""
-    table = _table("renamed in", "rule", "tensors", "for example", "becomes")
+    table = plain_table("renamed in", "rule", "tensors", "for example", "becomes")
     for entry in plan.inputs:
         for rule, (count, before, after) in entry.renamed.items():
             table.add_row(Text(entry.reference), Text(rule), str(count), Text(before), Text(after))
@@ -177,7 +183,7 @@ def _print_parameters(console: Console, plan: Plan) -> None:
     merged = [job for job in plan.jobs if job.action == "merge"]
     if not merged:
         return
-    table = _table("parameter", "where", "values", title="parameters as resolved")
+    table = plain_table("parameter", "where", "values", title="parameters as resolved")
     for name in merged[0].parameters:
         stacks = plan.gradients.get(name, {})
         for stack, values in stacks.items():
@@ -211,7 +217,7 @@ def _value(value: Any) -> str:
 
 def print_result(result: RunResult) -> None:
     """Print what a merge did, in a few lines."""
-    console = _Console(highlight=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     worked = result.input_bytes + result.written_bytes
     speed = human_bytes(worked / result.work_seconds) if result.work_seconds else "–"
     from_disk = "" if not result.disk_bytes else f", {human_bytes(result.disk_bytes)} from disk"
@@ -229,7 +235,7 @@ def print_result(result: RunResult) -> None:
 
 def print_methods(methods: Iterable[MergeMethod]) -> None:
     """Print every method with its parameters."""
-    console = _Console(highlight=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     for method in methods:
         console.print(Text.assemble((method.name, "bold"), f"  {method.summary}"))
         if method.paper:
@@ -239,7 +245,7 @@ def print_methods(methods: Iterable[MergeMethod]) -> None:
 
 
 def _parameter_table(method: MergeMethod) -> Table:
-    table = _table("parameter", "default", "range", "of")
+    table = plain_table("parameter", "default", "range", "of")
     for parameter in method.parameters.values():
         table.add_row(
             parameter.name,
@@ -252,7 +258,7 @@ def _parameter_table(method: MergeMethod) -> Table:
 
 def print_method(method: MergeMethod) -> None:
     """Print a method's documentation."""
-    console = _Console(highlight=False, soft_wrap=True)
+    console = open_console(soft_wrap=True)
     console.print(Text(method.name, style="bold"))
     console.print(Text(method.documentation))
     console.print()

@@ -1,8 +1,12 @@
-"""Which files of a folder are read: regular ones that lie in it, not what links elsewhere."""
+"""Which files of a folder are read: regular ones that lie in it, not what links elsewhere.
+
+And how small files are written: whole, or not at all.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -66,3 +70,13 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError, OSError):
         return None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from outliermerge.checkpoint.files import write_whole
 from outliermerge.errors import OutlierMergeError
-from outliermerge.evaluation.scores import write_whole
 from outliermerge.evaluation.table import AVG, Table
 
 # Okabe and Ito, "Color Universal Design" (2008), without black: told apart by colour-blind readers.

@@ -7,12 +7,12 @@ found again whatever the model's folder is called, and is never found for other 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.files import write_whole
 from outliermerge.errors import OutlierMergeError
 
 SCORES_NAME = "scores.json"
@@ -201,13 +201,6 @@ def write_json(path: Path, value: object) -> None:
     """Write a value as JSON, by `write_whole`."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(path, text.encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -71,6 +71,12 @@ def _files(entry: Input) -> list[Path]:
 def open_model(
     reference: str, rename: Rename, role: Literal["base", "model"], base: Input | None
 ) -> Input:
+    """Open a folder, a file, a hub id, an adapter over `base` or its own base, or `base+adapter`.
+
+    Raises:
+        SettingError: a rule of `rename` does not fit the names.
+        OutlierMergeError: it is absent or broken.
+    """
     if "+" in reference and not as_path(reference).exists():
         stem, last = _split(reference)
         return _open_adapter(reference, resolve(last), rename, role, base, stem)

@@ -119,9 +119,7 @@ class Measurer:
 
     def _limits(self, tally: Tally) -> Limits:
         mean, std = tally.all.mean, tally.all.std
-        return Limits(
-            mean, mean - self.filter * std, mean + self.filter * std, std, self.small
-        )
+        return Limits(mean, mean - self.filter * std, mean + self.filter * std, std, self.small)
 
     def _call(self, name: str, sources: Sequence[Source], span: Span, *arguments: Any) -> Any:
         function = getattr(self.kernels, name)
@@ -156,9 +154,7 @@ class Measurer:
         *bases, model = (
             self.reader.values(source, *span).to(self.device).double() for source in sources
         )
-        self.on_progress(
-            sum(source.dtype.num_bytes for source in sources) * (span[1] - span[0])
-        )
+        self.on_progress(sum(source.dtype.num_bytes for source in sources) * (span[1] - span[0]))
         return model.sub_(bases[0]) if bases else model
 
 

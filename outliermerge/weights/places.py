@@ -40,7 +40,10 @@ def find_places(names: Iterable[str]) -> dict[str, Place]:
     """
     names = list(names)
     layers = find_layers(names)
-    return {name: _place(name) if name in layers else Place(None, (), _type(name)) for name in names}
+    return {
+        name: _place(name) if name in layers else Place(None, (), name.removesuffix(".weight"))
+        for name in names
+    }
 
 
 def _place(name: str) -> Place:
@@ -49,11 +52,8 @@ def _place(name: str) -> Place:
     last = numbers[-1]
     layer = f".{shared}"[1 : last.end() - 1]
     depth = tuple(int(match[1]) for match in numbers)
-    return Place(layer, depth, _type(_NUMBER.sub(".*.", f".{shared}")[1:]))
-
-
-def _type(name: str) -> str:
-    return name.removesuffix(".weight")
+    module = _NUMBER.sub(".*.", f".{shared}")[1:].removesuffix(".weight")
+    return Place(layer, depth, module)
 
 
 def short_names(modules: Iterable[str]) -> dict[str, str]:
@@ -65,6 +65,5 @@ def short_names(modules: Iterable[str]) -> dict[str, str]:
     modules = list(dict.fromkeys(modules))
     ends = [re.sub(r"^(.*?\.)?\*\.((?:\w+\.)*?\*\.)?(?!experts)", "", name) for name in modules]
     return {
-        name: end if ends.count(end) == 1 else name
-        for name, end in zip(modules, ends, strict=True)
+        name: end if ends.count(end) == 1 else name for name, end in zip(modules, ends, strict=True)
     }

@@ -198,7 +198,7 @@ def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) 
         outside_4_ratio=share(outside[2]),
         l1_norm=tally.l1_norm,
         l2_norm=math.sqrt(every.m2 + every.num * every.mean**2) if every.num else 0.0,
-        label=label_of(histogram, kept) if histogram else None,
+        label=label_of(histogram),
         histogram=histogram,
     )
 

@@ -20,7 +20,7 @@ _CENTRAL = 7
 
 
 class Central(NamedTuple):
-    """A sample: how many, their mean, sums of powers of what they are away from it, the extremes."""
+    """A sample: how many, mean, sums of powers of what they are away from it, the extremes."""
 
     num: float
     mean: float

@@ -1,0 +1,100 @@
+"""The commands that look at weights: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from outliermerge.cli_parts import AddCommand
+
+
+def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
+    """Add the parsers of `stats`, `compare-weights`, `report`, `simulate` and `layers`."""
+    stats = add(
+        "stats",
+        "show how a model's weights, or its task vectors, are distributed",
+        "outliermerge stats models/minilm",
+        "outliermerge stats models/tuned --base models/minilm --by layer",
+        "outliermerge stats models/minilm --by tensor --json stats.json --csv stats.csv",
+    )
+    stats.add_argument("model", metavar="MODEL", help="a folder, file, hub id or adapter")
+    stats.add_argument(
+        "--filter", type=float, default=3.0, metavar="F", help="keep within Fσ (default 3)"
+    )
+    stats.add_argument(
+        "--small", type=float, default=1e-3, metavar="X", help="small: |x| < X (default 0.001)"
+    )
+    stats.add_argument(
+        "--by",
+        choices=("module", "layer", "tensor"),
+        default="module",
+        help="rows of the table (default: types of module)",
+    )
+    stats.add_argument(
+        "--no-kernels", action="store_true", help="compute by torch instead of kernels"
+    )
+    for command in (stats,):
+        command.add_argument("--base", metavar="BASE", help="look at task vectors against it")
+        command.add_argument(
+            "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
+        )
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+        command.add_argument(
+            "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
+        )
+    for command in (stats,):
+        command.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
+    for command in (stats,):
+        command.add_argument("--csv", metavar="FILE", help="write a row for each tensor")
+        command.add_argument("--parquet", metavar="FILE", help="the same as Parquet")
+
+
+def run_stats(options: argparse.Namespace) -> int:
+    """Measure and print the distribution of a model's weights."""
+    from outliermerge import render, render_weights
+    from outliermerge.weights.models import open_subject
+    from outliermerge.weights.stats import weight_stats, work_bytes
+
+    subject = open_subject(options.model, options.base, rename=options.rename)
+    kernels = not options.no_kernels
+    total = work_bytes(subject, device=options.device, kernels=kernels)
+    with render.progress_bar("reading") as bar:
+        task = bar.add_task("reading", total=total)
+        stats = weight_stats(
+            subject,
+            filter=options.filter,
+            small=options.small,
+            device=options.device,
+            threads=options.threads,
+            kernels=kernels,
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    rows = [tensor.as_dict() for tensor in stats.tensors]
+    if _write(options, stats.as_dict(), rows):
+        render_weights.print_stats(stats, by=options.by)
+    return 0
+
+
+def _write(
+    options: argparse.Namespace, table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Write the files that were asked for; tell whether the terminal is free for tables."""
+    from outliermerge.weights import export
+
+    for name, write in (("csv", export.write_csv), ("parquet", export.write_parquet)):
+        if file := getattr(options, name, None):
+            write(Path(file), rows)
+    if options.json == "-":
+        print(export.to_json(table))
+        return False
+    if options.json:
+        export.write_json(Path(options.json), table)
+    written = [
+        file for name in ("json", "csv", "parquet") if (file := getattr(options, name, None))
+    ]
+    if written:
+        print(f"wrote {', '.join(written)}", file=sys.stderr)
+    return True
