@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def run_stats(options: argparse.Namespace) -> int:
     subject = open_subject(options.model, options.base, rename=options.rename)
     kernels = not options.no_kernels
     total = work_bytes(subject, device=options.device, kernels=kernels)
+    started = time.perf_counter()
     with render.progress_bar("reading") as bar:
         task = bar.add_task("reading", total=total)
         stats = weight_stats(
@@ -72,9 +74,12 @@ def run_stats(options: argparse.Namespace) -> int:
             kernels=kernels,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
+    seconds = time.perf_counter() - started
     rows = [tensor.as_dict() for tensor in stats.tensors]
-    if _write(options, stats.as_dict(), rows):
+    if _write(options, stats.as_dict() | {"seconds": round(seconds, 4)}, rows):
         render_weights.print_stats(stats, by=options.by)
+        read = render.human_bytes(subject.num_bytes)
+        print(f"{read} in {seconds:.2f} s")
     return 0
 
 

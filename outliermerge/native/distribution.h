@@ -22,6 +22,8 @@ typedef struct {
     double weight, mean, m2, m3, m4, least, greatest;
 } Central;
 
+#define NOTHING {.least = INFINITY, .greatest = -INFINITY}
+
 /* What the first pass tells: all finite elements; those that are zero, small, not finite; Σ|x|. */
 typedef struct {
     Central all;
@@ -101,7 +103,8 @@ static Central central_of(const double *values, const double *weights, double sh
         low.parts[part] = where(counts & (value < low.parts[part]), value, low.parts[part]);
         high.parts[part] = where(counts & (value > high.parts[part]), value, high.parts[part]);
     }
-    Central found = {.weight = sum_of(totals), .least = INFINITY, .greatest = -INFINITY};
+    Central found = NOTHING;
+    found.weight = sum_of(totals);
     if (found.weight == 0) return found;
     found.mean = sum_of(sums) / found.weight;
     const double mean = found.mean;
@@ -265,7 +268,7 @@ PyDoc_STRVAR(tally_doc,
 
 static PyObject *py_tally(PyObject *module, PyObject *args) {
     Block block;
-    Tally tally = {.all = {.least = INFINITY, .greatest = -INFINITY}};
+    Tally tally = {.all = NOTHING};
     double small;
     int failed = 0, error = 0;
     if (!PyArg_ParseTuple(args, "O&d", take, &block, &small)) return NULL;
@@ -295,7 +298,7 @@ PyDoc_STRVAR(filtered_doc,
 static PyObject *py_filtered(PyObject *module, PyObject *args) {
     Block block;
     Limits limits;
-    Filtered filtered = {.num_outside = {0}};
+    Filtered filtered = {.kept = NOTHING, .without_small = NOTHING};
     Py_buffer counts;
     uint64_t tables[TABLES][COUNTS] = {{0}};
     int failed = 0, error = 0;
@@ -402,7 +405,7 @@ static PyObject *py_tally_patterns(PyObject *module, PyObject *args) {
     int code;
     Py_buffer patterns = {0};
     double small;
-    Tally tally = {.all = {.least = INFINITY, .greatest = -INFINITY}};
+    Tally tally = {.all = NOTHING};
     int taken = take_patterns(args, "Cy*d", &code, &patterns, &small, NULL, NULL);
     if (taken) {
         Row row;
@@ -422,7 +425,7 @@ static PyObject *py_filtered_patterns(PyObject *module, PyObject *args) {
     int code;
     Py_buffer patterns = {0}, counts = {0};
     Limits limits;
-    Filtered filtered = {.num_outside = {0}};
+    Filtered filtered = {.kept = NOTHING, .without_small = NOTHING};
     uint64_t tables[TABLES][COUNTS] = {{0}};
     int taken = take_patterns(args, "Cy*(ddddd)w*", &code, &patterns, NULL, &limits, &counts);
     if (taken) {

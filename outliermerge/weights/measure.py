@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _SPAN_ELEMENTS = 1 << 20
 _PATTERN_SPAN_ELEMENTS = 1 << 24  # tables of 1 MB are cleared and added up for each
 _NUM_PATTERNS = 1 << 16
+_FEWEST_COUNTED = 1 << 15  # of fewer elements, two readings take less than the tables
 
 
 def fit_kernels(sources: Sequence[Source]) -> bool:
@@ -40,7 +41,9 @@ def fit_kernels(sources: Sequence[Source]) -> bool:
 
 def are_counted(sources: Sequence[Source]) -> bool:
     """Tell whether kernels count bit patterns, in one reading."""
-    return fit_kernels(sources) and len(sources) == 1 and sources[0].dtype.num_bytes == 2
+    (source, *others) = sources
+    is_half = fit_kernels(sources) and source.dtype.num_bytes == 2
+    return is_half and not others and source.num_elements >= _FEWEST_COUNTED
 
 
 @dataclass(frozen=True)
