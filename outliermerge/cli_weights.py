@@ -37,7 +37,26 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
     stats.add_argument(
         "--no-kernels", action="store_true", help="compute by torch instead of kernels"
     )
-    for command in (stats,):
+    compare = add(
+        "compare-weights",
+        "show how alike models or their task vectors are, and what conflicts in a merge",
+        "outliermerge compare-weights models/a models/b",
+        "outliermerge compare-weights models/a models/b models/c --base models/base --by module",
+        "outliermerge compare-weights models/a models/b --base models/base --csv pairs.csv",
+    )
+    compare.add_argument(
+        "models", metavar="MODEL", nargs="+", help="two or more folders, files, hub ids, adapters"
+    )
+    compare.add_argument(
+        "--t", type=float, default=2.0, metavar="T", help="outliers are beyond Tσ (default 2)"
+    )
+    compare.add_argument(
+        "--by",
+        choices=("model", "module", "layer", "tensor"),
+        default="model",
+        help="rows of the table (default: pairs of models)",
+    )
+    for command in (stats, compare):
         command.add_argument("--base", metavar="BASE", help="look at task vectors against it")
         command.add_argument(
             "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
@@ -46,9 +65,9 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
         command.add_argument(
             "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
         )
-    for command in (stats,):
+    for command in (stats, compare):
         command.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
-    for command in (stats,):
+    for command in (stats, compare):
         command.add_argument("--csv", metavar="FILE", help="write a row for each tensor")
         command.add_argument("--parquet", metavar="FILE", help="the same as Parquet")
 
@@ -57,22 +76,19 @@ def run_stats(options: argparse.Namespace) -> int:
     """Measure and print the distribution of a model's weights."""
     from outliermerge import render, render_weights
     from outliermerge.weights.models import open_subject
-    from outliermerge.weights.stats import weight_stats, work_bytes
+    from outliermerge.weights.stats import weight_stats
 
     subject = open_subject(options.model, options.base, rename=options.rename)
-    kernels = not options.no_kernels
-    total = work_bytes(subject, device=options.device, kernels=kernels)
     started = time.perf_counter()
-    with render.progress_bar("reading") as bar:
-        task = bar.add_task("reading", total=total)
+    with render.reading_bar() as callbacks:
         stats = weight_stats(
             subject,
             filter=options.filter,
             small=options.small,
             device=options.device,
             threads=options.threads,
-            kernels=kernels,
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+            kernels=not options.no_kernels,
+            **callbacks,
         )
     seconds = time.perf_counter() - started
     rows = [tensor.as_dict() for tensor in stats.tensors]
@@ -80,6 +96,26 @@ def run_stats(options: argparse.Namespace) -> int:
         render_weights.print_stats(stats, by=options.by)
         read = render.human_bytes(subject.num_bytes)
         print(f"{read} in {seconds:.2f} s")
+    return 0
+
+
+def run_compare_weights(options: argparse.Namespace) -> int:
+    """Compare models or their task vectors, and print what conflicts."""
+    from outliermerge import render, render_weights
+    from outliermerge.weights.compare import compare_weights
+
+    with render.reading_bar() as callbacks:
+        found = compare_weights(
+            options.models,
+            base=options.base,
+            t=options.t,
+            rename=options.rename,
+            device=options.device,
+            threads=options.threads,
+            **callbacks,
+        )
+    if _write(options, found.as_dict(), [pair.as_dict() for pair in found.tensors]):
+        render_weights.print_comparison(found, by=options.by)
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,24 @@ def progress_bar(description: str) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def reading_bar() -> Iterator[dict[str, Callable[[int], None]]]:
+    """Show a bar while weights are read; give what tells it of bytes to be read, and of those read.
+
+    Yields:
+        `on_total` and `on_progress`, as the functions that look at weights take them.
+    """
+    with progress_bar("reading") as bar:
+        task, total = bar.add_task("reading", total=None), 0
+
+        def add(num_bytes: int) -> None:
+            nonlocal total
+            total += num_bytes
+            bar.update(task, total=total)
+
+        yield {"on_total": add, "on_progress": lambda num_bytes: bar.advance(task, num_bytes)}
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from outliermerge.render import open_console, plain_table
+from outliermerge.weights.places import short_names
+from outliermerge.weights.table import Group, WeightStats, spread
 
 if TYPE_CHECKING:
-    from outliermerge.weights.table import Group, WeightStats
+    from outliermerge.weights.compare import Comparison, PairStats
 
 _COLUMNS = (
     ("σ", "std", "{:.2g}"),
@@ -63,6 +66,81 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
     )
     for note in stats.notes:
         console.print(Text(f"note: {note}"))
+
+
+_PAIR_COLUMNS = (
+    ("cosine", "cosine", "{:.4f}"),
+    ("distance", "distance", "{:.3g}"),
+    ("|Δσ|", "std_difference", "{:.2g}"),
+    ("sign %", "sign_agreement", "{:.1%}"),
+    ("shared %", "outlier_overlap", "{:.1%}"),
+    ("conflict %", "conflict_ratio", "{:.3%}"),
+)
+
+
+def print_comparison(found: Comparison, *, by: str) -> None:
+    """Print how models compare: pairs of them as wholes, or by module, layer or tensor."""
+    console = open_console()
+    what = "weights" if found.base is None else f"task vectors against {found.base}"
+    console.print(Text(f"{what} of:", style="bold"))
+    letters = _letters(len(found.models))
+    for letter, model in zip(letters, found.models, strict=True):
+        console.print(Text(f"  {letter}  {model}"))
+    if by == "model" and len(found.models) > 2:
+        for title, column, form in _PAIR_COLUMNS:
+            console.print(_matrix_table(found, title, column, form, letters))
+    else:
+        console.print(_pair_table(found, by, letters))
+    console.print(
+        f"sign: the same in both. Of outliers beyond {found.t:g}σ, shared: at the same places; "
+        "conflict: share of all elements where both are kept whole by min-σ, and cancel.",
+        style="dim",
+    )
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> Table:
+    table = plain_table("models", *([] if by == "model" else [by]), *(c[0] for c in _PAIR_COLUMNS))
+    for column in table.columns[-len(_PAIR_COLUMNS) :]:
+        column.justify, column.no_wrap = "right", True
+    if by != "model":
+        table.columns[1].min_width = _NAME_WIDTH
+    for name, (a, b), rows in _pair_groups(found, by):
+        cells = (
+            _number(spread(getattr(row, column) for row in rows).mean, form)
+            for _, column, form in _PAIR_COLUMNS
+        )
+        named = [] if by == "model" else [Text(name)]
+        table.add_row(f"{letters[a]} {letters[b]}", *named, *cells)
+    return table
+
+
+def _letters(num: int) -> list[str]:
+    return [chr(ord("A") + number) if num <= 26 else str(number + 1) for number in range(num)]
+
+
+def _pair_groups(
+    found: Comparison, by: str
+) -> Iterator[tuple[str, tuple[int, int], Sequence[PairStats]]]:
+    """Yield groups of rows: their name, the pair of models, and the rows to take means of."""
+    groups: dict[tuple[str, tuple[int, int]], list[PairStats]] = {}
+    for row in found.pairs if by == "model" else found.tensors:
+        name = {"module": row.module, "layer": row.layer}.get(by, row.name)
+        if name is not None:
+            groups.setdefault((name, (row.a, row.b)), []).append(row)
+    short = short_names(name for name, _ in groups) if by == "module" else {}
+    for (name, pair), rows in groups.items():
+        yield short.get(name, name), pair, rows
+
+
+def _matrix_table(
+    found: Comparison, title: str, column: str, form: str, letters: Sequence[str]
+) -> Table:
+    table = plain_table(title, *letters)
+    for letter, row in zip(letters, found.matrix(column), strict=True):
+        table.add_row(letter, *(_number(value, form) for value in row))
+    return table
 
 
 def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -209,6 +209,28 @@ def test_histograms_count_every_element(tmp_path, dtype, kernels):
     assert tensor.histogram.num_above == (scaled > HALF_WIDTH).sum() > 0
 
 
+def test_an_adapter_is_what_it_adds_to_its_base(tmp_path):
+    weights = {name: torch.randn(60, 40) for name in ("layers.0.q.weight", "layers.1.q.weight")}
+    base = _save(tmp_path / "base", weights)
+    key, a, b = "base_model.model.layers.1.q", torch.randn(4, 40), torch.randn(60, 4) * 0.01
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    adapter = tmp_path / "adapter"
+    save_tensors(adapter, tensors)
+    (adapter / "config.json").unlink()
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]})
+    )
+    for model, named in ((str(adapter), base), (f"{base}+{adapter}", base)):
+        found = weight_stats(model, base=named)
+        (tensor,) = found.tensors
+        assert tensor.name == "layers.1.q.weight"
+        wanted = _oracle((b.double() @ a.double() * 2).numpy().ravel(), 3.0, 1e-3)
+        for name in ("std", "kurtosis", "l2_norm", "maximum"):
+            assert getattr(tensor, name) == pytest.approx(wanted[name], rel=1e-5), name
+        assert "left out, since the adapter does not change them: 1 tensors" in found.notes
+
+
 def test_results_do_not_depend_on_threads(tmp_path):
     tensors = {f"layers.{i}.w": torch.randn(1700, 700) for i in range(3)}
     folder = _save(tmp_path / "m", tensors | {"half": torch.randn(900, 900).bfloat16()})

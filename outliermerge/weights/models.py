@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -29,6 +29,19 @@ class Subject:
     base: str | None
     tensors: dict[str, tuple[Source, ...]]
     notes: tuple[str, ...]
+
+    def changed(self) -> Subject:
+        """Return it without the tensors that an adapter leaves as they are in its base."""
+        tensors = {
+            name: each
+            for name, each in self.tensors.items()
+            if len(each) == 1 or each[0] is not each[1]
+        }
+        num_same = len(self.tensors) - len(tensors)
+        if not tensors or not num_same:
+            return self
+        note = f"left out, since the adapter does not change them: {num_same} tensors"
+        return replace(self, tensors=tensors, notes=(*self.notes, note))
 
     @property
     def num_bytes(self) -> int:

@@ -43,6 +43,7 @@ def weight_stats(
     device: str = "cpu",
     threads: int = 0,
     kernels: bool = True,
+    on_total: Callable[[int], None] = lambda num_bytes: None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> WeightStats:
     """Measure the distribution of each of a model's tensors.
@@ -60,6 +61,7 @@ def weight_stats(
         device: `cpu`, `cuda`, `cuda:N` or `auto`; kernels compute on the CPU only.
         threads: worker threads; 0 for the processors at hand.
         kernels: compute on the CPU by the fused kernels; else by torch.
+        on_total: called with the bytes that will be read, all readings counted, before they are.
         on_progress: called with the bytes just read, by any thread.
 
     Raises:
@@ -74,8 +76,10 @@ def weight_stats(
     for option, value in (("--filter", filter), ("--small", small)):
         if not (math.isfinite(value) and value >= 0):
             raise SpecError(f"{option}: found {value}, expected a number of at least 0")
-    subject = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
+    opened = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
+    subject = opened.changed()
     device = choose_device(device)
+    on_total(_work_bytes(subject, _kernels(device, kernels)))
     places = find_places(subject.tensors)
     found: dict[str, TensorStats] = {}
     keep_freed_memory()
@@ -113,31 +117,6 @@ def weight_stats(
         tensors=tensors,
         notes=(*subject.notes, *_warnings(tensors)),
     )
-
-
-def work_bytes(subject: Subject, *, device: str = "cpu", kernels: bool = True) -> int:
-    """Return what `weight_stats` will read, all readings counted."""
-    by_kernels = _kernels(device, kernels) is not None
-    return sum(
-        sum(source.num_bytes for source in each) * (1 if by_kernels and are_counted(each) else 2)
-        for each in subject.tensors.values()
-    )
-
-
-def _needs_torch(subject: Subject, kernels: Any | None) -> bool:
-    """Tell whether something is measured by torch, or computed by it when it is read."""
-    return kernels is None or any(
-        not fit_kernels(each) or any(source.stored != (source,) for source in each)
-        for each in subject.tensors.values()
-    )
-
-
-def _nothing() -> None:
-    return None
-
-
-def _kernels(device: str, wanted: bool) -> Any | None:
-    return find_kernels() if wanted and device == "cpu" else None
 
 
 def stats_of_tensor(
@@ -201,6 +180,29 @@ def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) 
         label=label_of(histogram),
         histogram=histogram,
     )
+
+
+def _work_bytes(subject: Subject, kernels: Any | None) -> int:
+    return sum(
+        sum(source.num_bytes for source in each) * (1 if kernels and are_counted(each) else 2)
+        for each in subject.tensors.values()
+    )
+
+
+def _needs_torch(subject: Subject, kernels: Any | None) -> bool:
+    """Tell whether something is measured by torch, or computed by it when it is read."""
+    return kernels is None or any(
+        not fit_kernels(each) or any(source.stored != (source,) for source in each)
+        for each in subject.tensors.values()
+    )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _kernels(device: str, wanted: bool) -> Any | None:
+    return find_kernels() if wanted and device == "cpu" else None
 
 
 def _warnings(tensors: Iterable[TensorStats]) -> list[str]:

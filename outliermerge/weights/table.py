@@ -104,7 +104,7 @@ class TensorStats:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether groups count it: it has two dimensions or more, neither of length 1."""
+        """Whether two of its dimensions or more are longer than 1."""
         return sum(length > 1 for length in self.shape) > 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,8 +173,8 @@ class WeightStats:
 
     @property
     def matrices(self) -> list[TensorStats]:
-        """The tensors that groups count: Tables 1 and 6 are over matrices."""
-        return [tensor for tensor in self.tensors if tensor.is_matrix]
+        """The tensors that groups count: Tables 1 and 6 are over matrices. Constants have no shape."""
+        return [tensor for tensor in self.tensors if tensor.is_matrix and tensor.std > 0]
 
     @property
     def modules(self) -> list[Group]:
