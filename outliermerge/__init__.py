@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from outliermerge.statistics import StandardDeviation
     from outliermerge.sweeps import sweep
     from outliermerge.trim import Trim
+    from outliermerge.weights.compare import compare_weights
+    from outliermerge.weights.report import build_report
+    from outliermerge.weights.simulate import simulate
+    from outliermerge.weights.spectra import layer_spectra
+    from outliermerge.weights.stats import stats_of_tensor, weight_stats
 
 __all__ = [
     "OutlierMergeError",
@@ -22,13 +27,19 @@ __all__ = [
     "SpecError",
     "StandardDeviation",
     "Trim",
+    "build_report",
+    "compare_weights",
+    "layer_spectra",
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
     "run",
+    "simulate",
+    "stats_of_tensor",
     "sweep",
     "verify",
+    "weight_stats",
 ]
 
 _HOMES = {
@@ -37,7 +48,13 @@ _HOMES = {
     "SpecError": "errors",
     "StandardDeviation": "statistics",
     "Trim": "trim",
+    "build_report": "weights.report",
+    "compare_weights": "weights.compare",
+    "layer_spectra": "weights.spectra",
     "merge_method": "method",
+    "simulate": "weights.simulate",
+    "stats_of_tensor": "weights.stats",
+    "weight_stats": "weights.stats",
     "sweep": "sweeps",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def progress_bar(description: str) -> Progress:
 
 
 @contextmanager
-def reading_bar() -> Iterator[dict[str, Callable[[int], None]]]:
+def reading_bar() -> Iterator[dict[str, Any]]:
     """Show a bar while weights are read; give what tells it of bytes to be read, and of those read.
 
     Yields:

@@ -238,6 +238,15 @@ def test_results_do_not_depend_on_threads(tmp_path):
     assert one == five
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_measures_what_the_cpu_does(tmp_path, dtype):
+    stored = {name: torch.from_numpy(x).to(DTYPES[dtype]) for name, x in DISTRIBUTIONS.items()}
+    folder = _save(tmp_path / "m", stored)
+    for tensor in weight_stats(folder, device="cuda").tensors:
+        _check(tensor, stored[tensor.name].double().numpy())
+
+
 def test_groups_are_means_and_deviations_over_matrices(tmp_path):
     tensors = {
         f"model.layers.{i}.{module}.weight": torch.randn(40, 50) * (i + 1)

@@ -68,6 +68,7 @@ def open_subject(reference: str, base: str | None = None, *, rename: str | None 
     except SettingError as error:
         raise SpecError(f"--rename: {error}") from error
     notes = [*(opened_base.checkpoint.notes if opened_base else ()), *model.checkpoint.notes]
+    found: dict[str, tuple[Source, ...]]
     found = {name: (source,) for name, source in model.checkpoint.tensors.items()}
     if opened_base is None:
         return _subject(model, None, found, notes)
@@ -109,6 +110,7 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
             for name in resized
         )
         notes.append(f"left out, since their shapes differ:\n{shown}")
+    pairs: dict[str, tuple[Source, ...]]
     pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
     if not pairs:
         best = best_rename(list(ours), theirs)

@@ -81,7 +81,7 @@ class Filtered(NamedTuple):
 
     kept: Central
     without_small: Central
-    outside: tuple[float, float, float]
+    outside: tuple[float, ...]
 
 
 def tally_of_bytes(raw: bytes) -> Tally:
@@ -141,8 +141,13 @@ def _central(values_E: Tensor) -> Central:
 
 def fold_tallies(shares: Sequence[Tally]) -> Tally:
     """Add up the first pass."""
-    sums = (math.fsum(share[i] for share in shares) for i in range(1, 5))
-    return Tally(_fold([share.all for share in shares]), *sums)
+    return Tally(
+        all=_fold([share.all for share in shares]),
+        num_zeros=math.fsum(share.num_zeros for share in shares),
+        num_small=math.fsum(share.num_small for share in shares),
+        num_non_finite=math.fsum(share.num_non_finite for share in shares),
+        l1_norm=math.fsum(share.l1_norm for share in shares),
+    )
 
 
 def fold_filtered(shares: Sequence[Filtered]) -> Filtered:
