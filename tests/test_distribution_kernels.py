@@ -144,6 +144,15 @@ def test_a_file_that_ends_early_is_said(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("deviation", [np.inf, 1e-320, 1e300])
+@pytest.mark.parametrize("mean", [0.0, np.nan, -np.inf])
+def test_limits_out_of_all_bounds_count_inside_the_histogram(module, mean, deviation):
+    counts = bytearray(NUM_COUNTS)
+    module.filtered(_block(num_elements=3000), (mean, -1.0, 1.0, deviation, SMALL), counts)
+    assert np.frombuffer(counts, np.uint64).sum() == 3000
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_deviation_of_zero_counts_nothing(module):
     counts = bytearray(NUM_COUNTS)
     told = module.filtered(_block(num_elements=3000), (0.0, 0.0, 0.0, 0.0, SMALL), counts)

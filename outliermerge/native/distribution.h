@@ -171,8 +171,8 @@ static void count_bins(const double *values, const double *weights, Limits limit
     int64_t bins[STEP], counts[STEP];
     FOR_LANES(num) {
         Doubles bin = (doubles_at(values + at) - first) * per_bin;
-        bin = where(bin < 0, (Doubles){0} - 1, bin);
-        bin = where(bin > BINS, (Doubles){0} + BINS, bin);
+        bin = where(bin >= 0, bin, (Doubles){0} - 1); /* so is what limits make NaN */
+        bin = where(bin <= BINS, bin, (Doubles){0} + BINS);
         Longs whole = __builtin_convertvector(bin + 1, Longs);
         Longs weight = __builtin_convertvector(doubles_at(weights + at), Longs);
         memcpy(bins + at, &whole, sizeof whole);
