@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.cli_parts import print_json
 from outliermerge.cli_runs import add_runs, run_plan, run_run, run_sweep
 from outliermerge.cli_scores import add_commands, run_compare, run_eval
-from outliermerge.cli_weights import add_weights, run_compare_weights, run_stats
+from outliermerge.cli_weights import (
+    add_weights,
+    run_compare_weights,
+    run_layers,
+    run_simulate,
+    run_stats,
+)
 from outliermerge.errors import OutlierMergeError, SpecError
 
 if TYPE_CHECKING:
@@ -227,6 +233,8 @@ _COMMANDS = {
     "compare": run_compare,
     "stats": run_stats,
     "compare-weights": run_compare_weights,
+    "layers": run_layers,
+    "simulate": run_simulate,
     "methods": _methods,
     "schema": _schema,
 }

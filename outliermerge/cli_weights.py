@@ -56,7 +56,34 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
         default="model",
         help="rows of the table (default: pairs of models)",
     )
-    for command in (stats, compare):
+    layers = add(
+        "layers",
+        "show layers' leading singular values, their distances, and models' σ fingerprints",
+        "outliermerge layers models/minilm",
+        "outliermerge layers models/a models/b models/c --values 32 --json layers.json",
+    )
+    layers.add_argument(
+        "models", metavar="MODEL", nargs="+", help="folders, files, hub ids, adapters"
+    )
+    layers.add_argument(
+        "--values",
+        type=count,
+        default=16,
+        metavar="K",
+        help="singular values of each matrix (default 16)",
+    )
+    simulate = add(
+        "simulate",
+        "simulate weights as the paper does (arXiv 2501.10661, sections B.2 and C.6)",
+        "outliermerge simulate --png fig7.png",
+        "outliermerge simulate --points 1000000 --seed 7 --json -",
+    )
+    simulate.add_argument(
+        "--points", type=count, default=10_000_000, metavar="N", help="default 10,000,000"
+    )
+    simulate.add_argument("--seed", type=int, default=42, metavar="S", help="default 42")
+    simulate.add_argument("--png", metavar="FILE", help="draw the paper's Fig. 7")
+    for command in (stats, compare, layers):
         command.add_argument("--base", metavar="BASE", help="look at task vectors against it")
         command.add_argument(
             "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
@@ -65,7 +92,7 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
         command.add_argument(
             "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
         )
-    for command in (stats, compare):
+    for command in (stats, compare, layers, simulate):
         command.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
     for command in (stats, compare):
         command.add_argument("--csv", metavar="FILE", help="write a row for each tensor")
@@ -116,6 +143,50 @@ def run_compare_weights(options: argparse.Namespace) -> int:
         )
     if _write(options, found.as_dict(), [pair.as_dict() for pair in found.tensors]):
         render_weights.print_comparison(found, by=options.by)
+    return 0
+
+
+def run_layers(options: argparse.Namespace) -> int:
+    """Print the spectra of models' layers, and how far their fingerprints are apart."""
+    from outliermerge import render, render_weights
+    from outliermerge.weights.spectra import layer_spectra
+    from outliermerge.weights.spectra_fingerprint import fingerprint_distance
+
+    with render.reading_bar() as callbacks:
+        found = [
+            layer_spectra(
+                model,
+                num_values=options.values,
+                base=options.base,
+                rename=options.rename,
+                device=options.device,
+                threads=options.threads,
+                **callbacks,
+            )
+            for model in options.models
+        ]
+    distances = [[fingerprint_distance(a.fingerprint, b.fingerprint) for b in found] for a in found]
+    table = {
+        "models": [each.as_dict() for each in found],
+        "fingerprint_distances": distances,
+    }
+    if _write(options, table, []):
+        render_weights.print_layers(found, distances)
+    return 0
+
+
+def run_simulate(options: argparse.Namespace) -> int:
+    """Simulate weights, and print their statistics and shapes."""
+    from outliermerge import render, render_weights
+    from outliermerge.weights.simulate import draw, simulate
+
+    with render.reading_bar("simulating") as callbacks:
+        found = simulate(seed=options.seed, num_points=options.points, **callbacks)
+    if options.png:
+        draw(found, Path(options.png))
+        print(f"wrote {options.png}", file=sys.stderr)
+    if _write(options, found.as_dict(), []):
+        render_weights.print_simulation(found)
     return 0
 
 

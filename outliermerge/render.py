@@ -48,14 +48,14 @@ def progress_bar(description: str) -> Progress:
 
 
 @contextmanager
-def reading_bar() -> Iterator[dict[str, Any]]:
+def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
     """Show a bar while weights are read; give what tells it of bytes to be read, and of those read.
 
     Yields:
         `on_total` and `on_progress`, as the functions that look at weights take them.
     """
-    with progress_bar("reading") as bar:
-        task, total = bar.add_task("reading", total=None), 0
+    with progress_bar(description) as bar:
+        task, total = bar.add_task(description, total=None), 0
 
         def add(num_bytes: int) -> None:
             nonlocal total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -15,6 +16,9 @@ from outliermerge.weights.table import Group, WeightStats, spread
 
 if TYPE_CHECKING:
     from outliermerge.weights.compare import Comparison, PairStats
+    from outliermerge.weights.simulate import Simulation
+    from outliermerge.weights.spectra import LayerSpectra
+    from outliermerge.weights.spectra_fit import PowerLawFit
 
 _COLUMNS = (
     ("σ", "std", "{:.2g}"),
@@ -141,6 +145,76 @@ def _matrix_table(
     for letter, row in zip(letters, found.matrix(column), strict=True):
         table.add_row(letter, *(_number(value, form) for value in row))
     return table
+
+
+def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[float]]) -> None:
+    """Print what is known of layers' distances, and how far models' fingerprints are apart."""
+    console = open_console()
+    for spectra in found:
+        what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"
+        console.print(Text(f"{what}: {spectra.num_values} singular values of a layer", "bold"))
+        is_wide = console.width >= _WIDE
+        against = ("against exponential", "against log-normal") if is_wide else ()
+        table = plain_table("module", "of", "distance", "alpha", *against, "verdict")
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
+        table.columns[0].min_width = _NAME_WIDTH
+        for module in spectra.modules:
+            name = spectra.short_names[module.module]
+            table.add_row(
+                Text(name),
+                str(len(module.layers)),
+                *_fit_cells(module.distances, module.fit, is_wide),
+            )
+        together = [distance for module in spectra.modules for distance in module.distances]
+        table.add_section()
+        table.add_row("all types together", "", *_fit_cells(together, spectra.fit, is_wide))
+        console.print(table)
+        for note in spectra.notes:
+            console.print(Text(f"note: {note}"))
+    console.print(
+        "distance: the median of 1 - cos between two layers' singular values; alpha: of a power "
+        "law; verdict: against an exponential and a log-normal, as if distances were independent, "
+        "which those of the same layers are not. Our reading of arXiv 2509.00046's abstract.",
+        style="dim",
+    )
+    if len(found) > 1:
+        letters = _letters(len(found))
+        console.print(Text("distance of σ fingerprints (0: alike but for scale)", style="bold"))
+        for letter, spectra in zip(letters, found, strict=True):
+            console.print(Text(f"  {letter}  {spectra.model}"))
+        table = plain_table("", *letters)
+        for letter, row in zip(letters, distances, strict=True):
+            table.add_row(letter, *(_number(value, "{:.4f}") for value in row))
+        console.print(table)
+
+
+def _fit_cells(distances: Sequence[float], fit: PowerLawFit | None, is_wide: bool) -> list[str]:
+    middle = f"{median(distances):.2g}"
+    if fit is None:
+        return [middle, "–", *(["–", "–"] if is_wide else []), "no fit"]
+    others = (fit.exponential, fit.lognormal) if is_wide else ()
+    against = [f"{each.ratio:.1f}, p={each.p:.2g}" for each in others]
+    return [middle, f"{fit.alpha:.2f}±{fit.standard_error:.2f}", *against, fit.verdict]
+
+
+def print_simulation(found: Simulation) -> None:
+    """Print the statistics and shapes of simulated weights."""
+    console = open_console()
+    console.print(
+        Text(
+            f"{found.num_points:,} points, seed {found.seed}: {found.num_non_zero:,} optimal "
+            f"weights are not zero, {found.num_outliers:,} of them outliers",
+            style="bold",
+        )
+    )
+    table = plain_table("noise", *(title for title, _, _ in _COLUMNS), "label", "the paper says")
+    for column in table.columns:
+        column.justify = "right"
+    for each in found.weights:
+        cells = (_number(getattr(each.stats, name), form) for _, name, form in _COLUMNS)
+        table.add_row(f"{each.noise:g}", *cells, each.stats.label or "–", each.expected or "–")
+    console.print(table)
 
 
 def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.blocks import Span, spans
 from outliermerge.checkpoint.meta import Source, TensorMeta
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.kernels import CODES, Place, RawBlock
+from outliermerge.kernels import CODES, Place, RawBlock, find_kernels
 from outliermerge.rounds import Round, Steps
 from outliermerge.weights.sums import (
     Filtered,
-    Limits,
     Tally,
     filtered_of_bytes,
     filtered_of_values,
     fold_filtered,
     fold_tallies,
+    limits_of,
     tally_of_bytes,
     tally_of_values,
 )
@@ -91,7 +91,7 @@ class Measurer:
             return tally_of_bytes(self._call("tally", sources, span, self.small))
 
         whole = fold_tallies((yield Round(tally, read)))
-        limits = self._limits(whole)
+        limits = limits_of(whole, self.filter, self.small)
         shared = bytearray(8 * (BINS + 2))
 
         def filter_span(span: Span) -> tuple[Filtered, Sequence[int]]:
@@ -101,10 +101,7 @@ class Measurer:
             return filtered_of_bytes(raw), ()
 
         shares: list[tuple[Filtered, Sequence[int]]] = yield Round(filter_span, read)
-        counts = _unpack(shared)
-        for _, own in shares:
-            counts = [a + b for a, b in zip(counts, own, strict=True)] if own else counts
-        return Measured(whole, fold_filtered([share for share, _ in shares]), tuple(counts))
+        return _measured(whole, shares, _unpack(shared))
 
     def _count(self, source: Source) -> Steps[Measured]:
         assert self.kernels is not None
@@ -117,12 +114,9 @@ class Measurer:
         raw = self.kernels.tally_patterns(code, patterns, self.small)
         whole = fold_tallies([tally_of_bytes(raw)])
         counts = bytearray(8 * (BINS + 2))
-        raw = self.kernels.filtered_patterns(code, patterns, tuple(self._limits(whole)), counts)
+        limits = tuple(limits_of(whole, self.filter, self.small))
+        raw = self.kernels.filtered_patterns(code, patterns, limits, counts)
         return Measured(whole, fold_filtered([filtered_of_bytes(raw)]), tuple(_unpack(counts)))
-
-    def _limits(self, tally: Tally) -> Limits:
-        mean, std = tally.all.mean, tally.all.std
-        return Limits(mean, mean - self.filter * std, mean + self.filter * std, std, self.small)
 
     def _call(self, name: str, sources: Sequence[Source], span: Span, *arguments: Any) -> Any:
         function = getattr(self.kernels, name)
@@ -159,6 +153,38 @@ class Measurer:
         )
         self.on_progress(sum(source.dtype.num_bytes for source in sources) * (span[1] - span[0]))
         return model.sub_(bases[0]) if bases else model
+
+
+def measure_values(values: Tensor, *, filter: float, small: float) -> Measured:
+    """Measure a tensor in memory: by the kernels where they fit, else by torch on its device."""
+    flat_E = values.detach().reshape(-1)
+    code, kernels = CODES.get(str(values.dtype).removeprefix("torch.")), find_kernels()
+    if code is not None and kernels is not None and values.device.type == "cpu":
+        block = code.encode(), (memoryview(_as_bytes(flat_E)),), len(flat_E), False
+        whole, counts = tally_of_bytes(kernels.tally(block, small)), bytearray(8 * (BINS + 2))
+        limits = limits_of(whole, filter, small)
+        filtered = filtered_of_bytes(kernels.filtered(block, tuple(limits), counts))
+        return Measured(whole, filtered, tuple(_unpack(counts)))
+    read = spans(len(flat_E), _SPAN_ELEMENTS)
+    whole = fold_tallies([tally_of_values(flat_E[a:b].double(), small) for a, b in read])
+    limits = limits_of(whole, filter, small)
+    shares = [filtered_of_values(flat_E[a:b].double(), limits) for a, b in read]
+    return _measured(whole, shares, [0] * (BINS + 2))
+
+
+def _as_bytes(flat_E: Tensor) -> Any:
+    import torch
+
+    return flat_E.contiguous().view(torch.uint8).numpy()
+
+
+def _measured(
+    tally: Tally, shares: Sequence[tuple[Filtered, Sequence[int]]], counts: list[int]
+) -> Measured:
+    """Add up the second pass; counts are those that spans have not got of their own."""
+    for _, own in shares:
+        counts = [a + b for a, b in zip(counts, own, strict=True)] if own else counts
+    return Measured(tally, fold_filtered([share for share, _ in shares]), tuple(counts))
 
 
 def _unpack(counts: bytearray) -> list[int]:

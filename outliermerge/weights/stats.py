@@ -20,10 +20,15 @@ from outliermerge.kernels import find_kernels
 from outliermerge.machine import num_threads
 from outliermerge.rounds import Steps, run_all
 from outliermerge.weights.labels import label_of
-from outliermerge.weights.measure import Measured, Measurer, are_counted, fit_kernels
+from outliermerge.weights.measure import (
+    Measured,
+    Measurer,
+    are_counted,
+    fit_kernels,
+    measure_values,
+)
 from outliermerge.weights.models import Subject, open_subject
 from outliermerge.weights.places import Place, find_places
-from outliermerge.weights.sums import Limits, filtered_of_values, tally_of_values
 from outliermerge.weights.table import Histogram, TensorStats, WeightStats
 
 if TYPE_CHECKING:
@@ -133,13 +138,8 @@ def stats_of_tensor(
         >>> stats_of_tensor(torch.tensor([1.0, 2.0, 3.0, 4.0])).kurtosis
         1.64
     """
-    values_E = values.detach().reshape(-1).double()
-    tally = tally_of_values(values_E, small)
-    mean, std = tally.all.mean, tally.all.std
-    limits = Limits(mean, mean - filter * std, mean + filter * std, std, small)
-    filtered, counts = filtered_of_values(values_E, limits)
-    place = find_places([name])[name]
-    return _stats(name, place, tuple(values.shape), Measured(tally, filtered, tuple(counts)))
+    measured = measure_values(values, filter=filter, small=small)
+    return _stats(name, find_places([name])[name], tuple(values.shape), measured)
 
 
 def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) -> TensorStats:

@@ -70,6 +70,12 @@ class Limits(NamedTuple):
     small: float
 
 
+def limits_of(tally: Tally, filter: float, small: float) -> Limits:
+    """Return the limits of the second pass: kept is what is within `filter` σ of the mean."""
+    mean, std = tally.all.mean, tally.all.std
+    return Limits(mean, mean - filter * std, mean + filter * std, std, small)
+
+
 class Filtered(NamedTuple):
     """What the second pass tells.
 

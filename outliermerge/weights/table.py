@@ -173,7 +173,7 @@ class WeightStats:
 
     @property
     def matrices(self) -> list[TensorStats]:
-        """The tensors that groups count: Tables 1 and 6 are over matrices. Constants have no shape."""
+        """What groups count, as Tables 1 and 6 do: matrices, of which constants have no shape."""
         return [tensor for tensor in self.tensors if tensor.is_matrix and tensor.std > 0]
 
     @property
