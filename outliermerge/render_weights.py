@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COLUMNS = (
     ("σ", "std", "{:.2g}"),
     ("kept %", "kept_ratio", "{:.2%}"),
-    ("skewness", "skewness", "{:.2f}"),
+    ("skew", "skewness", "{:.2f}"),
     ("kurtosis", "kurtosis", "{:.2f}"),
 )
 _WIDE_COLUMNS = (
@@ -34,7 +34,7 @@ _WIDE_COLUMNS = (
     (">3σ %", "outside_3_ratio", "{:.2%}"),
     (">4σ %", "outside_4_ratio", "{:.2%}"),
 )
-_WIDE, _NAME_WIDTH = 130, 26  # characters of a terminal, and of its first column
+_WIDE, _NAME_WIDTH = 130, 18  # characters of a terminal, and of its first column
 
 
 def print_stats(stats: WeightStats, *, by: str) -> None:
@@ -49,6 +49,7 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     table.columns[0].min_width = _NAME_WIDTH
+    table.columns[-1].justify = "left"
     if by == "tensor":
         for tensor in stats.tensors:
             cells = (_number(getattr(tensor, name), form) for _, name, form in columns)
@@ -222,10 +223,11 @@ def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[
     for _, name, form in columns:
         spread = group.spreads[name]
         cells.append(_number(spread.mean, form))
-        if form == "{:.2f}" and group.num_tensors > 1:
+        if "kurtosis" in name and group.num_tensors > 1:
             cells[-1] += f"±{_number(spread.std, form)}"
     most = max(group.labels, key=lambda label: group.labels[label], default=None)
-    return [*cells, f"{most} {group.labels[most]}/{group.num_tensors}" if most else "–"]
+    # A table without edges that has to shrink loses its last character.
+    return [*cells, f"{most} {group.labels[most]}/{group.num_tensors} " if most else "–"]
 
 
 def _number(value: float, form: str) -> str:
