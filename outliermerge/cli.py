@@ -17,6 +17,7 @@ from outliermerge.cli_weights import (
     add_weights,
     run_compare_weights,
     run_layers,
+    run_report,
     run_simulate,
     run_stats,
 )
@@ -36,6 +37,8 @@ examples:
   outliermerge eval merged --suite evals/paper.yaml --output scores
   outliermerge compare scores --paper
   outliermerge stats merged
+  outliermerge compare-weights models/a models/b --base models/base
+  outliermerge report merged -o merged.html
   outliermerge methods min_sigma
   outliermerge schema > outliermerge.spec.schema.json
 
@@ -234,6 +237,7 @@ _COMMANDS = {
     "stats": run_stats,
     "compare-weights": run_compare_weights,
     "layers": run_layers,
+    "report": run_report,
     "simulate": run_simulate,
     "methods": _methods,
     "schema": _schema,

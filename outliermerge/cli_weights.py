@@ -23,9 +23,6 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
     )
     stats.add_argument("model", metavar="MODEL", help="a folder, file, hub id or adapter")
     stats.add_argument(
-        "--filter", type=float, default=3.0, metavar="F", help="keep within Fσ (default 3)"
-    )
-    stats.add_argument(
         "--small", type=float, default=1e-3, metavar="X", help="small: |x| < X (default 0.001)"
     )
     stats.add_argument(
@@ -72,6 +69,26 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
         metavar="K",
         help="singular values of each matrix (default 16)",
     )
+    report = add(
+        "report",
+        "write a page that shows the distributions of weights, or of a merge and its drift",
+        "outliermerge report models/minilm -o report.html",
+        "outliermerge report models/a models/b --base models/base -o report.html --png figures",
+        "outliermerge report merged -o merged.html",
+    )
+    report.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="models; a single output of `run` is shown with its manifest and its drift",
+    )
+    report.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the page: one file, no network"
+    )
+    report.add_argument("--png", metavar="DIR", help="also draw figures for papers, at 300 dpi")
+    report.add_argument(
+        "--t", type=float, default=2.0, metavar="T", help="min-σ's threshold at first (default 2)"
+    )
     simulate = add(
         "simulate",
         "simulate weights as the paper does (arXiv 2501.10661, sections B.2 and C.6)",
@@ -83,11 +100,17 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
     )
     simulate.add_argument("--seed", type=int, default=42, metavar="S", help="default 42")
     simulate.add_argument("--png", metavar="FILE", help="draw the paper's Fig. 7")
-    for command in (stats, compare, layers):
+    for command in (stats, report):
+        command.add_argument(
+            "--filter", type=float, default=3.0, metavar="F", help="keep within Fσ (default 3)"
+        )
+    for command in (stats, compare, layers, report):
         command.add_argument("--base", metavar="BASE", help="look at task vectors against it")
+    for command in (stats, compare, layers):
         command.add_argument(
             "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
         )
+    for command in (stats, compare, layers, report):
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
         command.add_argument(
             "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
@@ -172,6 +195,27 @@ def run_layers(options: argparse.Namespace) -> int:
     }
     if _write(options, table, []):
         render_weights.print_layers(found, distances)
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Write the page, and figures where they are asked for."""
+    from outliermerge import render
+    from outliermerge.weights.report import build_report
+
+    with render.reading_bar() as callbacks:
+        page = build_report(
+            options.models,
+            base=options.base,
+            output=Path(options.output),
+            png=Path(options.png) if options.png else None,
+            t=options.t,
+            filter=options.filter,
+            device=options.device,
+            threads=options.threads,
+            **callbacks,
+        )
+    print(f"wrote {page}" + (f" and {options.png}" if options.png else ""))
     return 0
 
 

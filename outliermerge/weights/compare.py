@@ -154,7 +154,7 @@ class Comparison:
 
 
 def compare_weights(
-    models: Sequence[str],
+    models: Sequence[str | Subject],
     *,
     base: str | None = None,
     t: float = 2.0,
@@ -170,7 +170,8 @@ def compare_weights(
     for any number of threads.
 
     Args:
-        models: two or more, named as in a spec: folders, files, hub ids, adapters.
+        models: two or more, named as in a spec: folders, files, hub ids, adapters; or what
+            `open_subject` gave, all of one base.
         base: what their task vectors are taken against.
         t: how many σ an outlier is away from zero, 0 or more.
         rename: names of the models' tensors to the base's; without one, of the others' to the
@@ -190,9 +191,12 @@ def compare_weights(
         raise SpecError(f"--t: found {t}, expected a number of 0 or more")
     device = choose_device(device)
     subjects = [
-        open_subject(model, base, rename=rename if base is not None or number else None)
+        model
+        if isinstance(model, Subject)
+        else open_subject(model, base, rename=rename if base is not None or number else None)
         for number, model in enumerate(models)
     ]
+    base = subjects[0].base
     _refuse_twins(subjects)
     tensors, notes = _common(subjects)
     found: dict[str, tuple[Sums, Counts]] = {}
@@ -223,7 +227,7 @@ def compare_weights(
     counts = fold_counts([found[name][1] for name in finite], len(models))
     nowhere = Place(None, (), "")
     return Comparison(
-        tuple(models),
+        tuple(subject.reference for subject in subjects),
         base,
         t,
         tuple(

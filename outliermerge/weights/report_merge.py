@@ -1,0 +1,85 @@
+"""What a report shows of an output of a merge: its manifest, its inputs, its drift from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from outliermerge.errors import OutlierMergeError
+from outliermerge.weights.compare import Comparison
+from outliermerge.weights.models import Subject as Opened
+from outliermerge.weights.models import open_subject
+from outliermerge.weights.report_data import Subject, drift_payload, merge_payload, short_titles
+from outliermerge.weights.table import WeightStats
+
+
+def measure_merge(
+    model: str,
+    manifest: Mapping[str, Any],
+    base: str | None,
+    measure: Callable[..., WeightStats],
+    compare: Callable[..., Comparison],
+) -> tuple[list[Subject], dict[str, Any]]:
+    """Return the statistics of an output and its task models, and what a page shows besides.
+
+    An input that cannot be read any more is left out, and the notes say so.
+
+    Args:
+        model: the output.
+        manifest: of the output.
+        base: taken in place of the manifest's own.
+        measure: `weight_stats` with its options.
+        compare: `compare_weights` with its options.
+    """
+    inputs = manifest["inputs"]
+    title, *titles = short_titles([str(Path(model).resolve()), *(each["model"] for each in inputs)])
+    outputs, notes = [Subject(title, "output", measure(model))], []
+    for entry in inputs:
+        if entry["role"] == "base" and base is None:
+            base = _reference(entry)
+    if base is not None:
+        try:
+            outputs.append(Subject(title, "output", measure(model, base=base)))
+        except OutlierMergeError as error:
+            notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
+            base = None
+    renames = {each["model"]: each.get("rename") for each in manifest["spec"]["models"]}
+    tasks: list[tuple[Opened, Subject]] = []
+    for entry, name in zip(inputs, titles, strict=True):
+        if entry["role"] == "base":
+            continue
+        rename = renames.get(entry["model"])
+        try:
+            opened = open_subject(
+                _reference(entry), base, rename=json.dumps(rename) if rename else None
+            )
+            shown = Subject(name, "task", measure(opened))
+        except OutlierMergeError as error:
+            notes.append(f"{name} is not shown, since it cannot be read: {error}")
+        else:
+            tasks.append((opened, shown))
+    extra: dict[str, Any] = {"merge": merge_payload(manifest, _recipe(manifest)), "notes": notes}
+    if tasks:
+        try:
+            comparison = compare([open_subject(model, base), *(opened for opened, _ in tasks)])
+        except OutlierMergeError as error:
+            notes.append(f"Drift is not shown: {error}")
+        else:
+            names = [shown.title for _, shown in tasks]
+            extra["drift"] = drift_payload(comparison, names, outputs[0].stats)
+    return [*outputs, *(shown for _, shown in tasks)], extra
+
+
+def _recipe(manifest: Mapping[str, Any]) -> str:
+    recipe: str = yaml.safe_dump(manifest["spec"], sort_keys=False, allow_unicode=True)
+    return recipe
+
+
+def _reference(entry: Mapping[str, Any]) -> str:
+    """Return what opens an input: its place when it was merged, `base+adapter` as it was named."""
+    named, path = str(entry["model"]), str(entry["path"])
+    return named if "+" in named and not Path(named).exists() else path

@@ -1,0 +1,238 @@
+'use strict';
+
+// Draws with Plotly; colours come from the style sheet so that figures follow the theme.
+
+// Okabe and Ito, "Color Universal Design" (2008), without black and yellow, which one of the themes
+// would swallow; symbols tell apart what comes round again.
+const PALETTE = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#8c8c8c'];
+const SYMBOLS = ['circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'];
+const DASHES = ['solid', 'dash', 'dot', 'dashdot'];
+// A finger that draws a box cannot scroll the page, and buttons would cover a small plot.
+const IS_TOUCHED = window.matchMedia('(pointer: coarse)').matches;
+const CONFIG = {
+  responsive: true,
+  displaylogo: false,
+  displayModeBar: IS_TOUCHED ? false : 'hover',
+  modeBarButtonsToRemove: ['select2d', 'lasso2d', 'autoScale2d'],
+};
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+}
+
+function isNarrow() {
+  return window.innerWidth < 704;
+}
+
+function axis(title, extra = {}) {
+  return {
+    title: { text: title, standoff: 8 },
+    gridcolor: colour('grid'),
+    linecolor: colour('line'),
+    zerolinecolor: colour('line'),
+    automargin: true,
+    exponentformat: 'e',
+    minexponent: 4,
+    ...extra,
+  };
+}
+
+function layout(xaxis, yaxis, extra = {}) {
+  return {
+    paper_bgcolor: 'rgba(0,0,0,0)',
+    plot_bgcolor: 'rgba(0,0,0,0)',
+    font: {
+      family: 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif',
+      size: isNarrow() ? 11 : 12,
+      color: colour('ink'),
+    },
+    margin: { l: 52, r: 12, t: 28, b: 44 },
+    hoverlabel: { bgcolor: colour('card'), bordercolor: colour('line'),
+      font: { color: colour('ink') } },
+    legend: { orientation: 'h', x: 0, xanchor: 'left', y: 1.02, yanchor: 'bottom',
+      font: { size: 11 } },
+    dragmode: IS_TOUCHED ? false : 'zoom',
+    xaxis,
+    yaxis,
+    ...extra,
+  };
+}
+
+function show(element, traces, figure, label) {
+  element.classList.remove('empty');
+  if (!element.classList.contains('js-plotly-plot')) element.textContent = '';
+  element.setAttribute('aria-label', label);
+  return Plotly.react(element, traces, figure, CONFIG);
+}
+
+function showNothing(element, text) {
+  if (element.classList.contains('js-plotly-plot')) Plotly.purge(element);
+  element.classList.add('empty');
+  element.setAttribute('aria-label', text);
+  element.textContent = text;
+}
+
+function limitLines(tensor, labelled) {
+  const lines = [-3, -2, 2, 3].map(sigmas => ({
+    type: 'line', yref: 'paper', y0: 0, y1: 1, layer: 'above',
+    x0: tensor.mean + sigmas * tensor.std, x1: tensor.mean + sigmas * tensor.std,
+    line: { color: colour('limit'), width: 1, dash: Math.abs(sigmas) === 2 ? 'dash' : 'dot' },
+  }));
+  const names = labelled ? [-3, -2, 2, 3].map(sigmas => ({
+    x: tensor.mean + sigmas * tensor.std, y: 1, yref: 'paper', yanchor: 'bottom',
+    text: `${sigmas < 0 ? '−' : ''}${Math.abs(sigmas)}σ`, showarrow: false,
+    font: { size: 10, color: colour('soft') },
+  })) : [];
+  return { shapes: lines, annotations: names };
+}
+
+function densityTraces(tensor, grid, minJoined) {
+  const { z, density, one } = densities(tensor, grid, minJoined);
+  const toX = each => tensor.mean + each * tensor.std;
+  // A log axis has no zero: empty bins lie below what one element would give.
+  const floor = one / 4 / tensor.std;
+  const fitted = Array.from({ length: 161 }, (_, i) => (i - 80) / 10);
+  return {
+    floor,
+    peak: Math.max(...density, 0.4) / tensor.std,
+    traces: [
+      {
+        name: 'weights', x: z.map(toX), y: density.map(d => Math.max(d / tensor.std, floor)),
+        mode: 'lines', fill: 'tozeroy', fillcolor: colour('fill'),
+        line: { shape: 'hvh', width: 0, color: colour('fill') },
+        hovertemplate: '%{x:.4g}: %{y:.4g}<extra>weights</extra>',
+      },
+      {
+        name: 'Gaussian', x: fitted.map(toX), y: fitted.map(each => gaussian(each) / tensor.std),
+        mode: 'lines', line: { color: colour('fit'), width: 1.5 },
+        hovertemplate: '%{x:.4g}: %{y:.4g}<extra>Gaussian</extra>',
+      },
+    ],
+  };
+}
+
+// On a linear axis nothing is to be seen beyond 5σ; a log axis shows all that is stored.
+function densityAxes(tensor, found, isLog, extra) {
+  const reach = isLog ? Math.min(8, Math.max(4.2, 1.05 * Math.max(
+    (tensor.maximum - tensor.mean) / tensor.std, (tensor.mean - tensor.minimum) / tensor.std))) : 5;
+  const y = isLog
+    ? { type: 'log', range: [Math.log10(found.floor * 2), Math.log10(found.peak * 2)], dtick: 1 }
+    : { range: [0, found.peak * 1.08] };
+  return [
+    { range: [tensor.mean - reach * tensor.std, tensor.mean + reach * tensor.std], ...extra },
+    { ...y, ...extra },
+  ];
+}
+
+function plotDensity(element, tensor, grid, isLog) {
+  if (!tensor.histogram) return showNothing(element, `All elements are ${shown(tensor.mean)}.`);
+  const found = densityTraces(tensor, grid, 1);
+  const [x, y] = densityAxes(tensor, found, isLog, {});
+  const figure = layout(axis('weight', { ...x, showgrid: false }), axis('density', y), {
+    ...limitLines(tensor, true), showlegend: true,
+  });
+  figure.margin.t = 46;
+  figure.legend.y = 1.07;
+  return show(element, found.traces, figure, `Density of ${tensor.name}`);
+}
+
+function qqTraces(tensor, grid) {
+  const pairs = quantilePairs(tensor, grid);
+  return [
+    { x: [-5, 5], y: [-5, 5], mode: 'lines', line: { color: colour('fit'), width: 1.5 },
+      hoverinfo: 'skip' },
+    { x: pairs.gaussian, y: pairs.own, mode: 'markers',
+      marker: { color: colour('accent'), size: 4 },
+      hovertemplate: 'Gaussian %{x:.3f}σ, weights %{y:.3f}σ<extra></extra>' },
+  ];
+}
+
+function plotQq(element, tensor, grid) {
+  if (!tensor.histogram) return showNothing(element, 'No quantiles: all elements are equal.');
+  const figure = layout(axis('Gaussian quantile, σ', { range: [-4.8, 4.8], dtick: 2, tick0: 0 }),
+    axis('quantile of the weights, σ'), { showlegend: false });
+  return show(element, qqTraces(tensor, grid), figure, `Quantiles of ${tensor.name}`);
+}
+
+// Small multiples have no axes' names, buttons or hovering: they are there to be compared.
+function plotSmall(element, tensor, grid, picture, isLog) {
+  if (!tensor.histogram) return showNothing(element, 'all equal');
+  const bare = { showticklabels: false, showgrid: false, zeroline: false, fixedrange: true };
+  const found = picture === 'qq'
+    ? { traces: qqTraces(tensor, grid), axes: [{ range: [-4.8, 4.8], ...bare }, bare] }
+    : densityTraces(tensor, grid, 4);
+  const [x, y] = found.axes ?? densityAxes(tensor, found, isLog, bare);
+  const figure = layout(axis('', x), axis('', y), {
+    showlegend: false, margin: { l: 4, r: 4, t: 4, b: 4 },
+    ...(picture === 'qq' ? {} : limitLines(tensor, false)),
+  });
+  for (const trace of found.traces) if (trace.mode === 'markers') trace.marker.size = 2.5;
+  return Plotly.react(element, found.traces, figure, { staticPlot: true, responsive: true });
+}
+
+// lines: [{name, look, dash, points: [[depth, value, hover text]…], isNamed}]; look numbers the
+// colour, null is none; a line without points only explains its dashes in the legend.
+function plotLines(element, lines, labels, yTitle, options = {}) {
+  if (!lines.some(line => line.points.length)) {
+    return showNothing(element, options.nothing ?? 'There are no layers to draw.');
+  }
+  const traces = lines.map(line => ({
+    name: line.name,
+    x: line.points.length ? line.points.map(point => point[0]) : [null],
+    y: line.points.length ? line.points.map(point => point[1]) : [null],
+    text: line.points.map(point => point[2]),
+    hovertemplate: '%{text}: %{y:.4g}<extra></extra>',
+    mode: line.look === null ? 'lines' : 'lines+markers',
+    showlegend: line.isNamed ?? true,
+    line: { color: line.look === null ? colour('soft') : PALETTE[line.look % PALETTE.length],
+      width: 1.5, dash: DASHES[(line.dash ?? 0) % DASHES.length] },
+    marker: { size: 5, symbol: SYMBOLS[Math.floor(line.look / PALETTE.length) % SYMBOLS.length] },
+  }));
+  const step = Math.max(1, Math.ceil(labels.length / (isNarrow() ? 8 : 20)));
+  const ticks = labels.map((_, i) => i).filter(i => i % step === 0);
+  const figure = layout(
+    axis('layer', { tickvals: ticks, ticktext: ticks.map(i => labels[i]), showgrid: false,
+      zeroline: false }),
+    axis(yTitle, { type: options.isLog ? 'log' : 'linear', rangemode: options.fromZero ?? 'normal',
+      // Two digits of each decade, or a narrow range would have no tick.
+      ...(options.isLog ? { dtick: 'D2' } : {}) }),
+    { showlegend: lines.length > 1 });
+  // Names of many lines need more room than a margin on top: they stand below the plot.
+  const numNames = lines.filter(line => line.isNamed ?? true).length;
+  if (numNames > 3 || isNarrow()) {
+    figure.legend = { ...figure.legend, y: -0.2, yanchor: 'top' };
+    const perRow = isNarrow() ? 2 : 5;
+    figure.height = 340 + 22 * Math.ceil(numNames / perRow);
+  }
+  return show(element, traces, figure, `${yTitle} against depth`);
+}
+
+// cells: value and text by [module][layer]. Layers go down on a phone, where they would not fit.
+function plotHeat(element, cells, layers, modules, title) {
+  if (!modules.length) return showNothing(element, 'There are no tensors to draw here.');
+  const upright = isNarrow() && layers.length > modules.length;
+  const turn = key => upright
+    ? layers.map((_, l) => modules.map((_, m) => cells[m][l]?.[key] ?? null))
+    : cells.map(row => row.map(cell => cell?.[key] ?? null));
+  const names = upright ? modules : layers, downward = upright ? layers : modules;
+  const trace = {
+    type: 'heatmap', z: turn('value'), text: turn('text'), customdata: turn('name'),
+    hovertemplate: '%{text}: %{z:.5g}<extra></extra>', hoverongaps: false,
+    colorscale: 'Viridis', xgap: 1, ygap: 1,
+    colorbar: { thickness: 12, outlinewidth: 0,
+      ...(isNarrow() ? { orientation: 'h', y: 1.01, yanchor: 'bottom' } : {}) },
+  };
+  const ticks = list => {
+    const step = list === layers ? Math.max(1, Math.ceil(list.length / 40)) : 1;
+    const places = list.map((_, i) => i).filter(i => i % step === 0);
+    return { tickvals: places, ticktext: places.map(i => list[i] || '–'), showgrid: false,
+      zeroline: false };
+  };
+  const figure = layout(
+    axis(upright ? '' : 'layer', { ...ticks(names), ...(upright ? { tickangle: -60 } : {}) }),
+    axis(upright ? 'layer' : '', { ...ticks(downward), autorange: 'reversed' }),
+    { height: Math.max(200, (upright ? 210 : 120) + downward.length * (upright ? 14 : 24)) });
+  // The buttons that come up when the mouse is over a plot stand above it.
+  figure.margin.t = isNarrow() ? 56 : 32;
+  return show(element, [trace], figure, `${title} by layer and module`);
+}

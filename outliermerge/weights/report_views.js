@@ -1,0 +1,282 @@
+'use strict';
+
+// What each section shows of the state; `report.js` says when.
+
+const DATA = JSON.parse(document.getElementById('data').textContent);
+const GRID = { width: 2 * DATA.half_width / DATA.bins, halfWidth: DATA.half_width };
+// Columns become one object a tensor once, so that the rest reads plainly.
+const SUBJECTS = DATA.subjects.map(subject => {
+  const keys = Object.keys(subject.columns);
+  const tensors = subject.columns.name.map((_, i) =>
+    Object.fromEntries(keys.map(key => [key, subject.columns[key][i]])));
+  return { ...subject, tensors, byName: new Map(tensors.map(each => [each.name, each])) };
+});
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function shown(value) {
+  if (value === null || value === undefined) return '–';
+  if (typeof value !== 'number') return String(value);
+  if (Number.isInteger(value)) return value.toLocaleString('en');
+  const size = Math.abs(value);
+  return size >= 1e5 || size < 1e-4 ? value.toExponential(3) : value.toPrecision(4);
+}
+
+function percent(share, digits = 2) {
+  return share === null || !Number.isFinite(share) ? '–' : `${(100 * share).toFixed(digits)}%`;
+}
+
+// Shares are kept as 0 to 1 and shown as percent, as the paper's tables do.
+function statistic(tensor, key) {
+  const value = tensor[key];
+  return key.endsWith('_ratio') && value !== null ? 100 * value : value;
+}
+
+function kind(subject) {
+  return subject.base === null ? 'W' : 'ΔW';
+}
+
+function subjectTitle(subject) {
+  return subject.base === null ? `W of ${subject.title}` : `ΔW of ${subject.title}`;
+}
+
+function distinct(values) {
+  return [...new Set(values)];
+}
+
+function partName(part) {
+  return part || 'outside layers';
+}
+
+function tensorsOf(subject, part) {
+  return subject.tensors.filter(each =>
+    each.part === part && (state.vectors || each.is_matrix || each.name === state.tensor));
+}
+
+function layersOf(tensors) {
+  const found = new Map(tensors.map(each => [each.depth ?? 0, each.layer]));
+  const labels = [];
+  for (const [depth, layer] of found) labels[depth] = layer;
+  return Array.from(labels, label => label ?? '');
+}
+
+function currentTensor() {
+  return SUBJECTS[state.subject].byName.get(state.tensor);
+}
+
+function drawDistribution() {
+  const tensor = currentTensor();
+  byId('tensor-name').textContent = tensor.name;
+  plotDensity(byId('density-plot'), tensor, GRID, state.log);
+  plotQq(byId('qq-plot'), tensor, GRID);
+  const { filter } = SUBJECTS[state.subject];
+  const facts = [
+    ['shape', tensor.shape.join(' × ') || 'scalar'], ['elements', shown(tensor.num_elements)],
+    ['mean', shown(tensor.mean)], ['σ', shown(tensor.std)],
+    [`inside ${filter}σ`, percent(tensor.kept_ratio)],
+    ['beyond 2σ', percent(tensor.outside_2_ratio)],
+    ['beyond 3σ', percent(tensor.outside_3_ratio)],
+    [`skewness, inside ${filter}σ`, shown(tensor.skewness)],
+    [`kurtosis, inside ${filter}σ`, shown(tensor.kurtosis)],
+    ['kurtosis of all', shown(tensor.kurtosis_before)],
+    ['smallest, largest', `${shown(tensor.minimum)}, ${shown(tensor.maximum)}`],
+    ['shape of the histogram', shown(tensor.form)],
+  ];
+  if (tensor.num_non_finite) facts.push(['infinite or NaN', shown(tensor.num_non_finite)]);
+  const far = tensor.histogram ? tensor.histogram.below + tensor.histogram.above : 0;
+  if (far) facts.push([`beyond ±${DATA.half_width}σ, not drawn`, shown(far)]);
+  byId('facts').replaceChildren(...facts.map(([name, value]) => {
+    const pair = document.createElement('div');
+    pair.append(element('dt', name), element('dd', value));
+    return pair;
+  }));
+}
+
+// Only what is scrolled to is drawn: a large model has hundreds of matrices.
+const galleryObserver = new IntersectionObserver(entries => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    galleryObserver.unobserve(entry.target);
+    const tensor = SUBJECTS[state.subject].byName.get(entry.target.dataset.name);
+    if (tensor) plotSmall(entry.target, tensor, GRID, state.picture, state.log);
+  }
+}, { rootMargin: '200px' });
+
+function drawGallery() {
+  const tensor = currentTensor();
+  const key = state.gallery === 'layer' ? 'layer' : 'label';
+  const members = tensorsOf(SUBJECTS[state.subject], tensor.part)
+    .filter(each => each.part === '' || each[key] === tensor[key]);
+  galleryObserver.disconnect();
+  for (const old of byId('gallery-grid').querySelectorAll('.js-plotly-plot')) Plotly.purge(old);
+  byId('gallery-grid').replaceChildren(...members.map(each => {
+    const button = element('button');
+    button.type = 'button';
+    button.setAttribute('aria-pressed', String(each.name === state.tensor));
+    button.title = each.name;
+    button.addEventListener('click', () => select(each.name, true));
+    const picture = element('div');
+    picture.className = 'small';
+    picture.dataset.name = each.name;
+    const place = each.layer && state.gallery === 'module' ? `layer ${each.layer}` : each.label;
+    button.append(element('span', place), picture,
+      element('span', `σ ${shown(each.std)}, kurtosis ${shown(each.kurtosis)}`));
+    galleryObserver.observe(picture);
+    return button;
+  }));
+}
+
+// Returns a line for each type of module: mean of a value over its tensors at each depth.
+function linesOf(tensors, value, looks, suffix = '') {
+  return distinct(tensors.map(each => each.label)).map(label => {
+    const cells = new Map();
+    for (const each of tensors) {
+      if (each.label !== label || each.depth === null) continue;
+      if (!cells.has(each.depth)) cells.set(each.depth, []);
+      cells.get(each.depth).push(each);
+    }
+    const points = [...cells].sort((a, b) => a[0] - b[0]).map(([depth, members]) =>
+      [depth, mean(members.map(value)), `${label}, layer ${members[0].layer}${suffix}`]);
+    if (!looks.includes(label)) looks.push(label);
+    return { name: label, look: looks.indexOf(label), points };
+  });
+}
+
+function drawDepth() {
+  const { part } = currentTensor(), looks = [];
+  const plots = distinct(SUBJECTS.map(kind)).map(each => {
+    const subjects = SUBJECTS.filter(subject => kind(subject) === each);
+    const several = subjects.length > 1;
+    const lines = [], all = [];
+    subjects.forEach((subject, dash) => {
+      const tensors = tensorsOf(subject, part)
+        .filter(tensor => !state.depthModule || tensor.label === state.depthModule);
+      all.push(...tensors);
+      const suffix = several ? `, ${subject.title}` : '';
+      for (const line of linesOf(tensors, tensor => tensor.std, looks, suffix)) {
+        // One module of several models: colours tell the models apart better than dashes do.
+        lines.push(state.depthModule ? { ...line, look: dash, name: subject.title }
+          : { ...line, dash, isNamed: dash === 0 });
+      }
+    });
+    if (several && !state.depthModule) {
+      subjects.forEach(({ title }, dash) => lines.push({ name: title, look: null, dash,
+        points: [] }));
+    }
+    return { each, lines, labels: layersOf(all) };
+  });
+  const place = byId('depth-plots');
+  while (place.children.length > plots.length) place.lastChild.remove();
+  while (place.children.length < plots.length) {
+    const plot = element('div');
+    plot.className = 'plot';
+    plot.setAttribute('role', 'img');
+    place.append(plot);
+  }
+  plots.forEach(({ each, lines, labels }, i) =>
+    plotLines(place.children[i], lines, labels, `σ of ${each}`, { isLog: state.depthLog }));
+}
+
+function cellsOf(tensors, value, modules, numLayers) {
+  return modules.map(module => Array.from({ length: numLayers }, (_, depth) => {
+    const members = tensors.filter(each => each.label === module && (each.depth ?? 0) === depth);
+    if (!members.length) return null;
+    const text = members.length > 1 ? `${members[0].name} and ${members.length - 1} more`
+      : members[0].name;
+    return { value: value(members), text, name: members[0].name };
+  }));
+}
+
+function drawHeat() {
+  const tensors = tensorsOf(SUBJECTS[state.subject], currentTensor().part);
+  const modules = distinct(tensors.map(each => each.label)), layers = layersOf(tensors);
+  const value = members => mean(members.map(each => statistic(each, state.statistic)));
+  plotHeat(byId('heat-plot'), cellsOf(tensors, value, modules, layers.length), layers, modules,
+    DATA.statistics[state.statistic]);
+  onCell(byId('heat-plot'));
+}
+
+function onCell(plot) {
+  if (!plot.on || plot.dataset.bound) return;
+  plot.dataset.bound = 'yes';
+  plot.on('plotly_click', event => {
+    const name = event.points[0].customdata;
+    if (name && SUBJECTS[state.subject].byName.has(name)) select(name, true);
+  });
+}
+
+// The task vectors that min-σ would merge; a merge's output is none of them.
+function merged() {
+  return SUBJECTS.filter(subject => subject.base !== null && subject.role !== 'output');
+}
+
+// What the view of min-σ can be of: task vectors, or where there are none the weights themselves.
+function vectorSubjects() {
+  return merged().length ? merged() : SUBJECTS;
+}
+
+// Returns for each tensor of a subject the least σ of all models, and how many models have it.
+function thresholds(subject) {
+  const others = merged().length ? merged() : [subject];
+  const alone = others.length === 1;
+  return subject.tensors.map(tensor => {
+    const peers = others.map(other => other.byName.get(tensor.name)).filter(Boolean);
+    return { sigma: Math.min(...peers.map(each => each.std)),
+      num: alone ? state.count : peers.length };
+  });
+}
+
+function drawMinSigma() {
+  const subject = vectorSubjects()[state.vector], limits = thresholds(subject);
+  const several = merged().length > 1;
+  const { part } = currentTensor();
+  byId('t-value').textContent = state.t.toFixed(1);
+  byId('count-label').hidden = several;
+  byId('minsigma-text').textContent = minSigmaText(subject, several);
+  const nums = limits.map(each => each.num);
+  const shares = minSigmaShares(subject.tensors, limits.map(each => state.t * each.sigma), nums,
+    GRID);
+  const rows = [['elements', shares.count], ['Σ|δ|', shares.sum], ['Σδ²', shares.squares]];
+  byId('shares').tBodies[0].replaceChildren(...rows.map(([name, found]) =>
+    tableRow([name, percent(found.whole), percent(found.left), percent(found.away)])));
+  drawThresholds(subject, limits);
+  const limitOf = new Map(subject.tensors.map((each, i) => [each.name, limits[i]]));
+  const share = tensor => 100 * (1 - inside(tensor, state.t * limitOf.get(tensor.name).sigma, GRID)
+    .count / numFinite(tensor));
+  const tensors = tensorsOf(subject, part);
+  plotLines(byId('outlier-plot'), linesOf(tensors, share, []), layersOf(tensors),
+    `kept whole at t = ${state.t.toFixed(1)}, %`, { fromZero: 'tozero' });
+}
+
+function minSigmaText(subject, several) {
+  const what = subject.base === null
+    ? 'Min-σ works on task vectors, which need a base; here is what it would do to the weights '
+      + 'themselves. ' : '';
+  const sigma = several
+    ? `σ is the least of the ${merged().length} models' own, tensor by tensor. `
+    : 'σ is this model’s own; in a merge it is the least of all models’, which keeps as much or '
+      + 'more. ';
+  return `${what}Changes beyond tσ are kept whole; those within are noise, divided by the number `
+    + `of models. ${sigma}Taken from histograms of bins σ/32 wide.`;
+}
+
+function drawThresholds(subject, limits) {
+  const ts = Array.from({ length: 41 }, (_, i) => 1 + i / 10);
+  subject.curve ??= ts.map(t => {
+    const count = subject.tensors.reduce((total, each, i) =>
+      total + inside(each, t * limits[i].sigma, GRID).count, 0);
+    return 100 * (1 - count / subject.tensors.reduce((total, each) => total + numFinite(each), 0));
+  });
+  const line = (name, y, style) => ({ name, x: ts, y, mode: 'lines', line: style,
+    hovertemplate: `t = %{x:.1f}: %{y:.3g}%<extra>${name}</extra>` });
+  const figure = layout(axis('t'), axis('elements kept whole, %', { type: 'log', dtick: 1 }), {
+    shapes: [{ type: 'line', x0: state.t, x1: state.t, yref: 'paper', y0: 0, y1: 1,
+      line: { color: colour('limit'), width: 1, dash: 'dash' } }],
+  });
+  show(byId('threshold-plot'), [
+    line('weights', subject.curve, { color: colour('accent'), width: 2 }),
+    line('Gaussian', ts.map(t => 200 * gaussianBelow(-t)), { color: colour('fit'), width: 1.5 }),
+  ], figure, 'Share kept whole against t');
+}

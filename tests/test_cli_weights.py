@@ -1,0 +1,114 @@
+"""The commands that look at weights, beside `stats`, whose file has its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from checkpoints import family, save_tensors
+
+from outliermerge.cli import main
+from outliermerge.weights.compare import compare_weights
+from outliermerge.weights.simulate import simulate
+from outliermerge.weights.spectra import layer_spectra
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    base, (a, b) = family("llama", tmp_path_factory.mktemp("family"))
+    return {"base": str(base), "a": str(a), "b": str(b)}
+
+
+def test_compare_weights_prints_pairs_and_writes_them(models, tmp_path, capsys):
+    written = {kind: tmp_path / f"pairs.{kind}" for kind in ("json", "csv")}
+    arguments = [part for kind, file in written.items() for part in (f"--{kind}", str(file))]
+    code = main(["compare-weights", models["a"], models["b"], "--base", models["base"], *arguments])
+    shown = capsys.readouterr().out
+    wanted = compare_weights([models["a"], models["b"]], base=models["base"])
+    assert code == 0 and f"{wanted.pairs[0].cosine:.4f}" in shown
+    found = json.loads(written["json"].read_text())
+    assert found["pairs"][0]["conflict_ratio"] == wanted.pairs[0].conflict_ratio
+    rows = list(csv.DictReader(written["csv"].read_text().splitlines()))
+    assert [float(row["std_difference"]) for row in rows] == [
+        pair.std_difference for pair in wanted.tensors
+    ]
+
+
+def test_compare_weights_prints_a_matrix_of_three_models(models, capsys):
+    assert main(["compare-weights", *models.values()]) == 0
+    shown = capsys.readouterr().out
+    wanted = compare_weights(list(models.values()))
+    rows = [line.split() for line in shown.splitlines()]
+    at = rows.index(["cosine", "A", "B", "C"])
+    matrix = wanted.matrix("cosine")
+    assert rows[at + 1] == ["A", *(f"{value:.4f}" for value in matrix[0])]
+
+
+@pytest.mark.parametrize("by", ["layer", "module", "tensor"])
+def test_compare_weights_prints_rows_by_what_is_asked_for(models, capsys, by):
+    names = {
+        "layer": "model.layers.1",
+        "module": "mlp.down_proj",
+        "tensor": "model.norm.weight",
+    }
+    assert main(["compare-weights", models["a"], models["b"], "--by", by]) == 0
+    assert names[by] in capsys.readouterr().out
+
+
+def test_layers_prints_spectra_and_fingerprint_distances(models, capsys):
+    assert main(["layers", models["a"], models["b"], "--values", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "mlp.gate_proj" in shown and "distance of σ fingerprints" in shown
+    assert main(["layers", models["a"], "--values", "4", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = layer_spectra(models["a"], num_values=4)
+    first = found["models"][0]["modules"][0]
+    assert first["singular_values"] == [list(row) for row in wanted.modules[0].singular_values]
+    assert found["fingerprint_distances"] == [[0.0]]
+
+
+def test_simulate_prints_labels_beside_the_papers_and_draws(tmp_path, capsys):
+    png = tmp_path / "fig7.png"
+    assert main(["simulate", "--points", "50000", "--png", str(png)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    labels = {each.noise: each.stats.label for each in simulate(num_points=50_000).weights}
+    assert next(row for row in rows if row[:1] == ["0.05"])[-2:] == [labels[0.05], "sharp"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert main(["simulate", "--points", "1000", "--seed", "7", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 7
+
+
+def test_report_writes_a_page(models, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["report", models["a"], "--base", models["base"], "-o", str(page)]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compare-weights", "a"], 2, "found 1 model(s) to compare, expected two or more"),
+        (["compare-weights", "a", "a"], 2, "is the same model as"),
+        (["compare-weights", "a", "b", "--t", "-1"], 2, "--t: found -1.0"),
+        (["compare-weights", "a", "absent"], 1, "absent"),
+        (["layers", "flat"], 1, "flat: found no type of module"),
+        (["layers", "a", "--values", "1"], 2, "--values: found 1"),
+        (["simulate", "--points", "9"], 2, "--points: found 9"),
+        (["simulate", "--points", "1000", "--png", "no/x.png"], 1, "no"),
+        (["report", "a", "-o", "no/x.html"], 1, "no/x.html: cannot be written"),
+        (["report", "a", "-o", "x.html", "--t", "9"], 2, "--t: found 9.0"),
+        (["report", "a"], 2, "-o/--output"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(
+    models, tmp_path, monkeypatch, capsys, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    save_tensors(tmp_path / "flat", {"w": torch.randn(4, 4)})
+    assert main([models.get(argument, argument) for argument in arguments]) == code
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["flat"]
