@@ -8,7 +8,8 @@ OUTPUT ?= scores/eval
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study test test-gpu check bench bench-check bench-gpu clean
+.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu check \
+	bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,7 +30,13 @@ eval-paper: $(VENV)/.eval ## the paper's Table 4, merges and scores (needs a GPU
 study: $(VENV)/.eval ## train, merge and score the small family for five seeds in two regimes (an hour)
 	@$(IN_VENV) $(BIN)/python evals/family/study.py
 
-test: $(VENV)/.dev $(VENV)/.eval ## run the tests
+study-peft: $(VENV)/.dev ## train a real encoder by noise, LoRA and LoRA with a scale (ten minutes)
+	@$(IN_VENV) $(BIN)/python evals/peft/study.py
+
+weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
+	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
+
+test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
 	@$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
@@ -44,6 +51,7 @@ check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of import
 bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26 GB of disk, about an hour)
 	@$(IN_VENV) $(BIN)/python benchmarks/suite.py
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
+	@$(IN_VENV) $(BIN)/python benchmarks/looking.py
 	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write-readme
 
 bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
@@ -70,6 +78,16 @@ $(VENV)/.eval: pyproject.toml constraints.txt evals/requirements-cpu.txt | $(BIN
 	@echo "setting up $(VENV) for evaluations (once)"
 	@$(INSTALL) -e '.[family]' -r evals/requirements-cpu.txt
 	@$(INSTALL) --no-deps lmms-eval==0.7.3
+	@touch $@
+
+# The report's tests open it in Chromium.
+$(VENV)/.browser: | $(BIN)/python
+	@command -v chromium >/dev/null || { \
+	echo "setting up Chromium (once)"; \
+	admin=$$(test $$(id -u) -eq 0 || echo sudo); \
+	install="$$admin apt-get install -qq -y --no-install-recommends chromium"; \
+	{ $$install || { $$admin apt-get update -qq && $$install; }; } >/dev/null 2>&1 || \
+	{ echo "error: make test needs chromium on PATH, and apt-get could not install it" >&2; exit 1; }; }
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from outliermerge.checkpoint.adapter_config import (
     CONFIG_NAME,
     FILE_NAMES,
+    SCALED_LORA,
+    SCALED_NOISE,
     by_pattern,
     ends_with,
     is_saved_whole,
     read_adapter_config,
 )
+from outliermerge.checkpoint.adapter_scaled import NoiseSum, ScaledSum
 from outliermerge.checkpoint.adapter_tensors import (
-    InDType,
     LowRankSum,
     ReplacedRows,
     Rescaled,
     ShiftedBias,
+    in_dtype_of,
+    makes,
 )
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
@@ -36,9 +40,11 @@ _PREFIX = "base_model.model."
 _WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.default)?\.")
 _KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)(\.default)?"
+    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta"
+    r"|scaled_lora_[ABs]|scaled_noise_s)(\.default)?"
     r"(\.(?P<end>weight|bias))?$"
 )
+_OWN_PARTS = {SCALED_LORA: "scaled_lora_", SCALED_NOISE: "scaled_noise_"}
 
 
 @dataclass
@@ -52,6 +58,7 @@ class _Module:
         for a, b, embedding in (
             ("lora_A.weight", "lora_B.weight", False),
             ("lora_embedding_A", "lora_embedding_B", True),
+            ("scaled_lora_A", "scaled_lora_B", False),
         ):
             if a in self.parts or b in self.parts:
                 return self.parts[a], self.parts[b], embedding
@@ -83,6 +90,7 @@ class _Adapter:
     def __init__(self, folder: Path, base: Checkpoint, rename: Callable[[str], str]) -> None:
         self.folder, self.base, self.rename = folder, base, rename
         self.config = read_adapter_config(folder)
+        self.kind = str(self.config["peft_type"])
         self.file = next(folder / name for name in FILE_NAMES if (folder / name).is_file())
         check_file(self.file, folder)
         metas, _ = read_metas(self.file)
@@ -97,13 +105,16 @@ class _Adapter:
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
             name = meta.name.removeprefix(_PREFIX)
-            if match := _KEY.match(name):
+            match = _KEY.match(name)
+            if match and match["part"].startswith(_OWN_PARTS.get(self.kind, ("lora_", "token_"))):
                 part = match["part"]
                 if part in ("lora_A", "lora_B"):
                     part += f".{match['end']}"
                 parts = self.modules.setdefault(match["module"], _Module()).parts
                 if (other := parts.setdefault(part, meta)) is not meta:
                     raise self.refuse(f"{other.name!r} and {meta.name!r} are the same factor")
+            elif match:
+                raise self.refuse(f"tensor {meta.name!r} is not of an adapter of type {self.kind}")
             elif "lora_" in name or "token_adapter.trainable" in name:
                 raise self.refuse(f"tensor {meta.name!r} is of no known kind")
             elif ".original_module." not in name:  # the same as in the base
@@ -142,7 +153,7 @@ class _Adapter:
         tensors = dict(self.base.tensors)
         for name, meta in self.whole.items():
             target = self.rename(name)
-            tensors[target] = _as_in_base(meta, self.base.tensors.get(target))
+            tensors[target] = in_dtype_of(meta, self.base.tensors.get(target))
         self._check_targets(tensors)
         self.seen_transposed = self._told_by_shapes(tensors)
         for module, found in self.modules.items():
@@ -159,6 +170,7 @@ class _Adapter:
 
     def _note(self) -> str:
         kind = "DoRA" if self.config.get("use_dora") else "LoRA"
+        kind = {SCALED_LORA: "scaled LoRA", SCALED_NOISE: "scaled noise"}.get(self.kind, kind)
         kind = f"rank-stabilised {kind}" if self.config.get("use_rslora") else kind
         pairs = (found.pair() for found in self.modules.values())
         ranks = sorted({pair[0].shape[0] for pair in pairs if pair})
@@ -193,7 +205,7 @@ class _Adapter:
             pair = self._pair(module, found)
             if pair is not None and not pair[2]:
                 shape = tensors[self.rename(f"{module}.weight")].shape
-                fits = _made(shape, pair, transposed=False), _made(shape, pair, transposed=True)
+                fits = makes(shape, pair, transposed=False), makes(shape, pair, transposed=True)
                 if fits[0] != fits[1]:
                     ways.add(fits[1])
         return ways
@@ -213,6 +225,9 @@ class _Adapter:
                 raise self.refuse(f"{module}: LoRA and trainable tokens in one layer")
             tensors[target] = self._replaced_rows(module, base, new)
             return
+        if self.kind == SCALED_NOISE:
+            tensors[target] = self._noisy(module, base, parts)
+            return
         pair = self._pair(module, found)
         if pair is None:
             raise self.refuse(f"{module}: has {', '.join(parts)} without lora_A and lora_B")
@@ -220,7 +235,7 @@ class _Adapter:
         for source in (base, lora_a, lora_b):
             if not source.dtype.is_float:
                 raise self.refuse(f"{source.name}: is {source.dtype.name}, expected floats")
-        if is_embedding and not _made(base.shape, pair, transposed=True):
+        if is_embedding and not makes(base.shape, pair, transposed=True):
             raise self._misfit(module, base.shape, pair)
         scale = self._scale(module, lora_a)
         low_rank = LowRankSum(
@@ -233,6 +248,9 @@ class _Adapter:
             scale=scale,
             transposed=is_embedding or self._is_transposed(module, base.shape, pair),
         )
+        if self.kind == SCALED_LORA:
+            tensors[target] = self._scaled(module, low_rank, parts)
+            return
         magnitude = parts.pop("lora_magnitude_vector", None)
         is_dora = bool(self.config.get("use_dora"))
         if (magnitude is not None) != is_dora:
@@ -255,7 +273,7 @@ class _Adapter:
         The config's fan_in_fan_out is that of the layer that was adapted last, so shapes are
         asked first.
         """
-        fits = _made(shape, pair, transposed=False), _made(shape, pair, transposed=True)
+        fits = makes(shape, pair, transposed=False), makes(shape, pair, transposed=True)
         if not any(fits):
             raise self._misfit(module, shape, pair)
         if not all(fits):
@@ -293,6 +311,36 @@ class _Adapter:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not rank:
             raise self.refuse(f"{module}: lora_alpha {alpha!r} and r {rank!r} give no scale")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _noisy(self, module: str, base: Source, parts: dict[str, TensorMeta]) -> NoiseSum:
+        s = self._scalar(module, base, parts.pop("scaled_noise_s"))
+        return NoiseSum(
+            name=base.name,
+            shape=base.shape,
+            out_dtype=base.out_dtype,
+            base=base,
+            s=s,
+            seed=self.config["seed"],
+            module=module,
+        )
+
+    def _scaled(self, module: str, sum_: LowRankSum, parts: dict[str, TensorMeta]) -> ScaledSum:
+        s = parts.get("scaled_lora_s")
+        if bool(self.config.get("train_scale")) != (s is not None):
+            raise self.refuse(
+                f"{module}: has {'a' if s else 'no'} scaled_lora_s, but train_scale is "
+                f"{self.config.get('train_scale')} in {CONFIG_NAME}"
+            )
+        s = self._scalar(module, sum_.base, s) if s else None
+        return ScaledSum(**{one.name: getattr(sum_, one.name) for one in fields(sum_)}, s=s)
+
+    def _scalar(self, module: str, base: Source, s: TensorMeta) -> TensorMeta:
+        if s.num_elements != 1 or not s.dtype.is_float or not base.dtype.is_float:
+            raise self.refuse(
+                f"{module}: {s.name} is {s.dtype.name} {list(s.shape)} and its weight "
+                f"{base.dtype.name}, expected one float and floats"
+            )
+        return s
 
     def _rescaled(self, module: str, low_rank: LowRankSum, magnitude: TensorMeta) -> Rescaled:
         outputs = low_rank.num_columns if low_rank.transposed else low_rank.num_rows
@@ -345,24 +393,3 @@ class _Adapter:
             new=new,
             indices=indices,
         )
-
-
-def _as_in_base(meta: TensorMeta, base: Source | None) -> Source:
-    """Return a tensor that an output stores in the base's dtype."""
-    if base is None or meta.dtype == base.out_dtype:
-        return meta
-    return InDType(
-        name=meta.name, shape=meta.shape, out_dtype=base.out_dtype, dtype=meta.dtype, whole=meta
-    )
-
-
-def _made(
-    shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool], *, transposed: bool
-) -> bool:
-    """Tell whether A and B make a change of this shape."""
-    a, b = pair[0].shape, pair[1].shape
-    if len(a) < 2 or len(b) < 2:
-        return False
-    if transposed:
-        return len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == shape
-    return math.prod(b[1:]) == a[0] and (b[0], *a[1:]) == shape

@@ -12,21 +12,27 @@ from outliermerge.checkpoint.files import check_file
 from outliermerge.errors import OutlierMergeError, listing
 
 CONFIG_NAME = "adapter_config.json"
+SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # What a config may say: read here, or without a meaning for the merged weights.
 _READ = {
-    "alpha_pattern",
-    "bias",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "lora_alpha",
-    "lora_bias",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
+    "LORA": {
+        "alpha_pattern",
+        "bias",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "lora_alpha",
+        "lora_bias",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    },
+    # Those of outliermerge.peft.
+    SCALED_LORA: {"fan_in_fan_out", "lora_alpha", "peft_type", "r", "train_scale"},
+    SCALED_NOISE: {"peft_type", "seed"},
 }
 _WITHOUT_MEANING = {
     "auto_mapping",
@@ -36,6 +42,7 @@ _WITHOUT_MEANING = {
     "eva_config",
     "exclude_modules",
     "inference_mode",
+    "init",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -48,6 +55,7 @@ _WITHOUT_MEANING = {
     "qalora_group_size",
     "revision",
     "runtime_config",
+    "seed",
     "target_modules",
     "task_type",
     "velora_config",
@@ -78,7 +86,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return an adapter's config after checking that the adapter can be computed.
 
     Raises:
-        OutlierMergeError: it is not LoRA, or of a kind whose weights cannot be told from its file.
+        OutlierMergeError: it is of another kind, or of one whose weights its file does not tell.
     """
     path = folder / CONFIG_NAME
     check_file(path, folder)
@@ -86,10 +94,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not config:
         raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if not isinstance(kind, str) or kind not in _READ:
         raise OutlierMergeError(
-            f"{path}: a PEFT adapter of type {kind}; only LORA (with rsLoRA and DoRA) can be a "
-            "model. Merge it with peft's merge_and_unload(), then save_pretrained()."
+            f"{path}: a PEFT adapter of type {kind}; only LORA (with rsLoRA and DoRA), "
+            f"{SCALED_LORA} and {SCALED_NOISE} can be a model. Merge it with peft's "
+            "merge_and_unload(), then save_pretrained()."
         )
     initial = config.get("init_lora_weights")
     if initial not in _LEAVES_BASE:
@@ -103,9 +112,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {initial!r} also changed the base's weights, or is not "
             f"known not to, and the adapter does not hold that change. {advice}"
         )
+    if kind == SCALED_NOISE and type(config.get("seed")) is not int:
+        raise OutlierMergeError(
+            f"{path}: seed: found {config.get('seed')!r}, expected the integer that the noise was "
+            "made from. Without it the adapter cannot be computed."
+        )
     _check_patterns(path, config)
     unknown = [
-        key for key, value in config.items() if value and key not in _READ | _WITHOUT_MEANING
+        key for key, value in config.items() if value and key not in _READ[kind] | _WITHOUT_MEANING
     ]
     if unknown:
         raise OutlierMergeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,14 +40,15 @@ class LowRankSum(ComputedTensor):
 
     def rows(self, reader: Reader, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
-        if self.transposed:
-            left = _columns(reader, self.lora_a, first, last).T
-            right = reader.whole(self.lora_b).T
-        else:
-            left = read_rows(reader, self.lora_b, first, last)
-            right = reader.whole(self.lora_a).flatten(1)
+        left, right = self.factors(reader, first, last)
         change = (left.float() @ right.float()) * self.scale
         return read_rows(reader, self.base, first, last).float() + change
+
+    def factors(self, reader: Reader, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return L (last - first, r) and R (r, C): L·R are rows of BA, or of (BA)ᵀ."""
+        if self.transposed:
+            return _columns(reader, self.lora_a, first, last).T, reader.whole(self.lora_b).T
+        return read_rows(reader, self.lora_b, first, last), reader.whole(self.lora_a).flatten(1)
 
 
 def _columns(reader: Reader, matrix: TensorMeta, first: int, last: int) -> Tensor:
@@ -171,3 +173,24 @@ class ReplacedRows(ComputedTensor):
             if first <= index < last:
                 values[index - first] = reader.whole(self.new)[place].to(values.dtype)
         return values
+
+
+def in_dtype_of(meta: TensorMeta, base: Source | None) -> Source:
+    """Return a tensor, which an output stores in the dtype of the base's."""
+    if base is None or meta.dtype == base.out_dtype:
+        return meta
+    return InDType(
+        name=meta.name, shape=meta.shape, out_dtype=base.out_dtype, dtype=meta.dtype, whole=meta
+    )
+
+
+def makes(
+    shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool], *, transposed: bool
+) -> bool:
+    """Tell whether a pair of A and B makes a change of this shape."""
+    a, b = pair[0].shape, pair[1].shape
+    if len(a) < 2 or len(b) < 2:
+        return False
+    if transposed:
+        return len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == shape
+    return math.prod(b[1:]) == a[0] and (b[0], *a[1:]) == shape

@@ -1,0 +1,95 @@
+"""What a user chooses of an adapter; saved as adapter_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftConfig
+
+from outliermerge.errors import OutlierMergeError, suggest
+from outliermerge.peft.initial import INITIAL
+
+SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
+
+
+@dataclass
+class ScaledLoraConfig(PeftConfig):
+    """LoRA with a trained scale of the base (arXiv 2501.10661, Algorithm 1).
+
+    W' = (1 + s) · W + lora_alpha / r · B·A, with one s for each matrix. s and B start at 0, so the
+    model starts as the base. A bias is not scaled.
+
+    Attributes:
+        r: the rank of A (r, inputs) and B (outputs, r).
+        lora_alpha: over r, the factor of B·A.
+        lora_dropout: the share of a layer's inputs that A does not see in training, in [0, 1).
+        target_modules: names, a regular expression or "all-linear", as LoraConfig takes them; the
+            default is LoRA's for the model's architecture.
+        exclude_modules: names or a regular expression of modules that are not targets.
+        modules_to_save: names of modules that are trained and saved whole.
+        init: how A starts: "kaiming" (the paper's; uniform, as peft does it), "gaussian" (of
+            standard deviation 1 / r, as peft's of that name) or "gp_pareto" (`gp_pareto`).
+        seed: A is a function of it and of each layer's name; torch's generator is not used.
+        train_scale: False leaves s out, which is plain LoRA.
+        fan_in_fan_out: whether the layers store their weights (inputs, outputs), as GPT-2's do;
+            filled in when they are made.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init: str = "kaiming"
+    seed: int = 0
+    train_scale: bool = True
+    fan_in_fan_out: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call] # peft's has no types
+        self.peft_type = SCALED_LORA
+        _as_sets(self)
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise OutlierMergeError(f"r: found {self.r!r}, expected a positive integer")
+        if self.init not in INITIAL:
+            raise OutlierMergeError(f"init: found {self.init!r}. {suggest(self.init, INITIAL)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise OutlierMergeError(
+                f"lora_dropout: found {self.lora_dropout!r}, expected a number in [0, 1)"
+            )
+
+
+@dataclass
+class NoiseConfig(PeftConfig):
+    """A trained amount of fixed noise (arXiv 2501.10661, eq. 3 and section 3.2).
+
+    W' = W + s · N, with one s for each matrix, from 0. N is standard Gaussian noise in the shape of
+    W as the layer stores it: `rng.standard_normal(seed, name of the layer)`, never saved.
+
+    Attributes:
+        target_modules: names, a regular expression or "all-linear", as LoraConfig takes them; the
+            default is LoRA's for the model's architecture. The paper takes Q, K, V, O, up and down.
+        exclude_modules: names or a regular expression of modules that are not targets.
+        modules_to_save: names of modules that are trained and saved whole.
+        seed: of the noise. With another seed, saved scales are worth nothing.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call] # peft's has no types
+        self.peft_type = SCALED_NOISE
+        _as_sets(self)
+
+
+def _as_sets(config: ScaledLoraConfig | NoiseConfig) -> None:
+    """Make lists of names sets, as peft's own configs do, and check the seed."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(names := getattr(config, key), list):
+            setattr(config, key, set(names))
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int):
+        raise OutlierMergeError(f"seed: found {config.seed!r}, expected an integer")
