@@ -85,7 +85,7 @@ $(VENV)/.browser: | $(BIN)/python
 	@command -v chromium >/dev/null || { \
 	echo "setting up Chromium (once)"; \
 	admin=$$(test $$(id -u) -eq 0 || echo sudo); \
-	install="$$admin apt-get install -qq -y --no-install-recommends chromium"; \
+	install="$$admin env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium"; \
 	{ $$install || { $$admin apt-get update -qq && $$install; }; } >/dev/null 2>&1 || \
 	{ echo "error: make test needs chromium on PATH, and apt-get could not install it" >&2; exit 1; }; }
 	@touch $@

