@@ -97,7 +97,7 @@ def test_report_writes_a_page(models, tmp_path, capsys):
         (["layers", "flat"], 1, "flat: found no type of module"),
         (["layers", "a", "--values", "1"], 2, "--values: found 1"),
         (["simulate", "--points", "9"], 2, "--points: found 9"),
-        (["simulate", "--points", "1000", "--png", "no/x.png"], 1, "no"),
+        (["simulate", "--points", "1000", "--png", "no/x.png"], 1, "no/x.png: cannot be written"),
         (["report", "a", "-o", "no/x.html"], 1, "no/x.html: cannot be written"),
         (["report", "a", "-o", "x.html", "--t", "9"], 2, "--t: found 9.0"),
         (["report", "a"], 2, "-o/--output"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import llava_replicas
 import pytest
 import torch
+import transformers
 import yaml
 from checkpoints import fine_tune, load_folder, save_model
 from safetensors.torch import load_file, save_file
@@ -153,8 +154,31 @@ def test_every_readme_command_runs(command, real_models, tmp_path_factory):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("study", ["weights", "peft"])
+def test_the_readme_shows_rows_of_the_studies(study):
+    shown = (ROOT / "README.md").read_text().partition("## Looking at weights")[2]
+    shown = shown.partition("\n## ")[0]
+    rows = [line for line in shown.splitlines() if re.search(r"^\| .* ± ", line)]
+    committed = {
+        name: set((ROOT / "evals" / name / "README.md").read_text().splitlines())
+        for name in ("weights", "peft")
+    }
+    assert len([row for row in rows if row in committed[study]]) >= 4
+    assert all(any(row in lines for lines in committed.values()) for row in rows)
+
+
 def test_the_make_targets_of_the_readme_exist():
-    for target in ("demo", "demo-minilm", "study", "eval-paper", "test", "check", "bench"):
+    for target in (
+        "demo",
+        "demo-minilm",
+        "study",
+        "study-peft",
+        "weight-tables",
+        "eval-paper",
+        "test",
+        "check",
+        "bench",
+    ):
         done = subprocess.run(
             ["make", "-n", target, "VENV=absent"],
             cwd=ROOT,
@@ -188,6 +212,7 @@ def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models):
     assert min_sigma == tuned and base < half < tuned
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft reads it
 def test_readme_python_examples_run(real_models, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
@@ -196,6 +221,8 @@ def test_readme_python_examples_run(real_models, tmp_path, monkeypatch):
     w = torch.zeros(4)
     a, b = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])
     names = {"w": w, "a": a, "b": b, "base": {"w": w}, "tuned_a": {"w": a}, "tuned_b": {"w": b}}
+    save_model("llama", tmp_path / "llama", dtype=torch.float32)
+    names["model"] = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     module = tmp_path / "readme_examples.py"
     for number, block in enumerate(blocks):
         module.write_text(block)
@@ -203,5 +230,6 @@ def test_readme_python_examples_run(real_models, tmp_path, monkeypatch):
         space = {"__name__": f"readme_{number}", **names}
         sys.modules[space["__name__"]] = type(sys)(space["__name__"])
         exec(code, space)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    assert (folder / "merged" / "adapter" / "adapter_model.safetensors").is_file()
     assert torch.equal(space["tensor"], torch.tensor([0.5, 0.7, 0, 0]))

@@ -254,7 +254,7 @@ def test_a_figure_of_other_noises_can_be_drawn(tmp_path):
 
 
 def test_a_figure_in_no_folder_is_told(simulation, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OutlierMergeError, match=r"f\.png: cannot be written: there is no folder"):
         draw(simulation, tmp_path / "absent" / "f.png")
 
 

@@ -308,7 +308,7 @@ def test_numbers_that_are_none_are_null_in_json(tmp_path, capsys):
         (["m", "--base", "m", "--rename", "nonsense"], 2, "--rename: there is no map 'nonsense'"),
         (["ints"], 1, "holds no tensor of floats"),
         (["m", "--device", "gpu"], 2, "--device: found 'gpu'"),
-        (["m", "--json", "nowhere/x.json"], 1, "nowhere"),
+        (["m", "--json", "nowhere/x.json"], 1, "there is no folder nowhere"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(

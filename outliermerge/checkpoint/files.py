@@ -73,7 +73,14 @@ def load_json(path: Path) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file that is there as a whole or not at all.
+
+    Raises:
+        OutlierMergeError: there is no such folder.
+        OSError: it cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise OutlierMergeError(f"{path}: cannot be written: there is no folder {path.parent}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
