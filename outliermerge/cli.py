@@ -21,7 +21,7 @@ from outliermerge.cli_weights import (
     run_simulate,
     run_stats,
 )
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import OutlierMergeError, SpecError, printable
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -146,15 +146,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     except MemoryError:
         return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted: the same command goes on from here", EXIT_INTERRUPTED)
+        goes_on = options.command in ("run", "sweep", "eval")
+        later = ": the same command goes on from here" if goes_on else ""
+        return _fail(f"interrupted{later}", EXIT_INTERRUPTED)
 
 
 def _fail(message: object, code: int) -> int:
-    shown = "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in str(message)
-    )
-    print(f"error: {shown}", file=sys.stderr)
+    print(f"error: {printable(str(message))}", file=sys.stderr)
     return code
 
 

@@ -14,3 +14,11 @@ AddCommand: TypeAlias = Callable[..., argparse.ArgumentParser]
 def print_json(value: object) -> None:
     """Print a value for scripts."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def add_machine(command: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+    """Add the options of what computes."""
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+    command.add_argument(
+        "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
+    )

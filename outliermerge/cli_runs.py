@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.cli_parts import AddCommand, print_json
+from outliermerge.cli_parts import AddCommand, add_machine, print_json
 from outliermerge.errors import SpecError
 
 
@@ -45,16 +45,9 @@ def add_runs(add: AddCommand, count: Callable[[str], int]) -> None:
     for command in (run, plan, sweep):
         command.add_argument("spec", metavar="SPEC", help="a YAML file")
         command.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
-        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+        add_machine(command, count)
         command.add_argument(
             "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
-        )
-        command.add_argument(
-            "--threads",
-            type=count,
-            default=0,
-            metavar="N",
-            help="default: processors + 2",
         )
         command.add_argument(
             "--no-kernels", action="store_true", help="compute by torch, as methods are defined"

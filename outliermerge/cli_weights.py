@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.cli_parts import AddCommand
+from outliermerge.cli_parts import AddCommand, add_machine
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
 
 
 def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
@@ -111,10 +112,7 @@ def add_weights(add: AddCommand, count: Callable[[str], int]) -> None:
             "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
         )
     for command in (stats, compare, layers, report):
-        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
-        command.add_argument(
-            "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
-        )
+        add_machine(command, count)
     for command in (stats, compare, layers, simulate):
         command.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
     for command in (stats, compare):
@@ -128,6 +126,7 @@ def run_stats(options: argparse.Namespace) -> int:
     from outliermerge.weights.models import open_subject
     from outliermerge.weights.stats import weight_stats
 
+    _check_files(options)
     subject = open_subject(options.model, options.base, rename=options.rename)
     started = time.perf_counter()
     with render.reading_bar() as callbacks:
@@ -154,6 +153,7 @@ def run_compare_weights(options: argparse.Namespace) -> int:
     from outliermerge import render, render_weights
     from outliermerge.weights.compare import compare_weights
 
+    _check_files(options)
     with render.reading_bar() as callbacks:
         found = compare_weights(
             options.models,
@@ -175,6 +175,7 @@ def run_layers(options: argparse.Namespace) -> int:
     from outliermerge.weights.spectra import layer_spectra
     from outliermerge.weights.spectra_fingerprint import fingerprint_distance
 
+    _check_files(options)
     with render.reading_bar() as callbacks:
         found = [
             layer_spectra(
@@ -224,6 +225,7 @@ def run_simulate(options: argparse.Namespace) -> int:
     from outliermerge import render, render_weights
     from outliermerge.weights.simulate import draw, simulate
 
+    _check_files(options)
     with render.reading_bar("simulating") as callbacks:
         found = simulate(seed=options.seed, num_points=options.points, **callbacks)
     if options.png:
@@ -232,6 +234,28 @@ def run_simulate(options: argparse.Namespace) -> int:
     if _write(options, found.as_dict(), []):
         render_weights.print_simulation(found)
     return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse files that could not be written before anything is read."""
+    from outliermerge.weights.extras import require
+
+    kinds = ("json", "csv", "parquet", "png")
+    given = ((kind, getattr(options, kind, None)) for kind in kinds)
+    named = {kind: file for kind, file in given if file is not None}
+    for kind, file in named.items():
+        if file == "-" and kind == "json":
+            continue
+        if file in ("", "-") or list(named.values()).count(file) > 1:
+            raise SpecError(f"--{kind}: found {file!r}, expected a file of its own")
+        path = as_path(file)
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise OutlierMergeError(f"{path}: cannot be written: {what}")
+    if "parquet" in named:
+        require("pyarrow", "--parquet")
+    if "png" in named:
+        require("matplotlib.figure", "a figure")
 
 
 def _write(

@@ -35,6 +35,17 @@ def as_path(text: str | Path) -> Path:
     raise OutlierMergeError(f"{shown!r} cannot be a path: {reason}")
 
 
+def printable(text: str) -> str:
+    r"""Return a text that a terminal shows as it is: what would control it, escaped.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return a sentence that names the nearest valid name, or all valid names.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from outliermerge.errors import printable
 from outliermerge.render import open_console, plain_table
 from outliermerge.weights.places import short_names
 from outliermerge.weights.table import Group, WeightStats, spread
@@ -42,7 +43,7 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
     console = open_console()
     what = stats.model if stats.base is None else f"{stats.model} − {stats.base}"
     num_elements = sum(tensor.num_elements for tensor in stats.tensors)
-    console.print(Text(f"{what}: {len(stats.tensors)} tensors, {num_elements:,} elements", "bold"))
+    console.print(_text(f"{what}: {len(stats.tensors)} tensors, {num_elements:,} elements", "bold"))
     columns = _WIDE_COLUMNS if console.width >= _WIDE else _COLUMNS
     first = ("tensor", "shape") if by == "tensor" else (by, "of")
     table = plain_table(*first, *(title for title, _, _ in columns), "label")
@@ -54,12 +55,12 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
         for tensor in stats.tensors:
             cells = (_number(getattr(tensor, name), form) for _, name, form in columns)
             table.add_row(
-                Text(tensor.name), "×".join(map(str, tensor.shape)), *cells, tensor.label or "–"
+                _text(tensor.name), "×".join(map(str, tensor.shape)), *cells, tensor.label or "–"
             )
     else:
         for group in stats.modules if by == "module" else stats.layers:
             shown = stats.short_names.get(group.name, group.name)
-            table.add_row(Text(shown), str(group.num_tensors), *_group_cells(group, columns))
+            table.add_row(_text(shown), str(group.num_tensors), *_group_cells(group, columns))
         whole = stats.whole
         table.add_section()
         table.add_row("all matrices", str(whole.num_tensors), *_group_cells(whole, columns))
@@ -70,7 +71,7 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
         style="dim",
     )
     for note in stats.notes:
-        console.print(Text(f"note: {note}"))
+        console.print(_text(f"note: {note}"))
 
 
 _PAIR_COLUMNS = (
@@ -87,10 +88,10 @@ def print_comparison(found: Comparison, *, by: str) -> None:
     """Print how models compare: pairs of them as wholes, or by module, layer or tensor."""
     console = open_console()
     what = "weights" if found.base is None else f"task vectors against {found.base}"
-    console.print(Text(f"{what} of:", style="bold"))
+    console.print(_text(f"{what} of:", "bold"))
     letters = _letters(len(found.models))
     for letter, model in zip(letters, found.models, strict=True):
-        console.print(Text(f"  {letter}  {model}"))
+        console.print(_text(f"  {letter}  {model}"))
     if by == "model" and len(found.models) > 2:
         for title, column, form in _PAIR_COLUMNS:
             console.print(_matrix_table(found, title, column, form, letters))
@@ -102,22 +103,23 @@ def print_comparison(found: Comparison, *, by: str) -> None:
         style="dim",
     )
     for note in found.notes:
-        console.print(Text(f"note: {note}"))
+        console.print(_text(f"note: {note}"))
 
 
 def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> Table:
-    table = plain_table("models", *([] if by == "model" else [by]), *(c[0] for c in _PAIR_COLUMNS))
-    for column in table.columns[-len(_PAIR_COLUMNS) :]:
+    several = by == "model" or len(found.pairs) > 1
+    first = [*(["models"] if several else []), *([] if by == "model" else [by])]
+    table = plain_table(*first, *(title for title, _, _ in _PAIR_COLUMNS))
+    for column in table.columns[len(first) :]:
         column.justify, column.no_wrap = "right", True
-    if by != "model":
-        table.columns[1].min_width = _NAME_WIDTH
     for name, (a, b), rows in _pair_groups(found, by):
         cells = (
             _number(spread(getattr(row, column) for row in rows).mean, form)
             for _, column, form in _PAIR_COLUMNS
         )
-        named = [] if by == "model" else [Text(name)]
-        table.add_row(f"{letters[a]} {letters[b]}", *named, *cells)
+        named = [] if by == "model" else [_text(name)]
+        pair = [f"{letters[a]} {letters[b]}"] if several else []
+        table.add_row(*pair, *named, *cells)
     return table
 
 
@@ -153,7 +155,7 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
     console = open_console()
     for spectra in found:
         what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"
-        console.print(Text(f"{what}: {spectra.num_values} singular values of a layer", "bold"))
+        console.print(_text(f"{what}: {spectra.num_values} singular values of a layer", "bold"))
         is_wide = console.width >= _WIDE
         against = ("against exponential", "against log-normal") if is_wide else ()
         table = plain_table("module", "of", "distance", "alpha", *against, "verdict")
@@ -163,7 +165,7 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
         for module in spectra.modules:
             name = spectra.short_names[module.module]
             table.add_row(
-                Text(name),
+                _text(name),
                 str(len(module.layers)),
                 *_fit_cells(module.distances, module.fit, is_wide),
             )
@@ -172,7 +174,7 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
         table.add_row("all types together", "", *_fit_cells(together, spectra.fit, is_wide))
         console.print(table)
         for note in spectra.notes:
-            console.print(Text(f"note: {note}"))
+            console.print(_text(f"note: {note}"))
     console.print(
         "distance: the median of 1 - cos between two layers' singular values; alpha: of a power "
         "law; verdict: against an exponential and a log-normal, as if distances were independent, "
@@ -183,7 +185,7 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
         letters = _letters(len(found))
         console.print(Text("distance of σ fingerprints (0: alike but for scale)", style="bold"))
         for letter, spectra in zip(letters, found, strict=True):
-            console.print(Text(f"  {letter}  {spectra.model}"))
+            console.print(_text(f"  {letter}  {spectra.model}"))
         table = plain_table("", *letters)
         for letter, row in zip(letters, distances, strict=True):
             table.add_row(letter, *(_number(value, "{:.4f}") for value in row))
@@ -228,6 +230,11 @@ def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[
     most = max(group.labels, key=lambda label: group.labels[label], default=None)
     # A table without edges that has to shrink loses its last character.
     return [*cells, f"{most} {group.labels[most]}/{group.num_tensors} " if most else "–"]
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Return a name or a note as it is shown, whatever is in it."""
+    return Text(printable(text), style)
 
 
 def _number(value: float, form: str) -> str:

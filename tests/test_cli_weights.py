@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import stat
+import threading
 
 import pytest
 import torch
@@ -98,6 +101,11 @@ def test_report_writes_a_page(models, tmp_path, capsys):
         (["layers", "a", "--values", "1"], 2, "--values: found 1"),
         (["simulate", "--points", "9"], 2, "--points: found 9"),
         (["simulate", "--points", "1000", "--png", "no/x.png"], 1, "no/x.png: cannot be written"),
+        (["compare-weights", "a", "b", "--csv", "-"], 2, "--csv: found '-', expected a file"),
+        (["layers", "a", "--json", ""], 2, "--json: found '', expected a file"),
+        (["compare-weights", "a", "b", "--csv", "x", "--json", "x"], 2, "expected a file of its"),
+        (["compare-weights", "a", "b", "--json", "."], 1, ".: cannot be written: is a folder"),
+        (["report", "a", "-o", "x.html", "--png", "flat/config.json"], 1, "expected a folder"),
         (["report", "a", "-o", "no/x.html"], 1, "no/x.html: cannot be written"),
         (["report", "a", "-o", "x.html", "--t", "9"], 2, "--t: found 9.0"),
         (["report", "a"], 2, "-o/--output"),
@@ -112,3 +120,42 @@ def test_what_is_wrong_is_said_in_one_message(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["flat"]
+
+
+def test_names_that_would_control_a_terminal_or_are_no_text_do_no_harm(tmp_path, capsys):
+    name = "layers.0.\x1b[31m[bold]q.weight"
+    folder = tmp_path / os.fsdecode(b"dir\xff")
+    save_tensors(folder, {name: torch.randn(40, 40), "experts.0.w1.weight": torch.randn(8, 8)})
+    written = tmp_path / "stats.json"
+    assert main(["stats", str(folder), "--by", "tensor", "--json", str(written)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "[bold]" in shown
+    assert {row["module"] for row in json.loads(written.read_text())["tensors"]} == {
+        "layers.*.\x1b[31m[bold]q",
+        "experts.*.w1",
+    }
+
+
+@pytest.mark.parametrize("command", ["stats", "layers"])
+def test_an_interrupted_command_that_starts_over_does_not_say_otherwise(
+    models, monkeypatch, capsys, command
+):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("outliermerge.planning.inputs.open_checkpoint", interrupt)
+    assert main([command, models["a"]]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_pipe_and_a_link_are_written_through(models, tmp_path):
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    assert main(["stats", models["a"], "--csv", str(pipe), "--json", str(link)]) == 0
+    reader.join()
+    assert got[0].startswith("name,layer,module") and stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink() and json.loads(real.read_text())["model"] == models["a"]

@@ -144,7 +144,7 @@ def test_a_file_that_ends_early_is_said(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("deviation", [np.inf, 1e-320, 1e300])
+@pytest.mark.parametrize("deviation", [1e-320, 1e300])
 @pytest.mark.parametrize("mean", [0.0, np.nan, -np.inf])
 def test_limits_out_of_all_bounds_count_inside_the_histogram(module, mean, deviation):
     counts = bytearray(NUM_COUNTS)
@@ -153,8 +153,9 @@ def test_limits_out_of_all_bounds_count_inside_the_histogram(module, mean, devia
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_deviation_of_zero_counts_nothing(module):
+@pytest.mark.parametrize("deviation", [0.0, np.inf, np.nan])
+def test_a_deviation_that_is_none_counts_nothing(module, deviation):
     counts = bytearray(NUM_COUNTS)
-    told = module.filtered(_block(num_elements=3000), (0.0, 0.0, 0.0, 0.0, SMALL), counts)
+    told = module.filtered(_block(num_elements=3000), (0.0, 0.0, 0.0, deviation, SMALL), counts)
     assert struct.unpack("17d", told)[0] == 3000
     assert not any(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def test_constant_and_absent_matrices_leave_their_places_empty(tmp_path):
         "layers.1.gate.weight": gaussian(8, 8),
     }
     assert len(draw_figures([subject(tensors)], tmp_path)) == len(KINDS)
+
+
+def test_models_whose_names_differ_in_signs_alone_have_figures_each(tmp_path):
+    tensors = {"layers.0.up.weight": gaussian(8, 8)}
+    pair = [replace(subject(tensors), title=title) for title in ("p.1", "p 1")]
+    assert len(set(draw_figures(pair, tmp_path))) == 2 * len(KINDS)
+    assert len(list(tmp_path.iterdir())) == 2 * len(KINDS)
 
 
 def test_model_without_layers_has_no_figures(tmp_path):

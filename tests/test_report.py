@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -545,6 +546,17 @@ def test_lost_inputs_are_told_of_and_the_rest_is_drawn(
     )
     assert len(data["merge"]["tensors"]) > 50
     assert ("drift" in data and data["drift"] is not None) == has_drift
+
+
+def test_inputs_that_changed_since_the_merge_are_told_of(made, tmp_path):
+    output = move_away(made, tmp_path, [])
+    manifest = output / "outliermerge.json"
+    os.utime(manifest, (1, 1))  # as if the models were written later
+    page = build_report([str(output)], output=tmp_path / "page.html", threads=1)
+    data = json.loads(re.search('id="data">(.*?)</script>', page.read_text())[1])
+    assert [text.split(" have changed")[0] for text in data["notes"]] == [
+        "Files of base", "Files of task0", "Files of task1"
+    ]  # fmt: skip
 
 
 def test_page_without_base_and_task_models_says_so(made, visit, tmp_path):

@@ -219,8 +219,8 @@ def test_the_simulation_is_json_and_tells_its_progress():
     ("options", "message"),
     [
         ({"num_points": 999}, "--points: found 999, expected 1,000 or more"),
-        ({"noises": [0.1, 0.0]}, "--noise: found 0.0, expected a standard deviation above 0"),
-        ({"noises": [math.nan]}, "--noise: found nan"),
+        ({"noises": [0.1, 0.0]}, "noises: found 0.0, expected a standard deviation above 0"),
+        ({"noises": [math.nan]}, "noises: found nan"),
         ({"seed": -1}, "--seed: found -1, expected 0 or more"),
     ],
 )

@@ -44,6 +44,20 @@ def save(folder, tensors):
 # Singular values
 
 
+def test_deviations_are_about_the_mean_however_large_it_is(tmp_path):
+    far = {
+        name: (tensor.double() - 0.1) * 1e-3 + 1e6
+        for name, tensor in layers_of((33, 77), name="layers.{}.q.weight").items()
+    }
+    constant = {f"layers.{number}.k.weight": torch.full((33, 77), 0.3) for number in range(3)}
+    found = layer_spectra(save(tmp_path / "m", far | constant), num_values=2)
+    (module,) = found.modules
+    assert module.stds == pytest.approx(
+        [float(w.std(correction=0)) for w in far.values()], rel=1e-6
+    )
+    assert sum("all its elements are equal" in note for note in found.notes) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (17, 17), (40, 3), (6, 4, 3, 3)])
 def test_singular_values_and_deviations_are_torchs(tmp_path, monkeypatch, shape, dtype):

@@ -323,6 +323,30 @@ def test_what_is_wrong_is_said_in_one_message(
     assert message in said and "Traceback" not in said
 
 
+def test_what_is_too_large_to_be_squared_is_told(tmp_path):
+    huge = torch.randn(1050, 1000, dtype=torch.float64) * 1e300  # two spans
+    folder = _save(tmp_path / "m", {"w": huge, "same": torch.full((5, 4), 0.3)})
+    found = weight_stats(folder)
+    assert "w: its elements are too large to be squared" in found.notes
+    assert "not counted in groups, since all their elements are equal: 1 matrices" in found.notes
+    by_name = {tensor.name: tensor for tensor in found.tensors}
+    assert by_name["w"].histogram is None and by_name["w"].maximum == huge.max()
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        (torch.ones(4), {"filter": -1.0}, "--filter: found -1.0"),
+        (torch.ones(4), {"small": math.nan}, "--small: found nan"),
+        (torch.ones(4, dtype=torch.complex64), {}, "found torch.complex64, expected floats"),
+        (torch.ones(4, dtype=torch.int32), {}, "found torch.int32, expected floats"),
+    ],
+)
+def test_a_tensor_in_memory_has_to_be_one_of_floats(values, options, message):
+    with pytest.raises(OutlierMergeError, match=message):
+        stats_of_tensor(values, **options)
+
+
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
     from outliermerge.weights.models import open_subject
 

@@ -73,7 +73,7 @@ def load_json(path: Path) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all.
+    """Write a file that is there as a whole or not at all; a link stays one to what is written.
 
     Raises:
         OutlierMergeError: there is no such folder.
@@ -81,6 +81,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     if not path.parent.is_dir():
         raise OutlierMergeError(f"{path}: cannot be written: there is no folder {path.parent}")
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        path.write_bytes(content)
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)

@@ -195,7 +195,7 @@ static void filter_row(Filtered *into, Row *row, Limits limits, uint64_t (*table
         store_at(weights + at, only(is_kept, weight));
     }
     for (int i = 0; i < 3; i++) into->num_outside[i] += sum_of(outside[i]);
-    if (limits.deviation > 0) count_bins(row->values, row->weights, limits, tables, num);
+    if (limits.deviation > 0 && limits.deviation < INFINITY) count_bins(row->values, row->weights, limits, tables, num);
     add_sample(&into->kept, &into->kept_shift, row->values, weights, num);
     FOR_LANES(num) {
         Longs is_large = magnitude_of(doubles_at(row->values + at)) >= limits.small;
@@ -259,6 +259,41 @@ static int take_counts(Py_buffer *view, size_t num) {
     return 0;
 }
 
+/* Call a function with each row of a block; tells whether all could be read. */
+INLINE int visit_rows(Block *block, void (*visit)(void *, Row *, size_t), void *into) {
+    for (size_t start = 0; start < block->num_elements; start += PIECE) {
+        size_t num = least(PIECE, block->num_elements - start);
+        if (!fetch(block, start, num)) return 0;
+        for (size_t i = 0; i < num; i += STEP) {
+            Row row;
+            load_values(block, i, least(STEP, num - i), &row);
+            visit(into, &row, least(STEP, num - i));
+        }
+    }
+    return 1;
+}
+
+typedef struct {
+    Tally *into;
+    double small;
+} Tallying;
+
+static void tally_visited(void *given, Row *row, size_t num) {
+    Tallying *to = given;
+    tally_row(to->into, row, to->small, num);
+}
+
+typedef struct {
+    Filtered *into;
+    Limits limits;
+    uint64_t (*tables)[COUNTS];
+} Filtering;
+
+static void filter_visited(void *given, Row *row, size_t num) {
+    Filtering *to = given;
+    filter_row(to->into, row, to->limits, to->tables, num);
+}
+
 PyDoc_STRVAR(tally_doc,
              "tally(block, small) -> bytes\n\n"
              "Of the last source, less the first with is_delta, float64 (11): number, mean, sums "
@@ -273,16 +308,8 @@ static PyObject *py_tally(PyObject *module, PyObject *args) {
     int failed = 0, error = 0;
     if (!PyArg_ParseTuple(args, "O&d", take, &block, &small)) return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
-        size_t num = least(PIECE, block.num_elements - start);
-        failed = !fetch(&block, start, num);
-        error = errno;
-        for (size_t i = 0; i < num && !failed; i += STEP) {
-            Row row;
-            load_values(&block, i, least(STEP, num - i), &row);
-            tally_row(&tally, &row, small, least(STEP, num - i));
-        }
-    }
+    failed = !visit_rows(&block, tally_visited, &(Tallying){&tally, small});
+    error = errno;
     Py_END_ALLOW_THREADS;
     return finished(&block, told_tally(tally), failed, error);
 }
@@ -308,16 +335,8 @@ static PyObject *py_filtered(PyObject *module, PyObject *args) {
     PyObject *result = NULL;
     if (take_counts(&counts, COUNTS)) {
         Py_BEGIN_ALLOW_THREADS;
-        for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
-            size_t num = least(PIECE, block.num_elements - start);
-            failed = !fetch(&block, start, num);
-            error = errno;
-            for (size_t i = 0; i < num && !failed; i += STEP) {
-                Row row;
-                load_values(&block, i, least(STEP, num - i), &row);
-                filter_row(&filtered, &row, limits, tables, least(STEP, num - i));
-            }
-        }
+        failed = !visit_rows(&block, filter_visited, &(Filtering){&filtered, limits, tables});
+        error = errno;
         if (!failed) add_tables(tables, counts.buf);
         Py_END_ALLOW_THREADS;
         result = told_filtered(filtered);

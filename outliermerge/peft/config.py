@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from peft import PeftConfig
@@ -54,7 +55,9 @@ class ScaledLoraConfig(PeftConfig):
             raise OutlierMergeError(f"r: found {self.r!r}, expected a positive integer")
         if self.init not in INITIAL:
             raise OutlierMergeError(f"init: found {self.init!r}. {suggest(self.init, INITIAL)}")
-        if not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_alpha):
+            raise OutlierMergeError(f"lora_alpha: found {self.lora_alpha!r}, expected a number")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise OutlierMergeError(
                 f"lora_dropout: found {self.lora_dropout!r}, expected a number in [0, 1)"
             )
@@ -84,6 +87,12 @@ class NoiseConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call] # peft's has no types
         self.peft_type = SCALED_NOISE
         _as_sets(self)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def _as_sets(config: ScaledLoraConfig | NoiseConfig) -> None:

@@ -51,11 +51,11 @@ def gp_pareto(
         shape: r and the number of inputs.
         seed, name: which random numbers.
         length_scale: how far the smooth part is correlated, in columns; > 0.
-        alpha: how heavy the tail of the rows' scales is; > 0, and heavier where smaller.
+        alpha: how heavy the tail of the rows' scales is; 0.1 or more, heavier where smaller.
     """
-    if not (0 < length_scale < math.inf and 0 < alpha < math.inf):
+    if not (0 < length_scale < math.inf and 0.1 <= alpha < math.inf):
         raise OutlierMergeError(
-            f"gp_pareto: found length_scale {length_scale!r}, alpha {alpha!r}; expected both > 0"
+            f"gp_pareto: found length_scale {length_scale!r}, alpha {alpha!r}; expected > 0, >= 0.1"
         )
     rows, columns = shape
     # White noise smoothed by a Gaussian of width w has covariance exp(−d² / (4w²)): no matrix of

@@ -97,7 +97,8 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put W back, the bits that it had."""
         if self._unmerged is not None:
-            self.base_layer.weight.data = self._unmerged.to(self.base_layer.weight.device)
+            weight = self.base_layer.weight
+            weight.data = self._unmerged.to(weight.device, weight.dtype)
         self._unmerged = None
         self.merged_adapters.clear()
 

@@ -36,7 +36,7 @@ MATRIX_DIAGONAL = {
     "outlier_overlap": 1.0,
     "conflict_ratio": 0.0,
 }
-"""The columns that there are matrices of, and what a model has with itself."""
+"""The columns that there are matrices of, and what any model, even of zeros, has with itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.files import write_whole
-from outliermerge.errors import OutlierMergeError
+from outliermerge.weights.extras import require
 
 
 def to_json(value: Any) -> str:
     """Return a table as JSON; numbers that are none (NaN, infinite) become null."""
-    return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    return _valid(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,7 +32,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(value) for name, value in row.items()})
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, _valid(text.getvalue()).encode())
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -40,16 +41,16 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OutlierMergeError: pyarrow is not installed.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise OutlierMergeError(
-            "--parquet needs pyarrow: pip install 'outliermerge[weights]'"
-        ) from error
+    pyarrow = require("pyarrow", "--parquet")
+    parquet = require("pyarrow.parquet", "--parquet")
     written = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), written)
     write_whole(path, written.getvalue().to_pybytes())
+
+
+def _valid(text: str) -> str:
+    """Return a text with what no encoding has, such as bytes of a file's name, as `?`."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _plain(value: Any) -> Any:

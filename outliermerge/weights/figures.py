@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.weights.extras import require
 from outliermerge.weights.report_data import STATISTICS, Spot, Subject, find_spots
 from outliermerge.weights.table import BINS, HALF_WIDTH, TensorStats
 
@@ -32,12 +35,7 @@ def check_matplotlib() -> None:
     Raises:
         OutlierMergeError: it is not installed.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise OutlierMergeError(
-            "figures need matplotlib: pip install 'outliermerge[weights]'"
-        ) from error
+    require("matplotlib.figure", "a figure")
 
 
 def draw_figures(subjects: Sequence[Subject], folder: Path) -> list[Path]:
@@ -53,7 +51,7 @@ def draw_figures(subjects: Sequence[Subject], folder: Path) -> list[Path]:
         OutlierMergeError: matplotlib is not installed, or a file cannot be written.
     """
     check_matplotlib()
-    written = []
+    written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for subject in subjects:
@@ -70,12 +68,21 @@ def draw_figures(subjects: Sequence[Subject], folder: Path) -> list[Path]:
                     "heatmap_outliers": _heat(cells, "outside_3_ratio"),
                 }
                 for kind, figure in figures.items():
-                    path = folder / f"{kind}_{_file_name(subject, part)}.png"
-                    figure.savefig(path, dpi=DPI)
+                    path = _free_path(folder, f"{kind}_{_file_name(subject, part)}", written)
+                    with warnings.catch_warnings():
+                        # Of names that its font lacks letters of, or that are very long.
+                        warnings.simplefilter("ignore", UserWarning)
+                        figure.savefig(path, dpi=DPI)
                     written.append(path)
     except OSError as error:
         raise OutlierMergeError(f"{folder}: cannot be written: {error}") from error
     return written
+
+
+def _free_path(folder: Path, stem: str, written: Sequence[Path]) -> Path:
+    """Return a path that no other figure has: two names may differ in what is left out of them."""
+    names = (f"{stem}_{number}" if number > 1 else stem for number in count(1))
+    return next(path for name in names if (path := folder / f"{name}.png") not in written)
 
 
 def _file_name(subject: Subject, part: str) -> str:

@@ -35,6 +35,8 @@ def find_places(names: Iterable[str]) -> dict[str, Place]:
 
     >>> find_places(["model.layers.3.mlp.up_proj.weight"])["model.layers.3.mlp.up_proj.weight"]
     Place(layer='model.layers.3', depth=(3,), module='model.layers.*.mlp.up_proj')
+    >>> find_places(["experts.0.w1.weight"])["experts.0.w1.weight"]
+    Place(layer=None, depth=(), module='experts.*.w1')
     >>> find_places(["stages.2.layers.10.pwconv1.bias"])["stages.2.layers.10.pwconv1.bias"]
     Place(layer='stages.2.layers.10', depth=(2, 10), module='stages.*.layers.*.pwconv1.bias')
     """
@@ -49,6 +51,8 @@ def find_places(names: Iterable[str]) -> dict[str, Place]:
 def _place(name: str) -> Place:
     shared = _EXPERT.sub("experts.*", name)
     numbers = list(_NUMBER.finditer(f".{shared}"))
+    if not numbers:  # the only number is an expert's
+        return Place(None, (), shared.removesuffix(".weight"))
     last = numbers[-1]
     layer = f".{shared}"[1 : last.end() - 1]
     depth = tuple(int(match[1]) for match in numbers)

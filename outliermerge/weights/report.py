@@ -63,6 +63,8 @@ def build_report(
     plotly_script()
     if png is not None:
         check_matplotlib()
+        if png.exists() and not png.is_dir():
+            raise OutlierMergeError(f"{png}: is a file, expected a folder for figures")
     if output.is_dir() or not output.parent.is_dir():
         raise OutlierMergeError(
             f"{output}: cannot be written: expected the name of a file in a folder that exists"

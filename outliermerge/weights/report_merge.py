@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.output import manifest_path
 from outliermerge.weights.compare import Comparison
 from outliermerge.weights.models import Subject as Opened
 from outliermerge.weights.models import open_subject
@@ -38,7 +39,13 @@ def measure_merge(
     inputs = manifest["inputs"]
     title, *titles = short_titles([str(Path(model).resolve()), *(each["model"] for each in inputs)])
     outputs, notes = [Subject(title, "output", measure(model))], []
-    for entry in inputs:
+    merged_at = manifest_path(Path(model)).stat().st_mtime
+    for entry, name in zip(inputs, titles, strict=True):
+        if _has_changed(entry, merged_at):
+            notes.append(
+                f"Files of {name} have changed since the merge: what is shown of it may not be "
+                "what was merged."
+            )
         if entry["role"] == "base" and base is None:
             base = _reference(entry)
     if base is not None:
@@ -72,6 +79,18 @@ def measure_merge(
             names = [shown.title for _, shown in tasks]
             extra["drift"] = drift_payload(comparison, names, outputs[0].stats)
     return [*outputs, *(shown for _, shown in tasks)], extra
+
+
+def _has_changed(entry: Mapping[str, Any], merged_at: float) -> bool:
+    """Tell whether a file of an input is newer than the merge, or of another size than then."""
+    root = Path(entry["path"])
+    for name, num_bytes in entry["files"].items():
+        path = root / name  # a whole path stands for itself
+        if path.is_file():
+            found = path.stat()
+            if found.st_size != num_bytes or found.st_mtime > merged_at:
+                return True
+    return False
 
 
 def _recipe(manifest: Mapping[str, Any]) -> str:

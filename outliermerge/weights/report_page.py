@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.weights.extras import require
 
 SCRIPTS = (
     "report_math.js",
@@ -28,13 +28,7 @@ def plotly_script() -> str:
     Raises:
         OutlierMergeError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise OutlierMergeError(
-            "a report needs plotly: pip install 'outliermerge[weights]'"
-        ) from error
-    script: str = get_plotlyjs()
+    script: str = require("plotly.offline", "a report").get_plotlyjs()
     return script
 
 

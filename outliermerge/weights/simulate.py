@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.files import write_whole
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import SpecError
+from outliermerge.weights.extras import require
 from outliermerge.weights.stats import stats_of_tensor
 from outliermerge.weights.table import BINS, HALF_WIDTH, TensorStats
 
@@ -119,7 +120,7 @@ def simulate(
     if num_points < _FEWEST_POINTS:
         raise SpecError(f"--points: found {num_points}, expected {_FEWEST_POINTS:,} or more")
     if wrong := [noise for noise in noises if not 0 < noise < float("inf")]:
-        raise SpecError(f"--noise: found {wrong[0]}, expected a standard deviation above 0")
+        raise SpecError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
     if seed < 0:
         raise SpecError(f"--seed: found {seed}, expected 0 or more")
     on_total((len(noises) + 1) * num_points * np.dtype(np.float64).itemsize)
@@ -173,17 +174,12 @@ def draw(simulation: Simulation, path: Path) -> None:
         OutlierMergeError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        # The object interface: pyplot would choose a backend and keep every figure.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OutlierMergeError(
-            "a figure needs matplotlib: pip install 'outliermerge[weights]'"
-        ) from error
+    # The object interface: pyplot would choose a backend and keep every figure.
+    new_figure = require("matplotlib.figure", "a figure").Figure
     num_columns = min(3, len(simulation.weights))
     num_rows = -(-len(simulation.weights) // num_columns)
     size = (3.4 * num_columns, 2.5 * num_rows + 0.4)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = new_figure(figsize=size, dpi=150, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in panels[len(simulation.weights) :]:
         axes.set_axis_off()

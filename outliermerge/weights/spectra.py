@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.execute import choose_device
+from outliermerge.weights.extras import require
 from outliermerge.weights.models import Subject, open_subject
 from outliermerge.weights.places import find_places, short_names
 from outliermerge.weights.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
@@ -129,6 +130,7 @@ def layer_spectra(
     """
     if num_values < 2:
         raise SpecError(f"--values: found {num_values}, expected 2 or more: one has no angle")
+    require("powerlaw", "fitting a power law")
     subject = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)
     names = [member.name for members in groups.values() for member in members]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.weights.extras import require
 
 FEWEST_DISTANCES = 10
 """That are fitted. Clauset, Shalizi and Newman (SIAM Review 51, 2009) advise 50 or more."""
@@ -96,7 +96,7 @@ def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
     Raises:
         OutlierMergeError: `powerlaw` is not installed.
     """
-    powerlaw = _import_powerlaw()
+    powerlaw = require("powerlaw", "fitting a power law")
     import numpy as np
 
     given = np.array([distance for distance in distances if distance > 0])
@@ -143,13 +143,3 @@ def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
         exponential=Comparison(*map(float, compared["exponential"])),
         lognormal=Comparison(*map(float, compared["lognormal"])),
     )
-
-
-def _import_powerlaw() -> Any:
-    try:
-        import powerlaw
-    except ImportError as error:
-        raise OutlierMergeError(
-            "fitting a power law needs powerlaw: pip install 'outliermerge[weights]'"
-        ) from error
-    return powerlaw

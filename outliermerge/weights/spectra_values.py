@@ -79,29 +79,30 @@ def _spectrum(reader: Reader, matrix: Sources, num_values: int, device: str) -> 
 
     rows, num_elements = matrix[-1].shape[0], matrix[-1].num_elements
     stored = [reader.values(source, 0, num_elements).view(rows, -1).to(device) for source in matrix]
-    gram_SS, total = _gram(stored)
+    gram_SS, std = _gram(stored)
     if not torch.isfinite(gram_SS).all():
         raise OutlierMergeError(
             f"{matrix[-1].name}: found values that are infinite, NaN or too large to be squared, "
             "expected others: the matrix has no singular values"
         )
-    variance = float(gram_SS.trace()) / num_elements - (total / num_elements) ** 2
     squares_S = torch.linalg.eigvalsh(gram_SS)
     # Smaller ones are not told from 0, as those of a low-rank task vector are.
     squares_S[squares_S <= squares_S[-1] * len(squares_S) * torch.finfo(squares_S.dtype).eps] = 0.0
     values = squares_S.flip(0)[:num_values].sqrt().tolist()
-    return tuple(values), math.sqrt(max(variance, 0.0))
+    return tuple(values), std
 
 
 def _gram(stored: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return the smaller Gram matrix of the last, less the first if there are two, and Σ x."""
+    """Return the smaller Gram matrix of the last, less the first if there are two, and its σ."""
     import torch
 
     last = stored[-1]
     dim = 1 if last.shape[0] <= last.shape[1] else 0
     num_small = last.shape[1 - dim]
     gram_SS = last.new_zeros((num_small, num_small), dtype=torch.float64)
-    total = 0.0
+    # σ about an element, not about 0: a mean may be large against it.
+    shift = float(last[0, 0]) - (float(stored[0][0, 0]) if len(stored) > 1 else 0.0)
+    total = squares = 0.0
     step = max(1, _BLOCK_ELEMENTS // num_small)
     for start in range(0, last.shape[dim], step):
         length = min(step, last.shape[dim] - start)
@@ -109,8 +110,12 @@ def _gram(stored: Sequence[Tensor]) -> tuple[Tensor, float]:
         if base:
             block -= base[0]
         gram_SS += block @ block.T if dim else block.T @ block
-        total += float(block.sum())
-    return gram_SS, total
+        away = block - shift
+        total += float(away.sum())
+        squares += float(away.square_().sum())
+    num_elements = last.numel()
+    variance = squares / num_elements - (total / num_elements) ** 2
+    return gram_SS, math.sqrt(max(variance, 0.0))
 
 
 def cosine_distances(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:

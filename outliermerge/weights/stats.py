@@ -8,13 +8,13 @@ within 3σ of the tensor's mean; skewness and kurtosis are of what is kept. An e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.errors import SpecError
+from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.execute import choose_device, exceeds_memory, keep_freed_memory, torch_threads
 from outliermerge.kernels import find_kernels
 from outliermerge.machine import num_threads
@@ -54,8 +54,9 @@ def weight_stats(
     """Measure the distribution of each of a model's tensors.
 
     Tensors are streamed: memory does not grow with the model. 16-bit values are read once and
-    counted by their bit patterns; others, and task vectors, are read twice. Differences from a
-    base are taken in float64. Infinite and NaN elements are counted and left out.
+    counted by their bit patterns; others, task vectors and small tensors are read twice.
+    Differences from a base are taken in float64. Infinite and NaN elements are counted and left
+    out. Powers are taken in float64 too: float64 elements beyond 1e75 or below 1e-75 overflow.
 
     Args:
         model: a folder, a file, a hub id, an adapter, `base+adapter`, or what `open_subject` gave.
@@ -78,9 +79,7 @@ def weight_stats(
         >>> weight_stats("models/mine").whole.spreads["kurtosis"]  # doctest: +SKIP
         Spread(mean=3.02, std=0.24)
     """
-    for option, value in (("--filter", filter), ("--small", small)):
-        if not (math.isfinite(value) and value >= 0):
-            raise SpecError(f"{option}: found {value}, expected a number of at least 0")
+    _check_limits(filter, small)
     opened = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
     subject = opened.changed()
     device = choose_device(device)
@@ -131,15 +130,28 @@ def stats_of_tensor(
     filter: float = DEFAULT_FILTER,
     small: float = DEFAULT_SMALL,
 ) -> TensorStats:
-    """Measure the distribution of a tensor in memory, of any shape, dtype and device.
+    """Measure the distribution of a tensor of floats in memory, of any shape, on any device.
+
+    Raises:
+        SpecError: an argument is wrong.
+        OutlierMergeError: it does not hold floats.
 
     Example:
         >>> import torch
         >>> stats_of_tensor(torch.tensor([1.0, 2.0, 3.0, 4.0])).kurtosis
         1.64
     """
+    _check_limits(filter, small)
+    if not values.is_floating_point():
+        raise OutlierMergeError(f"{name}: found {values.dtype}, expected floats")
     measured = measure_values(values, filter=filter, small=small)
     return _stats(name, find_places([name])[name], tuple(values.shape), measured)
+
+
+def _check_limits(filter: float, small: float) -> None:
+    for option, value in (("--filter", filter), ("--small", small)):
+        if not (math.isfinite(value) and value >= 0):
+            raise SpecError(f"{option}: found {value}, expected a number of at least 0")
 
 
 def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) -> TensorStats:
@@ -176,7 +188,7 @@ def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) 
         outside_3_ratio=share(outside[1]),
         outside_4_ratio=share(outside[2]),
         l1_norm=tally.l1_norm,
-        l2_norm=math.sqrt(every.m2 + every.num * every.mean**2) if every.num else 0.0,
+        l2_norm=math.sqrt(every.m2 + every.num * every.mean * every.mean) if every.num else 0.0,
         label=label_of(histogram),
         histogram=histogram,
     )
@@ -205,10 +217,18 @@ def _kernels(device: str, wanted: bool) -> Any | None:
     return find_kernels() if wanted and device == "cpu" else None
 
 
-def _warnings(tensors: Iterable[TensorStats]) -> list[str]:
-    return [
-        f"{tensor.name}: {tensor.num_non_finite:,} of {tensor.num_elements:,} elements are "
-        "infinite or NaN, and left out of its statistics"
-        for tensor in tensors
-        if tensor.num_non_finite
-    ]
+def _warnings(tensors: Sequence[TensorStats]) -> list[str]:
+    notes = []
+    for tensor in tensors:
+        if tensor.num_non_finite:
+            notes.append(
+                f"{tensor.name}: {tensor.num_non_finite:,} of {tensor.num_elements:,} elements are "
+                "infinite or NaN, and left out of its statistics"
+            )
+        if tensor.std == math.inf:
+            notes.append(f"{tensor.name}: its elements are too large to be squared")
+    if constant := sum(tensor.is_matrix and tensor.std == 0 for tensor in tensors):
+        notes.append(
+            f"not counted in groups, since all their elements are equal: {constant} matrices"
+        )
+    return notes

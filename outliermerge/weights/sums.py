@@ -38,7 +38,7 @@ class Central(NamedTuple):
     @property
     def skewness(self) -> float:
         """E[(x-μ)³]/σ³; NaN where all are equal."""
-        return self.m3 / self.num / self.std**3 if self._varies else math.nan
+        return self.m3 / self.m2 / self.std if self._varies else math.nan
 
     @property
     def kurtosis(self) -> float:
@@ -47,7 +47,7 @@ class Central(NamedTuple):
 
     @property
     def _varies(self) -> bool:
-        return self.num > 0 and self.std**3 > 0
+        return self.num > 0 and 0 < self.m2 < math.inf
 
 
 class Tally(NamedTuple):
@@ -122,7 +122,7 @@ def filtered_of_values(values_E: Tensor, limits: Limits) -> tuple[Filtered, list
     away_E = (finite_E - limits.mean).abs()
     kept_E = finite_E[(finite_E >= limits.low) & (finite_E <= limits.high)]
     counts = [0] * (BINS + 2)
-    if limits.std > 0:
+    if 0 < limits.std < math.inf:
         first = limits.mean - HALF_WIDTH * limits.std
         per_bin = BINS / (2 * HALF_WIDTH) / limits.std
         bins_E = ((finite_E - first) * per_bin).clamp(-1, BINS).add(1).long()
@@ -173,18 +173,25 @@ def _fold(samples: Sequence[Central]) -> Central:
     if not num or least == greatest:
         return Central(num, least if num else math.nan, 0, 0, 0, least, greatest)
     first = next(sample.mean for sample in samples if sample.num)
-    mean = first + math.fsum(sample.num * (sample.mean - first) for sample in samples) / num
+    mean = first + _sum([sample.num * (sample.mean - first) for sample in samples]) / num
     second, third, fourth = [], [], []
     for sample in samples:
         gap = sample.mean - mean
-        second += [sample.m2, sample.num * gap**2]
-        third += [sample.m3, 3 * gap * sample.m2, sample.num * gap**3]
+        square = gap * gap  # where a power would raise, a product is infinite
+        second += [sample.m2, sample.num * square]
+        third += [sample.m3, 3 * gap * sample.m2, sample.num * square * gap]
         fourth += [
             sample.m4,
             4 * gap * sample.m3,
-            6 * gap**2 * sample.m2,
-            sample.num * gap**4,
+            6 * square * sample.m2,
+            sample.num * square * square,
         ]
-    return Central(
-        num, mean, math.fsum(second), math.fsum(third), math.fsum(fourth), least, greatest
-    )
+    return Central(num, mean, _sum(second), _sum(third), _sum(fourth), least, greatest)
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Add up exactly; NaN where values of float64 tensors have overflown."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
