@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import mul
 from statistics import NormalDist
 
 from outliermerge.weights.table import BINS, HALF_WIDTH, Histogram
@@ -22,7 +23,8 @@ SKEWNESS = 0.5
 
 _BIN_WIDTH = 2 * HALF_WIDTH / BINS
 _MIDDLES = [(number + 0.5) * _BIN_WIDTH - HALF_WIDTH for number in range(BINS)]
-_KEPT = [number for number, middle in enumerate(_MIDDLES) if abs(middle) < 3]
+_KEPT = slice(round((HALF_WIDTH - 3) / _BIN_WIDTH), round((HALF_WIDTH + 3) / _BIN_WIDTH))
+_POWERS = [[middle**power for middle in _MIDDLES[_KEPT]] for power in (1, 2, 3, 4)]
 _QUARTILE = NormalDist().inv_cdf(0.75)
 
 
@@ -67,7 +69,7 @@ def label_of(histogram: Histogram | None) -> str | None:
     width = _width(histogram)
     if width < LINE_WIDTH:
         return "line"
-    skewness, kurtosis = _moments([histogram.counts[number] for number in _KEPT])
+    skewness, kurtosis = _moments(histogram.counts[_KEPT])
     if abs(skewness) > SKEWNESS or kurtosis < FLAT_KURTOSIS:
         return "other"
     if kurtosis < GAUSSIAN_KURTOSIS:
@@ -80,30 +82,25 @@ def _num_elements(histogram: Histogram) -> int:
 
 
 def _width(histogram: Histogram) -> float:
-    lower, upper = (_quantile(histogram, share) for share in (0.25, 0.75))
-    return (upper - lower) / 2 / _QUARTILE
-
-
-def _quantile(histogram: Histogram, share: float) -> float:
-    """Return where a share of the elements lies below, as if they were even inside a bin."""
-    target = share * _num_elements(histogram)
     reached = list(accumulate(histogram.counts, initial=histogram.num_below))
-    # By Chebyshev, less than 2% of any elements lie beyond 8σ.
-    number = next(number for number in range(BINS) if reached[number + 1] >= target)
-    inside = (target - reached[number]) / histogram.counts[number]
-    return (number + inside) * _BIN_WIDTH - HALF_WIDTH
+    num_elements = reached[-1] + histogram.num_above
+
+    def quantile(share: float) -> float:
+        """Return where a share lies below, as if elements were even inside a bin."""
+        target = share * num_elements
+        # By Chebyshev, less than 2% of any elements lie beyond 8σ.
+        number = bisect_left(reached, target, 1) - 1
+        inside = (target - reached[number]) / histogram.counts[number]
+        return (number + inside) * _BIN_WIDTH - HALF_WIDTH
+
+    return (quantile(0.75) - quantile(0.25)) / 2 / _QUARTILE
 
 
 def _moments(counts: Sequence[int]) -> tuple[float, float]:
-    """Return skewness and kurtosis of what 3σ keep."""
-    middles = [_MIDDLES[number] for number in _KEPT]
-
-    def mean_of(powers: Sequence[float]) -> float:
-        pairs = zip(counts, powers, strict=True)
-        return math.fsum(count * power for count, power in pairs) / sum(counts)
-
-    mean = mean_of(middles)
-    variance, third, fourth = (
-        mean_of([(middle - mean) ** power for middle in middles]) for power in (2, 3, 4)
-    )
-    return third / variance**1.5, fourth / variance**2
+    """Return skewness and kurtosis of what 3σ keep, from its moments about the mean of all."""
+    num = sum(counts)
+    first, second, third, fourth = (sum(map(mul, counts, powers)) / num for powers in _POWERS)
+    variance = second - first**2
+    central_third = third - 3 * first * second + 2 * first**3
+    central_fourth = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    return central_third / variance**1.5, central_fourth / variance**2
