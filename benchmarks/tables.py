@@ -226,6 +226,25 @@ def inputs(content: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def looking(content: dict[str, Any]) -> str:
+    """Statistics of weights against one reading, from the JSON that looking.py writes."""
+    rows = []
+    for case in content["cases"]:
+        least, most = case["over_reading_range"]
+        rows.append(
+            [
+                case["name"],
+                number(case["read_gigabytes"]),
+                f"{case['reading']['seconds']:.3f}",
+                number(case["stats"]["seconds"]),
+                f"{case['over_reading']:.1f} ({least:.1f}–{most:.1f})",
+                number(case["stats"][PEAK]),
+            ]
+        )
+    header = ["`outliermerge stats`", "GB", "reading once, s", "stats, s", "ratio", "memory MB"]
+    return markdown(header, rows)
+
+
 SECTIONS: dict[str, Callable[[Report], str]] = {
     "machine": machine,
     "work": work,
@@ -247,6 +266,8 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
         found = {name: write(report) for name, write in SECTIONS.items()}
     if (results / "inputs.json").is_file():
         found["inputs"] = inputs(json.loads((results / "inputs.json").read_text()))
+    if (results / "looking.json").is_file():
+        found["looking"] = looking(json.loads((results / "looking.json").read_text()))
     return {name: text for name, text in found.items() if text}
 
 
