@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from outliermerge.sweeps import sweep
     from outliermerge.trim import Trim
     from outliermerge.weights.compare import compare_weights
-    from outliermerge.weights.report import build_report
+    from outliermerge.weights.report.build import build_report
     from outliermerge.weights.simulate import simulate
     from outliermerge.weights.spectra import layer_spectra
     from outliermerge.weights.stats import stats_of_tensor, weight_stats
@@ -48,7 +48,7 @@ _HOMES = {
     "SpecError": "errors",
     "StandardDeviation": "statistics",
     "Trim": "trim",
-    "build_report": "weights.report",
+    "build_report": "weights.report.build",
     "compare_weights": "weights.compare",
     "layer_spectra": "weights.spectra",
     "merge_method": "method",

@@ -202,7 +202,7 @@ def run_layers(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     """Write the page, and figures where they are asked for."""
     from outliermerge import render
-    from outliermerge.weights.report import build_report
+    from outliermerge.weights.report.build import build_report
 
     with render.reading_bar() as callbacks:
         page = build_report(

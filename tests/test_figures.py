@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.weights.figures import densities, draw_figures, quantile_pairs
-from outliermerge.weights.report_data import Subject
+from outliermerge.weights.report.data import Subject
+from outliermerge.weights.report.figures import densities, draw_figures, quantile_pairs
 from outliermerge.weights.stats import stats_of_tensor
 from outliermerge.weights.table import WeightStats
 

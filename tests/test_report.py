@@ -19,10 +19,10 @@ from playwright.sync_api import sync_playwright
 
 import outliermerge
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.weights import report as report_module
-from outliermerge.weights.report import build_report
-from outliermerge.weights.report_data import Subject, payload
-from outliermerge.weights.report_page import embedded_json, render_page
+from outliermerge.weights.report import build as report_module
+from outliermerge.weights.report.build import build_report
+from outliermerge.weights.report.data import Subject, payload
+from outliermerge.weights.report.page import embedded_json, render_page
 from outliermerge.weights.stats import stats_of_tensor, weight_stats
 from outliermerge.weights.table import WeightStats
 

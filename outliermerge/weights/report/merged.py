@@ -14,7 +14,7 @@ from outliermerge.output import manifest_path
 from outliermerge.weights.compare import Comparison
 from outliermerge.weights.models import Subject as Opened
 from outliermerge.weights.models import open_subject
-from outliermerge.weights.report_data import Subject, drift_payload, merge_payload, short_titles
+from outliermerge.weights.report.data import Subject, drift_payload, merge_payload, short_titles
 from outliermerge.weights.table import WeightStats
 
 

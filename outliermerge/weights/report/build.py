@@ -12,10 +12,10 @@ from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.manifest import read_manifest
 from outliermerge.output import manifest_path
 from outliermerge.weights.compare import compare_weights
-from outliermerge.weights.figures import check_matplotlib, draw_figures
-from outliermerge.weights.report_data import Subject, payload, short_titles
-from outliermerge.weights.report_merge import measure_merge
-from outliermerge.weights.report_page import plotly_script, render_page
+from outliermerge.weights.report.data import Subject, payload, short_titles
+from outliermerge.weights.report.figures import check_matplotlib, draw_figures
+from outliermerge.weights.report.merged import measure_merge
+from outliermerge.weights.report.page import plotly_script, render_page
 from outliermerge.weights.stats import weight_stats
 from outliermerge.weights.table import WeightStats
 

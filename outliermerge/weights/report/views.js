@@ -1,6 +1,6 @@
 'use strict';
 
-// What each section shows of the state; `report.js` says when.
+// What each section shows of the state; `main.js` says when.
 
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const GRID = { width: 2 * DATA.half_width / DATA.bins, halfWidth: DATA.half_width };

@@ -14,11 +14,11 @@ from typing import Any
 from outliermerge.weights.extras import require
 
 SCRIPTS = (
-    "report_math.js",
-    "report_plots.js",
-    "report_views.js",
-    "report_tables.js",
-    "report.js",
+    "math.js",
+    "plots.js",
+    "views.js",
+    "tables.js",
+    "main.js",
 )
 
 
@@ -47,12 +47,12 @@ def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
     parts = {
         "TITLE": html.escape(title),
         "POLICY": policy,
-        "STYLE": _resource("report.css"),
+        "STYLE": _resource("page.css"),
         "DATA": embedded_json(payload),
         "PLOTLY": scripts[0],
         "SCRIPT": scripts[1],
     }
-    template = _resource("report.html")
+    template = _resource("page.html")
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], template)
     # File names may hold bytes that are no text.
     return page.encode("utf-8", "replace")
@@ -74,4 +74,4 @@ def _hash(script: str) -> str:
 
 
 def _resource(name: str) -> str:
-    return resources.files("outliermerge.weights").joinpath(name).read_text("utf-8")
+    return resources.files("outliermerge.weights.report").joinpath(name).read_text("utf-8")

@@ -14,7 +14,7 @@ import numpy as np
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.weights.extras import require
-from outliermerge.weights.report_data import STATISTICS, Spot, Subject, find_spots
+from outliermerge.weights.report.data import STATISTICS, Spot, Subject, find_spots
 from outliermerge.weights.table import BINS, HALF_WIDTH, TensorStats
 
 if TYPE_CHECKING:

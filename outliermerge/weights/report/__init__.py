@@ -1,0 +1,1 @@
+"""The report: one page about weights, and figures for papers."""
