@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import stat
+import sys
 import threading
 
 import pytest
@@ -120,6 +121,17 @@ def test_what_is_wrong_is_said_in_one_message(
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["flat"]
+
+
+def test_a_missing_package_is_told_before_anything_is_written(
+    models, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    files = [str(tmp_path / name) for name in ("stats.csv", "stats.parquet")]
+    assert main(["stats", models["a"], "--csv", files[0], "--parquet", files[1]]) == 1
+    said = capsys.readouterr().err
+    assert said == "error: --parquet needs pyarrow: pip install 'outliermerge[weights]'\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_would_control_a_terminal_or_are_no_text_do_no_harm(tmp_path, capsys):
