@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 from outliermerge.blocks import Engine
 from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import SpecError
 from outliermerge.job_runner import JobResult, JobRunner, Sink
@@ -113,7 +114,10 @@ def execute(
         prepare = _nothing
         if any(options.uses_kernels(job) for job in all_jobs):
             kernels = KernelEngine(find_kernels())
-        if any(not options.uses_kernels(job) or _reads_by_torch(job) for job in all_jobs):
+        if any(
+            not options.uses_kernels(job) or reads_by_torch(source for _, source in job.sources)
+            for job in all_jobs
+        ):
             prepare = stack.enter_context(torch_threads())
             torch = TorchEngine(devices(options.device))
 
@@ -166,11 +170,11 @@ def _nothing() -> None:
     return None
 
 
-def _reads_by_torch(job: Job) -> bool:
+def reads_by_torch(sources: Iterable[Source]) -> bool:
     """Tell whether a source is computed from others, or pickled."""
     return any(
         source.stored != (source,) or any(meta.offset is None for meta in source.stored)
-        for _, source in job.sources
+        for source in sources
     )
 
 

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.execute import choose_device, exceeds_memory, keep_freed_memory, torch_threads
+from outliermerge.execute import (
+    choose_device,
+    exceeds_memory,
+    keep_freed_memory,
+    reads_by_torch,
+    torch_threads,
+)
 from outliermerge.kernels import find_kernels
 from outliermerge.machine import num_threads
 from outliermerge.rounds import Steps, run_all
@@ -204,8 +210,7 @@ def _work_bytes(subject: Subject, kernels: Any | None) -> int:
 def _needs_torch(subject: Subject, kernels: Any | None) -> bool:
     """Tell whether something is measured by torch, or computed by it when it is read."""
     return kernels is None or any(
-        not fit_kernels(each) or any(source.stored != (source,) for source in each)
-        for each in subject.tensors.values()
+        not fit_kernels(each) or reads_by_torch(each) for each in subject.tensors.values()
     )
 
 
