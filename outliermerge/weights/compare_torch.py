@@ -10,7 +10,7 @@ depend on the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, combinations
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from outliermerge.blocks import Span, spans
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.rounds import Round, Steps
+from outliermerge.weights.sums import exact_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ def fold_sums(shares: Sequence[Sums], num_models: int) -> Sums:
     num_elements = sum(share.num_elements for share in shares)
     models = range(num_models)
     means = tuple(
-        _total(share.num_elements * share.means[m] for share in shares) / max(1, num_elements)
+        exact_sum(share.num_elements * share.means[m] for share in shares) / max(1, num_elements)
         for m in models
     )
 
@@ -91,11 +92,14 @@ def fold_sums(shares: Sequence[Sums], num_models: int) -> Sums:
     return Sums(
         num_elements,
         means,
-        tuple(_total(squares(m)) for m in models),
-        _total(share.base for share in shares),
-        tuple(tuple(_total(share.gram[a][b] for share in shares) for b in models) for a in models),
+        tuple(exact_sum(squares(m)) for m in models),
+        exact_sum(share.base for share in shares),
         tuple(
-            _total(share.distances[p] for share in shares) for p in range(math.comb(num_models, 2))
+            tuple(exact_sum(share.gram[a][b] for share in shares) for b in models) for a in models
+        ),
+        tuple(
+            exact_sum(share.distances[p] for share in shares)
+            for p in range(math.comb(num_models, 2))
         ),
     )
 
@@ -109,13 +113,6 @@ def fold_counts(shares: Sequence[Counts], num_models: int) -> Counts:
         return tuple(tuple(sum(each[a][b] for each in tables) for b in models) for a in models)
 
     return Counts(*(table(field.name) for field in fields(Counts)))
-
-
-def _total(values: Iterable[float]) -> float:
-    try:
-        return math.fsum(values)
-    except (OverflowError, ValueError):  # infinite, or of both signs
-        return math.nan
 
 
 @dataclass(frozen=True)

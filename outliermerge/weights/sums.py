@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from outliermerge.weights.table import BINS, HALF_WIDTH
@@ -173,7 +173,7 @@ def _fold(samples: Sequence[Central]) -> Central:
     if not num or least == greatest:
         return Central(num, least if num else math.nan, 0, 0, 0, least, greatest)
     first = next(sample.mean for sample in samples if sample.num)
-    mean = first + _sum([sample.num * (sample.mean - first) for sample in samples]) / num
+    mean = first + exact_sum([sample.num * (sample.mean - first) for sample in samples]) / num
     second, third, fourth = [], [], []
     for sample in samples:
         gap = sample.mean - mean
@@ -186,11 +186,13 @@ def _fold(samples: Sequence[Central]) -> Central:
             6 * square * sample.m2,
             sample.num * square * square,
         ]
-    return Central(num, mean, _sum(second), _sum(third), _sum(fourth), least, greatest)
+    return Central(
+        num, mean, exact_sum(second), exact_sum(third), exact_sum(fourth), least, greatest
+    )
 
 
-def _sum(values: Sequence[float]) -> float:
-    """Add up exactly; NaN where values of float64 tensors have overflown."""
+def exact_sum(values: Iterable[float]) -> float:
+    """Add up with one rounding; NaN where values are infinite, or the sum is too large."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
