@@ -58,8 +58,9 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
                 _text(tensor.name), "×".join(map(str, tensor.shape)), *cells, tensor.label or "–"
             )
     else:
+        names = stats.short_names
         for group in stats.modules if by == "module" else stats.layers:
-            shown = stats.short_names.get(group.name, group.name)
+            shown = names.get(group.name, group.name)
             table.add_row(_text(shown), str(group.num_tensors), *_group_cells(group, columns))
         whole = stats.whole
         table.add_section()
@@ -162,10 +163,10 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         table.columns[0].min_width = _NAME_WIDTH
+        names = spectra.short_names
         for module in spectra.modules:
-            name = spectra.short_names[module.module]
             table.add_row(
-                _text(name),
+                _text(names[module.module]),
                 str(len(module.layers)),
                 *_fit_cells(module.distances, module.fit, is_wide),
             )
