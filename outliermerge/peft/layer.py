@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
         """Whether the weight is stored (inputs, outputs)."""
         return isinstance(self.base_layer, Conv1D)
 
+    @abstractmethod
     def change(self, adapter: str, inputs: Tensor, without_bias: Tensor) -> Tensor:
         """Return what the adapter adds to the layer's outputs.
 
@@ -51,11 +53,10 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
             inputs: of the layer.
             without_bias: what the layer makes of them, less its bias.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def merged_rows(self, adapter: str, weight: Tensor, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) of W', as stored, in float64."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the outputs of the changed layer, in the dtype of the base's."""

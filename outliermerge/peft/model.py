@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from peft import PeftConfig
@@ -56,8 +57,9 @@ class _ScaledModel(BaseTuner):
         layer = self._layer(peft_config, adapter_name, target, current_key)
         self._replace_module(parent, target_name, layer, target)
 
+    @abstractmethod
     def _layer(self, config: Any, adapter_name: str, target: nn.Module, name: str) -> ScaledLayer:
-        raise NotImplementedError
+        """Return what takes the place of a layer."""
 
 
 class ScaledLoraModel(_ScaledModel):
