@@ -167,6 +167,13 @@ def test_the_readme_shows_rows_of_the_studies(study):
     assert all(any(row in lines for lines in committed.values()) for row in rows)
 
 
+def test_every_figure_of_the_weights_is_shown_and_every_picture_is_there():
+    shown = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()))
+    assert all((ROOT / path).read_bytes().startswith(b"\x89PNG") for path in shown)
+    figures = (ROOT / "evals" / "weights" / "figures").iterdir()
+    assert {path.relative_to(ROOT).as_posix() for path in figures} <= shown
+
+
 def test_the_make_targets_of_the_readme_exist():
     for target in (
         "demo",
