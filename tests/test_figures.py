@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.weights.report.data import Subject
+from outliermerge.weights.report.data import Shown
 from outliermerge.weights.report.figures import densities, draw_figures, quantile_pairs
 from outliermerge.weights.stats import stats_of_tensor
 from outliermerge.weights.table import WeightStats
@@ -22,7 +22,7 @@ KINDS = {"density", "density_log", "qq", "sigma_by_depth", "heatmap_sigma", "hea
 
 def subject(tensors, *, base=None):
     found = tuple(stats_of_tensor(values, name=name) for name, values in tensors.items())
-    return Subject("org/my model", "model", WeightStats("m", base, 3.0, 1e-3, found))
+    return Shown("org/my model", "model", WeightStats("m", base, 3.0, 1e-3, found))
 
 
 def gaussian(*shape, seed=0):

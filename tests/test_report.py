@@ -21,7 +21,7 @@ import outliermerge
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.weights.report import build as report_module
 from outliermerge.weights.report.build import build_report
-from outliermerge.weights.report.data import Subject, payload
+from outliermerge.weights.report.data import Shown, payload
 from outliermerge.weights.report.page import embedded_json, render_page
 from outliermerge.weights.stats import stats_of_tensor, weight_stats
 from outliermerge.weights.table import WeightStats
@@ -430,7 +430,7 @@ def test_names_with_html_in_them_are_inert(visit, tmp_path):
         for name in (HOSTILE, "model.layers.1.up.weight")
     )
     stats = WeightStats("<img src=x>", None, 3.0, 1e-3, tensors, ("<i>note</i>",))
-    subject = Subject("<img src=x>", "model", stats)
+    subject = Shown("<img src=x>", "model", stats)
     page_path = tmp_path / "page.html"
     page_path.write_bytes(render_page("<img src=x> & {{DATA}}", payload([subject], t=2.0)))
     with visit(page_path) as page:
@@ -459,7 +459,7 @@ def test_many_experts_are_chosen_one_by_one_averaged_and_listed_in_pieces(visit,
     )
     stats = WeightStats("m", None, 3.0, 1e-3, tensors)
     page_path = tmp_path / "page.html"
-    page_path.write_bytes(render_page("m", payload([Subject("m", "model", stats)], t=2.0)))
+    page_path.write_bytes(render_page("m", payload([Shown("m", "model", stats)], t=2.0)))
     with visit(page_path) as page:
         assert page.locator("#member option").count() == 310
         page.select_option("#member", tensors[7].name)
@@ -488,7 +488,7 @@ def test_page_runs_no_script_but_its_own(visit, made):
 def test_payload_is_json_that_no_parser_of_html_ends():
     constant = stats_of_tensor(torch.full((4, 4), 2.0), name=HOSTILE)
     stats = WeightStats("m", None, 3.0, 1e-3, (constant,))
-    found = payload([Subject("m", "model", stats)], t=2.0)
+    found = payload([Shown("m", "model", stats)], t=2.0)
     text = embedded_json(found)
     assert "<" not in text and text.isascii()
     columns = json.loads(text)["subjects"][0]["columns"]
@@ -502,7 +502,7 @@ def test_payload_keeps_every_element_of_a_histogram():
     values[0, 0] = 50.0
     tensor = stats_of_tensor(values, name="w")
     stats = WeightStats("m", None, 3.0, 1e-3, (tensor,))
-    columns = payload([Subject("m", "model", stats)], t=2.0)["subjects"][0]["columns"]
+    columns = payload([Shown("m", "model", stats)], t=2.0)["subjects"][0]["columns"]
     (histogram,) = columns["histogram"]
     assert (histogram["below"], histogram["above"]) == (0, 1)
     assert sum(histogram["counts"]) == 64 * 64 - 1

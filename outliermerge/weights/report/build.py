@@ -12,7 +12,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.manifest import read_manifest
 from outliermerge.output import manifest_path
 from outliermerge.weights.compare import compare_weights
-from outliermerge.weights.report.data import Subject, payload, short_titles
+from outliermerge.weights.report.data import Shown, payload, short_titles
 from outliermerge.weights.report.figures import check_matplotlib, draw_figures
 from outliermerge.weights.report.merged import measure_merge
 from outliermerge.weights.report.page import plotly_script, render_page
@@ -89,10 +89,10 @@ def build_report(
 
 def _measure(
     models: Sequence[str], base: str | None, measure: Callable[..., WeightStats]
-) -> list[Subject]:
+) -> list[Shown]:
     bases = [None] if base is None else [None, base]
     return [
-        Subject(title, "model", measure(model, base=each))
+        Shown(title, "model", measure(model, base=each))
         for model, title in zip(models, short_titles(models), strict=True)
         for each in bases
     ]

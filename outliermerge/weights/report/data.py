@@ -36,7 +36,7 @@ STATISTICS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class Shown:
     """The statistics of a model's weights or of a task vector, and what they are to the report.
 
     Attributes:
@@ -117,7 +117,7 @@ def _part(place: Place) -> str:
     return ".".join(place.module.split(".")[: place.layer.count(".") + 1])
 
 
-def subject_payload(subject: Subject) -> dict[str, Any]:
+def subject_payload(subject: Shown) -> dict[str, Any]:
     """Return statistics by column, and histograms without their empty ends."""
     stats = subject.stats
     spots = find_spots([tensor.name for tensor in stats.tensors])
@@ -255,7 +255,7 @@ def drift_payload(
 
 
 def payload(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Shown],
     *,
     t: float,
     merge: Mapping[str, Any] | None = None,

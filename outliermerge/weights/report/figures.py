@@ -14,7 +14,7 @@ import numpy as np
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.weights.extras import require
-from outliermerge.weights.report.data import STATISTICS, Spot, Subject, find_spots
+from outliermerge.weights.report.data import STATISTICS, Shown, Spot, find_spots
 from outliermerge.weights.table import BINS, HALF_WIDTH, TensorStats
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check_matplotlib() -> None:
     require("matplotlib.figure", "a figure")
 
 
-def draw_figures(subjects: Sequence[Subject], folder: Path) -> list[Path]:
+def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
     """Write figures of each subject's layers: densities, QQ plots, σ against depth, heat maps.
 
     Grids have types of module as rows and layers evenly sampled as columns. Only matrices are
@@ -85,7 +85,7 @@ def _free_path(folder: Path, stem: str, written: Sequence[Path]) -> Path:
     return next(path for name in names if (path := folder / f"{name}.png") not in written)
 
 
-def _file_name(subject: Subject, part: str) -> str:
+def _file_name(subject: Shown, part: str) -> str:
     kind = "W" if subject.stats.base is None else "delta"
     words = re.findall(r"[\w-]+", f"{subject.title} {part}", re.ASCII)
     return "_".join([kind, *words]) or kind
@@ -114,7 +114,7 @@ class _Cells:
         return scale * fmean(values) if values else float("nan")
 
 
-def _parts(subject: Subject) -> dict[str, _Cells]:
+def _parts(subject: Shown) -> dict[str, _Cells]:
     matrices = subject.stats.matrices
     spots = find_spots([tensor.name for tensor in matrices])
     placed: dict[str, list[tuple[Spot, TensorStats]]] = {}

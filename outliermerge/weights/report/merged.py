@@ -12,9 +12,8 @@ import yaml
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output import manifest_path
 from outliermerge.weights.compare import Comparison
-from outliermerge.weights.models import Subject as Opened
-from outliermerge.weights.models import open_subject
-from outliermerge.weights.report.data import Subject, drift_payload, merge_payload, short_titles
+from outliermerge.weights.models import Subject, open_subject
+from outliermerge.weights.report.data import Shown, drift_payload, merge_payload, short_titles
 from outliermerge.weights.table import WeightStats
 
 
@@ -24,7 +23,7 @@ def measure_merge(
     base: str | None,
     measure: Callable[..., WeightStats],
     compare: Callable[..., Comparison],
-) -> tuple[list[Subject], dict[str, Any]]:
+) -> tuple[list[Shown], dict[str, Any]]:
     """Return the statistics of an output and its task models, and what a page shows besides.
 
     An input that cannot be read any more is left out, and the notes say so.
@@ -38,7 +37,7 @@ def measure_merge(
     """
     inputs = manifest["inputs"]
     title, *titles = short_titles([str(Path(model).resolve()), *(each["model"] for each in inputs)])
-    outputs, notes = [Subject(title, "output", measure(model))], []
+    outputs, notes = [Shown(title, "output", measure(model))], []
     merged_at = manifest_path(Path(model)).stat().st_mtime
     for entry, name in zip(inputs, titles, strict=True):
         if _has_changed(entry, merged_at):
@@ -50,12 +49,12 @@ def measure_merge(
             base = _reference(entry)
     if base is not None:
         try:
-            outputs.append(Subject(title, "output", measure(model, base=base)))
+            outputs.append(Shown(title, "output", measure(model, base=base)))
         except OutlierMergeError as error:
             notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
             base = None
     renames = {each["model"]: each.get("rename") for each in manifest["spec"]["models"]}
-    tasks: list[tuple[Opened, Subject]] = []
+    tasks: list[tuple[Subject, Shown]] = []
     for entry, name in zip(inputs, titles, strict=True):
         if entry["role"] == "base":
             continue
@@ -64,7 +63,7 @@ def measure_merge(
             opened = open_subject(
                 _reference(entry), base, rename=json.dumps(rename) if rename else None
             )
-            shown = Subject(name, "task", measure(opened))
+            shown = Shown(name, "task", measure(opened))
         except OutlierMergeError as error:
             notes.append(f"{name} is not shown, since it cannot be read: {error}")
         else:
