@@ -17,6 +17,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.weights.compare import MATRIX_DIAGONAL, Comparison, PairStats, compare_weights
+from outliermerge.weights.models import open_subject
 
 SHAPES = {
     "model.layers.0.up_proj.weight": (300, 257),  # more than one chunk
@@ -321,6 +322,19 @@ def _adapter(folder: Path, base: str, *, seed: int) -> tuple[str, torch.Tensor]:
     config["base_model_name_or_path"] = base
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return str(folder), 3 * (b.double() @ a.double()).flatten()
+
+
+def test_models_that_are_open_already_have_their_one_base(tmp_path):
+    weights = {"w": torch.randn(4, 4)}
+    base, a, b = (
+        str(save_tensors(tmp_path / n, {"w": weights["w"] + i})) for i, n in enumerate("xab")
+    )
+    opened = [open_subject(model, base) for model in (a, b)]
+    assert compare_weights(opened) == compare_weights([a, b], base=base)
+    with pytest.raises(SpecError, match="is open already"):
+        compare_weights(opened, base=base)
+    with pytest.raises(SpecError, match="found models of several bases"):
+        compare_weights([opened[0], open_subject(b)])
 
 
 @pytest.mark.parametrize("has_base", [True, False], ids=["task vectors", "weights"])

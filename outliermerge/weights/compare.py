@@ -191,12 +191,13 @@ def compare_weights(
         raise SpecError(f"--t: found {t}, expected a number of 0 or more")
     device = choose_device(device)
     subjects = [
-        model
-        if isinstance(model, Subject)
-        else open_subject(model, base, rename=rename if base is not None or number else None)
+        open_subject(model, base, rename=rename if base is not None or number else None)
         for number, model in enumerate(models)
     ]
-    base = subjects[0].base
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
     _refuse_twins(subjects)
     tensors, notes = _common(subjects)
     found: dict[str, tuple[Sums, Counts]] = {}
@@ -245,7 +246,10 @@ def compare_weights(
 def _refuse_twins(subjects: Sequence[Subject]) -> None:
     """Refuse two models, or a model and the base, that are the same files."""
     seen: dict[frozenset[Path], str] = {}
-    base = subjects[0].base
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
     if base is not None:
         seen[_files(pair[0] for pair in subjects[0].tensors.values())] = base
     for subject in subjects:
@@ -302,7 +306,10 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
 
 def _broken(subjects: Sequence[Subject], sums: Sums) -> str:
     """Return whose values of a tensor are not finite."""
-    base = subjects[0].base
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
     if base is not None and not math.isfinite(sums.base):
         return base
     return ", ".join(s.reference for m, s in enumerate(subjects) if not sums.is_finite(m))

@@ -49,30 +49,36 @@ class Subject:
         return sum(source.num_bytes for each in self.tensors.values() for source in each)
 
 
-def open_subject(reference: str, base: str | None = None, *, rename: str | None = None) -> Subject:
+def open_subject(
+    model: str | Subject, base: str | None = None, *, rename: str | None = None
+) -> Subject:
     """Open a model as specs name one: a folder, a file, a hub id, an adapter, `base+adapter`.
 
     Args:
-        reference: the model.
+        model: its name; or a subject, which has its base already, and is returned.
         base: what its task vectors are taken against.
         rename: from the model's tensor names to the base's: a named map, or rules as YAML.
 
     Raises:
-        SpecError: there is no such map, or it does not fit the names.
+        SpecError: there is no such map, it does not fit the names, or a subject is given a base.
         OutlierMergeError: a model is absent or broken, or the two have no tensor in common.
     """
+    if isinstance(model, Subject):
+        if base is not None or rename is not None:
+            raise SpecError(f"{model.reference}: is open already: give its base to open_subject")
+        return model
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None
-        model = open_model(reference, rules, "model", opened_base)
+        opened = open_model(model, rules, "model", opened_base)
     except SettingError as error:
         raise SpecError(f"--rename: {error}") from error
-    notes = [*(opened_base.checkpoint.notes if opened_base else ()), *model.checkpoint.notes]
+    notes = [*(opened_base.checkpoint.notes if opened_base else ()), *opened.checkpoint.notes]
     found: dict[str, tuple[Source, ...]]
-    found = {name: (source,) for name, source in model.checkpoint.tensors.items()}
+    found = {name: (source,) for name, source in opened.checkpoint.tensors.items()}
     if opened_base is None:
-        return _subject(model, None, found, notes)
-    return _subject(model, base, _pairs(opened_base, model, notes), notes)
+        return _subject(opened, None, found, notes)
+    return _subject(opened, base, _pairs(opened_base, opened, notes), notes)
 
 
 def _parsed(rename: str | None) -> object:

@@ -131,7 +131,7 @@ def layer_spectra(
     if num_values < 2:
         raise SpecError(f"--values: found {num_values}, expected 2 or more: one has no angle")
     require("powerlaw", "fitting a power law")
-    subject = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
+    subject = open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)
     names = [member.name for members in groups.values() for member in members]
     on_total(sum(source.num_bytes for name in names for source in subject.tensors[name]))

@@ -86,8 +86,7 @@ def weight_stats(
         Spread(mean=3.02, std=0.24)
     """
     _check_limits(filter, small)
-    opened = model if isinstance(model, Subject) else open_subject(model, base, rename=rename)
-    subject = opened.changed()
+    subject = open_subject(model, base, rename=rename).changed()
     device = choose_device(device)
     on_total(_work_bytes(subject, _kernels(device, kernels)))
     places = find_places(subject.tensors)
