@@ -307,7 +307,8 @@ def test_a_prefix_of_all_names_is_renamed(renamed, tmp_path):
     assert wrong(merged, expected, base, models) == []
     by = hand_made(tmp_path / "hand", family.base, expected, base)
     found, wanted = (families.forward(families.load(path)) for path in (output, by))
-    torch.testing.assert_close(found, wanted)
+    # float32 forward passes of weights that differ by a rounding; sums vary with the processor.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_classifiers_of_other_sizes_are_left_to_the_base(built, tmp_path):
