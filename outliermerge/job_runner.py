@@ -15,6 +15,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
+from outliermerge.planning.tied import WAYS_OUT, is_head
 from outliermerge.rounds import Round, Steps
 from outliermerge.statistics import Pass
 from outliermerge.work import Work
@@ -143,9 +144,8 @@ class JobRunner:
             return
         models = [self._plan.inputs[number].reference for number, _ in job.sources]
         if job in self._plan.checks:
-            raise OutlierMergeError(
-                f"{job.reason}. They are not. `extra: drop` leaves it out all the same."
-            )
+            way_out = WAYS_OUT if is_head(job.name) else "Such models cannot be merged as they are."
+            raise OutlierMergeError(f"{job.reason}. They are not. {way_out}")
         kind = job.sources[0][1].dtype.name
         advice = "Make it equal."
         if job.reason.startswith("extra"):

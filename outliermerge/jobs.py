@@ -29,6 +29,7 @@ class Input:
         reference: as the spec names it.
         home: where its config and tokenizer are: its own folder, for an adapter its base's.
         renamed: by rule of its `rename`, how many names it changes, and one before and after.
+        parted: heads that an adapter trained apart from the embeddings that its base ties them to.
     """
 
     reference: str
@@ -36,6 +37,7 @@ class Input:
     checkpoint: Checkpoint
     home: Path
     renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
+    parted: tuple[str, ...] = ()
 
     @property
     def stored(self) -> list[TensorMeta]:
@@ -173,6 +175,7 @@ class Plan:
         components: by component's folder the stem of its weight files.
         num_rows: of the vocabulary, where the merge changes it.
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
+        tied: by name of a tensor the one that it is equal to, as the output's config ties them.
     """
 
     spec: MergeSpec
@@ -188,6 +191,7 @@ class Plan:
     components: Mapping[str, str]
     num_rows: int | None = None
     added_tokens: tuple[tuple[int, str, int], ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_one_file(self) -> bool:
@@ -290,6 +294,7 @@ class Plan:
             "dropped": list(self.dropped),
             "notes": list(self.notes),
             "checks": [job.reason for job in self.checks],
+            "tied": dict(self.tied),
             "proof": {
                 "num_reference_parameters": self.proof.num_reference_parameters,
                 "added": list(self.proof.added),

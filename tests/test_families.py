@@ -22,6 +22,7 @@ from torch import Tensor
 import outliermerge
 from outliermerge import cli
 from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.planning.tied import WAYS_OUT
 
 # Kinds whose output is sharded too.
 SHARD_SIZES = {"qwen2_5_vl": "60KB", "mixtral": "40KB", "gemma": "15KB", "unet": "60KB"}
@@ -384,7 +385,7 @@ def test_a_head_equal_to_its_embeddings_is_left_out(kind, built, tmp_path):
         assert plan.dropped == ("lm_head.weight",)
         assert "1 extra tensor(s) are left out:\n  lm_head.weight" in plan.notes
         assert [check.reason for check in plan.checks] == [
-            f"{family.base} ties lm_head.weight to model.embed_tokens.weight, so that of "
+            "the output ties lm_head.weight to model.embed_tokens.weight, so that of "
             f"{models[index]} is left out, which is right only where they are equal in that model"
             for index in heads
         ]
@@ -404,9 +405,9 @@ def test_a_head_unlike_its_embeddings_is_refused(kind, built, tmp_path):
     model = give_head(family.models[1], tmp_path / "head", differs=True)
     spec = spec_of(family.base, [family.models[0], model])
     assert refusal(spec, tmp_path / "out") == (
-        f"{family.base} ties lm_head.weight to model.embed_tokens.weight, so that of {model} is "
+        f"the output ties lm_head.weight to model.embed_tokens.weight, so that of {model} is "
         "left out, which is right only where they are equal in that model. They are not. "
-        "`extra: drop` leaves it out all the same."
+        + WAYS_OUT
     )
     dropped = spec_of(family.base, [family.models[0], {"model": str(model), "extra": "drop"}])
     output = outliermerge.run(dropped, output=tmp_path / "out", fresh=True).output
@@ -420,7 +421,7 @@ def test_a_head_is_not_copied_where_nothing_would_read_it(built, tmp_path):
     assert refusal(copied) == (
         "the output would have tensors that its config does not know:\n"
         "  lm_head.weight: the config ties it to the embeddings (tie_word_embeddings), so nothing "
-        "would read it. `extra: drop` leaves it out."
+        f"would read it. {WAYS_OUT}"
     )
 
 

@@ -66,7 +66,10 @@ class _Module:
 
 
 def open_adapter(
-    folder: Path, base: Checkpoint, rename: Callable[[str], str] = lambda name: name
+    folder: Path,
+    base: Checkpoint,
+    rename: Callable[[str], str] = lambda name: name,
+    tied: Callable[[str], str | None] = lambda name: None,
 ) -> Checkpoint:
     """Return the model that an adapter makes of a base.
 
@@ -74,6 +77,7 @@ def open_adapter(
         folder: with adapter_config.json and adapter_model.safetensors or .bin.
         base: the model that it changes.
         rename: from the adapter's names of the base's tensors to the base's.
+        tied: from the name of a head that the base does not store to the embeddings that it is.
 
     Returns:
         The base's tensors in their order, of which those that the adapter changes are computed
@@ -83,11 +87,17 @@ def open_adapter(
         OutlierMergeError: an adapter of another kind than LoRA, one that cannot be merged, or one
             that does not fit the base.
     """
-    return _Adapter(folder, base, rename).checkpoint()
+    return _Adapter(folder, base, rename, tied).checkpoint()
 
 
 class _Adapter:
-    def __init__(self, folder: Path, base: Checkpoint, rename: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base: Checkpoint,
+        rename: Callable[[str], str],
+        tied: Callable[[str], str | None],
+    ) -> None:
         self.folder, self.base, self.rename = folder, base, rename
         self.config = read_adapter_config(folder)
         self.kind = str(self.config["peft_type"])
@@ -120,6 +130,10 @@ class _Adapter:
             elif ".original_module." not in name:  # the same as in the base
                 self._add_whole(_WRAPPED.sub(".", name), meta)
         self._check_names()
+        names = [rename(name) for name in (*(f"{m}.weight" for m in self.modules), *self.whole)]
+        heads = {name: tied(name) for name in names if name not in base.tensors}
+        found = {name: base.tensors[original] for name, original in heads.items() if original}
+        self.base = replace(base, tensors={**base.tensors, **found})
 
         self.seen_transposed: set[bool] = set()
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from outliermerge.checkpoint.adapter import open_adapter
-from outliermerge.checkpoint.adapter_config import CONFIG_NAME, base_of_adapter, is_adapter
-from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
-from outliermerge.planning.tied import is_head, tied_embeddings
+from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.tied import tied_heads
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
@@ -132,47 +132,30 @@ def _open_adapter(
         return rename(name) if under is base else name
 
     try:
-        adapted = open_adapter(folder, under.checkpoint, target)
+        adapted = open_adapter(
+            folder, under.checkpoint, target, lambda head: tied_heads(under, [head]).get(head)
+        )
     except OutlierMergeError as error:
         best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):
             raise
         advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
-    notes += _check_tied(folder, under, adapted, alone=under is not base)
+    tensors, parted, tie_notes = settle_heads(folder, under, adapted)
+    notes += tie_notes
     checkpoint = replace(
         adapted,
+        tensors=tensors,
         sidecars=under.checkpoint.sidecars,
         left_behind=under.checkpoint.left_behind,
         components=under.checkpoint.components,
         notes=(*adapted.notes, *notes),
     )
-    entry = Input(reference, role, checkpoint, home=under.home)
+    entry = Input(reference, role, checkpoint, home=under.home, parted=parted)
     if under is not base:
         return _renamed(entry, rename)
     rename.apply(seen)
     return replace(entry, renamed=rename.counts(seen))
-
-
-def _check_tied(folder: Path, under: Input, adapted: Checkpoint, *, alone: bool) -> list[str]:
-    """Refuse an adapter that parts a head from the embeddings that it is tied to."""
-    notes = []
-    for name in tied_embeddings(under):
-        heads = [head for head in adapted.tensors if is_head(head)]
-        whole = read_json(folder / CONFIG_NAME).get("modules_to_save") or ()
-        if (alone and heads) or (not heads and any(f".{part}." in f".{name}" for part in whole)):
-            parted = heads[0] if heads else name
-            raise OutlierMergeError(
-                f"{folder}: it has {parted} by itself, which {under.reference} ties, so that the "
-                "model has a head of its own, which the base's config does not know. Merge it with "
-                "peft's merge_and_unload(), then save_pretrained()."
-            )
-        if adapted.tensors[name] is not under.checkpoint.tensors[name]:
-            notes.append(
-                f"it changes {name}, to which {under.reference} ties its head: the head changes "
-                "with it, as when peft merges it, though it did not in training"
-            )
-    return notes
 
 
 def _renamed(entry: Input, rename: Rename) -> Input:

@@ -48,8 +48,13 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
-        matched, self.tied_copies, self.notes = match_tied(opened)
-        self.alignment = _align(matched, spec)
+        wanted = spec.document.config_source
+        self.tied = match_tied(
+            opened,
+            config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
+            wanted=spec.document.tie_word_embeddings,
+        )
+        self.alignment = _align(self.tied.inputs, spec)
         self.inputs = tuple(
             replace(
                 e,
@@ -57,14 +62,15 @@ class _Planner:
                     e.checkpoint, tensors={**e.checkpoint.tensors, **aligned.tensors}
                 ),
             )
-            for e, aligned in zip(matched, self.alignment.checkpoints, strict=True)
+            for e, aligned in zip(self.tied.inputs, self.alignment.checkpoints, strict=True)
         )
         self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.problems: dict[str, list[str]] = {}
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
-        self.checks: list[Job] = []
+        self.notes = list(self.tied.notes)
+        self.checks = [self._check_tied(copy) for copy in self.tied.copies if not copy.is_stray]
         self.used_filters: set[SpecPath] = set()
         self.any_resolved = False
         self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
@@ -74,7 +80,7 @@ class _Planner:
 
     def plan(self, shard_bytes: int | None) -> Plan:
         self.layers = find_layers(self.names)
-        drafts = [draft for name in self.names if (draft := self._draft(name)) is not None]
+        drafts = self._drafts()
         self._raise_problems()
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
@@ -104,6 +110,7 @@ class _Planner:
             self.stored_reference,
             {name: sources[0][1].shape for name, _, sources, *_ in drafts},
             read_json(config.path) if config else {},
+            self.spec.document.tie_word_embeddings,
         )
         return Plan(
             spec=self.spec,
@@ -125,7 +132,22 @@ class _Planner:
             components=checkpoint.components,
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
+            tied=self.tied.followers,
         )
+
+    def _drafts(self) -> list[_Draft]:
+        """Return what becomes of each tensor; those that are tied are made in the same way."""
+        drafts = {n: self._draft(n) for n in self.names if n not in self.tied.followers}
+        for name, original in self.tied.followers.items():
+            draft = drafts[original]
+            if draft is not None:
+                drafts[name] = (name, *draft[1:])
+                numbers = [number for number, _ in draft[2] if number in self.model_numbers]
+                if draft[1] == "merge" and self._parameters(name, numbers) != draft[3]:
+                    self.notes.append(
+                        f"{name} is tied to {original} in the output, and takes its parameters"
+                    )
+        return [draft for name in self.names if (draft := drafts.get(name)) is not None]
 
     def _num_rows(self) -> int | None:
         """Return the rows of the output's vocabulary where its config may say otherwise."""
@@ -196,7 +218,7 @@ class _Planner:
         copied = []
         for number in holders:
             word = self.policies.word("extra", name, number)
-            tied = next((t for t in self.tied_copies if (t.number, t.name) == (number, name)), None)
+            tied = next((t for t in self.tied.copies if (t.number, t.name) == (number, name)), None)
             if word == "copy":
                 copied.append(number)
             elif word is None and tied is not None:
@@ -220,8 +242,8 @@ class _Planner:
         entry = self.inputs[tied.number]
         copy, original = tied.sources
         reason = (
-            f"{self.inputs[0].reference} ties {tied.name} to {tied.original}, so that of "
-            f"{entry.reference} is left out, which is right only where they are equal in that model"
+            f"the output ties {tied.name} to {tied.original}, so that of {entry.reference} is left "
+            "out, which is right only where they are equal in that model"
         )
         unwritten = OutputTensor(tied.name, copy.dtype, copy.shape, "", 0)
         sources = ((tied.number, copy), (tied.number, original))

@@ -9,7 +9,7 @@ from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
-from outliermerge.planning.tied import is_head, ties_head, vocabulary_rows
+from outliermerge.planning.tied import WAYS_OUT, is_head, ties_head, vocabulary_rows
 from outliermerge.spec.settings import find_layers
 
 
@@ -17,6 +17,7 @@ def prove(
     reference: Mapping[str, Source],
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
+    tie: bool | None,
 ) -> tuple[Proof, list[str]]:
     """Return how the output's tensors compare with the reference's, and doubts about the config.
 
@@ -24,6 +25,7 @@ def prove(
         reference: the tensors that the base (or the first model) stores.
         shapes: of the output's tensors, by their names in the merge.
         config: that the output will have.
+        tie: whether the output ties its head, where the spec says so.
 
     Raises:
         OutlierMergeError: the output would have parameters that its config does not know: a head
@@ -33,15 +35,16 @@ def prove(
     problems = []
     heads = [name for name in added if is_head(name)]
     doubts = []
-    if heads and ties_head(config) is None:
+    ties = ties_head(config) if heads and tie is None else tie
+    if heads and ties is None:
         doubts.append(
             f"{heads[0]} is copied, but the config does not say whether it ties it to the "
             "embeddings; if it does, nothing reads it"
         )
-    if heads and ties_head(config):
+    if heads and ties:
         problems.append(
             f"{heads[0]}: the config ties it to the embeddings (tie_word_embeddings), so nothing "
-            "would read it. `extra: drop` leaves it out."
+            f"would read it. {WAYS_OUT}"
         )
     ours, theirs = _stacks(shapes), _stacks(reference)
     depth = text_config(config).get("num_hidden_layers")

@@ -203,6 +203,10 @@ def _change_config(config: Any, plan: Plan) -> bool:
     if not isinstance(config, dict):
         return False
     changed = wanted is not None and _set_dtype(config, wanted)
+    if (tie := document.tie_word_embeddings) is not None:
+        for level in (config, text_config(config)):
+            changed = changed or level.get("tie_word_embeddings") is not tie
+            level["tie_word_embeddings"] = tie  # type: ignore[index]  # of the dict just parsed
     for part in (config, text_config(config)):
         if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
             changed = True

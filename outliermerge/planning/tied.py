@@ -1,13 +1,23 @@
-"""Tensors that are tied to others (an output head to the embeddings): stored or left out."""
+"""What is tied: names under which a model uses one tensor, stored once, several times, or apart.
+
+An output head may be tied to the embeddings: its config's `tie_word_embeddings` says so, or the
+default of its model type. Encoder's and decoder's embeddings of one model are always one tensor,
+and so are the biases of a BERT's head. A model stores such a tensor under one of its names or under
+several. Here all models get the same names, and the plan learns which of the output's tensors are
+one: it writes them equal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.model_types import effective_config
+from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input
 
 _EMBEDDINGS = (
@@ -16,6 +26,8 @@ _EMBEDDINGS = (
     "wte.weight",
     "word_embeddings.weight",
     "embed_in.weight",
+    "tok_embeddings.weight",
+    "backbone.embeddings.weight",
 )
 # By the end of a tied tensor's name what it may be tied to, the likeliest first (transformers'
 # `_tied_weights_keys` of its model classes).
@@ -24,40 +36,84 @@ _ORIGINALS = {
     "predictions.decoder.weight": _EMBEDDINGS,
     "lm_head.decoder.weight": _EMBEDDINGS,
     "embed_out.weight": _EMBEDDINGS,
+    "proj_out.weight": _EMBEDDINGS,
+    "vocab_projector.weight": _EMBEDDINGS,
+    "generator_lm_head.weight": _EMBEDDINGS,
+    "output_projection.weight": _EMBEDDINGS,
     "encoder.embed_tokens.weight": ("shared.weight",),
     "decoder.embed_tokens.weight": ("shared.weight",),
     "predictions.decoder.bias": ("predictions.bias",),
     "lm_head.decoder.bias": ("lm_head.bias",),
 }
+# Classes without a head, by `architectures`; their embeddings are tied to nothing.
+_HEADED = re.compile(
+    r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
+    r"|DoubleHeads|WithLM|Generator"
+)
+WAYS_OUT = (
+    "`tie_word_embeddings: false` in the spec gives the output a head of its own, and its config "
+    "says so; `tie_word_embeddings: true` makes the head the embeddings, and what it learned "
+    "apart from them is left out."
+)
 
 
 @dataclass(frozen=True)
 class TiedCopy:
-    """A copy that a model stores and the reference does not: left out if it is one.
+    """Two tensors of one model that the merge is only right for where they are equal.
 
     Attributes:
         number: of the input.
         name: of the copy in the merge.
         original: of what it is tied to.
         sources: both, as the model stores them.
+        is_stray: the output has no such copy, so that it is extra, as `extra` says.
     """
 
     number: int
     name: str
     original: str
     sources: tuple[Source, Source]
+    is_stray: bool
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Models whose tied tensors have the output's names.
+
+    Attributes:
+        inputs: the models.
+        followers: by name what an output's tensor is equal to, as its config ties them.
+        copies: what must be equal in a model.
+        notes: what a person should know.
+    """
+
+    inputs: tuple[Input, ...]
+    followers: Mapping[str, str]
+    copies: tuple[TiedCopy, ...]
+    notes: tuple[str, ...]
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
-    """Tell whether a config ties the head to the embeddings; None where it does not say.
+    """Tell whether a config ties the head to the embeddings; None where it cannot be told.
+
+    Where only one of the two levels of a config says it, loaders agree. A language model's own
+    level that unties what the outer one ties is read in both ways.
 
     >>> ties_head({"tie_word_embeddings": True, "text_config": {}}), ties_head({})
     (True, None)
+    >>> ties_head({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
     """
-    for part in (config, text_config(config)):
-        if isinstance(value := part.get("tie_word_embeddings"), bool):
-            return value
-    return None
+    if config.get("scale_decoder_outputs") is False:
+        return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
+    outer, inner = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
+    said = {value for value in (outer, inner) if isinstance(value, bool)}
+    if len(said) == 1:
+        return said.pop()
+    if said:
+        return True if inner else None
+    filled = effective_config(config)
+    value = filled and filled.get("tie_word_embeddings")
+    return value if isinstance(value, bool) else None
 
 
 def is_head(name: str) -> bool:
@@ -82,67 +138,265 @@ def grown_rows(entry: Input) -> int | None:
     return rows.pop() if len(rows) == 1 and said not in (None, *rows) else None
 
 
-def tied_embeddings(entry: Input) -> list[str]:
-    """Return the names of a model's embeddings where its head is tied to them."""
-    tensors = entry.checkpoint.tensors
-    if any(map(is_head, tensors)) or ties_head(_config(entry)) is not True:
-        return []
-    return [name for name in tensors if name.endswith(_EMBEDDINGS)]
+def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
+    """Return the name of what a tensor can be tied to; None where it is unclear."""
+    end = _ends(name)
+    for ending in _ORIGINALS[end] if end else ():
+        found = [
+            other
+            for other in tensors
+            if (other == ending or other.endswith("." + ending))
+            and other != name
+            and _component(other) == _component(name)
+            and (name not in tensors or tensors[other].shape[1:] == tensors[name].shape[1:])
+        ]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
-def match_tied(inputs: tuple[Input, ...]) -> tuple[tuple[Input, ...], list[TiedCopy], list[str]]:
-    """Give models that leave a tied tensor out one to pair with, and find copies of it.
+def head_of(name: str) -> str | None:
+    """Return the name of the head that embeddings of a name are tied to, where none is stored.
 
-    Returns:
-        The inputs, of which those that lack a tied tensor have its original under its name where
-        the reference stores one; copies that only models store; and notes.
+    >>> head_of("model.embed_tokens.weight"), head_of("language_model.model.embed_tokens.weight")
+    ('lm_head.weight', 'language_model.lm_head.weight')
     """
-    reference = inputs[0].checkpoint.tensors
-    copies = [name for name in reference if _ends(name)]
-    untied = ties_head(_config(inputs[0])) is False
-    matched, stray, notes = [inputs[0]], [], []
-    for number, entry in enumerate(inputs[1:], start=1):
-        tensors = entry.checkpoint.tensors
-        has_head = any(map(is_head, tensors))
-        said_untied = ties_head(_config(entry)) is False
-        for name in copies:
-            original = _original(name, tensors, reference[name])
-            if name in tensors or original is None or original not in reference:
+    if name.startswith("gpt_neox."):
+        return "embed_out.weight"
+    match = re.match(r"^(?P<outer>language_model\.)?((model|transformer)\.|shared\.)", name)
+    return f"{match['outer'] or ''}lm_head.weight" if match else None
+
+
+def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
+    """Return which heads a model ties, by name, with its embeddings.
+
+    Args:
+        entry: the model.
+        heads: that it stores or that an adapter has for it. Where there is none, the head that it
+            must have without storing one.
+    """
+    tensors, heads = entry.checkpoint.tensors, list(heads)
+    if not heads and _may_have_head(entry):
+        embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+        derived = head_of(embeddings[0]) if len(embeddings) == 1 else None
+        heads = [derived] if derived else []
+    found = {head: original_of(head, tensors) for head in heads}
+    return {
+        head: original
+        for head, original in found.items()
+        if original and _ties(entry, head, [original])
+    }
+
+
+def unnamed_tie(entry: Input) -> str | None:
+    """Return the embeddings of a model that ties a head to them whose name cannot be told."""
+    tensors = entry.checkpoint.tensors
+    embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+    if any(map(is_head, tensors)) or len(embeddings) != 1 or head_of(embeddings[0]):
+        return None
+    return embeddings[0] if _may_have_head(entry) and ties_head(_config(entry)) else None
+
+
+def match_tied(inputs: tuple[Input, ...], *, config_of: Input, wanted: bool | None) -> Tied:
+    """Give every model the output's names of what is tied.
+
+    Args:
+        inputs: the models, the reference first.
+        config_of: the model whose config the output has.
+        wanted: whether the output ties its head, where the spec says so.
+
+    Raises:
+        OutlierMergeError: a model has trained a head apart from the embeddings that the output's
+            config ties it to, or the spec asks for what the models do not allow.
+    """
+    matching = _Matching(inputs, config_of, wanted)
+    for original, copies in _families(inputs, derive=wanted is False).items():
+        matching.add(original, copies)
+    return matching.result()
+
+
+class _Matching:
+    def __init__(self, inputs: tuple[Input, ...], config_of: Input, wanted: bool | None) -> None:
+        self.inputs, self.config_of, self.wanted = inputs, config_of, wanted
+        self.tensors = [dict(entry.checkpoint.tensors) for entry in inputs]
+        self.followers: dict[str, str] = {}
+        self.copies: list[TiedCopy] = []
+        self.notes: list[str] = []
+        self.parted: list[str] = []
+
+    def result(self) -> Tied:
+        if self.parted:
+            raise OutlierMergeError(
+                "heads were trained apart from the embeddings that "
+                f"{self.config_of.reference} ties them to:\n{listing(self.parted)}\n{WAYS_OUT}"
+            )
+        inputs = tuple(
+            replace(entry, checkpoint=replace(entry.checkpoint, tensors=held))
+            for entry, held in zip(self.inputs, self.tensors, strict=True)
+        )
+        return Tied(inputs, self.followers, tuple(self.copies), tuple(self.notes))
+
+    def add(self, original: str, copies: Sequence[str]) -> None:
+        """Match what may be stored under an original's name and those of its copies."""
+        if not any(name in self.tensors[0] for name in (original, *copies)):
+            return  # extra, or of no concern
+        heads = [name for name in copies if is_head(name)]
+        embeddings = [original, *(name for name in copies if name not in heads)]
+        own = [{h for h in heads if not _ties(e, h, embeddings)} for e in self.inputs]
+        ties = {head: self._output_ties(head, is_own=head in own[0]) for head in heads}
+        apart = [h for h in heads if not ties[h] and (h in self.tensors[0] or h not in own[0])]
+        written = [name for name in (original, *copies) if name in self.tensors[0]]
+        if original not in written:  # transformers 4 reads no copy in its place
+            written = [original, *(name for name in written if name in apart)]
+        written = list(dict.fromkeys((*written, *apart)))
+        follows = [name for name in written if name not in (original, *apart)]
+        self.followers |= dict.fromkeys(follows, original)
+        for number, untied in enumerate(own):
+            # A head that the reference says it has, and does not store, is plainly extra.
+            heads = [head for head in heads if ties[head] or head in apart]
+            tied = [name for name in (*embeddings, *heads) if name not in untied]
+            untied &= set(heads)
+            self._give(number, tied, untied, written, follows)
+
+    def _output_ties(self, head: str, *, is_own: bool) -> bool:
+        """Tell whether the output's head is its embeddings.
+
+        Args:
+            head: its name.
+            is_own: the reference does not tie it.
+        """
+        if self.wanted and is_own and head in self.tensors[0]:
+            raise OutlierMergeError(
+                f"`tie_word_embeddings: true`: {self.inputs[0].reference} does not tie its {head}, "
+                "which the output cannot do without"
+            )
+        ties = ties_head(_config(self.config_of)) if self.wanted is None else self.wanted
+        return not is_own if ties is None else ties
+
+    def _give(
+        self,
+        number: int,
+        tied: Sequence[str],
+        untied: set[str],
+        written: Sequence[str],
+        follows: Sequence[str],
+    ) -> None:
+        """Give a model the tied tensor under the names that the output has.
+
+        Args:
+            number: of the model.
+            tied: names that it uses the tensor under.
+            untied: names of heads of its own.
+            written: names that the output has.
+            follows: those of them that the output ties to the original.
+        """
+        held, reference = self.tensors[number], self.inputs[number].reference
+        source = next((name for name in tied if name in held), None)
+        if source is None:
+            return
+        value = held[source]
+        for name in written:
+            own = held.get(name)
+            if own is value or (name in untied and (own is None or name not in follows)):
                 continue
-            if not (is_head(name) and (has_head or said_untied)):
-                tensors = {**tensors, name: tensors[original]}
-                notes.append(f"{entry.reference} ties {name} to {original}, which stands for it")
-        matched.append(replace(entry, checkpoint=replace(entry.checkpoint, tensors=tensors)))
-        for name in tensors:
-            original = _original(name, tensors, tensors[name])
-            if name in reference or original is None or original not in reference:
-                continue
-            pair = tensors[name], tensors[original]
-            if pair[0].shape == pair[1].shape and not (is_head(name) and untied):
-                stray.append(TiedCopy(number, name, original, pair))
-    return tuple(matched), stray, notes
+            if own is None:
+                self.notes.append(f"{reference} ties {name} to {source}, which stands for it")
+            elif name in tied or self._may_follow(number, name):
+                self._compare(number, name, source)
+            held[name] = value
+        for name in [name for name in (*tied, *untied) if name in held and name not in written]:
+            if name in untied and not self._may_follow(number, name):
+                del held[name]
+            elif number or held[name] is not value:
+                self._compare(number, name, source, is_stray=number > 0)
+            if number == 0:
+                self.notes.append(f"{name} of {reference} is written as {written[0]}")
+                del held[name]
+
+    def _compare(self, number: int, name: str, original: str, *, is_stray: bool = False) -> None:
+        """Have two tensors of a model compared before the merge; shapes tell at once."""
+        own, value = self.tensors[number][name], self.tensors[number][original]
+        if own.shape == value.shape:
+            self.copies.append(TiedCopy(number, name, original, (own, value), is_stray))
+        elif not is_stray:
+            raise OutlierMergeError(
+                f"{self.inputs[number].reference}: {name} {list(own.shape)} is tied to {original} "
+                f"{list(value.shape)}, but is of another shape"
+            )
+
+    def _may_follow(self, number: int, head: str) -> bool:
+        """Tell whether a model's own head may turn out to be the embeddings, as the output's is."""
+        entry = self.inputs[number]
+        if self.wanted:
+            self.notes.append(f"{head} of {entry.reference} is left out, as the output ties it")
+        elif head in entry.parted:
+            self.parted.append(f"{head} of {entry.reference}")
+        else:
+            return True
+        return False
+
+
+def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
+    """Return by original's name the other names that some model may store it under.
+
+    Args:
+        derive: name a head where no model stores one.
+    """
+    known: dict[str, Source] = {}
+    for entry in inputs:
+        for name, source in entry.checkpoint.tensors.items():
+            known.setdefault(name, source)
+    families: dict[str, list[str]] = {}
+    for name in known:
+        if original := original_of(name, known):
+            families.setdefault(original_of(original, known) or original, []).append(name)
+    if derive and not any(map(is_head, known)):
+        embeddings = [n for n in known if n.endswith(_EMBEDDINGS) and not original_of(n, known)]
+        head = head_of(embeddings[0]) if len(embeddings) == 1 else None
+        if head is None:
+            raise OutlierMergeError(
+                "`tie_word_embeddings: false` needs a head, but no model stores one, and its name "
+                f"cannot be told from {', '.join(embeddings) or 'the names of the tensors'}"
+            )
+        families.setdefault(embeddings[0], []).append(head)
+    return families
+
+
+def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
+    """Tell whether a model's head is its embeddings.
+
+    Args:
+        entry: the model.
+        head: the head's name.
+        embeddings: names of the embeddings.
+    """
+    if head in entry.parted:
+        return False
+    tensors, config = entry.checkpoint.tensors, _config(entry)
+    if head in tensors and any(name in tensors for name in embeddings):
+        return ties_head(config) is True
+    # One of the two is stored: it is both, unless the config has the other be missing.
+    levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
+    is_t5 = config.get("scale_decoder_outputs") is False
+    return True in levels or False not in levels or is_t5
+
+
+def _may_have_head(entry: Input) -> bool:
+    architectures = _config(entry).get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return True
+    return any(_HEADED.search(str(name)) for name in architectures)
 
 
 def _config(entry: Input) -> Mapping[str, Any]:
     return read_json(entry.home / "config.json")
 
 
+def _component(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
 def _ends(name: str) -> str | None:
     """Return which end of a tied tensor's name a name has."""
-    return next((end for end in _ORIGINALS if name == end or name.endswith("." + end)), None)
-
-
-def _original(name: str, tensors: Mapping[str, Source], copy: Source) -> str | None:
-    """Return the name of what a tensor can be tied to; None where it is unclear."""
-    end = _ends(name)
-    for original in _ORIGINALS[end] if end else ():
-        found = [
-            other
-            for other, source in tensors.items()
-            if (other == original or other.endswith("." + original))
-            and other != name
-            and source.shape[1:] == copy.shape[1:]
-        ]
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
+    last = name.rpartition("/")[2]
+    return next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)

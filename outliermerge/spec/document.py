@@ -149,6 +149,11 @@ class SpecDocument(_Strict):
         description="Rows of embeddings and head that differ: `error`; `base` keeps the base "
         "model's rows, `common` those that all models have, `union` those that any has.",
     )
+    tie_word_embeddings: bool | None = Field(
+        default=None,
+        description="Whether the output's head is its embeddings: `true` ties them, `false` gives "
+        "it a head of its own; the output's config is made to say so. By default as it says.",
+    )
     config_source: str | None = Field(
         default=None,
         min_length=1,
