@@ -140,10 +140,13 @@ class _Planner:
         drafts = {n: self._draft(n) for n in self.names if n not in self.tied.followers}
         for name, original in self.tied.followers.items():
             draft = drafts[original]
-            if draft is not None:
-                drafts[name] = (name, *draft[1:])
-                numbers = [number for number, _ in draft[2] if number in self.model_numbers]
-                if draft[1] == "merge" and self._parameters(name, numbers) != draft[3]:
+            if draft is None:
+                continue
+            drafts[name] = (name, *draft[1:])
+            numbers = [number for number, _ in draft[2] if number in self.model_numbers]
+            if draft[4].is_float and numbers:
+                ours, its = (self._parameters(n, numbers) for n in (name, original))
+                if ours != its:
                     self.notes.append(
                         f"{name} is tied to {original} in the output, and takes its parameters"
                     )

@@ -167,6 +167,22 @@ def head_of(name: str) -> str | None:
     return f"{match['outer'] or ''}lm_head.weight" if match else None
 
 
+def embeddings_of(head: str, names: Iterable[str]) -> str | None:
+    """Return the name of the embeddings that a head is tied to, where none are stored.
+
+    >>> embeddings_of("lm_head.weight", ["model.layers.0.mlp.weight", "lm_head.weight"])
+    'model.embed_tokens.weight'
+    """
+    found = set()
+    for name in names:
+        match = re.match(r"^(?P<stem>(\w+\.)*?)(?P<stack>layers|h)\.\d+\.", name)
+        if match and not re.search(r"vision|visual|audio|encoder", match["stem"]):
+            end = "wte.weight" if match["stack"] == "h" else "embed_tokens.weight"
+            found.add(match["stem"] + end)
+    fitting = [name for name in found if head_of(name) == head]
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     """Return which heads a model ties, by name, with its embeddings.
 
@@ -265,7 +281,8 @@ class _Matching:
             head: its name.
             is_own: the reference does not tie it.
         """
-        if self.wanted and is_own and head in self.tensors[0]:
+        is_adapted = head in self.inputs[0].parted
+        if self.wanted and is_own and head in self.tensors[0] and not is_adapted:
             raise OutlierMergeError(
                 f"`tie_word_embeddings: true`: {self.inputs[0].reference} does not tie its {head}, "
                 "which the output cannot do without"
@@ -347,6 +364,10 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
         for name, source in entry.checkpoint.tensors.items():
             known.setdefault(name, source)
     families: dict[str, list[str]] = {}
+    heads = [name for name in known if is_head(name)]
+    if len(heads) == 1 and original_of(heads[0], known) is None:
+        # Saved by safetensors' save_model, which may keep the head of the two.
+        families |= {name: heads for name in [embeddings_of(heads[0], known)] if name}
     for name in known:
         if original := original_of(name, known):
             families.setdefault(original_of(original, known) or original, []).append(name)

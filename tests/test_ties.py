@@ -1,0 +1,356 @@
+"""What a config ties is one tensor or equal ones, however it is stored, adapted or filtered.
+
+Each output is loaded in three ways: by transformers, by a loader that trusts the config (it takes
+the embeddings for the head where the config ties them, as transformers 4 and vLLM do), and by one
+that trusts the file (it takes the head that is stored). All must compute the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from checkpoints import load_folder
+from families import edit_json
+from safetensors.torch import save_file
+
+import outliermerge
+from outliermerge.errors import OutlierMergeError
+from outliermerge.planning.tied import WAYS_OUT
+
+IDS = torch.arange(12)[None]
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SIZES: dict[str, Any] = {
+    "vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def small(kind: str, *, tied: bool, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+    }
+    config, model = classes[kind]
+    return model(config(**SIZES, tie_word_embeddings=tied))
+
+
+def store(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+# How a model that ties its head says so and is stored.
+STORED = ("once", "twice", "as the head", "once, silent", "twice, silent")
+
+
+def keep(model: Any, folder: Path, how: str) -> Path:
+    """Save a tied model: its tensor under one name or both; the config may leave the key out."""
+    model.save_pretrained(folder)
+    tensors = load_folder(folder)
+    if how.startswith("twice"):
+        tensors[HEAD] = tensors[EMBEDDINGS].clone()
+    elif how == "as the head":
+        tensors[HEAD] = tensors.pop(EMBEDDINGS)
+    if how.endswith("silent"):
+        edit_json(folder / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    return store(folder, tensors)
+
+
+def tuned(model: Any, seed: int) -> Any:
+    other = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return other
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+def loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def assert_loaders_agree(folder: Path) -> torch.Tensor:
+    """Return the logits of an output after loading it in three ways."""
+    stored = load_folder(folder)
+    said = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
+    found = logits(loaded(folder))
+    if said is None:
+        said = loaded(folder).config.tie_word_embeddings
+    for head in (EMBEDDINGS if said else HEAD, HEAD if HEAD in stored else EMBEDDINGS):
+        model = loaded(folder)
+        model.lm_head.weight = torch.nn.Parameter(stored[head])
+        model.model.embed_tokens.weight = torch.nn.Parameter(stored[EMBEDDINGS])
+        torch.testing.assert_close(logits(model), found, rtol=0, atol=0)
+    return found
+
+
+def spec_of(base: Path | None, models: list[Path], **keys: Any) -> dict[str, Any]:
+    spec = {"merge_method": "task_arithmetic", "models": [{"model": str(m)} for m in models]}
+    return spec | ({"base_model": str(base)} if base else {}) | keys
+
+
+def run(spec: dict[str, Any], output: Path) -> Path:
+    outliermerge.run(spec, output=output, overwrite=True)
+    assert outliermerge.verify(output) == []
+    return output
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("base", STORED)
+@pytest.mark.parametrize("task", STORED)
+def test_a_tied_model_merges_the_same_however_it_is_stored(base, task, tmp_path):
+    # A silent Gemma is tied by default, a silent Llama is not.
+    model = small("gemma" if "silent" in base + task else "llama", tied=True)
+    tasks = [tuned(model, seed) for seed in (1, 2)]
+    folders = [
+        keep(model, tmp_path / "base", base),
+        keep(tasks[0], tmp_path / "one", task),
+        keep(tasks[1], tmp_path / "two", "once"),
+    ]
+    before, one, two = (m.model.embed_tokens.weight.detach().double() for m in (model, *tasks))
+    for spec, expected in (
+        (spec_of(folders[0], folders[1:]), one + two - before),
+        (spec_of(None, folders[:2], merge_method="linear"), (before + one) / 2),
+        (spec_of(folders[1], [folders[0]], merge_method="linear"), before),
+    ):
+        output = run(spec, tmp_path / "out")
+        assert_loaders_agree(output)
+        found = load_folder(output)[EMBEDDINGS].double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_names_its_tensor_otherwise_than_a_base_pairs(tmp_path):
+    """A T5 whose embeddings are under the decoder's name: huggingface/transformers #48154."""
+    config = transformers.T5Config(vocab_size=24, d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                   num_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config)
+    other = tuned(model, 1)
+    model.save_pretrained(tmp_path / "shared")
+    other.save_pretrained(tmp_path / "decoder")
+    tensors = load_folder(tmp_path / "decoder")
+    tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    store(tmp_path / "decoder", tensors)
+    expected = (model.shared.weight.double() + other.shared.weight.double()) / 2
+    for names in (("shared", "decoder"), ("decoder", "shared")):
+        folders = [tmp_path / name for name in names]
+        output = run(spec_of(folders[0], folders, merge_method="linear"), tmp_path / "out")
+        found = load_folder(output)
+        assert "decoder.embed_tokens.weight" not in found
+        torch.testing.assert_close(found["shared.weight"].double(), expected.detach())
+        _, info = transformers.T5ForConditionalGeneration.from_pretrained(
+            output, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize(
+    "weights", [{EMBEDDINGS: 0.0}, {HEAD: 0.0}, {EMBEDDINGS: 0.5, HEAD: 2.0}], ids=str
+)
+def test_filters_do_not_part_what_is_tied(stored, weights, tmp_path):
+    model = small("llama", tied=True)
+    base = keep(model, tmp_path / "base", stored)
+    task = keep(tuned(model, 1), tmp_path / "task", "twice")
+    weight = [{"filter": name, "value": value} for name, value in weights.items()]
+    spec = spec_of(base, [task], parameters={"weight": [*weight, {"value": 1.0}]})
+    if stored == "once" and HEAD in weights:
+        with pytest.raises(OutlierMergeError, match=r"the filter 'lm_head.weight'"):
+            outliermerge.plan(spec)
+        return
+    plan = outliermerge.plan(spec)
+    noted = f"{HEAD} is tied to {EMBEDDINGS} in the output, and takes its parameters" in plan.notes
+    assert noted is (stored == "twice")
+    output = run(spec, tmp_path / "out")
+    assert_loaders_agree(output)
+    before, after, found = (load_folder(f)[EMBEDDINGS] for f in (base, task, output))
+    share = weights.get(EMBEDDINGS, 1.0)
+    torch.testing.assert_close(found, before + share * (after - before), rtol=0, atol=1e-6)
+
+
+def parted(folder: Path, *, said: bool) -> Path:
+    """Save a model with a head of its own, which its config may still tie."""
+    model = tuned(small("llama", tied=False), 5)
+    model.config.tie_word_embeddings = said
+    model.save_pretrained(folder)
+    return store(folder, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+@pytest.mark.parametrize("said", [True, False])
+def test_a_head_that_a_model_parted_is_refused_or_kept_as_the_spec_says(stored, said, tmp_path):
+    base = keep(small("llama", tied=True), tmp_path / "base", stored)
+    task = parted(tmp_path / "task", said=said)
+    with pytest.raises(OutlierMergeError) as caught:
+        run(spec_of(base, [task]), tmp_path / "out")
+    assert WAYS_OUT in str(caught.value) and str(task) in str(caught.value)
+    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+    before, own = load_folder(base)[EMBEDDINGS], load_folder(task)
+    if not said:
+        output = run(spec_of(base, [task], tie_word_embeddings=False), tmp_path / "apart")
+        found = load_folder(output)
+        assert_loaders_agree(output)
+        config = json.loads((output / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+        torch.testing.assert_close(found[HEAD], before + (own[HEAD] - before))
+        by_config = run(spec_of(base, [task], config_source=str(task)), tmp_path / "by_config")
+        assert all(torch.equal(found[name], t) for name, t in load_folder(by_config).items())
+        output = run(spec_of(base, [task], tie_word_embeddings=True), tmp_path / "joined")
+        found = load_folder(output)
+        assert_loaders_agree(output)
+        assert (HEAD in found) is (stored == "twice")
+    torch.testing.assert_close(found[EMBEDDINGS], own[EMBEDDINGS]) if not said else None
+
+
+def test_a_tied_base_gets_a_head_where_the_spec_unties_it(tmp_path):
+    model = small("llama", tied=True)
+    base = keep(model, tmp_path / "base", "once")
+    task = keep(tuned(model, 1), tmp_path / "task", "once")
+    output = run(spec_of(base, [task], tie_word_embeddings=False), tmp_path / "out")
+    found = load_folder(output)
+    assert torch.equal(found[HEAD], found[EMBEDDINGS])
+    torch.testing.assert_close(assert_loaders_agree(output), logits(loaded(task)))
+
+
+def test_an_untied_base_is_not_tied(tmp_path):
+    small("llama", tied=False).save_pretrained(tmp_path / "base")
+    small("llama", tied=False, seed=1).save_pretrained(tmp_path / "task")
+    spec = spec_of(tmp_path / "base", [tmp_path / "task"], tie_word_embeddings=True)
+    with pytest.raises(OutlierMergeError, match="does not tie its lm_head"):
+        outliermerge.plan(spec)
+
+
+# Where a config says it
+
+
+def at_levels(outer: bool | None, inner: bool | None) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    for level, value in ((config, outer), (config["text_config"], inner)):
+        if value is not None:
+            level["tie_word_embeddings"] = value
+    return config
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_a_nested_config_ties_what_transformers_ties(outer, inner):
+    from outliermerge.planning.tied import ties_head
+
+    found = ties_head(at_levels(outer, inner))
+    loads = transformers.LlavaConfig.from_dict(at_levels(outer, inner)).tie_word_embeddings
+    if outer is True and inner is False:
+        assert found is None  # transformers 4 asks the inner level, 5 the outer one
+    else:
+        assert found is loads
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "bart", "bert", "qwen2", "mamba"])
+def test_a_silent_config_ties_what_its_class_ties(kind):
+    from outliermerge.planning.tied import ties_head
+
+    expected = transformers.CONFIG_MAPPING[kind]().tie_word_embeddings
+    assert ties_head({"model_type": kind}) is expected
+
+
+def test_without_transformers_a_silent_config_says_nothing(monkeypatch):
+    from outliermerge.planning import tied
+
+    monkeypatch.setattr(tied, "effective_config", lambda config: None)
+    assert tied.ties_head({"model_type": "gemma"}) is None
+
+
+# Adapters
+
+Q = {"target_modules": ["q_proj"]}
+BOTH_ENDS = ["q_proj", "embed_tokens", "lm_head"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "layers": Q,
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": BOTH_ENDS},
+    "embeddings saved": Q | {"modules_to_save": ["embed_tokens"]},
+    "head saved": Q | {"modules_to_save": ["lm_head"]},
+    "both saved": Q | {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": Q | {"trainable_token_indices": [3, 5]},
+    "one": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "one of both": {"target_modules": BOTH_ENDS, "ensure_weight_tying": True},
+    "one saved": Q | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "one of both saved": Q
+    | {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+}
+PARTS = {"head", "both", "embeddings saved", "head saved", "both saved"}
+
+
+@lru_cache
+def family(root: Path, kind: str, how: str) -> Path:
+    return keep(small(kind, tied=True), root / f"{kind} {how}", how)
+
+
+@lru_cache
+def adapted(root: Path, base: Path, case: str) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """Train an adapter; return its folder, the logits as trained, and those of peft's merge."""
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, lora_alpha=8, **ADAPTERS[case])
+        model = peft.get_peft_model(loaded(base), config)
+        with torch.no_grad():
+            for _, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        trained = logits(model)
+        folder = root / f"{case} of {base.name}"
+        model.save_pretrained(folder)
+        merged = peft.PeftModel.from_pretrained(loaded(base), folder).merge_and_unload()
+    return folder, trained, logits(merged)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("ties")
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("llama", "once"), ("llama", "twice"), ("gemma", "once, silent"), ("gemma", "twice, silent")],
+)
+def test_an_adapter_of_a_tied_model_is_what_was_trained_or_peft_merges(
+    kind, how, case, root, tmp_path
+):
+    base = family(root, kind, how)
+    adapter, trained, merged = adapted(root, base, case)
+    for spec in (spec_of(base, [adapter]), spec_of(None, [adapter], merge_method="passthrough")):
+        try:
+            found = assert_loaders_agree(run(spec, tmp_path / "out"))
+        except OutlierMergeError as error:
+            assert case in PARTS and WAYS_OUT in str(error)
+        else:
+            assert case not in PARTS
+            error = min((found - wanted).abs().max() for wanted in (trained, merged))
+            assert error < 1e-3
+        apart = spec | {"tie_word_embeddings": False}
+        found = assert_loaders_agree(run(apart, tmp_path / "apart"))
+        if case in PARTS or case in ("layers", "one", "one saved"):
+            torch.testing.assert_close(found, trained, rtol=0, atol=1e-3)
+        assert_loaders_agree(run(spec | {"tie_word_embeddings": True}, tmp_path / "joined"))
