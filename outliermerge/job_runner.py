@@ -15,7 +15,8 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
-from outliermerge.planning.tied import WAYS_OUT, is_head
+from outliermerge.planning.tied import WAYS_OUT
+from outliermerge.planning.tied_names import is_head
 from outliermerge.rounds import Round, Steps
 from outliermerge.statistics import Pass
 from outliermerge.work import Work

@@ -254,7 +254,7 @@ def at_levels(outer: bool | None, inner: bool | None) -> dict[str, Any]:
 @pytest.mark.parametrize("outer", [True, False, None])
 @pytest.mark.parametrize("inner", [True, False, None])
 def test_a_nested_config_ties_what_transformers_ties(outer, inner):
-    from outliermerge.planning.tied import ties_head
+    from outliermerge.planning.tied_names import ties_head
 
     found = ties_head(at_levels(outer, inner))
     loads = transformers.LlavaConfig.from_dict(at_levels(outer, inner)).tie_word_embeddings
@@ -266,17 +266,17 @@ def test_a_nested_config_ties_what_transformers_ties(outer, inner):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "bart", "bert", "qwen2", "mamba"])
 def test_a_silent_config_ties_what_its_class_ties(kind):
-    from outliermerge.planning.tied import ties_head
+    from outliermerge.planning.tied_names import ties_head
 
     expected = transformers.CONFIG_MAPPING[kind]().tie_word_embeddings
     assert ties_head({"model_type": kind}) is expected
 
 
 def test_without_transformers_a_silent_config_says_nothing(monkeypatch):
-    from outliermerge.planning import tied
+    from outliermerge.planning import tied_names
 
-    monkeypatch.setattr(tied, "effective_config", lambda config: None)
-    assert tied.ties_head({"model_type": "gemma"}) is None
+    monkeypatch.setattr(tied_names, "effective_config", lambda config: None)
+    assert tied_names.ties_head({"model_type": "gemma"}) is None
 
 
 # Adapters

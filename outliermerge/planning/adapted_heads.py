@@ -12,7 +12,8 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError
 from outliermerge.jobs import Input
-from outliermerge.planning.tied import is_head, tied_heads, unnamed_tie
+from outliermerge.planning.tied import tied_heads, unnamed_tie
+from outliermerge.planning.tied_names import is_head
 
 
 def settle_heads(

@@ -9,7 +9,8 @@ from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
-from outliermerge.planning.tied import WAYS_OUT, is_head, ties_head, vocabulary_rows
+from outliermerge.planning.tied import WAYS_OUT
+from outliermerge.planning.tied_names import is_head, ties_head, vocabulary_rows
 from outliermerge.spec.settings import find_layers
 
 

@@ -16,35 +16,17 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import Source
-from outliermerge.checkpoint.model_types import effective_config
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input
-
-_EMBEDDINGS = (
-    "shared.weight",
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-    "backbone.embeddings.weight",
+from outliermerge.planning.tied_names import (
+    EMBEDDINGS,
+    embeddings_of,
+    head_of,
+    is_head,
+    original_of,
+    ties_head,
 )
-# By the end of a tied tensor's name what it may be tied to, the likeliest first (transformers'
-# `_tied_weights_keys` of its model classes).
-_ORIGINALS = {
-    "lm_head.weight": _EMBEDDINGS,
-    "predictions.decoder.weight": _EMBEDDINGS,
-    "lm_head.decoder.weight": _EMBEDDINGS,
-    "embed_out.weight": _EMBEDDINGS,
-    "proj_out.weight": _EMBEDDINGS,
-    "vocab_projector.weight": _EMBEDDINGS,
-    "generator_lm_head.weight": _EMBEDDINGS,
-    "output_projection.weight": _EMBEDDINGS,
-    "encoder.embed_tokens.weight": ("shared.weight",),
-    "decoder.embed_tokens.weight": ("shared.weight",),
-    "predictions.decoder.bias": ("predictions.bias",),
-    "lm_head.decoder.bias": ("lm_head.bias",),
-}
+
 # Classes without a head, by `architectures`; their embeddings are tied to nothing.
 _HEADED = re.compile(
     r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
@@ -93,94 +75,14 @@ class Tied:
     notes: tuple[str, ...]
 
 
-def ties_head(config: Mapping[str, Any]) -> bool | None:
-    """Tell whether a config ties the head to the embeddings; None where it cannot be told.
-
-    Where only one of the two levels of a config says it, loaders agree. A language model's own
-    level that unties what the outer one ties is read in both ways.
-
-    >>> ties_head({"tie_word_embeddings": True, "text_config": {}}), ties_head({})
-    (True, None)
-    >>> ties_head({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
-    """
-    if config.get("scale_decoder_outputs") is False:
-        return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
-    outer, inner = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
-    said = {value for value in (outer, inner) if isinstance(value, bool)}
-    if len(said) == 1:
-        return said.pop()
-    if said:
-        return True if inner else None
-    filled = effective_config(config)
-    value = filled and filled.get("tie_word_embeddings")
-    return value if isinstance(value, bool) else None
-
-
-def is_head(name: str) -> bool:
-    """Tell whether a tensor is a language model's output head, which a config may tie."""
-    return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is _EMBEDDINGS
-
-
-def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
-    """Return the numbers of rows that embeddings and heads have; one unless they differ."""
-    return {
-        shape[0] for name, shape in shapes.items() if name.endswith(_EMBEDDINGS) or is_head(name)
-    }
-
-
 def grown_rows(entry: Input) -> int | None:
     """Return the rows of embeddings that an adapter has changed the number of; else None."""
     if entry.home == entry.checkpoint.root:
         return None
     tensors = entry.checkpoint.tensors
-    rows = {tensors[name].shape[0] for name in tensors if name.endswith(_EMBEDDINGS)}
+    rows = {tensors[name].shape[0] for name in tensors if name.endswith(EMBEDDINGS)}
     said = text_config(_config(entry)).get("vocab_size")
     return rows.pop() if len(rows) == 1 and said not in (None, *rows) else None
-
-
-def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
-    """Return the name of what a tensor can be tied to; None where it is unclear."""
-    end = _ends(name)
-    for ending in _ORIGINALS[end] if end else ():
-        found = [
-            other
-            for other in tensors
-            if (other == ending or other.endswith("." + ending))
-            and other != name
-            and _component(other) == _component(name)
-            and (name not in tensors or tensors[other].shape[1:] == tensors[name].shape[1:])
-        ]
-        if found:
-            return found[0] if len(found) == 1 else None
-    return None
-
-
-def head_of(name: str) -> str | None:
-    """Return the name of the head that embeddings of a name are tied to, where none is stored.
-
-    >>> head_of("model.embed_tokens.weight"), head_of("language_model.model.embed_tokens.weight")
-    ('lm_head.weight', 'language_model.lm_head.weight')
-    """
-    if name.startswith("gpt_neox."):
-        return "embed_out.weight"
-    match = re.match(r"^(?P<outer>language_model\.)?((model|transformer)\.|shared\.)", name)
-    return f"{match['outer'] or ''}lm_head.weight" if match else None
-
-
-def embeddings_of(head: str, names: Iterable[str]) -> str | None:
-    """Return the name of the embeddings that a head is tied to, where none are stored.
-
-    >>> embeddings_of("lm_head.weight", ["model.layers.0.mlp.weight", "lm_head.weight"])
-    'model.embed_tokens.weight'
-    """
-    found = set()
-    for name in names:
-        match = re.match(r"^(?P<stem>(\w+\.)*?)(?P<stack>layers|h)\.\d+\.", name)
-        if match and not re.search(r"vision|visual|audio|encoder", match["stem"]):
-            end = "wte.weight" if match["stack"] == "h" else "embed_tokens.weight"
-            found.add(match["stem"] + end)
-    fitting = [name for name in found if head_of(name) == head]
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
@@ -193,7 +95,7 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     """
     tensors, heads = entry.checkpoint.tensors, list(heads)
     if not heads and _may_have_head(entry):
-        embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+        embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         derived = head_of(embeddings[0]) if len(embeddings) == 1 else None
         heads = [derived] if derived else []
     found = {head: original_of(head, tensors) for head in heads}
@@ -207,7 +109,7 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
 def unnamed_tie(entry: Input) -> str | None:
     """Return the embeddings of a model that ties a head to them whose name cannot be told."""
     tensors = entry.checkpoint.tensors
-    embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+    embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
     if any(map(is_head, tensors)) or len(embeddings) != 1 or head_of(embeddings[0]):
         return None
     return embeddings[0] if _may_have_head(entry) and ties_head(_config(entry)) else None
@@ -372,7 +274,7 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
         if original := original_of(name, known):
             families.setdefault(original_of(original, known) or original, []).append(name)
     if derive and not any(map(is_head, known)):
-        embeddings = [n for n in known if n.endswith(_EMBEDDINGS) and not original_of(n, known)]
+        embeddings = [n for n in known if n.endswith(EMBEDDINGS) and not original_of(n, known)]
         head = head_of(embeddings[0]) if len(embeddings) == 1 else None
         if head is None:
             raise OutlierMergeError(
@@ -411,13 +313,3 @@ def _may_have_head(entry: Input) -> bool:
 
 def _config(entry: Input) -> Mapping[str, Any]:
     return read_json(entry.home / "config.json")
-
-
-def _component(name: str) -> str:
-    return name.rpartition("/")[0]
-
-
-def _ends(name: str) -> str | None:
-    """Return which end of a tied tensor's name a name has."""
-    last = name.rpartition("/")[2]
-    return next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
