@@ -1,0 +1,138 @@
+"""The names of what may be tied, and what a config says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from outliermerge.checkpoint.config import text_config
+from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.model_types import effective_config
+
+EMBEDDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+    "backbone.embeddings.weight",
+    "tokens_embed.weight",
+    "word_embedding.weight",
+    "transformer.embeddings.weight",
+)
+# By the end of a tied tensor's name what it may be tied to, the likeliest first (transformers'
+# `_tied_weights_keys` of its model classes).
+_ORIGINALS = {
+    "lm_head.weight": EMBEDDINGS,
+    "predictions.decoder.weight": EMBEDDINGS,
+    "lm_head.decoder.weight": EMBEDDINGS,
+    "embed_out.weight": EMBEDDINGS,
+    "proj_out.weight": EMBEDDINGS,
+    "vocab_projector.weight": EMBEDDINGS,
+    "generator_lm_head.weight": EMBEDDINGS,
+    "output_projection.weight": EMBEDDINGS,
+    "mlm_score.decoder.weight": EMBEDDINGS,
+    "lm_head.out_proj.weight": EMBEDDINGS,
+    "pred_layer.proj.weight": EMBEDDINGS,
+    "lm_loss.weight": EMBEDDINGS,
+    "head.decoder.weight": EMBEDDINGS,
+    "decoder.weight": EMBEDDINGS,
+    "text_encoder.embed_tokens.weight": ("shared.weight",),
+    "text_decoder.embed_tokens.weight": ("shared.weight",),
+    "encoder.embed_tokens.weight": ("shared.weight",),
+    "decoder.embed_tokens.weight": ("shared.weight",),
+    "predictions.decoder.bias": ("predictions.bias",),
+    "lm_head.decoder.bias": ("lm_head.bias",),
+}
+
+
+def ties_head(config: Mapping[str, Any]) -> bool | None:
+    """Tell whether a config ties the head to the embeddings; None where it cannot be told.
+
+    Where only one of the two levels of a config says it, loaders agree. A language model's own
+    level that unties what the outer one ties is read in both ways.
+
+    >>> ties_head({"tie_word_embeddings": True, "text_config": {}}), ties_head({})
+    (True, None)
+    >>> ties_head({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
+    """
+    if config.get("scale_decoder_outputs") is False:
+        return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
+    outer, inner = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
+    said = {value for value in (outer, inner) if isinstance(value, bool)}
+    if len(said) == 1:
+        return said.pop()
+    if said:
+        return True if inner else None
+    filled = effective_config(config)
+    value = filled and filled.get("tie_word_embeddings")
+    return value if isinstance(value, bool) else None
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a tensor is a language model's output head, which a config may tie."""
+    return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is EMBEDDINGS
+
+
+def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """Return the numbers of rows that embeddings and heads have; one unless they differ."""
+    return {
+        shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) or is_head(name)
+    }
+
+
+def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
+    """Return the name of what a tensor can be tied to; None where it is unclear."""
+    end = _ends(name)
+    for ending in _ORIGINALS[end] if end else ():
+        found = [
+            other
+            for other in tensors
+            if (other == ending or other.endswith("." + ending))
+            and other != name
+            and _component(other) == _component(name)
+            and (name not in tensors or tensors[other].shape[1:] == tensors[name].shape[1:])
+        ]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def head_of(name: str) -> str | None:
+    """Return the name of the head that embeddings of a name are tied to, where none is stored.
+
+    >>> head_of("model.embed_tokens.weight"), head_of("language_model.model.embed_tokens.weight")
+    ('lm_head.weight', 'language_model.lm_head.weight')
+    """
+    if name.startswith("gpt_neox."):
+        return "embed_out.weight"
+    match = re.match(r"^(?P<outer>language_model\.)?((model|transformer)\.|shared\.)", name)
+    return f"{match['outer'] or ''}lm_head.weight" if match else None
+
+
+def embeddings_of(head: str, names: Iterable[str]) -> str | None:
+    """Return the name of the embeddings that a head is tied to, where none are stored.
+
+    >>> embeddings_of("lm_head.weight", ["model.layers.0.mlp.weight", "lm_head.weight"])
+    'model.embed_tokens.weight'
+    """
+    found = set()
+    for name in names:
+        match = re.match(r"^(?P<stem>(\w+\.)*?)(?P<stack>layers|h)\.\d+\.", name)
+        if match and not re.search(r"vision|visual|audio|encoder", match["stem"]):
+            end = "wte.weight" if match["stack"] == "h" else "embed_tokens.weight"
+            found.add(match["stem"] + end)
+    fitting = [name for name in found if head_of(name) == head]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _component(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _ends(name: str) -> str | None:
+    """Return which end of a tied tensor's name a name has."""
+    last = name.rpartition("/")[2]
+    return next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
