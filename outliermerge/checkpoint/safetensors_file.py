@@ -37,6 +37,21 @@ def read_header(path: Path) -> list[TensorMeta]:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a file's header has beside its tensors; none where it cannot be read.
+
+    `read_header` tells what is wrong with a file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+    except (OSError, ValueError, RecursionError, struct.error):
+        return {}
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _parse(path: Path) -> list[TensorMeta]:
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
