@@ -95,7 +95,8 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
                     found = _with_dtype_of_others(found, tensors)
             else:
                 found, kind = _read(model, config.get("model_type")), _described(settings)
-        refuse_codes(tensors, found)
+        inside = {name.removeprefix(prefix): meta for name, meta in tensors.items()}
+        refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
         if settings is not None or found:
             num_weights = sum(change is not None for change in found.values())

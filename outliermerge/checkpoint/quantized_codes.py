@@ -23,16 +23,15 @@ _NAMED = re.compile(
 # beside a float8 weight (R, C) has the shape of a scale per row. So the parameters that ordinary
 # modules have besides a matrix are no companions by their names; what else fits by shape is one.
 _PLAIN = re.compile(
-    r"logit_scale|layer_?scale|scale_shift|skip_scale|bias(?!es)|gamma|beta|running|norm|embed"
-    r"|token|mask|freq|position|lora|hada|lokr|sinks?$|proj_weight$|weight_[ih]h_|weight_[gv]$"
-    r"|original[01]$|^A_log$|^D$"
+    r"bias(?!es)|gamma|beta|running|norm|embed|token|mask|freq|position|lora|hada|lokr|sinks?$"
+    r"|proj_weight$|weight_[ih]h_|weight_[gv]$|original[01]$|^A_log$|^D$"
 )
+# Parameters of ordinary models that are called scales.
+_OWN_SCALES = re.compile(r"(logit|layer|skip|embed|norm)_?scale|scale_(shift|mul)")
 # Integers that ordinary modules have: places, counts, masks, states and files as bytes.
 _BUFFERS = re.compile(
     r"(_ids|_index|_indices|_tracked|_extra_state|_offsets?|_model)$|(^|_)bias$|mask"
 )
-# Parts of a name under a layer that say that the layer is quantised.
-_NESTED = re.compile(r"quant|codebook|centroid")
 _LOOKUPS = (4, 8, 16, 256)
 # How many codes one stored integer may hold.
 _PACKED = (1, 2, 4, 8, 16, 32)
@@ -73,8 +72,8 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     by_place = _by_place(tensors)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
-        for other in _beside(name, by_place):
-            kind = None if other in read else _kind(name, meta, other, tensors[other])
+        for other, part in _beside(name, by_place):
+            kind = None if other in read else _kind(name, meta, tensors[other], part)
             if kind:
                 found.append((name, other, kind))
                 break
@@ -107,49 +106,64 @@ def _are_codes(meta: TensorMeta) -> bool:
 
 
 def _by_place(tensors: Collection[str]) -> Mapping[str, list[str]]:
-    """Return names by what they stand under: a.b.c_d under a.b, a, and a.b.c."""
+    """Return names by what they can belong to: scales.a.b_c.d to a.b_c.d, scales.a.b_c and others.
+
+    That is what they are in, its parent, their beginnings, and what follows a word for scales.
+    """
     places: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         module = name.rpartition(".")[0]
-        cuts = [name[: cut.start()] for cut in re.finditer(r"[._:]", name)]
-        for place in {
-            module,
-            module.rpartition(".")[0],
-            *(c for c in cuts if len(c) > len(module)),
-        }:
-            places[place].append(name)
+        head, _, tail = name.partition(".")
+        cuts = [len(module) + cut.start() for cut in re.finditer("[._:/]", name[len(module) :])]
+        owners = {module, module.rpartition(".")[0], *(name[:cut] for cut in cuts)}
+        for owner in owners | ({tail} if _NAMED.search(head) else set()):
+            places[owner].append(name)
     return places
 
 
-def _beside(name: str, by_place: Mapping[str, list[str]]) -> Iterator[str]:
-    """Yield what can be a tensor's companion by where it is: its module, or its own name."""
+def _beside(name: str, by_place: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield names that can be those of a tensor's companions, and the part that says what for."""
     module, _, leaf = name.rpartition(".")
     for other in dict.fromkeys((*by_place.get(name, ()), *by_place.get(module, ()))):
-        rest = other[len(module) :].removeprefix(".")
-        is_nested = "." in rest and not other.startswith(name)
-        is_far = not module and re.split("[._:]", rest)[0] != re.split("[._:]", leaf)[0]
-        if other != name and not is_far and not (is_nested and not _NESTED.search(rest)):
-            yield other
+        if other == name:
+            continue
+        if other.startswith(name) and other[len(name)] in "._:/":
+            yield other, other[len(name) :]
+        elif not other.startswith(module):
+            yield other, other.partition(".")[0]
+        else:
+            part = other[len(module) :].removeprefix(".")
+            is_far = not module and re.split("[._:/]", part)[0] != re.split("[._:/]", leaf)[0]
+            # What a module in the module holds is of this tensor only where it is called so.
+            if not is_far and ("." not in part or _NAMED.search(part)):
+                yield other, part
 
 
-def _kind(name: str, codes: TensorMeta, other: str, companion: TensorMeta) -> str | None:
-    """Return what a tensor beside codes looks like, or None."""
-    leaf, rest = name.rpartition(".")[2], other.rpartition(".")[2]
-    is_own = other.startswith(name)
-    if companion.dtype.name == "bool" or not companion.num_elements:
+def _kind(name: str, codes: TensorMeta, companion: TensorMeta, part: str) -> str | None:
+    """Return what a tensor beside codes looks like, by the part of its name that differs; or None.
+
+    >>> from pathlib import Path
+    >>> from outliermerge.checkpoint.meta import DTYPES
+    >>> codes = TensorMeta("a.weight", DTYPES["int8"], (8, 6), Path("file"), 0)
+    >>> other = TensorMeta("a.s", DTYPES["float32"], (8, 1), Path("file"), 48)
+    >>> _kind("a.weight", codes, other, "s")
+    'of the shape of a scale for each row'
+    """
+    leaf = name.rpartition(".")[2]
+    is_own = part[0] in "._:/" or leaf in part
+    if companion.dtype.name == "bool" or not companion.num_elements or _OWN_SCALES.search(part):
         return None
     if not codes.dtype.is_float and _BUFFERS.search(leaf) and not is_own:
         return None
-    is_named = _NAMED.search(rest) is not None or (is_own and _NAMED.search(other[len(name) :]))
-    is_plain = _PLAIN.search(other[len(name) :] if is_own else rest) is not None
     # A model cast to float8 as a whole has all of its parameters in that dtype.
-    if codes.dtype.is_float and companion.dtype == codes.dtype and leaf not in rest and not is_own:
+    if codes.dtype.is_float and companion.dtype == codes.dtype and not is_own:
         return None
-    if is_named and not (is_plain and not rest.startswith(leaf)):
+    if _NAMED.search(part):
         return "a scale, zero point or lookup table by its name"
-    if is_plain or (rest in ("weight", "kernel") and codes.dtype.num_bytes > 1):
+    is_eight_bits = codes.dtype.name in ("int8", "uint8")
+    if _PLAIN.search(part) or (part in ("weight", "kernel") and not is_eight_bits):
         return None
-    if codes.dtype.is_float and (len(codes.shape) < 2 or companion.dtype == codes.dtype):
+    if codes.dtype.is_float and len(codes.shape) < 2:
         return None
     return _fit(codes, companion)
 
@@ -160,7 +174,8 @@ def _fit(codes: TensorMeta, companion: TensorMeta) -> str | None:
     if num == 1:
         return "of the shape of the tensor's scale"
     sizes = [size for size in other if size != 1]
-    if not codes.dtype.is_float and sizes[-1] in _LOOKUPS and companion.dtype.is_float:
+    is_table = sizes[-1] in _LOOKUPS and companion.dtype.is_float and not codes.dtype.is_float
+    if is_table and sizes != [shape[0]]:
         return "of the shape of a lookup table"
     if 2 * num > codes.num_elements:
         return None
