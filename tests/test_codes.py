@@ -170,6 +170,16 @@ def test_layouts_of_other_tools_are_refused_by_name(tmp_path, tool, kind):
     assert "quantised from instead" in message
 
 
+@pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_other_codes_of_a_header_are_refused_by_name(tmp_path, code):
+    entry = {"dtype": code, "shape": [2], "data_offsets": [0, 2]}
+    header = json.dumps({"a.weight_scale": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(OutlierMergeError, match=f"'a.weight_scale': unknown dtype '{code}'. Name"):
+        open_checkpoint(path)
+
+
 def blob(**values: object) -> torch.Tensor:
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
@@ -251,6 +261,13 @@ def test_a_header_that_names_layers_of_another_file_is_refused(tmp_path):
     stored, _ = comfy(codes_of(E4M3), a_scale(()), "header")
     text = refusal(opened(tmp_path, stored, metadata={"_quantization_metadata": layers}))
     assert "names b, which it does not have" in text
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"layers": [1]}'])
+def test_a_header_that_cannot_be_parsed_is_refused(tmp_path, text):
+    stored, _ = comfy(codes_of(E4M3), a_scale(()), "header")
+    message = refusal(opened(tmp_path, stored, metadata={"_quantization_metadata": text}))
+    assert "_quantization_metadata that is no JSON object with layers" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3, E5M2], ids=str)
@@ -359,6 +376,7 @@ BUFFERS = {
     "fsq.implicit_codebook": torch.ones(64, 3), "fsq._levels": torch.ones(3, dtype=torch.int32),
     "spiece_model": torch.ones(64, dtype=torch.uint8), "logit_scale": torch.ones(()),
     "lone.weight": torch.ones(8, 8, dtype=torch.int8),
+    "gate.tid2eid": torch.ones(64, 2, dtype=torch.int64), "gate.weight": torch.ones(4, 8),
     "table.ids": torch.ones(8, 2, dtype=torch.int32),
 }  # fmt: skip
 
@@ -368,6 +386,15 @@ BUFFERS = {
 def test_plain_casts_and_ordinary_buffers_stay_as_they_are(tmp_path, stored, kind):
     checkpoint = opened(tmp_path, stored, kind=kind)
     assert dequantize(checkpoint) is checkpoint
+
+
+def test_codes_in_a_pickle_are_found_too(tmp_path):
+    stored = {"a.weight": codes_of(E4M3), "a.scale_weight": a_scale((1,))}
+    torch.save(stored, tmp_path / "model.pt")
+    source = dequantize(open_checkpoint(tmp_path / "model.pt")).tensors["a.weight"]
+    assert_close(read(source), product(*stored.values()))
+    torch.save(stored | {"a.foo": a_scale((R,))}, tmp_path / "other.pt")
+    assert "tensor 'a.weight'" in refusal(open_checkpoint(tmp_path / "other.pt"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "llava", "mixtral"])

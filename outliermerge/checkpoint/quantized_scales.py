@@ -69,6 +69,11 @@ def modelopt(model: Model) -> Changes:
 
 def undeclared(model: Model) -> tuple[Changes, str]:
     """Read layouts that no config.json declares; also return what to call them."""
+    if not any(
+        meta.dtype.name in (*CODES, "uint8") or name.endswith(_SCALE_NAMES)
+        for name, meta in model.tensors.items()
+    ):
+        return {}, ""
     if changes := quanto(model):
         return changes, "quanto"
     formats = _comfy_formats(model)
@@ -95,10 +100,17 @@ def _comfy_formats(model: Model) -> dict[str, tuple[str, Any]]:
             formats[name.removesuffix(".comfy_quant")] = name, _parsed(text)
     # The header has the names as they are stored, without a wrapper's prefix or a component's.
     stored = {meta.name: name for name, meta in model.tensors.items()}
-    for path in dict.fromkeys(meta.path for meta in model.tensors.values()):
-        content = _parsed(read_metadata(path).get("_quantization_metadata", "{}"))
-        layers = content.get("layers", {}) if isinstance(content, dict) else {}
-        for layer, settings in (layers if isinstance(layers, dict) else {}).items():
+    paths = dict.fromkeys(meta.path for meta in model.tensors.values() if meta.offset is not None)
+    for path in paths:
+        content = _parsed(read_metadata(path).get("_quantization_metadata", '{"layers": {}}'))
+        layers = content.get("layers") if isinstance(content, dict) else None
+        if not isinstance(layers, dict):
+            model.broken(
+                next(iter(model.tensors)),
+                "its file's header has a _quantization_metadata that is no JSON object with "
+                f"layers. Fetch it again. {TAKE_ORIGINAL}",
+            )
+        for layer, settings in layers.items():
             name = stored.get(f"{layer}.weight", f"{layer}.weight")
             formats.setdefault(name.removesuffix(".weight"), (name, settings))
     return formats

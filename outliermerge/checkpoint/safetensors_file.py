@@ -121,7 +121,10 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise fail(f"unknown dtype {code!r}. Supported: {', '.join(DTYPES_BY_CODE)}")
+        # F4, F6_…, F8_E8M0 and other codes of which only quantised models are made.
+        is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
+        more = ". Name the model that it was quantised from instead" if is_code else ""
+        raise fail(f"unknown dtype {code!r}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
     if (
         not isinstance(shape, list)
         or not all(_is_count(size) for size in shape)
