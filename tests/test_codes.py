@@ -452,3 +452,22 @@ def test_a_merge_takes_the_weights_by_their_names(tmp_path, form, quantised):
     assert set(found) == {"m.a.weight", "m.a.bias"}
     torch.testing.assert_close(found["m.a.weight"].double(), expected, rtol=1e-6, atol=1e-9)
     assert "_quantization_metadata" not in output.read_bytes().decode("latin-1")
+
+
+def test_an_output_says_nowhere_that_it_is_quantised(tmp_path):
+    base, task = tmp_path / "base", tmp_path / "task"
+    for folder in (base, task):
+        opened(folder, {"a.weight": codes_of(E4M3), "a.weight_scale": a_scale((R, 1))})
+        config = {"model_type": "test", "dtype": "float16"}
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": "fbgemm_fp8"}})
+        )
+        (folder / "quantize_config.json").write_text("{}")
+    spec = {"merge_method": "linear", "models": [{"model": str(base)}, {"model": str(task)}]}
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+    assert json.loads((output / "config.json").read_text()) == config
+    assert not (output / "quantize_config.json").exists()
+    found = load_folder(output)
+    expected = product(codes_of(E4M3), a_scale((R, 1)))
+    torch.testing.assert_close(found["a.weight"].double(), expected, rtol=1e-3, atol=1e-7)
+    assert outliermerge.verify(output) == []

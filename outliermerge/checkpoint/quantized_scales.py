@@ -96,8 +96,9 @@ def _comfy_formats(model: Model) -> dict[str, tuple[str, Any]]:
     formats: dict[str, tuple[str, Any]] = {}
     for name, meta in model.tensors.items():
         if name.endswith(".comfy_quant") and meta.dtype.name == "uint8":
-            text = bytes(model.reader.values(meta, 0, meta.num_elements).tolist())
-            formats[name.removesuffix(".comfy_quant")] = name, _parsed(text)
+            text = bytearray(meta.num_bytes)
+            meta.read(model.reader, 0, meta.num_elements, memoryview(text))
+            formats[name.removesuffix(".comfy_quant")] = name, _parsed(bytes(text))
     # The header has the names as they are stored, without a wrapper's prefix or a component's.
     stored = {meta.name: name for name, meta in model.tensors.items()}
     paths = dict.fromkeys(meta.path for meta in model.tensors.values() if meta.offset is not None)
