@@ -4,6 +4,7 @@ Layouts that are read, as these libraries write them:
     fp8: transformers 5.23, integrations/finegrained_fp8.py (DeepSeek-V3's layout).
     compressed-tensors: compressed_tensors 0.20, compressors/naive_quantized/base.py.
     bitsandbytes: bitsandbytes 0.50, functional.py (QuantState) and nn/modules.py (Linear8bitLt).
+Those of quantized_scales.py too. What none of them explains, quantized_codes.py refuses.
 """
 
 from __future__ import annotations
