@@ -405,17 +405,19 @@ def test_a_method_that_no_weight_uses_is_only_noted(tmp_path, quantization):
     ("quantization", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq (4 bits), which cannot be read (bitsandbytes, "
-         "compressed-tensors, fp8 can). Name the model that it was quantised from instead."),
+         "compressed-tensors, fbgemm_fp8, fp8, modelopt, quanto can). "
+         "Name the model that it was quantised from instead."),
         ({"quant_method": "awq", "bits": 4}, "awq (4 bits), which cannot be read .* Convert it "
          "with compressed_tensors: AutoAWQConverter, CompressedTensorsDequantizer."),
         ({"quant_method": "mxfp4"}, "mxfp4, .*Mxfp4Config(dequantize=True)) of transformers"),
         ({"quant_method": "gguf"}, "gguf, .* gguf_file=…) of transformers, then save_pretrained"),
         ({"quant_method": "hqq"}, "hqq, which cannot be read .* quantised from instead"),
         ({"quant_method": "aqlm"}, "aqlm, which cannot"),
-        ({"quant_method": "quanto", "nbits": 2}, "quanto (2 bits), which cannot"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt's NVFP4 cannot be read "
+         "(FP8, FP8_PER_CHANNEL_PER_TOKEN can). Name the model"),
         ({"quant_method": "torchao"}, "torchao, which cannot"),
         ({"quant_method": "eetq"}, "eetq, which cannot"),
-        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8, which cannot"),
+        ({"quant_method": "higgs"}, "higgs, which cannot"),
         ({"quant_method": "tomorrow"}, "tomorrow, which cannot"),
         ({"load_in_8bit": True}, "None (8 bits), which cannot"),
         ("nonsense", "nonsense, which cannot"),

@@ -4,6 +4,7 @@ Layouts that are read, as these libraries write them:
     fp8: transformers 5.23, integrations/finegrained_fp8.py (DeepSeek-V3's layout).
     compressed-tensors: compressed_tensors 0.20, compressors/naive_quantized/base.py.
     bitsandbytes: bitsandbytes 0.50, functional.py (QuantState) and nn/modules.py (Linear8bitLt).
+Those of quantized_scales.py too. What none of them explains, quantized_codes.py refuses.
 """
 
 from __future__ import annotations
@@ -12,28 +13,32 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
+from outliermerge.checkpoint.quantized_codes import refuse_codes
+from outliermerge.checkpoint.quantized_model import ACTIVATIONS, CODES, Changes, Model
+from outliermerge.checkpoint.quantized_scales import (
+    TAKE_ORIGINAL,
+    fbgemm,
+    modelopt,
+    quanto,
+    undeclared,
+)
 from outliermerge.checkpoint.quantized_tensors import CodeTensor, ScaledTensor
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 
-if TYPE_CHECKING:
-    pass
-
-# What becomes of a stored tensor: another source, or nothing.
-_Changes = dict[str, Source | None]
+# Keys of a config.json that say how its model is quantised; early compressed-tensors wrote the
+# second.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Rows and columns that share a scale; None is all of them.
 _Block = tuple[int | None, int | None]
 
-_CODES = ("float8_e4m3fn", "float8_e5m2", "int8")
-# What is stored besides a weight: of its activations, of the key-value cache, of itself.
-_ACTIVATIONS = ("activation_scale", "input_scale", "input_zero_point", "output_scale",
-                "output_zero_point")  # fmt: skip
+_CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 _CACHE = re.compile(r"(^|[./])(q|k|v|kv)_(scale|zero_point)$")
 _COMPANIONS = re.compile(
     r"(_scale_inv|weight_(scale|zero_point|shape|packed|g_idx|global_scale|format)|\.SCB"
@@ -44,8 +49,11 @@ _EVIDENCE = (("SCB", "weight", "bitsandbytes"), ("quant_map", "absmax", "bitsand
              ("qweight", "qzeros", "gptq or awq"), ("_blocks", "_scales", "mxfp4"),
              ("_packed", "_scale", "compressed-tensors"), ("", "_scale_inv", "fp8"),
              ("", "_scale", "compressed-tensors or fp8"))  # fmt: skip
+_MODELOPT_FILE = "hf_quant_config.json"
+# Beside a config.json, what says that a model is quantised: an output is not.
+_SETTINGS_FILES = (_MODELOPT_FILE, "quanto_qmap.json", "quantization_map.json",
+                   "quantize_config.json", "quant_config.json")  # fmt: skip
 _CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
-_TAKE_ORIGINAL = "Name the model that it was quantised from instead."
 _CT_ADVICE = "Convert it with CompressedTensorsDequantizer of compressed_tensors."
 _ADVICE = {
     "awq": "Convert it with compressed_tensors: AutoAWQConverter, CompressedTensorsDequantizer.",
@@ -60,23 +68,6 @@ _INT8_STEP = 7.874015718698502e-3
 _CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A folder's stored tensors with what its config.json says of their quantisation."""
-
-    home: Path
-    settings: Mapping[str, Any]
-    tensors: Mapping[str, TensorMeta]
-    out_dtype: DType
-    reader: Reader
-
-    def refuse(self, what: str) -> NoReturn:
-        raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")
-
-    def broken(self, name: str, what: str) -> NoReturn:
-        raise OutlierMergeError(f"{self.tensors[name].path}: tensor {name!r}: {what}")
-
-
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose quantised weights are float32 when read; others as they are.
 
@@ -84,7 +75,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         OutlierMergeError: a method or layout that cannot be read, or tensors that are missing,
             of a wrong shape or left over.
     """
-    changes: _Changes = {}
+    changes: Changes = {}
     notes: list[str] = []
     for folder in checkpoint.components:
         home, prefix = checkpoint.root / folder, f"{folder}/" if folder else ""
@@ -94,30 +85,73 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
             if name.startswith(prefix) and isinstance(source, TensorMeta)
         }
         config = read_json(home / "config.json")
-        levels = (config, text_config(config))
-        settings = next((s for level in levels if (s := level.get("quantization_config"))), None)
-        if settings is None:
-            _refuse_undeclared(home, tensors)
-            continue
-        if not isinstance(settings, dict):
-            settings = {"quant_method": settings}
-        dtypes = [str(level.get(key)) for level in levels for key in ("dtype", "torch_dtype")]
-        names = [name.removeprefix("torch.") for name in dtypes]
-        out_dtype = next((name for name in names if name in FLOAT_DTYPES), "bfloat16")
+        settings = _settings(home, config)
+        out_dtype = _named_dtype(config)
         with Reader() as reader:
-            model = _Model(home, settings, tensors, DTYPES[out_dtype], reader)
-            found = _read(model, config.get("model_type"))
+            model = Model(home, settings or {}, tensors, out_dtype or DTYPES["bfloat16"], reader)
+            if settings is None:
+                found, kind = undeclared(model)
+                _refuse_undeclared(home, {n: m for n, m in tensors.items() if n not in found})
+                if out_dtype is None:
+                    found = _with_dtype_of_others(found, tensors)
+            else:
+                found, kind = _read(model, config.get("model_type")), _described(settings)
+        inside = {name.removeprefix(prefix): meta for name, meta in tensors.items()}
+        refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
-        num_weights = sum(change is not None for change in found.values())
-        kind = _described(settings)
-        notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
-    replaced = {
-        name: source
-        for name, stored in checkpoint.tensors.items()
-        if (source := changes.get(name, stored)) is not None
+        if settings is not None or found:
+            num_weights = sum(change is not None for change in found.values())
+            notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
+    if not notes:
+        return checkpoint
+    replaced: dict[str, Source] = {}
+    for name, stored in checkpoint.tensors.items():
+        source = changes.get(name, stored)
+        if source is not None:
+            # quanto stores X as X._data and X._scale.
+            replaced[name.removesuffix("._data") if name in changes else name] = source
+    gone = [name for name in checkpoint.sidecars if PurePosixPath(name).name in _SETTINGS_FILES]
+    return replace(
+        checkpoint,
+        tensors=replaced,
+        notes=(*checkpoint.notes, *notes),
+        sidecars=tuple(name for name in checkpoint.sidecars if name not in gone),
+        left_behind=(*checkpoint.left_behind, *gone),
+    )
+
+
+def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a component's files say of its quantisation, or None."""
+    levels = (config, text_config(config))
+    named = (level.get(key) for key in QUANTIZATION_KEYS for level in levels)
+    settings = next((s for s in named if s), None)
+    if settings is None and (modelopt_settings := read_json(home / _MODELOPT_FILE)):
+        settings = modelopt_settings.get("quantization")
+        if isinstance(settings, dict):
+            settings = {"quant_method": "modelopt", **settings}
+    if settings is None or isinstance(settings, dict):
+        return settings
+    return {"quant_method": settings}
+
+
+def _named_dtype(config: Mapping[str, Any]) -> DType | None:
+    levels = (config, text_config(config))
+    dtypes = [str(level.get(key)) for level in levels for key in ("dtype", "torch_dtype")]
+    names = [name.removeprefix("torch.") for name in dtypes]
+    return next((DTYPES[name] for name in names if name in FLOAT_DTYPES), None)
+
+
+def _with_dtype_of_others(changes: Changes, tensors: Mapping[str, TensorMeta]) -> Changes:
+    """Let weights be stored as the floats that are not quantised, where those agree."""
+    floats = {
+        meta.dtype
+        for name, meta in tensors.items()
+        if name not in changes and meta.dtype.name in FLOAT_DTYPES
     }
-    all_notes = (*checkpoint.notes, *notes)
-    return replace(checkpoint, tensors=replaced, notes=all_notes) if notes else checkpoint
+    if len(floats) != 1:
+        return changes
+    (dtype,) = floats
+    return {name: new and replace(new, out_dtype=dtype) for name, new in changes.items()}
 
 
 def _described(settings: Mapping[str, Any]) -> str:
@@ -126,28 +160,28 @@ def _described(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('quant_method')}" + (f" ({bits} bits)" if bits else "")
 
 
-def _read(model: _Model, model_type: object) -> _Changes:
+def _read(model: Model, model_type: object) -> Changes:
     method = str(model.settings.get("quant_method"))
     if method not in _READERS:
         model.refuse(
             f"the model is quantised with {_described(model.settings)}, which cannot be read "
-            f"({', '.join(_READERS)} can). {_ADVICE.get(method, _TAKE_ORIGINAL)}"
+            f"({', '.join(_READERS)} can). {_ADVICE.get(method, TAKE_ORIGINAL)}"
         )
     read, scales = _READERS[method]
     changes = read(model)
     if changes and method == "bitsandbytes" and model_type in _CONV1D:
         model.refuse(
-            f"bitsandbytes transposes weights of {model_type}: cannot be read. {_TAKE_ORIGINAL}"
+            f"bitsandbytes transposes weights of {model_type}: cannot be read. {TAKE_ORIGINAL}"
         )
     for name, meta in model.tensors.items():
-        if changes and name not in changes and meta.dtype.name in (*_CODES, "uint8"):
+        if changes and name not in changes and meta.dtype.name in (*CODES, "uint8"):
             if meta.dtype.is_float or name.endswith(".weight"):
                 model.broken(name, f"quantised ({meta.dtype.name}), but its {scales} is missing")
     left = [name for name in model.tensors if _COMPANIONS.search(name) and name not in changes]
     if left:
         what = f"is no part of a complete quantised weight ({method}). All such:"
         model.broken(left[0], f"{what}\n{listing(left)}")
-    if changes and model.settings.get("kv_cache_scheme"):
+    if changes and any(model.settings.get(key) for key in _CACHE_KEYS):
         changes |= {name: None for name in model.tensors if _CACHE.search(name)}
     return changes
 
@@ -156,10 +190,10 @@ def _refuse_undeclared(home: Path, tensors: Mapping[str, TensorMeta]) -> None:
     for name, meta in tensors.items():
         for end, other, method in _EVIDENCE:
             is_evident = name.endswith(end) and name.removesuffix(end) + other in tensors
-            if is_evident and (end or meta.dtype.name in _CODES):
+            if is_evident and (end or meta.dtype.name in CODES):
                 raise OutlierMergeError(
                     f"{home}: tensor {name!r} is quantised ({method}), but no config.json has a "
-                    f"quantization_config: use the folder that has it. {_TAKE_ORIGINAL}"
+                    f"quantization_config: use the folder that has it. {TAKE_ORIGINAL}"
                 )
 
 
@@ -167,7 +201,7 @@ def _are_sizes(values: Sequence[object]) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
 
 
-def _fp8(model: _Model) -> _Changes:
+def _fp8(model: Model) -> Changes:
     size = model.settings.get("weight_block_size", [128, 128])
     if size is not None and not (isinstance(size, list) and len(size) == 2 and _are_sizes(size)):
         model.refuse(f"weight_block_size is {size!r}, expected two whole numbers or null")
@@ -175,7 +209,7 @@ def _fp8(model: _Model) -> _Changes:
     return _scaled(model, {"_scale_inv": [block], "_scale": [(None, None), (1, None)]})
 
 
-def _compressed_tensors(model: _Model) -> _Changes:
+def _compressed_tensors(model: Model) -> Changes:
     settings, blocks = model.settings, list[_Block]()
     try:
         schemes = [s for s in settings["config_groups"].values() if s.get("weights")]
@@ -186,7 +220,7 @@ def _compressed_tensors(model: _Model) -> _Changes:
     except (AttributeError, LookupError, TypeError) as error:
         model.refuse(f"not one of compressed-tensors: {error!r}. Fetch the model again.")
     if transforms or sparsity != "dense":
-        model.refuse(f"compressed-tensors with transforms or sparsity. {_TAKE_ORIGINAL}")
+        model.refuse(f"compressed-tensors with transforms or sparsity. {TAKE_ORIGINAL}")
     for args, strategy in weights:
         group, block = [1, args.get("group_size")], args.get("block_structure")
         size = {"tensor": [], "channel": [1], "group": group, "block": block}.get(strategy)
@@ -201,19 +235,19 @@ def _compressed_tensors(model: _Model) -> _Changes:
     return _scaled(model, {"_scale": blocks})
 
 
-def _scaled(model: _Model, blocks: Mapping[str, list[_Block]]) -> _Changes:
+def _scaled(model: Model, blocks: Mapping[str, list[_Block]]) -> Changes:
     """Read weights with a scale; blocks: what a scale may be for, by the end of its name."""
-    changes: _Changes = {}
+    changes: Changes = {}
     for name, weight in model.tensors.items():
         end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
-        if end is not None and weight.dtype.name in _CODES:
+        if end is not None and weight.dtype.name in CODES:
             changes |= _scaled_weight(model, name, name + end, blocks[end])
     return changes
 
 
 def _scaled_weight(
-    model: _Model, name: str, scale_name: str, blocks: list[_Block], factor: float = 1.0
-) -> _Changes:
+    model: Model, name: str, scale_name: str, blocks: list[_Block], factor: float = 1.0
+) -> Changes:
     weight, scale = model.tensors[name], model.tensors[scale_name]
     zero_point = model.tensors.get(f"{name}_zero_point")
     if len(weight.shape) < 2 or not weight.num_elements:
@@ -245,12 +279,12 @@ def _scaled_weight(
     )  # fmt: skip
     stem = name.removesuffix("weight")
     gone = [scale_name, f"{name}_zero_point", f"{name}_activation_scale"]
-    gone += [stem + activation for activation in _ACTIVATIONS]
+    gone += [stem + activation for activation in ACTIVATIONS]
     return {name: tensor, **{other: None for other in gone if other in model.tensors}}
 
 
-def _bnb(model: _Model) -> _Changes:
-    changes: _Changes = {}
+def _bnb(model: Model) -> Changes:
+    changes: Changes = {}
     for name, weight in model.tensors.items():
         stem = name.removesuffix("weight")
         for kind in ("nf4", "fp4"):
@@ -261,12 +295,12 @@ def _bnb(model: _Model) -> _Changes:
                 changes[f"{stem}weight_format"] = None
                 if (number := int(model.reader.values(layout, 0, 1))) != 0:
                     what = f"its weight_format is {number}, of old bitsandbytes versions, expected"
-                    model.broken(name, f"{what} 0 (rows). {_TAKE_ORIGINAL}")
+                    model.broken(name, f"{what} 0 (rows). {TAKE_ORIGINAL}")
             changes |= _scaled_weight(model, name, f"{stem}SCB", [(1, None)], _INT8_STEP)
     return changes
 
 
-def _four_bit(model: _Model, name: str, state_name: str) -> _Changes:
+def _four_bit(model: Model, name: str, state_name: str) -> Changes:
     meta = model.tensors[state_name]
     try:
         state = json.loads(bytes(model.reader.values(meta, 0, meta.num_elements).tolist()))
@@ -307,8 +341,11 @@ def _four_bit(model: _Model, name: str, state_name: str) -> _Changes:
     return {state_name: None, **{f"{name}{part}": None for part in expected}, name: tensor}
 
 
-_READERS: Mapping[str, tuple[Callable[[_Model], _Changes], str]] = {
+_READERS: Mapping[str, tuple[Callable[[Model], Changes], str]] = {
     "bitsandbytes": (_bnb, "SCB or quant_state"),
     "compressed-tensors": (_compressed_tensors, "weight_scale"),
+    "fbgemm_fp8": (fbgemm, "weight_scale"),
     "fp8": (_fp8, "weight_scale_inv or weight_scale"),
+    "modelopt": (modelopt, "weight_scale"),
+    "quanto": (quanto, "_scale"),
 }

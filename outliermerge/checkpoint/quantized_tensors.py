@@ -70,6 +70,32 @@ class ScaledTensor(_MatrixTensor):
         return values * by_element(self.scale) * self.factor
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowScaledTensor(ComputedTensor):
+    """code × scale for a weight (R, …): one scale for all, or num_groups for each row.
+
+    A row's scales stand in the order of its columns, each for C / num_groups of them.
+    """
+
+    weight: TensorMeta
+    scale: TensorMeta
+    num_groups: int
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.weight, self.scale)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        columns = self.num_columns
+        values = _as_float32(reader.values(self.weight, first * columns, last * columns))
+        scale = reader.whole(self.scale).float().flatten()
+        if self.num_groups:
+            scale = scale[first * self.num_groups : last * self.num_groups, None]
+            return (values.view(scale.shape[0], -1) * scale).view(last - first, -1)
+        return (values * scale).view(last - first, -1)
+
+
 def _as_float32(codes: Tensor) -> Tensor:
     import torch
 

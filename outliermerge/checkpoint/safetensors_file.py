@@ -37,6 +37,21 @@ def read_header(path: Path) -> list[TensorMeta]:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a file's header has beside its tensors; none where it cannot be read.
+
+    `read_header` tells what is wrong with a file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+    except (OSError, ValueError, RecursionError, struct.error):
+        return {}
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _parse(path: Path) -> list[TensorMeta]:
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -106,7 +121,10 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise fail(f"unknown dtype {code!r}. Supported: {', '.join(DTYPES_BY_CODE)}")
+        # F4, F6_…, F8_E8M0 and other codes of which only quantised models are made.
+        is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
+        more = ". Name the model that it was quantised from instead" if is_code else ""
+        raise fail(f"unknown dtype {code!r}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
     if (
         not isinstance(shape, list)
         or not all(_is_count(size) for size in shape)

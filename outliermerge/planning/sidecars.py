@@ -11,6 +11,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
@@ -208,8 +209,9 @@ def _change_config(config: Any, plan: Plan) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie  # type: ignore[index]  # of the dict just parsed
     for part in (config, text_config(config)):
-        if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
-            changed = True
+        for key in QUANTIZATION_KEYS:
+            if isinstance(part, dict) and part.pop(key, None) is not None:
+                changed = True
     if plan.num_rows is not None and "vocab_size" in (text := text_config(config)):
         changed = changed or text["vocab_size"] != plan.num_rows
         text["vocab_size"] = plan.num_rows  # type: ignore[index]  # of the dict just parsed
