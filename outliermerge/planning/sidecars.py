@@ -13,8 +13,8 @@ from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
-from outliermerge.planning.tokenizer_files import check_tokenizer, extend_files, set_vocab_size
-from outliermerge.planning.vocabulary import Alignment
+from outliermerge.planning.tokenizer_files import extend_files
+from outliermerge.planning.vocabulary_config import fit_config
 from outliermerge.spec.check import MergeSpec
 
 _TOKENIZER = re.compile(
@@ -25,14 +25,13 @@ _PROCESSOR = re.compile(r"(pre)?processor_config\.json$|_processor.*\.py$|^proce
 
 
 def choose_sidecars(
-    spec: MergeSpec, inputs: Sequence[Input], alignment: Alignment
+    spec: MergeSpec, inputs: Sequence[Input]
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
 
     Raises:
         SpecError: a `*_source` where the output is a single file.
-        OutlierMergeError: configs that make the merge senseless, or a tokenizer that does not fit
-            the output's rows.
+        OutlierMergeError: configs that make the merge senseless.
     """
     document = spec.document
     if inputs[0].checkpoint.root.is_file():
@@ -72,7 +71,6 @@ def choose_sidecars(
     if differing:
         kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
-    notes += check_tokenizer(inputs, sources["tokenizer"], alignment)
     return tuple(chosen[name] for name in sorted(chosen)), notes
 
 
@@ -110,6 +108,7 @@ def sidecar_bytes(plan: Plan) -> dict[str, bytes]:
     for name, data in contents.items():
         if name.rpartition("/")[2] == "config.json":
             contents[name] = _changed_json(data, lambda config: _change_config(config, plan))
+    fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
     return contents
 
@@ -134,7 +133,7 @@ def _change_config(config: Any, plan: Plan) -> bool:
     for part in (config, text_config(config)):
         if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
             changed = True
-    return set_vocab_size(config, plan) or changed
+    return changed
 
 
 def _set_dtype(config: Any, wanted: str) -> bool:

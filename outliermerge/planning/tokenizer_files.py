@@ -1,141 +1,145 @@
-"""The tokenizer's files beside the weights, and the number of rows that the config says."""
+"""The tokenizer's files in the output: what a vocabulary that grows adds to them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.tokens import read_tokens
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.tokens import load_tokens, token_files
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.jobs import Input, Plan
-from outliermerge.planning.vocabulary import Alignment
+from outliermerge.jobs import Plan
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def check_tokenizer(inputs: Sequence[Input], entry: Input, alignment: Alignment) -> list[str]:
-    """Refuse a tokenizer that does not fit the output's rows; return notes on what is added."""
-    if entry is not inputs[0]:
-        _check_tokenizer(inputs[0], entry, alignment)
-    if alignment.added_tokens and not _covers(entry, alignment):
-        _check_extensible(entry, inputs, alignment)
-        return [f"{len(alignment.added_tokens)} tokens are added to the tokenizer"]
-    return []
+def added_entries(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the tokens that a tokenizer has whole, each with how text is searched for it."""
+    config = read_json(root / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    entries = read_json(root / "tokenizer.json").get("added_tokens") or []
+    found = {token: _entry(token) for token in read_json(root / "added_tokens.json")}
+    found |= {entry["content"]: _entry(**entry) for entry in config.values()}
+    return found | {entry["content"]: _entry(**entry) for entry in entries}
 
 
-def _check_tokenizer(reference: Input, entry: Input, alignment: Alignment) -> None:
-    """Refuse a tokenizer whose ids are not the output's rows."""
-    ours = dict(read_tokens(reference.tokenizer_home) or {})
-    ours |= {number: token for number, token, _ in alignment.added_tokens}
-    theirs = read_tokens(entry.tokenizer_home) or {}
-    wrong = [
-        f"{number}: {ours[number]!r} in the output, {token!r} in that tokenizer"
-        for number, token in sorted(theirs.items())
-        if ours.get(number, token) != token
-    ]
-    if wrong:
-        raise OutlierMergeError(
-            f"tokenizer_source: the ids of {entry.reference} are not the rows of the output:\n"
-            f"{listing(wrong, limit=5)}"
-        )
-    num_rows = alignment.num_rows or text_config(read_json(reference.home / "config.json")).get(
-        "vocab_size"
-    )
-    beyond = [
-        f"{n}: {token!r}" for n, token in sorted(theirs.items()) if num_rows and n >= num_rows
-    ]
-    if beyond:
-        raise OutlierMergeError(
-            f"tokenizer_source: {entry.reference} has tokens beyond the output's {num_rows} rows:\n"
-            f"{listing(beyond, limit=5)}\n`vocabulary: union` keeps their rows."
-        )
+def _entry(content: str, **flags: Any) -> dict[str, Any]:
+    known = {flag: bool(flags.get(flag, False)) for flag in _FLAGS}
+    if "normalized" not in flags:
+        known["normalized"] = not known["special"]
+    return {"content": content} | known
 
 
-def _covers(entry: Input, alignment: Alignment) -> bool:
-    tokens = read_tokens(entry.tokenizer_home) or {}
-    return all(tokens.get(number) == token for number, token, _ in alignment.added_tokens)
+def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return how each token is written, from the first tokenizer that has it whole.
 
+    Args:
+        tokens: each with the name of a model that has it.
+        roots: folders of all models' tokenizers.
 
-def _check_extensible(entry: Input, inputs: Sequence[Input], alignment: Alignment) -> None:
-    if not (entry.home / "tokenizer.json").is_file():
-        raise OutlierMergeError(
-            f"vocabulary: union has to add tokens to the tokenizer of {entry.reference}, "
-            "which has no tokenizer.json: save it with transformers' fast tokenizer first"
-        )
-    ordinary = [
-        f"{token!r} of {inputs[model].reference}"
-        for _, token, model in alignment.added_tokens
-        if token not in _added_entries(inputs[model].tokenizer_home)
-    ]
-    if ordinary:
+    Raises:
+        OutlierMergeError: a token is a piece of a tokenizer's own model in all of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for root in roots:
+        found = added_entries(root) | found
+    if ordinary := [f"{t!r} of {name}" for t, name in tokens.items() if t not in found]:
         raise OutlierMergeError(
             "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
             f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
             "`vocabulary: base` leaves them out; `tokenizer_source` takes a tokenizer that has all."
         )
-
-
-def _added_entries(home: Path) -> dict[str, dict[str, Any]]:
-    entries = read_json(home / "tokenizer.json").get("added_tokens", [])
-    return {entry["content"]: entry for entry in entries}
+    return [found[token] for token in tokens]
 
 
 def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
-    """Add the tokens of a vocabulary that grows to the tokenizer's files."""
-    present = {
-        entry["id"]
-        for entry in json.loads(contents.get("tokenizer.json", b"{}")).get("added_tokens", [])
-    } if plan.added_tokens else set()  # fmt: skip
-    for number, token, model in plan.added_tokens:
-        if number in present:
-            continue
-        entry = _added_entries(plan.inputs[model].tokenizer_home)[token] | {"id": number}
-        for name, change in _TOKEN_FILES.items():
-            if name in contents:
-                contents[name] = _changed_json(contents[name], lambda v, c=change, e=entry: c(v, e))
+    """Add the tokens of a vocabulary that grows to the tokenizer's files of an output."""
+    if not plan.added_tokens:
+        return
+    root = next(file.path.parent for file in plan.sidecars if file.name == "tokenizer.json")
+    files = {name: contents[name] for name in read_files(root) if name in contents}
+    roots = [entry.tokenizer_home for entry in plan.inputs]
+    wanted = {token: plan.inputs[number].reference for _, token, number in plan.added_tokens}
+    files = extend(files, root, find_entries(wanted, roots))
+    tokens = load_tokens(files, root)
+    if any(tokens.get(id_) != token for id_, token, _ in plan.added_tokens):
+        raise OutlierMergeError(f"{root}: the tokenizer's files have changed since the plan")
+    contents |= files
 
 
-def set_vocab_size(config: dict[str, Any], plan: Plan) -> bool:
-    """Write the vocabulary's number of rows where the merge changes it; tell if it did."""
-    if plan.num_rows is None or "vocab_size" not in (text := text_config(config)):
-        return False
-    changed: bool = text["vocab_size"] != plan.num_rows
-    text["vocab_size"] = plan.num_rows  # type: ignore[index]  # of the dict just parsed
+def read_files(root: Path) -> dict[str, bytes]:
+    """Return the contents of the files that tell a tokenizer's ids."""
+    return {path.name: path.read_bytes() for path in token_files(root)}
+
+
+def extend(
+    files: Mapping[str, bytes], root: Path, entries: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """Return a tokenizer's files with tokens added to them, which all say the loader's ids.
+
+    Tokens that it has in other files than tokenizer.json are written there too, before the new
+    ones, as a loader would number these first.
+
+    Args:
+        files: its contents by name, with a tokenizer.json.
+        root: where it is from.
+        entries: of the tokens, none of which it has.
+    """
+    tokenizer = json.loads(files["tokenizer.json"])
+    own = added_entries(root)
+    before = load_tokens(files, root)
+    inner = set(load_tokens({"tokenizer.json": files["tokenizer.json"]}, root).values())
+    named = [
+        {"id": id_} | own.get(token, _entry(token, special=True))
+        for id_, token in before.items()
+        if token not in inner
+    ]
+    new = [*named, *({"id": len(before) + n, **entry} for n, entry in enumerate(entries))]
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *new]
+    ids = _ids(_dumped(tokenizer), root)
+    for entry in tokenizer["added_tokens"]:
+        entry["id"] = ids[entry["content"]]
+    tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
+    changed = dict(files) | {"tokenizer.json": _dumped(tokenizer)}
+    for name, change in _BESIDE.items():
+        if name in files:
+            value = json.loads(files[name])
+            change(value, new, ids)
+            changed[name] = _dumped(value)
     return changed
 
 
-def _changed_json(data: bytes, change: Any) -> bytes:
-    """Return JSON text after a change that tells whether it did anything; else the same bytes."""
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return data
-    if not change(value):
-        return data
+def _ids(data: bytes, root: Path) -> dict[str, int]:
+    return {token: id_ for id_, token in load_tokens({"tokenizer.json": data}, root).items()}
+
+
+def _dumped(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _extend_tokenizer(tokenizer: Any, entry: Mapping[str, Any]) -> bool:
-    tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", []), entry]
-    return True
+def _renumber_config(
+    config: dict[str, Any], entries: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
+) -> None:
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
+        return
+    described = {ids[entry["content"]]: entry for entry in decoder.values()}
+    for entry in entries:
+        flags = {key: value for key, value in entry.items() if key != "id"}
+        described.setdefault(entry["id"], flags)
+    config["added_tokens_decoder"] = {str(id_): described[id_] for id_ in sorted(described)}
 
 
-def _extend_config(config: Any, entry: Mapping[str, Any]) -> bool:
-    if "added_tokens_decoder" not in config:
-        return False
-    described = {key: value for key, value in entry.items() if key != "id"}
-    config["added_tokens_decoder"][str(entry["id"])] = described
-    return True
+def _renumber_list(
+    tokens: dict[str, Any], entries: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
+) -> None:
+    every = {token for token in (*tokens, *(entry["content"] for entry in entries)) if token in ids}
+    tokens.clear()  # a token that no loader knows is left out
+    tokens |= {token: ids[token] for token in sorted(every, key=lambda token: ids[token])}
 
 
-def _extend_list(tokens: Any, entry: Mapping[str, Any]) -> bool:
-    tokens[entry["content"]] = entry["id"]
-    return True
-
-
-_TOKEN_FILES = {
-    "tokenizer.json": _extend_tokenizer,
-    "tokenizer_config.json": _extend_config,
-    "added_tokens.json": _extend_list,
+_BESIDE: dict[str, Callable[[Any, Sequence[Mapping[str, Any]], Mapping[str, int]], None]] = {
+    "tokenizer_config.json": _renumber_config,
+    "added_tokens.json": _renumber_list,
 }
