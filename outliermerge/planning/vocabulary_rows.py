@@ -212,7 +212,7 @@ def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
         raise OutlierMergeError(
             f"`vocabulary: union`: by the ids of the tokenizer of {written.name} the output needs "
             f"{count(len(empty), 'row')} ({_ranges(empty)}) that no model has{what}. "
-            "Use `vocabulary: base`."
+            "`tokenizer_source` takes another model's tokenizer."
         )
     if num_rows == num_named:
         return layout
