@@ -224,7 +224,7 @@ def test_two_tokens_with_one_id_are_refused(tmp_path):
     content = json.loads(Tokenizer(models.WordLevel({"a": 0, "b": 2}, unk_token="a")).to_str())
     content["added_tokens"] = [_entry(3, "<x>")]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(OutlierMergeError, match=r"'b' and '<x>' both have id 2|'<x>' and 'b'"):
+    with pytest.raises(OutlierMergeError, match=r"gives '.*' and '.*' one id, 2,"):
         read_tokens(tmp_path)
 
 

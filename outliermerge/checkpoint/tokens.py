@@ -72,7 +72,15 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
     if main == "tokenizer.json":
         own = [token for _, token in sorted(numbered.items())]
         with _Named(root / main, "the tokenizers library cannot load it"):
-            return _loaded(files[main], [*own, *named])
+            ids = _loaded(files[main], [*own, *named])
+        tokens = {id_: token for token, id_ in sorted(ids.items(), key=lambda pair: pair[1])}
+        if len(tokens) < len(ids):
+            token, id_ = next((t, i) for t, i in ids.items() if tokens[i] != t)
+            raise OutlierMergeError(
+                f"{root / main}: the tokenizers library gives {token!r} and {tokens[id_]!r} one "
+                f"id, {id_}, as its vocabulary leaves ids out. Give each token an id of its own."
+            )
+        return tokens
     with _Named(root / main):
         tokens = _READERS[main](files[main])
     tokens |= numbered
@@ -110,20 +118,16 @@ def _read(paths: Iterable[Path]) -> dict[str, bytes]:
     return contents
 
 
-def _loaded(data: bytes, others: Iterable[str]) -> dict[int, str]:
-    """Return the tokens of a tokenizer.json by id, and behind them others that it lacks."""
+def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
+    """Return the ids of the tokens of a tokenizer.json, and behind them of others that it lacks."""
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     for token in others:
         if tokenizer.token_to_id(token) is None:
             tokenizer.add_tokens([AddedToken(token, special=True)])
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    tokens = {id_: token for token, id_ in ids.items()}
-    if len(tokens) < len(ids):
-        token, id_ = next((t, i) for t, i in ids.items() if tokens[i] != t)
-        raise ValueError(f"{token!r} and {tokens[id_]!r} both have id {id_}")
-    return dict(sorted(tokens.items()))
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return ids
 
 
 def _beside(

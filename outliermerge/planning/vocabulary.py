@@ -264,8 +264,9 @@ def _aligned(name: str, number: int, held: Mapping[int, Source], layout: Layout)
             cells.append(tuple(rows.items()))
         else:
             raise OutlierMergeError(
-                f"tensor {name!r}: the first model lacks it, and no model that has it has row "
-                f"{row} of the output's vocabulary: it cannot be given the output's rows"
+                f"tensor {name!r}: {'' if 0 in held else 'the first model lacks it, and '}no model "
+                f"that has it has row {row} of the output's vocabulary: it cannot be given the "
+                "output's rows"
             )
     return rearrange(number, held, cells)
 

@@ -124,10 +124,10 @@ def _matched(
     model: Model, num_rows: int, known: Mapping[int, str], new: Mapping[int, str]
 ) -> list[int]:
     """Return which of a model's rows each of the output's rows is."""
-    rows = []
+    rows, names = [], {**new, **known}
     for row in range(num_rows):
         own = row if row < model.num_rows else ABSENT
-        name = known.get(row) or new.get(row)
+        name = names.get(row)
         if not model.has_tokenizer:
             rows.append(ABSENT if row in new else own)
         elif model.tokens.get(row) == name:
