@@ -218,3 +218,187 @@ def test_each_id_of_a_tokenizer_without_a_json_leads_to_its_row(tmp_path, kind, 
             assert policy != "base" or source == "a"
         if policy == "union" and source == "base" and any(SITUATIONS[situation][2:]):
             assert "which has no tokenizer.json" in out
+
+
+# Adapters with tokenizer files of their own.
+
+
+def save_adapter(folder: Path, spare: int, added: list[str], whole: bool) -> None:
+    """Save an adapter over the base: embeddings and head whole, or their new rows alone."""
+    folder.mkdir()
+    save_rows(folder, 1, added, spare)
+    rows = load_folder(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    first = len(PIECES)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up_proj"]}
+    config |= {"base_model_name_or_path": str(folder.parent / "base"), "bias": "none"}
+    tensors = {}
+    for name in (EMBEDDINGS, HEAD):
+        module = name.removesuffix(".weight")
+        if whole:
+            tensors[f"base_model.model.{name}"] = rows[name]
+        else:
+            part = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+            tensors[part] = rows[name][first : first + len(added)].clone()
+    if not whole:
+        ids = list(range(first, first + len(added)))
+        config["trainable_token_indices"] = {"embed_tokens": ids, "lm_head": ids}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_tokenizer(folder, "WordLevel", added)
+
+
+@pytest.mark.parametrize("source", ["base", "a"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("base_spare", "spare", "whole"), [(0, 0, True), (6, 0, True), (6, 6, True), (6, 6, False)]
+)
+def test_each_id_of_an_adapters_tokenizer_leads_to_its_row(
+    tmp_path, base_spare, spare, whole, policy, source
+):
+    (tmp_path / "base").mkdir()
+    save_rows(tmp_path / "base", 0, [], base_spare)
+    save_tokenizer(tmp_path / "base", "WordLevel", [])
+    save_adapter(tmp_path / "a", spare, ["<a>", "<b>"], whole)
+    out = merge(tmp_path, policy, source, models=[{"model": str(tmp_path / "a")}])
+    if isinstance(out, str):
+        assert policy != "union"
+        assert (policy, source) != ("base", "base")
+        return
+    ids = tokens_of(out)
+    check_files_agree(out, ids)
+    if policy == "union":
+        assert {"<a>", "<b>"} <= ids.keys()
+    merged = load_folder(out)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(merged[EMBEDDINGS])
+    old = load_folder(tmp_path / "base")[EMBEDDINGS]
+    for place, token in enumerate(["<a>", "<b>"]):
+        if token in ids:
+            row = torch.tensor([1.0, len(PIECES) + place, 1.0])
+            if policy == "error":  # half of the way from the base's row
+                row = (row + old[ids[token]][:3]) / 2
+            torch.testing.assert_close(merged[EMBEDDINGS][ids[token]][:3], row, rtol=0, atol=1e-5)
+            torch.testing.assert_close(merged[HEAD][ids[token]][:3], -row, rtol=0, atol=1e-5)
+
+
+# Tokenizer files that do not say what a loader gives.
+
+
+def change_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("source", ["base", "a", "b"])
+def test_ids_that_a_loader_does_not_give_are_not_trusted(tmp_path, policy, source):
+    save_models(tmp_path, "used for different tokens", save_tokenizer, "BPE", old=True)
+
+    def renumber(tokenizer: dict) -> None:
+        tokenizer["added_tokens"][-1]["id"] = 18
+
+    change_json(tmp_path / "a" / "tokenizer.json", renumber)
+    for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / "a" / name).unlink()
+    assert json.loads((tmp_path / "a" / "tokenizer.json").read_text())["added_tokens"][-1] == {
+        "id": 18, "content": "<a>", "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True,
+    }  # fmt: skip
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    out = merge(tmp_path, policy, source)
+    if isinstance(out, str):
+        assert policy in ("error", "common")
+        return
+    ids = tokens_of(out)
+    assert set(ids.values()) <= set(range(19))
+    if (policy, source) != ("base", "a"):  # that one is copied as it is
+        check(tmp_path, out, policy)
+
+
+@pytest.mark.parametrize("source", ["base", "a", "b"])
+def test_a_special_token_that_only_a_config_names_has_its_row(tmp_path, source):
+    """transformers gives <pad> the first reserved row, which another model has for its token."""
+    save_models(tmp_path, "used for different tokens", save_tokenizer, "WordLevel")
+    save_rows(tmp_path / "base", 0, ["<pad>"], 6)
+    change_json(
+        tmp_path / "base" / "tokenizer_config.json", lambda value: value.update(pad_token="<pad>")
+    )
+    out = merge(tmp_path, "union", source)
+    assert isinstance(out, Path) == (source == "base"), out
+    if source == "base":
+        ids = tokens_of(out)
+        assert [ids[token] for token in ("<pad>", "<a>", "<b>")] == [13, 14, 15]
+        rows = load_folder(out)[EMBEDDINGS][13:16, :3]
+        torch.testing.assert_close(rows, torch.tensor([[0.0, 13, 1], [1, 13, 1], [2, 13, 1]]))
+
+
+# What configs say of rows.
+
+
+def named(ids: dict[str, object], file: str = "config.json"):
+    return lambda folder: change_json(folder / file, lambda config: config.update(ids))
+
+
+@pytest.mark.parametrize(
+    ("situation", "where", "ids", "keys", "refusal"),
+    [
+        # the base's config names a reserved row, which another token would take
+        ("used for different tokens", "base", {"image_token_index": 14}, {"vocabulary": "union"},
+         "config.json: image_token_index 14, a row that is for '<b>'"),
+        ("used for different tokens", "base", {"eos_token_id": [2, 14]}, {"vocabulary": "union"},
+         "config.json: eos_token_id 14, a row that is for '<b>'"),
+        ("used for different tokens", "base", {"text_config": {"boi_token_id": 14}},
+         {"vocabulary": "union"}, "config.json: text_config.boi_token_id 14, a row"),
+        ("used for different tokens", "base", {"vision_config": {"pad_token_id": 14}},
+         {"vocabulary": "union"}, None),
+        ("used for different tokens", "base", {"pad_token_id": -1, "bos_token_id": None},
+         {"vocabulary": "union"}, None),
+        # a model was trained with that token at that id
+        ("used for different tokens", "base", {"image_token_index": 13},
+         {"vocabulary": "union"}, None),
+        # the config of a model whose token moves, stays, or is left out
+        ("used for different tokens", "b", {"image_token_id": 13},
+         {"vocabulary": "union", "config_source": "b"},
+         "config.json: image_token_id 13 ('<b>'), a row that is for '<a>'"),
+        ("used for different tokens", "a", {"image_token_id": 13},
+         {"vocabulary": "union", "config_source": "a"}, None),
+        ("tokens of two", "a", {"image_token_id": 13},
+         {"vocabulary": "base", "config_source": "a"},
+         "config.json: image_token_id 13 ('<a>'), a row that it does not have"),
+        # padding that is cut
+        ("reserved in the base alone", "base", {"image_token_id": 15}, {"vocabulary": "common"},
+         "config.json: image_token_id 15, a row that it does not have"),
+        ("reserved in the base alone", "base", {"image_token_id": 15}, {"vocabulary": "base"},
+         None),
+    ],
+)  # fmt: skip
+def test_rows_that_the_config_names_stay_what_they_are(
+    tmp_path, situation, where, ids, keys, refusal
+):
+    save_models(tmp_path, situation, save_tokenizer, "WordLevel")
+    named(ids)(tmp_path / where)
+    keys = {k: str(tmp_path / v) if k == "config_source" else v for k, v in keys.items()}
+    out = merge(tmp_path, keys.pop("vocabulary"), "base", **keys)
+    if refusal is None:
+        assert isinstance(out, Path), out
+    else:
+        assert refusal in str(out)
+        assert f"the config of {tmp_path / where} names rows by ids" in out
+
+
+def test_a_generation_config_names_rows_too(tmp_path):
+    save_models(tmp_path, "used for different tokens", save_tokenizer, "WordLevel")
+    (tmp_path / "base" / "generation_config.json").write_text('{"suppress_tokens": [3, 14]}')
+    out = merge(tmp_path, "union", "base")
+    assert "generation_config.json: suppress_tokens 14, a row that is for '<b>'" in out
+
+
+def test_a_config_source_that_is_silent_gets_the_rows_of_the_output(tmp_path):
+    save_models(tmp_path, "reserved, unused", save_tokenizer, "WordLevel")
+    for name in ("base", "b"):
+        change_json(tmp_path / name / "config.json", lambda config: config.pop("vocab_size"))
+    out = merge(tmp_path, "error", "base", config_source=str(tmp_path / "b"))
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(PIECES) + 6
