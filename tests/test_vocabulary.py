@@ -571,6 +571,25 @@ def test_two_models_that_use_a_reserved_row_for_other_tokens_are_refused(tmp_pat
         align("error", base, sees, hears)
 
 
+@pytest.mark.parametrize("policy", ["base", "union"])
+def test_one_token_in_two_reserved_rows_is_refused_or_matched(tmp_path, policy):
+    base = save_vocabulary(tmp_path / "base", WORDS, 16)
+    folders = []
+    for name, id_ in (("ours", 12), ("theirs", 14)):
+        folders.append(save_vocabulary(tmp_path / name, None, 16, seed=id_))
+        words = {word: number for number, word in enumerate(WORDS)}
+        (folders[-1] / "vocab.json").write_text(json.dumps({**words, "<x>": id_}))
+        (folders[-1] / "added_tokens.json").write_text(json.dumps({"<x>": id_}))
+    with pytest.raises(OutlierMergeError) as caught:
+        align("error", base, *folders)
+    assert "the same token has other ids: '<x>' is 14, in ours 12" in str(caught.value)
+    alignment = align(policy, base, *folders, tokenizer=1 if policy == "base" else 0)
+    row = 12 if policy == "base" else 10
+    rows = [rows_after(folders[0], 12)[0], rows_after(folders[1], 14)[0]]
+    assert torch.equal(values(alignment, 0)[row], (rows[0] + rows[1]) / 2)
+    assert [torch.equal(values(alignment, n)[row], rows[n - 1]) for n in (1, 2)] == [True, True]
+
+
 def test_common_refuses_to_cut_what_the_tokenizer_names(reference, with_image):
     with pytest.raises(OutlierMergeError) as caught:
         align("common", with_image, reference)

@@ -17,11 +17,13 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 def added_entries(root: Path) -> dict[str, dict[str, Any]]:
     """Return the tokens that a tokenizer has whole, each with how text is searched for it."""
-    config = read_json(root / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = read_json(root / "tokenizer_config.json").get("added_tokens_decoder") or {}
     entries = read_json(root / "tokenizer.json").get("added_tokens") or []
     found = {token: _entry(token) for token in read_json(root / "added_tokens.json")}
-    found |= {entry["content"]: _entry(**entry) for entry in config.values()}
-    return found | {entry["content"]: _entry(**entry) for entry in entries}
+    for entry in (*(decoder.values() if isinstance(decoder, dict) else ()), *entries):
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found[entry["content"]] = _entry(**entry)
+    return found
 
 
 def _entry(content: str, **flags: Any) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def extend(
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *new]
     ids = _ids(_dumped(tokenizer), root)
     for entry in tokenizer["added_tokens"]:
-        entry["id"] = ids[entry["content"]]
+        entry["id"] = ids.get(entry["content"], entry["id"])  # an empty one is passed over
     tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
     changed = dict(files) | {"tokenizer.json": _dumped(tokenizer)}
     for name, change in _BESIDE.items():
@@ -124,7 +126,7 @@ def _renumber_config(
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         return
-    described = {ids[entry["content"]]: entry for entry in decoder.values()}
+    described = {ids[e["content"]]: e for e in decoder.values() if e["content"] in ids}
     for entry in entries:
         flags = {key: value for key, value in entry.items() if key != "id"}
         described.setdefault(entry["id"], flags)

@@ -173,7 +173,8 @@ def _lay_out(
             )
         names = {model.number: model.name for model in members}
         wanted = {token: names[number] for token, number in missing.items()}
-        files = extend(read_files(written.root), written.root, find_entries(wanted, roots))
+        entries = find_entries(wanted, [roots[model.number] for model in members])
+        files = extend(read_files(written.root), written.root, entries)
         tokens = load_tokens(files, written.root)
         added = [(id_, token, missing[token]) for id_, token in tokens.items() if token in missing]
         written = replace(written, tokens=tokens, added=tuple(added))
@@ -247,8 +248,7 @@ def _check_named(
         raise OutlierMergeError(
             f"the config of {model.name} names rows by ids that the output would not keep for "
             f"them:\n{listing(wrong, limit=5)}\n"
-            "`config_source` takes another model's config, `vocabulary: base` keeps the rows of "
-            f"{members[0].name}."
+            "`config_source` takes another model's config; an id without use can be taken out."
         )
 
 
