@@ -90,16 +90,16 @@ def extend(
     """
     tokenizer = json.loads(files["tokenizer.json"])
     own = added_entries(root)
-    before = load_tokens(files, root)
-    inner = set(load_tokens({"tokenizer.json": files["tokenizer.json"]}, root).values())
+    held = _held(tokenizer)
     named = [
-        {"id": id_} | own.get(token, _entry(token, special=True))
-        for id_, token in before.items()
-        if token not in inner
+        own.get(token, _entry(token, special=True))
+        for token in load_tokens(files, root).values()
+        if token not in held
     ]
-    new = [*named, *({"id": len(before) + n, **entry} for n, entry in enumerate(entries))]
+    new = [{"id": 0, **entry} for entry in (*named, *entries)]
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *new]
-    ids = _ids(_dumped(tokenizer), root)
+    loaded = load_tokens({"tokenizer.json": json.dumps(tokenizer).encode()}, root)
+    ids = {token: id_ for id_, token in loaded.items()}
     for entry in tokenizer["added_tokens"]:
         entry["id"] = ids.get(entry["content"], entry["id"])  # an empty one is passed over
     tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
@@ -112,8 +112,11 @@ def extend(
     return changed
 
 
-def _ids(data: bytes, root: Path) -> dict[str, int]:
-    return {token: id_ for id_, token in load_tokens({"tokenizer.json": data}, root).items()}
+def _held(tokenizer: Mapping[str, Any]) -> set[str]:
+    """Return the tokens that a tokenizer.json itself has; a Unigram model's are in pairs."""
+    words = tokenizer["model"]["vocab"]
+    added = (entry["content"] for entry in tokenizer.get("added_tokens") or [])
+    return {*(words if isinstance(words, dict) else (word for word, _ in words)), *added}
 
 
 def _dumped(value: Any) -> bytes:
