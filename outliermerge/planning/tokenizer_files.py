@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
     files = {name: contents[name] for name in read_files(root) if name in contents}
     roots = [entry.tokenizer_home for entry in plan.inputs]
     wanted = {token: plan.inputs[number].reference for _, token, number in plan.added_tokens}
-    files = extend(files, root, find_entries(wanted, roots))
+    before = load_tokens(files, root).values()
+    files = extend(files, root, find_entries(wanted, roots), before)
     tokens = load_tokens(files, root)
     if any(tokens.get(id_) != token for id_, token, _ in plan.added_tokens):
         raise OutlierMergeError(f"{root}: the tokenizer's files have changed since the plan")
@@ -76,7 +77,10 @@ def read_files(root: Path) -> dict[str, bytes]:
 
 
 def extend(
-    files: Mapping[str, bytes], root: Path, entries: Sequence[Mapping[str, Any]]
+    files: Mapping[str, bytes],
+    root: Path,
+    entries: Sequence[Mapping[str, Any]],
+    before: Iterable[str],
 ) -> dict[str, bytes]:
     """Return a tokenizer's files with tokens added to them, which all say the loader's ids.
 
@@ -87,15 +91,12 @@ def extend(
         files: its contents by name, with a tokenizer.json.
         root: where it is from.
         entries: of the tokens, none of which it has.
+        before: the tokens that it has, in the order of the loader's ids.
     """
     tokenizer = json.loads(files["tokenizer.json"])
     own = added_entries(root)
     held = _held(tokenizer)
-    named = [
-        own.get(token, _entry(token, special=True))
-        for token in load_tokens(files, root).values()
-        if token not in held
-    ]
+    named = [own.get(token, _entry(token, special=True)) for token in before if token not in held]
     new = [{"id": 0, **entry} for entry in (*named, *entries)]
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *new]
     loaded = load_tokens({"tokenizer.json": json.dumps(tokenizer).encode()}, root)

@@ -174,7 +174,8 @@ def _lay_out(
         names = {model.number: model.name for model in members}
         wanted = {token: names[number] for token, number in missing.items()}
         entries = find_entries(wanted, [roots[model.number] for model in members])
-        files = extend(read_files(written.root), written.root, entries)
+        before = written.tokens.values()
+        files = extend(read_files(written.root), written.root, entries, before)
         tokens = load_tokens(files, written.root)
         added = [(id_, token, missing[token]) for id_, token in tokens.items() if token in missing]
         written = replace(written, tokens=tokens, added=tuple(added))
