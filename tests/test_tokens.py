@@ -91,7 +91,7 @@ def test_a_llama_vocabulary_is_the_same_before_and_after_its_conversion(tmp_path
     (slow / "tokenizer.model").write_bytes(llama_model)
     (slow / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     transformers.AutoTokenizer.from_pretrained(slow).save_pretrained(fast)
-    assert token_files(fast) == (fast / "tokenizer.json",)
+    assert token_files(fast)[0] == fast / "tokenizer.json"
     assert read_tokens(slow) == read_tokens(fast)
     assert {"<s>", "<0x0A>", "▁the"} <= set(read_tokens(slow).values())
 
@@ -121,10 +121,10 @@ def test_vocab_txt_has_a_token_a_line_whatever_the_token_is(tmp_path, end, close
     assert read_tokens(tmp_path) == dict(enumerate(lines))
 
 
-def test_tokenizer_json_is_preferred_and_needs_no_other_file(tmp_path):
+def test_tokenizer_json_is_preferred_to_other_vocabularies(tmp_path):
     trained("WordLevel").save(str(tmp_path / "tokenizer.json"))
     alone = read_tokens(tmp_path)
-    for name in ("vocab.json", "vocab.txt", "tokenizer.model", "added_tokens.json"):
+    for name in ("vocab.json", "vocab.txt", "tokenizer.model"):
         (tmp_path / name).write_text("broken")
     assert read_tokens(tmp_path) == alone
 
@@ -136,14 +136,14 @@ def test_a_folder_without_tokenizer_files_has_no_tokens(tmp_path):
     assert read_tokens(tmp_path / "absent") is None
 
 
-def test_tokenizer_files_are_compared_byte_for_byte(tmp_path):
+def test_tokenizer_files_are_compared_by_what_they_add(tmp_path):
     folders = []
     for name in ("a", "b"):
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         (folders[-1] / "vocab.txt").write_text("a\nb\n")
         (folders[-1] / "added_tokens.json").write_text('{"<image>": 2}')
-        (folders[-1] / "special_tokens_map.json").write_text(name)
+        (folders[-1] / "special_tokens_map.json").write_text('{"eos_token": "a"}')
     assert same_token_files(*folders)
     (folders[1] / "added_tokens.json").write_text('{"<other>": 2}')
     assert not same_token_files(*folders)
@@ -154,21 +154,6 @@ def test_tokenizer_files_are_compared_byte_for_byte(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("tokenizer.json", b"{", "Expecting property name"),
-        ("tokenizer.json", b"[]", "it holds no JSON object"),
-        ("tokenizer.json", b'{"version": "1.0"}', "it has no model.vocab"),
-        ("tokenizer.json", b'{"model": {"vocab": "a"}}', "it has no model.vocab"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}', "'a' with id -1 is not a token"),
-        ("tokenizer.json", b'{"model": {"vocab": {"a": true}}}', "'a' with id True is not"),
-        ("tokenizer.json", b'{"model": {"vocab": ["a"]}}', "None with id 0 is not a token"),
-        ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [1]}', "1 is not an added"),
-        ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [{}]}', "None with id None"),
-        (
-            "tokenizer.json",
-            b'{"model": {"vocab": {}}, "added_tokens": 1}',
-            "added_tokens is not a list",
-        ),
-        ("tokenizer.json", b"[" * 100_000, "recursion"),
         ("vocab.json", b'{"a": "b"}', "'a' with id 'b' is not a token"),
         ("vocab.txt", b"\xff\xfe", "can't decode byte"),
         ("tokenizer.model", b"", "it has no pieces"),
@@ -211,6 +196,89 @@ def test_broken_added_tokens_are_refused(tmp_path, name, content, reason):
         read_tokens(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / name}: not a tokenizer file")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "EOF while parsing"),
+        (b"\xff", "can't decode byte"),
+        (b"[]", "expected struct Tokenizer"),
+        (b'{"version": "1.0"}', "Model missing"),
+        (b'{"model": {"vocab": "a"}}', "did not match any variant"),
+        (b'{"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}', "-1"),
+        (b"[" * 100_000, "line 1 column 1"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_loaded_is_refused(tmp_path, content, reason):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(OutlierMergeError) as caught:
+        read_tokens(tmp_path)
+    where = f"{tmp_path / 'tokenizer.json'}: the tokenizers library cannot load it: "
+    assert str(caught.value).startswith(where)
+    assert reason in str(caught.value)
+
+
+def test_two_tokens_with_one_id_are_refused(tmp_path):
+    """The library counts the vocabulary's words, not their ids, where these leave gaps."""
+    content = json.loads(Tokenizer(models.WordLevel({"a": 0, "b": 2}, unk_token="a")).to_str())
+    content["added_tokens"] = [_entry(3, "<x>")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(OutlierMergeError, match=r"gives '.*' and '.*' one id, 2,"):
+        read_tokens(tmp_path)
+
+
+def _entry(id_: int, content: str) -> dict:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": id_, "content": content} | dict.fromkeys(flags, False)
+
+
+@pytest.mark.parametrize("ids", [(6, 7), (7, 6), (40, 90), (0, 1)])
+def test_a_loader_numbers_added_tokens_itself(tmp_path, ids):
+    words = {f"w{number}": number for number in range(6)}
+    content = json.loads(Tokenizer(models.WordLevel(words, unk_token="w0")).to_str())
+    content["added_tokens"] = [_entry(ids[0], "<x>"), _entry(3, "w2"), _entry(ids[1], "<y>")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    expected = {number: word for word, number in words.items()} | {6: "<x>", 7: "<y>"}
+    assert read_tokens(tmp_path) == expected
+
+
+DECODER = {"9": {"content": "<z>", "special": True}, "7": {"content": "<y>", "special": True}}
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "named", "expected"),
+    [
+        ({"added_tokens_decoder": DECODER}, {}, {}, ["<a>", "<y>", "<z>"]),
+        ({"added_tokens_decoder": DECODER}, {"<q>": 6}, {"pad_token": "<p>"}, None),
+        ({}, {"<q>": 6}, {"pad_token": "<p>"}, ["<a>", "<q>", "<p>"]),
+        ({"pad_token": "<p>", "extra_special_tokens": ["<e>"]}, {}, {}, ["<a>", "<p>", "<e>"]),
+        ({"additional_special_tokens": ["<e>", "<a>"]}, {}, {}, ["<a>", "<e>"]),
+        ({"pad_token": {"content": "<p>", "__type": "AddedToken"}}, {}, {}, ["<a>", "<p>"]),
+        ({"pad_token": "w3", "eos_token": None}, {}, {}, ["<a>"]),
+        ({"extra_special_tokens": {"image_token": "<image>"}}, {}, {}, ["<a>", "<image>"]),
+    ],
+)
+def test_transformers_adds_what_the_files_beside_name(tmp_path, config, added, named, expected):
+    content = json.loads(Tokenizer(models.WordLevel({"w0": 0, "w3": 1}, unk_token="w0")).to_str())
+    content["added_tokens"] = [_entry(2, "<a>")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if added:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    if named:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    tokens = read_tokens(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert tokens == {id_: token for token, id_ in sorted(loaded.items(), key=lambda p: p[1])}
+    assert list(tokens.values())[2:] == (expected or ["<a>", "<y>", "<z>"])
+
+
+def test_a_special_token_without_an_id_comes_behind_a_slow_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<p>", "unk_token": "a"}')
+    assert read_tokens(tmp_path) == {0: "a", 1: "b", 2: "<p>"}
 
 
 @pytest.mark.parametrize("cut", [1, 100, 1000, 2500])

@@ -65,8 +65,9 @@ def save_tokenizer(folder: Path, tokens: list[str]) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def align(policy: str, *folders: Path) -> Alignment:
-    return align_vocabulary([(folder.name, open_checkpoint(folder)) for folder in folders], policy)
+def align(policy: str, *folders: Path, **sources: int) -> Alignment:
+    models = [(folder.name, open_checkpoint(folder)) for folder in folders]
+    return align_vocabulary(models, policy, **sources)
 
 
 def values(alignment: Alignment, number: int, name: str = EMBEDDINGS) -> torch.Tensor:
@@ -107,7 +108,8 @@ def with_image(tmp_path):
 def test_one_vocabulary_leaves_every_model_as_it_is(tmp_path, reference, policy):
     same = save_vocabulary(tmp_path / "same", WORDS, 10, seed=1)
     alignment = align(policy, reference, same)
-    assert alignment == Alignment((open_checkpoint(reference), open_checkpoint(same)), None, (), ())
+    checkpoints = (open_checkpoint(reference), open_checkpoint(same))
+    assert alignment == Alignment(checkpoints, None, (), (), stored_rows=10)
 
 
 def test_one_tokenizer_is_not_even_read(tmp_path, reference):
@@ -190,7 +192,7 @@ def test_every_policy_gives_each_row_its_token(tmp_path_factory, drawn):
             for folder, (tokens, _) in zip(folders, drawn, strict=True)
         ]
         check_base(align("base", *folders), models, name)
-        check_union(align("union", *folders), models, name)
+        check_union(folders, [tokens for tokens, _ in drawn], models, name)
         check_common(folders, drawn[0][0], models, name)
 
 
@@ -203,30 +205,39 @@ def check_base(alignment: Alignment, models: list[Rows], name: str) -> None:
     assert alignment.added_tokens == ()
 
 
-def check_union(alignment: Alignment, models: list[Rows], name: str) -> None:
-    keys = list(models[0])
-    tokens = []
-    for number, model in enumerate(models):
-        for key in model:
-            if isinstance(key, str) and key not in keys:
-                tokens.append((len(keys), key, number))
-                keys.append(key)
+def check_union(
+    folders: list[Path], tokens: list[list[str]], models: list[Rows], name: str
+) -> None:
+    """New tokens follow the reference's last, as its loader numbers them: reserved rows first."""
+    names = list(tokens[0])
+    added = []
+    for number, own in enumerate(tokens):
+        for token in own:
+            if token not in names:
+                added.append((len(names), token, number))
+                names.append(token)
+    if any(token in WORDS for _, token, _ in added):
+        with pytest.raises(OutlierMergeError, match="are pieces of the tokenizer's own model"):
+            align("union", *folders)
+        return
+    alignment = align("union", *folders)
+    keys = [*names, *range(len(names), len(models[0]))]
     while any(len(keys) in model for model in models[1:]):
         keys.append(len(keys))
     for number, model in enumerate(models):
         expected = []
-        for place, key in enumerate(keys):
+        for key in keys:
             holders = [other[key] for other in models if key in other]
             if key in model:
                 expected.append(model[key])
-            elif place < len(models[0]):
+            elif key in models[0]:
                 expected.append(models[0][key])
             else:
                 expected.append(sum(holders) / len(holders))
         got = values(alignment, number, name)
         torch.testing.assert_close(got, stack(expected).float(), rtol=0, atol=0)
     assert alignment.num_rows in (None, len(keys))
-    assert alignment.added_tokens == tuple(tokens)
+    assert alignment.added_tokens == tuple(added)
 
 
 def check_common(folders: list[Path], tokens: list[str], models: list[Rows], name: str) -> None:
@@ -280,9 +291,18 @@ def test_reserved_rows_that_one_model_uses_for_tokens(tmp_path):
     assert torch.equal(values(kept, 1)[10], values(kept, 0)[10])
     assert torch.equal(values(kept, 1)[11:], rows_after(tuned, 11))
     joined = align("union", base, tuned)
-    assert joined.added_tokens == ((16, "<image>", 1),)
-    assert joined.num_rows == 17
-    assert torch.equal(values(joined, 0)[16], rows_after(tuned, 10)[0])
+    assert joined.added_tokens == ((10, "<image>", 1),)
+    assert joined.num_rows == 16
+    assert torch.equal(values(joined, 0)[10], rows_after(tuned, 10)[0])
+    assert torch.equal(values(joined, 1), rows_after(tuned, 0))
+    assert joined.notes == (
+        "put into reserved rows of base, from tuned: 1 token ('<image>' 10)",
+        "1 token is added to the tokenizer",
+    )
+    named = align("base", base, tuned, tokenizer=1)
+    assert named.added_tokens == ()
+    assert torch.equal(values(named, 0)[10], rows_after(tuned, 10)[0])
+    assert torch.equal(values(named, 0)[11:], rows_after(base, 11))
     with pytest.raises(OutlierMergeError, match="can only cut rows at the end"):
         align("common", base, tuned)
 
@@ -335,9 +355,12 @@ def test_the_first_tokenizer_tells_the_tokens_of_a_reference_without_one(tmp_pat
 
 def test_tokens_beyond_a_reference_without_a_tokenizer_are_added(tmp_path, with_image):
     base = save_vocabulary(tmp_path / "base", None, 10)
-    alignment = align("union", base, with_image)
-    assert alignment.added_tokens == ((10, "<image>", 1), (11, "<pad>", 1))
+    alignment = align("union", base, with_image, tokenizer=1)
+    assert alignment.num_rows == 16
+    assert alignment.added_tokens == ()
     assert torch.equal(values(alignment, 0)[10:], rows_after(with_image, 10))
+    with pytest.raises(OutlierMergeError, match=r"base, which has no tokenizer files.*_source`"):
+        align("union", base, with_image)
 
 
 def test_a_reference_without_a_tokenizer_is_not_said_to_name_too_little(tmp_path, reference):
@@ -548,6 +571,25 @@ def test_two_models_that_use_a_reserved_row_for_other_tokens_are_refused(tmp_pat
         align("error", base, sees, hears)
 
 
+@pytest.mark.parametrize("policy", ["base", "union"])
+def test_one_token_in_two_reserved_rows_is_refused_or_matched(tmp_path, policy):
+    base = save_vocabulary(tmp_path / "base", WORDS, 16)
+    folders = []
+    for name, id_ in (("ours", 12), ("theirs", 14)):
+        folders.append(save_vocabulary(tmp_path / name, None, 16, seed=id_))
+        words = {word: number for number, word in enumerate(WORDS)}
+        (folders[-1] / "vocab.json").write_text(json.dumps({**words, "<x>": id_}))
+        (folders[-1] / "added_tokens.json").write_text(json.dumps({"<x>": id_}))
+    with pytest.raises(OutlierMergeError) as caught:
+        align("error", base, *folders)
+    assert "the same token has other ids: '<x>' is 14, in ours 12" in str(caught.value)
+    alignment = align(policy, base, *folders, tokenizer=1 if policy == "base" else 0)
+    row = 12 if policy == "base" else 10
+    rows = [rows_after(folders[0], 12)[0], rows_after(folders[1], 14)[0]]
+    assert torch.equal(values(alignment, 0)[row], (rows[0] + rows[1]) / 2)
+    assert [torch.equal(values(alignment, n)[row], rows[n - 1]) for n in (1, 2)] == [True, True]
+
+
 def test_common_refuses_to_cut_what_the_tokenizer_names(reference, with_image):
     with pytest.raises(OutlierMergeError) as caught:
         align("common", with_image, reference)
@@ -573,21 +615,26 @@ def test_union_refuses_ids_that_the_tokenizer_names_without_a_row(tmp_path, with
     with pytest.raises(OutlierMergeError) as caught:
         align("union", short, with_image)
     assert str(caught.value) == (
-        "`vocabulary: union` would put other tokens where the tokenizer of short names some that "
-        "have no row: '<other>' 10. Use `vocabulary: base`."
+        "`vocabulary: union`: by the ids of the tokenizer of short the output needs 1 row (10) "
+        "that no model has, which it has for 1 token ('<other>' 10). `tokenizer_source` takes "
+        "another model's tokenizer."
     )
     ahead = save_vocabulary(tmp_path / "ahead", None, 10)
     words = {word: number for number, word in enumerate(WORDS)}
-    (ahead / "vocab.json").write_text(json.dumps({**words, "<image>": 20}))
-    with pytest.raises(OutlierMergeError, match="no row: '<image>' 20"):
+    (ahead / "vocab.json").write_text(json.dumps({**words, "<image>": 20, "<pad>": 21}))
+    with pytest.raises(OutlierMergeError, match=r"needs 6 rows \(10–11, 16–19\) that no model has"):
         align("union", ahead, with_image)
     fits = save_vocabulary(tmp_path / "fits", [*WORDS, "<image>"], 10)
     assert align("union", fits, with_image).added_tokens == ((11, "<pad>", 1),)
+    with pytest.raises(OutlierMergeError, match=r"beyond the output's 10 rows:\n  10: '<image>'"):
+        align("base", fits, with_image)
 
 
 def test_a_broken_tokenizer_is_refused_by_file(reference, with_image):
     (with_image / "tokenizer.json").write_text("{")
-    with pytest.raises(OutlierMergeError, match=r"with_image/tokenizer\.json: not a tokenizer"):
+    with pytest.raises(
+        OutlierMergeError, match=r"with_image/tokenizer\.json: the tokenizers library"
+    ):
         align("base", reference, with_image)
 
 
@@ -611,6 +658,7 @@ def test_notes_say_what_is_left_out_lacking_and_moved(tmp_path, reference):
         *common,
         "added after the rows of reference, from other: 1 token ('<image>' 10)",
         "added after the rows of reference: 2 padding rows (11–12)",
+        "1 token is added to the tokenizer",
     )
 
 
@@ -625,8 +673,10 @@ def test_picked_rows_keep_their_dtype_and_bytes(tmp_path, dtype):
     for number in (0, 1):
         source = alignment.checkpoints[number].tensors[EMBEDDINGS]
         assert source.dtype.name == source.out_dtype.name == str(dtype)[6:]
-    assert torch.equal(values(alignment, 0)[:12], load(ours / "model.safetensors")[EMBEDDINGS])
+    stored = load(ours / "model.safetensors")[EMBEDDINGS]
     moved = load(theirs / "model.safetensors")[EMBEDDINGS]
+    stored[10] = moved[10]  # reserved, and the first id that the tokenizer gives a new token
+    assert torch.equal(values(alignment, 0), stored)
     assert torch.equal(values(alignment, 1)[:10], moved[:10].flip(0))
 
 

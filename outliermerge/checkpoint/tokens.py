@@ -1,20 +1,21 @@
-"""The tokens that a model folder's tokenizer files name."""
+"""The tokens that a model folder's tokenizer files name, with the ids that a loader gives them."""
 
 from __future__ import annotations
 
 import filecmp
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.meta import refuse_lfs_pointer
 from outliermerge.errors import OutlierMergeError
 
-# tokenizer.json holds added tokens itself; the others have them in files beside. The first found
-# is used. Not spiece.model and sentencepiece.bpe.model: their models shift the pieces' numbers.
+# The first found is used. Not spiece.model and sentencepiece.bpe.model: their models shift the
+# pieces' numbers.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-_ADDED = ("added_tokens.json", "tokenizer_config.json")
+_ADDED = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def token_files(root: Path) -> tuple[Path, ...]:
@@ -22,72 +23,161 @@ def token_files(root: Path) -> tuple[Path, ...]:
     main = next((root / name for name in _VOCABULARIES if (root / name).is_file()), None)
     if main is None:
         return ()
-    beside = () if main.name == "tokenizer.json" else _ADDED
-    return (main, *(root / name for name in beside if (root / name).is_file()))
+    return (main, *(root / name for name in _ADDED if (root / name).is_file()))
 
 
 def same_token_files(root: Path, other: Path) -> bool:
-    """Return whether two model folders have the same tokenizer files, byte for byte."""
+    """Return whether two folders have the same vocabulary file and say the same beside it."""
     ours, theirs = token_files(root), token_files(other)
-    return [path.name for path in ours] == [path.name for path in theirs] and all(
+    if [path.name for path in ours[:1]] != [path.name for path in theirs[:1]]:
+        return False
+    if ours and not filecmp.cmp(ours[0], theirs[0], shallow=False):
+        return False
+    if [path.name for path in ours] == [path.name for path in theirs] and all(
         filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)
-    )
+    ):
+        return True
+    fast = ours[0].name == "tokenizer.json"
+    return _beside(_read(ours[1:]), root, fast) == _beside(_read(theirs[1:]), other, fast)
 
 
 def read_tokens(root: Path) -> dict[int, str] | None:
     """Return the token of each id; None where the folder has no tokenizer files.
 
     tokenizer.json is read where there is one, else vocab.json, vocab.txt or tokenizer.model, each
-    with added_tokens.json and the added_tokens_decoder of tokenizer_config.json.
+    with what added_tokens.json, tokenizer_config.json and special_tokens_map.json add to it.
 
     Raises:
         OutlierMergeError: a tokenizer file is broken.
     """
     files = token_files(root)
-    tokens: dict[int, str] = {}
-    for path in files:
-        refuse_lfs_pointer(path)
-        try:
-            tokens.update(_READERS[path.name](path.read_bytes()))
-        except OSError as error:
-            raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+    return load_tokens(_read(files), root) if files else None
+
+
+def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
+    """Return the token of each id that a loader gives for tokenizer files with these contents.
+
+    Ids in tokenizer.json are not what counts: the tokenizers library numbers the added tokens
+    itself. transformers then adds what tokenizer_config.json and the files of old names have
+    besides.
+
+    Args:
+        root: the folder that messages name.
+
+    Raises:
+        OutlierMergeError: a file is broken.
+    """
+    main = next(name for name in _VOCABULARIES if name in files)
+    numbered, named = _beside(files, root, main == "tokenizer.json")
+    if main == "tokenizer.json":
+        own = [token for _, token in sorted(numbered.items())]
+        with _Named(root / main, "the tokenizers library cannot load it"):
+            ids = _loaded(files[main], [*own, *named])
+        tokens = {id_: token for token, id_ in sorted(ids.items(), key=lambda pair: pair[1])}
+        if len(tokens) < len(ids):
+            token, id_ = next((t, i) for t, i in ids.items() if tokens[i] != t)
             raise OutlierMergeError(
-                f"{path}: not a tokenizer file that can be read: {error}. Fetch it again."
-            ) from error
-    return tokens if files else None
-
-
-def _tokenizer_json(data: bytes) -> dict[int, str]:
-    content = _object(data)
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
-        pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocabulary]
-        tokens = dict(_checked(pair) for pair in enumerate(pieces))
-    elif isinstance(vocabulary, dict):
-        tokens = _inverted(vocabulary)
-    else:
-        raise ValueError("it has no model.vocab")
-    added = content.get("added_tokens") or []
-    if not isinstance(added, list):
-        raise ValueError("added_tokens is not a list")
-    for entry in added:
-        if not isinstance(entry, dict):
-            raise ValueError(f"{entry!r} is not an added token")
-        tokens.update([_checked((entry.get("id"), entry.get("content")))])
+                f"{root / main}: the tokenizers library gives {token!r} and {tokens[id_]!r} one "
+                f"id, {id_}, as its vocabulary leaves ids out. Give each token an id of its own."
+            )
+        return tokens
+    with _Named(root / main):
+        tokens = _READERS[main](files[main])
+    tokens |= numbered
+    known = set(tokens.values())
+    for token in named:
+        if token not in known:
+            tokens[max(tokens, default=-1) + 1] = token
     return tokens
 
 
-def _tokenizer_config(data: bytes) -> dict[int, str]:
-    decoder = _object(data).get("added_tokens_decoder") or {}
+class _Named:
+    """Turns an error on a file's content into one that names the file."""
+
+    def __init__(self, path: Path, what: str = "not a tokenizer file that can be read") -> None:
+        self.path, self.what = path, what
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OutlierMergeError):
+            raise OutlierMergeError(
+                f"{self.path}: {self.what}: {error}. Fetch it again."
+            ) from error
+
+
+def _read(paths: Iterable[Path]) -> dict[str, bytes]:
+    contents = {}
+    for path in paths:
+        refuse_lfs_pointer(path)
+        try:
+            contents[path.name] = path.read_bytes()
+        except OSError as error:
+            raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+    return contents
+
+
+def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
+    """Return the ids of the tokens of a tokenizer.json, and behind them of others that it lacks."""
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    for token in others:
+        if tokenizer.token_to_id(token) is None:
+            tokenizer.add_tokens([AddedToken(token, special=True)])
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return ids
+
+
+def _beside(
+    files: Mapping[str, bytes], root: Path, fast: bool
+) -> tuple[dict[int, str], tuple[str, ...]]:
+    """Return tokens that the files beside a vocabulary add with an id, and those without one.
+
+    As transformers does, ids of old files are not asked where a tokenizer.json has a
+    tokenizer_config.json with an added_tokens_decoder.
+    """
+    contents: dict[str, dict[str, Any]] = {}
+    for name in _ADDED:
+        if name in files:
+            with _Named(root / name):
+                contents[name] = _object(files[name])
+    config = contents.get("tokenizer_config.json", {})
+    numbered: dict[int, str] = {}
+    old = not (fast and "added_tokens_decoder" in config)
+    if old:
+        with _Named(root / "added_tokens.json"):
+            numbered |= _inverted(contents.get("added_tokens.json", {}))
+    with _Named(root / "tokenizer_config.json"):
+        numbered |= _decoder(config)
+    special = config | (contents.get("special_tokens_map.json", {}) if old else {})
+    return numbered, _special(special)
+
+
+def _decoder(config: Mapping[str, Any]) -> dict[int, str]:
+    decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError("added_tokens_decoder is not an object")
-    contents = {
-        int(id_): entry.get("content") if isinstance(entry, dict) else None
-        for id_, entry in decoder.items()
-    }
+    contents = {int(id_): _content(entry, plain=False) for id_, entry in decoder.items()}
     return dict(_checked(pair) for pair in contents.items())
+
+
+def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the special tokens that a tokenizer's config names, whether they have an id or not."""
+    found = [config.get(f"{word}_token") for word in _SPECIAL]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    found += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    contents = [_content(entry, plain=True) for entry in found]
+    return tuple(dict.fromkeys(token for token in contents if token))
+
+
+def _content(entry: Any, *, plain: bool) -> str | None:
+    """Return the text of a token that is written as an object, or where allowed as a string."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+        plain = True
+    return entry if plain and isinstance(entry, str) else None
 
 
 def _token_ids(data: bytes) -> dict[int, str]:
@@ -106,7 +196,7 @@ def _object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _inverted(ids: dict[str, Any]) -> dict[int, str]:
+def _inverted(ids: Mapping[str, Any]) -> dict[int, str]:
     return dict(_checked((id_, token)) for token, id_ in ids.items())
 
 
@@ -175,10 +265,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 _READERS = {
-    "tokenizer.json": _tokenizer_json,
     "vocab.json": _token_ids,
     "vocab.txt": _lines,
     "tokenizer.model": _pieces,
-    "added_tokens.json": _token_ids,
-    "tokenizer_config.json": _tokenizer_config,
 }

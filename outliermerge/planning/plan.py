@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
@@ -104,7 +104,7 @@ class _Planner:
             )
             for name, action, sources, parameters, _, why in drafts
         )
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, self.alignment)
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         proof, doubts = prove(
             self.stored_reference,
@@ -156,8 +156,7 @@ class _Planner:
         """Return the rows of the output's vocabulary where its config may say otherwise."""
         rows = self.alignment.num_rows or grown_rows(self.inputs[0])
         if rows is None and self.spec.document.config_source is not None:
-            size = text_config(read_json(self.inputs[0].home / "config.json")).get("vocab_size")
-            rows = size if isinstance(size, int) else None
+            rows = self.alignment.stored_rows
         return rows
 
     def _draft(self, name: str) -> _Draft | None:
@@ -400,7 +399,18 @@ def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
         )
         for entry in inputs
     ]
-    return align_vocabulary(models, spec.document.vocabulary)
+    references = [entry.reference for entry in inputs]
+
+    def number(wanted: str | None) -> int:
+        return references.index(wanted) if wanted in references else 0
+
+    return align_vocabulary(
+        models,
+        spec.document.vocabulary,
+        homes=[entry.home for entry in inputs],
+        tokenizer=number(spec.document.tokenizer_source),
+        config=number(spec.document.config_source),
+    )
 
 
 def _describe(source: Source) -> str:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
-from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
-from outliermerge.planning.vocabulary import Alignment
+from outliermerge.planning.tokenizer_files import extend_files
+from outliermerge.planning.vocabulary_config import fit_config
 from outliermerge.spec.check import MergeSpec
 
 _TOKENIZER = re.compile(
@@ -27,14 +26,13 @@ _PROCESSOR = re.compile(r"(pre)?processor_config\.json$|_processor.*\.py$|^proce
 
 
 def choose_sidecars(
-    spec: MergeSpec, inputs: Sequence[Input], alignment: Alignment
+    spec: MergeSpec, inputs: Sequence[Input]
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
 
     Raises:
         SpecError: a `*_source` where the output is a single file.
-        OutlierMergeError: configs that make the merge senseless, or a tokenizer that does not fit
-            the output's rows.
+        OutlierMergeError: configs that make the merge senseless.
     """
     document = spec.document
     if inputs[0].checkpoint.root.is_file():
@@ -74,11 +72,6 @@ def choose_sidecars(
     if differing:
         kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
-    if sources["tokenizer"] is not inputs[0]:
-        _check_tokenizer(inputs[0], sources["tokenizer"], alignment)
-    if alignment.added_tokens and not _covers(sources["tokenizer"], alignment):
-        _check_extensible(sources["tokenizer"], inputs, alignment)
-        notes.append(f"{len(alignment.added_tokens)} tokens are added to the tokenizer")
     return tuple(chosen[name] for name in sorted(chosen)), notes
 
 
@@ -110,80 +103,14 @@ def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
     return next((entry for entry in inputs if entry.reference == wanted), inputs[0])
 
 
-def _check_tokenizer(reference: Input, entry: Input, alignment: Alignment) -> None:
-    """Refuse a tokenizer whose ids are not the output's rows."""
-    ours = dict(read_tokens(reference.tokenizer_home) or {})
-    ours |= {number: token for number, token, _ in alignment.added_tokens}
-    theirs = read_tokens(entry.tokenizer_home) or {}
-    wrong = [
-        f"{number}: {ours[number]!r} in the output, {token!r} in that tokenizer"
-        for number, token in sorted(theirs.items())
-        if ours.get(number, token) != token
-    ]
-    if wrong:
-        raise OutlierMergeError(
-            f"tokenizer_source: the ids of {entry.reference} are not the rows of the output:\n"
-            f"{listing(wrong, limit=5)}"
-        )
-    num_rows = alignment.num_rows or text_config(read_json(reference.home / "config.json")).get(
-        "vocab_size"
-    )
-    beyond = [
-        f"{n}: {token!r}" for n, token in sorted(theirs.items()) if num_rows and n >= num_rows
-    ]
-    if beyond:
-        raise OutlierMergeError(
-            f"tokenizer_source: {entry.reference} has tokens beyond the output's {num_rows} rows:\n"
-            f"{listing(beyond, limit=5)}\n`vocabulary: union` keeps their rows."
-        )
-
-
-def _covers(entry: Input, alignment: Alignment) -> bool:
-    tokens = read_tokens(entry.tokenizer_home) or {}
-    return all(tokens.get(number) == token for number, token, _ in alignment.added_tokens)
-
-
-def _check_extensible(entry: Input, inputs: Sequence[Input], alignment: Alignment) -> None:
-    if not (entry.home / "tokenizer.json").is_file():
-        raise OutlierMergeError(
-            f"vocabulary: union has to add tokens to the tokenizer of {entry.reference}, "
-            "which has no tokenizer.json: save it with transformers' fast tokenizer first"
-        )
-    ordinary = [
-        f"{token!r} of {inputs[model].reference}"
-        for _, token, model in alignment.added_tokens
-        if token not in _added_entries(inputs[model].tokenizer_home)
-    ]
-    if ordinary:
-        raise OutlierMergeError(
-            "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
-            f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
-            "`vocabulary: base` leaves them out; `tokenizer_source` takes a tokenizer that has all."
-        )
-
-
-def _added_entries(home: Path) -> dict[str, dict[str, Any]]:
-    entries = read_json(home / "tokenizer.json").get("added_tokens", [])
-    return {entry["content"]: entry for entry in entries}
-
-
 def sidecar_bytes(plan: Plan) -> dict[str, bytes]:
     """Return the contents of every file that is carried over, with what the merge changes."""
     contents = {sidecar.name: sidecar.path.read_bytes() for sidecar in plan.sidecars}
     for name, data in contents.items():
         if name.rpartition("/")[2] == "config.json":
             contents[name] = _changed_json(data, lambda config: _change_config(config, plan))
-    present = {
-        entry["id"]
-        for entry in json.loads(contents.get("tokenizer.json", b"{}")).get("added_tokens", [])
-    } if plan.added_tokens else set()  # fmt: skip
-    for number, token, model in plan.added_tokens:
-        if number in present:
-            continue
-        entry = _added_entries(plan.inputs[model].tokenizer_home)[token] | {"id": number}
-        for name, change in _TOKEN_FILES.items():
-            if name in contents:
-                contents[name] = _changed_json(contents[name], lambda v, c=change, e=entry: c(v, e))
+    fit_config(contents, plan.num_rows)
+    extend_files(contents, plan)
     return contents
 
 
@@ -212,9 +139,6 @@ def _change_config(config: Any, plan: Plan) -> bool:
         for key in QUANTIZATION_KEYS:
             if isinstance(part, dict) and part.pop(key, None) is not None:
                 changed = True
-    if plan.num_rows is not None and "vocab_size" in (text := text_config(config)):
-        changed = changed or text["vocab_size"] != plan.num_rows
-        text["vocab_size"] = plan.num_rows  # type: ignore[index]  # of the dict just parsed
     return changed
 
 
@@ -228,28 +152,3 @@ def _set_dtype(config: Any, wanted: str) -> bool:
             elif key.endswith("_config"):
                 changed = _set_dtype(value, wanted) or changed
     return changed
-
-
-def _extend_tokenizer(tokenizer: Any, entry: Mapping[str, Any]) -> bool:
-    tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", []), entry]
-    return True
-
-
-def _extend_config(config: Any, entry: Mapping[str, Any]) -> bool:
-    if "added_tokens_decoder" not in config:
-        return False
-    described = {key: value for key, value in entry.items() if key != "id"}
-    config["added_tokens_decoder"][str(entry["id"])] = described
-    return True
-
-
-def _extend_list(tokens: Any, entry: Mapping[str, Any]) -> bool:
-    tokens[entry["content"]] = entry["id"]
-    return True
-
-
-_TOKEN_FILES = {
-    "tokenizer.json": _extend_tokenizer,
-    "tokenizer_config.json": _extend_config,
-    "added_tokens.json": _extend_list,
-}

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.meta import Checkpoint, Source
-from outliermerge.checkpoint.tokens import read_tokens, same_token_files, token_files
+from outliermerge.checkpoint.tokens import (
+    load_tokens,
+    read_tokens,
+    same_token_files,
+    token_files,
+)
 from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.planning.tokenizer_files import extend, find_entries, read_files
+from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.planning.vocabulary_rows import (
     ABSENT,
     NUM_SHOWN,
     Layout,
     Model,
+    Written,
+    check_ids,
     count,
     lay_out_base,
     lay_out_common,
     lay_out_union,
+    missing_tokens,
 )
 from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors, rearrange
 
 Policy = Literal["error", "base", "common", "union"]
 
-_LAYOUTS: dict[str, Callable[[Sequence[Model]], Layout]] = {
+_LAYOUTS: dict[str, Callable[[Sequence[Model], Written], Layout]] = {
     "base": lay_out_base,
     "common": lay_out_common,
     "union": lay_out_union,
@@ -37,50 +49,80 @@ class Alignment:
     Attributes:
         checkpoints: of the models, in the same order.
         num_rows: of the output's vocabulary tensors; None where nothing was changed.
-        added_tokens: by policy union, that the first model's tokenizer lacks: id in the output,
-            token, number of the first model that has it.
+        added_tokens: that the output's tokenizer has to be given: id, token, number of the first
+            model that has it.
         notes: what a person should know.
+        stored_rows: of the first model's vocabulary tensors; None where it has none.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     num_rows: int | None
     added_tokens: tuple[tuple[int, str, int], ...]
     notes: tuple[str, ...]
+    stored_rows: int | None = None
 
 
-def align_vocabulary(models: Sequence[tuple[str, Checkpoint]], policy: Policy) -> Alignment:
+def align_vocabulary(
+    models: Sequence[tuple[str, Checkpoint]],
+    policy: Policy,
+    *,
+    homes: Sequence[Path] | None = None,
+    tokenizer: int = 0,
+    config: int = 0,
+) -> Alignment:
     """Give the vocabulary tensors (embeddings, heads) of all models the same rows.
 
     A model that lacks a row of the first model is unchanged there: its tensor gives the first
     model's row. By policy, rows that differ are refused (`error`), are the first model's (`base`),
-    are cut to those that all models have (`common`), or are the first model's followed by those
-    that only others have (`union`); such a row is the mean of the models that have it in every
-    model that lacks it.
+    are cut to those that all models have (`common`), or are the first model's and those that only
+    others have (`union`). The ids of tokens that the first model lacks are those that a loader of
+    the output's tokenizer gives, in rows that the first model has reserved or behind its rows; such
+    a row is the mean of the models that have it in every model that lacks it.
 
     Args:
-        models: each as the user names it, with its checkpoint; the first is the reference.
+        models: each as the user names it, with its checkpoint, whose root has its tokenizer; the
+            first is the reference.
         policy: what is done where vocabularies differ.
+        homes: the folders of the models' configs; their roots by default.
+        tokenizer, config: numbers of the models whose tokenizer and config the output has.
 
     Raises:
         OutlierMergeError: vocabularies differ and the policy does not allow it, a tokenizer file
-            is broken, or it is unclear which tensors are the vocabulary's.
+            is broken, ids of the output's tokenizer or config would not lead to their rows, or it
+            is unclear which tensors are the vocabulary's.
     """
     checkpoints = tuple(checkpoint for _, checkpoint in models)
+    homes = homes or [checkpoint.root for checkpoint in checkpoints]
     unchanged = Alignment(checkpoints, None, (), ())
     if any(set(checkpoint.components) != {""} for checkpoint in checkpoints):
         return unchanged  # a pipeline's parts have tokenizers of their own
-    found = find_vocabulary_tensors(checkpoints)
+    configs = [read_json(home / "config.json") for home in homes]
+    found = find_vocabulary_tensors(checkpoints, configs)
     same_rows = len(set(found.num_rows.values())) == 1
-    holders = [checkpoints[number] for number in found.num_rows]
-    if 0 not in found.num_rows or (same_rows and _one_tokenizer(holders)):
+    numbers = {*found.num_rows, tokenizer}
+    if 0 not in found.num_rows:
+        return unchanged
+    unchanged = replace(unchanged, stored_rows=found.num_rows[0])
+    if same_rows and _one_tokenizer([checkpoints[number] for number in sorted(numbers)]):
         return unchanged
     members = [_open(number, *models[number], rows) for number, rows in found.num_rows.items()]
-    clashes = _clashes(members)
+    roots = [checkpoint.root for checkpoint in checkpoints]
+    root = roots[tokenizer]
+    written = Written(models[tokenizer][0], root, read_tokens(root) or {})
     if policy == "error":
-        if not same_rows or any(clashes.values()):
-            raise OutlierMergeError(_difference(members, clashes))
-        return replace(unchanged, notes=tuple(_unnamed_tokens(members)))
-    layout = _LAYOUTS[policy](members)
+        clashes = _clashes(members)
+        if not same_rows or clashes:
+            raise OutlierMergeError(
+                _difference(members, clashes, lambda p: _lay_out(p, members, written, roots)[0])
+            )
+        rows = list(range(found.num_rows[0]))
+        idle = check_ids(members, written, Layout(len(rows), {m.number: rows for m in members}))
+        return replace(unchanged, notes=(*_unnamed_tokens(members, written), *idle))
+    layout, written = _lay_out(policy, members, written, roots)
+    idle = check_ids(members, written, layout)
+    for model in members:
+        if model.number == config:
+            _check_named(members, layout, written, model, homes[config])
     moved = [
         number
         for number, rows in layout.rows.items()
@@ -94,9 +136,12 @@ def align_vocabulary(models: Sequence[tuple[str, Checkpoint]], policy: Policy) -
             "the models' vocabularies differ, and it is unclear whether these tensors have a row "
             f"for every token:\n{listing(doubtful)}\nSuch models cannot be merged as they are."
         )
-    notes = (*_notes(members, layout), *layout.notes)
+    notes = (*_notes(members, layout), *layout.notes, *_unnamed_tokens(members[:1], written), *idle)
+    if written.added:
+        verb = "is" if len(written.added) == 1 else "are"
+        notes = (*notes, f"{count(len(written.added), 'token')} {verb} added to the tokenizer")
     if not moved:
-        return replace(unchanged, notes=notes)
+        return replace(unchanged, added_tokens=written.added, notes=notes)
     aligned = [dict(checkpoint.tensors) for checkpoint in checkpoints]
     for name in found.names:
         held = {n: c.tensors[name] for n, c in enumerate(checkpoints) if name in c.tensors}
@@ -108,9 +153,33 @@ def align_vocabulary(models: Sequence[tuple[str, Checkpoint]], policy: Policy) -
             for checkpoint, tensors in zip(checkpoints, aligned, strict=True)
         ),
         layout.num_rows,
-        layout.added_tokens,
+        written.added,
         notes,
+        found.num_rows[0],
     )
+
+
+def _lay_out(
+    policy: str, members: Sequence[Model], written: Written, roots: Sequence[Path]
+) -> tuple[Layout, Written]:
+    """Return the output's rows, and its tokenizer with the tokens that it is given for them."""
+    if policy == "union" and (missing := missing_tokens(members, written)):
+        if not (written.root / "tokenizer.json").is_file():
+            has = "no tokenizer.json" if written.tokens else "no tokenizer files"
+            raise OutlierMergeError(
+                f"vocabulary: union has to add tokens to the tokenizer of {written.name}, which "
+                f"has {has}: save it with transformers' fast tokenizer first, or name a model that "
+                "has one as `tokenizer_source`"
+            )
+        names = {model.number: model.name for model in members}
+        wanted = {token: names[number] for token, number in missing.items()}
+        entries = find_entries(wanted, [roots[model.number] for model in members])
+        before = written.tokens.values()
+        files = extend(read_files(written.root), written.root, entries, before)
+        tokens = load_tokens(files, written.root)
+        added = [(id_, token, missing[token]) for id_, token in tokens.items() if token in missing]
+        written = replace(written, tokens=tokens, added=tuple(added))
+    return _LAYOUTS[policy](members, written), written
 
 
 def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -131,20 +200,57 @@ def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> Mode
     )
 
 
-def _clashes(members: Sequence[Model]) -> dict[int, list[tuple[int, str, str]]]:
-    """Return by a model's number its ids that an earlier model uses for another token.
-
-    Each comes with the other token and the name of the model that has it.
-    """
+def _clashes(members: Sequence[Model]) -> dict[int, str]:
+    """Return by a model's number how its ids differ from those of earlier models, in words."""
     seen: dict[int, tuple[str, str]] = {}
-    clashes: dict[int, list[tuple[int, str, str]]] = {}
+    places: dict[str, dict[int, str]] = {}
+    clashes: dict[int, str] = {}
     for model in members:
-        found = clashes[model.number] = []
+        others, moved = [], []
         for id_, token in model.tokens.items():
             other, name = seen.setdefault(id_, (token, model.name))
             if other != token:
-                found.append((id_, other, name))
+                others.append(f"{id_} is {token!r}, in {name} {other!r}")
+            elif (known := places.get(token)) and id_ not in known:
+                number, name = next(iter(known.items()))
+                moved.append(f"{token!r} is {id_}, in {name} {number}")
+        for id_, token in model.tokens.items():
+            places.setdefault(token, {}).setdefault(id_, model.name)
+        found = others or moved
+        if found:
+            what = "id means other tokens" if others else "token has other ids"
+            more = f"; and {len(found) - NUM_SHOWN} more" if len(found) > NUM_SHOWN else ""
+            clashes[model.number] = f"the same {what}: {'; '.join(found[:NUM_SHOWN])}{more}"
     return clashes
+
+
+def _check_named(
+    members: Sequence[Model], layout: Layout, written: Written, model: Model, home: Path
+) -> None:
+    """Refuse rows that the output's config names by an id and that would not be there any more."""
+    wrong = []
+    for file in ("config.json", "generation_config.json"):
+        for key, ids in named_ids(read_json(home / file)).items():
+            for id_ in ids:
+                there = id_ < layout.num_rows
+                if id_ >= model.num_rows or (there and layout.rows[model.number][id_] == id_):
+                    continue
+                new = written.tokens.get(id_)
+                if (
+                    there
+                    and id_ not in model.tokens
+                    and any(other.tokens.get(id_) == new for other in members)
+                ):  # a model was trained with this token at this id
+                    continue
+                token = f" ({model.tokens[id_]!r})" if id_ in model.tokens else ""
+                what = f"is for {new!r}" if there and new else "it does not have"
+                wrong.append(f"{file}: {key} {id_}{token}, a row that {what}")
+    if wrong:
+        raise OutlierMergeError(
+            f"the config of {model.name} names rows by ids that the output would not keep for "
+            f"them:\n{listing(wrong, limit=5)}\n"
+            "`config_source` takes another model's config; an id without use can be taken out."
+        )
 
 
 def _aligned(name: str, number: int, held: Mapping[int, Source], layout: Layout) -> Source:
@@ -159,8 +265,9 @@ def _aligned(name: str, number: int, held: Mapping[int, Source], layout: Layout)
             cells.append(tuple(rows.items()))
         else:
             raise OutlierMergeError(
-                f"tensor {name!r}: the first model lacks it, and no model that has it has row "
-                f"{row} of the output's vocabulary: it cannot be given the output's rows"
+                f"tensor {name!r}: {'' if 0 in held else 'the first model lacks it, and '}no model "
+                f"that has it has row {row} of the output's vocabulary: it cannot be given the "
+                "output's rows"
             )
     return rearrange(number, held, cells)
 
@@ -176,7 +283,7 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
         rows = layout.rows[model.number]
         if others := set(range(model.num_rows)) - set(rows):
             notes.append(f"left out of {model.name}: {model.describe(others)}")
-        shared = range(min(layout.num_rows, reference.num_rows))
+        shared = [row for row, own in enumerate(layout.rows[reference.number]) if row == own]
         if lacking := [row for row in shared if rows[row] == ABSENT]:
             notes.append(
                 f"{model.name} lacks {reference.describe(lacking)} of {reference.name}: "
@@ -190,18 +297,19 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
     return notes
 
 
-def _unnamed_tokens(members: Sequence[Model]) -> list[str]:
-    """Return notes on tokens whose rows are merged but that the carried-over tokenizer lacks."""
-    reference = members[0]
+def _unnamed_tokens(members: Sequence[Model], written: Written) -> list[str]:
+    """Return notes on tokens whose rows are merged but that the output's tokenizer lacks."""
     return [
-        f"the tokenizer of {reference.name} does not name {model.describe(unnamed)} of {model.name}"
-        for model in members[1:]
-        if reference.has_tokenizer and (unnamed := model.tokens.keys() - reference.tokens.keys())
+        f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of {model.name}"
+        for model in members
+        if written.tokens and (unnamed := model.tokens.keys() - written.tokens.keys())
     ]
 
 
-def _difference(members: Sequence[Model], clashes: Mapping[int, list[tuple[int, str, str]]]) -> str:
-    reference, base = members[0], lay_out_base(members)
+def _difference(
+    members: Sequence[Model], clashes: Mapping[int, str], lay_out: Callable[[str], Layout]
+) -> str:
+    reference, base = members[0], lay_out_base(members, Written("", Path(), {}))
     lines = [f"  {reference.name}: {count(reference.num_rows, 'row')}"]
     for model in members[1:]:
         rows = base.rows[model.number]
@@ -210,13 +318,8 @@ def _difference(members: Sequence[Model], clashes: Mapping[int, list[tuple[int, 
             parts.append(f"    only it has {model.describe(others)}")
         if lacking := [row for row in range(base.num_rows) if rows[row] == ABSENT]:
             parts.append(f"    it lacks {reference.describe(lacking)}")
-        if found := clashes[model.number]:
-            shown = [
-                f"{id_} is {model.tokens[id_]!r}, in {name} {token!r}"
-                for id_, token, name in found[:NUM_SHOWN]
-            ]
-            more = f"; and {len(found) - NUM_SHOWN} more" if len(found) > NUM_SHOWN else ""
-            parts.append(f"    the same id means other tokens: {'; '.join(shown)}{more}")
+        if found := clashes.get(model.number):
+            parts.append(f"    {found}")
         lines += [f"  {model.name}: {count(model.num_rows, 'row')}", *parts]
     return "\n".join(
         [
@@ -224,16 +327,16 @@ def _difference(members: Sequence[Model], clashes: Mapping[int, list[tuple[int, 
             *lines,
             "`vocabulary` in the spec sets what becomes of it:",
             f"  base: the rows of {reference.name}; tokens that only others have are left out "
-            f"({_outcome('base', members)})",
-            f"  common: only the rows that all models have ({_outcome('common', members)})",
+            f"({_outcome('base', lay_out)})",
+            f"  common: only the rows that all models have ({_outcome('common', lay_out)})",
             f"  union: the rows of {reference.name}, then those that only others have "
-            f"({_outcome('union', members)})",
+            f"({_outcome('union', lay_out)})",
         ]
     )
 
 
-def _outcome(policy: str, members: Sequence[Model]) -> str:
+def _outcome(policy: str, lay_out: Callable[[str], Layout]) -> str:
     try:
-        return count(_LAYOUTS[policy](members).num_rows, "row")
+        return count(lay_out(policy).num_rows, "row")
     except OutlierMergeError:
         return "not possible here"

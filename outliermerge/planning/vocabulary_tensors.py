@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.computed import ComputedTensor, read_rows
-from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import DTYPES, Checkpoint, DType, Source, TensorMeta
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.planning.vocabulary_config import vocabulary_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +40,16 @@ class VocabularyTensors:
     unclear: tuple[str, ...]
 
 
-def find_vocabulary_tensors(checkpoints: Sequence[Checkpoint]) -> VocabularyTensors:
+def find_vocabulary_tensors(
+    checkpoints: Sequence[Checkpoint], configs: Sequence[Mapping[str, Any]]
+) -> VocabularyTensors:
     """Find the tensors with a row for every token, by what the models' configs and names say.
 
     These are tensors whose number of rows differs between models as their vocab_size does, and
     those of an embedding's or a head's name. A tensor that only has as many rows as there are
     tokens, in all models alike, may have them by chance: it is unclear.
     """
-    sizes = [_vocab_sizes(read_json(checkpoint.root / "config.json")) for checkpoint in checkpoints]
+    sizes = [vocabulary_sizes(config) for config in configs]
     sure: dict[str, dict[int, int]] = {}
     unclear: list[str] = []
     for name in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors):
@@ -75,6 +77,12 @@ def find_vocabulary_tensors(checkpoints: Sequence[Checkpoint]) -> VocabularyTens
         found = [rows[number] for rows in sure.values() if number in rows]
         if found:
             num_rows[number] = size if size in found else found[0]
+    if not sure and unclear:  # told by the config alone
+        num_rows = {
+            number: size
+            for number, (size, _) in enumerate(sizes)
+            if size is not None and any(name in checkpoints[number].tensors for name in unclear)
+        }
     names = [
         name
         for name, rows in sure.items()
@@ -82,24 +90,6 @@ def find_vocabulary_tensors(checkpoints: Sequence[Checkpoint]) -> VocabularyTens
     ]
     unclear += [name for name in sure if name not in names]
     return VocabularyTensors(tuple(names), num_rows, tuple(unclear))
-
-
-def _vocab_sizes(config: Mapping[str, Any]) -> tuple[int | None, set[int]]:
-    """Return the language model's vocab_size and those of other parts (codebooks, a Q-Former)."""
-    everywhere = set(_nested_sizes(config))
-    levels = (text_config(config).get("vocab_size"), config.get("vocab_size"))
-    own = [size for size in levels if isinstance(size, int)]
-    if own:
-        return own[0], everywhere - set(own)
-    return (everywhere.pop() if len(everywhere) == 1 else None), set()
-
-
-def _nested_sizes(config: Mapping[str, Any]) -> Iterator[int]:
-    for key, value in config.items():
-        if key == "vocab_size" and isinstance(value, int):
-            yield value
-        elif isinstance(value, dict):
-            yield from _nested_sizes(value)
 
 
 @dataclass(frozen=True, slots=True)

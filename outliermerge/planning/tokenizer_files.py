@@ -1,0 +1,151 @@
+"""The tokenizer's files in the output: what a vocabulary that grows adds to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.tokens import load_tokens, token_files
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.jobs import Plan
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def added_entries(root: Path) -> dict[str, dict[str, Any]]:
+    """Return the tokens that a tokenizer has whole, each with how text is searched for it."""
+    decoder = read_json(root / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    entries = read_json(root / "tokenizer.json").get("added_tokens") or []
+    found = {token: _entry(token) for token in read_json(root / "added_tokens.json")}
+    for entry in (*(decoder.values() if isinstance(decoder, dict) else ()), *entries):
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found[entry["content"]] = _entry(**entry)
+    return found
+
+
+def _entry(content: str, **flags: Any) -> dict[str, Any]:
+    known = {flag: bool(flags.get(flag, False)) for flag in _FLAGS}
+    if "normalized" not in flags:
+        known["normalized"] = not known["special"]
+    return {"content": content} | known
+
+
+def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return how each token is written, from the first tokenizer that has it whole.
+
+    Args:
+        tokens: each with the name of a model that has it.
+        roots: folders of all models' tokenizers.
+
+    Raises:
+        OutlierMergeError: a token is a piece of a tokenizer's own model in all of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for root in roots:
+        found = added_entries(root) | found
+    if ordinary := [f"{t!r} of {name}" for t, name in tokens.items() if t not in found]:
+        raise OutlierMergeError(
+            "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
+            f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
+            "`vocabulary: base` leaves them out; `tokenizer_source` takes a tokenizer that has all."
+        )
+    return [found[token] for token in tokens]
+
+
+def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
+    """Add the tokens of a vocabulary that grows to the tokenizer's files of an output."""
+    if not plan.added_tokens:
+        return
+    root = next(file.path.parent for file in plan.sidecars if file.name == "tokenizer.json")
+    files = {name: contents[name] for name in read_files(root) if name in contents}
+    roots = [entry.tokenizer_home for entry in plan.inputs]
+    wanted = {token: plan.inputs[number].reference for _, token, number in plan.added_tokens}
+    before = load_tokens(files, root).values()
+    files = extend(files, root, find_entries(wanted, roots), before)
+    tokens = load_tokens(files, root)
+    if any(tokens.get(id_) != token for id_, token, _ in plan.added_tokens):
+        raise OutlierMergeError(f"{root}: the tokenizer's files have changed since the plan")
+    contents |= files
+
+
+def read_files(root: Path) -> dict[str, bytes]:
+    """Return the contents of the files that tell a tokenizer's ids."""
+    return {path.name: path.read_bytes() for path in token_files(root)}
+
+
+def extend(
+    files: Mapping[str, bytes],
+    root: Path,
+    entries: Sequence[Mapping[str, Any]],
+    before: Iterable[str],
+) -> dict[str, bytes]:
+    """Return a tokenizer's files with tokens added to them, which all say the loader's ids.
+
+    Tokens that it has in other files than tokenizer.json are written there too, before the new
+    ones, as a loader would number these first.
+
+    Args:
+        files: its contents by name, with a tokenizer.json.
+        root: where it is from.
+        entries: of the tokens, none of which it has.
+        before: the tokens that it has, in the order of the loader's ids.
+    """
+    tokenizer = json.loads(files["tokenizer.json"])
+    own = added_entries(root)
+    held = _held(tokenizer)
+    named = [own.get(token, _entry(token, special=True)) for token in before if token not in held]
+    new = [{"id": 0, **entry} for entry in (*named, *entries)]
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *new]
+    loaded = load_tokens({"tokenizer.json": json.dumps(tokenizer).encode()}, root)
+    ids = {token: id_ for id_, token in loaded.items()}
+    for entry in tokenizer["added_tokens"]:
+        entry["id"] = ids.get(entry["content"], entry["id"])  # an empty one is passed over
+    tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
+    changed = dict(files) | {"tokenizer.json": _dumped(tokenizer)}
+    for name, change in _BESIDE.items():
+        if name in files:
+            value = json.loads(files[name])
+            change(value, new, ids)
+            changed[name] = _dumped(value)
+    return changed
+
+
+def _held(tokenizer: Mapping[str, Any]) -> set[str]:
+    """Return the tokens that a tokenizer.json itself has; a Unigram model's are in pairs."""
+    words = tokenizer["model"]["vocab"]
+    added = (entry["content"] for entry in tokenizer.get("added_tokens") or [])
+    return {*(words if isinstance(words, dict) else (word for word, _ in words)), *added}
+
+
+def _dumped(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _renumber_config(
+    config: dict[str, Any], entries: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
+) -> None:
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
+        return
+    described = {ids[e["content"]]: e for e in decoder.values() if e["content"] in ids}
+    for entry in entries:
+        flags = {key: value for key, value in entry.items() if key != "id"}
+        described.setdefault(entry["id"], flags)
+    config["added_tokens_decoder"] = {str(id_): described[id_] for id_ in sorted(described)}
+
+
+def _renumber_list(
+    tokens: dict[str, Any], entries: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
+) -> None:
+    every = {token for token in (*tokens, *(entry["content"] for entry in entries)) if token in ids}
+    tokens.clear()  # a token that no loader knows is left out
+    tokens |= {token: ids[token] for token in sorted(every, key=lambda token: ids[token])}
+
+
+_BESIDE: dict[str, Callable[[Any, Sequence[Mapping[str, Any]], Mapping[str, int]], None]] = {
+    "tokenizer_config.json": _renumber_config,
+    "added_tokens.json": _renumber_list,
+}
