@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
+from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, missing_code
+from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.vocabulary import Alignment
 from outliermerge.spec.check import MergeSpec
 
-_TOKENIZER = re.compile(
-    r"(tokenizer|tokenization|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece)"
-    r"|\.(model|tiktoken|spm)$"
-)
-_PROCESSOR = re.compile(r"(pre)?processor_config\.json$|_processor.*\.py$|^processing_.*\.py$")
+# Of the config's files those that loaders read.
+_LOADED = r"(config|(^|/)modules)\.json$|\.py$"
 
 
 def choose_sidecars(
@@ -42,20 +40,18 @@ def choose_sidecars(
                 raise spec.source.error(
                     (key,), "the output is a single file, as the base is: nothing stands beside it"
                 )
-    sources = {
+    sources: dict[Kind, Input] = {
         "config": _source(inputs, document.config_source),
         "tokenizer": _source(inputs, document.tokenizer_source),
         "processor": _source(inputs, document.processor_source),
     }
-    chosen = {}
-    for kind, entry in sources.items():
-        home, names = entry.home, entry.checkpoint.sidecars
-        if kind == "tokenizer" and entry.tokenizer_home != home:
-            home, names = entry.tokenizer_home, tuple(names_in(entry.tokenizer_home))
-        for name in names:
-            if _kind(name) == kind and (home / name).is_file():
-                check_file(home / name, home)
-                chosen[name] = Sidecar(name, home / name)
+    besides = [Beside.of(entry) for entry in inputs]
+    owners = {
+        kind: besides[[entry is source for entry in inputs].index(True)]
+        for kind, source in sources.items()
+    }
+    _check_owners(spec, owners)
+    chosen = choose_files(owners)
     differing: list[str] = []
     senseless: list[str] = []
     for file in _config_files(inputs[0]):
@@ -68,17 +64,43 @@ def choose_sidecars(
             f"whatever their shapes:\n{listing(senseless)}\n"
             "Merge models of one architecture; correct a config.json that is wrong."
         )
-    differing += compare_sidecars([(entry.reference, entry.home) for entry in inputs])
-    notes = []
+    compared = set(_config_files(inputs[0]))
+    differing += compare_sidecars(
+        [(beside.reference, _loaded(beside, compared)) for beside in besides]
+    )
+    notes = [*missing_code(chosen)]
     if differing:
         kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
+    notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
     if sources["tokenizer"] is not inputs[0]:
         _check_tokenizer(inputs[0], sources["tokenizer"], alignment)
     if alignment.added_tokens and not _covers(sources["tokenizer"], alignment):
         _check_extensible(sources["tokenizer"], inputs, alignment)
         notes.append(f"{len(alignment.added_tokens)} tokens are added to the tokenizer")
-    return tuple(chosen[name] for name in sorted(chosen)), notes
+    return tuple(Sidecar(name, chosen[name]) for name in sorted(chosen)), notes
+
+
+def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
+    """Refuse a `*_source` that has none of what it is asked for."""
+    owned: dict[Kind, bool] = {
+        "tokenizer": owners["tokenizer"].has_tokenizer,
+        "processor": bool(owners["processor"].files["processor"]),
+    }
+    for kind, has in owned.items():
+        key = f"{kind}_source"
+        if getattr(spec.document, key) is not None and not has:
+            raise spec.source.error(
+                (key,), f"{owners[kind].reference} has no {kind} files that the output could have"
+            )
+
+
+def _loaded(beside: Beside, compared: Container[str]) -> dict[str, Path]:
+    """Return the files that are compared as files: those that loaders read."""
+    files = {**beside.files["tokenizer"], **beside.files["processor"]}
+    config = beside.files["config"]
+    loaded = {name: config[name] for name in config if re.search(_LOADED, name)}
+    return {name: path for name, path in (files | loaded).items() if name not in compared}
 
 
 def _config_files(reference: Input) -> list[str]:
@@ -88,7 +110,7 @@ def _config_files(reference: Input) -> list[str]:
     return [
         name
         for name in reference.checkpoint.sidecars
-        if re.search(r"/(config|\w+_config)\.json$", name) and _kind(name) == "config"
+        if re.search(r"/(config|\w+_config)\.json$", name) and kind_of(name) == "config"
     ]
 
 
@@ -96,13 +118,6 @@ def _in(reference: str, file: str) -> str:
     """Return how a model's config is named: with its folder where it is of a part."""
     folder = file.rpartition("/")[0]
     return f"{reference}/{folder}" if folder else reference
-
-
-def _kind(name: str) -> str:
-    file = name.rpartition("/")[2]
-    if _PROCESSOR.search(file):
-        return "processor"
-    return "tokenizer" if _TOKENIZER.search(file) else "config"
 
 
 def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
@@ -203,13 +218,21 @@ def _change_config(config: Any, plan: Plan) -> bool:
     if not isinstance(config, dict):
         return False
     changed = wanted is not None and _set_dtype(config, wanted)
-    for part in (config, text_config(config)):
-        if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
-            changed = True
+    changed = _drop_quantization(config) or changed
     if plan.num_rows is not None and "vocab_size" in (text := text_config(config)):
         changed = changed or text["vocab_size"] != plan.num_rows
         text["vocab_size"] = plan.num_rows  # type: ignore[index]  # of the dict just parsed
     return changed
+
+
+def _drop_quantization(config: Any) -> bool:
+    """Take out what says that weights are quantised, of the whole or of a part."""
+    if not isinstance(config, dict):
+        return False
+    dropped = config.pop("quantization_config", None) is not None
+    for part in config.values():
+        dropped = _drop_quantization(part) or dropped
+    return dropped
 
 
 def _set_dtype(config: Any, wanted: str) -> bool:
