@@ -193,8 +193,7 @@ BROKEN = {
     ),
     "Git LFS pointer": (
         _file(LFS),
-        f"DIR/bad{FILE}: a Git LFS pointer, not the file itself. "
-        "Fetch it with `git lfs pull`.",
+        f"DIR/bad{FILE}: a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`.",
     ),
     "header beyond the file": (
         _file(_bytes(b"{}", length=1000)),

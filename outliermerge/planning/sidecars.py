@@ -45,31 +45,14 @@ def choose_sidecars(
         "tokenizer": _source(inputs, document.tokenizer_source),
         "processor": _source(inputs, document.processor_source),
     }
-    besides = [Beside.of(entry) for entry in inputs]
-    owners = {
-        kind: besides[[entry is source for entry in inputs].index(True)]
-        for kind, source in sources.items()
-    }
+    besides: dict[str, Beside] = {}
+    if not inputs[0].checkpoint.root.is_file():
+        besides = {entry.reference: Beside.of(entry) for entry in inputs}
+    owners = {kind: besides[entry.reference] for kind, entry in sources.items() if besides}
     _check_owners(spec, owners)
     chosen = choose_files(owners)
-    differing: list[str] = []
-    senseless: list[str] = []
-    for file in _config_files(inputs[0]):
-        configs = [(_in(e.reference, file), read_json(e.home / file)) for e in inputs]
-        for found, new in zip((differing, senseless), compare_configs(configs), strict=True):
-            found += new
-    if senseless:
-        raise OutlierMergeError(
-            "the models' configs say that their weights do not mean the same, "
-            f"whatever their shapes:\n{listing(senseless)}\n"
-            "Merge models of one architecture; correct a config.json that is wrong."
-        )
-    compared = set(_config_files(inputs[0]))
-    differing += compare_sidecars(
-        [(beside.reference, _loaded(beside, compared)) for beside in besides]
-    )
     notes = [*missing_code(chosen)]
-    if differing:
+    if differing := _differences(inputs, list(besides.values())):
         kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
     notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
@@ -83,24 +66,45 @@ def choose_sidecars(
 
 def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
     """Refuse a `*_source` that has none of what it is asked for."""
-    owned: dict[Kind, bool] = {
-        "tokenizer": owners["tokenizer"].has_tokenizer,
-        "processor": bool(owners["processor"].files["processor"]),
-    }
-    for kind, has in owned.items():
+    for kind, beside in owners.items():
         key = f"{kind}_source"
+        has = beside.has_tokenizer if kind == "tokenizer" else bool(beside.files[kind])
         if getattr(spec.document, key) is not None and not has:
             raise spec.source.error(
-                (key,), f"{owners[kind].reference} has no {kind} files that the output could have"
+                (key,), f"{beside.reference} has no {kind} files that the output could have"
             )
 
 
-def _loaded(beside: Beside, compared: Container[str]) -> dict[str, Path]:
-    """Return the files that are compared as files: those that loaders read."""
-    files = {**beside.files["tokenizer"], **beside.files["processor"]}
+def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str]:
+    """Return how the models' configs and files differ.
+
+    Raises:
+        OutlierMergeError: configs that make the merge senseless.
+    """
+    differing: list[str] = []
+    senseless: list[str] = []
+    files = _config_files(inputs[0])
+    for file in files:
+        configs = [(_in(e.reference, file), read_json(e.home / file)) for e in inputs]
+        for found, new in zip((differing, senseless), compare_configs(configs), strict=True):
+            found += new
+    if senseless:
+        raise OutlierMergeError(
+            "the models' configs say that their weights do not mean the same, "
+            f"whatever their shapes:\n{listing(senseless)}\n"
+            "Merge models of one architecture; correct a config.json that is wrong."
+        )
+    if besides:
+        differing += compare_sidecars([(b.reference, _loaded(b, files)) for b in besides])
+    return differing
+
+
+def _loaded(beside: Beside, but: Container[str]) -> dict[str, Path]:
+    """Return the files that loaders read, but those that are compared by what they say."""
     config = beside.files["config"]
-    loaded = {name: config[name] for name in config if re.search(_LOADED, name)}
-    return {name: path for name, path in (files | loaded).items() if name not in compared}
+    loaded = {name: path for name, path in config.items() if re.search(_LOADED, name)}
+    found = {**beside.files["tokenizer"], **beside.files["processor"], **loaded}
+    return {name: path for name, path in found.items() if name not in but}
 
 
 def _config_files(reference: Input) -> list[str]:
