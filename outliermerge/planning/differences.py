@@ -229,6 +229,9 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     text = text_config(config)
     facts = _flat({key: value for key, value in config.items() if value is not text})
     facts |= _flat(text)
+    tied = [part.get("tie_word_embeddings") for part in (config, text)]
+    if tied[0] != tied[1] and None not in tied:  # versions of transformers go by one or the other
+        facts["tie_word_embeddings"] = f"{tied[0]} (in its text part {tied[1]})"
     # Parts of one model have model types of their own in newer configs.
     facts = {key: value for key, value in facts.items() if not key.endswith("model_type")}
     facts["model_type"] = config.get("model_type")

@@ -20,7 +20,7 @@ from outliermerge.planning.vocabulary import Alignment
 from outliermerge.spec.check import MergeSpec
 
 # Of the config's files those that loaders read.
-_LOADED = r"(config|(^|/)modules)\.json$|\.py$"
+_LOADED = r"(config|(^|/)modules|config_sentence_transformers)\.json$|\.py$"
 
 
 def choose_sidecars(
