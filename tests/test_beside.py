@@ -66,6 +66,7 @@ FILES = {
     "processor_config.json": {"size": 1},
     "video_preprocessor_config.json": {"size": 1},
     "sentence_bert_config.json": {"max_seq_length": 8},
+    "config_sentence_transformers.json": {"prompts": {}},
     "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
 } | TOKENIZER_FILES
 TEXTS = (
@@ -224,6 +225,15 @@ def test_a_broken_file_that_nobody_reads_does_no_harm(damage, tmp_path):
     assert not any("files differ" in note for note in plan.notes), plan.notes
 
 
+def test_a_list_in_a_file_that_is_of_no_loader_is_carried_over(tmp_path):
+    # sentence-transformers' all-MiniLM-L6-v2 has such a file, of its training data.
+    for number, name in enumerate(("base", "task")):
+        _model(tmp_path / name, number, {"data_config.json": f'[{{"weight": {number}}}]'})
+    plan = outliermerge.plan(_spec(tmp_path))
+    assert "data_config.json" in [sidecar.name for sidecar in plan.sidecars]
+    assert not any("files differ" in note for note in plan.notes)
+
+
 def test_infinity_is_a_number_of_configs(tmp_path):
     # transformers 4 writes it so into Mamba 2's, transformers 5 with a tag.
     tagged = '{"model_type": "x", "limit": {"__float__": "Infinity"}}'
@@ -336,6 +346,15 @@ def test_scaling_by_kinds_of_layers_is_compared_in_both_forms():
     assert compare_configs([("A", old), ("B", new)]) == ([], [])
     other = old | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     assert "rope_scaling" in compare_configs([("A", other), ("B", new)])[0][0]
+
+
+def test_defaults_of_a_model_type_are_not_those_of_other_code_that_uses_its_name():
+    ours = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+            "vision_config": {"num_attention_heads": 2}}  # fmt: skip
+    theirs = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}
+    notes, problems = compare_configs([("A", ours), ("B", theirs)])
+    assert (notes, problems) == (["A says vision_config.num_attention_heads 2; B does not say"], [])
+    assert compare_configs([("A", ours), ("B", {"model_type": "llava"})])[1]
 
 
 def test_parts_of_a_pipeline_are_compared_by_what_they_mean():

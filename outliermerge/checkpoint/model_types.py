@@ -66,9 +66,14 @@ def _effective(
 
 
 def _of_transformers(config: dict[str, Any]) -> dict[str, Any] | None:
+    import transformers
     from transformers import CONFIG_MAPPING
 
     if config["model_type"] not in CONFIG_MAPPING:
+        return None
+    # Code of others may use a model type's name: LLaVA's own says "llava", and means its defaults.
+    architectures = config.get("architectures") or ()
+    if architectures and not set(dir(transformers)) & set(architectures):
         return None
     found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     filled: dict[str, Any] = found.to_dict()

@@ -33,8 +33,9 @@ _NO_TOKENIZER = re.compile(r"\.(py|jinja)$|^chat_template\.json$|^special_tokens
 # Where `auto_map` names code, and whose code it is by the class that it stands for.
 _MAPS = re.compile(r"^(config|tokenizer_config|\w*processor_config)\.json$")
 _OBJECT = re.compile(
-    r"(config|vocab|added_tokens|special_tokens_map|chat_template|model_index|tokenizer|tekken)"
-    r"\.json$"
+    r"^(((generation_|tokenizer_|adapter_|scheduler_|sentence_bert_|\w*processor_)?config"
+    r"|config_sentence_transformers|model_index)\.json"
+    r"|(vocab|added_tokens|special_tokens_map|chat_template|tokenizer|tekken)\.json)$"
 )
 _TEXT = re.compile(r"\.(jinja|tiktoken|py)$|^(vocab|merges|dict)\.txt$")
 _MODULE = re.compile(r"^([A-Za-z_]\w*)\.\w+$")

@@ -20,7 +20,9 @@ from outliermerge.planning.vocabulary import Alignment
 from outliermerge.spec.check import MergeSpec
 
 # Of the config's files those that loaders read.
-_LOADED = r"(config|(^|/)modules|config_sentence_transformers)\.json$|\.py$"
+_LOADED = (
+    r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers|modules)\.json$|\.py$"
+)
 
 
 def choose_sidecars(
