@@ -193,8 +193,7 @@ BROKEN = {
     ),
     "Git LFS pointer": (
         _file(LFS),
-        f"DIR/bad{FILE}: a Git LFS pointer, not the weights themselves. "
-        "Fetch them with `git lfs pull`.",
+        f"DIR/bad{FILE}: a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`.",
     ),
     "header beyond the file": (
         _file(_bytes(b"{}", length=1000)),
@@ -324,11 +323,11 @@ BROKEN = {
     ),
     "index that is no JSON": (
         _index_text(b"<html>"),
-        f"DIR/bad{INDEX}: not an index: no valid JSON weight_map",
+        f"DIR/bad{INDEX}: is a web page, not the file itself. Fetch it again.",
     ),
     "index that is no UTF-8": (
         _index_text(b'{"weight_map": {"\xff": "x"}}'),
-        f"DIR/bad{INDEX}: not an index: no valid JSON weight_map",
+        f"DIR/bad{INDEX}: byte 17 (0xff) is no UTF-8. Fetch it again, or save it as UTF-8.",
     ),
     "index without weight_map": (
         _index_text(b"{}"),

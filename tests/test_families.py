@@ -668,7 +668,10 @@ def told(spec: dict[str, Any]) -> str:
     [
         ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
         ({"rope_theta": 1e4}, {}),
-        ({"hidden_size": 32, "num_attention_heads": 4}, {"head_dim": 8}),
+        (
+            {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4},
+            {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8},
+        ),
         (
             {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},

@@ -411,7 +411,7 @@ class TestSidecars:
             "tokenizer.model": bytes(range(256)),
             "chat_template.jinja": "{{ 'ü' }}\r\n".encode(),
             "modeling_test.py": b"x = 1\n",
-            "merges.txt": b"",
+            "merges.txt": b"#version: 0.2\r\n",
             "vocab.tiktoken": b"IQ== 0\n",
             "LICENSE": b"terms\n",
             "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',

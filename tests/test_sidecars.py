@@ -221,9 +221,9 @@ def test_configs_are_compared_in_any_layout(tmp_path, ours, theirs, expected):
         ({"num_key_value_heads": 4}, {"num_key_value_heads": 2}, "num_key_value_heads: 4 in"),
         ({"num_hidden_layers": 4}, {"num_hidden_layers": 2}, "num_hidden_layers: 4 in"),
         (
-            {"hidden_size": 64, "num_attention_heads": 4},
-            {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
-            "head_dim: 16 in",
+            {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4},
+            {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
+            "head_dim: 16 (the default) in",
         ),
         (
             {"vision_config": {"num_attention_heads": 4}},

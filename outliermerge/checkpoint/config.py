@@ -7,12 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.files import load_json
+from outliermerge.errors import OutlierMergeError
+
+_KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; an empty one where it is absent or is no JSON object."""
+    """Return a JSON object from a file; an empty one where there is no such file.
+
+    Raises:
+        OutlierMergeError: it is there and holds no JSON object.
+    """
     value = load_json(path)
-    return value if isinstance(value, dict) else {}
+    if value is None and not path.exists():
+        return {}
+    if not isinstance(value, dict):
+        raise OutlierMergeError(
+            f"{path}: holds {_KINDS.get(type(value), 'a number')}, expected a JSON object "
+            "({…}). Fetch it again."
+        )
+    return value
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

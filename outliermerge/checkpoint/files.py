@@ -5,12 +5,12 @@ And how small files are written: whole, or not at all.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.errors import OutlierMergeError
 
 
@@ -64,12 +64,37 @@ def names_in(folder: Path) -> list[str]:
         raise OutlierMergeError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
-def load_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where it is no JSON."""
+def read_bytes(path: Path) -> bytes | None:
+    """Return a small file's bytes, or None where there is no such file.
+
+    Raises:
+        OutlierMergeError: it is there and cannot be read.
+    """
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError, OSError):
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.is_symlink():
+            return None
+        what = f"is a link to {path.readlink()}, which is not there. Fetch the model again."
+        raise OutlierMergeError(f"{path}: {what}") from error
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def load_json(path: Path) -> Any:
+    """Return what a JSON file holds, or None where there is no such file.
+
+    Raises:
+        OutlierMergeError: it is there and no JSON that loaders take: what was found, and where.
+    """
+    data = read_bytes(path)
+    if data is None:
         return None
+    try:
+        # The tokenizers library reads this one; Python's parser the others.
+        return parse_json(data, infinite=path.name != "tokenizer.json")
+    except ValueError as error:
+        raise OutlierMergeError(f"{path}: {error}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -31,8 +31,8 @@ __all__ = [
     "open_checkpoint",
 ]
 
-SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm",
-                    "LICENSE*", "NOTICE*")  # fmt: skip
+SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py", "*.tiktoken",
+                    "*.spm", "*.codes", "*.tokenizer", "LICENSE*", "NOTICE*")  # fmt: skip
 MANIFEST_NAME = "outliermerge.json"
 PIPELINE_NAME = "model_index.json"
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")

@@ -46,6 +46,10 @@ DTYPES = {dtype.name: dtype for dtype in _TABLE}
 DTYPES_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+# How the text begins that Git LFS leaves in a file's place (its first draft named hawser).
+LFS_POINTER = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/")
+POINTER_ADVICE = "a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
+
 
 class Source(Protocol):
     """A tensor as a merge sees it: stored as it is, or computed from stored ones when read.
@@ -123,14 +127,11 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raise OutlierMergeError if a file only points to its contents in Git LFS."""
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(64)
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
-    if start == b"version ":
-        raise OutlierMergeError(
-            f"{path}: a Git LFS pointer, not the weights themselves. "
-            "Fetch them with `git lfs pull`."
-        )
+    if start.startswith(LFS_POINTER):
+        raise OutlierMergeError(f"{path}: {POINTER_ADVICE}")
 
 
 @dataclass(frozen=True, slots=True)

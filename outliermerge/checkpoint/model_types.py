@@ -1,4 +1,4 @@
-"""What a config means where it is silent: the defaults of its model type, as transformers has them.
+"""What a config means where it is silent: the defaults of its model type, as its library has them.
 
 Nothing here is needed to merge. It is asked only where a config leaves out a key that matters,
 since transformers imports torch with its first config, which takes seconds.
@@ -6,10 +6,11 @@ since transformers imports torch with its first config, which takes seconds.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -23,39 +24,69 @@ def has_transformers() -> bool:
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a config with its model type's defaults filled in, nested parts too.
 
-    None where transformers is not installed, does not know the model type, or refuses the config.
+    That of a part of a diffusers pipeline names its class instead. None where the library is not
+    installed, does not know the type, or refuses the config.
 
     >>> effective_config({"model_type": "no such type"}) is None
     True
     """
-    if not isinstance(config.get("model_type"), str) or not has_transformers():
+    if isinstance(config.get("_class_name"), str):
+        find = _of_diffusers if find_spec("diffusers") is not None else None
+    else:
+        named = isinstance(config.get("model_type"), str)
+        find = _of_transformers if named and has_transformers() else None
+    if find is None:
         return None
     try:
-        text = json.dumps(config, sort_keys=True)
+        return _effective(json.dumps(config, sort_keys=True), find)
     except (TypeError, ValueError):
         return None
-    return _effective(text)
 
 
 @lru_cache(maxsize=64)
-def _effective(text: str) -> dict[str, Any] | None:
-    from transformers import CONFIG_MAPPING
-
-    config = json.loads(text)
-    if config["model_type"] not in CONFIG_MAPPING:
-        return None
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _effective(
+    text: str, find: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-            filled: dict[str, Any] = found.to_dict()
-            # to_dict leaves out attributes that a class sets itself.
-            filled["tie_word_embeddings"] = getattr(found, "tie_word_embeddings", None)
+            found = find(json.loads(text))
+        # As JSON has it: tuples are lists, and what is no value of JSON its text.
+        filled: dict[str, Any] | None = json.loads(json.dumps(found, default=str))
+        return filled
     except Exception:  # a class may raise anything for a config that is not of its kind
         return None
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _of_transformers(config: dict[str, Any]) -> dict[str, Any] | None:
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    if config["model_type"] not in CONFIG_MAPPING:
+        return None
+    # Code of others may use a model type's name: LLaVA's own says "llava", and means its defaults.
+    architectures = config.get("architectures") or ()
+    if architectures and not set(dir(transformers)) & set(architectures):
+        return None
+    found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    filled: dict[str, Any] = found.to_dict()
+    # to_dict leaves out attributes that a class sets itself.
+    filled["tie_word_embeddings"] = getattr(found, "tie_word_embeddings", None)
     return filled
+
+
+def _of_diffusers(config: dict[str, Any]) -> dict[str, Any] | None:
+    import diffusers
+
+    found = getattr(diffusers, config["_class_name"], None)
+    if not isinstance(found, type):
+        return None
+    parameters = inspect.signature(found).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | config

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.files import load_json
+from outliermerge.checkpoint.model_types import effective_config
+from outliermerge.planning.owners import check_content
 
 # One name for what layouts call differently; the last one is of LLaVA's original code.
 _ALIASES = {
@@ -51,7 +57,12 @@ _SENSELESS = (
     "head_dim",
     "attention_head_dim",
 )
-_SIDECARS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_TEMPLATE = re.compile(r"^chat_template\.(jinja|json)$")
+_ORIGIN = {"_from_model_config", "chat_template", "name_or_path", "special_tokens_map_file",
+           "tokenizer_file", "transformers_version"}  # fmt: skip
+# How many values a note names of those that only one config has.
+_NUM_SHOWN = 6
+_ABSENT = object()
 
 
 def compare_configs(
@@ -59,51 +70,158 @@ def compare_configs(
 ) -> tuple[list[str], list[str]]:
     """Return how configs differ from the first one: what to know, and what forbids a merge.
 
-    Keys are compared that both configs have, whatever a layout calls them.
+    Values are compared whatever a layout calls them. Where a config says nothing, or null, and
+    the other a value, the model type's default stands for it; what nobody can tell is named.
 
     Args:
         models: name and config of each; a model without a config is {}.
     """
     notes: list[str] = []
     problems: list[str] = []
-    known = [(name, _facts(config)) for name, config in models if config]
-    for name, facts in known[1:]:
+    known = [(name, config) for name, config in models if config]
+    for name, config in known[1:]:
         first_name, first = known[0]
-        for key in dict.fromkeys((*first, *facts)):
-            ours, theirs = first.get(key), facts.get(key)
-            optional = key in _OPTIONAL
-            if ours == theirs or (not optional and (ours is None or theirs is None)):
+        pair = (_Said(first_name, first), _Said(name, config))
+        unsaid: dict[str, None] = {}
+        for key in dict.fromkeys((*pair[0].facts, *pair[1].facts)):
+            said = [side.facts.get(key, _ABSENT) for side in pair]
+            if said[0] == said[1]:
                 continue
-            text = f"{key}: {_shown(ours)} in {first_name}, {_shown(theirs)} in {name}"
-            (problems if key.rpartition(".")[2] in _SENSELESS else notes).append(text)
+            silent = any(value in (None, _ABSENT) for value in said)
+            # Scaling by kinds of layers has another form in newer configs.
+            if silent or key.endswith("rope_scaling"):
+                if None not in (pair[0].filled, pair[1].filled):
+                    said = [side.effective(key) for side in pair]
+                    if said[0] == said[1] or (_ABSENT in said and key not in _OPTIONAL):
+                        continue  # a key that the class does not know means nothing to it
+                elif silent and key not in _OPTIONAL:
+                    unsaid[key] = None
+                    continue
+            text = ", ".join(f"{side.shown(key)} in {side.name}" for side in pair)
+            (problems if _is_senseless(key) else notes).append(f"{key}: {text}")
+        notes += _unsaid(pair, sorted(unsaid, key=lambda key: not _is_senseless(key)))
     return notes, problems
 
 
-def compare_sidecars(models: Sequence[tuple[str, Path]]) -> list[str]:
-    """Return which of the files that shape a model's input differ from the first model's."""
-    notes = []
+def compare_sidecars(models: Sequence[tuple[str, Mapping[str, Path]]]) -> list[str]:
+    """Return which files beside the weights differ from the first model's, a line for those alike.
+
+    Args:
+        models: name of each, and its files by their names.
+
+    Raises:
+        OutlierMergeError: a file that is compared is broken.
+    """
     (first_name, first), *others = models
-    for name, root in others:
-        pairs = [(file, read_json(first / file), read_json(root / file)) for file in _SIDECARS]
-        pairs.append(("chat template", chat_template(first), chat_template(root)))
-        for what, ours, theirs in pairs:
-            if ours and theirs and ours != theirs:
-                notes.append(f"{what}: differs between {first_name} and {name}")
-            elif bool(ours) != bool(theirs):
-                has, lacks = (first_name, name) if ours else (name, first_name)
-                notes.append(f"{what}: in {has}, not in {lacks}")
-    return notes
+    relations: dict[tuple[str, str], list[str]] = {}
+    for name, files in others:
+        for file in sorted(first.keys() | files.keys()):
+            if not _TEMPLATE.search(file) and (word := _relation(first.get(file), files.get(file))):
+                relations.setdefault((file, word), []).append(name)
+        ours, theirs = chat_template(first), chat_template(files)
+        if ours != theirs:
+            word = "in" if not theirs else "not in" if not ours else "differs"
+            relations.setdefault(("chat template", word), []).append(name)
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (file, word), names in relations.items():
+        alike.setdefault((word, tuple(names)), []).append(file)
+    lines = []
+    for (word, holders), found in alike.items():
+        what, those = ", ".join(found), ", ".join(holders)
+        if word == "differs":
+            verb = "differs" if len(found) == 1 else "differ"
+            lines.append(f"{what}: {verb} between {first_name} and {those}")
+        else:
+            has, lacks = (first_name, those) if word == "in" else (those, first_name)
+            lines.append(f"{what}: in {has}, not in {lacks}")
+    return lines
 
 
-def chat_template(root: Path) -> Any:
+def _relation(ours: Path | None, theirs: Path | None) -> str | None:
+    """Return how a file of a model differs from the first model's; None where it does not."""
+    if ours is None or theirs is None:
+        return "not in" if ours is None else "in"
+    if ours == theirs or filecmp.cmp(ours, theirs, shallow=False):
+        return None
+    check_content(ours)
+    check_content(theirs)
+    if ours.suffix == ".json" and _without_origin(ours) == _without_origin(theirs):
+        return None
+    return "differs"
+
+
+def _without_origin(path: Path) -> Any:
+    """Return a JSON file's value without what tells where it is from, and the chat template."""
+    value = load_json(path)
+    if not isinstance(value, dict):
+        return value
+    return {key: entry for key, entry in value.items() if key not in _ORIGIN}
+
+
+def chat_template(files: Mapping[str, Path]) -> Any:
     """Return a model's chat template from the file that transformers would take it from."""
-    jinja = root / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text("utf-8", errors="replace")
+    if jinja := files.get("chat_template.jinja"):
+        check_content(jinja)
+        return jinja.read_text("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
-        if template := read_json(root / file).get("chat_template"):
+        if file in files and (template := read_json(files[file]).get("chat_template")):
             return template
     return None
+
+
+class _Said:
+    """What one config says, and what it means where it is silent."""
+
+    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        self.name = name
+        self.config = config
+        self.facts = _facts(config)
+
+    @cached_property
+    def filled(self) -> dict[str, Any] | None:
+        """The facts with the defaults of the model type; None where they are not known."""
+        config = effective_config(self.config)
+        if config is None:
+            return None
+        facts = _facts(config)
+        for key in [key for key in facts if key.rpartition(".")[2] == "num_attention_heads"]:
+            before, heads = key.removesuffix("num_attention_heads"), facts[key]
+            # What the code of transformers takes where a class has no such key.
+            if facts.get(f"{before}num_key_value_heads") is None:
+                facts[f"{before}num_key_value_heads"] = heads
+            hidden = facts.get(f"{before}hidden_size")
+            if facts.get(f"{before}head_dim") is None and _are_counts(heads, hidden):
+                facts[f"{before}head_dim"] = hidden // heads
+        return facts
+
+    def effective(self, key: str) -> Any:
+        return (self.filled or {}).get(key, _ABSENT)
+
+    def shown(self, key: str) -> str:
+        if (value := self.facts.get(key)) is not None:
+            return _shown(value)
+        default = None if key in _OPTIONAL else self.effective(key)
+        return "not given" if default in (None, _ABSENT) else f"{_shown(default)} (the default)"
+
+
+def _is_senseless(key: str) -> bool:
+    return key.rpartition(".")[2] in _SENSELESS
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(isinstance(value, int) and value > 0 for value in values)
+
+
+def _unsaid(pair: tuple[_Said, _Said], keys: Sequence[str]) -> list[str]:
+    """Return what only one of two configs says, a line for each of them."""
+    lines = []
+    for side, other in (pair, pair[::-1]):
+        said = [f"{k} {_shown(side.facts[k])}" for k in keys if side.facts.get(k) is not None]
+        more = f" and {len(said) - _NUM_SHOWN} more" if len(said) > _NUM_SHOWN else ""
+        if said:
+            only = ", ".join(said[:_NUM_SHOWN])
+            lines.append(f"{side.name} says {only}{more}; {other.name} does not say")
+    return lines
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,13 +229,12 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     text = text_config(config)
     facts = _flat({key: value for key, value in config.items() if value is not text})
     facts |= _flat(text)
+    tied = [part.get("tie_word_embeddings") for part in (config, text)]
+    if tied[0] != tied[1] and None not in tied:  # versions of transformers go by one or the other
+        facts["tie_word_embeddings"] = f"{tied[0]} (in its text part {tied[1]})"
     # Parts of one model have model types of their own in newer configs.
     facts = {key: value for key, value in facts.items() if not key.endswith("model_type")}
     facts["model_type"] = config.get("model_type")
-    if {"hidden_size", "num_attention_heads"} <= facts.keys() and "head_dim" not in facts:
-        heads = facts["num_attention_heads"]
-        if isinstance(heads, int) and isinstance(facts["hidden_size"], int) and heads > 0:
-            facts["head_dim"] = facts["hidden_size"] // heads
     return facts
 
 
@@ -125,8 +242,12 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in config.items():
         name = _ALIASES.get(key, key)
-        if name in _IGNORED or value is None or name.startswith("rope_"):
+        if name in _IGNORED or name.startswith("rope_"):
             continue
+        if value in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
+            value = float(value["__float__"])  # so transformers 5 writes them
+        if value is None and facts.get(before + name) is not None:
+            continue  # one of two names for a value
         if isinstance(value, dict):
             facts |= _flat(value, f"{before}{name}.")
         else:
@@ -145,6 +266,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = config.get("rope_scaling")
     scaling = dict(scaling if isinstance(scaling, dict) else parameters)
     scaling.pop("rope_theta", None)
+    if (rotated := scaling.pop("partial_rotary_factor", None)) is not None:
+        facts["partial_rotary_factor"] = config.get("partial_rotary_factor", rotated)
     kinds = [scaling.pop(word, None) for word in ("rope_type", "type")]
     kind = next((kind for kind in kinds if kind not in (None, "default", "mrope")), None)
     if kind or scaling:

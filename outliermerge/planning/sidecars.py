@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
+from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, missing_code
+from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.vocabulary_config import fit_config
 from outliermerge.spec.check import MergeSpec
 
-_TOKENIZER = re.compile(
-    r"(tokenizer|tokenization|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece)"
-    r"|\.(model|tiktoken|spm)$"
+# Of the config's files those that loaders read.
+_LOADED = (
+    r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers|modules)\.json$|\.py$"
 )
-_PROCESSOR = re.compile(r"(pre)?processor_config\.json$|_processor.*\.py$|^processing_.*\.py$")
 
 
 def choose_sidecars(
@@ -41,23 +42,46 @@ def choose_sidecars(
                 raise spec.source.error(
                     (key,), "the output is a single file, as the base is: nothing stands beside it"
                 )
-    sources = {
+    sources: dict[Kind, Input] = {
         "config": _source(inputs, document.config_source),
         "tokenizer": _source(inputs, document.tokenizer_source),
         "processor": _source(inputs, document.processor_source),
     }
-    chosen = {}
-    for kind, entry in sources.items():
-        home, names = entry.home, entry.checkpoint.sidecars
-        if kind == "tokenizer" and entry.tokenizer_home != home:
-            home, names = entry.tokenizer_home, tuple(names_in(entry.tokenizer_home))
-        for name in names:
-            if _kind(name) == kind and (home / name).is_file():
-                check_file(home / name, home)
-                chosen[name] = Sidecar(name, home / name)
+    besides: dict[str, Beside] = {}
+    if not inputs[0].checkpoint.root.is_file():
+        besides = {entry.reference: Beside.of(entry) for entry in inputs}
+    owners = {kind: besides[entry.reference] for kind, entry in sources.items() if besides}
+    _check_owners(spec, owners)
+    chosen = choose_files(owners)
+    notes = [*missing_code(chosen)]
+    if differing := _differences(inputs, list(besides.values())):
+        kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
+        notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
+    notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
+    return tuple(Sidecar(name, chosen[name]) for name in sorted(chosen)), notes
+
+
+def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
+    """Refuse a `*_source` that has none of what it is asked for."""
+    for kind, beside in owners.items():
+        key = f"{kind}_source"
+        has = beside.has_tokenizer if kind == "tokenizer" else bool(beside.files[kind])
+        if getattr(spec.document, key) is not None and not has:
+            raise spec.source.error(
+                (key,), f"{beside.reference} has no {kind} files that the output could have"
+            )
+
+
+def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str]:
+    """Return how the models' configs and files differ.
+
+    Raises:
+        OutlierMergeError: configs that make the merge senseless.
+    """
     differing: list[str] = []
     senseless: list[str] = []
-    for file in _config_files(inputs[0]):
+    files = _config_files(inputs[0])
+    for file in files:
         configs = [(_in(e.reference, file), read_json(e.home / file)) for e in inputs]
         for found, new in zip((differing, senseless), compare_configs(configs), strict=True):
             found += new
@@ -67,12 +91,17 @@ def choose_sidecars(
             f"whatever their shapes:\n{listing(senseless)}\n"
             "Merge models of one architecture; correct a config.json that is wrong."
         )
-    differing += compare_sidecars([(entry.reference, entry.home) for entry in inputs])
-    notes = []
-    if differing:
-        kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
-        notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
-    return tuple(chosen[name] for name in sorted(chosen)), notes
+    if besides:
+        differing += compare_sidecars([(b.reference, _loaded(b, files)) for b in besides])
+    return differing
+
+
+def _loaded(beside: Beside, but: Container[str]) -> dict[str, Path]:
+    """Return the files that loaders read, but those that are compared by what they say."""
+    config = beside.files["config"]
+    loaded = {name: path for name, path in config.items() if re.search(_LOADED, name)}
+    found = {**beside.files["tokenizer"], **beside.files["processor"], **loaded}
+    return {name: path for name, path in found.items() if name not in but}
 
 
 def _config_files(reference: Input) -> list[str]:
@@ -82,7 +111,7 @@ def _config_files(reference: Input) -> list[str]:
     return [
         name
         for name in reference.checkpoint.sidecars
-        if re.search(r"/(config|\w+_config)\.json$", name) and _kind(name) == "config"
+        if re.search(r"/(config|\w+_config)\.json$", name) and kind_of(name) == "config"
     ]
 
 
@@ -90,13 +119,6 @@ def _in(reference: str, file: str) -> str:
     """Return how a model's config is named: with its folder where it is of a part."""
     folder = file.rpartition("/")[0]
     return f"{reference}/{folder}" if folder else reference
-
-
-def _kind(name: str) -> str:
-    file = name.rpartition("/")[2]
-    if _PROCESSOR.search(file):
-        return "processor"
-    return "tokenizer" if _TOKENIZER.search(file) else "config"
 
 
 def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
@@ -135,11 +157,17 @@ def _change_config(config: Any, plan: Plan) -> bool:
         for level in (config, text_config(config)):
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie  # type: ignore[index]  # of the dict just parsed
-    for part in (config, text_config(config)):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(part, dict) and part.pop(key, None) is not None:
-                changed = True
-    return changed
+    return _drop_quantization(config) or changed
+
+
+def _drop_quantization(config: Any) -> bool:
+    """Take out what says that weights are quantised, of the whole or of a part."""
+    if not isinstance(config, dict):
+        return False
+    dropped = any([config.pop(key, None) is not None for key in QUANTIZATION_KEYS])
+    for part in config.values():
+        dropped = _drop_quantization(part) or dropped
+    return dropped
 
 
 def _set_dtype(config: Any, wanted: str) -> bool:

@@ -1,0 +1,199 @@
+"""The files beside a model's weights: which are its config's, its tokenizer's, its processor's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.files import check_file, load_json, read_bytes
+from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
+from outliermerge.errors import OutlierMergeError
+from outliermerge.jobs import Input
+
+Kind = Literal["config", "tokenizer", "processor"]
+KINDS: tuple[Kind, ...] = ("config", "tokenizer", "processor")
+
+# What tokenizers of transformers and mistral-common load, by the file's name.
+_TOKENIZER = re.compile(
+    r"tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|tekken|sentencepiece"
+    r"|^(dict\.txt|byte_maps\.json|emoji\.json|normalizer\.json|encoder\.json"
+    r"|word_(shape|pronunciation)\.json)$"
+    r"|\.(model(\.v\d+\w*)?|tiktoken|spm|jinja|codes)$"
+)
+_PROCESSOR = re.compile(
+    r"processor.*_config\.json$|processor\w*\.py$|^(\w+_)?processing_\w*\.py$"
+    r"|^feature_extract\w*\.(py|json)$"
+)
+# Files of a tokenizer that make none by themselves.
+_NO_TOKENIZER = re.compile(r"\.(py|jinja)$|^chat_template\.json$|^special_tokens_map\.json$")
+# Where `auto_map` names code, and whose code it is by the class that it stands for.
+_MAPS = re.compile(r"^(config|tokenizer_config|\w*processor_config)\.json$")
+_OBJECT = re.compile(
+    r"^(((generation_|tokenizer_|adapter_|scheduler_|sentence_bert_|\w*processor_)?config"
+    r"|config_sentence_transformers|model_index)\.json"
+    r"|(vocab|added_tokens|special_tokens_map|chat_template|tokenizer|tekken)\.json)$"
+)
+_TEXT = re.compile(r"\.(jinja|tiktoken|py)$|^(vocab|merges|dict)\.txt$")
+_MODULE = re.compile(r"^([A-Za-z_]\w*)\.\w+$")
+_RELATIVE = re.compile(r"^\s*(?:from\s+\.([A-Za-z_]\w*)\s+import|import\s+\.([A-Za-z_]\w*))", re.M)
+
+
+def kind_of(name: str) -> Kind:
+    """Return whose file one is by its name; those of no tokenizer or processor are the config's.
+
+    >>> kind_of("additional_chat_templates/rag.jinja"), kind_of("1_Pooling/config.json")
+    ('tokenizer', 'config')
+    """
+    folder, _, file = name.rpartition("/")
+    if _PROCESSOR.search(file):
+        return "processor"
+    return "tokenizer" if _TOKENIZER.search(file) or folder.startswith("tokenizer") else "config"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside a model's weights.
+
+    Attributes:
+        reference: the model as the spec names it.
+        files: by kind the files, by their names in an output.
+        code: by kind the names of the Python files that its loaders need, present or not.
+    """
+
+    reference: str
+    files: Mapping[Kind, Mapping[str, Path]]
+    code: Mapping[Kind, set[str]]
+
+    @classmethod
+    def of(cls, entry: Input) -> Beside:
+        """Find the files of a model; an adapter's are its base's, but for a tokenizer of its own.
+
+        Raises:
+            OutlierMergeError: a config, or a file with an `auto_map`, is broken.
+        """
+        names = entry.checkpoint.sidecars
+        found = {name: entry.home / name for name in names if (entry.home / name).is_file()}
+        own: dict[str, Path] = {}
+        if (root := entry.tokenizer_home) != entry.home:
+            paths = [*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]
+            own = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+        files: dict[Kind, dict[str, Path]] = {kind: {} for kind in KINDS}
+        needed: dict[Kind, set[str]] = {}
+        for kind in KINDS:
+            available = own if own and kind == "tokenizer" else found
+            code = _code(available)
+            needed[kind] = code[kind]
+            for name, path in sorted(available.items()):
+                named = [other for other in KINDS if name in code[other]]
+                if kind in named or (not named and kind_of(name) == kind):
+                    files[kind][name] = path
+        return cls(entry.reference, files, needed)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        names = (name.rpartition("/")[2] for name in self.files["tokenizer"])
+        return any(not _NO_TOKENIZER.search(name) for name in names)
+
+
+def _code(files: Mapping[str, Path]) -> dict[Kind, set[str]]:
+    """Return by kind the names of code files that `auto_map` names, and those they import."""
+    needed: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
+    for name, path in files.items():
+        if not _MAPS.search(name):
+            continue
+        default = kind_of(name)
+        for auto_class, module in _auto_map(read_json(path).get("auto_map")):
+            kind: Kind = default
+            if "Tokenizer" in auto_class:
+                kind = "tokenizer"
+            elif re.search("Processor|FeatureExtractor", auto_class):
+                kind = "processor"
+            _add_imports(f"{module}.py", files, needed[kind])
+    return needed
+
+
+def _auto_map(auto_map: Any) -> Iterator[tuple[str, str]]:
+    """Yield class and module of each entry; code in other repositories (`repo--`) is not here."""
+    if isinstance(auto_map, (str, list)):  # as old tokenizers have it
+        auto_map = {"AutoTokenizer": auto_map}
+    for auto_class, value in auto_map.items() if isinstance(auto_map, dict) else ():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, str) and (match := _MODULE.match(entry)):
+                yield auto_class, match[1]
+
+
+def _add_imports(name: str, files: Mapping[str, Path], found: set[str]) -> None:
+    if name in found:
+        return
+    found.add(name)
+    if name in files:
+        text = files[name].read_text("utf-8", errors="replace")
+        for match in _RELATIVE.finditer(text):
+            _add_imports(f"{match[1] or match[2]}.py", files, found)
+
+
+def check_content(path: Path) -> None:
+    """Raise OutlierMergeError unless a small file can be what its name says.
+
+    A Git LFS pointer or a web page in its place is refused whatever it is, JSON and text that no
+    loader could read by their names.
+    """
+    if path.suffix == ".json":
+        if _OBJECT.search(path.name):
+            read_json(path)
+        else:
+            load_json(path)
+        return
+    data = read_bytes(path) or b""
+    try:
+        if path.suffix == ".py":  # Python passes over a byte order mark
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if _TEXT.search(path.name):
+            utf8_text(data)
+        refuse_other_content(data)
+        if not data and kind_of(path.name) == "tokenizer" and path.suffix != ".py":
+            raise ValueError("is empty. Fetch it again.")
+    except ValueError as error:
+        raise OutlierMergeError(f"{path}: {error}") from error
+
+
+def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
+    """Return the files of an output: each kind whole, and only from its source.
+
+    Raises:
+        OutlierMergeError: a file is broken or links out of its folder, or the code of two sources
+            needs different files of one name.
+    """
+    chosen: dict[str, Path] = {}
+    needed: dict[str, tuple[Kind, Path]] = {}
+    for kind, beside in sources.items():
+        for name, path in beside.files[kind].items():
+            if name not in beside.code[kind]:
+                chosen.setdefault(name, path)
+                continue
+            other_kind, other = needed.setdefault(name, (kind, path))
+            if path.read_bytes() != other.read_bytes():
+                raise OutlierMergeError(
+                    f"{name}: the {other_kind} of {sources[other_kind].reference} and the {kind} "
+                    f"of {beside.reference} both need their own, and an output can have one. Take "
+                    "both from one model (`config_source`, `tokenizer_source`, `processor_source`)."
+                )
+    chosen |= {name: path for name, (_, path) in needed.items()}
+    for name, path in chosen.items():
+        check_file(path, path.parents[name.count("/")])
+        check_content(path)
+    return chosen
+
+
+def missing_code(chosen: Mapping[str, Path]) -> Iterator[str]:
+    """Yield a note of the code that an output's files need and that is not among them."""
+    lacking = sorted(set().union(*_code(chosen).values()) - chosen.keys())
+    if lacking:
+        yield (
+            "the output's `auto_map` needs code that is not beside its config, tokenizer or "
+            f"processor, so that they cannot be loaded: {', '.join(lacking)}"
+        )

@@ -1,0 +1,49 @@
+"""Where a config and a tokenizer of two models disagree about the tokens that begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.tokens import read_tokens
+from outliermerge.jobs import Input
+
+_WORDS = ("bos", "eos", "pad")
+
+
+def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]:
+    """Yield a note for each id in a config that is not what another model's tokenizer has for it.
+
+    Generation begins, pads and stops by the ids of config.json and generation_config.json.
+    """
+    home = tokenizer.tokenizer_home
+    if home == config.home or (tokens := read_tokens(home)) is None:
+        return
+    ids = {token: number for number, token in tokens.items()}
+    meant = {f"{word}_token_id": _token(home, f"{word}_token") for word in _WORDS}
+    for file in ("config.json", "generation_config.json"):
+        said = read_json(config.home / file)
+        for key, token in meant.items():
+            value = said.get(key, text_config(said).get(key))
+            wanted = ids.get(token) if token is not None else None
+            if value is None or wanted is None:
+                continue
+            listed = value if isinstance(value, list) else [value]
+            if wanted not in listed:
+                shown = ", ".join(f"{n} ({tokens.get(n, 'no token')!r})" for n in listed)
+                yield (
+                    f"{file} of {config.reference} has {key} {shown}, but the tokenizer of "
+                    f"{tokenizer.reference} has {wanted} ({token!r})"
+                )
+
+
+def _token(home: Path, key: str) -> str | None:
+    """Return a special token as a tokenizer's files name it."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        value: Any = read_json(home / file).get(key)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            return content
+    return None
