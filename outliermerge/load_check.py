@@ -11,9 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
 from outliermerge.checkpoint.config import read_json
@@ -55,6 +55,7 @@ class Verdict:
         notes: what was not checked, and what is as in the base.
         as_base: by component's folder what the output has as its base does: names of tensors
             that are missing, unexpected or of another shape.
+        checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
     """
 
@@ -63,6 +64,7 @@ class Verdict:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     as_base: Mapping[str, Findings] = field(default_factory=dict)
+    checked: tuple[str, ...] = ()
     num_rows: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -167,9 +169,7 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
             return {}
         return value if isinstance(value, dict) else {}
 
-    parts, notes = find_parts(
-        {job.name: job.output.shape for job in plan.jobs}, components, read
-    )
+    parts, notes = find_parts({job.name: job.output.shape for job in plan.jobs}, components, read)
     # Rows that the merge adds are not the reference's: it is asked without them.
     stored = {
         (source.name if reference.renamed else name): source.shape
@@ -177,14 +177,7 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
         if name not in plan.proof.resized
     }
     theirs, _ = find_parts(stored, components, lambda name: read_json(reference.home / name))
-    return [_with_base(part, theirs.get(folder)) for folder, part in parts.items()], notes
-
-
-def _with_base(part: Part, base: Part | None) -> Part:
-    return Part(
-        part.folder, part.library, part.class_name, part.config, part.shapes, base,
-        part.found_in_base,
-    )  # fmt: skip
+    return [replace(part, base=theirs.get(folder)) for folder, part in parts.items()], notes
 
 
 class LoadCheck:
@@ -194,6 +187,7 @@ class LoadCheck:
         self._outputs = outputs
         self._requests: dict[str, int] = {}
         self._verdicts: list[Verdict] | None = None
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         for parts, _ in outputs:
             for part in parts:
@@ -231,6 +225,8 @@ class LoadCheck:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._answer.close()
+            self._errors.close()
 
     def raise_if_bad(self) -> None:
         """Raise OutlierMergeError if it is known by now that an output does not load."""
@@ -240,15 +236,14 @@ class LoadCheck:
 
     def verdicts(self) -> list[Verdict]:
         """Wait, and return what is known of each output."""
-        if self._verdicts is None:
-            answers = self._answers()
-            self._verdicts = [
-                _judge(
-                    [(part, *answers[self._requests[_pair(part)]]) for part in parts], notes
-                )
-                for parts, notes in self._outputs
-            ]
-        return self._verdicts
+        with self._lock:  # any thread of a merge may ask first
+            if self._verdicts is None:
+                answers = self._answers()
+                self._verdicts = [
+                    _judge([(p, *answers[self._requests[_pair(p)]]) for p in parts], notes)
+                    for parts, notes in self._outputs
+                ]
+            return self._verdicts
 
     def _answers(self) -> Sequence[tuple[Findings, Findings | None]]:
         if self._process is None:
@@ -307,7 +302,8 @@ def _judge(
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
     status = "does not load" if problems else "loads" if by else "not checked"
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
-    return Verdict(status, tuple(by), tuple(problems), tuple(said), as_base, rows)
+    checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
+    return Verdict(status, tuple(by), tuple(problems), tuple(said), as_base, checked, rows)
 
 
 def _name(entry: Any) -> str:

@@ -101,7 +101,7 @@ def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
         wanted = "transformers" if library == "transformers" else "diffusers and transformers"
         raise _Unknown(f"{wanted} must be installed")
     if library in ("transformers", "diffusers"):
-        module = import_module(library)
+        module: Any = import_module(library)
     else:  # a folder of diffusers.pipelines, or a module of the pipeline's own
         module = getattr(import_module("diffusers.pipelines"), library, None)
     found = getattr(module, name, None)
@@ -122,9 +122,9 @@ def _load_transformers(
     if find_spec("accelerate") is None:
         # All goes to one device, for which only accelerate's presence is asked.
         for home in ("transformers.integrations.accelerate", "transformers.modeling_utils"):
-            module: Any = import_module(home)
-            if hasattr(module, "is_accelerate_available"):
-                module.is_accelerate_available = lambda *_: True
+            asks: Any = import_module(home)
+            if hasattr(asks, "is_accelerate_available"):
+                asks.is_accelerate_available = lambda *_: True
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         filled = model_class.config_class.from_pretrained(folder)
