@@ -54,7 +54,7 @@ class Verdict:
         problems: why it does not load.
         notes: what was not checked, and what is as in the base.
         as_base: by component's folder what the output has as its base does: names of tensors
-            that are missing, unexpected or of another shape.
+            that are missing, unexpected or of another shape, or the error.
         checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
     """
@@ -170,14 +170,29 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
         return value if isinstance(value, dict) else {}
 
     parts, notes = find_parts({job.name: job.output.shape for job in plan.jobs}, components, read)
-    # Rows that the merge adds are not the reference's: it is asked without them.
-    stored = {
-        (source.name if reference.renamed else name): source.shape
-        for name, source in reference.checkpoint.tensors.items()
-        if name not in plan.proof.resized
-    }
+    stored = _stored_shapes(plan)
     theirs, _ = find_parts(stored, components, lambda name: read_json(reference.home / name))
-    return [replace(part, base=theirs.get(folder)) for folder, part in parts.items()], notes
+    return [
+        replace(part, base=theirs.get(folder) if stored else None) for folder, part in parts.items()
+    ], notes
+
+
+def _stored_shapes(plan: Plan) -> Shapes:
+    """Return the reference's tensors as it stores them, none where that is not known.
+
+    Those whose rows the merge changes are left out: their shapes in the plan are the output's.
+    """
+    tensors = plan.inputs[0].checkpoint.tensors
+    unchanged = {n: source for n, source in tensors.items() if n not in plan.proof.resized}
+    if not plan.inputs[0].renamed:
+        return {name: source.shape for name, source in unchanged.items()}
+    if any(source.stored != (source,) for source in unchanged.values()):
+        return {}
+    shapes = {}
+    for name, source in unchanged.items():
+        folder = component_of(name, plan.components)
+        shapes[f"{folder}/{source.name}" if folder else source.name] = source.shape
+    return shapes
 
 
 class LoadCheck:
@@ -283,6 +298,7 @@ def _judge(
         if "error" in ours:
             if theirs.keys() & {"error", "unknown"}:
                 said.append(_not_checked(part.folder, f"as the base, {ours['error']}"))
+                as_base[part.folder] = {"error": ours["error"]}
             else:
                 problems.append(_in(part, f"{part.class_name} refuses it: {ours['error']}"))
             continue

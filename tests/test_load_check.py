@@ -29,6 +29,7 @@ from outliermerge.verify_load import check_folder
 
 DROPPED = "model.layers.1.mlp.up_proj.weight"
 HEADS = "lm_head.weight"
+BY = f"transformers {transformers.__version__}, LlamaForCausalLM"
 
 
 @pytest.fixture
@@ -200,9 +201,7 @@ def test_a_run_goes_on_when_the_config_is_mended(tmp_path, in_process):
     config_of(tmp_path / "other", attention_bias=False)
     result = outliermerge.run(spec, output=tmp_path / "out", load_check=True)
     assert result.load_check.status == "loads"
-    assert result.manifest["load_check"]["by"] == [
-        f"transformers {transformers.__version__}, LlamaForCausalLM"
-    ]
+    assert result.manifest["load_check"]["by"] == [BY]
     assert outliermerge.verify(tmp_path / "out", load=True) == []
 
 
@@ -245,10 +244,8 @@ def test_what_cannot_be_told_is_a_note_and_no_refusal(change, why, llama, tmp_pa
     assert result.load_check.problems == ()
     (note,) = result.load_check.notes
     assert note.startswith("not checked that the output loads: ") and why in note
-    # Without the base nobody else is known to have the config's mistake.
-    assert (outliermerge.verify(tmp_path / "out", load=True) == []) == (
-        change is not broken_everywhere
-    )
+    shutil.rmtree(tmp_path / "base")  # the manifest knows of its mistake
+    assert outliermerge.verify(tmp_path / "out", load=True) == []
 
 
 def test_without_transformers_the_check_says_so(llama, tmp_path, monkeypatch):
@@ -499,38 +496,74 @@ def call(*arguments: object, check: str = "1", **options: Any) -> subprocess.Com
     )
 
 
-def test_the_commands_check_unless_told_not_to(tmp_path):
-    spec = broken(says_biases, tmp_path)
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+def test_a_run_is_refused_and_nothing_has_the_outputs_name(tmp_path):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(broken(says_biases, tmp_path)))
     (tmp_path / "torch.py").write_text("raise SystemExit('of a model, not torch')")
-    out = tmp_path / "out"
-    for command in (["plan", "spec.yaml"], ["run", "spec.yaml", "--output", out]):
-        done = call(*command, cwd=tmp_path)
-        assert done.returncode == 1 and done.stdout == ""
-        assert "error: the output would not load:\n8 tensor(s) that Llama" in done.stderr
-        assert not out.exists()
-    assert call("plan", "spec.yaml", "--no-load-check", cwd=tmp_path).returncode == 0
-    assert call("plan", "spec.yaml", check="0", cwd=tmp_path).returncode == 0
-    assert (
-        call("run", "spec.yaml", "--output", out, "--no-load-check", cwd=tmp_path).returncode == 0
-    )
-    done = call("verify", out)
-    assert done.returncode == 0
-    done = call("verify", out, "--load", "--json")
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["load_check"]["status"] == "does not load"
+    done = call("run", "spec.yaml", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "error: the output would not load:\n8 tensor(s) that LlamaForC" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = call("run", "spec.yaml", "--output", "out", check="0", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "out" / "outliermerge.json").is_file()
 
 
-def test_the_commands_say_what_it_loads_in(llama, tmp_path):
+def test_a_run_says_what_it_loads_in(llama, tmp_path):
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(llama()))
-    by = f"transformers {transformers.__version__}, LlamaForCausalLM"
-    done = call("plan", tmp_path / "spec.yaml")
-    assert by in done.stdout and done.stderr == ""
     done = call("run", tmp_path / "spec.yaml", "--output", tmp_path / "out", "--json")
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout)["load_check"]["by"] == [by]
-    done = call("verify", tmp_path / "out", "--load")
-    assert done.returncode == 0 and f"checked by {by}" in done.stdout
+    assert json.loads(done.stdout)["load_check"]["by"] == [BY]
+
+
+def test_plan_and_verify_say_whether_it_loads(llama, tmp_path, in_process, capsys):
+    spec, out = str(tmp_path / "spec.yaml"), tmp_path / "out"
+    Path(spec).write_text(yaml.safe_dump(llama()))
+    assert cli.main(["plan", spec, "--load-check"]) == 0
+    assert BY in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["plan", spec, "--load-check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["load_check"]["status"] == "loads"
+    assert cli.main(["plan", spec, "--no-load-check", "--json"]) == 0
+    assert "load_check" not in json.loads(capsys.readouterr().out)
+
+    assert cli.main(["run", spec, "--output", str(out)]) == 0
+    assert "load_check" not in json.loads((out / "outliermerge.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["verify", str(out), "--load"]) == 0
+    assert f"checked by {BY}" in capsys.readouterr().out
+    config_of(out, attention_bias=True)
+    assert cli.main(["verify", str(out), "--load", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["load_check"]["status"] == "does not load" and not found["ok"]
+    assert [text.partition(":")[0] for text in found["differences"]] == [
+        "file config.json", "8 tensor(s) that LlamaForCausalLM has and the output lacks; they "
+        "would be drawn at random",
+    ]  # fmt: skip
+
+
+def test_a_plan_that_would_not_load_is_refused(tmp_path, in_process, capsys):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(broken(says_biases, tmp_path)))
+    assert cli.main(["plan", str(tmp_path / "spec.yaml"), "--load-check"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "the output would not load" in printed.err
+
+
+def test_a_sweep_is_checked_too(llama, tmp_path, in_process, capsys):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(llama()))
+    words = ["--set", "lambda=0.5,1", "--output", str(tmp_path / "out"), "--load-check", "--json"]
+    assert cli.main(["sweep", str(tmp_path / "spec.yaml"), *words]) == 0
+    outputs = json.loads(capsys.readouterr().out)["outputs"]
+    assert [output["load_check"]["status"] for output in outputs] == ["loads", "loads"]
+
+
+def test_a_base_with_other_names_is_asked_by_its_own(llama, tmp_path, in_process):
+    """Its own names load, so that it excuses nothing."""
+    rule = {"from": r"model\.(.+)", "to": r"decoder.\1"}
+    base, task = str(tmp_path / "base"), str(tmp_path / "task")
+    spec = {
+        "merge_method": "linear",
+        "models": [{"model": base, "rename": rule}, {"model": task, "rename": rule}],
+    }
+    verdict = planned(spec)
+    assert verdict.status == "does not load" and verdict.as_base == {}
 
 
 def test_a_process_that_dies_is_a_note(llama, monkeypatch):
