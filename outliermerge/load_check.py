@@ -311,7 +311,9 @@ def _judge(
         shared = {kind: names for kind, names in shared.items() if names}
         if shared:
             as_base[part.folder] = shared
-            said += [_in(part, _excused(kind, names)) for kind, names in shared.items()]
+            said += [
+                _in(part, _excused(kind, names, part.class_name)) for kind, names in shared.items()
+            ]
         for kind in _KINDS:
             new = [e for e in ours[kind] if _name(e) not in shared.get(kind, ())]
             if new:
@@ -345,11 +347,11 @@ def _problem(kind: str, entries: Sequence[Any], class_name: str) -> str:
     return f"{len(entries)} tensor(s) {what}:\n{listing(entries)}"
 
 
-def _excused(kind: str, names: Sequence[str]) -> str:
-    what = {
-        "missing": "lacks; loading draws them at random",
-        "unexpected": "has and its class does not know; loading passes over them",
-        "mismatched": "has in another shape than its config says",
-    }[kind]
+def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"the output has what the base has: {len(names)} tensor(s) that it {what}: {shown}"
+    what = {
+        "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
+        "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
+        "mismatched": f"has {len(names)} tensor(s) of another shape than its config says",
+    }[kind]
+    return f"as the base, the output {what}: {shown}"

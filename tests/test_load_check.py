@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,15 @@ def test_without_transformers_the_check_says_so(llama, tmp_path, monkeypatch):
     verdict = planned(llama())
     assert verdict.status == "not checked"
     assert verdict.notes == ("not checked that the output loads: transformers is not installed",)
+
+
+def test_no_accelerate_is_needed(llama, tmp_path, in_process, monkeypatch):
+    for home in ("transformers.integrations.accelerate", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{home}.is_accelerate_available", lambda *_: False, raising=False)
+    monkeypatch.setattr(
+        load_worker, "find_spec", lambda name: None if name == "accelerate" else find_spec(name)
+    )
+    assert planned(llama()).status == "loads"
 
 
 def test_a_single_file_has_nothing_that_loads_it(tmp_path, in_process):
