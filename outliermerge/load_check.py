@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
@@ -165,7 +166,7 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     def read(name: str) -> Mapping[str, Any]:
         try:
             value = json.loads(contents.get(name, b"{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -203,12 +204,17 @@ class LoadCheck:
         self._requests: dict[str, int] = {}
         self._verdicts: list[Verdict] | None = None
         self._lock = threading.Lock()
+        self._files = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
+        self._why_none = "transformers is not installed"
         for parts, _ in outputs:
             for part in parts:
                 self._requests.setdefault(_pair(part), len(self._requests))
         if self._requests and has_transformers():
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                self._why_none = f"no process can be started for it: {error.strerror}"
 
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
@@ -220,8 +226,8 @@ class LoadCheck:
         ])  # fmt: skip
 
     def _start(self) -> None:
-        self._answer: IO[bytes] = tempfile.TemporaryFile()
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._answer: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())
+        self._errors: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())
         with tempfile.TemporaryFile() as request:
             request.write(f"[{','.join(self._requests)}]".encode())
             request.seek(0)
@@ -240,8 +246,7 @@ class LoadCheck:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._answer.close()
-            self._errors.close()
+        self._files.close()
 
     def raise_if_bad(self) -> None:
         """Raise OutlierMergeError if it is known by now that an output does not load."""
@@ -262,8 +267,7 @@ class LoadCheck:
 
     def _answers(self) -> Sequence[tuple[Findings, Findings | None]]:
         if self._process is None:
-            why = "transformers is not installed"
-            return [({"unknown": why}, None)] * len(self._requests)
+            return [({"unknown": self._why_none}, None)] * len(self._requests)
         try:
             code = self._process.wait(_TIMEOUT_SECONDS)
             self._answer.seek(0)

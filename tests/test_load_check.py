@@ -583,6 +583,13 @@ def test_a_process_that_dies_is_a_note(llama, monkeypatch):
     assert "ended with code 1: ValueError: broken install" in verdict.notes[0]
 
 
+def test_no_process_is_a_note(llama, monkeypatch):
+    monkeypatch.setattr(load_check.sys, "executable", "/no/such/python")
+    verdict = planned(llama())
+    assert verdict.status == "not checked"
+    assert "no process can be started for it: No such file" in verdict.notes[0]
+
+
 def test_a_model_of_70_billion_parameters_takes_no_memory():
     config = transformers.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
