@@ -73,8 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         "recompute every checksum of an output",
         "outliermerge verify merged",
+        "outliermerge verify merged --load",
     )
     verify.add_argument("folder", metavar="OUT", help="what `run` wrote")
+    verify.add_argument(
+        "--load",
+        action="store_true",
+        help="prove too that transformers or diffusers loads it, without taking its memory, and "
+        "that its tokens have rows",
+    )
     verify.add_argument(
         "--threads", type=_count, default=0, metavar="N", help="default: processors + 2"
     )
@@ -170,14 +177,30 @@ def _verify(options: argparse.Namespace) -> int:
             threads=num_threads(options.threads),
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
+    verdict = None
+    if options.load:
+        from outliermerge.verify_load import check_folder
+
+        with render.status("checking that it loads"):
+            verdict = check_folder(folder)
+        differences += verdict.problems
     if options.json:
-        print_json({"folder": str(folder), "ok": not differences, "differences": differences})
+        print_json(
+            {"folder": str(folder), "ok": not differences, "differences": differences}
+            | ({"load_check": verdict.as_dict()} if verdict else {})
+        )
     elif differences:
-        print(f"{folder}: {len(differences)} difference(s) from its manifest")
+        what = "difference(s) from its manifest" + (" or its config" if options.load else "")
+        print(f"{folder}: {len(differences)} {what}")
         for difference in differences:
             print(f"  {difference}")
     else:
         print(f"{folder}: every tensor and file is as its manifest says")
+    if verdict is not None and not options.json:
+        for by in verdict.by:
+            print(f"checked by {by}")
+        for note in verdict.notes:
+            print(f"note: {note}")
     return EXIT_FAILED if differences else EXIT_DONE
 
 

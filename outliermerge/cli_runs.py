@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli_parts import AddCommand, add_machine, print_json
 from outliermerge.errors import SpecError
+
+if TYPE_CHECKING:
+    from outliermerge.jobs import Plan
+    from outliermerge.load_check import Verdict
+
+LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
+_WAITING = "checking that transformers loads it"
 
 
 def add_runs(add: AddCommand, count: Callable[[str], int]) -> None:
@@ -53,6 +62,13 @@ def add_runs(add: AddCommand, count: Callable[[str], int]) -> None:
             "--no-kernels", action="store_true", help="compute by torch, as methods are defined"
         )
         command.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
+        command.add_argument(
+            "--load-check",
+            action=argparse.BooleanOptionalAction,
+            default=os.environ.get(LOAD_CHECK_VARIABLE) != "0",
+            help="prove that transformers or diffusers, where installed, loads the output "
+            f"(default, unless {LOAD_CHECK_VARIABLE}=0)",
+        )
         command.add_argument("--json", action="store_true", help="print JSON for scripts")
     for command in (run, sweep):
         command.add_argument(
@@ -77,11 +93,14 @@ def run_run(options: argparse.Namespace) -> int:
         result = merge.run(
             planned,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+            on_waiting=lambda: bar.update(task, description=_WAITING),
             **_run_options(options),
         )
         bar.update(task, completed=planned.work_bytes)
+    notes = result.load_check.notes if result.load_check else ()
+    _print_notes(notes, options)
     if options.json:
-        print_json(result.as_dict() | {"notes": list(planned.notes)})
+        print_json(result.as_dict() | {"notes": [*planned.notes, *notes]})
     else:
         render.print_result(result)
     return 0
@@ -106,9 +125,14 @@ def run_sweep(options: argparse.Namespace) -> int:
         results = sweeps.sweep(
             variants,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+            on_waiting=lambda: bar.update(task, description=_WAITING),
             **_run_options(options),
         )
         bar.update(task, completed=total)
+    said = [note for result in results if result.load_check for note in result.load_check.notes]
+    more = [note for note in dict.fromkeys(said) if note not in notes]
+    _print_notes(more, options)
+    notes += more
     if options.json:
         pairs = zip(variants, results, strict=True)
         outputs = [{"settings": dict(v.settings)} | result.as_dict() for v, result in pairs]
@@ -135,6 +159,7 @@ def _run_options(options: argparse.Namespace) -> dict[str, Any]:
         "fresh": options.fresh,
         "kernels": not options.no_kernels,
         "allow_non_finite": options.allow_non_finite,
+        "load_check": options.load_check,
     }
 
 
@@ -156,9 +181,13 @@ def run_plan(options: argparse.Namespace) -> int:
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     peak = planned.peak_memory_bytes(chosen)
+    verdict = _checked(planned) if options.load_check else None
+    if verdict is not None:
+        planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     if options.json:
         print_json(
             planned.as_dict()
+            | ({"load_check": verdict.as_dict()} if verdict else {})
             | {
                 "output": named,
                 "threads": chosen.threads,
@@ -174,6 +203,7 @@ def run_plan(options: argparse.Namespace) -> int:
             output=output,
             options=chosen,
             free_bytes=free,
+            loads_in=verdict.by if verdict else (),
         )
     if planned.num_written_bytes > free:
         print(
@@ -182,3 +212,18 @@ def run_plan(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _checked(planned: Plan) -> Verdict:
+    """Return what transformers says of a plan's output.
+
+    Raises:
+        OutlierMergeError: the output would not load.
+    """
+    from outliermerge import render
+    from outliermerge.load_check import LoadCheck
+
+    with LoadCheck.of_plans([planned]) as check, render.status(_WAITING):
+        (verdict,) = check.verdicts()
+    verdict.raise_if_bad()
+    return verdict

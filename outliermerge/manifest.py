@@ -22,6 +22,7 @@ from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
+from outliermerge.load_check import Verdict
 from outliermerge.output import checksum_in_file, manifest_path, shard_path
 from outliermerge.planning.sidecars import sidecar_bytes
 
@@ -53,7 +54,12 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
 
 
 def write_sidecars(
-    plan: Plan, results: Mapping[str, JobResult], folder: Path, options: Options
+    plan: Plan,
+    results: Mapping[str, JobResult],
+    folder: Path,
+    options: Options,
+    *,
+    load_check: Verdict | None = None,
 ) -> dict[str, Any]:
     """Write everything but the weights into a folder, the manifest last, and return it."""
     contents = sidecar_bytes(plan)
@@ -66,6 +72,8 @@ def write_sidecars(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     manifest = _manifest(plan, results, folder, sorted(contents), options)
+    if load_check is not None:
+        manifest["load_check"] = load_check.as_dict()
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_NAME).write_text(text, "utf-8")
     return manifest

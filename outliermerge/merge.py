@@ -23,6 +23,7 @@ from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
 from outliermerge.rounds import Steps, run_all
 from outliermerge.runs import RunResult, output_path, run_plans
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.verify_load import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,8 @@ def run(
     kernels: bool = True,
     allow_non_finite: bool = False,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Merge checkpoints on disk into a new model folder.
 
@@ -82,10 +85,14 @@ def run(
         kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
         allow_non_finite: go on where values are infinite or NaN, and list them.
         on_progress: called with the bytes just worked on, by any thread.
+        load_check: let transformers, where it is installed, prove in another process that it
+            loads the output, as the command line does; it takes some seconds beside the merge.
+        on_waiting: called when all is computed and only that proof is waited for.
 
     Raises:
         SpecError: the spec or an argument is wrong.
-        OutlierMergeError: a model or the output folder is not fit for it.
+        OutlierMergeError: a model or the output folder is not fit for it, or the output would
+            not load.
 
     Example:
         >>> import outliermerge
@@ -106,18 +113,29 @@ def run(
         allow_non_finite=allow_non_finite,
     )
     (result,) = run_plans(
-        [(planned, final)], options, overwrite=overwrite, fresh=fresh, on_progress=on_progress
+        [(planned, final)],
+        options,
+        overwrite=overwrite,
+        fresh=fresh,
+        on_progress=on_progress,
+        load_check=load_check,
+        on_waiting=on_waiting,
     )
     return result
 
 
-def verify(folder: str | Path, *, threads: int = 0) -> list[str]:
+def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[str]:
     """Recompute every checksum of an output; return what differs from its manifest.
+
+    Args:
+        load: also return why the folder would not load, as far as transformers, diffusers or
+            the configs tell; no weights are loaded for it.
 
     Raises:
         OutlierMergeError: the folder has no manifest.
     """
-    return verify_folder(Path(folder), threads=num_threads(threads))
+    differences = verify_folder(Path(folder), threads=num_threads(threads))
+    return [*differences, *(check_folder(Path(folder)).problems if load else ())]
 
 
 def merge_state_dicts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,17 @@ def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
         yield {"on_total": add, "on_progress": lambda num_bytes: bar.advance(task, num_bytes)}
 
 
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what is waited for; nothing unless at a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
 def human_bytes(num_bytes: float) -> str:
     """Return a size in decimal units, as the hub and --shard-size use them.
 
@@ -97,6 +108,7 @@ def print_plan(
     output: Path | None,
     options: Options,
     free_bytes: int,
+    loads_in: Sequence[str] = (),
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
@@ -147,6 +159,8 @@ def print_plan(
         f"{human_bytes(free_bytes)} free on the disk",
     )
     facts.add_row("parameters", Text(_proof(plan)))
+    if loads_in:
+        facts.add_row("loads in", Text("; ".join(loads_in)))
     facts.add_row("peak memory", f"{peak} on {options.threads} threads, device {options.device}")
     facts.add_row("output", Text(str(output) if output else "not named yet: give --output"))
     facts.add_row(

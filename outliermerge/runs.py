@@ -13,6 +13,7 @@ from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import SpecError, as_path
 from outliermerge.execute import Target, execute
 from outliermerge.jobs import Options, Plan
+from outliermerge.load_check import LoadCheck, Verdict
 from outliermerge.manifest import identity, write_sidecars
 from outliermerge.output import OutputFolder, check_target
 
@@ -31,6 +32,7 @@ class RunResult:
         work_seconds: wall time of reading, computing and writing the tensors.
         sync_seconds: wall time until all is on the disk and has its name.
         seconds: wall time of all but planning; of all outputs where several were made together.
+        load_check: what is known of its loading; None where that was not asked.
     """
 
     output: Path
@@ -42,6 +44,7 @@ class RunResult:
     work_seconds: float
     sync_seconds: float
     seconds: float
+    load_check: Verdict | None = None
 
     @property
     def non_finite(self) -> dict[str, list[str]]:
@@ -64,6 +67,7 @@ class RunResult:
             "sync_seconds": round(self.sync_seconds, 3),
             "seconds": round(self.seconds, 3),
             "non_finite": self.non_finite,
+            **({"load_check": self.load_check.as_dict()} if self.load_check else {}),
         }
 
 
@@ -74,18 +78,30 @@ def run_plans(
     overwrite: bool,
     fresh: bool,
     on_progress: Callable[[int], None],
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
 ) -> list[RunResult]:
     """Carry out plans that read the same models, each into its own output, reading them once.
 
+    Args:
+        load_check: let transformers prove, beside the merge, that it loads what is written. An
+            output that does not load keeps the name of an unfinished one, and a run with a
+            corrected config goes on from there.
+        on_waiting: called when all is computed and only the proof is waited for.
+
     Raises:
         SpecError: the memory budget is too small.
-        OutlierMergeError: a model or an output folder is not fit for it.
+        OutlierMergeError: a model or an output folder is not fit for it, or an output would not
+            load.
     """
     for plan, final in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
         check_target(plan, final, overwrite=overwrite)
     started, disk_before = time.monotonic(), _disk_bytes()
     with ExitStack() as stack:
+        check = None
+        if load_check:
+            check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
         targets, folders = [], []
         for plan, final in plans:
             folder = OutputFolder(plan, final, identity=identity(plan, options), fresh=fresh)
@@ -96,11 +112,22 @@ def run_plans(
             targets.append(Target(plan, left, folder, folder.record))
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
-        execute(targets, options, on_progress=on_progress)
+
+        def on_block(num_bytes: int) -> None:
+            on_progress(num_bytes)
+            if check is not None:
+                check.raise_if_bad()
+
+        execute(targets, options, on_progress=on_block)
         work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
+        verdicts: list[Verdict | None] = [None] * len(plans)
+        if check is not None:
+            on_waiting()
+            verdicts = [*check.verdicts()]
+            check.raise_if_bad()
         manifests = [
-            write_sidecars(plan, folder.done, folder.path, options)
-            for (plan, _), folder in zip(plans, folders, strict=True)
+            write_sidecars(plan, folder.done, folder.path, options, load_check=verdict)
+            for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
         ]
         syncing = time.monotonic()
         for folder, manifest in zip(folders, manifests, strict=True):
@@ -118,8 +145,11 @@ def run_plans(
             work_seconds=work_seconds,
             sync_seconds=sync_seconds,
             seconds=time.monotonic() - started,
+            load_check=verdict,
         )
-        for (plan, final), target, manifest in zip(plans, targets, manifests, strict=True)
+        for (plan, final), target, manifest, verdict in zip(
+            plans, targets, manifests, verdicts, strict=True
+        )
     ]
 
 

@@ -105,6 +105,8 @@ def sweep(
     kernels: bool = True,
     allow_non_finite: bool = False,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
 ) -> list[RunResult]:
     """Merge every combination of values, reading the models once and sharing statistics.
 
@@ -114,7 +116,7 @@ def sweep(
         output: the folder that gets a folder for each combination, such as `t=2`; the spec's
             `output` by default.
         device, memory, threads, shard_size, overwrite, fresh, kernels, allow_non_finite,
-        on_progress: as for run.
+        on_progress, load_check, on_waiting: as for run.
 
     Returns:
         A result for each combination, the last setting varying fastest.
@@ -144,6 +146,8 @@ def sweep(
         overwrite=overwrite,
         fresh=fresh,
         on_progress=on_progress,
+        load_check=load_check,
+        on_waiting=on_waiting,
     )
 
 

@@ -1,0 +1,180 @@
+"""Asks transformers and diffusers, in a process of its own, what loading a model would find.
+
+The model is built on torch's meta device and loaded from tensors that have shapes and no data, by
+the libraries' own from_pretrained: so names that they rename, tie, pack or ignore are theirs to
+know, and neither memory nor disk is taken. No code of a model is run (trust_remote_code).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_MAX_WORDS = 400
+
+
+def main() -> None:
+    """Read a request from standard input and write what is found to standard output.
+
+    The request is a list of pairs of parts: one of an output, and the same of its base or None,
+    which is looked at only where the output's does not load clean. The answer has a pair of what
+    `check_part` returns for each.
+    """
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the libraries print
+    pairs = json.load(sys.stdin)
+    with answer:
+        json.dump([check_pair(*pair) for pair in pairs], answer)
+
+
+def check_pair(
+    output: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return what loading an output's part finds, and if that is not clean, the base's."""
+    found = check_part(output)
+    clean = "by" in found and not (found["missing"] or found["unexpected"] or found["mismatched"])
+    return found, None if clean or base is None else check_part(base)
+
+
+def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what from_pretrained finds in a model.
+
+    Args:
+        part: its "library" and "class", its "config", and "tensors", shapes by name.
+
+    Returns:
+        "by" (library and version), the "missing" and "unexpected" names, the "mismatched"
+        [name, found, expected], and the "num_rows" of the input embeddings or None; or
+        "unknown", why it cannot be told here; or "error", how the library fails.
+    """
+    library, name = part["library"], part["class"]
+    try:
+        found = _load(library, name, part)
+    except _Unknown as unknown:
+        return {"unknown": str(unknown)}
+    except ImportError as error:
+        return {"unknown": f"{name} cannot be imported: {_words(error)}"}
+    except Exception as error:  # from_pretrained may raise anything for a config that is wrong
+        return {"error": f"{type(error).__name__}: {_words(error)}"}
+    return found
+
+
+class _Unknown(Exception):
+    """Why a model cannot be built here, whatever its weights."""
+
+
+def _words(error: Exception) -> str:
+    """Return an error's text in one line, without what colours a terminal."""
+    text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())
+    return text if len(text) <= _MAX_WORDS else text[:_MAX_WORDS] + "…"
+
+
+def _load(library: str, name: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    model_class = _find_class(library, name, part["config"])
+    if issubclass(model_class, import_module("transformers").PreTrainedModel):
+        by = f"transformers {import_module('transformers').__version__}"
+        model, info = _load_transformers(model_class, part["config"], part["tensors"])
+    else:
+        by = f"diffusers {import_module('diffusers').__version__}"
+        model, info = _load_diffusers(model_class, part["config"], part["tensors"])
+    return {
+        "by": by,
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": sorted(map(_mismatch, info["mismatched_keys"])),
+        "num_rows": _num_rows(model),
+    }
+
+
+def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
+    if find_spec("transformers") is None or (
+        library != "transformers" and find_spec("diffusers") is None
+    ):
+        wanted = "transformers" if library == "transformers" else "diffusers and transformers"
+        raise _Unknown(f"{wanted} must be installed")
+    if library in ("transformers", "diffusers"):
+        module: Any = import_module(library)
+    else:  # a folder of diffusers.pipelines, or a module of the pipeline's own
+        module = getattr(import_module("diffusers.pipelines"), library, None)
+    found = getattr(module, name, None)
+    if isinstance(found, type) and callable(getattr(found, "from_pretrained", None)):
+        return found
+    if config.get("auto_map"):
+        raise _Unknown(f"{name} needs its own code, which is not run")
+    version = getattr(import_module("transformers"), "__version__", "")
+    known = f"{library} {version}" if library == "transformers" else library
+    raise _Unknown(f"{known} has no {name}")
+
+
+def _load_transformers(
+    model_class: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> tuple[Any, Mapping[str, Any]]:
+    import torch
+
+    if find_spec("accelerate") is None:
+        # All goes to one device, for which only accelerate's presence is asked.
+        for home in ("transformers.integrations.accelerate", "transformers.modeling_utils"):
+            asks: Any = import_module(home)
+            if hasattr(asks, "is_accelerate_available"):
+                asks.is_accelerate_available = lambda *_: True
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        filled = model_class.config_class.from_pretrained(folder)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found: tuple[Any, Mapping[str, Any]] = model_class.from_pretrained(
+        None,
+        config=filled,
+        state_dict=tensors,
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return found
+
+
+def _load_diffusers(
+    model_class: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> tuple[Any, Mapping[str, Any]]:
+    """Load from a file of tensors without data, as diffusers takes none from memory."""
+    import torch
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        torch.save(tensors, Path(folder) / "diffusion_pytorch_model.bin")
+        found: tuple[Any, Mapping[str, Any]] = model_class.from_pretrained(
+            folder,
+            device_map="meta",
+            use_safetensors=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    return found
+
+
+def _mismatch(entry: Any) -> list[Any]:
+    """Return name, found and expected shape; transformers 4 may tell the name alone."""
+    if isinstance(entry, str):
+        return [entry, [], []]
+    name, found, expected = entry
+    return [name, list(found), list(expected)]
+
+
+def _num_rows(model: Any) -> int | None:
+    """Return the rows of the input embeddings; None where a model has none for tokens."""
+    from torch import nn
+
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
