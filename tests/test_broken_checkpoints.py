@@ -626,7 +626,8 @@ def test_tensors_that_the_base_lacks_are_all_listed(tmp_path, capsys):
         "  y: in DIR/a, not in DIR/base\n"
         "  z: in DIR/a, not in DIR/base\n"
         "  z: in DIR/b, not in DIR/base\n"
-        "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out.\n",
+        "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out. "
+        "What is left out is lost: these weights will not be in the output.\n",
     )
     _assert_nothing_was_written(tmp_path)
 

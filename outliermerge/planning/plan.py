@@ -12,6 +12,7 @@ from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
+from outliermerge.planning.advice import Unpaired, advise, refuse_unused
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.output_names import written_names
@@ -19,13 +20,14 @@ from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars
 from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
+from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
-from outliermerge.spec.rename import best_rename
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
+_MISFIT = "of another shape or kind"
 
 
 def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
@@ -48,7 +50,9 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
+        apart = refuse_unmerged(opened)
         matched, self.tied_copies, self.notes = match_tied(opened)
+        self.notes += apart
         self.alignment = _align(matched, spec)
         self.inputs = tuple(
             replace(
@@ -62,6 +66,7 @@ class _Planner:
         self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.problems: dict[str, list[str]] = {}
+        self.unpaired: dict[int, Unpaired] = {}
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
         self.checks: list[Job] = []
@@ -76,6 +81,8 @@ class _Planner:
         self.layers = find_layers(self.names)
         drafts = [draft for name in self.names if (draft := self._draft(name)) is not None]
         self._raise_problems()
+        used = {number for _, _, sources, *_ in drafts for number, _ in sources}
+        refuse_unused(self.inputs, self.model_numbers, used)
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs[0], [draft[0] for draft in drafts])
@@ -154,7 +161,7 @@ class _Planner:
             )
             if source.shape != first.shape or not same_kind:
                 self._problem(
-                    "of another shape or kind",
+                    _MISFIT,
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
                     f"{_describe(source)} in {self.inputs[number].reference}",
                 )
@@ -204,6 +211,7 @@ class _Planner:
             elif word != "drop":
                 where = self.inputs[number].reference
                 self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
+                self.unpaired.setdefault(number, Unpaired()).extra.append(name)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
         if not found:
             if holders:
@@ -211,7 +219,7 @@ class _Planner:
             return None
         if len({(source.shape, source.dtype) for _, source in found}) > 1:
             where = ", ".join(self.inputs[n].reference for n in copied)
-            self._problem("of another shape or kind", f"{name}: differs between {where}")
+            self._problem(_MISFIT, f"{name}: differs between {where}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
         return name, action, found, {}, self._stored(found[0][1]), "extra, copied"
@@ -232,6 +240,7 @@ class _Planner:
         for number in lacking:
             if self.policies.word("missing", name, number) != "base":
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
+                self.unpaired.setdefault(number, Unpaired()).missing.append(name)
                 allowed = False
             elif len(lacking) < len(self.model_numbers):
                 self.lacking.setdefault(self.inputs[number].reference, []).append(name)
@@ -286,25 +295,13 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        advice = {
-            "missing": "`missing: base` in the spec takes a model as unchanged where it lacks a "
-            "tensor (it needs a base_model).",
-            "extra": "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them "
-            "out.",
-            "of another shape or kind": "Such models cannot be merged as they are.",
-        }
         parts = [
-            f"{len(items)} tensor(s) {kind}:\n{listing(items)}\n{advice[kind]}"
+            f"{len(items)} tensor(s) {kind}:\n{listing(items)}"
             for kind, items in self.problems.items()
         ]
-        for entry in self.inputs[1:]:
-            names = entry.checkpoint.tensors
-            if (best := best_rename(names, self.reference)) is not None:
-                own = "Added to its own, " if entry.renamed else ""
-                parts.append(
-                    f"{own}`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
-                    f"{len(names)} tensors with those of {self.inputs[0].reference}."
-                )
+        if _MISFIT in self.problems:
+            parts.append("Such models cannot be merged as they are.")
+        parts += advise(self.inputs, self.unpaired)
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
     def _check_filters(self) -> None:
