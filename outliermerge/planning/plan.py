@@ -13,6 +13,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, refuse_unused
+from outliermerge.planning.buffers import is_buffer
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.output_names import written_names
@@ -151,15 +152,16 @@ class _Planner:
         if name not in self.reference:
             return self._draft_extra(name, holders)
         first = self.reference[name]
-        if not first.dtype.is_float and self.policies.word("unequal", name) == "base":
-            reason = f"{first.dtype.name} buffer, the base model's"
-            return name, "copy", ((0, first),), {}, self._stored(first), reason
+        held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
+        no_floats = not any(source.dtype.is_float for source in held)
+        if (no_floats or is_buffer(held)) and self.policies.word("unequal", name) == "base":
+            kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
+            reason = f"{kinds} buffer, the base model's"
+            return name, "copy", ((0, first),), {}, first.out_dtype, reason
         for number in holders:
             source = self.inputs[number].checkpoint.tensors[name]
-            same_kind = source.dtype == first.dtype or (
-                source.dtype.is_float and first.dtype.is_float
-            )
-            if source.shape != first.shape or not same_kind:
+            both_float = source.dtype.is_float and first.dtype.is_float
+            if source.shape != first.shape or not (both_float or is_buffer(held)):
                 self._problem(
                     _MISFIT,
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
@@ -171,8 +173,8 @@ class _Planner:
         own = (0, first)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
         dtype = self._stored(first)
-        if not first.dtype.is_float:
-            return self._draft_unmergeable(name, own, found, dtype)
+        if is_buffer(held):
+            return self._draft_unmergeable(name, own, found)
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
@@ -192,12 +194,20 @@ class _Planner:
         return name, "merge", found, parameters, dtype, ""
 
     def _draft_unmergeable(
-        self, name: str, own: _Numbered, found: tuple[_Numbered, ...], dtype: DType
+        self, name: str, own: _Numbered, found: tuple[_Numbered, ...]
     ) -> _Draft:
-        kind = f"{dtype.name} buffer"
         sources = tuple(dict.fromkeys([own, *found]))
+        dtypes = {self.inputs[n].reference: source.dtype.name for n, source in sources}
+        kinds = " or ".join(dict.fromkeys(dtypes.values()))
+        if len(set(dtypes.values())) > 1:
+            where = ", ".join(f"{dtype} in {model}" for model, dtype in dtypes.items())
+            self.notes.append(
+                f"{name}: {where}; a buffer, which is copied as it is in "
+                f"{self.inputs[0].reference} if all have the same values (else `unequal` decides)"
+            )
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
-        return name, action, sources, {}, dtype, kind
+        # In its own dtype: a narrower one would round what counts as an index.
+        return name, action, sources, {}, own[1].out_dtype, f"{kinds} buffer"
 
     def _draft_extra(self, name: str, holders: list[int]) -> _Draft | None:
         copied = []
@@ -217,12 +227,14 @@ class _Planner:
             if holders:
                 self.dropped.append(name)
             return None
-        if len({(source.shape, source.dtype) for _, source in found}) > 1:
+        held = [source for _, source in found]
+        if len({(source.shape, source.dtype) for source in held}) > 1 and not is_buffer(held):
             where = ", ".join(self.inputs[n].reference for n in copied)
             self._problem(_MISFIT, f"{name}: differs between {where}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
-        return name, action, found, {}, self._stored(found[0][1]), "extra, copied"
+        dtype = held[0].out_dtype if is_buffer(held) else self._stored(held[0])
+        return name, action, found, {}, dtype, "extra, copied"
 
     def _check_tied(self, tied: TiedCopy) -> Job:
         entry = self.inputs[tied.number]
