@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-_DIFFUSERS = r"to_\w+_lora|lora_linear_layer"
+_DIFFUSERS = r"\w+_lora\d*(?=\.(?:down|up)\.)|lora_linear_layer"
 _KOHYA = r"lora_(?:down|up|mid)|dora_scale|hada_[wt]\d\w*|lokr_[wt]\d\w*|oft_(?:blocks|diag)"
 _PEFT = (
     r"(?:scaled_)?lora_(?:[ABab]|embedding_[AB]|magnitude_vector)|scaled_lora_s|scaled_noise_s"
     r"|ia3_l|(?:p?vera)_lambda_\w+|b?oft_[RSrs]|hra_u|trainable_tokens_delta"
-    r"|(?:adamss|beft|c3a|delora|deft|fourierft|frod|glora|gralora|hira|lily|miss|osf|peanut|psoft"
-    r"|randlora|road|shira|tinylora|unilora|vblora|waveft|xlora)_\w+"
 )
 _FACTOR = re.compile(
     rf"(?:^|[./])(?:(?:{_DIFFUSERS}|{_KOHYA}|{_PEFT})(?=\.|$)|lora\.(?:down|up)\.)"
@@ -24,11 +22,15 @@ _FACTOR = re.compile(
 # Names that kohya's scripts and LyCORIS make of modules: all dots of a module as underscores.
 _FLAT = re.compile(r"^(?:lora|lycoris|oft|loha|lokr)_(?:unet|te\d?|prior_\w+|transformer)_[^.]+\.")
 _WRAPPED = re.compile(r"^(?P<layer>.+\.)(?:base_layer|original_module)\.")
+_OF_PIPELINE = re.compile(r"(?:unet|transformer|text_encoder\w*|diffusion_model)\.")
 _FOR_KOHYA = re.compile(rf"(?:^|[./])(?:{_KOHYA})(?=\.|$)")
 # Beside an original tensor, what torch makes the weight with.
 _COMPANIONS = {
-    r"^(?P<stem>(?:.*\.)?)(?P<weight>\w+)_g$": ("{stem}{weight}_v",),
-    r"^(?P<stem>(?:.*\.)?)(?P<weight>\w+)_orig$": ("{stem}{weight}_mask", "{stem}{weight}_u"),
+    r"^(?P<stem>(?:.*\.)?)(?P<weight>weight\w*)_g$": ("{stem}{weight}_v",),
+    r"^(?P<stem>(?:.*\.)?)(?P<weight>weight\w*|bias)_orig$": (
+        "{stem}{weight}_mask",
+        "{stem}{weight}_u",
+    ),
 }
 _PARAMETRIZED = re.compile(r"^(?P<stem>(?:.*\.)?)parametrizations\.(?P<weight>[^.]+)\.")
 
@@ -62,21 +64,21 @@ def how_to_merge(names: Iterable[str], parts: Collection[str]) -> str:
             "into its base model first: sd-scripts' networks/merge_lora.py or sdxl_merge_lora.py, "
             "LyCORIS's tools/merge.py."
         )
-    if not others and any(re.match(r"(unet|transformer|text_encoder\w*)\.", name) for name in names):
+    if not others and any(map(_OF_PIPELINE.match, names)):
         return (
             "a LoRA file of diffusers, which is not read. Merge it into its pipeline first: "
             "load_lora_weights(), fuse_lora(), unload_lora_weights(), save_pretrained()."
         )
     if not others:
         return (
-            "a LoRA or another adapter alone. Beside its file peft's adapter_config.json is needed, "
-            "which says how much it changes; of a LoRA that peft did not make, the program that "
-            "trained it merges it into its base model."
+            "a LoRA or another adapter alone. To read it, peft's adapter_config.json is needed "
+            "beside it, which says how much it changes. Of a LoRA that peft did not make, the "
+            "program that trained it merges it into its base model."
         )
     return (
-        "an unmerged adapter (of LoRA's kind) in a model's state dict, as a PeftModel has it before "
-        "it is merged. How much it changes (lora_alpha, r) is not in the file. Load it into a "
-        "PeftModel with the settings of its training, then merge_and_unload() and "
+        "an unmerged adapter (of LoRA's kind) in a model's state dict, as a PeftModel has it "
+        "before it is merged. How much it changes (lora_alpha, r) is not in the file. Load it into "
+        "a PeftModel with the settings of its training, then merge_and_unload() and "
         "save_pretrained(); or save the PeftModel by its own save_pretrained(), and give that "
         "adapter as the model."
     )
@@ -95,7 +97,7 @@ def composed(names: Collection[str]) -> dict[str, str]:
             found[name] = match["stem"] + match["weight"]
         for pattern, companions in _COMPANIONS.items():
             if match := re.match(pattern, name):
-                others = [c.format(**match.groupdict()) for c in companions]
-                for other in known.intersection(others):
-                    found[name] = found[other] = match["stem"] + match["weight"]
+                weight = match["stem"] + match["weight"]
+                for other in known.intersection(weight + end for end in companions):
+                    found[name] = found[other] = weight
     return {name: found[name] for name in names if name in found}

@@ -86,7 +86,9 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
     reference = inputs[0]
     for number in numbers:
         entry = inputs[number]
-        if number in used or any(n in reference.checkpoint.tensors for n in entry.checkpoint.tensors):
+        if number in used or any(
+            n in reference.checkpoint.tensors for n in entry.checkpoint.tensors
+        ):
             continue
         one = _sort(entry, reference, Unpaired())
         raise OutlierMergeError(

@@ -193,9 +193,7 @@ class _Planner:
             return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
 
-    def _draft_unmergeable(
-        self, name: str, own: _Numbered, found: tuple[_Numbered, ...]
-    ) -> _Draft:
+    def _draft_unmergeable(self, name: str, own: _Numbered, found: tuple[_Numbered, ...]) -> _Draft:
         sources = tuple(dict.fromkeys([own, *found]))
         dtypes = {self.inputs[n].reference: source.dtype.name for n, source in sources}
         kinds = " or ".join(dict.fromkeys(dtypes.values()))

@@ -14,6 +14,7 @@ from outliermerge.spec.settings import SettingError, SpecPath
 
 __all__ = ["MAP_NAMES", "Rename", "Rule", "best_rename", "find_rename", "parse_rename"]
 
+
 @dataclass(frozen=True)
 class Rule:
     """One regular expression and its replacement, or one named map.

@@ -207,6 +207,8 @@ def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
             continue
         # Something is put in: where, what stands before it tells.
         before = parts[max(0, a - 2) : a] if _numbers(parts[a - 1 : a]) else parts[a - 1 : a]
-        where = "".join(r"\d+" + re.escape(p[-1]) if _numbers([p]) else re.escape(p) for p in before)
+        where = "".join(
+            r"\d+" + re.escape(p[-1]) if _numbers([p]) else re.escape(p) for p in before
+        )
         steps.append(_rule(f"{_START}({where})", "".join(new), groups=r"\1"))
     return steps
