@@ -17,7 +17,7 @@ from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 Fits = Callable[[str, str], bool]
 _MAX_RULES = 5
 # Enough to see how names differ; a large model repeats itself in every layer.
-_MAX_COMPARED, _MAX_TRIED = 64, 12
+_MAX_SAMPLED, _MAX_COMPARED, _MAX_TRIED = 3000, 64, 12
 _PART = re.compile(r"[^./]*[./]|[^./]+$")
 _START = "(?<![^./])"  # where a part of a name begins
 
@@ -70,27 +70,45 @@ def find_rename(
         fits: tells of a name and a wanted one whether their tensors can be the same.
     """
     names, wanted = list(names), set(wanted)
-    current = {name: name for name in names}
+    current = {name: name for name in _sample(names)}
+    num_names = len(current)
     steps: list[_Step] = []
     count = best = _num_paired(current, wanted, fits)
-    while len(steps) < _MAX_RULES and count < len(names):
+    while len(steps) < _MAX_RULES and count < num_names:
         chosen: Sequence[_Step] = ()
+        num_lost = num_names
         for tried in _candidates(current, wanted, fits):
             changed = _changed(current, tried)
             if len(set(changed.values())) < len(changed):
                 continue  # two names would become one
             number = _num_paired(changed, wanted, fits)
-            if number > best and number - count > _num_misfits(current, changed, wanted, fits):
-                chosen, best = tried, number
+            if number - count <= _num_misfits(current, changed, wanted, fits):
+                continue
+            # Of two that pair as many, the one that leaves more of the others as they are.
+            lost = sum(new != current[old] and new not in wanted for old, new in changed.items())
+            if number > best or (chosen and number == best and lost < num_lost):
+                chosen, best, num_lost = tried, number, lost
         if not chosen:
             break
         steps += chosen
         current, count = _changed(current, chosen), best
-    if not steps:
+    renamed = _changed({name: name for name in names}, steps)
+    if not steps or len(set(renamed.values())) < len(names):
         return None
     text = ", ".join(step.text for step in steps)
     is_map = len(steps) == 1 and text in MAP_NAMES
-    return FoundRename(text if is_map else f"[{text}]", current, count)
+    return FoundRename(
+        text if is_map else f"[{text}]", renamed, _num_paired(renamed, wanted, fits)
+    )
+
+
+def _sample(names: Sequence[str]) -> Sequence[str]:
+    """Return names that show how all differ: those outside of layers, and some of the others."""
+    if len(names) <= _MAX_SAMPLED:
+        return names
+    inside = [name for name in names if re.search(r"\d", name)]
+    chosen = {*inside[:: len(inside) // _MAX_SAMPLED + 1], *names[:1], *names[-1:]}
+    return [name for name in names if name in chosen or not re.search(r"\d", name)]
 
 
 def _num_paired(current: Mapping[str, str], wanted: set[str], fits: Fits) -> int:
@@ -202,7 +220,10 @@ def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
             return []
         end = "$" if old and b == len(parts) else ""
         start = _START if a else "^"
-        if old or not a:
+        if not old and not a:
+            steps.append(_rule(f"^(?={re.escape(parts[0])})", "".join(new)))
+            continue
+        if old:
             steps.append(_rule(f"{start}{re.escape(''.join(old))}{end}", "".join(new)))
             continue
         # Something is put in: where, what stands before it tells.
