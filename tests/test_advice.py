@@ -129,6 +129,14 @@ def test_a_model_of_which_nothing_would_be_used_is_refused(flavour, policies, tm
     assert not any(losing in message for losing in LOSING)
 
 
+def test_a_rename_that_policies_hide_is_noted(tmp_path):
+    save_tensors(tmp_path / "base", weights(0))
+    save_tensors(tmp_path / "task", renamed(weights(1), FLAVOURS["gamma and beta"]))
+    spec = spec_of(tmp_path / "base", tmp_path / "task", extra="drop", missing="base")
+    notes = outliermerge.plan(spec).notes
+    assert any("`rename: gamma_beta_to_weight_bias`" in note for note in notes)
+
+
 def test_only_what_has_no_counterpart_gets_a_policy(tmp_path):
     base = weights(0) | {"model.rotary.inv_freq": torch.ones(4)}
     extra = {"score.weight": torch.ones(3, 8), "model.position_ids": torch.arange(5)}
@@ -342,7 +350,7 @@ def test_lora_files_of_image_models_are_named_and_refused(name, policies, tmp_pa
     save_file(stored, tmp_path / "style.safetensors")
     spec = spec_of(tmp_path / "base.safetensors", tmp_path / "style.safetensors", **policies)
     message = refusal(spec)
-    assert "LoRA" in message and "Merge it into its" in message or "merges it into" in message
+    assert ("LoRA" in message and "Merge it into its" in message) or "merges it into" in message
     assert not any(losing in message for losing in LOSING)
 
 

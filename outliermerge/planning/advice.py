@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from typing import Any
 
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
@@ -14,6 +16,7 @@ from outliermerge.spec.rename import find_rename
 
 # More tensors than these on both sides are a model in another layout, not a head or a buffer.
 _MANY = 8
+_MAX_SHOWN = 20  # pairs that are listed, and filters
 _MISSING = (
     "`missing: base` in the spec takes a model as unchanged where it lacks a tensor (it needs a "
     "base_model)."
@@ -98,6 +101,17 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
         )
 
 
+def overlooked(inputs: Sequence[Input], dropped: Collection[str]) -> Iterator[str]:
+    """Yield notes of renames that would pair what the spec's policies leave out."""
+    left_out = set(dropped)
+    for entry in inputs[1:]:
+        if left_out.isdisjoint(entry.checkpoint.tensors):
+            continue
+        one = _sort(entry, inputs[0], Unpaired())
+        if one.rename:
+            yield f"some of what is left out may be needed: {one.rename}"
+
+
 def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     ours, theirs = entry.checkpoint.tensors, reference.checkpoint.tensors
     found = find_rename(ours, theirs, lambda old, new: _alike(ours[old], theirs[new]))
@@ -143,20 +157,34 @@ def _pairs(
     """
     ours = {name: source for name, source in over.items() if source.dtype.is_float}
     theirs = {name: source for name, source in lacking.items() if source.dtype.is_float}
-    open_ = dict(theirs)
-    pairs = []
+    twins: dict[Any, list[str]] = defaultdict(list)
+    for name, source in theirs.items():
+        twins[source.shape].append(name)
+        twins[source.shape, _numbers(name)].append(name)
+    pairs: list[tuple[str, str]] = []
+    taken: set[str] = set()
     for name, source in ours.items():
-        twins = [other for other in open_ if open_[other].shape == source.shape]
-        if twins:
-            best = max(twins, key=lambda other: SequenceMatcher(None, name, other).ratio())
-            pairs.append((name, best))
-            del open_[best]
+        for key in ((source.shape, _numbers(name)), source.shape):
+            near = twins[key]
+            while near and near[-1] in taken:
+                near.pop()
+            if near:
+                few = [*near[-1:], *near[:16]] if len(pairs) < _MAX_SHOWN else near[-1:]
+                open_ = [other for other in few if other not in taken]
+                best = max(open_, key=lambda other: SequenceMatcher(None, name, other).ratio())
+                pairs.append((name, best))
+                taken.add(best)
+                break
     paired = {name for pair in pairs for name in pair}
     all_ = not any_paired or min(len(ours), len(theirs)) > _MANY
     places = set(map(_place, ours)) & set(map(_place, theirs)) - {""}
     pairs += [(n, "") for n in ours if n not in paired and theirs and (all_ or _place(n) in places)]
     pairs += [("", n) for n in theirs if n not in paired and ours and (all_ or _place(n) in places)]
     return pairs
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdigit())
 
 
 def _place(name: str) -> str:
@@ -187,11 +215,15 @@ def _rest(where: str, one: _Sorted, inputs: Sequence[Input]) -> str:
 
 def _filters(names: Sequence[str], others: Collection[str], word: str) -> str:
     """Return entries of a policy whose filters are in these names and in no others."""
+    all_others = "\n".join(others)
     filters: dict[str, None] = {}
     for name in names:
+        if name.startswith(tuple(filters)):
+            continue
+        if len(filters) == _MAX_SHOWN:
+            break
         parts = name.split(".")
         starts = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
-        fits = (start for start in starts if not any(start in other for other in others))
-        filters[next(fits, name)] = None
+        filters[next((start for start in starts if start not in all_others), name)] = None
     entries = (f"{{filter: {json.dumps(text)}, value: {word}}}" for text in filters)
     return f"[{', '.join(entries)}]"

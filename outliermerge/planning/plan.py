@@ -12,7 +12,7 @@ from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
-from outliermerge.planning.advice import Unpaired, advise, refuse_unused
+from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
 from outliermerge.planning.buffers import is_buffer
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
@@ -126,6 +126,7 @@ class _Planner:
                 *self.alignment.notes,
                 *sidecar_notes,
                 *doubts,
+                *overlooked(self.inputs, self.dropped),
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
             checks=tuple(self.checks),

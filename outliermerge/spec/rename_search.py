@@ -97,9 +97,7 @@ def find_rename(
         return None
     text = ", ".join(step.text for step in steps)
     is_map = len(steps) == 1 and text in MAP_NAMES
-    return FoundRename(
-        text if is_map else f"[{text}]", renamed, _num_paired(renamed, wanted, fits)
-    )
+    return FoundRename(text if is_map else f"[{text}]", renamed, _num_paired(renamed, wanted, fits))
 
 
 def _sample(names: Sequence[str]) -> Sequence[str]:
