@@ -13,6 +13,7 @@ from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.exact import are_whole, same_values
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 from outliermerge.planning.tied import WAYS_OUT
@@ -122,14 +123,25 @@ class JobRunner:
         return [self._read(work, meta, span, slot) for slot, (_, meta) in enumerate(sources)]
 
     def _identical(self, work: Work) -> Steps[bool]:
-        """Tell whether all sources hold the same bytes, by their first pieces as a rule."""
+        """Tell whether all sources hold the same bytes, by their first pieces as a rule.
+
+        Of a tensor that is only copied the values count, of whatever dtype.
+        """
         job = work.job
-        if len(job.sources) < 2 or len({meta.dtype for _, meta in job.sources}) > 1:
-            return len(job.sources) < 2
+        if len(job.sources) < 2:
+            return True
+        dtypes = [meta.dtype for _, meta in job.sources]
+        if len(set(dtypes)) > 1 and job.action == "merge":
+            return False
 
         def same(span: Span) -> bool:
             first, *others = self._read_all(work, span)
-            return all(work.engine.equal(first, other) for other in others)
+            return all(
+                work.engine.equal(first, other)
+                if dtype == dtypes[0]
+                else same_values(dtypes[0], first, dtype, other)
+                for dtype, other in zip(dtypes[1:], others, strict=True)
+            )
 
         first, *rest = work.first_piece_and_blocks()
         for blocks in ([first], rest):
@@ -139,6 +151,15 @@ class JobRunner:
                 return False
         return True
 
+    def _all_whole(self, work: Work) -> Steps[bool]:
+        """Tell whether all sources hold whole numbers."""
+        dtypes = [meta.dtype for _, meta in work.job.sources]
+
+        def whole(span: Span) -> bool:
+            return all(map(are_whole, dtypes, self._read_all(work, span)))
+
+        return all((yield Round(whole, work.blocks())))
+
     def check_equal(self, job: Job) -> Steps[None]:
         """Raise OutlierMergeError unless all sources of a job hold the same values."""
         if (yield from self._identical(self._work(job))):
@@ -147,15 +168,25 @@ class JobRunner:
         if job in self._plan.checks:
             way_out = WAYS_OUT if is_head(job.name) else "Such models cannot be merged as they are."
             raise OutlierMergeError(f"{job.reason}. They are not. {way_out}")
-        kind = job.sources[0][1].dtype.name
+        dtypes = [meta.dtype.name for _, meta in job.sources]
+        kind, what = dtypes[0], "it differs"
+        if len(set(dtypes)) > 1:
+            models = [f"{model} ({name})" for model, name in zip(models, dtypes, strict=True)]
+            what = "its dtype and its values differ"
         advice = "Make it equal."
+        if len(set(dtypes)) > 1 and not (yield from self._all_whole(self._work(job))):
+            raise OutlierMergeError(
+                f"tensor {job.name!r} is a weight with fractions in one model and integers in "
+                f"another:\n{listing(models)}\nConvert the model that has integers: these are "
+                "rounded, or codes of a quantised weight."
+            )
         if job.reason.startswith("extra"):
             advice = "Give `extra: copy` to one of them and `extra: drop` to the others."
         elif self._plan.inputs[0].role == "base":
             advice = "`unequal: base` takes the base model's, or make it equal."
         raise OutlierMergeError(
             f"tensor {job.name!r} ({kind}, {job.reason}) cannot be merged, only copied, "
-            f"but it differs between:\n{listing(models)}\n{advice}"
+            f"but {what} between:\n{listing(models)}\n{advice}"
         )
 
     def _copy(self, work: Work, job: Job, sink: Sink) -> Steps[JobResult]:

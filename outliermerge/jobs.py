@@ -257,6 +257,8 @@ class Plan:
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
         # Computed sources hold their rows in float32 while they are made.
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
+        if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
+            raw += 48  # their values in 64 bits, which are compared
         if job.action != "merge" or options.uses_kernels(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes

@@ -17,7 +17,7 @@ from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.load_check import LoadCheck, Part, Shapes, Verdict, find_parts
 from outliermerge.manifest import read_manifest
-from outliermerge.planning.tied import ties_head, vocabulary_rows
+from outliermerge.planning.tied_names import ties_head, vocabulary_rows
 from outliermerge.spec.settings import find_layers
 
 _ID = re.compile(r"(_token_id|_token_index|_token_ids)$")

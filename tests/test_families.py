@@ -853,7 +853,8 @@ def test_extra_is_a_models_own_word_first(top, own, word, trio):
         assert refusal(spec) == (
             "the models do not hold the same tensors\n"
             f"1 tensor(s) extra:\n  b.weight: in {whole}, not in {short}\n"
-            "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out."
+            "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out. "
+            "What is left out is lost: these weights will not be in the output."
         )
         return
     plan = outliermerge.plan(spec)

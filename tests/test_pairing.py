@@ -577,14 +577,22 @@ def test_a_file_verifies_whatever_the_config_is_taken_from(tmp_path):
         assert outliermerge.verify(result.output) == []
 
 
-@pytest.mark.parametrize("base_has_it", [True, False])
-def test_an_output_without_a_config_is_told_and_no_other(base_has_it, tmp_path):
+def test_an_output_without_a_config_is_told(tmp_path):
     base, task = (model(tmp_path / n, randoms({"w": (3,)}, 0)) for n in ("base", "task"))
-    ((task if base_has_it else base) / "config.json").unlink()
-    spec = spec_of(base, task, config_source=str(task))
-    told = any("no config.json" in note for note in outliermerge.plan(spec).notes)
-    output = outliermerge.run(spec, output=tmp_path / "out").output
-    assert told is not (output / "config.json").exists()
+    (base / "config.json").unlink()
+    told = [note for note in outliermerge.plan(spec_of(base, task)).notes if "config.json" in note]
+    assert told == [f"{base} has no config.json: transformers cannot load it"]
+    output = outliermerge.run(spec_of(base, task), output=tmp_path / "out").output
+    assert not (output / "config.json").exists()
+    sourced = spec_of(base, task, config_source=str(task))
+    assert not any("no config.json" in note for note in outliermerge.plan(sourced).notes)
+
+
+def test_a_config_source_without_a_config_is_refused(tmp_path):
+    base, task = (model(tmp_path / n, randoms({"w": (3,)}, 0)) for n in ("base", "task"))
+    (task / "config.json").unlink()
+    with pytest.raises(SpecError, match=r"config_source: .* has no config files"):
+        outliermerge.plan(spec_of(base, task, config_source=str(task)))
 
 
 def test_the_base_may_be_named_as_a_source(tmp_path):

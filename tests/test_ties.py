@@ -245,6 +245,27 @@ def test_an_untied_base_is_not_tied(tmp_path):
         outliermerge.plan(spec)
 
 
+@pytest.mark.parametrize("said", [True, False, None])
+def test_embeddings_under_a_name_that_does_not_pair_are_not_taken_for_tied(said, tmp_path):
+    """With a head that stood for them, the trained embeddings would be lost."""
+    small("llama", tied=False).save_pretrained(tmp_path / "base")
+    small("llama", tied=False, seed=1).save_pretrained(tmp_path / "task")
+    tensors = load_folder(tmp_path / "task")
+    for name, tensor in [(n, t) for n, t in tensors.items() if n.startswith("model.")]:
+        tensors[name.removeprefix("model.") if "embed" in name else name] = tensor
+    del tensors[EMBEDDINGS]
+    store(tmp_path / "task", tensors)
+
+    def say(config: dict[str, Any]) -> None:
+        config.pop("tie_word_embeddings")
+        config |= {} if said is None else {"tie_word_embeddings": said}
+
+    edit_json(tmp_path / "task" / "config.json", say)
+    with pytest.raises(OutlierMergeError, match="not in") as caught:
+        outliermerge.plan(spec_of(tmp_path / "base", [tmp_path / "task"]))
+    assert "rename" in str(caught.value)
+
+
 # Where a config says it
 
 

@@ -6,9 +6,8 @@ The file layout is that of peft 0.21's `get_peft_model_state_dict`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from outliermerge.checkpoint.adapter_config import (
@@ -20,7 +19,10 @@ from outliermerge.checkpoint.adapter_config import (
     ends_with,
     is_saved_whole,
     read_adapter_config,
+    without_wrappers,
 )
+from outliermerge.checkpoint.adapter_keys import KEY, OWN_PARTS, PREFIX, WRAPPED, LayerParts
+from outliermerge.checkpoint.adapter_promises import broken_promises, notes_of
 from outliermerge.checkpoint.adapter_scaled import NoiseSum, ScaledSum
 from outliermerge.checkpoint.adapter_tensors import (
     LowRankSum,
@@ -34,35 +36,6 @@ from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
 from outliermerge.checkpoint.weights import read_metas
 from outliermerge.errors import OutlierMergeError, listing
-
-_PREFIX = "base_model.model."
-# What peft puts around a layer that it wraps.
-_WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.default)?\.")
-_KEY = re.compile(
-    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta"
-    r"|scaled_lora_[ABs]|scaled_noise_s)(\.default)?"
-    r"(\.(?P<end>weight|bias))?$"
-)
-_OWN_PARTS = {SCALED_LORA: "scaled_lora_", SCALED_NOISE: "scaled_noise_"}
-
-
-@dataclass
-class _Module:
-    """What an adapter's file holds for one layer of the base."""
-
-    parts: dict[str, TensorMeta] = field(default_factory=dict)
-
-    def pair(self) -> tuple[TensorMeta, TensorMeta, bool] | None:
-        """Return A, B, and whether they are an embedding's; None where it has neither."""
-        for a, b, embedding in (
-            ("lora_A.weight", "lora_B.weight", False),
-            ("lora_embedding_A", "lora_embedding_B", True),
-            ("scaled_lora_A", "scaled_lora_B", False),
-        ):
-            if a in self.parts or b in self.parts:
-                return self.parts[a], self.parts[b], embedding
-        return None
 
 
 def open_adapter(
@@ -111,16 +84,16 @@ class _Adapter:
                 f"{folder}: beside the adapter, non_lora_trainables.bin holds trained tensors of "
                 "LLaVA. Merge both with LLaVA's scripts/merge_lora_weights.py."
             )
-        self.modules: dict[str, _Module] = {}
+        self.modules: dict[str, LayerParts] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
-            name = meta.name.removeprefix(_PREFIX)
-            match = _KEY.match(name)
-            if match and match["part"].startswith(_OWN_PARTS.get(self.kind, ("lora_", "token_"))):
+            name = meta.name.removeprefix(PREFIX)
+            match = KEY.match(name)
+            if match and match["part"].startswith(OWN_PARTS.get(self.kind, ("lora_", "token_"))):
                 part = match["part"]
                 if part in ("lora_A", "lora_B"):
                     part += f".{match['end']}"
-                parts = self.modules.setdefault(match["module"], _Module()).parts
+                parts = self.modules.setdefault(match["module"], LayerParts()).parts
                 if (other := parts.setdefault(part, meta)) is not meta:
                     raise self.refuse(f"{other.name!r} and {meta.name!r} are the same factor")
             elif match:
@@ -128,7 +101,7 @@ class _Adapter:
             elif "lora_" in name or "token_adapter.trainable" in name:
                 raise self.refuse(f"tensor {meta.name!r} is of no known kind")
             elif ".original_module." not in name:  # the same as in the base
-                self._add_whole(_WRAPPED.sub(".", name), meta)
+                self._add_whole(WRAPPED.sub(".", name), meta)
         self._check_names()
         names = [rename(name) for name in (*(f"{m}.weight" for m in self.modules), *self.whole)]
         heads = {name: tied(name) for name in names if name not in base.tensors}
@@ -169,6 +142,7 @@ class _Adapter:
             target = self.rename(name)
             tensors[target] = in_dtype_of(meta, self.base.tensors.get(target))
         self._check_targets(tensors)
+        self._check_promises()
         self.seen_transposed = self._told_by_shapes(tensors)
         for module, found in self.modules.items():
             self._change(tensors, module, found)
@@ -179,7 +153,11 @@ class _Adapter:
             weight_files=(*self.base.weight_files, FileStamp.of(self.file)),
             sidecars=(),
             left_behind=(),
-            notes=(*self.base.notes, self._note()),
+            notes=(
+                *self.base.notes,
+                self._note(),
+                *notes_of(self.config, self.layers, self.base.tensors),
+            ),
         )
 
     def _note(self) -> str:
@@ -191,6 +169,18 @@ class _Adapter:
         kind += f" (r={', '.join(map(str, ranks))})" if ranks else ""
         whole = f", {len(self.whole)} tensors stored whole" if self.whole else ""
         return f"{kind} of {len(self.modules)} layers{whole}, computed when it is read"
+
+    def _check_promises(self) -> None:
+        tokens = [
+            module
+            for module, found in self.modules.items()
+            if "token_adapter.trainable_tokens_delta" in found.parts
+        ]
+        self.layers = {m: self._names(m) for m in self.modules if m not in tokens}
+        base = self.base.tensors
+        broken = broken_promises(self.config, self.layers, tokens, self.whole, base)
+        for what in broken:
+            raise self.refuse(f"{CONFIG_NAME}: {what}")
 
     def _check_targets(self, tensors: Mapping[str, Source]) -> None:
         absent = [
@@ -224,13 +214,13 @@ class _Adapter:
                     ways.add(fits[1])
         return ways
 
-    def _pair(self, module: str, found: _Module) -> tuple[TensorMeta, TensorMeta, bool] | None:
+    def _pair(self, module: str, found: LayerParts) -> tuple[TensorMeta, TensorMeta, bool] | None:
         try:
             return found.pair()
         except KeyError as error:
             raise self.refuse(f"{module}: has no {error.args[0]}") from error
 
-    def _change(self, tensors: dict[str, Source], module: str, found: _Module) -> None:
+    def _change(self, tensors: dict[str, Source], module: str, found: LayerParts) -> None:
         target = self.rename(f"{module}.weight")
         parts = dict(found.parts)
         base = tensors[target]
@@ -313,9 +303,15 @@ class _Adapter:
             f"of {list(shape)}: is it an adapter of {self.base.root}?"
         )
 
+    def _names(self, module: str) -> list[str]:
+        """Return the names that a layer may go by: as in training, unwrapped, the base's."""
+        renamed = self.rename(f"{module}.weight").removesuffix(".weight")
+        return list(dict.fromkeys([module, without_wrappers(module), renamed]))
+
     def _scale(self, module: str, lora_a: TensorMeta) -> float:
-        rank = by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
-        alpha = by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        names = self._names(module)
+        rank = by_pattern(self.config.get("rank_pattern"), names, self.config.get("r"))
+        alpha = by_pattern(self.config.get("alpha_pattern"), names, self.config.get("lora_alpha"))
         if lora_a.num_elements == 0:
             raise self.refuse(f"{module}: A is empty, as ZeRO-3 saves it where it is not gathered")
         if not lora_a.shape or lora_a.shape[0] != rank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,28 @@ _READ = {
     SCALED_LORA: {"fan_in_fan_out", "lora_alpha", "peft_type", "r", "train_scale"},
     SCALED_NOISE: {"peft_type", "seed"},
 }
+# Kinds that change what a model computes from its input, not its weights: nothing to merge.
+_PROMPTS = "trains what is put before the input, and changes no weight of the model"
+_ROUTERS = "changes a layer's output by what its input is, and not its weights"
+_NEVER_MERGED = {
+    "ADAPTION_PROMPT": _PROMPTS,
+    "CARTRIDGE": _PROMPTS,
+    "CPT": _PROMPTS,
+    "MULTITASK_PROMPT_TUNING": _PROMPTS,
+    "P_TUNING": _PROMPTS,
+    "PREFIX_TUNING": _PROMPTS,
+    "PROMPT_TUNING": _PROMPTS,
+    "LILY": _ROUTERS,
+    "POLY": _ROUTERS,
+    "SHADOW": _ROUTERS,
+    "XLORA": _ROUTERS,
+}
+# Settings of LoRA that peft cannot merge either.
+_NEVER_MERGED_SETTINGS = {"alora_invocation_tokens", "arrow_config", "layer_replication"}
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module"
+    r"|base_model\.model)\."
+)
 _WITHOUT_MEANING = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -94,6 +116,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not config:
         raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
     kind = config.get("peft_type")
+    if kind in _NEVER_MERGED:
+        raise OutlierMergeError(
+            f"{path}: a PEFT adapter of type {kind}: it {_NEVER_MERGED[kind]}, so that it has no "
+            "merged form. Leave it out, or use it beside the merged model if that is still of use."
+        )
     if not isinstance(kind, str) or kind not in _READ:
         raise OutlierMergeError(
             f"{path}: a PEFT adapter of type {kind}; only LORA (with rsLoRA and DoRA), "
@@ -122,10 +149,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         key for key, value in config.items() if value and key not in _READ[kind] | _WITHOUT_MEANING
     ]
     if unknown:
+        advice = "Merge it with peft's merge_and_unload() where peft can, then save_pretrained()."
+        if never := [key for key in unknown if key in _NEVER_MERGED_SETTINGS]:
+            advice = f"With {', '.join(never)} it has no merged form."
         raise OutlierMergeError(
             f"{path}: cannot be computed with the settings:\n"
             + listing(f"{key}: {config[key]}" for key in unknown)
-            + "\nMerge it with peft's merge_and_unload() where peft can, then save_pretrained()."
+            + f"\n{advice}"
         )
     return config
 
@@ -147,15 +177,29 @@ def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
     return any(f".{module}." in f".{name}" for module in modules)
 
 
-def by_pattern(patterns: object, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that a layer's name ends with, as peft matches them."""
+def without_wrappers(module: str) -> str:
+    """Return a layer's name without what trainers' wrappers put into it.
+
+    >>> without_wrappers("_fsdp_wrapped_module.model.layers.0._orig_mod.q_proj")
+    'model.layers.0.q_proj'
+    """
+    return _WRAPPERS.sub("", module)
+
+
+def by_pattern(patterns: object, names: Sequence[str], default: Any) -> Any:
+    """Return the value of the first pattern that a layer's name ends with, as peft matches them.
+
+    Args:
+        names: that the layer may go by; of those that a pattern matches the first counts.
+    """
     if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            if ends_with(module, pattern):
-                return value
+        for name in names:
+            for pattern, value in patterns.items():
+                if ends_with(name, pattern):
+                    return value
     return default
 
 
 def ends_with(module: str, pattern: str) -> bool:
     """Tell whether a layer's name is, or ends with, what a regular expression matches."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return module == pattern or re.match(rf"(.*\.)?({pattern})$", module) is not None

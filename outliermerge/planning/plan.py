@@ -12,6 +12,8 @@ from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
+from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
+from outliermerge.planning.buffers import is_buffer
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.output_names import written_names
@@ -19,13 +21,14 @@ from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars
 from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
+from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
-from outliermerge.spec.rename import best_rename
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
+_MISFIT = "of another shape or kind"
 
 
 def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
@@ -48,6 +51,7 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
+        apart = refuse_unmerged(opened)
         wanted = spec.document.config_source
         self.tied = match_tied(
             opened,
@@ -67,9 +71,10 @@ class _Planner:
         self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.problems: dict[str, list[str]] = {}
+        self.unpaired: dict[int, Unpaired] = {}
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
-        self.notes = list(self.tied.notes)
+        self.notes = [*apart, *self.tied.notes]
         self.checks = [self._check_tied(copy) for copy in self.tied.copies if not copy.is_stray]
         self.used_filters: set[SpecPath] = set()
         self.any_resolved = False
@@ -82,6 +87,8 @@ class _Planner:
         self.layers = find_layers(self.names)
         drafts = self._drafts()
         self._raise_problems()
+        used = {number for _, _, sources, *_ in drafts for number, _ in sources}
+        refuse_unused(self.inputs, self.model_numbers, used)
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs[0], [draft[0] for draft in drafts])
@@ -125,6 +132,7 @@ class _Planner:
                 *self.alignment.notes,
                 *sidecar_notes,
                 *doubts,
+                *overlooked(self.inputs, self.dropped),
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
             checks=tuple(self.checks),
@@ -168,17 +176,18 @@ class _Planner:
         if name not in self.reference:
             return self._draft_extra(name, holders)
         first = self.reference[name]
-        if not first.dtype.is_float and self.policies.word("unequal", name) == "base":
-            reason = f"{first.dtype.name} buffer, the base model's"
-            return name, "copy", ((0, first),), {}, self._stored(first), reason
+        held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
+        no_floats = not any(source.dtype.is_float for source in held)
+        if (no_floats or is_buffer(held)) and self.policies.word("unequal", name) == "base":
+            kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
+            reason = f"{kinds} buffer, the base model's"
+            return name, "copy", ((0, first),), {}, first.out_dtype, reason
         for number in holders:
             source = self.inputs[number].checkpoint.tensors[name]
-            same_kind = source.dtype == first.dtype or (
-                source.dtype.is_float and first.dtype.is_float
-            )
-            if source.shape != first.shape or not same_kind:
+            both_float = source.dtype.is_float and first.dtype.is_float
+            if source.shape != first.shape or not (both_float or is_buffer(held)):
                 self._problem(
-                    "of another shape or kind",
+                    _MISFIT,
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
                     f"{_describe(source)} in {self.inputs[number].reference}",
                 )
@@ -188,8 +197,8 @@ class _Planner:
         own = (0, first)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
         dtype = self._stored(first)
-        if not first.dtype.is_float:
-            return self._draft_unmergeable(name, own, found, dtype)
+        if is_buffer(held):
+            return self._draft_unmergeable(name, own, found)
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
@@ -208,13 +217,19 @@ class _Planner:
             return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
 
-    def _draft_unmergeable(
-        self, name: str, own: _Numbered, found: tuple[_Numbered, ...], dtype: DType
-    ) -> _Draft:
-        kind = f"{dtype.name} buffer"
+    def _draft_unmergeable(self, name: str, own: _Numbered, found: tuple[_Numbered, ...]) -> _Draft:
         sources = tuple(dict.fromkeys([own, *found]))
+        dtypes = {self.inputs[n].reference: source.dtype.name for n, source in sources}
+        kinds = " or ".join(dict.fromkeys(dtypes.values()))
+        if len(set(dtypes.values())) > 1:
+            where = ", ".join(f"{dtype} in {model}" for model, dtype in dtypes.items())
+            self.notes.append(
+                f"{name}: {where}; a buffer, which is copied as it is in "
+                f"{self.inputs[0].reference} if all have the same values (else `unequal` decides)"
+            )
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
-        return name, action, sources, {}, dtype, kind
+        # In its own dtype: a narrower one would round what counts as an index.
+        return name, action, sources, {}, own[1].out_dtype, f"{kinds} buffer"
 
     def _draft_extra(self, name: str, holders: list[int]) -> _Draft | None:
         copied = []
@@ -228,17 +243,20 @@ class _Planner:
             elif word != "drop":
                 where = self.inputs[number].reference
                 self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
+                self.unpaired.setdefault(number, Unpaired()).extra.append(name)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
         if not found:
             if holders:
                 self.dropped.append(name)
             return None
-        if len({(source.shape, source.dtype) for _, source in found}) > 1:
+        held = [source for _, source in found]
+        if len({(source.shape, source.dtype) for source in held}) > 1 and not is_buffer(held):
             where = ", ".join(self.inputs[n].reference for n in copied)
-            self._problem("of another shape or kind", f"{name}: differs between {where}")
+            self._problem(_MISFIT, f"{name}: differs between {where}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
-        return name, action, found, {}, self._stored(found[0][1]), "extra, copied"
+        dtype = held[0].out_dtype if is_buffer(held) else self._stored(held[0])
+        return name, action, found, {}, dtype, "extra, copied"
 
     def _check_tied(self, tied: TiedCopy) -> Job:
         entry = self.inputs[tied.number]
@@ -256,6 +274,7 @@ class _Planner:
         for number in lacking:
             if self.policies.word("missing", name, number) != "base":
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
+                self.unpaired.setdefault(number, Unpaired()).missing.append(name)
                 allowed = False
             elif len(lacking) < len(self.model_numbers):
                 self.lacking.setdefault(self.inputs[number].reference, []).append(name)
@@ -310,25 +329,13 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        advice = {
-            "missing": "`missing: base` in the spec takes a model as unchanged where it lacks a "
-            "tensor (it needs a base_model).",
-            "extra": "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them "
-            "out.",
-            "of another shape or kind": "Such models cannot be merged as they are.",
-        }
         parts = [
-            f"{len(items)} tensor(s) {kind}:\n{listing(items)}\n{advice[kind]}"
+            f"{len(items)} tensor(s) {kind}:\n{listing(items)}"
             for kind, items in self.problems.items()
         ]
-        for entry in self.inputs[1:]:
-            names = entry.checkpoint.tensors
-            if (best := best_rename(names, self.reference)) is not None:
-                own = "Added to its own, " if entry.renamed else ""
-                parts.append(
-                    f"{own}`rename: {best[0]}` on {entry.reference} pairs {best[1]} of its "
-                    f"{len(names)} tensors with those of {self.inputs[0].reference}."
-                )
+        if _MISFIT in self.problems:
+            parts.append("Such models cannot be merged as they are.")
+        parts += advise(self.inputs, self.unpaired)
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
     def _check_filters(self) -> None:

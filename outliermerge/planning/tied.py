@@ -20,6 +20,7 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input
 from outliermerge.planning.tied_names import (
     EMBEDDINGS,
+    component,
     embeddings_of,
     head_of,
     is_head,
@@ -296,9 +297,17 @@ def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
     if head in entry.parted:
         return False
     tensors, config = entry.checkpoint.tensors, _config(entry)
-    if head in tensors and any(name in tensors for name in embeddings):
+    others = [name for name in tensors if name != head and component(name) == component(head)]
+    if head in tensors:
+        # The embeddings may be there under a name that does not pair.
+        shape = tensors[head].shape
+        is_alone = not any(name in tensors for name in embeddings)
+        if is_alone and any(n.endswith(EMBEDDINGS) and tensors[n].shape == shape for n in others):
+            return False
         return ties_head(config) is True
-    # One of the two is stored: it is both, unless the config has the other be missing.
+    if any(map(is_head, others)):
+        return False
+    # Only the embeddings are stored: they are the head too, unless the config has it missing.
     levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
     is_t5 = config.get("scale_decoder_outputs") is False
     return True in levels or False not in levels or is_t5

@@ -92,7 +92,7 @@ def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
             for other in tensors
             if (other == ending or other.endswith("." + ending))
             and other != name
-            and _component(other) == _component(name)
+            and component(other) == component(name)
             and (name not in tensors or tensors[other].shape[1:] == tensors[name].shape[1:])
         ]
         if found:
@@ -128,7 +128,8 @@ def embeddings_of(head: str, names: Iterable[str]) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _component(name: str) -> str:
+def component(name: str) -> str:
+    """Return the folder of a pipeline's component that a tensor is of."""
     return name.rpartition("/")[0]
 
 

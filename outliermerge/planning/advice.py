@@ -1,0 +1,229 @@
+"""What to do where models do not hold the same tensors, without the loss of what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+from outliermerge.checkpoint.meta import Source
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.jobs import Input
+from outliermerge.spec.rename import find_rename
+
+# More tensors than these on both sides are a model in another layout, not a head or a buffer.
+_MANY = 8
+_MAX_SHOWN = 20  # pairs that are listed, and filters
+_MISSING = (
+    "`missing: base` in the spec takes a model as unchanged where it lacks a tensor (it needs a "
+    "base_model)."
+)
+_EXTRA = "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out."
+_LOST = " What is left out is lost: these weights will not be in the output."
+
+
+@dataclass
+class Unpaired:
+    """The names of one model that the spec says nothing of: in the base alone, in it alone."""
+
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """What may be done with one model's unpaired tensors.
+
+    Attributes:
+        rename: what pairs some of them, in words.
+        doubtful: what is likely the same under another name or in another form, a line each.
+        missing, extra: what has no counterpart; the latter under its names after the rename.
+        floats: which of extra hold numbers that may be trained.
+    """
+
+    rename: str
+    doubtful: list[str]
+    missing: list[str]
+    extra: list[str]
+    floats: list[str]
+
+
+def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[str]:
+    """Return what can be done, a paragraph each.
+
+    Policies are offered only for tensors that have no counterpart: `extra: drop` and `missing:
+    base` would lose what was trained in one that is only named otherwise.
+    """
+    reference = inputs[0]
+    sorted_ = {n: _sort(inputs[n], reference, found) for n, found in unpaired.items()}
+    paragraphs = []
+    safe = not any(one.rename or one.doubtful for one in sorted_.values())
+    if safe and any(one.missing for one in sorted_.values()):
+        paragraphs.append(_MISSING)
+    if safe and any(one.extra for one in sorted_.values()):
+        lost = _LOST if any(one.floats for one in sorted_.values()) else ""
+        paragraphs.append(_EXTRA + lost)
+    for number, one in sorted_.items():
+        where = inputs[number].reference
+        if one.rename:
+            paragraphs.append(one.rename)
+        if one.doubtful:
+            paragraphs.append(
+                f"Of {where}, these may be the same weights under another name or in another "
+                f"form:\n{listing(one.doubtful)}\n"
+                "`rename` on the model pairs those that are only named otherwise. Convert it first "
+                "where they are fused, split or transposed. Only where they are others, `extra` "
+                "and `missing` with filters of their names decide of them: a policy for all loses "
+                "what was trained."
+            )
+        if not safe and (one.missing or one.extra):
+            paragraphs.append(_rest(where, one, inputs))
+    return paragraphs
+
+
+def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collection[int]) -> None:
+    """Raise OutlierMergeError if nothing of a model would come into the output."""
+    reference = inputs[0]
+    for number in numbers:
+        entry = inputs[number]
+        if number in used or any(
+            n in reference.checkpoint.tensors for n in entry.checkpoint.tensors
+        ):
+            continue
+        one = _sort(entry, reference, Unpaired())
+        raise OutlierMergeError(
+            f"{entry.reference}: none of its {len(entry.checkpoint.tensors)} tensors has a name of "
+            f"{reference.reference}'s, so that the output would have nothing of it. "
+            + (one.rename or f"It has for example {next(iter(entry.checkpoint.tensors), '')!r}.")
+        )
+
+
+def overlooked(inputs: Sequence[Input], dropped: Collection[str]) -> Iterator[str]:
+    """Yield notes of renames that would pair what the spec's policies leave out."""
+    left_out = set(dropped)
+    for entry in inputs[1:]:
+        if left_out.isdisjoint(entry.checkpoint.tensors):
+            continue
+        one = _sort(entry, inputs[0], Unpaired())
+        if one.rename:
+            yield f"some of what is left out may be needed: {one.rename}"
+
+
+def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
+    ours, theirs = entry.checkpoint.tensors, reference.checkpoint.tensors
+    found = find_rename(ours, theirs, lambda old, new: _alike(ours[old], theirs[new]))
+    names = found.names if found else {name: name for name in ours}
+    rename = ""
+    if found:
+        own = "Added to its own, " if entry.renamed else ""
+        rename = (
+            f"{own}`rename: {found.text}` on {entry.reference} pairs {found.num_paired} of its "
+            f"{len(ours)} tensors with those of {reference.reference}."
+        )
+    have = set(names.values())
+    lacking = [name for name in theirs if name not in have]
+    over = {new: ours[old] for old, new in names.items() if new not in theirs}
+    pairs = _pairs(over, {name: theirs[name] for name in lacking}, any(n in theirs for n in have))
+    doubtful_names = {name for pair in pairs for name in pair}
+    extra = [n for old in unpaired.extra if (n := names[old]) in over and n not in doubtful_names]
+    return _Sorted(
+        rename=rename,
+        doubtful=[f"{a or '?'} (has) ~ {b or '?'} (lacks)" for a, b in pairs],
+        missing=[n for n in unpaired.missing if n not in have and n not in doubtful_names],
+        extra=extra,
+        floats=[name for name in extra if over[name].dtype.is_float and over[name].shape],
+    )
+
+
+def _alike(one: Source, other: Source) -> bool:
+    """Tell whether two tensors can be the same; rows of a vocabulary may have been added."""
+    if one.dtype.is_float != other.dtype.is_float or len(one.shape) != len(other.shape):
+        return False
+    grown = len(one.shape) == 2 and max(one.shape[0], other.shape[0]) < 2 * min(
+        one.shape[0], other.shape[0]
+    )
+    return one.shape == other.shape or (grown and one.shape[1:] == other.shape[1:])
+
+
+def _pairs(
+    over: Mapping[str, Source], lacking: Mapping[str, Source], any_paired: bool
+) -> list[tuple[str, str]]:
+    """Return what may be the same: of one shape, of one part of a layer, or all of two layouts.
+
+    The second name of a pair, or the first, is empty where it is unclear which it is.
+    """
+    ours = {name: source for name, source in over.items() if source.dtype.is_float}
+    theirs = {name: source for name, source in lacking.items() if source.dtype.is_float}
+    twins: dict[Any, list[str]] = defaultdict(list)
+    for name, source in theirs.items():
+        twins[source.shape].append(name)
+        twins[source.shape, _numbers(name)].append(name)
+    pairs: list[tuple[str, str]] = []
+    taken: set[str] = set()
+    for name, source in ours.items():
+        for key in ((source.shape, _numbers(name)), source.shape):
+            near = twins[key]
+            while near and near[-1] in taken:
+                near.pop()
+            if near:
+                few = [*near[-1:], *near[:16]] if len(pairs) < _MAX_SHOWN else near[-1:]
+                open_ = [other for other in few if other not in taken]
+                best = max(open_, key=lambda other: SequenceMatcher(None, name, other).ratio())
+                pairs.append((name, best))
+                taken.add(best)
+                break
+    paired = {name for pair in pairs for name in pair}
+    all_ = not any_paired or min(len(ours), len(theirs)) > _MANY
+    places = set(map(_place, ours)) & set(map(_place, theirs)) - {""}
+    pairs += [(n, "") for n in ours if n not in paired and theirs and (all_ or _place(n) in places)]
+    pairs += [("", n) for n in theirs if n not in paired and ours and (all_ or _place(n) in places)]
+    return pairs
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdigit())
+
+
+def _place(name: str) -> str:
+    """Return the part of a layer that a tensor is in; "" outside of layers."""
+    parts = name.split(".")
+    place = parts[:-2]
+    return ".".join(place) if any(part.isdigit() for part in place) else ""
+
+
+def _rest(where: str, one: _Sorted, inputs: Sequence[Input]) -> str:
+    every = {n for entry in inputs for n in entry.checkpoint.tensors} - {*one.missing, *one.extra}
+    lines = []
+    if one.missing:
+        lines.append(
+            f"Without a counterpart in {where} are {len(one.missing)}, which "
+            f"`missing: {_filters(one.missing, every, 'base')}` takes as unchanged (it needs a "
+            "base_model)."
+        )
+    if one.extra:
+        lost = " These weights will then not be in the output." if one.floats else ""
+        lines.append(
+            f"Only in {where} are {len(one.extra)}, which `extra: "
+            f"{_filters(one.extra, every, 'copy')}` copies, and `drop` in place of `copy` leaves "
+            f"out.{lost}"
+        )
+    return "\n".join(lines)
+
+
+def _filters(names: Sequence[str], others: Collection[str], word: str) -> str:
+    """Return entries of a policy whose filters are in these names and in no others."""
+    all_others = "\n".join(others)
+    filters: dict[str, None] = {}
+    for name in names:
+        if name.startswith(tuple(filters)):
+            continue
+        if len(filters) == _MAX_SHOWN:
+            break
+        parts = name.split(".")
+        starts = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        filters[next((start for start in starts if start not in all_others), name)] = None
+    entries = (f"{{filter: {json.dumps(text)}, value: {word}}}" for text in filters)
+    return f"[{', '.join(entries)}]"

@@ -1,0 +1,53 @@
+"""Refuses models whose weights are still to be made, of an adapter's factors or of a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outliermerge.checkpoint.unmerged import adapter_parts, composed, how_to_merge
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.jobs import Input
+
+
+def refuse_unmerged(inputs: Sequence[Input]) -> list[str]:
+    """Return notes of models whose parts are merged apart, as all of them have the same.
+
+    Raises:
+        OutlierMergeError: a model holds an adapter that is not merged, or keeps a weight as
+            factors that another has as it is. No policy can make one the other.
+    """
+    notes = []
+    for number, entry in enumerate(inputs):
+        others = [other for other in inputs if other is not entry]
+        names = entry.checkpoint.tensors
+        parts = adapter_parts(names)
+        # An adapter that is a part of the model, as Phi-4-multimodal's are, all models have.
+        alone = len(parts) == len(names) or any(".default" in name for name in parts)
+        if parts and (alone or not _all_have(parts, others)):
+            raise OutlierMergeError(
+                f"{entry.reference}: it holds {how_to_merge(names, parts)}\n"
+                f"{listing(parts, limit=5)}"
+            )
+        made = composed(names)
+        for other in others:
+            plain = [n for n, w in made.items() if w in other.checkpoint.tensors and w not in names]
+            if plain:
+                raise OutlierMergeError(
+                    f"{entry.reference}: it keeps weights as what torch makes them of, which "
+                    f"{other.reference} has as they are:\n{listing(plain, limit=5)}\n"
+                    f"Load {entry.reference}, make them plain weights (torch.nn.utils."
+                    "remove_weight_norm, remove_spectral_norm, prune.remove, or parametrize."
+                    "remove_parametrizations) and save it again."
+                )
+        if number == 0 and (parts or made):
+            apart = [*parts, *made]
+            notes.append(
+                f"{len(apart)} tensors are factors that weights are made of; each is merged by "
+                "itself, which is not the merge of the weights that they make:\n"
+                f"{listing(apart, limit=5)}"
+            )
+    return notes
+
+
+def _all_have(names: Sequence[str], models: Sequence[Input]) -> bool:
+    return all(name in model.checkpoint.tensors for model in models for name in names)

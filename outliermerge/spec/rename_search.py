@@ -1,0 +1,233 @@
+"""Finds the rename that makes a model's names those of another."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from outliermerge.spec.rename_maps import MAP_NAMES, by_map
+
+Fits = Callable[[str, str], bool]
+_MAX_RULES = 5
+# Enough to see how names differ; a large model repeats itself in every layer.
+_MAX_SAMPLED, _MAX_COMPARED, _MAX_TRIED = 3000, 64, 12
+_PART = re.compile(r"[^./]*[./]|[^./]+$")
+_START = "(?<![^./])"  # where a part of a name begins
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A rule as an item of a YAML list, and what it does."""
+
+    text: str
+    change: Callable[[str], str]
+    replaces: bool = False
+
+
+@dataclass(frozen=True)
+class FoundRename:
+    """Rules that make names those of another model.
+
+    Attributes:
+        text: as YAML, for a spec's `rename`.
+        names: every name, and what it becomes.
+        num_paired: names that are then the other model's.
+    """
+
+    text: str
+    names: Mapping[str, str]
+    num_paired: int
+
+
+def best_rename(names: Iterable[str], wanted: Mapping[str, Any]) -> tuple[str, int] | None:
+    r"""Return the rename, as in YAML, that makes most names wanted ones, and how many.
+
+    None where nothing pairs more of them than their names do as they are.
+
+    >>> best_rename(["model.a.b", "model.c"], {"a.b": 1, "c": 1})
+    ('[{from: "^model\\\\.", to: ""}]', 2)
+    """
+    found = find_rename(names, wanted)
+    return (found.text, found.num_paired) if found else None
+
+
+def find_rename(
+    names: Iterable[str], wanted: Iterable[str], fits: Fits = lambda old, new: True
+) -> FoundRename | None:
+    """Return the rules, or the map that ships, that make most names wanted ones.
+
+    Rules are told from how names differ that have the same numbers in them. None where nothing
+    pairs more names than are paired as they are.
+
+    Args:
+        fits: tells of a name and a wanted one whether their tensors can be the same.
+    """
+    names, wanted = list(names), set(wanted)
+    current = {name: name for name in _sample(names)}
+    num_names = len(current)
+    steps: list[_Step] = []
+    count = best = _num_paired(current, wanted, fits)
+    while len(steps) < _MAX_RULES and count < num_names:
+        chosen: Sequence[_Step] = ()
+        num_lost = num_names
+        for tried in _candidates(current, wanted, fits):
+            changed = _changed(current, tried)
+            if len(set(changed.values())) < len(changed):
+                continue  # two names would become one
+            number = _num_paired(changed, wanted, fits)
+            if number - count <= _num_misfits(current, changed, wanted, fits):
+                continue
+            # Of two that pair as many, the one that leaves more of the others as they are.
+            lost = sum(new != current[old] and new not in wanted for old, new in changed.items())
+            if number > best or (chosen and number == best and lost < num_lost):
+                chosen, best, num_lost = tried, number, lost
+        if not chosen:
+            break
+        steps += chosen
+        current, count = _changed(current, chosen), best
+    renamed = _changed({name: name for name in names}, steps)
+    if not steps or len(set(renamed.values())) < len(names):
+        return None
+    text = ", ".join(step.text for step in steps)
+    is_map = len(steps) == 1 and text in MAP_NAMES
+    return FoundRename(text if is_map else f"[{text}]", renamed, _num_paired(renamed, wanted, fits))
+
+
+def _sample(names: Sequence[str]) -> Sequence[str]:
+    """Return names that show how all differ: those outside of layers, and some of the others."""
+    if len(names) <= _MAX_SAMPLED:
+        return names
+    inside = [name for name in names if re.search(r"\d", name)]
+    chosen = {*inside[:: len(inside) // _MAX_SAMPLED + 1], *names[:1], *names[-1:]}
+    return [name for name in names if name in chosen or not re.search(r"\d", name)]
+
+
+def _num_paired(current: Mapping[str, str], wanted: set[str], fits: Fits) -> int:
+    return sum(new in wanted and fits(old, new) for old, new in current.items())
+
+
+def _num_misfits(
+    before: Mapping[str, str], after: Mapping[str, str], wanted: set[str], fits: Fits
+) -> int:
+    """Count names that become wanted ones of other tensors: a rule of chance makes some."""
+    return sum(
+        new in wanted and new != before[old] and not fits(old, new) for old, new in after.items()
+    )
+
+
+def _changed(current: Mapping[str, str], steps: Sequence[_Step]) -> dict[str, str]:
+    result = dict(current)
+    for step in steps:
+        result = {old: step.change(new) for old, new in result.items()}
+    return result
+
+
+def _candidates(
+    current: Mapping[str, str], wanted: set[str], fits: Fits
+) -> Iterator[Sequence[_Step]]:
+    for map_name in MAP_NAMES:
+        yield [_Step(map_name, partial(by_map, map_name))]
+    new_names = list(current.values())
+    paired = [name for name in new_names if name in wanted]
+    for prefix in _prefixes(new_names):
+        kept = [name.removeprefix(prefix) for name in paired if name.startswith(prefix)]
+        yield [_rule(f"^{re.escape(prefix)}{_unless(kept)}", "")]
+    for prefix in _prefixes(sorted(wanted)):
+        yield [_rule(f"^{_unless(paired)}", prefix)]
+    yield from _by_differences(current, wanted, fits)
+
+
+def _rule(pattern: str, new: str, groups: str = "") -> _Step:
+    """Return a rule that puts a text in the place of a pattern, behind its groups."""
+    replacement = groups + new.replace("\\", "\\\\")
+    # A JSON text is one in YAML too.
+    text = f"{{from: {json.dumps(pattern)}, to: {json.dumps(replacement)}}}"
+    replaces = bool(new) and not groups and pattern[:2] != "^(" and pattern != "^"
+    return _Step(text, partial(re.compile(pattern).sub, replacement), replaces)
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Return the prefixes, up to a dot or slash, of the first and the last name."""
+    ends = [*names[:1], *names[-1:]]
+    return list(
+        dict.fromkeys(n[: i + 1] for n in ends for i, sign in enumerate(n[:-1]) if sign in "./")
+    )
+
+
+def _unless(names: Iterable[str]) -> str:
+    """Return what keeps a rule from names that begin like some, where a few words tell them."""
+    parts = dict.fromkeys(parts[0] for name in names if (parts := _PART.findall(name)))
+    return f"(?!{'|'.join(map(re.escape, parts))})" if 0 < len(parts) <= 4 else ""
+
+
+def _by_differences(
+    current: Mapping[str, str], wanted: set[str], fits: Fits
+) -> Iterator[Sequence[_Step]]:
+    """Yield what makes names wanted ones that are like them, the most frequent first."""
+    lost = {old: new for old, new in current.items() if new not in wanted}
+    taken = set(current.values())
+    alike: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    for name in sorted(wanted - taken):
+        parts = _PART.findall(name)
+        alike[_numbers(parts)].append(parts)
+    stride = max(1, len(lost) // _MAX_COMPARED)
+    seen: Counter[tuple[str, ...]] = Counter()
+    modules: dict[str, set[str]] = defaultdict(set)
+    found: dict[tuple[str, ...], Sequence[_Step]] = {}
+    for old in list(lost)[::stride]:
+        parts = _PART.findall(lost[old])
+        others = [other for other in alike[_numbers(parts)] if fits(old, "".join(other))]
+        likeness = {id(o): SequenceMatcher(None, parts, o, False).ratio() for o in others}
+        others = [other for other in others if likeness[id(other)] > 0]
+        others.sort(key=lambda other: -likeness[id(other)])
+        for other in others[:3]:
+            if steps := _steps(parts, other):
+                key = tuple(step.text for step in steps)
+                seen[key] += 1
+                found[key] = steps
+                for step in steps:
+                    modules[step.text].add("".join(parts[:-1]))
+    # One word in place of another is a name of its own where only one module has it: a new head.
+    trusted = (
+        key
+        for key, _ in seen.most_common()
+        if all(len(modules[step.text]) > 1 for step in found[key] if step.replaces)
+    )
+    yield from (found[key] for key in islice(trusted, _MAX_TRIED))
+
+
+def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(number for part in parts if (number := part.rstrip("./")).isdigit())
+
+
+def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
+    """Return rules that make one name of another; none where they differ in numbers."""
+    steps = []
+    for kind, a, b, c, d in SequenceMatcher(None, parts, other, False).get_opcodes():
+        if kind == "equal":
+            continue
+        old, new = parts[a:b], other[c:d]
+        if _numbers(old) or _numbers(new):
+            return []
+        end = "$" if old and b == len(parts) else ""
+        start = _START if a else "^"
+        if not old and not a:
+            steps.append(_rule(f"^(?={re.escape(parts[0])})", "".join(new)))
+            continue
+        if old:
+            steps.append(_rule(f"{start}{re.escape(''.join(old))}{end}", "".join(new)))
+            continue
+        # Something is put in: where, what stands before it tells.
+        before = parts[max(0, a - 2) : a] if _numbers(parts[a - 1 : a]) else parts[a - 1 : a]
+        where = "".join(
+            r"\d+" + re.escape(p[-1]) if _numbers([p]) else re.escape(p) for p in before
+        )
+        steps.append(_rule(f"{_START}({where})", "".join(new), groups=r"\1"))
+    return steps

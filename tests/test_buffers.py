@@ -1,0 +1,173 @@
+"""Buffers in other dtypes: copied where the values are equal, else decided by `unequal`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import load_folder, save_tensors
+
+import outliermerge
+from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.errors import OutlierMergeError
+from outliermerge.exact import same_values
+
+INTS = (torch.int64, torch.int32, torch.uint8, torch.bool)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+PAIRS = [
+    (one, other)
+    for one, other in itertools.permutations((*INTS, *FLOATS), 2)
+    if not (one.is_floating_point and other.is_floating_point)
+]
+BUFFER = "embeddings.position_ids"
+
+
+def values(dtype: torch.dtype, *, changed: bool = False) -> torch.Tensor:
+    stored = torch.tensor([[1, 0, 1, 1]])
+    if changed:
+        stored[0, -1] = 0
+    return stored.to(dtype)
+
+
+def spec_of(folder: Path, buffers: dict[str, torch.Tensor], *, base: str = "base", **keys: Any):
+    for number, (name, buffer) in enumerate(buffers.items()):
+        save_tensors(folder / name, {"w": torch.full((3,), float(number)), BUFFER: buffer})
+    models = [{"model": str(folder / name)} for name in buffers if name != base]
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / base),
+        "models": models,
+    } | keys
+
+
+def merged(spec: dict[str, Any], output: Path) -> torch.Tensor:
+    done = outliermerge.run(spec, output=output).output
+    assert outliermerge.verify(done) == []
+    return load_folder(done)[BUFFER]
+
+
+def refused(spec: dict[str, Any], output: Path) -> str:
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.run(spec, output=output)
+    assert not output.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("unequal", [None, "error", "base"])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_equal_values_are_written_as_the_base_has_them(dtypes, unequal, tmp_path):
+    buffers = {"base": values(dtypes[0]), "same": values(dtypes[0]), "task": values(dtypes[1])}
+    spec = spec_of(tmp_path, buffers, **({} if unequal is None else {"unequal": unequal}))
+    if unequal != "base":
+        assert any(BUFFER in note and "buffer" in note for note in outliermerge.plan(spec).notes)
+    found = merged(spec, tmp_path / "out")
+    assert found.dtype == dtypes[0]
+    assert torch.equal(found, values(dtypes[0]))
+
+
+@pytest.mark.parametrize("which", ["base", "first", "second"])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_values_that_differ_are_decided_by_the_policy(dtypes, which, tmp_path):
+    buffers = {
+        name: values(dtypes[name == which], changed=name == which)
+        for name in ("base", "first", "second")
+    }
+    message = refused(spec_of(tmp_path, buffers), tmp_path / "out")
+    assert "its dtype and its values differ" in message and "`unequal: base`" in message
+    for name, buffer in buffers.items():
+        assert f"{tmp_path / name} ({str(buffer.dtype).removeprefix('torch.')})" in message
+    for policy in ("base", [{"filter": "position_ids", "value": "base"}]):
+        found = merged(spec_of(tmp_path, buffers, unequal=policy), tmp_path / f"out{policy}"[:60])
+        assert found.dtype == buffers["base"].dtype
+        assert torch.equal(found, buffers["base"])
+
+
+def test_a_float_buffer_of_the_base_is_not_rounded_to_the_outputs_dtype(tmp_path):
+    ids = torch.arange(300)[None]
+    buffers = {"base": ids.half(), "task": ids}
+    found = merged(spec_of(tmp_path, buffers, out_dtype="bfloat16"), tmp_path / "out")
+    assert found.dtype == torch.float16 and torch.equal(found.long(), ids)
+
+
+def test_weights_that_a_model_has_as_integers_are_no_buffer(tmp_path):
+    weight = torch.tensor([[0.25, -1.5, 2.0]])
+    buffers = {"base": weight, "task": weight.int()}
+    message = refused(spec_of(tmp_path, buffers), tmp_path / "out")
+    assert "a weight with fractions in one model and integers in another" in message
+    assert "unequal" not in message
+
+
+@pytest.mark.parametrize("unequal", ["error", "base"])
+@pytest.mark.parametrize("in_base", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_codes_of_a_quantised_weight_are_no_buffer(dtype, in_base, unequal, tmp_path):
+    pair = [torch.ones(4, 4), torch.ones(4, 4).to(dtype)]
+    buffers = dict(zip(("base", "task"), pair[::-1] if in_base else pair, strict=True))
+    message = refused(spec_of(tmp_path, buffers, unequal=unequal), tmp_path / "out")
+    assert "1 tensor(s) of another shape or kind" in message
+
+
+def test_extra_buffers_are_compared_by_value_too(tmp_path):
+    for number, name in enumerate(("base", "first", "second")):
+        own = {"base": {}, "first": {"n": torch.arange(3)}, "second": {"n": torch.arange(3.0)}}
+        save_tensors(tmp_path / name, {"w": torch.full((3,), float(number))} | own[name])
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [str(tmp_path / name) for name in ("first", "second")],
+        "extra": "copy",
+    }
+    spec["models"] = [{"model": model} for model in spec["models"]]
+    done = outliermerge.run(spec, output=tmp_path / "out").output
+    assert torch.equal(load_folder(done)["n"], torch.arange(3))
+    save_tensors(tmp_path / "second", {"w": torch.ones(3), "n": torch.ones(3)})
+    with pytest.raises(OutlierMergeError, match="Give `extra: copy` to one of them"):
+        outliermerge.run(spec, output=tmp_path / "again")
+
+
+def test_long_buffers_are_compared_to_their_end(tmp_path):
+    flags = torch.zeros(1, 300_001, dtype=torch.int64)
+    buffers = {"base": flags, "task": flags.float()}
+    assert torch.equal(merged(spec_of(tmp_path, buffers), tmp_path / "out"), flags)
+    buffers["task"][0, -1] = 1
+    assert "values differ" in refused(spec_of(tmp_path, buffers), tmp_path / "again")
+
+
+BIG = 2**53
+NUMBERS = [
+    # dtype and values of one, of the other, whether they are equal
+    ("int64", [BIG + 1], "float64", [float(BIG)], False),
+    ("int64", [BIG], "float64", [float(BIG)], True),
+    ("int64", [2**63 - 1], "float64", [2.0**63], False),
+    ("int64", [-(2**63)], "float64", [-(2.0**63)], True),
+    ("int64", [-(2**63)], "float32", [-(2.0**63)], True),
+    ("uint64", [2**63], "float64", [2.0**63], True),
+    ("uint64", [2**64 - 1], "int64", [-1], False),
+    ("uint64", [2**64 - 1], "float64", [2.0**64], False),
+    ("uint64", [2**63 + 2**20], "float64", [2.0**63 + 2.0**20], True),
+    ("int32", [1], "float16", [1.5], False),
+    ("int32", [0], "float32", [-0.0], True),
+    ("int32", [0], "float32", [float("nan")], False),
+    ("int64", [2**63 - 1], "float32", [float("inf")], False),
+    ("bool", [True, False], "uint8", [1, 0], True),
+    ("bool", [True], "int8", [2], False),
+    ("float16", [1.5, float("nan")], "float32", [1.5, float("nan")], True),
+    ("float16", [0.1], "float32", [0.1], False),
+    ("complex64", [1 + 0j], "float32", [1.0], True),
+    ("complex64", [1 + 1j], "float32", [1.0], False),
+]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("one", "a", "other", "b", "equal"), NUMBERS)
+def test_numbers_of_any_two_dtypes_are_compared_exactly(one, a, other, b, equal, swapped):
+    def raw(name: str, numbers: list[Any]) -> memoryview:
+        tensor = torch.tensor(numbers, dtype=getattr(torch, name))
+        return memoryview(bytearray(tensor.view(torch.uint8).numpy().tobytes()))
+
+    sides = [(DTYPES[one], raw(one, a)), (DTYPES[other], raw(other, b))]
+    (x, raw_x), (y, raw_y) = sides[::-1] if swapped else sides
+    assert same_values(x, raw_x, y, raw_y) == equal
