@@ -61,6 +61,7 @@ def plan_layout(
     *,
     shard_bytes: int | None,
     components: Mapping[str, str],
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[list[Shard], dict[str, OutputTensor]]:
     """Place tensors into shards of at most shard_bytes (None: no limit), in the order given.
 
@@ -71,6 +72,7 @@ def plan_layout(
     Args:
         components: by folder the stem of its files; a tensor of `unet/conv_in.weight` is stored
             as `conv_in.weight` in a file of the folder `unet`.
+        metadata: by folder what the headers of its files say beside the tensors.
     """
     by_component: dict[str, list[list[tuple[str, DType, tuple[int, ...]]]]] = {}
     filled: dict[str, int] = {}
@@ -93,7 +95,8 @@ def plan_layout(
             file = f"{folder}{components[component]}{part}.safetensors"
             group.sort(key=_has_no_whole_pages)
             header, offsets = make_header(
-                (name.removeprefix(folder), dtype, shape) for name, dtype, shape in group
+                ((name.removeprefix(folder), dtype, shape) for name, dtype, shape in group),
+                (metadata or {}).get(component),
             )
             end = len(header)
             for (name, dtype, shape), offset in zip(group, offsets, strict=True):

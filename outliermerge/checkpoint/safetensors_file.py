@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -29,6 +29,15 @@ def read_header(path: Path) -> list[TensorMeta]:
     Raises:
         OutlierMergeError: the file is truncated or its header breaks the format's rules.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
+    """Return the tensors of a file in the order of their bytes, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: as for read_header.
+    """
     check_file(path)
     refuse_lfs_pointer(path)
     try:
@@ -37,7 +46,7 @@ def read_header(path: Path) -> list[TensorMeta]:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _parse(path: Path) -> list[TensorMeta]:
+def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -75,7 +84,7 @@ def _parse(path: Path) -> list[TensorMeta]:
     metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
     metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
     _check_contiguous(path, metas, data_start, num_file_bytes)
-    return metas
+    return metas, metadata or {}
 
 
 class _DuplicateKeyError(Exception):
@@ -145,14 +154,19 @@ def _check_contiguous(
         )
 
 
-def make_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+def make_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Return a file's first bytes and the absolute offset of each tensor.
 
     The header is padded with spaces so that the data starts with a page.
+
+    Args:
+        metadata: what the header says beside the tensors and the format.
     """
     position = 0
     starts: list[int] = []
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, dtype, shape in tensors:
         num_bytes = math.prod(shape) * dtype.num_bytes
         starts.append(position)
