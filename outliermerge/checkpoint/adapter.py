@@ -30,6 +30,7 @@ from outliermerge.checkpoint.adapter_tensors import (
     in_dtype_of,
     makes,
 )
+from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
 from outliermerge.checkpoint.weights import read_metas
@@ -96,11 +97,7 @@ class _Adapter:
         metas, _ = read_metas(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
-        if (folder / "non_lora_trainables.bin").exists():
-            raise OutlierMergeError(
-                f"{folder}: beside the adapter, non_lora_trainables.bin holds trained tensors of "
-                "LLaVA. Merge both with LLaVA's scripts/merge_lora_weights.py."
-            )
+        self.other_files, self.notes = unread_tensors(folder, FILE_NAMES)
         self.modules: dict[str, _Module] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
@@ -165,7 +162,8 @@ class _Adapter:
             weight_files=(*self.base.weight_files, FileStamp.of(self.file)),
             sidecars=(),
             left_behind=(),
-            notes=(*self.base.notes, self._note()),
+            notes=(*self.base.notes, self._note(), *self.notes),
+            other_files=(*self.base.other_files, *self.other_files),
         )
 
     def _note(self) -> str:

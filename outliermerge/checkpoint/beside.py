@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.errors import listing
 
 SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm",
@@ -70,33 +71,43 @@ def sidecars_of(names: Iterable[str], components: Collection[str]) -> list[str]:
     of this one.
     """
     names = sorted(names)
-    others = {
-        str(PurePosixPath(name).parent)
-        for name in names
-        if kind_of(name) == "copy" or name.endswith(_TENSORS)
-    } - {".", *components}
+    folders = {name: name.rpartition("/")[0] for name in names}
+    own = {"", *components}
+    foreign = {
+        folders[name] for name in names if kind_of(name) == "copy" or name.endswith(_TENSORS)
+    }
     return [
         name
         for name in names
-        if kind_of(name) == "sidecar"
+        if folders[name] not in foreign - own
+        and kind_of(PurePosixPath(name).name if folders[name] in own else name) == "sidecar"
         and not _INDEX.search(name)
-        and str(PurePosixPath(name).parent) not in others
     ]
 
 
-def other_tensors(root: Path, names: Iterable[str], known: Collection[str]) -> list[str]:
-    """Return the files of tensors that nothing reads and that are no copies of what is read.
+def files_in(root: Path) -> list[str]:
+    """Return the paths of a model's files inside its folder, without hidden ones."""
+    # rglob does not go into folders that are links; a component can be one.
+    linked = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
+    paths = {*root.rglob("*"), *(file for link in linked for file in link.iterdir())}
+    names = (path.relative_to(root).as_posix() for path in paths if not path.is_dir())
+    return sorted(name for name in names if kind_of(name) != "hidden")
+
+
+def unread_tensors(root: Path, known: Collection[str]) -> tuple[tuple[Path, ...], list[str]]:
+    """Return the files of tensors that nothing reads and that are no copies, and notes on all.
 
     Args:
-        root: the model's folder; a file that is not in it counts by its name.
-        names: of all files of the model.
+        root: the model's folder.
         known: files that are read, or passed over as their loader does.
     """
-    return [
-        name
-        for name in sorted(names)
-        if name not in known and kind_of(name) == "tensors" and _holds_tensors(root / name)
-    ]
+    present = files_in(root)
+    names = sorted({*present, *listed_files(root)} - {*known})
+    others = [name for name in names if kind_of(name) == "tensors" and _holds_tensors(root / name)]
+    notes = _copies_note([name for name in present if name not in known])
+    if others:
+        notes.append(f"files of tensors that are not read, and left out:\n{listing(others)}")
+    return tuple(root / name for name in others), notes
 
 
 def _holds_tensors(path: Path) -> bool:
@@ -112,7 +123,7 @@ def _holds_tensors(path: Path) -> bool:
         return True
 
 
-def copies_note(names: Iterable[str]) -> list[str]:
+def _copies_note(names: Iterable[str]) -> list[str]:
     """Return a note on older states and copies of the weights, which are not read."""
     suffixes = (*_TENSORS, ".onnx", ".gguf", ".h5", ".msgpack")
     found = {

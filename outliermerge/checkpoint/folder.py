@@ -8,13 +8,11 @@ from pathlib import Path
 
 from outliermerge.checkpoint.beside import (
     MANIFEST_NAME,
-    copies_note,
-    kind_of,
-    other_tensors,
+    files_in,
     sidecars_of,
+    unread_tensors,
 )
 from outliermerge.checkpoint.files import check_file, load_json, names_in
-from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
     OTHER_FORMATS,
@@ -71,21 +69,20 @@ def open_checkpoint(root: Path) -> Checkpoint:
     paths = [path for weights in components.values() for path in weights.paths]
     passed_over = [path for weights in components.values() for path in weights.passed_over]
     known = {path.relative_to(root).as_posix() for path in (*paths, *passed_over)}
-    names = _files(root)
-    listed = listed_files(root)
+    names = files_in(root)
     sidecars = sidecars_of(names, components)
     for name in sidecars:
         check_file(root / name, root)
-    notes = [note for weights in components.values() for note in weights.notes]
+    other_files, beside = unread_tensors(root, known)
     return Checkpoint(
         root=root,
         tensors=tensors,
         weight_files=tuple(FileStamp.of(path) for path in paths),
         sidecars=tuple(sidecars),
-        left_behind=_left_behind(root, names, {*sidecars}, {*paths}),
+        left_behind=tuple(n for n in names if n not in sidecars and root / n not in paths),
         components={folder: weights.stem for folder, weights in components.items()},
-        notes=(*notes, *copies_note([name for name in names if name not in known])),
-        other_files=tuple(root / name for name in other_tensors(root, {*names, *listed}, known)),
+        notes=(*(note for weights in components.values() for note in weights.notes), *beside),
+        other_files=other_files,
         metadata={folder: weights.metadata for folder, weights in components.items()},
     )
 
@@ -191,17 +188,3 @@ def _modules(root: Path) -> dict[str, Weights]:
     if weights is None and (not modules or "" in names):
         raise OutlierMergeError(no_weights(root))
     return {"": weights, **modules} if weights is not None else modules
-
-
-def _files(root: Path) -> list[str]:
-    # rglob does not go into folders that are links; a component can be one.
-    linked = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
-    paths = {*root.rglob("*"), *(file for link in linked for file in link.iterdir())}
-    names = (path.relative_to(root).as_posix() for path in paths if not path.is_dir())
-    return sorted(name for name in names if kind_of(name) != "hidden")
-
-
-def _left_behind(
-    root: Path, names: list[str], sidecars: set[str], weights: set[Path]
-) -> tuple[str, ...]:
-    return tuple(n for n in names if n not in sidecars and root / n not in weights)

@@ -81,9 +81,9 @@ def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> C
     names = sorted(names)
     if distributed := [name for name in names if _DISTRIBUTED.match(name)]:
         raise OutlierMergeError(
-            f"{distributed[0]} is of a distributed checkpoint, which newer versions of transformers "
-            "load instead of all others. Load it with them, save_pretrained() it elsewhere, or "
-            "choose by leaving one checkpoint here"
+            f"{distributed[0]} is of a distributed checkpoint, which newer versions of "
+            "transformers load instead of all others, and which is not read. Load it with them and "
+            "save_pretrained() it, if it is meant"
         )
     groups = _groups(names)
     offered = tuple(name for files in groups.values() for name in files)

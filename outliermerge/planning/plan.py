@@ -14,6 +14,7 @@ from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.notes import merge_notes
+from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
@@ -48,6 +49,7 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
+        check_other_files(spec, opened)
         matched, self.tied_copies, self.notes = match_tied(opened)
         self.alignment = _align(matched, spec)
         self.inputs = tuple(
@@ -78,7 +80,7 @@ class _Planner:
         self._raise_problems()
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
-        written = written_names(self.spec, self.inputs[0], [draft[0] for draft in drafts])
+        written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
             shard_bytes = DEFAULT_SHARD_BYTES
         shards, placed = plan_layout(

@@ -82,13 +82,17 @@ def choose_sidecars(
 
 
 def _config_files(reference: Input) -> list[str]:
-    """Return the configs that models are compared by: one, or one for each part of a pipeline."""
-    if set(reference.checkpoint.components) == {""}:
+    """Return the configs that models are compared by: the root's, and one for each part."""
+    components, sidecars = reference.checkpoint.components, reference.checkpoint.sidecars
+    if set(components) == {""} and "modules.json" not in sidecars:
         return ["config.json"]
     return [
-        name
-        for name in reference.checkpoint.sidecars
-        if re.search(r"/(config|\w+_config)\.json$", name) and _kind(name) == "config"
+        *(["config.json"] if "" in components else []),
+        *(
+            name
+            for name in sidecars
+            if re.search(r"/(config|\w+_config)\.json$", name) and _kind(name) == "config"
+        ),
     ]
 
 
@@ -203,6 +207,7 @@ def _change_config(config: Any, plan: Plan) -> bool:
     if not isinstance(config, dict):
         return False
     changed = wanted is not None and _set_dtype(config, wanted)
+    changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
     for part in (config, text_config(config)):
         if isinstance(part, dict) and part.pop("quantization_config", None) is not None:
             changed = True

@@ -67,7 +67,7 @@ def align_vocabulary(models: Sequence[tuple[str, Checkpoint]], policy: Policy) -
     """
     checkpoints = tuple(checkpoint for _, checkpoint in models)
     unchanged = Alignment(checkpoints, None, (), ())
-    if any(set(checkpoint.components) != {""} for checkpoint in checkpoints):
+    if any("" not in checkpoint.components for checkpoint in checkpoints):
         return unchanged  # a pipeline's parts have tokenizers of their own
     found = find_vocabulary_tensors(checkpoints)
     same_rows = len(set(found.num_rows.values())) == 1
