@@ -170,14 +170,19 @@ def _verify(options: argparse.Namespace) -> int:
             threads=num_threads(options.threads),
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
+    notes = manifest.card_notes(folder)
     if options.json:
-        print_json({"folder": str(folder), "ok": not differences, "differences": differences})
+        found = {"ok": not differences, "differences": differences, "notes": notes}
+        print_json({"folder": str(folder), **found})
     elif differences:
         print(f"{folder}: {len(differences)} difference(s) from its manifest")
         for difference in differences:
             print(f"  {difference}")
     else:
         print(f"{folder}: every tensor and file is as its manifest says")
+    if not options.json:
+        for note in notes:
+            print(f"note: {note}")
     return EXIT_FAILED if differences else EXIT_DONE
 
 

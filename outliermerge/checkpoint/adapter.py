@@ -30,10 +30,9 @@ from outliermerge.checkpoint.adapter_tensors import (
     in_dtype_of,
     makes,
 )
-from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
-from outliermerge.checkpoint.weights import read_metas
+from outliermerge.checkpoint.weights import beside_adapter, read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
 _PREFIX = "base_model.model."
@@ -97,7 +96,7 @@ class _Adapter:
         metas, _ = read_metas(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
-        self.other_files, self.notes = unread_tensors(folder, FILE_NAMES)
+        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES)
         self.modules: dict[str, _Module] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:

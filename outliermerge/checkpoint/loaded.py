@@ -109,6 +109,11 @@ def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> C
     )
 
 
+def offered_files(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files that have a name which a loader takes."""
+    return [name for files in _groups(sorted(names)).values() for name in files]
+
+
 def _groups(names: list[str]) -> dict[_Group, list[str]]:
     groups: dict[_Group, list[str]] = {}
     for name in names:

@@ -42,7 +42,8 @@ def check_other_files(spec: MergeSpec, inputs: Sequence[Input]) -> None:
         if entry.filter is not None and not any(map(entry.matches, names.values())):
             raise spec.source.error(
                 entry.path,
-                f"the filter {entry.filter!r} is in the name of no file of tensors that is not read",
+                f"the filter {entry.filter!r} is in the name of no file of tensors that would be "
+                "left out",
             )
     refused = []
     for path, name in names.items():

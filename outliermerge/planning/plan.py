@@ -13,6 +13,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
@@ -83,10 +84,12 @@ class _Planner:
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
             shard_bytes = DEFAULT_SHARD_BYTES
+        metadata, metadata_notes = kept_metadata(self.inputs)
         shards, placed = plan_layout(
             ((written[name], dtype, source[0][1].shape) for name, _, source, _, dtype, _ in drafts),
             shard_bytes=shard_bytes,
             components=checkpoint.components,
+            metadata=metadata,
         )
         jobs = tuple(
             Job(
@@ -119,6 +122,7 @@ class _Planner:
                 *self.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *metadata_notes,
                 *doubts,
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
