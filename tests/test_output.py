@@ -667,7 +667,7 @@ class TestVerify:
         code = cli.main(["verify", str(output), "--json"])
         printed = self.capsys.readouterr()
         found = json.loads(printed.out)
-        assert found.keys() == {"folder", "ok", "differences"}
+        assert found.keys() == {"folder", "ok", "differences", "notes"}
         assert found["folder"] == str(output)
         assert found["ok"] == (found["differences"] == []) == (code == 0)
         assert code in (0, 1)
