@@ -61,7 +61,7 @@ def kind_of(name: str) -> Kind:
     if file.endswith(_TENSORS):
         return "tensors"
     is_sidecar = len(folders) <= 1 and any(fnmatch(file, pattern) for pattern in SIDECAR_PATTERNS)
-    return "sidecar" if is_sidecar and file != MANIFEST_NAME else "other"
+    return "sidecar" if is_sidecar and not file.endswith(MANIFEST_NAME) else "other"
 
 
 def sidecars_of(names: Iterable[str], components: Collection[str]) -> list[str]:
