@@ -194,8 +194,9 @@ def test_a_config_that_names_weights_wrongly_is_refused(said, tmp_path):
     save_tensors(tmp_path, STATE)
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": said}))
 
-    with pytest.raises(OutlierMergeError, match="transformers_weights"):
+    with pytest.raises(OutlierMergeError, match="transformers_weights") as caught:
         open_checkpoint(tmp_path)
+    assert "Move" not in str(caught.value)
 
 
 def test_an_output_does_not_name_the_file_that_its_base_named(tmp_path):
@@ -333,6 +334,13 @@ def test_a_value_head_beside_the_base_of_an_adapter_counts_too(pair, tmp_path):
 
     with pytest.raises(OutlierMergeError, match=r"v_head\.bin"):
         outliermerge.plan(_passthrough(f"{base}+{adapter}"))
+
+
+def test_other_names_of_what_is_read_are_no_other_files(pair):
+    (pair[0] / "again").symlink_to(".")
+    (pair[0] / "pruned.safetensors").symlink_to("model.safetensors")
+
+    outliermerge.plan(_delta(*pair))
 
 
 NOT_WEIGHTS = (

@@ -103,7 +103,14 @@ def unread_tensors(root: Path, known: Collection[str]) -> tuple[tuple[Path, ...]
     """
     present = files_in(root)
     names = sorted({*present, *listed_files(root)} - {*known})
-    others = [name for name in names if kind_of(name) == "tensors" and _holds_tensors(root / name)]
+    read = {(root / name).resolve() for name in known}  # which others may link to
+    others = [
+        name
+        for name in names
+        if kind_of(name) == "tensors"
+        and (root / name).resolve() not in read
+        and _holds_tensors(root / name)
+    ]
     notes = _copies_note([name for name in present if name not in known])
     if others:
         notes.append(f"files of tensors that are not read, and left out:\n{listing(others)}")

@@ -12,7 +12,7 @@ from outliermerge.checkpoint.beside import sidecars_of
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import MODULES_NAME, PIPELINE_NAME, module_folders
-from outliermerge.checkpoint.loaded import choose
+from outliermerge.checkpoint.loaded import OpenChoiceError, choose
 from outliermerge.errors import OutlierMergeError, as_path, listing
 
 _LOGGER = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _weights(names: Collection[str], folder: Path, parts: Collection[str]) -> li
         config = read_json(folder / part / "config.json") if "config.json" in inside else {}
         try:
             choice = choose(inside, config, loose=not part)
-        except OutlierMergeError as error:
+        except OpenChoiceError as error:
             raise OutlierMergeError(
                 f"{error}. Fetch one with `hf download … --include … --local-dir …` and name that "
                 "folder."

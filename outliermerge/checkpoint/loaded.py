@@ -35,6 +35,10 @@ _NOT_LOOSE = re.compile(r"^(\.|adapter_model\.|consolidated\.\d+\.pth$)")
 _Kind = Literal["single", "index", "shards"]
 
 
+class OpenChoiceError(OutlierMergeError):
+    """It is open which of a folder's files are its weights."""
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class _Group:
     """Files that a loader would take together."""
@@ -76,11 +80,12 @@ def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> C
         loose: take files of any name where none has a name that transformers or diffusers loads.
 
     Raises:
-        OutlierMergeError: it is open which files are meant; the message is to be finished.
+        OpenChoiceError: it is open which files are meant; the message is to be finished.
+        OutlierMergeError: the config names a file that is not there or not weights.
     """
     names = sorted(names)
     if distributed := [name for name in names if _DISTRIBUTED.match(name)]:
-        raise OutlierMergeError(
+        raise OpenChoiceError(
             f"{distributed[0]} is of a distributed checkpoint, which newer versions of "
             "transformers load instead of all others, and which is not read. Load it with them and "
             "save_pretrained() it, if it is meant"
@@ -94,7 +99,7 @@ def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> C
         return Choice("model", tuple(files)) if files else None
     variants = sorted({group.variant for group in groups})
     if variants[0] and len(variants) > 1:
-        raise OutlierMergeError(
+        raise OpenChoiceError(
             f"its weights are there only as variants, and as several: {', '.join(variants)}"
         )
     is_diffusers = _is_diffusers(groups, config)
@@ -135,7 +140,7 @@ def _is_diffusers(groups: Iterable[_Group], config: Mapping[str, Any]) -> bool:
     if "_class_name" in config:
         return True
     if len(found) == 2 and not {"model_type", "architectures"} & config.keys():
-        raise OutlierMergeError(
+        raise OpenChoiceError(
             f"it has weights for transformers ({found[False]}) and for diffusers ({found[True]}), "
             "and its config.json does not tell which loads it"
         )
@@ -161,11 +166,12 @@ def _said(said: object, names: list[str], offered: tuple[str, ...]) -> Choice:
     if not isinstance(said, str) or not (is_index or said.endswith(".safetensors")):
         raise OutlierMergeError(
             f"config.json: transformers_weights is {said!r}, expected the name of a .safetensors "
-            "file or of an index of such"
+            "file or of an index of such."
         )
     if said not in names:
         raise OutlierMergeError(
-            f"config.json: transformers_weights names {said!r}, which is not in the folder"
+            f"config.json: transformers_weights names {said!r}, which is not directly in the "
+            "folder. Fetch it, or take the key out where other weights are meant."
         )
     return Choice("model", () if is_index else (said,), said if is_index else None, "", offered)
 

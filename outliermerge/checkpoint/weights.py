@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
-from outliermerge.checkpoint.loaded import choose, offered_files
+from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.safetensors_file import duplicates, read_header_and_metadata
 from outliermerge.errors import OutlierMergeError, listing
@@ -76,8 +76,10 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         check_file(config, root)
     try:
         chosen = choose(names_in(folder), read_json(config), loose=loose)
-    except OutlierMergeError as error:
+    except OpenChoiceError as error:
         raise OutlierMergeError(f"{folder}: {error}. Move all but one of them away.") from error
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{folder}: {error}") from error
     if chosen is None:
         return None
     index = folder / chosen.index if chosen.index else None
