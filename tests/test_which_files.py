@@ -495,6 +495,20 @@ def test_the_modules_of_a_sentence_transformer_are_merged(layout, files, tmp_pat
     assert set(stored) == {"linear.weight"}
 
 
+def test_modules_are_not_sharded_as_their_loader_knows_no_shards(tmp_path):
+    for name in "ab":
+        _sentence_transformer(tmp_path / name, 0.5)
+        state = {f"linear.{number}": torch.ones(64) for number in range(3)}
+        save_file(state, tmp_path / name / "2_Dense" / "model.safetensors")
+        save_file(state, tmp_path / name / "model.safetensors")
+
+    spec = _delta(tmp_path / "a", tmp_path / "b")
+    output = outliermerge.run(spec, output=tmp_path / "out", shard_size="256", **CPU).output
+
+    assert [path.name for path in output.glob("2_Dense/*.safetensors")] == ["model.safetensors"]
+    assert len([*output.glob("*.safetensors")]) == 3
+
+
 @pytest.mark.parametrize("without", ["base", "task"])
 @pytest.mark.parametrize("extra", [None, "copy"])
 def test_a_module_that_one_model_lacks_is_refused(without, extra, tmp_path):
@@ -607,14 +621,39 @@ def test_shards_say_what_any_of_the_base_s_say(tmp_path):
     assert len(files) == 2
 
 
-def test_headers_that_say_that_the_models_differ_are_noted(tmp_path):
-    for folder, kind in (("a", "epsilon"), ("b", "v")):
-        save_file(
-            STATE,
-            tmp_path / f"{folder}.safetensors",
-            metadata={"modelspec.prediction_type": kind},
-        )
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        (("epsilon", "v"), "'epsilon' in A, 'v' in B"),
+        ((None, "v"), "nothing in A, 'v' in B"),
+        (("v", None), "'v' in A, nothing in B"),
+        (("v", "v"), None),
+    ],
+)
+def test_headers_that_say_that_the_models_differ_are_noted(kinds, told, tmp_path):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in "AB"}
+    for path, kind in zip(paths.values(), kinds, strict=True):
+        metadata = {"modelspec.prediction_type": kind} if kind else {"author": "x"}
+        save_file(STATE, path, metadata=metadata)
 
-    plan = outliermerge.plan(_delta(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    notes = "\n".join(outliermerge.plan(_delta(*paths.values())).notes)
 
-    assert any("prediction_type: 'epsilon' in" in note and "'v' in" in note for note in plan.notes)
+    for name, path in paths.items():
+        notes = notes.replace(str(path), name)
+    assert (f"modelspec.prediction_type: {told}" in notes) == (told is not None)
+
+
+def test_metadata_that_is_no_unicode_is_left_out(tmp_path):
+    """The json of a header may hold halves of characters, which no file can."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": {"half": "\ud800", "whole": "x"}, "w": entry}).encode()
+    for name in "ab":
+        raw = len(header).to_bytes(8, "little") + header + bytes(4)
+        (tmp_path / f"{name}.safetensors").write_bytes(raw)
+
+    spec = _delta(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    plan = outliermerge.plan(spec)
+    outliermerge.run(plan, output=tmp_path / "out.safetensors", **CPU)
+
+    assert _metadata(tmp_path / "out.safetensors") == {"format": "pt", "whole": "x"}
+    assert any("half" in note and "left out" in note for note in plan.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Collection, Iterable
@@ -103,12 +104,12 @@ def unread_tensors(root: Path, known: Collection[str]) -> tuple[tuple[Path, ...]
     """
     present = files_in(root)
     names = sorted({*present, *listed_files(root)} - {*known})
-    read = {(root / name).resolve() for name in known}  # which others may link to
+    read = {os.path.realpath(root / name) for name in known}  # which others may link to
     others = [
         name
         for name in names
         if kind_of(name) == "tensors"
-        and (root / name).resolve() not in read
+        and os.path.realpath(root / name) not in read
         and _holds_tensors(root / name)
     ]
     notes = _copies_note([name for name in present if name not in known])

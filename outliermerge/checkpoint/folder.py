@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from outliermerge.checkpoint.beside import (
@@ -12,6 +13,7 @@ from outliermerge.checkpoint.beside import (
     sidecars_of,
     unread_tensors,
 )
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
@@ -84,6 +86,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
         notes=(*(note for weights in components.values() for note in weights.notes), *beside),
         other_files=other_files,
         metadata={folder: weights.metadata for folder, weights in components.items()},
+        whole=_whole_components(root, components) if MODULES_NAME in sidecars else frozenset(),
     )
 
 
@@ -188,3 +191,9 @@ def _modules(root: Path) -> dict[str, Weights]:
     if weights is None and (not modules or "" in names):
         raise OutlierMergeError(no_weights(root))
     return {"": weights, **modules} if weights is not None else modules
+
+
+def _whole_components(root: Path, components: Iterable[str]) -> frozenset[str]:
+    """Return the modules of a SentenceTransformer that it loads itself, which knows no shards."""
+    configs = {folder: read_json(root / folder / "config.json") for folder in components}
+    return frozenset(folder for folder, config in configs.items() if "model_type" not in config)

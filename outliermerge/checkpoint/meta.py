@@ -162,6 +162,7 @@ class Checkpoint:
         notes: what a person should know of how it was read.
         other_files: files of tensors beside those that are read, and no copies of them.
         metadata: by component's folder what its files' headers say beside the tensors.
+        whole: components that are loaded from one file alone.
     """
 
     root: Path
@@ -173,3 +174,4 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     other_files: tuple[Path, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()

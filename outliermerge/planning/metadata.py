@@ -69,15 +69,16 @@ def _is_unicode(text: str) -> bool:
 
 def _differing(inputs: Sequence[Input]) -> list[str]:
     """Return a note where headers say that the models' weights do not mean the same."""
-    said: dict[str, dict[str, str]] = {}
+    said: list[dict[str, str]] = []
     for entry in inputs:
-        for found in entry.checkpoint.metadata.values():
-            for name, text in found.items():
-                if _MEANING.match(name):
-                    said.setdefault(name, {}).setdefault(text, entry.reference)
-    lines = [
-        f"{name}: " + ", ".join(f"{text!r} in {model}" for text, model in texts.items())
-        for name, texts in said.items()
-        if len(texts) > 1
-    ]
+        texts = [item for found in entry.checkpoint.metadata.values() for item in found.items()]
+        said.append({name: text for name, text in texts if _MEANING.match(name)})
+    lines = []
+    for name in sorted({name for texts in said for name in texts}):
+        found: dict[str | None, str] = {}
+        for entry, known in zip(inputs, said, strict=True):
+            found.setdefault(known.get(name), entry.reference)
+        if len(found) > 1:
+            words = (f"{repr(t) if t else 'nothing'} in {model}" for t, model in found.items())
+            lines.append(f"{name}: {', '.join(words)}")
     return [f"the headers say that the models differ:\n{listing(lines)}"] if lines else []

@@ -90,6 +90,7 @@ class _Planner:
             shard_bytes=shard_bytes,
             components=checkpoint.components,
             metadata=metadata,
+            whole=checkpoint.whole,
         )
         jobs = tuple(
             Job(
