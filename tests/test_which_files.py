@@ -534,6 +534,16 @@ def test_modules_of_another_config_are_told(folder, tmp_path):
     assert f"  {folder}/config.json of {tmp_path / 'task'} is not that of" in note
 
 
+def test_a_tokenizer_in_a_part_that_is_another_is_told(tmp_path):
+    for name in ("base", "task"):
+        _sentence_transformer(tmp_path / name, 0.5, layout="0_Transformer")
+        (tmp_path / name / "0_Transformer" / "vocab.txt").write_text(f"a\n{name}\n")
+
+    [note] = outliermerge.plan(_delta(tmp_path / "base", tmp_path / "task")).notes
+
+    assert "the tokenizer in 0_Transformer/ of" in note
+
+
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/b", 3, None])
 def test_a_modules_json_cannot_lead_out_of_the_folder(path, tmp_path):
     save_tensors(tmp_path / "other", STATE)

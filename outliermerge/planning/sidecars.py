@@ -15,7 +15,7 @@ from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
-from outliermerge.planning.modules import differing_modules
+from outliermerge.planning.parts import differing_parts
 from outliermerge.planning.vocabulary import Alignment
 from outliermerge.spec.check import MergeSpec
 
@@ -70,7 +70,7 @@ def choose_sidecars(
             "Merge models of one architecture; correct a config.json that is wrong."
         )
     differing += compare_sidecars([(entry.reference, entry.home) for entry in inputs])
-    differing += differing_modules(inputs)
+    differing += differing_parts(inputs)
     notes = []
     if differing:
         kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
