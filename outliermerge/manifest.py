@@ -180,6 +180,8 @@ def _model_card(plan: Plan) -> str:
         front += ["base_model_relation: merge"]
     if "model_index.json" in sidecars:
         front += ["library_name: diffusers"]
+    elif "modules.json" in sidecars:
+        front += ["library_name: sentence-transformers"]
     elif "config.json" in sidecars:
         front += ["library_name: transformers"]
     front += ["tags:", "- merge", "- outliermerge", "---"]
