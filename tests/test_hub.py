@@ -310,6 +310,9 @@ class TestFetching:
         for name in set(LAYOUTS) - {"adapter"}:
             whole, part = open_checkpoint(tmp_path / name), open_checkpoint(folders[name])
             assert part.tensors.keys() == whole.tensors.keys()
+            assert [path.relative_to(part.root) for path in part.other_files] == [
+                path.relative_to(whole.root) for path in whole.other_files
+            ]
             assert [p.path.name for p in part.weight_files] == [
                 p.path.name for p in whole.weight_files
             ]

@@ -24,6 +24,7 @@ from outliermerge.checkpoint.weights import (
     SHARD,
     Weights,
     no_weights,
+    offered_by_hub,
     read_weights,
     read_whole,
 )
@@ -75,7 +76,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
     sidecars = sidecars_of(names, components)
     for name in sidecars:
         check_file(root / name, root)
-    other_files, beside = unread_tensors(root, known)
+    other_files, beside = unread_tensors(root, {*known, *offered_by_hub(root, components)})
     return Checkpoint(
         root=root,
         tensors=tensors,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.safetensors_file import duplicates, read_header_and_metadata
@@ -125,12 +126,22 @@ def beside_adapter(file: Path, names: Collection[str]) -> tuple[tuple[Path, ...]
             other names are passed over by from_pretrained.
     """
     folder = file.parent
-    loaded = {*names, *offered_files(names_in(folder))}
+    loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
     other_files, notes = unread_tensors(folder, loaded)
     passed_over = sorted(n for n in loaded if n != file.name and (folder / n).exists())
     if passed_over:
         notes.append(_passed_over(folder, file.name, passed_over))
     return other_files, notes
+
+
+def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
+    """Return those files of a repository that a loader takes; not all of them are fetched."""
+    listed = listed_files(root)
+    return [
+        f"{prefix}{name}"
+        for prefix in (f"{folder}/" if folder else "" for folder in components)
+        for name in offered_files(n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+    ]
 
 
 def _passed_over(folder: Path, taken: str, others: list[str]) -> str:
