@@ -361,6 +361,7 @@ def test_a_pipeline_is_a_model_with_its_components_before_the_names(tmp_path):
     assert checkpoint.other_files == (root / "pipe-pruned.safetensors",)
     assert checkpoint.notes == (
         "not read, as older states or copies in other formats:\n  unet/model.onnx",
+        "files of tensors that are not read, and left out:\n  pipe-pruned.safetensors",
     )
 
 

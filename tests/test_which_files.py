@@ -205,8 +205,10 @@ def test_an_output_does_not_name_the_file_that_its_base_named(tmp_path):
     config = {"model_type": "test", "transformers_weights": "other.safetensors"}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
 
-    outliermerge.run(_passthrough(tmp_path / "m"), output=tmp_path / "out", **CPU)
+    plan = outliermerge.plan(_passthrough(tmp_path / "m"))
+    outliermerge.run(plan, output=tmp_path / "out", **CPU)
 
+    assert any("do not know the key" in note for note in plan.notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "test"}
     _assert_same(_read(tmp_path / "out"), _moved(STATE, 1))
 

@@ -75,8 +75,9 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     config = folder / "config.json"
     if os.path.lexists(config):
         check_file(config, root)
+    settings = read_json(config)
     try:
-        chosen = choose(names_in(folder), read_json(config), loose=loose)
+        chosen = choose(names_in(folder), settings, loose=loose)
     except OpenChoiceError as error:
         raise OutlierMergeError(f"{folder}: {error}. Move all but one of them away.") from error
     except OutlierMergeError as error:
@@ -108,6 +109,11 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
     if chosen.variant:
         notes.append(f"{folder}: there is only the variant {chosen.variant}, which is taken")
+    if "transformers_weights" in settings:
+        notes.append(
+            f"{folder}: its config.json names the weights (transformers_weights), which versions "
+            "of transformers that do not know the key pass over"
+        )
     passed_over = [folder / name for name in chosen.offered if folder / name not in paths]
     if told := [path.name for path in passed_over if not _is_index_of(path, index, paths, root)]:
         taken = chosen.index or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
