@@ -33,7 +33,8 @@ def written_names(spec: MergeSpec, inputs: Sequence[Input], names: Sequence[str]
         raise OutlierMergeError(
             f"tensors that are of no component of {reference.reference} "
             f"({', '.join(part or 'its root' for part in components)}):\n{listing(lost)}\n"
-            "`extra: drop` leaves out what it lacks; a `rename` of a pipeline must keep the folder."
+            "A `rename` must keep the folder of a part. A part that only other models have cannot "
+            "be added: take a base model that has it; `extra: drop` loses its weights."
         )
     try:
         written = spec.rename.apply(names)
