@@ -177,6 +177,7 @@ def _verify(options: argparse.Namespace) -> int:
             threads=num_threads(options.threads),
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
+    notes = manifest.card_notes(folder)
     verdict = None
     if options.load:
         from outliermerge.verify_load import check_folder
@@ -184,11 +185,11 @@ def _verify(options: argparse.Namespace) -> int:
         with render.status("checking that it loads"):
             verdict = check_folder(folder)
         differences += verdict.problems
+        notes += verdict.notes
     if options.json:
-        print_json(
-            {"folder": str(folder), "ok": not differences, "differences": differences}
-            | ({"load_check": verdict.as_dict()} if verdict else {})
-        )
+        found = {"ok": not differences, "differences": differences, "notes": notes}
+        load = {"load_check": verdict.as_dict()} if verdict else {}
+        print_json({"folder": str(folder)} | found | load)
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
         print(f"{folder}: {len(differences)} {what}")
@@ -196,10 +197,10 @@ def _verify(options: argparse.Namespace) -> int:
             print(f"  {difference}")
     else:
         print(f"{folder}: every tensor and file is as its manifest says")
-    if verdict is not None and not options.json:
-        for by in verdict.by:
+    if not options.json:
+        for by in verdict.by if verdict else ():
             print(f"checked by {by}")
-        for note in verdict.notes:
+        for note in notes:
             print(f"note: {note}")
     return EXIT_FAILED if differences else EXIT_DONE
 

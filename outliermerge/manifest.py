@@ -27,6 +27,10 @@ from outliermerge.output import checksum_in_file, manifest_path, shard_path
 from outliermerge.planning.sidecars import sidecar_bytes
 
 MANIFEST_FORMAT = 1
+CARD_NAME = "README.md"
+# What git, the hub's client and desktops leave in a folder; no loader reads it.
+_LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
+             ".DS_Store"}  # fmt: skip
 
 
 def identity(plan: Plan, options: Options) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def write_sidecars(
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
     contents |= {name: text.encode() for name, text in indexes.items()}
     if not plan.is_one_file:
-        contents["README.md"] = _model_card(plan).encode()
+        contents[CARD_NAME] = _model_card(plan).encode()
     for name, data in contents.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +188,8 @@ def _model_card(plan: Plan) -> str:
         front += ["base_model_relation: merge"]
     if "model_index.json" in sidecars:
         front += ["library_name: diffusers"]
+    elif "modules.json" in sidecars:
+        front += ["library_name: sentence-transformers"]
     elif "config.json" in sidecars:
         front += ["library_name: transformers"]
     front += ["tags:", "- merge", "- outliermerge", "---"]
@@ -323,17 +329,34 @@ def _differing_tensors(
             os.close(descriptor)
 
 
+def card_notes(folder: Path) -> list[str]:
+    """Return a note where a folder's model card is no longer the one that was written.
+
+    People edit it, and no loader reads it: it is no difference of the model.
+    """
+    entry = read_manifest(folder)["files"].get(CARD_NAME)
+    path = folder / CARD_NAME
+    if entry is None or (path.is_file() and file_checksum(path) == entry["sha256"]):
+        return []
+    return [f"{CARD_NAME} is {'another' if path.is_file() else 'missing'}; no loader reads it"]
+
+
 def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     differences = []
     for name, entry in manifest["files"].items():
         path = folder / name
+        if name == CARD_NAME:
+            continue
         if not path.is_file():
             differences.append(f"file {name}: is missing")
         elif file_checksum(path) != entry["sha256"]:
             differences.append(f"file {name}: its contents changed")
-    known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME}
+    known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME, CARD_NAME}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        name = path.relative_to(folder).as_posix()
+        parts = path.relative_to(folder).parts
+        if parts[0] in _LEAVINGS or parts[:2] == (".cache", "huggingface"):
+            continue
+        name = "/".join(parts)
         if path.is_file() and name not in known:
             differences.append(f"file {name}: is not in the manifest")
     return differences

@@ -95,6 +95,12 @@ LAYOUTS = {
         ("adapter_model.bin", "training_args.bin", "checkpoint-10/adapter_model.safetensors",
          "checkpoint-10/adapter_config.json"),
     ),
+    "sentence-transformer": Layout(
+        ("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+         "config.json", "model.safetensors", "modules.json"),
+        ("2_Dense/pytorch_model.bin", "onnx/model.onnx", "other/config.json", "other/model.pt"),
+        {"modules.json": [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]},
+    ),
     "pipeline": Layout(
         ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
          "text_encoder/model.safetensors", "tokenizer/merges.txt", "unet/config.json",
@@ -304,9 +310,26 @@ class TestFetching:
         for name in set(LAYOUTS) - {"adapter"}:
             whole, part = open_checkpoint(tmp_path / name), open_checkpoint(folders[name])
             assert part.tensors.keys() == whole.tensors.keys()
+            assert [path.relative_to(part.root) for path in part.other_files] == [
+                path.relative_to(whole.root) for path in whole.other_files
+            ]
             assert [p.path.name for p in part.weight_files] == [
                 p.path.name for p in whole.weight_files
             ]
+
+    def test_tensors_that_are_not_fetched_are_refused_by_the_hub_s_listing(
+        self, tmp_path: Path
+    ) -> None:
+        folder = save_tensors(tmp_path / "repository", _tensors(0))
+        _save_file(folder / "value_head.bin", 0)
+        with HubServer({"org/a": folder}) as hub:
+            environment = hub.environment(tmp_path / "home")
+            code, told = _call(tmp_path, environment, "org/a")
+            assert "value_head.bin" not in hub.fetched()
+        assert code == 1
+        assert "  value_head.bin: in org/a\n" in told
+        offline = environment | {"HF_HUB_OFFLINE": "1"}
+        assert _call(tmp_path, offline, "org/a") == (1, told)
 
 
 class TestRefusals:
@@ -332,7 +355,7 @@ class TestRefusals:
             _save_file(tmp_path / "repository" / file, seed=0)
         with HubServer({"org/a": tmp_path / "repository"}) as hub:
             told = _call(tmp_path, hub.environment(tmp_path / "home"), "org/a")
-            assert hub.fetched() == []
+            assert {*hub.fetched()} <= {"config.json"}
 
         assert told == (1, _error(hub, tmp_path, "org/a", reason))
 

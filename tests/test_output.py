@@ -667,7 +667,7 @@ class TestVerify:
         code = cli.main(["verify", str(output), "--json"])
         printed = self.capsys.readouterr()
         found = json.loads(printed.out)
-        assert found.keys() == {"folder", "ok", "differences"}
+        assert found.keys() == {"folder", "ok", "differences", "notes"}
         assert found["folder"] == str(output)
         assert found["ok"] == (found["differences"] == []) == (code == 0)
         assert code in (0, 1)
@@ -706,7 +706,7 @@ class TestVerify:
 
     @pytest.mark.parametrize(
         "name",
-        ["config.json", "README.md", "model.safetensors.index.json", "1_Pooling/config.json"],
+        ["config.json", "model.safetensors.index.json", "1_Pooling/config.json"],
     )
     def test_a_changed_or_missing_file_is_named(self, output: Path, name: str) -> None:
         data = (output / name).read_bytes()
@@ -717,9 +717,38 @@ class TestVerify:
         [difference] = self._differences(output)
         assert difference == f"file {name}: is missing"
 
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "sub/new.json", "b.safetensors", ".x"])
+    def test_a_changed_model_card_is_a_note(self, output: Path, capsys) -> None:
+        card = output / "README.md"
+        card.write_text(card.read_text() + "More of it.\n")
+        assert self._differences(output) == []
+        assert cli.main(["verify", str(output)]) == 0
+        assert "note: README.md is another; no loader reads it" in capsys.readouterr().out
+        card.unlink()
+        assert cli.main(["verify", str(output), "--json"]) == 0
+        assert "README.md is missing" in json.loads(capsys.readouterr().out)["notes"][0]
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            ".git/HEAD",
+            ".git/lfs/objects/aa/bb",
+            ".gitattributes",
+            ".gitignore",
+            ".cache/huggingface/.gitignore",
+            ".cache/huggingface/download/model.safetensors.metadata",
+            ".huggingface/download/config.json.lock",
+            ".locks/models--a/x.lock",
+        ],
+    )
+    def test_what_git_and_the_hub_leave_is_passed_over(self, output: Path, name: str) -> None:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("*")
+        assert self._differences(output) == []
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "sub/new.json", "b.safetensors", ".x",
+                                      ".cache/x", "sub/.git", ".github/x"])  # fmt: skip
     def test_an_extra_file_is_named(self, output: Path, name: str) -> None:
-        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("{}")
         [difference] = self._differences(output)
         assert difference == f"file {name}: is not in the manifest"

@@ -358,7 +358,11 @@ def test_a_pipeline_is_a_model_with_its_components_before_the_names(tmp_path):
         "pipe-pruned.safetensors",
         "unet/model.onnx",
     ]
-    assert checkpoint.notes == ()
+    assert checkpoint.other_files == (root / "pipe-pruned.safetensors",)
+    assert checkpoint.notes == (
+        "not read, as older states or copies in other formats:\n  unet/model.onnx",
+        "files of tensors that are not read, and left out:\n  pipe-pruned.safetensors",
+    )
 
 
 def test_pytorch_files_and_plain_files_beside_variants_are_taken(tmp_path):
@@ -373,7 +377,10 @@ def test_pytorch_files_and_plain_files_beside_variants_are_taken(tmp_path):
 
     _assert_same(_read(checkpoint), _named(text_encoder=TEXT, unet=UNET))
     assert checkpoint.components == {"text_encoder": "model", "unet": "diffusion_pytorch_model"}
-    assert checkpoint.notes == ()
+    assert checkpoint.notes == (
+        f"{root}/unet: diffusion_pytorch_model.bin is read, as from_pretrained takes it; passed "
+        "over:\n  diffusion_pytorch_model.fp16.safetensors\n  diffusion_pytorch_model.non_ema.bin",
+    )
 
 
 @pytest.mark.parametrize("in_pipeline", [True, False], ids=["pipeline", "folder"])

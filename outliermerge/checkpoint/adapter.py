@@ -34,7 +34,7 @@ from outliermerge.checkpoint.adapter_tensors import (
 )
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
-from outliermerge.checkpoint.weights import read_metas
+from outliermerge.checkpoint.weights import beside_adapter, read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
 
@@ -79,11 +79,7 @@ class _Adapter:
         metas, _ = read_metas(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
-        if (folder / "non_lora_trainables.bin").exists():
-            raise OutlierMergeError(
-                f"{folder}: beside the adapter, non_lora_trainables.bin holds trained tensors of "
-                "LLaVA. Merge both with LLaVA's scripts/merge_lora_weights.py."
-            )
+        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES)
         self.modules: dict[str, LayerParts] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
@@ -157,7 +153,9 @@ class _Adapter:
                 *self.base.notes,
                 self._note(),
                 *notes_of(self.config, self.layers, self.base.tensors),
+                *self.notes,
             ),
+            other_files=(*self.base.other_files, *self.other_files),
         )
 
     def _note(self) -> str:

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.hub_cache import blobs_of, is_cached
 from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.errors import OutlierMergeError
 
@@ -17,9 +18,8 @@ from outliermerge.errors import OutlierMergeError
 def check_file(path: Path, folder: Path | None = None) -> None:
     """Raise OutlierMergeError unless a path is a regular file that lies in a folder.
 
-    Links inside the folder are followed, and those of the hub's cache, whose snapshots link into
-    the blobs of the same repository or of all:
-    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    Links inside the folder are followed, and those into the hub's cache, which holds nothing but
+    what was fetched from it. A link elsewhere could give away a file that is no model's.
     """
     try:
         mode = path.stat().st_mode
@@ -34,22 +34,13 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     if folder is None:
         return
     inside, real = folder.resolve(), path.resolve()
-    if real.is_relative_to(inside):
+    if real.is_relative_to(inside) or is_cached(real):
         return
-    if not any(real.is_relative_to(blobs) for blobs in _blobs(inside)):
+    if not any(real.is_relative_to(blobs) for blobs in blobs_of(inside)):
         raise OutlierMergeError(
             f"{path}: is a link out of the folder to {real}: refused. "
             "Copy the file into the folder, or name the folder that it is in."
         )
-
-
-def _blobs(folder: Path) -> tuple[Path, ...]:
-    """Return where the hub's cache keeps the files that a snapshot links to."""
-    for revision in (folder, *folder.parents):
-        repository = revision.parent.parent
-        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
-            return repository / "blobs", repository.parent / "blobs"
-    return ()
 
 
 def names_in(folder: Path) -> list[str]:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from outliermerge.checkpoint.beside import (
+    MANIFEST_NAME,
+    files_in,
+    sidecars_of,
+    unread_tensors,
+)
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
@@ -14,28 +22,26 @@ from outliermerge.checkpoint.weights import (
     PYTORCH_SUFFIXES,
     SAFETENSORS_PATTERNS,
     SHARD,
-    TRAINING_FILES,
     Weights,
     no_weights,
-    read_metas,
+    offered_by_hub,
     read_weights,
+    read_whole,
 )
 from outliermerge.errors import OutlierMergeError
 
 __all__ = [
     "MANIFEST_NAME",
+    "MODULES_NAME",
     "PIPELINE_NAME",
     "PYTORCH_PATTERNS",
     "SAFETENSORS_PATTERNS",
-    "SIDECAR_PATTERNS",
+    "module_folders",
     "open_checkpoint",
 ]
 
-SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py", "*.tiktoken",
-                    "*.spm", "*.codes", "*.tokenizer", "LICENSE*", "NOTICE*")  # fmt: skip
-MANIFEST_NAME = "outliermerge.json"
 PIPELINE_NAME = "model_index.json"
-_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+MODULES_NAME = "modules.json"  # of a SentenceTransformer
 _FILE_SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES)
 # What DataParallel and torch.compile put before the names of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -44,8 +50,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 def open_checkpoint(root: Path) -> Checkpoint:
     """Read the headers of a model: a folder of weights, a diffusers pipeline, or one file.
 
-    In a folder safetensors files are used where there are any, PyTorch files otherwise. In one
-    file, a prefix that a wrapper put before all names is stripped.
+    Of a folder those files are read that from_pretrained takes; the modules of a
+    SentenceTransformer that have weights are components, as those of a pipeline are. In one file,
+    a prefix that a wrapper put before all names is stripped.
 
     Raises:
         OutlierMergeError: it is absent, holds no weights, or a file is missing, broken, dangerous
@@ -58,26 +65,29 @@ def open_checkpoint(root: Path) -> Checkpoint:
             "is neither a folder nor a regular file" if root.exists() else "no such file or folder"
         )
         raise OutlierMergeError(f"{root}: {kind}")
-    if os.path.lexists(root / PIPELINE_NAME):
-        components = _pipeline(root)
-    else:
-        weights = read_weights(root, root, loose=True)
-        if weights is None:
-            raise OutlierMergeError(no_weights(root))
-        components = {"": weights}
+    components = _pipeline(root) if os.path.lexists(root / PIPELINE_NAME) else _modules(root)
     tensors: dict[str, Source] = {}
     for folder, weights in components.items():
         tensors |= {f"{folder}/{m.name}" if folder else m.name: m for m in weights.metas}
     paths = [path for weights in components.values() for path in weights.paths]
-    sidecars, left_behind = _sidecars(root, set(paths))
+    passed_over = [path for weights in components.values() for path in weights.passed_over]
+    known = {path.relative_to(root).as_posix() for path in (*paths, *passed_over)}
+    names = files_in(root)
+    sidecars = sidecars_of(names, components)
+    for name in sidecars:
+        check_file(root / name, root)
+    other_files, beside = unread_tensors(root, {*known, *offered_by_hub(root, components)})
     return Checkpoint(
         root=root,
         tensors=tensors,
         weight_files=tuple(FileStamp.of(path) for path in paths),
-        sidecars=sidecars,
-        left_behind=left_behind,
+        sidecars=tuple(sidecars),
+        left_behind=tuple(n for n in names if n not in sidecars and root / n not in paths),
         components={folder: weights.stem for folder, weights in components.items()},
-        notes=tuple(note for weights in components.values() for note in weights.notes),
+        notes=(*(note for weights in components.values() for note in weights.notes), *beside),
+        other_files=other_files,
+        metadata={folder: weights.metadata for folder, weights in components.items()},
+        whole=_whole_components(root, components) if MODULES_NAME in sidecars else frozenset(),
     )
 
 
@@ -94,7 +104,7 @@ def _open_file(path: Path) -> Checkpoint:
         raise OutlierMergeError(
             f"{path}: is one of {int(shard['total'])} shards: name the folder that holds them all"
         )
-    metas, notes = read_metas(path)
+    metas, notes, metadata = read_whole(path)
     if not metas:
         raise OutlierMergeError(f"{path}: holds no tensors")
     prefix = _wrapper_prefix([meta.name for meta in metas])
@@ -108,6 +118,7 @@ def _open_file(path: Path) -> Checkpoint:
         left_behind=(),
         components={"": path.stem},
         notes=tuple(notes),
+        metadata={"": metadata},
     )
 
 
@@ -155,23 +166,35 @@ def _pipeline(root: Path) -> dict[str, Weights]:
     return components
 
 
-def _sidecars(root: Path, weights: set[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    sidecars: list[str] = []
-    left_behind: list[str] = []
-    # rglob does not go into folders that are links; a component can be one.
-    linked = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
-    for path in sorted({*root.rglob("*"), *(file for link in linked for file in link.iterdir())}):
-        name = path.relative_to(root)
-        if path.is_dir() or path in weights or any(p.startswith(".") for p in name.parts):
-            continue
-        carried = (
-            len(name.parts) <= 2
-            and any(path.match(pattern) for pattern in SIDECAR_PATTERNS)
-            and not _INDEX.search(name.name)
-            and not TRAINING_FILES.search(name.name)
-            and name.name != MANIFEST_NAME
-        )
-        if carried:
-            check_file(path, root)
-        (sidecars if carried else left_behind).append(name.as_posix())
-    return tuple(sidecars), tuple(left_behind)
+def module_folders(content: object) -> list[str]:
+    """Return the folders that the modules.json of a SentenceTransformer names, "" for its root."""
+    entries = content if isinstance(content, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return [path for path in paths if isinstance(path, str) and "/" not in path]
+
+
+def _modules(root: Path) -> dict[str, Weights]:
+    """Read the weights of a folder, and of the modules that its modules.json names."""
+    path = root / MODULES_NAME
+    names: list[str] = []
+    if os.path.lexists(path):
+        check_file(path, root)
+        inside = names_in(root)  # a name that is none of these could lead out of the folder
+        names = [name for name in module_folders(load_json(path)) if name in ("", *inside)]
+    modules = {
+        name: weights
+        for name in names
+        if name
+        and (root / name).is_dir()
+        and (weights := read_weights(root / name, root, loose=False)) is not None
+    }
+    weights = read_weights(root, root, loose=not modules)
+    if weights is None and (not modules or "" in names):
+        raise OutlierMergeError(no_weights(root))
+    return {"": weights, **modules} if weights is not None else modules
+
+
+def _whole_components(root: Path, components: Iterable[str]) -> frozenset[str]:
+    """Return the modules of a SentenceTransformer that it loads itself, which knows no shards."""
+    configs = {folder: read_json(root / folder / "config.json") for folder in components}
+    return frozenset(folder for folder, config in configs.items() if "model_type" not in config)

@@ -6,17 +6,17 @@ import glob
 import logging
 import re
 from collections.abc import Collection
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from outliermerge.checkpoint.beside import sidecars_of
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import load_json
-from outliermerge.checkpoint.folder import PIPELINE_NAME, SIDECAR_PATTERNS
-from outliermerge.checkpoint.weights import PYTORCH_SUFFIXES, TRAINING_FILES, choose
+from outliermerge.checkpoint.folder import MODULES_NAME, PIPELINE_NAME, module_folders
+from outliermerge.checkpoint.loaded import OpenChoiceError, choose
 from outliermerge.errors import OutlierMergeError, as_path, listing
 
 _LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
-_MODEL_SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack")
 _ADAPTER = r"adapter_model\.(bin|safetensors)"  # the latter is preferred
 _NO_WEIGHTS = "weights (*.safetensors, *.bin, *.pt, *.pth)"
 
@@ -81,13 +81,16 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     except Exception as error:
         return _from_cache(repo_id, revision, error)
     names = [file.rfilename for file in info.siblings or ()]
-    sidecars = _sidecars(names)
-    guides = [name for name in sidecars if name == PIPELINE_NAME or ".index." in name]
     try:
-        folder = snapshot(guides, revision) if guides else Path()
-        weights = _weights(names, folder)
+        lists = [name for name in (PIPELINE_NAME, MODULES_NAME) if name in names]
+        folder = snapshot(lists, revision) if lists else Path()
+        parts = _parts(names, folder)
+        if guides := [n for n in names if _is_guide(n, parts)]:
+            folder = snapshot(guides, folder.name or revision)
+        weights = _weights(names, folder, parts)
         if weights:
-            return snapshot([*sidecars, *weights], folder.name or revision)
+            wanted = [*sidecars_of(names, parts), *weights]
+            return snapshot(wanted, folder.name or revision)
     except OutlierMergeError:
         raise
     except Exception as error:
@@ -124,8 +127,10 @@ def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
             names |= {file.path for file in listed}
         except errors.CachedRepoTreeNotFoundError:
             pass
-    weights = _weights(names, folder)
-    missing = sorted({*_sidecars(names), *weights} - present) + ([] if weights else [_NO_WEIGHTS])
+    parts = _parts(names, folder)
+    weights = _weights(names, folder, parts)
+    needed = {*sidecars_of(names, parts), *weights}
+    missing = sorted(needed - present) + ([] if weights else [_NO_WEIGHTS])
     if missing:
         raise OutlierMergeError(
             f"{reason}, and the snapshot {folder} lacks:\n{listing(missing)}"
@@ -135,36 +140,35 @@ def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
     return folder
 
 
-def _sidecars(names: Collection[str]) -> list[str]:
-    """Return the small files that a model needs, without those of other models in subfolders."""
-    paths = [PurePosixPath(name) for name in sorted(names)]
-    others = {path.parent for path in paths if path.suffix in _MODEL_SUFFIXES} - {PurePosixPath()}
-    return [
-        str(path)
-        for path in paths
-        if len(path.parts) <= 2
-        and any(fnmatch(path.name, pattern) for pattern in SIDECAR_PATTERNS)
-        and not TRAINING_FILES.search(path.name)
-        and (path.parent not in others or PIPELINE_NAME in names)
-    ]
-
-
-def _weights(names: Collection[str], folder: Path) -> list[str]:
-    """Return the weight files that `open_checkpoint` reads; an index in the folder is followed."""
+def _parts(names: Collection[str], folder: Path) -> list[str]:
+    """Return the folders of a repository that a model has weights in, "" for its root."""
     pipeline = load_json(folder / PIPELINE_NAME) if PIPELINE_NAME in names else None
-    parts = [""]
     if isinstance(pipeline, dict):
-        parts = [f"{key}/" for key, value in pipeline.items() if isinstance(value, list)]
+        return [key for key, value in pipeline.items() if isinstance(value, list)]
+    modules = load_json(folder / MODULES_NAME) if MODULES_NAME in names else None
+    return list(dict.fromkeys(["", *module_folders(modules)]))
+
+
+def _is_guide(name: str, parts: Collection[str]) -> bool:
+    """Tell whether a file tells which weights are read."""
+    part, _, file = name.rpartition("/")
+    return part in parts and (file == "config.json" or ".index." in file)
+
+
+def _weights(names: Collection[str], folder: Path, parts: Collection[str]) -> list[str]:
+    """Return the weight files that `open_checkpoint` reads; an index in the folder is followed."""
     chosen: list[str] = []
     for part in parts:
-        inside = sorted(name.removeprefix(part) for name in names if name.startswith(part))
+        prefix = f"{part}/" if part else ""
+        inside = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
         inside = [name for name in inside if "/" not in name]
         if "adapter_config.json" in inside:
             files = [name for name in inside if re.fullmatch(_ADAPTER, name)][-1:]
-            chosen += [part + file for file in files]
+            chosen += [prefix + file for file in files]
+        config = read_json(folder / part / "config.json") if "config.json" in inside else {}
         try:
-            choice = choose(inside, loose=not part)
-        except OutlierMergeError as error:
+            choice = choose(inside, config, loose=not part)
+        except OpenChoiceError as error:
             raise OutlierMergeError(
                 f"{error}. Fetch one with `hf download … --include … --local-dir …` and name that "
                 "folder."
@@ -178,7 +182,7 @@ def _weights(names: Collection[str], folder: Path) -> list[str]:
             if isinstance(weight_map, dict):
                 files = [str(file) for file in dict.fromkeys(weight_map.values())]
             files.append(choice.index)
-        chosen += [part + file for file in files]
+        chosen += [prefix + file for file in files]
     return chosen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from outliermerge.checkpoint.meta import DType
@@ -61,6 +61,8 @@ def plan_layout(
     *,
     shard_bytes: int | None,
     components: Mapping[str, str],
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
+    whole: Collection[str] = (),
 ) -> tuple[list[Shard], dict[str, OutputTensor]]:
     """Place tensors into shards of at most shard_bytes (None: no limit), in the order given.
 
@@ -71,6 +73,8 @@ def plan_layout(
     Args:
         components: by folder the stem of its files; a tensor of `unet/conv_in.weight` is stored
             as `conv_in.weight` in a file of the folder `unet`.
+        metadata: by folder what the headers of its files say beside the tensors.
+        whole: folders whose tensors stay in one file.
     """
     by_component: dict[str, list[list[tuple[str, DType, tuple[int, ...]]]]] = {}
     filled: dict[str, int] = {}
@@ -79,7 +83,7 @@ def plan_layout(
         groups = by_component.setdefault(component, [])
         num_bytes = math.prod(shape) * dtype.num_bytes
         full = shard_bytes is not None and filled.get(component, 0) + num_bytes > shard_bytes
-        if not groups or (filled[component] and full):
+        if not groups or (filled[component] and full and component not in whole):
             groups.append([])
             filled[component] = 0
         groups[-1].append((name, dtype, shape))
@@ -93,7 +97,8 @@ def plan_layout(
             file = f"{folder}{components[component]}{part}.safetensors"
             group.sort(key=_has_no_whole_pages)
             header, offsets = make_header(
-                (name.removeprefix(folder), dtype, shape) for name, dtype, shape in group
+                ((name.removeprefix(folder), dtype, shape) for name, dtype, shape in group),
+                (metadata or {}).get(component),
             )
             end = len(header)
             for (name, dtype, shape), offset in zip(group, offsets, strict=True):

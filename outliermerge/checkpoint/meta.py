@@ -161,6 +161,9 @@ class Checkpoint:
         left_behind: files of the folder that a merged model does not take over.
         components: by component's folder ("" for a plain model) the stem of its weight files.
         notes: what a person should know of how it was read.
+        other_files: files of tensors beside those that are read, and no copies of them.
+        metadata: by component's folder what its files' headers say beside the tensors.
+        whole: components that are loaded from one file alone.
     """
 
     root: Path
@@ -170,3 +173,6 @@ class Checkpoint:
     left_behind: tuple[str, ...]
     components: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
     notes: tuple[str, ...] = ()
+    other_files: tuple[Path, ...] = ()
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -29,6 +29,15 @@ def read_header(path: Path) -> list[TensorMeta]:
     Raises:
         OutlierMergeError: the file is truncated or its header breaks the format's rules.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
+    """Return the tensors of a file in the order of their bytes, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: as for read_header.
+    """
     check_file(path)
     refuse_lfs_pointer(path)
     try:
@@ -43,16 +52,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     `read_header` tells what is wrong with a file.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-    except (OSError, ValueError, RecursionError, struct.error):
+        return read_header_and_metadata(path)[1]
+    except OutlierMergeError:
         return {}
-    found = header.get("__metadata__") if isinstance(header, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
-def _parse(path: Path) -> list[TensorMeta]:
+def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -90,7 +95,7 @@ def _parse(path: Path) -> list[TensorMeta]:
     metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
     metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
     _check_contiguous(path, metas, data_start, num_file_bytes)
-    return metas
+    return metas, metadata or {}
 
 
 class _DuplicateKeyError(Exception):
@@ -163,14 +168,19 @@ def _check_contiguous(
         )
 
 
-def make_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+def make_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Return a file's first bytes and the absolute offset of each tensor.
 
     The header is padded with spaces so that the data starts with a page.
+
+    Args:
+        metadata: what the header says beside the tensors and the format.
     """
     position = 0
     starts: list[int] = []
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, dtype, shape in tensors:
         num_bytes = math.prod(shape) * dtype.num_bytes
         starts.append(position)

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from outliermerge.checkpoint.beside import unread_tensors
+from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.hub_cache import listed_files
+from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
-from outliermerge.checkpoint.safetensors_file import duplicates, read_header
+from outliermerge.checkpoint.safetensors_file import duplicates, read_header_and_metadata
 from outliermerge.errors import OutlierMergeError, listing
 
 SAFETENSORS_PATTERNS = ("*.safetensors",)
 PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
 _FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
 PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
-TRAINING_FILES = re.compile(
-    r"(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.(bin|pt|pth|json)$"
-)
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
 
-# The names that transformers and diffusers load. A variant, such as fp16, stands before the
-# extension, before or behind a shard's number.
-_LOADED = {
-    ("model", "safetensors"),
-    ("pytorch_model", "bin"),
-    ("diffusion_pytorch_model", "safetensors"),
-    ("diffusion_pytorch_model", "bin"),
-}
-_WEIGHTS = re.compile(
-    r"^(?P<stem>\w+)(\.(?P<variant>[A-Za-z]\w*))?(-\d{5}-of-\d{5})?"
-    r"(\.(?P<late_variant>[A-Za-z]\w*))?\.(?P<format>safetensors|bin)$"
-)
-_INDEX = re.compile(
-    r"^(?P<stem>\w+)\.(?P<format>safetensors|bin)\.index(\.(?P<variant>[A-Za-z]\w*))?\.json$"
-)
-_ORIGINAL_LLAMA = r"^consolidated\.\d+\.pth$"
 OTHER_FORMATS = (
     (r"\.gguf$", "GGUF",
      "Convert it to safetensors: transformers' from_pretrained(…, gguf_file=…), then "
      "save_pretrained()."),
-    (_ORIGINAL_LLAMA, "the original Llama format",
+    (r"^consolidated\.\d+\.pth$", "the original Llama format",
      "Convert it with transformers' convert_llama_weights_to_hf.py."),
     (r"\.h5$", "TensorFlow",
      "Convert it to safetensors: from_pretrained(…, from_tf=True) of transformers before 5, then "
@@ -63,66 +48,17 @@ class Weights:
         stem: of the weight files that a merged model has in its place.
         metas: the tensors, in the order of the files.
         paths: the files that hold them.
+        passed_over: files that a loader takes where those above are not there.
+        metadata: what the files' headers say beside the tensors.
         notes: what a person should know of how they were read.
     """
 
     stem: str
     metas: list[TensorMeta]
     paths: list[Path]
+    passed_over: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class Choice:
-    """Files that a loader would take together; the least one is the one it takes.
-
-    Attributes:
-        files: their names, without those that only an index names.
-        index: the name of their index, where they have one.
-    """
-
-    variant: str
-    is_pickled: bool
-    stem: str
-    files: tuple[str, ...] = ()
-    index: str | None = None
-
-
-def choose(names: Iterable[str], *, loose: bool) -> Choice | None:
-    """Return which of a folder's files are its weights; None where it has none.
-
-    Files without a variant are preferred to a variant, safetensors files to PyTorch files.
-
-    Args:
-        names: of the files directly in the folder.
-        loose: take files of any name where none has a name that transformers or diffusers loads.
-
-    Raises:
-        OutlierMergeError: it is open which variant is meant; the message is to be finished.
-    """
-    choices: dict[tuple[str, bool, str], Choice] = {}
-    names = sorted(names)
-    for name in names:
-        match = _WEIGHTS.match(name) or _INDEX.match(name)
-        if match is None or (match["stem"], match["format"]) not in _LOADED:
-            continue
-        found = match.groupdict()
-        variant = found["variant"] or found.get("late_variant") or ""
-        key = (variant, found["format"] == "bin", found["stem"])
-        choice = choices.setdefault(key, Choice(*key))
-        if match.re is _WEIGHTS:
-            choices[key] = replace(choice, files=(*choice.files, name))
-        else:
-            choices[key] = replace(choice, index=name)
-    if not choices:
-        files = _loose_files(names) if loose else []
-        return Choice("", False, "model", tuple(files)) if files else None
-    variants = sorted({variant for variant, _, _ in choices})
-    if variants[0] and len(variants) > 1:
-        raise OutlierMergeError(
-            f"its weights are there only as variants, and as several: {', '.join(variants)}"
-        )
-    return choices[min(choices)]
 
 
 def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
@@ -134,12 +70,18 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         loose: as `choose` takes it.
 
     Raises:
-        OutlierMergeError: a file is missing or broken, or it is open which variant is meant.
+        OutlierMergeError: a file is missing or broken, or it is open which files are meant.
     """
+    config = folder / "config.json"
+    if os.path.lexists(config):
+        check_file(config, root)
+    settings = read_json(config)
     try:
-        chosen = choose(names_in(folder), loose=loose)
-    except OutlierMergeError as error:
+        chosen = choose(names_in(folder), settings, loose=loose)
+    except OpenChoiceError as error:
         raise OutlierMergeError(f"{folder}: {error}. Move all but one of them away.") from error
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{folder}: {error}") from error
     if chosen is None:
         return None
     index = folder / chosen.index if chosen.index else None
@@ -152,11 +94,13 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         paths = list(dict.fromkeys(weight_map.values()))
     metas: list[TensorMeta] = []
     notes: list[str] = []
+    found_metadata: list[dict[str, str]] = []
     for path in paths:
         check_file(path, root)
-        found_metas, found_notes = read_metas(path)
+        found_metas, found_notes, metadata = read_whole(path)
         metas += found_metas
         notes += found_notes
+        found_metadata.append(metadata)
     if twice := duplicates(metas):
         raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
     if index is not None:
@@ -165,8 +109,77 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
     if chosen.variant:
         notes.append(f"{folder}: there is only the variant {chosen.variant}, which is taken")
+    if "transformers_weights" in settings:
+        notes.append(
+            f"{folder}: its config.json names the weights (transformers_weights), which versions "
+            "of transformers that do not know the key pass over"
+        )
+    passed_over = [folder / name for name in chosen.offered if folder / name not in paths]
+    if told := [path.name for path in passed_over if not _is_index_of(path, index, paths, root)]:
+        taken = chosen.index or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
+        notes.append(_passed_over(folder, taken, told))
     stem = "model" if chosen.stem == "pytorch_model" else chosen.stem
-    return Weights(stem, metas, paths, tuple(notes))
+    metadata = {k: v for found in reversed(found_metadata) for k, v in found.items()}
+    return Weights(stem, metas, paths, tuple(passed_over), metadata, tuple(notes))
+
+
+def beside_adapter(file: Path, names: Collection[str]) -> tuple[tuple[Path, ...], list[str]]:
+    """Return the files of tensors in an adapter's folder that nothing reads, and notes.
+
+    Args:
+        file: the adapter's weights.
+        names: that an adapter's weights can have; like a whole model in its folder, those of the
+            other names are passed over by from_pretrained.
+    """
+    folder = file.parent
+    loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
+    other_files, notes = unread_tensors(folder, loaded)
+    passed_over = sorted(n for n in loaded if n != file.name and (folder / n).exists())
+    if passed_over:
+        notes.append(_passed_over(folder, file.name, passed_over))
+    return other_files, notes
+
+
+def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
+    """Return those files of a repository that a loader takes; not all of them are fetched."""
+    listed = listed_files(root)
+    return [
+        f"{prefix}{name}"
+        for prefix in (f"{folder}/" if folder else "" for folder in components)
+        for name in offered_files(n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+    ]
+
+
+def _passed_over(folder: Path, taken: str, others: list[str]) -> str:
+    return (
+        f"{folder}: {taken} is read, as from_pretrained takes it; passed over:\n{listing(others)}"
+    )
+
+
+def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) -> bool:
+    """Tell whether a file is the index that is read, or one that names only what is read."""
+    if path == index:
+        return True
+    if not path.name.endswith(".json"):
+        return False
+    check_file(path, root)
+    content = load_json(path)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    return isinstance(files, dict) and set(files.values()) <= {path.name for path in paths}
+
+
+def read_whole(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
+    """Return a file's tensors, notes on how they were read, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: the file is broken or dangerous.
+    """
+    if path.suffix not in PYTORCH_SUFFIXES:
+        metas, metadata = read_header_and_metadata(path)
+        return metas, [], metadata
+    from outliermerge.checkpoint.pytorch_file import read_pickle
+
+    return *read_pickle(path), {}
 
 
 def read_metas(path: Path) -> tuple[list[TensorMeta], list[str]]:
@@ -175,27 +188,7 @@ def read_metas(path: Path) -> tuple[list[TensorMeta], list[str]]:
     Raises:
         OutlierMergeError: the file is broken or dangerous.
     """
-    if path.suffix not in PYTORCH_SUFFIXES:
-        return read_header(path), []
-    from outliermerge.checkpoint.pytorch_file import read_pickle
-
-    return read_pickle(path)
-
-
-def _loose_files(names: list[str]) -> list[str]:
-    for suffixes in ((".safetensors",), _FOLDER_SUFFIXES):
-        found = [
-            name
-            for name in names
-            if name.endswith(suffixes)
-            and not TRAINING_FILES.search(name)
-            and not name.startswith((".", "adapter_model."))
-            and not re.search(_ORIGINAL_LLAMA, name)
-        ]
-        named = [name for name in found if re.match(r"(pytorch_)?model[.-]", name)]
-        if found:
-            return named or found
-    return []
+    return read_whole(path)[:2]
 
 
 def _weight_map(index: Path) -> dict[str, Path]:

@@ -63,7 +63,7 @@ def merge_notes(
     if dropped:
         yield f"{len(dropped)} extra tensor(s) are left out:\n{listing(dropped, limit=5)}"
     checkpoint = inputs[0].checkpoint
-    known = {"config.json", "model_index.json"}
+    known = {"config.json", "model_index.json", "modules.json"}
     if checkpoint.root.is_dir() and not known & {sidecar.name for sidecar in sidecars}:
         wanted = spec.document.config_source
         home = next((e.home for e in inputs if e.reference == wanted), inputs[0].home)

@@ -11,24 +11,30 @@ from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SettingError
 
 
-def written_names(spec: MergeSpec, reference: Input, names: Sequence[str]) -> dict[str, str]:
+def written_names(spec: MergeSpec, inputs: Sequence[Input], names: Sequence[str]) -> dict[str, str]:
     """Return the name in the output of each tensor of the merge.
 
     Args:
-        reference: the model whose layout the output has.
+        inputs: the models; the output has the layout of the first.
 
     Raises:
         SpecError: the output's `rename` fits no tensor, gives two one name, or leads out of a
             pipeline's component.
-        OutlierMergeError: a tensor is of no component of a pipeline.
+        OutlierMergeError: a tensor is of no component of the first model.
     """
-    components = reference.checkpoint.components
-    lost = [name for name in names if not component_of(name, components)]
-    if lost and "" not in components:
+    reference, components = inputs[0], inputs[0].checkpoint.components
+    others = {part for entry in inputs for part in entry.checkpoint.components} - {*components}
+    lost = [
+        name
+        for name in names
+        if component_of(name, others) or not (component_of(name, components) or "" in components)
+    ]
+    if lost:
         raise OutlierMergeError(
             f"tensors that are of no component of {reference.reference} "
-            f"({', '.join(components)}):\n{listing(lost)}\n"
-            "`extra: drop` leaves out what it lacks; a `rename` of a pipeline must keep the folder."
+            f"({', '.join(part or 'its root' for part in components)}):\n{listing(lost)}\n"
+            "A `rename` must keep the folder of a part. A part that only other models have cannot "
+            "be added: take a base model that has it; `extra: drop` loses its weights."
         )
     try:
         written = spec.rename.apply(names)

@@ -15,7 +15,9 @@ from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
 from outliermerge.planning.buffers import is_buffer
 from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
+from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
@@ -51,6 +53,7 @@ class _Planner:
         self.spec = spec
         self.method: MergeMethod = spec.method
         opened, self.model_numbers = open_inputs(spec)
+        check_other_files(spec, opened)
         apart = refuse_unmerged(opened)
         wanted = spec.document.config_source
         self.tied = match_tied(
@@ -91,13 +94,16 @@ class _Planner:
         refuse_unused(self.inputs, self.model_numbers, used)
         self._check_filters()
         checkpoint = self.inputs[0].checkpoint
-        written = written_names(self.spec, self.inputs[0], [draft[0] for draft in drafts])
+        written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
             shard_bytes = DEFAULT_SHARD_BYTES
+        metadata, metadata_notes = kept_metadata(self.inputs)
         shards, placed = plan_layout(
             ((written[name], dtype, source[0][1].shape) for name, _, source, _, dtype, _ in drafts),
             shard_bytes=shard_bytes,
             components=checkpoint.components,
+            metadata=metadata,
+            whole=checkpoint.whole,
         )
         jobs = tuple(
             Job(
@@ -131,6 +137,7 @@ class _Planner:
                 *self.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *metadata_notes,
                 *doubts,
                 *overlooked(self.inputs, self.dropped),
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),

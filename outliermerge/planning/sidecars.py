@@ -15,6 +15,7 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
 from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, missing_code
+from outliermerge.planning.parts import differing_parts
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.vocabulary_config import fit_config
@@ -93,7 +94,7 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
         )
     if besides:
         differing += compare_sidecars([(b.reference, _loaded(b, files)) for b in besides])
-    return differing
+    return [*differing, *differing_parts(inputs)]
 
 
 def _loaded(beside: Beside, but: Container[str]) -> dict[str, Path]:
@@ -105,13 +106,17 @@ def _loaded(beside: Beside, but: Container[str]) -> dict[str, Path]:
 
 
 def _config_files(reference: Input) -> list[str]:
-    """Return the configs that models are compared by: one, or one for each part of a pipeline."""
-    if set(reference.checkpoint.components) == {""}:
+    """Return the configs that models are compared by: the root's, and one for each part."""
+    components, sidecars = reference.checkpoint.components, reference.checkpoint.sidecars
+    if set(components) == {""} and "modules.json" not in sidecars:
         return ["config.json"]
     return [
-        name
-        for name in reference.checkpoint.sidecars
-        if re.search(r"/(config|\w+_config)\.json$", name) and kind_of(name) == "config"
+        *(["config.json"] if "" in components else []),
+        *(
+            name
+            for name in sidecars
+            if re.search(r"/(config|\w+_config)\.json$", name) and kind_of(name) == "config"
+        ),
     ]
 
 
@@ -153,6 +158,7 @@ def _change_config(config: Any, plan: Plan) -> bool:
     if not isinstance(config, dict):
         return False
     changed = wanted is not None and _set_dtype(config, wanted)
+    changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
     if (tie := document.tie_word_embeddings) is not None:
         for level in (config, text_config(config)):
             changed = changed or level.get("tie_word_embeddings") is not tie

@@ -94,7 +94,7 @@ def align_vocabulary(
     checkpoints = tuple(checkpoint for _, checkpoint in models)
     homes = homes or [checkpoint.root for checkpoint in checkpoints]
     unchanged = Alignment(checkpoints, None, (), ())
-    if any(set(checkpoint.components) != {""} for checkpoint in checkpoints):
+    if any("" not in checkpoint.components for checkpoint in checkpoints):
         return unchanged  # a pipeline's parts have tokenizers of their own
     configs = [read_json(home / "config.json") for home in homes]
     found = find_vocabulary_tensors(checkpoints, configs)

@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, suggest
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
-from outliermerge.spec.document import EXTRA, MISSING, UNEQUAL, BaseEntry, ModelEntry, SpecDocument
+from outliermerge.spec.document import (
+    EXTRA,
+    MISSING,
+    OTHER_FILES,
+    UNEQUAL,
+    BaseEntry,
+    ModelEntry,
+    SpecDocument,
+)
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
 from outliermerge.spec.text import Source, parse_yaml, read_text
@@ -56,6 +64,7 @@ class MergeSpec:
         settings: global parameter settings.
         rename: of the output.
         missing, extra, unequal: policies for all models.
+        other_files: what becomes of files of tensors that are not read.
         source: where it is from.
     """
 
@@ -68,6 +77,7 @@ class MergeSpec:
     missing: Setting
     extra: Setting
     unequal: Setting
+    other_files: Setting
     source: Source
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,6 +149,7 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
             missing=parse_policy(document.missing, MISSING, ("missing",)),
             extra=parse_policy(document.extra, EXTRA, ("extra",)),
             unequal=parse_policy(document.unequal, UNEQUAL, ("unequal",)),
+            other_files=parse_policy(document.other_files, OTHER_FILES, ("other_files",)),
             source=source,
         )
     except SettingError as error:

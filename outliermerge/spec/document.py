@@ -11,6 +11,7 @@ from outliermerge.spec.rename import MAP_NAMES
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
 UNEQUAL = ("error", "base")
+OTHER_FILES = ("error", "drop")
 _DTypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"],
     BeforeValidator(lambda v: v.removeprefix("torch.") if isinstance(v, str) else v),
@@ -143,6 +144,12 @@ class SpecDocument(_Strict):
         default=None,
         description="An integer, bool or complex tensor that differs between the models: `error` "
         "(default), or `base`: the base model's is taken. One word, or a list of filters.",
+    )
+    other_files: Annotated[Any, _policy(OTHER_FILES)] = Field(
+        default=None,
+        description="A file of tensors in a model's folder that is not read, such as a value "
+        "head's: `error` (default), or `drop`: it is left out. One word, or a list of filters "
+        "on file names.",
     )
     vocabulary: Literal["error", "base", "common", "union"] = Field(
         default="error",

@@ -1,0 +1,63 @@
+"""The hub's cache on disk: which files are its own, and what a repository holds beside them.
+
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache; the store that all repositories
+share is that of huggingface_hub 2.4 (utils/_shared_blobs.py).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_BLOB = re.compile(r"[0-9a-f]{8,64}")
+_SHARED_MARKER = ".huggingface-shared-blobs"
+
+
+def is_cached(file: Path) -> bool:
+    """Tell whether a file, its links followed, is one that the hub's cache keeps of a model.
+
+    That is `models--org--name/blobs/<hash>`, `models--org--name/snapshots/<revision>/…` where a
+    disk has no links, or `blobs/<two digits>/<hash>` of the marked store that all share.
+    """
+    if file.parent.name == "blobs":
+        return file.parents[1].name.startswith("models--") and bool(_BLOB.fullmatch(file.name))
+    shared = file.parents[1] if len(file.parents) > 1 else file.parent
+    if shared.name == "blobs" and (shared / _SHARED_MARKER).is_file():
+        return bool(_BLOB.fullmatch(file.name)) and file.parent.name == file.name[:2]
+    return any(
+        folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+        for folder in file.parents
+        if len(folder.parents) > 1
+    )
+
+
+def blobs_of(folder: Path) -> tuple[Path, ...]:
+    """Return where the hub's cache keeps the files that a snapshot, or a part of it, links to."""
+    for revision in (folder, *folder.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs", repository.parent / "blobs"
+    return ()
+
+
+def listed_files(snapshot: Path) -> list[str]:
+    """Return what a snapshot's repository holds, fetched or not; nothing where that is not known.
+
+    Only a part of a repository is fetched, so that its other files of tensors are known by the
+    listing that huggingface_hub keeps.
+    """
+    repository = snapshot.absolute().parent.parent
+    if snapshot.absolute().parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return []
+    import huggingface_hub as hub
+
+    if not hasattr(hub, "get_cached_repo_tree"):  # of an older version
+        return []
+    repo_id = repository.name.removeprefix("models--").replace("--", "/")
+    try:
+        found = hub.get_cached_repo_tree(
+            repo_id, revision=snapshot.name, cache_dir=repository.parent
+        )
+    except (hub.errors.CachedRepoTreeNotFoundError, hub.errors.HFValidationError, OSError):
+        return []
+    return [file.path for file in found]
