@@ -228,6 +228,7 @@ def test_a_kill_before_the_end_leaves_the_output_that_was_to_be_overwritten(
     shutil.copytree(workplace / "undisturbed_ties", output)
     process = _start(_spec(workplace, "min_sigma"), output, "--overwrite")
     _wait(process, output, NUM_TENSORS // 2)
+    process.send_signal(signal.SIGSTOP)
     assert _bytes(output) == _bytes(workplace / "undisturbed_ties")
     _kill(process)
     assert process.returncode == -signal.SIGKILL

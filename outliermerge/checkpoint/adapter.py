@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from outliermerge.checkpoint.adapter_config import (
     CONFIG_NAME,
@@ -357,13 +358,7 @@ class _Adapter:
                 f"{module}: lora_magnitude_vector has {magnitude.num_elements} values, expected "
                 f"{outputs}"
             )
-        return Rescaled(
-            name=low_rank.name,
-            shape=low_rank.shape,
-            out_dtype=low_rank.out_dtype,
-            direction=low_rank,
-            magnitude=magnitude,
-        )
+        return Rescaled(**_as(low_rank), direction=low_rank, magnitude=magnitude)
 
     def _shift_bias(
         self, tensors: dict[str, Source], module: str, change: TensorMeta, scale: float
@@ -372,14 +367,7 @@ class _Adapter:
         base = tensors.get(target)
         if base is None or base.shape != change.shape:
             raise self.refuse(f"{module}: lora_bias needs a bias {list(change.shape)} in the base")
-        tensors[target] = ShiftedBias(
-            name=base.name,
-            shape=base.shape,
-            out_dtype=base.out_dtype,
-            base=base,
-            change=change,
-            scale=scale,
-        )
+        tensors[target] = ShiftedBias(**_as(base), base=base, change=change, scale=scale)
 
     def _replaced_rows(self, module: str, base: Source, new: TensorMeta) -> ReplacedRows:
         said = self.config.get("trainable_token_indices")
@@ -392,12 +380,9 @@ class _Adapter:
                 f"{module}: {list(new.shape)} rows do not fit trainable_token_indices "
                 f"({len(indices)}) and the base's {list(base.shape)}"
             )
-        return ReplacedRows(
-            name=base.name,
-            shape=base.shape,
-            out_dtype=base.out_dtype,
-            dtype=base.dtype,
-            base=base,
-            new=new,
-            indices=indices,
-        )
+        return ReplacedRows(**_as(base), dtype=base.dtype, base=base, new=new, indices=indices)
+
+
+def _as(source: Source) -> dict[str, Any]:
+    """Return what a computed tensor has of the one that it changes."""
+    return {"name": source.name, "shape": source.shape, "out_dtype": source.out_dtype}

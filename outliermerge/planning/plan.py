@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
@@ -19,6 +18,7 @@ from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
+from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars
@@ -26,7 +26,6 @@ from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
-from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
@@ -79,20 +78,18 @@ class _Planner:
         self.lacking: dict[str, list[str]] = {}
         self.notes = [*apart, *self.tied.notes]
         self.checks = [self._check_tied(copy) for copy in self.tied.copies if not copy.is_stray]
-        self.used_filters: set[SpecPath] = set()
-        self.any_resolved = False
         self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
         self.policies = Policies(
             spec, self.model_numbers, names=self.names, has_base=self.inputs[0].role == "base"
         )
+        self.parameters = Parameters(spec, self.model_numbers, self.names, self.reference)
 
     def plan(self, shard_bytes: int | None) -> Plan:
-        self.layers = find_layers(self.names)
         drafts = self._drafts()
         self._raise_problems()
         used = {number for _, _, sources, *_ in drafts for number, _ in sources}
         refuse_unused(self.inputs, self.model_numbers, used)
-        self._check_filters()
+        self.parameters.check_filters()
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
@@ -131,7 +128,7 @@ class _Planner:
             jobs=jobs,
             shards=tuple(shards),
             sidecars=sidecars,
-            gradients=self._gradients(jobs, {new: old for old, new in written.items()}),
+            gradients=self.parameters.gradients(jobs, {new: old for old, new in written.items()}),
             dropped=tuple(self.dropped),
             notes=(
                 *self.notes,
@@ -160,7 +157,7 @@ class _Planner:
             drafts[name] = (name, *draft[1:])
             numbers = [number for number, _ in draft[2] if number in self.model_numbers]
             if draft[4].is_float and numbers:
-                ours, its = (self._parameters(n, numbers) for n in (name, original))
+                ours, its = (self.parameters.of(n, numbers) for n in (name, original))
                 if ours != its:
                     self.notes.append(
                         f"{name} is tied to {original} in the output, and takes its parameters"
@@ -214,7 +211,7 @@ class _Planner:
                 for n in self.model_numbers
             )
             holders = list(self.model_numbers)
-        parameters = self._parameters(name, holders)
+        parameters = self.parameters.of(name, holders)
         if len(found) == 1 and self.method.idempotent(parameters):
             return name, "copy", found, {}, dtype, "one model, unchanged by the method"
         if self.method.space == "delta":
@@ -296,40 +293,6 @@ class _Planner:
         wanted = document.out_dtype or document.dtype
         return DTYPES[wanted] if wanted and meta.dtype.is_float else meta.out_dtype
 
-    def _parameters(self, name: str, holders: list[int]) -> dict[str, Any]:
-        layer = self.layers.get(name)
-        position = layer.position if layer else 0.0
-        given: dict[str, Any] = {}
-        self.any_resolved = True
-        for parameter in self.method.parameters.values():
-            if parameter.per_model:
-                given[parameter.name] = [
-                    self._value(name, parameter.name, position, parameter.default, number)
-                    for number in holders
-                ]
-            else:
-                given[parameter.name] = self._value(
-                    name, parameter.name, position, parameter.default, None
-                )
-        try:
-            return self.method.resolve(len(holders), given)
-        except SpecError as error:
-            raise SpecError(f"{self.spec.source.file}: tensor {name!r}: {error}") from error
-
-    def _value(
-        self, tensor: str, parameter: str, position: float, default: Any, number: int | None
-    ) -> Any:
-        levels = [self.spec.settings]
-        if number is not None:
-            levels.insert(0, self.spec.models[self.model_numbers.index(number)].settings)
-        for settings in levels:
-            setting = settings.get(parameter)
-            entry = setting.entry_for(tensor) if setting else None
-            if entry is not None:
-                self.used_filters.add(entry.path)
-                return entry.at(position)
-        return default
-
     def _problem(self, kind: str, message: str) -> None:
         self.problems.setdefault(kind, []).append(message)
 
@@ -344,48 +307,6 @@ class _Planner:
             parts.append("Such models cannot be merged as they are.")
         parts += advise(self.inputs, self.unpaired)
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
-
-    def _check_filters(self) -> None:
-        if not self.any_resolved:
-            return
-        levels = [self.spec.settings, *(model.settings for model in self.spec.models)]
-        for settings in levels:
-            for setting in settings.values():
-                takes_all = False
-                for entry in setting.entries:
-                    unused = entry.filter is not None and entry.path not in self.used_filters
-                    if unused or takes_all:
-                        shadowed = any(entry.matches(name) for name in self.reference)
-                        why = (
-                            "is never reached: entries above take all of its tensors"
-                            if shadowed
-                            else "is in no merged tensor's name"
-                        )
-                        what = f"the filter {entry.filter!r}" if entry.filter else "this entry"
-                        raise self.spec.source.error(entry.path, f"{what} {why}")
-                    takes_all = takes_all or entry.filter is None
-
-    def _gradients(
-        self, jobs: tuple[Job, ...], names: Mapping[str, str]
-    ) -> dict[str, dict[str, list[Any]]]:
-        """Return values by layer of what varies over a stack and is one value in each layer."""
-        seen: dict[str, dict[str, dict[int, set[Any]]]] = {}
-        for job in jobs:
-            layer: Layer | None = self.layers.get(names[job.name])
-            if job.action != "merge" or layer is None:
-                continue
-            for name, value in job.parameters.items():
-                values = seen.setdefault(name, {}).setdefault(layer.stack, {})
-                values.setdefault(layer.index, set()).add(value)
-        result: dict[str, dict[str, list[Any]]] = {}
-        for name, stacks in seen.items():
-            for stack, layers in stacks.items():
-                if len(set.union(*layers.values())) > 1:
-                    rows = [sorted(layers[index]) for index in sorted(layers)]
-                    result.setdefault(name, {})[stack] = [
-                        row[0] if len(row) == 1 else row for row in rows
-                    ]
-        return result
 
 
 _Numbered = tuple[int, Source]

@@ -52,7 +52,7 @@ def choose_sidecars(
     if not inputs[0].checkpoint.root.is_file():
         besides = {entry.reference: Beside.of(entry) for entry in inputs}
     owners = {kind: besides[entry.reference] for kind, entry in sources.items() if besides}
-    _check_owners(spec, owners)
+    _check_owners(spec, {kind: o for kind, o in owners.items() if sources[kind] is not inputs[0]})
     chosen = choose_files(owners)
     notes = [*missing_code(chosen)]
     if differing := _differences(inputs, list(besides.values())):

@@ -1,0 +1,118 @@
+"""The parameters of a merge, tensor by tensor: by model, by filter, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from outliermerge.checkpoint.meta import Source
+from outliermerge.errors import SpecError
+from outliermerge.jobs import Job
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.settings import Layer, SpecPath, find_layers
+
+
+class Parameters:
+    """What the spec says of the method's parameters.
+
+    Args:
+        spec: the spec.
+        model_numbers: of the inputs that are merged, in the spec's order.
+        names: of all tensors.
+        reference: the tensors of the reference.
+    """
+
+    def __init__(
+        self,
+        spec: MergeSpec,
+        model_numbers: Sequence[int],
+        names: Iterable[str],
+        reference: Mapping[str, Source],
+    ) -> None:
+        self._spec, self._method, self._reference = spec, spec.method, reference
+        self._model_numbers = list(model_numbers)
+        self._layers = find_layers(names)
+        self._used_filters: set[SpecPath] = set()
+        self._any_resolved = False
+
+    def of(self, name: str, holders: list[int]) -> dict[str, Any]:
+        """Return a tensor's parameters for the inputs that have it.
+
+        Raises:
+            SpecError: they do not go together.
+        """
+        layer = self._layers.get(name)
+        position = layer.position if layer else 0.0
+        given: dict[str, Any] = {}
+        self._any_resolved = True
+        for parameter in self._method.parameters.values():
+            if parameter.per_model:
+                given[parameter.name] = [
+                    self._value(name, parameter.name, position, parameter.default, number)
+                    for number in holders
+                ]
+            else:
+                given[parameter.name] = self._value(
+                    name, parameter.name, position, parameter.default, None
+                )
+        try:
+            return self._method.resolve(len(holders), given)
+        except SpecError as error:
+            raise SpecError(f"{self._spec.source.file}: tensor {name!r}: {error}") from error
+
+    def _value(
+        self, tensor: str, parameter: str, position: float, default: Any, number: int | None
+    ) -> Any:
+        levels = [self._spec.settings]
+        if number is not None:
+            levels.insert(0, self._spec.models[self._model_numbers.index(number)].settings)
+        for settings in levels:
+            setting = settings.get(parameter)
+            entry = setting.entry_for(tensor) if setting else None
+            if entry is not None:
+                self._used_filters.add(entry.path)
+                return entry.at(position)
+        return default
+
+    def check_filters(self) -> None:
+        """Raise SpecError for a filter that no merged tensor has taken its value from."""
+        if not self._any_resolved:
+            return
+        levels = [self._spec.settings, *(model.settings for model in self._spec.models)]
+        for settings in levels:
+            for setting in settings.values():
+                takes_all = False
+                for entry in setting.entries:
+                    unused = entry.filter is not None and entry.path not in self._used_filters
+                    if unused or takes_all:
+                        shadowed = any(entry.matches(name) for name in self._reference)
+                        why = (
+                            "is never reached: entries above take all of its tensors"
+                            if shadowed
+                            else "is in no merged tensor's name"
+                        )
+                        what = f"the filter {entry.filter!r}" if entry.filter else "this entry"
+                        raise self._spec.source.error(entry.path, f"{what} {why}")
+                    takes_all = takes_all or entry.filter is None
+
+    def gradients(
+        self, jobs: tuple[Job, ...], names: Mapping[str, str]
+    ) -> dict[str, dict[str, list[Any]]]:
+        """Return values by layer of what varies over a stack and is one value in each layer."""
+        seen: dict[str, dict[str, dict[int, set[Any]]]] = {}
+        for job in jobs:
+            layer: Layer | None = self._layers.get(names[job.name])
+            if job.action != "merge" or layer is None:
+                continue
+            for name, value in job.parameters.items():
+                values = seen.setdefault(name, {}).setdefault(layer.stack, {})
+                values.setdefault(layer.index, set()).add(value)
+        result: dict[str, dict[str, list[Any]]] = {}
+        for name, stacks in seen.items():
+            for stack, layers in stacks.items():
+                if len(set.union(*layers.values())) > 1:
+                    rows = [sorted(layers[index]) for index in sorted(layers)]
+                    result.setdefault(name, {})[stack] = [
+                        row[0] if len(row) == 1 else row for row in rows
+                    ]
+        return result
