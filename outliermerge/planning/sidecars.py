@@ -22,9 +22,7 @@ from outliermerge.planning.vocabulary_config import fit_config
 from outliermerge.spec.check import MergeSpec
 
 # Of the config's files those that loaders read.
-_LOADED = (
-    r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers|modules)\.json$|\.py$"
-)
+_LOADED = r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers)\.json$|\.py$"
 
 
 def choose_sidecars(
