@@ -553,7 +553,8 @@ def test_differences_of_every_kind_of_file_are_listed_once(tmp_path):
     [note] = [n for n in outliermerge.plan(_spec(tmp_path, "a", "b")).notes if "differ" in n]
     base, a, b = (tmp_path / name for name in ("base", "a", "b"))
     same = ("config.json", "1_Pooling/config.json", "modules.json", "LICENSE",
-            "added_tokens.json", "vocab.json", "chat_template.jinja", "chat_template.json")  # fmt: skip
+            "added_tokens.json", "vocab.json", "chat_template.jinja",
+            "chat_template.json")  # fmt: skip
     differ = sorted(name for names in OWNED.values() for name in names if name not in same)
     assert note.split("\n")[1:] == [
         f"  from: base in {base}, other in {a}",

@@ -303,7 +303,7 @@ def test_without_transformers_a_silent_config_says_nothing(monkeypatch):
 
 # What the names of these do not tell; that the output loads is proved by transformers itself.
 UNTOLD = {
-    "blt", "csm", "ctrl", "flava", "fsmt", "git", "granite_speech5", "luke",
+    "blt", "csm", "ctrl", "flava", "fsmt", "granite_speech5", "luke",
     "neomme", "openai", "prophetnet", "rwkv", "udop",
 }  # fmt: skip
 
@@ -409,3 +409,67 @@ def test_an_adapter_of_a_tied_model_is_what_was_trained_or_peft_merges(
         if case in PARTS or case in ("layers", "one", "one saved"):
             torch.testing.assert_close(found, trained, rtol=0, atol=1e-3)
         assert_loaders_agree(run(spec | {"tie_word_embeddings": True}, tmp_path / "joined"))
+
+
+# What only looks tied, and what is tied by its place
+
+
+def test_a_head_that_was_lost_is_not_the_embeddings(tmp_path):
+    """Where a silent config ties nothing by default: LLaVA-VL/LLaVA-NeXT #315."""
+    small("llama", tied=False).save_pretrained(tmp_path / "base")
+    small("llama", tied=False, seed=1).save_pretrained(tmp_path / "task")
+    tensors = load_folder(tmp_path / "task")
+    del tensors[HEAD]
+    store(tmp_path / "task", tensors)
+    edit_json(tmp_path / "task" / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    with pytest.raises(OutlierMergeError, match=rf"{HEAD}: not in {tmp_path / 'task'}"):
+        outliermerge.plan(spec_of(tmp_path / "base", [tmp_path / "task"]))
+
+
+def test_a_head_that_no_model_has_is_told(tmp_path):
+    for seed, name in enumerate(("base", "task")):
+        small("llama", tied=True, seed=seed).save_pretrained(tmp_path / name)
+        edit_json(tmp_path / name / "config.json", lambda c: c.update(tie_word_embeddings=False))
+    notes = outliermerge.plan(spec_of(tmp_path / "base", [tmp_path / "task"])).notes
+    assert any("no head is stored" in note for note in notes)
+
+
+BLIP = {
+    "text_decoder.cls.predictions.decoder.weight": (
+        "text_decoder.bert.embeddings.word_embeddings.weight"
+    ),
+    "text_decoder.bert.embeddings.word_embeddings.weight": None,
+    "text_encoder.embeddings.word_embeddings.weight": None,
+}
+DEEPSEEK = {
+    "model.layers.2.embed_tokens.weight": EMBEDDINGS,
+    "model.layers.2.shared_head.head.weight": HEAD,
+    HEAD: EMBEDDINGS,
+    EMBEDDINGS: None,
+}
+
+
+@pytest.mark.parametrize("originals", [BLIP, DEEPSEEK], ids=["BLIP", "DeepSeek"])
+def test_of_several_embeddings_the_nearest_is_the_original(originals):
+    names: Any = {name: SimpleNamespace(shape=(4, 2)) for name in originals}
+    assert {name: original_of(name, names) for name in names} == originals
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_in_a_layer_that_predicts_further_tokens_stay_copies(tied, tmp_path):
+    """The layer behind the last of DeepSeek-V3, which a fine-tune by transformers lacks."""
+    model = small("llama", tied=tied)
+    model.save_pretrained(tmp_path / "base")
+    tuned(model, 1).save_pretrained(tmp_path / "task")
+    tensors = load_folder(tmp_path / "base")
+    head = tensors[EMBEDDINGS if tied else HEAD]
+    copies = {
+        "model.layers.1.embed_tokens.weight": tensors[EMBEDDINGS].clone(),
+        "model.layers.1.shared_head.head.weight": head.clone(),
+    }
+    store(tmp_path / "base", tensors | (copies if not tied else copies | {HEAD: head.clone()}))
+    output = run(spec_of(tmp_path / "base", [tmp_path / "task"]), tmp_path / "out")
+    found, task = load_folder(output), load_folder(tmp_path / "task")
+    assert torch.equal(found["model.layers.1.embed_tokens.weight"], found[EMBEDDINGS])
+    assert torch.equal(found["model.layers.1.shared_head.head.weight"], found[HEAD])
+    torch.testing.assert_close(found[HEAD], task[EMBEDDINGS if tied else HEAD])

@@ -10,7 +10,13 @@ from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
 from outliermerge.planning.tied import WAYS_OUT
-from outliermerge.planning.tied_names import is_head, ties_head, vocabulary_rows
+from outliermerge.planning.tied_names import (
+    EMBEDDINGS,
+    is_head,
+    may_have_head,
+    ties_head,
+    vocabulary_rows,
+)
 from outliermerge.spec.settings import find_layers
 
 
@@ -41,6 +47,12 @@ def prove(
         doubts.append(
             f"{heads[0]} is copied, but the config does not say whether it ties it to the "
             "embeddings; if it does, nothing reads it"
+        )
+    embeddings = [name for name in shapes if name.endswith(EMBEDDINGS)]
+    if embeddings and not any(map(is_head, shapes)) and _unties(config):
+        doubts.append(
+            "the config says tie_word_embeddings false, but no head is stored, here as in the "
+            "reference: a class with a head draws one at random"
         )
     if heads and ties:
         problems.append(
@@ -81,6 +93,12 @@ def prove(
         ),
     )
     return proof, doubts
+
+
+def _unties(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config of a class with a head says that it is not tied."""
+    levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
+    return False in levels and True not in levels and may_have_head(config)
 
 
 def _stacks(names: Mapping[str, Any] | Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,6 @@ one: it writes them equal.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,15 +23,11 @@ from outliermerge.planning.tied_names import (
     embeddings_of,
     head_of,
     is_head,
+    may_have_head,
     original_of,
     ties_head,
 )
 
-# Classes without a head, by `architectures`; their embeddings are tied to nothing.
-_HEADED = re.compile(
-    r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
-    r"|DoubleHeads|WithLM|Generator"
-)
 WAYS_OUT = (
     "`tie_word_embeddings: false` in the spec gives the output a head of its own, and its config "
     "says so; `tie_word_embeddings: true` makes the head the embeddings, and what it learned "
@@ -95,7 +90,7 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
             must have without storing one.
     """
     tensors, heads = entry.checkpoint.tensors, list(heads)
-    if not heads and _may_have_head(entry):
+    if not heads and may_have_head(_config(entry)):
         embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
         derived = head_of(embeddings[0]) if len(embeddings) == 1 else None
         heads = [derived] if derived else []
@@ -113,7 +108,7 @@ def unnamed_tie(entry: Input) -> str | None:
     embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
     if any(map(is_head, tensors)) or len(embeddings) != 1 or head_of(embeddings[0]):
         return None
-    return embeddings[0] if _may_have_head(entry) and ties_head(_config(entry)) else None
+    return embeddings[0] if may_have_head(_config(entry)) and ties_head(_config(entry)) else None
 
 
 def match_tied(inputs: tuple[Input, ...], *, config_of: Input, wanted: bool | None) -> Tied:
@@ -273,7 +268,9 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
         families |= {name: heads for name in [embeddings_of(heads[0], known)] if name}
     for name in known:
         if original := original_of(name, known):
-            families.setdefault(original_of(original, known) or original, []).append(name)
+            # What copies a head follows it whether it is tied or not.
+            outer = None if is_head(original) else original_of(original, known)
+            families.setdefault(outer or original, []).append(name)
     if derive and not any(map(is_head, known)):
         embeddings = [n for n in known if n.endswith(EMBEDDINGS) and not original_of(n, known)]
         head = head_of(embeddings[0]) if len(embeddings) == 1 else None
@@ -283,7 +280,7 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
                 f"cannot be told from {', '.join(embeddings) or 'the names of the tensors'}"
             )
         families.setdefault(embeddings[0], []).append(head)
-    return families
+    return dict(sorted(families.items(), key=lambda family: is_head(family[0])))
 
 
 def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
@@ -308,16 +305,7 @@ def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
     if any(map(is_head, others)):
         return False
     # Only the embeddings are stored: they are the head too, unless the config has it missing.
-    levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
-    is_t5 = config.get("scale_decoder_outputs") is False
-    return True in levels or False not in levels or is_t5
-
-
-def _may_have_head(entry: Input) -> bool:
-    architectures = _config(entry).get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return True
-    return any(_HEADED.search(str(name)) for name in architectures)
+    return ties_head(config) is not False
 
 
 def _config(entry: Input) -> Mapping[str, Any]:

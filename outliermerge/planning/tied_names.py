@@ -45,7 +45,19 @@ _ORIGINALS = {
     "decoder.embed_tokens.weight": ("shared.weight",),
     "predictions.decoder.bias": ("predictions.bias",),
     "lm_head.decoder.bias": ("lm_head.bias",),
+    "shared_head.head.weight": ("lm_head.weight",),  # of a layer that predicts further tokens
 }
+# The head of the original layout of Llama; its end is that of other tensors too.
+_OUTPUT = "output.weight"
+# Such a layer's own name of the embeddings.
+_LAYER_EMBEDDINGS = re.compile(r"(?P<stem>^|.*\.)layers\.\d+\.(?P<end>embed_tokens\.weight)$")
+# Classes without a head, by `architectures`; their embeddings are tied to nothing.
+_HEADED = re.compile(
+    r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
+    r"|DoubleHeads|WithLM|Generator"
+)
+# Types of language models that tie nothing by default, of which transformers need not be asked.
+_UNTIED = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
@@ -62,6 +74,11 @@ def ties_head(config: Mapping[str, Any]) -> bool | None:
         return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
     outer, inner = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
     said = {value for value in (outer, inner) if isinstance(value, bool)}
+    text = text_config(config)
+    if said == {False} and inner is None and text is not config:
+        # transformers ties what the language model's type ties by default, whatever stands above.
+        asked = text.get("model_type") not in _UNTIED and effective_config(config)
+        return bool(asked and asked.get("tie_word_embeddings"))
     if len(said) == 1:
         return said.pop()
     if said:
@@ -73,7 +90,15 @@ def ties_head(config: Mapping[str, Any]) -> bool | None:
 
 def is_head(name: str) -> bool:
     """Tell whether a tensor is a language model's output head, which a config may tie."""
-    return _ends(name) is not None and _ORIGINALS[_ends(name) or ""] is EMBEDDINGS
+    return _originals(name) is EMBEDDINGS
+
+
+def may_have_head(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config's class has a head, or may have one as the config names no class."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return True
+    return any(_HEADED.search(str(name)) for name in architectures)
 
 
 def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
@@ -84,9 +109,14 @@ def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
 
 
 def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
-    """Return the name of what a tensor can be tied to; None where it is unclear."""
-    end = _ends(name)
-    for ending in _ORIGINALS[end] if end else ():
+    """Return the name of what a tensor can be tied to; None where it is unclear.
+
+    Of several of the likeliest kind it is the one in the same part of the model, or the outermost.
+    """
+    if layer := _LAYER_EMBEDDINGS.match(name):
+        outer = layer["stem"] + layer["end"]
+        return outer if outer in tensors else None
+    for ending in _originals(name):
         found = [
             other
             for other in tensors
@@ -96,8 +126,17 @@ def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
             and (name not in tensors or tensors[other].shape[1:] == tensors[name].shape[1:])
         ]
         if found:
-            return found[0] if len(found) == 1 else None
+            near = sorted(found, key=lambda other: _distance(name, other))
+            is_clear = len(near) == 1 or _distance(name, near[0]) < _distance(name, near[1])
+            return near[0] if is_clear else None
     return None
+
+
+def _distance(name: str, other: str) -> tuple[int, int]:
+    """Return how far apart two names are: parts that they do not share at the start; depth."""
+    ours, theirs = name.split("."), other.split(".")
+    shared = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), 0)  # noqa: B905
+    return -shared, len(theirs)
 
 
 def head_of(name: str) -> str | None:
@@ -133,7 +172,10 @@ def component(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _ends(name: str) -> str | None:
-    """Return which end of a tied tensor's name a name has."""
+def _originals(name: str) -> tuple[str, ...]:
+    """Return the ends of the names of what a tensor may be tied to."""
     last = name.rpartition("/")[2]
-    return next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
+    if last == _OUTPUT:
+        return EMBEDDINGS
+    end = next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
+    return _ORIGINALS[end] if end else ()
