@@ -58,6 +58,7 @@ class Verdict:
             that are missing, unexpected or of another shape, or the error.
         checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
+        tied: pairs of the output's tensors that the class makes one.
     """
 
     status: str
@@ -67,6 +68,7 @@ class Verdict:
     as_base: Mapping[str, Findings] = field(default_factory=dict)
     checked: tuple[str, ...] = ()
     num_rows: Mapping[str, int] = field(default_factory=dict)
+    tied: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
@@ -199,8 +201,13 @@ def _stored_shapes(plan: Plan) -> Shapes:
 class LoadCheck:
     """A check that runs in another process, for outputs that are planned or written."""
 
-    def __init__(self, outputs: Sequence[tuple[Sequence[Part], Sequence[str]]]) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[tuple[Sequence[Part], Sequence[str]]],
+        plans: Sequence[Plan | None] = (),
+    ) -> None:
         self._outputs = outputs
+        self._plans = plans or [None] * len(outputs)
         self._requests: dict[str, int] = {}
         self._verdicts: list[Verdict] | None = None
         self._lock = threading.Lock()
@@ -219,11 +226,9 @@ class LoadCheck:
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
         """Start to check what plans would write."""
-        return cls([
-            ([], ["a single file has no config beside it: nothing says what loads it"])
-            if plan.is_one_file else _parts_of_plan(plan)
-            for plan in plans
-        ])  # fmt: skip
+        alone = "a single file has no config beside it: nothing says what loads it"
+        outputs = [([], [alone]) if plan.is_one_file else _parts_of_plan(plan) for plan in plans]
+        return cls(outputs, plans)
 
     def _start(self) -> None:
         self._answer: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())
@@ -259,10 +264,12 @@ class LoadCheck:
         with self._lock:  # any thread of a merge may ask first
             if self._verdicts is None:
                 answers = self._answers()
-                self._verdicts = [
-                    _judge([(p, *answers[self._requests[_pair(p)]]) for p in parts], notes)
-                    for parts, notes in self._outputs
-                ]
+                self._verdicts = []
+                for (parts, notes), plan in zip(self._outputs, self._plans, strict=True):
+                    found = [(p, *answers[self._requests[_pair(p)]]) for p in parts]
+                    verdict = _judge(found, notes)
+                    parted = _parted(plan, verdict.tied) if plan else []
+                    self._verdicts.append(replace(verdict, notes=(*verdict.notes, *parted)))
             return self._verdicts
 
     def _answers(self) -> Sequence[tuple[Findings, Findings | None]]:
@@ -325,7 +332,28 @@ def _judge(
     status = "does not load" if problems else "loads" if by else "not checked"
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
-    return Verdict(status, tuple(by), tuple(problems), tuple(said), as_base, checked, rows)
+    tied = tuple(
+        (f"{part.folder}/{name}", f"{part.folder}/{other}") if part.folder else (name, other)
+        for part, ours, _ in found
+        for name, other in ours.get("tied", ())
+    )
+    return Verdict(status, tuple(by), tuple(problems), tuple(said), as_base, checked, rows, tied)
+
+
+def _parted(plan: Plan, tied: Sequence[tuple[str, str]]) -> list[str]:
+    """Return notes on tensors that the output's class makes one and the merge does not treat so."""
+    jobs = {job.name: job for job in plan.jobs}
+
+    def treated(name: str) -> tuple[object, ...]:
+        job = jobs[name]
+        return job.action, [number for number, _ in job.sources], job.parameters
+
+    return [
+        f"{name} is merged otherwise than {other}, to which its class ties it: where they are not "
+        "equal in the output, loaders that tie them take the latter for both"
+        for name, other in tied
+        if jobs.keys() >= {name, other} and treated(name) != treated(other)
+    ]
 
 
 def _name(entry: Any) -> str:

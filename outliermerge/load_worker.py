@@ -52,7 +52,8 @@ def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         "by" (library and version), the "missing" and "unexpected" names, the "mismatched"
-        [name, found, expected], and the "num_rows" of the input embeddings or None; or
+        [name, found, expected], the "num_rows" of the input embeddings or None, and the "tied"
+        [name, other]; or
         "unknown", why it cannot be told here; or "error", how the library fails.
     """
     library, name = part["library"], part["class"]
@@ -91,7 +92,15 @@ def _load(library: str, name: str, part: Mapping[str, Any]) -> dict[str, Any]:
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": sorted(map(_mismatch, info["mismatched_keys"])),
         "num_rows": _num_rows(model),
+        "tied": _tied(model, part["tensors"]),
     }
+
+
+def _tied(model: Any, names: Mapping[str, Any]) -> list[list[str]]:
+    """Return the pairs of tensors that a class of transformers 5 ties, of those that are stored."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    pairs = ties.items() if isinstance(ties, dict) else ()
+    return sorted([name, other] for name, other in pairs if {name, other} <= names.keys())
 
 
 def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:

@@ -620,3 +620,21 @@ def test_a_model_of_70_billion_parameters_takes_no_memory():
 def test_help_tells_of_the_variable(capsys):
     assert cli.main(["run", "--help"]) == 0
     assert "OUTLIERMERGE_LOAD_CHECK=0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tie_that_only_its_class_declares_is_told_where_the_merge_parts_it(tmp_path, in_process):
+    config = transformers.CTRLConfig(
+        vocab_size=16, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=8
+    )
+    for seed, name in enumerate(("base", "task")):
+        torch.manual_seed(seed)
+        transformers.CTRLLMHeadModel(config).save_pretrained(tmp_path / name)
+        tensors = load_folder(tmp_path / name)
+        tensors["lm_head.weight"] = tensors["transformer.w.weight"].clone()
+        replace_tensors(tmp_path / name, tensors)
+    spec = merge_of(tmp_path / "base", tmp_path / "task")
+    said = "lm_head.weight is merged otherwise than transformer.w.weight"
+    assert not any(said in note for note in planned(spec).notes)
+    weight = [{"filter": "lm_head", "value": 0.5}, {"value": 1.0}]
+    parted = spec | {"merge_method": "task_arithmetic", "parameters": {"weight": weight}}
+    assert any(said in note for note in planned(parted).notes)
