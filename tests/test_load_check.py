@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -622,19 +623,16 @@ def test_help_tells_of_the_variable(capsys):
     assert "OUTLIERMERGE_LOAD_CHECK=0" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_tie_that_only_its_class_declares_is_told_where_the_merge_parts_it(tmp_path, in_process):
-    config = transformers.CTRLConfig(
-        vocab_size=16, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=8
-    )
-    for seed, name in enumerate(("base", "task")):
-        torch.manual_seed(seed)
-        transformers.CTRLLMHeadModel(config).save_pretrained(tmp_path / name)
-        tensors = load_folder(tmp_path / name)
-        tensors["lm_head.weight"] = tensors["transformer.w.weight"].clone()
-        replace_tensors(tmp_path / name, tensors)
-    spec = merge_of(tmp_path / "base", tmp_path / "task")
-    said = "lm_head.weight is merged otherwise than transformer.w.weight"
-    assert not any(said in note for note in planned(spec).notes)
-    weight = [{"filter": "lm_head", "value": 0.5}, {"value": 1.0}]
-    parted = spec | {"merge_method": "task_arithmetic", "parameters": {"weight": weight}}
-    assert any(said in note for note in planned(parted).notes)
+def test_a_tie_of_the_class_that_a_plan_does_not_know_is_told(tmp_path, in_process):
+    base = save_llama(tmp_path / "base", tied=True)
+    tensors = load_folder(base)
+    replace_tensors(base, tensors | {HEADS: tensors["model.embed_tokens.weight"].clone()})
+    plan = outliermerge.plan(merge_of(base, tune(base, tmp_path / "task", seed=1)))
+    said = f"{HEADS} is merged otherwise than model.embed_tokens.weight"
+    for parameters, is_told in (({}, False), ({"t": 9.0}, True)):
+        jobs = tuple(
+            replace(job, parameters=job.parameters | parameters) if job.name == HEADS else job
+            for job in plan.jobs
+        )
+        with LoadCheck.of_plans([replace(plan, jobs=jobs)]) as check:
+            assert any(said in note for note in check.verdicts()[0].notes) is is_told
