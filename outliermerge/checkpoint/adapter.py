@@ -32,9 +32,10 @@ from outliermerge.checkpoint.adapter_tensors import (
     in_dtype_of,
     makes,
 )
+from outliermerge.checkpoint.copies import beside_adapter
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
-from outliermerge.checkpoint.weights import beside_adapter, read_metas
+from outliermerge.checkpoint.weights import read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
 
@@ -79,7 +80,7 @@ class _Adapter:
         metas, _ = read_metas(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
-        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES)
+        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES, metas)
         self.modules: dict[str, LayerParts] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:

@@ -11,9 +11,9 @@ from outliermerge.checkpoint.beside import (
     MANIFEST_NAME,
     files_in,
     sidecars_of,
-    unread_tensors,
 )
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.copies import files_beside
 from outliermerge.checkpoint.files import check_file, load_json, names_in
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
@@ -65,7 +65,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
             "is neither a folder nor a regular file" if root.exists() else "no such file or folder"
         )
         raise OutlierMergeError(f"{root}: {kind}")
-    components = _pipeline(root) if os.path.lexists(root / PIPELINE_NAME) else _modules(root)
+    is_pipeline = os.path.lexists(root / PIPELINE_NAME)
+    components = _pipeline(root) if is_pipeline else _modules(root)
     tensors: dict[str, Source] = {}
     for folder, weights in components.items():
         tensors |= {f"{folder}/{m.name}" if folder else m.name: m for m in weights.metas}
@@ -76,7 +77,10 @@ def open_checkpoint(root: Path) -> Checkpoint:
     sidecars = sidecars_of(names, components)
     for name in sidecars:
         check_file(root / name, root)
-    other_files, beside = unread_tensors(root, {*known, *offered_by_hub(root, components)})
+    known |= {*offered_by_hub(root, components)}
+    other_files, beside = files_beside(
+        root, known, tensors, components=components, is_pipeline=is_pipeline
+    )
     return Checkpoint(
         root=root,
         tensors=tensors,

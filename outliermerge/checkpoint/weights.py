@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
 from outliermerge.checkpoint.hub_cache import listed_files
@@ -117,27 +116,10 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     passed_over = [folder / name for name in chosen.offered if folder / name not in paths]
     if told := [path.name for path in passed_over if not _is_index_of(path, index, paths, root)]:
         taken = chosen.index or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
-        notes.append(_passed_over(folder, taken, told))
+        notes.append(passed_over_note(folder, taken, told))
     stem = "model" if chosen.stem == "pytorch_model" else chosen.stem
     metadata = {k: v for found in reversed(found_metadata) for k, v in found.items()}
     return Weights(stem, metas, paths, tuple(passed_over), metadata, tuple(notes))
-
-
-def beside_adapter(file: Path, names: Collection[str]) -> tuple[tuple[Path, ...], list[str]]:
-    """Return the files of tensors in an adapter's folder that nothing reads, and notes.
-
-    Args:
-        file: the adapter's weights.
-        names: that an adapter's weights can have; like a whole model in its folder, those of the
-            other names are passed over by from_pretrained.
-    """
-    folder = file.parent
-    loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
-    other_files, notes = unread_tensors(folder, loaded)
-    passed_over = sorted(n for n in loaded if n != file.name and (folder / n).exists())
-    if passed_over:
-        notes.append(_passed_over(folder, file.name, passed_over))
-    return other_files, notes
 
 
 def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
@@ -150,7 +132,8 @@ def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
     ]
 
 
-def _passed_over(folder: Path, taken: str, others: list[str]) -> str:
+def passed_over_note(folder: Path, taken: str, others: list[str]) -> str:
+    """Return a note on files that from_pretrained takes where another is not there."""
     return (
         f"{folder}: {taken} is read, as from_pretrained takes it; passed over:\n{listing(others)}"
     )
