@@ -15,6 +15,7 @@ from outliermerge.checkpoint.beside import (
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.copies import files_beside
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.foreign import refuse_part
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
     OTHER_FORMATS,
@@ -108,6 +109,7 @@ def _open_file(path: Path) -> Checkpoint:
         raise OutlierMergeError(
             f"{path}: is one of {int(shard['total'])} shards: name the folder that holds them all"
         )
+    refuse_part(path)
     metas, notes, metadata = read_whole(path)
     if not metas:
         raise OutlierMergeError(f"{path}: holds no tensors")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.foreign import refuse_foreign_adapter, refuse_part
 from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
@@ -87,6 +88,10 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     if index is None:
         paths = [folder / name for name in chosen.files]
         _check_shard_numbers(paths)
+        if not chosen.offered:  # their names are no loader's
+            refuse_foreign_adapter(folder)
+            for path in paths:
+                refuse_part(path)
     else:
         check_file(index, root)
         weight_map = _weight_map(index)
@@ -230,6 +235,7 @@ def _check_shard_numbers(paths: list[Path]) -> None:
 
 def no_weights(folder: Path) -> str:
     """Return what to say of a folder without weights that can be read."""
+    refuse_foreign_adapter(folder)
     names = names_in(folder)
     if "adapter_config.json" in names:
         return (

@@ -9,6 +9,7 @@ from typing import Literal
 from outliermerge.checkpoint.adapter import open_adapter
 from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
@@ -105,6 +106,7 @@ def _open_adapter(
 ) -> Input:
     """Open an adapter over the model named before the `+`, the base model, or its own base."""
     if not is_adapter(folder):
+        refuse_foreign_adapter(folder)
         raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
     trained_on = base_of_adapter(folder)
     if stem is not None:
