@@ -179,6 +179,42 @@ def test_shards_without_an_index_are_read_only_where_nothing_else_is(bert, tmp_p
     assert torch.equal(wanted["pooler.dense.bias"], state["pooler.dense.bias"] + 1)
 
 
+@pytest.mark.parametrize("name", ["cls.weight", "mtp.fc.weight", "encoder.layer.7.norm.weight"])
+def test_an_index_that_lists_what_no_shard_holds_is_read_as_transformers_reads_it(
+    name, bert, tmp_path
+):
+    config, state = bert
+    shutil.copy(config, tmp_path)
+    _store(tmp_path, state, "model", "safetensors", sharded=True)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "model-00002-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+    wanted = transformers.AutoModel.from_pretrained(tmp_path).state_dict()
+    _assert_same(_read(tmp_path), wanted)
+    [note] = open_checkpoint(tmp_path).notes
+    assert name in note
+
+
+def test_a_hole_among_the_layers_that_an_index_lists_is_refused(tmp_path):
+    state = {
+        f"layers.{number}.{part}.weight": torch.ones(2) for number in range(3) for part in "ab"
+    }
+    _store(tmp_path, state, "model", "safetensors", sharded=True)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name in ("layers.1.b.weight", "layers.2.a.weight"):
+        file = tmp_path / index["weight_map"][name]
+        held = load_file(file)
+        del held[name]
+        save_file(held, file)
+
+    with pytest.raises(OutlierMergeError, match=r"layers\.1\.b\.weight") as caught:
+        open_checkpoint(tmp_path)
+    assert "layers.2.a.weight" in str(caught.value)
+
+
 def test_weights_of_two_loaders_are_refused_where_no_config_tells(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")

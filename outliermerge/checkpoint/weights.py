@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +21,7 @@ SAFETENSORS_PATTERNS = ("*.safetensors",)
 PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
 _FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
 PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
 
 OTHER_FORMATS = (
@@ -108,7 +109,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     if twice := duplicates(metas):
         raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
     if index is not None:
-        _check_index(index, weight_map, metas)
+        notes += _check_index(index, weight_map, metas)
     if not metas:
         raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
     if chosen.variant:
@@ -206,16 +207,49 @@ def _weight_map(index: Path) -> dict[str, Path]:
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
-def _check_index(index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]) -> None:
+def _check_index(
+    index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]
+) -> Iterator[str]:
+    """Yield a note on what an index lists and no shard has, as from_pretrained passes it over.
+
+    Raises:
+        OutlierMergeError: the index and the shards are not of one model.
+    """
     files = {meta.name: meta.path for meta in metas}
-    wrong = [
-        f"{name}: the index says {path.relative_to(index.parent)}, "
-        + (f"it is in {files[name].name}" if name in files else "it is in no shard")
-        for name, path in weight_map.items()
-        if files.get(name) != path
-    ]
+    held: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        place, numbers = _numbered(name)
+        held[place] = max(numbers, held.get(place, ()))
+    layers = {_layer(name) for name in files}
+    wrong, absent = [], []
+    for name, path in weight_map.items():
+        said = f"{name}: the index says {path.relative_to(index.parent)}"
+        if name in files:
+            if files[name] != path:
+                wrong.append(f"{said}, it is in {files[name].name}")
+            continue
+        place, numbers = _numbered(name)
+        # A hole among the layers; a tied head or a layer past the last may be rightly gone.
+        if numbers and place in held and (numbers < held[place] or _layer(name) in layers):
+            wrong.append(f"{said}, it is in no shard")
+        absent.append(name)
     if wrong:
-        raise OutlierMergeError(f"{index}: disagrees with the shards:\n{listing(wrong)}")
+        raise OutlierMergeError(
+            f"{index}: disagrees with the shards:\n{listing(wrong)}\n"
+            "Fetch the model again, or save it again where it was made."
+        )
+    if absent:
+        yield f"{index}: lists tensors that no shard holds, and are not read:\n{listing(absent)}"
+
+
+def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return a tensor's name without the numbers of layers and experts, and these."""
+    return _NUMBER.sub(".#", name), tuple(int(found) for found in _NUMBER.findall(name))
+
+
+def _layer(name: str) -> str:
+    """Return a tensor's name up to the last number in it."""
+    return name[: max((match.end() for match in _NUMBER.finditer(name)), default=0)]
 
 
 def _check_shard_numbers(paths: list[Path]) -> None:
