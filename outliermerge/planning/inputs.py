@@ -16,6 +16,7 @@ from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.tied import tied_heads
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
@@ -57,7 +58,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
             )
         numbers.append(number)
-    return tuple(inputs), numbers
+    return one_extra_state(inputs), numbers
 
 
 def _same(entry: Input, other: Input) -> bool:
