@@ -114,3 +114,55 @@ def test_an_adapter_that_is_not_pefts_is_refused_by_what_it_is(config, names, jo
     wanted = "mlx_lm.fuse" if "lora_parameters" in config else "no peft_type"
     assert wanted in str(caught.value)
     assert "extra" not in str(caught.value)
+
+
+WHOLE = {f"layers.{number}.weight": torch.ones(2, 2) for number in range(2)}
+UNGATHERED = WHOLE | {"layers.1.weight": torch.empty(0), "bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "folder", "index"])
+@pytest.mark.parametrize("method", ["passthrough", "linear", "task_arithmetic"])
+def test_what_zero_3_did_not_gather_is_refused_even_where_all_models_lack_it(
+    suffix, method, tmp_path
+):
+    paths = {name: tmp_path / f"{name}.{suffix}" for name in ("base", "a", "b")}
+    for path in paths.values():
+        if suffix == "safetensors":
+            save_file(UNGATHERED, path)
+        elif suffix == "pt":
+            torch.save(UNGATHERED, path)
+        else:
+            save_tensors(path, UNGATHERED)
+        if suffix == "index":
+            (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+            weight_map = dict.fromkeys(UNGATHERED, "model-00001-of-00001.safetensors")
+            index = json.dumps({"weight_map": weight_map})
+            (path / "model.safetensors.index.json").write_text(index)
+    spec: dict = {"merge_method": method, "models": [{"model": str(paths["a"])}]}
+    if method != "passthrough":
+        spec["models"].append({"model": str(paths["b"])})
+    if method == "task_arithmetic":
+        spec["base_model"] = str(paths["base"])
+
+    with pytest.raises(OutlierMergeError, match=r"1 tensor\(s\) are empty") as caught:
+        outliermerge.plan(spec)
+
+    assert "  layers.1.weight\n" in str(caught.value)
+    assert "zero_to_fp32.py" in str(caught.value)
+
+
+def test_a_part_that_an_adapter_saves_whole_must_not_be_empty(tmp_path):
+    base = save_tensors(tmp_path / "base", WHOLE)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "modules_to_save": ["1"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    saved = {
+        "base_model.model.layers.0.lora_A.weight": torch.ones(1, 2),
+        "base_model.model.layers.0.lora_B.weight": torch.ones(2, 1),
+        "base_model.model.layers.1.weight": torch.empty(0),
+    }
+    save_file(saved, adapter / "adapter_model.safetensors")
+
+    with pytest.raises(OutlierMergeError, match="zero_to_fp32"):
+        outliermerge.plan(_passthrough(f"{base}+{adapter}"))

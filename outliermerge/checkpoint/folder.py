@@ -15,7 +15,7 @@ from outliermerge.checkpoint.beside import (
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.copies import files_beside
 from outliermerge.checkpoint.files import check_file, load_json, names_in
-from outliermerge.checkpoint.foreign import refuse_part
+from outliermerge.checkpoint.foreign import refuse_part, refuse_ungathered
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
     OTHER_FORMATS,
@@ -113,6 +113,7 @@ def _open_file(path: Path) -> Checkpoint:
     metas, notes, metadata = read_whole(path)
     if not metas:
         raise OutlierMergeError(f"{path}: holds no tensors")
+    refuse_ungathered(metas)
     prefix = _wrapper_prefix([meta.name for meta in metas])
     if prefix:
         notes.append(f"{path}: {prefix!r} is stripped from the start of all names")

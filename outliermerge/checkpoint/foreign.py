@@ -1,12 +1,14 @@
-"""What is not a whole model: other libraries' adapters, and slices for one process of several."""
+"""What is no whole model: slices for one process of several, adapters of other libraries."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import names_in
+from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 
 # The number of a process in a file's or folder's name, as Megatron, DeepSpeed, FSDP and vLLM
@@ -35,6 +37,23 @@ def refuse_foreign_adapter(folder: Path) -> None:
         "which is not read. Merge it into its base with the library that trained it, and name "
         "the result."
     )
+
+
+def refuse_ungathered(metas: Iterable[TensorMeta]) -> None:
+    """Raise OutlierMergeError for float tensors [0]: what ZeRO-3 leaves of a parameter.
+
+    Bytes are left: a module's own state (_extra_state) may be empty.
+    """
+    empty = [meta for meta in metas if meta.shape == (0,) and meta.dtype.is_float]
+    if empty:
+        raise OutlierMergeError(
+            f"{empty[0].path}: {len(empty)} tensor(s) are empty (of shape [0]), as DeepSpeed's "
+            "ZeRO-3 saves weights that were not gathered, so that they are not in the file:\n"
+            f"{listing((meta.name for meta in empty), limit=5)}\n"
+            "Make them from the training's checkpoint: python zero_to_fp32.py CHECKPOINT OUT, or "
+            "save again with stage3_gather_16bit_weights_on_model_save: true (accelerate: "
+            "zero3_save_16bit_model)."
+        )
 
 
 def refuse_part(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
-from outliermerge.checkpoint.foreign import refuse_foreign_adapter, refuse_part
+from outliermerge.checkpoint.foreign import refuse_foreign_adapter, refuse_part, refuse_ungathered
 from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
@@ -108,6 +108,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         found_metadata.append(metadata)
     if twice := duplicates(metas):
         raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
+    refuse_ungathered(metas)
     if index is not None:
         notes += _check_index(index, weight_map, metas)
     if not metas:
