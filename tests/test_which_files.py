@@ -496,6 +496,8 @@ NOT_WEIGHTS = (
     "rng_state_0.pth",
     "random_states_0.pkl",
     "lr_scheduler.pt",
+    "fp16/model.safetensors",
+    "torchscript/model.pt",
     "grad_scaler.pt",
     "optim.pt",
     "trainer_args.bin",

@@ -32,7 +32,8 @@ _TRAINING_FOLDERS = re.compile(
 )
 # What exporters and other libraries store the same weights as.
 _COPY_FOLDERS = re.compile(
-    r"^(onnx|openvino|coreml|gguf|ggml|original|tflite|tensorrt|flax|mlc|mlx|ctranslate2)([-_].*)?$"
+    r"^(onnx|openvino|coreml|gguf|ggml|original|tflite|tensorrt|flax|mlc|mlx|ctranslate2|litert"
+    r"|torchscript|executorch|neuron)([-_].*)?$|^(bf|fp|float)(8|16|32)$"
     r"|\.(mlpackage|mlmodelc)$"
 )
 _COPIES = re.compile(

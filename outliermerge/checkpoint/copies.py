@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.beside import unread_tensors
-from outliermerge.checkpoint.files import names_in
+from outliermerge.checkpoint.files import check_file, names_in
 from outliermerge.checkpoint.loaded import offered_files
 from outliermerge.checkpoint.meta import Source, TensorMeta
 from outliermerge.checkpoint.weights import (
@@ -52,6 +52,8 @@ def files_beside(
         components: the folders that have weights.
     """
     others, notes = unread_tensors(root, known)
+    if not others:
+        return (), notes
     read = _Read(tensors, components)
     copies: list[str] = []
     outside: list[str] = []
@@ -62,7 +64,7 @@ def files_beside(
             left.append(name)
         elif is_pipeline and name.rpartition("/")[0] not in components:
             outside.append(name)
-        elif read.has_all_of(path) if path.is_file() else read.has_part(name):
+        elif read.has_all_of(path, root) if path.is_file() else read.has_part(name):
             copies.append(name)
         else:
             left.append(name)
@@ -111,10 +113,11 @@ class _Read:
         self.shapes = Counter(source.shape for source in tensors.values())
         self.num_elements = sum(source.num_elements for source in tensors.values())
 
-    def has_all_of(self, path: Path) -> bool:
+    def has_all_of(self, path: Path, root: Path) -> bool:
         if path.suffix not in (".safetensors", *PYTORCH_SUFFIXES):
             return False
         try:
+            check_file(path, root)
             metas, _ = read_metas(path)
         except OutlierMergeError:
             return False
