@@ -398,7 +398,7 @@ def test_an_adapter_without_tensors_is_refused(home, tmp_path):
 def test_factors_that_zero_3_left_empty_are_refused(home, tmp_path):
     adapter = _copy(home / "one", tmp_path / "adapter")
     save_file({name: torch.zeros(0) for name in load_file(adapter / WEIGHTS)}, adapter / WEIGHTS)
-    with pytest.raises(OutlierMergeError, match="q_proj: A is empty, as ZeRO-3 saves it"):
+    with pytest.raises(OutlierMergeError, match=r"are empty (.|\n)*q_proj\.lora_A"):
         outliermerge.plan(_spec(home / "base", adapter))
 
 

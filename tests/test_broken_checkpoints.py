@@ -369,7 +369,7 @@ BROKEN = {
         f"DIR/bad{INDEX}: disagrees with the shards:\n"
         f"  a.weight: the index says {SHARDS[1]}, it is in {SHARDS[0]}\n"
         f"  b.weight: the index says {SHARDS[0]}, it is in {SHARDS[1]}\n"
-        f"  c: the index says {SHARDS[0]}, it is in no shard",
+        "Fetch the model again, or save it again where it was made.",
     ),
     # PyTorch files.
     "pickle that is a list": (

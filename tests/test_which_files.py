@@ -179,6 +179,42 @@ def test_shards_without_an_index_are_read_only_where_nothing_else_is(bert, tmp_p
     assert torch.equal(wanted["pooler.dense.bias"], state["pooler.dense.bias"] + 1)
 
 
+@pytest.mark.parametrize("name", ["cls.weight", "mtp.fc.weight", "encoder.layer.7.norm.weight"])
+def test_an_index_that_lists_what_no_shard_holds_is_read_as_transformers_reads_it(
+    name, bert, tmp_path
+):
+    config, state = bert
+    shutil.copy(config, tmp_path)
+    _store(tmp_path, state, "model", "safetensors", sharded=True)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "model-00002-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+    wanted = transformers.AutoModel.from_pretrained(tmp_path).state_dict()
+    _assert_same(_read(tmp_path), wanted)
+    [note] = open_checkpoint(tmp_path).notes
+    assert name in note
+
+
+def test_a_hole_among_the_layers_that_an_index_lists_is_refused(tmp_path):
+    state = {
+        f"layers.{number}.{part}.weight": torch.ones(2) for number in range(3) for part in "ab"
+    }
+    _store(tmp_path, state, "model", "safetensors", sharded=True)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name in ("layers.1.b.weight", "layers.2.a.weight"):
+        file = tmp_path / index["weight_map"][name]
+        held = load_file(file)
+        del held[name]
+        save_file(held, file)
+
+    with pytest.raises(OutlierMergeError, match=r"layers\.1\.b\.weight") as caught:
+        open_checkpoint(tmp_path)
+    assert "layers.2.a.weight" in str(caught.value)
+
+
 def test_weights_of_two_loaders_are_refused_where_no_config_tells(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     save_file(STATE, tmp_path / "diffusion_pytorch_model.safetensors")
@@ -237,12 +273,14 @@ def _delta(base: Path, task: Path, **more: object) -> dict:
     }
 
 
-def _put(path: Path) -> None:
+def _put(path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a file of tensors, of others than those of the model."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    state = state or {"other": torch.ones(2)}
     if path.suffix == ".safetensors":
-        save_file(STATE, path)
+        save_file(state, path)
     elif path.suffix in (".bin", ".pt", ".pth"):
-        torch.save(STATE, path)
+        torch.save(state, path)
     else:
         path.write_bytes(b"\x80weights")
 
@@ -338,6 +376,103 @@ def test_a_value_head_beside_the_base_of_an_adapter_counts_too(pair, tmp_path):
         outliermerge.plan(_passthrough(f"{base}+{adapter}"))
 
 
+# What holds again what is read, and what holds no weights.
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod.", "ema."])
+@pytest.mark.parametrize("name", ["pruned.safetensors", "mm_projector.bin", "ema/model.pt"])
+def test_a_file_of_what_is_read_is_a_copy_and_noted(name, prefix, pair, tmp_path):
+    task = save_tensors(tmp_path / "t", {"model.a.w": torch.ones(2), "b": torch.ones(3)})
+    _put(task / name, {f"{prefix}a.w": torch.zeros(2)})
+
+    plan = outliermerge.plan(_passthrough(task))
+
+    assert any("copies or other states" in note and name in note for note in plan.notes)
+    _put(task / name, {f"{prefix}a.w": torch.zeros(3)})
+    with pytest.raises(OutlierMergeError, match=name):
+        outliermerge.plan(_passthrough(task))
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "lora/adapter_model.safetensors"])
+def test_what_is_trained_beside_the_weights_is_no_copy_of_them(name, pair):
+    _put(pair[1] / name, STATE)
+
+    with pytest.raises(OutlierMergeError, match=name):
+        outliermerge.plan(_delta(*pair))
+
+
+def test_a_whole_model_under_other_names_is_a_copy(tmp_path):
+    state = {f"w{number}": torch.ones(number + 1, 4) for number in range(10)}
+    task = save_tensors(tmp_path / "t", state)
+    original = {f"original.{name}": tensor for name, tensor in state.items()}
+    torch.save(original, task / "sam2_large.pt")
+
+    assert any("sam2_large.pt" in note for note in outliermerge.plan(_passthrough(task)).notes)
+
+    save_file(dict([*original.items()][:8]), task / "half.safetensors")
+    with pytest.raises(OutlierMergeError, match=r"half\.safetensors"):
+        outliermerge.plan(_passthrough(task))
+
+
+@pytest.mark.parametrize("name", ["mm_projector.bin", "value_head.bin", "2_Dense/model.bin"])
+def test_of_a_file_that_is_not_fetched_the_name_decides(name, monkeypatch, tmp_path):
+    state = {"model.mm_projector.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}
+    task = save_tensors(tmp_path / "t", state)
+    monkeypatch.setattr("outliermerge.checkpoint.beside.listed_files", lambda root: [name])
+
+    if name == "mm_projector.bin":
+        assert any(name in note for note in outliermerge.plan(_passthrough(task)).notes)
+    else:
+        with pytest.raises(OutlierMergeError, match=name):
+            outliermerge.plan(_passthrough(task))
+
+
+def test_data_beside_the_weights_refuses_nothing_and_is_noted(pair):
+    names = (
+        "voices/af.pt",
+        "speaker_embeddings/v2/en_speaker_0_coarse_prompt.npy",
+        "assets/sample.npz",
+        "tokenizer.pkl",
+        "spk2info.pt",
+        "mel_filters.npz",
+    )
+    for name in names:
+        _put(pair[0] / name)
+
+    [note] = [n for n in outliermerge.plan(_delta(*pair)).notes if "samples and tables" in n]
+
+    for told in ("voices/", "speaker_embeddings/", "assets/", "tokenizer.pkl", "spk2info.pt"):
+        assert f"  {told}\n" in f"{note}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [
+        ("v1-5-pruned-emaonly.safetensors", True),
+        ("v1-5-pruned.ckpt", True),
+        ("learned_embeds.safetensors", True),
+        ("vae_1_0/diffusion_pytorch_model.safetensors", True),
+        ("text_encoders/clip_g.safetensors", True),
+        ("pytorch_lora_weights.safetensors", False),
+        ("lora/adapter_model.safetensors", False),
+        ("unet/extra.safetensors", False),
+    ],
+)
+def test_beside_a_pipeline_s_components_only_what_was_trained_is_refused(name, is_read, tmp_path):
+    root = tmp_path / "pipeline"
+    (root / "unet").mkdir(parents=True)
+    save_file(STATE, root / "unet" / "diffusion_pytorch_model.safetensors")
+    (root / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (root / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+    _put(root / name)
+
+    if is_read:
+        assert any(name in note for note in outliermerge.plan(_passthrough(root)).notes)
+    else:
+        with pytest.raises(OutlierMergeError, match=name):
+            outliermerge.plan(_passthrough(root))
+
+
 def test_other_names_of_what_is_read_are_no_other_files(pair):
     (pair[0] / "again").symlink_to(".")
     (pair[0] / "pruned.safetensors").symlink_to("model.safetensors")
@@ -360,6 +495,13 @@ NOT_WEIGHTS = (
     "rng_state.pth",
     "rng_state_0.pth",
     "random_states_0.pkl",
+    "lr_scheduler.pt",
+    "fp16/model.safetensors",
+    "torchscript/model.pt",
+    "grad_scaler.pt",
+    "optim.pt",
+    "trainer_args.bin",
+    "float32.mlpackage/Data/weights/weight.pt",
     "trainer_state.json",
     "training_args.bin",
     "all_results.json",

@@ -33,9 +33,11 @@ from outliermerge.checkpoint.adapter_tensors import (
     in_dtype_of,
     makes,
 )
+from outliermerge.checkpoint.copies import beside_adapter
 from outliermerge.checkpoint.files import check_file
+from outliermerge.checkpoint.foreign import refuse_ungathered
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
-from outliermerge.checkpoint.weights import beside_adapter, read_metas
+from outliermerge.checkpoint.weights import read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
 
@@ -80,7 +82,8 @@ class _Adapter:
         metas, _ = read_metas(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
-        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES)
+        refuse_ungathered(metas)
+        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES, metas)
         self.modules: dict[str, LayerParts] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
@@ -311,8 +314,6 @@ class _Adapter:
         names = self._names(module)
         rank = by_pattern(self.config.get("rank_pattern"), names, self.config.get("r"))
         alpha = by_pattern(self.config.get("alpha_pattern"), names, self.config.get("lora_alpha"))
-        if lora_a.num_elements == 0:
-            raise self.refuse(f"{module}: A is empty, as ZeRO-3 saves it where it is not gathered")
         if not lora_a.shape or lora_a.shape[0] != rank:
             raise self.refuse(
                 f"{module}: A {list(lora_a.shape)} is not of rank {rank}, as {CONFIG_NAME} says"

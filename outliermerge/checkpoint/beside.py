@@ -18,7 +18,8 @@ SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py
                     "LICENSE*", "NOTICE*")  # fmt: skip
 MANIFEST_NAME = "outliermerge.json"
 TRAINING_FILES = re.compile(
-    r"^((training_args|optimizer.*|scheduler|scaler|sampler.*|dataloader.*)\.(bin|pt|pth|json)"
+    r"^((train(ing|er)?_args|optim|optimizer.*|(lr_)?scheduler(_\d+)?"
+    r"|((grad|loss)_)?scaler|sampler.*|dataloader.*)\.(bin|pt|pth|json)"
     r"|rng_state.*\.(bin|pt|pth|json)|optimizer\.safetensors|(trainer|training)_state\.\w+"
     r"|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl"
     r"|(zero|bf16_zero|fp16_zero)_pp_rank_.*|.*_optim_states\.pt|zero_to_fp32\.py"
@@ -31,18 +32,29 @@ _TRAINING_FOLDERS = re.compile(
 )
 # What exporters and other libraries store the same weights as.
 _COPY_FOLDERS = re.compile(
-    r"^(onnx|openvino|coreml|gguf|ggml|original|tflite|tensorrt|flax|mlc|mlx|ctranslate2)([-_].*)?$"
+    r"^(onnx|openvino|coreml|gguf|ggml|original|tflite|tensorrt|flax|mlc|mlx|ctranslate2|litert"
+    r"|torchscript|executorch|neuron)([-_].*)?$|^(bf|fp|float)(8|16|32)$"
+    r"|\.(mlpackage|mlmodelc)$"
 )
 _COPIES = re.compile(
     r"\.(gguf|ggml|onnx|onnx_data|onnx\.data|h5|msgpack|ot|mlmodel|tflite|pb|engine|pte)$"
     r"|^consolidated[.-]|^openvino_.*\.(bin|xml)$|^ggml-.*\.bin$|^open_clip_(pytorch_)?model\."
+)
+# What is computed or recorded for a model's use and not trained with it, such as voices.
+_DATA_FOLDERS = re.compile(
+    r"^(voices?|speakers?|(speaker|voice)_embeddings?|xvectors?|assets?|examples?|samples?|demos?"
+    r"|docs?|images?|figures?|tests?)$"
+)
+_DATA = re.compile(
+    r"^(tokenizer|vocab|merges|token_bytes|label_?encoder|labels?|id2label|label2id"
+    r"|speakers(_\w+)?|spk2info|xvector|mel_(stats|filters)|mean|std|stats?)(\.\w+)+$"
 )
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _TENSORS = (".safetensors", *_TORCH, ".npz", ".npy", ".pkl", ".joblib")
 _TORCH_STARTS = (b"PK", b"\x80", b"version ")  # a zip, a pickle, a Git LFS pointer to either
 
-Kind = Literal["sidecar", "tensors", "training", "copy", "hidden", "other"]
+Kind = Literal["sidecar", "tensors", "training", "copy", "data", "hidden", "other"]
 
 
 def kind_of(name: str) -> Kind:
@@ -58,10 +70,11 @@ def kind_of(name: str) -> Kind:
         return "hidden"
     if any(map(_TRAINING_FOLDERS.match, folders)) or TRAINING_FILES.match(file):
         return "training"
-    if any(_COPY_FOLDERS.match(part.lower()) for part in folders) or _COPIES.search(file):
+    if any(_COPY_FOLDERS.search(part.lower()) for part in folders) or _COPIES.search(file):
         return "copy"
     if file.endswith(_TENSORS):
-        return "tensors"
+        is_data = any(_DATA_FOLDERS.match(part.lower()) for part in folders) or _DATA.match(file)
+        return "data" if is_data else "tensors"
     is_sidecar = len(folders) <= 1 and any(fnmatch(file, pattern) for pattern in SIDECAR_PATTERNS)
     return "sidecar" if is_sidecar and not file.endswith(MANIFEST_NAME) else "other"
 
@@ -96,8 +109,8 @@ def files_in(root: Path) -> list[str]:
     return sorted(name for name in names if kind_of(name) != "hidden")
 
 
-def unread_tensors(root: Path, known: Collection[str]) -> tuple[tuple[Path, ...], list[str]]:
-    """Return the files of tensors that nothing reads and that are no copies, and notes on all.
+def unread_tensors(root: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the files of tensors in a folder that nothing reads, and notes on those that are none.
 
     Args:
         root: the model's folder.
@@ -114,9 +127,9 @@ def unread_tensors(root: Path, known: Collection[str]) -> tuple[tuple[Path, ...]
         and _holds_tensors(root / name)
     ]
     notes = _copies_note([name for name in present if name not in known])
-    if others:
-        notes.append(f"files of tensors that are not read, and left out:\n{listing(others)}")
-    return tuple(root / name for name in others), notes
+    if data := sorted({_place(name) for name in names if kind_of(name) == "data"}):
+        notes.append(f"not read, as samples and tables beside the weights:\n{listing(data)}")
+    return others, notes
 
 
 def _holds_tensors(path: Path) -> bool:
@@ -138,7 +151,8 @@ def _copies_note(names: Iterable[str]) -> list[str]:
     found = {
         _place(name): None
         for name in sorted(names)
-        if name.endswith(suffixes) and (kind_of(name) == "copy" or _place(name) != name)
+        if name.endswith(suffixes)
+        and (kind_of(name) == "copy" or (_place(name) != name and kind_of(name) != "data"))
     }
     if not found:
         return []
@@ -146,9 +160,10 @@ def _copies_note(names: Iterable[str]) -> list[str]:
 
 
 def _place(name: str) -> str:
-    """Return the folder of older states or copies that a file is in, or the file itself."""
+    """Return the folder of older states, copies or samples that a file is in, or the file."""
     parts = PurePosixPath(name).parts
     for number, part in enumerate(parts[:-1], start=1):
-        if _TRAINING_FOLDERS.match(part) or _COPY_FOLDERS.match(part.lower()):
+        folders = (_TRAINING_FOLDERS, _COPY_FOLDERS, _DATA_FOLDERS)
+        if any(pattern.search(part.lower()) for pattern in folders):
             return "/".join(parts[:number]) + "/"
     return name

@@ -11,10 +11,11 @@ from outliermerge.checkpoint.beside import (
     MANIFEST_NAME,
     files_in,
     sidecars_of,
-    unread_tensors,
 )
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.copies import files_beside
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.foreign import refuse_part, refuse_ungathered
 from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
 from outliermerge.checkpoint.weights import (
     OTHER_FORMATS,
@@ -65,7 +66,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
             "is neither a folder nor a regular file" if root.exists() else "no such file or folder"
         )
         raise OutlierMergeError(f"{root}: {kind}")
-    components = _pipeline(root) if os.path.lexists(root / PIPELINE_NAME) else _modules(root)
+    is_pipeline = os.path.lexists(root / PIPELINE_NAME)
+    components = _pipeline(root) if is_pipeline else _modules(root)
     tensors: dict[str, Source] = {}
     for folder, weights in components.items():
         tensors |= {f"{folder}/{m.name}" if folder else m.name: m for m in weights.metas}
@@ -76,7 +78,10 @@ def open_checkpoint(root: Path) -> Checkpoint:
     sidecars = sidecars_of(names, components)
     for name in sidecars:
         check_file(root / name, root)
-    other_files, beside = unread_tensors(root, {*known, *offered_by_hub(root, components)})
+    known |= {*offered_by_hub(root, components)}
+    other_files, beside = files_beside(
+        root, known, tensors, components=components, is_pipeline=is_pipeline
+    )
     return Checkpoint(
         root=root,
         tensors=tensors,
@@ -104,9 +109,11 @@ def _open_file(path: Path) -> Checkpoint:
         raise OutlierMergeError(
             f"{path}: is one of {int(shard['total'])} shards: name the folder that holds them all"
         )
+    refuse_part(path)
     metas, notes, metadata = read_whole(path)
     if not metas:
         raise OutlierMergeError(f"{path}: holds no tensors")
+    refuse_ungathered(metas)
     prefix = _wrapper_prefix([meta.name for meta in metas])
     if prefix:
         notes.append(f"{path}: {prefix!r} is stripped from the start of all names")

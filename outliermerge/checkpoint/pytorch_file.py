@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
+# What PyTorch ends the name of a module's own state with, which can be anything.
+EXTRA_STATE = "_extra_state"
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 
@@ -75,13 +78,23 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"weights_only=True){''.join(f'[{key!r}]' for key in list(places)[-1])}, path)"
         )
     [(keys, state)] = places.items()
+    states = [
+        name
+        for name, value in state.items()
+        if str(name).endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor)
+    ]
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) and name not in states:
             raise OutlierMergeError(
                 f"{path}: {name!r} is a {type(value).__name__}, expected a tensor. "
                 "Save the model's state_dict() alone."
             )
     notes = []
+    if states:
+        notes.append(
+            f"{path}: states of modules that are no tensors are left out:\n"
+            f"{listing(states, limit=5)}"
+        )
     if keys:
         notes.append(f"{path}: its tensors are those {_place_name(keys)}")
         others: list[str] = []
@@ -89,8 +102,9 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             others += [repr(other) for other in content if other != key]
             content = content[key]
         if others:
-            notes[0] += f"; what is beside them is not taken:\n{listing(others, limit=5)}"
-    return {name: value.detach() for name, value in state.items()}, notes
+            notes[-1] += f"; what is beside them is not taken:\n{listing(others, limit=5)}"
+    tensors = {name: value.detach() for name, value in state.items() if name not in states}
+    return tensors, notes
 
 
 def _places(
@@ -120,7 +134,9 @@ def _load(path: Path) -> object:
     refuse_lfs_pointer(path)
     try:
         _check_archive(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Megatron keeps states of modules as such, which run no code.
+        with torch.serialization.safe_globals([io.BytesIO]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OutlierMergeError:
         raise
     except pickle.UnpicklingError as error:

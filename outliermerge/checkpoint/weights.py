@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from outliermerge.checkpoint.beside import unread_tensors
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, names_in
+from outliermerge.checkpoint.foreign import refuse_foreign_adapter, refuse_part, refuse_ungathered
 from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
@@ -21,6 +21,7 @@ SAFETENSORS_PATTERNS = ("*.safetensors",)
 PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
 _FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
 PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
 
 OTHER_FORMATS = (
@@ -88,6 +89,10 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     if index is None:
         paths = [folder / name for name in chosen.files]
         _check_shard_numbers(paths)
+        if not chosen.offered:  # their names are no loader's
+            refuse_foreign_adapter(folder)
+            for path in paths:
+                refuse_part(path)
     else:
         check_file(index, root)
         weight_map = _weight_map(index)
@@ -103,8 +108,9 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         found_metadata.append(metadata)
     if twice := duplicates(metas):
         raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
+    refuse_ungathered(metas)
     if index is not None:
-        _check_index(index, weight_map, metas)
+        notes += _check_index(index, weight_map, metas)
     if not metas:
         raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
     if chosen.variant:
@@ -117,27 +123,10 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     passed_over = [folder / name for name in chosen.offered if folder / name not in paths]
     if told := [path.name for path in passed_over if not _is_index_of(path, index, paths, root)]:
         taken = chosen.index or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
-        notes.append(_passed_over(folder, taken, told))
+        notes.append(passed_over_note(folder, taken, told))
     stem = "model" if chosen.stem == "pytorch_model" else chosen.stem
     metadata = {k: v for found in reversed(found_metadata) for k, v in found.items()}
     return Weights(stem, metas, paths, tuple(passed_over), metadata, tuple(notes))
-
-
-def beside_adapter(file: Path, names: Collection[str]) -> tuple[tuple[Path, ...], list[str]]:
-    """Return the files of tensors in an adapter's folder that nothing reads, and notes.
-
-    Args:
-        file: the adapter's weights.
-        names: that an adapter's weights can have; like a whole model in its folder, those of the
-            other names are passed over by from_pretrained.
-    """
-    folder = file.parent
-    loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
-    other_files, notes = unread_tensors(folder, loaded)
-    passed_over = sorted(n for n in loaded if n != file.name and (folder / n).exists())
-    if passed_over:
-        notes.append(_passed_over(folder, file.name, passed_over))
-    return other_files, notes
 
 
 def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
@@ -150,7 +139,8 @@ def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
     ]
 
 
-def _passed_over(folder: Path, taken: str, others: list[str]) -> str:
+def passed_over_note(folder: Path, taken: str, others: list[str]) -> str:
+    """Return a note on files that from_pretrained takes where another is not there."""
     return (
         f"{folder}: {taken} is read, as from_pretrained takes it; passed over:\n{listing(others)}"
     )
@@ -218,16 +208,49 @@ def _weight_map(index: Path) -> dict[str, Path]:
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
-def _check_index(index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]) -> None:
+def _check_index(
+    index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]
+) -> Iterator[str]:
+    """Yield a note on what an index lists and no shard has, as from_pretrained passes it over.
+
+    Raises:
+        OutlierMergeError: the index and the shards are not of one model.
+    """
     files = {meta.name: meta.path for meta in metas}
-    wrong = [
-        f"{name}: the index says {path.relative_to(index.parent)}, "
-        + (f"it is in {files[name].name}" if name in files else "it is in no shard")
-        for name, path in weight_map.items()
-        if files.get(name) != path
-    ]
+    held: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        place, numbers = _numbered(name)
+        held[place] = max(numbers, held.get(place, ()))
+    layers = {_layer(name) for name in files}
+    wrong, absent = [], []
+    for name, path in weight_map.items():
+        said = f"{name}: the index says {path.relative_to(index.parent)}"
+        if name in files:
+            if files[name] != path:
+                wrong.append(f"{said}, it is in {files[name].name}")
+            continue
+        place, numbers = _numbered(name)
+        # A hole among the layers; a tied head or a layer past the last may be rightly gone.
+        if numbers and place in held and (numbers < held[place] or _layer(name) in layers):
+            wrong.append(f"{said}, it is in no shard")
+        absent.append(name)
     if wrong:
-        raise OutlierMergeError(f"{index}: disagrees with the shards:\n{listing(wrong)}")
+        raise OutlierMergeError(
+            f"{index}: disagrees with the shards:\n{listing(wrong)}\n"
+            "Fetch the model again, or save it again where it was made."
+        )
+    if absent:
+        yield f"{index}: lists tensors that no shard holds, and are not read:\n{listing(absent)}"
+
+
+def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return a tensor's name without the numbers of layers and experts, and these."""
+    return _NUMBER.sub(".#", name), tuple(int(found) for found in _NUMBER.findall(name))
+
+
+def _layer(name: str) -> str:
+    """Return a tensor's name up to the last number in it."""
+    return name[: max((match.end() for match in _NUMBER.finditer(name)), default=0)]
 
 
 def _check_shard_numbers(paths: list[Path]) -> None:
@@ -247,6 +270,7 @@ def _check_shard_numbers(paths: list[Path]) -> None:
 
 def no_weights(folder: Path) -> str:
     """Return what to say of a folder without weights that can be read."""
+    refuse_foreign_adapter(folder)
     names = names_in(folder)
     if "adapter_config.json" in names:
         return (

@@ -9,12 +9,14 @@ from typing import Literal
 from outliermerge.checkpoint.adapter import open_adapter
 from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.tied import tied_heads
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
@@ -56,7 +58,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
             )
         numbers.append(number)
-    return tuple(inputs), numbers
+    return one_extra_state(inputs), numbers
 
 
 def _same(entry: Input, other: Input) -> bool:
@@ -105,6 +107,7 @@ def _open_adapter(
 ) -> Input:
     """Open an adapter over the model named before the `+`, the base model, or its own base."""
     if not is_adapter(folder):
+        refuse_foreign_adapter(folder)
         raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
     trained_on = base_of_adapter(folder)
     if stem is not None:

@@ -22,7 +22,11 @@ _KNOWN = (
     (r"^mm_projector\.",
      "{} holds a projector: name the whole model that has it among its weights."),
     (r"^adapter_model\.",
-     "{} is an adapter: name it as a model of its own, base+adapter."),
+     "{} is an adapter that is not merged: where it belongs to the model, name both with a plus, "
+     "the model's folder + the adapter's folder."),
+    (r"^pytorch_(lora|custom_diffusion)_weights\.",
+     "{} is an adapter that is not merged into the pipeline: load it there, fuse_lora(), "
+     "unload_lora_weights(), save_pretrained()."),
 )  # fmt: skip
 
 

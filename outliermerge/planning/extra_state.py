@@ -1,0 +1,33 @@
+"""States of modules (`_extra_state`) that no arithmetic can merge, as Transformer Engine's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from outliermerge.checkpoint.pytorch_file import EXTRA_STATE
+from outliermerge.jobs import Input
+
+
+def one_extra_state(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Give all models the first one's states of modules, with a note: they are opaque bytes.
+
+    PyTorch keeps under this name what `Module.get_extra_state` returns: of any size and kind.
+    """
+    reference = inputs[0]
+    own = {n: s for n, s in reference.checkpoint.tensors.items() if n.endswith(EXTRA_STATE)}
+    result = [reference]
+    for entry in inputs[1:]:
+        tensors = entry.checkpoint.tensors
+        theirs = [name for name in tensors if name.endswith(EXTRA_STATE)]
+        if not own and not theirs:
+            result.append(entry)
+            continue
+        kept = {name: source for name, source in tensors.items() if name not in theirs}
+        what = f"has {len(theirs)} states of modules ({EXTRA_STATE}), which cannot be merged: "
+        what += f"those of {reference.reference} are taken" if own else "they are left out"
+        notes = (*entry.checkpoint.notes, what)
+        result.append(
+            replace(entry, checkpoint=replace(entry.checkpoint, tensors=kept | own, notes=notes))
+        )
+    return tuple(result)
