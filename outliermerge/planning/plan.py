@@ -14,6 +14,7 @@ from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
 from outliermerge.planning.buffers import is_buffer
+from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
@@ -139,6 +140,7 @@ class _Planner:
                 *sidecar_notes,
                 *metadata_notes,
                 *doubts,
+                *check_labels(self.spec, self.inputs, jobs),
                 *overlooked(self.inputs, self.dropped),
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
