@@ -13,7 +13,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.buffers import is_buffer
+from outliermerge.planning.buffers import is_buffer, maps_rows
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
@@ -187,7 +187,8 @@ class _Planner:
         first = self.reference[name]
         held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
         no_floats = not any(source.dtype.is_float for source in held)
-        if (no_floats or is_buffer(held)) and self.policies.word("unequal", name) == "base":
+        free = (no_floats or is_buffer(held)) and not maps_rows(name, first, self.reference)
+        if free and self.policies.word("unequal", name) == "base":
             kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
             reason = f"{kinds} buffer, the base model's"
             return name, "copy", ((0, first),), {}, first.out_dtype, reason
