@@ -39,14 +39,14 @@ def _looks_like_codes(source: Source) -> bool:
 def maps_rows(name: str, source: Source, tensors: Mapping[str, Source]) -> bool:
     """Tell whether a buffer says what the rows of weights stand for, as a draft's d2t and t2d do.
 
-    It has an element for every row of a weight in the same model, marks some of many, or is called
-    a map. Under another model's map rows would stand for other tokens; places in a sequence, which
-    a model counts through, are none.
+    It has an element for every row of a weight in the same model, or is called a map. Under another
+    model's map rows would stand for other tokens; places in a sequence, which a model counts
+    through, are none.
     """
     shape, dtype = source.shape, source.dtype.name
     if _PLACES.search(name) or not shape or shape[0] < 2 or source.dtype.is_float:
         return False
-    if len(shape) == 1 and (dtype == "bool" or _MAP.search(name)):
+    if len(shape) == 1 and _MAP.search(name):
         return True
     if len(shape) > 2 or (len(shape) == 2 and (shape[0] == shape[1] or "int" not in dtype)):
         return False
