@@ -445,7 +445,8 @@ def test_a_method_that_no_weight_uses_is_only_noted(tmp_path, quantization):
     ],
 )  # fmt: skip
 def test_methods_that_cannot_be_read_are_refused_by_name(tmp_path, quantization, message):
-    opened = checkpoint(tmp_path, PLAIN, quantization)
+    codes = {"a.codes": torch.ones(4, 4, dtype=torch.int32)}
+    opened = checkpoint(tmp_path, PLAIN | codes, quantization)
     with pytest.raises(OutlierMergeError) as error:
         dequantize(opened)
     text = str(error.value)
@@ -453,6 +454,52 @@ def test_methods_that_cannot_be_read_are_refused_by_name(tmp_path, quantization,
     position = 0
     for part in message.split(".*"):
         position = text.index(part.strip(), position)
+
+
+STALE = [
+    *({"quant_method": m} for m in ("mxfp4", "gptq", "awq", "torchao", "hqq", "aqlm", "eetq")),
+    {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    FP8 | {"weight_block_size": 128},
+    BNB,
+]
+BUFFERS = {
+    "position_ids": torch.arange(8)[None],
+    "bn.num_batches_tracked": torch.tensor(3),
+    "logit_scale": torch.ones(()),
+    "query_norm.scale": torch.ones(4),
+    "mask": torch.ones(2, 2).bool(),
+}
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+@pytest.mark.parametrize("quantization", STALE, ids=lambda said: said["quant_method"])
+def test_plain_weights_under_a_config_left_from_quantising_are_read(tmp_path, quantization, part):
+    stored = {name: tensor.bfloat16() for name, tensor in PLAIN.items()} | BUFFERS
+    said = {part: {"quantization_config": quantization}} if part else {}
+    opened = checkpoint(tmp_path, stored, None if part else quantization, **said)
+    after = dequantize(opened)
+    assert after.tensors == opened.tensors
+    assert f"quantised with {quantization['quant_method']}" in after.notes[-1]
+    assert "but none is" in after.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"a.qweight": torch.ones(4, 4, dtype=torch.int32)},
+        {"a.weight_packed": torch.ones(4, 4, dtype=torch.uint8)},
+        {"a.bitmask": torch.ones(4, 4, dtype=torch.uint8)},
+        {"a.codes": torch.ones(4, 4, dtype=torch.int64)},
+        {"a.weight_scale": torch.ones(4)},
+        {"a.absmax": torch.ones(4)},
+        {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)},
+    ],
+    ids=lambda left: next(iter(left)),
+)
+def test_one_quantised_tensor_or_companion_keeps_a_config_true(tmp_path, left):
+    opened = checkpoint(tmp_path, PLAIN | left, {"quant_method": "awq", "bits": 4})
+    with pytest.raises(OutlierMergeError, match="awq"):
+        dequantize(opened)
 
 
 CODES = torch.ones(4, 4, dtype=torch.int8)

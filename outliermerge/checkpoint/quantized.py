@@ -19,7 +19,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
-from outliermerge.checkpoint.quantized_codes import refuse_codes
+from outliermerge.checkpoint.quantized_codes import are_plain, refuse_codes
 from outliermerge.checkpoint.quantized_model import ACTIVATIONS, CODES, Changes, Model
 from outliermerge.checkpoint.quantized_scales import (
     TAKE_ORIGINAL,
@@ -53,6 +53,10 @@ _MODELOPT_FILE = "hf_quant_config.json"
 # Beside a config.json, what says that a model is quantised: an output is not.
 _SETTINGS_FILES = (_MODELOPT_FILE, "quanto_qmap.json", "quantization_map.json",
                    "quantize_config.json", "quant_config.json")  # fmt: skip
+# Methods that always store codes; others may quantise plain weights whenever they run.
+_STORED = ("aqlm", "auto-round", "awq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
+           "fp8", "gptq", "higgs", "hqq", "modelopt", "mxfp4", "quark", "spqr", "torchao",
+           "vptq")  # fmt: skip
 _CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 _CT_ADVICE = "Convert it with CompressedTensorsDequantizer of compressed_tensors."
 _ADVICE = {
@@ -86,7 +90,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         }
         config = read_json(home / "config.json")
         settings = _settings(home, config)
-        out_dtype = _named_dtype(config)
+        out_dtype, is_stale = _named_dtype(config), False
         with Reader() as reader:
             model = Model(home, settings or {}, tensors, out_dtype or DTYPES["bfloat16"], reader)
             if settings is None:
@@ -94,12 +98,19 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
                 _refuse_undeclared(home, {n: m for n, m in tensors.items() if n not in found})
                 if out_dtype is None:
                     found = _with_dtype_of_others(found, tensors)
+            elif is_stale := _is_stale(settings, tensors):
+                found, kind = {}, _described(settings)
             else:
                 found, kind = _read(model, config.get("model_type")), _described(settings)
         inside = {name.removeprefix(prefix): meta for name, meta in tensors.items()}
         refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
-        if settings is not None or found:
+        if is_stale:
+            notes.append(
+                f"{home}: its config says that weights are quantised with {kind}, but none is: "
+                "they are read as they are, and the output's config does not say so"
+            )
+        elif settings is not None or found:
             num_weights = sum(change is not None for change in found.values())
             notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
     if not notes:
@@ -132,6 +143,13 @@ def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None
     if settings is None or isinstance(settings, dict):
         return settings
     return {"quant_method": settings}
+
+
+def _is_stale(settings: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) -> bool:
+    """Tell whether a config was left to say that weights are quantised that no longer are."""
+    # Compressed-tensors can transform the inputs of plain weights as well.
+    method, transforms = settings.get("quant_method"), settings.get("transform_config")
+    return method in _STORED and not transforms and are_plain(tensors)
 
 
 def _named_dtype(config: Mapping[str, Any]) -> DType | None:
