@@ -620,3 +620,16 @@ def test_the_layers_that_bitsandbytes_transposes_are_refused(tmp_path):
     opened = checkpoint(tmp_path, GOOD_INT8, BNB, model_type="gpt2")
     with pytest.raises(OutlierMergeError, match="bitsandbytes transposes weights of gpt2: cannot"):
         dequantize(opened)
+
+
+@pytest.mark.parametrize("name", ["a.weight_scale_inv", "a.weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_that_are_exponents_are_refused_as_such(tmp_path, name, dtype):
+    scale = torch.ones((2, 1) if name.endswith("inv") else (1, 1))
+    exponents = scale.to(torch.float8_e8m0fnu).view(dtype)
+    stored = {"a.weight": torch.ones(32, 8).to(torch.float8_e4m3fn), name: exponents}
+    with pytest.raises(OutlierMergeError) as error:
+        dequantize(checkpoint(tmp_path, stored, FP8 | {"weight_block_size": [16, 8]}))
+    text = str(error.value)
+    assert f"tensor {name!r}" in text and "exponents" in text
+    assert "Name the model that it was quantised from instead" in text and "Fetch" not in text

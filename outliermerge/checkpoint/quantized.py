@@ -283,6 +283,13 @@ def _scaled_weight(
         if scale.shape in (grid, grid[:-1] if grid[-1] == 1 else grid)
         or scale.num_elements == math.prod(grid) == 1
     ]
+    if fitting and scale.dtype.name == "uint8":
+        model.broken(
+            scale_name,
+            f"uint8 {scale.shape} for a weight {weight.shape}: exponents (E8M0: a scale is 2 to "
+            "the power of value - 127), which cannot be read. Store float32 scales in their place "
+            f"(tensor.view(torch.float8_e8m0fnu).float()). {TAKE_ORIGINAL}",
+        )
     is_like = zero_point is None or zero_point.shape == scale.shape
     if len(fitting) != 1 or scale.dtype.name not in FLOAT_DTYPES or not is_like:
         zero = "" if zero_point is None else f" (zero points: {zero_point.shape})"
