@@ -633,3 +633,35 @@ def test_scales_that_are_exponents_are_refused_as_such(tmp_path, name, dtype):
     text = str(error.value)
     assert f"tensor {name!r}" in text and "exponents" in text
     assert "Name the model that it was quantised from instead" in text and "Fetch" not in text
+
+
+@pytest.mark.parametrize("root", [FP8 | {"weight_block_size": [16, 8]}, {"quant_method": "mxfp4"}])
+def test_a_module_of_a_sentence_transformer_goes_by_its_own_config(tmp_path, root):
+    is_fp8 = root["quant_method"] == "fp8"
+    expected = torch.randn(16, 8)
+    stored = fp8_quantized("a.weight", expected, [16, 8]) if is_fp8 else {"a.weight": expected}
+    dense = tmp_path / "2_Dense"
+    codes = {"linear.weight": torch.ones(4, 16, dtype=torch.int8), "linear.SCB": torch.ones(4)}
+    checkpoint(dense, codes | {"linear.bias": torch.ones(4)}, BNB)
+    checkpoint(tmp_path, stored, root)
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "2_Dense"])]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    opened = dequantize(open_checkpoint(tmp_path))
+    assert set(opened.tensors) == {"a.weight", "2_Dense/linear.weight", "2_Dense/linear.bias"}
+    torch.testing.assert_close(
+        read(opened.tensors["2_Dense/linear.weight"]), torch.full((4, 16), 1 / 127)
+    )
+    torch.testing.assert_close(read(opened.tensors["a.weight"]), expected, rtol=0.07, atol=0.01)
+    assert len(opened.notes) == 2
+
+
+def test_a_plain_module_beside_a_quantised_root_stays_as_it_is(tmp_path):
+    stored = fp8_quantized("a.weight", torch.randn(16, 8), [16, 8])
+    checkpoint(tmp_path / "2_Dense", {"linear.weight": torch.ones(4, 16)})
+    checkpoint(tmp_path, stored, FP8 | {"weight_block_size": [16, 8]}, dtype="bfloat16")
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "2_Dense"])]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    before = open_checkpoint(tmp_path)
+    after = dequantize(before)
+    assert after.tensors["2_Dense/linear.weight"] == before.tensors["2_Dense/linear.weight"]
+    assert after.tensors["a.weight"].out_dtype.name == "bfloat16"

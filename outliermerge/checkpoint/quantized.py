@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
 from outliermerge.checkpoint.quantized_codes import are_plain, refuse_codes
 from outliermerge.checkpoint.quantized_model import ACTIVATIONS, CODES, Changes, Model
@@ -86,7 +87,8 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         tensors = {
             name: source
             for name, source in checkpoint.tensors.items()
-            if name.startswith(prefix) and isinstance(source, TensorMeta)
+            if component_of(name, checkpoint.components) == folder
+            and isinstance(source, TensorMeta)
         }
         config = read_json(home / "config.json")
         settings = _settings(home, config)
