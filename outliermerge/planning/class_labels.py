@@ -55,7 +55,7 @@ def check_labels(spec: MergeSpec, inputs: Sequence[Input], jobs: Iterable[Job]) 
             if model not in taken and ours and named and not _are_same(ours, named):
                 notes.append(
                     f"{model} has other classes (id2label) than {owner.reference}, whose names the "
-                    "output has; no row of a head is taken from it"
+                    "output has; none of its tensors that looks like their head is taken"
                 )
     return notes
 
