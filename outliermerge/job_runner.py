@@ -16,6 +16,7 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.exact import are_whole, same_values
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
+from outliermerge.planning.buffers import maps_rows
 from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import is_head
 from outliermerge.rounds import Round, Steps
@@ -168,6 +169,15 @@ class JobRunner:
         if job in self._plan.checks:
             way_out = WAYS_OUT if is_head(job.name) else "Such models cannot be merged as they are."
             raise OutlierMergeError(f"{job.reason}. They are not. {way_out}")
+        number, meta = job.sources[0]
+        if maps_rows(job.name, meta, self._plan.inputs[number].checkpoint.tensors):
+            raise OutlierMergeError(
+                f"tensor {job.name!r} ({meta.dtype.name} {list(meta.shape)}) says what rows of the "
+                f"weights stand for, and differs between:\n{listing(models)}\nA row of one model "
+                "is for another token or entry in the next (draft models: their draft vocabularies "
+                "differ), so that a merge would mix them, and no `unequal` helps. Merge models "
+                "that have the same map."
+            )
         dtypes = [meta.dtype.name for _, meta in job.sources]
         kind, what = dtypes[0], "it differs"
         if len(set(dtypes)) > 1:

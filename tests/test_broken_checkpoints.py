@@ -241,7 +241,8 @@ BROKEN = {
     ),
     "scales of float8": (
         _tensor(dtype="F8_E8M0", shape=[8]),
-        f"DIR/bad{FILE}: tensor 'w': unknown dtype 'F8_E8M0'. Name the model that it "
+        f"DIR/bad{FILE}: tensor 'w': unknown dtype 'F8_E8M0' (exponents, the scales of "
+        "quantised weights). Name the model that it "
         f"was quantised from instead. Supported: {SIZES}",
     ),
     "unknown dtype": (

@@ -171,3 +171,53 @@ def test_numbers_of_any_two_dtypes_are_compared_exactly(one, a, other, b, equal,
     sides = [(DTYPES[one], raw(one, a)), (DTYPES[other], raw(other, b))]
     (x, raw_x), (y, raw_y) = sides[::-1] if swapped else sides
     assert same_values(x, raw_x, y, raw_y) == equal
+
+
+MAPS = {
+    "d2t": (torch.arange(3), torch.tensor([0, 2, 1]), 3),
+    "draft.d2t": (torch.arange(3).int(), torch.tensor([0, 2, 1]).int(), 5),
+    "t2d": (torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False]), 3),
+    "model.kept_rows": (torch.arange(6), torch.arange(6).flip(0), 6),
+    "gate.tid2eid": (torch.zeros(6, 2).long(), torch.ones(6, 2).long(), 6),
+    "embed.id_map": (torch.arange(9), torch.arange(9).flip(0), 6),
+}
+
+
+def map_spec(folder: Path, buffers: list[torch.Tensor], name: str, rows: int, **keys: Any):
+    for number, buffer in enumerate(buffers):
+        weight = torch.full((rows, 2), float(number))
+        save_tensors(folder / f"m{number}", {"lm_head.weight": weight, name: buffer})
+    models = [{"model": str(folder / f"m{number}")} for number in range(1, len(buffers))]
+    base = {"base_model": str(folder / "m0"), "merge_method": "task_arithmetic"}
+    return {"models": models, **base, **keys}
+
+
+@pytest.mark.parametrize("keys", [{}, {"unequal": "base"}], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_of_rows_is_never_another_models(tmp_path, name, keys):
+    one, other, rows = MAPS[name]
+    message = refused(map_spec(tmp_path, [one, other], name, rows, **keys), tmp_path / "out")
+    assert f"tensor {name!r}" in message and "vocabularies differ" in message
+    assert "`unequal: base`" not in message
+    output = outliermerge.run(
+        map_spec(tmp_path / "equal", [one, one], name, rows, **keys), output=tmp_path / "same"
+    ).output
+    assert torch.equal(load_folder(output)[name], one)
+
+
+def test_maps_of_other_lengths_are_refused_under_every_policy(tmp_path):
+    spec = map_spec(tmp_path, [torch.arange(3), torch.arange(4)], "d2t", 3, unequal="base")
+    assert "d2t: int64 [3]" in refused(spec, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["embeddings.position_ids", "bn.num_batches_tracked", "mask"])
+def test_places_counts_and_masks_are_still_decided_by_unequal(tmp_path, name):
+    one, other = torch.arange(6), torch.arange(6).flip(0)
+    if name == "bn.num_batches_tracked":
+        one, other = torch.tensor(3), torch.tensor(4)
+    if name == "mask":
+        one, other = torch.ones(6, 6).bool(), torch.zeros(6, 6).bool()
+    assert "`unequal: base`" in refused(map_spec(tmp_path, [one, other], name, 6), tmp_path / "out")
+    spec = map_spec(tmp_path / "base", [one, other], name, 6, unequal="base")
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+    assert torch.equal(load_folder(output)[name], one)

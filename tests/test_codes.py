@@ -176,7 +176,7 @@ def test_other_codes_of_a_header_are_refused_by_name(tmp_path, code):
     header = json.dumps({"a.weight_scale": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
-    with pytest.raises(OutlierMergeError, match=f"'a.weight_scale': unknown dtype '{code}'. Name"):
+    with pytest.raises(OutlierMergeError, match=f"'a.weight_scale': unknown dtype '{code}'.* Name"):
         open_checkpoint(path)
 
 

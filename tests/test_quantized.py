@@ -445,7 +445,8 @@ def test_a_method_that_no_weight_uses_is_only_noted(tmp_path, quantization):
     ],
 )  # fmt: skip
 def test_methods_that_cannot_be_read_are_refused_by_name(tmp_path, quantization, message):
-    opened = checkpoint(tmp_path, PLAIN, quantization)
+    codes = {"a.codes": torch.ones(4, 4, dtype=torch.int32)}
+    opened = checkpoint(tmp_path, PLAIN | codes, quantization)
     with pytest.raises(OutlierMergeError) as error:
         dequantize(opened)
     text = str(error.value)
@@ -453,6 +454,52 @@ def test_methods_that_cannot_be_read_are_refused_by_name(tmp_path, quantization,
     position = 0
     for part in message.split(".*"):
         position = text.index(part.strip(), position)
+
+
+STALE = [
+    *({"quant_method": m} for m in ("mxfp4", "gptq", "awq", "torchao", "hqq", "aqlm", "eetq")),
+    {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    FP8 | {"weight_block_size": 128},
+    BNB,
+]
+BUFFERS = {
+    "position_ids": torch.arange(8)[None],
+    "bn.num_batches_tracked": torch.tensor(3),
+    "logit_scale": torch.ones(()),
+    "query_norm.scale": torch.ones(4),
+    "mask": torch.ones(2, 2).bool(),
+}
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+@pytest.mark.parametrize("quantization", STALE, ids=lambda said: said["quant_method"])
+def test_plain_weights_under_a_config_left_from_quantising_are_read(tmp_path, quantization, part):
+    stored = {name: tensor.bfloat16() for name, tensor in PLAIN.items()} | BUFFERS
+    said = {part: {"quantization_config": quantization}} if part else {}
+    opened = checkpoint(tmp_path, stored, None if part else quantization, **said)
+    after = dequantize(opened)
+    assert after.tensors == opened.tensors
+    assert f"quantised with {quantization['quant_method']}" in after.notes[-1]
+    assert "but none is" in after.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"a.qweight": torch.ones(4, 4, dtype=torch.int32)},
+        {"a.weight_packed": torch.ones(4, 4, dtype=torch.uint8)},
+        {"a.bitmask": torch.ones(4, 4, dtype=torch.uint8)},
+        {"a.codes": torch.ones(4, 4, dtype=torch.int64)},
+        {"a.weight_scale": torch.ones(4)},
+        {"a.absmax": torch.ones(4)},
+        {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)},
+    ],
+    ids=lambda left: next(iter(left)),
+)
+def test_one_quantised_tensor_or_companion_keeps_a_config_true(tmp_path, left):
+    opened = checkpoint(tmp_path, PLAIN | left, {"quant_method": "awq", "bits": 4})
+    with pytest.raises(OutlierMergeError, match="awq"):
+        dequantize(opened)
 
 
 CODES = torch.ones(4, 4, dtype=torch.int8)
@@ -573,3 +620,48 @@ def test_the_layers_that_bitsandbytes_transposes_are_refused(tmp_path):
     opened = checkpoint(tmp_path, GOOD_INT8, BNB, model_type="gpt2")
     with pytest.raises(OutlierMergeError, match="bitsandbytes transposes weights of gpt2: cannot"):
         dequantize(opened)
+
+
+@pytest.mark.parametrize("name", ["a.weight_scale_inv", "a.weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_that_are_exponents_are_refused_as_such(tmp_path, name, dtype):
+    scale = torch.ones((2, 1) if name.endswith("inv") else (1, 1))
+    exponents = scale.to(torch.float8_e8m0fnu).view(dtype)
+    stored = {"a.weight": torch.ones(32, 8).to(torch.float8_e4m3fn), name: exponents}
+    with pytest.raises(OutlierMergeError) as error:
+        dequantize(checkpoint(tmp_path, stored, FP8 | {"weight_block_size": [16, 8]}))
+    text = str(error.value)
+    assert f"tensor {name!r}" in text and "exponents" in text
+    assert "Name the model that it was quantised from instead" in text and "Fetch" not in text
+
+
+@pytest.mark.parametrize("root", [FP8 | {"weight_block_size": [16, 8]}, {"quant_method": "mxfp4"}])
+def test_a_module_of_a_sentence_transformer_goes_by_its_own_config(tmp_path, root):
+    is_fp8 = root["quant_method"] == "fp8"
+    expected = torch.randn(16, 8)
+    stored = fp8_quantized("a.weight", expected, [16, 8]) if is_fp8 else {"a.weight": expected}
+    dense = tmp_path / "2_Dense"
+    codes = {"linear.weight": torch.ones(4, 16, dtype=torch.int8), "linear.SCB": torch.ones(4)}
+    checkpoint(dense, codes | {"linear.bias": torch.ones(4)}, BNB)
+    checkpoint(tmp_path, stored, root)
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "2_Dense"])]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    opened = dequantize(open_checkpoint(tmp_path))
+    assert set(opened.tensors) == {"a.weight", "2_Dense/linear.weight", "2_Dense/linear.bias"}
+    torch.testing.assert_close(
+        read(opened.tensors["2_Dense/linear.weight"]), torch.full((4, 16), 1 / 127)
+    )
+    torch.testing.assert_close(read(opened.tensors["a.weight"]), expected, rtol=0.07, atol=0.01)
+    assert len(opened.notes) == 2
+
+
+def test_a_plain_module_beside_a_quantised_root_stays_as_it_is(tmp_path):
+    stored = fp8_quantized("a.weight", torch.randn(16, 8), [16, 8])
+    checkpoint(tmp_path / "2_Dense", {"linear.weight": torch.ones(4, 16)})
+    checkpoint(tmp_path, stored, FP8 | {"weight_block_size": [16, 8]}, dtype="bfloat16")
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "2_Dense"])]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    before = open_checkpoint(tmp_path)
+    after = dequantize(before)
+    assert after.tensors["2_Dense/linear.weight"] == before.tensors["2_Dense/linear.weight"]
+    assert after.tensors["a.weight"].out_dtype.name == "bfloat16"

@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.meta import DTYPES, FLOAT_DTYPES, Checkpoint, DType, Source, TensorMeta
-from outliermerge.checkpoint.quantized_codes import refuse_codes
+from outliermerge.checkpoint.quantized_codes import are_plain, refuse_codes
 from outliermerge.checkpoint.quantized_model import ACTIVATIONS, CODES, Changes, Model
 from outliermerge.checkpoint.quantized_scales import (
     TAKE_ORIGINAL,
@@ -53,6 +54,10 @@ _MODELOPT_FILE = "hf_quant_config.json"
 # Beside a config.json, what says that a model is quantised: an output is not.
 _SETTINGS_FILES = (_MODELOPT_FILE, "quanto_qmap.json", "quantization_map.json",
                    "quantize_config.json", "quant_config.json")  # fmt: skip
+# Methods that always store codes; others may quantise plain weights whenever they run.
+_STORED = ("aqlm", "auto-round", "awq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
+           "fp8", "gptq", "higgs", "hqq", "modelopt", "mxfp4", "quark", "spqr", "torchao",
+           "vptq")  # fmt: skip
 _CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 _CT_ADVICE = "Convert it with CompressedTensorsDequantizer of compressed_tensors."
 _ADVICE = {
@@ -82,11 +87,12 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         tensors = {
             name: source
             for name, source in checkpoint.tensors.items()
-            if name.startswith(prefix) and isinstance(source, TensorMeta)
+            if component_of(name, checkpoint.components) == folder
+            and isinstance(source, TensorMeta)
         }
         config = read_json(home / "config.json")
         settings = _settings(home, config)
-        out_dtype = _named_dtype(config)
+        out_dtype, is_stale = _named_dtype(config), False
         with Reader() as reader:
             model = Model(home, settings or {}, tensors, out_dtype or DTYPES["bfloat16"], reader)
             if settings is None:
@@ -94,12 +100,19 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
                 _refuse_undeclared(home, {n: m for n, m in tensors.items() if n not in found})
                 if out_dtype is None:
                     found = _with_dtype_of_others(found, tensors)
+            elif is_stale := _is_stale(settings, tensors):
+                found, kind = {}, _described(settings)
             else:
                 found, kind = _read(model, config.get("model_type")), _described(settings)
         inside = {name.removeprefix(prefix): meta for name, meta in tensors.items()}
         refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
-        if settings is not None or found:
+        if is_stale:
+            notes.append(
+                f"{home}: its config says that weights are quantised with {kind}, but none is: "
+                "they are read as they are, and the output's config does not say so"
+            )
+        elif settings is not None or found:
             num_weights = sum(change is not None for change in found.values())
             notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
     if not notes:
@@ -132,6 +145,13 @@ def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None
     if settings is None or isinstance(settings, dict):
         return settings
     return {"quant_method": settings}
+
+
+def _is_stale(settings: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) -> bool:
+    """Tell whether a config was left to say that weights are quantised that no longer are."""
+    # Compressed-tensors can transform the inputs of plain weights as well.
+    method, transforms = settings.get("quant_method"), settings.get("transform_config")
+    return method in _STORED and not transforms and are_plain(tensors)
 
 
 def _named_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -265,6 +285,13 @@ def _scaled_weight(
         if scale.shape in (grid, grid[:-1] if grid[-1] == 1 else grid)
         or scale.num_elements == math.prod(grid) == 1
     ]
+    if fitting and scale.dtype.name == "uint8":
+        model.broken(
+            scale_name,
+            f"uint8 {scale.shape} for a weight {weight.shape}: exponents (E8M0: a scale is 2 to "
+            "the power of value - 127), which cannot be read. Store float32 scales in their place "
+            f"(tensor.view(torch.float8_e8m0fnu).float()). {TAKE_ORIGINAL}",
+        )
     is_like = zero_point is None or zero_point.shape == scale.shape
     if len(fitting) != 1 or scale.dtype.name not in FLOAT_DTYPES or not is_like:
         zero = "" if zero_point is None else f" (zero points: {zero_point.shape})"

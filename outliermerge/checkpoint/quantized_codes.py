@@ -96,6 +96,23 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
         )
 
 
+def are_plain(tensors: Mapping[str, TensorMeta]) -> bool:
+    """Tell whether nothing among a component's tensors is quantised: no codes and no companions.
+
+    That is floats of two bytes or more and buffers, none of which is called a scale or the like.
+    """
+    for name, meta in tensors.items():
+        leaf = name.rpartition(".")[2]
+        is_buffer = meta.dtype.name in ("bool", "int32", "int64") and _BUFFERS.search(leaf)
+        if meta.dtype.is_float:
+            is_named = _NAMED.search(leaf) and not (_OWN_SCALES.search(leaf) or "norm" in name)
+            if meta.dtype.num_bytes == 1 or is_named:
+                return False
+        elif meta.num_elements > 1 and not is_buffer:
+            return False
+    return True
+
+
 def _are_codes(meta: TensorMeta) -> bool:
     if meta.dtype.is_float:
         return meta.dtype.num_bytes == 1

@@ -129,7 +129,8 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
         # F4, F6_…, F8_E8M0 and other codes of which only quantised models are made.
         is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
         more = ". Name the model that it was quantised from instead" if is_code else ""
-        raise fail(f"unknown dtype {code!r}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
+        what = " (exponents, the scales of quantised weights)" if code == "F8_E8M0" else ""
+        raise fail(f"unknown dtype {code!r}{what}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
     if (
         not isinstance(shape, list)
         or not all(_is_count(size) for size in shape)

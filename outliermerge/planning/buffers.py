@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from outliermerge.checkpoint.meta import Source
+
+# A map by its name, which no length shows: the values are rows of another tensor, or of another
+# model (the tokens of a draft model in its target's vocabulary).
+_MAP = re.compile(r"(^|[._])([a-z]+2[a-z]+|\w*(map|mapping|remap|permutation|perm))$")
+_PLACES = re.compile(r"position|token_type|segment")
 
 
 def is_buffer(sources: Sequence[Source]) -> bool:
@@ -28,3 +34,21 @@ def _looks_like_codes(source: Source) -> bool:
     # Masks and position ids of one row for all inputs begin with a dimension of 1.
     shape = source.shape
     return source.dtype.name in ("int8", "uint8") and len(shape) > 1 and shape[0] > 1
+
+
+def maps_rows(name: str, source: Source, tensors: Mapping[str, Source]) -> bool:
+    """Tell whether a buffer says what the rows of weights stand for, as a draft's d2t and t2d do.
+
+    It has an element for every row of a weight in the same model, or is called a map. Under another
+    model's map rows would stand for other tokens; places in a sequence, which a model counts
+    through, are none.
+    """
+    shape, dtype = source.shape, source.dtype.name
+    if _PLACES.search(name) or not shape or shape[0] < 2 or source.dtype.is_float:
+        return False
+    if len(shape) == 1 and _MAP.search(name):
+        return True
+    if len(shape) > 2 or (len(shape) == 2 and (shape[0] == shape[1] or "int" not in dtype)):
+        return False
+    rows = {t.shape[0] for t in tensors.values() if t.dtype.is_float and len(t.shape) > 1}
+    return shape[0] in rows

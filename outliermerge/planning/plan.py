@@ -12,7 +12,8 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.buffers import is_buffer
+from outliermerge.planning.buffers import is_buffer, maps_rows
+from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
@@ -136,6 +137,7 @@ class _Planner:
                 *sidecar_notes,
                 *metadata_notes,
                 *doubts,
+                *check_labels(self.spec, self.inputs, jobs),
                 *overlooked(self.inputs, self.dropped),
                 *merge_notes(self.spec, self.inputs, jobs, sidecars, self.dropped, self.lacking),
             ),
@@ -182,7 +184,8 @@ class _Planner:
         first = self.reference[name]
         held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
         no_floats = not any(source.dtype.is_float for source in held)
-        if (no_floats or is_buffer(held)) and self.policies.word("unequal", name) == "base":
+        free = (no_floats or is_buffer(held)) and not maps_rows(name, first, self.reference)
+        if free and self.policies.word("unequal", name) == "base":
             kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
             reason = f"{kinds} buffer, the base model's"
             return name, "copy", ((0, first),), {}, first.out_dtype, reason

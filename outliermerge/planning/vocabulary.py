@@ -143,10 +143,10 @@ def align_vocabulary(
     if not moved:
         return replace(unchanged, added_tokens=written.added, notes=notes)
     aligned = [dict(checkpoint.tensors) for checkpoint in checkpoints]
-    for name in found.names:
+    for name, axis in found.axes.items():
         held = {n: c.tensors[name] for n, c in enumerate(checkpoints) if name in c.tensors}
         for number in held:
-            aligned[number][name] = _aligned(name, number, held, layout)
+            aligned[number][name] = _aligned(name, axis, number, held, layout)
     return Alignment(
         tuple(
             replace(checkpoint, tensors=tensors)
@@ -253,7 +253,9 @@ def _check_named(
         )
 
 
-def _aligned(name: str, number: int, held: Mapping[int, Source], layout: Layout) -> Source:
+def _aligned(
+    name: str, axis: int, number: int, held: Mapping[int, Source], layout: Layout
+) -> Source:
     cells: list[tuple[tuple[int, int], ...]] = []
     for row in range(layout.num_rows):
         rows = {n: layout.rows[n][row] for n in held if layout.rows[n][row] != ABSENT}
@@ -269,7 +271,7 @@ def _aligned(name: str, number: int, held: Mapping[int, Source], layout: Layout)
                 f"that has it has row {row} of the output's vocabulary: it cannot be given the "
                 "output's rows"
             )
-    return rearrange(number, held, cells)
+    return rearrange(number, held, cells, axis)
 
 
 def _notes(members: Sequence[Model], layout: Layout) -> list[str]:

@@ -1,7 +1,12 @@
-"""Which tensors have a row for every token, and such tensors with their rows rearranged."""
+"""Which tensors have a row for every token, and such tensors with their rows rearranged.
+
+In a few, such as a bias of shape (1, V), tokens are along the last axis: their columns are meant
+wherever rows are spoken of.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +27,7 @@ _KNOWN_NAME = re.compile(
     r"|(lm_head|embed_out|output|output_layer|(predictions|lm_head)\.decoder)\.(weight|bias)"
     r"|predictions\.bias)$"
 )
+_KNOWN_LAST = re.compile(r"(^|[./])final_logits_bias$")  # (1, V), of BART and its relatives
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
@@ -30,12 +36,12 @@ class VocabularyTensors:
     """The tensors whose rows are the vocabulary's.
 
     Attributes:
-        names: of the tensors.
+        axes: by the tensors' names, along which axis they have a row for every token: 0 or -1.
         num_rows: of a model's vocabulary tensors, by the model's number.
         unclear: tensors of which neither name nor number of rows tells for sure.
     """
 
-    names: tuple[str, ...]
+    axes: Mapping[str, int]
     num_rows: Mapping[int, int]
     unclear: tuple[str, ...]
 
@@ -51,6 +57,7 @@ def find_vocabulary_tensors(
     """
     sizes = [vocabulary_sizes(config) for config in configs]
     sure: dict[str, dict[int, int]] = {}
+    axes: dict[str, int] = {}
     unclear: list[str] = []
     for name in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors):
         held = {
@@ -58,16 +65,18 @@ def find_vocabulary_tensors(
             for number, checkpoint in enumerate(checkpoints)
             if name in checkpoint.tensors
         }
-        rows = {number: source.shape[0] for number, source in held.items() if source.shape}
+        axis = axes[name] = _axis(name, held, sizes)
+        rows = {number: source.shape[axis] for number, source in held.items() if source.shape}
         if (
             len(rows) < len(held)
-            or len({source.shape[1:] for source in held.values()}) > 1
+            or len({_without(axis, source.shape) for source in held.values()}) > 1
             or not all(source.dtype.is_float for source in held.values())
             or any(rows[number] in sizes[number][1] for number in held)
         ):
             continue
         sized = all(rows[number] == sizes[number][0] for number in held)
-        known = _KNOWN_NAME.search(name) and not _NUMBERED.search(name)
+        pattern = _KNOWN_NAME if axis == 0 else _KNOWN_LAST
+        known = pattern.search(name) and not _NUMBERED.search(name)
         if known or (sized and len(set(rows.values())) > 1):
             sure[name] = rows
         elif sized:
@@ -89,7 +98,23 @@ def find_vocabulary_tensors(
         if all(num_rows[number] == count for number, count in rows.items())
     ]
     unclear += [name for name in sure if name not in names]
-    return VocabularyTensors(tuple(names), num_rows, tuple(unclear))
+    return VocabularyTensors({name: axes[name] for name in names}, num_rows, tuple(unclear))
+
+
+def _axis(
+    name: str, held: Mapping[int, Source], sizes: Sequence[tuple[int | None, set[int]]]
+) -> int:
+    """Return the axis along which a tensor may have its tokens: the last one where rows are not."""
+    if any(len(source.shape) < 2 for source in held.values()):
+        return 0
+    if _KNOWN_LAST.search(name):
+        return -1
+    sized = [all(s.shape[axis] == sizes[n][0] for n, s in held.items()) for axis in (0, -1)]
+    return -1 if sized[1] and not sized[0] and not _KNOWN_NAME.search(name) else 0
+
+
+def _without(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1:] if axis == 0 else shape[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +170,42 @@ class RearrangedRows(ComputedTensor):
         return total / len(parts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RearrangedColumns(RearrangedRows):
+    """The same of a tensor (…, V): runs are of its last axis."""
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1]
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, V) of `dtype`."""
+        import torch
+
+        read = [
+            reader.values(source, first * width, last * width).view(last - first, width)
+            for source in self.sources
+            for width in (source.shape[-1],)
+        ]
+        result = torch.empty(last - first, self.num_columns, dtype=getattr(torch, self.dtype.name))
+        for run in self.runs:
+            width = run.stop - run.start
+            parts = [read[number][:, start : start + width] for number, start in run.parts]
+            if len(parts) > 1:
+                parts = [torch.stack([part.double() for part in parts]).mean(0)]
+            result[:, run.start : run.stop] = parts[0]
+        return result
+
+
 def rearrange(
-    own: int, sources: Mapping[int, Source], cells: Sequence[tuple[tuple[int, int], ...]]
+    own: int,
+    sources: Mapping[int, Source],
+    cells: Sequence[tuple[tuple[int, int], ...]],
+    axis: int = 0,
 ) -> Source:
     """Return a model's tensor with given rows; its own source where these are its rows in order.
 
@@ -154,17 +213,20 @@ def rearrange(
         own: the model's number.
         sources: the tensor in each model that has it, by the model's number.
         cells: for every row, the models and their rows that it is the mean of.
+        axis: along which the rows are, 0 or -1.
     """
     source = sources[own]
     spans = list(_spans(cells))
-    if spans == [(0, source.shape[0], ((own, 0),))]:
+    if spans == [(0, source.shape[axis], ((own, 0),))]:
         return source
     used = dict.fromkeys(number for _, _, parts in spans for number, _ in parts)
     places = {number: place for place, number in enumerate(used)}
     means = any(len(parts) > 1 for _, _, parts in spans)
-    return RearrangedRows(
+    others = _without(axis, source.shape)
+    rearranged = RearrangedRows if axis == 0 else RearrangedColumns
+    return rearranged(
         name=source.name,
-        shape=(len(cells), *source.shape[1:]),
+        shape=(len(cells), *others) if axis == 0 else (*others, len(cells)),
         out_dtype=source.out_dtype,
         dtype=_common_dtype([sources[number].dtype for number in used], means),
         sources=tuple(sources[number] for number in used),
