@@ -15,6 +15,7 @@ from outliermerge.checkpoint.quantized import dequantize
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.scalars import in_shapes_of
 from outliermerge.planning.tied import tied_heads
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
@@ -56,7 +57,8 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
             )
         numbers.append(number)
-    return tuple(inputs), numbers
+    first = inputs[0].checkpoint.tensors
+    return (inputs[0], *(in_shapes_of(first, entry) for entry in inputs[1:])), numbers
 
 
 def _same(entry: Input, other: Input) -> bool:
