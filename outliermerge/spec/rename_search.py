@@ -179,6 +179,9 @@ def _by_differences(
         alike[_numbers(parts)].append(parts)
     stride = max(1, len(lost) // _MAX_COMPARED)
     seen: Counter[tuple[str, ...]] = Counter()
+    rivals: dict[tuple[str, ...], list[tuple[str, list[str]]]] = defaultdict(list)
+    for old, new in lost.items():
+        rivals[_numbers(parts := _PART.findall(new))].append((old, parts))
     modules: dict[str, set[str]] = defaultdict(set)
     found: dict[tuple[str, ...], Sequence[_Step]] = {}
     for old in list(lost)[::stride]:
@@ -187,7 +190,11 @@ def _by_differences(
         likeness = {id(o): SequenceMatcher(None, parts, o, False).ratio() for o in others}
         others = [other for other in others if likeness[id(other)] > 0]
         others.sort(key=lambda other: -likeness[id(other)])
+        mine = rivals[_numbers(parts)]
         for other in others[:3]:
+            same = [its for rival, its in mine if rival != old and fits(rival, "".join(other))]
+            if _is_guess(parts, other, same, others):
+                continue
             if steps := _steps(parts, other):
                 key = tuple(step.text for step in steps)
                 seen[key] += 1
@@ -201,6 +208,48 @@ def _by_differences(
         if all(len(modules[step.text]) > 1 for step in found[key] if step.replaces)
     )
     yield from (found[key] for key in islice(trusted, _MAX_TRIED))
+
+
+def _is_guess(
+    parts: Sequence[str],
+    other: Sequence[str],
+    rivals: Iterable[Sequence[str]],
+    others: Iterable[Sequence[str]],
+) -> bool:
+    """Tell whether names that differ in other words would do as well, as gate's and up's do.
+
+    Args:
+        parts, other: of a name, and of that which it may become.
+        rivals: names that may become the same one, by their shapes.
+        others: what the name may become, by their shapes.
+    """
+    for kind, a, b, c, d in SequenceMatcher(None, parts, other, False).get_opcodes():
+        if kind != "replace":
+            continue
+        word, its = _words(parts[a:b]), _words(other[c:d])
+        instead = [(_between(rival, parts, a, b), its) for rival in rivals if rival != parts]
+        instead += [(word, _between(o, other, c, d)) for o in others if o != other]
+        for left, right in instead:
+            if left and right and (not _akin(word, its) or _akin(left, right)):
+                return True
+    return False
+
+
+def _between(name: Sequence[str], like: Sequence[str], start: int, stop: int) -> set[str]:
+    """Return the words of a name where it differs from one like it; none if it does elsewhere."""
+    rest = len(like) - stop
+    end = len(name) - rest
+    if name[:start] != like[:start] or end <= start or name[end:] != like[stop:]:
+        return set()
+    return _words(name[start:end])
+
+
+def _words(parts: Iterable[str]) -> set[str]:
+    return set(re.split(r"[._/]", "".join(parts))) - {""}
+
+
+def _akin(one: set[str], other: set[str]) -> bool:
+    return one <= other or other <= one
 
 
 def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
