@@ -271,7 +271,13 @@ def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
             steps.append(_rule(f"^(?={re.escape(parts[0])})", "".join(new)))
             continue
         if old:
-            steps.append(_rule(f"{start}{re.escape(''.join(old))}{end}", "".join(new)))
+            text = re.escape("".join(old))
+            elsewhere = any(list(parts[i : i + b - a]) == list(old) for i in range(a))
+            if a and not new and elsewhere and not _numbers(parts[a - 1 : a]):
+                # Only behind what stands before it, since the same stands elsewhere too.
+                steps.append(_rule(f"{_START}({re.escape(parts[a - 1])}){text}{end}", "", r"\1"))
+            else:
+                steps.append(_rule(f"{start}{text}{end}", "".join(new)))
             continue
         # Something is put in: where, what stands before it tells.
         before = parts[max(0, a - 2) : a] if _numbers(parts[a - 1 : a]) else parts[a - 1 : a]
