@@ -30,15 +30,15 @@ def how_to_convert(names: Collection[str], others: Collection[str], places: tupl
     """
     experts = [_experts(set(names) - set(others)), _experts(set(others) - set(names))]
     if all(experts) and sum(bool(_APART.search(name)) for name in experts) == 1:
-        stored = " and ".join(
-            f"{'apart' if _APART.search(name) else 'fused'} in {place} ({name})"
-            for name, place in zip(experts, places, strict=True)
+        (apart, one), (fused, other) = sorted(
+            zip(experts, places, strict=True), key=lambda pair: not _APART.search(pair[0])
         )
         return (
-            f"Experts are {stored}: the same weights in two forms, which no rename pairs. Load "
-            "both models with one version of transformers and save them again (from_pretrained, "
-            "save_pretrained): it writes both in one form. A policy for such tensors would lose "
-            "what was trained in them."
+            f"Experts are apart in {one} ({apart}) and fused in {other} ({fused}): the same "
+            "weights in two forms, which no rename pairs. Loading and saving with one version of "
+            f"transformers makes one form of both: load {one} with transformers 5 and save it by "
+            "save_pretrained(FOLDER, save_original_format=False), which fuses them as transformers "
+            "does. A policy for such tensors would lose what was trained in them."
         )
     image = {_image_layout(names): places[0], _image_layout(others): places[1]}
     if {"diffusers", "original"} <= image.keys():
