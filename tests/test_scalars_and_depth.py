@@ -11,6 +11,7 @@ from checkpoints import load_folder, save_tensors
 from test_families import refusal
 
 import outliermerge
+from outliermerge.load_check import Part, _judge
 
 
 def plan_of(tmp_path: Any, base: Any, task: Any, config: Any = None, **keys: Any) -> dict[str, Any]:
@@ -67,3 +68,26 @@ def test_layers_that_predict_more_tokens_are_known(count, config, tmp_path):
 def test_layers_that_no_config_knows_are_refused_and_not_only_dropped(config, tmp_path):
     message = refusal(plan_of(tmp_path, layers(2), layers(3), config, extra="copy"))
     assert "`config_source`" in message and "with what was trained in them" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "known"),
+    [
+        ("model.layers.2.eh_proj.weight", {"num_nextn_predict_layers": 1}, True),
+        ("model.layers.3.eh_proj.weight", {"num_nextn_predict_layers": 1}, False),
+        ("model.layers.2.eh_proj.weight", {}, False),
+        ("model.layers.1.eh_proj.weight", {"num_nextn_predict_layers": 1}, False),
+        ("mtp.fc.weight", {"mtp_num_hidden_layers": 1}, True),
+        ("mtp.fc.weight", {}, False),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_fine_tunes_layers_that_the_config_counts_are_no_fault_in_loading(
+    name, config, known, nested
+):
+    config = DEPTH | config
+    part = Part("", "transformers", "M", {"text_config": config} if nested else config, {})
+    found = {"by": "transformers", "missing": [], "unexpected": [name], "mismatched": []}
+    verdict = _judge([(part, found, {})], ())
+    assert verdict.status == ("loads" if known else "does not load")
+    assert any("predict more tokens" in note for note in verdict.notes) == known

@@ -90,8 +90,12 @@ def find_rename(
                 chosen, best, num_lost = tried, number, lost
         if not chosen:
             break
-        steps += chosen
-        current, count = _changed(current, chosen), best
+        for step in chosen:
+            changed = _changed(current, [step])
+            if changed != current:  # a rule that matches nothing is refused in a spec
+                steps.append(step)
+                current = changed
+        count = best
     renamed = _changed({name: name for name in names}, steps)
     if not steps or len(set(renamed.values())) < len(names):
         return None
