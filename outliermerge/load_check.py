@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
-from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.config import counts_as_predicted, read_json
 from outliermerge.checkpoint.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
@@ -327,6 +327,12 @@ def _judge(
             ]
         for kind in _KINDS:
             new = [e for e in ours[kind] if _name(e) not in shared.get(kind, ())]
+            if kind == "unexpected":
+                more = [name for name in new if counts_as_predicted(name, part.config)]
+                new = [name for name in new if name not in more]
+                if more:
+                    text = f"{part.class_name} passes over {len(more)} tensor(s) of layers that "
+                    said.append(_in(part, f"{text}predict more tokens, which the config counts"))
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
     status = "does not load" if problems else "loads" if by else "not checked"

@@ -221,3 +221,50 @@ def test_places_counts_and_masks_are_still_decided_by_unequal(tmp_path, name):
     spec = map_spec(tmp_path / "base", [one, other], name, 6, unequal="base")
     output = outliermerge.run(spec, output=tmp_path / "out").output
     assert torch.equal(load_folder(output)[name], one)
+
+
+COMPUTED = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.tensor([1.0, 0.1]),
+    "bert.embeddings.position_ids": torch.arange(4)[None],
+    "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(),
+    "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("holders", [("base",), ("task",), ("base", "other"), ("task", "other")])
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_what_a_class_computes_may_be_in_some_models_only(method, holders, name, tmp_path):
+    """Older transformers stored these; a fine-tune saved today has none of them."""
+    for number, model in enumerate(("base", "task", "other")):
+        own = {name: COMPUTED[name]} if model in holders else {}
+        save_tensors(tmp_path / model, {"w": torch.full((3,), float(number)), **own})
+    base, task, other = (str(tmp_path / model) for model in ("base", "task", "other"))
+    models = [base, task, other] if method == "linear" else [task, other]
+    spec: dict[str, Any] = {"merge_method": method, "models": [{"model": m} for m in models]}
+    if method != "linear":
+        spec["base_model"] = base
+    plan = outliermerge.plan(spec)
+    assert any(name in note for note in plan.notes)
+    output = outliermerge.run(plan, output=tmp_path / "out").output
+    found = load_folder(output)
+    assert (name in found) is ("base" in holders)
+    assert name not in found or torch.equal(found[name], COMPUTED[name])
+    torch.testing.assert_close(found["w"], torch.full((3,), 1.0 if method == "linear" else 3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("h.0.attn.bias", torch.ones(8)), ("embeddings.position_ids", torch.ones(4, 8)),
+     ("h.0.conv.bias", torch.ones(1, 1, 4, 4))],
+)  # fmt: skip
+def test_what_is_trained_by_such_a_name_is_not_left_out(name, tensor, tmp_path):
+    save_tensors(tmp_path / "base", {"w": torch.ones(3)})
+    save_tensors(tmp_path / "task", {"w": torch.ones(3), name: tensor})
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "task")}],
+    }
+    with pytest.raises(OutlierMergeError, match="extra"):
+        outliermerge.plan(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,25 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(nested := config.get(key), dict):
             return nested
     return config
+
+
+def counts_as_predicted(name: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether a config counts a tensor's layer as one that predicts further tokens.
+
+    Servers read these layers, transformers passes over them. DeepSeek-V3, GLM-4.5 and MiMo have
+    them behind the other layers, Qwen3-Next under `mtp.`.
+
+    >>> config = {"num_hidden_layers": 61, "num_nextn_predict_layers": 1}
+    >>> counts_as_predicted("model.layers.61.eh_proj.weight", config)
+    True
+    >>> counts_as_predicted("model.layers.62.eh_proj.weight", config)
+    False
+    """
+    of_text = text_config(config)
+    depth, more = of_text.get("num_hidden_layers"), of_text.get("num_nextn_predict_layers")
+    if re.search(r"(?:^|\.)mtp\.", name):
+        return bool(more or of_text.get("mtp_num_hidden_layers"))
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    if not match or not isinstance(depth, int) or not isinstance(more, int):
+        return False
+    return depth <= int(match[1]) < depth + more

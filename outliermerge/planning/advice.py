@@ -12,7 +12,9 @@ from typing import Any
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input
+from outliermerge.planning.layouts import how_to_convert
 from outliermerge.spec.rename import find_rename
+from outliermerge.spec.rename_search import FoundRename
 
 # More tensors than these on both sides are a model in another layout, not a head or a buffer.
 _MANY = 8
@@ -38,12 +40,14 @@ class _Sorted:
     """What may be done with one model's unpaired tensors.
 
     Attributes:
+        convert: what makes one layout of two, in words; then nothing else is offered.
         rename: what pairs some of them, in words.
         doubtful: what is likely the same under another name or in another form, a line each.
         missing, extra: what has no counterpart; the latter under its names after the rename.
         floats: which of extra hold numbers that may be trained.
     """
 
+    convert: str
     rename: str
     doubtful: list[str]
     missing: list[str]
@@ -60,7 +64,7 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
     reference = inputs[0]
     sorted_ = {n: _sort(inputs[n], reference, found) for n, found in unpaired.items()}
     paragraphs = []
-    safe = not any(one.rename or one.doubtful for one in sorted_.values())
+    safe = not any(one.convert or one.rename or one.doubtful for one in sorted_.values())
     if safe and any(one.missing for one in sorted_.values()):
         paragraphs.append(_MISSING)
     if safe and any(one.extra for one in sorted_.values()):
@@ -68,6 +72,9 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
         paragraphs.append(_EXTRA + lost)
     for number, one in sorted_.items():
         where = inputs[number].reference
+        if one.convert:
+            paragraphs.append(one.convert)
+            continue
         if one.rename:
             paragraphs.append(one.rename)
         if one.doubtful:
@@ -97,7 +104,11 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
         raise OutlierMergeError(
             f"{entry.reference}: none of its {len(entry.checkpoint.tensors)} tensors has a name of "
             f"{reference.reference}'s, so that the output would have nothing of it. "
-            + (one.rename or f"It has for example {next(iter(entry.checkpoint.tensors), '')!r}.")
+            + (
+                one.convert
+                or one.rename
+                or f"It has for example {next(iter(entry.checkpoint.tensors), '')!r}."
+            )
         )
 
 
@@ -108,13 +119,18 @@ def overlooked(inputs: Sequence[Input], dropped: Collection[str]) -> Iterator[st
         if left_out.isdisjoint(entry.checkpoint.tensors):
             continue
         one = _sort(entry, inputs[0], Unpaired())
-        if one.rename:
-            yield f"some of what is left out may be needed: {one.rename}"
+        if one.convert or one.rename:
+            yield f"some of what is left out may be needed: {one.convert or one.rename}"
 
 
 def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     ours, theirs = entry.checkpoint.tensors, reference.checkpoint.tensors
-    found = find_rename(ours, theirs, lambda old, new: _alike(ours[old], theirs[new]))
+    places = (entry.reference, reference.reference)
+    if convert := how_to_convert(ours.keys(), theirs.keys(), places):
+        return _Sorted(convert, "", [], [], [], [])
+    found = find_rename(ours, theirs, lambda old, new: _alike(new, ours[old], theirs[new]))
+    if found and not _worth(found, ours, theirs):
+        found = None
     names = found.names if found else {name: name for name in ours}
     rename = ""
     if found:
@@ -126,10 +142,21 @@ def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     have = set(names.values())
     lacking = [name for name in theirs if name not in have]
     over = {new: ours[old] for old, new in names.items() if new not in theirs}
-    pairs = _pairs(over, {name: theirs[name] for name in lacking}, any(n in theirs for n in have))
+    misfits = {
+        new
+        for old, new in names.items()
+        if new in theirs and theirs[new].dtype.is_float and not _alike(new, ours[old], theirs[new])
+    }
+    pairs = _pairs(
+        over,
+        {name: theirs[name] for name in lacking},
+        misfits,
+        any_paired=any(n in theirs for n in have),
+    )
     doubtful_names = {name for pair in pairs for name in pair}
     extra = [n for old in unpaired.extra if (n := names[old]) in over and n not in doubtful_names]
     return _Sorted(
+        convert="",
         rename=rename,
         doubtful=[f"{a or '?'} (has) ~ {b or '?'} (lacks)" for a, b in pairs],
         missing=[n for n in unpaired.missing if n not in have and n not in doubtful_names],
@@ -138,33 +165,49 @@ def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     )
 
 
-def _alike(one: Source, other: Source) -> bool:
+def _worth(found: FoundRename, ours: Collection[str], theirs: Collection[str]) -> bool:
+    """Tell whether a rename pairs at least half of what it could; others are of chance."""
+    num_paired = sum(name in theirs for name in ours)
+    could = min(len(ours), len(theirs)) - num_paired
+    return 2 * (found.num_paired - num_paired) >= could
+
+
+def _alike(name: str, one: Source, other: Source) -> bool:
     """Tell whether two tensors can be the same; rows of a vocabulary may have been added."""
     if one.dtype.is_float != other.dtype.is_float or len(one.shape) != len(other.shape):
         return False
-    grown = len(one.shape) == 2 and max(one.shape[0], other.shape[0]) < 2 * min(
-        one.shape[0], other.shape[0]
-    )
-    return one.shape == other.shape or (grown and one.shape[1:] == other.shape[1:])
+    if one.shape == other.shape:
+        return True
+    if len(one.shape) != 2 or one.shape[1] != other.shape[1] or _numbers(name):
+        return False
+    return max(one.shape[0], other.shape[0]) < 2 * min(one.shape[0], other.shape[0])
 
 
 def _pairs(
-    over: Mapping[str, Source], lacking: Mapping[str, Source], any_paired: bool
+    over: Mapping[str, Source],
+    lacking: Mapping[str, Source],
+    misfits: Collection[str],
+    *,
+    any_paired: bool,
 ) -> list[tuple[str, str]]:
-    """Return what may be the same: of one shape, of one part of a layer, or all of two layouts.
+    """Return what may be the same: of one size, of one layer or module, or all of two layouts.
 
     The second name of a pair, or the first, is empty where it is unclear which it is.
+
+    Args:
+        misfits: names that both have for tensors of other shapes, of which one may be fused.
     """
     ours = {name: source for name, source in over.items() if source.dtype.is_float}
     theirs = {name: source for name, source in lacking.items() if source.dtype.is_float}
     twins: dict[Any, list[str]] = defaultdict(list)
     for name, source in theirs.items():
-        twins[source.shape].append(name)
-        twins[source.shape, _numbers(name)].append(name)
+        # By size, not shape: it may be transposed, or have dimensions of 1.
+        twins[source.num_elements].append(name)
+        twins[source.num_elements, _numbers(name)].append(name)
     pairs: list[tuple[str, str]] = []
     taken: set[str] = set()
     for name, source in ours.items():
-        for key in ((source.shape, _numbers(name)), source.shape):
+        for key in ((source.num_elements, _numbers(name)), source.num_elements):
             near = twins[key]
             while near and near[-1] in taken:
                 near.pop()
@@ -176,10 +219,11 @@ def _pairs(
                 taken.add(best)
                 break
     paired = {name for pair in pairs for name in pair}
-    all_ = not any_paired or min(len(ours), len(theirs)) > _MANY
-    places = set(map(_place, ours)) & set(map(_place, theirs)) - {""}
-    pairs += [(n, "") for n in ours if n not in paired and theirs and (all_ or _place(n) in places)]
-    pairs += [("", n) for n in theirs if n not in paired and ours and (all_ or _place(n) in places)]
+    all_ = bool(ours and theirs) and (not any_paired or min(len(ours), len(theirs)) > _MANY)
+    mine, its = set(map(_place, ours)), set(map(_place, theirs))
+    places = ((mine & its) | ((mine | its) & set(map(_place, misfits)))) - {""}
+    pairs += [(n, "") for n in ours if n not in paired and (all_ or _place(n) in places)]
+    pairs += [("", n) for n in theirs if n not in paired and (all_ or _place(n) in places)]
     return pairs
 
 
@@ -188,10 +232,8 @@ def _numbers(name: str) -> tuple[str, ...]:
 
 
 def _place(name: str) -> str:
-    """Return the part of a layer that a tensor is in; "" outside of layers."""
-    parts = name.split(".")
-    place = parts[:-2]
-    return ".".join(place) if any(part.isdigit() for part in place) else ""
+    """Return the number of a tensor's layer; outside of layers the part that it is in, or ""."""
+    return next(iter(_numbers(name)), ".".join(name.split(".")[:-2]))
 
 
 def _rest(where: str, one: _Sorted, inputs: Sequence[Input]) -> str:

@@ -13,6 +13,20 @@ _MAP = re.compile(r"(^|[._])([a-z]+2[a-z]+|\w*(map|mapping|remap|permutation|per
 _PLACES = re.compile(r"position|token_type|segment")
 
 
+def is_computed(name: str, source: Source) -> bool:
+    """Tell whether a model class computes a tensor itself, so that a model may lack it.
+
+    Older versions of transformers stored RoPE's frequencies, positions and masks.
+    """
+    last, shape = name.rpartition("/")[2].split("."), source.shape
+    if last[-1] == "inv_freq":
+        return len(shape) == 1
+    if last[-1] in ("position_ids", "masked_bias"):
+        return len(shape) < 2 or shape[0] == 1
+    is_mask = last[-1] == "bias" and len(shape) == 4 and shape[:2] == (1, 1)
+    return is_mask and last[-2:-1] != [] and "att" in last[-2]
+
+
 def is_buffer(sources: Sequence[Source]) -> bool:
     """Tell whether models hold a buffer in one shape; a float in one may be an integer in another.
 

@@ -17,6 +17,7 @@ from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
+from outliermerge.planning.scalars import in_shapes_of
 from outliermerge.planning.tied import tied_heads
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
@@ -58,7 +59,9 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
             )
         numbers.append(number)
-    return one_extra_state(inputs), numbers
+    first, *others = one_extra_state(inputs)
+    tensors = first.checkpoint.tensors
+    return (first, *(in_shapes_of(tensors, entry) for entry in others)), numbers
 
 
 def _same(entry: Input, other: Input) -> bool:

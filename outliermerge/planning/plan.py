@@ -12,7 +12,7 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.buffers import is_buffer, maps_rows
+from outliermerge.planning.buffers import is_buffer, is_computed, maps_rows
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
@@ -77,6 +77,7 @@ class _Planner:
         self.unpaired: dict[int, Unpaired] = {}
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
+        self.computed: dict[str, None] = {}
         self.notes = [*apart, *self.tied.notes]
         self.checks = [self._check_tied(copy) for copy in self.tied.copies if not copy.is_stray]
         self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
@@ -89,6 +90,11 @@ class _Planner:
         drafts = self._drafts()
         self._raise_problems()
         used = {number for _, _, sources, *_ in drafts for number, _ in sources}
+        if self.computed:
+            self.notes.append(
+                f"{len(self.computed)} buffer(s) that a model's class computes are not in all "
+                f"models, which makes no difference:\n{listing(self.computed, limit=5)}"
+            )
         refuse_unused(self.inputs, self.model_numbers, used)
         self.parameters.check_filters()
         checkpoint = self.inputs[0].checkpoint
@@ -247,6 +253,8 @@ class _Planner:
                 copied.append(number)
             elif word is None and tied is not None:
                 self.checks.append(self._check_tied(tied))
+            elif word is None and is_computed(name, self.inputs[number].checkpoint.tensors[name]):
+                continue
             elif word != "drop":
                 where = self.inputs[number].reference
                 self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
@@ -279,7 +287,10 @@ class _Planner:
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
         allowed = True
         for number in lacking:
-            if self.policies.word("missing", name, number) != "base":
+            word = self.policies.word("missing", name, number)
+            if word is None and is_computed(name, self.reference[name]):
+                self.computed[name] = None
+            elif word != "base":
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
                 self.unpaired.setdefault(number, Unpaired()).missing.append(name)
                 allowed = False

@@ -61,11 +61,13 @@ def prove(
         )
     ours, theirs = _stacks(shapes), _stacks(reference)
     depth = text_config(config).get("num_hidden_layers")
+    known = _known_depths(config)
     for stack, num_layers in ours.items():
-        if stack in theirs and num_layers > theirs[stack] and num_layers != depth:
+        if stack in theirs and num_layers > theirs[stack] and num_layers not in known:
             problems.append(
                 f"{stack}: {num_layers} layers, where the reference has {theirs[stack]} and the "
-                f"config says {depth}. `extra: drop` leaves them out."
+                f"config says {depth}. `config_source` takes the config of a model that has them; "
+                "`extra: drop` leaves them out, with what was trained in them."
             )
     rows = vocabulary_rows(shapes)
     if heads and len(rows) > 1:
@@ -77,7 +79,7 @@ def prove(
         raise OutlierMergeError(
             "the output would have tensors that its config does not know:\n" + listing(problems)
         )
-    if isinstance(depth, int) and ours and depth not in ours.values():
+    if known and ours and known.isdisjoint(ours.values()):
         doubts.append(
             f"the config says num_hidden_layers {depth}, but the tensors have "
             + ", ".join(f"{count} in {stack}*" for stack, count in ours.items())
@@ -99,6 +101,18 @@ def _unties(config: Mapping[str, Any]) -> bool:
     """Tell whether a config of a class with a head says that it is not tied."""
     levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
     return False in levels and True not in levels and may_have_head(config)
+
+
+def _known_depths(config: Mapping[str, Any]) -> set[int]:
+    """Return the layers that a stack may have: without and with those that predict more tokens.
+
+    DeepSeek-V3, GLM-4.5 and MiMo keep the latter behind the others, in the same stack.
+    """
+    of_text = text_config(config)
+    depth, more = of_text.get("num_hidden_layers"), of_text.get("num_nextn_predict_layers")
+    if not isinstance(depth, int):
+        return set()
+    return {depth, depth + more} if isinstance(more, int) else {depth}
 
 
 def _stacks(names: Mapping[str, Any] | Sequence[str]) -> dict[str, int]:

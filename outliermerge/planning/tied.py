@@ -156,7 +156,7 @@ class _Matching:
             return  # extra, or of no concern
         heads = [name for name in copies if is_head(name)]
         embeddings = [original, *(name for name in copies if name not in heads)]
-        own = [{h for h in heads if not _ties(e, h, embeddings)} for e in self.inputs]
+        own = [{h for h in heads if self._is_own(e, h, embeddings)} for e in self.inputs]
         ties = {head: self._output_ties(head, is_own=head in own[0]) for head in heads}
         apart = [h for h in heads if not ties[h] and (h in self.tensors[0] or h not in own[0])]
         written = [name for name in (original, *copies) if name in self.tensors[0]]
@@ -171,6 +171,12 @@ class _Matching:
             tied = [name for name in (*embeddings, *heads) if name not in untied]
             untied &= set(heads)
             self._give(number, tied, untied, written, follows)
+
+    def _is_own(self, entry: Input, head: str, embeddings: Sequence[str]) -> bool:
+        """Tell whether a model's head is its own, or may be, where the spec unties the output."""
+        tensors = entry.checkpoint.tensors
+        stores_both = head in tensors and any(name in tensors for name in embeddings)
+        return (self.wanted is False and stores_both) or not _ties(entry, head, embeddings)
 
     def _output_ties(self, head: str, *, is_own: bool) -> bool:
         """Tell whether the output's head is its embeddings.
@@ -210,17 +216,20 @@ class _Matching:
         if source is None:
             return
         value = held[source]
+        # Of these heads the model or the spec says what they are.
+        chosen = {*untied, *(name for name in tied if self.wanted and is_head(name))}
         for name in written:
             own = held.get(name)
             if own is value or (name in untied and (own is None or name not in follows)):
                 continue
             if own is None:
                 self.notes.append(f"{reference} ties {name} to {source}, which stands for it")
-            elif name in tied or self._may_follow(number, name):
+            elif name not in chosen or self._may_follow(number, name):
                 self._compare(number, name, source)
             held[name] = value
         for name in [name for name in (*tied, *untied) if name in held and name not in written]:
-            if name in untied and not self._may_follow(number, name):
+            is_chosen = name in chosen and held[name] is not value
+            if is_chosen and not self._may_follow(number, name):
                 del held[name]
             elif number or held[name] is not value:
                 self._compare(number, name, source, is_stray=number > 0)

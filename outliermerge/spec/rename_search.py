@@ -90,8 +90,12 @@ def find_rename(
                 chosen, best, num_lost = tried, number, lost
         if not chosen:
             break
-        steps += chosen
-        current, count = _changed(current, chosen), best
+        for step in chosen:
+            changed = _changed(current, [step])
+            if changed != current:  # a rule that matches nothing is refused in a spec
+                steps.append(step)
+                current = changed
+        count = best
     renamed = _changed({name: name for name in names}, steps)
     if not steps or len(set(renamed.values())) < len(names):
         return None
@@ -179,6 +183,9 @@ def _by_differences(
         alike[_numbers(parts)].append(parts)
     stride = max(1, len(lost) // _MAX_COMPARED)
     seen: Counter[tuple[str, ...]] = Counter()
+    rivals: dict[tuple[str, ...], list[tuple[str, list[str]]]] = defaultdict(list)
+    for old, new in lost.items():
+        rivals[_numbers(parts := _PART.findall(new))].append((old, parts))
     modules: dict[str, set[str]] = defaultdict(set)
     found: dict[tuple[str, ...], Sequence[_Step]] = {}
     for old in list(lost)[::stride]:
@@ -187,7 +194,11 @@ def _by_differences(
         likeness = {id(o): SequenceMatcher(None, parts, o, False).ratio() for o in others}
         others = [other for other in others if likeness[id(other)] > 0]
         others.sort(key=lambda other: -likeness[id(other)])
+        mine = rivals[_numbers(parts)]
         for other in others[:3]:
+            same = [its for rival, its in mine if rival != old and fits(rival, "".join(other))]
+            if _is_guess(parts, other, same, others):
+                continue
             if steps := _steps(parts, other):
                 key = tuple(step.text for step in steps)
                 seen[key] += 1
@@ -201,6 +212,48 @@ def _by_differences(
         if all(len(modules[step.text]) > 1 for step in found[key] if step.replaces)
     )
     yield from (found[key] for key in islice(trusted, _MAX_TRIED))
+
+
+def _is_guess(
+    parts: Sequence[str],
+    other: Sequence[str],
+    rivals: Iterable[Sequence[str]],
+    others: Iterable[Sequence[str]],
+) -> bool:
+    """Tell whether names that differ in other words would do as well, as gate's and up's do.
+
+    Args:
+        parts, other: of a name, and of that which it may become.
+        rivals: names that may become the same one, by their shapes.
+        others: what the name may become, by their shapes.
+    """
+    for kind, a, b, c, d in SequenceMatcher(None, parts, other, False).get_opcodes():
+        if kind != "replace":
+            continue
+        word, its = _words(parts[a:b]), _words(other[c:d])
+        instead = [(_between(rival, parts, a, b), its) for rival in rivals if rival != parts]
+        instead += [(word, _between(o, other, c, d)) for o in others if o != other]
+        for left, right in instead:
+            if left and right and (not _akin(word, its) or _akin(left, right)):
+                return True
+    return False
+
+
+def _between(name: Sequence[str], like: Sequence[str], start: int, stop: int) -> set[str]:
+    """Return the words of a name where it differs from one like it; none if it does elsewhere."""
+    rest = len(like) - stop
+    end = len(name) - rest
+    if name[:start] != like[:start] or end <= start or name[end:] != like[stop:]:
+        return set()
+    return _words(name[start:end])
+
+
+def _words(parts: Iterable[str]) -> set[str]:
+    return set(re.split(r"[._/]", "".join(parts))) - {""}
+
+
+def _akin(one: set[str], other: set[str]) -> bool:
+    return one <= other or other <= one
 
 
 def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
@@ -222,7 +275,13 @@ def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
             steps.append(_rule(f"^(?={re.escape(parts[0])})", "".join(new)))
             continue
         if old:
-            steps.append(_rule(f"{start}{re.escape(''.join(old))}{end}", "".join(new)))
+            text = re.escape("".join(old))
+            elsewhere = any(list(parts[i : i + b - a]) == list(old) for i in range(a))
+            if a and not new and elsewhere and not _numbers(parts[a - 1 : a]):
+                # Only behind what stands before it, since the same stands elsewhere too.
+                steps.append(_rule(f"{_START}({re.escape(parts[a - 1])}){text}{end}", "", r"\1"))
+            else:
+                steps.append(_rule(f"{start}{text}{end}", "".join(new)))
             continue
         # Something is put in: where, what stands before it tells.
         before = parts[max(0, a - 2) : a] if _numbers(parts[a - 1 : a]) else parts[a - 1 : a]
