@@ -260,6 +260,8 @@ def print_result(result: RunResult) -> None:
         f"{result.seconds:.1f} s, {speed}/s{from_disk}",
         markup=False,
     )
+    for by in result.load_check.by if result.load_check else ():
+        console.print(f"loads in {by}", markup=False)
     if result.num_resumed:
         console.print(f"{result.num_resumed} tensors were there from an earlier run")
     for name, places in result.non_finite.items():

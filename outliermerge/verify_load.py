@@ -33,6 +33,13 @@ def check_folder(folder: Path) -> Verdict:
         OutlierMergeError: the folder has no manifest.
     """
     manifest = read_manifest(folder)
+    try:
+        return _check(folder, manifest)
+    except OutlierMergeError as error:  # a file beside the weights that no loader can read
+        return Verdict("does not load", problems=(str(error),))
+
+
+def _check(folder: Path, manifest: Mapping[str, Any]) -> Verdict:
     if not folder.is_dir():
         note = "a single file has no config beside it: nothing says what loads it"
         return Verdict("not checked", notes=(note,))

@@ -636,3 +636,12 @@ def test_a_tie_of_the_class_that_a_plan_does_not_know_is_told(tmp_path, in_proce
         )
         with LoadCheck.of_plans([replace(plan, jobs=jobs)]) as check:
             assert any(said in note for note in check.verdicts()[0].notes) is is_told
+
+
+def test_verify_tells_of_a_config_that_cannot_be_read(llama, tmp_path, in_process, capsys):
+    outliermerge.run(llama(), output=tmp_path / "out")
+    with (tmp_path / "out" / "config.json").open("a") as file:
+        file.write("x")
+    assert cli.main(["verify", str(tmp_path / "out"), "--load"]) == 1
+    said = capsys.readouterr().out
+    assert "file config.json: its contents changed" in said and "Extra data" in said

@@ -302,7 +302,8 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
 def _unnamed_tokens(members: Sequence[Model], written: Written) -> list[str]:
     """Return notes on tokens whose rows are merged but that the output's tokenizer lacks."""
     return [
-        f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of {model.name}"
+        f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of {model.name}: "
+        "the output's cuts such texts into other tokens. `vocabulary: union` keeps them"
         for model in members
         if written.tokens and (unnamed := model.tokens.keys() - written.tokens.keys())
     ]
