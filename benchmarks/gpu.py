@@ -264,7 +264,7 @@ def from_disk(
         entries = [{"model": str(model), "parameters": parameters} for model in models[1:]]
         content = {"merge_method": method, "base_model": str(models[0]), "models": entries}
         spec.write_text(json.dumps(content | {"dtype": "bfloat16"}))
-        ours = [script("outliermerge"), "run", str(spec), "--output", str(out)]
+        ours = [script("outliermerge"), "run", str(spec), "--output", str(out), "--no-load-check"]
         commands = {"cuda": [*ours, "--device", "cuda"], "cpu": [*ours, "--device", "cpu"]}
         if method != "min_sigma":  # mergekit does not have it
             theirs = [script("mergekit-yaml"), str(spec), str(out), "--no-copy-tokenizer"]

@@ -119,7 +119,14 @@ def main() -> None:
             }
             path = folder / f"{kind}.yaml"
             path.write_text(json.dumps(spec))
-            commands[kind] = [script("outliermerge"), "run", str(path), "--output", str(out)]
+            commands[kind] = [
+                script("outliermerge"),
+                "run",
+                str(path),
+                "--output",
+                str(out),
+                "--no-load-check",
+            ]
 
         def clear() -> None:
             shutil.rmtree(out, ignore_errors=True)

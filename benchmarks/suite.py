@@ -102,7 +102,15 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         tasks = [base, *tasks]
     path, out = folder / "spec.yaml", folder / "out"
     path.write_text(json.dumps(spec))
-    ours = [script("outliermerge"), "run", str(path), "--output", str(out), "--json"]
+    ours = [
+        script("outliermerge"),
+        "run",
+        str(path),
+        "--output",
+        str(out),
+        "--json",
+        "--no-load-check",
+    ]
     copier = [sys.executable, str(Path(__file__).with_name("copy_files.py"))]
     copied = [str(out), *(str(model / FILE) for model in tasks)]
     known = {
@@ -111,7 +119,7 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
         "outliermerge": ours,
         f"outliermerge --memory {MEMORY}": [*ours, "--memory", MEMORY],
         "outliermerge --no-kernels": [*ours, "--no-kernels"],
-        "sweep": [ours[0], "sweep", str(path), "--set", SWEEP, "--output", str(out)],
+        "sweep": [ours[0], "sweep", str(path), "--set", SWEEP, *ours[3:5], "--no-load-check"],
         "mergekit": [script("mergekit-yaml"), str(path), str(out), "--no-copy-tokenizer"],
     }
     return {tool: known[tool] for tool in case.tools}
