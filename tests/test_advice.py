@@ -138,8 +138,8 @@ def test_a_rename_that_policies_hide_is_noted(tmp_path):
 
 
 def test_only_what_has_no_counterpart_gets_a_policy(tmp_path):
-    base = weights(0) | {"model.rotary.inv_freq": torch.ones(4)}
-    extra = {"score.weight": torch.ones(3, 8), "model.position_ids": torch.arange(5)}
+    base = weights(0) | {"model.rotary.table": torch.ones(4)}
+    extra = {"score.weight": torch.ones(3, 8), "model.num_seen": torch.arange(5)}
     save_tensors(tmp_path / "base", base)
     save_tensors(tmp_path / "task", renamed(weights(1), FLAVOURS["ddp"]) | extra)
     message = refusal(spec_of(tmp_path / "base", tmp_path / "task"))
@@ -147,7 +147,7 @@ def test_only_what_has_no_counterpart_gets_a_policy(tmp_path):
     missing = yaml.safe_load(re.search(r"`missing: (.*?)`", message)[1])
     copied = yaml.safe_load(re.search(r"`extra: (.*?)` copies", message)[1])
     assert [one["filter"] for one in missing] == ["model.rotary."]
-    assert {one["filter"] for one in copied} == {"score.", "model.position_ids"}
+    assert {one["filter"] for one in copied} == {"score.", "model.num_seen"}
     assert "will then not be in the output" in message
     spec = spec_of(tmp_path / "base", entry, missing=missing, extra=copied)
     merged = load_folder(outliermerge.run(spec, output=tmp_path / "out").output)

@@ -210,11 +210,15 @@ def test_maps_of_other_lengths_are_refused_under_every_policy(tmp_path):
     assert "d2t: int64 [3]" in refused(spec, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["embeddings.position_ids", "bn.num_batches_tracked", "mask"])
+@pytest.mark.parametrize(
+    "name", ["embeddings.position_ids", "bn.num_batches_tracked", "mask", "row_count", "phases"]
+)
 def test_places_counts_and_masks_are_still_decided_by_unequal(tmp_path, name):
     one, other = torch.arange(6), torch.arange(6).flip(0)
     if name == "bn.num_batches_tracked":
         one, other = torch.tensor(3), torch.tensor(4)
+    if name == "phases":  # complex numbers map nothing
+        one, other = one.to(torch.complex64), other.to(torch.complex64)
     if name == "mask":
         one, other = torch.ones(6, 6).bool(), torch.zeros(6, 6).bool()
     assert "`unequal: base`" in refused(map_spec(tmp_path, [one, other], name, 6), tmp_path / "out")

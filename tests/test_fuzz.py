@@ -446,8 +446,13 @@ def test_a_header_that_is_written_is_read_back_by_us_and_by_the_library(tensors)
     }
 
 
+def _are_gathered(tensors) -> bool:
+    """Tell whether none looks like what ZeRO-3 leaves of a weight, which is refused."""
+    return not any(dtype.is_float and shape == (0,) for _, dtype, shape in tensors)
+
+
 @FUZZ
-@given(_tensors.filter(bool), st.integers(1, 200))
+@given(_tensors.filter(lambda tensors: tensors and _are_gathered(tensors)), st.integers(1, 200))
 def test_a_planned_layout_is_a_checkpoint_that_opens(tensors, shard_bytes):
     shards, placed = plan_layout(tensors, shard_bytes=shard_bytes, components={"": "model"})
 
@@ -532,6 +537,12 @@ def _open_files(root: Path) -> dict[str, str]:
     return {name: meta.path.name for name, meta in open_checkpoint(root).tensors.items()}
 
 
+def _assert_opens(weight_map: dict[str, str], opened: dict[str, str]) -> None:
+    """Assert that what an index lists is opened from where it says, or is in no shard at all."""
+    assert all(opened.get(name, file) == file for name, file in weight_map.items())
+    assert set(opened.values()) <= set(weight_map.values())
+
+
 @st.composite
 def _mutated_indexes(draw):
     """Return a good index with a few of its bytes changed, removed or added."""
@@ -554,7 +565,7 @@ def _mutated_indexes(draw):
 def test_a_mutated_index_opens_what_it_names_or_is_refused(raw):
     with _two_shards(raw) as root:
         if _opens_as_the_library_reads(root):
-            assert json.loads(raw)["weight_map"].items() <= _open_files(root).items()
+            _assert_opens(json.loads(raw)["weight_map"], _open_files(root))
 
 
 _files = st.sampled_from(
@@ -575,7 +586,7 @@ def test_any_weight_map_opens_what_it_names_or_is_refused(weight_map):
     with _two_shards(raw) as root:
         if _opens_as_the_library_reads(root):
             files = {name: PurePosixPath(file).name for name, file in weight_map.items()}
-            assert files.items() <= _open_files(root).items()
+            _assert_opens(files, _open_files(root))
 
 
 def test_the_index_that_is_mutated_is_good():

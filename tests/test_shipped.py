@@ -73,14 +73,15 @@ def test_min_sigma_of_the_real_fine_tune_is_the_fine_tune_bit_for_bit(real_model
         assert torch.equal(merged[name].view(torch.int32), tensor.view(torch.int32)), name
 
 
-def test_a_missing_tensor_of_the_real_fine_tune_stops_the_plan(real_models):
+def test_a_buffer_that_the_real_fine_tune_lacks_is_told(real_models):
     spec = {
         "merge_method": "min_sigma",
         "base_model": str(real_models["all-MiniLM-L6-v2"]),
         "models": [{"model": str(real_models["sre-embedding-model"])}],
     }
+    assert any("embeddings.position_ids" in note for note in outliermerge.plan(spec).notes)
     with pytest.raises(outliermerge.OutlierMergeError, match=r"embeddings\.position_ids: not in"):
-        outliermerge.plan(spec)
+        outliermerge.plan(spec | {"missing": "error"})
 
 
 def test_min_sigma_of_two_real_task_models_follows_the_rule(real_models, tmp_path):

@@ -10,7 +10,7 @@ from outliermerge.checkpoint.meta import Source
 # A map by its name, which no length shows: the values are rows of another tensor, or of another
 # model (the tokens of a draft model in its target's vocabulary).
 _MAP = re.compile(r"(^|[._])([a-z]+2[a-z]+|\w*(map|mapping|remap|permutation|perm))$")
-_PLACES = re.compile(r"position|token_type|segment")
+_NO_MAP = re.compile(r"position|token_type|segment|count|mask|step|tracked")
 
 
 def is_computed(name: str, source: Source) -> bool:
@@ -54,11 +54,11 @@ def maps_rows(name: str, source: Source, tensors: Mapping[str, Source]) -> bool:
     """Tell whether a buffer says what the rows of weights stand for, as a draft's d2t and t2d do.
 
     It has an element for every row of a weight in the same model, or is called a map. Under another
-    model's map rows would stand for other tokens; places in a sequence, which a model counts
-    through, are none.
+    model's map rows would stand for other tokens. Places in a sequence, counts and masks are none.
     """
     shape, dtype = source.shape, source.dtype.name
-    if _PLACES.search(name) or not shape or shape[0] < 2 or source.dtype.is_float:
+    is_kind = dtype == "bool" or "int" in dtype
+    if not is_kind or _NO_MAP.search(name) or not shape or shape[0] < 2:
         return False
     if len(shape) == 1 and _MAP.search(name):
         return True
