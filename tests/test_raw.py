@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import outliermerge
 from outliermerge import OutlierMergeError
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.checkpoint.meta import Checkpoint
@@ -594,3 +595,17 @@ def test_a_part_of_the_original_llama_format_is_a_file_like_any_other(tmp_path):
     torch.save(STATE, tmp_path / "consolidated.00.pth")
 
     _assert_same(_read(open_checkpoint(tmp_path / "consolidated.00.pth")), STATE)
+
+
+def test_empty_markers_of_no_module_are_kept(tmp_path):
+    """NoobAI's v_pred and ztsnr: Comfy-Org/ComfyUI #7840. Weights so empty are refused."""
+    tensors = {"model.a.weight": torch.ones(2, 2), "v_pred": torch.empty(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(tensors | {"model.a.weight": torch.zeros(2, 2)}, tmp_path / "b.safetensors")
+    models = [{"model": str(tmp_path / name)} for name in ("a.safetensors", "b.safetensors")]
+    spec = {"merge_method": "linear", "models": models}
+    output = outliermerge.run(spec, output=tmp_path / "out.safetensors").output
+    assert load_file(output)["v_pred"].shape == (0,)
+    save_file(tensors | {"model.a.bias": torch.empty(0)}, tmp_path / "b.safetensors")
+    with pytest.raises(OutlierMergeError, match="ZeRO-3"):
+        outliermerge.plan(spec)

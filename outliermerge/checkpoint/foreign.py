@@ -42,9 +42,10 @@ def refuse_foreign_adapter(folder: Path) -> None:
 def refuse_ungathered(metas: Iterable[TensorMeta]) -> None:
     """Raise OutlierMergeError for float tensors [0]: what ZeRO-3 leaves of a parameter.
 
-    Bytes are left: a module's own state (_extra_state) may be empty.
+    Bytes are left: a module's own state (_extra_state) may be empty. So are markers that belong to
+    no module, such as the v_pred of diffusion models.
     """
-    empty = [meta for meta in metas if meta.shape == (0,) and meta.dtype.is_float]
+    empty = [m for m in metas if m.shape == (0,) and m.dtype.is_float and "." in m.name]
     if empty:
         raise OutlierMergeError(
             f"{empty[0].path}: {len(empty)} tensor(s) are empty (of shape [0]), as DeepSpeed's "
