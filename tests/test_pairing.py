@@ -209,6 +209,10 @@ def test_any_models_are_merged_by_their_names_or_refused(drawn):
         if expected is None:
             assert "the models do not hold the same tensors" in refusal(spec)
             return
+        copied = {number for name in expected.keys() - base.keys() for number in expected[name]}
+        if any(base.keys().isdisjoint(held) and n not in copied for n, held in enumerate(tuned)):
+            assert "the output would have nothing of it" in refusal(spec)
+            return
         found = merged(spec, folder / "out")
         assert set(found) == {drawn["to"] + name for name in expected}
         for name, holders in expected.items():
