@@ -179,12 +179,13 @@ class JobRunner:
                 "that have the same map."
             )
         dtypes = [meta.dtype.name for _, meta in job.sources]
+        is_mixed = len(set(dtypes)) > 1
         kind, what = dtypes[0], "it differs"
-        if len(set(dtypes)) > 1:
+        if is_mixed:
             models = [f"{model} ({name})" for model, name in zip(models, dtypes, strict=True)]
             what = "its dtype and its values differ"
         advice = "Make it equal."
-        if len(set(dtypes)) > 1 and not (yield from self._all_whole(self._work(job))):
+        if is_mixed and not (yield from self._all_whole(self._work(job))):
             raise OutlierMergeError(
                 f"tensor {job.name!r} is a weight with fractions in one model and integers in "
                 f"another:\n{listing(models)}\nConvert the model that has integers: these are "

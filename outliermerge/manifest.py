@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -22,9 +22,11 @@ from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
-from outliermerge.load_check import Verdict
 from outliermerge.output import checksum_in_file, manifest_path, shard_path
 from outliermerge.planning.sidecars import sidecar_bytes
+
+if TYPE_CHECKING:
+    from outliermerge.load_check import Verdict
 
 MANIFEST_FORMAT = 1
 CARD_NAME = "README.md"

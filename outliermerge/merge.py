@@ -23,7 +23,6 @@ from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES, make_plan
 from outliermerge.rounds import Steps, run_all
 from outliermerge.runs import RunResult, output_path, run_plans
 from outliermerge.spec.check import MergeSpec, load_spec
-from outliermerge.verify_load import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +134,11 @@ def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[
         OutlierMergeError: the folder has no manifest.
     """
     differences = verify_folder(Path(folder), threads=num_threads(threads))
-    return [*differences, *(check_folder(Path(folder)).problems if load else ())]
+    if load:
+        from outliermerge.verify_load import check_folder
+
+        differences += check_folder(Path(folder)).problems
+    return differences
 
 
 def merge_state_dicts(

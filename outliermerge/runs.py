@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import SpecError, as_path
 from outliermerge.execute import Target, execute
 from outliermerge.jobs import Options, Plan
-from outliermerge.load_check import LoadCheck, Verdict
 from outliermerge.manifest import identity, write_sidecars
 from outliermerge.output import OutputFolder, check_target
+
+if TYPE_CHECKING:
+    from outliermerge.load_check import Verdict
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def run_plans(
     with ExitStack() as stack:
         check = None
         if load_check:
+            from outliermerge.load_check import LoadCheck
+
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
         targets, folders = [], []
         for plan, final in plans:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.load_check import LoadCheck, Part, Shapes, Verdict, find_parts
 from outliermerge.manifest import read_manifest
 from outliermerge.planning.tied_names import ties_head, vocabulary_rows
+from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.spec.settings import find_layers
-
-_ID = re.compile(r"(_token_id|_token_index|_token_ids)$")
 
 
 def check_folder(folder: Path) -> Verdict:
@@ -214,40 +211,25 @@ def _token_problems(
     place = home.replace("text_encoder", "tokenizer")
     if home == "" or place != home:
         try:
-            ours = _tokens(folder / place)
-            theirs = _tokens(base.root / place) if base.root and ours else {}
-            add(f"tokenizer {place}".strip(), ours, theirs)
+            ours = read_tokens(folder / place) or {}
+            theirs = (read_tokens(base.root / place) if base.root and ours else None) or {}
+            add(f"tokenizer {place}".strip(), _shown(ours), _shown(theirs))
         except OutlierMergeError as error:
             notes.append(f"not checked that all tokens have rows: {error}")
     for name in ("config.json", "generation_config.json"):
-        add(
-            name,
-            _special_ids(read_json(folder / home / name)),
-            _special_ids(base.read(_in(home, name))),
-        )
+        said, theirs_said = read_json(folder / home / name), base.read(_in(home, name))
+        add(name, _keys_by_id(said), _keys_by_id(theirs_said))
     return problems, notes
 
 
-def _special_ids(config: Mapping[str, Any]) -> dict[int, str]:
+def _shown(tokens: Mapping[int, str]) -> dict[int, str]:
+    return {id_: repr(token) for id_, token in tokens.items()}
+
+
+def _keys_by_id(config: Mapping[str, Any]) -> dict[int, str]:
     """Return the keys of ids that a config names, by id."""
     found: dict[int, list[str]] = {}
-    for part in (config, *([text] if (text := text_config(config)) is not config else [])):
-        for key, value in part.items():
-            for id_ in value if isinstance(value, list) else [value]:
-                if _ID.search(key) and isinstance(id_, int):
-                    found.setdefault(id_, []).append(key)
-    return {id_: ", ".join(sorted(set(keys))) for id_, keys in found.items()}
-
-
-def _tokens(place: Path) -> Mapping[int, str]:
-    """Return tokens by id as the tokenizers library has them, or as the files do without it."""
-    path = place / "tokenizer.json"
-    if path.is_file() and find_spec("tokenizers") is not None:
-        from tokenizers import Tokenizer
-
-        try:
-            found = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-        except Exception as error:  # it raises plain Exceptions
-            raise OutlierMergeError(f"{path.name}: {error}") from error
-        return {id_: repr(token) for token, id_ in found.items()}
-    return {id_: repr(token) for id_, token in (read_tokens(place) or {}).items()}
+    for key, ids in named_ids(config).items():
+        for id_ in ids:
+            found.setdefault(id_, []).append(key)
+    return {id_: ", ".join(keys) for id_, keys in found.items()}

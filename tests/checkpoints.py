@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -136,3 +138,36 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "test"}))
     return folder
+
+
+def save_lora(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """Write a folder with a LoRA of rank 1 as PEFT does, from tensors by their names in the model.
+
+    Args:
+        folder: made where it is missing.
+        tensors: what adapter_model.safetensors holds, less `base_model.model.`.
+        config: further keys of adapter_config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["l"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    saved = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(saved, folder / "adapter_model.safetensors")
+    return folder
+
+
+def small_unet() -> Any:
+    """Return a UNet of diffusers with random weights, the smallest that it makes."""
+    logging.disable(logging.WARNING)
+    import diffusers
+
+    logging.disable(logging.NOTSET)
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_tensors
+from checkpoints import save_lora, save_tensors
 from safetensors.torch import save_file
 
 import outliermerge
@@ -153,16 +153,12 @@ def test_what_zero_3_did_not_gather_is_refused_even_where_all_models_lack_it(
 
 def test_a_part_that_an_adapter_saves_whole_must_not_be_empty(tmp_path):
     base = save_tensors(tmp_path / "base", WHOLE)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "modules_to_save": ["1"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
     saved = {
-        "base_model.model.layers.0.lora_A.weight": torch.ones(1, 2),
-        "base_model.model.layers.0.lora_B.weight": torch.ones(2, 1),
-        "base_model.model.layers.1.weight": torch.empty(0),
+        "layers.0.lora_A.weight": torch.ones(1, 2),
+        "layers.0.lora_B.weight": torch.ones(2, 1),
+        "layers.1.weight": torch.empty(0),
     }
-    save_file(saved, adapter / "adapter_model.safetensors")
+    adapter = save_lora(tmp_path / "adapter", saved, target_modules=["0"], modules_to_save=["1"])
 
     with pytest.raises(OutlierMergeError, match="zero_to_fp32"):
         outliermerge.plan(_passthrough(f"{base}+{adapter}"))

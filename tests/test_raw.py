@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import small_unet
 from safetensors.torch import load_file, save_file
 
 import outliermerge
@@ -440,16 +441,7 @@ def diffusers_pipeline():
     import diffusers
 
     logging.disable(logging.NOTSET)
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    return diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler())
 
 
 @pytest.mark.parametrize(

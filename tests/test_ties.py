@@ -25,9 +25,10 @@ import torch
 import transformers
 from checkpoints import load_folder
 from families import edit_json
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import outliermerge
+from outliermerge.checkpoint.config import text_config
 from outliermerge.errors import OutlierMergeError
 from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import original_of, ties_head
@@ -287,6 +288,39 @@ def test_a_nested_config_ties_what_transformers_ties(outer, inner):
         assert found is None  # transformers 4 asks the inner level, 5 the outer one
     else:
         assert found is loads
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_what_any_level_of_a_deeply_nested_config_says_counts(depth, said):
+    config: dict[str, Any] = {"model_type": "qwen2_5_omni"}
+    level = config
+    for key in ("thinker_config", "text_config"):
+        level[key] = {"model_type": "qwen2"}
+        level = level[key]
+    levels = [config, config["thinker_config"], level]
+    levels[depth]["tie_word_embeddings"] = said
+    assert ties_head(config) is said
+    assert text_config(config) is level
+
+
+def test_a_head_that_the_spec_unties_is_untied_at_every_level(tmp_path):
+    names = ("thinker.model.embed_tokens.weight", "thinker.model.layers.0.mlp.weight")
+    for seed, name in enumerate(("base", "task")):
+        torch.manual_seed(seed)
+        (tmp_path / name).mkdir()
+        store(tmp_path / name, {tensor: torch.rand(4, 4) for tensor in names})
+        text = {"model_type": "qwen2", "vocab_size": 4, "tie_word_embeddings": True}
+        config = {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": text}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    spec = spec_of(tmp_path / "base", [tmp_path / "task"], tie_word_embeddings=False)
+
+    output = run(spec, tmp_path / "out")
+
+    assert "thinker.lm_head.weight" in load_file(output / "model.safetensors")
+    said = json.loads((output / "config.json").read_text())
+    levels = (said, said["thinker_config"], said["thinker_config"]["text_config"])
+    assert [level["tie_word_embeddings"] for level in levels] == [False] * 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "bart", "bert", "qwen2", "mamba"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import save_tensors
+from checkpoints import save_lora, save_tensors, small_unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -136,15 +136,7 @@ def test_what_diffusers_takes_of_every_combination_is_read(tmp_path):
     logging.disable(logging.WARNING)
     import diffusers
 
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    unet = small_unet()
     unet.save_config(tmp_path)
     state = {name: t.clone() for name, t in unet.state_dict().items()}
     num_loaded = 0
@@ -335,18 +327,13 @@ def test_a_file_of_tensors_that_is_not_read_is_refused_or_left_by_word(name, whi
         outliermerge.plan(_delta(*pair, other_files={"filter": "nowhere", "value": "drop"}))
 
 
+LORA = {"l.lora_A.weight": torch.ones(1, 3), "l.lora_B.weight": torch.ones(2, 1)}
+
+
 @pytest.mark.parametrize("name", ["new_embeddings.safetensors", "non_lora_state_dict.bin", "x.pt"])
 def test_a_file_of_tensors_beside_an_adapter_is_refused_or_left_by_word(name, pair, tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["l"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    lora = {
-        "base_model.model.l.lora_A.weight": torch.ones(1, 3),
-        "base_model.model.l.lora_B.weight": torch.ones(2, 1),
-    }
-    save_file(lora, adapter / "adapter_model.safetensors")
-    torch.save(lora, adapter / "adapter_model.bin")
+    adapter = save_lora(tmp_path / "adapter", LORA)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     base = save_tensors(tmp_path / "b", {"l.weight": torch.zeros(2, 3)})
     assert any(
         "adapter_model.bin" in note for note in outliermerge.plan(_delta(base, adapter)).notes
@@ -360,15 +347,7 @@ def test_a_file_of_tensors_beside_an_adapter_is_refused_or_left_by_word(name, pa
 
 
 def test_a_value_head_beside_the_base_of_an_adapter_counts_too(pair, tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["l"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    lora = {
-        "base_model.model.l.lora_A.weight": torch.ones(1, 3),
-        "base_model.model.l.lora_B.weight": torch.ones(2, 1),
-    }
-    save_file(lora, adapter / "adapter_model.safetensors")
+    adapter = save_lora(tmp_path / "adapter", LORA)
     base = save_tensors(tmp_path / "b", {"l.weight": torch.zeros(2, 3)})
     _put(base / "v_head.bin")
 

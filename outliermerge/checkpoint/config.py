@@ -10,6 +10,8 @@ from typing import Any
 from outliermerge.checkpoint.files import load_json
 from outliermerge.errors import OutlierMergeError
 
+# Where a config keeps the language model's own; Qwen-Omni has two levels of them.
+_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 _KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -31,14 +33,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the language model's part of a config: its own level, or the one nested in it.
+    """Return the language model's part of a config: its own level, or the innermost in it.
 
     >>> text_config({"model_type": "llava", "text_config": {"vocab_size": 32064}})
     {'vocab_size': 32064}
     """
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(nested := config.get(key), dict):
-            return nested
+    return at_level(config, language_levels(config)[-1])
+
+
+def language_levels(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the keys that lead to each level of a config down to the language model's.
+
+    >>> language_levels({"thinker_config": {"text_config": {}}, "vision_config": {}})
+    [(), ('thinker_config',), ('thinker_config', 'text_config')]
+    """
+    levels: list[tuple[str, ...]] = [()]
+    level = config
+    while key := next((part for part in _PARTS if isinstance(level.get(part), dict)), None):
+        levels.append((*levels[-1], key))
+        level = level[key]
+    return levels
+
+
+def at_level(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return a part of a config; an empty one where it has none."""
+    for key in path:
+        config = config.get(key) or {}
     return config
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from outliermerge.checkpoint.reader import Reader
 
 
+# What PyTorch ends the name of a module's own state with, which can be anything.
+EXTRA_STATE = "_extra_state"
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """An element type: torch's name for it, safetensors' code, its size; is_float: mergeable."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.files import check_file
-from outliermerge.checkpoint.meta import DTYPES, TensorMeta, refuse_lfs_pointer
+from outliermerge.checkpoint.meta import DTYPES, EXTRA_STATE, TensorMeta, refuse_lfs_pointer
 from outliermerge.errors import OutlierMergeError, listing
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
-# What PyTorch ends the name of a module's own state with, which can be anything.
-EXTRA_STATE = "_extra_state"
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from outliermerge.checkpoint.pytorch_file import EXTRA_STATE
+from outliermerge.checkpoint.meta import EXTRA_STATE
 from outliermerge.jobs import Input
 
 

@@ -89,12 +89,12 @@ class _Planner:
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()
         self._raise_problems()
-        used = {number for _, _, sources, *_ in drafts for number, _ in sources}
         if self.computed:
             self.notes.append(
                 f"{len(self.computed)} buffer(s) that a model's class computes are not in all "
                 f"models, which makes no difference:\n{listing(self.computed, limit=5)}"
             )
+        used = {number for _, _, sources, *_ in drafts for number, _ in sources}
         refuse_unused(self.inputs, self.model_numbers, used)
         self.parameters.check_filters()
         checkpoint = self.inputs[0].checkpoint

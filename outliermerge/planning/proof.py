@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.config import text_config
+from outliermerge.checkpoint.config import at_level, language_levels, text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
@@ -99,8 +99,9 @@ def prove(
 
 def _unties(config: Mapping[str, Any]) -> bool:
     """Tell whether a config of a class with a head says that it is not tied."""
-    levels = [part.get("tie_word_embeddings") for part in (config, text_config(config))]
-    return False in levels and True not in levels and may_have_head(config)
+    paths = language_levels(config)
+    said = [at_level(config, path).get("tie_word_embeddings") for path in paths]
+    return False in said and True not in said and may_have_head(config)
 
 
 def _known_depths(config: Mapping[str, Any]) -> set[int]:

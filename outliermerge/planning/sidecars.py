@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.checkpoint.config import language_levels, read_json
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.errors import OutlierMergeError, listing
@@ -18,7 +18,7 @@ from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, mi
 from outliermerge.planning.parts import differing_parts
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
-from outliermerge.planning.vocabulary_config import fit_config
+from outliermerge.planning.vocabulary_config import fit_config, reached
 from outliermerge.spec.check import MergeSpec
 
 # Of the config's files those that loaders read.
@@ -158,9 +158,10 @@ def _change_config(config: Any, plan: Plan) -> bool:
     changed = wanted is not None and _set_dtype(config, wanted)
     changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
     if (tie := document.tie_word_embeddings) is not None:
-        for level in (config, text_config(config)):
+        for path in language_levels(config):
+            level = reached(config, path)
             changed = changed or level.get("tie_word_embeddings") is not tie
-            level["tie_word_embeddings"] = tie  # type: ignore[index]  # of the dict just parsed
+            level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
 
 

@@ -30,8 +30,8 @@ from outliermerge.planning.tied_names import (
 
 WAYS_OUT = (
     "`tie_word_embeddings: false` in the spec gives the output a head of its own, and its config "
-    "says so; `tie_word_embeddings: true` makes the head the embeddings, and what it learned "
-    "apart from them is left out."
+    "says so; `tie_word_embeddings: true` uses the embeddings as the head, and what the head "
+    "learned apart from them is left out."
 )
 
 
@@ -216,7 +216,7 @@ class _Matching:
         if source is None:
             return
         value = held[source]
-        # Of these heads the model or the spec says what they are.
+        # Heads that the model's config or the spec calls tied or apart, whatever they hold.
         chosen = {*untied, *(name for name in tied if self.wanted and is_head(name))}
         for name in written:
             own = held.get(name)

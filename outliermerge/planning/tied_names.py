@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
-from outliermerge.checkpoint.config import text_config
+from outliermerge.checkpoint.config import at_level, language_levels
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.model_types import effective_config
 
@@ -47,11 +48,13 @@ _ORIGINALS = {
     "lm_head.decoder.bias": ("lm_head.bias",),
     "shared_head.head.weight": ("lm_head.weight",),  # of a layer that predicts further tokens
 }
+_ENDS = tuple(_ORIGINALS)
 # The head of the original layout of Llama; its end is that of other tensors too.
 _OUTPUT = "output.weight"
 # Such a layer's own name of the embeddings.
-_LAYER_EMBEDDINGS = re.compile(r"(?P<stem>^|.*\.)layers\.\d+\.(?P<end>embed_tokens\.weight)$")
-# Classes without a head, by `architectures`; their embeddings are tied to nothing.
+_EMBED_TOKENS = "embed_tokens.weight"
+_LAYER_EMBEDDINGS = re.compile(rf"(?P<stem>^|.*\.)layers\.\d+\.(?P<end>{_EMBED_TOKENS})$")
+# Classes with a head, by `architectures`; the embeddings of others are tied to nothing.
 _HEADED = re.compile(
     r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
     r"|DoubleHeads|WithLM|Generator"
@@ -63,8 +66,8 @@ _UNTIED = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 def ties_head(config: Mapping[str, Any]) -> bool | None:
     """Tell whether a config ties the head to the embeddings; None where it cannot be told.
 
-    Where only one of the two levels of a config says it, loaders agree. A language model's own
-    level that unties what the outer one ties is read in both ways.
+    Where the levels of a config that say it agree, so do loaders. A language model's own level
+    that unties what an outer one ties is read in both ways.
 
     >>> ties_head({"tie_word_embeddings": True, "text_config": {}}), ties_head({})
     (True, None)
@@ -72,9 +75,10 @@ def ties_head(config: Mapping[str, Any]) -> bool | None:
     """
     if config.get("scale_decoder_outputs") is False:
         return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
-    outer, inner = (part.get("tie_word_embeddings") for part in (config, text_config(config)))
-    said = {value for value in (outer, inner) if isinstance(value, bool)}
-    text = text_config(config)
+    levels = [at_level(config, path) for path in language_levels(config)]
+    said = {v for level in levels if isinstance(v := level.get("tie_word_embeddings"), bool)}
+    text = levels[-1]
+    inner = text.get("tie_word_embeddings")
     if said == {False} and inner is None and text is not config:
         # transformers ties what the language model's type ties by default, whatever stands above.
         asked = text.get("model_type") not in _UNTIED and effective_config(config)
@@ -113,7 +117,7 @@ def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
 
     Of several of the likeliest kind it is the one in the same part of the model, or the outermost.
     """
-    if layer := _LAYER_EMBEDDINGS.match(name):
+    if name.endswith(_EMBED_TOKENS) and (layer := _LAYER_EMBEDDINGS.match(name)):
         outer = layer["stem"] + layer["end"]
         return outer if outer in tensors else None
     for ending in _originals(name):
@@ -135,8 +139,8 @@ def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
 def _distance(name: str, other: str) -> tuple[int, int]:
     """Return how far apart two names are: parts that they do not share at the start; depth."""
     ours, theirs = name.split("."), other.split(".")
-    shared = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), 0)  # noqa: B905
-    return -shared, len(theirs)
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return -len(list(shared)), len(theirs)
 
 
 def head_of(name: str) -> str | None:
@@ -144,10 +148,14 @@ def head_of(name: str) -> str | None:
 
     >>> head_of("model.embed_tokens.weight"), head_of("language_model.model.embed_tokens.weight")
     ('lm_head.weight', 'language_model.lm_head.weight')
+    >>> head_of("thinker.model.embed_tokens.weight")
+    'thinker.lm_head.weight'
     """
     if name.startswith("gpt_neox."):
         return "embed_out.weight"
-    match = re.match(r"^(?P<outer>language_model\.)?((model|transformer)\.|shared\.)", name)
+    match = re.match(
+        r"^(?P<outer>(language_model|thinker)\.)?((model|transformer)\.|shared\.)", name
+    )
     return f"{match['outer'] or ''}lm_head.weight" if match else None
 
 
@@ -177,5 +185,7 @@ def _originals(name: str) -> tuple[str, ...]:
     last = name.rpartition("/")[2]
     if last == _OUTPUT:
         return EMBEDDINGS
+    if not last.endswith(_ENDS):
+        return ()  # told at once, since a model may have many names
     end = next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
     return _ORIGINALS[end] if end else ()

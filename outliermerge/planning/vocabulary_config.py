@@ -7,32 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from outliermerge.checkpoint.config import at_level, language_levels
 from outliermerge.checkpoint.model_types import effective_config
 
-_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 _SIZES = ("vocab_size", "padded_vocab_size")
 _ID = re.compile(r"_token_(ids?|index)$|^(begin_)?suppress_tokens$")
-
-
-def language_levels(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the keys that lead to each level of a config down to the language model's.
-
-    >>> language_levels({"thinker_config": {"text_config": {}}, "vision_config": {}})
-    [(), ('thinker_config',), ('thinker_config', 'text_config')]
-    """
-    levels: list[tuple[str, ...]] = [()]
-    level = config
-    while key := next((part for part in _PARTS if isinstance(level.get(part), dict)), None):
-        levels.append((*levels[-1], key))
-        level = level[key]
-    return levels
-
-
-def at_level(config: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Return a part of a config; an empty one where it has none."""
-    for key in path:
-        config = config.get(key) or {}
-    return dict(config)
 
 
 def vocabulary_sizes(config: Mapping[str, Any]) -> tuple[int | None, set[int]]:
@@ -73,7 +52,7 @@ def with_vocab_size(config: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
         own = levels = everywhere
     before = at_level(config, own[-1])["vocab_size"] if own else None
     for path in levels:
-        level = _reached(changed, path)
+        level = reached(changed, path)
         for key in _SIZES:
             if key in level and (path == levels[-1] or level[key] == before):
                 level[key] = num_rows
@@ -82,11 +61,12 @@ def with_vocab_size(config: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
     full = effective_config(changed)
     path = levels[-1] if full is None else language_levels(full)[-1]
     if full is None or at_level(full, path).get("vocab_size") != num_rows:
-        _reached(changed, path)["vocab_size"] = num_rows
+        reached(changed, path)["vocab_size"] = num_rows
     return changed
 
 
-def _reached(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def reached(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Return a part of a config to change, made where it is missing."""
     for key in path:
         if not isinstance(config.get(key), dict):
             config[key] = {}
