@@ -167,7 +167,7 @@ def run_plan(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import merge, render
     from outliermerge.execute import choose_options
-    from outliermerge.output import free_disk_bytes
+    from outliermerge.output.names import free_disk_bytes
     from outliermerge.runs import output_path
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)

@@ -103,7 +103,7 @@ def execute(
             is not finite. Jobs already reported stay valid.
     """
     checks = [(target.plan, job) for target in targets for job in target.plan.checks]
-    groups = _groups(targets)
+    groups = groups_of(targets)
     upcoming = {id(group): after for group, after in pairwise(groups)}
     forgets = exceeds_memory(targets[0].plan.num_read_bytes)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
@@ -148,7 +148,7 @@ def execute(
         run_all(map(run_group, others), threads=options.threads, prepare=prepare)
 
 
-def _groups(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
+def groups_of(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
     """Bring together the jobs that read the same sources in the same way."""
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:

@@ -22,7 +22,8 @@ from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
-from outliermerge.output import checksum_in_file, manifest_path, shard_path
+from outliermerge.output.folder import OutputFolder, checksum_in_file, finish_interrupted
+from outliermerge.output.names import manifest_path, real_output, shard_path
 from outliermerge.planning.sidecars import sidecar_bytes
 
 if TYPE_CHECKING:
@@ -61,27 +62,23 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
 
 def write_sidecars(
     plan: Plan,
-    results: Mapping[str, JobResult],
-    folder: Path,
+    folder: OutputFolder,
     options: Options,
     *,
     load_check: Verdict | None = None,
 ) -> dict[str, Any]:
-    """Write everything but the weights into a folder, the manifest last, and return it."""
+    """Write everything but the weights into an output, the manifest last, and return it."""
     contents = sidecar_bytes(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
     contents |= {name: text.encode() for name, text in indexes.items()}
     if not plan.is_one_file:
         contents[CARD_NAME] = _model_card(plan).encode()
-    for name, data in contents.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-    manifest = _manifest(plan, results, folder, sorted(contents), options)
+    folder.write_files(contents)
+    manifest = _manifest(plan, folder.done, folder.path, sorted(contents), options)
     if load_check is not None:
         manifest["load_check"] = load_check.as_dict()
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / MANIFEST_NAME).write_text(text, "utf-8")
+    folder.write_files({MANIFEST_NAME: text.encode()})
     return manifest
 
 
@@ -254,6 +251,8 @@ def verify_folder(
     Raises:
         OutlierMergeError: the folder has no manifest.
     """
+    folder = real_output(folder)
+    finish_interrupted(folder)
     manifest = read_manifest(folder)
     differences: list[str] = []
     changed_headers: set[str] = set()

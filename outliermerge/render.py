@@ -264,6 +264,11 @@ def print_result(result: RunResult) -> None:
         console.print(f"loads in {by}", markup=False)
     if result.num_resumed:
         console.print(f"{result.num_resumed} tensors were there from an earlier run")
+    if result.left_behind:
+        console.print(
+            f"files that were put into the old output meanwhile are in {result.left_behind}",
+            markup=False,
+        )
     for name, places in result.non_finite.items():
         console.print(f"infinite or NaN values in {name}: {', '.join(places)}", markup=False)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import SpecError, as_path
-from outliermerge.execute import Target, execute
+from outliermerge.execute import Target, execute, groups_of
 from outliermerge.jobs import Options, Plan
-from outliermerge.manifest import identity, write_sidecars
-from outliermerge.output import OutputFolder, check_target
+from outliermerge.manifest import identity, read_manifest, write_sidecars
+from outliermerge.output.folder import OutputFolder
+from outliermerge.output.names import real_output
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
@@ -35,6 +36,7 @@ class RunResult:
         sync_seconds: wall time until all is on the disk and has its name.
         seconds: wall time of all but planning; of all outputs where several were made together.
         load_check: what is known of its loading; None where that was not asked.
+        left_behind: where files are that somebody put into the old output during the merge.
     """
 
     output: Path
@@ -47,6 +49,7 @@ class RunResult:
     sync_seconds: float
     seconds: float
     load_check: Verdict | None = None
+    left_behind: Path | None = None
 
     @property
     def non_finite(self) -> dict[str, list[str]]:
@@ -69,6 +72,7 @@ class RunResult:
             "sync_seconds": round(self.sync_seconds, 3),
             "seconds": round(self.seconds, 3),
             "non_finite": self.non_finite,
+            **({"left_behind": str(self.left_behind)} if self.left_behind else {}),
             **({"load_check": self.load_check.as_dict()} if self.load_check else {}),
         }
 
@@ -96,23 +100,32 @@ def run_plans(
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
-    for plan, final in plans:
+    for plan, _ in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
-        check_target(plan, final, overwrite=overwrite)
     started, disk_before = time.monotonic(), _disk_bytes()
     with ExitStack() as stack:
+        folders = []
+        for plan, final in plans:
+            folder = OutputFolder(
+                plan,
+                real_output(final),
+                identity=identity(plan, options),
+                fresh=fresh,
+                overwrite=overwrite,
+            )
+            stack.callback(folder.close)
+            folders.append(folder)
         check = None
         if load_check:
             from outliermerge.load_check import LoadCheck
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
-        targets, folders = [], []
-        for plan, final in plans:
-            folder = OutputFolder(plan, final, identity=identity(plan, options), fresh=fresh)
-            stack.callback(folder.close)
+        for folder in folders:
             folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+        _forget_parts(plans, folders)
+        targets = []
+        for (plan, _), folder in zip(plans, folders, strict=True):
             left = [job for job in plan.jobs if job.name not in folder.done]
-            folders.append(folder)
             targets.append(Target(plan, left, folder, folder.record))
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
@@ -130,12 +143,13 @@ def run_plans(
             verdicts = [*check.verdicts()]
             check.raise_if_bad()
         manifests = [
-            write_sidecars(plan, folder.done, folder.path, options, load_check=verdict)
+            read_manifest(folder.final)
+            if folder.is_finished
+            else write_sidecars(plan, folder, options, load_check=verdict)
             for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
         ]
         syncing = time.monotonic()
-        for folder, manifest in zip(folders, manifests, strict=True):
-            folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
+        left_behind = name_all(folders, manifests)
         sync_seconds = time.monotonic() - syncing
     known = None not in (disk_before, disk_after)
     return [
@@ -150,11 +164,49 @@ def run_plans(
             sync_seconds=sync_seconds,
             seconds=time.monotonic() - started,
             load_check=verdict,
+            left_behind=foreign,
         )
-        for (plan, final), target, manifest, verdict in zip(
-            plans, targets, manifests, verdicts, strict=True
+        for (plan, final), target, manifest, verdict, foreign in zip(
+            plans, targets, manifests, verdicts, left_behind, strict=True
         )
     ]
+
+
+def _forget_parts(plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder]) -> None:
+    """Do tensors again that were made in one reading for several outputs, and reached only some.
+
+    So the manifests say the same of what was read, wherever a sweep was killed.
+    """
+    if len(plans) == 1:
+        return
+    pairs = zip(plans, folders, strict=True)
+    targets = [Target(plan, plan.jobs, folder, folder.record) for (plan, _), folder in pairs]
+    held = {id(target): folder for target, folder in zip(targets, folders, strict=True)}
+    for group in groups_of(targets):
+        members = [(held[id(target)], job.name) for target, job in group]
+        if any(name not in folder.done for folder, name in members):
+            for folder, name in members:
+                if not folder.is_finished:
+                    folder.done.pop(name, None)
+
+
+def name_all(
+    folders: Sequence[OutputFolder], manifests: Sequence[Mapping[str, Any]]
+) -> list[Path | None]:
+    """Give outputs their names, when all of them are on the disk; no journal goes before that.
+
+    So the same command goes on after a kill between two names.
+
+    Returns:
+        Where files are left that somebody else put into an old output; None as a rule.
+    """
+    left = [(f, m) for f, m in zip(folders, manifests, strict=True) if not f.is_finished]
+    for folder, manifest in left:
+        folder.finish([*manifest["files"], MANIFEST_NAME])
+    foreign = [None if folder.is_finished else folder.name() for folder in folders]
+    for folder in folders:
+        folder.forget()
+    return foreign
 
 
 def _disk_bytes() -> int | None:

@@ -99,28 +99,27 @@ def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def _journal(output: Path) -> Path:
+    return output.with_name(output.name + ".partial.journal")
+
+
 def _journaled(output: Path) -> list[str]:
     """The tensors whose journal lines are whole."""
-    names = []
-    path = _partial(output) / "journal.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            names.append(json.loads(line).get("tensor"))
-        except ValueError:
-            break
-    return [name for name in names if name is not None]
+    path = _journal(output)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [
+        json.loads(text)["tensor"]
+        for text, _, checksum in (line.partition(b"\t") for line in lines)
+        if text.startswith(b'{"tensor"') and len(checksum) == 16
+    ]
 
 
 def _wait(process: subprocess.Popen, output: Path, num_journaled: int) -> None:
     """Wait until the journal holds so many tensors or the process has ended."""
-    journal = _partial(output) / "journal.jsonl"
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if journal.read_bytes().count(b"\n") > num_journaled:
-                return
-        except FileNotFoundError:
-            pass
+        if len(_journaled(output)) >= num_journaled and _journal(output).exists():
+            return
         time.sleep(0.001)
     assert process.poll() is not None, "the run did not get on"
 
@@ -254,7 +253,7 @@ class TestSmall:
         assert cli.main(_small(output)) == 0
         output.rename(tmp_path / "undisturbed")
 
-        from outliermerge.output import OutputFolder
+        from outliermerge.output.folder import OutputFolder
 
         record = OutputFolder.record
 
@@ -293,41 +292,93 @@ class TestSmall:
         assert self._resume(killed)["num_resumed"] == 7
         _assert_same(killed, killed.with_name("undisturbed"))
 
-    @pytest.mark.parametrize("num_cut", [1, 2, 40])
-    def test_a_torn_last_line_costs_one_tensor(self, killed: Path, num_cut: int) -> None:
-        journal = _partial(killed) / "journal.jsonl"
+    @pytest.mark.parametrize(("num_cut", "num_left"), [(1, 7), (2, 6), (18, 6), (40, 6)])
+    def test_a_torn_last_line_costs_one_tensor(
+        self, killed: Path, num_cut: int, num_left: int
+    ) -> None:
+        journal = _journal(killed)
         whole = journal.read_bytes()
         journal.write_bytes(whole[:-num_cut])
+        assert self._resume(killed)["num_resumed"] == num_left
+        _assert_same(killed, killed.with_name("undisturbed"))
+
+    @pytest.mark.parametrize("number", range(7))
+    @pytest.mark.parametrize("where", [2, 0.5, -3])
+    def test_a_changed_digit_in_the_journal_costs_one_tensor(
+        self, killed: Path, number: int, where: float
+    ) -> None:
+        lines = _journal(killed).read_bytes().split(b"\n")
+        chosen = [i for i, line in enumerate(lines) if line.startswith(b'{"tensor"')][number]
+        line = bytearray(lines[chosen])
+        line[int(where * len(line)) if where == 0.5 else int(where)] ^= 1
+        lines[chosen] = bytes(line)
+        _journal(killed).write_bytes(b"\n".join(lines))
+
         assert self._resume(killed)["num_resumed"] == 6
         _assert_same(killed, killed.with_name("undisturbed"))
 
-    def test_a_torn_first_line_starts_over(self, killed: Path) -> None:
-        journal = _partial(killed) / "journal.jsonl"
-        journal.write_bytes(journal.read_bytes()[:20])
+    @pytest.mark.parametrize("num_bytes", [0, 5, 20, 200])
+    def test_what_a_lost_journal_does_not_know_is_left_alone(
+        self, killed: Path, num_bytes: int
+    ) -> None:
+        journal = _journal(killed)
+        journal.write_bytes(journal.read_bytes()[:num_bytes])
+        assert "model.safetensors" in self._refusal(killed)
+        assert "model.safetensors" in self._refusal(killed, "--fresh")
+        shutil.rmtree(_partial(killed))
         assert self._resume(killed)["num_resumed"] == 0
         _assert_same(killed, killed.with_name("undisturbed"))
 
-    def test_an_empty_journal_starts_over(self, killed: Path) -> None:
-        (_partial(killed) / "journal.jsonl").write_bytes(b"")
-        assert self._resume(killed)["num_resumed"] == 0
+    @pytest.mark.parametrize("content", [b"mine", b"{}", b'{"outliermerge": 1}\n', b"\n"])
+    def test_a_file_of_the_journals_name_that_is_none_is_left_alone(
+        self, killed: Path, content: bytes
+    ) -> None:
+        _journal(killed).write_bytes(content)
+        assert "something else" in self._refusal(killed)
+        assert _journal(killed).read_bytes() == content
+
+    def test_what_somebody_put_beside_the_work_stops_it(self, killed: Path) -> None:
+        (_partial(killed) / "notes.txt").write_text("mine")
+        for options in ([], ["--fresh"]):
+            assert "notes.txt" in self._refusal(killed, *options)
+        (_partial(killed) / "notes.txt").unlink()
+        assert self._resume(killed)["num_resumed"] == 7
         _assert_same(killed, killed.with_name("undisturbed"))
+
+    @pytest.mark.parametrize("kind", ["link", "hard link", "folder"])
+    @pytest.mark.parametrize("options", [[], ["--fresh"]])
+    def test_no_shard_is_written_through_a_link(
+        self, killed: Path, kind: str, options: list[str]
+    ) -> None:
+        [shard] = _partial(killed).glob("*.safetensors")
+        mine = killed.with_name("base") / "model.safetensors"
+        before = mine.read_bytes()
+        shard.unlink()
+        if kind == "link":
+            shard.symlink_to(mine)
+        elif kind == "hard link":
+            shard.hardlink_to(mine)
+        else:
+            shard.mkdir()
+        assert cli.main([*_small(killed), *options]) in (0, 1)
+        assert mine.read_bytes() == before
 
     @pytest.mark.parametrize("num_lines", [0, 1, 2])
     def test_a_kill_after_the_journal_is_opened_again_loses_nothing(
         self, killed: Path, monkeypatch: pytest.MonkeyPatch, num_lines: int
     ) -> None:
-        from outliermerge import output as module
+        from outliermerge.output.journal import Journal
 
-        append, calls = module._append, []
+        add, calls = Journal.add, []
 
         def stop(journal, entry):
             calls.append(entry)
-            if len(calls) > num_lines:
+            if sum("tensor" in entry for entry in calls) > num_lines:
                 raise KeyboardInterrupt
-            append(journal, entry)
+            add(journal, entry)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_append", stop)
+            patch.setattr(Journal, "add", stop)
             assert cli.main(_small(killed)) == 130
         assert self._resume(killed)["num_resumed"] == 7 + num_lines
         _assert_same(killed, killed.with_name("undisturbed"))
@@ -335,7 +386,7 @@ class TestSmall:
     def test_a_journal_zeroed_at_its_end_by_a_power_cut_is_read_up_to_there(
         self, killed: Path
     ) -> None:
-        with (_partial(killed) / "journal.jsonl").open("ab") as journal:
+        with (_journal(killed)).open("ab") as journal:
             journal.write(b"\0" * 100)
         assert self._resume(killed)["num_resumed"] == 7
         _assert_same(killed, killed.with_name("undisturbed"))
@@ -440,22 +491,24 @@ class TestSmall:
         assert self._resume(killed, "--fresh")["num_resumed"] == 0
         _assert_same(killed, killed.with_name("undisturbed"))
 
-    def test_files_of_a_lost_journal_do_not_reach_the_output(self, killed: Path) -> None:
-        """A kill between the journal's removal and the folder's naming leaves such a folder."""
-        (_partial(killed) / "journal.jsonl").unlink()
-        (_partial(killed) / "outliermerge.json").write_text("{}")
-        done = self._resume(killed, "--shard-size", "10KB")
-        assert done["num_resumed"] == 0
-        assert cli.main(["verify", str(killed)]) == 0, self.capsys.readouterr().out
-        assert not (killed / "model.safetensors").exists()
-
-    def test_a_configuration_file_taken_from_the_base_since_does_not_reach_the_output(
-        self, killed: Path
+    def test_files_beside_the_weights_that_are_no_longer_wanted_do_not_reach_the_output(
+        self, killed: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A kill after the files beside the weights are written leaves them in the folder."""
-        (_partial(killed) / "generation_config.json").write_text("{}")
+        """A kill after they are written leaves them in the folder."""
+        config = killed.with_name("base") / "generation_config.json"
+        config.write_text("{}")
+        with monkeypatch.context() as patch:
+            patch.setattr("outliermerge.runs.name_all", _interrupt)
+            assert cli.main(_small(killed)) == 130
+        assert (_partial(killed) / "generation_config.json").exists()
+        config.unlink()
         self._resume(killed)
         assert cli.main(["verify", str(killed)]) == 0, self.capsys.readouterr().out
+        assert not (killed / "generation_config.json").exists()
+
+    def test_a_journal_is_gone_when_all_is_done(self, killed: Path) -> None:
+        self._resume(killed)
+        assert not _journal(killed).exists()
 
 
 def _small_spec(folder: Path, weight: float) -> str:
@@ -484,7 +537,8 @@ def test_a_second_run_on_the_same_output_is_refused(workplace: Path, tmp_path: P
                 _command(spec, output, *options), capture_output=True, text=True, timeout=60
             )
             assert second.returncode == 1
-            assert second.stderr == f"error: {_partial(output)}: another run is writing it\n"
+            start = f"error: {output}: another run (process {first.pid} on "
+            assert second.stderr.startswith(start)
             assert second.stdout == ""
         assert _bytes(_partial(output)) == before
     finally:

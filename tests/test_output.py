@@ -346,7 +346,9 @@ class TestTarget:
         printed = capsys.readouterr()
         assert code == 1
         assert printed.out == ""
-        assert printed.err == f"error: {output}.partial: cannot be made: Not a directory\n"
+        place = output.parent
+        expected = f"error: {place}: {place} is no folder. Choose another output.\n"
+        assert printed.err == expected
 
     def test_no_output_at_all_is_a_wrong_spec(self, models: dict[str, Path]) -> None:
         with pytest.raises(outliermerge.SpecError, match="no output"):

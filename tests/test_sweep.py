@@ -137,7 +137,9 @@ def test_an_interrupted_sweep_goes_on(spec, tmp_path):
         outliermerge.sweep(spec, settings, output=tmp_path / "out", on_progress=interrupt)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "t=1.0.partial",
+        "t=1.0.partial.journal",
         "t=2.0.partial",
+        "t=2.0.partial.journal",
     }
     again = outliermerge.sweep(spec, settings, output=tmp_path / "out")
     assert all(result.num_resumed > 0 for result in again)
@@ -208,3 +210,31 @@ def test_the_command_prints_what_was_written(spec, tmp_path, capsys):
     assert capsys.readouterr().out.count("wrote ") == 2
     assert cli.main([*command, "--set", "t=4"]) == 2
     assert "--set t: is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_lines", range(1, 6))
+def test_a_sweep_killed_between_two_lines_says_the_same_of_what_was_read(
+    spec, tmp_path, monkeypatch, num_lines
+):
+    from outliermerge.output.journal import Journal
+
+    settings = {"t": [1.0, 2.0]}
+    outliermerge.sweep(spec, settings, output=tmp_path / "whole")
+    add, lines = Journal.add, []
+
+    def stop(journal, entry):
+        lines.append(entry)
+        if sum("tensor" in line for line in lines) > num_lines:
+            raise KeyboardInterrupt
+        add(journal, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            outliermerge.sweep(spec, settings, output=tmp_path / "out")
+    outliermerge.sweep(spec, settings, output=tmp_path / "out")
+
+    for name in ("t=1.0", "t=2.0"):
+        found, expected = (tmp_path / place / name for place in ("out", "whole"))
+        manifest = "outliermerge.json"
+        assert (found / manifest).read_bytes() == (expected / manifest).read_bytes()

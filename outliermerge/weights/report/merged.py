@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.output import manifest_path
+from outliermerge.output.names import manifest_path
 from outliermerge.weights.compare import Comparison
 from outliermerge.weights.models import Subject, open_subject
 from outliermerge.weights.report.data import Shown, drift_payload, merge_payload, short_titles

@@ -1,0 +1,1 @@
+"""The output while it is being written, and how it takes its name."""

@@ -1,0 +1,217 @@
+"""The journal of an output: what is done, in lines with checksums; its lock says who writes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.names import journal_path
+
+# What every journal of ours begins with. The number rises when older versions cannot read it.
+_BEGINNING = b'{"outliermerge journal": 2, '
+_MOST_BYTES = 1 << 30
+
+
+class Journal:
+    """A file beside an output that one process at a time can hold.
+
+    It is there from before the first byte of an output until the output has its name, so that
+    what a killed run left can be told from what is somebody else's. Each line ends with the
+    checksum of what stands before it; a line that was cut or changed counts for nothing.
+
+    Attributes:
+        path: where it is.
+        lines: what it holds, less the first line; lines that are damaged are left out.
+        identity: what the output was begun with; None where it has not been begun.
+    """
+
+    def __init__(self, final: Path) -> None:
+        """Open the journal of an output, made where it is missing, and lock it.
+
+        Raises:
+            OutlierMergeError: another process holds it, it is no journal, or cannot be opened.
+        """
+        self.final, self.path = final, journal_path(final)
+        self.identity: Mapping[str, Any] | None = None
+        self.lines: list[dict[str, Any]] = []
+        self._descriptor = _locked(self.path, final)
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        if os.fstat(self._descriptor).st_size > _MOST_BYTES:
+            raise OutlierMergeError(f"{self.path}: is too large for a journal. Move it away.")
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            file.seek(0)
+            raw = file.read()
+        if not (raw.startswith(_BEGINNING) or _BEGINNING.startswith(raw)):
+            raise OutlierMergeError(
+                f"{self.path}: the journal of the merge would be written there, but it holds "
+                "something else. Move it away or choose another output."
+            )
+        first, *others = raw.split(b"\n")
+        entry = _entry(first)
+        if entry is None or not isinstance(entry.get("identity"), dict):
+            return
+        self.identity = entry["identity"]
+        self.lines = [line for line in map(_entry, others) if line is not None]
+        if not raw.endswith(b"\n"):  # what a kill cut short must not join the next line
+            self._write(b"\n")
+
+    def begin(self, identity: Mapping[str, Any], **more: Any) -> None:
+        """Start over, with what an output is begun with."""
+        self.clear()
+        self.identity = json.loads(json.dumps(identity))
+        self._write(_line({"outliermerge journal": 2, "identity": self.identity}))
+        self.add(more)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._do(lambda: os.ftruncate(self._descriptor, 0))
+        self.identity, self.lines = None, []
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write a line."""
+        self.lines.append(json.loads(json.dumps(entry)))
+        self._write(_line(entry))
+
+    def last(self, key: str) -> Any:
+        """Return the newest value of a key; None where no line has it."""
+        return next((line[key] for line in reversed(self.lines) if key in line), None)
+
+    def all(self, key: str) -> list[Any]:
+        """Return all values of a key, the oldest first."""
+        return [line[key] for line in self.lines if key in line]
+
+    def sync(self) -> None:
+        """Have all lines reach the disk."""
+        self._do(lambda: os.fsync(self._descriptor))
+
+    def remove(self) -> None:
+        """Remove the file, all being done, and give up the lock."""
+        self._do(self.path.unlink)
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock; a journal of nothing is removed."""
+        if self._descriptor < 0:
+            return
+        if self.identity is None and os.fstat(self._descriptor).st_size == 0:
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _write(self, data: bytes) -> None:
+        def write() -> None:
+            done = 0
+            while done < len(data):
+                done += os.write(self._descriptor, data[done:])
+
+        self._do(write)
+
+    def _do(self, action: Any) -> None:
+        try:
+            action()
+        except OSError as error:
+            raise OutlierMergeError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return text + b"\t" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
+
+
+def _entry(raw: bytes) -> dict[str, Any] | None:
+    """Return what a line says; None where it is not as it was written."""
+    text, _, checksum = raw.rpartition(b"\t")
+    if xxhash.xxh3_64_hexdigest(text).encode() != checksum:
+        return None
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _locked(path: Path, final: Path) -> int:
+    """Open and lock a journal; the file that has its name, not one that was removed meanwhile."""
+    while True:
+        descriptor = _opened(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise OutlierMergeError(
+                    f"{final}: another run{holder} is writing it. Wait until it is done, stop it, "
+                    "or choose another output."
+                ) from error
+            os.close(descriptor)
+            raise OutlierMergeError(
+                f"{path}: cannot be locked: {error.strerror}. Choose an output on a file system "
+                "with locks."
+            ) from error
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        there = next(folder for folder in path.parents if folder.exists())
+        what = f"cannot be made: {error.strerror}" if there.is_dir() else f"{there} is no folder"
+        raise OutlierMergeError(f"{path.parent}: {what}. Choose another output.") from error
+    try:
+        descriptor = os.open(
+            path,
+            os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK,
+            0o644,
+        )
+    except OSError as error:
+        is_other = error.errno in (errno.ELOOP, errno.EISDIR)
+        why = "is a link or a folder" if is_other else f"cannot be made: {error.strerror}"
+        raise OutlierMergeError(f"{path}: {why}. Choose another output.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OutlierMergeError(f"{path}: is no regular file. Move it away.")
+    return descriptor
+
+
+def process() -> dict[str, Any]:
+    """Return what tells people which process holds a journal."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "began": int(time.time())}
+
+
+def _holder(descriptor: int) -> str:
+    """Return who holds a journal, for a message, as far as it says."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        raw = file.read(_MOST_BYTES)
+    known = [e["process"] for e in map(_entry, raw.split(b"\n")) if e and "process" in e]
+    if not known or not isinstance(known[-1], dict):
+        return ""
+    last = known[-1]
+    try:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["began"]))
+        return f" (process {last['pid']} on {last['host']}, since {began})"
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return ""

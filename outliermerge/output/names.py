@@ -1,0 +1,76 @@
+"""Where an output and what belongs to it lie."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.errors import OutlierMergeError
+
+_LONGEST = ".partial.journal"
+
+
+def partial_folder(final: Path) -> Path:
+    """Return where an output is written before it has its name."""
+    return final.with_name(final.name + ".partial")
+
+
+def journal_path(final: Path) -> Path:
+    """Return the file that says how far an output is; who holds its lock writes the output."""
+    return final.with_name(final.name + _LONGEST)
+
+
+def replaced_path(final: Path) -> Path:
+    """Return where an old output is for a moment, on systems that cannot exchange two names."""
+    return final.with_name(final.name + ".replaced")
+
+
+def manifest_path(final: Path) -> Path:
+    """Return where the manifest of an output is: in its folder, or beside its file."""
+    if final.suffix == ".safetensors" and not final.is_dir():
+        return final.with_name(f"{final.name}.{MANIFEST_NAME}")
+    return final / MANIFEST_NAME
+
+
+def shard_path(final: Path, file: str) -> Path:
+    """Return where a shard of an output is: in its folder, or the output itself."""
+    return final / file if final.is_dir() else final
+
+
+def real_output(named: Path) -> Path:
+    """Return where an output of a name is written: links are followed, which stay as they are.
+
+    Raises:
+        OutlierMergeError: no output can have that name.
+    """
+    real = Path(os.path.realpath(named))
+    if os.path.lexists(named) and not named.exists():
+        raise OutlierMergeError(
+            f"{named}: is a link to {real}, which is not there. Remove the link, or make what it "
+            "leads to."
+        )
+    if not real.name:
+        raise OutlierMergeError(f"{named}: cannot be an output. Name a new folder in it.")
+    try:
+        length = len(real.name.encode()) + len(_LONGEST)
+    except UnicodeEncodeError as error:
+        raise OutlierMergeError(
+            f"{os.fsencode(named)!r}: cannot be an output: its name is not UTF-8, which "
+            "safetensors' readers and the hub need"
+        ) from error
+    if length > 255:
+        raise OutlierMergeError(
+            f"{real.name[:60]}…: cannot be an output: its name has {length - len(_LONGEST)} bytes, "
+            f"and at most {255 - len(_LONGEST)} leave room for {_LONGEST}"
+        )
+    return real
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk that a folder, perhaps not yet made, is on."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,157 @@
+"""How a finished output takes its name, such that a kill at any moment loses nothing.
+
+All that is written is on the disk before the first name changes, and the journal says what is
+moved where, by the numbers of the files. Old and new are exchanged at once where the system can
+do that. Whoever opens the journal next finishes what was begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.journal import Journal
+from outliermerge.output.names import manifest_path, partial_folder, replaced_path
+from outliermerge.output.ownership import owned_files
+from outliermerge.output.system import exchange, inode, move_new, remove_files, sync
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a name gets.
+
+    Attributes:
+        source: as it is called within OUT.partial; empty for the folder itself.
+        new: the number of what is moved.
+        old: the number of what had the name before; None for nothing.
+    """
+
+    source: str
+    new: int
+    old: int | None
+
+
+def begin_naming(journal: Journal, *, shard: str | None, old: Sequence[int | None]) -> None:
+    """Say in the journal what is about to take its name; all of it is on the disk.
+
+    Args:
+        shard: the name of the one file, where the output is one.
+        old: what `old_numbers` gave at the start.
+    """
+    sources = [""] if shard is None else [shard, MANIFEST_NAME]
+    numbers = [inode(partial_folder(journal.final) / source) for source in sources]
+    moves = [
+        Move(source, new, before)
+        for source, new, before in zip(sources, numbers, old, strict=True)
+        if new is not None
+    ]
+    journal.add({"naming": [asdict(move) for move in moves]})
+    journal.sync()
+
+
+def old_numbers(final: Path, *, is_one_file: bool) -> list[int | None]:
+    """Return the numbers of what has the names that an output will take."""
+    return [inode(final), *([inode(manifest_path(final))] if is_one_file else [])]
+
+
+def is_named(journal: Journal) -> bool:
+    """Tell whether an output has begun to take its name."""
+    replaced = inode(replaced_path(journal.final))
+    return any(
+        inode(_target(journal, move)) == move.new
+        or (not move.source and replaced is not None and replaced == move.old)
+        for move in _moves(journal)
+    )
+
+
+def finish_naming(journal: Journal) -> Path | None:
+    """Give an output its name, or what of it has not got its name yet, and remove the old one.
+
+    Returns:
+        Where what somebody else put into the old output is left; None as a rule.
+
+    Raises:
+        OutlierMergeError: something else has got the name meanwhile, or a call failed. What was
+            written stays, and the same command goes on.
+    """
+    moves = _moves(journal)
+    done: list[Move] = []
+    for move in moves:
+        target = _target(journal, move)
+        if inode(target) == move.new:
+            continue
+        try:
+            _place(journal, move, target)
+        except OSError as error:
+            for other in reversed(done):
+                _take_back(journal, other)
+            why = f"cannot get its name: {error.strerror}"
+            if isinstance(error, FileExistsError):
+                why = "something else has got this name while the merge ran; it is left alone"
+            raise OutlierMergeError(
+                f"{target}: {why}. What was written stays in {partial_folder(journal.final)}, and "
+                "the same command goes on from there."
+            ) from error
+        done.append(move)
+    sync(journal.final.absolute().parent)
+    return _remove_old(journal, moves)
+
+
+def _moves(journal: Journal) -> list[Move]:
+    return [Move(**entry) for entry in journal.last("naming") or []]
+
+
+def _target(journal: Journal, move: Move) -> Path:
+    final = journal.final
+    return manifest_path(final) if move.source == MANIFEST_NAME else final
+
+
+def _place(journal: Journal, move: Move, target: Path) -> None:
+    source = partial_folder(journal.final) / move.source
+    replaced = replaced_path(journal.final)
+    found = inode(target)
+    if found is None:
+        move_new(source, target)
+        return
+    if found != move.old:
+        raise FileExistsError
+    if not exchange(source, target):
+        if not move.source:
+            move_new(target, replaced)
+            move_new(source, target)
+        else:
+            source.replace(target)
+        return
+    if inode(source) != move.old:  # it was replaced between the two calls
+        exchange(source, target)
+        raise FileExistsError
+
+
+def _take_back(journal: Journal, move: Move) -> None:
+    source, target = partial_folder(journal.final) / move.source, _target(journal, move)
+    if inode(source) is None:
+        move_new(target, source)
+    else:
+        exchange(target, source)
+
+
+def _remove_old(journal: Journal, moves: Sequence[Move]) -> Path | None:
+    partial, replaced = partial_folder(journal.final), replaced_path(journal.final)
+    if moves[0].source:
+        if partial.is_dir() and not partial.is_symlink():
+            remove_files(partial, {move.source for move in moves})
+        return partial if partial.is_dir() else None
+    for place in (partial, replaced):
+        if moves[0].old is None or inode(place) != moves[0].old:
+            continue
+        remove_files(place, owned_files(place))
+        if place.is_dir():  # the manifest last, so that a kill before leaves a list
+            remove_files(place, {MANIFEST_NAME})
+        if place.is_dir():
+            if place == partial:
+                move_new(place, replaced)
+            return replaced
+    return None
