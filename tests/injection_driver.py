@@ -1,0 +1,77 @@
+"""Runs functions in forks of itself, with inject.c armed; `injection.Driver` starts it.
+
+A line of JSON on the standard input says what to run; the answer is its exit code, the negative
+number of the signal that ended it, "hung", or "stopped": then a line is read before it goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+
+# What commands import when they need it: here, so that no fork has to.
+MODULES = (
+    *("torch", "safetensors.torch", "numpy", "yaml", "xxhash", "rich.progress"),
+    *("outliermerge.cli", "outliermerge.render", "outliermerge.merge", "outliermerge.sweeps"),
+    *("outliermerge.manifest", "outliermerge.torch_engine", "outliermerge.verify_load"),
+    *("outliermerge.checkpoint.adapter", "outliermerge.checkpoint.pytorch_file"),
+    "outliermerge.checkpoint.quantized",
+)
+
+
+def main(library: str) -> int:
+    """Answer the lines until there are no more; in a fork, return what its function returns."""
+    for name in MODULES:
+        importlib.import_module(name)
+    inject = ctypes.CDLL(library)  # the one that was preloaded
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            return _run(inject, wanted)
+        print(json.dumps(_wait(child, wanted["limit_seconds"])), flush=True)
+    return 0
+
+
+def _run(inject: ctypes.CDLL, wanted: dict) -> int:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    for number, path in enumerate([os.devnull, *wanted["files"][:2]]):
+        file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY)
+        os.dup2(file, number)
+        os.close(file)
+    faulthandler.enable()
+    log = os.open(wanted["files"][2], os.O_WRONLY | os.O_APPEND)
+    kinds, number, mode, value, paths = wanted["injection"]
+    module, _, name = wanted["call"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    texts = [os.fsencode(text) for text in (kinds, mode, paths)]
+    if inject.inject_arm(texts[0], ctypes.c_long(number), texts[1], value, texts[2], log):
+        raise ValueError(f"inject.c does not know {wanted['injection']}")
+    return function(wanted["arguments"])
+
+
+def _wait(child: int, limit_seconds: float) -> int | str:
+    deadline = time.monotonic() + limit_seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if ended and os.WIFSTOPPED(status):
+            print(json.dumps("stopped"), flush=True)
+            sys.stdin.readline()
+            os.kill(child, signal.SIGCONT)
+        elif ended:
+            return os.waitstatus_to_exitcode(status)
+        elif signal.sigtimedwait([signal.SIGCHLD], max(deadline - time.monotonic(), 0)) is None:
+            os.kill(child, signal.SIGABRT)  # faulthandler says where its threads are
+            os.waitpid(child, 0)
+            return "hung"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
