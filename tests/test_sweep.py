@@ -218,7 +218,8 @@ def test_a_sweep_killed_between_two_lines_says_the_same_of_what_was_read(
 ):
     from outliermerge.output.journal import Journal
 
-    settings = {"t": [1.0, 2.0]}
+    settings = {"density": [0.5, 1.0]}  # which read a tensor in two passes, and in one
+    spec = spec | {"merge_method": "ties"}
     outliermerge.sweep(spec, settings, output=tmp_path / "whole")
     add, lines = Journal.add, []
 
@@ -234,7 +235,7 @@ def test_a_sweep_killed_between_two_lines_says_the_same_of_what_was_read(
             outliermerge.sweep(spec, settings, output=tmp_path / "out")
     outliermerge.sweep(spec, settings, output=tmp_path / "out")
 
-    for name in ("t=1.0", "t=2.0"):
+    for name in ("density=0.5", "density=1.0"):
         found, expected = (tmp_path / place / name for place in ("out", "whole"))
         manifest = "outliermerge.json"
         assert (found / manifest).read_bytes() == (expected / manifest).read_bytes()
