@@ -25,10 +25,15 @@ MODULES = (
 )
 
 
-def main(library: str) -> int:
-    """Answer the lines until there are no more; in a fork, return what its function returns."""
+def import_all() -> None:
+    """Import what commands import when they need it, so that no fork has to."""
     for name in MODULES:
         importlib.import_module(name)
+
+
+def main(library: str) -> int:
+    """Answer the lines until there are no more; in a fork, return what its function returns."""
+    import_all()
     inject = ctypes.CDLL(library)  # the one that was preloaded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     for line in sys.stdin:

@@ -212,7 +212,7 @@ class OutputFolder:
 
         Their bytes are not what the journal says, or have values that only that run allowed.
         """
-        for name, result in list(self.done.items()):
+        for name, result in [] if self.is_finished else list(self.done.items()):
             tensor = self._tensors.get(name)
             if tensor is None or (result.non_finite and not allow_non_finite):
                 del self.done[name]

@@ -1,0 +1,230 @@
+"""Every call on an output fails, or is the process's last: nothing is lost, and the next run ends.
+
+The points are all calls of a run on the output and what stands beside it. A sample of them is
+tried; `make faults` tries all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_tensors
+from injection import Call, Done, Driver, Injection
+from safetensors.torch import save_file
+
+ORDINARY = "outliermerge.cli:main"
+KILLED = -9
+# Of the points of a scenario, how many a test tries when not all are tried.
+NUM_SAMPLED = 12
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and what is there before it.
+
+    Attributes:
+        arguments: of the command, less the folder of its output.
+        outputs: names in that folder that it makes.
+        beside: other names that belong to an output.
+        overwrites: outputs of another merge are there.
+        call: what runs it.
+    """
+
+    arguments: tuple[str, ...]
+    outputs: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    overwrites: bool = False
+    call: str = ORDINARY
+
+
+FOLDER = ("run", "spec.yaml", "--output", "place/out")
+FILE = ("run", "file.yaml", "--output", "place/out.safetensors")
+SWEEP = ("sweep", "spec.yaml", "--set", "weight=0.25,0.75", "--output", "place")
+MANIFEST = "out.safetensors.outliermerge.json"
+SWEPT = ("weight=0.25", "weight=0.75")
+OVERWRITE = ("--overwrite",)
+UNABLE = "without_exchange:main"
+SCENARIOS = {
+    "folder": Scenario(FOLDER, ("out",)),
+    "old folder": Scenario((*FOLDER, *OVERWRITE), ("out",), overwrites=True),
+    "file": Scenario(FILE, ("out.safetensors",), (MANIFEST,)),
+    "old file": Scenario((*FILE, *OVERWRITE), ("out.safetensors",), (MANIFEST,), overwrites=True),
+    "sweep": Scenario(SWEEP, SWEPT),
+    "old sweep": Scenario((*SWEEP, *OVERWRITE), SWEPT, overwrites=True),
+    "folder, no exchange": Scenario(FOLDER, ("out",), call=UNABLE),
+    "old folder, no exchange": Scenario(
+        (*FOLDER, *OVERWRITE), ("out",), overwrites=True, call=UNABLE
+    ),
+    "old file, no exchange": Scenario(
+        (*FILE, *OVERWRITE), ("out.safetensors",), (MANIFEST,), overwrites=True, call=UNABLE
+    ),
+}
+MODES = {
+    "killed before": ("kill_before", 0),
+    "killed after": ("kill_after", 0),
+    "torn": ("torn", 0),
+    "EIO": ("err", errno.EIO),
+    "ENOSPC": ("err", errno.ENOSPC),
+    "EIO from then on": ("persist", errno.EIO),
+    "EINTR": ("err", errno.EINTR),
+}
+# What an errno is injected into: what only asks is not told apart from what is not there.
+CHANGING = (
+    "open,read,pread,preadv,write,pwrite,pwritev,fsync,fallocate,truncate,rename,link,unlink,"
+    "rmdir,mkdir,lock,opendir"
+)
+
+
+class Workplace:
+    """Models, specs, and what each scenario starts from and ends in."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.place = root, root / "place"
+        generator = torch.Generator().manual_seed(0)
+        for name in ("base", "task"):
+            tensors = {f"w{n}": torch.randn(8, 10, generator=generator) for n in range(3)}
+            save_tensors(root / name, tensors)
+            (root / name / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+            save_file(tensors, root / f"{name}.safetensors")
+        for name, suffix in (("spec", ""), ("file", ".safetensors")):
+            for old, weight in (("", 0.5), ("old_", 0.1)):
+                (root / f"{old}{name}.yaml").write_text(
+                    f"merge_method: task_arithmetic\nbase_model: {root}/base{suffix}\n"
+                    f"models:\n- model: {root}/task{suffix}\nparameters:\n  weight: {weight}\n"
+                )
+        self.driver = Driver(root / "driver")
+        self.calls: dict[str, list[Call]] = {}
+        self.before: dict[str, dict[str, bytes]] = {}
+        self.after: dict[str, dict[str, bytes]] = {}
+
+    def prepare(self, name: str) -> list[Call]:
+        """Run a scenario undisturbed, and return its calls on the output."""
+        if name not in self.calls:
+            scenario = SCENARIOS[name]
+            self._clear()
+            if scenario.overwrites:
+                arguments = [self._old(a) for a in scenario.arguments if a != "--overwrite"]
+                assert self.run(arguments, Injection()).code == 0
+            self.before[name] = _files(self.place)
+            done = self.run(scenario.arguments, Injection(kinds="all", paths=[self.place]))
+            assert done.code == 0, done.err
+            self.calls[name] = list(done.calls)
+            self.after[name] = _files(self.place)
+        return self.calls[name]
+
+    @staticmethod
+    def _old(argument: str) -> str:
+        return f"old_{argument}" if argument.endswith(".yaml") else argument
+
+    def reset(self, name: str) -> None:
+        """Put back what a scenario starts from."""
+        self._clear()
+        for file, data in self.before[name].items():
+            (self.place / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.place / file).write_bytes(data)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        (self.place / "notes.txt").write_text("mine")
+
+    def run(self, arguments, injection: Injection, call: str = ORDINARY) -> Done:
+        more = ("--no-load-check", "--threads", "1") if arguments[0] != "verify" else ()
+        named = [
+            str(self.root / a) if a.endswith(".yaml") or a.startswith("place") else a
+            for a in arguments
+        ]
+        return self.driver.run([*named, *more], injection, call=call)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    made = Workplace(tmp_path_factory.mktemp("faults"))
+    with made.driver:
+        yield made
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _of(files: dict[str, bytes], output: str) -> dict[str, bytes]:
+    return {n: data for n, data in files.items() if n == output or n.startswith(f"{output}/")}
+
+
+def check(workplace: Workplace, name: str, mode: str, number: int, kinds: str) -> None:
+    """Try one point, and what comes after it."""
+    scenario, (how, value) = SCENARIOS[name], MODES[mode]
+    old, new = workplace.before[name], workplace.after[name]
+    workplace.reset(name)
+    injection = Injection(how, number, value, kinds, [workplace.place])
+    done = workplace.run(scenario.arguments, injection, scenario.call)
+    assert len(done.hits) >= 1
+    assert "Traceback" not in done.err
+    if how.startswith("kill") or how == "torn":
+        assert done.code == KILLED
+    else:
+        assert done.code in (0, 1)
+        assert (done.code == 1) == done.err.startswith("error: "), done.err
+    if mode == "EINTR":
+        assert done.code == 0, done.err
+    found = _files(workplace.place)
+    assert found["notes.txt"] == b"mine"
+    for output in scenario.outputs:
+        there = _of(found, output)
+        assert there in (_of(old, output), _of(new, output), {}), "it is not whole"
+        if scenario.overwrites and not there:
+            assert scenario.call == UNABLE, "nothing has the name"
+    if done.code == 0:
+        assert found == new
+        return
+    undisturbed = workplace.run(scenario.arguments, Injection(), scenario.call)
+    if undisturbed.code != 0:
+        assert "exists already" in undisturbed.err, undisturbed.err
+    assert _files(workplace.place) == new
+    left = {path.name for path in workplace.place.iterdir()}
+    assert left == {*scenario.outputs, *scenario.beside, "notes.txt"}
+
+
+def _points(workplace: Workplace, name: str, mode: str) -> tuple[list[int], str]:
+    """Return the numbers of the calls that a mode is tried at, and the kinds that are counted."""
+    calls = workplace.prepare(name)
+    how = MODES[mode][0]
+    if how.startswith("kill"):
+        changing = {*CHANGING.split(",")} - {"read", "pread", "preadv", "opendir"}
+        return [call.number for call in calls if call.kind in changing], "all"
+    kinds = "write,pwrite,pwritev" if how == "torn" else CHANGING
+    if mode == "EINTR":
+        kinds = "open,read,pread,preadv,write,pwrite,pwritev,truncate,lock"
+    if mode == "ENOSPC":
+        kinds = "write,pwrite,pwritev,fallocate,mkdir,fsync,rename"
+    return list(range(sum(call.kind in kinds.split(",") for call in calls))), kinds
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_lost_whichever_call_fails_or_is_the_last(workplace, name, mode):
+    numbers, kinds = _points(workplace, name, mode)
+    if not os.environ.get("OUTLIERMERGE_ALL_FAULTS"):
+        step = max(1, len(numbers) // NUM_SAMPLED)
+        offset = sum(map(ord, name + mode)) % step
+        numbers = numbers[offset::step]
+    for number in numbers:
+        try:
+            check(workplace, name, mode, number, kinds)
+        except AssertionError as error:
+            call = workplace.calls[name]
+            of_kind = [c for c in call if kinds == "all" or c.kind in kinds.split(",")]
+            raise AssertionError(f"{mode} at {of_kind[number]}: {error}") from error
+    print(f"{name}, {mode}: {len(numbers)} points")
