@@ -102,13 +102,23 @@ class OutputFolder:
     are done again.
     """
 
-    def __init__(self, plan: Plan, final: Path, *, identity: Mapping[str, Any], fresh: bool):
+    def __init__(
+        self,
+        plan: Plan,
+        final: Path,
+        *,
+        identity: Mapping[str, Any],
+        fresh: bool,
+        marks: Mapping[str, list[int]] | None = None,
+    ):
         self.final, self.path = final, partial_folder(final)
         self._plan = plan
         self._tensors = {job.name: job.output for job in plan.jobs}
         self._files: dict[str, int] = {}
         self._direct: dict[str, int] = {}
         self.done: dict[str, JobResult] = {}
+        self._marks = dict(marks or {})
+        self.has_other_marks = False  # of an earlier run's inputs
         self._make()
         self._journal = self._open_journal(fresh, dict(identity))
         try:
@@ -150,9 +160,10 @@ class OutputFolder:
             if fresh or len(lines) < 2:  # nothing is done yet: nothing is lost by starting over
                 self._remove_all_but({_JOURNAL_NAME})
                 os.ftruncate(journal, 0)
-                _append(journal, identity)
+                _append(journal, identity | {"marks": self._marks})
             else:
                 _check_identity(self.path, lines[0], identity)
+                self.has_other_marks = lines[0].get("marks") != self._marks
                 os.ftruncate(journal, num_whole_bytes)
                 for line in lines[1:]:
                     name = line.pop("tensor")
@@ -203,6 +214,11 @@ class OutputFolder:
                 f"{path}: no room for {shard.num_bytes:,} bytes: {error.strerror}"
             ) from error
         return descriptor
+
+    def forget_all(self) -> None:
+        """Take no tensor over into a later run, as it may be made of two states of an input."""
+        os.ftruncate(self._journal, 0)
+        self.done.clear()
 
     def forget_unfit(self, *, allow_non_finite: bool) -> None:
         """Forget the tensors of an earlier run that this one may not take over.

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
-from outliermerge.errors import SpecError, as_path
+from outliermerge.checkpoint.stamps import OtherBytesError, Watched, watching
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execute import Target, execute
-from outliermerge.jobs import Options, Plan
+from outliermerge.job_runner import JobResult
+from outliermerge.jobs import Job, Options, Plan
 from outliermerge.manifest import identity, write_sidecars
 from outliermerge.output import OutputFolder, check_target
+from outliermerge.resumed import made_of_others, marks_of
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
@@ -96,6 +99,32 @@ def run_plans(
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
+    stamps = {entry: None for plan, _ in plans for entry in plan.files}
+    with watching(Watched(stamps)) as watched:
+        watched.check()
+        return _run_plans(
+            plans,
+            options,
+            watched,
+            overwrite=overwrite,
+            fresh=fresh,
+            on_progress=on_progress,
+            load_check=load_check,
+            on_waiting=on_waiting,
+        )
+
+
+def _run_plans(
+    plans: Sequence[tuple[Plan, Path]],
+    options: Options,
+    watched: Watched,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    on_progress: Callable[[int], None],
+    load_check: bool,
+    on_waiting: Callable[[], None],
+) -> list[RunResult]:
     for plan, final in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
         check_target(plan, final, overwrite=overwrite)
@@ -108,12 +137,17 @@ def run_plans(
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
         targets, folders = [], []
         for plan, final in plans:
-            folder = OutputFolder(plan, final, identity=identity(plan, options), fresh=fresh)
+            folder = OutputFolder(
+                plan, final, identity=identity(plan, options), fresh=fresh, marks=marks_of(plan)
+            )
             stack.callback(folder.close)
             folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+            if folder.has_other_marks:
+                for name in made_of_others(plan, folder.done):
+                    del folder.done[name]
             left = [job for job in plan.jobs if job.name not in folder.done]
             folders.append(folder)
-            targets.append(Target(plan, left, folder, folder.record))
+            targets.append(Target(plan, left, folder, _if_unchanged(watched, folder.record)))
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
 
@@ -122,7 +156,15 @@ def run_plans(
             if check is not None:
                 check.raise_if_bad()
 
-        execute(targets, options, on_progress=on_block)
+        try:
+            execute(targets, options, on_progress=on_block)
+        except OtherBytesError:
+            for folder in folders:
+                folder.forget_all()
+            raise
+        except OutlierMergeError:
+            watched.check()  # a change explains what went wrong
+            raise
         work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
         verdicts: list[Verdict | None] = [None] * len(plans)
         if check is not None:
@@ -133,6 +175,7 @@ def run_plans(
             write_sidecars(plan, folder.done, folder.path, options, load_check=verdict)
             for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
         ]
+        watched.check()
         syncing = time.monotonic()
         for folder, manifest in zip(folders, manifests, strict=True):
             folder.finish([*manifest["files"], MANIFEST_NAME], overwrite=overwrite)
@@ -155,6 +198,18 @@ def run_plans(
             plans, targets, manifests, verdicts, strict=True
         )
     ]
+
+
+def _if_unchanged(
+    watched: Watched, record: Callable[[Job, JobResult], None]
+) -> Callable[[Job, JobResult], None]:
+    """Return what records a tensor if it was made of what was planned with."""
+
+    def record_checked(job: Job, result: JobResult) -> None:
+        watched.check({meta.path for _, source in job.sources for meta in source.stored})
+        record(job, result)
+
+    return record_checked
 
 
 def _disk_bytes() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.safetensors_file import duplicates, read_header_and_metadata
+from outliermerge.checkpoint.stamps import is_there
 from outliermerge.errors import OutlierMergeError, listing
 
 SAFETENSORS_PATTERNS = ("*.safetensors",)
@@ -74,7 +74,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         OutlierMergeError: a file is missing or broken, or it is open which files are meant.
     """
     config = folder / "config.json"
-    if os.path.lexists(config):
+    if is_there(config):
         check_file(config, root)
     settings = read_json(config)
     try:
@@ -190,16 +190,14 @@ def _weight_map(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
+        if not isinstance(file, str) or not file or not file.isprintable():
             raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file:
             raise OutlierMergeError(
                 f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
             )
-    missing = sorted(
-        {file for file in weight_map.values() if not os.path.lexists(index.parent / file)}
-    )
+    missing = sorted({file for file in weight_map.values() if not is_there(index.parent / file)})
     if missing:
         raise OutlierMergeError(
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
