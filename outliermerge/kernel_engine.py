@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.meta import DType
-from outliermerge.kernels import CODES, KernelCall, Place, RawBlock
+from outliermerge.kernels import CODES, KernelCall, Place
 from outliermerge.method import Task
 from outliermerge.statistics import Pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -197,7 +198,9 @@ def _weight_map(index: Path) -> dict[str, Path]:
             raise OutlierMergeError(
                 f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
             )
-    missing = sorted({file for file in weight_map.values() if not is_there(index.parent / file)})
+    missing = sorted(
+        {file for file in weight_map.values() if not os.path.lexists(index.parent / file)}
+    )
     if missing:
         raise OutlierMergeError(
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
