@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from outliermerge.blocks import Engine, NeedKey, Span, fold_reports, measure_needs
 from outliermerge.checkpoint.checksum import piece_digests, tensor_checksum
-from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
@@ -21,20 +20,7 @@ from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import is_head
 from outliermerge.rounds import Round, Steps
 from outliermerge.statistics import Pass
-from outliermerge.work import Work
-
-
-class Sink(Protocol):
-    """Where merged bytes go."""
-
-    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
-        """Return a file, an element's position in it, and the file for direct writes or -1."""
-
-    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
-        """Write elements from `start` on."""
-
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
-        """Read back elements from `start` on."""
+from outliermerge.work import Sink, Work
 
 
 @dataclass

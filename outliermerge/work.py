@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from outliermerge.blocks import Engine, Span, spans
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS, piece_digests
+from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.stamps import other_bytes
@@ -13,6 +15,19 @@ from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 
 _SHORT_BYTES = 240  # of pieces that kernels do not digest
+
+
+class Sink(Protocol):
+    """Where merged bytes go."""
+
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a file, an element's position in it, and the file for direct writes or -1."""
+
+    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
+        """Write elements from `start` on."""
+
+    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+        """Read back elements from `start` on."""
 
 
 class Work:

@@ -457,7 +457,7 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_by_the_plan(tmp_path):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
     _models(folder, "single")
-    with pytest.raises(OutlierMergeError, match="first.*unicode"):
+    with pytest.raises(OutlierMergeError, match=r"first.*unicode"):
         outliermerge.plan(_spec(folder, "linear"))
 
 

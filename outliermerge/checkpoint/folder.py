@@ -191,9 +191,7 @@ def _modules(root: Path) -> dict[str, Weights]:
     modules = {
         name: weights
         for name in names
-        if name
-        and (root / name).is_dir()
-        and (weights := read_weights(root / name, root, loose=False)) is not None
+        if name and (weights := read_weights(root / name, root, loose=False)) is not None
     }
     weights = read_weights(root, root, loose=not modules)
     if weights is None and (not modules or "" in names):

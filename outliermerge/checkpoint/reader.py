@@ -132,7 +132,9 @@ class Reader:
                 return self._strided[1]
             if meta.path not in self._pickles:
                 self._pickles[meta.path] = load_strided(meta.path, descriptor)
-            place = self._pickles[meta.path][meta.name]
+            place = self._pickles[meta.path].get(meta.name)
+            if place is None or len(place.strides) != len(meta.shape):
+                raise EOFError("it is not there any more")
             raw = bytearray(place.num_bytes)
             read_exactly(descriptor, place.offset, memoryview(raw))
             flat = torch.frombuffer(raw, dtype=getattr(torch, meta.dtype.name))
