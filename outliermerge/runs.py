@@ -158,11 +158,9 @@ def _run_plans(
 
         try:
             execute(targets, options, on_progress=on_block)
-        except OtherBytesError:
-            for folder in folders:
+        except OutlierMergeError as error:
+            for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()
-            raise
-        except OutlierMergeError:
             watched.check()  # a change explains what went wrong
             raise
         work_seconds, disk_after = time.monotonic() - working, _disk_bytes()

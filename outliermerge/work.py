@@ -114,7 +114,7 @@ class Work:
     def _note(self, seen: dict[int, bytes], row: int, start: int, digest: bytes) -> None:
         if seen.setdefault(start, digest) != digest:
             source = self.job.sources[row][1]
-            raise other_bytes(source.stored[0].path, source.name)
+            raise other_bytes({meta.path: None for meta in source.stored}, source.name)
 
     def not_finite(self, raws: Sequence[memoryview]) -> set[int]:
         """Return the numbers of the sources that hold an infinite value or NaN."""

@@ -257,10 +257,10 @@ def _changed(path: Path, before: FileStamp | None, after: FileStamp | None) -> C
     return ChangedInputError(f"{path}: {what} since the merge was planned. {_ADVICE}")
 
 
-def other_bytes(path: Path, tensor: str) -> OtherBytesError:
+def other_bytes(paths: Iterable[Path], tensor: str) -> OtherBytesError:
     """Return what to raise where a second reading of a tensor gives other bytes."""
     return OtherBytesError(
-        f"{path}: tensor {tensor!r}: was written to during the merge: a second reading gave other "
+        f"{' or '.join(map(str, paths))}: tensor {tensor!r}: was written to during the merge: a second reading gave other "
         f"bytes than the first. {_ADVICE}"
     )
 
