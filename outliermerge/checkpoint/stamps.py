@@ -259,9 +259,10 @@ def _changed(path: Path, before: FileStamp | None, after: FileStamp | None) -> C
 
 def other_bytes(paths: Iterable[Path], tensor: str) -> OtherBytesError:
     """Return what to raise where a second reading of a tensor gives other bytes."""
+    files = " or ".join(map(str, paths))
     return OtherBytesError(
-        f"{' or '.join(map(str, paths))}: tensor {tensor!r}: was written to during the merge: a second reading gave other "
-        f"bytes than the first. {_ADVICE}"
+        f"{files}: tensor {tensor!r}: was written to during the merge: a second reading gave "
+        f"other bytes than the first. {_ADVICE}"
     )
 
 
