@@ -14,13 +14,14 @@ from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import SpecError
-from outliermerge.job_runner import JobResult, JobRunner, Sink
+from outliermerge.job_runner import JobResult, JobRunner
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 from outliermerge.kernels import find_kernels
 from outliermerge.machine import free_memory_bytes, num_threads
 from outliermerge.rounds import Steps, run_all
 from outliermerge.torch_engine import TorchEngine
+from outliermerge.work import Sink
 
 _CACHED_SHARE = 0.9  # of free memory; outputs on local disks take none of it
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from outliermerge.blocks import Engine, NeedKey, Span, fold_reports, measure_needs
 from outliermerge.checkpoint.checksum import piece_digests, tensor_checksum
-from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
@@ -21,20 +20,7 @@ from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import is_head
 from outliermerge.rounds import Round, Steps
 from outliermerge.statistics import Pass
-from outliermerge.work import Work
-
-
-class Sink(Protocol):
-    """Where merged bytes go."""
-
-    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
-        """Return a file, an element's position in it, and the file for direct writes or -1."""
-
-    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
-        """Write elements from `start` on."""
-
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
-        """Read back elements from `start` on."""
+from outliermerge.work import Sink, Work
 
 
 @dataclass
@@ -96,7 +82,7 @@ class JobRunner:
         """
         work = self._work(*(job for job, _ in outputs))
         if work.job.action == "equal":
-            yield from self.check_equal(work.job)
+            yield from self.check_equal(work.job, work)
         if work.job.action == "merge":
             unchanged = [_keeps_equal_models(job) for job, _ in outputs]
             if not any(unchanged) or not (yield from self._identical(work)):
@@ -136,13 +122,17 @@ class JobRunner:
             return False
 
         def same(span: Span) -> bool:
-            first, *others = self._read_all(work, span)
-            return all(
+            raws = self._read_all(work, span)
+            first, *others = raws
+            is_same = all(
                 work.engine.equal(first, other)
                 if dtype == dtypes[0]
                 else same_values(dtypes[0], first, dtype, other)
                 for dtype, other in zip(dtypes[1:], others, strict=True)
             )
+            for row, raw in enumerate(raws[:1] if is_same else raws):  # else equal to the first
+                work.note_raw(row, span, raw)
+            return is_same
 
         first, *rest = work.first_piece_and_blocks()
         for blocks in ([first], rest):
@@ -161,9 +151,9 @@ class JobRunner:
 
         return all((yield Round(whole, work.blocks())))
 
-    def check_equal(self, job: Job) -> Steps[None]:
+    def check_equal(self, job: Job, work: Work | None = None) -> Steps[None]:
         """Raise OutlierMergeError unless all sources of a job hold the same values."""
-        if (yield from self._identical(self._work(job))):
+        if (yield from self._identical(work or self._work(job))):
             return
         models = [self._plan.inputs[number].reference for number, _ in job.sources]
         if job in self._plan.checks:
@@ -209,6 +199,7 @@ class JobRunner:
             for block in work.split(span):
                 raw = out = self._read(work, meta, block, 0)
                 done.digests[0].append(piece_digests(raw, meta.dtype.num_bytes))
+                work.note(0, block[0], done.digests[0][-1])
                 if meta.dtype.is_float and not work.engine.is_finite(meta.dtype, raw):
                     done.bad.add(0)
                 if converts:
@@ -229,6 +220,7 @@ class JobRunner:
                 finite, digests = kernels.copy(meta.dtype, source, span[1] - span[0], target)
             except (OSError, EOFError):
                 return copy_blocks(span)  # says where
+            work.note(0, span[0], digests)
             if not finite:
                 return copy_blocks(span)
             self._on_progress(2 * meta.dtype.num_bytes * (span[1] - span[0]))
@@ -248,15 +240,24 @@ class JobRunner:
     def _merge(self, work: Work, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
         tasks = [job.task for job, _ in outputs]
 
+        def note_all(span: Span, digests: Sequence[bytes]) -> None:
+            for row, own in enumerate(digests):
+                work.note(row, span[0], own)
+
         def measure(span: Span, passes: dict[NeedKey, Pass]) -> dict[NeedKey, Any]:
             num_elements = span[1] - span[0]
             self._on_progress(num_elements * work.element_bytes)
-            if not work.fuses(span):
+            kernels = work.engine
+            if not work.fuses(span) or not isinstance(kernels, KernelEngine):
                 raws = self._read_all(work, span)
+                for row, raw in enumerate(raws):
+                    work.note_raw(row, span, raw)
                 return work.engine.measure(tasks[0], passes, raws, num_elements)
             try:
                 places = work.places(self._reader, span)
-                return work.engine.measure(tasks[0], passes, places, num_elements)
+                return kernels.measure_places(
+                    tasks[0], passes, places, num_elements, partial(note_all, span)
+                )
             except (OSError, EOFError) as error:
                 self._read_all(work, span)  # says where, if it fails again
                 # Some of it may have been counted: it must not be measured twice.
@@ -284,6 +285,9 @@ class JobRunner:
                     for raw, dtype in zip(raws, tasks[0].dtypes, strict=True)
                     if work.in_pieces
                 ]
+                note_all(block, pieces)
+                for row, raw in enumerate(() if work.in_pieces else raws):
+                    work.note_raw(row, block, raw)
                 for each, task, made, (job, sink) in zip(
                     done, tasks, prepared, outputs, strict=True
                 ):
@@ -314,6 +318,7 @@ class JobRunner:
                 read, results = kernels.merge_places(variants, places, span[1] - span[0])
             except (OSError, EOFError):
                 return merge_blocks(span)  # says where
+            note_all(span, read)
             if not all(finite for finite, _, _ in results):
                 return merge_blocks(span)
             self._on_progress((span[1] - span[0]) * work.moved_bytes)
@@ -353,14 +358,17 @@ class JobRunner:
             sink.read(job.output, span[0], out)
             return piece_digests(out, job.output.dtype.num_bytes)
 
-        def read(span: Span, meta: Source) -> bytes:
-            return piece_digests(self._read(work, meta, span, 0), meta.dtype.num_bytes)
+        def read(span: Span, row: int, meta: Source) -> bytes:
+            raw = self._read(work, meta, span, 0)
+            work.note_raw(row, span, raw)
+            return piece_digests(raw, meta.dtype.num_bytes)
 
         pieces = work.blocks()
         result.checksum = tensor_checksum((yield Round(written, pieces)))
         work.count(job.num_elements)
-        for number, meta in job.sources:
-            result.read[number] = tensor_checksum((yield Round(partial(read, meta=meta), pieces)))
+        for row, (number, meta) in enumerate(job.sources):
+            digests = yield Round(partial(read, row=row, meta=meta), pieces)
+            result.read[number] = tensor_checksum(digests)
 
     def _write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: _Written) -> None:
         done.written.append(piece_digests(out, job.output.dtype.num_bytes))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.meta import DTYPES, Checkpoint, Source, TensorMeta
+from outliermerge.checkpoint.stamps import FileStamp
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
 from outliermerge.kernels import CODES
@@ -176,6 +177,7 @@ class Plan:
         num_rows: of the vocabulary, where the merge changes it.
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
+        files: what was read of the models, with stamps; None for what was looked for and absent.
     """
 
     spec: MergeSpec
@@ -192,6 +194,7 @@ class Plan:
     num_rows: int | None = None
     added_tokens: tuple[tuple[int, str, int], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[tuple[Path, FileStamp | None], ...] = ()
 
     @property
     def is_one_file(self) -> bool:

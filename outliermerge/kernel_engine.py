@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.meta import DType
-from outliermerge.kernels import CODES, KernelCall, Place, RawBlock
+from outliermerge.kernels import CODES, KernelCall, Place
 from outliermerge.method import Task
 from outliermerge.statistics import Pass
 
@@ -44,13 +45,34 @@ class KernelEngine:
     def measure(
         self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Place], num_elements: int
     ) -> dict[T, Any]:
-        """Return a block's share in each statistic's pass.
+        """Return a block's share in each statistic's pass."""
+        block = _block(task, sources, num_elements)
+        return {name: state.measure_raw(self._kernels, block) for name, state in passes.items()}
+
+    def measure_places(
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        places: Sequence[Place],
+        num_elements: int,
+        on_digests: Callable[[list[bytes]], None],
+    ) -> dict[T, Any]:
+        """Return a block's share in each statistic's pass, each of which reads it.
+
+        Args:
+            on_digests: called after each pass with the digests of each source's pieces.
 
         Raises:
             OSError, EOFError: a file cannot be read.
         """
-        block = _block(task, sources, num_elements)
-        return {name: state.measure_raw(self._kernels, block) for name, state in passes.items()}
+        shares = {}
+        length = -(-num_elements // PIECE_ELEMENTS) * DIGEST_BYTES
+        for name, state in passes.items():
+            digests = bytearray(len(places) * length)
+            block = (*_block(task, places, num_elements), digests)
+            shares[name] = state.measure_raw(self._kernels, block)
+            on_digests([bytes(digests[at : at + length]) for at in range(0, len(digests), length)])
+        return shares
 
     def merge(
         self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
@@ -130,7 +152,9 @@ class KernelEngine:
         return same
 
 
-def _block(task: Task, sources: Sequence[Place], num_elements: int) -> RawBlock:
+def _block(
+    task: Task, sources: Sequence[Place], num_elements: int
+) -> tuple[bytes, tuple[Place, ...], int, bool]:
     codes = "".join(CODES[dtype.name] for dtype in task.dtypes).encode()
     return codes, tuple(sources), num_elements, task.is_delta
 

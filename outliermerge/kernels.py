@@ -21,9 +21,12 @@ Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
 """Where bytes are: in memory, or in a file by its descriptor and the position of the first; with a
 second descriptor for writing past the page cache, -1 where there is none."""
 
-RawBlock: TypeAlias = tuple[bytes, tuple[Place, ...], int, bool]
+RawBlock: TypeAlias = (
+    tuple[bytes, tuple[Place, ...], int, bool]
+    | tuple[bytes, tuple[Place, ...], int, bool, bytearray]
+)
 """What kernels take: codes and places of each source, the number of elements, and whether the first
-source is a base that the others are taken less."""
+source is a base that the others are taken less; and where digests of each source's pieces go."""
 
 
 @cache

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
-from outliermerge.errors import SpecError, as_path
+from outliermerge.checkpoint.stamps import OtherBytesError, Watched, watching
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execute import Target, execute, groups_of
-from outliermerge.jobs import Options, Plan
+from outliermerge.job_runner import JobResult
+from outliermerge.jobs import Job, Options, Plan
 from outliermerge.manifest import identity, read_manifest, write_sidecars
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.names import real_output
+from outliermerge.resumed import made_of_others, marks_of
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
@@ -100,19 +103,48 @@ def run_plans(
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
+    stamps = {entry: None for plan, _ in plans for entry in plan.files}
+    with watching(Watched(stamps)) as watched:
+        watched.check()
+        return _run_plans(
+            plans,
+            options,
+            watched,
+            overwrite=overwrite,
+            fresh=fresh,
+            on_progress=on_progress,
+            load_check=load_check,
+            on_waiting=on_waiting,
+        )
+
+
+def _run_plans(
+    plans: Sequence[tuple[Plan, Path]],
+    options: Options,
+    watched: Watched,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    on_progress: Callable[[int], None],
+    load_check: bool,
+    on_waiting: Callable[[], None],
+) -> list[RunResult]:
     for plan, _ in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), _disk_bytes()
     with ExitStack() as stack:
-        folders = []
+        folders: list[OutputFolder] = []
         for plan, final in plans:
-            folder = OutputFolder(
-                plan,
-                real_output(final),
-                identity=identity(plan, options),
-                fresh=fresh,
-                overwrite=overwrite,
-            )
+            with watching(Watched()):  # an old output is no input
+                folder = OutputFolder(
+                    plan,
+                    real_output(final),
+                    identity=identity(plan, options),
+                    marks=marks_of(plan),
+                    fresh=fresh,
+                    overwrite=overwrite,
+                    all_named=bool(folders) and folders[0].all_named,
+                )
             stack.callback(folder.close)
             folders.append(folder)
         check = None
@@ -120,13 +152,17 @@ def run_plans(
             from outliermerge.load_check import LoadCheck
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
-        for folder in folders:
+        for (plan, _), folder in zip(plans, folders, strict=True):
             folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+            if folder.has_other_marks:
+                for name in made_of_others(plan, folder.done):
+                    del folder.done[name]
         _forget_parts(plans, folders)
         targets = []
         for (plan, _), folder in zip(plans, folders, strict=True):
             left = [job for job in plan.jobs if job.name not in folder.done]
-            targets.append(Target(plan, left, folder, folder.record))
+            left = [] if folder.is_finished else left
+            targets.append(Target(plan, left, folder, _if_unchanged(watched, folder.record)))
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
 
@@ -135,7 +171,13 @@ def run_plans(
             if check is not None:
                 check.raise_if_bad()
 
-        execute(targets, options, on_progress=on_block)
+        try:
+            execute(targets, options, on_progress=on_block)
+        except OutlierMergeError as error:
+            for folder in folders if isinstance(error, OtherBytesError) else ():
+                folder.forget_all()
+            watched.check()  # a change explains what went wrong
+            raise
         work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
         verdicts: list[Verdict | None] = [None] * len(plans)
         if check is not None:
@@ -148,6 +190,7 @@ def run_plans(
             else write_sidecars(plan, folder, options, load_check=verdict)
             for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
         ]
+        watched.check()
         syncing = time.monotonic()
         left_behind = name_all(folders, manifests)
         sync_seconds = time.monotonic() - syncing
@@ -170,6 +213,18 @@ def run_plans(
             plans, targets, manifests, verdicts, left_behind, strict=True
         )
     ]
+
+
+def _if_unchanged(
+    watched: Watched, record: Callable[[Job, JobResult], None]
+) -> Callable[[Job, JobResult], None]:
+    """Return what records a tensor if it was made of what was planned with."""
+
+    def record_checked(job: Job, result: JobResult) -> None:
+        watched.check({meta.path for _, source in job.sources for meta in source.stored})
+        record(job, result)
+
+    return record_checked
 
 
 def _forget_parts(plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder]) -> None:
@@ -204,7 +259,9 @@ def name_all(
     for folder, manifest in left:
         folder.finish([*manifest["files"], MANIFEST_NAME])
     foreign = [None if folder.is_finished else folder.name() for folder in folders]
-    for folder in folders:
+    if len(folders) > 1:  # the first one's journal is the last that goes
+        folders[0].say_all_named()
+    for folder in reversed(folders):
         folder.forget()
     return foreign
 

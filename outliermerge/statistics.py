@@ -103,7 +103,7 @@ class _Moments:
     def measure_raw(
         self, kernels: Any, block: RawBlock
     ) -> list[tuple[int, list[float], list[float]]]:
-        _, _, num_elements, _ = block
+        num_elements = block[2]
         shares, start = [], 0
         for values in struct.iter_unpack(f"{2 * self._num_models}d", kernels.moments(block)):
             num = min(CHUNK_ELEMENTS, num_elements - start)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from outliermerge.blocks import Engine, Span, spans
-from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
+from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS, piece_digests
+from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.stamps import other_bytes
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 
 _SHORT_BYTES = 240  # of pieces that kernels do not digest
+
+
+class Sink(Protocol):
+    """Where merged bytes go."""
+
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a file, an element's position in it, and the file for direct writes or -1."""
+
+    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
+        """Write elements from `start` on."""
+
+    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+        """Read back elements from `start` on."""
 
 
 class Work:
@@ -24,6 +40,7 @@ class Work:
     def __init__(self, jobs: Sequence[Job], engine: Engine, plan: Plan, options: Options) -> None:
         job = jobs[0]
         self.job, self.engine, self.read_bytes = job, engine, 0
+        self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
         self.block_elements = plan.block_elements(job, options)
         self.in_pieces = job.action != "merge" or job.task.method.cut == "element"
         self._threads = options.threads
@@ -66,6 +83,38 @@ class Work:
             position = meta.offset + span[0] * meta.dtype.num_bytes
             found.append((reader.descriptor(meta.path), position))
         return found
+
+    def note(self, row: int, start: int, digests: bytes) -> None:
+        """Take in the digests of a source's pieces from an element on, as they were just read.
+
+        Raises:
+            ChangedInputError: another reading gave other bytes.
+        """
+        seen = self._seen[row]
+        for number in range(len(digests) // DIGEST_BYTES):
+            one = digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+            self._note(seen, row, start + number * PIECE_ELEMENTS, one)
+
+    def note_raw(self, row: int, span: Span, raw: memoryview) -> None:
+        """Take in a source's elements, as they were just read.
+
+        What is worked on by rows is read in blocks that end at no piece's end, and in pieces
+        later: digests are of what lies between all these ends.
+        """
+        size, step = self.job.sources[row][1].dtype.num_bytes, self.block_elements
+        start, stop = span
+        while start < stop:
+            end = min(stop, start // PIECE_ELEMENTS * PIECE_ELEMENTS + PIECE_ELEMENTS)
+            if not self.in_pieces:
+                end = min(end, start // step * step + step)
+            part = raw[(start - span[0]) * size : (end - span[0]) * size]
+            self._note(self._seen[row], row, start, piece_digests(part, size))
+            start = end
+
+    def _note(self, seen: dict[int, bytes], row: int, start: int, digest: bytes) -> None:
+        if seen.setdefault(start, digest) != digest:
+            source = self.job.sources[row][1]
+            raise other_bytes({meta.path: None for meta in source.stored}, source.name)
 
     def not_finite(self, raws: Sequence[memoryview]) -> set[int]:
         """Return the numbers of the sources that hold an infinite value or NaN."""

@@ -330,7 +330,7 @@ def test_a_file_cut_short_after_the_plan_is_named(method, kernels, tmp_path):
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(outliermerge.OutlierMergeError) as caught:
         outliermerge.run(planned, output=tmp_path / "out", kernels=kernels)
-    assert f"{path}: tensor 'second': cannot be read: the file ends at byte" in str(caught.value)
+    assert f"{path}: its size changed from" in str(caught.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -575,17 +575,17 @@ def test_a_wrong_later_argument_releases_the_sources():
 def test_a_read_that_fails_for_a_moment_counts_nothing_twice(tmp_path, monkeypatch):
     base, models = large_models(tmp_path, torch.float32)
     spec = spec_of("ties", base, models)
-    real, failed = KernelEngine.measure, []
+    real, failed = KernelEngine.measure_places, []
 
-    def measure(self: Any, task: Any, passes: Any, sources: Any, num_elements: int) -> Any:
-        shares = real(self, task, passes, sources, num_elements)
-        if not failed and isinstance(sources[0], tuple):
-            failed.append(sources)  # all is counted by then
+    def measure(*arguments: Any) -> Any:
+        shares = real(*arguments)
+        if not failed:
+            failed.append(arguments)  # all is counted by then
             raise OSError(errno.EIO, "Input/output error")
         return shares
 
     whole = outliermerge.run(spec, output=tmp_path / "whole").manifest["tensors"]
-    monkeypatch.setattr(KernelEngine, "measure", measure)
+    monkeypatch.setattr(KernelEngine, "measure_places", measure)
     with pytest.raises(outliermerge.OutlierMergeError, match="failed for a moment"):
         outliermerge.run(spec, output=tmp_path / "out")
     assert outliermerge.run(spec, output=tmp_path / "out").manifest["tensors"] == whole

@@ -6,7 +6,6 @@ A sample of the trials is run; `make faults` runs 500.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -80,9 +79,24 @@ def _state(output: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-@pytest.mark.parametrize("old", [False, True])
+KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
+OLD = pytest.mark.parametrize("old", [False, True])
+
+
+@KINDS
+@OLD
 def test_of_several_runs_at_once_one_wins_and_the_others_say_why(race, place, tmp_path, kind, old):
+    _race(race, place, tmp_path, kind, old, NUM_TRIALS // 4)
+
+
+@pytest.mark.faults
+@KINDS
+@OLD
+def test_of_many_races_none_is_lost(race, place, tmp_path, kind, old):
+    _race(race, place, tmp_path, kind, old, NUM_ALL_TRIALS // 4)
+
+
+def _race(race: Any, place: Path, tmp_path: Path, kind: str, old: bool, num_trials: int) -> None:
     suffix = ".safetensors" if kind == "file" else ""
     work = tmp_path / "work"
     output = work / f"out{suffix}"
@@ -93,8 +107,7 @@ def test_of_several_runs_at_once_one_wins_and_the_others_say_why(race, place, tm
         expected.append(_state(output))
         shutil.rmtree(work)
     assert expected[0] != expected[1]
-    num_trials = NUM_ALL_TRIALS if os.environ.get("OUTLIERMERGE_ALL_FAULTS") else NUM_TRIALS
-    for trial in range(num_trials // 4):
+    for trial in range(num_trials):
         chance = random.Random(f"{kind} {old} {trial}")
         work.mkdir()
         if old:
@@ -126,8 +139,8 @@ def test_of_several_runs_at_once_one_wins_and_the_others_say_why(race, place, tm
         shutil.rmtree(work)
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-@pytest.mark.parametrize("old", [False, True])
+@KINDS
+@OLD
 def test_what_appears_under_the_name_during_a_run_is_left_alone(place, tmp_path, kind, old):
     import outliermerge
 

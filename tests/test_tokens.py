@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -298,9 +297,9 @@ def test_a_git_lfs_pointer_is_told_apart(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "vocab.txt").write_text("a\n")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("outliermerge.checkpoint.stamps.os.open", refuse)
     with pytest.raises(OutlierMergeError, match=r"vocab\.txt: cannot be read: Permission denied"):
         read_tokens(tmp_path)

@@ -36,7 +36,8 @@ from outliermerge.checkpoint.adapter_tensors import (
 from outliermerge.checkpoint.copies import beside_adapter
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.foreign import refuse_ungathered
-from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source, TensorMeta
+from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
+from outliermerge.checkpoint.stamps import FileStamp, is_there
 from outliermerge.checkpoint.weights import read_metas
 from outliermerge.errors import OutlierMergeError, listing
 
@@ -77,7 +78,7 @@ class _Adapter:
         self.folder, self.base, self.rename = folder, base, rename
         self.config = read_adapter_config(folder)
         self.kind = str(self.config["peft_type"])
-        self.file = next(folder / name for name in FILE_NAMES if (folder / name).is_file())
+        self.file = next(folder / name for name in FILE_NAMES if is_there(folder / name))
         check_file(self.file, folder)
         metas, _ = read_metas(self.file)
         if not metas:

@@ -9,6 +9,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file
+from outliermerge.checkpoint.stamps import is_there
 from outliermerge.errors import OutlierMergeError, listing
 
 CONFIG_NAME = "adapter_config.json"
@@ -89,9 +90,7 @@ _LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds a PEFT adapter."""
-    return (folder / CONFIG_NAME).is_file() and any(
-        (folder / name).is_file() for name in FILE_NAMES
-    )
+    return is_there(folder / CONFIG_NAME) and any(is_there(folder / name) for name in FILE_NAMES)
 
 
 def base_of_adapter(folder: Path) -> str | None:

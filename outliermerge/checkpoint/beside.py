@@ -11,11 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from outliermerge.checkpoint.hub_cache import listed_files
-from outliermerge.errors import listing
+from outliermerge.checkpoint.stamps import open_file, refuse_special, refuse_text
+from outliermerge.errors import OutlierMergeError, listing
 
 SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py", "*.tiktoken",
                     "*.spm", "*.codes", "*.tokenizer",
                     "LICENSE*", "NOTICE*")  # fmt: skip
+_FILE_ENDS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes")
 MANIFEST_NAME = "outliermerge.json"
 TRAINING_FILES = re.compile(
     r"^((train(ing|er)?_args|optim|optimizer.*|(lr_)?scheduler(_\d+)?"
@@ -103,10 +105,28 @@ def sidecars_of(names: Iterable[str], components: Collection[str]) -> list[str]:
 def files_in(root: Path) -> list[str]:
     """Return the paths of a model's files inside its folder, without hidden ones."""
     # rglob does not go into folders that are links; a component can be one.
-    linked = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
-    paths = {*root.rglob("*"), *(file for link in linked for file in link.iterdir())}
-    names = (path.relative_to(root).as_posix() for path in paths if not path.is_dir())
-    return sorted(name for name in names if kind_of(name) != "hidden")
+    found = []
+    folders = [root]
+    while folders:
+        for path in _entries(folders.pop()):
+            name = path.relative_to(root).as_posix()
+            refuse_text(path)
+            if not path.is_dir():
+                found.append(name)
+                continue
+            if name.endswith(_FILE_ENDS) and kind_of(name) == "sidecar":
+                refuse_special(path, path.stat().st_mode)
+            # Not into links to folders, but for one that is a component.
+            if not path.is_symlink() or path.parent == root:
+                folders.append(path)
+    return sorted(found)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise OutlierMergeError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
 def unread_tensors(root: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
@@ -139,7 +159,7 @@ def _holds_tensors(path: Path) -> bool:
             return False
         if path.suffix not in _TORCH:
             return True
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(8).startswith(_TORCH_STARTS)
     except OSError:
         return True

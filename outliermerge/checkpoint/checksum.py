@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 PIECE_ELEMENTS = 65_536
+DIGEST_BYTES = 16
 
 
 def piece_digests(data: memoryview, num_item_bytes: int) -> bytes:

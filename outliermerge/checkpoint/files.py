@@ -6,12 +6,12 @@ And how small files are written: whole, or not at all.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.hub_cache import blobs_of, is_cached
 from outliermerge.checkpoint.json_text import parse_json
+from outliermerge.checkpoint.stamps import note_absent, open_file, refuse_special, refuse_text
 from outliermerge.errors import OutlierMergeError
 
 
@@ -28,9 +28,8 @@ def check_file(path: Path, folder: Path | None = None) -> None:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             what = f"is a link to {path.readlink()}, which is not there. Fetch the model again."
         raise OutlierMergeError(f"{path}: {what}") from error
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise OutlierMergeError(f"{path}: is {what}, expected a regular file")
+    refuse_special(path, mode)
+    refuse_text(path)
     if folder is None:
         return
     inside, real = folder.resolve(), path.resolve()
@@ -47,12 +46,15 @@ def names_in(folder: Path) -> list[str]:
     """Return the sorted names in a folder.
 
     Raises:
-        OutlierMergeError: it cannot be listed.
+        OutlierMergeError: it cannot be listed, or a name is not UTF-8.
     """
     try:
-        return sorted(path.name for path in folder.iterdir())
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise OutlierMergeError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in paths:
+        refuse_text(path)
+    return [path.name for path in paths]
 
 
 def read_bytes(path: Path) -> bytes | None:
@@ -62,9 +64,11 @@ def read_bytes(path: Path) -> bytes | None:
         OutlierMergeError: it is there and cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_symlink():
+            note_absent(path)
             return None
         what = f"is a link to {path.readlink()}, which is not there. Fetch the model again."
         raise OutlierMergeError(f"{path}: {what}") from error

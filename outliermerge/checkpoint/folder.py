@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,8 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.copies import files_beside
 from outliermerge.checkpoint.files import check_file, load_json, names_in
 from outliermerge.checkpoint.foreign import refuse_part, refuse_ungathered
-from outliermerge.checkpoint.meta import Checkpoint, FileStamp, Source
+from outliermerge.checkpoint.meta import Checkpoint, Source
+from outliermerge.checkpoint.stamps import FileStamp, is_there
 from outliermerge.checkpoint.weights import (
     OTHER_FORMATS,
     PYTORCH_PATTERNS,
@@ -66,7 +66,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
             "is neither a folder nor a regular file" if root.exists() else "no such file or folder"
         )
         raise OutlierMergeError(f"{root}: {kind}")
-    is_pipeline = os.path.lexists(root / PIPELINE_NAME)
+    is_pipeline = is_there(root / PIPELINE_NAME)
     components = _pipeline(root) if is_pipeline else _modules(root)
     tensors: dict[str, Source] = {}
     for folder, weights in components.items():
@@ -163,7 +163,7 @@ def _pipeline(root: Path) -> dict[str, Weights]:
         weights = read_weights(folder, root, loose=False)
         if weights is not None:
             components[name] = weights
-        elif (folder / "config.json").is_file():
+        elif is_there(folder / "config.json"):
             raise OutlierMergeError(
                 f"{path}: names the component {name!r}, a model without its weights.\n"
                 + no_weights(folder)
@@ -184,16 +184,14 @@ def _modules(root: Path) -> dict[str, Weights]:
     """Read the weights of a folder, and of the modules that its modules.json names."""
     path = root / MODULES_NAME
     names: list[str] = []
-    if os.path.lexists(path):
+    if is_there(path):
         check_file(path, root)
         inside = names_in(root)  # a name that is none of these could lead out of the folder
         names = [name for name in module_folders(load_json(path)) if name in ("", *inside)]
     modules = {
         name: weights
         for name in names
-        if name
-        and (root / name).is_dir()
-        and (weights := read_weights(root / name, root, loose=False)) is not None
+        if name and (weights := read_weights(root / name, root, loose=False)) is not None
     }
     weights = read_weights(root, root, loose=not modules)
     if weights is None and (not modules or "" in names):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from outliermerge.checkpoint.stamps import FileStamp, open_file
 from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class TensorMeta:
         dtype: element type as stored.
         shape: as stored; () is a scalar.
         path: the file that holds it.
-        offset: position of its first byte in the file, or None in a PyTorch pickle,
-            which is read by name.
+        offset: position of its first byte in the file, or None where its elements do not lie
+            there one behind the other: so can those in a PyTorch pickle, which are read by name.
     """
 
     name: str
@@ -130,26 +131,12 @@ class TensorMeta:
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise OutlierMergeError if a file only points to its contents in Git LFS."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(64)
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
     if start.startswith(LFS_POINTER):
         raise OutlierMergeError(f"{path}: {POINTER_ADVICE}")
-
-
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """What tells whether a file is still the one that was planned with."""
-
-    path: Path
-    num_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,24 @@
-"""PyTorch's pickled files (.bin, .pt, .pth, .ckpt): memory-mapped, and without running code."""
+"""PyTorch's pickled files (.bin, .pt, .pth, .ckpt): read without running code.
+
+torch maps the file and makes tensors of it. Only where they lie in the file is taken from them: to
+read them through the map would end the process by a signal where the file has become shorter.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
+import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import DTYPES, EXTRA_STATE, TensorMeta, refuse_lfs_pointer
+from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing
 
 if TYPE_CHECKING:
@@ -21,19 +29,88 @@ _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "param
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 
-def load_mapped(path: Path) -> dict[str, Tensor]:
-    """Return a file's tensors, their data still on disk, also where they are nested in it.
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """Where a tensor's elements lie in a file: from `offset` on, `strides` apart.
+
+    Attributes:
+        is_conjugate, is_negative: the values are these of what is stored.
+    """
+
+    offset: int
+    num_bytes: int
+    strides: tuple[int, ...]
+    is_conjugate: bool = False
+    is_negative: bool = False
+
+    def values(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the tensor, of the elements from `offset` on."""
+        values = flat.as_strided(shape, self.strides)
+        values = values.conj() if self.is_conjugate else values
+        return -values if self.is_negative else values
+
+
+def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
+    """Return where the tensors of an open file lie.
 
     Raises:
-        OutlierMergeError: the pickle would run code, holds no dict of tensors or several, is
-            broken, or is of a kind that cannot be mapped: compressed, or older than PyTorch 1.6.
+        OutlierMergeError: as for read_pickle.
     """
-    return _state_dict(path)[0]
+    state, _ = _state_dict(path, descriptor)
+    mapped = _Mapped(path, descriptor)
+    return {name: mapped.place(name, tensor) for name, tensor in state.items()}
 
 
 def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
-    """Return the tensors of a pickled file in its order, and notes on where they were."""
-    state, notes = _state_dict(path)
+    """Return the tensors of a pickled file in its order, and notes on where they were.
+
+    Raises:
+        OutlierMergeError: the pickle would run code, holds no dict of tensors or several, is
+            broken, or is of a kind that cannot be read in pieces: compressed, or older than
+            PyTorch 1.6.
+    """
+    check_file(path)
+    refuse_lfs_pointer(path)
+    with open_file(path) as file:
+        state, notes = _state_dict(path, file.fileno())
+        return _metas(path, state, _Mapped(path, file.fileno())), notes
+
+
+class _Mapped:
+    """Where in a file the memory is that torch has mapped of it, as proc(5) lists it."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._num_bytes = os.fstat(descriptor).st_size
+        self._ranges: list[tuple[int, int, int]] = []
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
+            if inode != "0":
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                self._ranges.append((start, end, int(offset, 16) - start))
+
+    def place(self, name: str, tensor: Tensor) -> Strided:
+        """Return where a tensor lies in the file.
+
+        Raises:
+            OutlierMergeError: it is not in the file as it is.
+        """
+        strides, size = tensor.stride(), tensor.element_size()
+        if not tensor.numel():
+            return Strided(0, 0, strides)
+        last = sum(
+            (count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True)
+        )
+        num_bytes, address = (last + 1) * size, tensor.data_ptr()
+        for start, end, to_offset in self._ranges:
+            if start <= address < end:
+                offset = address + to_offset
+                if offset + num_bytes <= self._num_bytes:
+                    return Strided(offset, num_bytes, strides, tensor.is_conj(), tensor.is_neg())
+        raise OutlierMergeError(f"{self._path}: tensor {name!r} is not in it as it is. {_REWRITE}")
+
+
+def _metas(path: Path, state: dict[str, Tensor], mapped: _Mapped) -> list[TensorMeta]:
     metas = []
     for name, tensor in state.items():
         if not isinstance(name, str):
@@ -55,14 +132,17 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
             )
         if tensor.device.type != "cpu":
             raise OutlierMergeError(f"{path}: tensor {name!r} has no data ({tensor.device})")
-        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), path, None))
-    return metas, notes
+        place = mapped.place(name, tensor)
+        is_plain = not place.is_conjugate and not place.is_negative and tensor.is_contiguous()
+        offset = place.offset if is_plain else None
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), path, offset))
+    return metas
 
 
-def _state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _state_dict(path: Path, descriptor: int) -> tuple[dict[str, Tensor], list[str]]:
     import torch
 
-    content = _load(path)
+    content = _load(path, descriptor)
     if not isinstance(content, dict):
         raise OutlierMergeError(
             f"{path}: holds a {type(content).__name__}, expected a dict of tensors"
@@ -125,16 +205,16 @@ def _place_name(keys: tuple[str, ...]) -> str:
     return "under " + " → ".join(map(repr, keys)) if keys else "at the top"
 
 
-def _load(path: Path) -> object:
+def _load(path: Path, descriptor: int) -> object:
     import torch
 
-    check_file(path)
-    refuse_lfs_pointer(path)
     try:
-        _check_archive(path)
+        _check_archive(path, descriptor)
         # Megatron keeps states of modules as such, which run no code.
         with torch.serialization.safe_globals([io.BytesIO]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(
+                f"/proc/self/fd/{descriptor}", map_location="cpu", mmap=True, weights_only=True
+            )
     except OutlierMergeError:
         raise
     except pickle.UnpicklingError as error:
@@ -164,17 +244,22 @@ def _load(path: Path) -> object:
         ) from error
 
 
-def _check_archive(path: Path) -> None:
-    with path.open("rb") as file:
+def _check_archive(path: Path, descriptor: int) -> None:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
         if file.read(4) != b"PK\x03\x04":
             return
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
+            orders = [r for r in records if r.filename.endswith("/byteorder") and r.file_size < 9]
+            is_swapped = any(archive.read(r) != sys.byteorder.encode() for r in orders)
     if any(record.filename.endswith("/constants.pkl") for record in records):
         raise OutlierMergeError(
             f"{path}: a TorchScript program, which is code: refused. "
             "Save the state_dict() of torch.jit.load(path) where you trust it."
         )
+    if is_swapped:
+        raise OutlierMergeError(f"{path}: its bytes are in another order. {_REWRITE}")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise OutlierMergeError(f"{path}: compressed, which cannot be read in pieces. " + _REWRITE)
 

@@ -13,10 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.meta import Source, TensorMeta
+from outliermerge.checkpoint.stamps import current_watch, open_input
 from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from outliermerge.checkpoint.pytorch_file import Strided
 
 
 _WHOLE_BYTES = 1 << 26
@@ -24,11 +27,16 @@ _AHEAD_BYTES = 1 << 26
 
 
 class Reader:
-    """Reads spans of tensors; files are opened once and shared by all threads."""
+    """Reads spans of tensors; files are opened once and shared by all threads.
+
+    What watches the thread that makes it notes the files that any thread opens.
+    """
 
     def __init__(self) -> None:
+        self._watched = current_watch()
         self._files: dict[Path, int] = {}
-        self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._pickles: dict[Path, dict[str, Strided]] = {}
+        self._strided: tuple[TensorMeta, Tensor] | None = None
         self._whole: OrderedDict[Source, Tensor] = OrderedDict()
         self._num_whole_bytes = 0
         self._lock = threading.Lock()
@@ -99,21 +107,39 @@ class Reader:
             with self._lock:
                 descriptor = self._files.get(path)
                 if descriptor is None:
-                    descriptor = self._files[path] = os.open(path, os.O_RDONLY)
+                    descriptor = open_input(path, self._watched)
+                    self._files[path] = descriptor
         return descriptor
 
     def _read_pickled(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         import torch
 
-        from outliermerge.checkpoint.pytorch_file import load_mapped, read_span
+        from outliermerge.checkpoint.pytorch_file import read_span
 
-        with self._lock:
-            if meta.path not in self._pickles:
-                self._pickles[meta.path] = load_mapped(meta.path)
-        tensor = self._pickles[meta.path][meta.name]
         if stop > start:
-            target = torch.frombuffer(out, dtype=tensor.dtype)
-            target.copy_(read_span(tensor, start, stop))
+            target = torch.frombuffer(out, dtype=getattr(torch, meta.dtype.name))
+            target.copy_(read_span(self._strided_values(meta), start, stop))
+
+    def _strided_values(self, meta: TensorMeta) -> Tensor:
+        """Return a tensor of a pickle whose elements are not in order; the latest is kept."""
+        import torch
+
+        from outliermerge.checkpoint.pytorch_file import load_strided
+
+        descriptor = self.descriptor(meta.path)
+        with self._lock:
+            if self._strided is not None and self._strided[0] == meta:
+                return self._strided[1]
+            if meta.path not in self._pickles:
+                self._pickles[meta.path] = load_strided(meta.path, descriptor)
+            place = self._pickles[meta.path].get(meta.name)
+            if place is None or len(place.strides) != len(meta.shape):
+                raise EOFError("it is not there any more")
+            raw = bytearray(place.num_bytes)
+            read_exactly(descriptor, place.offset, memoryview(raw))
+            flat = torch.frombuffer(raw, dtype=getattr(torch, meta.dtype.name))
+            self._strided = (meta, place.values(flat, meta.shape))
+            return self._strided[1]
 
     def close(self) -> None:
         """Close every file."""
@@ -122,6 +148,7 @@ class Reader:
         self._files.clear()
         self._pickles.clear()
         self._whole.clear()
+        self._strided = None
 
     def __enter__(self) -> Reader:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
@@ -17,6 +18,7 @@ from typing import Any
 
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta, refuse_lfs_pointer
+from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing
 
 MAX_HEADER_BYTES = 100_000_000
@@ -58,8 +60,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
-    num_file_bytes = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        num_file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise OutlierMergeError(

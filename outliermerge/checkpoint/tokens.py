@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.meta import refuse_lfs_pointer
+from outliermerge.checkpoint.stamps import is_there, open_file, same_bytes
 from outliermerge.errors import OutlierMergeError
 
 # The first found is used. Not spiece.model and sentencepiece.bpe.model: their models shift the
@@ -20,10 +20,10 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 def token_files(root: Path) -> tuple[Path, ...]:
     """Return the files of a model folder that `read_tokens` reads, none where it has none."""
-    main = next((root / name for name in _VOCABULARIES if (root / name).is_file()), None)
+    main = next((root / name for name in _VOCABULARIES if is_there(root / name)), None)
     if main is None:
         return ()
-    return (main, *(root / name for name in _ADDED if (root / name).is_file()))
+    return (main, *(root / name for name in _ADDED if is_there(root / name)))
 
 
 def same_token_files(root: Path, other: Path) -> bool:
@@ -31,10 +31,10 @@ def same_token_files(root: Path, other: Path) -> bool:
     ours, theirs = token_files(root), token_files(other)
     if [path.name for path in ours[:1]] != [path.name for path in theirs[:1]]:
         return False
-    if ours and not filecmp.cmp(ours[0], theirs[0], shallow=False):
+    if ours and not same_bytes(ours[0], theirs[0]):
         return False
     if [path.name for path in ours] == [path.name for path in theirs] and all(
-        filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)
+        same_bytes(a, b) for a, b in zip(ours, theirs, strict=True)
     ):
         return True
     fast = ours[0].name == "tokenizer.json"
@@ -112,7 +112,8 @@ def _read(paths: Iterable[Path]) -> dict[str, bytes]:
     for path in paths:
         refuse_lfs_pointer(path)
         try:
-            contents[path.name] = path.read_bytes()
+            with open_file(path) as file:
+                contents[path.name] = file.read()
         except OSError as error:
             raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
     return contents

@@ -15,6 +15,7 @@ from outliermerge.checkpoint.hub_cache import listed_files
 from outliermerge.checkpoint.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.meta import TensorMeta
 from outliermerge.checkpoint.safetensors_file import duplicates, read_header_and_metadata
+from outliermerge.checkpoint.stamps import is_there
 from outliermerge.errors import OutlierMergeError, listing
 
 SAFETENSORS_PATTERNS = ("*.safetensors",)
@@ -74,7 +75,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         OutlierMergeError: a file is missing or broken, or it is open which files are meant.
     """
     config = folder / "config.json"
-    if os.path.lexists(config):
+    if is_there(config):
         check_file(config, root)
     settings = read_json(config)
     try:
@@ -190,7 +191,7 @@ def _weight_map(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
+        if not isinstance(file, str) or not file or not file.isprintable():
             raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file:

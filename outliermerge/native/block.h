@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "methods.h"
+#include "xxh3.h"
 
 /* A piece is what has one digest, and stays in a core's second cache. Rows are a step of it in
  * float32, in the first; they are apart by more than a page, so that none takes another's place. */
@@ -31,6 +32,7 @@ typedef struct {
     size_t num_sources, num_models, num_elements;
     const char **data; /* of each source, where the current piece begins */
     char *scratch;     /* pieces that are read from files */
+    Py_buffer digests; /* of each source's pieces (S, pieces); none where buf is NULL */
     void *memory;
     float *base;  /* what is subtracted: zeros where there is no base */
     float *added; /* what is added at the end: the base, or -0, which changes nothing */
@@ -74,6 +76,7 @@ static void release_place(Place *place) {
 
 static void release_some(Block *block, size_t num_places) {
     for (size_t i = 0; i < num_places; i++) release_place(block->places + i);
+    if (block->digests.buf != NULL) PyBuffer_Release(&block->digests);
     PyMem_RawFree(block->places);
     PyMem_RawFree(block->data);
     PyMem_RawFree(block->scratch);
@@ -82,7 +85,8 @@ static void release_some(Block *block, size_t num_places) {
 
 static void release(Block *block) { release_some(block, block->num_sources); }
 
-/* What "O&" of PyArg_ParseTuple calls with (codes, sources, num_elements, is_delta). */
+/* What "O&" of PyArg_ParseTuple calls with (codes, sources, num_elements, is_delta
+ * [, digests]). */
 static int take(PyObject *tuple, void *target) {
     Block *block = target;
     const char *codes;
@@ -93,17 +97,25 @@ static int take(PyObject *tuple, void *target) {
         release(block);
         return 1;
     }
-    if (!PyArg_ParseTuple(tuple, "y#O!np", &codes, &num_codes, &PyTuple_Type, &sources,
-                          &num_elements, &is_delta))
+    Py_buffer digests = {0};
+    if (!PyArg_ParseTuple(tuple, "y#O!np|w*", &codes, &num_codes, &PyTuple_Type, &sources,
+                          &num_elements, &is_delta, &digests))
         return 0;
+    if (digests.buf != NULL && (num_elements < 0 || (size_t)digests.len < (size_t)num_codes *
+                                (((size_t)num_elements + PIECE - 1) / PIECE) * DIGEST_BYTES)) {
+        PyBuffer_Release(&digests);
+        PyErr_SetString(PyExc_ValueError, "a buffer for digests is too short");
+        return 0;
+    }
     if (PyTuple_GET_SIZE(sources) != num_codes || num_codes < 1 + is_delta ||
         num_codes > MAX_SOURCES || num_elements < 0) {
+        if (digests.buf != NULL) PyBuffer_Release(&digests);
         PyErr_SetString(PyExc_ValueError, "a source for each code is needed");
         return 0;
     }
     size_t num_sources = (size_t)num_codes, num_models = num_sources - (size_t)is_delta;
     *block = (Block){.num_sources = num_sources, .num_models = num_models,
-                     .num_elements = (size_t)num_elements};
+                     .num_elements = (size_t)num_elements, .digests = digests};
     block->places = PyMem_RawCalloc(num_sources, sizeof *block->places);
     block->data = PyMem_RawCalloc(num_sources, sizeof *block->data);
     block->memory = PyMem_RawMalloc((2 + num_models + EXTRA_ROWS) * ROW * sizeof(float) + 64);
@@ -217,9 +229,24 @@ static int fetch_source(Block *block, size_t source, size_t start, size_t num) {
     return read_all(place, start, num, into);
 }
 
+/* Pieces of SHORT_BYTES or fewer have no digest. */
+static void digest(const Place *place, const char *data, size_t num, uint8_t *to) {
+    if (piece_bytes(place, num) > SHORT_BYTES) xxh3_128(data, piece_bytes(place, num), to);
+}
+
+static uint8_t *digest_in(PyObject *bytes, size_t piece) {
+    return (uint8_t *)PyBytes_AS_STRING(bytes) + piece * DIGEST_BYTES;
+}
+
 static int fetch(Block *block, size_t start, size_t num) {
-    for (size_t source = 0; source < block->num_sources; source++)
+    size_t num_pieces = (block->num_elements + PIECE - 1) / PIECE;
+    for (size_t source = 0; source < block->num_sources; source++) {
         if (!fetch_source(block, source, start, num)) return 0;
+        if (block->digests.buf != NULL)
+            digest(block->places + source, block->data[source], num,
+                   (uint8_t *)block->digests.buf +
+                       (source * num_pieces + start / PIECE) * DIGEST_BYTES);
+    }
     return 1;
 }
 

@@ -2,7 +2,8 @@
  *
  * A block is (codes, sources, num_elements, is_delta): for each source the code of its dtype (b
  * bfloat16, e float16, f float32), and a buffer or (file descriptor, position). With is_delta the
- * first source is the base, and the models are taken less it. Failed reads and writes raise
+ * first source is the base, and the models are taken less it. A fifth entry, a writable buffer, gets
+ * a digest of each source's pieces as they are read (S, pieces, 16 bytes). Failed reads and writes raise
  * OSError or EOFError. setup.py compiles this file for several generations of processors. */
 #include "distribution.h"
 #include "measure.h"
@@ -57,7 +58,7 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
             error = errno;
             if (failed) break;
             is_finite &= are_finite((char)code, data, num);
-            digest(&from, data, num, start / PIECE, digests);
+            digest(&from, data, num, digest_in(digests, start / PIECE));
         }
         if (!failed && to.file >= 0) {
             failed = !write_all(&to, num_all, all);

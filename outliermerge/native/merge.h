@@ -3,7 +3,6 @@
 #define OUTLIERMERGE_MERGE_H
 
 #include "block.h"
-#include "xxh3.h"
 
 /* A merge method with its parameters, and where its output goes. */
 typedef struct Variant Variant;
@@ -98,12 +97,6 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     return 1;
 }
 
-static void digest(const Place *place, const char *data, size_t num, size_t piece, PyObject *to) {
-    if (piece_bytes(place, num) > SHORT_BYTES)
-        xxh3_128(data, piece_bytes(place, num),
-                 (uint8_t *)PyBytes_AS_STRING(to) + piece * DIGEST_BYTES);
-}
-
 /* Merge a piece that has been fetched, and digest it. */
 static void merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
     const Place *out = &variant->out;
@@ -116,7 +109,7 @@ static void merge_piece(Block *block, Variant *variant, size_t start, size_t num
         variant->is_finite &=
             store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
     }
-    digest(out, stored, num, start / PIECE, variant->digests);
+    digest(out, stored, num, digest_in(variant->digests, start / PIECE));
 }
 
 /* (is_finite, counts, digests) */
@@ -166,8 +159,8 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
             size_t num = least(PIECE, block.num_elements - start);
             failed = !fetch(&block, start, num);
             for (size_t i = 0; i < block.num_sources && !failed; i++)
-                digest(block.places + i, block.data[i], num, start / PIECE,
-                       PyTuple_GET_ITEM(digests, (Py_ssize_t)i));
+                digest(block.places + i, block.data[i], num,
+                       digest_in(PyTuple_GET_ITEM(digests, (Py_ssize_t)i), start / PIECE));
             error = errno;
             for (size_t i = 0; i < num_variants && !failed; i++)
                 merge_piece(&block, variants + i, start, num);

@@ -53,16 +53,20 @@ class OutputFolder:
         final: Path,
         *,
         identity: Mapping[str, Any],
+        marks: Mapping[str, list[int]],
         fresh: bool = False,
         overwrite: bool = False,
+        all_named: bool = False,
     ):
         """Lock the output and open its files.
 
         Args:
             final: as `real_output` gives it.
             identity: what must be the same for a killed run to be continued.
+            marks: what tells the inputs' files, though a resume may find others.
             fresh: start over.
             overwrite: replace an output that is there, at the end.
+            all_named: all outputs of this command got their names in an earlier run.
 
         Raises:
             OutlierMergeError: something else is there, another run writes it, or what was begun
@@ -74,6 +78,7 @@ class OutputFolder:
         self._shard_names = [shard.file for shard in plan.shards]
         self._tensors = {job.name: job.output for job in plan.jobs}
         self._is_begun = False
+        self._marks = dict(marks)
         self._files: dict[str, int] = {}
         self._direct: dict[str, int] = {}
         self.done: dict[str, JobResult] = {}
@@ -82,6 +87,9 @@ class OutputFolder:
             self.is_finished = self._finish_earlier(identity, fresh=fresh)
             if self.is_finished:
                 self._take_over()
+                return
+            if all_named and final.exists() and self._journal.identity is None:
+                self.is_finished = True
                 return
             check_free(plan, final, overwrite=overwrite)
             self._old = old_numbers(final, is_one_file=plan.is_one_file)
@@ -117,7 +125,7 @@ class OutputFolder:
         if fresh or not self._journal.all("tensor"):
             if number is not None:
                 remove_files(self.path, ours)
-            self._journal.begin(identity, shards=self._shard_names)
+            self._journal.begin(identity, shards=self._shard_names, marks=self._marks)
         elif differing := _differing(self._journal.identity, identity):
             raise OutlierMergeError(
                 f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
@@ -207,6 +215,15 @@ class OutputFolder:
             direct = -1
         return direct
 
+    @property
+    def has_other_marks(self) -> bool:
+        """Tell whether an earlier run read files of other marks than this one."""
+        return not self.is_finished and self._journal.last("marks") != self._marks
+
+    def forget_all(self) -> None:
+        """Take no tensor over into a later run, as it may be made of two states of an input."""
+        self.done.clear()
+
     def forget_unfit(self, *, allow_non_finite: bool) -> None:
         """Forget the tensors of an earlier run that this one may not take over.
 
@@ -289,6 +306,16 @@ class OutputFolder:
             ) from error
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)
+
+    @property
+    def all_named(self) -> bool:
+        """Tell whether an earlier run gave all outputs of this command their names."""
+        return self.is_finished and bool(self._journal.last("all named"))
+
+    def say_all_named(self) -> None:
+        """Say in the journal that no output of this command is left without its name."""
+        self._journal.add({"all named": True})
+        self._journal.sync()
 
     def name(self) -> Path | None:
         """Give the output its name; return where foreign files of the old one are left, if any."""

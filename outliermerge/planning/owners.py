@@ -11,6 +11,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, read_bytes
 from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
+from outliermerge.checkpoint.stamps import same_bytes
 from outliermerge.errors import OutlierMergeError
 from outliermerge.jobs import Input
 
@@ -76,11 +77,11 @@ class Beside:
             OutlierMergeError: a config, or a file with an `auto_map`, is broken.
         """
         names = entry.checkpoint.sidecars
-        found = {name: entry.home / name for name in names if (entry.home / name).is_file()}
+        found = {name: entry.home / name for name in names}
         own: dict[str, Path] = {}
         if (root := entry.tokenizer_home) != entry.home:
             paths = [*root.iterdir(), *(root / "additional_chat_templates").glob("*.jinja")]
-            own = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+            own = {path.relative_to(root).as_posix(): path for path in paths if not path.is_dir()}
         files: dict[Kind, dict[str, Path]] = {kind: {} for kind in KINDS}
         needed: dict[Kind, set[str]] = {}
         for kind in KINDS:
@@ -131,7 +132,7 @@ def _add_imports(name: str, files: Mapping[str, Path], found: set[str]) -> None:
         return
     found.add(name)
     if name in files:
-        text = files[name].read_text("utf-8", errors="replace")
+        text = (read_bytes(files[name]) or b"").decode("utf-8", "replace")
         for match in _RELATIVE.finditer(text):
             _add_imports(f"{match[1] or match[2]}.py", files, found)
 
@@ -176,7 +177,7 @@ def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
                 chosen.setdefault(name, path)
                 continue
             other_kind, other = needed.setdefault(name, (kind, path))
-            if path.read_bytes() != other.read_bytes():
+            if not same_bytes(path, other):
                 raise OutlierMergeError(
                     f"{name}: the {other_kind} of {sources[other_kind].reference} and the {kind} "
                     f"of {beside.reference} both need their own, and an output can have one. Take "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
+from outliermerge.checkpoint.stamps import Watched, refuse_text, watching
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
@@ -22,7 +23,7 @@ from outliermerge.planning.output_names import written_names
 from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
-from outliermerge.planning.sidecars import choose_sidecars
+from outliermerge.planning.sidecars import choose_sidecars, sidecar_bytes
 from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
@@ -45,7 +46,12 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
-    return _Planner(spec).plan(shard_bytes)
+    with watching(Watched()) as watched:
+        plan = _Planner(spec).plan(shard_bytes)
+        sidecar_bytes(plan)  # what cannot be written is refused before any work
+    for entry in plan.inputs:
+        refuse_text(entry.checkpoint.root)
+    return replace(plan, files=watched.stamps)
 
 
 class _Planner:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import language_levels, read_json
+from outliermerge.checkpoint.files import read_bytes
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.errors import OutlierMergeError, listing
@@ -130,7 +131,7 @@ def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
 
 def sidecar_bytes(plan: Plan) -> dict[str, bytes]:
     """Return the contents of every file that is carried over, with what the merge changes."""
-    contents = {sidecar.name: sidecar.path.read_bytes() for sidecar in plan.sidecars}
+    contents = {sidecar.name: read_bytes(sidecar.path) or b"" for sidecar in plan.sidecars}
     for name, data in contents.items():
         if name.rpartition("/")[2] == "config.json":
             contents[name] = _changed_json(data, lambda config: _change_config(config, plan))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.files import read_bytes
 from outliermerge.checkpoint.tokens import load_tokens, token_files
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Plan
@@ -73,7 +74,7 @@ def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
 
 def read_files(root: Path) -> dict[str, bytes]:
     """Return the contents of the files that tell a tokenizer's ids."""
-    return {path.name: path.read_bytes() for path in token_files(root)}
+    return {path.name: read_bytes(path) or b"" for path in token_files(root)}
 
 
 def extend(

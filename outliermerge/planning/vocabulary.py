@@ -9,6 +9,7 @@ from typing import Literal
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.meta import Checkpoint, Source
+from outliermerge.checkpoint.stamps import is_there
 from outliermerge.checkpoint.tokens import (
     load_tokens,
     read_tokens,
@@ -164,7 +165,7 @@ def _lay_out(
 ) -> tuple[Layout, Written]:
     """Return the output's rows, and its tokenizer with the tokens that it is given for them."""
     if policy == "union" and (missing := missing_tokens(members, written)):
-        if not (written.root / "tokenizer.json").is_file():
+        if not is_there(written.root / "tokenizer.json"):
             has = "no tokenizer.json" if written.tokens else "no tokenizer files"
             raise OutlierMergeError(
                 f"vocabulary: union has to add tokens to the tokenizer of {written.name}, which "

@@ -1,0 +1,270 @@
+"""Input files: opened so that nothing hangs, and stamped, so that a change is noticed.
+
+What a plan read it keeps as stamps. A file is opened first and then asked what it is, so that
+nothing can be put in its place in between.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from outliermerge.errors import OutlierMergeError
+
+# Linux stamps by a clock that ticks every 1 to 10 ms: a file that was written in the present tick
+# can be written again without another time.
+_TICK_NS = 20_000_000
+_ADVICE = (
+    "Nothing took the output's name. Run the same command again when no program writes to the "
+    "models any more."
+)
+
+
+class ChangedInputError(OutlierMergeError):
+    """An input is no longer what the plan was made with."""
+
+
+class OtherBytesError(ChangedInputError):
+    """A second reading gave other bytes: what was made so far may be of two states."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells whether a file is still the one that was planned with.
+
+    Attributes:
+        device, inode: which file it is.
+        num_bytes: its size.
+        mtime_ns: when its bytes were last written, as far as programs leave that as it is.
+        ctime_ns: when anything of it was changed, which no program can set.
+    """
+
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+    device: int
+    inode: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """Return the stamp of the file that a path leads to; who watches notes it."""
+        stamp = cls.of_status(path, path.stat())
+        if (watched := _WATCHED.get()) is not None:
+            watched.note(path, stamp)
+        return stamp
+
+    @classmethod
+    def of_status(cls, path: Path, status: os.stat_result) -> FileStamp:
+        """Return the stamp of a file by what stat or fstat tells of it."""
+        return cls(
+            path=path,
+            num_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            device=status.st_dev,
+            inode=status.st_ino,
+            ctime_ns=status.st_ctime_ns,
+        )
+
+
+class Watched:
+    """Files with their stamps: those that a plan reads, or those that a run must find again.
+
+    Args:
+        stamps: of a plan; None for a file that was not there. What else is read is added.
+
+    Raises:
+        ChangedInputError: two stamps of one file differ.
+    """
+
+    def __init__(self, stamps: Iterable[tuple[Path, FileStamp | None]] = ()) -> None:
+        self._stamps: dict[Path, FileStamp | None] = {}
+        self._is_planned = False
+        for path, stamp in stamps:
+            self.note(path, stamp)
+            self._is_planned = True
+
+    @property
+    def stamps(self) -> tuple[tuple[Path, FileStamp | None], ...]:
+        return tuple(self._stamps.items())
+
+    def note(self, path: Path, stamp: FileStamp | None) -> None:
+        """Take in a file that is read, or that is not there.
+
+        Raises:
+            ChangedInputError: it is not what it was.
+        """
+        before = self._stamps.setdefault(path, stamp)
+        if before is None and not self._is_planned:  # fetched since, by the plan itself
+            self._stamps[path] = stamp
+        elif before != stamp:
+            raise _changed(path, before, stamp)
+
+    def check(self, paths: Iterable[Path] | None = None) -> None:
+        """Raise ChangedInputError if files, or all, are no longer what they were."""
+        for path in self._stamps if paths is None else paths:
+            if path in self._stamps:
+                self.note(path, _found(path))
+
+
+_WATCHED: ContextVar[Watched | None] = ContextVar("_WATCHED", default=None)
+
+
+def current_watch() -> Watched | None:
+    """Return what notes the files that are read here, for other threads to note theirs in."""
+    return _WATCHED.get()
+
+
+@contextmanager
+def watching(watched: Watched) -> Iterator[Watched]:
+    """Have every input that this thread opens noted."""
+    token = _WATCHED.set(watched)
+    try:
+        yield watched
+    finally:
+        _WATCHED.reset(token)
+
+
+def open_input(path: Path, watched: Watched | None = None) -> int:
+    """Return the descriptor of a regular file, opened for reading.
+
+    A pipe or a device is refused without waiting for what it gives.
+
+    Args:
+        watched: notes it; by default what watches this thread.
+
+    Raises:
+        OSError: it cannot be opened.
+        OutlierMergeError: it is no regular file, or not the one that was planned with.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        refuse_special(path, status.st_mode)
+        os.set_blocking(descriptor, True)
+        if (watched := watched or _WATCHED.get()) is not None:
+            watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Return a regular file, opened as `open_input` does."""
+    return os.fdopen(open_input(path), "rb")
+
+
+def same_bytes(path: Path, other: Path) -> bool:
+    """Tell whether two files hold the same bytes.
+
+    Raises:
+        OutlierMergeError: one cannot be read.
+    """
+    try:
+        with open_file(path) as ours, open_file(other) as theirs:
+            while (block := ours.read(1 << 20)) == theirs.read(1 << 20):
+                if not block:
+                    return True
+            return False
+    except OSError as error:
+        raise OutlierMergeError(
+            f"{error.filename or path}: cannot be read: {_reason(error)}"
+        ) from error
+
+
+def refuse_special(path: Path, mode: int) -> None:
+    """Raise OutlierMergeError unless a path leads to a regular file."""
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise OutlierMergeError(f"{path}: is {what}, expected a regular file")
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is something of a name, even if it cannot be read.
+
+    Raises:
+        OutlierMergeError: that cannot be told.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        note_absent(path)
+        return False
+    except (OSError, ValueError) as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {_reason(error)}") from error
+    return True
+
+
+def note_absent(path: Path) -> None:
+    """Let who watches know that a file is not there."""
+    if (watched := _WATCHED.get()) is not None:
+        watched.note(path, None)
+
+
+def refuse_text(path: Path) -> None:
+    """Raise OutlierMergeError if a path is no text in UTF-8, as an output's manifest is."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise OutlierMergeError(
+            f"{shown}: its name is not UTF-8, so that no manifest could name it. Rename it."
+        ) from error
+
+
+def _found(path: Path) -> FileStamp | None:
+    try:
+        return FileStamp.of_status(path, path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ChangedInputError(
+            f"{path}: cannot be read any more: {error.strerror}. {_ADVICE}"
+        ) from error
+
+
+def _settled(path: Path, ask: Callable[[], os.stat_result]) -> FileStamp:
+    """Return a stamp that any later change will differ from."""
+    status = ask()
+    age_ns = time.time_ns() - status.st_ctime_ns
+    if 0 <= age_ns < _TICK_NS:
+        time.sleep((_TICK_NS - age_ns) / 1e9)
+        status = ask()
+    return FileStamp.of_status(path, status)
+
+
+def _changed(path: Path, before: FileStamp | None, after: FileStamp | None) -> ChangedInputError:
+    if before is None:
+        what = "is there now, and was not when the merge was planned"
+    elif after is None:
+        what = "was removed"
+    elif (before.device, before.inode) != (after.device, after.inode):
+        what = "was replaced by another file"
+    elif before.num_bytes != after.num_bytes:
+        what = f"its size changed from {before.num_bytes:,} to {after.num_bytes:,} bytes"
+    elif before.mtime_ns != after.mtime_ns:
+        what = "was written to"
+    else:
+        what = "was changed, its old time put back, or its name, owner or rights were changed"
+    return ChangedInputError(f"{path}: {what} since the merge was planned. {_ADVICE}")
+
+
+def other_bytes(paths: Iterable[Path], tensor: str) -> OtherBytesError:
+    """Return what to raise where a second reading of a tensor gives other bytes."""
+    files = " or ".join(map(str, paths))
+    return OtherBytesError(
+        f"{files}: tensor {tensor!r}: was written to during the merge: a second reading gave "
+        f"other bytes than the first. {_ADVICE}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
