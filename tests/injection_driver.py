@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 # What commands import when they need it: here, so that no fork has to.
 MODULES = (
@@ -32,7 +33,7 @@ def import_all() -> None:
 
 
 def main(library: str) -> int:
-    """Answer the lines until there are no more; in a fork, return what its function returns."""
+    """Answer the lines until there are no more; a fork exits with what its function returns."""
     import_all()
     inject = ctypes.CDLL(library)  # the one that was preloaded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
@@ -40,7 +41,15 @@ def main(library: str) -> int:
         wanted = json.loads(line)
         child = os.fork()
         if child == 0:
-            return _run(inject, wanted)
+            try:
+                code = _run(inject, wanted)
+            except BaseException:
+                traceback.print_exc()
+                code = 70
+            sys.stdout.flush()
+            sys.stderr.flush()
+            inject.inject_off()
+            os._exit(code)  # without torch's farewell, which takes half a second
         print(json.dumps(_wait(child, wanted["limit_seconds"])), flush=True)
     return 0
 
