@@ -388,7 +388,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "one of both saved": Q
     | {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
 }
-PARTS = {"head", "both", "embeddings saved", "head saved", "both saved"}
+TOKENS = {"embed_tokens": [1, 5], "lm_head": [1, 20]}
+ADAPTERS |= {
+    "head by DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "one by DoRA": ADAPTERS["one"] | {"use_dora": True},
+    "tokens of the head": Q | {"trainable_token_indices": {"lm_head": [1, 5]}},
+    "tokens of both": Q | {"trainable_token_indices": TOKENS},
+}
+PARTS = {
+    *("head", "both", "embeddings saved", "head saved", "both saved"),
+    *("head by DoRA", "one by DoRA", "tokens of the head", "tokens of both"),
+}
 
 
 @lru_cache
@@ -423,7 +433,10 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("case", ADAPTERS)
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [("llama", "once"), ("llama", "twice"), ("gemma", "once, silent"), ("gemma", "twice, silent")],
+    [
+        *(("llama", how) for how in ("once", "twice", "as the head")),
+        *(("gemma", how) for how in ("once, silent", "twice, silent")),
+    ],
 )
 def test_an_adapter_of_a_tied_model_is_what_was_trained_or_peft_merges(
     kind, how, case, root, tmp_path
@@ -461,10 +474,13 @@ def test_a_head_that_was_lost_is_not_the_embeddings(tmp_path):
         outliermerge.plan(spec_of(tmp_path / "base", [tmp_path / "task"]))
 
 
-def test_a_head_that_no_model_has_is_told(tmp_path):
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": False}, {}])
+def test_a_head_that_no_model_has_is_told(said, tmp_path):
     for seed, name in enumerate(("base", "task")):
         small("llama", tied=True, seed=seed).save_pretrained(tmp_path / name)
-        edit_json(tmp_path / name / "config.json", lambda c: c.update(tie_word_embeddings=False))
+        edit_json(tmp_path / name / "config.json", lambda c: c.update(said))
+        if not said:  # which a Llama's class reads as false
+            edit_json(tmp_path / name / "config.json", lambda c: c.pop("tie_word_embeddings"))
     notes = outliermerge.plan(spec_of(tmp_path / "base", [tmp_path / "task"])).notes
     assert any("no head is stored" in note for note in notes)
 

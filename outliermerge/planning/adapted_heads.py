@@ -71,7 +71,8 @@ def _fate(
     without training is one tensor, which is compared when it is read. Else the two are parted.
     """
     (name, own, is_given), (original, value, changes) = head, embeddings
-    is_one = config.get("ensure_weight_tying") is True
+    # DoRA scales the head by rows and the embeddings by columns, so that they part in any case.
+    is_one = config.get("ensure_weight_tying") is True and not config.get("use_dora")
     is_trained = _is_trained_whole(config, name)
     if is_given and isinstance(own, (TensorMeta, InDType)) and (is_one or not is_trained):
         return "compared" if isinstance(value, (TensorMeta, InDType)) else "follows"

@@ -18,7 +18,7 @@ from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.scalars import in_shapes_of
-from outliermerge.planning.tied import tied_heads
+from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
@@ -132,6 +132,7 @@ def _open_adapter(
             f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former"
         )
     seen: dict[str, None] = {}
+    whole = with_embeddings(under)
 
     def target(name: str) -> str:
         seen[name] = None
@@ -139,15 +140,15 @@ def _open_adapter(
 
     try:
         adapted = open_adapter(
-            folder, under.checkpoint, target, lambda head: tied_heads(under, [head]).get(head)
+            folder, whole.checkpoint, target, lambda head: tied_heads(whole, [head]).get(head)
         )
     except OutlierMergeError as error:
-        best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
+        best = best_rename([rename(name) for name in seen], whole.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):
             raise
         advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
-    tensors, parted, tie_notes = settle_heads(folder, under, adapted)
+    tensors, parted, tie_notes = settle_heads(folder, whole, adapted)
     notes += tie_notes
     checkpoint = replace(
         adapted,

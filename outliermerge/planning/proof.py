@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.config import at_level, language_levels, text_config
+from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Proof
@@ -49,10 +49,10 @@ def prove(
             "embeddings; if it does, nothing reads it"
         )
     embeddings = [name for name in shapes if name.endswith(EMBEDDINGS)]
-    if embeddings and not any(map(is_head, shapes)) and _unties(config):
+    if embeddings and not any(map(is_head, shapes)) and _lacks_head(config):
         doubts.append(
-            "the config says tie_word_embeddings false, but no head is stored, here as in the "
-            "reference: a class with a head draws one at random"
+            "the config does not tie the head to the embeddings, but no head is stored, here as in "
+            "the reference: a class with a head draws one at random"
         )
     if heads and ties:
         problems.append(
@@ -97,11 +97,9 @@ def prove(
     return proof, doubts
 
 
-def _unties(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config of a class with a head says that it is not tied."""
-    paths = language_levels(config)
-    said = [at_level(config, path).get("tie_word_embeddings") for path in paths]
-    return False in said and True not in said and may_have_head(config)
+def _lacks_head(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config's class has a head that is not the embeddings."""
+    return may_have_head(config) and ties_head(config) is False
 
 
 def _known_depths(config: Mapping[str, Any]) -> set[int]:

@@ -81,6 +81,20 @@ def grown_rows(entry: Input) -> int | None:
     return rows.pop() if len(rows) == 1 and said not in (None, *rows) else None
 
 
+def with_embeddings(entry: Input) -> Input:
+    """Return a model that stores its tied tensor as the head alone with the embeddings' name too.
+
+    So an adapter does the same to it as to one that stores the embeddings.
+    """
+    tensors = entry.checkpoint.tensors
+    heads = [name for name in tensors if is_head(name)]
+    name = embeddings_of(heads[0], tensors) if len(heads) == 1 else None
+    if name is None or name in tensors or not _ties(entry, heads[0], [name]):
+        return entry
+    named = {name: tensors[heads[0]], **tensors}
+    return replace(entry, checkpoint=replace(entry.checkpoint, tensors=named))
+
+
 def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     """Return which heads a model ties, by name, with its embeddings.
 
