@@ -300,6 +300,7 @@ def _judge(
 ) -> Verdict:
     """Say what findings mean, beside those of the base."""
     by, problems, said = [], [], list(notes)
+    fails = False
     as_base: dict[str, Findings] = {}
     for part, ours, theirs in found:
         theirs = part.found_in_base or theirs or {}
@@ -313,13 +314,16 @@ def _judge(
             else:
                 problems.append(_in(part, f"{part.class_name} refuses it: {ours['error']}"))
             continue
-        by.append(f"{ours['by']}, {part.class_name}")
         shared = {
             kind: [_name(entry) for entry in ours[kind]
                    if _name(entry) in set(map(_name, theirs.get(kind, ())))]
             for kind in _KINDS
         }  # fmt: skip
         shared = {kind: names for kind, names in shared.items() if names}
+        if "mismatched" in shared:
+            fails = True
+        else:
+            by.append(f"{ours['by']}, {part.class_name}")
         if shared:
             as_base[part.folder] = shared
             said += [
@@ -335,7 +339,7 @@ def _judge(
                     said.append(_in(part, f"{text}predict more tokens, which the config counts"))
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
-    status = "does not load" if problems else "loads" if by else "not checked"
+    status = "does not load" if problems or fails else "loads" if by else "not checked"
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
     tied = tuple(
@@ -390,6 +394,7 @@ def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
     what = {
         "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
         "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
-        "mismatched": f"has {len(names)} tensor(s) of another shape than its config says",
+        "mismatched": f"does not load: {len(names)} tensor(s) have another shape than its config "
+        "says",
     }[kind]
     return f"as the base, the output {what}: {shown}"

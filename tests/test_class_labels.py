@@ -127,3 +127,10 @@ def test_a_detectors_row_for_no_object_is_one_more(tmp_path):
         save(tmp_path / name, labels, 1, "class_labels_classifier")
     message = refused(spec_of(tmp_path, "linear", ["a", "b"]))
     assert "class_labels_classifier.weight" in message
+
+
+def test_classes_that_only_label2id_names_count(tmp_path):
+    save(tmp_path / "a", CLASSES, 1)
+    order = {label: id_ for id_, label in enumerate(CLASSES[::-1])}
+    save(tmp_path / "b", None, 2, label2id=order)
+    assert "row 0: 'neg' in" in refused(spec_of(tmp_path, "linear", ["a", "b"]))

@@ -290,6 +290,17 @@ def test_what_the_base_lacks_or_has_too_much_is_a_note(llama, tmp_path, in_proce
     assert check_folder(tmp_path / "out").notes == result.load_check.notes
 
 
+def test_shapes_that_the_config_of_the_base_does_not_give_do_not_load(llama, tmp_path, in_process):
+    for name in ("base", "task"):
+        config_of(tmp_path / name, vocab_size=25)
+    result = outliermerge.run(llama(), output=tmp_path / "out", load_check=True)
+    with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result.load_check.status == "does not load"
+    assert result.load_check.by == ()
+    assert any("as the base" in note for note in result.load_check.notes)
+
+
 def test_verify_asks_the_base_where_the_run_did_not(llama, tmp_path, in_process):
     for name in ("base", "task"):
         tensors = load_folder(tmp_path / name)

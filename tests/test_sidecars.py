@@ -195,6 +195,18 @@ ROPE_V5 = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "linear", "f
          {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, None),
         ({"architectures": ["A"], "torch_dtype": "float16"},
          {"architectures": ["B"], "dtype": "bfloat16"}, None),
+        ({"model_type": "chatglm", "rope_ratio": 1}, {"model_type": "chatglm", "rope_ratio": 50},
+         "rope_ratio: 1 in DIR/base, 50 in DIR/a"),
+        ({"rope_local_base_freq": 10000.0}, {"rope_local_base_freq": 50.0},
+         "rope_local_base_freq: 10000.0 in DIR/base, 50.0 in DIR/a"),
+        *(({f"rope_{word}": 1}, {f"rope_{word}": 2}, f"rope_{word}: 1 in DIR/base, 2 in DIR/a")
+          for word in ("interleave", "pct", "dim", "whatever")),
+        ({"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80}
+                              for kind in ("a", "b")}},
+         {"rope_parameters": {"a": {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80},
+                              "b": {"rope_type": "default", "rope_theta": 1e4, "long": "x" * 80}}},
+         "rope_scaling: {'b': {'rope_theta': 1000000.0}} in DIR/base, "
+         "{'b': {'rope_theta': 10000.0}} in DIR/a"),
         ({"vision_config": {"image_size": 336}}, {"vision_config": {"image_size": 224}},
          "vision_config.image_size: 336 in DIR/base, 224 in DIR/a"),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": False},
@@ -224,6 +236,18 @@ def test_configs_are_compared_in_any_layout(tmp_path, ours, theirs, expected):
             {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4},
             {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32},
             "head_dim: 16 (the default) in",
+        ),
+        *(
+            ({key: 4}, {key: 2}, f"{name}: 4 in")
+            for key, name in (
+                ("n_heads", "num_attention_heads"),
+                ("n_head", "num_attention_heads"),
+                ("n_layers", "num_hidden_layers"),
+                ("encoder_attention_heads", "encoder_attention_heads"),
+                ("decoder_attention_heads", "decoder_attention_heads"),
+                ("num_decoder_layers", "num_decoder_layers"),
+                ("decoder_layers", "decoder_layers"),
+            )
         ),
         (
             {"vision_config": {"num_attention_heads": 4}},
@@ -273,3 +297,18 @@ def test_a_config_that_does_not_describe_its_tensors_is_doubted(tmp_path):
     spec["models"] = spec["models"][:1]
     notes = outliermerge.plan(spec).notes
     assert "the config says num_hidden_layers 3, but the tensors have 1 in model.layers.*" in notes
+
+
+@pytest.mark.parametrize("said", [{"dtype": "bfloat16"}, {"torch_dtype": "float16"}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_config_of_another_model_says_the_dtype_that_is_stored(tmp_path, said, nested):
+    for name in ("base", "a"):
+        save_tensors(tmp_path / name, {"w": torch.ones(2, 2)})
+        config = {"text_config": said} if nested else said
+        written = config if name == "a" else {"dtype": "float32"}
+        (tmp_path / name / "config.json").write_text(json.dumps(written))
+    spec = _spec(tmp_path, config_source=str(tmp_path / "a"))
+    spec["models"] = spec["models"][:1]
+    outliermerge.run(spec, output=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["text_config"] if nested else config) == dict.fromkeys(said, "float32")

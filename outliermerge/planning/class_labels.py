@@ -64,6 +64,8 @@ def _labels(entry: Input, folder: str) -> tuple[str, ...] | None:
     """Return what a model's config calls its classes, in order; None where it names none."""
     config = read_json(entry.home / folder / "config.json")
     found: Any = config.get("id2label") or config.get("label_names")  # the second is timm's
+    if not found and isinstance(config.get("label2id"), Mapping):
+        found = {id_: label for label, id_ in config["label2id"].items()}
     if isinstance(found, Mapping):
         try:
             by_id = {int(id_): label for id_, label in found.items()}

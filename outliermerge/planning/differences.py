@@ -21,8 +21,10 @@ _ALIASES = {
     "max_sequence_length": "max_position_embeddings",
     "n_layer": "num_hidden_layers",
     "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
     "depth": "num_hidden_layers",
     "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
     "num_heads": "num_attention_heads",
     "n_embd": "hidden_size",
     "d_model": "hidden_size",
@@ -57,7 +59,14 @@ _SENSELESS = (
     "num_key_value_heads",
     "head_dim",
     "attention_head_dim",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
 )
+# RoPE's base and scaling, which versions of transformers write in different ways.
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _TEMPLATE = re.compile(r"^chat_template\.(jinja|json)$")
 _ORIGIN = {"_from_model_config", "chat_template", "name_or_path", "special_tokens_map_file",
            "tokenizer_file", "transformers_version"}  # fmt: skip
@@ -98,7 +107,9 @@ def compare_configs(
                 elif silent and key not in _OPTIONAL:
                     unsaid[key] = None
                     continue
-            text = ", ".join(f"{side.shown(key)} in {side.name}" for side in pair)
+            apart = _parts_apart(pair[0].facts.get(key), pair[1].facts.get(key))
+            shown = map(_shown, apart) if apart else (side.shown(key) for side in pair)
+            text = ", ".join(f"{v} in {s.name}" for v, s in zip(shown, pair, strict=True))
             (problems if _is_senseless(key) else notes).append(f"{key}: {text}")
         notes += _unsaid(pair, sorted(unsaid, key=lambda key: not _is_senseless(key)))
     return notes, problems
@@ -205,6 +216,22 @@ class _Said:
         return "not given" if default in (None, _ABSENT) else f"{_shown(default)} (the default)"
 
 
+def _parts_apart(ours: Any, theirs: Any) -> tuple[Any, Any] | None:
+    """Return what two nested values differ in; None for values that are not both nested.
+
+    >>> _parts_apart({"full": {"theta": 1, "type": "a"}}, {"full": {"theta": 2, "type": "a"}})
+    ({'full': {'theta': 1}}, {'full': {'theta': 2}})
+    """
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return None
+    left, right = {}, {}
+    for key in dict.fromkeys((*ours, *theirs)):
+        values = ours.get(key), theirs.get(key)
+        if values[0] != values[1]:
+            left[key], right[key] = _parts_apart(*values) or values
+    return left, right
+
+
 def _is_senseless(key: str) -> bool:
     return key.rpartition(".")[2] in _SENSELESS
 
@@ -243,7 +270,7 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in config.items():
         name = _ALIASES.get(key, key)
-        if name in _IGNORED or name.startswith("rope_"):
+        if name in _IGNORED or name in _ROPE:
             continue
         if value in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
             value = float(value["__float__"])  # so transformers 5 writes them

@@ -153,9 +153,11 @@ def _changed_json(data: bytes, change: Any) -> bytes:
 
 def _change_config(config: Any, plan: Plan) -> bool:
     document = plan.spec.document
-    wanted = document.out_dtype or document.dtype
+    wanted: str | None = document.out_dtype or document.dtype
     if not isinstance(config, dict):
         return False
+    if wanted is None and document.config_source not in (None, plan.inputs[0].reference):
+        wanted = _stored_dtype(plan)
     changed = wanted is not None and _set_dtype(config, wanted)
     changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
     if (tie := document.tie_word_embeddings) is not None:
@@ -164,6 +166,16 @@ def _change_config(config: Any, plan: Plan) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
+
+
+def _stored_dtype(plan: Plan) -> str | None:
+    """Return the dtype that most weights of the output have."""
+    sizes: dict[str, int] = {}
+    for job in plan.jobs:
+        if job.output.dtype.is_float:
+            name = job.output.dtype.name
+            sizes[name] = sizes.get(name, 0) + job.num_elements
+    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def _drop_quantization(config: Any) -> bool:
