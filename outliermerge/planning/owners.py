@@ -21,7 +21,8 @@ KINDS: tuple[Kind, ...] = ("config", "tokenizer", "processor")
 # What tokenizers of transformers and mistral-common load, by the file's name.
 _TOKENIZER = re.compile(
     r"tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|tekken|sentencepiece"
-    r"|^(dict\.txt|byte_maps\.json|emoji\.json|normalizer\.json|encoder\.json"
+    r"|^(dict(\.\w+)?\.txt|alphabet\.json|unigram\.json|byte_maps\.json|emoji\.json"
+    r"|normalizer\.json|encoder\.json"
     r"|word_(shape|pronunciation)\.json)$"
     r"|\.(model(\.v\d+\w*)?|tiktoken|spm|jinja|codes)$"
 )
@@ -48,6 +49,8 @@ def kind_of(name: str) -> Kind:
 
     >>> kind_of("additional_chat_templates/rag.jinja"), kind_of("1_Pooling/config.json")
     ('tokenizer', 'config')
+    >>> kind_of("alphabet.json"), kind_of("unigram.json"), kind_of("dict.src.txt")
+    ('tokenizer', 'tokenizer', 'tokenizer')
     """
     folder, _, file = name.rpartition("/")
     if _PROCESSOR.search(file):
