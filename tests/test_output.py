@@ -24,6 +24,7 @@ from outliermerge import cli
 from outliermerge.checkpoint.hub import is_hub_id
 
 CPU = {"threads": 1}
+SHARD = "model.safetensors"
 
 
 def _moved(tensors: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
@@ -330,6 +331,94 @@ class TestTarget:
         except outliermerge.OutlierMergeError:
             pass
         assert not (tmp_path / "out" / "thesis.txt").exists()
+
+    @pytest.mark.parametrize(
+        "name", ["notes.txt", "photos/cat.jpg", ".git/config", "x.safetensors"]
+    )
+    def test_files_that_were_added_to_an_old_output_stop_it(
+        self, models: dict[str, Path], tmp_path: Path, name: str
+    ) -> None:
+        output = tmp_path / "out"
+        outliermerge.run(_spec(models), output=output, **CPU)
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+        before = _bytes(output)
+        with pytest.raises(outliermerge.OutlierMergeError, match=f"did not write:\n  {name}"):
+            outliermerge.run(_spec(models), output=output, overwrite=True, **CPU)
+        assert _bytes(output) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "task1", "task2"]
+
+    def test_weights_that_were_put_in_the_place_of_ours_stop_it(
+        self, models: dict[str, Path], tmp_path: Path
+    ) -> None:
+        output = tmp_path / "out"
+        outliermerge.run(_spec(models), output=output, **CPU)
+        shutil.copy(save_tensors(tmp_path / "mine", {"a": torch.ones(2)}) / SHARD, output / SHARD)
+        before = _bytes(output)
+        with pytest.raises(outliermerge.OutlierMergeError, match="is not the file that"):
+            outliermerge.run(_spec(models), output=output, overwrite=True, **CPU)
+        assert _bytes(output) == before
+
+    @pytest.mark.parametrize("content", ["mine", "{}", '{"shards": {"a": 1}}', "[]"])
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("has_weights", [False, True])
+    def test_a_foreign_file_of_the_manifests_name_is_left_alone(
+        self, models: dict[str, Path], tmp_path: Path, content, overwrite, has_weights
+    ) -> None:
+        files = {name: folder / SHARD for name, folder in models.items()}
+        output = tmp_path / "out.safetensors"
+        mine = tmp_path / "out.safetensors.outliermerge.json"
+        mine.write_text(content)
+        if has_weights:
+            output.write_text("mine too")
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+        with pytest.raises(outliermerge.OutlierMergeError):
+            outliermerge.run(_spec(files), output=output, overwrite=overwrite, **CPU)
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
+
+    @pytest.mark.parametrize("one_file", [False, True])
+    def test_an_output_through_a_link_is_written_where_it_leads(
+        self, models: dict[str, Path], tmp_path: Path, one_file: bool
+    ) -> None:
+        suffix = ".safetensors" if one_file else ""
+        named = {n: folder / SHARD if one_file else folder for n, folder in models.items()}
+        real, link = tmp_path / f"real{suffix}", tmp_path / f"link{suffix}"
+        outliermerge.run(_spec(named), output=real, **CPU)
+        link.symlink_to(real)
+        for t in (3, 4):  # the second time too
+            spec = _spec(named, parameters={"t": t})
+            with pytest.raises(outliermerge.OutlierMergeError, match="exists already"):
+                outliermerge.run(spec, output=link, **CPU)
+            result = outliermerge.run(spec, output=link, overwrite=True, **CPU)
+            assert result.manifest["spec"]["parameters"] == {"t": t}
+            assert link.readlink() == real
+            assert cli.main(["verify", str(link)]) == 0
+        names = {"real", "link"} if not one_file else {
+            "real.safetensors", "link.safetensors", "real.safetensors.outliermerge.json"
+        }  # fmt: skip
+        assert {path.name for path in tmp_path.iterdir()} == {*names, *models}
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("target", ["gone", "link"])
+    def test_a_link_that_leads_nowhere_is_refused(
+        self, models: dict[str, Path], tmp_path: Path, overwrite: bool, target: str
+    ) -> None:
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(outliermerge.OutlierMergeError, match="is a link to"):
+            outliermerge.run(_spec(models), output=link, overwrite=overwrite, **CPU)
+        assert {path.name for path in tmp_path.iterdir()} == {"link", *models}
+
+    @pytest.mark.parametrize("name", ["/", "a" * 241, os.fsdecode(b"out\xff")])
+    def test_a_name_that_no_output_can_have_is_refused(
+        self, models: dict[str, Path], tmp_path: Path, name: str, capsys
+    ) -> None:
+        (tmp_path / "spec.yaml").write_text(yaml.safe_dump(_spec(models)))
+        code = cli.main(["run", str(tmp_path / "spec.yaml"), "--output", str(tmp_path / name)])
+        printed = capsys.readouterr()
+        assert code == 1
+        assert "cannot be an output" in printed.err
+        assert {path.name for path in tmp_path.iterdir()} == {"spec.yaml", *models}
 
     def test_parents_of_the_output_are_made(self, models: dict[str, Path], tmp_path: Path) -> None:
         result = outliermerge.run(_spec(models), output=tmp_path / "a" / "b" / "out", **CPU)

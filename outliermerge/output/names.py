@@ -29,6 +29,7 @@ def replaced_path(final: Path) -> Path:
 
 def manifest_path(final: Path) -> Path:
     """Return where the manifest of an output is: in its folder, or beside its file."""
+    final = Path(os.path.realpath(final)) if final.is_symlink() else final
     if final.suffix == ".safetensors" and not final.is_dir():
         return final.with_name(f"{final.name}.{MANIFEST_NAME}")
     return final / MANIFEST_NAME
