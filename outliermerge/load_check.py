@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
 from outliermerge.checkpoint.config import counts_as_predicted, read_json
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Plan
-from outliermerge.planning.sidecars import sidecar_bytes
+from outliermerge.planning.sidecars import sidecar_contents
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Findings: TypeAlias = Mapping[str, Any]
@@ -161,13 +162,14 @@ def _not_checked(folder: str, why: str) -> str:
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan's output, with the same parts of the reference."""
-    contents = sidecar_bytes(plan)
+    contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
 
     def read(name: str) -> Mapping[str, Any]:
         try:
-            value = json.loads(contents.get(name, b"{}"))
+            content = contents.get(name, b"{}")
+            value = json.loads(content if isinstance(content, bytes) else small_bytes(content))
         except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}

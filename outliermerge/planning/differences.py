@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.files import load_json
+from outliermerge.checkpoint.files import load_json, same_bytes, small_bytes
 from outliermerge.checkpoint.model_types import effective_config
 from outliermerge.planning.owners import check_content
 
@@ -141,7 +140,7 @@ def _relation(ours: Path | None, theirs: Path | None) -> str | None:
     """Return how a file of a model differs from the first model's; None where it does not."""
     if ours is None or theirs is None:
         return "not in" if ours is None else "in"
-    if ours == theirs or filecmp.cmp(ours, theirs, shallow=False):
+    if ours == theirs or same_bytes(ours, theirs):
         return None
     check_content(ours)
     check_content(theirs)
@@ -162,7 +161,7 @@ def chat_template(files: Mapping[str, Path]) -> Any:
     """Return a model's chat template from the file that transformers would take it from."""
     if jinja := files.get("chat_template.jinja"):
         check_content(jinja)
-        return jinja.read_text("utf-8")
+        return small_bytes(jinja).decode("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
         if file in files and (template := read_json(files[file]).get("chat_template")):
             return template

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.files import check_file, load_json, read_bytes
+from outliermerge.checkpoint.files import check_file, load_json, same_bytes, small_bytes
 from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
 from outliermerge.errors import OutlierMergeError
 from outliermerge.jobs import Input
@@ -127,13 +127,13 @@ def _auto_map(auto_map: Any) -> Iterator[tuple[str, str]]:
 
 
 def _add_imports(name: str, files: Mapping[str, Path], found: set[str]) -> None:
-    if name in found:
-        return
-    found.add(name)
-    if name in files:
-        text = files[name].read_text("utf-8", errors="replace")
-        for match in _RELATIVE.finditer(text):
-            _add_imports(f"{match[1] or match[2]}.py", files, found)
+    left = [name]
+    while left:
+        name = left.pop()
+        if name not in found and name in files:
+            text = small_bytes(files[name]).decode("utf-8", errors="replace")
+            left += [f"{match[1] or match[2]}.py" for match in _RELATIVE.finditer(text)]
+        found.add(name)
 
 
 def check_content(path: Path) -> None:
@@ -148,7 +148,7 @@ def check_content(path: Path) -> None:
         else:
             load_json(path)
         return
-    data = read_bytes(path) or b""
+    data = small_bytes(path)
     try:
         if path.suffix == ".py":  # Python passes over a byte order mark
             data = data.removeprefix(b"\xef\xbb\xbf")
@@ -176,7 +176,7 @@ def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
                 chosen.setdefault(name, path)
                 continue
             other_kind, other = needed.setdefault(name, (kind, path))
-            if path.read_bytes() != other.read_bytes():
+            if not same_bytes(path, other):
                 raise OutlierMergeError(
                     f"{name}: the {other_kind} of {sources[other_kind].reference} and the {kind} "
                     f"of {beside.reference} both need their own, and an output can have one. Take "
