@@ -246,7 +246,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(data, max_values=_MAX_VALUES, unique=False)
     except ValueError as error:
-        raise OutlierMergeError(f"{path}: {error}") from error
+        raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
     entries = {
         "tensors": {"file", "dtype", "shape", "checksum"},
         "shards": {"num_bytes", "header"},

@@ -78,8 +78,9 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
         if len(tokens) < len(ids):
             token, id_ = next((t, i) for t, i in ids.items() if tokens[i] != t)
             raise OutlierMergeError(
-                f"{root / main}: the tokenizers library gives {quoted(token)} and {quoted(tokens[id_])} one "
-                f"id, {id_}, as its vocabulary leaves ids out. Give each token an id of its own."
+                f"{root / main}: the tokenizers library gives {quoted(token)} and "
+                f"{quoted(tokens[id_])} one id, {id_}, as its vocabulary leaves ids out. Give each "
+                "token an id of its own."
             )
         return tokens
     with _Named(root / main):

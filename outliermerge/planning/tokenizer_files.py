@@ -47,7 +47,9 @@ def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[
     found: dict[str, dict[str, Any]] = {}
     for root in roots:
         found = added_entries(root) | found
-    if ordinary := [f"{quoted(t)} of {shown(name)}" for t, name in tokens.items() if t not in found]:
+    lost = {token: name for token, name in tokens.items() if token not in found}
+    if lost:
+        ordinary = [f"{quoted(token)} of {shown(name)}" for token, name in lost.items()]
         raise OutlierMergeError(
             "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
             f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
