@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
+# What a person reads of one name, and of one message. Names and values come from files that
+# others wrote, where one can have megabytes.
+MAX_NAME, MAX_MESSAGE = 120, 1900
+_MAX_ROW, _MAX_LISTING = 900, 1000
+# Of more choices, or for a longer name, nobody looks for the nearest.
+_MAX_CHOICES, _MAX_WORD = 2000, 200
+
 
 class OutlierMergeError(ValueError):
-    """A mistake in a model, a folder or an option, told in one message (exit code 1)."""
+    """A mistake in a model, a folder or an option, told in one message (exit code 1).
+
+    Whatever the message quotes, it is cut to what a person reads and controls no terminal.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(readable(str(message)))
 
 
 class SpecError(OutlierMergeError):
@@ -31,8 +45,7 @@ def as_path(text: str | Path) -> Path:
         reason = error.strerror
     except (RuntimeError, ValueError) as error:
         reason = str(error)
-    shown = str(text) if len(str(text)) < 80 else f"{str(text)[:80]}…"
-    raise OutlierMergeError(f"{shown!r} cannot be a path: {reason}")
+    raise OutlierMergeError(f"{quoted(str(text))} cannot be a path: {reason}")
 
 
 def printable(text: str) -> str:
@@ -41,9 +54,50 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[31mb")
     'a\\x1b[31mb'
     """
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    lines = text.split("\n")
+    return "\n".join(line if line.isprintable() else _escaped(line) for line in lines)
+
+
+def readable(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Return a message as a person can read it: printable, and cut in the middle if it is long."""
+    return _cut(printable(_cut(text, limit)), limit)
+
+
+def shown(value: object, limit: int = MAX_NAME) -> str:
+    r"""Return a name from outside on one line: printable, and cut in the middle if it is long.
+
+    >>> shown("a\nb\x1b[2J")
+    'a\\nb\\x1b[2J'
+    """
+    return _cut(_escaped(_cut(str(value), limit)), limit)
+
+
+def quoted(value: object, limit: int = MAX_NAME) -> str:
+    r"""Return a value from outside in the way of Python's repr, cut to what a person reads.
+
+    >>> quoted("a\nb"), quoted([1] * 1000)
+    ("'a\\nb'", '[1, 1, 1, 1, 1, 1, …]')
+    """
+    if isinstance(value, str):
+        return _cut(repr(_cut(value, limit)), limit + 2)
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    return shown(short.repr(value).replace("...", "…"), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return a text of at most so many characters, where it is longer with its start and end."""
+    if len(text) <= limit:
+        return text
+    start = (limit - 40) * 2 // 3
+    end = limit - 40 - start
+    return f"{text[:start]}… ({len(text) - start - end:,} characters left out) …{text[-end:]}"
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -55,14 +109,18 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     'Valid: density, weight.'
     """
     choices = sorted(valid)
-    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
+    few = choices if len(choices) <= _MAX_CHOICES and len(str(name)) <= _MAX_WORD else []
+    close = difflib.get_close_matches(str(name), few, n=1, cutoff=0.6)
     if close:
-        return f"Did you mean {close[0]!r}?"
-    return f"Valid: {', '.join(choices)}." if choices else "None is valid here."
+        return f"Did you mean {quoted(close[0])}?"
+    if not choices:
+        return "None is valid here."
+    more = ", …" if len(choices) > 20 else ""
+    return f"Valid: {', '.join(map(shown, choices[:20]))}{more}."
 
 
 def listing(items: Iterable[str], *, limit: int = 20) -> str:
-    """Return items one per line, indented, the rest counted.
+    """Return items one per line, indented and readable, the rest counted.
 
     >>> print(listing(["a", "b", "c"], limit=2))
       a
@@ -70,7 +128,11 @@ def listing(items: Iterable[str], *, limit: int = 20) -> str:
       … and 1 more
     """
     rows = list(items)
-    shown = [f"  {row}" for row in rows[:limit]]
-    if len(rows) > limit:
-        shown.append(f"  … and {len(rows) - limit} more")
-    return "\n".join(shown)
+    lines: list[str] = []
+    for row in rows[:limit]:
+        lines.append(f"  {shown(row, _MAX_ROW)}")
+        if sum(map(len, lines)) > _MAX_LISTING and len(lines) < len(rows):
+            break
+    if len(rows) > len(lines):
+        lines.append(f"  … and {len(rows) - len(lines)} more")
+    return "\n".join(lines)

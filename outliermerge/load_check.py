@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
 from outliermerge.checkpoint.config import counts_as_predicted, read_json
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Plan
-from outliermerge.planning.sidecars import sidecar_bytes
+from outliermerge.planning.sidecars import sidecar_contents
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Findings: TypeAlias = Mapping[str, Any]
@@ -161,13 +162,14 @@ def _not_checked(folder: str, why: str) -> str:
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan's output, with the same parts of the reference."""
-    contents = sidecar_bytes(plan)
+    contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
 
     def read(name: str) -> Mapping[str, Any]:
         try:
-            value = json.loads(contents.get(name, b"{}"))
+            content = contents.get(name, b"{}")
+            value = json.loads(content if isinstance(content, bytes) else small_bytes(content))
         except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
@@ -300,7 +302,6 @@ def _judge(
 ) -> Verdict:
     """Say what findings mean, beside those of the base."""
     by, problems, said = [], [], list(notes)
-    fails = False
     as_base: dict[str, Findings] = {}
     for part, ours, theirs in found:
         theirs = part.found_in_base or theirs or {}
@@ -320,9 +321,7 @@ def _judge(
             for kind in _KINDS
         }  # fmt: skip
         shared = {kind: names for kind, names in shared.items() if names}
-        if "mismatched" in shared:
-            fails = True
-        else:
+        if "mismatched" not in shared:
             by.append(f"{ours['by']}, {part.class_name}")
         if shared:
             as_base[part.folder] = shared
@@ -339,7 +338,8 @@ def _judge(
                     said.append(_in(part, f"{text}predict more tokens, which the config counts"))
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
-    status = "does not load" if problems or fails else "loads" if by else "not checked"
+    fails = problems or any("mismatched" in shared for shared in as_base.values())
+    status = "does not load" if fails else "loads" if by else "not checked"
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
     tied = tuple(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -14,22 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from outliermerge.checkpoint.checksum import file_checksum, header_checksum
+from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
+from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import is_hub_id
+from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
-from outliermerge.output.folder import OutputFolder, checksum_in_file, finish_interrupted
+from outliermerge.output.folder import OutputFolder, finish_interrupted
 from outliermerge.output.names import manifest_path, real_output, shard_path
-from outliermerge.planning.sidecars import sidecar_bytes
+from outliermerge.planning.sidecars import sidecar_contents
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
 
 MANIFEST_FORMAT = 1
+_MAX_VALUES = 10_000_000  # of one of 46,000 tensors and eight models: some 5 million
 CARD_NAME = "README.md"
 # What git, the hub's client and desktops leave in a folder; no loader reads it.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
@@ -68,7 +72,7 @@ def write_sidecars(
     load_check: Verdict | None = None,
 ) -> dict[str, Any]:
     """Write everything but the weights into an output, the manifest last, and return it."""
-    contents = sidecar_bytes(plan)
+    contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
     contents |= {name: text.encode() for name, text in indexes.items()}
     if not plan.is_one_file:
@@ -194,18 +198,32 @@ def _model_card(plan: Plan) -> str:
     front += ["tags:", "- merge", "- outliermerge", "---"]
     method = plan.spec.method
     models = "\n".join(
-        f"- `{entry.reference}`" + (" (base)" if entry.role == "base" else "")
+        f"- {_code(entry.reference)}" + (" (base)" if entry.role == "base" else "")
         for entry in plan.inputs
     )
     paper = f" ({method.paper})" if method.paper else ""
     return (
         "\n".join(front)
         + f"\n\n# Merged model\n\nMade by outliermerge {version('outliermerge')} with "
-        + f"`{method.name}`{paper}: {method.summary}\n\n## Models\n\n{models}\n\n"
-        + f"## Recipe\n\n```yaml\n{plan.spec.as_yaml()}```\n\n"
+        + f"{_code(method.name)}{paper}: {method.summary}\n\n## Models\n\n{models}\n\n"
+        + f"## Recipe\n\n{_fenced(plan.spec.as_yaml())}\n\n"
         + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
         + "`outliermerge verify` proves this folder against it.\n"
     )
+
+
+def _code(text: str) -> str:
+    """Return a name from outside as Markdown code, out of which nothing in it can break."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _fenced(yaml: str) -> str:
+    """Return YAML as a block of Markdown, whatever backticks are in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", yaml)), default=0))
+    return f"{fence}yaml\n{yaml}{fence}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -215,13 +233,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         OutlierMergeError: there is none, or it is not one of ours.
     """
     path = manifest_path(folder)
+    data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
+    if data is None:
+        raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise OutlierMergeError(
-            f"{folder}: no {path.name}: not an output of outliermerge"
-        ) from error
-    except (OSError, ValueError) as error:
+        manifest = parse_json(data, max_values=_MAX_VALUES, unique=False)
+    except ValueError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
     entries = {
         "tensors": {"file", "dtype", "shape", "checksum"},

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from outliermerge.errors import SpecError, suggest
+from outliermerge.errors import SpecError, shown, suggest
 from outliermerge.execute import choose_options
 from outliermerge.jobs import Plan
 from outliermerge.merge import plan
 from outliermerge.planning.plan import DEFAULT_MEMORY_BYTES
 from outliermerge.runs import RunResult, output_path, run_plans
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.spec.text import plain_yaml
 
 _KEYS = ("merge_method", "dtype", "out_dtype")
-_OF_MODEL = re.compile(r"models\.(\d+)\.(\w+)")
+_MAX_OUTPUTS = 1000
+_OF_MODEL = re.compile(r"models\.(\d{1,9})\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
     """
     key, equals, text = option.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = plain_yaml(f"[{text}]")
+    except ValueError:
         values = None
     if not (key and equals and text and values) or None in values:
-        raise SpecError(f"--set {option}: write KEY=VALUE,VALUE,… such as t=2,2.5,3")
+        raise SpecError(f"--set {shown(option)}: write KEY=VALUE,VALUE,… such as t=2,2.5,3")
     return key.strip(), values
 
 
@@ -72,6 +73,11 @@ def plan_sweep(
     checked = load_spec(spec)
     if not settings:
         raise SpecError("a sweep needs settings: give --set KEY=VALUE,VALUE,…")
+    if (number := math.prod(map(len, settings.values()))) > _MAX_OUTPUTS:
+        raise SpecError(
+            f"--set: {number:,} combinations, each a whole model, more than the {_MAX_OUTPUTS:,} "
+            "that one sweep may have"
+        )
     variants: dict[str, Variant] = {}
     for values in itertools.product(*settings.values()):
         chosen = dict(zip(settings, values, strict=True))

@@ -672,8 +672,9 @@ def test_a_long_list_of_tensors_is_cut_and_counted(tmp_path, capsys):
 
     assert code == 1
     assert "25 tensor(s) extra:\n" in message
-    assert message.count("not in DIR/base") == 20
-    assert "  … and 5 more\n" in message
+    num_listed = message.count("not in DIR/base")  # fewer where the folders' names are long
+    assert 5 <= num_listed <= 20
+    assert f"  … and {25 - num_listed} more\n" in message
 
 
 def test_missing_base_takes_a_model_as_unchanged(tmp_path, capsys):

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import xxhash
 
+from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.checkpoint.reader import read_exactly
+
 PIECE_ELEMENTS = 65_536
 DIGEST_BYTES = 16
 
@@ -43,3 +46,20 @@ def file_checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def checksum_in_file(descriptor: int, tensor: OutputTensor) -> str:
+    """Return the checksum of a tensor's bytes in an open file.
+
+    Raises:
+        EOFError: the file ends before the tensor does.
+    """
+    elements = 16 * PIECE_ELEMENTS
+    buffer = memoryview(bytearray(elements * tensor.dtype.num_bytes))
+    num_bytes = tensor.num_bytes
+    digests = []
+    for start in range(0, num_bytes, len(buffer)):
+        part = buffer[: min(len(buffer), num_bytes - start)]
+        read_exactly(descriptor, tensor.offset + start, part)
+        digests.append(piece_digests(part, tensor.dtype.num_bytes))
+    return tensor_checksum(digests)

@@ -1,18 +1,32 @@
 """Which files of a folder are read: regular ones that lie in it, not what links elsewhere.
 
-And how small files are written: whole, or not at all.
+And how small files are read, within limits, and written: whole, or not at all.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.hub_cache import blobs_of, is_cached
-from outliermerge.checkpoint.json_text import parse_json
+from outliermerge.checkpoint.json_text import MAX_VALUES, parse_json
 from outliermerge.checkpoint.stamps import note_absent, open_file, refuse_special, refuse_text
 from outliermerge.errors import OutlierMergeError
+
+# What a small file may hold, so that a hostile one costs no memory to speak of: a sparse file of
+# terabytes is made in a moment. The largest that are known: tokenizer.json 33 MB with 2.2 million
+# values (Gemma 3), an index of 9 MB (DeepSeek-V3), our own manifest of 46,000 tensors and eight
+# models 60 MB; a config with 21,000 labels is of 2 MB.
+MAX_SMALL_BYTES, MAX_LARGE_BYTES, MAX_MANIFEST_BYTES = 16 << 20, 64 << 20, 256 << 20
+MAX_SMALL_VALUES = 1_000_000
+_LARGE = re.compile(
+    r"\.index(\.\w+)?\.json$|^(tokenizer|vocab|encoder|tekken|added_tokens)\.json$"
+    r"|\.(?!json|jinja|py)\w+$"
+)
+# Names of files beside the weights that one folder may have.
+MAX_NAMES = 100_000
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -57,15 +71,21 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in paths]
 
 
-def read_bytes(path: Path) -> bytes | None:
+def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
     """Return a small file's bytes, or None where there is no such file.
 
+    Args:
+        max_bytes: what it may hold; by default what files of its name may.
+
     Raises:
-        OutlierMergeError: it is there and cannot be read.
+        OutlierMergeError: it is there and cannot be read, is no regular file, or is too large.
     """
+    limit = max_bytes or _max_bytes(path)
     try:
         with open_file(path) as file:
-            return file.read()
+            status = os.fstat(file.fileno())
+            # What is read is counted too: files grow, and some have no size to tell.
+            data = file.read(limit + 1) if status.st_size <= limit else b""
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_symlink():
             note_absent(path)
@@ -74,6 +94,32 @@ def read_bytes(path: Path) -> bytes | None:
         raise OutlierMergeError(f"{path}: {what}") from error
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+    _check_size(path, max(len(data), status.st_size), limit)
+    return data
+
+
+def small_bytes(path: Path) -> bytes:
+    """Return the bytes of a small file that has to be there.
+
+    Raises:
+        OutlierMergeError: as for read_bytes, or it is not there.
+    """
+    data = read_bytes(path)
+    if data is None:
+        raise OutlierMergeError(f"{path}: is gone. Fetch the model again.")
+    return data
+
+
+def _check_size(path: Path, num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise OutlierMergeError(
+            f"{path}: has {num_bytes:,} bytes, more than the {limit:,} that such a file may have. "
+            "Fetch it again; take it out of the folder if it is no part of the model."
+        )
+
+
+def _max_bytes(path: Path) -> int:
+    return MAX_LARGE_BYTES if _LARGE.search(path.name) else MAX_SMALL_BYTES
 
 
 def load_json(path: Path) -> Any:
@@ -87,7 +133,11 @@ def load_json(path: Path) -> Any:
         return None
     try:
         # The tokenizers library reads this one; Python's parser the others.
-        return parse_json(data, infinite=path.name != "tokenizer.json")
+        return parse_json(
+            data,
+            infinite=path.name != "tokenizer.json",
+            max_values=MAX_VALUES if _LARGE.search(path.name) else MAX_SMALL_VALUES,
+        )
     except ValueError as error:
         raise OutlierMergeError(f"{path}: {error}") from error
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 from outliermerge.checkpoint.meta import LFS_POINTER, POINTER_ADVICE
+from outliermerge.errors import quoted, shown
 
+# A value takes some hundred bytes of memory, whatever its text takes. Gemma 3's tokenizer.json has
+# 2.2 million; no file of a model is nested deeper than ten.
+MAX_VALUES, MAX_DEPTH = 4_000_000, 100
 _WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
 _END = re.compile(r"\s*\Z")
 
 
-def parse_json(data: bytes, *, infinite: bool = True) -> Any:
+def parse_json(
+    data: bytes, *, infinite: bool = True, max_values: int = MAX_VALUES, unique: bool = True
+) -> Any:
     """Return the value of a JSON text.
 
     Python's parser takes more than others: UTF-16, NaN, a key that stands twice. What loaders
@@ -21,25 +28,49 @@ def parse_json(data: bytes, *, infinite: bool = True) -> Any:
     Args:
         data: the file's bytes.
         infinite: take `Infinity`, which transformers 4 writes into configs (Mamba 2).
+        max_values: how many values and names it may hold.
+        unique: refuse a key that stands twice in an object.
 
     Raises:
         ValueError: it is no such text; the message tells what was found, and what to do.
     """
     text = utf8_text(data)
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError("is empty. Fetch it again.")
+    # Before the parser makes objects of them. Signs in texts count too: few files have many.
+    if (num_values := sum(map(text.count, "{[,:"))) > max_values:
+        raise ValueError(
+            f"has some {num_values:,} values, more than the {max_values:,} that such a file may "
+            "have. Fetch it again."
+        )
 
     def constant(word: str) -> float:
         if word == "NaN" or not infinite:
-            raise ValueError(f"has {word}, which is no JSON number. Correct it.")
+            raise ValueError(f"has {shown(word)}, which is no JSON number. Correct it.")
         return float(word)
 
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=constant)
+        value = json.loads(
+            text, object_pairs_hook=_object if unique else None, parse_constant=constant
+        )
+        if not _is_deeper(value, MAX_DEPTH):
+            return value
     except json.JSONDecodeError as error:
         raise ValueError(_found(error)) from error
-    except RecursionError as error:
-        raise ValueError("has lists or objects too deep in one another. Fetch it again.") from error
+    except RecursionError:
+        pass
+    raise ValueError(
+        f"has lists or objects too deep in one another, more than {MAX_DEPTH}. Fetch it again."
+    )
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Tell whether lists and objects are deeper in one another than so many."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def utf8_text(data: bytes) -> str:
@@ -78,10 +109,11 @@ def refuse_other_content(data: bytes) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(
-            f"has the key {twice!r} twice in one object, of which loaders take one. Take one out."
+            f"has the key {quoted(twice)} twice in one object, of which loaders take one. "
+            "Take one out."
         )
     return value
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.files import small_bytes
+from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.meta import refuse_lfs_pointer
-from outliermerge.checkpoint.stamps import is_there, open_file, same_bytes
-from outliermerge.errors import OutlierMergeError
+from outliermerge.checkpoint.stamps import is_there, same_bytes
+from outliermerge.errors import OutlierMergeError, quoted
 
 # The first found is used. Not spiece.model and sentencepiece.bpe.model: their models shift the
 # pieces' numbers.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _ADDED = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKEN_FILES = frozenset((*_VOCABULARIES, *_ADDED))
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -77,8 +79,9 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
         if len(tokens) < len(ids):
             token, id_ = next((t, i) for t, i in ids.items() if tokens[i] != t)
             raise OutlierMergeError(
-                f"{root / main}: the tokenizers library gives {token!r} and {tokens[id_]!r} one "
-                f"id, {id_}, as its vocabulary leaves ids out. Give each token an id of its own."
+                f"{root / main}: the tokenizers library gives {quoted(token)} and "
+                f"{quoted(tokens[id_])} one id, {id_}, as its vocabulary leaves ids out. Give each "
+                "token an id of its own."
             )
         return tokens
     with _Named(root / main):
@@ -111,11 +114,7 @@ def _read(paths: Iterable[Path]) -> dict[str, bytes]:
     contents = {}
     for path in paths:
         refuse_lfs_pointer(path)
-        try:
-            with open_file(path) as file:
-                contents[path.name] = file.read()
-        except OSError as error:
-            raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+        contents[path.name] = small_bytes(path)
     return contents
 
 
@@ -191,7 +190,7 @@ def _lines(data: bytes) -> dict[int, str]:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
+    value = parse_json(data, unique=False)
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")
     return value
@@ -204,7 +203,7 @@ def _inverted(ids: Mapping[str, Any]) -> dict[int, str]:
 def _checked(pair: tuple[Any, Any]) -> tuple[int, str]:
     id_, token = pair
     if type(id_) is not int or id_ < 0 or not isinstance(token, str):
-        raise ValueError(f"{token!r} with id {id_!r} is not a token")
+        raise ValueError(f"{quoted(token)} with id {quoted(id_)} is not a token")
     return id_, token
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
+from outliermerge.checkpoint.checksum import checksum_in_file
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
+from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Plan
@@ -267,15 +268,18 @@ class OutputFolder:
         self.done[job.name] = result
         self._journal.add({"tensor": job.name} | asdict(result))
 
-    def write_files(self, contents: Mapping[str, bytes]) -> None:
-        """Write files beside the weights; those of an earlier run are replaced."""
+    def write_files(self, contents: Mapping[str, bytes | Path]) -> None:
+        """Write files beside the weights, or copy them; those of an earlier run are replaced."""
         self._journal.add({"files": sorted(contents)})
         for name, data in contents.items():
             path = self.path / name
             try:
                 descriptor = make_inside(self.path, name)
                 try:
-                    write_exactly(descriptor, 0, memoryview(data))
+                    position = 0
+                    for part in _parts(data):
+                        write_exactly(descriptor, position, memoryview(part))
+                        position += len(part)
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
@@ -356,21 +360,17 @@ def finish_interrupted(final: Path) -> None:
             journal.close()
 
 
-def checksum_in_file(descriptor: int, tensor: OutputTensor) -> str:
-    """Return the checksum of a tensor's bytes in an open file.
-
-    Raises:
-        EOFError: the file ends before the tensor does.
-    """
-    elements = 16 * PIECE_ELEMENTS
-    buffer = memoryview(bytearray(elements * tensor.dtype.num_bytes))
-    num_bytes = tensor.num_bytes
-    digests = []
-    for start in range(0, num_bytes, len(buffer)):
-        part = buffer[: min(len(buffer), num_bytes - start)]
-        read_exactly(descriptor, tensor.offset + start, part)
-        digests.append(piece_digests(part, tensor.dtype.num_bytes))
-    return tensor_checksum(digests)
+def _parts(data: bytes | Path) -> Iterator[bytes]:
+    """Yield the bytes of a file to be copied, some at a time, or of what is in memory."""
+    if isinstance(data, bytes):
+        yield data
+        return
+    try:
+        with open_file(data) as file:
+            while part := file.read(1 << 20):
+                yield part
+    except OSError as error:
+        raise OutlierMergeError(f"{data}: cannot be read: {error.strerror}") from error
 
 
 def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

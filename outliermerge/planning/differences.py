@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.files import load_json, read_bytes
-from outliermerge.checkpoint.json_text import utf8_text
+from outliermerge.checkpoint.files import load_json, small_bytes
 from outliermerge.checkpoint.model_types import effective_config
 from outliermerge.checkpoint.stamps import same_bytes
 from outliermerge.planning.owners import check_content
@@ -174,7 +173,7 @@ def chat_template(files: Mapping[str, Path]) -> Any:
     """Return a model's chat template from the file that transformers would take it from."""
     if jinja := files.get("chat_template.jinja"):
         check_content(jinja)
-        return utf8_text(read_bytes(jinja) or b"")
+        return small_bytes(jinja).decode("utf-8")
     for file in ("chat_template.json", "tokenizer_config.json"):
         if file in files and (template := read_json(files[file]).get("chat_template")):
             return template

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.files import check_file, load_json, read_bytes
+from outliermerge.checkpoint.files import check_file, load_json, small_bytes
 from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
 from outliermerge.checkpoint.stamps import same_bytes
 from outliermerge.errors import OutlierMergeError
@@ -131,13 +131,13 @@ def _auto_map(auto_map: Any) -> Iterator[tuple[str, str]]:
 
 
 def _add_imports(name: str, files: Mapping[str, Path], found: set[str]) -> None:
-    if name in found:
-        return
-    found.add(name)
-    if name in files:
-        text = (read_bytes(files[name]) or b"").decode("utf-8", "replace")
-        for match in _RELATIVE.finditer(text):
-            _add_imports(f"{match[1] or match[2]}.py", files, found)
+    left = [name]
+    while left:
+        name = left.pop()
+        if name not in found and name in files:
+            text = small_bytes(files[name]).decode("utf-8", errors="replace")
+            left += [f"{match[1] or match[2]}.py" for match in _RELATIVE.finditer(text)]
+        found.add(name)
 
 
 def check_content(path: Path) -> None:
@@ -152,7 +152,7 @@ def check_content(path: Path) -> None:
         else:
             load_json(path)
         return
-    data = read_bytes(path) or b""
+    data = small_bytes(path)
     try:
         if path.suffix == ".py":  # Python passes over a byte order mark
             data = data.removeprefix(b"\xef\xbb\xbf")

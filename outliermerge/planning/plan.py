@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
-from outliermerge.checkpoint.stamps import Watched, refuse_text, watching
+from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, watching
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
@@ -23,7 +24,7 @@ from outliermerge.planning.output_names import written_names
 from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
-from outliermerge.planning.sidecars import choose_sidecars, sidecar_bytes
+from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
 from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
@@ -48,7 +49,9 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     """
     with watching(Watched()) as watched:
         plan = _Planner(spec).plan(shard_bytes)
-        sidecar_bytes(plan)  # what cannot be written is refused before any work
+        for content in sidecar_contents(plan).values():  # what cannot be written is refused now
+            if isinstance(content, Path):
+                open_file(content).close()
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
     return replace(plan, files=watched.stamps)

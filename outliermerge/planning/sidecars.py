@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import language_levels, read_json
-from outliermerge.checkpoint.files import read_bytes
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
+from outliermerge.checkpoint.tokens import TOKEN_FILES
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
@@ -129,15 +130,23 @@ def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
     return next((entry for entry in inputs if entry.reference == wanted), inputs[0])
 
 
-def sidecar_bytes(plan: Plan) -> dict[str, bytes]:
-    """Return the contents of every file that is carried over, with what the merge changes."""
-    contents = {sidecar.name: read_bytes(sidecar.path) or b"" for sidecar in plan.sidecars}
+def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
+    """Return what every file that is carried over holds: its bytes where the merge may change it.
+
+    Of the others the file itself, to be copied.
+    """
+    files: dict[str, bytes | Path] = {sidecar.name: sidecar.path for sidecar in plan.sidecars}
+    contents = {
+        sidecar.name: small_bytes(sidecar.path)
+        for sidecar in plan.sidecars
+        if sidecar.path.name == "config.json" or sidecar.path.name in TOKEN_FILES
+    }
     for name, data in contents.items():
         if name.rpartition("/")[2] == "config.json":
             contents[name] = _changed_json(data, lambda config: _change_config(config, plan))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
-    return contents
+    return files | contents
 
 
 def _changed_json(data: bytes, change: Any) -> bytes:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.files import read_bytes
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.tokens import load_tokens, token_files
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.jobs import Plan
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -47,7 +47,9 @@ def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[
     found: dict[str, dict[str, Any]] = {}
     for root in roots:
         found = added_entries(root) | found
-    if ordinary := [f"{t!r} of {name}" for t, name in tokens.items() if t not in found]:
+    lost = {token: name for token, name in tokens.items() if token not in found}
+    if lost:
+        ordinary = [f"{quoted(token)} of {shown(name)}" for token, name in lost.items()]
         raise OutlierMergeError(
             "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
             f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
@@ -74,7 +76,7 @@ def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
 
 def read_files(root: Path) -> dict[str, bytes]:
     """Return the contents of the files that tell a tokenizer's ids."""
-    return {path.name: read_bytes(path) or b"" for path in token_files(root)}
+    return {path.name: small_bytes(path) for path in token_files(root)}
 
 
 def extend(

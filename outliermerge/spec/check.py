@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from outliermerge.errors import OutlierMergeError, SpecError, as_path, suggest
+from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
 from outliermerge.method import MergeMethod
 from outliermerge.methods import find_method
 from outliermerge.spec.document import (
@@ -26,6 +26,7 @@ from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
 from outliermerge.spec.text import Source, parse_yaml, read_text
 
+_MAX_PROBLEMS = 10
 _NOT_YET = {
     "slices": "give whole `models`",
     "modules": "give whole `models`",
@@ -127,7 +128,10 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
     try:
         document = SpecDocument.model_validate(raw)
     except ValidationError as error:
-        messages = [str(_explain(problem, raw, source)) for problem in error.errors()]
+        problems = error.errors(include_url=False)
+        messages = [str(_explain(problem, raw, source)) for problem in problems[:_MAX_PROBLEMS]]
+        if (more := len(problems) - len(messages)) > 0:
+            messages.append(f"… and {more} more")
         raise SpecError("\n".join(messages)) from error
     try:
         method = find_method(document.merge_method)
@@ -166,7 +170,7 @@ def _check_sources(document: SpecDocument, source: Source) -> None:
             advice = (
                 ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
             )
-            raise source.error((key,), f"{wanted!r} is none of the models{advice}")
+            raise source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
 
 
 def _base(document: SpecDocument, source: Source) -> ModelSpec | None:
@@ -194,7 +198,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
         if identity in first_place:
             raise source.error(
                 (*path, "model"),
-                f"{entry.model!r} stands twice, first as models[{first_place[identity]}]",
+                f"{quoted(entry.model)} stands twice, first as models[{first_place[identity]}]",
             )
         first_place[identity] = index
         if identity == base:
@@ -228,7 +232,7 @@ def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, sour
     if entry.parameters and method.space == "delta":
         raise source.error(
             (*path, "parameters"),
-            f"{entry.model!r} is the base model: it has no task vector, "
+            f"{quoted(entry.model)} is the base model: it has no task vector, "
             "so its parameters have no effect. Remove them.",
             at_key=True,
         )
@@ -236,7 +240,7 @@ def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, sour
         if getattr(entry, key) is not None:
             where = " Write it under `base_model`." if key == "rename" else " Remove it."
             raise source.error(
-                (*path, key), f"{entry.model!r} is the base model.{where}", at_key=True
+                (*path, key), f"{quoted(entry.model)} is the base model.{where}", at_key=True
             )
 
 
@@ -255,7 +259,7 @@ def _settings(
             known = [p.name for p in method.parameters.values() if p.per_model or not of_model]
             raise SettingError(
                 (*path, name),
-                f"{method.name} has no parameter {name!r}. {suggest(name, known)}",
+                f"{method.name} has no parameter {quoted(name)}. {suggest(name, known)}",
                 at_key=True,
             )
         if of_model and not parameter.per_model:
@@ -271,7 +275,7 @@ def _settings(
 
 def _describe(value: object) -> str:
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(value), repr(value))
+    return kinds.get(type(value), quoted(value))
 
 
 def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
@@ -292,7 +296,7 @@ def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
                 method = None
             if method is not None and name in method.parameters:
                 advice = f"It is a parameter of {method.name}: put it under `parameters`."
-            return source.error(path, f"unknown key {name!r}. {advice}", at_key=True)
+            return source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
         case "missing":
             return source.error(path[:-1], f"`{path[-1]}` is missing")
         case "literal_error":

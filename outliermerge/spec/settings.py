@@ -8,10 +8,14 @@ that matches wins. A list of n numbers is a gradient: at position p from 0 (firs
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from outliermerge.errors import quoted
+
+# More values of a gradient than any model has layers, and more filters than are told apart in time.
+_MAX_GRADIENT, _MAX_ENTRIES = 1000, 10_000
 SpecPath = tuple[str | int, ...]
 
 
@@ -74,9 +78,10 @@ def parse_setting(raw: object, parameter: _Checked, path: SpecPath) -> Setting:
     if isinstance(raw, Mapping):
         return Setting((_conditional(raw, parameter, path),))
     if isinstance(raw, list) and raw and isinstance(raw[0], Mapping):
+        _check_number(raw, _MAX_ENTRIES, "entries", path)
         for index, item in enumerate(raw):
             if not isinstance(item, Mapping):
-                raise SettingError((*path, index), f"found {item!r}, expected a filter entry")
+                raise SettingError((*path, index), f"found {quoted(item)}, expected a filter entry")
         return Setting(
             tuple(_conditional(item, parameter, (*path, index)) for index, item in enumerate(raw))
         )
@@ -87,13 +92,14 @@ def _conditional(raw: Mapping[str, Any], parameter: _Checked, path: SpecPath) ->
     for key in raw:
         if key not in ("filter", "value"):
             raise SettingError(
-                (*path, key), f"unknown key {key!r}. Valid: filter, value.", at_key=True
+                (*path, key), f"unknown key {quoted(key)}. Valid: filter, value.", at_key=True
             )
     if "value" not in raw:
         raise SettingError(path, "an entry with a filter needs a `value`")
     name = raw.get("filter")
     if name is not None and (not isinstance(name, str) or not name):
-        raise SettingError((*path, "filter"), f"found {name!r}, expected a part of a tensor's name")
+        found = quoted(name)
+        raise SettingError((*path, "filter"), f"found {found}, expected a part of a tensor's name")
     return _entry(raw["value"], parameter, None if name == "*" else name, (*path, "value"))
 
 
@@ -102,11 +108,12 @@ def _entry(raw: object, parameter: _Checked, name: str | None, path: SpecPath) -
     items: list[Any] = raw if isinstance(raw, list) else [raw]
     if not items:
         raise SettingError(path, "found an empty list, expected at least one value")
+    _check_number(items, _MAX_GRADIENT, "values", path)
     values = []
     for index, item in enumerate(items):
         place = (*path, index) if is_gradient else path
         if isinstance(item, (list, Mapping)) or item is None:
-            found = "nothing" if item is None else repr(item)
+            found = "nothing" if item is None else quoted(item)
             raise SettingError(
                 place, f"found {found}, expected a value, a list of values or filter entries"
             )
@@ -115,6 +122,13 @@ def _entry(raw: object, parameter: _Checked, name: str | None, path: SpecPath) -
         except ValueError as error:
             raise SettingError(place, str(error)) from error
     return Entry(name, tuple(values), is_gradient, path)
+
+
+def _check_number(items: Sequence[object], most: int, what: str, path: SpecPath) -> None:
+    if len(items) > most:
+        raise SettingError(
+            (*path, most), f"found {len(items):,} {what}, of which there may be {most:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ class _Choice:
     def check(self, value: object) -> str:
         if not isinstance(value, str) or value not in self.words:
             expected = ", ".join(map(repr, self.words[:-1])) + f" or {self.words[-1]!r}"
-            raise ValueError(f"found {value!r}, expected {expected}")
+            raise ValueError(f"found {quoted(value)}, expected {expected}")
         return value
 
 

@@ -9,8 +9,15 @@ from typing import Any
 
 import yaml
 
-from outliermerge.errors import SpecError
+from outliermerge.checkpoint.files import read_bytes
+from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.spec.settings import SpecPath
+
+# What a spec may hold. One with a filter for every layer of a hundred models has some 40,000 values
+# in 1 MB; YAML is read at some 40,000 values in a second, and aliases make of a few lines any
+# number of values, so that those are counted that they stand for.
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2 << 20, 100_000, 50
+_MAX_NUMBER = 1000  # signs of a number or date, of which Python makes one in quadratic time
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Source:
             if mark := marks.get(path[:end]) or self.keys.get(path[:end]):
                 place = f"{self.file}:{mark[0]}:{mark[1]}"
                 break
-        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+        name = "".join(f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in path)
         return SpecError(f"{place}: {name.lstrip('.') + ': ' if name else ''}{message}")
 
 
@@ -40,11 +47,13 @@ def read_text(path: Path, *, absent: str) -> str:
         SpecError: it cannot be read; `absent` is what to say where there is none.
     """
     try:
-        return path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: {absent}") from error
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
+        data = read_bytes(path, max_bytes=MAX_BYTES)
+    except OutlierMergeError as error:
+        raise SpecError(str(error)) from error
+    if data is None:
+        raise SpecError(f"{path}: {absent}")
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
 
@@ -53,7 +62,7 @@ def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
     """Return a YAML document's value and where its parts are.
 
     Raises:
-        SpecError: it is not valid YAML, or a key stands twice or is not a text.
+        SpecError: it is not valid YAML, holds too much, or a key stands twice or is not a text.
     """
     keys: dict[SpecPath, tuple[int, int]] = {}
     values: dict[SpecPath, tuple[int, int]] = {}
@@ -70,21 +79,70 @@ def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
         if problem.startswith("but ") and error.context:
             problem = f"{error.context} {problem}"
         raise SpecError(f"{place}: not valid YAML: {problem}") from error
+    except SpecError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, SpecError):
-            raise
         raise SpecError(f"{file}: not valid YAML: {error}") from error
     source = Source(file, keys, values)
     return raw, source
 
 
+def plain_yaml(text: str) -> Any:
+    """Return the value of a short YAML text, such as an option's.
+
+    Raises:
+        ValueError: it is not valid YAML, or holds too much.
+    """
+    try:
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it has {len(text):,} characters, the limit is {MAX_BYTES:,}")
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(error.problem or error.context or "cannot be read") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
 class _Loader(yaml.SafeLoader):
-    """Gives values that Python refuses, such as the date 2024-13-45, their place."""
+    """Counts values before they are made, and gives those that Python refuses their place."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_values = self._depth = 0
+        self._sizes: dict[str | None, int] = {}  # by anchor, how many values it stands for
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._num_values
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self._sizes:
+                self._refuse("it contains itself", self.anchors[event.anchor])
+            self._num_values += self._sizes.get(event.anchor, 0)
+        self._num_values += 1
+        self._depth += 1
+        if self._num_values > MAX_VALUES:
+            self._refuse(f"here it has more than {MAX_VALUES:,} values, the limit", event)
+        if self._depth > MAX_DEPTH:
+            self._refuse(f"more than {MAX_DEPTH} lists and mappings in one another", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
+            self._sizes[event.anchor] = self._num_values - before
+        return node
+
+    def _refuse(self, problem: str, event: Any) -> None:
+        raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
+            if (
+                isinstance(node, yaml.ScalarNode)
+                and len(node.value) > _MAX_NUMBER
+                and node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:binary")
+            ):
+                raise ValueError(f"a number of {len(node.value):,} characters. Put texts in quotes")
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise yaml.constructor.ConstructorError(
                 None, None, str(error), node.start_mark
             ) from error
@@ -125,7 +183,7 @@ def _record_marks(
                     )
                 if (*path, key.value) in keys:
                     raise SpecError(
-                        f"{file}:{mark[0]}:{mark[1]}: the key {key.value!r} stands twice, "
+                        f"{file}:{mark[0]}:{mark[1]}: the key {quoted(key.value)} stands twice, "
                         f"first in line {keys[(*path, key.value)][0]}"
                     )
                 keys[(*path, key.value)] = mark

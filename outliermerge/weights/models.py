@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import yaml
-
 from outliermerge.checkpoint.meta import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted
 from outliermerge.jobs import Input
 from outliermerge.planning.inputs import open_model
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
 from outliermerge.spec.settings import SettingError
+from outliermerge.spec.text import plain_yaml
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ def open_subject(
 
 def _parsed(rename: str | None) -> object:
     try:
-        return yaml.safe_load(rename) if rename is not None else None
-    except yaml.YAMLError as error:
-        raise SpecError(f"--rename: {rename!r} is not YAML: {error}") from error
+        return plain_yaml(rename) if rename is not None else None
+    except ValueError as error:
+        raise SpecError(f"--rename: {quoted(rename)} is not YAML: {error}") from error
 
 
 def _subject(
