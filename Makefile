@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu check \
+.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults check \
 	bench bench-check bench-gpu clean
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
+
+faults: $(VENV)/.dev ## make every call on a file fail in turn (a quarter of an hour)
+	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
 
 check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.exact import are_whole, same_values
+from outliermerge.failures import failure
 from outliermerge.jobs import Job, Options, Plan
 from outliermerge.kernel_engine import KernelEngine
 from outliermerge.planning.buffers import maps_rows
@@ -261,10 +262,9 @@ class JobRunner:
             except (OSError, EOFError) as error:
                 self._read_all(work, span)  # says where, if it fails again
                 # Some of it may have been counted: it must not be measured twice.
-                raise OutlierMergeError(
-                    f"tensor {work.job.name!r}: reading it failed for a moment: {error}. "
-                    "The same command goes on from here."
-                ) from error
+                number = error.filename if isinstance(error, OSError) else error.args[1]
+                source = work.job.sources[number if isinstance(number, int) else 0][1]
+                raise failure(source.stored[0].path, "read", error, tensor=work.job.name) from error
 
         needs = yield from measure_needs(
             tasks,

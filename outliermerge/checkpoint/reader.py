@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.meta import Source, TensorMeta
 from outliermerge.checkpoint.stamps import current_watch, open_input
-from outliermerge.errors import OutlierMergeError
+from outliermerge.failures import failure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,9 +96,7 @@ class Reader:
                 position = meta.offset + start * meta.dtype.num_bytes
                 read_exactly(self.descriptor(meta.path), position, out)
         except (OSError, EOFError) as error:
-            raise OutlierMergeError(
-                f"{meta.path}: tensor {meta.name!r}: cannot be read: {error}"
-            ) from error
+            raise failure(meta.path, "read", error, tensor=meta.name) from error
 
     def descriptor(self, path: Path) -> int:
         """Return the descriptor of a file, opened for reading."""

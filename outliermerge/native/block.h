@@ -30,6 +30,7 @@ typedef struct {
 typedef struct {
     Place *places;
     size_t num_sources, num_models, num_elements;
+    size_t failed; /* the number of the source that could not be read */
     const char **data; /* of each source, where the current piece begins */
     char *scratch;     /* pieces that are read from files */
     Py_buffer digests; /* of each source's pieces (S, pieces); none where buf is NULL */
@@ -170,8 +171,9 @@ static int read_all(const Place *place, size_t start, size_t num, char *into) {
 static int write_bytes(int file, const char *from, size_t left, int64_t position) {
     while (left > 0) {
         ssize_t put = pwrite(file, from, left, (off_t)position);
-        if (put < 0) {
-            if (errno == EINTR) continue;
+        if (put <= 0) {
+            if (put < 0 && errno == EINTR) continue;
+            if (put == 0) errno = EIO; /* trying again might never end */
             return 0;
         }
         from += put;
@@ -241,7 +243,10 @@ static uint8_t *digest_in(PyObject *bytes, size_t piece) {
 static int fetch(Block *block, size_t start, size_t num) {
     size_t num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     for (size_t source = 0; source < block->num_sources; source++) {
-        if (!fetch_source(block, source, start, num)) return 0;
+        if (!fetch_source(block, source, start, num)) {
+            block->failed = source;
+            return 0;
+        }
         if (block->digests.buf != NULL)
             digest(block->places + source, block->data[source], num,
                    (uint8_t *)block->digests.buf +
@@ -250,22 +255,22 @@ static int fetch(Block *block, size_t start, size_t num) {
     return 1;
 }
 
-/* What a failed read or write raises; the caller does the block again to say where. */
-static void raise_failure(int error) {
-    if (error == 0)
-        PyErr_SetString(PyExc_EOFError, "a file ended early");
-    else {
-        errno = error;
-        PyErr_SetFromErrno(PyExc_OSError);
-    }
+/* Raise what a failed read or write ended with: the last argument is the number of its place. */
+static void raise_failure(int error, size_t place) {
+    PyObject *type = error == 0 ? PyExc_EOFError : PyExc_OSError;
+    PyObject *arguments = error == 0 ? Py_BuildValue("(sn)", "the file ends early", (Py_ssize_t)place)
+                                     : Py_BuildValue("(isn)", error, strerror(error), (Py_ssize_t)place);
+    if (arguments != NULL) PyErr_SetObject(type, arguments);
+    Py_XDECREF(arguments);
 }
 
-/* Release the block and what it gave, raising where reading it failed. */
+/* Release the block and what it gave, raising where a place failed. */
 static PyObject *finished(Block *block, PyObject *result, int failed, int error) {
+    size_t place = block->failed;
     release(block);
     if (failed) {
         Py_CLEAR(result);
-        raise_failure(error);
+        raise_failure(error, place);
     }
     return result;
 }

@@ -4,7 +4,9 @@
  * bfloat16, e float16, f float32), and a buffer or (file descriptor, position). With is_delta the
  * first source is the base, and the models are taken less it. A fifth entry, a writable buffer, gets
  * a digest of each source's pieces as they are read (S, pieces, 16 bytes). Failed reads and writes raise
- * OSError or EOFError. setup.py compiles this file for several generations of processors. */
+ * OSError(errno, text, place) or EOFError(text, place): the number of the source, or the number of
+ * sources and that of the output. What is interrupted or done in part is gone on with. setup.py
+ * compiles this file for several generations of processors. */
 #include "distribution.h"
 #include "measure.h"
 #include "merge.h"
@@ -24,7 +26,7 @@ PyDoc_STRVAR(copy_doc,
              "of 16 bytes for each piece of 65,536 elements. scratch is as for merge.");
 
 static PyObject *py_copy(PyObject *module, PyObject *args) {
-    int code, failed = 0, error = 0, is_finite = 1;
+    int code, failed = 0, writes = 0, error = 0, is_finite = 1;
     Py_ssize_t num_elements;
     PyObject *source, *target;
     Place from, to;
@@ -61,12 +63,12 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
             digest(&from, data, num, digest_in(digests, start / PIECE));
         }
         if (!failed && to.file >= 0) {
-            failed = !write_all(&to, num_all, all);
+            failed = writes = !write_all(&to, num_all, all);
             error = errno;
         }
         Py_END_ALLOW_THREADS;
         if (failed)
-            raise_failure(error);
+            raise_failure(error, (size_t)writes);
         else
             result = Py_BuildValue("(NO)", PyBool_FromLong(is_finite), digests);
     }

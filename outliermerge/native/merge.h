@@ -170,6 +170,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
             failed = variant->out.file >= 0 &&
                      !write_all(&variant->out, block.num_elements, variant->stored);
             error = errno;
+            if (failed) block.failed = block.num_sources + i;
         }
         Py_END_ALLOW_THREADS;
         PyObject *results = PyTuple_New((Py_ssize_t)num_variants);

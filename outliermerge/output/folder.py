@@ -16,6 +16,7 @@ from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.failures import failure, naming
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Plan
 from outliermerge.machine import open_direct
@@ -160,7 +161,7 @@ class OutputFolder:
         try:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutlierMergeError(f"{self.path}: cannot be made: {error.strerror}") from error
+            raise failure(self.path, "made", error) from error
         self._journal.add({"folder": inode(self.path)})
         self._journal.sync()  # what is in the folder is known as ours after a power cut too
         self._is_begun = True
@@ -200,9 +201,7 @@ class OutputFolder:
             write_exactly(descriptor, 0, memoryview(shard.header))
         except OSError as error:
             os.close(descriptor)
-            raise OutlierMergeError(
-                f"{path}: no room for {shard.num_bytes:,} bytes: {error.strerror}"
-            ) from error
+            raise failure(path, "made", error, needed_bytes=shard.num_bytes) from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -238,10 +237,8 @@ class OutputFolder:
             try:
                 found = checksum_in_file(self._files[tensor.file], tensor)
             except OSError as error:
-                raise OutlierMergeError(
-                    f"{self.path / tensor.file}: tensor {name!r}: cannot be read back: "
-                    f"{error.strerror}"
-                ) from error
+                path = self.path / tensor.file
+                raise failure(path, "read back", error, tensor=name) from error
             if found != result.checksum:
                 del self.done[name]
 
@@ -255,13 +252,13 @@ class OutputFolder:
         try:
             write_exactly(*self.place(tensor, start)[:2], data)
         except OSError as error:
-            raise OutlierMergeError(
-                f"{self.path / tensor.file}: cannot be written: {error.strerror}"
-            ) from error
+            path = self.path / tensor.file
+            raise failure(path, "written", error, tensor=tensor.name) from error
 
     def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         """Read back elements from `start` on."""
-        read_exactly(*self.place(tensor, start)[:2], out)
+        with naming(self.path / tensor.file, "read back", tensor=tensor.name):
+            read_exactly(*self.place(tensor, start)[:2], out)
 
     def record(self, job: Job, result: JobResult) -> None:
         """Note in the journal that a tensor is written; for one thread at a time."""
@@ -284,7 +281,7 @@ class OutputFolder:
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                raise OutlierMergeError(f"{path}: cannot be written: {error.strerror}") from error
+                raise failure(path, "written", error) from error
 
     def finish(self, files: Iterable[str]) -> None:
         """Have everything reach the disk, and say in the journal that names change now.
@@ -299,15 +296,11 @@ class OutputFolder:
         wanted = {*files, *self._files}
         remove_files(self.path, self._beside - wanted)
         self._refuse_foreign(set(files_in(self.path)) - wanted)
-        try:
+        with naming(self.path, "brought to the disk"):
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             for root, _, _ in os.walk(self.path):
                 sync(Path(root))
-        except OSError as error:
-            raise OutlierMergeError(
-                f"{self.path}: cannot be brought to the disk: {error.strerror}"
-            ) from error
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)
 
@@ -370,7 +363,7 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
             while part := file.read(1 << 20):
                 yield part
     except OSError as error:
-        raise OutlierMergeError(f"{data}: cannot be read: {error.strerror}") from error
+        raise failure(data, "read", error) from error
 
 
 def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.failures import failure
 from outliermerge.output.names import journal_path
 
 # What every journal of ours begins with. The number rises when older versions cannot read it.
@@ -127,7 +128,7 @@ class Journal:
         try:
             action()
         except OSError as error:
-            raise OutlierMergeError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise failure(self.path, "written", error) from error
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -166,10 +167,7 @@ def _locked(path: Path, final: Path) -> int:
                     "or choose another output."
                 ) from error
             os.close(descriptor)
-            raise OutlierMergeError(
-                f"{path}: cannot be locked: {error.strerror}. Choose an output on a file system "
-                "with locks."
-            ) from error
+            raise failure(path, "locked", error) from error
         os.close(descriptor)
 
 
@@ -187,9 +185,9 @@ def _opened(path: Path) -> int:
             0o644,
         )
     except OSError as error:
-        is_other = error.errno in (errno.ELOOP, errno.EISDIR)
-        why = "is a link or a folder" if is_other else f"cannot be made: {error.strerror}"
-        raise OutlierMergeError(f"{path}: {why}. Choose another output.") from error
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise failure(path, "made", error) from error
+        raise OutlierMergeError(f"{path}: is a link or a folder. Choose another output.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OutlierMergeError(f"{path}: is no regular file. Move it away.")

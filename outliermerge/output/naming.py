@@ -13,6 +13,7 @@ from pathlib import Path
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
+from outliermerge.failures import failure
 from outliermerge.output.journal import Journal
 from outliermerge.output.names import manifest_path, partial_folder, replaced_path
 from outliermerge.output.ownership import owned_files
@@ -88,12 +89,13 @@ def finish_naming(journal: Journal) -> Path | None:
         except OSError as error:
             for other in reversed(done):
                 _take_back(journal, other)
-            why = f"cannot get its name: {error.strerror}"
+            why = str(failure(target, "given its name", error))
             if isinstance(error, FileExistsError):
-                why = "something else has got this name while the merge ran; it is left alone"
+                why = f"{target}: something else has got this name while the merge ran; it is left "
+                why += "alone."
             raise OutlierMergeError(
-                f"{target}: {why}. What was written stays in {partial_folder(journal.final)}, and "
-                "the same command goes on from there."
+                f"{why} What was written stays in {partial_folder(journal.final)}, and the same "
+                "command goes on from there."
             ) from error
         done.append(move)
     sync(journal.final.absolute().parent)

@@ -1,0 +1,88 @@
+"""What a person is told when a file cannot be read or written: which, why, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from outliermerge.errors import OutlierMergeError
+
+_ADVICE = {
+    errno.EIO: "The disk, or what connects it, fails: the system's log (dmesg) says more. Copy "
+    "what can still be read to another disk.",
+    errno.EDQUOT: "Your quota on that disk is used up: remove something of yours there, or choose "
+    "another disk.",
+    errno.ESTALE: "The network file system has lost the file: it was replaced, or its server was "
+    "started again. Give the command again.",
+    errno.EACCES: "You have no right to it: ask its owner, or change its permissions.",
+    errno.EPERM: "You have no right to it: ask its owner, or change its permissions.",
+    errno.EROFS: "That disk can only be read: choose another.",
+    errno.ENOENT: "It was there a moment ago: did something else remove it?",
+    errno.ENOMEM: "Memory is short: give a smaller --memory or fewer --threads.",
+    errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
+    errno.ENFILE: "Too many files are open on this machine: end other programs.",
+    errno.EFBIG: "That file system holds no file of that size: give a smaller --shard-size.",
+    errno.ENOLCK: "That file system gives no locks: choose another disk.",
+    errno.ENOSYS: "That file system cannot do this: choose another disk.",
+    errno.EOPNOTSUPP: "That file system cannot do this: choose another disk.",
+    errno.ETIMEDOUT: "The network file system does not answer: give the command again later.",
+    errno.EHOSTDOWN: "The network file system does not answer: give the command again later.",
+    errno.ENODEV: "The disk is gone: was it taken out?",
+    errno.ENXIO: "The disk is gone: was it taken out?",
+    errno.ELOOP: "It is a link that leads to itself: remove it.",
+    errno.ENAMETOOLONG: "That file system takes no names of that length: choose a shorter one.",
+}
+
+
+def failure(
+    path: Path, what: str, error: OSError | EOFError, *, tensor: str = "", needed_bytes: int = 0
+) -> OutlierMergeError:
+    """Return the message of a call that failed.
+
+    Args:
+        path: the file that it was on.
+        what: could not be done, as in `read` or `written`.
+        tensor: that was to be read or written.
+        needed_bytes: that are still to be written, where that is known.
+
+    >>> print(failure(Path("a"), "locked", OSError(errno.ENOLCK, "No locks available")))
+    a: cannot be locked: No locks available (ENOLCK). That file system gives no locks: choose \
+another disk.
+    """
+    where = f"{path}: tensor {tensor!r}" if tensor else str(path)
+    number = getattr(error, "errno", None)
+    if isinstance(error, EOFError) or number is None:
+        reason = str(error.args[0] if error.args else error) or "the file ends early"
+    else:
+        reason = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+    advice = _no_room(path, needed_bytes) if number == errno.ENOSPC else _ADVICE.get(number or 0)
+    if isinstance(error, EOFError):
+        advice = "It has become shorter: was it changed, or not copied as a whole?"
+    return OutlierMergeError(f"{where}: cannot be {what}: {reason}. {advice or ''}".rstrip(" "))
+
+
+def _no_room(path: Path, needed_bytes: int) -> str:
+    needed = f", {needed_bytes:,} are needed" if needed_bytes else ""
+    there = next((place for place in (path, *path.absolute().parents) if place.exists()), None)
+    with suppress(OSError):
+        if there is not None:
+            free = shutil.disk_usage(there).free
+            return f"The disk has {free:,} bytes free{needed}: make room, and give it again."
+    return f"The disk is full{needed}: make room, and give the command again."
+
+
+@contextmanager
+def naming(path: Path, what: str, *, tensor: str = "", needed_bytes: int = 0) -> Iterator[None]:
+    """Tell the name of the file when a call on it fails; calls on descriptors do not know it.
+
+    Raises:
+        OutlierMergeError: instead of OSError and EOFError.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise failure(path, what, error, tensor=tensor, needed_bytes=needed_bytes) from error

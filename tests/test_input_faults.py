@@ -1,0 +1,133 @@
+"""Every call on an input fails or does half: the merge goes on, or one message names the file.
+
+The points are all calls of a run on the models. A sample of them is tried; `make faults` tries all.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_tensors
+from injection import Call, Done, Driver, Injection
+
+NUM_SAMPLED = 6
+READING = "open,read,pread,preadv,mmap,opendir,stat"
+MODES = {
+    "EIO": ("err", errno.EIO, READING),
+    "ESTALE": ("err", errno.ESTALE, READING),
+    "EIO from then on": ("persist", errno.EIO, READING),
+    "EINTR": ("err", errno.EINTR, "open,read,pread,preadv"),
+    "half": ("short", 0, "read,pread,preadv"),
+    "end of file": ("eof", 0, "pread,preadv"),
+}
+CASES = {
+    "kernels": ("min_sigma.yaml",),
+    "torch": ("min_sigma.yaml", "--no-kernels"),
+    "TIES": ("ties.yaml",),
+    "TIES by torch": ("ties.yaml", "--no-kernels"),
+    "several threads": ("min_sigma.yaml", "--threads", "3"),
+}
+
+
+class Workplace:
+    """Models with weights in safetensors and in a pickle, and the calls of each case on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        generator = torch.Generator().manual_seed(0)
+        for name in ("base", "task", "pickled"):
+            tensors = {f"w{n}": torch.randn(8, 10, generator=generator) for n in range(3)}
+            tensors["large"] = torch.randn(3 * 65_536 + 5, generator=generator)
+            if name == "pickled":
+                (root / name).mkdir()
+                torch.save(tensors, root / name / "pytorch_model.bin")
+                shutil.copy(root / "base" / "config.json", root / name)
+            else:
+                save_tensors(root / name, tensors)
+        for method in ("min_sigma", "ties"):
+            (root / f"{method}.yaml").write_text(
+                f"merge_method: {method}\nbase_model: {root}/base\n"
+                f"models:\n- model: {root}/task\n- model: {root}/pickled\n"
+            )
+        self.inputs = [root / name for name in ("base", "task", "pickled")]
+        self.driver = Driver(root / "driver")
+        self.calls: dict[str, list[Call]] = {}
+        self.expected: dict[str, bytes] = {}
+
+    def run(self, case: str, injection: Injection) -> Done:
+        shutil.rmtree(self.root / "out", ignore_errors=True)
+        shutil.rmtree(self.root / "out.partial", ignore_errors=True)
+        self.root.joinpath("out.partial.journal").unlink(missing_ok=True)
+        spec, *more = CASES[case]
+        threads = [] if "--threads" in more else ["--threads", "1"]
+        output = ["--output", self.root / "out", "--no-load-check"]
+        return self.driver.run(["run", self.root / spec, *output, *more, *threads], injection)
+
+    def prepare(self, case: str) -> list[Call]:
+        """Run a case undisturbed, and return its calls on the models."""
+        if case not in self.calls:
+            done = self.run(case, Injection(kinds=READING, paths=self.inputs))
+            assert done.code == 0, done.err
+            self.calls[case] = list(done.calls)
+            self.expected[case] = (self.root / "out" / "model.safetensors").read_bytes()
+        return self.calls[case]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    made = Workplace(tmp_path_factory.mktemp("input_faults"))
+    with made.driver:
+        yield made
+
+
+def _check(workplace: Workplace, case: str, mode: str, number: int) -> None:
+    how, value, kinds = MODES[mode]
+    done = workplace.run(case, Injection(how, number, value, kinds, workplace.inputs))
+    output = workplace.root / "out"
+    assert "Traceback" not in done.err, done.err
+    if done.code == 0:
+        assert (output / "model.safetensors").read_bytes() == workplace.expected[case]
+        return
+    assert done.code == 1, (done.code, done.err)
+    assert mode not in ("EINTR", "half"), done.err
+    assert done.err.startswith("error: "), done.err
+    assert done.err.count("error: ") == 1
+    assert any(str(path) in done.err for path in workplace.inputs), done.err
+    weights = [hit for hit in done.hits if hit.kind in ("pread", "preadv")]
+    if weights and mode != "EIO from then on":
+        assert weights[0].path in done.err, done.err
+        assert "tensor" in done.err, done.err
+    assert not output.exists()
+
+
+def _try(workplace: Workplace, case: str, mode: str, *, sampled: bool) -> None:
+    wanted = MODES[mode][2].split(",")
+    calls = [call for call in workplace.prepare(case) if call.kind in wanted]
+    numbers = range(len(calls))
+    if sampled:
+        step = max(1, len(calls) // NUM_SAMPLED)
+        numbers = numbers[sum(map(ord, case + mode)) % step :: step]
+    for number in numbers:
+        try:
+            _check(workplace, case, mode, number)
+        except AssertionError as error:
+            raise AssertionError(f"{mode} at {calls[number]}: {error}") from error
+    print(f"{case}, {mode}: {len(numbers)} calls")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_call_on_an_input_that_fails_is_gone_on_with_or_named(workplace, case, mode):
+    _try(workplace, case, mode, sampled=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_whichever_call_on_an_input_fails_is_gone_on_with_or_named(workplace, case, mode):
+    _try(workplace, case, mode, sampled=False)
