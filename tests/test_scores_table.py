@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from outliermerge import cli
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation import chart
 from outliermerge.evaluation.paper import PAPER_TITLES, paper_rows, with_paper
-from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores, load_scores
+from outliermerge.evaluation.scores import (
+    Failure,
+    ModelScores,
+    Score,
+    Scores,
+    checksum_of,
+    load_scores,
+)
 from outliermerge.evaluation.table import make_table
+from outliermerge.evaluation.task_files import task_files
 
 SETTINGS = {
     "device": "cpu",
@@ -502,7 +514,8 @@ def saved(folder):
     )
     (folder / "records").mkdir()
     content = {name: value for name, value in vars(result).items() if name != "record"}
-    (folder / result.record).write_text(json.dumps({"result": content}), "utf-8")
+    text = json.dumps({"result": content, "checksum": checksum_of(content)})
+    (folder / result.record).write_text(text, "utf-8")
     return run, run.save(folder)
 
 
@@ -531,21 +544,20 @@ def test_a_missing_record_is_told_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ("null", "TypeError"),
-        ("{}", "KeyError: 'format'"),
-        ('{"format": 2}', "format 2, expected 1"),
-        ('{"format": 1, "suite": "tiny"}', "KeyError: 'titles'"),
-        (b"\xff\xfe\x00", "UnicodeDecodeError"),
+        ("{", "it is cut off"),
+        ("[]", r"the file: found \[\]"),
+        ("null", "the file: found None"),
+        ("{}", "format: found {}: Field required"),
+        ('{"format": 2}', "format: found 2: Input should be 1"),
+        ('{"format": 1, "suite": "tiny"}', "titles: found"),
+        (b"\xff\xfe\x00", "UTF-16"),
+        ("[" * 100_000, "nested|deep"),
     ],
 )
 def test_a_file_that_is_something_else_is_told(tmp_path, content, reason):
     path = tmp_path / "scores.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(
-        OutlierMergeError, match=f"is not what `outliermerge eval` wrote: .*{reason}"
-    ):
+    with pytest.raises(OutlierMergeError, match=rf"scores\.json: (.|\n)*{reason}"):
         load_scores(path)
 
 
@@ -553,5 +565,137 @@ def test_a_file_that_is_something_else_is_told(tmp_path, content, reason):
 def test_a_broken_record_is_told(tmp_path, content):
     _, path = saved(tmp_path)
     (tmp_path / "records" / "a.json").write_text(content)
-    with pytest.raises(OutlierMergeError, match=r"a\.json: is not what `outliermerge eval` wrote"):
+    with pytest.raises(OutlierMergeError, match=r"a\.json: (is not what|ends at line 1)"):
         load_scores(path)
+
+
+WRONG: list[Any] = [None, True, -1, 3.5, 10**400, "text", "a\x1b[2J\nb" * 50, "../a", [], [1], {}]
+WRONG += [{"a": 1}, [[[]]], "x" * 100_000]
+
+
+def _paths(value, before=()):
+    """Yield the keys that lead to each value of a document."""
+    yield before
+    entries = value.items() if isinstance(value, dict) else ()
+    entries = enumerate(value) if isinstance(value, list) else entries
+    for key, inner in entries:
+        yield from _paths(inner, (*before, key))
+
+
+def _with(document, path, value):
+    document = copy.deepcopy(document)
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is _with:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return document
+
+
+@pytest.mark.parametrize("name", ["scores.json", "records/a.json"])
+def test_no_damage_of_a_value_is_a_traceback(tmp_path, name, capsys):
+    _, path = saved(tmp_path)
+    file = tmp_path / name
+    whole = json.loads(file.read_text())
+    num_tried = 0
+    for keys in filter(None, _paths(whole)):
+        for value in [*WRONG, _with]:
+            file.write_text(json.dumps(_with(whole, keys, value)))
+            code = cli.main(["compare", str(path)])
+            printed = capsys.readouterr()
+            num_tried += 1
+            assert code in (0, 1), (keys, value)
+            assert (code == 1) == printed.err.startswith("error: "), printed.err
+            assert len(printed.err) < 2000
+            assert "\x1b" not in printed.err + printed.out
+            assert code == 1 or str(tmp_path) not in printed.err
+    assert num_tried > 200
+
+
+@pytest.mark.parametrize("key", ["score", "stderr", "num_samples", "num_empty", "metric", "units"])
+@pytest.mark.parametrize("name", ["scores.json", "records/a.json", "both"])
+def test_a_number_that_was_changed_by_hand_is_told(tmp_path, key, name):
+    _, path = saved(tmp_path)
+    if key == "units" and name == "scores.json":
+        return  # it has none
+    for file in ("scores.json", "records/a.json") if name == "both" else (name,):
+        content = json.loads((tmp_path / file).read_text())
+        if file == "scores.json":
+            found = content["models"][0]["tasks"]["A"]
+        else:
+            found = content["result"]
+        if key in found:
+            found[key] = {"1": 1.0} if key == "units" else "b" if key == "metric" else 7
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(OutlierMergeError, match=r"was changed"):
+        load_scores(path)
+
+
+def test_a_record_without_a_checksum_of_an_older_version_is_read(tmp_path):
+    run, path = saved(tmp_path)
+    record = tmp_path / "records" / "a.json"
+    content = json.loads(record.read_text())
+    del content["checksum"]
+    record.write_text(json.dumps(content))
+    assert load_scores(path) == run
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])
+@pytest.mark.parametrize("name", ["scores.json", "records/a.json"])
+def test_what_is_no_regular_file_is_told(tmp_path, kind, name):
+    _, path = saved(tmp_path)
+    file = tmp_path / name
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(file.name)
+    with pytest.raises(OutlierMergeError, match=name.rpartition("/")[2]):
+        load_scores(path)
+
+
+# The files of tasks
+
+
+def test_task_files_that_include_each_other_are_told(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: a\ninclude: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: c.yaml\n")
+    (tmp_path / "c.yaml").write_text("include: [b.yaml]\n")
+    with pytest.raises(OutlierMergeError, match=r"in a circle: .*b\.yaml includes .*c\.yaml"):
+        task_files("a", tmp_path, None)
+
+
+def test_a_group_that_holds_itself_ends(tmp_path):
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [g, h, a]\n")
+    (tmp_path / "h.yaml").write_text("group: h\ntask:\n- task: g\n- a\n- 3\n- {task: [1]}\n")
+    (tmp_path / "a.yaml").write_text("task: a\n")
+    assert [path.name for path in task_files("g", tmp_path, None)] == ["a.yaml", "g.yaml", "h.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: a\ninclude: {b: [c]}",
+        "task: a\ninclude: [1, null, {a: 2}]",
+        "task: a\ninclude: &x [*x]",
+        "task: a\ndataset_path: json\ndataset_kwargs: text",
+        "task: a\ndataset_path: json\ndataset_kwargs: {data_files: &x {a: *x}}",
+        "task: a\ndataset_path: [1]\ndataset_kwargs: 3",
+        "task: a\ndataset_path: json\ndataset_kwargs: {data_files: 3}",
+        "task: a\nb: " + "[" * 5000,
+        "[a]",
+        "task: {a: a}",
+        "task: a\nx: !!python/object:os.system {}",
+        "task: a\nx: *unknown",
+        "task: a\n\tb",
+    ],
+)
+def test_a_damaged_task_file_is_no_traceback(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").mkdir()
+    os.mkfifo(tmp_path / "c.yaml")
+    task_files("a", tmp_path, tmp_path)

@@ -15,7 +15,7 @@ import xxhash
 
 from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.models import Model
-from outliermerge.evaluation.scores import Score, load_record, write_json
+from outliermerge.evaluation.scores import Score, checksum_of, load_record, write_json
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.task_files import task_files
 
@@ -82,7 +82,8 @@ class Records:
             **result,
         )
         kept = {name: value for name, value in vars(score).items() if name != "record"}
-        write_json(path, {"identity": identity, "model": model.reference, "result": kept})
+        content = {"identity": identity, "model": model.reference, "result": kept}
+        write_json(path, content | {"checksum": checksum_of(kept)})
         return score
 
     def answers_path(self, model: Model, task: SuiteTask) -> Path:

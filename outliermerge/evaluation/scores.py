@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from outliermerge.checkpoint.files import write_whole
-from outliermerge.errors import OutlierMergeError
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from outliermerge.checkpoint.files import load_json, write_whole
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 SCORES_NAME = "scores.json"
 FORMAT = 1
@@ -144,43 +147,38 @@ def load_scores(path: str | Path) -> Scores:
     """Read a scores.json (or the folder with one) and the records beside it.
 
     Raises:
-        OutlierMergeError: there is none, or it is not what `outliermerge eval` wrote.
+        OutlierMergeError: there is none, or it is not what `outliermerge eval` wrote, as where a
+            number was changed since.
     """
     file = Path(path)
     if file.is_dir():
         file = file / SCORES_NAME
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, expected {FORMAT}")
-        return Scores(
-            suite=content["suite"],
-            titles=tuple(content["titles"]),
-            settings=content["settings"],
-            models=tuple(_model(entry, file.parent) for entry in content["models"]),
-        )
-    except OutlierMergeError:
-        raise
-    except FileNotFoundError as error:
-        raise OutlierMergeError(
-            f"{error.filename}: no such file. `outliermerge eval` writes it."
-        ) from error
-    except OSError as error:
-        raise OutlierMergeError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutlierMergeError(
-            f"{file}: is not what `outliermerge eval` wrote: {type(error).__name__}: {error}"
-        ) from error
+    found = _read(_ScoresFile, file)
+    models = tuple(_model(entry, file) for entry in found.models)
+    return Scores(
+        found.suite, tuple(found.titles), found.settings.model_dump(exclude_unset=True), models
+    )
 
 
-def _model(entry: Mapping[str, Any], folder: Path) -> ModelScores:
+def _model(entry: _ModelEntry, file: Path) -> ModelScores:
     tasks: dict[str, Score | Failure] = {}
-    for title, result in entry["tasks"].items():
-        if "error" in result:
-            tasks[title] = Failure(result["task"], result["error"])
-        else:
-            tasks[title] = load_record(folder / result["record"], record=result["record"])
-    return ModelScores(entry["name"], entry["path"], entry["fingerprint"], entry["merge"], tasks)
+    for title, result in entry.tasks.items():
+        if isinstance(result, _FailureEntry):
+            tasks[title] = Failure(result.task, result.error)
+            continue
+        path = file.parent / result.record
+        score = load_record(path, record=result.record)
+        # The record has all numbers; those that are repeated must be the same.
+        for name, value in result.model_dump(exclude={"num_units"}, exclude_unset=True).items():
+            if value != getattr(score, name):
+                raise OutlierMergeError(
+                    f"{file}: {title} of {entry.name}: {name} is {quoted(value)}, but "
+                    f"{quoted(getattr(score, name))} in {path}: one of them was changed. "
+                    "Evaluate again."
+                )
+        tasks[title] = score
+    merge = entry.merge.model_dump(exclude_unset=True) if entry.merge else None
+    return ModelScores(entry.name, entry.path, entry.fingerprint, merge, tasks)
 
 
 def load_record(path: Path, *, record: str) -> Score:
@@ -189,12 +187,124 @@ def load_record(path: Path, *, record: str) -> Score:
     Raises:
         OutlierMergeError: it is not what `outliermerge eval` wrote.
     """
-    try:
-        return Score(**json.loads(path.read_text("utf-8"))["result"], record=record)
-    except (ValueError, KeyError, TypeError) as error:
+    found = _read(_RecordFile, path)
+    content = found.result.model_dump()
+    if found.checksum is not None and found.checksum != checksum_of(
+        found.result.model_dump(exclude_unset=True)
+    ):
         raise OutlierMergeError(
-            f"{path}: is not what `outliermerge eval` wrote: {type(error).__name__}: {error}"
-        ) from error
+            f"{path}: was changed since `outliermerge eval` wrote it: its checksum is another. "
+            "Evaluate again."
+        )
+    return Score(**content, record=record)
+
+
+def checksum_of(result: Mapping[str, Any]) -> str:
+    """Return the checksum of a record's result, which tells a change; no proof against a forger."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(result, sort_keys=True).encode())
+
+
+_Read = TypeVar("_Read", bound=BaseModel)
+
+
+def _read(kind: type[_Read], file: Path) -> _Read:
+    """Read a file of ours, all of whose values must be what is written there.
+
+    Raises:
+        OutlierMergeError: it is absent, or another value is found than is expected.
+    """
+    content = load_json(file)
+    if content is None and not file.exists():
+        raise OutlierMergeError(f"{file}: no such file. `outliermerge eval` writes it.")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(shown(part) for part in problem['loc']) or 'the file'}: found "
+            f"{quoted(problem['input'])}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+    raise OutlierMergeError(
+        f"{file}: is not what `outliermerge eval` wrote:\n{listing(problems, limit=5)}"
+    )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Inside = Annotated[str, Field(pattern=r"^records/[^/\\x00]+$")]
+
+
+class _Result(_Strict):
+    """The numbers of a record."""
+
+    task: str
+    metric: str
+    score: float
+    stderr: float | None
+    num_samples: _Count
+    num_empty: _Count
+    seconds: float
+    metrics: dict[str, float] = {}
+    units: dict[str, float] = {}
+    image_backend: str = ""
+    date: str = ""
+
+
+class _RecordFile(_Strict):
+    result: _Result
+    checksum: str | None = None
+
+
+class _ScoreEntry(_Strict):
+    """What scores.json repeats of a record."""
+
+    record: _Inside
+    num_units: _Count = 0
+    task: str = ""
+    metric: str = ""
+    score: float = 0.0
+    stderr: float | None = None
+    num_samples: _Count = 0
+    num_empty: _Count = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = {}
+    image_backend: str = ""
+    date: str = ""
+
+
+class _FailureEntry(_Strict):
+    task: str
+    error: str
+
+
+class _Merge(_Strict):
+    method: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _ModelEntry(_Strict):
+    name: str
+    path: str
+    fingerprint: str
+    merge: _Merge | None
+    tasks: dict[str, _FailureEntry | _ScoreEntry]
+
+
+class _Settings(_Strict):
+    model_config = ConfigDict(extra="allow")
+    versions: dict[str, str | None] | None = None
+    date: str | None = None
+
+
+class _ScoresFile(_Strict):
+    format: Literal[1]
+    suite: str
+    titles: list[str]
+    settings: _Settings
+    models: list[_ModelEntry]
 
 
 def write_json(path: Path, value: object) -> None:

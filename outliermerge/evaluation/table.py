@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from outliermerge.errors import OutlierMergeError, suggest
+from outliermerge.errors import OutlierMergeError, shown, suggest
 from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores, check_names
 
 AVG = "avg"
@@ -116,7 +116,7 @@ class Table:
                 for column, best in columns.items()
             )
             lines.append([row.name, *cells])
-        lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+        lines = [[shown(text).replace("|", "\\|") for text in line] for line in lines]
         widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
         lines.insert(1, [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])])
         table = []
@@ -126,8 +126,9 @@ class Table:
         legend = "Best of each column in bold; ± one standard error"
         if self.baseline is not None:
             legend += f"; gain: avg minus that of {self.baseline}, ± of paired differences"
-        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([*table, "", f"{', '.join(self.facts)}.", f"{legend}.", *notes]) + "\n"
+        notes = ["", *(f"- {shown(note, 1000)}" for note in self.notes)] if self.notes else []
+        facts = shown(f"{', '.join(self.facts)}.", 1000)
+        return "\n".join([*table, "", facts, shown(f"{legend}.", 1000), *notes]) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table for JSON, its numbers unrounded."""

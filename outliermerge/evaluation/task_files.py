@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from outliermerge.errors import OutlierMergeError
 
 # What `datasets` reads files with, instead of a hub id.
 _BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
@@ -25,17 +27,36 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
     """Return the files of a task, or of a group's tasks, and those of its data that are local.
 
     Of lmms-eval's own tasks only local data: their files are told by its version.
+
+    Raises:
+        OutlierMergeError: files include each other in a circle.
     """
     found: set[Path] = set()
+    left, seen = [task], set()
+    while left:
+        name = left.pop()
+        if name not in seen:  # a group may hold itself
+            seen.add(name)
+            files, members = _files_of(name, tasks_folder, data)
+            found |= files
+            left += members
+    return sorted(found)
+
+
+def _files_of(
+    task: str, tasks_folder: Path | None, data: Path | None
+) -> tuple[set[Path], list[str]]:
+    """Return the files of one task, and the tasks of a group."""
+    found: set[Path] = set()
+    members: list[str] = []
     for file in _definitions(task, tasks_folder):
         config, files = _read(file)
         if tasks_folder is not None and tasks_folder in file.parents:
             # The functions that a file names are in its own folder.
             found.update(path for part in files for path in part.parent.iterdir() if path.is_file())
-        for name in _members(config):
-            found.update(task_files(name, tasks_folder, data))
+        members += _members(config)
         found.update(_local_data(config, file.parent, data))
-    return sorted(found)
+    return found, members
 
 
 def _definitions(task: str, tasks_folder: Path | None) -> Iterator[Path]:
@@ -49,6 +70,8 @@ def _definitions(task: str, tasks_folder: Path | None) -> Iterator[Path]:
         (file for place in official for file in place.rglob("*.yaml")),
     ):
         for file in sorted(files):
+            if not file.is_file():
+                continue
             if task.encode() not in file.read_bytes():
                 continue
             config, _ = _read(file)
@@ -57,21 +80,23 @@ def _definitions(task: str, tasks_folder: Path | None) -> Iterator[Path]:
                 return
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[Path]]:
+def _read(file: Path, within: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
     """Return a task file's keys, those that it includes among them, and the files they are from."""
+    if file in within:
+        circle = " includes ".join(map(str, (*within, file)))
+        raise OutlierMergeError(f"task files include each other in a circle: {circle}")
     try:
         own = yaml.load(file.read_text("utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}, [file]
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}, [file]  # lmms-eval will say what is wrong
     if not isinstance(own, dict):
         return {}, [file]
     config: dict[str, Any] = {}
     files = [file]
-    included = own.get("include") or []
-    for name in reversed([included] if isinstance(included, str) else included):
+    for name in reversed(list(_texts(own.get("include")))):
         path = file.parent / name
-        if path.is_file() and path != file:
-            keys, read = _read(path)
+        if path.is_file():
+            keys, read = _read(path, (*within, file))
             config |= keys
             files += read
     return config | own, files
@@ -91,8 +116,8 @@ def _local_data(config: Mapping[str, Any], folder: Path, data: Path | None) -> I
     source = config.get("dataset_path")
     if not isinstance(source, str):
         return
-    arguments = config.get("dataset_kwargs") or {}
-    patterns = list(_texts(arguments.get("data_files")))
+    arguments = config.get("dataset_kwargs")
+    patterns = _texts(arguments.get("data_files")) if isinstance(arguments, Mapping) else []
     places = [folder, data] if source in _BUILDERS else [data and data / source]
     if Path(source).is_absolute():
         places = [Path(source)]
@@ -105,9 +130,15 @@ def _local_data(config: Mapping[str, Any], folder: Path, data: Path | None) -> I
                     yield Path(name)
 
 
-def _texts(value: object) -> Iterable[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
+def _texts(value: object) -> list[str]:
+    """Return the texts in a value that YAML can give, which may hold itself."""
+    found: list[str] = []
+    left, seen = [value], set()
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, (Mapping, list)) and id(part) not in seen:
+            seen.add(id(part))
+            left += reversed(list(part.values()) if isinstance(part, Mapping) else part)
+    return found
