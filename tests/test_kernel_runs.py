@@ -341,7 +341,7 @@ def test_a_disk_that_is_full_is_named(method, tmp_path, monkeypatch):
     try:
         with pytest.raises(
             outliermerge.OutlierMergeError,
-            match=r"out\.partial/model\.safetensors: tensor 'first': cannot be written: No space left on device",
+            match=r"out\.partial/model\.safetensors: tensor '\w+': cannot be written: No space left",
         ):
             outliermerge.run(spec_of(method, base, models), output=tmp_path / "out")
     finally:
