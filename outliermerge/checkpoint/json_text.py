@@ -112,7 +112,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(
-            f"has the key {quoted(twice)} twice in one object, of which loaders take one. Take one out."
+            f"has the key {quoted(twice)} twice in one object, of which loaders take one. Take "
+            "one out."
         )
     return value
 
