@@ -26,7 +26,7 @@ from outliermerge.checkpoint.meta import (
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 MAX_HEADER_BYTES = 100_000_000
-# Fifteen for each of 260,000 tensors; models have up to 100,000. PyTorch's tensors have up to 64 axes.
+# Fifteen for each of 260,000 tensors; models have up to 100,000. PyTorch's have up to 64 axes.
 MAX_HEADER_VALUES, MAX_AXES = 4_000_000, 64
 PAGE_BYTES = 4096
 
