@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from outliermerge.cli_parts import print_json, say
 from outliermerge.cli_runs import add_runs, run_plan, run_run, run_sweep
@@ -46,8 +46,13 @@ exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(readable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="outliermerge",
         description="Merge model checkpoints as a YAML spec says, and score them.",
         epilog=_EXAMPLES,

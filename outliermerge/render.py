@@ -298,10 +298,8 @@ def print_result(result: RunResult) -> None:
     if result.num_resumed:
         console.print(f"{result.num_resumed} tensors were there from an earlier run")
     for name, places in result.non_finite.items():
-        console.print(
-            f"infinite or NaN values in {shown(name)}: {', '.join(map(shown, places))}",
-            markup=False,
-        )
+        where = ", ".join(map(shown, places))
+        console.print(f"infinite or NaN values in {shown(name)}: {where}", markup=False)
 
 
 def print_methods(methods: Iterable[MergeMethod]) -> None:

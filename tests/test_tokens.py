@@ -11,6 +11,7 @@ import sentencepiece
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from outliermerge.checkpoint import files
 from outliermerge.checkpoint.tokens import read_tokens, same_token_files, token_files
 from outliermerge.errors import OutlierMergeError
 
@@ -298,9 +299,9 @@ def test_a_git_lfs_pointer_is_told_apart(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "vocab.txt").write_text("a\n")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(OutlierMergeError, match=r"vocab\.txt: cannot be read: Permission denied"):
         read_tokens(tmp_path)

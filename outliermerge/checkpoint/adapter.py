@@ -22,7 +22,7 @@ from outliermerge.checkpoint.adapter_config import (
     without_wrappers,
 )
 from outliermerge.checkpoint.adapter_keys import KEY, OWN_PARTS, PREFIX, WRAPPED, LayerParts
-from outliermerge.checkpoint.adapter_promises import PATTERNS, broken_promises, notes_of
+from outliermerge.checkpoint.adapter_promises import broken_promises, notes_of
 from outliermerge.checkpoint.adapter_scaled import NoiseSum, ScaledSum
 from outliermerge.checkpoint.adapter_tensors import (
     LowRankSum,
@@ -76,10 +76,7 @@ class _Adapter:
         self.folder, self.base, self.rename = folder, base, rename
         self.config = read_adapter_config(folder)
         self.kind = str(self.config["peft_type"])
-        self.patterns = LayerPatterns(folder / CONFIG_NAME)
-        for key in PATTERNS:
-            for pattern in self.config.get(key) or ():
-                self.patterns.check(key, pattern)
+        self.patterns = LayerPatterns(folder / CONFIG_NAME, self.config)
         self.file = next(folder / name for name in FILE_NAMES if (folder / name).is_file())
         check_file(self.file, folder)
         metas, _ = read_metas(self.file)

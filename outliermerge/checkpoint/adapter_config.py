@@ -20,6 +20,7 @@ from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 CONFIG_NAME = "adapter_config.json"
 SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
+PATTERNS = ("rank_pattern", "alpha_pattern")
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # What a config may say: read here, or without a meaning for the merged weights.
 _READ = {
@@ -242,14 +243,20 @@ class LayerPatterns:
 
     Args:
         path: the config, which errors name.
+        config: what it says.
+
+    Raises:
+        OutlierMergeError: one of its patterns is no regular expression.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self._path, self._budget = path, Budget()
         self._patterns: dict[str, Pattern] = {}
+        for key in PATTERNS:
+            for pattern in config.get(key) or ():
+                self._add(key, pattern)
 
-    def check(self, key: str, pattern: str) -> None:
-        """Raise OutlierMergeError unless a text is a regular expression."""
+    def _add(self, key: str, pattern: str) -> None:
         try:
             # With what stands before it, which refuses flags for the whole expression.
             self._patterns[pattern] = Pattern(rf"\A(.*\.)?({pattern})$", self._budget)
@@ -268,7 +275,7 @@ class LayerPatterns:
         if module == pattern:
             return True
         if pattern not in self._patterns:
-            self.check("a pattern", pattern)
+            self._add("trainable_token_indices", pattern)
         try:
             return self._patterns[pattern].search(module)
         except TooSlowError as error:

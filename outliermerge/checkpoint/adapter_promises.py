@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.adapter_config import LayerPatterns
+from outliermerge.checkpoint.adapter_config import PATTERNS, LayerPatterns
 from outliermerge.checkpoint.meta import Source
 from outliermerge.errors import listing, quoted, shown
-
-PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def broken_promises(
