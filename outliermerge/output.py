@@ -15,7 +15,7 @@ from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tens
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Plan
 from outliermerge.machine import open_direct
@@ -57,7 +57,7 @@ def check_target(plan: Plan, final: Path, *, overwrite: bool) -> None:
             for root in roots:
                 if root == resolved or resolved in root.parents or root in resolved.parents:
                     raise OutlierMergeError(
-                        f"{folder}: is, holds or is inside the model {entry.reference}: "
+                        f"{folder}: is, holds or is inside the model {shown(entry.reference)}: "
                         "choose another output"
                     )
     if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):

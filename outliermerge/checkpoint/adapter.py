@@ -240,7 +240,7 @@ class _Adapter:
         lora_a, lora_b, is_embedding = pair
         for source in (base, lora_a, lora_b):
             if not source.dtype.is_float:
-                raise self.refuse(f"{source.name}: is {source.dtype.name}, expected floats")
+                raise self.refuse(f"{shown(source.name)}: is {source.dtype.name}, expected floats")
         if is_embedding and not makes(base.shape, pair, transposed=True):
             raise self._misfit(module, base.shape, pair)
         scale = self._scale(module, lora_a)

@@ -9,12 +9,13 @@ import filecmp
 import os
 import re
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.hub_cache import blobs_of, is_cached
 from outliermerge.checkpoint.json_text import MAX_VALUES, parse_json
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, quoted, shown
 
 # What a small file may hold, so that a hostile one costs no memory to speak of: a sparse file of
 # terabytes is made in a moment. The largest that are known: tokenizer.json 33 MB with 2.2 million
@@ -25,8 +26,9 @@ MAX_SMALL_VALUES = 1_000_000
 _LARGE = re.compile(
     r"\.index(\.\w+)?\.json$|^(tokenizer|vocab|encoder|tekken|added_tokens)\.json$|\.(?!json|jinja|py)\w+$"
 )
-# Names of files beside the weights that one folder may have.
-MAX_NAMES = 100_000
+# Kinds of signs that a file of a model has no use for in its name: those that control a terminal
+# or the direction of text, halves of signs, breaks of lines.
+_NO_SIGNS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -45,6 +47,12 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     _check_mode(path, mode)
     if folder is None:
         return
+    name = str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+    if any(unicodedata.category(sign) in _NO_SIGNS for sign in name):
+        raise OutlierMergeError(
+            f"{shown(folder)}: has a file {quoted(name)}, a name that is no text or controls a "
+            "terminal. Rename it, or take it out of the folder."
+        )
     inside, real = folder.resolve(), path.resolve()
     if real.is_relative_to(inside) or is_cached(real):
         return

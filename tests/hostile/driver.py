@@ -21,7 +21,7 @@ import outliermerge.cli
 import outliermerge.manifest
 import outliermerge.merge
 import outliermerge.render
-import outliermerge.sweeps  # noqa: F401
+import outliermerge.sweeps
 
 
 def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
