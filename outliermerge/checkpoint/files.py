@@ -94,11 +94,15 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
     try:
         # A pipe is opened without waiting for its other end, and then told by its kind.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:  # noqa: PTH123
+        try:
             status = os.fstat(descriptor)
             _check_mode(path, status.st_mode)
+            _check_size(path, status.st_size, limit)
             # What is read is counted too: files grow, and some have no size to tell.
-            data = file.read(limit + 1) if status.st_size <= limit else b""
+            with open(descriptor, "rb", closefd=False) as file:  # noqa: PTH123
+                data = file.read(limit + 1)
+        finally:
+            os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_symlink():
             return None
@@ -106,7 +110,7 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
         raise OutlierMergeError(f"{path}: {what}") from error
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
-    _check_size(path, max(len(data), status.st_size), limit)
+    _check_size(path, len(data), limit)
     return data
 
 
