@@ -6,10 +6,11 @@ IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 SUITE ?= evals/paper.yaml
 OUTPUT ?= scores/eval
 TEST_JOBS ?= 2
+FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults check \
+.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
 	bench bench-check bench-gpu clean
 
 help: ## list the targets
@@ -43,8 +44,11 @@ test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
-faults: $(VENV)/.dev ## make every call on a file fail in turn (a quarter of an hour)
+faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
 	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
+
+fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
+	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
 
 check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/ruff check .
@@ -58,7 +62,13 @@ bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26
 	@$(IN_VENV) $(BIN)/python benchmarks/looking.py
 	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write-readme
 
-bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
+bench-faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
+	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
+
+fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
+	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
+
+check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
 	$(BIN)/python benchmarks/suite.py --runs 3 --only 0.5B-2 --results "$$new/speed.json" && \
 	$(BIN)/python benchmarks/check.py "$$new/speed.json"

@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from outliermerge.cli_parts import print_json
+from outliermerge.cli_parts import print_json, say
 from outliermerge.cli_runs import add_runs, run_plan, run_run, run_sweep
 from outliermerge.cli_scores import add_commands, run_compare, run_eval
 from outliermerge.cli_weights import (
@@ -21,7 +21,7 @@ from outliermerge.cli_weights import (
     run_simulate,
     run_stats,
 )
-from outliermerge.errors import OutlierMergeError, SpecError, printable
+from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, readable, shown
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -46,8 +46,13 @@ exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(readable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="outliermerge",
         description="Merge model checkpoints as a YAML spec says, and score them.",
         epilog=_EXAMPLES,
@@ -101,13 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(logging.Formatter):
+    """Logs what others wrote as a terminal shows it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))
+
+
 def _count(text: str) -> int:
     try:
         count = int(text)
     except ValueError:
         count = 0
     if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 1")
     return count
 
 
@@ -128,7 +140,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     # It has a handler of its own, so its warnings would be printed twice.
     logging.getLogger("huggingface_hub").propagate = False
     if options.version:
@@ -159,7 +173,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"error: {printable(str(message))}", file=sys.stderr)
+    say(f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -192,16 +206,14 @@ def _verify(options: argparse.Namespace) -> int:
         print_json({"folder": str(folder)} | found | load)
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
-        print(f"{folder}: {len(differences)} {what}")
-        for difference in differences:
-            print(f"  {difference}")
+        say(f"{shown(folder)}: {len(differences)} {what}\n{listing(differences)}")
     else:
-        print(f"{folder}: every tensor and file is as its manifest says")
+        say(f"{shown(folder)}: every tensor and file is as its manifest says")
     if not options.json:
         for by in verdict.by if verdict else ():
-            print(f"checked by {by}")
+            say(f"checked by {by}")
         for note in notes:
-            print(f"note: {note}")
+            say(f"note: {note}")
     return EXIT_FAILED if differences else EXIT_DONE
 
 

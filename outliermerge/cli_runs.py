@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli_parts import AddCommand, add_machine, print_json
-from outliermerge.errors import SpecError
+from outliermerge.cli_parts import AddCommand, add_machine, print_json, say
+from outliermerge.errors import SpecError, shown
 
 if TYPE_CHECKING:
     from outliermerge.jobs import Plan
     from outliermerge.load_check import Verdict
 
 LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
+_MAX_NOTES = 50
 _WAITING = "checking that transformers loads it"
 
 
@@ -114,7 +115,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     for option in options.set:
         key, values = sweeps.parse_values(option)
         if key in settings:
-            raise SpecError(f"--set {key}: is given twice: write {key}=VALUE,VALUE,…")
+            raise SpecError(f"--set {shown(key)}: is given twice: write {key}=VALUE,VALUE,…")
         settings[key] = values
     variants = sweeps.plan_sweep(options.spec, settings, shard_size=options.shard_size)
     notes = list(dict.fromkeys(note for variant in variants for note in variant.plan.notes))
@@ -145,8 +146,10 @@ def run_sweep(options: argparse.Namespace) -> int:
 
 def _print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
     if not options.json:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+        for note in notes[:_MAX_NOTES]:
+            say(f"note: {note}", file=sys.stderr)
+        if len(notes) > _MAX_NOTES:
+            say(f"note: {len(notes) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
 
 
 def _run_options(options: argparse.Namespace) -> dict[str, Any]:

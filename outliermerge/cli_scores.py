@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli_parts import AddCommand, print_json
-from outliermerge.errors import SpecError, suggest
+from outliermerge.cli_parts import AddCommand, print_json, say
+from outliermerge.errors import SpecError, printable, suggest
 
 if TYPE_CHECKING:
     from outliermerge.evaluation.table import Table
@@ -118,8 +118,8 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.json:
         print_json(scores.as_dict())
     else:
-        print(table.as_markdown())
-        print(f"wrote {folder}: scores.json, {TABLE_NAME}, {CHART_NAME}", file=sys.stderr)
+        print(printable(table.as_markdown()))
+        say(f"wrote {folder}: scores.json, {TABLE_NAME}, {CHART_NAME}", file=sys.stderr)
     return 1 if scores.failures else 0
 
 
@@ -142,7 +142,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.json:
         print_json(table.as_dict())
     else:
-        print(table.as_markdown())
+        print(printable(table.as_markdown()))
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.cli_parts import AddCommand, add_machine
+from outliermerge.cli_parts import AddCommand, add_machine, plain_json, say
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
 
 
@@ -216,7 +216,7 @@ def run_report(options: argparse.Namespace) -> int:
             threads=options.threads,
             **callbacks,
         )
-    print(f"wrote {page}" + (f" and {options.png}" if options.png else ""))
+    say(f"wrote {page}" + (f" and {options.png}" if options.png else ""))
     return 0
 
 
@@ -230,7 +230,7 @@ def run_simulate(options: argparse.Namespace) -> int:
         found = simulate(seed=options.seed, num_points=options.points, **callbacks)
     if options.png:
         draw(found, Path(options.png))
-        print(f"wrote {options.png}", file=sys.stderr)
+        say(f"wrote {options.png}", file=sys.stderr)
     if _write(options, found.as_dict(), []):
         render_weights.print_simulation(found)
     return 0
@@ -268,7 +268,7 @@ def _write(
         if file := getattr(options, name, None):
             write(Path(file), rows)
     if options.json == "-":
-        print(export.to_json(table))
+        print(plain_json(export.to_json(table)))
         return False
     if options.json:
         export.write_json(Path(options.json), table)
@@ -276,5 +276,5 @@ def _write(
         file for name in ("json", "csv", "parquet") if (file := getattr(options, name, None))
     ]
     if written:
-        print(f"wrote {', '.join(written)}", file=sys.stderr)
+        say(f"wrote {', '.join(written)}", file=sys.stderr)
     return True

@@ -22,7 +22,7 @@ from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Plan
 from outliermerge.planning.sidecars import sidecar_contents
 
@@ -359,7 +359,8 @@ def _parted(plan: Plan, tied: Sequence[tuple[str, str]]) -> list[str]:
         return job.action, [number for number, _ in job.sources], job.parameters
 
     return [
-        f"{name} is merged otherwise than {other}, to which its class ties it: where they are not "
+        f"{shown(name)} is merged otherwise than {shown(other)}, to which its class ties it: "
+        "where they are not "
         "equal in the output, loaders that tie them take the latter for both"
         for name, other in tied
         if jobs.keys() >= {name, other} and treated(name) != treated(other)
@@ -377,7 +378,7 @@ def _in(part: Part, text: str) -> str:
 def _problem(kind: str, entries: Sequence[Any], class_name: str) -> str:
     if kind == "mismatched":
         rows = [
-            f"{name}: {list(found)}, {class_name} expects {list(expected)} by its config"
+            f"{shown(name)}: {list(found)}, {class_name} expects {list(expected)} by its config"
             if found else name
             for name, found, expected in entries
         ]  # fmt: skip
@@ -394,7 +395,6 @@ def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
     what = {
         "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
         "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
-        "mismatched": f"does not load: {len(names)} tensor(s) have another shape than its config "
-        "says",
+        "mismatched": f"does not load: {len(names)} tensor(s) have not the shape of its config",
     }[kind]
     return f"as the base, the output {what}: {shown}"

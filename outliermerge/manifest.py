@@ -222,7 +222,7 @@ def _code(text: str) -> str:
 
 def _fenced(yaml: str) -> str:
     """Return YAML as a block of Markdown, whatever backticks are in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", yaml)), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
     return f"{fence}yaml\n{yaml}{fence}"
 
 

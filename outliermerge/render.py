@@ -21,15 +21,48 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from outliermerge.errors import printable, readable, shown
 from outliermerge.jobs import Input, Options, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.runs import RunResult
 
+_MAX_CELL = 600  # characters of one cell of a table
+
 
 class _Console(Console):
+    """Prints names that others wrote as a terminal shows them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_readable, objects), **options)
+
     def on_broken_pipe(self) -> None:
         """Leave it to the caller, instead of ending the program with exit code 1."""
         raise BrokenPipeError
+
+
+class _Table(Table):
+    """A table whose cells may hold names that others wrote."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(_readable_cell, cells), **options)
+
+
+def _readable(value: Any) -> Any:
+    """Return what is printed without what would control a terminal."""
+    if isinstance(value, Text) and not _is_readable(value.plain):
+        return Text(printable(value.plain), style=value.style)
+    return printable(value) if isinstance(value, str) else value
+
+
+def _readable_cell(value: Any) -> Any:
+    if isinstance(value, Text):
+        short = shown(value.plain, _MAX_CELL)
+        return value if short == value.plain else Text(short, style=value.style)
+    return shown(value, _MAX_CELL) if isinstance(value, str) else value
+
+
+def _is_readable(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
 
 
 def progress_bar(description: str) -> Progress:
@@ -96,7 +129,7 @@ def open_console(*, soft_wrap: bool = False) -> Console:
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
     """Return a table without lines."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = _Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="left", overflow="fold")
     return table
@@ -164,11 +197,11 @@ def print_plan(
     facts.add_row("peak memory", f"{peak} on {options.threads} threads, device {options.device}")
     facts.add_row("output", Text(str(output) if output else "not named yet: give --output"))
     facts.add_row(
-        "files carried over", Text(", ".join(file.name for file in plan.sidecars) or "none")
+        "files carried over", Text(", ".join(shown(file.name) for file in plan.sidecars) or "none")
     )
     console.print(facts)
     for note in plan.notes:
-        console.print(Text(f"note: {note}"))
+        console.print(Text(readable(f"note: {note}")))
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:
@@ -270,7 +303,8 @@ def print_result(result: RunResult) -> None:
             markup=False,
         )
     for name, places in result.non_finite.items():
-        console.print(f"infinite or NaN values in {name}: {', '.join(places)}", markup=False)
+        where = ", ".join(map(shown, places))
+        console.print(f"infinite or NaN values in {shown(name)}: {where}", markup=False)
 
 
 def print_methods(methods: Iterable[MergeMethod]) -> None:

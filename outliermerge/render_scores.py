@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from outliermerge.errors import readable, shown
 from outliermerge.evaluation.evaluate import Listener
 from outliermerge.evaluation.scores import Failure, Score
 
@@ -88,10 +89,11 @@ class EvaluationProgress(Listener):
         with self._lock:
             if model not in self._rows:
                 self._rows[model] = self._bars.add_task(model)
-            text = escape(f"{model}: {step}")
+            text = escape(shown(f"{model}: {step}"))
             self._bars.update(self._rows[model], description=text, completed=done, total=total)
 
     def _line(self, text: str) -> None:
+        text = readable(text)
         if self._console.is_terminal:
             self._bars.console.print(escape(text), soft_wrap=True, highlight=False)
         else:

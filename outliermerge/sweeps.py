@@ -184,14 +184,14 @@ def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> N
         number, name = int(of_model[1]), of_model[2]
         if not 1 <= number <= len(document["models"]):
             raise SpecError(
-                f"--set {key}: there is no model {number}: the spec has models 1 to "
+                f"--set {shown(key)}: there is no model {number}: the spec has models 1 to "
                 f"{len(document['models'])}"
             )
         document["models"][number - 1].setdefault("parameters", {})[name] = value
         return
     if not key.isidentifier():
         known = [*_KEYS, *spec.method.parameters, "models.1.weight"]
-        raise SpecError(f"--set {key}: is no setting of a spec. {suggest(key, known)}")
+        raise SpecError(f"--set {shown(key)}: is no setting of a spec. {suggest(key, known)}")
     own = [
         number
         for number, model in enumerate(document["models"], start=1)
@@ -199,7 +199,8 @@ def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> N
     ]
     if own:
         raise SpecError(
-            f"--set {key}: model {own[0]} has a {key} of its own in the spec, which would win. "
+            f"--set {shown(key)}: model {own[0]} has a {shown(key)} of its own in the spec, which "
+            "would win. "
             f"Set models.{own[0]}.{key}, or leave it away there."
         )
     document.setdefault("parameters", {})[key] = value

@@ -406,7 +406,7 @@ def _copy(source: Path, target: Path, **changes: Any) -> Path:
         ({"rank_pattern": {"q_proj(": 4}}, "rank_pattern: 'q_proj(' is not a regular expression"),
         ({"r": 8}, "is not of rank 8, as adapter_config.json says"),
         ({"rank_pattern": {"q_proj": 3}}, "A [4, 32] is not of rank 3"),
-        ({"lora_alpha": "much"}, "lora_alpha 'much' and r 4 give no scale"),
+        ({"lora_alpha": "much"}, "lora_alpha: found 'much', expected a number"),
         ({"use_dora": False}, "has a lora_magnitude_vector, but use_dora is False"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import struct
 import tempfile
 import zipfile
@@ -32,8 +33,9 @@ from outliermerge.spec.schema import json_schema
 
 settings.register_profile(
     "fuzz",
-    max_examples=200,
-    derandomize=True,
+    # `make fuzz` asks for more of them, and other ones each time.
+    max_examples=int(os.environ.get("OUTLIERMERGE_FUZZ_EXAMPLES", "200")),
+    derandomize="OUTLIERMERGE_FUZZ_EXAMPLES" not in os.environ,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -669,7 +671,7 @@ def test_any_nested_pickle_is_one_of_its_state_dicts_or_refused(value):
                 assert torch.equal(values, state[source.name])
 
 
-@settings(FUZZ, max_examples=100)
+@settings(FUZZ, max_examples=FUZZ.max_examples // 2)
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_pickle_with_changed_bytes_is_read_or_refused(changes):
     with _file(b"", "m.pt") as path:

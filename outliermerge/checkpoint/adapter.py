@@ -16,8 +16,7 @@ from outliermerge.checkpoint.adapter_config import (
     FILE_NAMES,
     SCALED_LORA,
     SCALED_NOISE,
-    by_pattern,
-    ends_with,
+    LayerPatterns,
     is_saved_whole,
     read_adapter_config,
     without_wrappers,
@@ -39,7 +38,7 @@ from outliermerge.checkpoint.foreign import refuse_ungathered
 from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
 from outliermerge.checkpoint.stamps import FileStamp, is_there
 from outliermerge.checkpoint.weights import read_metas
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 
 
 def open_adapter(
@@ -78,6 +77,7 @@ class _Adapter:
         self.folder, self.base, self.rename = folder, base, rename
         self.config = read_adapter_config(folder)
         self.kind = str(self.config["peft_type"])
+        self.patterns = LayerPatterns(folder / CONFIG_NAME, self.config)
         self.file = next(folder / name for name in FILE_NAMES if is_there(folder / name))
         check_file(self.file, folder)
         metas, _ = read_metas(self.file)
@@ -181,7 +181,7 @@ class _Adapter:
         ]
         self.layers = {m: self._names(m) for m in self.modules if m not in tokens}
         base = self.base.tensors
-        broken = broken_promises(self.config, self.layers, tokens, self.whole, base)
+        broken = broken_promises(self.config, self.patterns, self.layers, tokens, self.whole, base)
         for what in broken:
             raise self.refuse(f"{CONFIG_NAME}: {what}")
 
@@ -221,7 +221,7 @@ class _Adapter:
         try:
             return found.pair()
         except KeyError as error:
-            raise self.refuse(f"{module}: has no {error.args[0]}") from error
+            raise self.refuse(f"{shown(module)}: has no {error.args[0]}") from error
 
     def _change(self, tensors: dict[str, Source], module: str, found: LayerParts) -> None:
         target = self.rename(f"{module}.weight")
@@ -229,7 +229,7 @@ class _Adapter:
         base = tensors[target]
         if (new := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
             if parts:
-                raise self.refuse(f"{module}: LoRA and trainable tokens in one layer")
+                raise self.refuse(f"{shown(module)}: LoRA and trainable tokens in one layer")
             tensors[target] = self._replaced_rows(module, base, new)
             return
         if self.kind == SCALED_NOISE:
@@ -237,11 +237,11 @@ class _Adapter:
             return
         pair = self._pair(module, found)
         if pair is None:
-            raise self.refuse(f"{module}: has {', '.join(parts)} without lora_A and lora_B")
+            raise self.refuse(f"{shown(module)}: has {', '.join(parts)} without lora_A and lora_B")
         lora_a, lora_b, is_embedding = pair
         for source in (base, lora_a, lora_b):
             if not source.dtype.is_float:
-                raise self.refuse(f"{source.name}: is {source.dtype.name}, expected floats")
+                raise self.refuse(f"{shown(source.name)}: is {source.dtype.name}, expected floats")
         if is_embedding and not makes(base.shape, pair, transposed=True):
             raise self._misfit(module, base.shape, pair)
         scale = self._scale(module, lora_a)
@@ -263,14 +263,14 @@ class _Adapter:
         if (magnitude is not None) != is_dora:
             has = "a" if magnitude else "no"
             raise self.refuse(
-                f"{module}: has {has} lora_magnitude_vector, but use_dora is {is_dora} in "
+                f"{shown(module)}: has {has} lora_magnitude_vector, but use_dora is {is_dora} in "
                 f"{CONFIG_NAME}"
             )
         tensors[target] = self._rescaled(module, low_rank, magnitude) if magnitude else low_rank
         if (change := parts.pop("lora_B.bias", None)) is not None:
             self._shift_bias(tensors, module, change, scale)
         if left := [part for part, meta in parts.items() if meta not in (lora_a, lora_b)]:
-            raise self.refuse(f"{module}: {', '.join(left)} has no use")
+            raise self.refuse(f"{shown(module)}: {', '.join(left)} has no use")
 
     def _is_transposed(
         self, module: str, shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool]
@@ -294,7 +294,8 @@ class _Adapter:
             else f"Correct it in {CONFIG_NAME}."
         )
         raise self.refuse(
-            f"{module}: its weight {list(shape)} is square, so its shape does not tell whether it "
+            f"{shown(module)}: its weight {list(shape)} is square, so its shape does not tell "
+            "whether it "
             f"is stored transposed, and fan_in_fan_out {said} is wrong for other layers. {advice}"
         )
 
@@ -302,7 +303,8 @@ class _Adapter:
         self, module: str, shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool]
     ) -> OutlierMergeError:
         return self.refuse(
-            f"{module}: A {list(pair[0].shape)} and B {list(pair[1].shape)} do not make a change "
+            f"{shown(module)}: A {list(pair[0].shape)} and B {list(pair[1].shape)} do not make a "
+            "change "
             f"of {list(shape)}: is it an adapter of {self.base.root}?"
         )
 
@@ -313,14 +315,16 @@ class _Adapter:
 
     def _scale(self, module: str, lora_a: TensorMeta) -> float:
         names = self._names(module)
-        rank = by_pattern(self.config.get("rank_pattern"), names, self.config.get("r"))
-        alpha = by_pattern(self.config.get("alpha_pattern"), names, self.config.get("lora_alpha"))
+        rank = self.patterns.value(self.config.get("rank_pattern"), names, self.config.get("r"))
+        alphas = self.config.get("alpha_pattern")
+        alpha = self.patterns.value(alphas, names, self.config.get("lora_alpha"))
         if not lora_a.shape or lora_a.shape[0] != rank:
             raise self.refuse(
-                f"{module}: A {list(lora_a.shape)} is not of rank {rank}, as {CONFIG_NAME} says"
+                f"{shown(module)}: A {list(lora_a.shape)} is not of rank {rank}, as {CONFIG_NAME} "
+                "says"
             )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not rank:
-            raise self.refuse(f"{module}: lora_alpha {alpha!r} and r {rank!r} give no scale")
+            raise self.refuse(f"{shown(module)}: lora_alpha {alpha!r} and r {rank!r} give no scale")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _noisy(self, module: str, base: Source, parts: dict[str, TensorMeta]) -> NoiseSum:
@@ -339,7 +343,7 @@ class _Adapter:
         s = parts.get("scaled_lora_s")
         if bool(self.config.get("train_scale")) != (s is not None):
             raise self.refuse(
-                f"{module}: has {'a' if s else 'no'} scaled_lora_s, but train_scale is "
+                f"{shown(module)}: has {'a' if s else 'no'} scaled_lora_s, but train_scale is "
                 f"{self.config.get('train_scale')} in {CONFIG_NAME}"
             )
         s = self._scalar(module, sum_.base, s) if s else None
@@ -348,7 +352,7 @@ class _Adapter:
     def _scalar(self, module: str, base: Source, s: TensorMeta) -> TensorMeta:
         if s.num_elements != 1 or not s.dtype.is_float or not base.dtype.is_float:
             raise self.refuse(
-                f"{module}: {s.name} is {s.dtype.name} {list(s.shape)} and its weight "
+                f"{shown(module)}: {s.name} is {s.dtype.name} {list(s.shape)} and its weight "
                 f"{base.dtype.name}, expected one float and floats"
             )
         return s
@@ -357,7 +361,8 @@ class _Adapter:
         outputs = low_rank.num_columns if low_rank.transposed else low_rank.num_rows
         if magnitude.num_elements != outputs:
             raise self.refuse(
-                f"{module}: lora_magnitude_vector has {magnitude.num_elements} values, expected "
+                f"{shown(module)}: lora_magnitude_vector has {magnitude.num_elements} values, "
+                "expected "
                 f"{outputs}"
             )
         return Rescaled(**_as(low_rank), direction=low_rank, magnitude=magnitude)
@@ -368,18 +373,22 @@ class _Adapter:
         target = self.rename(f"{module}.bias")
         base = tensors.get(target)
         if base is None or base.shape != change.shape:
-            raise self.refuse(f"{module}: lora_bias needs a bias {list(change.shape)} in the base")
+            raise self.refuse(
+                f"{shown(module)}: lora_bias needs a bias {list(change.shape)} in the base"
+            )
         tensors[target] = ShiftedBias(**_as(base), base=base, change=change, scale=scale)
 
     def _replaced_rows(self, module: str, base: Source, new: TensorMeta) -> ReplacedRows:
         said = self.config.get("trainable_token_indices")
         if isinstance(said, Mapping):
-            said = next((rows for name, rows in said.items() if ends_with(module, name)), None)
+            said = next(
+                (rows for name, rows in said.items() if self.patterns.ends_with(module, name)), None
+            )
         indices = tuple(said) if isinstance(said, list) else ()
         valid = all(type(index) is int and 0 <= index < base.shape[0] for index in indices)
         if not indices or not valid or new.shape != (len(indices), *base.shape[1:]):
             raise self.refuse(
-                f"{module}: {list(new.shape)} rows do not fit trainable_token_indices "
+                f"{shown(module)}: {list(new.shape)} rows do not fit trainable_token_indices "
                 f"({len(indices)}) and the base's {list(base.shape)}"
             )
         return ReplacedRows(**_as(base), dtype=base.dtype, base=base, new=new, indices=indices)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file
+from outliermerge.checkpoint.patterns import (
+    MAX_SECONDS,
+    Budget,
+    Pattern,
+    PatternError,
+    TooSlowError,
+)
 from outliermerge.checkpoint.stamps import is_there
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 CONFIG_NAME = "adapter_config.json"
 SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
+PATTERNS = ("rank_pattern", "alpha_pattern")
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # What a config may say: read here, or without a meaning for the merged weights.
 _READ = {
@@ -115,14 +123,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not config:
         raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
     kind = config.get("peft_type")
-    if kind in _NEVER_MERGED:
+    if isinstance(kind, str) and kind in _NEVER_MERGED:
         raise OutlierMergeError(
             f"{path}: a PEFT adapter of type {kind}: it {_NEVER_MERGED[kind]}, so that it has no "
             "merged form. Leave it out, or use it beside the merged model if that is still of use."
         )
     if not isinstance(kind, str) or kind not in _READ:
         raise OutlierMergeError(
-            f"{path}: a PEFT adapter of type {kind}; only LORA (with rsLoRA and DoRA), "
+            f"{path}: a PEFT adapter of type {shown(kind)}; only LORA (with rsLoRA and DoRA), "
             f"{SCALED_LORA} and {SCALED_NOISE} can be a model. Merge it with peft's "
             "merge_and_unload(), then save_pretrained()."
         )
@@ -135,15 +143,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             "path_initial_model_for_weight_conversion=…)."
         )
         raise OutlierMergeError(
-            f"{path}: init_lora_weights {initial!r} also changed the base's weights, or is not "
+            f"{path}: init_lora_weights {quoted(initial)} also changed the base's weights, or is "
+            "not "
             f"known not to, and the adapter does not hold that change. {advice}"
         )
     if kind == SCALED_NOISE and type(config.get("seed")) is not int:
         raise OutlierMergeError(
-            f"{path}: seed: found {config.get('seed')!r}, expected the integer that the noise was "
+            f"{path}: seed: found {quoted(config.get('seed'))}, expected the integer that the "
+            "noise was "
             "made from. Without it the adapter cannot be computed."
         )
-    _check_patterns(path, config)
+    _check_types(path, config)
     unknown = [
         key for key, value in config.items() if value and key not in _READ[kind] | _WITHOUT_MEANING
     ]
@@ -153,21 +163,139 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             advice = f"With {', '.join(never)} it has no merged form."
         raise OutlierMergeError(
             f"{path}: cannot be computed with the settings:\n"
-            + listing(f"{key}: {config[key]}" for key in unknown)
+            + listing(f"{shown(key)}: {quoted(config[key])}" for key in unknown)
             + f"\n{advice}"
         )
     return config
 
 
-def _check_patterns(path: Path, config: Mapping[str, Any]) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.get(key) or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OutlierMergeError(
-                    f"{path}: {key}: {pattern!r} is not a regular expression: {error}"
-                ) from error
+def _check_types(path: Path, config: Mapping[str, Any]) -> None:
+    for key, (expected, fits) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not fits(value):
+            raise OutlierMergeError(f"{path}: {key}: found {quoted(value)}, expected {expected}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # type: ignore[arg-type]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_text_or_texts(value: object) -> bool:
+    return _is_text(value) or _are_texts(value)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _are(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_TEXTS = ("a list of texts", _are_texts)
+_TEXT_OR_TEXTS = ("a text or a list of texts", _is_text_or_texts)
+_BOOL = ("true or false", _is_bool)
+# Settings whose type peft and we rely on; without a value they are null.
+_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "r": ("a count", _is_count),
+    "lora_alpha": ("a number", _is_number),
+    "rank_pattern": ("an object of counts", _are(_is_count)),
+    "alpha_pattern": ("an object of numbers", _are(_is_number)),
+    "target_modules": _TEXT_OR_TEXTS,
+    "exclude_modules": _TEXT_OR_TEXTS,
+    "layers_pattern": _TEXT_OR_TEXTS,
+    "modules_to_save": _TEXTS,
+    "layers_to_transform": (
+        "a count or a list of counts",
+        lambda value: _is_count(value) or _are_counts(value),
+    ),
+    "trainable_token_indices": (
+        "a list of counts, or an object of such lists",
+        lambda value: _are_counts(value) or _are(_are_counts)(value),
+    ),
+    "use_dora": _BOOL,
+    "use_rslora": _BOOL,
+    "fan_in_fan_out": _BOOL,
+    "lora_bias": _BOOL,
+    "train_scale": _BOOL,
+}
+
+
+class LayerPatterns:
+    """Tells, as peft does, which layers a config's expressions mean.
+
+    Args:
+        path: the config, which errors name.
+        config: what it says.
+
+    Raises:
+        OutlierMergeError: one of its patterns is no regular expression.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._path, self._budget = path, Budget()
+        self._patterns: dict[str, Pattern] = {}
+        for key in PATTERNS:
+            for pattern in config.get(key) or ():
+                self._add(key, pattern)
+
+    def _add(self, key: str, pattern: str) -> None:
+        try:
+            # With what stands before it, which refuses flags for the whole expression.
+            self._patterns[pattern] = Pattern(rf"\A(.*\.)?({pattern})$", self._budget)
+        except PatternError as error:
+            raise OutlierMergeError(
+                f"{self._path}: {key}: {quoted(pattern)} is not a regular expression: "
+                f"{shown(error)}"
+            ) from error
+
+    def ends_with(self, module: str, pattern: str) -> bool:
+        """Tell whether a layer's name is, or ends with, what a regular expression matches.
+
+        Raises:
+            OutlierMergeError: it takes too long to tell.
+        """
+        if module == pattern:
+            return True
+        if pattern not in self._patterns:
+            self._add("trainable_token_indices", pattern)
+        try:
+            return self._patterns[pattern].search(module)
+        except TooSlowError as error:
+            raise OutlierMergeError(
+                f"{self._path}: the pattern {quoted(pattern)} takes more than {MAX_SECONDS} "
+                f"seconds to match names such as {quoted(module)}. Write it without repeats "
+                "within repeats, or name the layers one by one."
+            ) from error
+
+    def value(self, patterns: object, names: Sequence[str], default: Any) -> Any:
+        """Return the value of the first pattern that a layer's name ends with.
+
+        Args:
+            names: that the layer may go by; of those that a pattern matches the first counts.
+        """
+        if isinstance(patterns, Mapping):
+            for name in names:
+                for pattern, value in patterns.items():
+                    if self.ends_with(name, pattern):
+                        return value
+        return default
 
 
 def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
@@ -183,22 +311,3 @@ def without_wrappers(module: str) -> str:
     'model.layers.0.q_proj'
     """
     return _WRAPPERS.sub("", module)
-
-
-def by_pattern(patterns: object, names: Sequence[str], default: Any) -> Any:
-    """Return the value of the first pattern that a layer's name ends with, as peft matches them.
-
-    Args:
-        names: that the layer may go by; of those that a pattern matches the first counts.
-    """
-    if isinstance(patterns, Mapping):
-        for name in names:
-            for pattern, value in patterns.items():
-                if ends_with(name, pattern):
-                    return value
-    return default
-
-
-def ends_with(module: str, pattern: str) -> bool:
-    """Tell whether a layer's name is, or ends with, what a regular expression matches."""
-    return module == pattern or re.match(rf"(.*\.)?({pattern})$", module) is not None

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.adapter_config import ends_with
+from outliermerge.checkpoint.adapter_config import PATTERNS, LayerPatterns
 from outliermerge.checkpoint.meta import Source
-from outliermerge.errors import listing
-
-PATTERNS = ("rank_pattern", "alpha_pattern")
+from outliermerge.errors import listing, quoted, shown
 
 
 def broken_promises(
     config: Mapping[str, Any],
+    patterns: LayerPatterns,
     layers: Mapping[str, Sequence[str]],
     tokens: Collection[str],
     whole: Mapping[str, Source],
@@ -24,13 +23,14 @@ def broken_promises(
     Args:
         layers: the names that each layer with factors may go by: the file's, without wrappers',
             the base's.
+        patterns: tells which layers the config's expressions mean.
         tokens: the layers with trained tokens.
         whole: the tensors stored whole, by the adapter's names.
         base: the tensors of the base.
     """
-    yield from _patterns(config, layers)
+    yield from _patterns(config, patterns, layers)
     yield from _saved_modules(config, whole, base)
-    yield from _trained_tokens(config, tokens)
+    yield from _trained_tokens(config, patterns, tokens)
 
 
 def notes_of(
@@ -50,17 +50,21 @@ def notes_of(
     ]
     if absent:
         yield (
-            f"its config names {', '.join(absent)} among its target_modules, of which its file "
+            f"its config names {', '.join(map(shown, absent))} among its target_modules, of which "
+            "its file "
             "holds nothing: they stay as they are in the base"
         )
 
 
-def _patterns(config: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _patterns(
+    config: Mapping[str, Any], patterns: LayerPatterns, layers: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
     for key in PATTERNS:
         for pattern in config.get(key) or () if layers else ():
-            if not any(ends_with(name, pattern) for names in layers.values() for name in names):
+            if not any(patterns.ends_with(n, pattern) for names in layers.values() for n in names):
                 yield (
-                    f"{key}: {pattern!r} matches none of the {len(layers)} layers of the adapter:\n"
+                    f"{key}: {quoted(pattern)} matches none of the {len(layers)} layers of the "
+                    "adapter:\n"
                     f"{listing(layers, limit=5)}\n"
                     "The layer that it is for would get another scale than in training. Write the "
                     "pattern for these names, or remove it if it is for none of them."
@@ -78,12 +82,15 @@ def _saved_modules(
         stands_for_it = any(source.shape in shapes for source in whole.values())  # it is tied
         if (shapes and not stands_for_it) or len(absent) == len(named):
             yield (
-                f"modules_to_save names {name!r}, which was trained, but the file holds no tensor "
+                f"modules_to_save names {quoted(name)}, which was trained, but the file holds no "
+                "tensor "
                 "of it. Save the adapter again, with all of its weights gathered."
             )
 
 
-def _trained_tokens(config: Mapping[str, Any], tokens: Collection[str]) -> Iterator[str]:
+def _trained_tokens(
+    config: Mapping[str, Any], patterns: LayerPatterns, tokens: Collection[str]
+) -> Iterator[str]:
     said = config.get("trainable_token_indices")
     if isinstance(said, list) and said and not tokens:
         yield (
@@ -92,13 +99,14 @@ def _trained_tokens(config: Mapping[str, Any], tokens: Collection[str]) -> Itera
         )
     if not isinstance(said, Mapping):
         return
-    found = {name: [layer for layer in tokens if ends_with(layer, name)] for name in said}
+    found = {name: [layer for layer in tokens if patterns.ends_with(layer, name)] for name in said}
     for name, layers in found.items():
         # Of tied layers with the same tokens the file holds one.
         tied = any(other and said[key] == said[name] for key, other in found.items())
         if not layers and not tied:
-            has = f"; it has those of {', '.join(tokens)}" if tokens else ""
+            has = f"; it has those of {', '.join(map(shown, tokens))}" if tokens else ""
             yield (
-                f"trainable_token_indices: {name!r} matches no layer whose trained tokens the file "
+                f"trainable_token_indices: {quoted(name)} matches no layer whose trained tokens "
+                "the file "
                 f"holds{has}. Correct the name, or save the adapter again."
             )

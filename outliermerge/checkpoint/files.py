@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.hub_cache import blobs_of, is_cached
 from outliermerge.checkpoint.json_text import MAX_VALUES, parse_json
 from outliermerge.checkpoint.stamps import note_absent, open_file, refuse_special, refuse_text
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, quoted, shown
 
 # What a small file may hold, so that a hostile one costs no memory to speak of: a sparse file of
 # terabytes is made in a moment. The largest that are known: tokenizer.json 33 MB with 2.2 million
@@ -25,8 +26,9 @@ _LARGE = re.compile(
     r"\.index(\.\w+)?\.json$|^(tokenizer|vocab|encoder|tekken|added_tokens)\.json$"
     r"|\.(?!json|jinja|py)\w+$"
 )
-# Names of files beside the weights that one folder may have.
-MAX_NAMES = 100_000
+# Kinds of signs that a file of a model has no use for in its name: those that control a terminal
+# or the direction of text, halves of signs, breaks of lines.
+_NO_SIGNS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
@@ -46,6 +48,12 @@ def check_file(path: Path, folder: Path | None = None) -> None:
     refuse_text(path)
     if folder is None:
         return
+    name = str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+    if any(unicodedata.category(sign) in _NO_SIGNS for sign in name):
+        raise OutlierMergeError(
+            f"{shown(folder)}: has a file {quoted(name)}, a name that is no text or controls a "
+            "terminal. Rename it, or take it out of the folder."
+        )
     inside, real = folder.resolve(), path.resolve()
     if real.is_relative_to(inside) or is_cached(real):
         return
@@ -83,9 +91,9 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
     limit = max_bytes or _max_bytes(path)
     try:
         with open_file(path) as file:
-            status = os.fstat(file.fileno())
+            _check_size(path, os.fstat(file.fileno()).st_size, limit)
             # What is read is counted too: files grow, and some have no size to tell.
-            data = file.read(limit + 1) if status.st_size <= limit else b""
+            data = file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_symlink():
             note_absent(path)
@@ -94,7 +102,7 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
         raise OutlierMergeError(f"{path}: {what}") from error
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
-    _check_size(path, max(len(data), status.st_size), limit)
+    _check_size(path, len(data), limit)
     return data
 
 

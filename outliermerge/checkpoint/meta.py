@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 EXTRA_STATE = "_extra_state"
 
 
+MAX_TENSOR_NAME = 1000  # characters of a tensor's name; those of models have up to 200
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a text can be a tensor's name in a file."""
+    if not 0 < len(name) <= MAX_TENSOR_NAME or name == "__metadata__":
+        return False
+    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """An element type: torch's name for it, safetensors' code, its size; is_float: mergeable."""

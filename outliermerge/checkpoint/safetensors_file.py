@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.files import check_file
-from outliermerge.checkpoint.meta import DTYPES_BY_CODE, DType, TensorMeta, refuse_lfs_pointer
+from outliermerge.checkpoint.meta import (
+    DTYPES_BY_CODE,
+    MAX_TENSOR_NAME,
+    DType,
+    TensorMeta,
+    refuse_lfs_pointer,
+)
 from outliermerge.checkpoint.stamps import open_file
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 MAX_HEADER_BYTES = 100_000_000
+# Fifteen for each of 260,000 tensors; models have up to 100,000. PyTorch's have up to 64 axes.
+MAX_HEADER_VALUES, MAX_AXES = 4_000_000, 64
 PAGE_BYTES = 4096
 
 
@@ -80,6 +88,12 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
                 f"the file has {num_file_bytes}. Fetch it again."
             )
         raw = file.read(header_length)
+    # Each sign begins a value, which takes some hundred bytes of memory.
+    if (num_values := sum(map(raw.count, (b"{", b"[", b",", b":")))) > MAX_HEADER_VALUES:
+        raise OutlierMergeError(
+            f"{path}: the header has some {num_values:,} values, more than the "
+            f"{MAX_HEADER_VALUES:,} allowed: not a model's file. Fetch it again."
+        )
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -108,7 +122,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _DuplicateKeyError(repr(key))
+            raise _DuplicateKeyError(quoted(key))
         result[key] = value
     return result
 
@@ -119,10 +133,12 @@ def _is_count(value: object) -> bool:
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
     def fail(what: str) -> OutlierMergeError:
-        return OutlierMergeError(f"{path}: tensor {name!r}: {what}")
+        return OutlierMergeError(f"{path}: tensor {quoted(name)}: {what}")
 
     if any("\ud800" <= character <= "\udfff" for character in name):
         raise fail("its name is not valid Unicode")
+    if len(name) > MAX_TENSOR_NAME:
+        raise fail(f"its name has {len(name):,} characters, the limit is {MAX_TENSOR_NAME:,}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise fail("its header entry needs dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -132,20 +148,23 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
         is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
         more = ". Name the model that it was quantised from instead" if is_code else ""
         what = " (exponents, the scales of quantised weights)" if code == "F8_E8M0" else ""
-        raise fail(f"unknown dtype {code!r}{what}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
+        raise fail(
+            f"unknown dtype {quoted(code)}{what}{more}. Supported: {', '.join(DTYPES_BY_CODE)}"
+        )
     if (
         not isinstance(shape, list)
+        or len(shape) > MAX_AXES
         or not all(_is_count(size) for size in shape)
         or any(count >= 2**64 for count in accumulate(shape, mul))
     ):
-        raise fail(f"shape {shape!r} is not a list of sizes")
+        raise fail(f"shape {quoted(shape)} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise fail(f"data_offsets {offsets!r} are not two positions")
+        raise fail(f"data_offsets {quoted(offsets)} are not two positions")
     meta = TensorMeta(name, dtype, tuple(shape), path, data_start + offsets[0])
     if offsets[1] - offsets[0] != meta.num_bytes:
         raise fail(
             f"data_offsets span {offsets[1] - offsets[0]} bytes, "
-            f"but {dtype.name} of shape {shape} needs {meta.num_bytes}"
+            f"but {dtype.name} of shape {quoted(shape)} needs {meta.num_bytes}"
         )
     return meta
 
@@ -159,7 +178,7 @@ def _check_contiguous(
         if meta.offset != position:
             what = "overlaps the tensor before it" if meta.offset < position else "follows a hole"
             raise OutlierMergeError(
-                f"{path}: tensor {meta.name!r} {what}: it starts at byte {meta.offset}, "
+                f"{path}: tensor {quoted(meta.name)} {what}: it starts at byte {meta.offset}, "
                 f"expected {position}"
             )
         position += meta.num_bytes
@@ -205,6 +224,6 @@ def duplicates(metas: Iterable[TensorMeta]) -> str | None:
     twice: list[str] = []
     for meta in metas:
         if meta.name in seen:
-            twice.append(f"{meta.name} in {seen[meta.name].name} and {meta.path.name}")
+            twice.append(f"{shown(meta.name)} in {seen[meta.name].name} and {meta.path.name}")
         seen[meta.name] = meta.path
     return listing(twice) if twice else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from outliermerge.checkpoint.checksum import header_checksum
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import MANIFEST_NAME
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Plan
 from outliermerge.output.names import (
     journal_path,
@@ -36,7 +36,7 @@ def check_apart(inputs: Sequence[Input], final: Path) -> None:
             for root in roots:
                 if root == resolved or resolved in root.parents or root in resolved.parents:
                     raise OutlierMergeError(
-                        f"{place}: is, holds or is inside the model {entry.reference}: "
+                        f"{place}: is, holds or is inside the model {shown(entry.reference)}: "
                         "choose another output"
                     )
 

@@ -10,7 +10,7 @@ from outliermerge.checkpoint.adapter_config import CONFIG_NAME
 from outliermerge.checkpoint.adapter_tensors import InDType
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.tied import tied_heads, unnamed_tie
 from outliermerge.planning.tied_names import is_head
@@ -37,7 +37,8 @@ def settle_heads(
     parted, notes = [], []
     if (name := unnamed_tie(under)) and _is_trained_whole(config, name):
         raise OutlierMergeError(
-            f"{folder}: it has {name} by itself, which {under.reference} ties, so that the model "
+            f"{folder}: it has {shown(name)} by itself, which {shown(under.reference)} ties, so "
+            "that the model "
             "has a head of its own, whose name cannot be told. Merge it with peft's "
             "merge_and_unload(), then save_pretrained()."
         )
@@ -55,7 +56,8 @@ def settle_heads(
                 tensors[head] = value
             if changes and not config.get("ensure_weight_tying"):
                 notes.append(
-                    f"it changes {original}, to which {under.reference} ties its head: the head "
+                    f"it changes {original}, to which {shown(under.reference)} ties its head: the "
+                    "head "
                     "changes with it, as when peft merges it, though it did not in training"
                 )
     return tensors, tuple(parted), notes

@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from outliermerge.checkpoint.meta import Source
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.layouts import how_to_convert
 from outliermerge.spec.rename import find_rename
@@ -102,8 +102,9 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
             continue
         one = _sort(entry, reference, Unpaired())
         raise OutlierMergeError(
-            f"{entry.reference}: none of its {len(entry.checkpoint.tensors)} tensors has a name of "
-            f"{reference.reference}'s, so that the output would have nothing of it. "
+            f"{shown(entry.reference)}: none of its {len(entry.checkpoint.tensors)} tensors has a "
+            "name of "
+            f"{shown(reference.reference)}'s, so that the output would have nothing of it. "
             + (
                 one.convert
                 or one.rename
@@ -136,8 +137,9 @@ def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     if found:
         own = "Added to its own, " if entry.renamed else ""
         rename = (
-            f"{own}`rename: {found.text}` on {entry.reference} pairs {found.num_paired} of its "
-            f"{len(ours)} tensors with those of {reference.reference}."
+            f"{own}`rename: {found.text}` on {shown(entry.reference)} pairs {found.num_paired} of "
+            "its "
+            f"{len(ours)} tensors with those of {shown(reference.reference)}."
         )
     have = set(names.values())
     lacking = [name for name in theirs if name not in have]

@@ -12,7 +12,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import component_of
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Job
 from outliermerge.spec.check import MergeSpec
 
@@ -122,7 +122,7 @@ def _check_head(
             return []
         return [
             f"{', '.join(unnamed)} does not name its classes (id2label): the rows of "
-            f"{', '.join(names[:3])} are taken for those of {first} in the same order"
+            f"{', '.join(names[:3])} are taken for those of {shown(first)} in the same order"
         ]
     inner = [named[model] for model in used if model in named]
     if all(_are_same(inner[0], found) for found in inner):
@@ -154,7 +154,7 @@ def _way_out(
     ):
         advice = (
             f"The classes are the same in another order: bring the rows of these tensors in "
-            f"{models}, and its id2label and label2id, into the order of {first}."
+            f"{shown(models)}, and its id2label and label2id, into the order of {shown(first)}."
         )
     else:
         advice = (
@@ -164,7 +164,7 @@ def _way_out(
     module = names[0].rpartition(".")[0] or names[0]
     weight = f"weight: [{{filter: {module}, value: 0}}, {{value: 1}}]"
     return (
-        f"{advice} To leave the heads of {models} out, and keep that of {first}: "
+        f"{advice} To leave the heads of {shown(models)} out, and keep that of {shown(first)}: "
         f"`parameters: {{{weight}}}` on each of those."
     )
 

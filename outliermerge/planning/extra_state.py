@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from outliermerge.checkpoint.meta import EXTRA_STATE
+from outliermerge.errors import shown
 from outliermerge.jobs import Input
 
 
@@ -25,7 +26,7 @@ def one_extra_state(inputs: Sequence[Input]) -> tuple[Input, ...]:
             continue
         kept = {name: source for name, source in tensors.items() if name not in theirs}
         what = f"has {len(theirs)} states of modules ({EXTRA_STATE}), which cannot be merged: "
-        what += f"those of {reference.reference} are taken" if own else "they are left out"
+        what += f"those of {shown(reference.reference)} are taken" if own else "they are left out"
         notes = (*entry.checkpoint.notes, what)
         result.append(
             replace(entry, checkpoint=replace(entry.checkpoint, tensors=kept | own, notes=notes))

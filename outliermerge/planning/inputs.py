@@ -13,7 +13,7 @@ from outliermerge.checkpoint.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
-from outliermerge.errors import OutlierMergeError, as_path
+from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
@@ -128,8 +128,9 @@ def _open_adapter(
     notes: list[str] = []
     if stem is None and trained_on and _last(trained_on) != _last(under.reference):
         notes.append(
-            f"{reference} was trained on {trained_on}, and is taken as a change of "
-            f"{under.reference}; `{trained_on}+{reference}` takes it as a change of the former"
+            f"{shown(reference)} was trained on {shown(trained_on)}, and is taken as a change of "
+            f"{shown(under.reference)}; `{shown(trained_on)}+{shown(reference)}` takes it as a "
+            "change of the former"
         )
     seen: dict[str, None] = {}
     whole = with_embeddings(under)
@@ -146,7 +147,7 @@ def _open_adapter(
         best = best_rename([rename(name) for name in seen], whole.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):
             raise
-        advice = f"`rename: {best[0]}` on {reference} pairs {best[1]} of {len(seen)}."
+        advice = f"`rename: {best[0]}` on {shown(reference)} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
     tensors, parted, tie_notes = settle_heads(folder, whole, adapted)
     notes += tie_notes

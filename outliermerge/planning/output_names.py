@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outliermerge.checkpoint.layout import component_of
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SettingError
@@ -31,7 +31,7 @@ def written_names(spec: MergeSpec, inputs: Sequence[Input], names: Sequence[str]
     ]
     if lost:
         raise OutlierMergeError(
-            f"tensors that are of no component of {reference.reference} "
+            f"tensors that are of no component of {shown(reference.reference)} "
             f"({', '.join(part or 'its root' for part in components)}):\n{listing(lost)}\n"
             "A `rename` must keep the folder of a part. A part that only other models have cannot "
             "be added: take a base model that has it; `extra: drop` loses its weights."

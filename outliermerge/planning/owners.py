@@ -12,7 +12,7 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.files import check_file, load_json, small_bytes
 from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
 from outliermerge.checkpoint.stamps import same_bytes
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.jobs import Input
 
 Kind = Literal["config", "tokenizer", "processor"]
@@ -182,8 +182,10 @@ def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
             other_kind, other = needed.setdefault(name, (kind, path))
             if not same_bytes(path, other):
                 raise OutlierMergeError(
-                    f"{name}: the {other_kind} of {sources[other_kind].reference} and the {kind} "
-                    f"of {beside.reference} both need their own, and an output can have one. Take "
+                    f"{shown(name)}: the {other_kind} of {shown(sources[other_kind].reference)} "
+                    f"and the {kind} "
+                    f"of {shown(beside.reference)} both need their own, and an output can have "
+                    "one. Take "
                     "both from one model (`config_source`, `tokenizer_source`, `processor_source`)."
                 )
     chosen |= {name: path for name, (_, path) in needed.items()}

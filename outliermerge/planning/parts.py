@@ -8,6 +8,7 @@ from typing import Any
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import MODULES_NAME
 from outliermerge.checkpoint.tokens import same_token_files
+from outliermerge.errors import shown
 from outliermerge.jobs import Input
 
 
@@ -20,7 +21,7 @@ def differing_parts(inputs: Sequence[Input]) -> list[str]:
     folders = list(dict.fromkeys(n.rpartition("/")[0] for n in sidecars if "/" in n))
     found = []
     for entry in inputs[1:]:
-        said = f"of {entry.reference} is not that of {first.reference}"
+        said = f"of {shown(entry.reference)} is not that of {shown(first.reference)}"
         ours, theirs = (load_json(each.home / MODULES_NAME) for each in (first, entry))
         if _meaning(ours) != _meaning(theirs):
             found.append(f"{MODULES_NAME} {said}")

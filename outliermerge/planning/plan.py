@@ -10,7 +10,7 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
 from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, watching
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
@@ -177,7 +177,8 @@ class _Planner:
                 ours, its = (self.parameters.of(n, numbers) for n in (name, original))
                 if ours != its:
                     self.notes.append(
-                        f"{name} is tied to {original} in the output, and takes its parameters"
+                        f"{shown(name)} is tied to {shown(original)} in the output, and takes its "
+                        "parameters"
                     )
         return [draft for name in self.names if (draft := drafts.get(name)) is not None]
 
@@ -210,7 +211,7 @@ class _Planner:
             if source.shape != first.shape or not (both_float or is_buffer(held)):
                 self._problem(
                     _MISFIT,
-                    f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
+                    f"{shown(name)}: {_describe(first)} in {self.inputs[0].reference}, "
                     f"{_describe(source)} in {self.inputs[number].reference}",
                 )
                 return None
@@ -246,7 +247,7 @@ class _Planner:
         if len(set(dtypes.values())) > 1:
             where = ", ".join(f"{dtype} in {model}" for model, dtype in dtypes.items())
             self.notes.append(
-                f"{name}: {where}; a buffer, which is copied as it is in "
+                f"{shown(name)}: {where}; a buffer, which is copied as it is in "
                 f"{self.inputs[0].reference} if all have the same values (else `unequal` decides)"
             )
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
@@ -266,7 +267,9 @@ class _Planner:
                 continue
             elif word != "drop":
                 where = self.inputs[number].reference
-                self._problem("extra", f"{name}: in {where}, not in {self.inputs[0].reference}")
+                self._problem(
+                    "extra", f"{shown(name)}: in {where}, not in {self.inputs[0].reference}"
+                )
                 self.unpaired.setdefault(number, Unpaired()).extra.append(name)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
         if not found:
@@ -286,7 +289,8 @@ class _Planner:
         entry = self.inputs[tied.number]
         copy, original = tied.sources
         reason = (
-            f"the output ties {tied.name} to {tied.original}, so that of {entry.reference} is left "
+            f"the output ties {shown(tied.name)} to {shown(tied.original)}, so that of "
+            f"{shown(entry.reference)} is left "
             "out, which is right only where they are equal in that model"
         )
         unwritten = OutputTensor(tied.name, copy.dtype, copy.shape, "", 0)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from outliermerge.checkpoint.meta import Source, TensorMeta
+from outliermerge.errors import shown
 from outliermerge.jobs import Input
 
 
@@ -21,7 +22,7 @@ def in_shapes_of(reference: Mapping[str, Source], entry: Input) -> Input:
             continue
         changed[name] = replace(source, shape=wanted.shape)
         notes.append(
-            f"{name} is one number, of shape {list(source.shape)}; it is taken in the shape "
+            f"{shown(name)} is one number, of shape {list(source.shape)}; it is taken in the shape "
             f"{list(wanted.shape)} that the first model stores"
         )
     if not changed:

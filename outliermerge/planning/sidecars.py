@@ -13,7 +13,7 @@ from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.meta import DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.checkpoint.tokens import TOKEN_FILES
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
 from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, missing_code
@@ -56,7 +56,7 @@ def choose_sidecars(
     chosen = choose_files(owners)
     notes = [*missing_code(chosen)]
     if differing := _differences(inputs, list(besides.values())):
-        kept = ", ".join(f"{kind} of {entry.reference}" for kind, entry in sources.items())
+        kept = ", ".join(f"{kind} of {shown(entry.reference)}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
     notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
     return tuple(Sidecar(name, chosen[name]) for name in sorted(chosen)), notes
@@ -69,7 +69,7 @@ def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
         has = beside.has_tokenizer if kind == "tokenizer" else bool(beside.files[kind])
         if getattr(spec.document, key) is not None and not has:
             raise spec.source.error(
-                (key,), f"{beside.reference} has no {kind} files that the output could have"
+                (key,), f"{shown(beside.reference)} has no {kind} files that the output could have"
             )
 
 

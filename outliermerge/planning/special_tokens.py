@@ -8,6 +8,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.tokens import read_tokens
+from outliermerge.errors import shown
 from outliermerge.jobs import Input
 
 _WORDS = ("bos", "eos", "pad")
@@ -32,10 +33,10 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
                 continue
             listed = value if isinstance(value, list) else [value]
             if wanted not in listed:
-                shown = ", ".join(f"{n} ({tokens.get(n, 'no token')!r})" for n in listed)
+                listing = ", ".join(f"{n} ({tokens.get(n, 'no token')!r})" for n in listed)
                 yield (
-                    f"{file} of {config.reference} has {key} {shown}, but the tokenizer of "
-                    f"{tokenizer.reference} has {wanted} ({token!r})"
+                    f"{file} of {shown(config.reference)} has {key} {shown(listing)}, "
+                    f"but the tokenizer of {shown(tokenizer.reference)} has {wanted} ({token!r})"
                 )
 
 

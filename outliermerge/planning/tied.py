@@ -15,7 +15,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.meta import Source
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.tied_names import (
     EMBEDDINGS,
@@ -202,7 +202,8 @@ class _Matching:
         is_adapted = head in self.inputs[0].parted
         if self.wanted and is_own and head in self.tensors[0] and not is_adapted:
             raise OutlierMergeError(
-                f"`tie_word_embeddings: true`: {self.inputs[0].reference} does not tie its {head}, "
+                f"`tie_word_embeddings: true`: {self.inputs[0].reference} does not tie its "
+                f"{shown(head)}, "
                 "which the output cannot do without"
             )
         ties = ties_head(_config(self.config_of)) if self.wanted is None else self.wanted
@@ -237,7 +238,8 @@ class _Matching:
             if own is value or (name in untied and (own is None or name not in follows)):
                 continue
             if own is None:
-                self.notes.append(f"{reference} ties {name} to {source}, which stands for it")
+                what = f"{shown(name)} to {shown(source)}"
+                self.notes.append(f"{shown(reference)} ties {what}, which stands for it")
             elif name not in chosen or self._may_follow(number, name):
                 self._compare(number, name, source)
             held[name] = value
@@ -248,7 +250,8 @@ class _Matching:
             elif number or held[name] is not value:
                 self._compare(number, name, source, is_stray=number > 0)
             if number == 0:
-                self.notes.append(f"{name} of {reference} is written as {written[0]}")
+                what = f"{shown(name)} of {shown(reference)}"
+                self.notes.append(f"{what} is written as {shown(written[0])}")
                 del held[name]
 
     def _compare(self, number: int, name: str, original: str, *, is_stray: bool = False) -> None:
@@ -258,7 +261,8 @@ class _Matching:
             self.copies.append(TiedCopy(number, name, original, (own, value), is_stray))
         elif not is_stray:
             raise OutlierMergeError(
-                f"{self.inputs[number].reference}: {name} {list(own.shape)} is tied to {original} "
+                f"{shown(self.inputs[number].reference)}: {shown(name)} {list(own.shape)} is tied "
+                f"to {shown(original)} "
                 f"{list(value.shape)}, but is of another shape"
             )
 
@@ -266,9 +270,11 @@ class _Matching:
         """Tell whether a model's own head may turn out to be the embeddings, as the output's is."""
         entry = self.inputs[number]
         if self.wanted:
-            self.notes.append(f"{head} of {entry.reference} is left out, as the output ties it")
+            self.notes.append(
+                f"{shown(head)} of {shown(entry.reference)} is left out, as the output ties it"
+            )
         elif head in entry.parted:
-            self.parted.append(f"{head} of {entry.reference}")
+            self.parted.append(f"{shown(head)} of {shown(entry.reference)}")
         else:
             return True
         return False

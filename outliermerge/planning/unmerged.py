@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outliermerge.checkpoint.unmerged import adapter_parts, composed, how_to_merge
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input
 
 
@@ -25,7 +25,7 @@ def refuse_unmerged(inputs: Sequence[Input]) -> list[str]:
         alone = len(parts) == len(names) or any(".default" in name for name in parts)
         if parts and (alone or not _all_have(parts, others)):
             raise OutlierMergeError(
-                f"{entry.reference}: it holds {how_to_merge(names, parts)}\n"
+                f"{shown(entry.reference)}: it holds {how_to_merge(names, parts)}\n"
                 f"{listing(parts, limit=5)}"
             )
         made = composed(names)
@@ -33,9 +33,10 @@ def refuse_unmerged(inputs: Sequence[Input]) -> list[str]:
             plain = [n for n, w in made.items() if w in other.checkpoint.tensors and w not in names]
             if plain:
                 raise OutlierMergeError(
-                    f"{entry.reference}: it keeps weights as what torch makes them of, which "
-                    f"{other.reference} has as they are:\n{listing(plain, limit=5)}\n"
-                    f"Load {entry.reference}, make them plain weights (torch.nn.utils."
+                    f"{shown(entry.reference)}: it keeps weights as what torch makes them of, "
+                    "which "
+                    f"{shown(other.reference)} has as they are:\n{listing(plain, limit=5)}\n"
+                    f"Load {shown(entry.reference)}, make them plain weights (torch.nn.utils."
                     "remove_weight_norm, remove_spectral_norm, prune.remove, or parametrize."
                     "remove_parametrizations) and save it again."
                 )

@@ -16,7 +16,7 @@ from outliermerge.checkpoint.tokens import (
     same_token_files,
     token_files,
 )
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.tokenizer_files import extend, find_entries, read_files
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.planning.vocabulary_rows import (
@@ -248,7 +248,8 @@ def _check_named(
                 wrong.append(f"{file}: {key} {id_}{token}, a row that {what}")
     if wrong:
         raise OutlierMergeError(
-            f"the config of {model.name} names rows by ids that the output would not keep for "
+            f"the config of {shown(model.name)} names rows by ids that the output would not keep "
+            "for "
             f"them:\n{listing(wrong, limit=5)}\n"
             "`config_source` takes another model's config; an id without use can be taken out."
         )
@@ -280,21 +281,24 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
     notes = []
     for model in members:
         if not model.has_tokenizer:
-            notes.append(f"{model.name} has no tokenizer files: its rows are matched by index")
+            notes.append(
+                f"{shown(model.name)} has no tokenizer files: its rows are matched by index"
+            )
         if model is reference:
             continue
         rows = layout.rows[model.number]
         if others := set(range(model.num_rows)) - set(rows):
-            notes.append(f"left out of {model.name}: {model.describe(others)}")
+            notes.append(f"left out of {shown(model.name)}: {model.describe(others)}")
         shared = [row for row, own in enumerate(layout.rows[reference.number]) if row == own]
         if lacking := [row for row in shared if rows[row] == ABSENT]:
             notes.append(
-                f"{model.name} lacks {reference.describe(lacking)} of {reference.name}: "
+                f"{shown(model.name)} lacks {reference.describe(lacking)} of "
+                f"{shown(reference.name)}: "
                 "unchanged there"
             )
         if num_moved := sum(rows[row] not in (row, ABSENT) for row in shared):
             notes.append(
-                f"{model.name} has other ids than {reference.name} for "
+                f"{shown(model.name)} has other ids than {shown(reference.name)} for "
                 f"{count(num_moved, 'token')}: matched by token"
             )
     return notes
@@ -303,7 +307,8 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
 def _unnamed_tokens(members: Sequence[Model], written: Written) -> list[str]:
     """Return notes on tokens whose rows are merged but that the output's tokenizer lacks."""
     return [
-        f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of {model.name}: "
+        f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of "
+        f"{shown(model.name)}: "
         "the output's cuts such texts into other tokens. `vocabulary: union` keeps them"
         for model in members
         if written.tokens and (unnamed := model.tokens.keys() - written.tokens.keys())
@@ -314,7 +319,7 @@ def _difference(
     members: Sequence[Model], clashes: Mapping[int, str], lay_out: Callable[[str], Layout]
 ) -> str:
     reference, base = members[0], lay_out_base(members, Written("", Path(), {}))
-    lines = [f"  {reference.name}: {count(reference.num_rows, 'row')}"]
+    lines = [f"  {shown(reference.name)}: {count(reference.num_rows, 'row')}"]
     for model in members[1:]:
         rows = base.rows[model.number]
         parts = []
@@ -324,16 +329,17 @@ def _difference(
             parts.append(f"    it lacks {reference.describe(lacking)}")
         if found := clashes.get(model.number):
             parts.append(f"    {found}")
-        lines += [f"  {model.name}: {count(model.num_rows, 'row')}", *parts]
+        lines += [f"  {shown(model.name)}: {count(model.num_rows, 'row')}", *parts]
     return "\n".join(
         [
             "the models' vocabularies differ",
             *lines,
             "`vocabulary` in the spec sets what becomes of it:",
-            f"  base: the rows of {reference.name}; tokens that only others have are left out "
+            f"  base: the rows of {shown(reference.name)}; tokens that only others have are left "
+            "out "
             f"({_outcome('base', lay_out)})",
             f"  common: only the rows that all models have ({_outcome('common', lay_out)})",
-            f"  union: the rows of {reference.name}, then those that only others have "
+            f"  union: the rows of {shown(reference.name)}, then those that only others have "
             f"({_outcome('union', lay_out)})",
         ]
     )

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 
 ABSENT = -1
 NUM_SHOWN = 10
@@ -153,8 +153,8 @@ def _lay_out(members: Sequence[Model], written: Written, num_rows: int) -> Layou
                 and all(new[id_] not in m.ids for m in members[: members.index(model)])
             ]
             if first:
-                shown = _shown([(id_, new[id_]) for id_ in sorted(first)])
-                notes.append(f"{what} {reference.name}, from {model.name}: {shown}")
+                which = _shown([(id_, new[id_]) for id_ in sorted(first)])
+                notes.append(f"{what} {shown(reference.name)}, from {shown(model.name)}: {which}")
     return Layout(num_rows, rows, tuple(notes))
 
 
@@ -176,7 +176,8 @@ def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
     cut = set(range(base.num_rows)) - set(shared)
     if cut and min(cut) < len(shared):
         raise OutlierMergeError(
-            f"`vocabulary: common` can only cut rows at the end, but of {reference.name} other "
+            f"`vocabulary: common` can only cut rows at the end, but of {shown(reference.name)} "
+            "other "
             f"models lack {reference.describe(cut)}. Use `vocabulary: base`."
         )
     if named := [(row, written.tokens[row]) for row in sorted(cut) if row in written.tokens]:
@@ -184,7 +185,9 @@ def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
             f"`vocabulary: common` would cut rows that the tokenizer of {written.name} names: "
             f"{_shown(named)}. The output keeps that tokenizer: use `vocabulary: base`."
         )
-    notes = (f"cut, as not all models have them: {reference.describe(cut)} of {reference.name}",)
+    notes = (
+        f"cut, as not all models have them: {reference.describe(cut)} of {shown(reference.name)}",
+    )
     return Layout(
         len(shared),
         {number: rows[: len(shared)] for number, rows in base.rows.items()},
@@ -219,7 +222,7 @@ def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
     padding = (
         f"{count(num_rows - num_named, 'padding row')} ({_ranges(range(num_named, num_rows))})"
     )
-    note = f"added after the rows of {reference.name}: {padding}"
+    note = f"added after the rows of {shown(reference.name)}: {padding}"
     return Layout(num_rows, layout.rows, (*layout.notes, note))
 
 

@@ -7,12 +7,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from outliermerge.errors import suggest
+from outliermerge.checkpoint.meta import is_name
+from outliermerge.checkpoint.patterns import (
+    MAX_PATTERN,
+    MAX_SECONDS,
+    Budget,
+    Pattern,
+    PatternError,
+    TooSlowError,
+)
+from outliermerge.errors import quoted, shown, suggest
 from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 from outliermerge.spec.rename_search import best_rename, find_rename
 from outliermerge.spec.settings import SettingError, SpecPath
 
 __all__ = ["MAP_NAMES", "Rename", "Rule", "best_rename", "find_rename", "parse_rename"]
+
+
+_MAX_RULES = 1000
 
 
 @dataclass(frozen=True)
@@ -26,17 +38,32 @@ class Rule:
 
     label: str
     path: SpecPath
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
     replacement: str = ""
 
     def __call__(self, name: str) -> str:
-        if self.pattern is not None:
+        if self.pattern is None:
+            return by_map(self.label, name)
+        try:
             return self.pattern.sub(self.replacement, name)
-        return by_map(self.label, name)
+        except TooSlowError as error:
+            raise self._too_slow(name) from error
 
     def matches(self, name: str) -> bool:
         """Tell whether the rule has something to say of a name."""
-        return bool(self.pattern.search(name)) if self.pattern else self(name) != name
+        if self.pattern is None:
+            return self(name) != name
+        try:
+            return self.pattern.search(name)
+        except TooSlowError as error:
+            raise self._too_slow(name) from error
+
+    def _too_slow(self, name: str) -> SettingError:
+        return SettingError(
+            (*self.path, "from"),
+            f"{quoted(self.label)} takes more than {MAX_SECONDS} seconds to match names such as "
+            f"{quoted(name)}. Write it without repeats within repeats.",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,19 +88,23 @@ class Rename:
             if check and not any(rule.matches(name) for name in renamed.values()):
                 example = next(iter(renamed.values()), "")
                 raise SettingError(
-                    rule.path, f"{rule.label!r} matches no tensor; there is for example {example!r}"
+                    rule.path,
+                    f"{quoted(rule.label)} matches no tensor; there is for example "
+                    f"{quoted(example)}",
                 )
             renamed = {old: rule(new) for old, new in renamed.items()}
             origin: dict[str, str] = {}
             for old, new in renamed.items():
                 if new in origin:
                     raise SettingError(
-                        rule.path, f"{origin[new]!r} and {old!r} both become {new!r}"
+                        rule.path,
+                        f"{quoted(origin[new])} and {quoted(old)} both become {quoted(new)}",
                     )
                 origin[new] = old
-                if new in ("", "__metadata__") or any("\ud800" <= c <= "\udfff" for c in new):
+                if not is_name(new):
                     raise SettingError(
-                        rule.path, f"{old!r} becomes {new!r}, which cannot be a tensor's name"
+                        rule.path,
+                        f"{quoted(old)} becomes {quoted(new)}, which cannot be a tensor's name",
                     )
         return renamed
 
@@ -97,40 +128,51 @@ def parse_rename(raw: object, path: SpecPath) -> Rename:
     """
     if raw is None:
         return Rename()
+    budget = Budget()
     if isinstance(raw, list):
         if not raw:
             raise SettingError(path, "must not be empty")
-        return Rename(tuple(_rule(item, (*path, index)) for index, item in enumerate(raw)))
-    return Rename((_rule(raw, path),))
+        if len(raw) > _MAX_RULES:
+            what = f"found {len(raw):,} rules, of which there may be {_MAX_RULES:,}"
+            raise SettingError((*path, _MAX_RULES), what)
+        rules = enumerate(raw)
+        return Rename(tuple(_rule(item, (*path, index), budget) for index, item in rules))
+    return Rename((_rule(raw, path, budget),))
 
 
-def _rule(raw: object, path: SpecPath) -> Rule:
+def _rule(raw: object, path: SpecPath, budget: Budget) -> Rule:
     if isinstance(raw, str):
         if raw not in MAP_NAMES:
-            raise SettingError(path, f"there is no map {raw!r}. {suggest(raw, MAP_NAMES)}")
+            raise SettingError(path, f"there is no map {quoted(raw)}. {suggest(raw, MAP_NAMES)}")
         return Rule(raw, path)
     if not isinstance(raw, Mapping):
         raise SettingError(
-            path, f"found {raw!r}, expected the name of a map, or a list of `from:` and `to:`"
+            path,
+            f"found {quoted(raw)}, expected the name of a map, or a list of `from:` and `to:`",
         )
     for key in raw:
         if key not in ("from", "to"):
-            raise SettingError((*path, key), f"unknown key {key!r}. Valid: from, to.", at_key=True)
+            raise SettingError(
+                (*path, key), f"unknown key {quoted(key)}. Valid: from, to.", at_key=True
+            )
     for key in ("from", "to"):
         if not isinstance(raw.get(key), str) or (key == "from" and not raw[key]):
             raise SettingError(path, f"needs `{key}`, a text")
-    return _regex_rule(raw, path)
+    return _regex_rule(raw, path, budget)
 
 
-def _regex_rule(raw: Mapping[str, Any], path: SpecPath) -> Rule:
+def _regex_rule(raw: Mapping[str, Any], path: SpecPath, budget: Budget) -> Rule:
     try:
-        pattern = re.compile(raw["from"])
-    except re.error as error:
+        pattern = Pattern(raw["from"], budget)
+    except PatternError as error:
         raise SettingError(
-            (*path, "from"), f"{raw['from']!r} is not a regular expression: {error}"
+            (*path, "from"), f"{quoted(raw['from'])} is not a regular expression: {shown(error)}"
         ) from error
+    if len(raw["to"]) > MAX_PATTERN:
+        what = f"has {len(raw['to']):,} characters, the limit is {MAX_PATTERN:,}"
+        raise SettingError((*path, "to"), what)
     try:  # a replacement that names a group which the expression lacks
-        re.compile(pattern.pattern + "|").sub(raw["to"], "")  # also matches the empty text
+        re.compile(pattern.text + "|").sub(raw["to"], "")  # also matches the empty text
     except (re.error, IndexError) as error:
-        raise SettingError((*path, "to"), f"{raw['to']!r}: {error}") from error
+        raise SettingError((*path, "to"), f"{quoted(raw['to'])}: {shown(error)}") from error
     return Rule(raw["from"], path, pattern, raw["to"])

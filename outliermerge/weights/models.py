@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.meta import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted
+from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.inputs import open_model
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
@@ -64,7 +64,9 @@ def open_subject(
     """
     if isinstance(model, Subject):
         if base is not None or rename is not None:
-            raise SpecError(f"{model.reference}: is open already: give its base to open_subject")
+            raise SpecError(
+                f"{shown(model.reference)}: is open already: give its base to open_subject"
+            )
         return model
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
@@ -94,7 +96,7 @@ def _subject(
     if others := [name for name in found if name not in floats]:
         notes.append(f"left out, since they are not floats:\n{listing(others)}")
     if not floats:
-        raise OutlierMergeError(f"{model.reference}: holds no tensor of floats")
+        raise OutlierMergeError(f"{shown(model.reference)}: holds no tensor of floats")
     return Subject(model.reference, base, floats, tuple(dict.fromkeys(notes)))
 
 
@@ -106,22 +108,23 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
         (base, model, [name for name in theirs if name not in ours]),
     ):
         if names:
-            has = f"only in {entry.reference}, not in {other.reference}"
+            has = f"only in {shown(entry.reference)}, not in {shown(other.reference)}"
             notes.append(f"left out, since they are {has}:\n{listing(names)}")
     resized = [name for name in common if ours[name].shape != theirs[name].shape]
     if resized:
-        shown = listing(
+        rows = listing(
             f"{name}: {list(theirs[name].shape)} in the base, {list(ours[name].shape)}"
             for name in resized
         )
-        notes.append(f"left out, since their shapes differ:\n{shown}")
+        notes.append(f"left out, since their shapes differ:\n{rows}")
     pairs: dict[str, tuple[Source, ...]]
     pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
     if not pairs:
         best = best_rename(list(ours), theirs)
         advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
-            f"{model.reference}: no tensor has the name and shape of one of {base.reference}: "
+            f"{shown(model.reference)}: no tensor has the name and shape of one of "
+            f"{shown(base.reference)}: "
             f"found for example {next(iter(ours))!r}, expected {next(iter(theirs))!r}.{advice}"
         )
     return pairs

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
 from outliermerge.execute import choose_device
 from outliermerge.weights.extras import require
 from outliermerge.weights.models import Subject, open_subject
@@ -144,7 +144,7 @@ def layer_spectra(
     )
     spectra = dict(zip(names, found, strict=True))
     notes += [
-        f"left out, since all its elements are equal: {name}"
+        f"left out, since all its elements are equal: {shown(name)}"
         for name, (_, std) in spectra.items()
         if not std
     ]
@@ -198,7 +198,7 @@ def _groups(subject: Subject) -> tuple[_Groups, list[str]]:
             member = _Member(place.depth, place.layer, name)
             found.setdefault((place.module, shape), []).append(member)
         else:
-            left_out.append(f"{name}: has {len(shape)} dimensions, as stacked experts do")
+            left_out.append(f"{shown(name)}: has {len(shape)} dimensions, as stacked experts do")
     groups = {}
     for (module, shape), members in found.items():
         kind = f"{module} {list(shape)}"

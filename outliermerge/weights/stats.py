@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import OutlierMergeError, SpecError, shown
 from outliermerge.execute import (
     choose_device,
     exceeds_memory,
@@ -148,7 +148,7 @@ def stats_of_tensor(
     """
     _check_limits(filter, small)
     if not values.is_floating_point():
-        raise OutlierMergeError(f"{name}: found {values.dtype}, expected floats")
+        raise OutlierMergeError(f"{shown(name)}: found {values.dtype}, expected floats")
     measured = measure_values(values, filter=filter, small=small)
     return _stats(name, find_places([name])[name], tuple(values.shape), measured)
 

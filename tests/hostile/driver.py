@@ -1,0 +1,69 @@
+"""Runs commands, each in a fork of a process that has imported the package, and measures them.
+
+Reads a line of JSON for each: arguments, the folder to work in, and limits. Writes one for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import traceback
+from pathlib import Path
+
+# What the commands import when they are called, so that it is not paid for each.
+import numpy  # noqa: F401
+import xxhash  # noqa: F401
+import yaml  # noqa: F401
+
+import outliermerge.cli
+import outliermerge.manifest
+import outliermerge.merge
+import outliermerge.render
+import outliermerge.sweeps
+
+
+def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
+    """Run a command as a process of its own would; return its exit code."""
+    os.chdir(folder)
+    for name, number in (("said.out", 1), ("said.err", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        return outliermerge.cli.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        status = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        Path("peak.kb").write_text(status)
+
+
+def main() -> None:
+    """Answer each line with exit code, signal, seconds of a processor, and peak memory."""
+    for line in sys.stdin:
+        case = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 71
+            try:
+                code = run(case["arguments"], case["folder"], case["cpu_seconds"])
+            finally:
+                os._exit(code)
+        _, status, usage = os.wait4(child, 0)
+        peak = Path(case["folder"], "peak.kb")
+        answer = {
+            "code": os.waitstatus_to_exitcode(status),
+            "seconds": usage.ru_utime + usage.ru_stime,
+            "kilobytes": int(peak.read_text()) if peak.exists() else usage.ru_maxrss,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
