@@ -21,7 +21,12 @@ from outliermerge.cli_weights import (
     run_simulate,
     run_stats,
 )
+<<<<<<< ours
 from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, readable, shown
+=======
+from outliermerge.errors import OutlierMergeError, SpecError, printable
+from outliermerge.failures import failure
+>>>>>>> theirs
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -162,10 +167,16 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
+        if error.filename is None or error.errno is None:
+            return _fail(error.strerror or error, EXIT_FAILED)
+        return _fail(failure(Path(str(error.filename)), "used", error), EXIT_FAILED)
     except MemoryError:
         return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
+    except RuntimeError as error:  # of the device: torch has several kinds, none its own
+        if not type(error).__module__.startswith("torch") and "CUDA" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return _fail(f"the device failed: {reason}. Give a smaller --memory", EXIT_FAILED)
     except KeyboardInterrupt:
         goes_on = options.command in ("run", "sweep", "eval")
         later = ": the same command goes on from here" if goes_on else ""

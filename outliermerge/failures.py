@@ -71,8 +71,8 @@ def _no_room(path: Path, needed_bytes: int) -> str:
     with suppress(OSError):
         if there is not None:
             free = shutil.disk_usage(there).free
-            return f"The disk has {free:,} bytes free{needed}: make room, and give it again."
-    return f"The disk is full{needed}: make room, and give the command again."
+            return f"The disk has {free:,} bytes free{needed}: make room there."
+    return f"The disk is full{needed}: make room there."
 
 
 @contextmanager
