@@ -99,7 +99,7 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
             _check_mode(path, status.st_mode)
             _check_size(path, status.st_size, limit)
             # What is read is counted too: files grow, and some have no size to tell.
-            with open(descriptor, "rb", closefd=False) as file:  # noqa: PTH123
+            with open(descriptor, "rb", closefd=False) as file:
                 data = file.read(limit + 1)
         finally:
             os.close(descriptor)
