@@ -8,8 +8,8 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# What a person reads of one name, and of one message; who calls the library can show twice that. Names and values come from files that
-# others wrote, where one can have megabytes.
+# What a person reads of one name, and of one message; callers of the library get twice that.
+# Names and values come from files that others wrote, where one can have megabytes.
 MAX_NAME, MAX_MESSAGE = 120, 1900
 _MAX_ROW = 250  # of a listing
 _MORE = re.compile(r"  … and (\d{1,9}) more")
