@@ -6,13 +6,16 @@ found again whatever the model's folder is called, and is never found for other 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import write_whole
+from outliermerge.checkpoint.files import MAX_SMALL_VALUES, read_bytes, write_whole
+from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.errors import OutlierMergeError
 
 SCORES_NAME = "scores.json"
@@ -150,7 +153,7 @@ def load_scores(path: str | Path) -> Scores:
     if file.is_dir():
         file = file / SCORES_NAME
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = _read(file)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         return Scores(
@@ -173,6 +176,13 @@ def load_scores(path: str | Path) -> Scores:
         ) from error
 
 
+def _read(path: Path) -> Any:
+    data = read_bytes(path)
+    if data is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return parse_json(data, max_values=MAX_SMALL_VALUES, unique=False)
+
+
 def _model(entry: Mapping[str, Any], folder: Path) -> ModelScores:
     tasks: dict[str, Score | Failure] = {}
     for title, result in entry["tasks"].items():
@@ -190,7 +200,7 @@ def load_record(path: Path, *, record: str) -> Score:
         OutlierMergeError: it is not what `outliermerge eval` wrote.
     """
     try:
-        return Score(**json.loads(path.read_text("utf-8"))["result"], record=record)
+        return Score(**_read(path)["result"], record=record)
     except (ValueError, KeyError, TypeError) as error:
         raise OutlierMergeError(
             f"{path}: is not what `outliermerge eval` wrote: {type(error).__name__}: {error}"
