@@ -21,12 +21,8 @@ from outliermerge.cli_weights import (
     run_simulate,
     run_stats,
 )
-<<<<<<< ours
 from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, readable, shown
-=======
-from outliermerge.errors import OutlierMergeError, SpecError, printable
 from outliermerge.failures import failure
->>>>>>> theirs
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -145,9 +141,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    logging.basicConfig(level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # It has a handler of its own, so its warnings would be printed twice.
     logging.getLogger("huggingface_hub").propagate = False
     if options.version:

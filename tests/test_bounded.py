@@ -36,10 +36,11 @@ def test_what_is_quoted_is_one_short_printable_line(text):
         assert len(quote) <= 122
     for message in (readable(text), str(OutlierMergeError(text)), str(SpecError(text))):
         assert all(c.isprintable() or c == "\n" for c in message)
-        assert len(message) <= MAX_MESSAGE
+        assert len(message) <= 2 * MAX_MESSAGE
+    assert len(readable(text)) <= MAX_MESSAGE
     rows = listing([text] * 100)
     assert all(c.isprintable() or c == "\n" for c in rows)
-    assert len(rows) < 1500
+    assert len(readable(rows)) <= MAX_MESSAGE
     assert len(suggest(text, [text] * 5000)) < 5000
 
 
@@ -66,6 +67,15 @@ def test_a_long_message_keeps_its_start_and_its_advice():
     assert message.startswith("x/config.json: y")
     assert message.endswith(". Fetch it again.")
     assert "characters left out" in message
+
+
+def test_of_a_long_message_rows_of_listings_are_left_out_and_counted():
+    rows = listing([f"{number}: " + "x" * 90 for number in range(100)])
+    message = readable(f"two lists:\n{rows}\nand\n{rows}\nAdvice.")
+
+    assert message.startswith("two lists:\n  0: x")
+    assert message.count("\n  … and 95 more\n") == 2
+    assert message.endswith("\nAdvice.")
 
 
 @pytest.mark.parametrize("text", NAMES.values())

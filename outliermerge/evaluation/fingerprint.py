@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import write_json
@@ -32,7 +33,7 @@ class Fingerprints:
         self._path = folder / STAMPS_NAME
         self.on_progress = on_progress
         try:
-            known = json.loads(self._path.read_text("utf-8"))
+            known = json.loads(small_bytes(self._path))
         except (OSError, ValueError):
             known = None
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}

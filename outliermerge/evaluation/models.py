@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.errors import OutlierMergeError, SpecError
@@ -63,12 +64,15 @@ def _find(reference: str) -> Path:
 def merge_of(path: Path) -> dict[str, Any] | None:
     """Return what merged a model, from its manifest; None for one that was only converted."""
     try:
-        spec = json.loads((path / MANIFEST_NAME).read_text("utf-8"))["spec"]
+        data = read_bytes(path / MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+        if data is None:
+            return None
+        spec = json.loads(data)["spec"]
         method, models = spec["merge_method"], spec["models"]
         given = dict(spec.get("parameters") or {})
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OutlierMergeError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutlierMergeError(f"{path / MANIFEST_NAME}: is not a manifest: {error}") from error
     if method == "passthrough" or len(models) == 1:
         return None

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from outliermerge.checkpoint.files import small_bytes
 from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.models import Model
 from outliermerge.evaluation.scores import Score, checksum_of, load_record, write_json
@@ -61,7 +62,7 @@ class Records:
         """Return the score of a model on a task, if it is there and whole."""
         path, identity = self._place(model, task)
         try:
-            if json.loads(path.read_text("utf-8"))["identity"] != identity:
+            if json.loads(small_bytes(path))["identity"] != identity:
                 return None
             return load_record(path, record=self._relative(path))
         except (OSError, ValueError, KeyError, TypeError):
