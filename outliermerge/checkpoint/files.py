@@ -5,6 +5,7 @@ And how small files are read, within limits, and written: whole, or not at all.
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import os
 import re
@@ -96,6 +97,8 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             _check_mode(path, status.st_mode)
             _check_size(path, status.st_size, limit)
             # What is read is counted too: files grow, and some have no size to tell.

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import MAX_SMALL_VALUES, read_bytes, write_whole
-from outliermerge.checkpoint.json_text import parse_json
+from outliermerge.checkpoint.files import read_bytes, write_whole
 from outliermerge.errors import OutlierMergeError
 
 SCORES_NAME = "scores.json"
@@ -180,7 +179,10 @@ def _read(path: Path) -> Any:
     data = read_bytes(path)
     if data is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    return parse_json(data, max_values=MAX_SMALL_VALUES, unique=False)
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("lists or objects too deep in one another") from error
 
 
 def _model(entry: Mapping[str, Any], folder: Path) -> ModelScores:
