@@ -31,7 +31,7 @@ HEAVY = ("torch", "transformers", "pydantic", "yaml", "rich", "numpy", "huggingf
 
 def _call(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=600, **options
     )
 
 
@@ -47,7 +47,7 @@ def _imported(*arguments: object) -> tuple[int, set[str]]:
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     exit_code, *modules = done.stderr.splitlines()[-1].split()
@@ -145,7 +145,7 @@ class TestHelp:
     def test_the_installed_script_is_the_program(self) -> None:
         script = Path(sys.executable).with_name("outliermerge")
         assert script.exists()
-        done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=600)
         assert done.stdout == f"outliermerge {version('outliermerge')}\n"
 
 
@@ -414,7 +414,7 @@ def _at_a_terminal(*arguments: object) -> tuple[int, str, str]:
         env=environment,
     )
     os.close(theirs)
-    shown, deadline = b"", time.monotonic() + 60
+    shown, deadline = b"", time.monotonic() + 600
     while time.monotonic() < deadline:
         if select.select([ours], [], [], 0.1)[0]:
             try:
@@ -427,7 +427,7 @@ def _at_a_terminal(*arguments: object) -> tuple[int, str, str]:
     assert process.stdout is not None
     out = process.stdout.read().decode()
     process.stdout.close()
-    code = process.wait(timeout=60)
+    code = process.wait(timeout=600)
     os.close(ours)
     return code, out, shown.decode()
 
@@ -457,7 +457,7 @@ class TestInterrupt:
                     process.send_signal(signal.SIGINT)
                     break
                 time.sleep(0.001)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
             if process.returncode != 0:
                 break
             shutil.rmtree(tmp_path / "out")
@@ -501,14 +501,14 @@ class TestInterrupt:
             [*PROGRAM, *words], stdout=writer, stderr=subprocess.PIPE, env=environment
         )
         os.close(writer)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         assert err == b""
         assert process.returncode == 0
 
     def test_plan_into_head_is_quiet(self, place: Path) -> None:
         line = f"'{sys.executable}' -m outliermerge plan '{place}/spec.yaml'"
         done = subprocess.run(
-            ["bash", "-c", f"{line} | head -1"], capture_output=True, text=True, timeout=60
+            ["bash", "-c", f"{line} | head -1"], capture_output=True, text=True, timeout=600
         )
         assert done.stdout.startswith("ties: ")
         assert done.stdout.count("\n") == 1

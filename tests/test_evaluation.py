@@ -290,7 +290,7 @@ def _start(
 
 
 def _finish(process: subprocess.Popen[str], output: Path) -> Done:
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     return Done(process.returncode, out, err, output)
 
 
@@ -569,7 +569,7 @@ def ended_runs(place: Path, changed_run: Done) -> tuple[Ended, Ended, Path]:
         )
         assert _wait_for(lambda: told.exists() and told.read_text())
         end(process)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=600)
         gone = _wait_for(lambda: _is_gone(int(told.read_text())), 10)
         records = sorted(path.stem.partition("-")[0] for path in output.glob("records/*.json"))
         ended.append(Ended(process.returncode, err, gone, records))
@@ -937,7 +937,7 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     try:
         assert _wait_for(lambda: told.exists() and told.read_text(), 20)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 130 and "interrupted" in err and "failed" not in err
         assert _is_gone(int(told.read_text()))
     finally:
