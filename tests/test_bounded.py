@@ -125,7 +125,7 @@ def test_the_report_holds_names_without_what_they_would_inject(tmp_path, monkeyp
     [
         (lambda path: os.mkfifo(path), "is a pipe, socket or device"),
         (lambda path: path.symlink_to("/dev/zero"), "is a pipe, socket or device"),
-        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+        (lambda path: path.mkdir(), "is a folder, expected a regular file"),
         (lambda path: path.write_bytes(bytes(1001)), "has 1,001 bytes, more than the 1,000"),
         (lambda path: path.symlink_to("gone"), "is a link to gone, which is not there"),
     ],

@@ -532,7 +532,7 @@ def test_a_merge_is_told_by_its_manifest(changed_run):
 # A command that is ended, and started again
 
 
-def _wait_for(found: Callable[[], object], seconds: float = 60) -> bool:
+def _wait_for(found: Callable[[], object], seconds: float = 600) -> bool:
     deadline = time.monotonic() + seconds
     while not found() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -570,7 +570,7 @@ def ended_runs(place: Path, changed_run: Done) -> tuple[Ended, Ended, Path]:
         assert _wait_for(lambda: told.exists() and told.read_text())
         end(process)
         _, err = process.communicate(timeout=600)
-        gone = _wait_for(lambda: _is_gone(int(told.read_text())), 10)
+        gone = _wait_for(lambda: _is_gone(int(told.read_text())))
         records = sorted(path.stem.partition("-")[0] for path in output.glob("records/*.json"))
         ended.append(Ended(process.returncode, err, gone, records))
     return ended[0], ended[1], output
@@ -926,7 +926,7 @@ def test_what_a_worker_has_started_ends_with_it(small, monkeypatch):
 
 def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     # `kill -INT` and job schedulers do not reach the worker.
-    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(30)\n")
+    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(3000)\n")
     process = subprocess.Popen(
         [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
          "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
@@ -935,7 +935,7 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     )  # fmt: skip
     told = small / "sets" / "pid"
     try:
-        assert _wait_for(lambda: told.exists() and told.read_text(), 20)
+        assert _wait_for(lambda: told.exists() and told.read_text())
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=600)
         assert process.returncode == 130 and "interrupted" in err and "failed" not in err
