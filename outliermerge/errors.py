@@ -11,6 +11,7 @@ from pathlib import Path
 # What a person reads of one name, and of one message; callers of the library get twice that.
 # Names and values come from files that others wrote, where one can have megabytes.
 MAX_NAME, MAX_MESSAGE = 120, 1900
+MAX_NOTE = 6000  # of a plan: it lists what differs between models
 _MAX_ROW = 900  # of a listing
 _MORE = re.compile(r"  … and (\d{1,9}) more")
 # Of more choices, or for a longer name, nobody looks for the nearest.

@@ -23,6 +23,7 @@ from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.failures import naming
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
 from outliermerge.output.folder import OutputFolder, finish_interrupted
@@ -126,7 +127,7 @@ def _manifest(
         "shards": {
             shard.file: {
                 "num_bytes": shard.num_bytes,
-                "header": header_checksum(folder / shard.file),
+                "header": _checksum(header_checksum, folder / shard.file),
             }
             for shard in plan.shards
         },
@@ -136,7 +137,7 @@ def _manifest(
         "files": {
             name: {
                 "num_bytes": (folder / name).stat().st_size,
-                "sha256": file_checksum(folder / name),
+                "sha256": _checksum(file_checksum, folder / name),
             }
             for name in names
         },
@@ -157,6 +158,12 @@ def _manifest(
             for job in plan.jobs
         },
     }
+
+
+def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
+    """Return a checksum of a file, or name it where it cannot be read."""
+    with naming(path, "read"):
+        return checksum(path)
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -282,7 +289,7 @@ def verify_folder(
         except OutlierMergeError as error:
             differences.append(str(error))
             continue
-        if header_checksum(path) != shard["header"]:
+        if _checksum(header_checksum, path) != shard["header"]:
             changed_headers.add(file)
         for meta in metas:
             assert meta.offset is not None
@@ -354,7 +361,7 @@ def card_notes(folder: Path) -> list[str]:
     """
     entry = read_manifest(folder)["files"].get(CARD_NAME)
     path = folder / CARD_NAME
-    if entry is None or (path.is_file() and file_checksum(path) == entry["sha256"]):
+    if entry is None or (path.is_file() and _checksum(file_checksum, path) == entry["sha256"]):
         return []
     return [f"{CARD_NAME} is {'another' if path.is_file() else 'missing'}; no loader reads it"]
 
@@ -367,7 +374,7 @@ def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         if not path.is_file():
             differences.append(f"file {name}: is missing")
-        elif file_checksum(path) != entry["sha256"]:
+        elif _checksum(file_checksum, path) != entry["sha256"]:
             differences.append(f"file {name}: its contents changed")
     known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME, CARD_NAME}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():

@@ -14,7 +14,7 @@ from hostile.cases import NAMES, adapter, pair
 
 from outliermerge import OutlierMergeError, SpecError, cli
 from outliermerge.checkpoint import files, json_text, patterns
-from outliermerge.checkpoint.files import read_bytes, same_bytes
+from outliermerge.checkpoint.files import read_bytes
 from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.patterns import Budget, Pattern, TooSlowError
 from outliermerge.cli_parts import plain_json
@@ -150,15 +150,6 @@ def test_a_file_at_the_limit_is_read(tmp_path):
 
     assert read_bytes(tmp_path / "x", max_bytes=1000) == bytes(1000)
     assert read_bytes(tmp_path / "absent") is None
-
-
-def test_files_that_are_compared_are_not_larger_than_files_that_are_read(tmp_path):
-    for name in ("a.json", "b.json"):
-        with (tmp_path / name).open("wb") as file:
-            file.truncate(files.MAX_SMALL_BYTES + 1)
-
-    with pytest.raises(OutlierMergeError, match="more than the"):
-        same_bytes(tmp_path / "a.json", tmp_path / "b.json")
 
 
 def test_json_is_read_up_to_its_limits():

@@ -73,6 +73,8 @@ MODES = {
     "ENOSPC": ("err", errno.ENOSPC),
     "EIO from then on": ("persist", errno.EIO),
     "EINTR": ("err", errno.EINTR),
+    "half": ("short", 0),
+    "end of file": ("eof", 0),
 }
 # What an errno is injected into: what only asks is not told apart from what is not there.
 CHANGING = (
@@ -177,7 +179,7 @@ def check(workplace: Workplace, name: str, mode: str, number: int, kinds: str) -
     else:
         assert done.code in (0, 1)
         assert (done.code == 1) == done.err.startswith("error: "), done.err
-    if mode == "EINTR":
+    if mode in ("EINTR", "half"):
         assert done.code == 0, done.err
     found = _files(workplace.place)
     assert found["notes.txt"] == b"mine"
@@ -207,6 +209,8 @@ def _points(workplace: Workplace, name: str, mode: str) -> tuple[list[int], str]
     kinds = "write,pwrite,pwritev" if how == "torn" else CHANGING
     if mode == "EINTR":
         kinds = "open,read,pread,preadv,write,pwrite,pwritev,truncate,lock"
+    if mode in ("half", "end of file"):
+        kinds = "read,pread,preadv" + (",write,pwrite,pwritev" if mode == "half" else "")
     if mode == "ENOSPC":
         kinds = "write,pwrite,pwritev,fallocate,mkdir,fsync,rename"
     return list(range(sum(call.kind in kinds.split(",") for call in calls))), kinds

@@ -360,9 +360,13 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
         return
     try:
         with open_file(data) as file:
+            left = os.fstat(file.fileno()).st_size
             while part := file.read(1 << 20):
+                left -= len(part)
                 yield part
-    except OSError as error:
+        if left > 0:
+            raise EOFError("the file ends early")
+    except (OSError, EOFError) as error:
         raise failure(data, "read", error) from error
 
 

@@ -9,6 +9,7 @@ from outliermerge.checkpoint.checksum import header_checksum
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.failures import naming
 from outliermerge.jobs import Input, Plan
 from outliermerge.output.names import (
     journal_path,
@@ -73,7 +74,11 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
             )
     for name, header in written.items():
         path = shard_path(final, name)
-        if path.exists() and header_checksum(path) != header:
+        if not path.exists():
+            continue
+        with naming(path, "read"):
+            found = header_checksum(path)
+        if found != header:
             raise OutlierMergeError(
                 f"{path}: is not the file that {manifest.name} says outliermerge wrote. "
                 "Move it away, or remove it."
