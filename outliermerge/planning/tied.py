@@ -102,9 +102,31 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     }
 
 
-def unnamed_tie(entry: Input) -> str | None:
-    """Return the embeddings of a model that ties a head to them whose name cannot be told."""
+def with_embeddings(entry: Input) -> Input:
+    """Return a model with the one tensor that it keeps as its head under the embeddings' name."""
     tensors = entry.checkpoint.tensors
+    head = _lone_head(entry)
+    name = head and embeddings_of(head, tensors)
+    if not name or name in tensors:
+        return entry
+    named = {name if other == head else other: source for other, source in tensors.items()}
+    return replace(entry, checkpoint=replace(entry.checkpoint, tensors=named))
+
+
+def _lone_head(entry: Input) -> str | None:
+    """Return the head of a model that ties it to embeddings that it does not store."""
+    tensors = entry.checkpoint.tensors
+    heads = [name for name in tensors if is_head(name)]
+    if len(heads) != 1 or original_of(heads[0], tensors):
+        return None
+    return heads[0] if _ties(entry, heads[0], []) else None
+
+
+def unnamed_tie(entry: Input) -> str | None:
+    """Return what a model stores of embeddings and head, where the other's name cannot be told."""
+    tensors = entry.checkpoint.tensors
+    if head := _lone_head(entry):
+        return head
     embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
     if any(map(is_head, tensors)) or len(embeddings) != 1 or head_of(embeddings[0]):
         return None
@@ -134,7 +156,12 @@ class _Matching:
         self.inputs, self.config_of, self.wanted = inputs, config_of, wanted
         self.tensors = [dict(entry.checkpoint.tensors) for entry in inputs]
         self.followers: dict[str, str] = {}
-        self.copies: list[TiedCopy] = []
+        # What the head learned apart is left out where the spec ties the output.
+        self.copies = [
+            TiedCopy(number, *alike, is_stray=False)
+            for number, entry in enumerate(inputs)
+            for alike in (() if wanted else entry.alike)
+        ]
         self.notes: list[str] = []
         self.parted: list[str] = []
 
