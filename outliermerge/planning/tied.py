@@ -252,21 +252,23 @@ class _Matching:
             if own is None:
                 self.notes.append(f"{reference} ties {name} to {source}, which stands for it")
             elif name not in chosen or self._may_follow(number, name):
-                self._compare(number, name, source)
+                self._compare(number, name, source, value)
             held[name] = value
         for name in [name for name in (*tied, *untied) if name in held and name not in written]:
             is_chosen = name in chosen and held[name] is not value
             if is_chosen and not self._may_follow(number, name):
                 del held[name]
             elif number or held[name] is not value:
-                self._compare(number, name, source, is_stray=number > 0)
+                self._compare(number, name, source, value, is_stray=number > 0)
             if number == 0:
                 self.notes.append(f"{name} of {reference} is written as {written[0]}")
                 del held[name]
 
-    def _compare(self, number: int, name: str, original: str, *, is_stray: bool = False) -> None:
+    def _compare(
+        self, number: int, name: str, original: str, value: Source, *, is_stray: bool = False
+    ) -> None:
         """Have two tensors of a model compared before the merge; shapes tell at once."""
-        own, value = self.tensors[number][name], self.tensors[number][original]
+        own = self.tensors[number][name]
         if own.shape == value.shape:
             self.copies.append(TiedCopy(number, name, original, (own, value), is_stray))
         elif not is_stray:
