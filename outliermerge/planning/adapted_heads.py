@@ -105,7 +105,7 @@ class _Settling:
         old = self.before.get(head, self.before[original])
         own, value = self.tensors.get(head, old), self.tensors[original]
         is_given, changes = own is not old, value is not self.before[original]
-        is_one = self.config.get("ensure_weight_tying") is True
+        is_one = bool(self.config.get("ensure_weight_tying"))
         if is_given and _is_whole(own) and (is_one or not _is_trained_whole(self.config, head)):
             if _is_whole(value):
                 return  # compared
@@ -141,8 +141,11 @@ class _Settling:
         if head not in self.before:
             return
         value, old = self.tensors[original], (self.before[head], self.before[original])
+        if self.unties and value is old[1]:
+            self.tensors[head] = old[0]
+            return
         self.tensors[head] = value
-        if value is not old[1] and old[0].shape == old[1].shape:
+        if old[0].shape == old[1].shape:
             self.alike.append((head, original, old))
 
 

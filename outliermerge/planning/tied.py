@@ -133,6 +133,11 @@ def unnamed_tie(entry: Input) -> str | None:
     return embeddings[0] if may_have_head(_config(entry)) and ties_head(_config(entry)) else None
 
 
+def lacks_tied_head(entry: Input, name: str) -> bool:
+    """Tell whether a tensor that a model lacks is a head that its config ties to something."""
+    return is_head(name) and ties_head(_config(entry)) is True
+
+
 def match_tied(inputs: tuple[Input, ...], *, config_of: Input, wanted: bool | None) -> Tied:
     """Give every model the output's names of what is tied.
 
@@ -156,12 +161,7 @@ class _Matching:
         self.inputs, self.config_of, self.wanted = inputs, config_of, wanted
         self.tensors = [dict(entry.checkpoint.tensors) for entry in inputs]
         self.followers: dict[str, str] = {}
-        # What the head learned apart is left out where the spec ties the output.
-        self.copies = [
-            TiedCopy(number, *alike, is_stray=False)
-            for number, entry in enumerate(inputs)
-            for alike in (() if wanted else entry.alike)
-        ]
+        self.copies: list[TiedCopy] = []
         self.notes: list[str] = []
         self.parted: list[str] = []
 
@@ -175,7 +175,18 @@ class _Matching:
             replace(entry, checkpoint=replace(entry.checkpoint, tensors=held))
             for entry, held in zip(self.inputs, self.tensors, strict=True)
         )
-        return Tied(inputs, self.followers, tuple(self.copies), tuple(self.notes))
+        copies = (*self.copies, *self._alike())
+        return Tied(inputs, self.followers, copies, tuple(self.notes))
+
+    def _alike(self) -> list[TiedCopy]:
+        """Return what adapters need equal; where the spec ties the output, a head is left out."""
+        known = {copy.sources for copy in self.copies}
+        return [
+            TiedCopy(number, *alike, is_stray=False)
+            for number, entry in enumerate(self.inputs)
+            for alike in entry.alike
+            if not self.wanted and alike[2] not in known
+        ]
 
     def add(self, original: str, copies: Sequence[str]) -> None:
         """Match what may be stored under an original's name and those of its copies."""
