@@ -25,7 +25,7 @@ from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
-from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
+from outliermerge.planning.tied import TiedCopy, grown_rows, lacks_tied_head, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
@@ -312,6 +312,12 @@ class _Planner:
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
                 self.unpaired.setdefault(number, Unpaired()).missing.append(name)
                 allowed = False
+            elif lacks_tied_head(self.inputs[number], name):
+                raise OutlierMergeError(
+                    f"{name}: not in {self.inputs[number].reference}, whose config ties it to "
+                    "embeddings that cannot be told. With `missing: base` the base's head would "
+                    "stand beside other embeddings: save that model with its head."
+                )
             elif len(lacking) < len(self.model_numbers):
                 self.lacking.setdefault(self.inputs[number].reference, []).append(name)
         return allowed
