@@ -74,13 +74,13 @@ def _refuse_unnamed(
         return
     if is_head(name) and adapted.tensors[name] is not under.checkpoint.tensors[name]:
         raise OutlierMergeError(
-            f"{folder}: it changes {shown(name)}, which {shown(under.reference)} ties to embeddings "
-            f"that it does not store, and whose name cannot be told. {_ADVICE}"
+            f"{folder}: it changes {shown(name)}, which {shown(under.reference)} ties to "
+            f"embeddings that it does not store, and whose name cannot be told. {_ADVICE}"
         )
     if not is_head(name) and _is_trained_whole(config, name):
         raise OutlierMergeError(
-            f"{folder}: it has {shown(name)} by itself, which {shown(under.reference)} ties, so that "
-            f"the model has a head of its own, whose name cannot be told. {_ADVICE}"
+            f"{folder}: it has {shown(name)} by itself, which {shown(under.reference)} ties, so "
+            f"that the model has a head of its own, whose name cannot be told. {_ADVICE}"
         )
 
 
