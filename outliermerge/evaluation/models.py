@@ -12,9 +12,9 @@ from typing import Any
 from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import resolve
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import check_names
-from outliermerge.methods import find_method
+from outliermerge.methods import METHODS
 
 _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
 
@@ -76,8 +76,7 @@ def merge_of(path: Path) -> dict[str, Any] | None:
         raise OutlierMergeError(f"{path / MANIFEST_NAME}: is not a manifest: {error}") from error
     if method == "passthrough" or len(models) == 1:
         return None
-    try:
-        defaults = {p.name: p.default for p in find_method(method).parameters.values()}
-    except SpecError:  # a method of the user's own, not importable here
-        defaults = {}
+    # A method of the user's own is not imported here: the manifest may be somebody else's.
+    known = METHODS.get(method) if isinstance(method, str) else None
+    defaults = {p.name: p.default for p in known.parameters.values()} if known else {}
     return {"method": method, "parameters": {**defaults, **given}}
