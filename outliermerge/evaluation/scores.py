@@ -234,7 +234,7 @@ class _Strict(BaseModel):
 
 
 _Count = Annotated[int, Field(ge=0)]
-_Inside = Annotated[str, Field(pattern=r"^records/[^/\\x00]+$")]
+_Inside = Annotated[str, Field(pattern=r"^records/[^/]+$")]
 
 
 class _Result(_Strict):
