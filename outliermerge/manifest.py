@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
-from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import is_hub_id
-from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError, shown
@@ -27,14 +25,13 @@ from outliermerge.failures import naming
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
 from outliermerge.output.folder import OutputFolder, finish_interrupted
-from outliermerge.output.names import manifest_path, real_output, shard_path
+from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
+from outliermerge.output.names import real_output, shard_path
 from outliermerge.planning.sidecars import sidecar_contents
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
 
-MANIFEST_FORMAT = 1
-_MAX_VALUES = 10_000_000  # of one of 46,000 tensors and eight models: some 5 million
 CARD_NAME = "README.md"
 # What git, the hub's client and desktops leave in a folder; no loader reads it.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
@@ -231,37 +228,6 @@ def _fenced(yaml: str) -> str:
     """Return YAML as a block of Markdown, whatever backticks are in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
     return f"{fence}yaml\n{yaml}{fence}"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a folder's manifest.
-
-    Raises:
-        OutlierMergeError: there is none, or it is not one of ours.
-    """
-    path = manifest_path(folder)
-    data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
-    if data is None:
-        raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
-    try:
-        manifest = parse_json(data, max_values=_MAX_VALUES, unique=False)
-    except ValueError as error:
-        raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
-    entries = {
-        "tensors": {"file", "dtype", "shape", "checksum"},
-        "shards": {"num_bytes", "header"},
-        "files": {"num_bytes", "sha256"},
-    }
-    valid = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
-    for key, needed in entries.items():
-        valid = valid and isinstance(manifest.get(key), dict)
-        valid = valid and all(
-            isinstance(entry, dict) and needed <= entry.keys() for entry in manifest[key].values()
-        )
-    if not valid:
-        raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
-    checked: dict[str, Any] = manifest
-    return checked
 
 
 def verify_folder(

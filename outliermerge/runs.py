@@ -15,8 +15,9 @@ from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execute import Target, execute, groups_of
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Options, Plan
-from outliermerge.manifest import identity, read_manifest, write_sidecars
+from outliermerge.manifest import identity, write_sidecars
 from outliermerge.output.folder import OutputFolder
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import real_output
 from outliermerge.resumed import made_of_others, marks_of
 
