@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import reprlib
 from collections.abc import Iterable
@@ -45,6 +46,8 @@ def as_path(text: str | Path) -> Path:
             raise ValueError("it has a null character")
         return path
     except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of the disk: who opens it says what is wrong
+            return path
         reason = error.strerror
     except (RuntimeError, ValueError) as error:
         reason = str(error)

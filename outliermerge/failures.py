@@ -33,7 +33,7 @@ _ADVICE = {
     errno.EHOSTDOWN: "The network file system does not answer: give the command again later.",
     errno.ENODEV: "The disk is gone: was it taken out?",
     errno.ENXIO: "The disk is gone: was it taken out?",
-    errno.ELOOP: "It is a link that leads to itself: remove it.",
+    errno.ELOOP: "It is a link where none is followed, or one that leads to itself: remove it.",
     errno.ENAMETOOLONG: "That file system takes no names of that length: choose a shorter one.",
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_tensors
-from injection import Call, Done, Driver, Injection
+from injection import Call, Done, Driver, Injection, try_calls
 from safetensors.torch import save_file
 
 ORDINARY = "outliermerge.cli:main"
@@ -216,28 +216,26 @@ def _points(workplace: Workplace, name: str, mode: str) -> tuple[list[int], str]
     return list(range(sum(call.kind in kinds.split(",") for call in calls))), kinds
 
 
-def _try(workplace: Workplace, name: str, mode: str, *, sampled: bool) -> None:
+def _try(workplace: Workplace, name: str, mode: str, *, most: int | None) -> None:
     numbers, kinds = _points(workplace, name, mode)
-    if sampled:
-        step = max(1, len(numbers) // NUM_SAMPLED)
-        numbers = numbers[sum(map(ord, name + mode)) % step :: step]
     calls = [c for c in workplace.calls[name] if kinds == "all" or c.kind in kinds.split(",")]
-    for number in numbers:
-        try:
-            check(workplace, name, mode, number, kinds)
-        except AssertionError as error:
-            raise AssertionError(f"{mode} at {calls[number]}: {error}") from error
-    print(f"{name}, {mode}: {len(numbers)} calls")
+    try_calls(
+        f"{name}, {mode}",
+        calls,
+        numbers,
+        lambda number: check(workplace, name, mode, number, kinds),
+        most=most,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_where_a_call_fails_or_is_the_last(workplace, name, mode):
-    _try(workplace, name, mode, sampled=True)
+    _try(workplace, name, mode, most=NUM_SAMPLED)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_whichever_call_fails_or_is_the_last(workplace, name, mode):
-    _try(workplace, name, mode, sampled=False)
+    _try(workplace, name, mode, most=None)
