@@ -151,6 +151,9 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
         os.set_blocking(descriptor, True)
         if (watched := watched or _WATCHED.get()) is not None:
             watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
+    except OSError as error:  # calls on a descriptor do not know its file
+        os.close(descriptor)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         os.close(descriptor)
         raise
