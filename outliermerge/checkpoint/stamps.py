@@ -212,6 +212,25 @@ def note_absent(path: Path) -> None:
         watched.note(path, None)
 
 
+@contextmanager
+def told_by_name() -> Iterator[None]:
+    """Turn a failure of the file system, wherever it is met, into an error that names the file.
+
+    Raises:
+        OutlierMergeError: what was raised, told.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OutlierMergeError(f"{error.filename}: cannot be read: {_reason(error)}") from error
+    except RuntimeError as error:  # of Path.resolve, before Python 3.13
+        if not str(error).startswith("Symlink loop"):
+            raise
+        raise OutlierMergeError(f"cannot be read: {error}") from error
+
+
 def refuse_text(path: Path) -> None:
     """Raise OutlierMergeError if a path is no text in UTF-8, as an output's manifest is."""
     try:

@@ -13,6 +13,7 @@ from outliermerge.checkpoint.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
+from outliermerge.checkpoint.stamps import told_by_name
 from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
@@ -37,7 +38,8 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
         base = inputs[0] if inputs and inputs[0].role == "base" else None
         try:
-            entry = open_model(model.reference, model.rename, role, base, unties=unties)
+            with told_by_name():
+                entry = open_model(model.reference, model.rename, role, base, unties=unties)
         except SettingError as error:
             raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
         except OutlierMergeError as error:

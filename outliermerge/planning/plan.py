@@ -9,7 +9,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
-from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, watching
+from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, told_by_name, watching
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
@@ -47,7 +47,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
-    with watching(Watched()) as watched:
+    with told_by_name(), watching(Watched()) as watched:
         plan = _Planner(spec).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # what cannot be written is refused now
             if isinstance(content, Path):
