@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from outliermerge.errors import OutlierMergeError
 
@@ -160,9 +161,21 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
     return descriptor
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Return a regular file, opened as `open_input` does."""
-    return os.fdopen(open_input(path), "rb")
+def open_file(path: Path) -> BufferedReader:
+    """Return a regular file, opened as `open_input` does; failures within its block name it."""
+    return _InputFile(path)
+
+
+class _InputFile(BufferedReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(open_input(path)))
+        self._path = path
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        error = exception[1]
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def same_bytes(path: Path, other: Path) -> bool:
