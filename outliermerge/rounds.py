@@ -46,6 +46,7 @@ def run_all(
     """
     queue = _Queue(iter(work))
     started: list[threading.Thread] = []
+    first: BaseException | None = None
     try:
         for _ in range(threads):
             thread = threading.Thread(target=queue.run, args=(prepare,))
@@ -56,14 +57,21 @@ def run_all(
                     raise OutlierMergeError(f"no thread can be started: {error}") from error
                 break
             started.append(thread)
-        for thread in started:
-            thread.join()
-    finally:  # interrupted, or all is done
-        queue.stop()
-        for thread in started:
-            thread.join()
-    if queue.error is not None:
-        raise queue.error
+        queue.wait()
+    except BaseException as error:
+        first = error
+    while first is not None:  # the caller closes what the threads still use: wait for them
+        try:
+            queue.stop()
+            queue.wait()
+            break
+        except BaseException:  # interrupted once more
+            continue
+    for thread in started:
+        thread.join()
+    first = first or queue.error
+    if first is not None:
+        raise first
 
 
 class _Running:
@@ -77,20 +85,44 @@ class _Running:
 
 
 class _Queue:
+    """What threads take from.
+
+    The one that waits for them can be interrupted at any call. It therefore neither joins a
+    thread that may still work (Python 3.11 then takes the thread for ended) nor enters a
+    condition (its lock can stay held).
+    """
+
     def __init__(self, work: Iterator[Steps[None]]) -> None:
         self._work = work
         self._active: list[_Running] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._stopped = self._exhausted = False
+        self._num_threads = 0  # that work
+        self._ended = threading.Lock()  # held until the last thread leaves
+        self._ended.acquire()
         self.error: BaseException | None = None
 
     def stop(self) -> None:
-        self._stopped = True  # first: whatever happens now, those who wait find it
-        with self._changed:
-            self._changed.notify_all()
+        """Let no thread begin anything more; those that wait for others hear of it from them."""
+        self._stopped = True
+
+    def wait(self) -> None:
+        """Return when no thread works any more, nor will."""
+        while self._goes_on():
+            self._ended.acquire(timeout=_WAIT_SECONDS)
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            is_done = self._exhausted and not self._active
+            return self._num_threads > 0 or not (is_done or self._stopped)
 
     def run(self, prepare: Callable[[], None]) -> None:
         """Work until there is nothing left, or until any thread fails; keep the first error."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._num_threads += 1
         try:
             prepare()
             self._work_on()
@@ -98,6 +130,11 @@ class _Queue:
             if self.error is None:
                 self.error = error
             self.stop()
+        with self._changed:
+            self._num_threads -= 1
+            self._changed.notify_all()
+            if self._num_threads == 0 and self._ended.locked():
+                self._ended.release()
 
     def _work_on(self) -> None:
         while (task := self._take()) is not None:
