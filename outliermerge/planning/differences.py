@@ -13,7 +13,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.model_types import effective_config
-from outliermerge.planning.owners import check_content
+from outliermerge.planning.owners import check_content, is_loaded, kind_of
 
 # One name for what layouts call differently; the last one is of LLaVA's original code.
 _ALIASES = {
@@ -164,6 +164,8 @@ def _relation(ours: Path | None, theirs: Path | None) -> str | None:
         return "not in" if ours is None else "in"
     if ours == theirs or filecmp.cmp(ours, theirs, shallow=False):
         return None
+    if kind_of(ours.name) == "config" and not is_loaded(ours.name):
+        return "differs"  # what no loader reads may be anything
     check_content(ours)
     check_content(theirs)
     if ours.suffix == ".json" and _without_origin(ours) == _without_origin(theirs):
