@@ -29,6 +29,7 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Findings: TypeAlias = Mapping[str, Any]
 """What load_worker.check_part returns."""
 
+_REFUSED = "the output does not load, as the base does not"
 _KINDS = ("missing", "unexpected", "mismatched")
 _TIMEOUT_SECONDS = 600
 # "" is the working directory, where a file of a model must not stand for a module.
@@ -50,8 +51,8 @@ class Verdict:
     """What is known of an output's loading.
 
     Attributes:
-        status: `loads`, `does not load` or `not checked`.
-        by: the library, its version and the class, for each part that was checked.
+        status: `loads`, `does not load`, `does not load, as the base does not`, or `not checked`.
+        by: the library, its version and the class, for each part that loads but for `problems`.
         problems: why it does not load.
         notes: what was not checked, and what is as in the base.
         as_base: by component's folder what the output has as its base does: names of tensors
@@ -307,19 +308,24 @@ def _judge(
             said.append(_not_checked(part.folder, ours["unknown"]))
             continue
         if "error" in ours:
-            if theirs.keys() & {"error", "unknown"}:
-                said.append(_not_checked(part.folder, f"as the base, {ours['error']}"))
-                as_base[part.folder] = {"error": ours["error"]}
+            if word := next((w for w in ("error", "unknown") if w in theirs), None):
+                why = f"{part.class_name} says {ours['error']}"
+                said.append(
+                    _in(part, f"{_REFUSED}: {why}")
+                    if word == "error" else _not_checked(part.folder, why)
+                )  # fmt: skip
+                as_base[part.folder] = {word: ours["error"]}
             else:
                 problems.append(_in(part, f"{part.class_name} refuses it: {ours['error']}"))
             continue
-        by.append(f"{ours['by']}, {part.class_name}")
         shared = {
             kind: [_name(entry) for entry in ours[kind]
                    if _name(entry) in set(map(_name, theirs.get(kind, ())))]
             for kind in _KINDS
         }  # fmt: skip
         shared = {kind: names for kind, names in shared.items() if names}
+        if "mismatched" not in shared:  # for these from_pretrained raises
+            by.append(f"{ours['by']}, {part.class_name}")
         if shared:
             as_base[part.folder] = shared
             said += [
@@ -336,6 +342,8 @@ def _judge(
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
     status = "does not load" if problems else "loads" if by else "not checked"
+    if not problems and any(f.keys() & {"error", "mismatched"} for f in as_base.values()):
+        status = "does not load, as the base does not"
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
     tied = tuple(
@@ -388,8 +396,10 @@ def _problem(kind: str, entries: Sequence[Any], class_name: str) -> str:
 def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = {
-        "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
-        "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
-        "mismatched": f"has {len(names)} tensor(s) of another shape than its config says",
+        "missing": f"as the base, the output lacks {len(names)} tensor(s) of {class_name}, which "
+        "loading draws at random",
+        "unexpected": f"as the base, the output has {len(names)} tensor(s) that {class_name} "
+        "passes over",
+        "mismatched": f"{_REFUSED}: {len(names)} tensor(s) have another shape than its config says",
     }[kind]
-    return f"as the base, the output {what}: {shown}"
+    return f"{what}: {shown}"

@@ -6,7 +6,7 @@ import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from os.path import commonprefix
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ _IGNORED = {
 }
 # These matter also where only one config has them.
 _OPTIONAL = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints", "rope_scaling")
-# With other numbers of these the same shapes mean something else, or parts of a model would be lost.
-# A diffusers U-Net's `attention_head_dim` is its number of heads, T5's `d_kv` a head's size. Layers
+# With other numbers of these the same shapes mean something else, or parts of a model are lost. A
+# diffusers U-Net's `attention_head_dim` is its number of heads, T5's `d_kv` a head's size. Layers
 # that predict further tokens are none of a model's own.
 _SENSELESS = re.compile(
     r"(^|_)heads$|(^|_)n(um)?_head(_kv)?$|(^|_)head_(dim|size)$|^(d_kv|d_head|kv_channels)$"
@@ -354,7 +354,7 @@ def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
     texts = ["not given" if value is None else str(value) for value in (one, other)]
     if max(map(len, texts)) <= _MAX_SHOWN:
         return texts[0], texts[1]
-    same = len(commonprefix(texts))
+    same = next(n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1])
     start = max(0, same - _MAX_SHOWN // 2)
     if same < _MAX_SHOWN // 2:
         return _shown(one), _shown(other)

@@ -12,8 +12,8 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.buffers import is_buffer, is_computed, maps_rows
-from outliermerge.planning.class_labels import check_labels
+from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
+from outliermerge.planning.class_labels import check_labels, leave_out_heads
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
@@ -75,6 +75,7 @@ class _Planner:
         self.reference = self.inputs[0].checkpoint.tensors
         self.problems: dict[str, list[str]] = {}
         self.unpaired: dict[int, Unpaired] = {}
+        self.misfits: list[tuple[str, int]] = []
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
         self.computed: dict[str, None] = {}
@@ -190,7 +191,9 @@ class _Planner:
         first = self.reference[name]
         held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
         no_floats = not any(source.dtype.is_float for source in held)
-        free = (no_floats or is_buffer(held)) and not maps_rows(name, first, self.reference)
+        is_rope = is_frequencies(name, held)
+        no_weight = no_floats or is_buffer(held) or is_rope
+        free = no_weight and not maps_rows(name, first, self.reference)
         if free and self.policies.word("unequal", name) == "base":
             kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
             reason = f"{kinds} buffer, the base model's"
@@ -199,6 +202,7 @@ class _Planner:
             source = self.inputs[number].checkpoint.tensors[name]
             both_float = source.dtype.is_float and first.dtype.is_float
             if source.shape != first.shape or not (both_float or is_buffer(held)):
+                self.misfits.append((name, number))
                 self._problem(
                     _MISFIT,
                     f"{name}: {_describe(first)} in {self.inputs[0].reference}, "
@@ -210,8 +214,9 @@ class _Planner:
         own = (0, first)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
         dtype = self._stored(first)
-        if is_buffer(held):
-            return self._draft_unmergeable(name, own, found)
+        if is_buffer(held) or is_rope:
+            draft = self._draft_unmergeable(name, own, found)
+            return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
@@ -319,6 +324,9 @@ class _Planner:
         ]
         if _MISFIT in self.problems:
             parts.append("Such models cannot be merged as they are.")
+            misfits = {name for name, _ in self.misfits}
+            others = [name for name in self.names if name not in misfits]
+            parts += leave_out_heads(self.inputs, self.misfits, others=others)
         parts += advise(self.inputs, self.unpaired)
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
