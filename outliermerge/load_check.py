@@ -52,11 +52,10 @@ class Verdict:
 
     Attributes:
         status: `loads`, `does not load`, `does not load, as the base does not`, or `not checked`.
-        by: the library, its version and the class, for each part that loads but for `problems`.
+        by: the library, its version and the class, for each part that loads.
         problems: why it does not load.
         notes: what was not checked, and what is as in the base.
-        as_base: by component's folder what the output has as its base does: names of tensors
-            that are missing, unexpected or of another shape, or the error.
+        as_base: by component's folder what is as in the base: names of tensors or the error.
         checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
         tied: pairs of the output's tensors that the class makes one.
@@ -308,15 +307,13 @@ def _judge(
             said.append(_not_checked(part.folder, ours["unknown"]))
             continue
         if "error" in ours:
+            why = f"{part.class_name} refuses it: {ours['error']}"
             if word := next((w for w in ("error", "unknown") if w in theirs), None):
-                why = f"{part.class_name} says {ours['error']}"
-                said.append(
-                    _in(part, f"{_REFUSED}: {why}")
-                    if word == "error" else _not_checked(part.folder, why)
-                )  # fmt: skip
+                excuse = _in(part, f"{_REFUSED}: {why}")
+                said.append(excuse if word == "error" else _not_checked(part.folder, why))
                 as_base[part.folder] = {word: ours["error"]}
             else:
-                problems.append(_in(part, f"{part.class_name} refuses it: {ours['error']}"))
+                problems.append(_in(part, why))
             continue
         shared = {
             kind: [_name(entry) for entry in ours[kind]
@@ -396,10 +393,10 @@ def _problem(kind: str, entries: Sequence[Any], class_name: str) -> str:
 def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = {
-        "missing": f"as the base, the output lacks {len(names)} tensor(s) of {class_name}, which "
-        "loading draws at random",
-        "unexpected": f"as the base, the output has {len(names)} tensor(s) that {class_name} "
-        "passes over",
-        "mismatched": f"{_REFUSED}: {len(names)} tensor(s) have another shape than its config says",
+        "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
+        "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
+        "mismatched": f"{len(names)} tensor(s) have another shape than its config says",
     }[kind]
-    return f"{what}: {shown}"
+    return (
+        f"{_REFUSED + ':' if kind == 'mismatched' else 'as the base, the output'} {what}: {shown}"
+    )

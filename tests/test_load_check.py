@@ -24,7 +24,7 @@ from checkpoints import load_folder
 from families import edit_json, replace_tensors, save_llama, tune
 
 import outliermerge
-from outliermerge import cli, load_check, load_worker
+from outliermerge import cli, load_check, load_worker, render
 from outliermerge.errors import OutlierMergeError
 from outliermerge.load_check import LoadCheck, Verdict
 from outliermerge.verify_load import check_folder
@@ -288,6 +288,41 @@ def test_what_the_base_lacks_or_has_too_much_is_a_note(llama, tmp_path, in_proce
     shutil.rmtree(tmp_path / "base")  # the manifest knows it
     assert outliermerge.verify(tmp_path / "out", load=True) == []
     assert check_folder(tmp_path / "out").notes == result.load_check.notes
+
+
+FAULTS = {
+    "another shape": (dict(vocab_size=33), "another shape"),
+    "an unknown type": (dict(model_type="zzz"), "'zzz'"),
+    "what the class refuses": (dict(num_attention_heads="four"), "four"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_base_does_not_load_for_either_is_no_loading(
+    fault, llama, tmp_path, in_process, capsys
+):
+    changes, word = FAULTS[fault]
+    for name in ("base", "task"):
+        config_of(tmp_path / name, **changes)
+    result = outliermerge.run(llama(), output=tmp_path / "out", load_check=True)
+    verdict = result.load_check
+    assert (verdict.status, verdict.by) == ("does not load, as the base does not", ())
+    assert any("does not load, as the base does not" in n and word in n for n in verdict.notes)
+    render.print_result(result)
+    assert "loads in" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "base")  # the manifest knows it
+    assert check_folder(tmp_path / "out").status == verdict.status
+    assert outliermerge.verify(tmp_path / "out", load=True) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_base_loads_is_refused_with_another_config(fault, llama, tmp_path, in_process):
+    config_of(tmp_path / "task", **FAULTS[fault][0])
+    try:
+        verdict = planned(llama(config_source=str(tmp_path / "task")))
+    except OutlierMergeError:  # numbers of heads are compared before
+        return
+    assert verdict.status == "does not load" and verdict.problems != ()
 
 
 def test_verify_asks_the_base_where_the_run_did_not(llama, tmp_path, in_process):

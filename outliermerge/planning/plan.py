@@ -216,7 +216,7 @@ class _Planner:
         dtype = self._stored(first)
         if is_buffer(held) or is_rope:
             draft = self._draft_unmergeable(name, own, found)
-            return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
+            return (*draft[:5], "RoPE's frequencies") if is_rope else draft
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
