@@ -325,9 +325,7 @@ def _judge(
             by.append(f"{ours['by']}, {part.class_name}")
         if shared:
             as_base[part.folder] = shared
-            said += [
-                _in(part, _excused(kind, names, part.class_name)) for kind, names in shared.items()
-            ]
+            said += [_in(part, _excused(*entry, part.class_name)) for entry in shared.items()]
         for kind in _KINDS:
             new = [e for e in ours[kind] if _name(e) not in shared.get(kind, ())]
             if kind == "unexpected":
@@ -338,9 +336,9 @@ def _judge(
                     said.append(_in(part, f"{text}predict more tokens, which the config counts"))
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
-    status = "does not load" if problems else "loads" if by else "not checked"
-    if not problems and any(f.keys() & {"error", "mismatched"} for f in as_base.values()):
-        status = "does not load, as the base does not"
+    refused = any(one.keys() & {"error", "mismatched"} for one in as_base.values())
+    status = "does not load, as the base does not" if refused else "loads" if by else "not checked"
+    status = "does not load" if problems else status
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
     tied = tuple(
@@ -397,6 +395,5 @@ def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
         "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
         "mismatched": f"{len(names)} tensor(s) have another shape than its config says",
     }[kind]
-    return (
-        f"{_REFUSED + ':' if kind == 'mismatched' else 'as the base, the output'} {what}: {shown}"
-    )
+    start = f"{_REFUSED}:" if kind == "mismatched" else "as the base, the output"
+    return f"{start} {what}: {shown}"

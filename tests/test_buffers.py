@@ -286,7 +286,7 @@ def test_other_frequencies_of_rope_are_no_weights_to_average(dtype, tmp_path):
         base = str(tmp_path / "base")
         return {"merge_method": "task_arithmetic", "base_model": base, "models": models} | keys
 
-    with pytest.raises(OutlierMergeError, match="(?s)RoPE's frequencies.*unequal: base"):
+    with pytest.raises(OutlierMergeError, match=r"(?s)RoPE's frequencies.*unequal: base"):
         outliermerge.run(spec("other"), output=tmp_path / "out")
     stored = load_folder(tmp_path / "base")[name]
     for given in (spec("same"), spec("other", unequal="base")):

@@ -64,7 +64,8 @@ _OPTIONAL = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints"
 # that predict further tokens are none of a model's own.
 _SENSELESS = re.compile(
     r"(^|_)heads$|(^|_)n(um)?_head(_kv)?$|(^|_)head_(dim|size)$|^(d_kv|d_head|kv_channels)$"
-    r"|^(?!.*(mtp|predict))(.*_)?n(um)?_(\w+_)?layers?$|(^|_)(en|de)coder_layers$|^(depths?|layers|num_stages)$"
+    r"|^(?!.*(mtp|predict))(.*_)?n(um)?_(\w+_)?(layers?|blocks)$|(^|_)(en|de)coder_layers$"
+    r"|^(depths?|layers|num_stages)$"
 )
 # Newer configs keep all that RoPE is in one value, older ones in keys of their own.
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
