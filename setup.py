@@ -14,12 +14,12 @@ LEVELS = {"_kernels": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["_kernels_v3"] = ["-march=x86-64-v3"]
     LEVELS["_kernels_v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
-FOLDER = Path("outliermerge/native")
+FOLDER = Path("outliermerge/engines/native")
 
 setup(
     ext_modules=[
         Extension(
-            f"outliermerge.{name}",
+            f"outliermerge.engines.{name}",
             [f"{FOLDER}/kernels.c"],
             depends=[
                 f"{FOLDER}/{header}.h"

@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from outliermerge.analysis.compare import compare_weights
+    from outliermerge.analysis.report.build import build_report
+    from outliermerge.analysis.simulate import simulate
+    from outliermerge.analysis.spectra import layer_spectra
+    from outliermerge.analysis.stats import stats_of_tensor, weight_stats
+    from outliermerge.api import merge_state_dicts, merge_tensors, plan, run, verify
     from outliermerge.errors import OutlierMergeError, SpecError
-    from outliermerge.merge import merge_state_dicts, merge_tensors, plan, run, verify
-    from outliermerge.method import PerModel, merge_method
-    from outliermerge.statistics import StandardDeviation
-    from outliermerge.sweeps import sweep
-    from outliermerge.trim import Trim
-    from outliermerge.weights.compare import compare_weights
-    from outliermerge.weights.report.build import build_report
-    from outliermerge.weights.simulate import simulate
-    from outliermerge.weights.spectra import layer_spectra
-    from outliermerge.weights.stats import stats_of_tensor, weight_stats
+    from outliermerge.methods.contract import PerModel, merge_method
+    from outliermerge.methods.statistics.base import StandardDeviation
+    from outliermerge.methods.statistics.trim import Trim
+    from outliermerge.search.sweeps import sweep
 
 __all__ = [
     "OutlierMergeError",
@@ -44,22 +44,22 @@ __all__ = [
 
 _HOMES = {
     "OutlierMergeError": "errors",
-    "PerModel": "method",
+    "PerModel": "methods.contract",
     "SpecError": "errors",
-    "StandardDeviation": "statistics",
-    "Trim": "trim",
-    "build_report": "weights.report.build",
-    "compare_weights": "weights.compare",
-    "layer_spectra": "weights.spectra",
-    "merge_method": "method",
-    "simulate": "weights.simulate",
-    "stats_of_tensor": "weights.stats",
-    "weight_stats": "weights.stats",
-    "sweep": "sweeps",
+    "StandardDeviation": "methods.statistics.base",
+    "Trim": "methods.statistics.trim",
+    "build_report": "analysis.report.build",
+    "compare_weights": "analysis.compare",
+    "layer_spectra": "analysis.spectra",
+    "merge_method": "methods.contract",
+    "simulate": "analysis.simulate",
+    "stats_of_tensor": "analysis.stats",
+    "sweep": "search.sweeps",
+    "weight_stats": "analysis.stats",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'outliermerge' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"outliermerge.{_HOMES.get(name, 'merge')}"), name)
+    return getattr(importlib.import_module(f"outliermerge.{_HOMES.get(name, 'api')}"), name)

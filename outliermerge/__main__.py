@@ -2,6 +2,6 @@
 
 import sys
 
-from outliermerge.cli import main
+from outliermerge.cli.main import main
 
 sys.exit(main())

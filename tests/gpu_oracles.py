@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from outliermerge import gpu_engine
-from outliermerge.checkpoint.meta import DTYPES
-from outliermerge.gpu_engine import TensorMerge
-from outliermerge.method import Task
-from outliermerge.methods import find_method
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.engines import triton as gpu_engine
+from outliermerge.engines.triton import TensorMerge
+from outliermerge.methods.contract import Task
+from outliermerge.methods.table import find_method
 
 DTYPE_CODES = {"b": torch.bfloat16, "e": torch.float16, "f": torch.float32}
 
@@ -28,7 +28,7 @@ PART_ELEMENTS = 1 << 14
 def interpret() -> None:
     """Have kernels interpreted, in larger parts than on a device: a program takes a while."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from outliermerge import gpu_kernels
+    from outliermerge.engines import triton_kernels as gpu_kernels
 
     gpu_kernels.BLOCK = type(gpu_kernels.PIECE)(PART_ELEMENTS)
 
@@ -60,7 +60,7 @@ def merged(method: str, tensors: list[list[Tensor]], out: torch.dtype, **given: 
 
 def merged_in_large_parts(method: str, sources: list[Tensor], **given: Any) -> bytes:
     """The result for one tensor by fewer programs, which take the interpreter less time."""
-    from outliermerge import gpu_kernels
+    from outliermerge.engines import triton_kernels as gpu_kernels
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_kernels, "BLOCK", gpu_kernels.PIECE)
@@ -84,7 +84,7 @@ def compiled(kernel: str, capability: int, **constants: Any) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from outliermerge import gpu_kernels
+    from outliermerge.engines import triton_kernels as gpu_kernels
 
     types = {
         "addresses": "*i64", "pieces": "*i32", "parameters": "*fp32", "partials": "*fp64",

@@ -168,7 +168,7 @@ class Driver:
         arguments: Sequence[str | Path],
         injection: Injection,
         *,
-        call: str = "outliermerge.cli:main",
+        call: str = "outliermerge.cli.main:main",
         when_stopped: Callable[[], Any] = lambda: None,
         limit_seconds: float = LIMIT_SECONDS,
     ) -> Done:

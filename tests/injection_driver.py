@@ -19,10 +19,19 @@ import traceback
 # What commands import when they need it: here, so that no fork has to.
 MODULES = (
     *("torch", "safetensors.torch", "numpy", "yaml", "xxhash", "rich.progress"),
-    *("outliermerge.cli", "outliermerge.render", "outliermerge.merge", "outliermerge.sweeps"),
-    *("outliermerge.manifest", "outliermerge.torch_engine", "outliermerge.verify_load"),
-    *("outliermerge.checkpoint.adapter", "outliermerge.checkpoint.pytorch_file"),
-    "outliermerge.checkpoint.quantized",
+    *(
+        "outliermerge.cli.main",
+        "outliermerge.cli.render",
+        "outliermerge.api",
+        "outliermerge.search.sweeps",
+    ),
+    *(
+        "outliermerge.output.manifest",
+        "outliermerge.engines.torch",
+        "outliermerge.output.verify_load",
+    ),
+    *("outliermerge.checkpoint.adapters.adapter", "outliermerge.checkpoint.formats.pytorch_file"),
+    "outliermerge.checkpoint.quantized.opened",
 )
 
 

@@ -14,7 +14,7 @@ import time
 
 from injection_driver import import_all
 
-from outliermerge import cli
+from outliermerge.cli import main as cli
 
 
 def main() -> None:

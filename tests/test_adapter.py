@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import outliermerge
-from outliermerge.checkpoint.adapter import open_adapter
-from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
-from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.adapters.adapter import open_adapter
+from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
+from outliermerge.checkpoint.formats.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.methods import METHODS
+from outliermerge.methods.table import METHODS
 
 pytestmark = pytest.mark.filterwarnings(
     # peft warns of the very cases that are tested here.
@@ -540,7 +540,7 @@ def test_tensors_stored_whole_keep_the_bases_dtype_in_an_output(tmp_path):
 def test_factors_too_large_for_the_cache_give_the_same(case, tmp_path, monkeypatch):
     kind, keys = CASES[case]
     base, adapter, expected = _adapt(kind, tmp_path, **keys)
-    monkeypatch.setattr("outliermerge.checkpoint.adapter_tensors._MAX_WHOLE_BYTES", 0)
+    monkeypatch.setattr("outliermerge.checkpoint.adapters.tensors._MAX_WHOLE_BYTES", 0)
     found = _read(open_adapter(adapter, open_checkpoint(base)))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-6, msg=name)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_adapter import ATTENTION, MODELS
 
 import outliermerge
-from outliermerge.checkpoint.adapter import open_adapter
-from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.adapters.adapter import open_adapter
+from outliermerge.checkpoint.formats.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.peft import NoiseConfig, ScaledLoraConfig

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from test_quantized_merge import _dequantised, _quantise
 
 import outliermerge
-from outliermerge import cli
+from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError
 
 pytestmark = pytest.mark.filterwarnings(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_families import refusal
 
 import outliermerge
-from outliermerge.checkpoint.adapter_config import _NEVER_MERGED
+from outliermerge.checkpoint.adapters.config import _NEVER_MERGED
 from outliermerge.errors import OutlierMergeError
 
 pytestmark = pytest.mark.filterwarnings(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import save_tensors
 
-from outliermerge import SpecError, cli
+from outliermerge import SpecError
+from outliermerge.cli import main as cli
 from outliermerge.spec.check import load_spec
 
 NAMES = ("embed.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from outliermerge.batches import batches, merge_batch
-from outliermerge.checkpoint.meta import DTYPES
-from outliermerge.gpu_engine import TensorMerge
-from outliermerge.method import MergeMethod, Task, merge_method
-from outliermerge.methods import find_method
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.engines.batched import batches, merge_batch
+from outliermerge.engines.triton import TensorMerge
+from outliermerge.methods.contract import MergeMethod, Task, merge_method
+from outliermerge.methods.table import find_method
 
 
 @merge_method(space="delta", cut="tensor")

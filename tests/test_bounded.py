@@ -12,16 +12,18 @@ import pytest
 import yaml
 from hostile.cases import NAMES, adapter, pair
 
-from outliermerge import OutlierMergeError, SpecError, cli
-from outliermerge.checkpoint import files, json_text, patterns
-from outliermerge.checkpoint.files import read_bytes
-from outliermerge.checkpoint.json_text import parse_json
+from outliermerge import OutlierMergeError, SpecError
+from outliermerge.checkpoint import patterns
 from outliermerge.checkpoint.patterns import Budget, Pattern, TooSlowError
-from outliermerge.cli_parts import plain_json
+from outliermerge.cli import main as cli
+from outliermerge.cli.parts import plain_json
 from outliermerge.errors import MAX_MESSAGE, listing, quoted, readable, shown, suggest
 from outliermerge.spec import text as spec_text
 from outliermerge.spec.check import parse_spec
 from outliermerge.spec.text import parse_yaml, plain_yaml
+from outliermerge.storage import files, json_text
+from outliermerge.storage.files import read_bytes
+from outliermerge.storage.json_text import parse_json
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
 

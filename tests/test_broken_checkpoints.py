@@ -13,7 +13,7 @@ import torch
 from checkpoints import load_folder, save_tensors
 from safetensors.torch import save_file
 
-from outliermerge import cli
+from outliermerge.cli import main as cli
 
 GOOD = {"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3)}
 SIZES = "BOOL, U8, I8, U16, I16, U32, I32, U64, I64, C64, F8_E4M3, F8_E5M2, F16, BF16, F32, F64"

@@ -11,9 +11,9 @@ import torch
 from checkpoints import load_folder, save_tensors
 
 import outliermerge
-from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import OutlierMergeError
-from outliermerge.exact import same_values
+from outliermerge.execution.exact import same_values
 
 INTS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

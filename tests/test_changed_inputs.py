@@ -16,12 +16,13 @@ from checkpoints import save_lora
 from safetensors.torch import save_file
 
 import outliermerge
-from outliermerge import OutlierMergeError, runs
-from outliermerge.checkpoint.stamps import Watched
-from outliermerge.job_runner import JobRunner
-from outliermerge.kernel_engine import KernelEngine
+from outliermerge import OutlierMergeError
+from outliermerge.engines.cpu import KernelEngine
+from outliermerge.engines.torch import TorchEngine
+from outliermerge.execution.pipeline import JobRunner
+from outliermerge.output import run as runs
 from outliermerge.output.folder import OutputFolder
-from outliermerge.torch_engine import TorchEngine
+from outliermerge.storage.stamps import Watched
 
 NAMES = ("a.weight", "b.weight", "frozen.weight")
 

@@ -21,8 +21,8 @@ import torch
 import yaml
 from checkpoints import load_folder, save_tensors
 
-from outliermerge import cli
-from outliermerge.methods import METHODS
+from outliermerge.cli import main as cli
+from outliermerge.methods.table import METHODS
 
 COMMANDS = ("run", "plan", "verify", "methods", "schema")
 PROGRAM = [sys.executable, "-m", "outliermerge"]
@@ -39,7 +39,7 @@ def _imported(*arguments: object) -> tuple[int, set[str]]:
     """Run a command line in a new process; return its exit code and the modules it loaded."""
     code = (
         "import sys\n"
-        "from outliermerge.cli import main\n"
+        "from outliermerge.cli.main import main\n"
         "code = main(sys.argv[1:])\n"
         "print(code, *sys.modules, file=sys.stderr)\n"
     )
@@ -126,7 +126,7 @@ class TestHelp:
         code, modules = _imported(*command, "--help")
         assert code == 0
         assert modules.isdisjoint(HEAVY)
-        assert "outliermerge.cli" in modules
+        assert "outliermerge.cli.main" in modules
 
     def test_version_imports_nothing_heavy(self) -> None:
         code, modules = _imported("--version")
@@ -227,7 +227,7 @@ class TestPlan:
             code, modules = _imported("plan", place / "spec.yaml", *options)
             assert code == 0
             assert modules.isdisjoint({"torch", "transformers", "huggingface_hub"})
-            assert "outliermerge.planning.plan" in modules
+            assert "outliermerge.planning.planner" in modules
 
     def test_the_table_tells_what_a_person_asks(
         self,

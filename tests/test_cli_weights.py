@@ -13,10 +13,10 @@ import pytest
 import torch
 from checkpoints import family, save_tensors
 
-from outliermerge.cli import main
-from outliermerge.weights.compare import compare_weights
-from outliermerge.weights.simulate import simulate
-from outliermerge.weights.spectra import layer_spectra
+from outliermerge.analysis.compare import compare_weights
+from outliermerge.analysis.simulate import simulate
+from outliermerge.analysis.spectra import layer_spectra
+from outliermerge.cli.main import main
 
 
 @pytest.fixture(scope="module")

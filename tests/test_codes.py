@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_quantized import read
 
 import outliermerge
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.meta import Checkpoint
-from outliermerge.checkpoint.quantized import dequantize
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

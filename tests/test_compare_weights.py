@@ -13,11 +13,11 @@ import torch
 from checkpoints import load_folder, save_tensors
 from safetensors.torch import save_file
 
+from outliermerge.analysis.compare import MATRIX_DIAGONAL, Comparison, PairStats, compare_weights
+from outliermerge.analysis.models import open_subject
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.methods.min_sigma import min_sigma
-from outliermerge.weights.compare import MATRIX_DIAGONAL, Comparison, PairStats, compare_weights
-from outliermerge.weights.models import open_subject
 
 SHAPES = {
     "model.layers.0.up_proj.weight": (300, 257),  # more than one chunk

@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_kernels import MODULES, block_of, draw, dtype_of, raw
 
-from outliermerge.weights.sums import (
+from outliermerge.analysis.sums import (
     Limits,
     filtered_of_bytes,
     filtered_of_values,
     tally_of_bytes,
     tally_of_values,
 )
-from outliermerge.weights.table import BINS
+from outliermerge.analysis.table import BINS
 
 SMALL = 0.01
 SIZES = [0, 1, 15, 17, 1024, 1025, 66_000]

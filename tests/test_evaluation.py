@@ -25,12 +25,13 @@ from llava_replicas import save_hf_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from outliermerge import cli, render_scores
+from outliermerge.cli import main as cli
+from outliermerge.cli import render_scores
+from outliermerge.cli.render_scores import EvaluationProgress
 from outliermerge.evaluation import evaluate as evaluate_module
 from outliermerge.evaluation.scores import Failure, Score, Scores, load_scores
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.evaluation.worker_process import worker
-from outliermerge.render_scores import EvaluationProgress
 
 PYTHON = sys.executable
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import outliermerge
-from outliermerge import cli
+from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.planning.tied import WAYS_OUT
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from outliermerge.analysis.report.data import Shown
+from outliermerge.analysis.report.figures import densities, draw_figures, quantile_pairs
+from outliermerge.analysis.stats import stats_of_tensor
+from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError
-from outliermerge.weights.report.data import Shown
-from outliermerge.weights.report.figures import densities, draw_figures, quantile_pairs
-from outliermerge.weights.stats import stats_of_tensor
-from outliermerge.weights.table import WeightStats
 
 KINDS = {"density", "density_log", "qq", "sigma_by_depth", "heatmap_sigma", "heatmap_kurtosis",
          "heatmap_outliers"}  # fmt: skip

@@ -22,12 +22,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from outliermerge import OutlierMergeError, SpecError
-from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.formats.safetensors_file import make_header, read_header
 from outliermerge.checkpoint.layout import parse_bytes, plan_layout
-from outliermerge.checkpoint.meta import DTYPES, DTYPES_BY_CODE
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.safetensors_file import make_header, read_header
-from outliermerge.methods import METHODS
+from outliermerge.checkpoint.sources import DTYPES, DTYPES_BY_CODE
+from outliermerge.methods.table import METHODS
 from outliermerge.spec.check import MergeSpec, load_spec, parse_spec
 from outliermerge.spec.schema import json_schema
 

@@ -12,8 +12,8 @@ from gpu_oracles import work
 from torch import Tensor
 
 import outliermerge
-from outliermerge import gpu_engine
-from outliermerge.torch_engine import TorchEngine
+from outliermerge.engines import triton as gpu_engine
+from outliermerge.engines.torch import TorchEngine
 
 pytestmark = pytest.mark.gpu
 

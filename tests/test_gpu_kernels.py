@@ -22,7 +22,7 @@ from gpu_oracles import DTYPE_CODES, PART_ELEMENTS, bytes_of
 from torch import Tensor
 
 import outliermerge
-from outliermerge import gpu_engine
+from outliermerge.engines import triton as gpu_engine
 
 CASES = {
     "min_sigma": {"weight": 0.75, "lambda": 1.5},
@@ -197,7 +197,7 @@ def test_tensors_on_the_cpu_are_not_for_the_gpu() -> None:
 
 def test_without_triton_the_kernels_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.find_spec("outliermerge.gpu_kernels")
+    spec = importlib.util.find_spec("outliermerge.engines.triton_kernels")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -13,9 +13,9 @@ from checkpoints import family, load_folder, save_tensors
 from torch import Tensor
 
 import outliermerge
-from outliermerge.jobs import Options
-from outliermerge.statistics import CHUNK_ELEMENTS, StandardDeviation
-from outliermerge.trim import Trim
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
+from outliermerge.methods.statistics.trim import Trim
+from outliermerge.planning.plan import Options
 
 SHAPES = {
     "wide.weight": (613, 521),

@@ -19,11 +19,12 @@ from checkpoints import family, load_folder, save_tensors
 from test_kernels import MODULES, block_of, draw, raw
 
 import outliermerge
-from outliermerge.kernel_engine import KernelEngine
-from outliermerge.kernels import KernelCall, find_kernels
+from outliermerge.engines.cpu import KernelEngine
+from outliermerge.engines.kernels import find_kernels
+from outliermerge.execution.rounds import Round, Steps, run_all
+from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.output.folder import OutputFolder
-from outliermerge.rounds import Round, Steps, run_all
-from outliermerge.statistics import CHUNK_ELEMENTS
 
 # Files.
 

@@ -14,17 +14,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from outliermerge import _kernels
-from outliermerge.checkpoint.meta import DTYPES
-from outliermerge.kernels import CODES, KernelCall
-from outliermerge.method import Task
-from outliermerge.methods import find_method
-from outliermerge.statistics import CHUNK_ELEMENTS, Pass, StandardDeviation
-from outliermerge.torch_engine import keywords, merge_block
-from outliermerge.trim import Trim
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.engines import _kernels
+from outliermerge.engines.torch import keywords, merge_block
+from outliermerge.methods.contract import Task
+from outliermerge.methods.kernel_call import CODES, KernelCall
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, StandardDeviation
+from outliermerge.methods.statistics.trim import Trim
+from outliermerge.methods.table import find_method
 
 MODULES = [
-    importlib.import_module(f"outliermerge._kernels{suffix}")
+    importlib.import_module(f"outliermerge.engines._kernels{suffix}")
     for suffix in ("", "_v3", "_v4")[: max(1, _kernels.level() - 1)]
 ]
 NAMES = {code: name for name, code in CODES.items()}

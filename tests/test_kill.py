@@ -18,7 +18,7 @@ from checkpoints import save_tensors
 from stopping import stopping_after
 
 import outliermerge
-from outliermerge import cli
+from outliermerge.cli import main as cli
 
 NUM_LAYERS, NUM_SMALL = 20, 12
 METHODS = ("min_sigma", "ties")
@@ -488,7 +488,7 @@ class TestSmall:
         config = killed.with_name("base") / "generation_config.json"
         config.write_text("{}")
         with monkeypatch.context() as patch:
-            patch.setattr("outliermerge.runs.name_all", _interrupt)
+            patch.setattr("outliermerge.output.run.name_all", _interrupt)
             assert cli.main(_small(killed)) == 130
         assert (_partial(killed) / "generation_config.json").exists()
         config.unlink()
@@ -577,7 +577,7 @@ def test_a_run_that_allows_no_infinite_values_takes_none_over(tmp_path, monkeypa
         "models": [{"model": str(tmp_path / "task"), "parameters": {"weight": 0.5}}],
     }
     with monkeypatch.context() as patch:
-        patch.setattr("outliermerge.runs.write_sidecars", _interrupt)
+        patch.setattr("outliermerge.output.run.write_sidecars", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec, output=tmp_path / "out", allow_non_finite=True)
     with pytest.raises(outliermerge.OutlierMergeError, match="'a' has values that are infinite"):

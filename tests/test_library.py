@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import outliermerge
-from outliermerge.method import MergeMethod
-from outliermerge.methods import METHODS
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import METHODS
 
 
 def _tensors(seed: int) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import outliermerge
-from outliermerge import cli
+from outliermerge.cli import main as cli
 
 SPECS = Path(__file__).parent.parent / "merge_configs"
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

@@ -24,10 +24,12 @@ from checkpoints import load_folder
 from families import edit_json, replace_tensors, save_llama, tune
 
 import outliermerge
-from outliermerge import cli, load_check, load_worker, render
+from outliermerge.cli import main as cli
+from outliermerge.cli import render
 from outliermerge.errors import OutlierMergeError
-from outliermerge.load_check import LoadCheck, Verdict
-from outliermerge.verify_load import check_folder
+from outliermerge.output import load_check, load_worker
+from outliermerge.output.load_check import LoadCheck, Verdict
+from outliermerge.output.verify_load import check_folder
 
 DROPPED = "model.layers.1.mlp.up_proj.weight"
 HEADS = "lm_head.weight"
@@ -635,7 +637,7 @@ def test_a_model_of_70_billion_parameters_takes_no_memory():
         "tensors": {name: list(tensor.shape) for name, tensor in shapes.items()},
     }
     program = (
-        "import json, resource, sys; from outliermerge.load_worker import check_part; "
+        "import json, resource, sys; from outliermerge.output.load_worker import check_part; "
         "found = check_part(json.load(sys.stdin)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); print(json.dumps(found))"
     )

@@ -11,7 +11,8 @@ import torch
 from checkpoints import load_folder, save_tensors
 
 import outliermerge
-from outliermerge import execute, machine
+from outliermerge.execution import threads as execute
+from outliermerge.storage import machine
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import outliermerge
-from outliermerge.statistics import CHUNK_ELEMENTS, StandardDeviation
-from outliermerge.trim import Trim
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
+from outliermerge.methods.statistics.trim import Trim
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -20,8 +20,8 @@ from checkpoints import load_folder, save_tensors
 from safetensors import safe_open
 
 import outliermerge
-from outliermerge import cli
-from outliermerge.checkpoint.hub import is_hub_id
+from outliermerge.checkpoint.formats.hub import is_hub_id
+from outliermerge.cli import main as cli
 
 CPU = {"threads": 1}
 SHARD = "model.safetensors"

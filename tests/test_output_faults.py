@@ -18,7 +18,7 @@ from checkpoints import save_tensors
 from injection import Call, Done, Driver, Injection, try_calls
 from safetensors.torch import save_file
 
-ORDINARY = "outliermerge.cli:main"
+ORDINARY = "outliermerge.cli.main:main"
 KILLED = -9
 # Of the points of a scenario, how many a test tries when not all are tried.
 NUM_SAMPLED = 3

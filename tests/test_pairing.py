@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import outliermerge
-from outliermerge import cli
-from outliermerge.checkpoint.folder import open_checkpoint
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.methods import METHODS
+from outliermerge.methods.table import METHODS
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.planning.vocabulary_tensors import RearrangedRows

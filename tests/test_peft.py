@@ -433,7 +433,8 @@ def test_a_missing_peft_is_told():
 
 
 def test_merging_adapters_needs_no_peft():
-    code = "import sys, outliermerge, outliermerge.checkpoint.adapter; print('peft' in sys.modules)"
+    module = "outliermerge.checkpoint.adapters.adapter"
+    code = f"import sys, outliermerge, {module}; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

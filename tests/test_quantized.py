@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.meta import Checkpoint, Source
-from outliermerge.checkpoint.quantized import dequantize
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.errors import OutlierMergeError
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}

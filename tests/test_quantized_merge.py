@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from test_quantized import fp8_quantized, read
 
 import outliermerge
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.quantized import dequantize
-from outliermerge.methods import METHODS
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.quantized.opened import dequantize
+from outliermerge.methods.table import METHODS
 
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import outliermerge
 from outliermerge import OutlierMergeError
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.meta import Checkpoint
+from outliermerge.checkpoint.formats.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Checkpoint
 
 STATE = {"conv.weight": torch.arange(6.0).view(2, 3), "conv.bias": torch.tensor([1.0, -2.0])}
 

@@ -18,13 +18,13 @@ from checkpoints import family, load_folder, save_tensors
 from playwright.sync_api import sync_playwright
 
 import outliermerge
+from outliermerge.analysis.report import build as report_module
+from outliermerge.analysis.report.build import build_report
+from outliermerge.analysis.report.data import Shown, payload
+from outliermerge.analysis.report.page import embedded_json, render_page
+from outliermerge.analysis.stats import stats_of_tensor, weight_stats
+from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.weights.report import build as report_module
-from outliermerge.weights.report.build import build_report
-from outliermerge.weights.report.data import Shown, payload
-from outliermerge.weights.report.page import embedded_json, render_page
-from outliermerge.weights.stats import stats_of_tensor, weight_stats
-from outliermerge.weights.table import WeightStats
 
 # Chromium calls home otherwise.
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",

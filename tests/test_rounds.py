@@ -12,7 +12,7 @@ from types import FrameType
 
 import pytest
 
-from outliermerge.rounds import Round, Steps, run_all
+from outliermerge.execution.rounds import Round, Steps, run_all
 
 LIMIT_SECONDS = 300  # a hang, however busy the machine is
 SIZES = (1, 3, 2, 5)  # of the rounds of a generator

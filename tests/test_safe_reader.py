@@ -15,10 +15,10 @@ from checkpoints import save_tensors
 from safetensors.torch import load_file, save_file
 
 from outliermerge import OutlierMergeError
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.pytorch_file import read_pickle
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.formats.pytorch_file import read_pickle
+from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.safetensors_file import read_header
 
 STATE = {"w": torch.arange(4.0)}
 ADVICE = "Copy the file into the folder, or name the folder that it is in."

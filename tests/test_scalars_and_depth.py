@@ -11,7 +11,7 @@ from checkpoints import load_folder, save_tensors
 from test_families import refusal
 
 import outliermerge
-from outliermerge.load_check import Part, _judge
+from outliermerge.output.load_check import Part, _judge
 
 
 def plan_of(tmp_path: Any, base: Any, task: Any, config: Any = None, **keys: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from outliermerge import cli
+from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation import chart
 from outliermerge.evaluation.models import merge_of

@@ -13,9 +13,8 @@ import pytest
 import scipy.stats
 import torch
 
-from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.weights.labels import LABELS, label_of
-from outliermerge.weights.simulate import (
+from outliermerge.analysis.labels import LABELS, label_of
+from outliermerge.analysis.simulate import (
     NOISES,
     PAPER_LABELS,
     _noisy,
@@ -23,8 +22,9 @@ from outliermerge.weights.simulate import (
     draw,
     simulate,
 )
-from outliermerge.weights.stats import stats_of_tensor
-from outliermerge.weights.table import Histogram
+from outliermerge.analysis.stats import stats_of_tensor
+from outliermerge.analysis.table import Histogram
+from outliermerge.errors import OutlierMergeError, SpecError
 
 EVEN = (np.arange(200_000) + 0.5) / 200_000
 

@@ -11,8 +11,8 @@ import yaml
 from checkpoints import save_tensors
 
 import outliermerge
-from outliermerge.method import Parameter, merge_method
-from outliermerge.methods import METHODS
+from outliermerge.methods.contract import Parameter, merge_method
+from outliermerge.methods.table import METHODS
 from outliermerge.spec.check import load_spec, parse_spec
 from outliermerge.spec.schema import json_schema
 from outliermerge.spec.settings import find_layers, parse_setting

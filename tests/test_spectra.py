@@ -14,17 +14,17 @@ import scipy.stats
 import torch
 from checkpoints import fine_tune, save_model, save_tensors
 
-from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.weights import spectra_values
-from outliermerge.weights.spectra import layer_spectra
-from outliermerge.weights.spectra_fingerprint import (
+from outliermerge.analysis import spectra_values
+from outliermerge.analysis.spectra import layer_spectra
+from outliermerge.analysis.spectra_fingerprint import (
     NUM_POINTS,
     LayerStd,
     fingerprint_distance,
     make_fingerprint,
 )
-from outliermerge.weights.spectra_fit import Comparison, fit_power_law
-from outliermerge.weights.spectra_values import cosine_distances
+from outliermerge.analysis.spectra_fit import Comparison, fit_power_law
+from outliermerge.analysis.spectra_values import cosine_distances
+from outliermerge.errors import OutlierMergeError, SpecError
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 

@@ -13,11 +13,11 @@ import scipy.stats
 import torch
 from checkpoints import family, save_tensors
 
-from outliermerge.cli import main
+from outliermerge.analysis.measure import _SPAN_ELEMENTS
+from outliermerge.analysis.stats import stats_of_tensor, weight_stats
+from outliermerge.analysis.table import BINS, HALF_WIDTH
+from outliermerge.cli.main import main
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.weights.measure import _SPAN_ELEMENTS
-from outliermerge.weights.stats import stats_of_tensor, weight_stats
-from outliermerge.weights.table import BINS, HALF_WIDTH
 
 RNG = np.random.default_rng(7)
 NUM = 40_001  # no whole number of lanes, steps or pieces
@@ -348,7 +348,7 @@ def test_a_tensor_in_memory_has_to_be_one_of_floats(values, options, message):
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
-    from outliermerge.weights.models import open_subject
+    from outliermerge.analysis.models import open_subject
 
     folder = _save(tmp_path / "m", {"w": torch.randn(1000, 1000)})
     subject = open_subject(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outliermerge import cli
+from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation import task_files
 from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages

@@ -12,8 +12,8 @@ from checkpoints import family, save_tensors
 from stopping import stopping_after
 
 import outliermerge
-from outliermerge import cli
-from outliermerge.sweeps import parse_values
+from outliermerge.cli import main as cli
+from outliermerge.search.sweeps import parse_values
 
 
 @pytest.fixture(scope="module")

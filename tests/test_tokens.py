@@ -300,6 +300,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("outliermerge.checkpoint.stamps.os.open", refuse)
+    monkeypatch.setattr("outliermerge.storage.stamps.os.open", refuse)
     with pytest.raises(OutlierMergeError, match=r"vocab\.txt: cannot be read: Permission denied"):
         read_tokens(tmp_path)

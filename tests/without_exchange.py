@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outliermerge import cli
-from outliermerge.output import system
+from outliermerge.cli import main as cli
+from outliermerge.storage import system
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from outliermerge import rng  # noqa: E402 # after the path that has it
+from outliermerge import rng  # noqa: E402
 
 RESULTS, TABLE = Path(__file__).with_name("results.json"), Path(__file__).with_name("README.md")
 SOURCES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outliermerge.checkpoint.meta import DTYPES, DType, Source, TensorMeta
-from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +40,7 @@ class ComputedTensor(ABC):
         """The stored tensors that it is read from."""
 
     @abstractmethod
-    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
 
     @property
@@ -60,7 +59,7 @@ class ComputedTensor(ABC):
     def num_columns(self) -> int:
         return math.prod(self.shape[1:])
 
-    def read(self, reader: Reader, start: int, stop: int, out: memoryview) -> None:
+    def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill out with elements start to stop, in `dtype`."""
         import torch
 
@@ -80,7 +79,7 @@ class ComputedTensor(ABC):
             first = last
 
 
-def read_rows(reader: Reader, source: Source, first: int, last: int) -> Tensor:
+def read_rows(reader: Reading, source: Source, first: int, last: int) -> Tensor:
     """Return rows of a source as (last - first, C), in its dtype."""
     columns = math.prod(source.shape[1:])
     return reader.values(source, first * columns, last * columns).view(last - first, columns)

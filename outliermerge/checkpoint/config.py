@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import load_json
 from outliermerge.errors import OutlierMergeError
+from outliermerge.storage.files import load_json
 
 # Where a config keeps the language model's own; Qwen-Omni has two levels of them.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from outliermerge.checkpoint.meta import DType
-from outliermerge.checkpoint.safetensors_file import PAGE_BYTES, make_header
+from outliermerge.checkpoint.formats.safetensors_file import PAGE_BYTES, make_header
+from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import SpecError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.meta import Source, TensorMeta
-from outliermerge.checkpoint.stamps import current_watch, open_input
-from outliermerge.failures import failure
+from outliermerge.checkpoint.sources import Source, TensorMeta
+from outliermerge.storage.failures import failure
+from outliermerge.storage.stamps import current_watch, open_input
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outliermerge.checkpoint.pytorch_file import Strided
+    from outliermerge.checkpoint.formats.pytorch_file import Strided
 
 
 _WHOLE_BYTES = 1 << 26
@@ -112,7 +112,7 @@ class Reader:
     def _read_pickled(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         import torch
 
-        from outliermerge.checkpoint.pytorch_file import read_span
+        from outliermerge.checkpoint.formats.pytorch_file import read_span
 
         if stop > start:
             target = torch.frombuffer(out, dtype=getattr(torch, meta.dtype.name))
@@ -122,7 +122,7 @@ class Reader:
         """Return a tensor of a pickle whose elements are not in order; the latest is kept."""
         import torch
 
-        from outliermerge.checkpoint.pytorch_file import load_strided
+        from outliermerge.checkpoint.formats.pytorch_file import load_strided
 
         descriptor = self.descriptor(meta.path)
         with self._lock:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import small_bytes
-from outliermerge.checkpoint.json_text import parse_json
-from outliermerge.checkpoint.meta import refuse_lfs_pointer
-from outliermerge.checkpoint.stamps import is_there, same_bytes
 from outliermerge.errors import OutlierMergeError, quoted
+from outliermerge.storage.files import small_bytes
+from outliermerge.storage.json_text import parse_json
+from outliermerge.storage.lfs import refuse_lfs_pointer
+from outliermerge.storage.stamps import is_there, same_bytes
 
 # The first found is used. Not spiece.model and sentencepiece.bpe.model: their models shift the
 # pieces' numbers.

@@ -8,9 +8,9 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from outliermerge.checkpoint.files import write_whole
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.table import AVG, Table
+from outliermerge.storage.files import write_whole
 
 # Okabe and Ito, "Color Universal Design" (2008), without black: told apart by colour-blind readers.
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")

@@ -26,7 +26,7 @@ from outliermerge.evaluation.records import Records
 from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
-from outliermerge.execute import choose_device
+from outliermerge.execution.threads import choose_device
 
 
 class Listener:

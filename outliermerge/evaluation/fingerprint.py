@@ -11,10 +11,10 @@ from typing import Any
 
 import xxhash
 
-from outliermerge.checkpoint.files import small_bytes
-from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import write_json
+from outliermerge.storage.files import small_bytes
 
 STAMPS_NAME = "fingerprints.json"
 # Neither changes what a model answers.

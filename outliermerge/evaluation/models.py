@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
-from outliermerge.checkpoint.folder import MANIFEST_NAME
-from outliermerge.checkpoint.hub import resolve
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.formats.hub import resolve
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import check_names
-from outliermerge.methods import METHODS
+from outliermerge.methods.table import METHODS
+from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
 
 _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
 

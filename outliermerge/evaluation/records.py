@@ -13,12 +13,12 @@ from typing import Any
 
 import xxhash
 
-from outliermerge.checkpoint.files import small_bytes
 from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.models import Model
 from outliermerge.evaluation.scores import Score, checksum_of, load_record, write_json
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.task_files import task_files
+from outliermerge.storage.files import small_bytes
 
 _FORMAT = 1
 _JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL", "LLM_JUDGE_URL")

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from outliermerge.checkpoint.files import load_json, write_whole
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
+from outliermerge.storage.files import load_json, write_whole
 
 SCORES_NAME = "scores.json"
 FORMAT = 1

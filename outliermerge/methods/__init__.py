@@ -1,32 +1,4 @@
-"""The table of merge methods."""
+"""The merge methods: `contract` says what one is, `table` lists them.
 
-from __future__ import annotations
-
-from outliermerge.errors import SpecError, suggest
-from outliermerge.method import MergeMethod, import_method
-from outliermerge.methods.averaging import linear, passthrough
-from outliermerge.methods.min_sigma import min_sigma
-from outliermerge.methods.task_arithmetic import task_arithmetic, ties
-
-METHODS: dict[str, MergeMethod] = {
-    method.name: method for method in (min_sigma, linear, task_arithmetic, ties, passthrough)
-}
-
-
-def find_method(name: str) -> MergeMethod:
-    """Return a method by its name in the table, or by `package.module:function`.
-
-    Raises:
-        SpecError: there is none.
-
-    >>> find_method("min_sigma").space
-    'delta'
-    """
-    if ":" in name:
-        return import_method(name)
-    if name not in METHODS:
-        raise SpecError(
-            f"unknown merge method {name!r}. {suggest(name, METHODS)} "
-            "Your own is named package.module:function."
-        )
-    return METHODS[name]
+They import nothing of models, files or plans but dtypes.
+"""

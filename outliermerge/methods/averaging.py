@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.kernels import KernelCall, to_float32
-from outliermerge.method import PerModel, merge_method
+from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.kernel_call import KernelCall, to_float32
 
 if TYPE_CHECKING:
     from torch import Tensor

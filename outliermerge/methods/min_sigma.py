@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from outliermerge.kernels import KernelCall
-from outliermerge.method import PerModel, merge_method
-from outliermerge.statistics import StandardDeviation
+from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.statistics.base import StandardDeviation
 
 if TYPE_CHECKING:
     from torch import Tensor

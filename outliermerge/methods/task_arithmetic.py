@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from outliermerge.kernels import KernelCall, to_float32
-from outliermerge.method import PerModel, merge_method
 from outliermerge.methods.averaging import normalized, sum_of
-from outliermerge.trim import Trim
+from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.kernel_call import KernelCall, to_float32
+from outliermerge.methods.statistics.trim import Trim
 
 if TYPE_CHECKING:
     from torch import Tensor

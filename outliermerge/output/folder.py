@@ -14,17 +14,17 @@ from typing import Any
 from outliermerge.checkpoint.checksum import checksum_in_file
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
-from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.failures import failure, naming
-from outliermerge.job_runner import JobResult
-from outliermerge.jobs import Job, Plan
-from outliermerge.machine import open_direct
+from outliermerge.execution.pipeline import JobResult
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
 from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes
 from outliermerge.output.ownership import check_apart, check_free
-from outliermerge.output.system import (
+from outliermerge.planning.plan import Job, Plan
+from outliermerge.storage.failures import failure, naming
+from outliermerge.storage.machine import open_direct
+from outliermerge.storage.stamps import open_file
+from outliermerge.storage.system import (
     check_own,
     files_in,
     inode,

@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.failures import failure
 from outliermerge.output.names import journal_path
+from outliermerge.storage.failures import failure
 
 # What every journal of ours begins with. The number rises when older versions cannot read it.
 _BEGINNING = b'{"outliermerge journal": 2, '

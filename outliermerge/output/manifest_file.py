@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
-from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.names import manifest_path
+from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
+from outliermerge.storage.json_text import parse_json
 
 MANIFEST_FORMAT = 1
 _MAX_VALUES = 10_000_000  # a manifest of 46,000 tensors and eight models has some 5 million

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
-from outliermerge.failures import failure
 from outliermerge.output.journal import Journal
 from outliermerge.output.names import manifest_path, partial_folder, replaced_path
 from outliermerge.output.ownership import owned_files
-from outliermerge.output.system import exchange, inode, move_new, remove_files, sync
+from outliermerge.storage.failures import failure
+from outliermerge.storage.system import exchange, inode, move_new, remove_files, sync
 
 
 @dataclass(frozen=True)

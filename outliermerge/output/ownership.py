@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
-from outliermerge.checkpoint.folder import MANIFEST_NAME
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.failures import naming
-from outliermerge.jobs import Input, Plan
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import (
     journal_path,
@@ -19,7 +17,9 @@ from outliermerge.output.names import (
     replaced_path,
     shard_path,
 )
-from outliermerge.output.system import files_in
+from outliermerge.planning.plan import Input, Plan
+from outliermerge.storage.failures import naming
+from outliermerge.storage.system import files_in
 
 
 def check_apart(inputs: Sequence[Input], final: Path) -> None:

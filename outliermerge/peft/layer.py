@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from outliermerge.checkpoint.adapter_scaled import noise_sum, scaled_sum
+from outliermerge.checkpoint.adapters.scaled import noise_sum, scaled_sum
 from outliermerge.errors import OutlierMergeError
 from outliermerge.peft.config import NoiseConfig, ScaledLoraConfig
 from outliermerge.peft.initial import INITIAL

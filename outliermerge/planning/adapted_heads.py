@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.adapter_config import CONFIG_NAME
-from outliermerge.checkpoint.adapter_tensors import (
+from outliermerge.checkpoint.adapters.config import CONFIG_NAME
+from outliermerge.checkpoint.adapters.tensors import (
     InDType,
     LowRankSum,
     ReplacedRows,
@@ -16,9 +16,9 @@ from outliermerge.checkpoint.adapter_tensors import (
     Transposed,
 )
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
+from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 from outliermerge.planning.tied import tied_heads, unnamed_tie
 from outliermerge.planning.tied_names import is_head
 

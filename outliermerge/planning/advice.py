@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
-from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input
 from outliermerge.planning.layouts import how_to_convert
+from outliermerge.planning.plan import Input
 from outliermerge.spec.rename import find_rename
 from outliermerge.spec.rename_search import FoundRename
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.sources import Source
 
 # A map by its name, which no length shows: the values are rows of another tensor, or of another
 # model (the tokens of a draft model in its target's vocabulary).

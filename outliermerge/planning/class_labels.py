@@ -13,7 +13,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input, Job
+from outliermerge.planning.plan import Input, Job
 from outliermerge.spec.check import MergeSpec
 
 _HEAD = re.compile(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.files import load_json, small_bytes
 from outliermerge.checkpoint.model_types import effective_config
-from outliermerge.checkpoint.stamps import same_bytes
 from outliermerge.planning.owners import check_content, is_loaded, kind_of
+from outliermerge.storage.files import load_json, small_bytes
+from outliermerge.storage.stamps import same_bytes
 
 # One name for what layouts call differently; the last one is of LLaVA's original code.
 _ALIASES = {

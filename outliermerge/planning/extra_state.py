@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from outliermerge.checkpoint.meta import EXTRA_STATE
+from outliermerge.checkpoint.sources import EXTRA_STATE
 from outliermerge.errors import shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 
 
 def one_extra_state(inputs: Sequence[Input]) -> tuple[Input, ...]:

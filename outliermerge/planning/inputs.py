@@ -6,23 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from outliermerge.checkpoint.adapter import open_adapter
-from outliermerge.checkpoint.adapter_config import base_of_adapter, is_adapter
-from outliermerge.checkpoint.folder import open_checkpoint
-from outliermerge.checkpoint.foreign import refuse_foreign_adapter
-from outliermerge.checkpoint.hub import is_hub_id, resolve
-from outliermerge.checkpoint.meta import Checkpoint
-from outliermerge.checkpoint.quantized import dequantize
-from outliermerge.checkpoint.stamps import told_by_name
+from outliermerge.checkpoint.adapters.adapter import open_adapter
+from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
+from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.formats.foreign import refuse_foreign_adapter
+from outliermerge.checkpoint.formats.hub import is_hub_id, resolve
+from outliermerge.checkpoint.quantized.opened import dequantize
+from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, shown
-from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
+from outliermerge.planning.plan import Input
 from outliermerge.planning.scalars import in_shapes_of
 from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
+from outliermerge.storage.stamps import told_by_name
 
 
 def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:

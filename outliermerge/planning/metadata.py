@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from outliermerge.errors import listing
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 
 # Hashes and sizes of the file, its dtype, and how it was quantised: not those of the output.
 _UNTRUE = re.compile(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from outliermerge.errors import listing
-from outliermerge.jobs import Input, Job, Sidecar
+from outliermerge.planning.plan import Input, Job, Sidecar
 from outliermerge.spec.check import MergeSpec
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 from outliermerge.spec.check import MergeSpec
 
 _KNOWN = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SettingError
 

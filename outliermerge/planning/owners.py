@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.files import check_file, load_json, small_bytes
-from outliermerge.checkpoint.json_text import refuse_other_content, utf8_text
-from outliermerge.checkpoint.stamps import same_bytes
 from outliermerge.errors import OutlierMergeError, shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
+from outliermerge.storage.files import check_file, load_json, small_bytes
+from outliermerge.storage.json_text import refuse_other_content, utf8_text
+from outliermerge.storage.stamps import same_bytes
 
 Kind = Literal["config", "tokenizer", "processor"]
 KINDS: tuple[Kind, ...] = ("config", "tokenizer", "processor")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import SpecError
-from outliermerge.jobs import Job
+from outliermerge.planning.plan import Job
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from outliermerge.checkpoint.files import load_json
-from outliermerge.checkpoint.folder import MODULES_NAME
+from outliermerge.checkpoint.formats.folder import MODULES_NAME
 from outliermerge.checkpoint.tokens import same_token_files
 from outliermerge.errors import shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
+from outliermerge.storage.files import load_json
 
 
 def differing_parts(inputs: Sequence[Input]) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from outliermerge.checkpoint.config import text_config
-from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.jobs import Proof
+from outliermerge.planning.plan import Proof
 from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import (
     EMBEDDINGS,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from outliermerge.checkpoint.meta import Source, TensorMeta
+from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.errors import shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 
 
 def in_shapes_of(reference: Mapping[str, Source], entry: Input) -> Input:

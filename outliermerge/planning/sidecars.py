@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import language_levels, read_json
-from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.layout import component_of
-from outliermerge.checkpoint.meta import FLOAT_DTYPES
-from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
+from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
+from outliermerge.checkpoint.sources import FLOAT_DTYPES
 from outliermerge.checkpoint.tokens import TOKEN_FILES
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
 from outliermerge.planning.owners import (
     KINDS,
@@ -30,10 +28,12 @@ from outliermerge.planning.owners import (
     missing_code,
 )
 from outliermerge.planning.parts import differing_parts
+from outliermerge.planning.plan import Input, Plan, Sidecar
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.vocabulary_config import fit_config, reached
 from outliermerge.spec.check import MergeSpec
+from outliermerge.storage.files import small_bytes
 
 
 def choose_sidecars(

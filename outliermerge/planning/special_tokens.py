@@ -9,7 +9,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 
 _WORDS = ("bos", "eos", "pad")
 

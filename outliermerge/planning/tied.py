@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.meta import Source
+from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 from outliermerge.planning.tied_names import (
     EMBEDDINGS,
     component,

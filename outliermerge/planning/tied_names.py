@@ -8,8 +8,8 @@ from itertools import takewhile
 from typing import Any
 
 from outliermerge.checkpoint.config import at_level, language_levels
-from outliermerge.checkpoint.meta import Source
 from outliermerge.checkpoint.model_types import effective_config
+from outliermerge.checkpoint.sources import Source
 
 EMBEDDINGS = (
     "shared.weight",

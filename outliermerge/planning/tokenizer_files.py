@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.files import small_bytes
 from outliermerge.checkpoint.tokens import load_tokens, token_files
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
-from outliermerge.jobs import Plan
+from outliermerge.planning.plan import Plan
+from outliermerge.storage.files import small_bytes
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outliermerge.checkpoint.unmerged import adapter_parts, composed, how_to_merge
+from outliermerge.checkpoint.adapters.unmerged import adapter_parts, composed, how_to_merge
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.jobs import Input
+from outliermerge.planning.plan import Input
 
 
 def refuse_unmerged(inputs: Sequence[Input]) -> list[str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.meta import Checkpoint, Source
-from outliermerge.checkpoint.stamps import is_there
+from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.checkpoint.tokens import (
     load_tokens,
     read_tokens,
@@ -33,6 +32,7 @@ from outliermerge.planning.vocabulary_rows import (
     missing_tokens,
 )
 from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors, rearrange
+from outliermerge.storage.stamps import is_there
 
 Policy = Literal["error", "base", "common", "union"]
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.computed import ComputedTensor, read_rows
-from outliermerge.checkpoint.meta import DTYPES, Checkpoint, DType, Source, TensorMeta
-from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import DTYPES, Checkpoint, DType, Reading, Source, TensorMeta
 from outliermerge.planning.vocabulary_config import vocabulary_sizes
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class RearrangedRows(ComputedTensor):
     def stored(self) -> tuple[TensorMeta, ...]:
         return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
 
-    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
         import torch
 
@@ -158,7 +157,7 @@ class RearrangedRows(ComputedTensor):
         return result
 
     def _part(
-        self, reader: Reader, parts: tuple[tuple[int, int], ...], first: int, last: int
+        self, reader: Reading, parts: tuple[tuple[int, int], ...], first: int, last: int
     ) -> Tensor:
         number, row = parts[0]
         values = read_rows(reader, self.sources[number], row + first, row + last)
@@ -182,7 +181,7 @@ class RearrangedColumns(RearrangedRows):
     def num_columns(self) -> int:
         return self.shape[-1]
 
-    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, V) of `dtype`."""
         import torch
 

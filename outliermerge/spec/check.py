@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
-from outliermerge.method import MergeMethod
-from outliermerge.methods import find_method
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
     EXTRA,
     MISSING,

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from outliermerge.checkpoint.meta import is_name
 from outliermerge.checkpoint.patterns import (
     MAX_PATTERN,
     MAX_SECONDS,
@@ -16,6 +15,7 @@ from outliermerge.checkpoint.patterns import (
     PatternError,
     TooSlowError,
 )
+from outliermerge.checkpoint.sources import is_name
 from outliermerge.errors import quoted, shown, suggest
 from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 from outliermerge.spec.rename_search import best_rename, find_rename

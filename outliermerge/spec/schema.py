@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from outliermerge.checkpoint.meta import FLOAT_DTYPES
-from outliermerge.method import MergeMethod, Parameter
-from outliermerge.methods import METHODS
+from outliermerge.checkpoint.sources import FLOAT_DTYPES
+from outliermerge.methods.contract import MergeMethod, Parameter
+from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import SpecDocument, by_filters
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from outliermerge.checkpoint.files import read_bytes
 from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.spec.settings import SpecPath
+from outliermerge.storage.files import read_bytes
 
 # What a spec may hold. One with a filter for every layer of a hundred models has some 40,000 values
 # in 1 MB; YAML is read at some 40,000 values in a second, and aliases make of a few lines any

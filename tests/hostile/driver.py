@@ -18,11 +18,11 @@ import numpy  # noqa: F401
 import xxhash  # noqa: F401
 import yaml  # noqa: F401
 
-import outliermerge.cli
-import outliermerge.manifest
-import outliermerge.merge
-import outliermerge.render
-import outliermerge.sweeps
+import outliermerge.api
+import outliermerge.cli.main
+import outliermerge.cli.render
+import outliermerge.output.manifest
+import outliermerge.search.sweeps
 
 MAX_WAIT_SECONDS = 300  # after which a command that waits for ever is ended
 
@@ -37,7 +37,7 @@ def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(MAX_WAIT_SECONDS)
     try:
-        return outliermerge.cli.main(arguments)
+        return outliermerge.cli.main.main(arguments)
     except BaseException:
         traceback.print_exc()
         return 70

@@ -1,0 +1,366 @@
+"""Compares models, or their task vectors: how alike they are, and what conflicts in a merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from outliermerge.analysis.compare_torch import (
+    Counts,
+    PairMeasurer,
+    Sums,
+    fold_counts,
+    fold_sums,
+)
+from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.places import Place, find_places
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.errors import OutlierMergeError, SpecError, listing, suggest
+from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.execution.threads import choose_device, keep_freed_memory, torch_threads
+from outliermerge.spec.rename import best_rename
+from outliermerge.storage.machine import num_threads
+
+MATRIX_DIAGONAL = {
+    "cosine": 1.0,
+    "distance": 0.0,
+    "relative_distance": 0.0,
+    "std_difference": 0.0,
+    "sign_agreement": 1.0,
+    "sign_conflict_ratio": 0.0,
+    "outlier_overlap": 1.0,
+    "conflict_ratio": 0.0,
+}
+"""The columns that there are matrices of, and what any model, even of zeros, has with itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairStats:
+    """What is known of one tensor in two models, a and b, or of the two models as wholes.
+
+    A vector is a model's task vector, or without a base its weights. Outliers are counted about
+    zero: an element of exactly ±tσ is none. What has no value is NaN, and so is all that is
+    measured of a pair with an infinite value or NaN in it.
+
+    Attributes:
+        name: of the tensor; "" for whole models.
+        layer: such as `model.layers.3`; None outside layers, and for whole models.
+        module: the name with layers' numbers replaced by `*`; "" for whole models.
+        shape: of the tensor; () for whole models.
+        num_elements: that are compared.
+        a, b: numbers of the models, a < b.
+        cosine: of the angle between the vectors; NaN where one is zero.
+        distance: L2 norm of a - b.
+        relative_distance: the distance by the norm of a; NaN where that is zero.
+        norm_a, norm_b: L2 norms of the vectors.
+        std_a, std_b: population standard deviations.
+        std_difference: |σ_a - σ_b|, a similarity that takes no test of the models (arXiv
+            2501.10661, Table 7).
+        sign_agreement: of the elements that are zero in neither, the share whose signs agree.
+        sign_conflict_ratio: share of all elements whose signs are opposite.
+        outlier_overlap: how far the places of outliers are the same, each model's by its own σ:
+            the elements with |a| > tσ_a and |b| > tσ_b by those with one or the other (Jaccard).
+        outlier_ratio_a, outlier_ratio_b: share of elements that min-σ keeps whole: |x| > tσ, with
+            σ the lowest of this tensor's among all models that are compared. For whole models,
+            each tensor has its own threshold.
+        both_outliers_ratio: share of elements that min-σ keeps whole of both, and adds up.
+        conflict_ratio: share of those, by all elements, whose signs are opposite: in a merge they
+            cancel, where the others double.
+    """
+
+    name: str
+    layer: str | None
+    module: str
+    shape: tuple[int, ...]
+    num_elements: int
+    a: int
+    b: int
+    cosine: float
+    distance: float
+    relative_distance: float
+    norm_a: float
+    norm_b: float
+    std_a: float
+    std_b: float
+    std_difference: float
+    sign_agreement: float
+    sign_conflict_ratio: float
+    outlier_overlap: float
+    outlier_ratio_a: float
+    outlier_ratio_b: float
+    both_outliers_ratio: float
+    conflict_ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the columns by name, NaNs as they are."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return named | {"shape": list(self.shape)}
+
+
+_MEASURED = [field.name for field in fields(PairStats)][7:]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How models, or their task vectors against a base, compare with one another.
+
+    Attributes:
+        models, base: as the caller named them.
+        t: how many σ an outlier is away from zero.
+        tensors: every pair of models for each tensor that all have, in the models' order.
+        pairs: every pair as wholes: the vectors of all finite tensors taken as one.
+        notes: what a person should know, such as tensors that were left out.
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    t: float
+    tensors: tuple[PairStats, ...]
+    pairs: tuple[PairStats, ...]
+    notes: tuple[str, ...] = ()
+
+    def matrix(self, column: str) -> list[list[float]]:
+        """Return a column of the whole models as (M, M).
+
+        All are symmetric but `relative_distance`, where a row is by the norm of its model.
+
+        Raises:
+            SpecError: there is no matrix of it; MATRIX_DIAGONAL has those that there are.
+        """
+        if column not in MATRIX_DIAGONAL:
+            raise SpecError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
+        found = [[MATRIX_DIAGONAL[column]] * len(self.models) for _ in self.models]
+        for pair in self.pairs:
+            found[pair.a][pair.b] = found[pair.b][pair.a] = getattr(pair, column)
+            if column == "relative_distance":
+                found[pair.b][pair.a] = _ratio(pair.distance, pair.norm_b)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the matrices, which say what the pairs say; NaNs as they are."""
+        return {
+            "models": list(self.models),
+            "base": self.base,
+            "t": self.t,
+            "pairs": [pair.as_dict() for pair in self.pairs],
+            "tensors": [pair.as_dict() for pair in self.tensors],
+            "notes": list(self.notes),
+        }
+
+
+def compare_weights(
+    models: Sequence[str | Subject],
+    *,
+    base: str | None = None,
+    t: float = 2.0,
+    rename: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+    on_total: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Comparison:
+    """Compare models, or their task vectors, tensor by tensor and as wholes, each with each.
+
+    Every tensor is read twice, of all models at once, in bounded memory. The result is the same
+    for any number of threads.
+
+    Args:
+        models: two or more, named as in a spec: folders, files, hub ids, adapters; or what
+            `open_subject` gave, all of one base.
+        base: what their task vectors are taken against.
+        t: how many σ an outlier is away from zero, 0 or more.
+        rename: names of the models' tensors to the base's; without one, of the others' to the
+            first's.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        threads: 0 leaves it to the machine.
+        on_total: called with the bytes that will be read, before they are.
+        on_progress: called with the bytes just read, by any thread.
+
+    Raises:
+        SpecError: an option is wrong, or a model is there twice.
+        OutlierMergeError: a model is absent or broken, or no tensor is in all of them.
+    """
+    if len(models) < 2:
+        raise SpecError(f"found {len(models)} model(s) to compare, expected two or more")
+    if not 0 <= t < math.inf:
+        raise SpecError(f"--t: found {t}, expected a number of 0 or more")
+    device = choose_device(device)
+    subjects = [
+        open_subject(model, base, rename=rename if base is not None or number else None)
+        for number, model in enumerate(models)
+    ]
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
+    _refuse_twins(subjects)
+    tensors, notes = _common(subjects)
+    found: dict[str, tuple[Sums, Counts]] = {}
+    sources = {id(source): source for each in tensors.values() for source in each}
+    on_total(2 * sum(source.num_bytes for source in sources.values()))
+    keep_freed_memory()
+    with Reader() as reader, torch_threads() as prepare:
+        measurer = PairMeasurer(reader, device, base is not None, t, on_progress)
+
+        def measure(name: str) -> Steps[None]:
+            found[name] = yield from measurer.measure(tensors[name])
+
+        run_all(map(measure, tensors), threads=num_threads(threads), prepare=prepare)
+    places = find_places(tensors)
+    pairs = list(combinations(range(len(models)), 2))
+    finite = {
+        name: sums
+        for name, (sums, _) in found.items()
+        if all(sums.is_finite(model) for model in range(len(models)))
+    }
+    if broken := [name for name in tensors if name not in finite]:
+        shown = listing(f"{name}: {_broken(subjects, found[name][0])}" for name in broken)
+        notes.append(
+            "left out of whole models, and NaN where that is, since they hold infinite values, "
+            f"NaN, or too large ones to be squared:\n{shown}"
+        )
+    whole = fold_sums([finite[name] for name in tensors if name in finite], len(models))
+    counts = fold_counts([found[name][1] for name in finite], len(models))
+    nowhere = Place(None, (), "")
+    return Comparison(
+        tuple(subject.reference for subject in subjects),
+        base,
+        t,
+        tuple(
+            _pair(name, places[name], tensors[name][0].shape, pair, number, *found[name])
+            for name in tensors
+            for number, pair in enumerate(pairs)
+        ),
+        tuple(
+            _pair("", nowhere, (), pair, number, whole, counts) for number, pair in enumerate(pairs)
+        ),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _refuse_twins(subjects: Sequence[Subject]) -> None:
+    """Refuse two models, or a model and the base, that are the same files."""
+    seen: dict[frozenset[Path], str] = {}
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
+    if base is not None:
+        seen[_files(pair[0] for pair in subjects[0].tensors.values())] = base
+    for subject in subjects:
+        files = _files(sources[-1] for sources in subject.tensors.values())
+        if files in seen:
+            raise SpecError(
+                f"{subject.reference!r} is the same model as {seen[files]!r}: leave one out"
+            )
+        seen[files] = subject.reference
+
+
+def _files(sources: Iterable[Source]) -> frozenset[Path]:
+    paths = {meta.path for source in sources for meta in source.stored}
+    return frozenset(path.resolve() for path in paths)
+
+
+def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]], list[str]]:
+    """Return the sources of the tensors that all models have in one shape, and what to note.
+
+    The base, where there is one, is the first source.
+    """
+    first, *others = subjects
+    notes = [note for subject in subjects for note in subject.notes]
+    names = list(dict.fromkeys(name for subject in subjects for name in subject.tensors))
+    common = [name for name in names if all(name in subject.tensors for subject in subjects)]
+    shapes = {
+        name: list(dict.fromkeys(subject.tensors[name][-1].shape for subject in subjects))
+        for name in common
+    }
+    if lacking := [name for name in names if name not in shapes]:
+        notes.append(f"left out, since not all models have them:\n{listing(lacking)}")
+    if resized := [name for name in common if len(shapes[name]) > 1]:
+        shown = (f"{name}: {' and '.join(str([*s]) for s in shapes[name])}" for name in resized)
+        notes.append(f"left out, since their shapes differ:\n{listing(shown)}")
+    changed = {name for subject in subjects for name in subject.changed().tensors}
+    if same := [name for name in common if name not in changed]:
+        notes.append(f"left out, since no adapter changes them: {len(same)} tensors")
+    tensors = {
+        name: (*first.tensors[name][:-1], *(subject.tensors[name][-1] for subject in subjects))
+        for name in common
+        if name not in resized and name in changed
+    }
+    if not tensors:
+        ours = list(others[0].tensors)
+        best = best_rename(ours, first.tensors)
+        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        raise OutlierMergeError(
+            "the models have no tensor of one name and shape in common: "
+            + ", ".join(f"{s.reference} has {next(iter(s.tensors))!r}" for s in subjects)
+            + f".{advice}"
+        )
+    return tensors, notes
+
+
+def _broken(subjects: Sequence[Subject], sums: Sums) -> str:
+    """Return whose values of a tensor are not finite."""
+    bases = {subject.base for subject in subjects}
+    if len(bases) > 1:
+        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+    (base,) = bases
+    if base is not None and not math.isfinite(sums.base):
+        return base
+    return ", ".join(s.reference for m, s in enumerate(subjects) if not sums.is_finite(m))
+
+
+def _pair(
+    name: str,
+    place: Place,
+    shape: tuple[int, ...],
+    pair: tuple[int, int],
+    number: int,
+    sums: Sums,
+    counts: Counts,
+) -> PairStats:
+    a, b = pair
+    num = sums.num_elements
+    if num and sums.is_finite(a) and sums.is_finite(b):
+        columns = _columns(a, b, number, sums, counts)
+    else:
+        columns = dict.fromkeys(_MEASURED, math.nan)
+    return PairStats(name, place.layer, place.module, shape, num, a, b, **columns)
+
+
+def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[str, float]:
+    num, std_a, std_b = sums.num_elements, sums.std(a), sums.std(b)
+    norm_a, norm_b = math.sqrt(sums.gram[a][a]), math.sqrt(sums.gram[b][b])
+    distance = math.sqrt(sums.distances[number])
+    cosine = _ratio(_ratio(sums.gram[a][b], norm_a), norm_b)
+    if cosine > 0.5:  # nearly equal vectors are told apart by their difference alone
+        apart = _ratio(distance, norm_a) * _ratio(distance, norm_b)
+        cosine = 1 - (apart - (norm_a - norm_b) ** 2 / norm_a / norm_b) / 2
+    both, own = counts.outliers[a][b], counts.own_outliers
+    disagreeing = (counts.non_zero[a][b] - counts.signs[a][b]) // 2
+    return {
+        "cosine": min(max(cosine, -1.0), 1.0),
+        "distance": distance,
+        "relative_distance": _ratio(distance, norm_a),
+        "norm_a": norm_a,
+        "norm_b": norm_b,
+        "std_a": std_a,
+        "std_b": std_b,
+        "std_difference": abs(std_a - std_b),
+        "sign_agreement": _ratio(counts.non_zero[a][b] - disagreeing, counts.non_zero[a][b]),
+        "sign_conflict_ratio": disagreeing / num,
+        "outlier_overlap": _ratio(own[a][b], own[a][a] + own[b][b] - own[a][b]),
+        "outlier_ratio_a": counts.outliers[a][a] / num,
+        "outlier_ratio_b": counts.outliers[b][b] / num,
+        "both_outliers_ratio": both / num,
+        "conflict_ratio": (both - counts.outlier_signs[a][b]) / 2 / num,
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

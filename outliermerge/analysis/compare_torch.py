@@ -1,0 +1,238 @@
+"""The sums that a comparison of models is made of, computed by torch span by span.
+
+Shape suffixes: S sources (the base, where there is one, then the models), M models, P pairs of
+models in the order of `itertools.combinations`, C elements of a chunk.
+
+Sums are float64 over fixed chunks and are then added exactly (`math.fsum`), so a result does not
+depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, combinations
+from typing import TYPE_CHECKING
+
+from outliermerge.analysis.sums import exact_sum
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.execution.passes import Span, spans
+from outliermerge.execution.rounds import Round, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SPAN_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 16  # what a CPU's caches hold of some models in float64
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over the elements of a chunk, a tensor or a whole model.
+
+    Attributes:
+        num_elements: of each vector.
+        means, squares: of each vector, the squares about its mean, (M,).
+        base: sum of the base's elements; 0 without one.
+        gram: products of the vectors, (M, M).
+        distances: squares of the differences of two vectors, (P,).
+    """
+
+    num_elements: int
+    means: tuple[float, ...]
+    squares: tuple[float, ...]
+    base: float
+    gram: tuple[tuple[float, ...], ...]
+    distances: tuple[float, ...]
+
+    def is_finite(self, model: int) -> bool:
+        """Tell whether the vector of a model, or its base, holds nothing infinite or NaN."""
+        return math.isfinite(self.squares[model]) and math.isfinite(self.gram[model][model])
+
+    def std(self, model: int) -> float:
+        """Return the population standard deviation of a model's vector."""
+        return math.sqrt(self.squares[model] / self.num_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Numbers of elements, each (M, M); on the diagonal a model with itself.
+
+    Attributes:
+        non_zero: that are not zero in both.
+        signs: of the former, those whose signs agree less those whose do not.
+        outliers: that min-σ's threshold takes for outliers of both.
+        outlier_signs: of the former, those whose signs agree less those whose do not.
+        own_outliers: that are outliers of both, each by its own σ.
+    """
+
+    non_zero: tuple[tuple[int, ...], ...]
+    signs: tuple[tuple[int, ...], ...]
+    outliers: tuple[tuple[int, ...], ...]
+    outlier_signs: tuple[tuple[int, ...], ...]
+    own_outliers: tuple[tuple[int, ...], ...]
+
+
+def fold_sums(shares: Sequence[Sums], num_models: int) -> Sums:
+    """Add up shares in their order; means and squares by Chan's formula."""
+    num_elements = sum(share.num_elements for share in shares)
+    models = range(num_models)
+    means = tuple(
+        exact_sum(share.num_elements * share.means[m] for share in shares) / max(1, num_elements)
+        for m in models
+    )
+
+    def squares(m: int) -> Iterator[float]:
+        for share in shares:
+            yield share.squares[m]
+            yield share.num_elements * (share.means[m] - means[m]) ** 2
+
+    return Sums(
+        num_elements,
+        means,
+        tuple(exact_sum(squares(m)) for m in models),
+        exact_sum(share.base for share in shares),
+        tuple(
+            tuple(exact_sum(share.gram[a][b] for share in shares) for b in models) for a in models
+        ),
+        tuple(
+            exact_sum(share.distances[p] for share in shares)
+            for p in range(math.comb(num_models, 2))
+        ),
+    )
+
+
+def fold_counts(shares: Sequence[Counts], num_models: int) -> Counts:
+    """Add up shares."""
+    models = range(num_models)
+
+    def table(name: str) -> tuple[tuple[int, ...], ...]:
+        tables = [getattr(share, name) for share in shares]
+        return tuple(tuple(sum(each[a][b] for each in tables) for b in models) for a in models)
+
+    return Counts(*(table(field.name) for field in fields(Counts)))
+
+
+@dataclass(frozen=True)
+class PairMeasurer:
+    """Measures a tensor of all models at once, by steps that threads share.
+
+    Attributes:
+        reader: of the sources.
+        device: of torch.
+        has_base: whether the first source is a base, which is subtracted from the others.
+        t: threshold in units of σ.
+        on_progress: called with the bytes just read, by any thread.
+    """
+
+    reader: Reader
+    device: str
+    has_base: bool
+    t: float
+    on_progress: Callable[[int], None]
+
+    def measure(self, sources: Sequence[Source]) -> Steps[tuple[Sums, Counts]]:
+        """Read a tensor twice: for its sums, and for what their σ tell of its elements."""
+        num_models = len(sources) - self.has_base
+        read = spans(sources[0].num_elements, SPAN_ELEMENTS)
+
+        def sums(span: Span) -> list[Sums]:
+            return [_sums(chunk_SC, self.has_base) for chunk_SC in self._chunks(sources, span)]
+
+        whole = fold_sums([*chain.from_iterable((yield Round(sums, read)))], num_models)
+        own = [
+            self.t * whole.std(m) if read and whole.is_finite(m) else math.inf
+            for m in range(num_models)
+        ]
+
+        def counts(span: Span) -> Counts:
+            chunks = self._chunks(sources, span)
+            return fold_counts([_counts(c_SC, self.has_base, own) for c_SC in chunks], num_models)
+
+        return whole, fold_counts((yield Round(counts, read)), num_models)
+
+    def _chunks(self, sources: Sequence[Source], span: Span) -> Iterator[Tensor]:
+        """Yield the chunks of a span in float64, for the caller to overwrite."""
+        import torch
+
+        values = {source: self.reader.values(source, *span) for source in dict.fromkeys(sources)}
+        num_elements = span[1] - span[0]
+        self.on_progress(sum(source.dtype.num_bytes for source in values) * num_elements)
+        values = {source: each.to(self.device) for source, each in values.items()}
+        # A GPU has no use for caches, but starts few operations in the time of one on a chunk.
+        size = _CHUNK_ELEMENTS if self.device == "cpu" else SPAN_ELEMENTS
+        for start, stop in spans(num_elements, size):
+            chunk_SC = torch.empty(
+                len(sources), stop - start, dtype=torch.float64, device=self.device
+            )
+            for row_C, source in zip(chunk_SC, sources, strict=True):
+                row_C.copy_(values[source][start:stop])
+            yield chunk_SC
+
+
+def _sums(chunk_SC: Tensor, has_base: bool) -> Sums:
+    """Return the sums of a chunk, which is overwritten."""
+    import torch
+
+    vectors_MC = chunk_SC[int(has_base) :]
+    num_models, num_elements = vectors_MC.shape
+    base = chunk_SC[:1].sum(1) if has_base else chunk_SC.new_zeros(1)
+    # Of the models, not of their task vectors: a base would only add its rounding.
+    distances_P = torch.stack([_square(a - b) for a, b in combinations(vectors_MC, 2)])
+    if has_base:
+        vectors_MC -= chunk_SC[0]
+    gram_MM = vectors_MC @ vectors_MC.T
+    means_M = vectors_MC.mean(1)
+    vectors_MC -= means_M[:, None]
+    squares_M = torch.stack([_square(row_C) for row_C in vectors_MC])
+    found = iter(torch.cat([means_M, squares_M, base, gram_MM.flatten(), distances_P]).tolist())
+
+    def take(num: int) -> tuple[float, ...]:
+        return tuple(next(found) for _ in range(num))
+
+    return Sums(
+        num_elements,
+        take(num_models),
+        take(num_models),
+        next(found),
+        tuple(take(num_models) for _ in range(num_models)),
+        take(len(distances_P)),
+    )
+
+
+def _counts(chunk_SC: Tensor, has_base: bool, own: Sequence[float]) -> Counts:
+    """Return the counts of a chunk, which is overwritten.
+
+    Args:
+        own: the threshold of each model's σ; the lowest is min-σ's. Infinite where what the model
+            holds is not finite: its counts mean nothing.
+    """
+    import torch
+
+    vectors_MC = chunk_SC[int(has_base) :]
+    if has_base:
+        vectors_MC -= chunk_SC[0]
+    # Arithmetic instead of boolean masks, which torch's CPU kernels take several times longer for.
+    # Products of signs are added up exactly in float32: a span is below 2²⁴ elements.
+    signs_MC = vectors_MC.sign().float()
+    outliers_MC = vectors_MC.hardshrink(min(own)).sign_().float()  # 0 where |x| ≤ tσ
+    own_MC = torch.stack(
+        [
+            outlier_C if limit == min(own) else row_C.hardshrink(limit).sign_().float()
+            for row_C, outlier_C, limit in zip(vectors_MC, outliers_MC, own, strict=True)
+        ]
+    ).abs_()
+    products = [_gram(signs_MC), _gram(outliers_MC)]
+    non_zero, outliers = _gram(signs_MC.abs_()), _gram(outliers_MC.abs_())
+    found = torch.stack([non_zero, products[0], outliers, products[1], _gram(own_MC)])
+    return Counts(*(tuple(map(tuple, table)) for table in found.long().tolist()))
+
+
+def _square(row_C: Tensor) -> Tensor:
+    return row_C.dot(row_C)
+
+
+def _gram(rows_MC: Tensor) -> Tensor:
+    return rows_MC @ rows_MC.T

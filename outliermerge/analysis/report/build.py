@@ -1,0 +1,98 @@
+"""Builds the report of models, of task vectors, or of a merge with its drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from outliermerge.analysis.compare import compare_weights
+from outliermerge.analysis.report.data import Shown, payload, short_titles
+from outliermerge.analysis.report.figures import check_matplotlib, draw_figures
+from outliermerge.analysis.report.merged import measure_merge
+from outliermerge.analysis.report.page import plotly_script, render_page
+from outliermerge.analysis.stats import weight_stats
+from outliermerge.analysis.table import WeightStats
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.output.manifest_file import read_manifest
+from outliermerge.output.names import manifest_path
+from outliermerge.storage.files import write_whole
+
+
+def build_report(
+    models: Sequence[str],
+    *,
+    base: str | None = None,
+    output: Path,
+    png: Path | None = None,
+    t: float = 2.0,
+    filter: float = 3.0,
+    device: str = "cpu",
+    threads: int = 0,
+    on_total: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Path:
+    """Write one page that shows the distributions of models' weights, and needs no network.
+
+    A single output of a merge is shown with its manifest and its drift from its models.
+
+    Args:
+        models: as specs name them.
+        base: what task vectors are taken against; of a merge, its own base by default.
+        output: the page; it is there as a whole or not at all.
+        png: a folder for the figures of a paper.
+        t: the threshold that the view of min-σ starts with, 1 to 5.
+        filter: how many σ about the mean are kept before skewness and kurtosis are taken.
+        device, threads: as `weight_stats` takes them.
+        on_total: called with the bytes of each reading, before it begins.
+        on_progress: called with the bytes just read, by any thread.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        SpecError: an option is wrong.
+        OutlierMergeError: a model is absent or broken, or a package is missing.
+        OSError: the page cannot be written.
+    """
+    if not 1 <= t <= 5:
+        raise SpecError(f"--t: found {t}, expected a number from 1 to 5")
+    if not models:
+        raise OutlierMergeError("no model to report on")
+    plotly_script()
+    if png is not None:
+        check_matplotlib()
+        if png.exists() and not png.is_dir():
+            raise OutlierMergeError(f"{png}: is a file, expected a folder for figures")
+    if output.is_dir() or not output.parent.is_dir():
+        raise OutlierMergeError(
+            f"{output}: cannot be written: expected the name of a file in a folder that exists"
+        )
+    how: dict[str, Any] = {
+        "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
+    }  # fmt: skip
+    measure = partial(weight_stats, filter=filter, **how)
+    compare = partial(compare_weights, t=t, **how)
+    merged = as_path(models[0]) if len(models) == 1 else None
+    if merged is not None and manifest_path(merged).is_file():
+        subjects, extra = measure_merge(models[0], read_manifest(merged), base, measure, compare)
+    else:
+        subjects, extra = _measure(models, base, measure), {}
+    titles = dict.fromkeys(subject.title for subject in subjects if subject.role != "task")
+    page = render_page(", ".join(titles), payload(subjects, t=t, **extra))
+    if png is not None:
+        draw_figures(subjects, png)
+    write_whole(output, page)
+    return output
+
+
+def _measure(
+    models: Sequence[str], base: str | None, measure: Callable[..., WeightStats]
+) -> list[Shown]:
+    bases = [None] if base is None else [None, base]
+    return [
+        Shown(title, "model", measure(model, base=each))
+        for model, title in zip(models, short_titles(models), strict=True)
+        for each in bases
+    ]

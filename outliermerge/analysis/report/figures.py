@@ -1,0 +1,287 @@
+"""The figures of a report for papers: PNGs, drawn by matplotlib."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from outliermerge.analysis.extras import require
+from outliermerge.analysis.report.data import STATISTICS, Shown, Spot, find_spots
+from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
+from outliermerge.errors import OutlierMergeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 300
+_MAX_COLUMNS = 6
+_FILL, _FIT, _LIMIT, _POINTS = "#a9c4dd", "#c2410c", "#71767b", "#0b62a3"
+_EDGES = np.linspace(-HALF_WIDTH, HALF_WIDTH, BINS + 1)
+_Z = np.linspace(-5, 5, 201)
+_BELL = np.exp(-(_Z**2) / 2) / np.sqrt(2 * np.pi)
+
+
+def check_matplotlib() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        OutlierMergeError: it is not installed.
+    """
+    require("matplotlib.figure", "a figure")
+
+
+def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
+    """Write figures of each subject's layers: densities, QQ plots, σ against depth, heat maps.
+
+    Grids have types of module as rows and layers evenly sampled as columns. Only matrices are
+    drawn. Files are called after the figure, the model and the part of it.
+
+    Returns:
+        The files.
+
+    Raises:
+        OutlierMergeError: matplotlib is not installed, or a file cannot be written.
+    """
+    check_matplotlib()
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for subject in subjects:
+            for part, cells in _parts(subject).items():
+                figures: dict[str, Figure] = {
+                    "density": _grid(cells, _draw_density, "weight"),
+                    "density_log": _grid(cells, _draw_log_density, "weight"),
+                    "qq": _grid(
+                        cells, _draw_qq, "Gaussian quantile, σ, against that of the weights"
+                    ),
+                    "sigma_by_depth": _depth(cells),
+                    "heatmap_sigma": _heat(cells, "std"),
+                    "heatmap_kurtosis": _heat(cells, "kurtosis"),
+                    "heatmap_outliers": _heat(cells, "outside_3_ratio"),
+                }
+                for kind, figure in figures.items():
+                    path = _free_path(folder, f"{kind}_{_file_name(subject, part)}", written)
+                    with warnings.catch_warnings():
+                        # Of names that its font lacks letters of, or that are very long.
+                        warnings.simplefilter("ignore", UserWarning)
+                        figure.savefig(path, dpi=DPI)
+                    written.append(path)
+    except OSError as error:
+        raise OutlierMergeError(f"{folder}: cannot be written: {error}") from error
+    return written
+
+
+def _free_path(folder: Path, stem: str, written: Sequence[Path]) -> Path:
+    """Return a path that no other figure has: two names may differ in what is left out of them."""
+    names = (f"{stem}_{number}" if number > 1 else stem for number in count(1))
+    return next(path for name in names if (path := folder / f"{name}.png") not in written)
+
+
+def _file_name(subject: Shown, part: str) -> str:
+    kind = "W" if subject.stats.base is None else "delta"
+    words = re.findall(r"[\w-]+", f"{subject.title} {part}", re.ASCII)
+    return "_".join([kind, *words]) or kind
+
+
+class _Cells:
+    """A part's matrices by type of module and layer."""
+
+    def __init__(self, placed: Sequence[tuple[Spot, TensorStats]]) -> None:
+        self.modules = list(dict.fromkeys(spot.label for spot, _ in placed))
+        layers = {spot.depth: spot.layer for spot, _ in placed if spot.depth is not None}
+        self.depths = sorted(layers)
+        self.layers = [layers[depth] for depth in self.depths]
+        self._tensors: dict[tuple[str, int | None], list[TensorStats]] = {}
+        for spot, tensor in placed:
+            self._tensors.setdefault((spot.label, spot.depth), []).append(tensor)
+
+    def first(self, module: str, depth: int) -> TensorStats | None:
+        """Return the tensor there; of experts the first."""
+        return next(iter(self._tensors.get((module, depth), ())), None)
+
+    def mean(self, module: str, depth: int, column: str) -> float:
+        """Return the mean of a column there, NaN where there is nothing."""
+        values = [getattr(each, column) for each in self._tensors.get((module, depth), ())]
+        scale = 100 if column.endswith("_ratio") else 1
+        return scale * fmean(values) if values else float("nan")
+
+
+def _parts(subject: Shown) -> dict[str, _Cells]:
+    matrices = subject.stats.matrices
+    spots = find_spots([tensor.name for tensor in matrices])
+    placed: dict[str, list[tuple[Spot, TensorStats]]] = {}
+    for tensor in matrices:
+        spot = spots[tensor.name]
+        if spot.depth is not None:
+            placed.setdefault(spot.part, []).append((spot, tensor))
+    return {part: _Cells(found) for part, found in placed.items()}
+
+
+def _sampled(depths: Sequence[int]) -> list[int]:
+    """Return depths evenly spaced, the first and the last among them."""
+    num = min(_MAX_COLUMNS, len(depths))
+    return [depths[round(place)] for place in np.linspace(0, len(depths) - 1, num)]
+
+
+def _grid(cells: _Cells, draw: Callable[[Any, TensorStats], None], label: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = _sampled(cells.depths)
+    width, height = 1.6 * len(columns) + 0.4, 1.25 * len(cells.modules) + 0.5
+    # Room is set by hand: matplotlib's own layout takes seconds for a grid like this.
+    room = {"left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height}
+    figure = Figure(figsize=(width, height))
+    figure.supxlabel(label, fontsize=7, y=0.05 / height)
+    axes = figure.subplots(
+        len(cells.modules),
+        len(columns),
+        squeeze=False,
+        gridspec_kw={**room, "top": 1 - 0.25 / height, "wspace": 0.25, "hspace": 0.4},
+    )
+    for row, module in enumerate(cells.modules):
+        for column, depth in enumerate(columns):
+            here: Axes = axes[row, column]
+            here.tick_params(labelsize=5, length=2, width=0.5, pad=1.5)
+            here.spines[["top", "right"]].set_visible(False)
+            here.spines[["left", "bottom"]].set_linewidth(0.5)
+            if row == 0:
+                here.set_title(f"layer {cells.layers[cells.depths.index(depth)]}", fontsize=7)
+            if column == 0:
+                here.set_ylabel(_broken(module), fontsize=6)
+            tensor = cells.first(module, depth)
+            if tensor is None or tensor.histogram is None:
+                here.set_axis_off()
+            else:
+                draw(here, tensor)
+    return figure
+
+
+def _broken(module: str) -> str:
+    """Return a name with its first words on a line of their own."""
+    return "\n".join(filter(None, module.rpartition(".")[::2]))
+
+
+def densities(tensor: TensorStats) -> tuple[Any, Any]:
+    """Return edges in σ and densities per σ, bins joined as far as few elements need it."""
+    assert tensor.histogram is not None
+    num = tensor.num_elements - tensor.num_non_finite
+    # Freedman and Diaconis (1981): for a Gaussian, bins of 2.7σ / N^(1/3).
+    wanted = 2.7 * num ** (-1 / 3) * BINS / (2 * HALF_WIDTH)
+    joined = 2 ** int(np.clip(np.round(np.log2(wanted)), 1, 5))
+    counts = np.asarray(tensor.histogram.counts, np.float64).reshape(-1, joined).sum(1)
+    edges = _EDGES[::joined]
+    return edges, counts / (num * (edges[1] - edges[0]))
+
+
+def _draw_density(axes: Axes, tensor: TensorStats) -> None:
+    edges, density = densities(tensor)
+    _draw_stairs(axes, tensor, edges, density, 0.0)
+    axes.set_xlim(tensor.mean - 5 * tensor.std, tensor.mean + 5 * tensor.std)
+    axes.set_ylim(0, None)
+    axes.set_yticks([])
+
+
+def _draw_log_density(axes: Axes, tensor: TensorStats) -> None:
+    edges, density = densities(tensor)
+    floor = density[density > 0].min() / 2
+    _draw_stairs(axes, tensor, edges, np.maximum(density, floor), floor / tensor.std)
+    axes.set_yscale("log")
+    axes.set_ylim(floor / tensor.std, 2 * density.max() / tensor.std)
+    axes.minorticks_off()
+    filled = np.flatnonzero(density)
+    reach = max(4.2, -edges[filled[0]], edges[filled[-1] + 1])
+    axes.set_xlim(tensor.mean - reach * tensor.std, tensor.mean + reach * tensor.std)
+
+
+def _draw_stairs(axes: Axes, tensor: TensorStats, edges: Any, density: Any, floor: float) -> None:
+    at, scale = tensor.mean, tensor.std
+    axes.stairs(density / scale, at + scale * edges, fill=True, color=_FILL, baseline=floor or 0.0)
+    axes.plot(at + scale * _Z, _BELL / scale, color=_FIT, linewidth=0.7)
+    for sigmas, style in ((2, "--"), (3, ":")):
+        for sign in (-1, 1):
+            axes.axvline(at + sign * sigmas * scale, color=_LIMIT, linestyle=style, linewidth=0.5)
+    axes.locator_params(axis="x", nbins=3)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    axes.xaxis.get_offset_text().set_fontsize(5)
+
+
+def _draw_qq(axes: Axes, tensor: TensorStats) -> None:
+    gaussian, own = quantile_pairs(tensor)
+    axes.plot([-5, 5], [-5, 5], color=_FIT, linewidth=0.7)
+    axes.plot(gaussian, own, ".", color=_POINTS, markersize=1.5)
+    axes.set_xlim(-4.8, 4.8)
+    reach = max(4.8, *(abs(value) for value in own))
+    axes.set_ylim(-reach, reach)
+    axes.locator_params(nbins=5)
+
+
+def quantile_pairs(tensor: TensorStats) -> tuple[list[float], list[float]]:
+    """Return Gaussian quantiles and the tensor's own, both in σ from the mean.
+
+    A tensor's are interpolated in its histogram; beyond its outermost element there is none.
+    """
+    assert tensor.histogram is not None
+    counts = np.asarray(tensor.histogram.counts, np.float64)
+    num = tensor.num_elements - tensor.num_non_finite
+    ranks = tensor.histogram.num_below + np.concatenate([[0.0], np.cumsum(counts)])
+    gaussian, own = [], []
+    for quantile in np.arange(-4.5, 4.501, 0.125):
+        rank = NormalDist().cdf(quantile) * num
+        if 1 <= rank <= num - 1 and ranks[0] <= rank <= ranks[-1]:
+            last = int(np.searchsorted(ranks, rank)) or 1
+            share = (rank - ranks[last - 1]) / (ranks[last] - ranks[last - 1])
+            gaussian.append(float(quantile))
+            own.append(float(_EDGES[last - 1] + share * (_EDGES[last] - _EDGES[last - 1])))
+    return gaussian, own
+
+
+def _depth(cells: _Cells) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for number, module in enumerate(cells.modules):
+        sigmas = [cells.mean(module, depth, "std") for depth in cells.depths]
+        axes.plot(cells.depths, sigmas, marker="os^Dv"[number // 10 % 5], markersize=2.5,
+                  linewidth=0.9, label=module)  # fmt: skip
+    _name_layers(axes, cells)
+    axes.set_ylabel("σ")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+    figure.legend(loc="outside right center", fontsize=6, frameon=False)
+    return figure
+
+
+def _name_layers(axes: Axes, cells: _Cells) -> None:
+    step = -(-len(cells.depths) // 16)
+    axes.set_xticks(cells.depths[::step], cells.layers[::step])
+    axes.set_xlabel("layer")
+
+
+def _heat(cells: _Cells, column: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    values = [[cells.mean(module, depth, column) for depth in cells.depths]
+              for module in cells.modules]  # fmt: skip
+    width = min(8.0, 2.6 + 0.22 * len(cells.depths))
+    figure = Figure(figsize=(width, 1.0 + 0.24 * len(cells.modules)), layout="constrained")
+    axes = figure.subplots()
+    ends = (-0.5, len(cells.depths) - 0.5, len(cells.modules) - 0.5, -0.5)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", extent=ends)
+    axes.set_yticks(range(len(cells.modules)), cells.modules)
+    step = -(-len(cells.depths) // 16)
+    axes.set_xticks(range(0, len(cells.depths), step), cells.layers[::step])
+    axes.set_xlabel("layer", fontsize=7)
+    axes.tick_params(labelsize=6, length=2)
+    bar = figure.colorbar(image, pad=0.02)
+    bar.set_label(STATISTICS[column], fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    return figure

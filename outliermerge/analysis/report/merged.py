@@ -1,0 +1,103 @@
+"""What a report shows of an output of a merge: its manifest, its inputs, its drift from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from outliermerge.analysis.compare import Comparison
+from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.report.data import Shown, drift_payload, merge_payload, short_titles
+from outliermerge.analysis.table import WeightStats
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.names import manifest_path
+
+
+def measure_merge(
+    model: str,
+    manifest: Mapping[str, Any],
+    base: str | None,
+    measure: Callable[..., WeightStats],
+    compare: Callable[..., Comparison],
+) -> tuple[list[Shown], dict[str, Any]]:
+    """Return the statistics of an output and its task models, and what a page shows besides.
+
+    An input that cannot be read any more is left out, and the notes say so.
+
+    Args:
+        model: the output.
+        manifest: of the output.
+        base: taken in place of the manifest's own.
+        measure: `weight_stats` with its options.
+        compare: `compare_weights` with its options.
+    """
+    inputs = manifest["inputs"]
+    title, *titles = short_titles([str(Path(model).resolve()), *(each["model"] for each in inputs)])
+    outputs, notes = [Shown(title, "output", measure(model))], []
+    merged_at = manifest_path(Path(model)).stat().st_mtime
+    for entry, name in zip(inputs, titles, strict=True):
+        if _has_changed(entry, merged_at):
+            notes.append(
+                f"Files of {name} have changed since the merge: what is shown of it may not be "
+                "what was merged."
+            )
+        if entry["role"] == "base" and base is None:
+            base = _reference(entry)
+    if base is not None:
+        try:
+            outputs.append(Shown(title, "output", measure(model, base=base)))
+        except OutlierMergeError as error:
+            notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
+            base = None
+    renames = {each["model"]: each.get("rename") for each in manifest["spec"]["models"]}
+    tasks: list[tuple[Subject, Shown]] = []
+    for entry, name in zip(inputs, titles, strict=True):
+        if entry["role"] == "base":
+            continue
+        rename = renames.get(entry["model"])
+        try:
+            opened = open_subject(
+                _reference(entry), base, rename=json.dumps(rename) if rename else None
+            )
+            shown = Shown(name, "task", measure(opened))
+        except OutlierMergeError as error:
+            notes.append(f"{name} is not shown, since it cannot be read: {error}")
+        else:
+            tasks.append((opened, shown))
+    extra: dict[str, Any] = {"merge": merge_payload(manifest, _recipe(manifest)), "notes": notes}
+    if tasks:
+        try:
+            comparison = compare([open_subject(model, base), *(opened for opened, _ in tasks)])
+        except OutlierMergeError as error:
+            notes.append(f"Drift is not shown: {error}")
+        else:
+            names = [shown.title for _, shown in tasks]
+            extra["drift"] = drift_payload(comparison, names, outputs[0].stats)
+    return [*outputs, *(shown for _, shown in tasks)], extra
+
+
+def _has_changed(entry: Mapping[str, Any], merged_at: float) -> bool:
+    """Tell whether a file of an input is newer than the merge, or of another size than then."""
+    root = Path(entry["path"])
+    for name, num_bytes in entry["files"].items():
+        path = root / name  # a whole path stands for itself
+        if path.is_file():
+            found = path.stat()
+            if found.st_size != num_bytes or found.st_mtime > merged_at:
+                return True
+    return False
+
+
+def _recipe(manifest: Mapping[str, Any]) -> str:
+    recipe: str = yaml.safe_dump(manifest["spec"], sort_keys=False, allow_unicode=True)
+    return recipe
+
+
+def _reference(entry: Mapping[str, Any]) -> str:
+    """Return what opens an input: its place when it was merged, `base+adapter` as it was named."""
+    named, path = str(entry["model"]), str(entry["path"])
+    return named if "+" in named and not Path(named).exists() else path

@@ -1,0 +1,77 @@
+"""The page of a report: one file that needs no other and no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from outliermerge.analysis.extras import require
+
+SCRIPTS = (
+    "math.js",
+    "plots.js",
+    "views.js",
+    "tables.js",
+    "main.js",
+)
+
+
+def plotly_script() -> str:
+    """Return plotly.js as the package plotly ships it.
+
+    Raises:
+        OutlierMergeError: plotly is not installed.
+    """
+    script: str = require("plotly.offline", "a report").get_plotlyjs()
+    return script
+
+
+def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
+    """Return the page that draws a payload.
+
+    The page runs only the scripts whose hashes it names, and asks for nothing else: a tensor's
+    name cannot become code, and no picture or font is fetched.
+    """
+    scripts = [plotly_script(), "\n".join(_resource(name) for name in SCRIPTS)]
+    # plotly sets styles on what it draws, so that those cannot be named by hash.
+    policy = (
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "TITLE": html.escape(title),
+        "POLICY": policy,
+        "STYLE": _resource("page.css"),
+        "DATA": embedded_json(payload),
+        "PLOTLY": scripts[0],
+        "SCRIPT": scripts[1],
+    }
+    template = _resource("page.html")
+    page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], template)
+    # File names may hold bytes that are no text.
+    return page.encode("utf-8", "replace")
+
+
+def embedded_json(payload: Mapping[str, Any]) -> str:
+    r"""Return JSON that no parser of HTML takes for an end of its script element.
+
+    >>> embedded_json({"name": "</script>é"})
+    '{"name":"\\u003c/script>\\u00e9"}'
+    """
+    text = json.dumps(payload, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _resource(name: str) -> str:
+    return resources.files("outliermerge.analysis.report").joinpath(name).read_text("utf-8")

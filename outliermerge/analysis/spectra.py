@@ -1,0 +1,222 @@
+"""Leading singular values of a model's layers, and how far layers are apart by them.
+
+arXiv 2509.00046, as far as its abstract tells: a certain number of singular values of each
+projection, put into matrices by type of projection, and the distribution of cosine distances,
+said to be a power law. Our reading: for each type of module a matrix with a row for each layer,
+that layer's largest singular values; a distance, 1 - cos, between each two rows of one matrix; a
+power law fitted to these for each type, and to those of all types together. Ours are the number
+of values (16), that all types of module are taken, and the laws that the fit is held against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from outliermerge.analysis.extras import require
+from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.places import find_places, short_names
+from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
+from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
+from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
+from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.execution.threads import choose_device
+
+DEFAULT_NUM_VALUES = 16
+FEWEST_LAYERS = 3
+
+_DIMENSIONS = (2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpectra:
+    """The matrices of one type of module and one shape, a row for each layer, by depth.
+
+    Attributes:
+        module: the name with layers' numbers replaced by `*`.
+        shape: of the matrices; of a convolution's kernels (out, in, height, width).
+        layers: such as `model.layers.3`, (L,).
+        singular_values: the largest of each layer, in falling order, (L, K).
+        stds: σ of each layer's elements, (L,).
+        distances: 1 - cos between each two rows, (L * (L - 1) / 2,), that of the first two first.
+        fit: of a power law to the distances; None where they are too few, or too much alike.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    layers: tuple[str, ...]
+    singular_values: tuple[tuple[float, ...], ...]
+    stds: tuple[float, ...]
+    distances: tuple[float, ...]
+    fit: PowerLawFit | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all by name."""
+        return asdict(self) | {"fit": self.fit.as_dict() if self.fit else None}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpectra:
+    """The spectra of a model's layers, or of its task vectors' against a base.
+
+    Attributes:
+        model, base: as the caller named them.
+        num_values: singular values of each matrix, or its smaller side where that is less.
+        modules: types of modules, in the model's order.
+        fit: of a power law to the distances of all types together.
+        fingerprint: σ over depth, to compare with other models' by `fingerprint_distance`.
+        notes: what a person should know, such as what was left out.
+    """
+
+    model: str
+    base: str | None
+    num_values: int
+    modules: tuple[ModuleSpectra, ...]
+    fit: PowerLawFit | None
+    fingerprint: Fingerprint
+    notes: tuple[str, ...] = ()
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """By type of module what to show of its name."""
+        return short_names(module.module for module in self.modules)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all by name."""
+        return asdict(self) | {
+            "modules": [module.as_dict() for module in self.modules],
+            "fit": self.fit.as_dict() if self.fit else None,
+        }
+
+
+def layer_spectra(
+    model: str | Subject,
+    *,
+    num_values: int = DEFAULT_NUM_VALUES,
+    base: str | None = None,
+    rename: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+    on_total: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> LayerSpectra:
+    """Return the leading singular values of a model's layers, and the distances between layers.
+
+    Taken are matrices whose type of module occurs in 3 layers or more with one shape. Kernels of
+    convolutions (out, in, height, width) count as matrices (out, in * height * width). Experts,
+    of which a layer has several, are left out.
+
+    Singular values are exact: from the eigenvalues of the Gram matrix AAᵀ (or AᵀA, if that is
+    smaller) in float64, so that a value v is right to about 1e-16 (v₁ / v)² of itself. A matrix of
+    S × T, S ≤ T, costs 2 S² T operations and some 4 S³ for the eigenvalues, and memory for itself
+    as stored, about three times 8 S² bytes, and blocks of 128 MB.
+
+    Args:
+        model: a folder, a file, a hub id, an adapter, `base+adapter`, or what `open_subject` gave.
+        num_values: largest singular values to take of each matrix; 2 or more.
+        base: take the task vectors against this model instead of the weights.
+        rename: from the model's tensor names to the base's, as `open_subject` takes it.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        threads: matrices at work at a time on the CPU; 0 for the processors and memory at hand.
+        on_total: called with the bytes of the matrices, before they are read.
+        on_progress: called with the bytes just worked on, by any thread.
+
+    Raises:
+        SpecError: an argument is wrong.
+        OutlierMergeError: a model is absent or broken, has no such layers, or values that are
+            infinite or NaN; `powerlaw` is not installed.
+    """
+    if num_values < 2:
+        raise SpecError(f"--values: found {num_values}, expected 2 or more: one has no angle")
+    require("powerlaw", "fitting a power law")
+    subject = open_subject(model, base, rename=rename)
+    groups, notes = _groups(subject)
+    names = [member.name for members in groups.values() for member in members]
+    on_total(sum(source.num_bytes for name in names for source in subject.tensors[name]))
+    found = matrix_spectra(
+        [subject.tensors[name] for name in names],
+        num_values=num_values,
+        device=choose_device(device),
+        threads=threads,
+        on_progress=on_progress,
+    )
+    spectra = dict(zip(names, found, strict=True))
+    notes += [
+        f"left out, since all its elements are equal: {shown(name)}"
+        for name, (_, std) in spectra.items()
+        if not std
+    ]
+    modules, matrices = [], []
+    for (module, shape), members in groups.items():
+        members = [member for member in members if spectra[member.name][1]]
+        rows = tuple(spectra[member.name][0] for member in members)
+        stds = tuple(spectra[member.name][1] for member in members)
+        matrices += [
+            LayerStd(module, member.depth, math.prod(shape), std)
+            for member, std in zip(members, stds, strict=True)
+        ]
+        if len(members) >= FEWEST_LAYERS:
+            layers = tuple(member.layer for member in members)
+            distances = cosine_distances(rows)
+            fit = fit_power_law(distances)
+            modules.append(ModuleSpectra(module, shape, layers, rows, stds, distances, fit))
+    if not modules:
+        raise _nothing_found(subject)
+    return LayerSpectra(
+        model=subject.reference,
+        base=subject.base,
+        num_values=num_values,
+        modules=tuple(modules),
+        fit=fit_power_law([distance for module in modules for distance in module.distances]),
+        fingerprint=make_fingerprint(subject.reference, matrices),
+        notes=(*subject.notes, *notes),
+    )
+
+
+class _Member(NamedTuple):
+    """A layer's matrix."""
+
+    depth: tuple[int, ...]
+    layer: str
+    name: str
+
+
+_Groups: TypeAlias = dict[tuple[str, tuple[int, ...]], list[_Member]]
+
+
+def _groups(subject: Subject) -> tuple[_Groups, list[str]]:
+    """Return the matrices of each type of module and shape, by depth, and what is left out."""
+    found: _Groups = {}
+    left_out = []
+    for name, place in find_places(subject.tensors).items():
+        shape = subject.tensors[name][-1].shape
+        if place.layer is None or sum(length > 1 for length in shape) < 2:
+            continue
+        if len(shape) in _DIMENSIONS:
+            member = _Member(place.depth, place.layer, name)
+            found.setdefault((place.module, shape), []).append(member)
+        else:
+            left_out.append(f"{shown(name)}: has {len(shape)} dimensions, as stacked experts do")
+    groups = {}
+    for (module, shape), members in found.items():
+        kind = f"{module} {list(shape)}"
+        if len({member.layer for member in members}) < len(members):
+            left_out.append(f"{kind}: several in a layer, as experts are")
+        elif len(members) < FEWEST_LAYERS:
+            left_out.append(f"{kind}: in {len(members)} layer(s), fewer than {FEWEST_LAYERS}")
+        else:
+            groups[module, shape] = sorted(members)
+    if not groups:
+        raise _nothing_found(subject)
+    return groups, [f"left out:\n{listing(left_out)}"] if left_out else []
+
+
+def _nothing_found(subject: Subject) -> OutlierMergeError:
+    of_base = f" against {subject.base}" if subject.base is not None else ""
+    return OutlierMergeError(
+        f"{subject.reference}{of_base}: found no type of module whose matrices are in "
+        f"{FEWEST_LAYERS} layers or more with one shape and unequal elements, expected names such "
+        "as 'model.layers.0.mlp.up_proj.weight'"
+    )

@@ -1,0 +1,248 @@
+"""The tables of weight statistics: what is known of each tensor, and of groups of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from outliermerge.analysis.places import short_names
+
+BINS = 512
+"""Of a histogram: from -8σ to 8σ about the mean, σ/32 wide each."""
+HALF_WIDTH = 8.0
+
+SUMMARIZED = (
+    "mean",
+    "std",
+    "kept_ratio",
+    "skewness",
+    "kurtosis",
+    "skewness_before",
+    "kurtosis_before",
+    "small_ratio",
+    "skewness_without_small",
+    "kurtosis_without_small",
+    "outside_2_ratio",
+    "outside_3_ratio",
+    "outside_4_ratio",
+)
+"""The columns that a group has mean and deviation of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of (x - mean) / std in BINS equal bins from -HALF_WIDTH to HALF_WIDTH.
+
+    Attributes:
+        counts: of the bins, (BINS,).
+        num_below, num_above: elements further out.
+    """
+
+    counts: tuple[int, ...]
+    num_below: int
+    num_above: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """What is known of one tensor's elements; ratios are of its finite elements, 0 to 1.
+
+    Statistics that have no value, such as the kurtosis of a constant, are NaN.
+
+    Attributes:
+        name: of the tensor.
+        layer: such as `model.layers.3`; None outside layers.
+        module: the name with layers' numbers replaced by `*`.
+        shape: of the tensor.
+        num_elements: all of them.
+        num_non_finite: infinite or NaN; nothing below takes them into account.
+        mean, std: std is the population's, about the mean.
+        minimum, maximum: of the elements.
+        zero_ratio: share of exact zeros.
+        skewness_before, kurtosis_before: E[(x-μ)³]/σ³ and E[(x-μ)⁴]/σ⁴ of all elements.
+        kept_ratio: share inside [μ-fσ, μ+fσ], f the filter.
+        skewness, kurtosis: of what is kept (arXiv 2501.10661, section 2.2).
+        small_ratio: share of |x| below the limit for small.
+        without_small_ratio: share that is kept and not small.
+        std_without_small, skewness_without_small, kurtosis_without_small: of those (Table 5).
+        outside_2_ratio, outside_3_ratio, outside_4_ratio: share with |x-μ| > 2σ, 3σ, 4σ.
+        l1_norm, l2_norm: of the tensor.
+        label: of its shape; None where it is not told.
+        histogram: of its elements; None where all are equal.
+    """
+
+    name: str
+    layer: str | None
+    module: str
+    shape: tuple[int, ...]
+    num_elements: int
+    num_non_finite: int
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    zero_ratio: float
+    skewness_before: float
+    kurtosis_before: float
+    kept_ratio: float
+    skewness: float
+    kurtosis: float
+    small_ratio: float
+    without_small_ratio: float
+    std_without_small: float
+    skewness_without_small: float
+    kurtosis_without_small: float
+    outside_2_ratio: float
+    outside_3_ratio: float
+    outside_4_ratio: float
+    l1_norm: float
+    l2_norm: float
+    label: str | None
+    histogram: Histogram | None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether two of its dimensions or more are longer than 1."""
+        return sum(length > 1 for length in self.shape) > 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the histogram."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        del named["histogram"]
+        return named | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and population standard deviation of a statistic over tensors; NaNs are left out."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Statistics of a group of matrices, each counted once.
+
+    Attributes:
+        name: of the layer or type of module; "" for the model.
+        num_tensors, num_elements: that are counted.
+        labels: how many matrices have each label.
+        spreads: by name of the columns in SUMMARIZED.
+    """
+
+    name: str
+    num_tensors: int
+    num_elements: int
+    labels: Mapping[str, int]
+    spreads: Mapping[str, Spread]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return numbers by name, a spread as a `_mean` and a `_std` of its column."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "num_tensors": self.num_tensors,
+            "num_elements": self.num_elements,
+            "labels": dict(self.labels),
+        }
+        for name, spread in self.spreads.items():
+            found |= {f"{name}_mean": spread.mean, f"{name}_std": spread.std}
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStats:
+    """The statistics of a model's tensors, or of its task vectors against a base.
+
+    Attributes:
+        model, base: as the caller named them.
+        filter: how many σ are kept.
+        small: below which magnitude an element is small.
+        tensors: in the model's order.
+        notes: what a person should know, such as tensors that were left out.
+    """
+
+    model: str
+    base: str | None
+    filter: float
+    small: float
+    tensors: tuple[TensorStats, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def matrices(self) -> list[TensorStats]:
+        """What groups count, as Tables 1 and 6 do: matrices, of which constants have no shape."""
+        return [tensor for tensor in self.tensors if tensor.is_matrix and tensor.std > 0]
+
+    @property
+    def modules(self) -> list[Group]:
+        """A group for each type of module."""
+        return self._groups(lambda tensor: tensor.module)
+
+    @property
+    def layers(self) -> list[Group]:
+        """A group for each layer."""
+        return self._groups(lambda tensor: tensor.layer)
+
+    @property
+    def whole(self) -> Group:
+        """All matrices: a row of Table 1 or 6."""
+        return _group("", self.matrices)
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """By type of module what to show of its name."""
+        return short_names(tensor.module for tensor in self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the histograms, NaNs as they are."""
+        return {
+            "model": self.model,
+            "base": self.base,
+            "filter": self.filter,
+            "small": self.small,
+            "tensors": [tensor.as_dict() for tensor in self.tensors],
+            "groups": {
+                "modules": [group.as_dict() for group in self.modules],
+                "layers": [group.as_dict() for group in self.layers],
+                "model": self.whole.as_dict(),
+            },
+            "notes": list(self.notes),
+        }
+
+    def _groups(self, key: Callable[[TensorStats], str | None]) -> list[Group]:
+        members: dict[str, list[TensorStats]] = {}
+        for tensor in self.matrices:
+            name = key(tensor)
+            if name is not None:
+                members.setdefault(name, []).append(tensor)
+        return [_group(name, tensors) for name, tensors in members.items()]
+
+
+def _group(name: str, tensors: list[TensorStats]) -> Group:
+    labels = [tensor.label for tensor in tensors if tensor.label is not None]
+    return Group(
+        name=name,
+        num_tensors=len(tensors),
+        num_elements=sum(tensor.num_elements for tensor in tensors),
+        labels={label: labels.count(label) for label in dict.fromkeys(labels)},
+        spreads={
+            column: spread(getattr(tensor, column) for tensor in tensors) for column in SUMMARIZED
+        },
+    )
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Return mean and population standard deviation of what is not NaN.
+
+    >>> spread([1.0, 3.0, float("nan")])
+    Spread(mean=2.0, std=1.0)
+    """
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return Spread(math.nan, math.nan)
+    mean = math.fsum(known) / len(known)
+    squares = math.fsum((value - mean) ** 2 for value in known)
+    return Spread(mean, math.sqrt(squares / len(known)))

@@ -1,0 +1,330 @@
+"""The library: merge checkpoints by a spec, or tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.engines.batched import batches, merge_batch
+from outliermerge.engines.kernels import find_kernels
+from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
+from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.execution.in_memory import merge_in_memory
+from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.execution.threads import choose_options, torch_threads
+from outliermerge.methods.contract import MergeMethod, Task
+from outliermerge.methods.table import find_method
+from outliermerge.output.manifest import verify_folder
+from outliermerge.output.run import RunResult, output_path, run_plans
+from outliermerge.planning.plan import Plan
+from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES, make_plan
+from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.storage.machine import num_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def plan(
+    spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str | None = None
+) -> Plan:
+    """Plan a merge without reading a tensor.
+
+    Args:
+        spec: a YAML file, or the same as a dict.
+        shard_size: most bytes of a weight file, such as "5GB", the default.
+
+    Raises:
+        SpecError: the spec is wrong.
+        OutlierMergeError: a model is absent or broken, or the models do not fit together.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
+    """
+    checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    if shard_size is None:
+        return make_plan(checked)
+    return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), option="--shard-size"))
+
+
+def run(
+    spec: str | Path | Mapping[str, Any] | Plan,
+    *,
+    output: str | Path | None = None,
+    device: str = "cpu",
+    memory: int | str = DEFAULT_MEMORY_BYTES,
+    threads: int = 0,
+    shard_size: int | str | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    kernels: bool = True,
+    allow_non_finite: bool = False,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Merge checkpoints on disk into a new model folder.
+
+    A run that was killed goes on where it stopped when it is started again, and gives the same
+    bytes. The output has its name only when it is complete.
+
+    Args:
+        spec: a YAML file, the same as a dict, or a plan.
+        output: the folder or .safetensors file to write; the spec's `output` by default.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        memory: bytes for blocks and intermediate results, above what the interpreter takes.
+        threads: worker threads; 0 for the processors at hand.
+        shard_size: most bytes of a weight file, 5GB by default; not with a plan.
+        overwrite: replace an existing output when the merge is done.
+        fresh: start over instead of going on with a killed run.
+        kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
+        allow_non_finite: go on where values are infinite or NaN, and list them.
+        on_progress: called with the bytes just worked on, by any thread.
+        load_check: let transformers, where it is installed, prove in another process that it
+            loads the output, as the command line does; it takes some seconds beside the merge.
+        on_waiting: called when all is computed and only that proof is waited for.
+
+    Raises:
+        SpecError: the spec or an argument is wrong.
+        OutlierMergeError: a model or the output folder is not fit for it, or the output would
+            not load.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
+    """
+    if isinstance(spec, Plan):
+        if shard_size is not None:
+            raise SpecError("shard_size: the plan has its shards already; give it to plan()")
+        planned = spec
+    else:
+        planned = plan(spec, shard_size=shard_size)
+    final = output_path(planned, output)
+    options = choose_options(
+        device=device,
+        memory=memory,
+        threads=threads,
+        kernels=kernels,
+        allow_non_finite=allow_non_finite,
+    )
+    (result,) = run_plans(
+        [(planned, final)],
+        options,
+        overwrite=overwrite,
+        fresh=fresh,
+        on_progress=on_progress,
+        load_check=load_check,
+        on_waiting=on_waiting,
+    )
+    return result
+
+
+def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[str]:
+    """Recompute every checksum of an output; return what differs from its manifest.
+
+    Args:
+        load: also return why the folder would not load, as far as transformers, diffusers or
+            the configs tell; no weights are loaded for it.
+
+    Raises:
+        OutlierMergeError: the folder has no manifest.
+    """
+    differences = verify_folder(Path(folder), threads=num_threads(threads))
+    if load:
+        from outliermerge.output.verify_load import check_folder
+
+        differences += check_folder(Path(folder)).problems
+    return differences
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    method: str | MergeMethod = "min_sigma",
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge dicts of tensors in memory.
+
+    Args:
+        models: the models' tensors, by name; on any devices.
+        base: the base model's tensors; needed by methods on task vectors.
+        method: a name from `outliermerge methods`, `package.module:function`, or a method.
+        **parameters: of the method; those of each model as a list of one value a model.
+
+    Returns:
+        The merged tensors, with the names, dtypes and devices of the base (of the first model
+        where there is no base). Tensors that are not floating-point must be equal and are copied.
+
+    Raises:
+        OutlierMergeError: names, shapes or non-float tensors differ.
+        SpecError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> base = {"w": torch.zeros(4)}
+        >>> tuned = [{"w": torch.tensor([1.0, 0, 0, 0])}, {"w": torch.tensor([0, 0.2, 0, 0])}]
+        >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
+        {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
+    """
+    found = find_method(method) if isinstance(method, str) else method
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    reference = models[0] if base is None else base
+    for number, model in enumerate(models):
+        differing = sorted(set(reference) ^ set(model))
+        if differing:
+            raise OutlierMergeError(
+                f"models[{number}] does not hold the same tensors as "
+                f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
+            )
+    resolved = _resolved(found, len(models), base is not None, parameters)
+    merges = {}
+    for name in reference:
+        try:
+            merges[name] = _prepared(
+                [model[name] for model in models],
+                None if base is None else base[name],
+                found,
+                resolved,
+            )
+        except OutlierMergeError as error:
+            raise OutlierMergeError(f"tensor {name!r}: {error}") from error
+    _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
+    return {
+        name: merge.result if isinstance(merge, TensorMerge) else merge
+        for name, merge in merges.items()
+    }
+
+
+def merge_tensors(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor | None = None,
+    method: str | MergeMethod = "min_sigma",
+    **parameters: Any,
+) -> Tensor:
+    """Merge one tensor in memory.
+
+    Args:
+        models: the models' tensors, all of one shape; on any devices.
+        base: the base model's tensor, for methods on task vectors.
+        method: a name, `package.module:function`, or a method.
+        **parameters: of the method; those of each model as a list.
+
+    Returns:
+        A tensor of the shape, dtype and device of the base (of the first model without one).
+
+    Raises:
+        OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
+        SpecError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
+        tensor([0.5000, 0.5000])
+    """
+    found = find_method(method) if isinstance(method, str) else method
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    resolved = _resolved(found, len(models), base is not None, parameters)
+    merge = _prepared(models, base, found, resolved)
+    if not isinstance(merge, TensorMerge):
+        return merge
+    _merge_all([merge])
+    return merge.result
+
+
+def _resolved(
+    method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    most = method.max_models
+    if num_models < method.min_models or (most is not None and num_models > most):
+        raise SpecError(f"{method.name} does not take {num_models} models")
+    if method.space == "delta" and not has_base:
+        raise SpecError(f"{method.name} works on differences from a base: give `base`")
+    return method.resolve(num_models, parameters)
+
+
+def _prepared(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    method: MergeMethod,
+    resolved: Mapping[str, Any],
+) -> TensorMerge | Tensor:
+    """Return the merge that is to be done, or what needs none."""
+    import torch
+
+    first = models[0] if base is None else base
+    for number, tensor in enumerate(models):
+        if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
+            raise OutlierMergeError(
+                f"models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {first.dtype} {list(first.shape)}"
+            )
+    if not first.is_floating_point():
+        if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
+            raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
+        return first.detach().clone()
+    if len(models) == 1 and method.idempotent(resolved):
+        return models[0].detach().to(first.device, first.dtype, copy=True)
+    sources = [base, *models] if method.space == "delta" and base is not None else list(models)
+    task = Task(
+        method=method,
+        parameters=resolved,
+        dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
+        out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],
+        compute_dtype="float64"
+        if any(tensor.dtype == torch.float64 for tensor in sources)
+        else "float32",
+        shape=tuple(first.shape),
+    )
+    result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
+    return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
+
+
+def _merge_all(merges: Sequence[TensorMerge]) -> None:
+    """Fill the results: on a GPU many at once, else one after another."""
+    import torch
+
+    fitting = [merge for merge in merges if fits_gpu(merge)]
+    differing = dict(zip(map(id, fitting), differ_early(fitting), strict=True))
+    left = [m for m in merges if differing.get(id(m)) or not _keep_equal_models(m)]
+    merge_on_gpu([merge for merge in left if id(merge) in differing])
+    alone = [merge for merge in left if id(merge) not in differing]
+    on_gpu = [merge for merge in alone if merge.result.device.type == "cuda"]
+    if on_gpu:
+        free_bytes, _ = torch.cuda.mem_get_info(on_gpu[0].result.device)
+        for batch in batches(on_gpu, memory_bytes=free_bytes // 2):
+            if len(batch) > 1 and merge_batch(batch):
+                alone = [merge for merge in alone if merge not in batch]
+    if alone:
+        with torch_threads() as prepare:
+            run_all(map(_steps, alone), threads=num_threads(0), prepare=prepare)
+
+
+def _keep_equal_models(merge: TensorMerge) -> bool:
+    """Fill the result where all sources are equal and come back as they are."""
+    import torch
+
+    first, method = merge.sources[0], merge.task.method
+    if method.space == "weight" and not method.idempotent(merge.task.parameters):
+        return False
+    same = all(
+        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
+        for tensor in merge.sources[1:]
+    )
+    if same:
+        merge.result.copy_(first)
+    return same
+
+
+def _steps(merge: TensorMerge) -> Steps[None]:
+    tensors = (merge.result, *merge.sources)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    kernels = find_kernels() if on_cpu else None
+    return merge_in_memory(merge.task, merge.sources, merge.result, kernels)

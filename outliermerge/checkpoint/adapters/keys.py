@@ -1,0 +1,38 @@
+"""The names in a PEFT adapter's file, and what of them belongs to one layer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from outliermerge.checkpoint.adapters.config import SCALED_LORA, SCALED_NOISE
+from outliermerge.checkpoint.sources import TensorMeta
+
+PREFIX = "base_model.model."
+# What peft puts around a layer that it wraps.
+WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.default)?\.")
+KEY = re.compile(
+    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta"
+    r"|scaled_lora_[ABs]|scaled_noise_s)(\.default)?"
+    r"(\.(?P<end>weight|bias))?$"
+)
+OWN_PARTS = {SCALED_LORA: "scaled_lora_", SCALED_NOISE: "scaled_noise_"}
+
+
+@dataclass
+class LayerParts:
+    """What an adapter's file holds for one layer of the base."""
+
+    parts: dict[str, TensorMeta] = field(default_factory=dict)
+
+    def pair(self) -> tuple[TensorMeta, TensorMeta, bool] | None:
+        """Return A, B, and whether they are an embedding's; None where it has neither."""
+        for a, b, embedding in (
+            ("lora_A.weight", "lora_B.weight", False),
+            ("lora_embedding_A", "lora_embedding_B", True),
+            ("scaled_lora_A", "scaled_lora_B", False),
+        ):
+            if a in self.parts or b in self.parts:
+                return self.parts[a], self.parts[b], embedding
+        return None

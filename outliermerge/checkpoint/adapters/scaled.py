@@ -1,0 +1,78 @@
+"""Tensors as the adapters of outliermerge.peft change them, computed when they are read.
+
+The sums are made in float64 and rounded once to float32, so that the merge of a model in training
+and a read in blocks of any size give the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.adapters.tensors import LowRankSum
+from outliermerge.checkpoint.computed import ComputedTensor, read_rows
+from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
+from outliermerge.rng import standard_normal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def scaled_sum(weight_RC: Tensor, s: float, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return (1 + s) · W + scale · L·R in float64 (arXiv 2501.10661, eq. 6)."""
+    change = (left.double() @ right.double()).mul_(scale)
+    return change.add_(weight_RC.double().mul_(1.0 + s))
+
+
+def noise_sum(weight_RC: Tensor, s: float, noise_RC: Tensor) -> Tensor:
+    """Return W + s · N in float64 (arXiv 2501.10661, eq. 3)."""
+    return noise_RC.double().mul_(s).add_(weight_RC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledSum(LowRankSum):
+    """(1 + s) · W + scale · BA, or with (BA)ᵀ where the layer stores its weight transposed.
+
+    Attributes:
+        s: one value; None where it was not trained, which is 0.
+    """
+
+    s: TensorMeta | None
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*super().stored, *([self.s] if self.s else []))
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        left, right = self.factors(reader, first, last)
+        s = reader.whole(self.s).item() if self.s else 0.0
+        weight = read_rows(reader, self.base, first, last)
+        return scaled_sum(weight, s, left, right, self.scale).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSum(ComputedTensor):
+    """W + s · N, with N standard Gaussian noise in the shape of W as it is stored.
+
+    Attributes:
+        base: W, (R, …).
+        s: one value.
+        seed, module: what N is made from; the adapter's name of the layer, whatever the base's is.
+    """
+
+    base: Source
+    s: TensorMeta
+    seed: int
+    module: str
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.s)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        weight = read_rows(reader, self.base, first, last)
+        span = first * self.num_columns, last * self.num_columns
+        noise = standard_normal(self.seed, self.module, *span).view(weight.shape)
+        return noise_sum(weight, reader.whole(self.s).item(), noise).float()

@@ -1,0 +1,210 @@
+"""Tensors as a PEFT adapter changes them, computed from the base's and the adapter's when read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.computed import ComputedTensor, read_rows
+from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Larger factors (those of a large vocabulary) would push each other out of the reader's cache.
+_MAX_WHOLE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankSum(ComputedTensor):
+    """W + s·BA (arXiv 2106.09685), or W + s·(BA)ᵀ where the layer stores its weight transposed.
+
+    Attributes:
+        base: W, (R, …).
+        lora_a, lora_b: A (r, …) and B (…, r).
+        scale: s.
+        transposed: W is stored (in, out), as Conv1D and embeddings do.
+    """
+
+    base: Source
+    lora_a: TensorMeta
+    lora_b: TensorMeta
+    scale: float
+    transposed: bool = False
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.lora_a, self.lora_b)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        left, right = self.factors(reader, first, last)
+        change = (left.float() @ right.float()) * self.scale
+        return read_rows(reader, self.base, first, last).float() + change
+
+    def factors(self, reader: Reading, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Return L (last - first, r) and R (r, C): L·R are rows of BA, or of (BA)ᵀ."""
+        if self.transposed:
+            return _columns(reader, self.lora_a, first, last).T, reader.whole(self.lora_b).T
+        return read_rows(reader, self.lora_b, first, last), reader.whole(self.lora_a).flatten(1)
+
+
+def _columns(reader: Reading, matrix: TensorMeta, first: int, last: int) -> Tensor:
+    import torch
+
+    if matrix.num_bytes <= _MAX_WHOLE_BYTES:
+        return reader.whole(matrix)[:, first:last]
+    num_rows, width = matrix.shape
+    starts = range(0, num_rows * width, width)
+    return torch.stack([reader.values(matrix, at + first, at + last) for at in starts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transposed(ComputedTensor):
+    """A stored matrix (C, R) as (R, C); `dtype` is that of the matrix."""
+
+    matrix: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.matrix,)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        return _columns(reader, self.matrix, first, last).T
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDType(ComputedTensor):
+    """A stored tensor as it is, of which an output is stored in the dtype of the base's."""
+
+    whole: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.whole,)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        return read_rows(reader, self.whole, first, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnNorms(ComputedTensor):
+    """The L2 norm of each column of a matrix (R, C), as a vector (C,)."""
+
+    matrix: LowRankSum
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.matrix.stored
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return elements first to last (excluded) as (last - first, 1) of float32."""
+        import torch
+
+        squares = torch.zeros(last - first, dtype=torch.float64)
+        step = max(1, 65_536 // self.matrix.num_columns)
+        for row in range(0, self.matrix.num_rows, step):
+            end = min(row + step, self.matrix.num_rows)
+            part = self.matrix.rows(reader, row, end)[:, first:last]
+            squares += part.double().square().sum(0)
+        return squares.sqrt().float()[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaled(ComputedTensor):
+    """DoRA (arXiv 2402.09353): m · V / ‖V‖, with V = W + s·BA and a norm for each output.
+
+    Attributes:
+        direction: V.
+        magnitude: m, one value for each output.
+    """
+
+    direction: LowRankSum
+    magnitude: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.direction.stored, self.magnitude)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        values = self.direction.rows(reader, first, last)
+        magnitude = reader.whole(self.magnitude).float().flatten()
+        if not self.direction.transposed:
+            norms = values.double().square().sum(1).sqrt().float()
+            return values * (magnitude[first:last] / norms)[:, None]
+        columns = ColumnNorms(
+            name=self.name,
+            shape=(self.num_columns,),
+            out_dtype=self.out_dtype,
+            matrix=self.direction,
+        )
+        return values * (magnitude / reader.whole(columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftedBias(ComputedTensor):
+    """b + s·b_B: a bias whose layer's B has one of its own (`lora_bias`)."""
+
+    base: Source
+    change: TensorMeta
+    scale: float
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.change)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return elements first to last (excluded) as (last - first, 1) of float32."""
+        change = reader.whole(self.change)[first:last, None].float() * self.scale
+        return read_rows(reader, self.base, first, last).float() + change
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedRows(ComputedTensor):
+    """W with some rows replaced (`trainable_token_indices`); `dtype` is that of W.
+
+    Attributes:
+        new: the rows that stand in their place, (n, C).
+        indices: which rows of W they replace, in order.
+    """
+
+    base: Source
+    new: TensorMeta
+    indices: tuple[int, ...]
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (*self.base.stored, self.new)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        values = read_rows(reader, self.base, first, last)
+        for place, index in enumerate(self.indices):
+            if first <= index < last:
+                values[index - first] = reader.whole(self.new)[place].to(values.dtype)
+        return values
+
+
+def in_dtype_of(meta: TensorMeta, base: Source | None) -> Source:
+    """Return a tensor, which an output stores in the dtype of the base's."""
+    if base is None or meta.dtype == base.out_dtype:
+        return meta
+    return InDType(
+        name=meta.name, shape=meta.shape, out_dtype=base.out_dtype, dtype=meta.dtype, whole=meta
+    )
+
+
+def makes(
+    shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool], *, transposed: bool
+) -> bool:
+    """Tell whether a pair of A and B makes a change of this shape."""
+    a, b = pair[0].shape, pair[1].shape
+    if len(a) < 2 or len(b) < 2:
+        return False
+    if transposed:
+        return len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == shape
+    return math.prod(b[1:]) == a[0] and (b[0], *a[1:]) == shape

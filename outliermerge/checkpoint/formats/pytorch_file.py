@@ -1,0 +1,280 @@
+"""PyTorch's pickled files (.bin, .pt, .pth, .ckpt): read without running code.
+
+torch maps the file and makes tensors of it. Only where they lie in the file is taken from them: to
+read them through the map would end the process by a signal where the file has become shorter.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.checkpoint.sources import DTYPES, EXTRA_STATE, TensorMeta
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.storage.files import check_file
+from outliermerge.storage.lfs import refuse_lfs_pointer
+from outliermerge.storage.stamps import open_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Under which training code keeps a model's state dict beside what else it saves.
+_NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
+_REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """Where a tensor's elements lie in a file: from `offset` on, `strides` apart.
+
+    Attributes:
+        is_conjugate, is_negative: the values are these of what is stored.
+    """
+
+    offset: int
+    num_bytes: int
+    strides: tuple[int, ...]
+    is_conjugate: bool = False
+    is_negative: bool = False
+
+    def values(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the tensor, of the elements from `offset` on."""
+        values = flat.as_strided(shape, self.strides)
+        values = values.conj() if self.is_conjugate else values
+        return -values if self.is_negative else values
+
+
+def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
+    """Return where the tensors of an open file lie.
+
+    Raises:
+        OutlierMergeError: as for read_pickle.
+    """
+    state, _ = _state_dict(path, descriptor)
+    mapped = _Mapped(path, descriptor)
+    return {name: mapped.place(name, tensor) for name, tensor in state.items()}
+
+
+def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
+    """Return the tensors of a pickled file in its order, and notes on where they were.
+
+    Raises:
+        OutlierMergeError: the pickle would run code, holds no dict of tensors or several, is
+            broken, or is of a kind that cannot be read in pieces: compressed, or older than
+            PyTorch 1.6.
+    """
+    check_file(path)
+    refuse_lfs_pointer(path)
+    with open_file(path) as file:
+        state, notes = _state_dict(path, file.fileno())
+        return _metas(path, state, _Mapped(path, file.fileno())), notes
+
+
+class _Mapped:
+    """Where in a file the memory is that torch has mapped of it, as proc(5) lists it."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._num_bytes = os.fstat(descriptor).st_size
+        self._ranges: list[tuple[int, int, int]] = []
+        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+            addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
+            if inode != "0":
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                self._ranges.append((start, end, int(offset, 16) - start))
+
+    def place(self, name: str, tensor: Tensor) -> Strided:
+        """Return where a tensor lies in the file.
+
+        Raises:
+            OutlierMergeError: it is not in the file as it is.
+        """
+        strides, size = tensor.stride(), tensor.element_size()
+        if not tensor.numel():
+            return Strided(0, 0, strides)
+        last = sum(
+            (count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True)
+        )
+        num_bytes, address = (last + 1) * size, tensor.data_ptr()
+        for start, end, to_offset in self._ranges:
+            if start <= address < end:
+                offset = address + to_offset
+                if offset + num_bytes <= self._num_bytes:
+                    return Strided(offset, num_bytes, strides, tensor.is_conj(), tensor.is_neg())
+        raise OutlierMergeError(f"{self._path}: tensor {name!r} is not in it as it is. {_REWRITE}")
+
+
+def _metas(path: Path, state: dict[str, Tensor], mapped: _Mapped) -> list[TensorMeta]:
+    metas = []
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise OutlierMergeError(f"{path}: a tensor is named {name!r}, expected a text")
+        if name == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise OutlierMergeError(
+                f"{path}: no tensor of a safetensors file can be named {name!r}"
+            )
+        if str(tensor.layout) != "torch.strided" or tensor.is_nested or tensor.is_quantized:
+            raise OutlierMergeError(
+                f"{path}: tensor {name!r}: sparse, nested or quantised "
+                f"({tensor.dtype}, {tensor.layout}), expected a dense one"
+            )
+        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise OutlierMergeError(
+                f"{path}: tensor {name!r}: unknown dtype {tensor.dtype}. "
+                f"Supported: {', '.join(DTYPES)}"
+            )
+        if tensor.device.type != "cpu":
+            raise OutlierMergeError(f"{path}: tensor {name!r} has no data ({tensor.device})")
+        place = mapped.place(name, tensor)
+        is_plain = not place.is_conjugate and not place.is_negative and tensor.is_contiguous()
+        offset = place.offset if is_plain else None
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), path, offset))
+    return metas
+
+
+def _state_dict(path: Path, descriptor: int) -> tuple[dict[str, Tensor], list[str]]:
+    import torch
+
+    content = _load(path, descriptor)
+    if not isinstance(content, dict):
+        raise OutlierMergeError(
+            f"{path}: holds a {type(content).__name__}, expected a dict of tensors"
+        )
+    places = _places(content) or {(): content}
+    if len(places) > 1:
+        found = listing(_place_name(keys) for keys in places)
+        raise OutlierMergeError(
+            f"{path}: holds tensors in several places, expected one state dict:\n{found}\n"
+            f"Save the one that is meant alone: torch.save(torch.load({path.name!r}, "
+            f"weights_only=True){''.join(f'[{key!r}]' for key in list(places)[-1])}, path)"
+        )
+    [(keys, state)] = places.items()
+    states = [
+        name
+        for name, value in state.items()
+        if str(name).endswith(EXTRA_STATE) and not isinstance(value, torch.Tensor)
+    ]
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) and name not in states:
+            raise OutlierMergeError(
+                f"{path}: {name!r} is a {type(value).__name__}, expected a tensor. "
+                "Save the model's state_dict() alone."
+            )
+    notes = []
+    if states:
+        notes.append(
+            f"{path}: states of modules that are no tensors are left out:\n"
+            f"{listing(states, limit=5)}"
+        )
+    if keys:
+        notes.append(f"{path}: its tensors are those {_place_name(keys)}")
+        others: list[str] = []
+        for key in keys:
+            others += [repr(other) for other in content if other != key]
+            content = content[key]
+        if others:
+            notes[-1] += f"; what is beside them is not taken:\n{listing(others, limit=5)}"
+    tensors = {name: value.detach() for name, value in state.items() if name not in states}
+    return tensors, notes
+
+
+def _places(
+    value: dict[Any, Any], keys: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], dict[Any, Any]]:
+    """Return the dicts that hold tensors, by the keys that lead to them."""
+    import torch
+
+    found = {}
+    if any(isinstance(inner, torch.Tensor) for inner in value.values()):
+        found[keys] = value
+    if len(keys) < 2:
+        for key in _NESTED:
+            if isinstance(inner := value.get(key), dict):
+                found |= _places(inner, (*keys, key))
+    return found
+
+
+def _place_name(keys: tuple[str, ...]) -> str:
+    return "under " + " → ".join(map(repr, keys)) if keys else "at the top"
+
+
+def _load(path: Path, descriptor: int) -> object:
+    import torch
+
+    try:
+        _check_archive(path, descriptor)
+        # Megatron keeps states of modules as such, which run no code.
+        with torch.serialization.safe_globals([io.BytesIO]):
+            return torch.load(
+                f"/proc/self/fd/{descriptor}", map_location="cpu", mmap=True, weights_only=True
+            )
+    except OutlierMergeError:
+        raise
+    except pickle.UnpicklingError as error:
+        # torch ends with, for example, "WeightsUnpickler error: Unsupported global: GLOBAL
+        # posix.system was not an allowed global by default."
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        called = re.search(r"(?:GLOBAL|class) '?([\w.]+)", reason)
+        if called is None:
+            raise OutlierMergeError(
+                f"{path}: its pickle is broken or not as torch.save writes it "
+                f"({reason.strip().splitlines()[0]}). Fetch it again."
+            ) from error
+        raise OutlierMergeError(
+            f"{path}: refused: the pickle holds more than tensors and could run code: it calls "
+            f"{called[1]}. Convert it to safetensors where you trust it."
+        ) from error
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # a broken pickle can make torch stumble over anything
+        if "mmap can only be used" in str(error):
+            raise OutlierMergeError(
+                f"{path}: saved in the format before PyTorch 1.6, which cannot be read in pieces. "
+                + _REWRITE
+            ) from error
+        raise OutlierMergeError(
+            f"{path}: broken or truncated: {_first_line(error)}. Fetch it again."
+        ) from error
+
+
+def _check_archive(path: Path, descriptor: int) -> None:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        if file.read(4) != b"PK\x03\x04":
+            return
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            orders = [r for r in records if r.filename.endswith("/byteorder") and r.file_size < 9]
+            is_swapped = any(archive.read(r) != sys.byteorder.encode() for r in orders)
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise OutlierMergeError(
+            f"{path}: a TorchScript program, which is code: refused. "
+            "Save the state_dict() of torch.jit.load(path) where you trust it."
+        )
+    if is_swapped:
+        raise OutlierMergeError(f"{path}: its bytes are in another order. {_REWRITE}")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise OutlierMergeError(f"{path}: compressed, which cannot be read in pieces. " + _REWRITE)
+
+
+def read_span(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Return elements start to stop of a tensor, flattened, without copying the rest of it."""
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[start:stop]
+    num_row_elements = max(1, tensor[0].numel())
+    first_row, end_row = start // num_row_elements, -(-stop // num_row_elements)
+    rows = tensor[first_row:end_row].reshape(-1)
+    skipped = first_row * num_row_elements
+    return rows[start - skipped : stop - skipped]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

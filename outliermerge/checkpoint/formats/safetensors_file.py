@@ -1,0 +1,224 @@
+"""The safetensors format: headers read and written by the published rules.
+
+Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
+then the tensors' bytes without holes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.sources import DTYPES_BY_CODE, MAX_TENSOR_NAME, DType, TensorMeta
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
+from outliermerge.storage.files import check_file
+from outliermerge.storage.lfs import refuse_lfs_pointer
+from outliermerge.storage.stamps import open_file
+
+MAX_HEADER_BYTES = 100_000_000
+# Fifteen for each of 260,000 tensors; models have up to 100,000. PyTorch's have up to 64 axes.
+MAX_HEADER_VALUES, MAX_AXES = 4_000_000, 64
+PAGE_BYTES = 4096
+
+
+def read_header(path: Path) -> list[TensorMeta]:
+    """Return the tensors of a file in the order of their bytes.
+
+    Raises:
+        OutlierMergeError: the file is truncated or its header breaks the format's rules.
+    """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
+    """Return the tensors of a file in the order of their bytes, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: as for read_header.
+    """
+    check_file(path)
+    refuse_lfs_pointer(path)
+    try:
+        return _parse(path)
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a file's header has beside its tensors; none where it cannot be read.
+
+    `read_header` tells what is wrong with a file.
+    """
+    try:
+        return read_header_and_metadata(path)[1]
+    except OutlierMergeError:
+        return {}
+
+
+def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
+    with open_file(path) as file:
+        num_file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise OutlierMergeError(
+                f"{path}: not a safetensors file: {num_file_bytes} bytes, "
+                "expected at least the 8 bytes of the header's length. Fetch it again."
+            )
+        (header_length,) = struct.unpack("<Q", prefix)
+        if header_length > MAX_HEADER_BYTES:
+            raise OutlierMergeError(
+                f"{path}: the header claims {header_length} bytes, "
+                f"more than the {MAX_HEADER_BYTES} allowed: not a safetensors file."
+            )
+        if 8 + header_length > num_file_bytes:
+            raise OutlierMergeError(
+                f"{path}: truncated: the header needs {8 + header_length} bytes, "
+                f"the file has {num_file_bytes}. Fetch it again."
+            )
+        raw = file.read(header_length)
+    # Each sign begins a value, which takes some hundred bytes of memory.
+    if (num_values := sum(map(raw.count, (b"{", b"[", b",", b":")))) > MAX_HEADER_VALUES:
+        raise OutlierMergeError(
+            f"{path}: the header has some {num_values:,} values, more than the "
+            f"{MAX_HEADER_VALUES:,} allowed: not a model's file. Fetch it again."
+        )
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise OutlierMergeError(f"{path}: the header is not valid JSON: {error}") from error
+    except _DuplicateKeyError as error:
+        raise OutlierMergeError(f"{path}: the header names {error} twice") from error
+    if not isinstance(header, dict):
+        raise OutlierMergeError(f"{path}: the header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise OutlierMergeError(f"{path}: the header's __metadata__ is not an object of texts")
+    data_start = 8 + header_length
+    metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
+    _check_contiguous(path, metas, data_start, num_file_bytes)
+    return metas, metadata or {}
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(quoted(key))
+        result[key] = value
+    return result
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
+    def fail(what: str) -> OutlierMergeError:
+        return OutlierMergeError(f"{path}: tensor {quoted(name)}: {what}")
+
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise fail("its name is not valid Unicode")
+    if len(name) > MAX_TENSOR_NAME:
+        raise fail(f"its name has {len(name):,} characters, the limit is {MAX_TENSOR_NAME:,}")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise fail("its header entry needs dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        # F4, F6_…, F8_E8M0 and other codes of which only quantised models are made.
+        is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
+        more = ". Name the model that it was quantised from instead" if is_code else ""
+        what = " (exponents, the scales of quantised weights)" if code == "F8_E8M0" else ""
+        raise fail(
+            f"unknown dtype {quoted(code)}{what}{more}. Supported: {', '.join(DTYPES_BY_CODE)}"
+        )
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_AXES
+        or not all(_is_count(size) for size in shape)
+        or any(count >= 2**64 for count in accumulate(shape, mul))
+    ):
+        raise fail(f"shape {quoted(shape)} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise fail(f"data_offsets {quoted(offsets)} are not two positions")
+    meta = TensorMeta(name, dtype, tuple(shape), path, data_start + offsets[0])
+    if offsets[1] - offsets[0] != meta.num_bytes:
+        raise fail(
+            f"data_offsets span {offsets[1] - offsets[0]} bytes, "
+            f"but {dtype.name} of shape {quoted(shape)} needs {meta.num_bytes}"
+        )
+    return meta
+
+
+def _check_contiguous(
+    path: Path, metas: list[TensorMeta], data_start: int, num_file_bytes: int
+) -> None:
+    position = data_start
+    for meta in metas:
+        assert meta.offset is not None
+        if meta.offset != position:
+            what = "overlaps the tensor before it" if meta.offset < position else "follows a hole"
+            raise OutlierMergeError(
+                f"{path}: tensor {quoted(meta.name)} {what}: it starts at byte {meta.offset}, "
+                f"expected {position}"
+            )
+        position += meta.num_bytes
+    if position != num_file_bytes:
+        what = "truncated" if position > num_file_bytes else "longer than its tensors"
+        raise OutlierMergeError(
+            f"{path}: {what}: its tensors end at byte {position}, "
+            f"the file has {num_file_bytes}. Fetch it again."
+        )
+
+
+def make_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
+    """Return a file's first bytes and the absolute offset of each tensor.
+
+    The header is padded with spaces so that the data starts with a page.
+
+    Args:
+        metadata: what the header says beside the tensors and the format.
+    """
+    position = 0
+    starts: list[int] = []
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    for name, dtype, shape in tensors:
+        num_bytes = math.prod(shape) * dtype.num_bytes
+        starts.append(position)
+        header[name] = {
+            "dtype": dtype.code,
+            "shape": list(shape),
+            "data_offsets": [position, position + num_bytes],
+        }
+        position += num_bytes
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(8 + len(raw)) % PAGE_BYTES)
+    data_start = 8 + len(raw)
+    return struct.pack("<Q", len(raw)) + raw, [data_start + start for start in starts]
+
+
+def duplicates(metas: Iterable[TensorMeta]) -> str | None:
+    """Return a listing of the names that two files hold, or None."""
+    seen: dict[str, Path] = {}
+    twice: list[str] = []
+    for meta in metas:
+        if meta.name in seen:
+            twice.append(f"{shown(meta.name)} in {seen[meta.name].name} and {meta.path.name}")
+        seen[meta.name] = meta.path
+    return listing(twice) if twice else None

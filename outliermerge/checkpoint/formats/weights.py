@@ -1,0 +1,292 @@
+"""The weights of one folder: which of its files hold them, and what their headers say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.formats.foreign import (
+    refuse_foreign_adapter,
+    refuse_part,
+    refuse_ungathered,
+)
+from outliermerge.checkpoint.formats.loaded import OpenChoiceError, choose, offered_files
+from outliermerge.checkpoint.formats.safetensors_file import duplicates, read_header_and_metadata
+from outliermerge.checkpoint.sources import TensorMeta
+from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.storage.files import check_file, load_json, names_in
+from outliermerge.storage.hub_cache import listed_files
+from outliermerge.storage.stamps import is_there
+
+SAFETENSORS_PATTERNS = ("*.safetensors",)
+PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
+_FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
+PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
+
+OTHER_FORMATS = (
+    (r"\.gguf$", "GGUF",
+     "Convert it to safetensors: transformers' from_pretrained(…, gguf_file=…), then "
+     "save_pretrained()."),
+    (r"^consolidated\.\d+\.pth$", "the original Llama format",
+     "Convert it with transformers' convert_llama_weights_to_hf.py."),
+    (r"\.h5$", "TensorFlow",
+     "Convert it to safetensors: from_pretrained(…, from_tf=True) of transformers before 5, then "
+     "save_pretrained()."),
+    (r"\.msgpack$", "Flax",
+     "Convert it to safetensors: from_pretrained(…, from_flax=True) of transformers before 5, "
+     "then save_pretrained()."),
+    (r"\.onnx$", "ONNX", "Take the model that it was exported from."),
+    (r"\.ckpt$", "a training checkpoint", "Name the file itself as the model."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one folder or file.
+
+    Attributes:
+        stem: of the weight files that a merged model has in its place.
+        metas: the tensors, in the order of the files.
+        paths: the files that hold them.
+        passed_over: files that a loader takes where those above are not there.
+        metadata: what the files' headers say beside the tensors.
+        notes: what a person should know of how they were read.
+    """
+
+    stem: str
+    metas: list[TensorMeta]
+    paths: list[Path]
+    passed_over: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
+    """Read the headers of a folder's weight files, or return None where it has none.
+
+    Args:
+        folder: holds the files.
+        root: the model folder, which no file may link out of.
+        loose: as `choose` takes it.
+
+    Raises:
+        OutlierMergeError: a file is missing or broken, or it is open which files are meant.
+    """
+    config = folder / "config.json"
+    if is_there(config):
+        check_file(config, root)
+    settings = read_json(config)
+    try:
+        chosen = choose(names_in(folder), settings, loose=loose)
+    except OpenChoiceError as error:
+        raise OutlierMergeError(f"{folder}: {error}. Move all but one of them away.") from error
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{folder}: {error}") from error
+    if chosen is None:
+        return None
+    index = folder / chosen.index if chosen.index else None
+    if index is None:
+        paths = [folder / name for name in chosen.files]
+        _check_shard_numbers(paths)
+        if not chosen.offered:  # their names are no loader's
+            refuse_foreign_adapter(folder)
+            for path in paths:
+                refuse_part(path)
+    else:
+        check_file(index, root)
+        weight_map = _weight_map(index)
+        paths = list(dict.fromkeys(weight_map.values()))
+    metas: list[TensorMeta] = []
+    notes: list[str] = []
+    found_metadata: list[dict[str, str]] = []
+    for path in paths:
+        check_file(path, root)
+        found_metas, found_notes, metadata = read_whole(path)
+        metas += found_metas
+        notes += found_notes
+        found_metadata.append(metadata)
+    if twice := duplicates(metas):
+        raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
+    refuse_ungathered(metas)
+    if index is not None:
+        notes += _check_index(index, weight_map, metas)
+    if not metas:
+        raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
+    if chosen.variant:
+        notes.append(f"{folder}: there is only the variant {chosen.variant}, which is taken")
+    if "transformers_weights" in settings:
+        notes.append(
+            f"{folder}: its config.json names the weights (transformers_weights), which versions "
+            "of transformers that do not know the key pass over"
+        )
+    passed_over = [folder / name for name in chosen.offered if folder / name not in paths]
+    if told := [path.name for path in passed_over if not _is_index_of(path, index, paths, root)]:
+        taken = chosen.index or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
+        notes.append(passed_over_note(folder, taken, told))
+    stem = "model" if chosen.stem == "pytorch_model" else chosen.stem
+    metadata = {k: v for found in reversed(found_metadata) for k, v in found.items()}
+    return Weights(stem, metas, paths, tuple(passed_over), metadata, tuple(notes))
+
+
+def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
+    """Return those files of a repository that a loader takes; not all of them are fetched."""
+    listed = listed_files(root)
+    return [
+        f"{prefix}{name}"
+        for prefix in (f"{folder}/" if folder else "" for folder in components)
+        for name in offered_files(n.removeprefix(prefix) for n in listed if n.startswith(prefix))
+    ]
+
+
+def passed_over_note(folder: Path, taken: str, others: list[str]) -> str:
+    """Return a note on files that from_pretrained takes where another is not there."""
+    return (
+        f"{folder}: {taken} is read, as from_pretrained takes it; passed over:\n{listing(others)}"
+    )
+
+
+def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) -> bool:
+    """Tell whether a file is the index that is read, or one that names only what is read."""
+    if path == index:
+        return True
+    if not path.name.endswith(".json"):
+        return False
+    check_file(path, root)
+    content = load_json(path)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    return isinstance(files, dict) and set(map(str, files.values())) <= {
+        path.name for path in paths
+    }
+
+
+def read_whole(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
+    """Return a file's tensors, notes on how they were read, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: the file is broken or dangerous.
+    """
+    if path.suffix not in PYTORCH_SUFFIXES:
+        metas, metadata = read_header_and_metadata(path)
+        return metas, [], metadata
+    from outliermerge.checkpoint.formats.pytorch_file import read_pickle
+
+    return *read_pickle(path), {}
+
+
+def read_metas(path: Path) -> tuple[list[TensorMeta], list[str]]:
+    """Return the tensors of a safetensors or PyTorch file, and notes on how they were read.
+
+    Raises:
+        OutlierMergeError: the file is broken or dangerous.
+    """
+    return read_whole(path)[:2]
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor after checking that it is inside the folder."""
+    content = load_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if weight_map is None:
+        raise OutlierMergeError(f"{index}: not an index: no valid JSON weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or not file.isprintable():
+            raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
+        parts = PurePosixPath(file)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in file:
+            raise OutlierMergeError(
+                f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
+            )
+    missing = sorted(
+        {file for file in weight_map.values() if not os.path.lexists(index.parent / file)}
+    )
+    if missing:
+        raise OutlierMergeError(
+            f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
+            "Fetch the model again."
+        )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _check_index(
+    index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]
+) -> Iterator[str]:
+    """Yield a note on what an index lists and no shard has, as from_pretrained passes it over.
+
+    Raises:
+        OutlierMergeError: the index and the shards are not of one model.
+    """
+    files = {meta.name: meta.path for meta in metas}
+    held: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        place, numbers = _numbered(name)
+        held[place] = max(numbers, held.get(place, ()))
+    layers = {_layer(name) for name in files}
+    wrong, absent = [], []
+    for name, path in weight_map.items():
+        said = f"{name}: the index says {path.relative_to(index.parent)}"
+        if name in files:
+            if files[name] != path:
+                wrong.append(f"{said}, it is in {files[name].name}")
+            continue
+        place, numbers = _numbered(name)
+        # A hole among the layers; a tied head or a layer past the last may be rightly gone.
+        if numbers and place in held and (numbers < held[place] or _layer(name) in layers):
+            wrong.append(f"{said}, it is in no shard")
+        absent.append(name)
+    if wrong:
+        raise OutlierMergeError(
+            f"{index}: disagrees with the shards:\n{listing(wrong)}\n"
+            "Fetch the model again, or save it again where it was made."
+        )
+    if absent:
+        yield f"{index}: lists tensors that no shard holds, and are not read:\n{listing(absent)}"
+
+
+def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
+    """Return a tensor's name without the numbers of layers and experts, and these."""
+    return _NUMBER.sub(".#", name), tuple(int(found) for found in _NUMBER.findall(name))
+
+
+def _layer(name: str) -> str:
+    """Return a tensor's name up to the last number in it."""
+    return name[: max((match.end() for match in _NUMBER.finditer(name)), default=0)]
+
+
+def _check_shard_numbers(paths: list[Path]) -> None:
+    totals: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := SHARD.match(path.name):
+            key = (match["stem"], match["total"], match["end"])
+            totals.setdefault(key, set()).add(int(match["number"]))
+    for (stem, total, end), numbers in totals.items():
+        absent = set(range(1, int(total) + 1)) - numbers
+        if absent:
+            names = [f"{stem}-{number:05d}-of-{total}{end}" for number in sorted(absent)]
+            raise OutlierMergeError(
+                f"{paths[0].parent}: shards are missing:\n{listing(names)}\nFetch the model again."
+            )
+
+
+def no_weights(folder: Path) -> str:
+    """Return what to say of a folder without weights that can be read."""
+    refuse_foreign_adapter(folder)
+    names = names_in(folder)
+    if "adapter_config.json" in names:
+        return (
+            f"{folder}: a PEFT adapter without its weights: expected adapter_model.safetensors or "
+            "adapter_model.bin beside adapter_config.json. Fetch it again."
+        )
+    for pattern, kind, advice in OTHER_FORMATS:
+        files = [name for name in names if re.search(pattern, name)]
+        if files:
+            return f"{folder}: no weights that can be read, only {kind}: {files[0]}. {advice}"
+    found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
+    return f"{folder}: no weights (*.safetensors, *.bin, *.pt, *.pth): {found}"

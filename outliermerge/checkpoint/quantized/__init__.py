@@ -1,0 +1,4 @@
+"""Tensors that are stored as codes and scales.
+
+Read `opened` first.
+"""

@@ -1,0 +1,37 @@
+"""What the readers of quantised layouts share: one component's stored tensors and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from outliermerge.checkpoint.computed import ComputedTensor
+from outliermerge.checkpoint.sources import DType, Reading, TensorMeta
+from outliermerge.errors import OutlierMergeError
+
+# What becomes of a stored tensor: a computed one, or nothing.
+Changes = dict[str, ComputedTensor | None]
+
+CODES = ("float8_e4m3fn", "float8_e5m2", "int8")
+# What is stored besides a weight: of its activations, of itself.
+ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_point",
+               "output_scale", "output_zero_point", "scale_input")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A component's stored tensors with what its config.json says of their quantisation."""
+
+    home: Path
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, TensorMeta]
+    out_dtype: DType
+    reader: Reading
+
+    def refuse(self, what: str) -> NoReturn:
+        raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")
+
+    def broken(self, name: str, what: str) -> NoReturn:
+        raise OutlierMergeError(f"{self.tensors[name].path}: tensor {name!r}: {what}")

@@ -1,0 +1,143 @@
+"""Weights computed in float32 from codes and scales, a group of rows at a time.
+
+Looking a code up in a table is measured 3 to 5 times faster on a CPU than torch's cast of float8,
+and laying scales out with `expand` than gathering them by index.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outliermerge.checkpoint.computed import ComputedTensor
+from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MatrixTensor(ComputedTensor):
+    """One whose rows are those of its matrices, also where many are stacked to (…, R, C)."""
+
+    weight: TensorMeta
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledTensor(_MatrixTensor):
+    """(code − zero point) × scale × factor; a block of rows and columns shares a scale.
+
+    Scales and zero points are (…, R / block rows, C / block columns), both rounded up.
+    """
+
+    scale: TensorMeta
+    zero_point: TensorMeta | None
+    block: tuple[int, int]
+    factor: float
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return tuple(meta for meta in (self.weight, self.scale, self.zero_point) if meta)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        import torch
+
+        num_matrix_rows, num_columns = self.shape[-2:]
+        row = torch.arange(first, last)
+        matrix, row = row // num_matrix_rows, row % num_matrix_rows
+        block_row = matrix * -(-num_matrix_rows // self.block[0]) + row // self.block[0]
+
+        def by_element(meta: TensorMeta) -> Tensor:
+            blocks = reader.whole(meta).float().view(-1, -(-num_columns // self.block[1]))
+            wide = blocks[block_row][:, :, None].expand(-1, -1, self.block[1])
+            return wide.reshape(last - first, -1)[:, :num_columns]
+
+        codes = reader.values(self.weight, first * num_columns, last * num_columns)
+        values = _as_float32(codes).view(-1, num_columns)
+        if self.zero_point is not None:
+            values = values - by_element(self.zero_point)
+        return values * by_element(self.scale) * self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScaledTensor(ComputedTensor):
+    """code × scale for a weight (R, …): one scale for all, or num_groups for each row.
+
+    A row's scales stand in the order of its columns, each for C / num_groups of them.
+    """
+
+    weight: TensorMeta
+    scale: TensorMeta
+    num_groups: int
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.weight, self.scale)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        columns = self.num_columns
+        values = _as_float32(reader.values(self.weight, first * columns, last * columns))
+        scale = reader.whole(self.scale).float().flatten()
+        if self.num_groups:
+            scale = scale[first * self.num_groups : last * self.num_groups, None]
+            return (values.view(scale.shape[0], -1) * scale).view(last - first, -1)
+        return (values * scale).view(last - first, -1)
+
+
+def _as_float32(codes: Tensor) -> Tensor:
+    import torch
+
+    if not codes.is_floating_point() or codes.element_size() > 1:
+        return codes.float()
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return table.index_select(0, codes.view(torch.uint8).int())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeTensor(_MatrixTensor):
+    """bitsandbytes' nf4 and fp4: value of a code × greatest magnitude (absmax) of its block.
+
+    A block goes on from row to row. The first code of a byte is in its high bits; offset is added.
+    """
+
+    bits: int
+    values: TensorMeta
+    absmax: Source
+    block: int
+    offset: float | None = None
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.weight, self.values, *self.absmax.stored)
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of float32."""
+        import torch
+
+        start, stop = first * self.num_columns, last * self.num_columns
+        first_block, end_block = start // self.block, -(-stop // self.block)
+        begin, end = first_block * self.block, min(end_block * self.block, self.num_elements)
+        # The bytes can be stored as any dtype (bnb_4bit_quant_storage).
+        num_codes = 8 // self.bits * self.weight.dtype.num_bytes
+        skipped = begin // num_codes
+        codes = reader.values(self.weight, skipped, -(-end // num_codes)).view(torch.uint8)
+        if self.bits == 4:
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()
+        codes = codes[begin - skipped * num_codes : end - skipped * num_codes]
+        values = reader.whole(self.values).index_select(0, codes.int())
+        values = torch.nn.functional.pad(values, (0, end_block * self.block - end))
+        absmax = reader.whole(self.absmax).flatten()[first_block:end_block]
+        values = (values.view(-1, self.block) * absmax[:, None]).flatten()[start - begin :]
+        values = values[: stop - start].view(last - first, -1)
+        return values if self.offset is None else values + self.offset

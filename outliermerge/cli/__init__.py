@@ -1,0 +1,4 @@
+"""The command line: each command parses, calls the library and prints.
+
+It may import every room; `main` is the file to read first.
+"""

@@ -1,0 +1,164 @@
+"""Blocks computed by the fused CPU kernels, without torch."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
+from outliermerge.checkpoint.sources import DType
+from outliermerge.methods.contract import Task
+from outliermerge.methods.kernel_call import CODES, KernelCall, Place
+from outliermerge.methods.statistics.base import Pass
+
+T = TypeVar("T")
+
+
+class KernelEngine:
+    """The kernels on whole pages of memory, which each thread uses again and again."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+        self._own = _Buffers()
+
+    def buffer(self, slot: object, num_bytes: int) -> memoryview:
+        """Return bytes that this thread uses again for the slot."""
+        found = self._own.by_slot.get(slot)
+        if found is None or len(found) < num_bytes:
+            pages = mmap.mmap(-1, max(num_bytes, 1))
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write is then of few parts
+                with suppress(OSError):
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            found = memoryview(pages)
+            self._own.by_slot[slot] = found
+        return found[:num_bytes]
+
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+        """Return the kernel's call, and its arguments."""
+        assert task.method.kernel is not None
+        call = task.method.kernel(task.parameters, needs)
+        return call, call.arguments()
+
+    def measure(
+        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Place], num_elements: int
+    ) -> dict[T, Any]:
+        """Return a block's share in each statistic's pass."""
+        block = _block(task, sources, num_elements)
+        return {name: state.measure_raw(self._kernels, block) for name, state in passes.items()}
+
+    def measure_places(
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        places: Sequence[Place],
+        num_elements: int,
+        on_digests: Callable[[list[bytes]], None],
+    ) -> dict[T, Any]:
+        """Return a block's share in each statistic's pass, each of which reads it.
+
+        Args:
+            on_digests: called after each pass with the digests of each source's pieces.
+
+        Raises:
+            OSError, EOFError: a file cannot be read.
+        """
+        shares = {}
+        length = -(-num_elements // PIECE_ELEMENTS) * DIGEST_BYTES
+        for name, state in passes.items():
+            digests = bytearray(len(places) * length)
+            block = (*_block(task, places, num_elements), digests)
+            shares[name] = state.measure_raw(self._kernels, block)
+            on_digests([bytes(digests[at : at + length]) for at in range(0, len(digests), length)])
+        return shares
+
+    def merge(
+        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+    ) -> tuple[bool, bool, dict[str, Any]]:
+        """Fill out with a block's merged weights. No kernel loses what is not finite."""
+        _, ((is_finite, report, _),) = self.merge_places(
+            [(task, prepared, out)], raws, num_elements
+        )
+        return is_finite, is_finite, report
+
+    def merge_places(
+        self,
+        variants: Sequence[tuple[Task, Any, Place]],
+        sources: Sequence[Place],
+        num_elements: int,
+    ) -> tuple[list[bytes], list[tuple[bool, dict[str, Any], bytes]]]:
+        """Merge the same sources in several ways, reading and digesting them once.
+
+        Args:
+            variants: how, what `prepare` gave, and where to.
+
+        Returns:
+            The digests of each source's pieces, and for each variant whether its output is
+            finite, its report, and the digests of its pieces.
+
+        Raises:
+            OSError, EOFError: a file cannot be read or written.
+        """
+        first = variants[0][0]
+        digests, results = self._kernels.merge(
+            _block(first, sources, num_elements),
+            tuple(
+                (*arguments, CODES[task.out_dtype.name], place)
+                for task, (_, arguments), place in variants
+            ),
+            self._scratch([task.out_dtype for task, _, _ in variants], num_elements),
+        )
+        done = []
+        for (_, (call, _), _), (is_finite, counts, pieces) in zip(variants, results, strict=True):
+            report = dict(call.report) | ({call.counts: list(counts)} if call.counts else {})
+            done.append((is_finite, report, pieces))
+        return list(digests), done
+
+    def copy(
+        self, dtype: DType, source: Place, num_elements: int, out: Place
+    ) -> tuple[bool, bytes]:
+        """Copy elements; return whether all are finite, and the digests of their pieces.
+
+        Raises:
+            OSError, EOFError: a file cannot be read or written.
+        """
+        scratch = self._scratch([dtype], num_elements)
+        finite, digests = self._kernels.copy(CODES[dtype.name], source, num_elements, out, scratch)
+        return finite, digests
+
+    def _scratch(self, dtypes: Sequence[DType], num_elements: int) -> memoryview:
+        """Return memory for outputs on their way to files."""
+        num_bytes = sum(dtype.num_bytes * num_elements + 2 * mmap.PAGESIZE for dtype in dtypes)
+        return self.buffer("scratch", num_bytes)
+
+    def is_finite(self, dtype: DType, raw: memoryview) -> bool:
+        """Tell whether no value is infinite or NaN."""
+        finite: bool = self._kernels.all_finite(CODES[dtype.name], raw, len(raw) // dtype.num_bytes)
+        return finite
+
+    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
+        """Fill out with the values in another dtype; tell whether it holds them."""
+        block = (CODES[dtype.name].encode(), (raw,), len(raw) // dtype.num_bytes, False)
+        call = KernelCall(kernel="weighted_sum", weights=[1.0])
+        variant = (*call.arguments(), CODES[out_dtype.name], out)
+        _, ((fits, _, _),) = self._kernels.merge(block, (variant,))
+        return bool(fits)
+
+    def equal(self, a: memoryview, b: memoryview) -> bool:
+        """Tell whether two buffers hold the same bytes."""
+        same: bool = self._kernels.equal(a, b)
+        return same
+
+
+def _block(
+    task: Task, sources: Sequence[Place], num_elements: int
+) -> tuple[bytes, tuple[Place, ...], int, bool]:
+    codes = "".join(CODES[dtype.name] for dtype in task.dtypes).encode()
+    return codes, tuple(sources), num_elements, task.is_delta
+
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.by_slot: dict[object, memoryview] = {}

@@ -1,0 +1,26 @@
+"""The fused CPU kernels that fit this processor.
+
+They work on storage dtypes directly and need neither torch nor numpy. Where they were not
+compiled, or do not know a method or a dtype, torch computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+
+@cache
+def find_kernels() -> Any | None:
+    """Return the compiled module for this processor, or None where there is none."""
+    try:
+        found = importlib.import_module("outliermerge.engines._kernels")
+    except ImportError:
+        return None
+    for level in range(found.level(), 2, -1):
+        try:
+            return importlib.import_module(f"outliermerge.engines._kernels_v{level}")
+        except ImportError:
+            continue
+    return found

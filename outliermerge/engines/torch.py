@@ -1,0 +1,214 @@
+"""Blocks computed by torch, as the methods are defined: on the CPU, or on GPUs.
+
+Shape suffixes: M models, S sources (the base, where there is one, then the models), E elements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from outliermerge.checkpoint.sources import DType
+from outliermerge.methods.contract import MergeMethod, Task
+from outliermerge.methods.statistics.base import Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class TorchEngine:
+    """torch on one or several devices.
+
+    Each thread has buffers of its own, pinned where a GPU reads them, and a stream of its own, on
+    one of the devices in turn. So while one thread's block is copied to a device, another's is
+    computed, a third's is read from disk.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._own = _Own(devices, itertools.count())
+
+    def buffer(self, slot: object, num_bytes: int) -> memoryview:
+        """Return bytes that this thread uses again for the slot."""
+        import torch
+
+        found = self._own.raw.get(slot)
+        if found is None or len(found) < num_bytes:
+            pinned = self._own.device.type == "cuda"
+            found = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._own.raw[slot] = found
+        array: Any = found[:num_bytes].numpy()
+        return memoryview(array)
+
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+        """Return the needs; each device makes tensors of them."""
+        return needs
+
+    def measure(
+        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[memoryview], num_elements: int
+    ) -> dict[T, Any]:
+        """Return a block's share in each statistic's pass."""
+        with self._own.stream():
+            block_SE = self._load(task, sources, num_elements)
+            block_ME = to_deltas(block_SE) if task.is_delta else block_SE
+            return {name: state.measure(block_ME) for name, state in passes.items()}
+
+    def merge(
+        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+    ) -> tuple[bool, bool, dict[str, Any]]:
+        """Fill out with a block's merged weights."""
+        import torch
+
+        with self._own.stream():
+            block_SE = self._load(task, raws, num_elements)
+            finite = is_finite(block_SE)
+            merged_E, report = merge_block(task, block_SE, keywords(task, prepared, block_SE))
+            stored_E = merged_E.to(getattr(torch, task.out_dtype.name))
+            fits_ = fits(merged_E, stored_E)
+            _values(task.out_dtype, out).copy_(stored_E)  # waits for the stream
+            return finite, fits_, {name: value.tolist() for name, value in report.items()}
+
+    def is_finite(self, dtype: DType, raw: memoryview) -> bool:
+        """Tell whether no value is infinite or NaN."""
+        return is_finite(_values(dtype, raw))
+
+    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
+        """Fill out with the values in another dtype; tell whether it holds them."""
+        values, stored = _values(dtype, raw), _values(out_dtype, out)
+        stored.copy_(values)
+        return fits(values, stored)
+
+    def equal(self, a: memoryview, b: memoryview) -> bool:
+        """Tell whether two buffers hold the same bytes."""
+        import torch
+
+        return torch.equal(_bytes(a), _bytes(b))
+
+    def _load(self, task: Task, raws: Sequence[memoryview], num_elements: int) -> Tensor:
+        """Return sources (S, E) in the compute dtype, in a buffer of this thread."""
+        import torch
+
+        own, dtype = self._own, getattr(torch, task.compute_dtype)
+        size = len(raws) * num_elements
+        flat = own.block.get(dtype)
+        if flat is None or len(flat) < size:
+            flat = own.block[dtype] = torch.empty(size, dtype=dtype, device=own.device)
+        block_SE = flat[:size].view(len(raws), num_elements)
+        for row_E, source, raw in zip(block_SE, task.dtypes, raws, strict=True):
+            # In the storage dtype to the device, where it is widened.
+            stored_E = _values(source, raw).to(own.device, non_blocking=True)
+            row_E.copy_(stored_E)
+        return block_SE
+
+
+class _Own(threading.local):
+    """A thread's device, stream and buffers."""
+
+    def __init__(self, devices: Sequence[str], numbers: Iterator[int]) -> None:
+        import torch
+
+        self.device = torch.device(devices[next(numbers) % len(devices)])
+        self.raw: dict[object, Tensor] = {}
+        self.block: dict[object, Tensor] = {}
+        self._stream: Any = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def stream(self) -> Any:
+        import torch
+
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[str, Any]:
+    """Return needs and parameters as the method's function takes them, on a block's device."""
+    import torch
+
+    empty = like.new_empty(0)
+    return task.method.arguments(task.parameters, like=empty) | {
+        name: empty.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
+    }
+
+
+def merge_block(
+    task: Task, block_SE: Tensor, keywords: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a block's merged weights (E,) in the compute dtype, and the method's report.
+
+    Args:
+        block_SE: the sources; overwritten.
+        keywords: needs and parameters as the method's function takes them.
+    """
+    method = task.method
+    block_ME = to_deltas(block_SE) if task.is_delta else block_SE
+    result = method.function(view_for(method, block_ME, task.shape), **keywords)
+    merged, report = result if isinstance(result, tuple) else (result, {})
+    merged_E = merged.reshape(-1)
+    if merged_E.shape != block_SE.shape[1:]:
+        raise ValueError(
+            f"{method.name} returned shape {tuple(merged.shape)} for a block "
+            f"of {block_SE.shape[1]} elements"
+        )
+    if task.is_delta:
+        merged_E = merged_E + block_SE[0]
+    return merged_E, report
+
+
+def to_deltas(block_SE: Tensor) -> Tensor:
+    """Subtract the base, in place, and return the task vectors (M, E)."""
+    return block_SE[1:].sub_(block_SE[0])
+
+
+def view_for(method: MergeMethod, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a block in the shape that the method's cut promises."""
+    num_models = len(block_ME)
+    if method.cut == "row":
+        columns = math.prod(shape[1:]) if len(shape) > 1 else block_ME.shape[1]
+        return block_ME.view(num_models, -1, columns)
+    if method.cut == "tensor":
+        return block_ME.view(num_models, *shape)
+    return block_ME
+
+
+def fits(values: Tensor, stored: Tensor) -> bool:
+    """Tell whether finite values are still so in the dtype that they are stored in.
+
+    torch stores what is too large for float8_e4m3fn as its largest value, 448; what is nearer to
+    the next one, which would be 480, is taken as too large.
+    """
+    import torch
+
+    kept = torch.finfo(stored.dtype).max
+    low, high = _extremes(values)
+    if stored.dtype == torch.float8_e4m3fn:
+        return -464 <= low and high <= 464
+    return (-kept <= low and high <= kept) or is_finite(stored)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Tell whether no value is infinite or NaN, by the extremes, which NaN takes over."""
+    return all(math.isfinite(extreme) for extreme in _extremes(values))
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    wide = values if values.element_size() >= 4 else values.float()
+    low, high = wide.aminmax()
+    return float(low), float(high)
+
+
+def _bytes(raw: memoryview) -> Tensor:
+    import torch
+
+    return torch.frombuffer(raw, dtype=torch.uint8) if len(raw) else torch.empty(0)
+
+
+def _values(dtype: DType, raw: memoryview) -> Tensor:
+    import torch
+
+    kind = getattr(torch, dtype.name)
+    return torch.frombuffer(raw, dtype=kind) if len(raw) else torch.empty(0, dtype=kind)

@@ -1,0 +1,165 @@
+"""How one tensor is cut into what threads work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS, piece_digests
+from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import TensorMeta
+from outliermerge.engines.base import Engine
+from outliermerge.engines.cpu import KernelEngine
+from outliermerge.execution.passes import Span, spans
+from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.stamps import other_bytes
+
+_SHORT_BYTES = 240  # of pieces that kernels do not digest
+
+
+class Sink(Protocol):
+    """Where merged bytes go."""
+
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a file, an element's position in it, and the file for direct writes or -1."""
+
+    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
+        """Write elements from `start` on."""
+
+    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+        """Read back elements from `start` on."""
+
+
+class Work:
+    """Jobs of the same sources, with their engine: how the tensor is cut, what was read so far.
+
+    A span is what a thread takes at a time. Kernels work through it piece by piece, from file to
+    file; other engines block by block.
+    """
+
+    def __init__(self, jobs: Sequence[Job], engine: Engine, plan: Plan, options: Options) -> None:
+        job = jobs[0]
+        self.job, self.engine, self.read_bytes = job, engine, 0
+        self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
+        self.block_elements = plan.block_elements(job, options)
+        self.in_pieces = job.action != "merge" or job.task.method.cut == "element"
+        self._threads = options.threads
+        metas = [meta for _, meta in job.sources]
+        self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)
+        stored = [*(meta.dtype for meta in metas), *(job.output.dtype for job in jobs)]
+        self._smallest = min(dtype.num_bytes for dtype in stored)
+        self.moved_bytes = self.element_bytes + sum(job.output.dtype.num_bytes for job in jobs)
+        self._fuses = (
+            self.in_pieces
+            and isinstance(engine, KernelEngine)
+            and all(
+                isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
+                for meta in metas
+            )
+        )
+
+    def count(self, num_elements: int, *, sources: int | None = None) -> None:
+        """Count what a round reads of the first sources, or of all."""
+        for _, meta in self.job.sources[:sources]:
+            stored = sum(tensor.num_bytes for tensor in meta.stored)
+            self.read_bytes += stored * num_elements // max(1, meta.num_elements)
+
+    def fuses(self, span: Span) -> bool:
+        """Tell whether kernels can take a span from files, and digest its pieces."""
+        last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
+        return self._fuses and last * self._smallest > _SHORT_BYTES
+
+    def places(
+        self, reader: Reader, span: Span, *, sources: int | None = None
+    ) -> list[tuple[int, int]]:
+        """Return where kernels find a span in files.
+
+        Raises:
+            OSError: a file cannot be opened.
+        """
+        found = []
+        for _, meta in self.job.sources[:sources]:
+            assert isinstance(meta, TensorMeta) and meta.offset is not None
+            position = meta.offset + span[0] * meta.dtype.num_bytes
+            found.append((reader.descriptor(meta.path), position))
+        return found
+
+    def note(self, row: int, start: int, digests: bytes) -> None:
+        """Take in the digests of a source's pieces from an element on, as they were just read.
+
+        Raises:
+            ChangedInputError: another reading gave other bytes.
+        """
+        seen = self._seen[row]
+        for number in range(len(digests) // DIGEST_BYTES):
+            one = digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+            self._note(seen, row, start + number * PIECE_ELEMENTS, one)
+
+    def note_raw(self, row: int, span: Span, raw: memoryview) -> None:
+        """Take in a source's elements, as they were just read.
+
+        What is worked on by rows is read in blocks that end at no piece's end, and in pieces
+        later: digests are of what lies between all these ends.
+        """
+        size, step = self.job.sources[row][1].dtype.num_bytes, self.block_elements
+        start, stop = span
+        while start < stop:
+            end = min(stop, start // PIECE_ELEMENTS * PIECE_ELEMENTS + PIECE_ELEMENTS)
+            if not self.in_pieces:
+                end = min(end, start // step * step + step)
+            part = raw[(start - span[0]) * size : (end - span[0]) * size]
+            self._note(self._seen[row], row, start, piece_digests(part, size))
+            start = end
+
+    def _note(self, seen: dict[int, bytes], row: int, start: int, digest: bytes) -> None:
+        if seen.setdefault(start, digest) != digest:
+            source = self.job.sources[row][1]
+            raise other_bytes({meta.path: None for meta in source.stored}, source.name)
+
+    def not_finite(self, raws: Sequence[memoryview]) -> set[int]:
+        """Return the numbers of the sources that hold an infinite value or NaN."""
+        return {
+            row
+            for row, (raw, (_, meta)) in enumerate(zip(raws, self.job.sources, strict=True))
+            if not self.engine.is_finite(meta.dtype, raw)
+        }
+
+    def out(self, job: Job, block: Span) -> memoryview:
+        """Return this thread's buffer for a block of output."""
+        return self.engine.buffer("out", (block[1] - block[0]) * job.output.dtype.num_bytes)
+
+    @property
+    def measured_elements(self) -> int:
+        """Elements of one share of a statistic."""
+        return self._fused_elements() if self._fuses else self.block_elements
+
+    def spans(self) -> list[Span]:
+        """Return what threads work on in the last round."""
+        if not self.in_pieces:
+            return spans(self.job.num_elements, self.block_elements)
+        elements = self._fused_elements() if self._fuses else self._aligned()
+        return spans(self.job.num_elements, elements)
+
+    def split(self, span: Span) -> Iterator[Span]:
+        """Cut a span into blocks."""
+        step = self._aligned() if self.in_pieces else self.block_elements
+        for start in range(*span, step):
+            yield start, min(start + step, span[1])
+
+    def blocks(self) -> list[Span]:
+        """Return blocks that begin where pieces do."""
+        return spans(self.job.num_elements, self._aligned())
+
+    def first_piece_and_blocks(self) -> list[Span]:
+        """Return the first piece, and blocks of what follows it."""
+        first = min(PIECE_ELEMENTS, self.job.num_elements)
+        return [(0, first), *spans(self.job.num_elements, self._aligned(), start=first)]
+
+    def _fused_elements(self) -> int:
+        num_pieces = -(-self.job.num_elements // PIECE_ELEMENTS)
+        share = num_pieces // self._threads * PIECE_ELEMENTS
+        return min(self._aligned(), max(PIECE_ELEMENTS, share))
+
+    def _aligned(self) -> int:
+        return max(PIECE_ELEMENTS, self.block_elements // PIECE_ELEMENTS * PIECE_ELEMENTS)

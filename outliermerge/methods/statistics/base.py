@@ -1,0 +1,133 @@
+"""Whole-tensor statistics computed block by block.
+
+Shape suffixes: M models, E elements of a block, C elements of a chunk.
+
+A statistic is measured on blocks by any thread and added up in block order by one. Sums are
+float64 over fixed chunks of 65,536 elements and are then added exactly (`math.fsum`), so a result
+depends on neither block size nor thread count. Blocks start at multiples of a chunk.
+
+Each is measured by torch on float32 values, or by the kernels on raw bytes. Selections agree bit
+for bit; the sums inside a chunk are taken in another order, so deviations agree to some 1e-15.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from outliermerge.methods.kernel_call import RawBlock
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_ELEMENTS = 65_536
+
+
+class Pass(Protocol):
+    """One reading of a tensor's blocks."""
+
+    @property
+    def chunks(self) -> Sequence[int] | None:
+        """The chunks that it reads, in order; None for all."""
+
+    def measure(self, block_ME: Tensor) -> Any:
+        """Return a block's share; called by any thread."""
+
+    def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
+        """Return a block's share, computed by kernels; called by any thread."""
+
+    def add(self, share: Any) -> None:
+        """Take in a block's share; called in block order by one thread."""
+
+    def finish(self) -> Pass | list[Any]:
+        """Return the next pass, or the result as (nested) lists of numbers."""
+
+
+class Statistic(Protocol):
+    """A declaration of what a method needs to know of a whole tensor.
+
+    Attributes:
+        depends_on: the parameters of the method that it takes into account.
+    """
+
+    @property
+    def depends_on(self) -> tuple[str, ...]: ...
+
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        """Return how often the tensor is read as a rule."""
+
+    def start(
+        self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
+    ) -> Pass | list[Any]:
+        """Return the first pass, or the result where none is needed."""
+
+
+@dataclass(frozen=True)
+class StandardDeviation:
+    """Population standard deviation of each model's elements, shape (M,).
+
+    Chunk means and squared deviations are combined by Chan's formula, which is safe where the
+    mean is large against σ.
+    """
+
+    depends_on: tuple[str, ...] = ()
+
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        return 1
+
+    def start(
+        self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
+    ) -> Pass | list[Any]:
+        return _Moments(num_models)
+
+
+class _Moments:
+    chunks = None
+
+    def __init__(self, num_models: int) -> None:
+        self._num_models = num_models
+        self._chunks: list[tuple[int, list[float], list[float]]] = []
+
+    def measure(self, block_ME: Tensor) -> list[tuple[int, list[float], list[float]]]:
+        shares = []
+        for start in range(0, block_ME.shape[1], CHUNK_ELEMENTS):
+            chunk_MC = block_ME[:, start : start + CHUNK_ELEMENTS].double()
+            mean_M = chunk_MC.mean(1)
+            squares_M = (chunk_MC - mean_M[:, None]).square_().sum(1)
+            shares.append((chunk_MC.shape[1], mean_M.tolist(), squares_M.tolist()))
+        return shares
+
+    def measure_raw(
+        self, kernels: Any, block: RawBlock
+    ) -> list[tuple[int, list[float], list[float]]]:
+        num_elements = block[2]
+        shares, start = [], 0
+        for values in struct.iter_unpack(f"{2 * self._num_models}d", kernels.moments(block)):
+            num = min(CHUNK_ELEMENTS, num_elements - start)
+            shares.append((num, list(values[::2]), list(values[1::2])))
+            start += num
+        return shares
+
+    def add(self, share: list[tuple[int, list[float], list[float]]]) -> None:
+        self._chunks += share
+
+    def finish(self) -> list[float]:
+        return [self._deviation(model) for model in range(self._num_models)]
+
+    def _deviation(self, model: int) -> float:
+        total = sum(count for count, _, _ in self._chunks)
+        if total == 0:
+            return 0.0
+        try:
+            mean = math.fsum(count * means[model] for count, means, _ in self._chunks) / total
+            squares = math.fsum(
+                term
+                for count, means, squares in self._chunks
+                for term in (squares[model], count * (means[model] - mean) ** 2)
+            )
+        except (OverflowError, ValueError):  # non-finite inputs that the user allowed
+            return math.nan
+        return math.sqrt(squares / total)

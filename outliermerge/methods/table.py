@@ -1,0 +1,32 @@
+"""The table of merge methods."""
+
+from __future__ import annotations
+
+from outliermerge.errors import SpecError, suggest
+from outliermerge.methods.averaging import linear, passthrough
+from outliermerge.methods.contract import MergeMethod, import_method
+from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.task_arithmetic import task_arithmetic, ties
+
+METHODS: dict[str, MergeMethod] = {
+    method.name: method for method in (min_sigma, linear, task_arithmetic, ties, passthrough)
+}
+
+
+def find_method(name: str) -> MergeMethod:
+    """Return a method by its name in the table, or by `package.module:function`.
+
+    Raises:
+        SpecError: there is none.
+
+    >>> find_method("min_sigma").space
+    'delta'
+    """
+    if ":" in name:
+        return import_method(name)
+    if name not in METHODS:
+        raise SpecError(
+            f"unknown merge method {name!r}. {suggest(name, METHODS)} "
+            "Your own is named package.module:function."
+        )
+    return METHODS[name]

@@ -1,0 +1,353 @@
+"""What is written beside the weights (manifest, model card, configuration), and its proof."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.formats.hub import is_hub_id
+from outliermerge.checkpoint.formats.safetensors_file import read_header
+from outliermerge.checkpoint.layout import OutputTensor, make_indexes
+from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.execution.pipeline import JobResult
+from outliermerge.output.folder import OutputFolder, finish_interrupted
+from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
+from outliermerge.output.names import real_output, shard_path
+from outliermerge.planning.plan import Options, Plan
+from outliermerge.planning.sidecars import sidecar_contents
+from outliermerge.storage.failures import naming
+
+if TYPE_CHECKING:
+    from outliermerge.output.load_check import Verdict
+
+CARD_NAME = "README.md"
+# What git, the hub's client and desktops leave in a folder; no loader reads it.
+_LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
+             ".DS_Store"}  # fmt: skip
+
+
+def identity(plan: Plan, options: Options) -> dict[str, Any]:
+    """Return what must be the same for a killed run to be continued, by what a user calls it."""
+    layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
+    pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
+    return {
+        "the outliermerge version": version("outliermerge"),
+        "the torch version": version("torch"),
+        "the device": options.device.partition(":")[0],
+        "what computes (--no-kernels)": "kernels" if options.kernels else "torch",
+        "the spec": plan.spec.as_dict(),
+        "the layout of the output (--shard-size, tensors)": layout,
+        "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
+            xxhash.xxh3_128_hexdigest(repr(pairing).encode("utf-8", "surrogatepass"))
+        ),
+        **{
+            f"the files of {entry.reference}": [
+                [str(stamp.path), stamp.num_bytes, stamp.mtime_ns]
+                for stamp in entry.checkpoint.weight_files
+            ]
+            for entry in plan.inputs
+        },
+    }
+
+
+def write_sidecars(
+    plan: Plan,
+    folder: OutputFolder,
+    options: Options,
+    *,
+    load_check: Verdict | None = None,
+) -> dict[str, Any]:
+    """Write everything but the weights into an output, the manifest last, and return it."""
+    contents = sidecar_contents(plan)
+    indexes = make_indexes((job.output for job in plan.jobs), plan.components)
+    contents |= {name: text.encode() for name, text in indexes.items()}
+    if not plan.is_one_file:
+        contents[CARD_NAME] = _model_card(plan).encode()
+    folder.write_files(contents)
+    manifest = _manifest(plan, folder.done, folder.path, sorted(contents), options)
+    if load_check is not None:
+        manifest["load_check"] = load_check.as_dict()
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    folder.write_files({MANIFEST_NAME: text.encode()})
+    return manifest
+
+
+def _manifest(
+    plan: Plan,
+    results: Mapping[str, JobResult],
+    folder: Path,
+    names: list[str],
+    options: Options,
+) -> dict[str, Any]:
+    read: dict[int, list[str]] = {number: [] for number in range(len(plan.inputs))}
+    for job in plan.jobs:
+        for number, checksum in results[job.name].read.items():
+            read[number].append(f"{job.name} {checksum}\n")
+    return {
+        "format": MANIFEST_FORMAT,
+        "versions": {
+            "outliermerge": version("outliermerge"),
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+        "device": options.device.partition(":")[0],
+        "kernels": options.kernels and options.device == "cpu",
+        "spec": plan.spec.as_dict(),
+        "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
+        "files: sha256; shards: xxh3_128 of the header; "
+        "inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
+        "inputs": [
+            {
+                "model": entry.reference,
+                "role": entry.role,
+                "path": str(entry.checkpoint.root),
+                "files": {
+                    _relative(stamp.path, entry.checkpoint.root): stamp.num_bytes
+                    for stamp in entry.checkpoint.weight_files
+                },
+                "checksum": xxhash.xxh3_128_hexdigest("".join(read[number]).encode()),
+            }
+            for number, entry in enumerate(plan.inputs)
+        ],
+        "shards": {
+            shard.file: {
+                "num_bytes": shard.num_bytes,
+                "header": _checksum(header_checksum, folder / shard.file),
+            }
+            for shard in plan.shards
+        },
+        "input_bytes": plan.num_read_bytes,
+        "read_bytes": sum(results[job.name].read_bytes for job in plan.jobs),
+        "num_parameters": plan.num_parameters,
+        "files": {
+            name: {
+                "num_bytes": (folder / name).stat().st_size,
+                "sha256": _checksum(file_checksum, folder / name),
+            }
+            for name in names
+        },
+        "tensors": {
+            job.name: _plain(
+                {
+                    "file": job.output.file,
+                    "dtype": job.output.dtype.name,
+                    "shape": list(job.output.shape),
+                    "checksum": results[job.name].checksum,
+                    "action": results[job.name].action,
+                    "sources": [plan.inputs[number].reference for number, _ in job.sources],
+                    "parameters": dict(job.parameters),
+                    "statistics": results[job.name].statistics,
+                    "non_finite": results[job.name].non_finite,
+                }
+            )
+            for job in plan.jobs
+        },
+    }
+
+
+def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
+    """Return a checksum of a file, or name it where it cannot be read."""
+    with naming(path, "read"):
+        return checksum(path)
+
+
+def _relative(path: Path, root: Path) -> str:
+    """Return a path as seen from a model's folder; whole where it is elsewhere, as a base is."""
+    if path == root or not path.is_relative_to(root):
+        return str(path)
+    return path.relative_to(root).as_posix()
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON values; infinite and NaN numbers become texts, empty entries are left out."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v not in ({}, []) or k == "shape"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _model_card(plan: Plan) -> str:
+    """Return the output's README: the front matter that the hub reads, and the recipe."""
+    on_hub = [
+        entry.reference.partition("@")[0]
+        for entry in plan.inputs
+        if is_hub_id(entry.reference) and Path(entry.reference).absolute() != entry.checkpoint.root
+    ]
+    sidecars = {sidecar.name for sidecar in plan.sidecars}
+    front = ["---"]
+    if on_hub:
+        front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
+        front += ["base_model_relation: merge"]
+    if "model_index.json" in sidecars:
+        front += ["library_name: diffusers"]
+    elif "modules.json" in sidecars:
+        front += ["library_name: sentence-transformers"]
+    elif "config.json" in sidecars:
+        front += ["library_name: transformers"]
+    front += ["tags:", "- merge", "- outliermerge", "---"]
+    method = plan.spec.method
+    models = "\n".join(
+        f"- {_code(entry.reference)}" + (" (base)" if entry.role == "base" else "")
+        for entry in plan.inputs
+    )
+    paper = f" ({method.paper})" if method.paper else ""
+    return (
+        "\n".join(front)
+        + f"\n\n# Merged model\n\nMade by outliermerge {version('outliermerge')} with "
+        + f"{_code(method.name)}{paper}: {method.summary}\n\n## Models\n\n{models}\n\n"
+        + f"## Recipe\n\n{_fenced(plan.spec.as_yaml())}\n\n"
+        + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
+        + "`outliermerge verify` proves this folder against it.\n"
+    )
+
+
+def _code(text: str) -> str:
+    """Return a name from outside as Markdown code, out of which nothing in it can break."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _fenced(yaml: str) -> str:
+    """Return YAML as a block of Markdown, whatever backticks are in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
+    return f"{fence}yaml\n{yaml}{fence}"
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    threads: int,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> list[str]:
+    """Recompute every checksum of an output and return what differs from its manifest.
+
+    Raises:
+        OutlierMergeError: the folder has no manifest.
+    """
+    folder = real_output(folder)
+    finish_interrupted(folder)
+    manifest = read_manifest(folder)
+    differences: list[str] = []
+    changed_headers: set[str] = set()
+    stored: dict[str, OutputTensor] = {}
+    for file, shard in manifest["shards"].items():
+        path = shard_path(folder, file)
+        component = file.rpartition("/")[0]
+        try:
+            metas = read_header(path)
+        except OutlierMergeError as error:
+            differences.append(str(error))
+            continue
+        if _checksum(header_checksum, path) != shard["header"]:
+            changed_headers.add(file)
+        for meta in metas:
+            assert meta.offset is not None
+            name = f"{component}/{meta.name}" if component else meta.name
+            if name in stored:
+                differences.append(f"tensor {name!r}: is in {stored[name].file} and in {file}")
+            stored[name] = OutputTensor(name, meta.dtype, meta.shape, file, meta.offset)
+    readable = {tensor.file for tensor in stored.values()}
+    to_read = []
+    for name, entry in manifest["tensors"].items():
+        tensor = stored.pop(name, None)
+        if tensor is None:
+            changed_headers.discard(entry["file"])
+            if entry["file"] in readable:
+                differences.append(f"tensor {name!r}: is not in {entry['file']}")
+            continue
+        found = (tensor.file, tensor.dtype.name, list(tensor.shape))
+        if found != (entry["file"], entry["dtype"], entry["shape"]):
+            changed_headers -= {tensor.file, entry["file"]}
+            differences.append(
+                f"tensor {name!r}: found {found[1]} {found[2]} in {found[0]}, expected "
+                f"{entry['dtype']} {entry['shape']} in {entry['file']}"
+            )
+        else:
+            to_read.append(tensor)
+    differences += [f"tensor {name!r}: is not in the manifest" for name in stored]
+    changed_headers -= {tensor.file for tensor in stored.values()}
+    differences += [f"file {file}: its header changed" for file in sorted(changed_headers)]
+    differences += _differing_tensors(folder, to_read, manifest, threads, on_progress)
+    differences += _differing_files(folder, manifest)
+    return differences
+
+
+def _differing_tensors(
+    folder: Path,
+    tensors: Iterable[OutputTensor],
+    manifest: Mapping[str, Any],
+    threads: int,
+    on_progress: Callable[[int], None],
+) -> list[str]:
+    tensors = list(tensors)
+    descriptors = {
+        file: os.open(shard_path(folder, file), os.O_RDONLY)
+        for file in {tensor.file for tensor in tensors}
+    }
+
+    def difference(tensor: OutputTensor) -> str | None:
+        checksum = checksum_in_file(descriptors[tensor.file], tensor)
+        on_progress(tensor.num_bytes)
+        wanted = manifest["tensors"][tensor.name]["checksum"]
+        if checksum == wanted:
+            return None
+        return (
+            f"tensor {tensor.name!r} in {tensor.file}: found checksum {checksum}, expected {wanted}"
+        )
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return [text for text in pool.map(difference, tensors) if text]
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def card_notes(folder: Path) -> list[str]:
+    """Return a note where a folder's model card is no longer the one that was written.
+
+    People edit it, and no loader reads it: it is no difference of the model.
+    """
+    entry = read_manifest(folder)["files"].get(CARD_NAME)
+    path = folder / CARD_NAME
+    if entry is None or (path.is_file() and _checksum(file_checksum, path) == entry["sha256"]):
+        return []
+    return [f"{CARD_NAME} is {'another' if path.is_file() else 'missing'}; no loader reads it"]
+
+
+def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    differences = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if name == CARD_NAME:
+            continue
+        if not path.is_file():
+            differences.append(f"file {name}: is missing")
+        elif _checksum(file_checksum, path) != entry["sha256"]:
+            differences.append(f"file {name}: its contents changed")
+    known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME, CARD_NAME}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        parts = path.relative_to(folder).parts
+        if parts[0] in _LEAVINGS or parts[:2] == (".cache", "huggingface"):
+            continue
+        name = "/".join(parts)
+        if path.is_file() and name not in known:
+            differences.append(f"file {name}: is not in the manifest")
+    return differences

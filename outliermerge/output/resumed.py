@@ -1,0 +1,61 @@
+"""What a run may take over of an earlier one whose inputs may have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.execution.pipeline import JobResult
+from outliermerge.planning.plan import Job, Plan
+
+_BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
+
+
+def marks_of(plan: Plan) -> dict[str, list[int]]:
+    """Return what tells of each file whether it is the same, as JSON has it.
+
+    A model that was copied or fetched again with its times has others, though it is the same.
+    """
+    return {
+        str(path): [stamp.device, stamp.inode, stamp.ctime_ns]
+        for path, stamp in plan.files
+        if stamp is not None
+    }
+
+
+def made_of_others(plan: Plan, done: Mapping[str, JobResult]) -> list[str]:
+    """Return the names of tensors that were made of other bytes than the inputs hold now.
+
+    Raises:
+        OutlierMergeError: an input cannot be read.
+    """
+    jobs = {job.name: job for job in plan.jobs}
+    with Reader() as reader:
+        return [
+            name
+            for name, result in done.items()
+            if name in jobs and not _is_of(jobs[name], result, reader)
+        ]
+
+
+def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:
+    """Tell whether sources have the checksums that a result says; unread ones were equal."""
+    if not result.read:
+        return False
+    first = next(iter(result.read.values()))
+    return all(
+        _checksum(source, reader) == result.read.get(number, first)
+        for number, source in job.sources
+    )
+
+
+def _checksum(source: Source, reader: Reader) -> str:
+    size, digests = source.dtype.num_bytes, []
+    for start in range(0, source.num_elements, _BLOCK_ELEMENTS):
+        stop = min(start + _BLOCK_ELEMENTS, source.num_elements)
+        raw = memoryview(bytearray((stop - start) * size))
+        source.read(reader, start, stop, raw)
+        digests.append(piece_digests(raw, size))
+    return tensor_checksum(digests)

@@ -1,0 +1,275 @@
+"""Plans carried out: outputs opened, tensors made, files beside them written, folders named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.execution.pipeline import JobResult
+from outliermerge.execution.threads import Target, execute, groups_of
+from outliermerge.output.folder import OutputFolder
+from outliermerge.output.manifest import identity, write_sidecars
+from outliermerge.output.manifest_file import read_manifest
+from outliermerge.output.names import real_output
+from outliermerge.output.resumed import made_of_others, marks_of
+from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.stamps import OtherBytesError, Watched, watching
+
+if TYPE_CHECKING:
+    from outliermerge.output.load_check import Verdict
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished merge did.
+
+    Attributes:
+        output: the folder.
+        manifest: the contents of its outliermerge.json.
+        num_resumed: tensors that an earlier, killed run had already written.
+        input_bytes, written_bytes: of the tensors worked on now.
+        disk_bytes: what the process had to read from disks, the rest being in the page cache;
+            None where the system does not tell.
+        work_seconds: wall time of reading, computing and writing the tensors.
+        sync_seconds: wall time until all is on the disk and has its name.
+        seconds: wall time of all but planning; of all outputs where several were made together.
+        load_check: what is known of its loading; None where that was not asked.
+        left_behind: where files are that somebody put into the old output during the merge.
+    """
+
+    output: Path
+    manifest: Mapping[str, Any]
+    num_resumed: int
+    input_bytes: int
+    written_bytes: int
+    disk_bytes: int | None
+    work_seconds: float
+    sync_seconds: float
+    seconds: float
+    load_check: Verdict | None = None
+    left_behind: Path | None = None
+
+    @property
+    def non_finite(self) -> dict[str, list[str]]:
+        """Where infinite or NaN values are, by tensor."""
+        tensors = self.manifest["tensors"].items()
+        return {name: entry["non_finite"] for name, entry in tensors if "non_finite" in entry}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values, without the manifest's tensors."""
+        return {
+            "output": str(self.output),
+            "num_tensors": len(self.manifest["tensors"]),
+            "num_parameters": self.manifest["num_parameters"],
+            "num_resumed": self.num_resumed,
+            "input_bytes": self.input_bytes,
+            "read_bytes": self.manifest["read_bytes"],
+            "written_bytes": self.written_bytes,
+            "disk_bytes": self.disk_bytes,
+            "work_seconds": round(self.work_seconds, 3),
+            "sync_seconds": round(self.sync_seconds, 3),
+            "seconds": round(self.seconds, 3),
+            "non_finite": self.non_finite,
+            **({"left_behind": str(self.left_behind)} if self.left_behind else {}),
+            **({"load_check": self.load_check.as_dict()} if self.load_check else {}),
+        }
+
+
+def run_plans(
+    plans: Sequence[tuple[Plan, Path]],
+    options: Options,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    on_progress: Callable[[int], None],
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
+) -> list[RunResult]:
+    """Carry out plans that read the same models, each into its own output, reading them once.
+
+    Args:
+        load_check: let transformers prove, beside the merge, that it loads what is written. An
+            output that does not load keeps the name of an unfinished one, and a run with a
+            corrected config goes on from there.
+        on_waiting: called when all is computed and only the proof is waited for.
+
+    Raises:
+        SpecError: the memory budget is too small.
+        OutlierMergeError: a model or an output folder is not fit for it, or an output would not
+            load.
+    """
+    for plan, _ in plans:
+        plan.peak_memory_bytes(options)  # refuses a budget that is too small
+    started, disk_before = time.monotonic(), _disk_bytes()
+    with ExitStack() as stack:
+        stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
+        watched = stack.enter_context(watching(Watched(stamps)))
+        watched.check()
+        folders: list[OutputFolder] = []
+        for plan, final in plans:
+            with watching(Watched()):  # an old output is no input
+                folder = OutputFolder(
+                    plan,
+                    real_output(final),
+                    identity=identity(plan, options),
+                    marks=marks_of(plan),
+                    fresh=fresh,
+                    overwrite=overwrite,
+                    all_named=bool(folders) and folders[0].all_named,
+                )
+            stack.callback(folder.close)
+            folders.append(folder)
+        check = None
+        if load_check:
+            from outliermerge.output.load_check import LoadCheck
+
+            check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
+        for (plan, _), folder in zip(plans, folders, strict=True):
+            folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+            if folder.has_other_marks:
+                for name in made_of_others(plan, folder.done):
+                    del folder.done[name]
+        _forget_parts(plans, folders)
+        targets = []
+        for (plan, _), folder in zip(plans, folders, strict=True):
+            left = [job for job in plan.jobs if job.name not in folder.done]
+            left = [] if folder.is_finished else left
+            targets.append(Target(plan, left, folder, _if_unchanged(watched, folder.record)))
+            on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
+        working = time.monotonic()
+
+        def on_block(num_bytes: int) -> None:
+            on_progress(num_bytes)
+            if check is not None:
+                check.raise_if_bad()
+
+        try:
+            execute(targets, options, on_progress=on_block)
+        except OutlierMergeError as error:
+            for folder in folders if isinstance(error, OtherBytesError) else ():
+                folder.forget_all()
+            watched.check()  # a change explains what went wrong
+            raise
+        work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
+        verdicts: list[Verdict | None] = [None] * len(plans)
+        if check is not None:
+            on_waiting()
+            verdicts = [*check.verdicts()]
+            check.raise_if_bad()
+        manifests = [
+            read_manifest(folder.final)
+            if folder.is_finished
+            else write_sidecars(plan, folder, options, load_check=verdict)
+            for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
+        ]
+        watched.check()
+        syncing = time.monotonic()
+        left_behind = name_all(folders, manifests)
+        sync_seconds = time.monotonic() - syncing
+    known = None not in (disk_before, disk_after)
+    return [
+        RunResult(
+            output=final,
+            manifest=manifest,
+            num_resumed=len(plan.jobs) - len(target.jobs),
+            input_bytes=sum(job.num_read_bytes for job in target.jobs),
+            written_bytes=sum(job.num_written_bytes for job in target.jobs),
+            disk_bytes=(disk_after or 0) - (disk_before or 0) if known else None,
+            work_seconds=work_seconds,
+            sync_seconds=sync_seconds,
+            seconds=time.monotonic() - started,
+            load_check=verdict,
+            left_behind=foreign,
+        )
+        for (plan, final), target, manifest, verdict, foreign in zip(
+            plans, targets, manifests, verdicts, left_behind, strict=True
+        )
+    ]
+
+
+def _if_unchanged(
+    watched: Watched, record: Callable[[Job, JobResult], None]
+) -> Callable[[Job, JobResult], None]:
+    """Return what records a tensor if it was made of what was planned with."""
+
+    def record_checked(job: Job, result: JobResult) -> None:
+        watched.check({meta.path for _, source in job.sources for meta in source.stored})
+        record(job, result)
+
+    return record_checked
+
+
+def _forget_parts(plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder]) -> None:
+    """Do tensors again that were made in one reading for several outputs, and reached only some.
+
+    So the manifests say the same of what was read, wherever a sweep was killed.
+    """
+    if len(plans) == 1:
+        return
+    pairs = zip(plans, folders, strict=True)
+    targets = [Target(plan, plan.jobs, folder, folder.record) for (plan, _), folder in pairs]
+    held = {id(target): folder for target, folder in zip(targets, folders, strict=True)}
+    for group in groups_of(targets):
+        members = [(held[id(target)], job.name) for target, job in group]
+        if any(name not in folder.done for folder, name in members):
+            for folder, name in members:
+                if not folder.is_finished:
+                    folder.done.pop(name, None)
+
+
+def name_all(
+    folders: Sequence[OutputFolder], manifests: Sequence[Mapping[str, Any]]
+) -> list[Path | None]:
+    """Give outputs their names, when all of them are on the disk; no journal goes before that.
+
+    So the same command goes on after a kill between two names.
+
+    Returns:
+        Where files are left that somebody else put into an old output; None as a rule.
+    """
+    left = [(f, m) for f, m in zip(folders, manifests, strict=True) if not f.is_finished]
+    for folder, manifest in left:
+        folder.finish([*manifest["files"], MANIFEST_NAME])
+    foreign = [None if folder.is_finished else folder.name() for folder in folders]
+    if len(folders) > 1:  # the first one's journal is the last that goes
+        folders[0].say_all_named()
+    for folder in reversed(folders):
+        folder.forget()
+    return foreign
+
+
+def _disk_bytes() -> int | None:
+    """Return what this process has read from disks so far, as the kernel counts it."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def output_path(planned: Plan, output: str | Path | None) -> Path:
+    """Return the folder or file that an argument or else the spec names.
+
+    Raises:
+        SpecError: neither does, or a file is named where a folder is written or the reverse.
+    """
+    named = output or planned.spec.document.output
+    if named is None:
+        raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
+    path = as_path(named)
+    if planned.is_one_file and path.suffix != ".safetensors":
+        raise SpecError(
+            f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "
+            f"name it {path.name}.safetensors"
+        )
+    if not planned.is_one_file and path.suffix == ".safetensors":
+        raise SpecError(f"output {path}: a folder is written: leave .safetensors away")
+    if planned.is_one_file and len(planned.shards) > 1:
+        raise SpecError("--shard-size: the output is a single file: leave it away")
+    return path

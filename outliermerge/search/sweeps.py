@@ -1,0 +1,211 @@
+"""Sweeps: one spec with several values of its settings, merged from one reading of the models."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outliermerge.api import plan
+from outliermerge.errors import SpecError, shown, suggest
+from outliermerge.execution.threads import choose_options
+from outliermerge.output.run import RunResult, output_path, run_plans
+from outliermerge.planning.plan import Plan
+from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
+from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.spec.text import plain_yaml
+
+_KEYS = ("merge_method", "dtype", "out_dtype")
+_MAX_OUTPUTS = 1000
+_OF_MODEL = re.compile(r"models\.(\d{1,9})\.(\w+)")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One output of a sweep: its settings, their plan, and the folder's or file's name."""
+
+    settings: Mapping[str, Any]
+    plan: Plan
+    name: str
+
+
+def parse_values(option: str) -> tuple[str, list[Any]]:
+    """Return the key and the values of an option such as `t=2,2.5,3`.
+
+    Raises:
+        SpecError: it is of another form.
+
+    >>> parse_values("density=0.2,[0.2,0.5]")
+    ('density', [0.2, [0.2, 0.5]])
+    """
+    key, equals, text = option.partition("=")
+    try:
+        values = plain_yaml(f"[{text}]")
+    except ValueError:
+        values = None
+    if not (key and equals and text and values) or None in values:
+        raise SpecError(f"--set {shown(option)}: write KEY=VALUE,VALUE,… such as t=2,2.5,3")
+    return key.strip(), values
+
+
+def plan_sweep(
+    spec: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Sequence[Any]],
+    *,
+    shard_size: int | str | None = None,
+) -> list[Variant]:
+    """Plan every combination of values, without reading a tensor.
+
+    Args:
+        spec: a YAML file, or the same as a dict.
+        settings: values by key: `merge_method`, `dtype`, `out_dtype`, a parameter of the method,
+            or `models.N.PARAMETER` for the N-th model's own, from 1.
+
+    Raises:
+        SpecError: the spec, a key or a value is wrong; the message names the combination.
+        OutlierMergeError: the models do not fit together.
+    """
+    checked = load_spec(spec)
+    if not settings:
+        raise SpecError("a sweep needs settings: give --set KEY=VALUE,VALUE,…")
+    if (number := math.prod(map(len, settings.values()))) > _MAX_OUTPUTS:
+        raise SpecError(
+            f"--set: {number:,} combinations, each a whole model, more than the {_MAX_OUTPUTS:,} "
+            "that one sweep may have"
+        )
+    variants: dict[str, Variant] = {}
+    for values in itertools.product(*settings.values()):
+        chosen = dict(zip(settings, values, strict=True))
+        name = ",".join(f"{key}={_text(value)}" for key, value in chosen.items())
+        document = copy.deepcopy(checked.as_dict())
+        for key, value in chosen.items():
+            _apply(document, key, value, checked)
+        try:
+            planned = plan(document, shard_size=shard_size)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
+        if planned.is_one_file:
+            name += ".safetensors"
+        if name in variants:
+            raise SpecError(f"--set: {name} is there twice")
+        variants[name] = Variant(chosen, planned, name)
+    return list(variants.values())
+
+
+def sweep(
+    spec: str | Path | Mapping[str, Any] | Sequence[Variant],
+    settings: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    output: str | Path | None = None,
+    device: str = "cpu",
+    memory: int | str = DEFAULT_MEMORY_BYTES,
+    threads: int = 0,
+    shard_size: int | str | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    kernels: bool = True,
+    allow_non_finite: bool = False,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    load_check: bool = False,
+    on_waiting: Callable[[], None] = lambda: None,
+) -> list[RunResult]:
+    """Merge every combination of values, reading the models once and sharing statistics.
+
+    Args:
+        spec: a YAML file, the same as a dict, or what plan_sweep returned.
+        settings: values by key, as plan_sweep takes them; not with its variants.
+        output: the folder that gets a folder for each combination, such as `t=2`; the spec's
+            `output` by default.
+        device, memory, threads, shard_size, overwrite, fresh, kernels, allow_non_finite,
+        on_progress, load_check, on_waiting: as for run.
+
+    Returns:
+        A result for each combination, the last setting varying fastest.
+
+    Raises:
+        SpecError: the spec, a setting or an argument is wrong.
+        OutlierMergeError: a model or an output folder is not fit for it.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.sweep("spec.yaml", {"t": [2, 3]}, output="merged")  # doctest: +SKIP
+    """
+    if isinstance(spec, (str, Path, Mapping)):
+        variants = plan_sweep(spec, settings or {}, shard_size=shard_size)
+    else:
+        variants = list(spec)
+    options = choose_options(
+        device=device,
+        memory=memory,
+        threads=threads,
+        kernels=kernels,
+        allow_non_finite=allow_non_finite,
+    )
+    return run_plans(
+        [(variant.plan, output_of(variant, output)) for variant in variants],
+        options,
+        overwrite=overwrite,
+        fresh=fresh,
+        on_progress=on_progress,
+        load_check=load_check,
+        on_waiting=on_waiting,
+    )
+
+
+def output_of(variant: Variant, output: str | Path | None) -> Path:
+    """Return the folder or file of one combination.
+
+    Raises:
+        SpecError: neither the argument nor the spec names a folder.
+    """
+    folder = output or variant.plan.spec.document.output
+    named = None if folder is None else Path(folder) / variant.name
+    return output_path(variant.plan, named)
+
+
+def work_bytes(variants: Sequence[Variant]) -> int:
+    """Return the bytes that pass through a sweep, its models read once."""
+    first, *others = (variant.plan for variant in variants)
+    return first.work_bytes + sum(each.num_written_bytes for each in others)
+
+
+def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> None:
+    """Set a key of a spec's document."""
+    if key in _KEYS:
+        document[key] = value
+        return
+    of_model = _OF_MODEL.fullmatch(key)
+    if of_model:
+        number, name = int(of_model[1]), of_model[2]
+        if not 1 <= number <= len(document["models"]):
+            raise SpecError(
+                f"--set {shown(key)}: there is no model {number}: the spec has models 1 to "
+                f"{len(document['models'])}"
+            )
+        document["models"][number - 1].setdefault("parameters", {})[name] = value
+        return
+    if not key.isidentifier():
+        known = [*_KEYS, *spec.method.parameters, "models.1.weight"]
+        raise SpecError(f"--set {shown(key)}: is no setting of a spec. {suggest(key, known)}")
+    own = [
+        number
+        for number, model in enumerate(document["models"], start=1)
+        if key in (model.get("parameters") or {})
+    ]
+    if own:
+        raise SpecError(
+            f"--set {shown(key)}: model {own[0]} has a {shown(key)} of its own in the spec, which "
+            "would win. "
+            f"Set models.{own[0]}.{key}, or leave it away there."
+        )
+    document.setdefault("parameters", {})[key] = value
+
+
+def _text(value: Any) -> str:
+    """Return a value as it can be part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
