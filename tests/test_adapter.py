@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import outliermerge
 from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.methods.table import METHODS

@@ -18,7 +18,7 @@ from test_adapter import ATTENTION, MODELS
 
 import outliermerge
 from outliermerge.checkpoint.adapters.adapter import open_adapter
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.peft import NoiseConfig, ScaledLoraConfig

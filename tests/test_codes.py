@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_quantized import read
 
 import outliermerge
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from outliermerge import OutlierMergeError, SpecError
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.formats.safetensors_file import make_header, read_header
 from outliermerge.checkpoint.layout import parse_bytes, plan_layout
 from outliermerge.checkpoint.reader import Reader

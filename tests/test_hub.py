@@ -17,7 +17,7 @@ from hub_server import STRANGERS_TOKEN, TOKEN, WARNING, Cut, HubServer, commit_o
 from safetensors.torch import save_file
 
 import outliermerge
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 
 LIMITED = (
     "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
@@ -283,7 +283,7 @@ class TestFetching:
                 (tmp_path / name / file).write_text(json.dumps(content))
         script = (
             "import sys\n"
-            "from outliermerge.checkpoint.formats.hub import resolve\n"
+            "from outliermerge.checkpoint.folders.hub import resolve\n"
             "for name in sys.argv[1:]:\n"
             "    print(resolve(f'org/{name}'))\n"
         )

@@ -20,7 +20,7 @@ from checkpoints import load_folder, save_tensors
 from safetensors import safe_open
 
 import outliermerge
-from outliermerge.checkpoint.formats.hub import is_hub_id
+from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.cli import main as cli
 
 CPU = {"threads": 1}

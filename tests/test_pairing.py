@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import outliermerge
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.methods.table import METHODS

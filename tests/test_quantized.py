@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint, Source

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_quantized import fp8_quantized, read
 
 import outliermerge
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.methods.table import METHODS
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import outliermerge
 from outliermerge import OutlierMergeError
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint
 

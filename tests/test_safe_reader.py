@@ -15,7 +15,7 @@ from checkpoints import save_tensors
 from safetensors.torch import load_file, save_file
 
 from outliermerge import OutlierMergeError
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.formats.pytorch_file import read_pickle
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.reader import Reader

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import outliermerge
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, SpecError
 
@@ -397,7 +397,7 @@ def test_a_whole_model_under_other_names_is_a_copy(tmp_path):
 def test_of_a_file_that_is_not_fetched_the_name_decides(name, monkeypatch, tmp_path):
     state = {"model.mm_projector.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}
     task = save_tensors(tmp_path / "t", state)
-    monkeypatch.setattr("outliermerge.checkpoint.formats.beside.listed_files", lambda root: [name])
+    monkeypatch.setattr("outliermerge.checkpoint.folders.beside.listed_files", lambda root: [name])
 
     if name == "mm_projector.bin":
         assert any(name in note for note in outliermerge.plan(_passthrough(task)).notes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import write_json
 from outliermerge.storage.files import small_bytes

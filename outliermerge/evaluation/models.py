@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
-from outliermerge.checkpoint.formats.hub import resolve
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods.table import METHODS

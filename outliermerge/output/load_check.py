@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, TypeAlias
 
 from outliermerge.checkpoint.config import counts_as_predicted, read_json
-from outliermerge.checkpoint.formats.folder import PIPELINE_NAME
+from outliermerge.checkpoint.folders.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
 from outliermerge.errors import OutlierMergeError, listing, shown

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
-from outliermerge.checkpoint.formats.hub import is_hub_id
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.errors import OutlierMergeError, shown

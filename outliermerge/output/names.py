@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 
 _LONGEST = ".partial.journal"

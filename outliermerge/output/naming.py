@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.journal import Journal
 from outliermerge.output.names import manifest_path, partial_folder, replaced_path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import (

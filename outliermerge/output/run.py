@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.formats.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execution.pipeline import JobResult
 from outliermerge.execution.threads import Target, execute, groups_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json, text_config
-from outliermerge.checkpoint.formats.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.tokens import read_tokens

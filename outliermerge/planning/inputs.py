@@ -8,9 +8,9 @@ from typing import Literal
 
 from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
-from outliermerge.checkpoint.formats.folder import open_checkpoint
-from outliermerge.checkpoint.formats.foreign import refuse_foreign_adapter
-from outliermerge.checkpoint.formats.hub import is_hub_id, resolve
+from outliermerge.checkpoint.folders.folder import open_checkpoint
+from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
+from outliermerge.checkpoint.folders.hub import is_hub_id, resolve
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, shown

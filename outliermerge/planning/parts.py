@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from outliermerge.checkpoint.formats.folder import MODULES_NAME
+from outliermerge.checkpoint.folders.folder import MODULES_NAME
 from outliermerge.checkpoint.tokens import same_token_files
 from outliermerge.errors import shown
 from outliermerge.planning.plan import Input

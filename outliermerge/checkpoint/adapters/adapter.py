@@ -32,9 +32,9 @@ from outliermerge.checkpoint.adapters.tensors import (
     in_dtype_of,
     makes,
 )
-from outliermerge.checkpoint.formats.copies import beside_adapter
-from outliermerge.checkpoint.formats.foreign import refuse_ungathered
-from outliermerge.checkpoint.formats.weights import read_metas
+from outliermerge.checkpoint.folders.copies import beside_adapter
+from outliermerge.checkpoint.folders.foreign import refuse_ungathered
+from outliermerge.checkpoint.folders.weights import read_metas
 from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.storage.files import check_file

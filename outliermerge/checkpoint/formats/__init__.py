@@ -1,4 +1,1 @@
-"""Which files of a folder are weights, and what their headers say.
-
-Read `folder` first.
-"""
+"""Files of tensors: what their headers say, and where each tensor's bytes are."""

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.formats.beside import (
+from outliermerge.checkpoint.folders.beside import (
     MANIFEST_NAME,
     files_in,
     sidecars_of,
 )
-from outliermerge.checkpoint.formats.copies import files_beside
-from outliermerge.checkpoint.formats.foreign import refuse_part, refuse_ungathered
-from outliermerge.checkpoint.formats.weights import (
+from outliermerge.checkpoint.folders.copies import files_beside
+from outliermerge.checkpoint.folders.foreign import refuse_part, refuse_ungathered
+from outliermerge.checkpoint.folders.weights import (
     OTHER_FORMATS,
     PYTORCH_PATTERNS,
     PYTORCH_SUFFIXES,

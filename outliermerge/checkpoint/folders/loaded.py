@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from outliermerge.checkpoint.formats.beside import TRAINING_FILES
+from outliermerge.checkpoint.folders.beside import TRAINING_FILES
 from outliermerge.errors import OutlierMergeError
 
 _DIFFUSERS = "diffusion_pytorch_model"

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from outliermerge.checkpoint.formats.beside import unread_tensors
-from outliermerge.checkpoint.formats.loaded import offered_files
-from outliermerge.checkpoint.formats.weights import (
+from outliermerge.checkpoint.folders.beside import unread_tensors
+from outliermerge.checkpoint.folders.loaded import offered_files
+from outliermerge.checkpoint.folders.weights import (
     PYTORCH_SUFFIXES,
     offered_by_hub,
     passed_over_note,

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.formats.foreign import (
+from outliermerge.checkpoint.folders.foreign import (
     refuse_foreign_adapter,
     refuse_part,
     refuse_ungathered,
 )
-from outliermerge.checkpoint.formats.loaded import OpenChoiceError, choose, offered_files
+from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose, offered_files
 from outliermerge.checkpoint.formats.safetensors_file import duplicates, read_header_and_metadata
 from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.formats.beside import sidecars_of
-from outliermerge.checkpoint.formats.folder import MODULES_NAME, PIPELINE_NAME, module_folders
-from outliermerge.checkpoint.formats.loaded import OpenChoiceError, choose
+from outliermerge.checkpoint.folders.beside import sidecars_of
+from outliermerge.checkpoint.folders.folder import MODULES_NAME, PIPELINE_NAME, module_folders
+from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose
 from outliermerge.errors import OutlierMergeError, as_path, listing
 from outliermerge.storage.files import load_json
 
