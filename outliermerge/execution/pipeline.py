@@ -230,14 +230,13 @@ class JobRunner:
 
         work.count(job.num_elements, sources=1)
         items: list[_Written] = yield Round(copy, work.spans())
-        result = JobResult(
+        return JobResult(
             action="copy",
             checksum=tensor_checksum(piece for item in items for piece in item.written),
             read={number: tensor_checksum(piece for item in items for piece in item.digests[0])},
             read_bytes=work.read_bytes,
             non_finite=self._places(job, items),
         )
-        return result
 
     def _merge(self, work: Work, outputs: Sequence[tuple[Job, Sink]]) -> Steps[list[JobResult]]:
         tasks = [job.task for job, _ in outputs]
