@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.api import merge_state_dicts, merge_tensors, plan, run, verify
     from outliermerge.errors import OutlierMergeError, SpecError
-    from outliermerge.methods.contract import PerModel, merge_method
+    from outliermerge.methods.contract import merge_method
+    from outliermerge.methods.parameter import PerModel
     from outliermerge.methods.statistics.base import StandardDeviation
     from outliermerge.methods.statistics.trim import Trim
     from outliermerge.search.sweeps import sweep
@@ -44,7 +45,7 @@ __all__ = [
 
 _HOMES = {
     "OutlierMergeError": "errors",
-    "PerModel": "methods.contract",
+    "PerModel": "methods.parameter",
     "SpecError": "errors",
     "StandardDeviation": "methods.statistics.base",
     "Trim": "methods.statistics.trim",

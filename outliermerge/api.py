@@ -15,8 +15,9 @@ from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.execution.in_memory import merge_in_memory
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_options, torch_threads
-from outliermerge.methods.contract import MergeMethod, Task
+from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
@@ -245,7 +246,7 @@ def _resolved(
     most = method.max_models
     if num_models < method.min_models or (most is not None and num_models > most):
         raise SpecError(f"{method.name} does not take {num_models} models")
-    if method.space == "delta" and not has_base:
+    if method.uses_base and not has_base:
         raise SpecError(f"{method.name} works on differences from a base: give `base`")
     return method.resolve(num_models, parameters)
 
@@ -272,7 +273,7 @@ def _prepared(
         return first.detach().clone()
     if len(models) == 1 and method.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)
-    sources = [base, *models] if method.space == "delta" and base is not None else list(models)
+    sources = [base, *models] if method.uses_base and base is not None else list(models)
     task = Task(
         method=method,
         parameters=resolved,

@@ -16,8 +16,8 @@ from torch import Tensor
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines import triton as gpu_engine
 from outliermerge.engines.triton import TensorMerge
-from outliermerge.methods.contract import Task
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 
 DTYPE_CODES = {"b": torch.bfloat16, "e": torch.float16, "f": torch.float32}
 

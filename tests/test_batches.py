@@ -12,8 +12,9 @@ from torch import Tensor
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.triton import TensorMerge
-from outliermerge.methods.contract import MergeMethod, Task, merge_method
+from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 
 
 @merge_method(space="delta", cut="tensor")

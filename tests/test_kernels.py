@@ -17,11 +17,11 @@ from torch import Tensor
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines import _kernels
 from outliermerge.engines.torch import keywords, merge_block
-from outliermerge.methods.contract import Task
 from outliermerge.methods.kernel_call import CODES, KernelCall
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 
 MODULES = [
     importlib.import_module(f"outliermerge.engines._kernels{suffix}")

@@ -11,7 +11,8 @@ import yaml
 from checkpoints import save_tensors
 
 import outliermerge
-from outliermerge.methods.contract import Parameter, merge_method
+from outliermerge.methods.contract import merge_method
+from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.check import load_spec, parse_spec
 from outliermerge.spec.schema import json_schema

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from outliermerge.checkpoint.sources import DType
-from outliermerge.methods.contract import Task
 from outliermerge.methods.statistics.base import Pass
+from outliermerge.methods.task import Task
 
 
 class Engine(Protocol):
@@ -25,9 +25,15 @@ class Engine(Protocol):
         """Return a block's share in each statistic's pass."""
 
     def merge(
-        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+        self,
+        task: Task,
+        prepared: Any,
+        raws: list[memoryview],
+        num_elements: int,
+        out: memoryview,
+        start: int = 0,
     ) -> tuple[bool, bool, dict[str, Any]]:
-        """Fill out with a block's merged weights.
+        """Fill `out` with a block's merged weights; `start` is its first element.
 
         Returns:
             Whether all sources are finite, whether the output is, and the method's report.

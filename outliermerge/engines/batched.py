@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from outliermerge.engines.torch import keywords, merge_block
 from outliermerge.engines.triton import TensorMerge
+from outliermerge.methods.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def batches(merges: Sequence[TensorMerge], *, memory_bytes: int) -> list[list[Te
     groups: dict[object, list[TensorMerge]] = {}
     for merge in merges:
         task = merge.task
-        if task.method.cut == "tensor" and not task.method.needs and merge.num_elements:
+        if task.cut == "tensor" and _is_alone(task) and merge.num_elements:
             place = tuple(tensor.device for tensor in (*merge.sources, merge.result))
             what = tuple(sorted(task.parameters.items())), task.shape, task.dtypes, task.out_dtype
             groups.setdefault((task.method.name, what, place), []).append(merge)
@@ -44,6 +45,12 @@ def batches(merges: Sequence[TensorMerge], *, memory_bytes: int) -> list[list[Te
         most = max(1, memory_bytes // size)
         found += [group[i : i + most] for i in range(0, len(group), most)]
     return found
+
+
+def _is_alone(task: Task) -> bool:
+    """Tell whether a method sees nothing but the values."""
+    method = task.method
+    return not (method.needs or method.takes_context or task.modifiers)
 
 
 def _bytes(merge: TensorMerge) -> int:

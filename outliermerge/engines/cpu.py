@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.sources import DType
-from outliermerge.methods.contract import Task
 from outliermerge.methods.kernel_call import CODES, KernelCall, Place
 from outliermerge.methods.statistics.base import Pass
+from outliermerge.methods.task import Task
 
 T = TypeVar("T")
 
@@ -75,7 +75,13 @@ class KernelEngine:
         return shares
 
     def merge(
-        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+        self,
+        task: Task,
+        prepared: Any,
+        raws: list[memoryview],
+        num_elements: int,
+        out: memoryview,
+        start: int = 0,
     ) -> tuple[bool, bool, dict[str, Any]]:
         """Fill out with a block's merged weights. No kernel loses what is not finite."""
         _, ((is_finite, report, _),) = self.merge_places(

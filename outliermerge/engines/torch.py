@@ -10,11 +10,13 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.checkpoint.sources import DType
-from outliermerge.methods.contract import MergeMethod, Task
+from outliermerge.methods.contract import Cut, MergeMethod
 from outliermerge.methods.statistics.base import Pass
+from outliermerge.methods.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,19 +57,26 @@ class TorchEngine:
         """Return a block's share in each statistic's pass."""
         with self._own.stream():
             block_SE = self._load(task, sources, num_elements)
-            block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-            return {name: state.measure(block_ME) for name, state in passes.items()}
+            return measure_block(task, passes, block_SE)
 
     def merge(
-        self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
+        self,
+        task: Task,
+        prepared: Any,
+        raws: list[memoryview],
+        num_elements: int,
+        out: memoryview,
+        start: int = 0,
     ) -> tuple[bool, bool, dict[str, Any]]:
-        """Fill out with a block's merged weights."""
+        """Fill `out` with a block's merged weights."""
         import torch
 
         with self._own.stream():
             block_SE = self._load(task, raws, num_elements)
             finite = is_finite(block_SE)
-            merged_E, report = merge_block(task, block_SE, keywords(task, prepared, block_SE))
+            merged_E, report = merge_block(
+                task, block_SE, keywords(task, prepared, block_SE), start
+            )
             stored_E = merged_E.to(getattr(torch, task.out_dtype.name))
             fits_ = fits(merged_E, stored_E)
             _values(task.out_dtype, out).copy_(stored_E)  # waits for the stream
@@ -99,7 +108,8 @@ class TorchEngine:
         if flat is None or len(flat) < size:
             flat = own.block[dtype] = torch.empty(size, dtype=dtype, device=own.device)
         block_SE = flat[:size].view(len(raws), num_elements)
-        for row_E, source, raw in zip(block_SE, task.dtypes, raws, strict=True):
+        dtypes = (*task.dtypes, *task.auxiliary)[: len(raws)]
+        for row_E, source, raw in zip(block_SE, dtypes, raws, strict=True):
             # In the storage dtype to the device, where it is widened.
             stored_E = _values(source, raw).to(own.device, non_blocking=True)
             row_E.copy_(stored_E)
@@ -135,28 +145,56 @@ def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[s
     }
 
 
+def measure_block(task: Task, passes: Mapping[T, Pass], block_SE: Tensor) -> dict[T, Any]:
+    """Return a block's share in each statistic's pass; the block is overwritten."""
+    block_ME = to_deltas(block_SE) if task.is_delta else block_SE
+    return {name: state.measure(block_ME) for name, state in passes.items()}
+
+
 def merge_block(
-    task: Task, block_SE: Tensor, keywords: Mapping[str, Any]
+    task: Task, block_SE: Tensor, keywords: Mapping[str, Any], start: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a block's merged weights (E,) in the compute dtype, and the method's report.
 
     Args:
-        block_SE: the sources; overwritten.
+        block_SE: the sources, and behind them the auxiliary tensors; overwritten.
         keywords: needs and parameters as the method's function takes them.
+        start: the block's first element.
     """
-    method = task.method
+    method, num_sources = task.method, len(task.dtypes)
+    more: dict[str, Any] = {}
+    others_AE = block_SE[num_sources:]
+    for number, name in enumerate(method.auxiliary):
+        rows = others_AE[number * task.num_models : (number + 1) * task.num_models]
+        more[name] = view_for(method.cut, rows, task.shape)
+    block_SE = block_SE[:num_sources]
+    if method.space == "both":
+        more["base"] = view_for(method.cut, block_SE[:1], task.shape)[0]
+    context = replace(task.context, start=start)
+    if method.takes_context:
+        more["context"] = context
     block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-    result = method.function(view_for(method, block_ME, task.shape), **keywords)
+    result = method.function(view_for(method.cut, block_ME, task.shape), **keywords, **more)
     merged, report = result if isinstance(result, tuple) else (result, {})
+    merged_E = _flat(method, merged, block_SE)
+    for modifier, parameters in task.modifiers:
+        own = modifier.arguments(parameters, like=merged_E)
+        own |= {"context": context} if modifier.takes_context else {}
+        view = view_for(modifier.cut, merged_E[None], task.shape)[0]
+        merged_E = _flat(modifier, modifier.function(view, **own), block_SE)
+    if task.is_delta:
+        merged_E = merged_E + block_SE[0]
+    return merged_E, report
+
+
+def _flat(method: MergeMethod, merged: Tensor, block_SE: Tensor) -> Tensor:
     merged_E = merged.reshape(-1)
     if merged_E.shape != block_SE.shape[1:]:
         raise ValueError(
             f"{method.name} returned shape {tuple(merged.shape)} for a block "
             f"of {block_SE.shape[1]} elements"
         )
-    if task.is_delta:
-        merged_E = merged_E + block_SE[0]
-    return merged_E, report
+    return merged_E
 
 
 def to_deltas(block_SE: Tensor) -> Tensor:
@@ -164,13 +202,13 @@ def to_deltas(block_SE: Tensor) -> Tensor:
     return block_SE[1:].sub_(block_SE[0])
 
 
-def view_for(method: MergeMethod, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a block in the shape that the method's cut promises."""
+def view_for(cut: Cut, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a block in the shape that a method's cut promises."""
     num_models = len(block_ME)
-    if method.cut == "row":
+    if cut == "row":
         columns = math.prod(shape[1:]) if len(shape) > 1 else block_ME.shape[1]
         return block_ME.view(num_models, -1, columns)
-    if method.cut == "tensor":
+    if cut == "tensor":
         return block_ME.view(num_models, *shape)
     return block_ME
 

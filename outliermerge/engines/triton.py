@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.methods.contract import Task
 from outliermerge.methods.kernel_call import CODES, KernelCall
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation, Statistic
+from outliermerge.methods.task import Task
 
 if TYPE_CHECKING:
     import numpy

@@ -43,7 +43,7 @@ class Work:
         self.job, self.engine, self.read_bytes = job, engine, 0
         self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
         self.block_elements = plan.block_elements(job, options)
-        self.in_pieces = job.action != "merge" or job.task.method.cut == "element"
+        self.in_pieces = job.action != "merge" or job.task.cut == "element"
         self._threads = options.threads
         metas = [meta for _, meta in job.sources]
         self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)

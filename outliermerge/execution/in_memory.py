@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.engines.torch import keywords, merge_block, to_deltas
+from outliermerge.engines.torch import keywords, measure_block, merge_block
 from outliermerge.execution.passes import NeedKey, Span, measure_needs, spans
 from outliermerge.execution.rounds import Round, Steps
-from outliermerge.methods.contract import Task
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
+from outliermerge.methods.task import Task
 from outliermerge.planning.plan import row_elements
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def merge_in_memory(
     limit = _BLOCK_ELEMENTS.get(result.device.type, _BLOCK_ELEMENTS["cpu"])
     row = row_elements(task.shape)
     block_elements = {"element": limit, "row": max(row, limit // row * row),
-                      "tensor": max(1, num_elements)}[task.method.cut]  # fmt: skip
+                      "tensor": max(1, num_elements)}[task.cut]  # fmt: skip
     engine = KernelEngine(kernels) if kernels is not None and task.fits_kernels else None
 
     def load(span: Span) -> Tensor:
@@ -46,9 +46,7 @@ def merge_in_memory(
         if engine is not None:
             raws = [_bytes(tensor, span) for tensor in flat]
             return engine.measure(task, passes, raws, span[1] - span[0])
-        block_SE = load(span)
-        block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-        return {name: state.measure(block_ME) for name, state in passes.items()}
+        return measure_block(task, passes, load(span))
 
     (needs,) = yield from measure_needs(
         [task], measure, num_elements=num_elements, block_elements=block_elements
@@ -61,7 +59,7 @@ def merge_in_memory(
             engine.merge(task, prepared, raws, span[1] - span[0], _bytes(result_E, span))
             return
         block_SE = load(span)
-        merged_E, _ = merge_block(task, block_SE, keywords(task, needs, block_SE))
+        merged_E, _ = merge_block(task, block_SE, keywords(task, needs, block_SE), span[0])
         result_E[span[0] : span[1]].copy_(merged_E)
 
     yield Round(merge, spans(num_elements, block_elements))

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from outliermerge.execution.rounds import Round, Steps
-from outliermerge.methods.contract import Task
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Statistic
+from outliermerge.methods.task import Task
 
 Span: TypeAlias = tuple[int, int]
 NeedKey: TypeAlias = tuple[Statistic, tuple[Any, ...]]

@@ -397,4 +397,4 @@ class JobRunner:
 def _keeps_equal_models(job: Job) -> bool:
     """Tell whether models that are all equal come back as they are."""
     method = job.task.method
-    return method.space == "delta" or method.idempotent(job.parameters)
+    return method.uses_base or method.idempotent(job.parameters)

@@ -155,8 +155,8 @@ def groups_of(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
     for target in targets:
         for job in target.jobs:
             method = job.task.method
-            how = (job.action, job.compute_dtype, method.space, method.cut, job.fits_kernels)
-            key = (job.sources, how)
+            how = (job.action, job.compute_dtype, method.uses_base, job.task.cut, job.fits_kernels)
+            key = (job.sources, job.auxiliary, how)
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
     return list(groups.values())
 

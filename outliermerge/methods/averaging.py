@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import KernelCall, to_float32
+from outliermerge.methods.parameter import PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,95 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Interval, Le, Lt
-
-from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import SpecError, suggest
-from outliermerge.methods.kernel_call import CODES, KernelCall
+from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.parameter import Parameter, declared
 from outliermerge.methods.statistics.base import Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Space: TypeAlias = Literal["delta", "weight"]
+Space: TypeAlias = Literal["delta", "weight", "both", "merged"]
 Cut: TypeAlias = Literal["element", "row", "tensor"]
-
-_PER_MODEL = "one value per model"
-PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
-"""Annotates a parameter that every model may set for itself; it arrives with shape (M,)."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a method, as its signature declares it.
-
-    Attributes:
-        name: as written in YAML (`lambda_` in Python is `lambda` there).
-        type: float, int, bool or str; of one value where the parameter is per model.
-        default: the value where the spec gives none.
-        per_model: whether each model may have its own.
-        bounds: the range of valid values.
-    """
-
-    name: str
-    type: type
-    default: Any
-    per_model: bool
-    bounds: Interval
-
-    @property
-    def python_name(self) -> str:
-        return self.name + "_" if self.name == "lambda" else self.name
-
-    @property
-    def range(self) -> str:
-        """The range in words, empty where every value is valid."""
-        limits = (
-            ("≥", self.bounds.ge), (">", self.bounds.gt),
-            ("≤", self.bounds.le), ("<", self.bounds.lt),
-        )  # fmt: skip
-        return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
-
-    def check(self, value: object) -> Any:
-        """Return one value in the parameter's type.
-
-        Raises:
-            ValueError: it is of another type or out of range; the message says what is expected.
-        """
-        kind = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
-        converted: Any = value
-        if self.type in (float, int) and isinstance(value, str):
-            try:  # YAML reads 1e-3 as a text; mergekit takes it as a number
-                converted = float(value)
-            except ValueError:
-                pass
-        if self.type is float and isinstance(converted, int) and not isinstance(converted, bool):
-            try:
-                converted = float(converted)
-            except OverflowError:
-                converted = math.inf
-        if self.type is int and isinstance(converted, float) and converted.is_integer():
-            converted = int(converted)
-        if type(converted) is not self.type:
-            raise ValueError(f"found {value!r}, expected {kind[self.type]}")
-        number: Any = converted
-        if self.type is float and not math.isfinite(number):
-            raise ValueError(f"found {value!r}, expected a finite number")
-        low = (self.bounds.ge is not None and not number >= self.bounds.ge) or (
-            self.bounds.gt is not None and not number > self.bounds.gt
-        )
-        high = (self.bounds.le is not None and not number <= self.bounds.le) or (
-            self.bounds.lt is not None and not number < self.bounds.lt
-        )
-        if low or high:
-            raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")
-        return converted
+COARSEST_FIRST: tuple[Cut, ...] = ("tensor", "row", "element")
 
 
 @dataclass(frozen=True)
@@ -103,10 +29,17 @@ class MergeMethod:
         name: as in a spec.
         function: (M, E) → (E,), or a pair with a dict of values for the manifest: integer
             tensors are counts, added up over blocks; others are of the whole tensor.
-        space: `delta` gets task vectors and has the base added back; `weight` gets weights.
+        space: what it gets. `weight`: weights. `delta`: task vectors, and the base is added to
+            what it returns. `both`: as `delta`, with the base's block as keyword `base`.
+            `merged`: the task vector that another method has merged; it is a modifier.
         cut: how finely a tensor may be split: `element` (M, E), `row` (M, R, C), `tensor`.
-        needs: whole-tensor statistics; each arrives as a float64 keyword tensor.
+        needs: statistics of a whole tensor or model; each arrives as a float64 keyword tensor.
         parameters: by YAML name.
+        auxiliary: keywords of tensors beside each model's own, such as Fisher diagonals, in the
+            model's names and shapes; each arrives as a block like the models' (M, …).
+        takes_context: whether it has the keyword `context`.
+        workspace: how many tensors of a block's size the function takes at most, besides the
+            block, for a number of sources: the models, and the base where it uses one.
         idempotent: tells, for resolved parameters (per-model ones as tuples), whether models
             that are all equal come back as they are.
         check: raises ValueError for resolved parameters that do not go together.
@@ -122,6 +55,9 @@ class MergeMethod:
     cut: Cut
     needs: Mapping[str, Statistic]
     parameters: Mapping[str, Parameter]
+    auxiliary: tuple[str, ...]
+    takes_context: bool
+    workspace: Callable[[int], int]
     idempotent: Callable[[Mapping[str, Any]], bool]
     check: Callable[[Mapping[str, Any]], None]
     min_models: int
@@ -131,6 +67,11 @@ class MergeMethod:
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
         return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether it works on differences from a base model."""
+        return self.space in ("delta", "both")
 
     @property
     def summary(self) -> str:
@@ -181,11 +122,13 @@ class MergeMethod:
 
         Args:
             block: task vectors or weights, shape (M, …).
-            **given: the declared needs, and any parameters.
+            **given: what it declares of needs, auxiliary tensors, `base` and `context`, and any
+                parameters.
         """
-        needs = {name: given.pop(name) for name in self.needs}
+        others = (*self.needs, *self.auxiliary, "base", "context")
+        declared = {name: given.pop(name) for name in others if name in given}
         resolved = self.resolve(len(block), given)
-        return self.function(block, **needs, **self.arguments(resolved, like=block))
+        return self.function(block, **declared, **self.arguments(resolved, like=block))
 
     def arguments(self, resolved: Mapping[str, Any], *, like: Tensor) -> dict[str, Any]:
         """Return resolved parameters as the function takes them, on a block's device."""
@@ -197,44 +140,6 @@ class MergeMethod:
         }
 
 
-@dataclass(frozen=True)
-class Task:
-    """How one tensor is merged, whoever computes it.
-
-    Attributes:
-        parameters: resolved for this tensor, per-model ones as tuples.
-        dtypes: as the sources' values are stored.
-        out_dtype: as the result is stored.
-        compute_dtype: of the arithmetic.
-        shape: of the whole tensor.
-    """
-
-    method: MergeMethod
-    parameters: Mapping[str, Any]
-    dtypes: tuple[DType, ...]
-    out_dtype: DType
-    compute_dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def is_delta(self) -> bool:
-        return self.method.space == "delta"
-
-    @property
-    def num_models(self) -> int:
-        return len(self.dtypes) - self.is_delta
-
-    @property
-    def fits_kernels(self) -> bool:
-        """Whether the CPU kernels compute it: its method, its dtypes, its arithmetic."""
-        names = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
-        return (
-            self.method.kernel is not None
-            and self.compute_dtype == "float32"
-            and names <= CODES.keys()
-        )
-
-
 def _never(parameters: Mapping[str, Any]) -> bool:
     return False
 
@@ -243,11 +148,17 @@ def _accept(parameters: Mapping[str, Any]) -> None:
     return None
 
 
+def _usual_workspace(num_sources: int) -> int:
+    return 5 * num_sources + 4  # as methods of this package were measured
+
+
 def merge_method(
     *,
     space: Space,
     cut: Cut = "element",
     needs: Mapping[str, Statistic] | None = None,
+    auxiliary: tuple[str, ...] = (),
+    workspace: Callable[[int], int] = _usual_workspace,
     idempotent: Callable[[Mapping[str, Any]], bool] = _never,
     check: Callable[[Mapping[str, Any]], None] = _accept,
     min_models: int = 1,
@@ -262,9 +173,12 @@ def merge_method(
     `Annotated[…, Interval(ge=…, le=…)]` for a range.
 
     Args:
-        space: `delta` for task vectors (the base is added back), `weight` for weights.
+        space: `delta` for task vectors (the base is added back), `both` for these and the base,
+            `weight` for weights, `merged` for a modifier of what another method has merged.
         cut: `element`, `row` or `tensor`: how finely a tensor may be split.
-        needs: whole-tensor statistics by keyword.
+        needs: statistics by keyword.
+        auxiliary: keywords of tensors that each model has beside its own.
+        workspace: tensors of a block's size that the function takes, for a number of sources.
         idempotent: tells whether equal models come back unchanged with given parameters.
         check: raises ValueError for parameters that do not go together.
         min_models: the fewest models it takes.
@@ -284,20 +198,29 @@ def merge_method(
     """
 
     def decorate(function: Callable[..., Any]) -> MergeMethod:
-        declared = dict(needs or {})
         keywords = list(inspect.signature(function).parameters.values())[1:]
-        for name in declared:
-            if name not in [keyword.name for keyword in keywords]:
-                raise TypeError(f"{function.__name__}: the need {name!r} is not a keyword of it")
+        names = [keyword.name for keyword in keywords]
+        given = {"need": [*(needs or {})], "auxiliary tensor": [*auxiliary]}
+        given |= {"base": ["base"]} if space == "both" else {}
+        for kind, wanted in given.items():
+            for name in wanted:
+                if name not in names:
+                    raise TypeError(f"{function.__name__}: {name!r} ({kind}) is no keyword of it")
+        if space == "merged" and (needs or auxiliary):
+            raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
+        others = {name for wanted in given.values() for name in wanted} | {"context"}
         parameters = [
-            _declared(function, keyword) for keyword in keywords if keyword.name not in declared
+            declared(function, keyword) for keyword in keywords if keyword.name not in others
         ]
         return MergeMethod(
             name=function.__name__,
             function=function,
             space=space,
             cut=cut,
-            needs=declared,
+            needs=dict(needs or {}),
+            auxiliary=auxiliary,
+            takes_context="context" in names,
+            workspace=workspace,
             parameters={parameter.name: parameter for parameter in parameters},
             idempotent=idempotent,
             check=check,
@@ -308,36 +231,6 @@ def merge_method(
         )
 
     return decorate
-
-
-def _declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parameter:
-    where = f"{function.__name__}: parameter {keyword.name!r}"
-    if keyword.kind is not inspect.Parameter.KEYWORD_ONLY or keyword.default is keyword.empty:
-        raise TypeError(f"{where} must be keyword-only with a default")
-    annotation = keyword.annotation
-    if isinstance(annotation, str):
-        annotation = eval(annotation, vars(sys.modules[function.__module__]))
-    metadata: tuple[Any, ...] = ()
-    while get_origin(annotation) is Annotated:
-        annotation, *more = get_args(annotation)
-        metadata += tuple(more)
-    per_model = _PER_MODEL in metadata
-    kind = type(keyword.default) if per_model else annotation
-    if kind not in (float, int, bool, str) or type(keyword.default) is not kind:
-        raise TypeError(f"{where} must be float, int, bool, str or PerModel, like its default")
-    bounds: dict[str, Any] = {}
-    for item in metadata:
-        for bound, kinds in (("ge", (Ge, Interval)), ("gt", (Gt, Interval)),
-                             ("le", (Le, Interval)), ("lt", (Lt, Interval))):  # fmt: skip
-            if isinstance(item, kinds) and getattr(item, bound) is not None:
-                bounds[bound] = getattr(item, bound)
-    return Parameter(
-        name=keyword.name.removesuffix("_"),
-        type=kind,
-        default=keyword.default,
-        per_model=per_model,
-        bounds=Interval(**bounds),
-    )
 
 
 def import_method(path: str) -> MergeMethod:

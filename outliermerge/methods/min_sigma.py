@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.statistics.base import StandardDeviation
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Interval
 
 from outliermerge.methods.averaging import normalized, sum_of
-from outliermerge.methods.contract import PerModel, merge_method
+from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import KernelCall, to_float32
+from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.statistics.trim import Trim
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     numbers: list[int] = []
     for model in spec.models:
         number = number_of(model, "model")
-        if number in numbers or (number == 0 and spec.base and spec.method.space == "delta"):
+        if number in numbers or (number == 0 and spec.base and spec.method.uses_base):
             other = inputs[number].reference
             raise spec.source.error(
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"

@@ -12,10 +12,11 @@ from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.sources import DTYPES, Checkpoint, Source, TensorMeta
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
-from outliermerge.methods.contract import Task
+from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
 
@@ -92,6 +93,9 @@ class Job:
         parameters: resolved for this tensor, per-model ones as tuples; empty unless merged.
         compute_dtype: of the arithmetic; float64 if the spec asks for it or a source is float64.
         reason: why it is not merged, in words.
+        context: the tensor's place in the merge.
+        auxiliary: the method's auxiliary tensors, of all models for one after the other.
+        modifiers: what is done to the merged task vector: names and resolved parameters.
     """
 
     action: Literal["merge", "copy", "equal"]
@@ -101,6 +105,9 @@ class Job:
     output: OutputTensor
     compute_dtype: str = "float32"
     reason: str = ""
+    context: Context = field(default_factory=Context)
+    auxiliary: tuple[Source, ...] = ()
+    modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def name(self) -> str:
@@ -120,6 +127,9 @@ class Job:
             out_dtype=self.output.dtype,
             compute_dtype=self.compute_dtype,
             shape=self.output.shape,
+            context=self.context,
+            auxiliary=tuple(source.dtype for source in self.auxiliary),
+            modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
         )
 
     @property
@@ -132,7 +142,8 @@ class Job:
 
     @property
     def num_read_bytes(self) -> int:
-        return sum(meta.num_bytes for meta in {m for _, s in self.sources for m in s.stored})
+        sources = (*(source for _, source in self.sources), *self.auxiliary)
+        return sum(meta.num_bytes for meta in {m for s in sources for m in s.stored})
 
     @property
     def num_written_bytes(self) -> int:
@@ -233,7 +244,7 @@ class Plan:
             SpecError: not even the smallest block fits the memory budget.
         """
         method = find_method(job.method)
-        cut = method.cut if job.action == "merge" else "element"
+        cut = job.task.cut if job.action == "merge" else "element"
         unit = {"element": CHUNK_ELEMENTS, "row": row_elements(job.output.shape),
                 "tensor": max(1, job.num_elements)}[cut]  # fmt: skip
         per_element = self._bytes_per_element(job, options)
@@ -260,6 +271,7 @@ class Plan:
     def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
+        raw += sum(source.dtype.num_bytes for source in job.auxiliary)
         # Computed sources hold their rows in float32 while they are made.
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
         if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
@@ -267,8 +279,10 @@ class Plan:
         if job.action != "merge" or options.uses_kernels(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes
-        # The block itself, and what a method's intermediate results were measured to take.
-        return raw + compute * (num_sources + 5 * num_sources + 4)
+        rows = num_sources + len(job.auxiliary)
+        workspaces = [find_method(job.method).workspace(num_sources)]
+        workspaces += [find_method(name).workspace(1) for name, _ in job.modifiers]
+        return raw + compute * (rows + max(workspaces))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

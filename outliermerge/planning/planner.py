@@ -238,10 +238,10 @@ class _Planner:
         parameters = self.parameters.of(name, holders)
         if len(found) == 1 and self.method.idempotent(parameters):
             return name, "copy", found, {}, dtype, "one model, unchanged by the method"
-        if self.method.space == "delta":
+        if self.method.uses_base:
             found = (own, *found)
         one_source = len({source for _, source in found}) == 1 and len(found) > 1
-        if one_source and (self.method.space == "delta" or self.method.idempotent(parameters)):
+        if one_source and (self.method.uses_base or self.method.idempotent(parameters)):
             return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
 

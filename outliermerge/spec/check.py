@@ -137,7 +137,7 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
         method = find_method(document.merge_method)
     except SpecError as error:
         raise source.error(("merge_method",), str(error)) from error
-    if method.space == "delta" and document.base_model is None:
+    if method.uses_base and document.base_model is None:
         raise source.error(
             (), f"`base_model` is missing: {method.name} works on differences from a base model"
         )
@@ -203,7 +203,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
         first_place[identity] = index
         if identity == base:
             _refuse_on_base(entry, method, path, source)
-            if method.space == "delta":
+            if method.uses_base:
                 continue
         models.append(
             ModelSpec(
@@ -221,7 +221,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
             f"{method.min_models} to {most}" if most is not None else
             f"at least {method.min_models}"
         )  # fmt: skip
-        besides = " besides the base model" if method.space == "delta" else ""
+        besides = " besides the base model" if method.uses_base else ""
         raise source.error(
             ("models",), f"{method.name} takes {wanted} model(s){besides}, found {len(models)}"
         )
@@ -229,7 +229,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
 
 
 def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source) -> None:
-    if entry.parameters and method.space == "delta":
+    if entry.parameters and method.uses_base:
         raise source.error(
             (*path, "parameters"),
             f"{quoted(entry.model)} is the base model: it has no task vector, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
-from outliermerge.methods.contract import MergeMethod, Parameter
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import SpecDocument, by_filters
 
@@ -34,9 +35,9 @@ def json_schema() -> dict[str, Any]:
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
-                "required": ["base_model"] if method.space == "delta" else [],
+                "required": ["base_model"] if method.uses_base else [],
                 "properties": (
-                    {"base_model": {"not": {"type": "null"}}} if method.space == "delta" else {}
+                    {"base_model": {"not": {"type": "null"}}} if method.uses_base else {}
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),

@@ -1,0 +1,118 @@
+"""Parameters of a method, as its function's signature declares them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias, get_args, get_origin
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+_PER_MODEL = "one value per model"
+PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
+"""Annotates a parameter that every model may set for itself; it arrives with shape (M,)."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method, as its signature declares it.
+
+    Attributes:
+        name: as written in YAML (`lambda_` in Python is `lambda` there).
+        type: float, int, bool or str; of one value where the parameter is per model.
+        default: the value where the spec gives none.
+        per_model: whether each model may have its own.
+        bounds: the range of valid values.
+    """
+
+    name: str
+    type: type
+    default: Any
+    per_model: bool
+    bounds: Interval
+
+    @property
+    def python_name(self) -> str:
+        return self.name + "_" if self.name == "lambda" else self.name
+
+    @property
+    def range(self) -> str:
+        """The range in words, empty where every value is valid."""
+        limits = (
+            ("≥", self.bounds.ge), (">", self.bounds.gt),
+            ("≤", self.bounds.le), ("<", self.bounds.lt),
+        )  # fmt: skip
+        return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+
+    def check(self, value: object) -> Any:
+        """Return one value in the parameter's type.
+
+        Raises:
+            ValueError: it is of another type or out of range; the message says what is expected.
+        """
+        kind = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
+        converted: Any = value
+        if self.type in (float, int) and isinstance(value, str):
+            try:  # YAML reads 1e-3 as a text; mergekit takes it as a number
+                converted = float(value)
+            except ValueError:
+                pass
+        if self.type is float and isinstance(converted, int) and not isinstance(converted, bool):
+            try:
+                converted = float(converted)
+            except OverflowError:
+                converted = math.inf
+        if self.type is int and isinstance(converted, float) and converted.is_integer():
+            converted = int(converted)
+        if type(converted) is not self.type:
+            raise ValueError(f"found {value!r}, expected {kind[self.type]}")
+        number: Any = converted
+        if self.type is float and not math.isfinite(number):
+            raise ValueError(f"found {value!r}, expected a finite number")
+        low = (self.bounds.ge is not None and not number >= self.bounds.ge) or (
+            self.bounds.gt is not None and not number > self.bounds.gt
+        )
+        high = (self.bounds.le is not None and not number <= self.bounds.le) or (
+            self.bounds.lt is not None and not number < self.bounds.lt
+        )
+        if low or high:
+            raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")
+        return converted
+
+
+def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parameter:
+    """Return the parameter that a keyword of a method's function declares.
+
+    Raises:
+        TypeError: it has no default, or a type that parameters do not have.
+    """
+    where = f"{function.__name__}: parameter {keyword.name!r}"
+    if keyword.kind is not inspect.Parameter.KEYWORD_ONLY or keyword.default is keyword.empty:
+        raise TypeError(f"{where} must be keyword-only with a default")
+    annotation = keyword.annotation
+    if isinstance(annotation, str):
+        annotation = eval(annotation, vars(sys.modules[function.__module__]))
+    metadata: tuple[Any, ...] = ()
+    while get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        metadata += tuple(more)
+    per_model = _PER_MODEL in metadata
+    kind = type(keyword.default) if per_model else annotation
+    if kind not in (float, int, bool, str) or type(keyword.default) is not kind:
+        raise TypeError(f"{where} must be float, int, bool, str or PerModel, like its default")
+    bounds: dict[str, Any] = {}
+    for item in metadata:
+        for bound, kinds in (("ge", (Ge, Interval)), ("gt", (Gt, Interval)),
+                             ("le", (Le, Interval)), ("lt", (Lt, Interval))):  # fmt: skip
+            if isinstance(item, kinds) and getattr(item, bound) is not None:
+                bounds[bound] = getattr(item, bound)
+    return Parameter(
+        name=keyword.name.removesuffix("_"),
+        type=kind,
+        default=keyword.default,
+        per_model=per_model,
+        bounds=Interval(**bounds),
+    )
