@@ -196,7 +196,7 @@ def test_a_setting_that_json_cannot_hold_is_refused(tmp_path, key, value):
 def test_a_suite_that_is_not_there_or_not_text_is_told(tmp_path):
     with pytest.raises(SpecError, match=r"absent\.yaml: no such suite"):
         load_suite(tmp_path / "absent.yaml")
-    with pytest.raises(SpecError, match="cannot be read: Is a directory"):
+    with pytest.raises(SpecError, match="is a folder, expected a regular file"):
         load_suite(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"tasks: \xff\xfe")
     with pytest.raises(SpecError, match=r"binary\.yaml: cannot be read"):
@@ -283,8 +283,9 @@ def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
-        (file,) = task_files._definitions(task.task, suite.tasks_folder)
-        config, _ = task_files._read(file)
+        ours = task_files._ours(suite.tasks_folder, suite.data)
+        definition = task_files.definition_of(task.task, ours)
+        config, _ = task_files._keys(definition.file, None, ())
         metrics = {entry["metric"] for entry in config["metric_list"]}
         assert task.metric.partition(",")[0] in metrics
 

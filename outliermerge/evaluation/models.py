@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from typing import Any
 
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import resolve
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.checkpoint.stamps import is_there, refuse_text
+from outliermerge.errors import OutlierMergeError, quoted
+from outliermerge.evaluation.formats import read_manifest
 from outliermerge.evaluation.scores import check_names
-from outliermerge.methods import find_method
+from outliermerge.methods import METHODS
 
 _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
 
@@ -56,24 +57,23 @@ def split_name(model: str) -> tuple[str, str]:
 def _find(reference: str) -> Path:
     path = resolve(reference)
     if not path.is_dir():
-        raise OutlierMergeError(f"model {reference!r}: a file, expected a model folder")
+        raise OutlierMergeError(f"model {quoted(reference)}: a file, expected a model folder")
+    refuse_text(path)
     return path
 
 
 def merge_of(path: Path) -> dict[str, Any] | None:
-    """Return what merged a model, from its manifest; None for one that was only converted."""
-    try:
-        spec = json.loads((path / MANIFEST_NAME).read_text("utf-8"))["spec"]
-        method, models = spec["merge_method"], spec["models"]
-        given = dict(spec.get("parameters") or {})
-    except FileNotFoundError:
+    """Return what merged a model, from its manifest; None for one that was only converted.
+
+    Raises:
+        OutlierMergeError: the manifest is none.
+    """
+    if not is_there(path / MANIFEST_NAME):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutlierMergeError(f"{path / MANIFEST_NAME}: is not a manifest: {error}") from error
-    if method == "passthrough" or len(models) == 1:
+    spec = read_manifest(path / MANIFEST_NAME).spec
+    if spec.merge_method == "passthrough" or len(spec.models) == 1:
         return None
-    try:
-        defaults = {p.name: p.default for p in find_method(method).parameters.values()}
-    except SpecError:  # a method of the user's own, not importable here
-        defaults = {}
-    return {"method": method, "parameters": {**defaults, **given}}
+    # A method of the user's own is not imported here: the manifest may be somebody else's.
+    method = METHODS.get(spec.merge_method)
+    defaults = {p.name: p.default for p in method.parameters.values()} if method else {}
+    return {"method": spec.merge_method, "parameters": {**defaults, **(spec.parameters or {})}}

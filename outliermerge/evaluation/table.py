@@ -182,7 +182,7 @@ def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
         raise OutlierMergeError(f"a task cannot be titled {column!r}: the table has such a column")
     averaged = tuple(t for t in titles if all(isinstance(m.tasks.get(t), Score) for m in models))
     facts, notes = _facts(runs)
-    notes += _metric_notes(models, titles)
+    notes += _unsealed_notes(runs) + _metric_notes(models, titles)
     chosen, baseline_notes = _baseline(models, baseline)
     notes += _averaged_notes(titles, averaged) + baseline_notes
     rows = []
@@ -365,6 +365,16 @@ def _facts(runs: Sequence[Scores]) -> tuple[list[str], list[str]]:
     if not differing:
         return facts, []
     return facts, [f"The scores are of runs that differ: {', '.join(differing)}."]
+
+
+def _unsealed_notes(runs: Sequence[Scores]) -> list[str]:
+    names = dict.fromkeys(name for run in runs for name in run.unsealed)
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: of an earlier version, which wrote no checksums: whether the scores "
+        "are those that eval wrote cannot be told."
+    ]
 
 
 def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[str]:
