@@ -347,6 +347,10 @@ def write_json(path: Path, value: object) -> None:
 
 def refuse_special(path: Path) -> None:
     """Raise OutlierMergeError if a path where a file is to be written is anything else."""
+    try:
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutlierMergeError(f"{path}: is a link to itself. Take it away.") from error
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise OutlierMergeError(f"{path}: is {what}, where a file is to be written. Move it away.")

@@ -124,45 +124,45 @@ def _read(file: Path, data: Path | None) -> TaskFile:
     """
     keys, parts = _keys(file, data, ())
 
+    def value_of(key: str) -> Any:
+        return keys.get(key, (None, file))[0]
+
+    def wrong(key: str, value: object, expected: str) -> SpecError:
+        return _wrong(keys[key][1], key, value, expected)
+
     def texts(key: str, value: object) -> tuple[str, ...]:
         values = value if isinstance(value, list) else [] if value is None else [value]
         for text in values:
             if not isinstance(text, str):
-                raise _wrong(file, key, text, "a text or a list of texts")
+                raise wrong(key, text, "a text or a list of texts")
         return tuple(values)
 
-    task = keys.get("task")
-    source = keys.get("dataset_path")
+    task, source, arguments = map(value_of, ("task", "dataset_path", "dataset_kwargs"))
     if source is not None and not isinstance(source, str):
-        raise _wrong(file, "dataset_path", source, "a text")
-    arguments = keys.get("dataset_kwargs")
+        raise wrong("dataset_path", source, "a text")
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise _wrong(file, "dataset_kwargs", arguments, "a mapping")
+        raise wrong("dataset_kwargs", arguments, "a mapping")
     patterns = (arguments or {}).get("data_files")
     of_splits = patterns.values() if isinstance(patterns, Mapping) else [patterns]
-    members = [
-        entry.get("task") if isinstance(entry, Mapping) else entry
-        for entry in (task if isinstance(task, list) else [])
-    ]
-    inner = [member for member in members if isinstance(member, list)]  # a group within a group
+    members: list[Any] = []
+    for entry in task if isinstance(task, list) else ():
+        inner = entry.get("task") if isinstance(entry, Mapping) else entry
+        members += inner if isinstance(inner, list) and inner is not entry else [inner]
     return TaskFile(
         file=file,
         parts=tuple(dict.fromkeys(parts)),
-        names=texts("group", keys.get("group"))
-        + (texts("task", task) if not isinstance(task, list) else ()),
-        members=texts("task", [m for m in members if m is not None and not isinstance(m, list)])
-        + tuple(text for each in inner for text in texts("task", each)),
+        names=texts("group", value_of("group"))
+        + (() if isinstance(task, list) else texts("task", task)),
+        members=texts("task", [member for member in members if member is not None]),
         source=source,
-        patterns=tuple(
-            text for each in of_splits for text in texts("dataset_kwargs.data_files", each)
-        ),
+        patterns=tuple(text for each in of_splits for text in texts("dataset_kwargs", each)),
     )
 
 
 def _keys(
     file: Path, data: Path | None, within: tuple[Path, ...]
-) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Return a task file's keys, those that it includes among them, and the files they are from."""
+) -> tuple[dict[str, tuple[Any, Path]], tuple[Path, ...]]:
+    """Return a task file's keys, each with the file that it is from, and all files included."""
     if file in within:
         circle = " includes ".join(map(str, (*within[within.index(file) :], file)))
         raise SpecError(f"{file}: task files include each other in a circle: {circle}")
@@ -171,7 +171,7 @@ def _keys(
     own = _mapping(file)
     included = own.get("include")
     names = included if isinstance(included, list) else [] if included is None else [included]
-    keys: dict[str, Any] = {}
+    keys: dict[str, tuple[Any, Path]] = {}
     parts = [file]
     for name in reversed(names):
         if not isinstance(name, str):
@@ -182,7 +182,7 @@ def _keys(
         parts += read
         if len(parts) > 100 * _MAX_INCLUDES:
             raise SpecError(f"{file}: include: more than {100 * _MAX_INCLUDES} files in all")
-    return keys | own, tuple(parts)
+    return keys | {key: (value, file) for key, value in own.items()}, tuple(parts)
 
 
 def _mapping(file: Path) -> dict[str, Any]:
@@ -205,7 +205,8 @@ def _included(file: Path, name: str, data: Path | None) -> Path:
     """Return a file that another includes, from where lmms-eval looks: it starts in `data`."""
     try:
         for folder in (data, file.parent):
-            if folder is not None and (path := folder / name).exists():
+            path = folder / name if folder is not None else None
+            if path is not None and path.exists() and not path.is_dir():
                 return Path(os.path.normpath(path))
     except (OSError, ValueError):
         pass
