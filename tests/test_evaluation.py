@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from llava_replicas import save_hf_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from waiting import LIMIT_SECONDS, wait_for
 
 from outliermerge import cli, render_scores
 from outliermerge.evaluation import evaluate as evaluate_module
@@ -290,7 +291,7 @@ def _start(
 
 
 def _finish(process: subprocess.Popen[str], output: Path) -> Done:
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=LIMIT_SECONDS)
     return Done(process.returncode, out, err, output)
 
 
@@ -532,13 +533,6 @@ def test_a_merge_is_told_by_its_manifest(changed_run):
 # A command that is ended, and started again
 
 
-def _wait_for(found: Callable[[], object], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not found() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(found())
-
-
 def _is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -567,10 +561,10 @@ def ended_runs(place: Path, changed_run: Done) -> tuple[Ended, Ended, Path]:
         process = _start(
             place, [place / "moved", "--suite", suite], output, TEST_WAIT=str(place / "held")
         )
-        assert _wait_for(lambda: told.exists() and told.read_text())
+        assert wait_for(lambda: told.exists() and told.read_text())
         end(process)
-        _, err = process.communicate(timeout=30)
-        gone = _wait_for(lambda: _is_gone(int(told.read_text())), 10)
+        _, err = process.communicate(timeout=LIMIT_SECONDS)
+        gone = wait_for(lambda: _is_gone(int(told.read_text())))
         records = sorted(path.stem.partition("-")[0] for path in output.glob("records/*.json"))
         ended.append(Ended(process.returncode, err, gone, records))
     return ended[0], ended[1], output
@@ -911,22 +905,23 @@ def test_what_a_worker_has_started_ends_with_it(small, monkeypatch):
     _play(
         small,
         monkeypatch,
-        "child = subprocess.Popen(['sleep', '20'], stdin=subprocess.DEVNULL,\n"
+        "child = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,\n"
         "                         stdout=subprocess.DEVNULL)\n"
         "open('child', 'w').write(str(child.pid))\n"
         "tell(event='loaded', image_backend='pil')\n"
         "tell(event='started', title='Fixed')\n"
         "tell(event='finished', title='Fixed', result=RESULT)\n",
     )
-    started = time.monotonic()
-    _evaluate(small)
-    assert time.monotonic() - started < 10
-    assert _wait_for(lambda: _is_gone(int((small / "sets" / "child").read_text())), 2)
+    run = threading.Thread(target=_evaluate, args=(small,), daemon=True)
+    run.start()
+    run.join(LIMIT_SECONDS)
+    assert not run.is_alive(), "it waits for the end of what its worker has started"
+    assert wait_for(lambda: _is_gone(int((small / "sets" / "child").read_text())))
 
 
 def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     # `kill -INT` and job schedulers do not reach the worker.
-    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(30)\n")
+    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(1000)\n")
     process = subprocess.Popen(
         [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
          "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
@@ -935,9 +930,9 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     )  # fmt: skip
     told = small / "sets" / "pid"
     try:
-        assert _wait_for(lambda: told.exists() and told.read_text(), 20)
+        assert wait_for(lambda: told.exists() and told.read_text())
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == 130 and "interrupted" in err and "failed" not in err
         assert _is_gone(int(told.read_text()))
     finally:

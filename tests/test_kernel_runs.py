@@ -419,7 +419,7 @@ def test_rounds_give_results_in_order_on_any_number_of_threads(threads):
 
 
 def test_threads_share_a_round_and_begin_the_next_generator():
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=600)
 
     def shared() -> Steps[None]:
         yield Round(lambda item: both.wait(), range(2))

@@ -512,7 +512,7 @@ def call(*arguments: object, check: str = "1", **options: Any) -> subprocess.Com
         [Path(sys.executable).with_name("outliermerge"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "OUTLIERMERGE_LOAD_CHECK": check},
         **options,
     )
@@ -622,7 +622,7 @@ def test_a_model_of_70_billion_parameters_takes_no_memory():
     )
     done = subprocess.run(
         [sys.executable, "-c", program], input=json.dumps(part), capture_output=True, text=True,
-        timeout=120,
+        timeout=600,
     )  # fmt: skip
     peak_kib, found = done.stdout.splitlines()[-2:]
     assert json.loads(found)["missing"] == json.loads(found)["mismatched"] == []

@@ -44,7 +44,7 @@ def race(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
         pipe.close()
-    process.wait(timeout=120)
+    process.wait(timeout=600)
 
 
 @pytest.fixture(scope="module")
