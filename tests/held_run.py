@@ -6,7 +6,6 @@ is so at a known moment, however busy the machine is.
 """
 
 import itertools
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from outliermerge.output.journal import Journal
 
 number, when = int(sys.argv[1]), sys.argv[2]
 add, lines, told = Journal.add, itertools.count(1), threading.Event()
+lock = threading.Lock()
 
 
 def interrupted(signal_number, frame):
@@ -24,19 +24,20 @@ def interrupted(signal_number, frame):
 
 
 def hold():
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # To this thread: sent to the process, another may take it, and this one goes on meanwhile.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     if when == "interrupt":
         told.wait()  # and go no further before
 
 
 def held(journal, entry):
-    if "tensor" not in entry or next(lines) != number:
-        return add(journal, entry)
-    if when == "before":
-        hold()
-    add(journal, entry)
-    if when != "before":
-        hold()
+    with lock:  # no other thread's line gets in
+        here = "tensor" in entry and next(lines) == number
+        if here and when == "before":
+            hold()
+        add(journal, entry)
+        if here and when != "before":
+            hold()
 
 
 Journal.add = held
