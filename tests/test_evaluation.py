@@ -24,7 +24,7 @@ import torch
 from llava_replicas import save_hf_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from waiting import LIMIT_SECONDS, wait_for
+from waiting import LIMIT_SECONDS, heed_interrupts, wait_for
 
 from outliermerge import cli, render_scores
 from outliermerge.evaluation import evaluate as evaluate_module
@@ -280,6 +280,7 @@ def _start(
         text=True,
         cwd=root,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         env={
             **os.environ,
             "HF_DATASETS_OFFLINE": "1",
@@ -926,7 +927,7 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
         [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
          "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
          "--suite", str(small / "suite.yaml"), "--output", str(small / "out")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     told = small / "sets" / "pid"
     try:

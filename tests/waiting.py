@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIMIT_SECONDS = 600
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: shells start what is in their background so that it ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(found: Callable[[], object]) -> bool:
