@@ -369,12 +369,11 @@ def _facts(runs: Sequence[Scores]) -> tuple[list[str], list[str]]:
 
 def _unsealed_notes(runs: Sequence[Scores]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.unsealed)
-    if not names:
-        return []
-    return [
+    note = (
         f"{', '.join(names)}: of an earlier version, which wrote no checksums: whether the scores "
         "are those that eval wrote cannot be told."
-    ]
+    )
+    return [note] if names else []
 
 
 def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[str]:
@@ -394,9 +393,6 @@ def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[
 def _averaged_notes(titles: Sequence[str], averaged: Sequence[str]) -> list[str]:
     if not averaged:
         return ["No avg: there is no task on which all models have a score."]
-    left_out = [title for title in titles if title not in averaged]
-    if not left_out:
-        return []
-    return [
-        f"avg is over {', '.join(averaged)}; not all models have a score on {', '.join(left_out)}."
-    ]
+    left_out = ", ".join(title for title in titles if title not in averaged)
+    note = f"avg is over {', '.join(averaged)}; not all models have a score on {left_out}."
+    return [note] if left_out else []
