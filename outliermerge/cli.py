@@ -22,6 +22,7 @@ from outliermerge.cli_weights import (
     run_stats,
 )
 from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, readable, shown
+from outliermerge.failures import failure
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -140,9 +141,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    logging.basicConfig(level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     # It has a handler of its own, so its warnings would be printed twice.
     logging.getLogger("huggingface_hub").propagate = False
     if options.version:
@@ -162,10 +163,16 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", EXIT_FAILED)
+        if error.filename is None or error.errno is None:
+            return _fail(error.strerror or error, EXIT_FAILED)
+        return _fail(failure(Path(str(error.filename)), "used", error), EXIT_FAILED)
     except MemoryError:
         return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
+    except RuntimeError as error:  # of the device: torch has several kinds, none its own
+        if not type(error).__module__.startswith("torch") and "CUDA" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return _fail(f"the device failed: {reason}. Give a smaller --memory", EXIT_FAILED)
     except KeyboardInterrupt:
         goes_on = options.command in ("run", "sweep", "eval")
         later = ": the same command goes on from here" if goes_on else ""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# What a person reads of one name, and of one message. Names and values come from files that
-# others wrote, where one can have megabytes.
+# What a person reads of one name, and of one message; callers of the library get twice that.
+# Names and values come from files that others wrote, where one can have megabytes.
 MAX_NAME, MAX_MESSAGE = 120, 1900
-_MAX_ROW, _MAX_LISTING = 900, 1000
+MAX_NOTE = 6000  # of a plan: it lists what differs between models
+_MAX_ROW = 900  # of a listing
+_MORE = re.compile(r"  … and (\d{1,9}) more")
 # Of more choices, or for a longer name, nobody looks for the nearest.
 _MAX_CHOICES, _MAX_WORD = 2000, 200
 
@@ -22,7 +26,7 @@ class OutlierMergeError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(readable(str(message)))
+        super().__init__(readable(str(message), 2 * MAX_MESSAGE))
 
 
 class SpecError(OutlierMergeError):
@@ -42,6 +46,8 @@ def as_path(text: str | Path) -> Path:
             raise ValueError("it has a null character")
         return path
     except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of the disk: who opens it says what is wrong
+            return path
         reason = error.strerror
     except (RuntimeError, ValueError) as error:
         reason = str(error)
@@ -59,8 +65,15 @@ def printable(text: str) -> str:
 
 
 def readable(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return a message as a person can read it: printable, and cut in the middle if it is long."""
-    return _cut(printable(_cut(text, limit)), limit)
+    """Return a message as a person can read it: printable, and short.
+
+    Of a long one the rows of listings are left out first, then what stands in the middle.
+    """
+    text = printable(_cut(text, 20 * limit))
+    for most in (10, 5, 3, 1):
+        if len(text) > limit:
+            text = _folded(text, most)
+    return _cut(text, limit)
 
 
 def shown(value: object, limit: int = MAX_NAME) -> str:
@@ -92,6 +105,26 @@ def _cut(text: str, limit: int) -> str:
     start = (limit - 40) * 2 // 3
     end = limit - 40 - start
     return f"{text[:start]}… ({len(text) - start - end:,} characters left out) …{text[-end:]}"
+
+
+def _folded(text: str, most: int) -> str:
+    """Return a message with so many rows of each of its listings, the rest counted."""
+    lines: list[str] = []
+    num_rows = num_left_out = 0
+    for line in [*text.split("\n"), ""]:
+        if not line.startswith("  "):
+            if num_left_out:
+                lines.append(f"  … and {num_left_out} more")
+            num_rows = num_left_out = 0
+            lines.append(line)
+        elif counted := _MORE.fullmatch(line):
+            num_left_out += int(counted[1])
+        elif num_rows < most:
+            num_rows += 1
+            lines.append(line)
+        else:
+            num_left_out += 1
+    return "\n".join(lines[:-1])
 
 
 def _escaped(text: str) -> str:
@@ -128,11 +161,7 @@ def listing(items: Iterable[str], *, limit: int = 20) -> str:
       … and 1 more
     """
     rows = list(items)
-    lines: list[str] = []
-    for row in rows[:limit]:
-        lines.append(f"  {shown(row, _MAX_ROW)}")
-        if sum(map(len, lines)) > _MAX_LISTING and len(lines) < len(rows):
-            break
-    if len(rows) > len(lines):
-        lines.append(f"  … and {len(rows) - len(lines)} more")
+    lines = [f"  {shown(row, _MAX_ROW)}" for row in rows[:limit]]
+    if len(rows) > limit:
+        lines.append(f"  … and {len(rows) - limit} more")
     return "\n".join(lines)

@@ -33,7 +33,7 @@ _ADVICE = {
     errno.EHOSTDOWN: "The network file system does not answer: give the command again later.",
     errno.ENODEV: "The disk is gone: was it taken out?",
     errno.ENXIO: "The disk is gone: was it taken out?",
-    errno.ELOOP: "It is a link that leads to itself: remove it.",
+    errno.ELOOP: "It is a link where none is followed, or one that leads to itself: remove it.",
     errno.ENAMETOOLONG: "That file system takes no names of that length: choose a shorter one.",
 }
 
@@ -71,8 +71,8 @@ def _no_room(path: Path, needed_bytes: int) -> str:
     with suppress(OSError):
         if there is not None:
             free = shutil.disk_usage(there).free
-            return f"The disk has {free:,} bytes free{needed}: make room, and give it again."
-    return f"The disk is full{needed}: make room, and give the command again."
+            return f"The disk has {free:,} bytes free{needed}: make room there."
+    return f"The disk is full{needed}: make room there."
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Input:
         home: where its config and tokenizer are: its own folder, for an adapter its base's.
         renamed: by rule of its `rename`, how many names it changes, and one before and after.
         parted: heads that an adapter trained apart from the embeddings that its base ties them to.
+        alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
     """
 
     reference: str
@@ -39,6 +40,7 @@ class Input:
     home: Path
     renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     parted: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
 
     @property
     def stored(self) -> list[TensorMeta]:

@@ -16,24 +16,22 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
-from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import is_hub_id
-from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.failures import naming
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Options, Plan
 from outliermerge.output.folder import OutputFolder, finish_interrupted
-from outliermerge.output.names import manifest_path, real_output, shard_path
+from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
+from outliermerge.output.names import real_output, shard_path
 from outliermerge.planning.sidecars import sidecar_contents
 
 if TYPE_CHECKING:
     from outliermerge.load_check import Verdict
 
-MANIFEST_FORMAT = 1
-_MAX_VALUES = 10_000_000  # of one of 46,000 tensors and eight models: some 5 million
 CARD_NAME = "README.md"
 # What git, the hub's client and desktops leave in a folder; no loader reads it.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
@@ -126,7 +124,7 @@ def _manifest(
         "shards": {
             shard.file: {
                 "num_bytes": shard.num_bytes,
-                "header": header_checksum(folder / shard.file),
+                "header": _checksum(header_checksum, folder / shard.file),
             }
             for shard in plan.shards
         },
@@ -136,7 +134,7 @@ def _manifest(
         "files": {
             name: {
                 "num_bytes": (folder / name).stat().st_size,
-                "sha256": file_checksum(folder / name),
+                "sha256": _checksum(file_checksum, folder / name),
             }
             for name in names
         },
@@ -157,6 +155,12 @@ def _manifest(
             for job in plan.jobs
         },
     }
+
+
+def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
+    """Return a checksum of a file, or name it where it cannot be read."""
+    with naming(path, "read"):
+        return checksum(path)
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -226,37 +230,6 @@ def _fenced(yaml: str) -> str:
     return f"{fence}yaml\n{yaml}{fence}"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a folder's manifest.
-
-    Raises:
-        OutlierMergeError: there is none, or it is not one of ours.
-    """
-    path = manifest_path(folder)
-    data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
-    if data is None:
-        raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
-    try:
-        manifest = parse_json(data, max_values=_MAX_VALUES, unique=False)
-    except ValueError as error:
-        raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
-    entries = {
-        "tensors": {"file", "dtype", "shape", "checksum"},
-        "shards": {"num_bytes", "header"},
-        "files": {"num_bytes", "sha256"},
-    }
-    valid = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
-    for key, needed in entries.items():
-        valid = valid and isinstance(manifest.get(key), dict)
-        valid = valid and all(
-            isinstance(entry, dict) and needed <= entry.keys() for entry in manifest[key].values()
-        )
-    if not valid:
-        raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
-    checked: dict[str, Any] = manifest
-    return checked
-
-
 def verify_folder(
     folder: Path,
     *,
@@ -282,7 +255,7 @@ def verify_folder(
         except OutlierMergeError as error:
             differences.append(str(error))
             continue
-        if header_checksum(path) != shard["header"]:
+        if _checksum(header_checksum, path) != shard["header"]:
             changed_headers.add(file)
         for meta in metas:
             assert meta.offset is not None
@@ -354,7 +327,7 @@ def card_notes(folder: Path) -> list[str]:
     """
     entry = read_manifest(folder)["files"].get(CARD_NAME)
     path = folder / CARD_NAME
-    if entry is None or (path.is_file() and file_checksum(path) == entry["sha256"]):
+    if entry is None or (path.is_file() and _checksum(file_checksum, path) == entry["sha256"]):
         return []
     return [f"{CARD_NAME} is {'another' if path.is_file() else 'missing'}; no loader reads it"]
 
@@ -367,7 +340,7 @@ def _differing_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         if not path.is_file():
             differences.append(f"file {name}: is missing")
-        elif file_checksum(path) != entry["sha256"]:
+        elif _checksum(file_checksum, path) != entry["sha256"]:
             differences.append(f"file {name}: its contents changed")
     known = {*manifest["shards"], *manifest["files"], MANIFEST_NAME, CARD_NAME}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from outliermerge.errors import printable, readable, shown
+from outliermerge.errors import MAX_NOTE, printable, readable, shown
 from outliermerge.jobs import Input, Options, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.runs import RunResult
@@ -201,7 +201,7 @@ def print_plan(
     )
     console.print(facts)
     for note in plan.notes:
-        console.print(Text(readable(f"note: {note}")))
+        console.print(Text(readable(f"note: {note}", MAX_NOTE)))
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:

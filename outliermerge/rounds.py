@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from outliermerge.errors import OutlierMergeError
+
 T = TypeVar("T")
+
+_WAIT_SECONDS = 1.0  # then threads look again: a wake-up that is lost costs no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,44 @@ Steps: TypeAlias = Generator[Round, list[Any], T]
 def run_all(
     work: Iterable[Steps[None]], *, threads: int, prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Run generators on threads.
+    """Run generators on threads; where fewer can be started, on those.
 
     Args:
         prepare: called by each thread first.
 
     Raises:
-        Exception: the first that a generator or an item raised; the others stop at their next
-            item.
+        BaseException: the first that a generator, an item or `prepare` raised, of whatever kind;
+            the others stop at their next item. So they do when this is interrupted.
+        OutlierMergeError: no thread can be started.
     """
     queue = _Queue(iter(work))
-    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
+    started: list[threading.Thread] = []
+    first: BaseException | None = None
+    try:
+        for _ in range(threads):
+            thread = threading.Thread(target=queue.run, args=(prepare,))
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:  # the system gives no more
+                if not started:
+                    raise OutlierMergeError(f"no thread can be started: {error}") from error
+                break
+            started.append(thread)
+        queue.wait()
+    except BaseException as error:
+        first = error
+    while first is not None:  # the caller closes what the threads still use: wait for them
         try:
-            for worker in as_completed([pool.submit(queue.work) for _ in range(threads)]):
-                worker.result()
-        finally:  # interrupted, or a worker failed
             queue.stop()
+            queue.wait()
+            break
+        except BaseException:  # interrupted once more
+            continue
+    for thread in started:
+        thread.join()
+    first = first or queue.error
+    if first is not None:
+        raise first
 
 
 class _Running:
@@ -60,33 +85,69 @@ class _Running:
 
 
 class _Queue:
+    """What threads take from.
+
+    The one that waits for them can be interrupted at any call. It therefore neither joins a
+    thread that may still work (Python 3.11 then takes the thread for ended) nor enters a
+    condition (its lock can stay held).
+    """
+
     def __init__(self, work: Iterator[Steps[None]]) -> None:
         self._work = work
         self._active: list[_Running] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._stopped = self._exhausted = False
+        self._num_threads = 0  # that work
+        self._ended = threading.Lock()  # held until the last thread leaves
+        self._ended.acquire()
+        self.error: BaseException | None = None
 
     def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        """Let no thread begin anything more; those that wait for others hear of it from them."""
+        self._stopped = True
 
-    def work(self) -> None:
+    def wait(self) -> None:
+        """Return when no thread works any more, nor will."""
+        while self._goes_on():
+            self._ended.acquire(timeout=_WAIT_SECONDS)
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            is_done = self._exhausted and not self._active
+            return self._num_threads > 0 or not (is_done or self._stopped)
+
+    def run(self, prepare: Callable[[], None]) -> None:
+        """Work until there is nothing left, or until any thread fails; keep the first error."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._num_threads += 1
         try:
-            while (task := self._take()) is not None:
-                running, index = task
-                if index is None:
-                    self._advance(running)
-                    continue
-                running.results[index] = running.round.function(running.round.items[index])
-                with self._changed:
-                    running.num_done += 1
-                    is_last = running.num_done == len(running.results)
-                if is_last:
-                    self._advance(running)
-        except BaseException:
+            prepare()
+            self._work_on()
+        except BaseException as error:
+            if self.error is None:
+                self.error = error
             self.stop()
-            raise
+        with self._changed:
+            self._num_threads -= 1
+            self._changed.notify_all()
+            if self._num_threads == 0 and self._ended.locked():
+                self._ended.release()
+
+    def _work_on(self) -> None:
+        while (task := self._take()) is not None:
+            running, index = task
+            if index is None:
+                self._advance(running)
+                continue
+            running.results[index] = running.round.function(running.round.items[index])
+            with self._changed:
+                running.num_done += 1
+                is_last = running.num_done == len(running.results)
+            if is_last:
+                self._advance(running)
 
     def _take(self) -> tuple[_Running, int | None] | None:
         """Return an item of the oldest round that has one left, or a generator to begin."""
@@ -104,7 +165,7 @@ class _Queue:
                     self._exhausted = True
                 if not self._active:
                     break
-                self._changed.wait()
+                self._changed.wait(_WAIT_SECONDS)
         return None
 
     def _advance(self, running: _Running) -> None:

@@ -15,8 +15,9 @@ from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execute import Target, execute, groups_of
 from outliermerge.job_runner import JobResult
 from outliermerge.jobs import Job, Options, Plan
-from outliermerge.manifest import identity, read_manifest, write_sidecars
+from outliermerge.manifest import identity, write_sidecars
 from outliermerge.output.folder import OutputFolder
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import real_output
 from outliermerge.resumed import made_of_others, marks_of
 
@@ -103,36 +104,13 @@ def run_plans(
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
-    stamps = {entry: None for plan, _ in plans for entry in plan.files}
-    with watching(Watched(stamps)) as watched:
-        watched.check()
-        return _run_plans(
-            plans,
-            options,
-            watched,
-            overwrite=overwrite,
-            fresh=fresh,
-            on_progress=on_progress,
-            load_check=load_check,
-            on_waiting=on_waiting,
-        )
-
-
-def _run_plans(
-    plans: Sequence[tuple[Plan, Path]],
-    options: Options,
-    watched: Watched,
-    *,
-    overwrite: bool,
-    fresh: bool,
-    on_progress: Callable[[int], None],
-    load_check: bool,
-    on_waiting: Callable[[], None],
-) -> list[RunResult]:
     for plan, _ in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), _disk_bytes()
     with ExitStack() as stack:
+        stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
+        watched = stack.enter_context(watching(Watched(stamps)))
+        watched.check()
         folders: list[OutputFolder] = []
         for plan, final in plans:
             with watching(Watched()):  # an old output is no input

@@ -14,7 +14,7 @@ from outliermerge.checkpoint.safetensors_file import read_header
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.load_check import LoadCheck, Part, Shapes, Verdict, find_parts
-from outliermerge.manifest import read_manifest
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.planning.tied_names import ties_head, vocabulary_rows
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.spec.settings import find_layers

@@ -230,3 +230,28 @@ class Driver:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def try_calls(
+    title: str,
+    calls: Sequence[Call],
+    numbers: Sequence[int],
+    check: Callable[[int], None],
+    *,
+    most: int | None,
+) -> None:
+    """Check numbered calls, and name the one that fails.
+
+    Args:
+        title: of what is tried; prints beside the count, and chooses which are tried.
+        most: how many are tried, about; None for all.
+    """
+    if most is not None:
+        step = max(1, len(numbers) // most)
+        numbers = numbers[sum(map(ord, title)) % step :: step]
+    for number in numbers:
+        try:
+            check(number)
+        except AssertionError as error:
+            raise AssertionError(f"{title} at {calls[number]}: {error}") from error
+    print(f"{title}: {len(numbers)} calls")

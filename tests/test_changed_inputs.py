@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -277,7 +278,7 @@ def _assert_noticed(case: tuple, folder: Path) -> None:
         planned = outliermerge.plan(_spec(folder, method))
         _at(moment, lambda: way(path), patch)
         with pytest.raises(OutlierMergeError) as caught:
-            outliermerge.run(planned, output=folder / "out", kernels=kernels, threads=1)
+            outliermerge.run(planned, output=folder / "out", kernels=kernels, threads=3)
     assert str(path) in str(caught.value), case
     assert not (folder / "out").exists(), case
 
@@ -417,8 +418,6 @@ def test_what_cannot_be_read_is_not_absent(file, model, put, tmp_path):
 @pytest.mark.parametrize("error", ["EACCES", "EIO", "ELOOP", "ENAMETOOLONG", "ESTALE", "EMFILE"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "modeling_t.py"])
 def test_no_error_of_opening_counts_as_absent(file, error, tmp_path, monkeypatch):
-    import errno
-
     _models(tmp_path, "single")
     path, real = tmp_path / "second" / file, os.open
 
@@ -432,6 +431,55 @@ def test_no_error_of_opening_counts_as_absent(file, error, tmp_path, monkeypatch
     with pytest.raises(OutlierMergeError, match=f"second/{file}.*cannot be read") as caught:
         outliermerge.plan(_spec(tmp_path, "min_sigma"))
     assert "Traceback" not in str(caught.value)
+
+
+def _plan_with_a_failure(spec: dict, folder: Path, number: int, code: int) -> tuple:
+    """Plan, a call of the file system failing; return the plan or the refusal, and the calls."""
+    calls = []
+
+    def failing(name: str) -> Callable:
+        real = getattr(os, name)
+
+        def call(path=".", *arguments, **keywords):
+            if str(path).startswith(str(folder)):
+                calls.append(name)
+                if len(calls) == number:
+                    raise OSError(code, os.strerror(code), str(path))
+            return real(path, *arguments, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "stat", "lstat", "listdir", "scandir", "readlink"):
+            patch.setattr(os, name, failing(name))
+        try:
+            planned = outliermerge.plan(spec)
+            return (planned.as_dict(), planned.files), len(calls)
+        except OutlierMergeError:
+            return None, len(calls)
+
+
+def _fail_each(folder: Path, kind: str, step: int) -> int:
+    """Assert that a plan in which a call fails is refused or the same; return how many failed."""
+    _models(folder, kind)
+    spec = _spec(folder, "min_sigma")
+    clean, num_calls = _plan_with_a_failure(spec, folder, 0, 0)
+    assert clean is not None
+    for number in range(1, num_calls + 1, step):
+        for code in (errno.EIO, errno.EACCES, errno.ESTALE):
+            found, _ = _plan_with_a_failure(spec, folder, number, code)
+            assert found in (None, clean), (number, code)
+    return 3 * len(range(1, num_calls + 1, step))
+
+
+def test_a_failure_while_planning_never_makes_another_plan(tmp_path):
+    assert _fail_each(tmp_path, "adapter", step=9) > 100
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_failure_while_planning_makes_another_plan(kind, tmp_path):
+    print(f"\n{kind}: {_fail_each(tmp_path, kind, step=1)} failed calls, 0 other plans")
 
 
 # What can be known before the first byte.

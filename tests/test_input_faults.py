@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_tensors
-from injection import Call, Done, Driver, Injection
+from injection import Call, Done, Driver, Injection, try_calls
 
 NUM_SAMPLED = 6
 READING = "open,read,pread,preadv,mmap,opendir,stat"
@@ -105,29 +105,26 @@ def _check(workplace: Workplace, case: str, mode: str, number: int) -> None:
     assert not output.exists()
 
 
-def _try(workplace: Workplace, case: str, mode: str, *, sampled: bool) -> None:
+def _try(workplace: Workplace, case: str, mode: str, *, most: int | None) -> None:
     wanted = MODES[mode][2].split(",")
     calls = [call for call in workplace.prepare(case) if call.kind in wanted]
-    numbers = range(len(calls))
-    if sampled:
-        step = max(1, len(calls) // NUM_SAMPLED)
-        numbers = numbers[sum(map(ord, case + mode)) % step :: step]
-    for number in numbers:
-        try:
-            _check(workplace, case, mode, number)
-        except AssertionError as error:
-            raise AssertionError(f"{mode} at {calls[number]}: {error}") from error
-    print(f"{case}, {mode}: {len(numbers)} calls")
+    try_calls(
+        f"{case}, {mode}",
+        calls,
+        range(len(calls)),
+        lambda number: _check(workplace, case, mode, number),
+        most=most,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_call_on_an_input_that_fails_is_gone_on_with_or_named(workplace, case, mode):
-    _try(workplace, case, mode, sampled=True)
+    _try(workplace, case, mode, most=NUM_SAMPLED)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_whichever_call_on_an_input_fails_is_gone_on_with_or_named(workplace, case, mode):
-    _try(workplace, case, mode, sampled=False)
+    _try(workplace, case, mode, most=None)

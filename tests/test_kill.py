@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_tensors
+from stopping import stopping_after
 from waiting import LIMIT_SECONDS, held, stopped, wait_for
 
 import outliermerge
@@ -381,18 +382,7 @@ class TestSmall:
     def test_a_kill_after_the_journal_is_opened_again_loses_nothing(
         self, killed: Path, monkeypatch: pytest.MonkeyPatch, num_lines: int
     ) -> None:
-        from outliermerge.output.journal import Journal
-
-        add, calls = Journal.add, []
-
-        def stop(journal, entry):
-            calls.append(entry)
-            if sum("tensor" in entry for entry in calls) > num_lines:
-                raise KeyboardInterrupt
-            add(journal, entry)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Journal, "add", stop)
+        with stopping_after(monkeypatch, num_lines):
             assert cli.main(_small(killed)) == 130
         assert self._resume(killed)["num_resumed"] == 7 + num_lines
         _assert_same(killed, killed.with_name("undisturbed"))

@@ -348,6 +348,18 @@ class TestTarget:
         assert _bytes(output) == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "task1", "task2"]
 
+    def test_an_old_output_with_a_large_manifest_is_replaced(
+        self, models: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """That of a model of 46,000 tensors has tens of megabytes."""
+        output = tmp_path / "out"
+        outliermerge.run(_spec(models), output=output, **CPU)
+        with (output / "outliermerge.json").open("ab") as file:
+            file.write(b" " * (20 << 20))
+        outliermerge.run(_spec(models), output=output, overwrite=True, **CPU)
+        assert cli.main(["verify", str(output)]) == 0
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out", "task1", "task2"]
+
     def test_weights_that_were_put_in_the_place_of_ours_stop_it(
         self, models: dict[str, Path], tmp_path: Path
     ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_tensors
-from injection import Call, Done, Driver, Injection
+from injection import Call, Done, Driver, Injection, try_calls
 from safetensors.torch import save_file
 
 ORDINARY = "outliermerge.cli:main"
@@ -73,6 +73,8 @@ MODES = {
     "ENOSPC": ("err", errno.ENOSPC),
     "EIO from then on": ("persist", errno.EIO),
     "EINTR": ("err", errno.EINTR),
+    "half": ("short", 0),
+    "end of file": ("eof", 0),
 }
 # What an errno is injected into: what only asks is not told apart from what is not there.
 CHANGING = (
@@ -177,7 +179,7 @@ def check(workplace: Workplace, name: str, mode: str, number: int, kinds: str) -
     else:
         assert done.code in (0, 1)
         assert (done.code == 1) == done.err.startswith("error: "), done.err
-    if mode == "EINTR":
+    if mode in ("EINTR", "half"):
         assert done.code == 0, done.err
     found = _files(workplace.place)
     assert found["notes.txt"] == b"mine"
@@ -207,33 +209,33 @@ def _points(workplace: Workplace, name: str, mode: str) -> tuple[list[int], str]
     kinds = "write,pwrite,pwritev" if how == "torn" else CHANGING
     if mode == "EINTR":
         kinds = "open,read,pread,preadv,write,pwrite,pwritev,truncate,lock"
+    if mode in ("half", "end of file"):
+        kinds = "read,pread,preadv" + (",write,pwrite,pwritev" if mode == "half" else "")
     if mode == "ENOSPC":
         kinds = "write,pwrite,pwritev,fallocate,mkdir,fsync,rename"
     return list(range(sum(call.kind in kinds.split(",") for call in calls))), kinds
 
 
-def _try(workplace: Workplace, name: str, mode: str, *, sampled: bool) -> None:
+def _try(workplace: Workplace, name: str, mode: str, *, most: int | None) -> None:
     numbers, kinds = _points(workplace, name, mode)
-    if sampled:
-        step = max(1, len(numbers) // NUM_SAMPLED)
-        numbers = numbers[sum(map(ord, name + mode)) % step :: step]
     calls = [c for c in workplace.calls[name] if kinds == "all" or c.kind in kinds.split(",")]
-    for number in numbers:
-        try:
-            check(workplace, name, mode, number, kinds)
-        except AssertionError as error:
-            raise AssertionError(f"{mode} at {calls[number]}: {error}") from error
-    print(f"{name}, {mode}: {len(numbers)} calls")
+    try_calls(
+        f"{name}, {mode}",
+        calls,
+        numbers,
+        lambda number: check(workplace, name, mode, number, kinds),
+        most=most,
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_where_a_call_fails_or_is_the_last(workplace, name, mode):
-    _try(workplace, name, mode, sampled=True)
+    _try(workplace, name, mode, most=NUM_SAMPLED)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_lost_whichever_call_fails_or_is_the_last(workplace, name, mode):
-    _try(workplace, name, mode, sampled=False)
+    _try(workplace, name, mode, most=None)

@@ -26,9 +26,9 @@ import outliermerge
 from outliermerge import cli
 from outliermerge.checkpoint.folder import open_checkpoint
 from outliermerge.errors import OutlierMergeError, SpecError
-from outliermerge.manifest import read_manifest
 from outliermerge.methods import METHODS
 from outliermerge.output.folder import OutputFolder
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.planning.vocabulary_tensors import RearrangedRows
 from outliermerge.spec.check import load_spec
 from outliermerge.spec.schema import json_schema

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
@@ -101,3 +105,42 @@ def test_a_thread_that_cannot_begin_ends_the_run(threads: int) -> None:
 
     assert _ended(threading.Thread(target=run, daemon=True))
     assert len(raised) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("num_interrupts", [1, 2, 3])
+def test_an_interrupt_is_raised_when_no_thread_works_any_more(
+    threads: int, num_interrupts: int
+) -> None:
+    heard = threading.Semaphore(0)
+    began: list[int] = []
+    ended: list[int] = []
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        heard.release()
+        raise KeyboardInterrupt
+
+    def interrupts(item: int) -> None:
+        for _ in range(num_interrupts):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard.acquire(timeout=LIMIT_SECONDS)
+        works(item)
+
+    def works(item: int) -> None:
+        began.append(item)
+        time.sleep(0.02)  # who does not wait for this item returns before its end
+        ended.append(item)
+
+    def steps(function: Callable[[int], None]) -> Steps[None]:
+        yield Round(function, range(1))
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_all((steps(interrupts if n == 2 else works) for n in range(300)), threads=threads)
+        num_ended = len(ended)
+        assert len(began) == num_ended < 300
+    finally:
+        signal.signal(signal.SIGINT, before)
+    time.sleep(0.1)
+    assert len(began) == num_ended

@@ -14,6 +14,7 @@ import pytest
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation import chart
 from outliermerge.evaluation.formats import sealed, write_json
+from outliermerge.evaluation.models import merge_of
 from outliermerge.evaluation.paper import PAPER_TITLES, paper_rows, with_paper
 from outliermerge.evaluation.scores import (
     Failure,
@@ -618,3 +619,13 @@ def test_what_is_no_regular_file_is_told(tmp_path, kind, name):
         file.symlink_to(file.name)
     with pytest.raises(OutlierMergeError, match=name.rpartition("/")[2]):
         load_scores(path)
+
+
+def test_no_code_is_imported_that_a_models_manifest_names(tmp_path, monkeypatch):
+    code = tmp_path / "hostile_method.py"
+    code.write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\ndef merge(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = {"merge_method": "hostile_method:merge", "models": [{"model": "a"}, {"model": "b"}]}
+    (tmp_path / "outliermerge.json").write_text(json.dumps({"spec": spec}))
+    assert merge_of(tmp_path) == {"method": "hostile_method:merge", "parameters": {}}
+    assert not (tmp_path / "imported").exists()

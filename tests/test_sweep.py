@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import family, save_tensors
+from stopping import stopping_after
 
 import outliermerge
 from outliermerge import cli
@@ -216,23 +217,11 @@ def test_the_command_prints_what_was_written(spec, tmp_path, capsys):
 def test_a_sweep_killed_between_two_lines_says_the_same_of_what_was_read(
     spec, tmp_path, monkeypatch, num_lines
 ):
-    from outliermerge.output.journal import Journal
-
     settings = {"density": [0.5, 1.0]}  # which read a tensor in two passes, and in one
     spec = spec | {"merge_method": "ties"}
     outliermerge.sweep(spec, settings, output=tmp_path / "whole")
-    add, lines = Journal.add, []
-
-    def stop(journal, entry):
-        lines.append(entry)
-        if sum("tensor" in line for line in lines) > num_lines:
-            raise KeyboardInterrupt
-        add(journal, entry)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", stop)
-        with pytest.raises(KeyboardInterrupt):
-            outliermerge.sweep(spec, settings, output=tmp_path / "out")
+    with stopping_after(monkeypatch, num_lines), pytest.raises(KeyboardInterrupt):
+        outliermerge.sweep(spec, settings, output=tmp_path / "out")
     outliermerge.sweep(spec, settings, output=tmp_path / "out")
 
     for name in ("density=0.5", "density=1.0"):

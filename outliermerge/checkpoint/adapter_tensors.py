@@ -62,6 +62,21 @@ def _columns(reader: Reader, matrix: TensorMeta, first: int, last: int) -> Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transposed(ComputedTensor):
+    """A stored matrix (C, R) as (R, C); `dtype` is that of the matrix."""
+
+    matrix: TensorMeta
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return (self.matrix,)
+
+    def rows(self, reader: Reader, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
+        return _columns(reader, self.matrix, first, last).T
+
+
+@dataclass(frozen=True, kw_only=True)
 class InDType(ComputedTensor):
     """A stored tensor as it is, of which an output is stored in the dtype of the base's."""
 

@@ -111,7 +111,7 @@ def files_in(root: Path) -> list[str]:
         for path in _entries(folders.pop()):
             name = path.relative_to(root).as_posix()
             refuse_text(path)
-            if not path.is_dir():
+            if not _is_folder(path):
                 found.append(name)
                 continue
             if name.endswith(_FILE_ENDS) and kind_of(name) == "sidecar":
@@ -120,6 +120,15 @@ def files_in(root: Path) -> list[str]:
             if not path.is_symlink() or path.parent == root:
                 folders.append(path)
     return sorted(found)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        if path.is_symlink():  # to nowhere, or to itself
+            return False
+        raise
 
 
 def _entries(folder: Path) -> list[Path]:

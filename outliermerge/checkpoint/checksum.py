@@ -7,6 +7,7 @@ elements (the last may be shorter), so it depends on neither block size nor thre
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,15 +37,22 @@ def header_checksum(path: Path) -> str:
     """Return the checksum of a safetensors file's bytes before its first tensor."""
     with path.open("rb") as file:
         length = file.read(8)
-        return xxhash.xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
+        there = os.fstat(file.fileno()).st_size
+        header = file.read(min(int.from_bytes(length, "little"), there))
+        if len(length + header) < min(8 + int.from_bytes(length, "little"), there):
+            raise EOFError("the file ends early")
+        return xxhash.xxh3_128_hexdigest(length + header)
 
 
 def file_checksum(path: Path) -> str:
     """Return a file's SHA-256, as the hub shows it."""
-    digest = hashlib.sha256()
+    digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            num_bytes += len(block)
+        if num_bytes < os.fstat(file.fileno()).st_size:
+            raise EOFError("the file ends early")
     return digest.hexdigest()
 
 

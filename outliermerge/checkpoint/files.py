@@ -91,9 +91,12 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
     limit = max_bytes or _max_bytes(path)
     try:
         with open_file(path) as file:
-            _check_size(path, os.fstat(file.fileno()).st_size, limit)
+            size = os.fstat(file.fileno()).st_size
+            _check_size(path, size, limit)
             # What is read is counted too: files grow, and some have no size to tell.
             data = file.read(limit + 1)
+            if len(data) < size:
+                raise OutlierMergeError(f"{path}: ends early, at byte {len(data):,} of {size:,}")
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_symlink():
             note_absent(path)

@@ -40,6 +40,7 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _Block = tuple[int | None, int | None]
 
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
+_MAX_STATE = 1 << 16  # bytes of a quant_state, which has some hundred
 _CACHE = re.compile(r"(^|[./])(q|k|v|kv)_(scale|zero_point)$")
 _COMPANIONS = re.compile(
     r"(_scale_inv|weight_(scale|zero_point|shape|packed|g_idx|global_scale|format)|\.SCB"
@@ -330,6 +331,8 @@ def _bnb(model: Model) -> Changes:
 def _four_bit(model: Model, name: str, state_name: str) -> Changes:
     meta = model.tensors[state_name]
     try:
+        if meta.num_elements > _MAX_STATE:
+            raise ValueError(f"it has {meta.num_elements:,} bytes")
         state = json.loads(bytes(model.reader.values(meta, 0, meta.num_elements).tolist()))
         shape, block = tuple(state["shape"]), state["blocksize"]
         nested_block = state.get("nested_blocksize")

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from outliermerge.errors import OutlierMergeError
 
@@ -151,15 +152,30 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
         os.set_blocking(descriptor, True)
         if (watched := watched or _WATCHED.get()) is not None:
             watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
+    except OSError as error:  # calls on a descriptor do not know its file
+        os.close(descriptor)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Return a regular file, opened as `open_input` does."""
-    return os.fdopen(open_input(path), "rb")
+def open_file(path: Path) -> BufferedReader:
+    """Return a regular file, opened as `open_input` does; failures within its block name it."""
+    return _InputFile(path)
+
+
+class _InputFile(BufferedReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(open_input(path)))
+        self._path = path
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        error = exception[1]
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def same_bytes(path: Path, other: Path) -> bool:
@@ -207,6 +223,25 @@ def note_absent(path: Path) -> None:
     """Let who watches know that a file is not there."""
     if (watched := _WATCHED.get()) is not None:
         watched.note(path, None)
+
+
+@contextmanager
+def told_by_name() -> Iterator[None]:
+    """Turn a failure of the file system, wherever it is met, into an error that names the file.
+
+    Raises:
+        OutlierMergeError: what was raised, told.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OutlierMergeError(f"{error.filename}: cannot be read: {_reason(error)}") from error
+    except RuntimeError as error:  # of Path.resolve, before Python 3.13
+        if not str(error).startswith("Symlink loop"):
+            raise
+        raise OutlierMergeError(f"cannot be read: {error}") from error
 
 
 def refuse_text(path: Path) -> None:

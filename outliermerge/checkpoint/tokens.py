@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from outliermerge.errors import OutlierMergeError, quoted
 # pieces' numbers.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _ADDED = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
 TOKEN_FILES = frozenset((*_VOCABULARIES, *_ADDED))
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -104,7 +108,10 @@ class _Named:
         return
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OutlierMergeError):
+        # A panic of the tokenizers library is no Exception.
+        is_panic = type(error).__name__ == "PanicException"
+        is_error = isinstance(error, Exception) and not isinstance(error, OutlierMergeError)
+        if is_error or is_panic:
             raise OutlierMergeError(
                 f"{self.path}: {self.what}: {error}. Fetch it again."
             ) from error
@@ -122,12 +129,24 @@ def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
     """Return the ids of the tokens of a tokenizer.json, and behind them of others that it lacks."""
     from tokenizers import AddedToken, Tokenizer
 
+    _check_charsmap(data)
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     for token in others:
         if tokenizer.token_to_id(token) is None:
             tokenizer.add_tokens([AddedToken(token, special=True)])
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return ids
+
+
+def _check_charsmap(data: bytes) -> None:
+    """Raise ValueError for a table of signs that is shorter than it says.
+
+    The tokenizers library takes as much memory as it says, and ends the process where that fails.
+    """
+    for match in _CHARSMAP.finditer(data):
+        (num_bytes,) = struct.unpack("<I", base64.b64decode(match[1][:8])[:4].ljust(4, b"\xff"))
+        if num_bytes > len(match[1]) * 3 // 4 - 4:
+            raise ValueError("its precompiled_charsmap is cut off")
 
 
 def _beside(

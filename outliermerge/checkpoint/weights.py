@@ -156,7 +156,9 @@ def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) 
     check_file(path, root)
     content = load_json(path)
     files = content.get("weight_map") if isinstance(content, dict) else None
-    return isinstance(files, dict) and set(files.values()) <= {path.name for path in paths}
+    return isinstance(files, dict) and set(map(str, files.values())) <= {
+        path.name for path in paths
+    }
 
 
 def read_whole(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:

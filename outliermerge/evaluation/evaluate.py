@@ -16,7 +16,7 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
-from outliermerge.evaluation.formats import refuse_special
+from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
     MODEL_TYPES,
     check_packages,
@@ -111,7 +111,7 @@ def evaluate(
         "batch_size": suite.document.batch_size,
     }
     for name in OUTPUT_NAMES:
-        refuse_special(folder / name)
+        check_place(folder / name)
     with _alone_in(folder):
         fingerprints = Fingerprints(folder, listener.hashing)
         found = [
@@ -127,7 +127,7 @@ def evaluate(
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     lock = folder / "work" / "lock"
-    refuse_special(lock)
+    check_place(lock)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,7 +212,7 @@ class _Run:
         current: str | None = None
         image_backend = reason = ""
         log = self._folder / "logs" / (re.sub(r"[^\w.-]", "_", model.name)[:60] + ".log")
-        refuse_special(log)
+        check_place(log)
         log_start = log.stat().st_size if log.exists() else 0
         self._listener.loading(model.name, list(left))
 

@@ -13,7 +13,7 @@ import xxhash
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError
-from outliermerge.evaluation.formats import load, refuse_special, write_json
+from outliermerge.evaluation.formats import check_place, load, write_json
 
 STAMPS_NAME = "fingerprints.json"
 # Neither changes what a model answers.
@@ -31,7 +31,7 @@ class Fingerprints:
     def __init__(self, folder: Path, on_progress: Callable[[int], None] = lambda n: None) -> None:
         self._path = folder / STAMPS_NAME
         self.on_progress = on_progress
-        refuse_special(self._path)
+        check_place(self._path)
         try:
             known = load(self._path)
         except (OSError, OutlierMergeError):  # absent or damaged: all is hashed again

@@ -27,11 +27,11 @@ from outliermerge.checkpoint.files import (
 from outliermerge.checkpoint.json_text import parse_json
 from outliermerge.checkpoint.stamps import open_file
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
+from outliermerge.output.manifest_file import MAX_MANIFEST_VALUES
 
 FORMAT = 1
 # A record has a unit a question; the largest known set of questions has 450,000.
 _MAX_VALUES = 2_000_000
-_MAX_MANIFEST_VALUES = 10_000_000  # as where manifests are verified
 _NOT_OURS = "is not what `outliermerge eval` wrote"
 _BLOCK_BYTES = 1 << 22
 MAX_NAME = 200
@@ -228,42 +228,32 @@ def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
     raise OutlierMergeError(f"{what_if_not}:\n{listing(problems, limit=5)}")
 
 
-def read_manifest(file: Path) -> ManifestFile:
-    """Read of a model's manifest how it was merged.
+def read_merged(file: Path) -> MergedSpec:
+    """Read of a model's manifest what it was merged with.
 
     Raises:
         OutlierMergeError: it is no manifest.
     """
-    content = load(file, max_bytes=MAX_MANIFEST_BYTES, max_values=_MAX_MANIFEST_VALUES)
-    return _parse(ManifestFile, content, f"{file}: is not a manifest")
+    content = load(file, max_bytes=MAX_MANIFEST_BYTES, max_values=MAX_MANIFEST_VALUES)
+    return _parse(ManifestFile, content, f"{file}: is not a manifest").spec
 
 
 def read_record(file: Path) -> RecordFile:
-    """Read a record, and see that it and the answers beside it are as they were written.
+    """Read a record.
 
     Raises:
-        OutlierMergeError: they are not.
+        OutlierMergeError: it is none.
     """
-    content = load(file)
-    record = _parse(RecordFile, content, f"{file}: {_NOT_OURS}")
-    _check_seal(file, content)
-    answers = file.with_suffix(".jsonl")
-    found = None if record.answers is None else digest_of(answers)
-    if found not in (None, record.answers):
-        raise _changed(answers)
-    return record
+    return _parse(RecordFile, load(file), f"{file}: {_NOT_OURS}")
 
 
 def read_scores(file: Path) -> ScoresFile:
-    """Read a scores.json, and see that it is as it was written.
+    """Read a scores.json.
 
     Raises:
-        OutlierMergeError: it is not.
+        OutlierMergeError: it is none.
     """
-    content = load(file)
-    scores = _parse(ScoresFile, content, f"{file}: {_NOT_OURS}")
-    _check_seal(file, content)
-    return scores
+    return _parse(ScoresFile, load(file), f"{file}: {_NOT_OURS}")
 
 
 def load(file: Path, *, max_bytes: int = MAX_LARGE_BYTES, max_values: int = _MAX_VALUES) -> Any:
@@ -287,14 +277,21 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     It tells a change by accident or by hand, and proves nothing against a forger, who can compute
     another.
     """
-    return {**content, "checksum": _checksum_of(content)}
+    return {**content, "checksum": _digest(_plain(content))}
 
 
-def _check_seal(file: Path, content: Mapping[str, Any]) -> None:
-    """Raise OutlierMergeError if a file has a checksum, and its is another."""
-    held = {key: value for key, value in content.items() if key != "checksum"}
-    if content.get("checksum") is not None and content["checksum"] != _checksum_of(held):
+def check_seal(file: Path, content: RecordFile | ScoresFile) -> None:
+    """Raise OutlierMergeError if a file, or the answers beside a record, changed since written."""
+    held = content.model_dump(exclude_unset=True, exclude={"checksum"})
+    # Of an earlier version's record, which names no answers, the checksum is of the result alone.
+    is_earlier = isinstance(content, RecordFile) and "answers" not in held
+    found = _digest(held["result"] if is_earlier else _plain(held))
+    if content.checksum not in (None, found):
         raise _changed(file)
+    if held.get("answers") is not None:
+        answers = file.with_suffix(".jsonl")
+        if digest_of(answers) not in (None, held["answers"]):
+            raise _changed(answers)
 
 
 def _changed(file: Path) -> OutlierMergeError:
@@ -305,9 +302,8 @@ def _changed(file: Path) -> OutlierMergeError:
     )
 
 
-def _checksum_of(content: object) -> str:
-    text = json.dumps(_plain(content), sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(text.encode())
+def _digest(content: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _plain(value: object) -> object:
@@ -345,7 +341,7 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
-def refuse_special(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Raise OutlierMergeError if a path where a file is to be written is anything else."""
     try:
         path.resolve()

@@ -12,7 +12,7 @@ from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.checkpoint.hub import resolve
 from outliermerge.checkpoint.stamps import is_there, refuse_text
 from outliermerge.errors import OutlierMergeError, quoted
-from outliermerge.evaluation.formats import read_manifest
+from outliermerge.evaluation.formats import read_merged
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods import METHODS
 
@@ -70,7 +70,7 @@ def merge_of(path: Path) -> dict[str, Any] | None:
     """
     if not is_there(path / MANIFEST_NAME):
         return None
-    spec = read_manifest(path / MANIFEST_NAME).spec
+    spec = read_merged(path / MANIFEST_NAME)
     if spec.merge_method == "passthrough" or len(spec.models) == 1:
         return None
     # A method of the user's own is not imported here: the manifest may be somebody else's.

@@ -18,8 +18,8 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.fingerprint import Fingerprints
 from outliermerge.evaluation.formats import (
     FORMAT,
+    check_place,
     digest_of,
-    refuse_special,
     sealed,
     write_json,
 )
@@ -77,8 +77,8 @@ class Records:
             OutlierMergeError: something else has the name of a file that is to be written.
         """
         path, identity = self._place(model, task)
-        refuse_special(path)
-        refuse_special(self.answers_path(model, task))
+        check_place(path)
+        check_place(self.answers_path(model, task))
         if not path.exists():
             return None
         try:

@@ -17,7 +17,9 @@ from outliermerge.evaluation.formats import (
     MAX_NAME,
     FailureEntry,
     ModelEntry,
+    RecordFile,
     ScoreEntry,
+    check_seal,
     read_record,
     read_scores,
     sealed,
@@ -166,6 +168,7 @@ def load_scores(path: str | Path) -> Scores:
     found = read_scores(file)
     check_names([model.name for model in found.models])
     models = tuple(_model(entry, file) for entry in found.models)
+    check_seal(file, found)  # last: where a number differs from its record's, that says more
     return Scores(
         suite=found.suite,
         titles=tuple(found.titles),
@@ -200,8 +203,9 @@ def _model(entry: ModelEntry, file: Path) -> ModelScores:
 def _score(entry: ScoreEntry, file: Path, model: ModelEntry, title: str) -> Score:
     """Return the score of a record, of which scores.json must repeat the numbers."""
     path = file.parent / entry.record
-    score, identity = load_record(path, record=entry.record)
-    held = {**_as_dict(score), "fingerprint": identity["model"]}
+    record = read_record(path)
+    score = _score_of(record, entry.record)
+    held = {**_as_dict(score), "fingerprint": record.identity.model}
     given = {**entry.model_dump(exclude_unset=True), "fingerprint": model.fingerprint}
     for name, value in given.items():
         if value != held[name]:
@@ -210,7 +214,12 @@ def _score(entry: ScoreEntry, file: Path, model: ModelEntry, title: str) -> Scor
                 f"{quoted(held[name])} in {path}: one of them was changed since `outliermerge "
                 "eval` wrote them. Restore it, or evaluate again."
             )
+    check_seal(path, record)
     return score
+
+
+def _score_of(record: RecordFile, name: str) -> Score:
+    return Score(**record.result.model_dump(), record=name, checksum=record.checksum or "")
 
 
 def load_record(path: Path, *, record: str) -> tuple[Score, dict[str, Any]]:
@@ -224,8 +233,8 @@ def load_record(path: Path, *, record: str) -> tuple[Score, dict[str, Any]]:
         OutlierMergeError: it is not what `outliermerge eval` wrote.
     """
     found = read_record(path)
-    score = Score(**found.result.model_dump(), record=record, checksum=found.checksum or "")
-    return score, found.identity.model_dump()
+    check_seal(path, found)
+    return _score_of(found, record), found.identity.model_dump()
 
 
 def check_names(names: Sequence[str]) -> None:

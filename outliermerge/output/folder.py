@@ -22,7 +22,7 @@ from outliermerge.jobs import Job, Plan
 from outliermerge.machine import open_direct
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
-from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_numbers
+from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes
 from outliermerge.output.ownership import check_apart, check_free
 from outliermerge.output.system import (
     check_own,
@@ -94,7 +94,7 @@ class OutputFolder:
                 self.is_finished = True
                 return
             check_free(plan, final, overwrite=overwrite)
-            self._old = old_numbers(final, is_one_file=plan.is_one_file)
+            self._old = old_inodes(final, is_one_file=plan.is_one_file)
             self._begin(identity, fresh=fresh)
             inputs = _inodes(plan)
             for shard in plan.shards:
@@ -158,10 +158,8 @@ class OutputFolder:
             )
 
     def _make(self) -> None:
-        try:
+        with naming(self.path, "made"):
             self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise failure(self.path, "made", error) from error
         self._journal.add({"folder": inode(self.path)})
         self._journal.sync()  # what is in the folder is known as ours after a power cut too
         self._is_begun = True
@@ -234,11 +232,8 @@ class OutputFolder:
             if tensor is None or (result.non_finite and not allow_non_finite):
                 del self.done[name]
                 continue
-            try:
+            with naming(self.path / tensor.file, "read back", tensor=name):
                 found = checksum_in_file(self._files[tensor.file], tensor)
-            except OSError as error:
-                path = self.path / tensor.file
-                raise failure(path, "read back", error, tensor=name) from error
             if found != result.checksum:
                 del self.done[name]
 
@@ -249,11 +244,8 @@ class OutputFolder:
 
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
-        try:
+        with naming(self.path / tensor.file, "written", tensor=tensor.name):
             write_exactly(*self.place(tensor, start)[:2], data)
-        except OSError as error:
-            path = self.path / tensor.file
-            raise failure(path, "written", error, tensor=tensor.name) from error
 
     def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         """Read back elements from `start` on."""
@@ -269,8 +261,7 @@ class OutputFolder:
         """Write files beside the weights, or copy them; those of an earlier run are replaced."""
         self._journal.add({"files": sorted(contents)})
         for name, data in contents.items():
-            path = self.path / name
-            try:
+            with naming(self.path / name, "written"):
                 descriptor = make_inside(self.path, name)
                 try:
                     position = 0
@@ -280,8 +271,6 @@ class OutputFolder:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-            except OSError as error:
-                raise failure(path, "written", error) from error
 
     def finish(self, files: Iterable[str]) -> None:
         """Have everything reach the disk, and say in the journal that names change now.
@@ -360,9 +349,13 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
         return
     try:
         with open_file(data) as file:
+            left = os.fstat(file.fileno()).st_size
             while part := file.read(1 << 20):
+                left -= len(part)
                 yield part
-    except OSError as error:
+        if left > 0:
+            raise EOFError("the file ends early")
+    except (OSError, EOFError) as error:
         raise failure(data, "read", error) from error
 
 
@@ -373,7 +366,7 @@ def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[
 
 
 def _inodes(plan: Plan) -> set[tuple[int, int]]:
-    """Return the devices and numbers of the files that the models are read from."""
+    """Return the devices and inode numbers of the files that the models are read from."""
     found = set()
     for entry in plan.inputs:
         for stamp in entry.checkpoint.weight_files:

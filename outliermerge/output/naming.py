@@ -1,7 +1,7 @@
 """How a finished output takes its name, such that a kill at any moment loses nothing.
 
 All that is written is on the disk before the first name changes, and the journal says what is
-moved where, by the numbers of the files. Old and new are exchanged at once where the system can
+moved where, by inode numbers. Old and new are exchanged at once where the system can
 do that. Whoever opens the journal next finishes what was begun.
 """
 
@@ -26,8 +26,8 @@ class Move:
 
     Attributes:
         source: as it is called within OUT.partial; empty for the folder itself.
-        new: the number of what is moved.
-        old: the number of what had the name before; None for nothing.
+        new: the inode number of what is moved.
+        old: the inode number of what had the name before; None for nothing.
     """
 
     source: str
@@ -40,7 +40,7 @@ def begin_naming(journal: Journal, *, shard: str | None, old: Sequence[int | Non
 
     Args:
         shard: the name of the one file, where the output is one.
-        old: what `old_numbers` gave at the start.
+        old: what `old_inodes` gave at the start.
     """
     sources = [""] if shard is None else [shard, MANIFEST_NAME]
     numbers = [inode(partial_folder(journal.final) / source) for source in sources]
@@ -53,8 +53,8 @@ def begin_naming(journal: Journal, *, shard: str | None, old: Sequence[int | Non
     journal.sync()
 
 
-def old_numbers(final: Path, *, is_one_file: bool) -> list[int | None]:
-    """Return the numbers of what has the names that an output will take."""
+def old_inodes(final: Path, *, is_one_file: bool) -> list[int | None]:
+    """Return the inode numbers of what has the names that an output will take."""
     return [inode(final), *([inode(manifest_path(final))] if is_one_file else [])]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
-from outliermerge.checkpoint.files import load_json
 from outliermerge.checkpoint.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.failures import naming
 from outliermerge.jobs import Input, Plan
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import (
     journal_path,
     manifest_path,
@@ -63,17 +65,21 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
             f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
             f"{manifest.name}. Move it away."
         )
-    written = _written(manifest)
+    found = read_manifest(final)
     if final.is_dir():
-        foreign = sorted(set(files_in(final)) - {*written, *_beside(manifest), MANIFEST_NAME})
+        foreign = sorted(set(files_in(final)) - _listed(found) - {MANIFEST_NAME})
         if foreign:
             raise OutlierMergeError(
                 f"{final}: --overwrite would remove what outliermerge did not write:\n"
                 f"{listing(foreign)}\nMove it away."
             )
-    for name, header in written.items():
+    for name, shard in found["shards"].items():
         path = shard_path(final, name)
-        if path.exists() and header_checksum(path) != header:
+        if not path.exists():
+            continue
+        with naming(path, "read"):
+            header = header_checksum(path)
+        if header != shard["header"]:
             raise OutlierMergeError(
                 f"{path}: is not the file that {manifest.name} says outliermerge wrote. "
                 "Move it away, or remove it."
@@ -82,31 +88,8 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
 
 def owned_files(folder: Path) -> set[str]:
     """Return what an old output's manifest lists; nothing where it has none."""
-    manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
-        return set()
-    return {*_written(manifest), *_beside(manifest)}
+    return _listed(read_manifest(folder)) if manifest_path(folder).is_file() else set()
 
 
-def _written(manifest: Path) -> dict[str, str]:
-    """Return the checksums of headers by shard, as a manifest of ours has them.
-
-    Raises:
-        OutlierMergeError: it is none.
-    """
-    found = load_json(manifest)
-    shards = found.get("shards") if isinstance(found, dict) else None
-    if isinstance(shards, dict) and shards and isinstance(found.get("tensors"), dict):
-        headers = {
-            name: entry["header"]
-            for name, entry in shards.items()
-            if isinstance(entry, dict) and isinstance(entry.get("header"), str)
-        }
-        if len(headers) == len(shards):
-            return headers
-    raise OutlierMergeError(f"{manifest}: is no manifest of outliermerge. Move it away.")
-
-
-def _beside(manifest: Path) -> list[str]:
-    files = load_json(manifest).get("files")
-    return list(files) if isinstance(files, dict) else []
+def _listed(manifest: Mapping[str, Any]) -> set[str]:
+    return {*manifest["shards"], *manifest["files"]}

@@ -19,7 +19,7 @@ _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
 def inode(path: Path) -> int | None:
-    """Return the number of what has a name, a link not followed; None where nothing has it."""
+    """Return the inode number of what has a name, or of a link; None where nothing has it."""
     try:
         return os.lstat(path).st_ino
     except (FileNotFoundError, NotADirectoryError):

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from outliermerge.checkpoint.adapter_config import CONFIG_NAME
-from outliermerge.checkpoint.adapter_tensors import InDType
+from outliermerge.checkpoint.adapter_tensors import (
+    InDType,
+    LowRankSum,
+    ReplacedRows,
+    Rescaled,
+    Transposed,
+)
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.meta import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, shown
@@ -15,74 +22,173 @@ from outliermerge.jobs import Input
 from outliermerge.planning.tied import tied_heads, unnamed_tie
 from outliermerge.planning.tied_names import is_head
 
+_ADVICE = "Merge it with peft's merge_and_unload(), then save_pretrained()."
+
+
+@dataclass(frozen=True)
+class AdaptedHeads:
+    """What an adapter makes of heads that its base ties to the embeddings.
+
+    Attributes:
+        tensors: of the model.
+        parted: the heads that it parts from the embeddings.
+        alike: heads, their embeddings, and what must be equal for the two to be one.
+        notes: what a person should know.
+    """
+
+    tensors: Mapping[str, Source]
+    parted: tuple[str, ...]
+    alike: tuple[tuple[str, str, tuple[Source, Source]], ...]
+    notes: tuple[str, ...]
+
 
 def settle_heads(
-    folder: Path, under: Input, adapted: Checkpoint
-) -> tuple[dict[str, Source], tuple[str, ...], list[str]]:
+    folder: Path, under: Input, adapted: Checkpoint, *, unties: bool = False
+) -> AdaptedHeads:
     """Tell what an adapter makes of heads that its base ties to the embeddings.
 
     Args:
         folder: of the adapter.
         under: its base.
         adapted: what the adapter makes of it.
-
-    Returns:
-        The model's tensors; the heads that the adapter parts from the embeddings; and notes.
+        unties: the output has a head of its own, so that it can hold what was trained.
 
     Raises:
-        OutlierMergeError: it parts a head whose name cannot be told.
+        OutlierMergeError: it parts a head from the embeddings, and one's name cannot be told.
     """
     config = read_json(folder / CONFIG_NAME)
-    before, tensors = under.checkpoint.tensors, dict(adapted.tensors)
-    parted, notes = [], []
-    if (name := unnamed_tie(under)) and _is_trained_whole(config, name):
+    _refuse_unnamed(folder, config, under, adapted)
+    settling = _Settling(config, under, dict(adapted.tensors), unties)
+    for head, original in tied_heads(under, filter(is_head, adapted.tensors)).items():
+        settling.settle(head, original)
+    return AdaptedHeads(
+        settling.tensors, tuple(settling.parted), tuple(settling.alike), tuple(settling.notes)
+    )
+
+
+def _refuse_unnamed(
+    folder: Path, config: Mapping[str, Any], under: Input, adapted: Checkpoint
+) -> None:
+    name = unnamed_tie(under)
+    if name is None:
+        return
+    if is_head(name) and adapted.tensors[name] is not under.checkpoint.tensors[name]:
+        raise OutlierMergeError(
+            f"{folder}: it changes {shown(name)}, which {shown(under.reference)} ties to "
+            f"embeddings that it does not store, and whose name cannot be told. {_ADVICE}"
+        )
+    if not is_head(name) and _is_trained_whole(config, name):
         raise OutlierMergeError(
             f"{folder}: it has {shown(name)} by itself, which {shown(under.reference)} ties, so "
-            "that the model "
-            "has a head of its own, whose name cannot be told. Merge it with peft's "
-            "merge_and_unload(), then save_pretrained()."
+            f"that the model has a head of its own, whose name cannot be told. {_ADVICE}"
         )
-    for head, original in tied_heads(under, filter(is_head, tensors)).items():
-        old, value = before.get(head, before[original]), tensors[original]
-        own = tensors.get(head, old)
-        changes = value is not before[original]
-        fate = _fate(config, (head, own, own is not old), (original, value, changes))
-        if fate == "parted":
-            tensors[head] = own
-            parted.append(head)
-        elif fate == "follows":
-            tensors.pop(head, None)
-            if head in before:
-                tensors[head] = value
-            if changes and not config.get("ensure_weight_tying"):
-                notes.append(
-                    f"it changes {original}, to which {shown(under.reference)} ties its head: the "
-                    "head "
-                    "changes with it, as when peft merges it, though it did not in training"
-                )
-    return tensors, tuple(parted), notes
 
 
-def _fate(
-    config: Mapping[str, Any], head: tuple[str, Source, bool], embeddings: tuple[str, Source, bool]
-) -> Literal["parted", "follows", "compared"]:
-    """Tell what becomes of a head; both are given with their tensor and whether it changes.
+class _Settling:
+    def __init__(
+        self, config: Mapping[str, Any], under: Input, tensors: dict[str, Source], unties: bool
+    ) -> None:
+        self.config, self.under, self.unties = config, under, unties
+        self.before = under.checkpoint.tensors
+        self.tensors = tensors
+        self.parted: list[str] = []
+        self.alike: list[tuple[str, str, tuple[Source, Source]]] = []
+        self.notes: list[str] = []
 
-    LoRA and rows of tokens on the embeddings alone change the head with them, as when peft merges
-    the adapter. `ensure_weight_tying` trains both as one. What is saved whole under both names
-    without training is one tensor, which is compared when it is read. Else the two are parted.
-    """
-    (name, own, is_given), (original, value, changes) = head, embeddings
-    # DoRA scales the head by rows and the embeddings by columns, so that they part in any case.
-    is_one = config.get("ensure_weight_tying") is True and not config.get("use_dora")
-    is_trained = _is_trained_whole(config, name)
-    if is_given and isinstance(own, (TensorMeta, InDType)) and (is_one or not is_trained):
-        return "compared" if isinstance(value, (TensorMeta, InDType)) else "follows"
-    if is_one:
-        return "follows"
-    return "parted" if is_given or (changes and _is_trained_whole(config, original)) else "follows"
+    def settle(self, head: str, original: str) -> None:
+        """Part a head from the embeddings, have it compared with them, or let it follow them.
+
+        `ensure_weight_tying` trains both as one: what the file holds of it for either is the same.
+        DoRA does so no more, as it has a norm for each token in the head and for each column in
+        the embeddings. What is saved whole under both names is compared when it is read.
+        """
+        old = self.before.get(head, self.before[original])
+        own, value = self.tensors.get(head, old), self.tensors[original]
+        is_given, changes = own is not old, value is not self.before[original]
+        is_one = bool(self.config.get("ensure_weight_tying"))
+        if is_given and _is_whole(own) and (is_one or not _is_trained_whole(self.config, head)):
+            if _is_whole(value):
+                return  # compared
+            is_given = False  # saved as it was before the adapter
+        if is_given:
+            same = _same_change(own, value) if is_one and not self.unties else None
+            if same is None:
+                self._part(head, own)
+            else:
+                self._follow(head, original)
+                self.alike += [(head, original, pair) for pair in same]
+        elif changes and _is_trained_whole(self.config, original) and not is_one:
+            self._part(head, own)
+        elif not changes or is_one or _is_whole(value) or isinstance(value, ReplacedRows):
+            # Embeddings saved untrained may have grown; peft trains tokens of both ends as one.
+            self._follow(head, original)
+        elif self.unties:
+            is_stored = head in self.before and own.shape == value.shape
+            self._part(head, own if is_stored else _base_of(value))
+        else:
+            self._follow(head, original)
+            self.notes.append(
+                f"it changes {original}, to which {shown(self.under.reference)} ties its head: the "
+                "head changes with it, as when peft merges it, though it did not in training"
+            )
+
+    def _part(self, head: str, own: Source) -> None:
+        self.tensors[head] = own
+        self.parted.append(head)
+
+    def _follow(self, head: str, original: str) -> None:
+        self.tensors.pop(head, None)
+        if head not in self.before:
+            return
+        value, old = self.tensors[original], (self.before[head], self.before[original])
+        if self.unties and value is old[1]:
+            self.tensors[head] = old[0]
+            return
+        self.tensors[head] = value
+        if old[0].shape == old[1].shape:
+            self.alike.append((head, original, old))
 
 
 def _is_trained_whole(config: Mapping[str, Any], name: str) -> bool:
     whole = config.get("modules_to_save") or ()
     return any(f".{part}." in f".{name}" for part in whole)
+
+
+def _is_whole(source: Source) -> bool:
+    return isinstance(source, (TensorMeta, InDType))
+
+
+def _base_of(source: Source) -> Source:
+    """Return what an adapter's change of a tensor starts from."""
+    changed = source.direction if isinstance(source, Rescaled) else source
+    return changed.base if isinstance(changed, LowRankSum) else source
+
+
+def _same_change(head: Source, embeddings: Source) -> list[tuple[Source, Source]] | None:
+    """Return what must be equal for two changes to be one; None where they are not."""
+    if isinstance(head, ReplacedRows) and isinstance(embeddings, ReplacedRows):
+        pairs: list[tuple[Source, Source]] = [(head.new, embeddings.new)]
+        is_one = head.indices == embeddings.indices
+    elif type(head) is type(embeddings) is LowRankSum:
+        assert isinstance(head, LowRankSum) and isinstance(embeddings, LowRankSum)
+        a, b = embeddings.lora_a, embeddings.lora_b
+        flipped = head.transposed != embeddings.transposed
+        pairs = [
+            (head.lora_a, _transposed(b) if flipped else a),
+            (head.lora_b, _transposed(a) if flipped else b),
+        ]
+        is_one = head.scale == embeddings.scale
+    else:
+        return None
+    fits = all(one.shape == other.shape for one, other in pairs)
+    return pairs if is_one and fits else None
+
+
+def _transposed(matrix: TensorMeta) -> Transposed:
+    return Transposed(
+        name=matrix.name,
+        shape=matrix.shape[::-1],
+        out_dtype=matrix.dtype,
+        dtype=matrix.dtype,
+        matrix=matrix,
+    )

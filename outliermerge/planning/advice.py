@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,18 @@ _MISSING = (
 )
 _EXTRA = "`extra: copy` in the spec copies such tensors, `extra: drop` leaves them out."
 _LOST = " What is left out is lost: these weights will not be in the output."
+
+
+# What a module is called by what it is, and a vector in it by its use.
+_NAMED = (
+    ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)|^bn\d*$")),
+    ("embedding", re.compile(r"embed|^w[tp]e$")),
+    (
+        "linear",
+        re.compile(r"dense|proj|linear|query|key|value|qkv|(^|_)fc\d*|^[qkvow][_\d]?$|classif"),
+    ),
+)
+_ROLES = {"weight": "weight", "gamma": "weight", "scale": "weight", "bias": "bias", "beta": "bias"}
 
 
 @dataclass
@@ -215,7 +228,9 @@ def _pairs(
                 near.pop()
             if near:
                 few = [*near[-1:], *near[:16]] if len(pairs) < _MAX_SHOWN else near[-1:]
-                open_ = [other for other in few if other not in taken]
+                open_ = [o for o in few if o not in taken and _are_of_a_kind(name, o, source)]
+                if not open_:
+                    continue
                 best = max(open_, key=lambda other: SequenceMatcher(None, name, other).ratio())
                 pairs.append((name, best))
                 taken.add(best)
@@ -227,6 +242,24 @@ def _pairs(
     pairs += [(n, "") for n in ours if n not in paired and (all_ or _place(n) in places)]
     pairs += [("", n) for n in theirs if n not in paired and (all_ or _place(n) in places)]
     return pairs
+
+
+def _are_of_a_kind(one: str, other: str, source: Source) -> bool:
+    """Tell whether two tensors of one size can be the same, by what their names say they are."""
+    kinds = [_kind(name) for name in (one, other)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        return False
+    if len(source.shape) != 1:
+        return True
+    roles = [_ROLES.get(name.rpartition(".")[2]) for name in (one, other)]
+    return None in roles or roles[0] == roles[1]
+
+
+def _kind(name: str) -> str | None:
+    """Return what a tensor's module is by its name; None where that does not tell it."""
+    module = name.rpartition(".")[0].rpartition(".")[2].lower()
+    found = (kind for kind, pattern in _NAMED if pattern.search(module))
+    return next(found, None)
 
 
 def _numbers(name: str) -> tuple[str, ...]:

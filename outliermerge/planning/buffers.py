@@ -27,6 +27,15 @@ def is_computed(name: str, source: Source) -> bool:
     return is_mask and last[-2:-1] != [] and "att" in last[-2]
 
 
+def is_frequencies(name: str, sources: Sequence[Source]) -> bool:
+    """Tell whether models hold RoPE's frequencies alike, whose mean would be of no model.
+
+    In another dtype they are rounded, so that they tell nothing.
+    """
+    is_rope = name.rpartition(".")[2] == "inv_freq" and is_computed(name, sources[0])
+    return is_rope and len({(source.dtype, source.shape) for source in sources}) == 1
+
+
 def is_buffer(sources: Sequence[Source]) -> bool:
     """Tell whether models hold a buffer in one shape; a float in one may be an integer in another.
 

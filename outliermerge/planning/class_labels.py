@@ -63,9 +63,17 @@ def check_labels(spec: MergeSpec, inputs: Sequence[Input], jobs: Iterable[Job]) 
 def _labels(entry: Input, folder: str) -> tuple[str, ...] | None:
     """Return what a model's config calls its classes, in order; None where it names none."""
     config = read_json(entry.home / folder / "config.json")
-    found: Any = config.get("id2label") or config.get("label_names")  # the second is timm's
-    if not found and isinstance(config.get("label2id"), Mapping):
-        found = {id_: label for label, id_ in config["label2id"].items()}
+    ids = config.get("label2id")
+    inverse = {id_: label for label, id_ in ids.items()} if isinstance(ids, Mapping) else None
+    # The names that a loader shows first; the last are timm's.
+    for found in (config.get("id2label"), inverse, config.get("label_names")):
+        if (named := _in_order(found)) is not None:
+            return named
+    return None
+
+
+def _in_order(found: Any) -> tuple[str, ...] | None:
+    """Return the names of classes in their order; None where these are numbers, or no names."""
     if isinstance(found, Mapping):
         try:
             by_id = {int(id_): label for id_, label in found.items()}
@@ -75,6 +83,43 @@ def _labels(entry: Input, folder: str) -> tuple[str, ...] | None:
     if not isinstance(found, list) or all(_UNNAMED.fullmatch(str(label)) for label in found):
         return None
     return tuple(map(str, found))
+
+
+def leave_out_heads(
+    inputs: Sequence[Input], misfits: Iterable[tuple[str, int]], *, others: Iterable[str]
+) -> list[str]:
+    """Return how heads that have other numbers of rows can be left out of a merge, a line a model.
+
+    Args:
+        misfits: names of tensors that do not fit, and the input that has them in another shape.
+        others: all other tensors' names.
+    """
+    reference = inputs[0]
+    heads: dict[int, list[str]] = {}
+    for name, number in misfits:
+        shapes = [e.checkpoint.tensors[name].shape for e in (reference, inputs[number])]
+        alike = len(shapes[0]) == len(shapes[1]) and shapes[0][1:] == shapes[1][1:]
+        if alike and shapes[0] and _HEAD.search(name):
+            heads.setdefault(number, []).append(name)
+    kept = list(others)
+    lines = []
+    for number, names in heads.items():
+        module = next(iter({name.rpartition(".")[0] for name in names}))
+        prefix = f"{module}."
+        if not all(n.startswith(prefix) for n in names) or any(prefix in n for n in kept):
+            continue
+        entry = inputs[number]
+        away = f"left_out.{prefix}"
+        more = "added to its own, " if entry.renamed else ""
+        base = "" if reference.role == "base" else f" and `base_model: {reference.reference}`"
+        rename = f"{more}`rename: [{{from: '^{re.escape(prefix)}', to: '{away}'}}]"
+        extra = f"extra: [{{filter: '{away}', value: drop}}, {{value: error}}]"
+        missing = f"missing: [{{filter: '{prefix}', value: base}}, {{value: error}}]`"
+        lines.append(
+            f"To leave the head of {entry.reference} out, which loses it, and keep that of "
+            f"{reference.reference}: {rename}, {extra}, {missing} on that model{base}."
+        )
+    return lines
 
 
 def _is_head(job: Job, labels: Mapping[str, tuple[str, ...] | None]) -> bool:
@@ -121,7 +166,7 @@ def _check_head(
         if not unnamed:
             return []
         return [
-            f"{', '.join(unnamed)} does not name its classes (id2label): the rows of "
+            f"{', '.join(unnamed)} does not name its classes (id2label, label2id): the rows of "
             f"{', '.join(names[:3])} are taken for those of {shown(first)} in the same order"
         ]
     inner = [named[model] for model in used if model in named]

@@ -13,6 +13,7 @@ from outliermerge.checkpoint.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.hub import is_hub_id, resolve
 from outliermerge.checkpoint.meta import Checkpoint
 from outliermerge.checkpoint.quantized import dequantize
+from outliermerge.checkpoint.stamps import told_by_name
 from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.jobs import Input
 from outliermerge.planning.adapted_heads import settle_heads
@@ -32,11 +33,13 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
         OutlierMergeError: a model is absent or broken; the message starts with the spec's line.
     """
     inputs: list[Input] = []
+    unties = spec.document.tie_word_embeddings is False
 
     def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
         base = inputs[0] if inputs and inputs[0].role == "base" else None
         try:
-            entry = open_model(model.reference, model.rename, role, base)
+            with told_by_name():
+                entry = open_model(model.reference, model.rename, role, base, unties=unties)
         except SettingError as error:
             raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
         except OutlierMergeError as error:
@@ -74,9 +77,21 @@ def _files(entry: Input) -> list[Path]:
 
 
 def open_model(
-    reference: str, rename: Rename, role: Literal["base", "model"], base: Input | None
+    reference: str,
+    rename: Rename,
+    role: Literal["base", "model"],
+    base: Input | None,
+    *,
+    unties: bool = False,
 ) -> Input:
     """Open a folder, a file, a hub id, an adapter over `base` or its own base, or `base+adapter`.
+
+    Args:
+        reference: to the model.
+        rename: from its names to those of the other models.
+        role: in the merge.
+        base: of the merge.
+        unties: the spec gives the output a head of its own.
 
     Raises:
         SettingError: a rule of `rename` does not fit the names.
@@ -84,10 +99,10 @@ def open_model(
     """
     if "+" in reference and not as_path(reference).exists():
         stem, last = _split(reference)
-        return _open_adapter(reference, resolve(last), rename, role, base, stem)
+        return _open_adapter(reference, resolve(last), rename, role, base, stem, unties)
     root = resolve(reference)
     if root.is_dir() and is_adapter(root):
-        return _open_adapter(reference, root, rename, role, base, None)
+        return _open_adapter(reference, root, rename, role, base, None, unties)
     checkpoint = dequantize(open_checkpoint(root))
     return _renamed(Input(reference, role, checkpoint, home=root), rename)
 
@@ -107,6 +122,7 @@ def _open_adapter(
     role: Literal["base", "model"],
     base: Input | None,
     stem: str | None,
+    unties: bool,
 ) -> Input:
     """Open an adapter over the model named before the `+`, the base model, or its own base."""
     if not is_adapter(folder):
@@ -114,13 +130,13 @@ def _open_adapter(
         raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
     trained_on = base_of_adapter(folder)
     if stem is not None:
-        under = open_model(stem, Rename(), role, None)
+        under = open_model(stem, Rename(), role, None, unties=unties)
         if base is not None and _same(under, base):
             under = base
     elif base is not None:
         under = base
     elif trained_on is not None:
-        under = open_model(trained_on, Rename(), role, None)
+        under = open_model(trained_on, Rename(), role, None, unties=unties)
     else:
         raise OutlierMergeError(
             f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"
@@ -132,35 +148,38 @@ def _open_adapter(
             f"{shown(under.reference)}; `{shown(trained_on)}+{shown(reference)}` takes it as a "
             "change of the former"
         )
+    is_over_base = under is base
+    under = with_embeddings(under)
     seen: dict[str, None] = {}
-    whole = with_embeddings(under)
 
     def target(name: str) -> str:
         seen[name] = None
-        return rename(name) if under is base else name
+        return rename(name) if is_over_base else name
 
     try:
         adapted = open_adapter(
-            folder, whole.checkpoint, target, lambda head: tied_heads(whole, [head]).get(head)
+            folder, under.checkpoint, target, lambda head: tied_heads(under, [head]).get(head)
         )
     except OutlierMergeError as error:
-        best = best_rename([rename(name) for name in seen], whole.checkpoint.tensors)
+        best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):
             raise
         advice = f"`rename: {best[0]}` on {shown(reference)} pairs {best[1]} of {len(seen)}."
         raise OutlierMergeError(f"{error}\n{advice}") from error
-    tensors, parted, tie_notes = settle_heads(folder, whole, adapted)
-    notes += tie_notes
+    heads = settle_heads(folder, under, adapted, unties=unties)
+    notes += heads.notes
     checkpoint = replace(
         adapted,
-        tensors=tensors,
+        tensors=heads.tensors,
         sidecars=under.checkpoint.sidecars,
         left_behind=under.checkpoint.left_behind,
         components=under.checkpoint.components,
         notes=(*adapted.notes, *notes),
     )
-    entry = Input(reference, role, checkpoint, home=under.home, parted=parted)
-    if under is not base:
+    entry = Input(
+        reference, role, checkpoint, home=under.home, parted=heads.parted, alike=heads.alike
+    )
+    if not is_over_base:
         return _renamed(entry, rename)
     rename.apply(seen)
     return replace(entry, renamed=rename.counts(seen))
@@ -174,7 +193,13 @@ def _renamed(entry: Input, rename: Rename) -> Input:
     checkpoint: Checkpoint = replace(
         entry.checkpoint, tensors={names[name]: source for name, source in tensors.items()}
     )
-    return replace(entry, checkpoint=checkpoint, renamed=rename.counts(tensors))
+    return replace(
+        entry,
+        checkpoint=checkpoint,
+        renamed=rename.counts(tensors),
+        parted=tuple(map(rename, entry.parted)),
+        alike=tuple((rename(head), rename(original), pair) for head, original, pair in entry.alike),
+    )
 
 
 def _last(reference: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.meta import DTYPES, DType, Source
-from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, watching
+from outliermerge.checkpoint.stamps import Watched, open_file, refuse_text, told_by_name, watching
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Job, Plan
 from outliermerge.method import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.buffers import is_buffer, is_computed, maps_rows
-from outliermerge.planning.class_labels import check_labels
+from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
+from outliermerge.planning.class_labels import check_labels, leave_out_heads
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
@@ -25,7 +25,7 @@ from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
-from outliermerge.planning.tied import TiedCopy, grown_rows, match_tied
+from outliermerge.planning.tied import TiedCopy, grown_rows, lacks_tied_head, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
@@ -47,7 +47,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
-    with watching(Watched()) as watched:
+    with told_by_name(), watching(Watched()) as watched:
         plan = _Planner(spec).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # what cannot be written is refused now
             if isinstance(content, Path):
@@ -84,6 +84,7 @@ class _Planner:
         self.reference = self.inputs[0].checkpoint.tensors
         self.problems: dict[str, list[str]] = {}
         self.unpaired: dict[int, Unpaired] = {}
+        self.misfits: list[tuple[str, int]] = []
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
         self.computed: dict[str, None] = {}
@@ -200,7 +201,9 @@ class _Planner:
         first = self.reference[name]
         held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
         no_floats = not any(source.dtype.is_float for source in held)
-        free = (no_floats or is_buffer(held)) and not maps_rows(name, first, self.reference)
+        is_rope = is_frequencies(name, held)
+        no_weight = no_floats or is_buffer(held) or is_rope
+        free = no_weight and not maps_rows(name, first, self.reference)
         if free and self.policies.word("unequal", name) == "base":
             kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
             reason = f"{kinds} buffer, the base model's"
@@ -209,6 +212,7 @@ class _Planner:
             source = self.inputs[number].checkpoint.tensors[name]
             both_float = source.dtype.is_float and first.dtype.is_float
             if source.shape != first.shape or not (both_float or is_buffer(held)):
+                self.misfits.append((name, number))
                 self._problem(
                     _MISFIT,
                     f"{shown(name)}: {_describe(first)} in {self.inputs[0].reference}, "
@@ -220,8 +224,9 @@ class _Planner:
         own = (0, first)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
         dtype = self._stored(first)
-        if is_buffer(held):
-            return self._draft_unmergeable(name, own, found)
+        if is_buffer(held) or is_rope:
+            draft = self._draft_unmergeable(name, own, found)
+            return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
@@ -307,6 +312,12 @@ class _Planner:
                 self._problem("missing", f"{name}: not in {self.inputs[number].reference}")
                 self.unpaired.setdefault(number, Unpaired()).missing.append(name)
                 allowed = False
+            elif lacks_tied_head(self.inputs[number], name):
+                raise OutlierMergeError(
+                    f"{name}: not in {self.inputs[number].reference}, whose config ties it to "
+                    "embeddings that cannot be told. With `missing: base` the base's head would "
+                    "stand beside other embeddings: save that model with its head."
+                )
             elif len(lacking) < len(self.model_numbers):
                 self.lacking.setdefault(self.inputs[number].reference, []).append(name)
         return allowed
@@ -332,6 +343,9 @@ class _Planner:
         ]
         if _MISFIT in self.problems:
             parts.append("Such models cannot be merged as they are.")
+            misfits = {name for name, _ in self.misfits}
+            others = [name for name in self.names if name not in misfits]
+            parts += leave_out_heads(self.inputs, self.misfits, others=others)
         parts += advise(self.inputs, self.unpaired)
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 

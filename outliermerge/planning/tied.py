@@ -81,20 +81,6 @@ def grown_rows(entry: Input) -> int | None:
     return rows.pop() if len(rows) == 1 and said not in (None, *rows) else None
 
 
-def with_embeddings(entry: Input) -> Input:
-    """Return a model that stores its tied tensor as the head alone with the embeddings' name too.
-
-    So an adapter does the same to it as to one that stores the embeddings.
-    """
-    tensors = entry.checkpoint.tensors
-    heads = [name for name in tensors if is_head(name)]
-    name = embeddings_of(heads[0], tensors) if len(heads) == 1 else None
-    if name is None or name in tensors or not _ties(entry, heads[0], [name]):
-        return entry
-    named = {name: tensors[heads[0]], **tensors}
-    return replace(entry, checkpoint=replace(entry.checkpoint, tensors=named))
-
-
 def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     """Return which heads a model ties, by name, with its embeddings.
 
@@ -116,13 +102,40 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
     }
 
 
-def unnamed_tie(entry: Input) -> str | None:
-    """Return the embeddings of a model that ties a head to them whose name cannot be told."""
+def with_embeddings(entry: Input) -> Input:
+    """Return a model with the one tensor that it keeps as its head under the embeddings' name."""
     tensors = entry.checkpoint.tensors
+    head = _lone_head(entry)
+    name = head and embeddings_of(head, tensors)
+    if not name or name in tensors:
+        return entry
+    named = {name if other == head else other: source for other, source in tensors.items()}
+    return replace(entry, checkpoint=replace(entry.checkpoint, tensors=named))
+
+
+def _lone_head(entry: Input) -> str | None:
+    """Return the head of a model that ties it to embeddings that it does not store."""
+    tensors = entry.checkpoint.tensors
+    heads = [name for name in tensors if is_head(name)]
+    if len(heads) != 1 or original_of(heads[0], tensors):
+        return None
+    return heads[0] if _ties(entry, heads[0], []) else None
+
+
+def unnamed_tie(entry: Input) -> str | None:
+    """Return what a model stores of embeddings and head, where the other's name cannot be told."""
+    tensors = entry.checkpoint.tensors
+    if head := _lone_head(entry):
+        return head
     embeddings = [name for name in tensors if name.endswith(EMBEDDINGS)]
     if any(map(is_head, tensors)) or len(embeddings) != 1 or head_of(embeddings[0]):
         return None
     return embeddings[0] if may_have_head(_config(entry)) and ties_head(_config(entry)) else None
+
+
+def lacks_tied_head(entry: Input, name: str) -> bool:
+    """Tell whether a tensor that a model lacks is a head that its config ties to something."""
+    return is_head(name) and ties_head(_config(entry)) is True
 
 
 def match_tied(inputs: tuple[Input, ...], *, config_of: Input, wanted: bool | None) -> Tied:
@@ -162,7 +175,18 @@ class _Matching:
             replace(entry, checkpoint=replace(entry.checkpoint, tensors=held))
             for entry, held in zip(self.inputs, self.tensors, strict=True)
         )
-        return Tied(inputs, self.followers, tuple(self.copies), tuple(self.notes))
+        copies = (*self.copies, *self._alike())
+        return Tied(inputs, self.followers, copies, tuple(self.notes))
+
+    def _alike(self) -> list[TiedCopy]:
+        """Return what adapters need equal; where the spec ties the output, a head is left out."""
+        known = {copy.sources for copy in self.copies}
+        return [
+            TiedCopy(number, *alike, is_stray=False)
+            for number, entry in enumerate(self.inputs)
+            for alike in entry.alike
+            if not self.wanted and alike[2] not in known
+        ]
 
     def add(self, original: str, copies: Sequence[str]) -> None:
         """Match what may be stored under an original's name and those of its copies."""
@@ -241,22 +265,24 @@ class _Matching:
                 what = f"{shown(name)} to {shown(source)}"
                 self.notes.append(f"{shown(reference)} ties {what}, which stands for it")
             elif name not in chosen or self._may_follow(number, name):
-                self._compare(number, name, source)
+                self._compare(number, name, source, value)
             held[name] = value
         for name in [name for name in (*tied, *untied) if name in held and name not in written]:
             is_chosen = name in chosen and held[name] is not value
             if is_chosen and not self._may_follow(number, name):
                 del held[name]
             elif number or held[name] is not value:
-                self._compare(number, name, source, is_stray=number > 0)
+                self._compare(number, name, source, value, is_stray=number > 0)
             if number == 0:
                 what = f"{shown(name)} of {shown(reference)}"
                 self.notes.append(f"{what} is written as {shown(written[0])}")
                 del held[name]
 
-    def _compare(self, number: int, name: str, original: str, *, is_stray: bool = False) -> None:
+    def _compare(
+        self, number: int, name: str, original: str, value: Source, *, is_stray: bool = False
+    ) -> None:
         """Have two tensors of a model compared before the merge; shapes tell at once."""
-        own, value = self.tensors[number][name], self.tensors[number][original]
+        own = self.tensors[number][name]
         if own.shape == value.shape:
             self.copies.append(TiedCopy(number, name, original, (own, value), is_stray))
         elif not is_stray:

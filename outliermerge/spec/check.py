@@ -246,7 +246,10 @@ def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, sour
 
 def _identity(reference: str) -> str:
     path = as_path(reference)
-    return str(path.resolve()) if path.exists() else reference
+    try:
+        return str(path.resolve()) if path.exists() else reference
+    except (OSError, RuntimeError):  # opening it says what is wrong
+        return reference
 
 
 def _settings(

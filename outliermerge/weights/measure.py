@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.blocks import Span, spans
 from outliermerge.checkpoint.meta import Source, TensorMeta
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.kernels import CODES, Place, RawBlock, find_kernels
+from outliermerge.failures import failure, naming
+from outliermerge.kernels import CODES, Place, find_kernels
 from outliermerge.rounds import Round, Steps
 from outliermerge.weights.sums import (
     Filtered,
@@ -123,22 +124,21 @@ class Measurer:
         codes = "".join(CODES[source.dtype.name] for source in sources).encode()
         num_elements = span[1] - span[0]
 
-        def block(places: tuple[Place, ...]) -> RawBlock:
-            return codes, places, num_elements, len(sources) == 2
-
+        places = tuple(self._place(source, span) for source in sources)
         try:
-            places = tuple(self._place(source, span) for source in sources)
-            found = function(block(places), *arguments)
-        except (OSError, EOFError):
-            # Says where; if it can be read now, nothing of it has been counted.
-            found = function(block(tuple(self._bytes(s, span) for s in sources)), *arguments)
+            found = function((codes, places, num_elements, len(sources) == 2), *arguments)
+        except (OSError, EOFError) as error:
+            place = error.filename if isinstance(error, OSError) else error.args[1]
+            (stored,) = sources[place].stored
+            raise failure(stored.path, "read", error, tensor=stored.name) from error
         self.on_progress(sum(source.dtype.num_bytes for source in sources) * num_elements)
         return found
 
     def _place(self, source: Source, span: Span) -> Place:
         if isinstance(source, TensorMeta) and source.offset is not None:
             position = source.offset + span[0] * source.dtype.num_bytes
-            return self.reader.descriptor(source.path), position
+            with naming(source.path, "opened", tensor=source.name):
+                return self.reader.descriptor(source.path), position
         return self._bytes(source, span)
 
     def _bytes(self, source: Source, span: Span) -> memoryview:

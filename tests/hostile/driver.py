@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +24,8 @@ import outliermerge.merge
 import outliermerge.render
 import outliermerge.sweeps
 
+MAX_WAIT_SECONDS = 300  # after which a command that waits for ever is ended
+
 
 def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
     """Run a command as a process of its own would; return its exit code."""
@@ -32,6 +35,7 @@ def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.alarm(MAX_WAIT_SECONDS)
     try:
         return outliermerge.cli.main(arguments)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import Any
 
 from outliermerge.checkpoint.files import write_whole
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
-from outliermerge.manifest import read_manifest
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.weights.compare import compare_weights
 from outliermerge.weights.report.data import Shown, payload, short_titles

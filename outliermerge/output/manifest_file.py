@@ -1,0 +1,45 @@
+"""Reading the manifest of an output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.files import MAX_MANIFEST_BYTES, read_bytes
+from outliermerge.checkpoint.json_text import parse_json
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.names import manifest_path
+
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_VALUES = 10_000_000  # a manifest of 46,000 tensors and eight models has some 5 million
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an output, a folder or a file.
+
+    Raises:
+        OutlierMergeError: there is none, or it is not one of ours.
+    """
+    path = manifest_path(folder)
+    data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
+    if data is None:
+        raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
+    try:
+        manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)
+    except ValueError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
+    entries = {
+        "tensors": {"file", "dtype", "shape", "checksum"},
+        "shards": {"num_bytes", "header"},
+        "files": {"num_bytes", "sha256"},
+    }
+    valid = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
+    for key, needed in entries.items():
+        valid = valid and isinstance(manifest.get(key), dict)
+        valid = valid and all(
+            isinstance(entry, dict) and needed <= entry.keys() for entry in manifest[key].values()
+        )
+    if not valid:
+        raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    checked: dict[str, Any] = manifest
+    return checked
