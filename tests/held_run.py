@@ -1,8 +1,8 @@
 """outliermerge, stopped by itself (SIGSTOP) at a tensor's line in the journal.
 
-Arguments: the number of the line, "before" or "after" it is written, or "interrupt", which is after
-and waits for SIGINT when it goes on; and those of outliermerge. What is killed or interrupted there
-is so at a known moment, however busy the machine is.
+Arguments: the number of the line; "before" or "after" it is written, or "interrupt", which is
+after, and then waits until an interrupt has stopped the run; and those of outliermerge. What is
+killed or interrupted there is so at a known moment, however busy the machine is.
 """
 
 import itertools
@@ -12,22 +12,23 @@ import threading
 
 from outliermerge import cli
 from outliermerge.output.journal import Journal
+from outliermerge.rounds import _Queue
 
 number, when = int(sys.argv[1]), sys.argv[2]
-add, lines, told = Journal.add, itertools.count(1), threading.Event()
+add, stop, lines, is_stopped = Journal.add, _Queue.stop, itertools.count(1), threading.Event()
 lock = threading.Lock()
 
 
-def interrupted(signal_number, frame):
-    told.set()
-    signal.default_int_handler(signal_number, frame)
+def stopped(queue):
+    stop(queue)
+    is_stopped.set()
 
 
 def hold():
     # To this thread: sent to the process, another may take it, and this one goes on meanwhile.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     if when == "interrupt":
-        told.wait()  # and go no further before
+        is_stopped.wait()  # and go no further before
 
 
 def held(journal, entry):
@@ -40,6 +41,6 @@ def held(journal, entry):
             hold()
 
 
-Journal.add = held
-signal.signal(signal.SIGINT, interrupted)
+Journal.add, _Queue.stop = held, stopped
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 sys.exit(cli.main(sys.argv[3:]))

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation import chart
@@ -603,6 +604,41 @@ def test_a_record_without_a_checksum_of_an_older_version_is_read(tmp_path):
     assert loaded == run and loaded.unsealed == ("σ",)
     (note,) = make_table([loaded]).notes[:1]
     assert note.startswith("σ: of an earlier version, which wrote no checksums")
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_record_whose_checksum_is_of_its_result_alone_is_read(tmp_path, is_changed):
+    # As they were before the file of answers had a checksum too.
+    run, path = saved(tmp_path)
+    content = json.loads(path.read_text())
+    del content["checksum"], content["models"][0]["tasks"]["A"]["checksum"]
+    path.write_text(json.dumps(content))
+    record = tmp_path / "records" / "a.json"
+    content = json.loads(record.read_text())
+    del content["answers"]
+    result = json.dumps(content["result"], sort_keys=True).encode()
+    content["checksum"] = xxhash.xxh3_128_hexdigest(result)
+    if is_changed:
+        content["result"]["units"] = dict.fromkeys(content["result"]["units"], 1.0)
+    record.write_text(json.dumps(content))
+    if is_changed:
+        with pytest.raises(OutlierMergeError, match=r"records/a\.json: was changed"):
+            load_scores(path)
+    else:
+        assert load_scores(path) == run
+
+
+@pytest.mark.parametrize("name", ["scores.json", "records/a.json"])
+def test_of_a_changed_number_both_files_the_key_and_both_values_are_told(tmp_path, name):
+    _, path = saved(tmp_path)
+    file = tmp_path / name
+    text = file.read_text()
+    assert '"score": 50.0' in text
+    file.write_text(text.replace('"score": 50.0', '"score": 99.0'))
+    ours, theirs = (99.0, 50.0) if file == path else (50.0, 99.0)
+    told = rf"{path}: A of σ: score is {ours}, but {theirs} in {tmp_path}/records/a\.json: "
+    with pytest.raises(OutlierMergeError, match=told):
+        load_scores(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop"])

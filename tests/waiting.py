@@ -31,7 +31,7 @@ def held(number: int, when: str, *arguments: object) -> list[str]:
 
     Args:
         number: of the tensor at whose line in the journal it stops; of those of this run.
-        when: "before" the line is written, "after", or "interrupt": after, and waits for SIGINT.
+        when: "before" the line is written, "after", or "interrupt": after, and waits for one.
         arguments: of outliermerge.
     """
     program = Path(__file__).with_name("held_run.py")

@@ -52,8 +52,8 @@ _Positive = Annotated[float, Field(ge=0, le=LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
-class ResultEntry(_Strict):
-    """The numbers of a record."""
+class _ScoreNumbers(_Strict):
+    """What a record and scores.json both tell of a score."""
 
     task: _Text
     metric: _Text
@@ -62,6 +62,11 @@ class ResultEntry(_Strict):
     num_samples: _Count
     num_empty: _Count
     seconds: _Positive
+
+
+class ResultEntry(_ScoreNumbers):
+    """The numbers of a record."""
+
     metrics: dict[str, _Number] = {}
     units: dict[str, _Number] = {}
     image_backend: _Text = ""
@@ -100,17 +105,10 @@ class RecordFile(_Strict):
         return self
 
 
-class ScoreEntry(_Strict):
+class ScoreEntry(_ScoreNumbers):
     """What scores.json repeats of a record."""
 
     record: Annotated[str, Field(pattern=r"^records/[^/\x00]+$", max_length=1000)]
-    task: _Text
-    metric: _Text
-    score: _Number
-    stderr: _Positive | None
-    num_samples: _Count
-    num_empty: _Count
-    seconds: _Positive
     metrics: dict[str, _Number]
     image_backend: _Text
     date: _Text
