@@ -30,6 +30,7 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Findings: TypeAlias = Mapping[str, Any]
 """What load_worker.check_part returns."""
 
+_REFUSED = "the output does not load, as the base does not"
 _KINDS = ("missing", "unexpected", "mismatched")
 _TIMEOUT_SECONDS = 600
 # "" is the working directory, where a file of a model must not stand for a module.
@@ -51,12 +52,11 @@ class Verdict:
     """What is known of an output's loading.
 
     Attributes:
-        status: `loads`, `does not load` or `not checked`.
-        by: the library, its version and the class, for each part that was checked.
+        status: `loads`, `does not load`, `does not load, as the base does not`, or `not checked`.
+        by: the library, its version and the class, for each part that loads.
         problems: why it does not load.
         notes: what was not checked, and what is as in the base.
-        as_base: by component's folder what the output has as its base does: names of tensors
-            that are missing, unexpected or of another shape, or the error.
+        as_base: by component's folder what is as in the base: names of tensors or the error.
         checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
         tied: pairs of the output's tensors that the class makes one.
@@ -309,11 +309,13 @@ def _judge(
             said.append(_not_checked(part.folder, ours["unknown"]))
             continue
         if "error" in ours:
-            if theirs.keys() & {"error", "unknown"}:
-                said.append(_not_checked(part.folder, f"as the base, {ours['error']}"))
-                as_base[part.folder] = {"error": ours["error"]}
+            why = f"{part.class_name} refuses it: {ours['error']}"
+            if word := next((w for w in ("error", "unknown") if w in theirs), None):
+                excuse = _in(part, f"{_REFUSED}: {why}")
+                said.append(excuse if word == "error" else _not_checked(part.folder, why))
+                as_base[part.folder] = {word: ours["error"]}
             else:
-                problems.append(_in(part, f"{part.class_name} refuses it: {ours['error']}"))
+                problems.append(_in(part, why))
             continue
         shared = {
             kind: [_name(entry) for entry in ours[kind]
@@ -325,9 +327,7 @@ def _judge(
             by.append(f"{ours['by']}, {part.class_name}")
         if shared:
             as_base[part.folder] = shared
-            said += [
-                _in(part, _excused(kind, names, part.class_name)) for kind, names in shared.items()
-            ]
+        said += [_in(part, _excused(*entry, part.class_name)) for entry in shared.items()]
         for kind in _KINDS:
             new = [e for e in ours[kind] if _name(e) not in shared.get(kind, ())]
             if kind == "unexpected":
@@ -338,8 +338,9 @@ def _judge(
                     said.append(_in(part, f"{text}predict more tokens, which the config counts"))
             if new:
                 problems.append(_in(part, _problem(kind, new, part.class_name)))
-    fails = problems or any("mismatched" in shared for shared in as_base.values())
-    status = "does not load" if fails else "loads" if by else "not checked"
+    refused = any(one.keys() & {"error", "mismatched"} for one in as_base.values())
+    status = "does not load, as the base does not" if refused else "loads" if by else "not checked"
+    status = "does not load" if problems else status
     rows = {part.folder: ours["num_rows"] for part, ours, _ in found if ours.get("num_rows")}
     checked = tuple(part.folder for part, ours, _ in found if "by" in ours)
     tied = tuple(
@@ -360,8 +361,7 @@ def _parted(plan: Plan, tied: Sequence[tuple[str, str]]) -> list[str]:
 
     return [
         f"{shown(name)} is merged otherwise than {shown(other)}, to which its class ties it: "
-        "where they are not "
-        "equal in the output, loaders that tie them take the latter for both"
+        "where they are not equal in the output, loaders that tie them take the latter for both"
         for name, other in tied
         if jobs.keys() >= {name, other} and treated(name) != treated(other)
     ]
@@ -391,10 +391,10 @@ def _problem(kind: str, entries: Sequence[Any], class_name: str) -> str:
 
 
 def _excused(kind: str, names: Sequence[str], class_name: str) -> str:
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = {
         "missing": f"lacks {len(names)} tensor(s) of {class_name}, which loading draws at random",
         "unexpected": f"has {len(names)} tensor(s) that {class_name} passes over",
-        "mismatched": f"does not load: {len(names)} tensor(s) have not the shape of its config",
+        "mismatched": f"{len(names)} tensor(s) have another shape than its config says",
     }[kind]
-    return f"as the base, the output {what}: {shown}"
+    start = f"{_REFUSED}:" if kind == "mismatched" else "as the base, the output"
+    return f"{start} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"

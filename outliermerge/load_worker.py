@@ -80,6 +80,8 @@ def _words(error: Exception) -> str:
 
 def _load(library: str, name: str, part: Mapping[str, Any]) -> dict[str, Any]:
     model_class = _find_class(library, name, part["config"])
+    if library == "transformers":
+        _check_type(model_class, part["config"])
     if issubclass(model_class, import_module("transformers").PreTrainedModel):
         by = f"transformers {import_module('transformers').__version__}"
         model, info = _load_transformers(model_class, part["config"], part["tensors"])
@@ -121,6 +123,18 @@ def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
     version = getattr(import_module("transformers"), "__version__", "")
     known = f"{library} {version}" if library == "transformers" else library
     raise _Unknown(f"{known} has no {name}")
+
+
+def _check_type(model_class: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a model type that AutoConfig does not know, whatever the class makes of it."""
+    kind = config.get("model_type")
+    known = import_module("transformers").CONFIG_MAPPING
+    own = getattr(getattr(model_class, "config_class", None), "model_type", None)
+    if kind is None or kind in known or kind == own:
+        return
+    if config.get("auto_map"):
+        raise _Unknown(f"its model_type {kind!r} needs its own code, which is not run")
+    raise ValueError(f"model_type {kind!r} of its config is none that transformers knows")
 
 
 def _load_transformers(

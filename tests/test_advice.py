@@ -191,6 +191,42 @@ def test_a_new_head_is_not_taken_for_an_old_one_of_its_shape(tmp_path):
     assert "`rename: " not in message
 
 
+KINDS_OF_ONE_SHAPE = {
+    "norm's bias": ("head.LayerNorm.bias", "pooler.dense.bias"),
+    "norm's weight": ("head.ln_1.weight", "pooler.proj.bias"),
+    "two norms": ("head.norm.weight", "pooler.layer_norm.bias"),
+    "gamma": ("head.LayerNorm.gamma", "pooler.LayerNorm.bias"),
+    "batch norm": ("head.bn1.weight", "pooler.fc.weight"),
+    "one layer": ("layers.0.mlp.norm.bias", "layers.0.attn.q_proj.bias"),
+    "embeddings": ("head.pos_embed.weight", "pooler.dense.weight"),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kind", KINDS_OF_ONE_SHAPE)
+def test_tensors_of_other_kinds_are_not_taken_for_the_same(kind, swapped, tmp_path):
+    names = KINDS_OF_ONE_SHAPE[kind]
+    shape = (4, 4) if kind == "embeddings" else (4,)
+    shared = {f"shared.{n}.weight": torch.ones(4, 4) for n in range(3)}
+    for folder, name in zip(("base", "task"), names[::-1] if swapped else names, strict=True):
+        save_tensors(tmp_path / folder, shared | {name: torch.ones(shape)})
+    message = refusal(spec_of(tmp_path / "base", tmp_path / "task"))
+    assert "`rename: " not in message
+    assert not any(f"{a} (has) ~ {b} (lacks)" in message for a, b in (names, names[::-1]))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.LayerNorm.bias", "b.ln_f.beta"), ("a.gate.bias", "b.dense.bias"), ("a.1", "b.norm.bias")],
+)
+def test_vectors_that_may_be_the_same_are_told(names, tmp_path):
+    shared = {f"shared.{n}.weight": torch.ones(4, 4) for n in range(3)}
+    for folder, name in zip(("base", "task"), names, strict=True):
+        save_tensors(tmp_path / folder, shared | {name: torch.ones(5)})
+    message = refusal(spec_of(tmp_path / "base", tmp_path / "task"))
+    assert " ~ " in message or "`rename: " in message
+
+
 def test_bert_of_before_and_its_fine_tune(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(

@@ -231,7 +231,8 @@ def test_a_list_in_a_file_that_is_of_no_loader_is_carried_over(tmp_path):
         _model(tmp_path / name, number, {"data_config.json": f'[{{"weight": {number}}}]'})
     plan = outliermerge.plan(_spec(tmp_path))
     assert "data_config.json" in [sidecar.name for sidecar in plan.sidecars]
-    assert not any("files differ" in note for note in plan.notes)
+    [note] = [note for note in plan.notes if "files differ" in note]
+    assert "data_config.json: differs between" in note
 
 
 def test_infinity_is_a_number_of_configs(tmp_path):
@@ -465,6 +466,213 @@ def test_every_vocabulary_file_of_transformers_is_a_tokenizers():
     assert [name for name in sorted(names) if kind_of(name) != "tokenizer"] == []
 
 
+# Of transformers 4, fairseq, pyctcdecode and sentence-transformers.
+MORE_VOCABULARIES = (
+    "alphabet.json", "artists.json", "bpe.codes", "byte_maps.json", "dict.en.txt", "dict.src.txt",
+    "dict.txt", "emoji.json", "encoder.json", "entity_vocab.json", "genres.json", "lyrics.json",
+    "normalizer.json", "prophetnet.tokenizer", "sentencepiece.bpe.model", "source.spm",
+    "spm_char.model", "target.spm", "target_vocab.json", "unigram.json", "vocab-src.json",
+    "vocab-tgt.json", "vocab.bpe", "word_pronunciation.json", "word_shape.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", ["base", "task"])
+def test_vocabularies_of_any_name_come_from_the_tokenizers_owner(owner, tmp_path):
+    for number, name in enumerate(("base", "task")):
+        files = {file: json.dumps({name: 0}) for file in MORE_VOCABULARIES}
+        _model(tmp_path / name, number, {"vocab.json": TOKENS, "config.json": {}} | files)
+    plan = outliermerge.plan(_spec(tmp_path, tokenizer_source=str(tmp_path / owner)))
+    carried = {file.name: file.path.parent.name for file in plan.sidecars}
+    assert {carried.get(name, owner) for name in MORE_VOCABULARIES} == {owner}
+    assert carried["config.json"] == "base"
+    [note] = [note for note in plan.notes if "files differ" in note]
+    assert [name for name in MORE_VOCABULARIES if name in carried and name not in note] == []
+
+
+@pytest.mark.parametrize("data", [("{}", "[]"), ("a", "b"), ("{", "}")])
+@pytest.mark.parametrize("name", ["LICENSE", "whatever.json", "1_Pooling/notes.txt"])
+def test_a_carried_file_of_no_loader_is_named_only_where_models_differ_in_it(name, data, tmp_path):
+    for number, (model, text) in enumerate(zip(("base", "task"), data, strict=True)):
+        text = "{}" if name.endswith(".json") and model == "base" else text
+        _model(tmp_path / model, number, {name: text, f"only_{model}.txt": "x"})
+    differing = [note for note in outliermerge.plan(_spec(tmp_path)).notes if "differ" in note]
+    assert len(differing) == 1 and name in differing[0] and "only_" not in differing[0]
+
+
+# Every name of heads and layers that a class of transformers has, and some of other code.
+COUNTS = (
+    "attention_head_dim", "d_kv", "decoder_attention_heads", "decoder_layers",
+    "decoder_num_attention_heads", "depths", "encoder_attention_heads", "encoder_layers",
+    "head_dim", "head_size", "kv_channels", "linear_num_key_heads", "linear_num_value_heads",
+    "n_head", "n_head_kv", "n_heads", "n_kv_heads", "n_layer", "n_layers",
+    "num_attention_heads", "num_decoder_layers", "num_encoder_layers", "num_heads",
+    "num_hidden_layers", "num_key_value_heads", "num_kv_heads", "num_layers", "qk_rope_head_dim",
+    "v_head_dim",
+)  # fmt: skip
+NO_COUNTS = {
+    "attention_heads_dropout": (0.1, 0.2), "max_window_layers": (28, 36), "head_type": ("a", "b"),
+    "num_nextn_predict_layers": (1, 0), "mtp_num_hidden_layers": (1, 0), "num_beams": (1, 4),
+    "encoder_layerdrop": (0.0, 0.1), "num_labels": (2, 3), "use_heads": (True, False),
+    "return_attention_heads": (True, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [None, "text_config", "vision_config", "decoder"])
+def test_other_numbers_of_heads_or_layers_are_refused_by_every_name(nested):
+    def of(key: str, value: Any) -> dict[str, Any]:
+        own = {"hidden_size": 64, key: value}
+        return {"model_type": "no such type"} | ({nested: own} if nested else own)
+
+    for key in COUNTS:
+        values = ([2, 2], [1, 3]) if key == "depths" else (4, 2)
+        notes, problems = compare_configs([("A", of(key, values[0])), ("B", of(key, values[1]))])
+        assert (notes, len(problems)) == ([], 1), key
+    for key, values in NO_COUNTS.items():
+        notes, problems = compare_configs([("A", of(key, values[0])), ("B", of(key, values[1]))])
+        assert (len(notes), problems) == (1, []), key
+
+
+def test_every_class_of_transformers_says_its_heads_and_layers_by_a_known_name():
+    known = {"num_attention_heads", "num_hidden_layers", "num_key_value_heads"}
+    pattern = re.compile(r'"(\w+)":\s*"(\w+)"')
+    models = Path(transformers.__file__).parent / "models"
+    for path in models.glob("*/configuration_*.py"):
+        for block in re.findall(r"attribute_map = \{(.*?)\}", path.read_text(), re.DOTALL):
+            for general, own in pattern.findall(block):
+                if general in known:
+                    pair = [("A", {own: 4}), ("B", {own: 2})]
+                    assert compare_configs(pair)[1] != [], (path.name, own)
+
+
+def test_two_names_for_one_value_that_disagree_are_told(monkeypatch):
+    config = {"model_type": "gpt2", "n_head": 4, "num_attention_heads": 4}
+    pair = [("A", config), ("B", config | {"n_head": 2})]
+    assert compare_configs(pair) == ([], [])  # GPT-2's class goes by the second, so both have 4
+    monkeypatch.setattr(differences, "effective_config", lambda config: None)
+    assert compare_configs(pair)[1] == ["num_attention_heads: 4 in A, 2 or 4 in B"]
+
+
+ROPE_KEYS = {
+    "rope_ratio": (1, 50), "rope_local_base_freq": (1e4, 50.0), "rope_interleave": (True, False),
+    "rope_pct": (0.25, 0.5), "rotary_pct": (0.25, 1.0), "rotary_emb_base": (10000, 500000),
+    "rope_theta": (1e4, 1e6), "rope_scaling": (None, {"rope_type": "linear", "factor": 2.0}),
+    "rope_axes_dim": ([16, 24], [24, 16]), "global_rope_theta": (1e4, 16e4),
+    "rope_parameters": ({"rope_theta": 1e4}, {"rope_theta": 1e6}), "rope_type": ("2d", "3d"),
+    "rope_of_a_name_to_come": ({"a": {"b": 1}}, {"a": {"b": 2}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize("key", ROPE_KEYS)
+def test_every_key_of_rope_counts(key, nested):
+    configs = []
+    for name, value in zip("AB", ROPE_KEYS[key], strict=True):
+        own = {key: value, "hidden_size": 4}
+        config = {"model_type": "no such type"} | ({nested: own} if nested else own)
+        configs.append((name, config))
+    notes, problems = compare_configs(configs)
+    assert (len(notes), problems) == (1, [])
+    assert compare_configs([configs[1], ("C", configs[1][1])]) == ([], [])
+
+
+# The same by older and by newer keys.
+ROPE_SPELLINGS = {
+    "base": ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+    "scaled": (
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+    ),
+    "partial": (
+        {"rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    ),
+    "NeoX": (
+        {"rotary_emb_base": 5e5, "rotary_pct": 0.5},
+        {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+    ),
+    "local": (
+        {"rope_theta": 5e5, "rope_local_base_freq": 1e4,
+         "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {
+            "full_attention": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        }},
+    ),
+    "ModernBERT": (
+        {"global_rope_theta": 5e5, "local_rope_theta": 1e4},
+        {"rope_parameters": {
+            "full_attention": {"rope_theta": 5e5, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        }},
+    ),
+}  # fmt: skip
+
+
+def _doubled(value: Any) -> list[Any]:
+    """Return a value with each of the numbers in it doubled in its turn."""
+    if isinstance(value, dict):
+        return [value | {key: new} for key, inner in value.items() for new in _doubled(inner)]
+    return [2 * value] if isinstance(value, float) else []
+
+
+@pytest.mark.parametrize("spelling", ROPE_SPELLINGS)
+def test_rope_is_the_same_by_old_and_new_keys(spelling):
+    old, new = ({"a": 1, **keys} for keys in ROPE_SPELLINGS[spelling])
+    assert compare_configs([("A", old), ("B", new)]) == ([], [])
+    for one, other in ((old, new), (new, old), (old, old), (new, new)):
+        for changed in _doubled(other):
+            assert len(compare_configs([("A", one), ("B", changed)])[0]) == 1, changed
+
+
+@pytest.mark.parametrize("value", [
+    {"x" * 40: 1, "y" * 60: {"in": {"deep": 1}}}, ["same"] * 60 + [1], "same " * 60 + "1",
+    {f"k{n}": n for n in range(40)} | {"last": 1},
+], ids=["nested", "list", "text", "wide"])  # fmt: skip
+def test_what_differs_is_shown_however_long_the_values(value):
+    other = json.loads(json.dumps(value).replace("1}", "2}").replace("1]", "2]"))
+    other = value[:-1] + "2" if isinstance(value, str) else other
+    for wrapped in ("a", "rope_scaling") if isinstance(value, dict) else ("a",):
+        notes, _ = compare_configs([("A", {"b": 1, wrapped: value}),
+                                    ("B", {"b": 1, wrapped: other})])  # fmt: skip
+        assert notes != []
+        for note in notes:
+            ours, theirs = note.partition(": ")[2].removesuffix(" in B").split(" in A, ")
+            assert ours != theirs and len(note) < 400
+
+
+# dtype
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("said", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_config_says_the_dtype_that_is_stored(key, said, stored, tmp_path):
+    def says(dtype: str) -> dict[str, Any]:
+        own = {key: dtype, "hidden_size": 4}
+        return {"hidden_size": 4, "vocab_size": None, **own, "text_config": own, "decoder": own}
+
+    stored_name = str(stored).removeprefix("torch.")
+    for number, (name, dtype) in enumerate((("base", stored_name), ("task", said))):
+        save_tensors(tmp_path / name, {"w": torch.full((4, 4), float(number), dtype=stored)})
+        _write(tmp_path / name / "config.json", says(dtype))
+    source = str(tmp_path / "task")
+    out = outliermerge.run(_spec(tmp_path, config_source=source), output=tmp_path / "out").output
+    written = (out / "config.json").read_bytes()
+    assert json.loads(written) == says(stored_name)
+    if said == stored_name:
+        assert written == (tmp_path / "task/config.json").read_bytes()
+
+
+def test_a_dtype_that_some_tensors_have_stays(tmp_path):
+    config = {"dtype": "bfloat16", "vision_config": {"dtype": "float32"}}
+    for name in ("base", "task"):
+        tensors = {"w": torch.ones(4, 4, dtype=torch.bfloat16), "norm": torch.ones(4)}
+        save_tensors(tmp_path / name, tensors)
+        _write(tmp_path / name / "config.json", config)
+    out = outliermerge.run(_spec(tmp_path), output=tmp_path / "out").output
+    assert (out / "config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
+
+
 CODE = "from .shared import x\n"
 
 
@@ -552,10 +760,10 @@ def test_differences_of_every_kind_of_file_are_listed_once(tmp_path):
         _model(tmp_path / name, number, files)
     [note] = [n for n in outliermerge.plan(_spec(tmp_path, "a", "b")).notes if "differ" in n]
     base, a, b = (tmp_path / name for name in ("base", "a", "b"))
-    same = ("config.json", "1_Pooling/config.json", "modules.json", "LICENSE",
-            "added_tokens.json", "vocab.json", "chat_template.jinja",
-            "chat_template.json")  # fmt: skip
-    differ = sorted(name for names in OWNED.values() for name in names if name not in same)
+    same = ("config.json", "1_Pooling/config.json", "added_tokens.json", "vocab.json",
+            "chat_template.jinja", "chat_template.json")  # fmt: skip
+    every = [*(name for names in OWNED.values() for name in names), "results.json"]
+    differ = sorted(name for name in every if name not in same)
     assert note.split("\n")[1:] == [
         f"  from: base in {base}, other in {a}",
         f"  from: base in {base}, other in {b}",

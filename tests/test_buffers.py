@@ -272,3 +272,24 @@ def test_what_is_trained_by_such_a_name_is_not_left_out(name, tensor, tmp_path):
     }
     with pytest.raises(OutlierMergeError, match="extra"):
         outliermerge.plan(spec)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_other_frequencies_of_rope_are_no_weights_to_average(dtype, tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    for number, (model, base) in enumerate((("base", 10.0), ("same", 10.0), ("other", 50.0))):
+        inverse = (base ** -torch.arange(3.0)).to(dtype)
+        save_tensors(tmp_path / model, {"w": torch.full((3,), float(number)), name: inverse})
+
+    def spec(model: str, **keys: Any) -> dict[str, Any]:
+        models = [{"model": str(tmp_path / model)}]
+        base = str(tmp_path / "base")
+        return {"merge_method": "task_arithmetic", "base_model": base, "models": models} | keys
+
+    with pytest.raises(OutlierMergeError, match=r"(?s)RoPE's frequencies.*unequal: base"):
+        outliermerge.run(spec("other"), output=tmp_path / "out")
+    stored = load_folder(tmp_path / "base")[name]
+    for given in (spec("same"), spec("other", unequal="base")):
+        result = outliermerge.run(given, output=tmp_path / f"out_{len(given)}")
+        merged = load_folder(result.output)
+        assert torch.equal(merged[name], stored)

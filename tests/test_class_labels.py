@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import load_folder
 from safetensors.torch import save_file
 
@@ -22,9 +24,10 @@ HEADS = ["classifier", "score", "classification_head.out_proj", "classifier.1", 
 def save(folder: Path, labels: list[str] | None, seed: int, head: str = "classifier", **config):
     made = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
+    num_labels = len(labels or CLASSES)
     tensors = {
-        f"{head}.weight": torch.randn(3, 4, generator=made),
-        f"{head}.bias": torch.randn(3, generator=made),
+        f"{head}.weight": torch.randn(num_labels, 4, generator=made),
+        f"{head}.bias": torch.randn(num_labels, generator=made),
         "model.layers.0.mlp.weight": torch.randn(3, 4, generator=made),
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -134,3 +137,48 @@ def test_classes_that_only_label2id_names_count(tmp_path):
     order = {label: id_ for id_, label in enumerate(CLASSES[::-1])}
     save(tmp_path / "b", None, 2, label2id=order)
     assert "row 0: 'neg' in" in refused(spec_of(tmp_path, "linear", ["a", "b"]))
+
+
+@pytest.mark.parametrize("order", [CLASSES, CLASSES[::-1]])
+@pytest.mark.parametrize("unnamed", [None, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}])
+def test_label2id_alone_names_the_classes_too(tmp_path, order, unnamed):
+    save(tmp_path / "a", CLASSES, 1)
+    ids = {label: id_ for id_, label in enumerate(order)}
+    more = {"id2label": unnamed} if unnamed else {}
+    save(tmp_path / "b", None, 2, label2id=dict(sorted(ids.items())), **more)
+    spec = spec_of(tmp_path, "linear", ["a", "b"])
+    if order == CLASSES:
+        assert not any("class" in note for note in outliermerge.plan(spec).notes)
+    else:
+        assert "same in another order" in refused(spec)
+
+
+@pytest.mark.parametrize("num_labels", [2, 4, 9])
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_way_out_of_heads_with_other_numbers_of_rows_works(tmp_path, head, renamed, num_labels):
+    base = save(tmp_path / "base", CLASSES, 0, head)
+    model = save(tmp_path / "a", [f"c{n}" for n in range(num_labels)], 1, head)
+    own: list[Any] = []
+    if renamed:
+        own = [{"from": "^wrapped[.]", "to": ""}]
+        wrapped = {f"wrapped.{name}": tensor for name, tensor in model.items()}
+        save_file(wrapped, tmp_path / "a/model.safetensors", metadata={"format": "pt"})
+    spec = spec_of(tmp_path, "task_arithmetic", ["a"])
+    spec["models"][0] |= {"rename": own} if own else {}
+    message = refused(spec)
+    if head == "linear":  # no name of a head
+        assert "rename: " not in message
+        return
+    advised = {
+        key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): (\[.*?\])`", message)
+    }
+    assert advised.keys() == {"rename", "extra", "missing"}
+    spec["models"][0] |= advised | {"rename": own + advised["rename"]}
+    result = outliermerge.run(spec, output=tmp_path / "out")
+    merged = load_folder(result.output)
+    assert merged.keys() == base.keys()
+    for name in base:
+        expected = base[name] if name.startswith(head) else model[name]
+        torch.testing.assert_close(merged[name], expected)
+    assert json.loads((tmp_path / "out/config.json").read_text())["id2label"]["0"] == "neg"

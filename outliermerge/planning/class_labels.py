@@ -110,14 +110,14 @@ def leave_out_heads(
             continue
         entry = inputs[number]
         away = f"left_out.{prefix}"
-        more = "added to its own, " if entry.renamed else ""
-        base = "" if reference.role == "base" else f" and `base_model: {reference.reference}`"
-        rename = f"{more}`rename: [{{from: '^{re.escape(prefix)}', to: '{away}'}}]"
-        extra = f"extra: [{{filter: '{away}', value: drop}}, {{value: error}}]"
-        missing = f"missing: [{{filter: '{prefix}', value: base}}, {{value: error}}]`"
+        own = "Added to its own, " if entry.renamed else ""
+        base = "" if reference.role == "base" else f" (with `base_model: {reference.reference}`)"
         lines.append(
-            f"To leave the head of {entry.reference} out, which loses it, and keep that of "
-            f"{reference.reference}: {rename}, {extra}, {missing} on that model{base}."
+            f"{own}`rename: [{{from: '^{re.escape(prefix)}', to: '{away}'}}]`, "
+            f"`extra: [{{filter: '{away}', value: drop}}, {{value: error}}]` and "
+            f"`missing: [{{filter: '{prefix}', value: base}}, {{value: error}}]`{base} on "
+            f"{entry.reference} leave its head out, which loses what was trained in it, and keep "
+            f"that of {reference.reference}."
         )
     return lines
 

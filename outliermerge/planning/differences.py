@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,32 @@ from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.files import load_json, small_bytes
 from outliermerge.checkpoint.model_types import effective_config
 from outliermerge.checkpoint.stamps import same_bytes
-from outliermerge.planning.owners import check_content
+from outliermerge.planning.owners import check_content, is_loaded, kind_of
 
 # One name for what layouts call differently; the last one is of LLaVA's original code.
 _ALIASES = {
     "n_positions": "max_position_embeddings",
     "max_sequence_length": "max_position_embeddings",
     "n_layer": "num_hidden_layers",
-    "num_layers": "num_hidden_layers",
     "n_layers": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
     "depth": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_heads": "num_attention_heads",
     "num_heads": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "num_kv_heads": "num_key_value_heads",
     "n_embd": "hidden_size",
     "d_model": "hidden_size",
     "hidden_activation": "hidden_act",
     "activation_function": "hidden_act",
     "torch_dtype": "dtype",
+    "global_rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "local_rope_theta": "rope_local_base_freq",
+    "rope_pct": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
     "mm_vision_select_layer": "vision_feature_layer",
 }
 # What says nothing of how the weights are used.
@@ -50,27 +59,22 @@ _IGNORED = {
 }
 # These matter also where only one config has them.
 _OPTIONAL = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints", "rope_scaling")
-# With these the same shapes mean something else, or parts of a model would be lost. A diffusers
-# U-Net's `attention_head_dim` is its number of heads.
-_SENSELESS = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_head_dim",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
+# With other numbers of these the same shapes mean something else, or parts of a model are lost. A
+# diffusers U-Net's `attention_head_dim` is its number of heads, T5's `d_kv` a head's size. Layers
+# that predict further tokens are none of a model's own.
+_SENSELESS = re.compile(
+    r"(^|_)heads$|(^|_)n(um)?_head(_kv)?$|(^|_)head_(dim|size)$|^(d_kv|d_head|kv_channels)$"
+    r"|^(?!.*(mtp|predict))(.*_)?n(um)?_(\w+_)?(layers?|blocks)$|(^|_)(en|de)coder_layers$"
+    r"|^(depths?|layers|num_stages)$"
 )
-# RoPE's base and scaling, which versions of transformers write in different ways.
+# Newer configs keep all that RoPE is in one value, older ones in keys of their own.
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _TEMPLATE = re.compile(r"^chat_template\.(jinja|json)$")
 _ORIGIN = {"_from_model_config", "chat_template", "name_or_path", "special_tokens_map_file",
            "tokenizer_file", "transformers_version"}  # fmt: skip
 # How many values a note names of those that only one config has.
 _NUM_SHOWN = 6
+_MAX_SHOWN = 80  # characters of a value
 _ABSENT = object()
 
 
@@ -98,7 +102,8 @@ def compare_configs(
                 continue
             silent = any(value in (None, _ABSENT) for value in said)
             # Scaling by kinds of layers has another form in newer configs.
-            if silent or key.endswith("rope_scaling"):
+            unclear = any(isinstance(value, _Unclear) for value in said)
+            if silent or unclear or key.endswith("rope_scaling"):
                 if None not in (pair[0].filled, pair[1].filled):
                     said = [side.effective(key) for side in pair]
                     if said[0] == said[1] or (_ABSENT in said and key not in _OPTIONAL):
@@ -106,11 +111,17 @@ def compare_configs(
                 elif silent and key not in _OPTIONAL:
                     unsaid[key] = None
                     continue
-            apart = _parts_apart(pair[0].facts.get(key), pair[1].facts.get(key))
-            shown = map(_shown, apart) if apart else (side.shown(key) for side in pair)
-            text = ", ".join(f"{v} in {s.name}" for v, s in zip(shown, pair, strict=True))
-            (problems if _is_senseless(key) else notes).append(f"{key}: {text}")
-        notes += _unsaid(pair, sorted(unsaid, key=lambda key: not _is_senseless(key)))
+            shown = _shown_apart(*(side.meant(key) for side in pair))
+            text = ", ".join(
+                f"{value}{side.why(key)} in {side.name}"
+                for side, value in zip(pair, shown, strict=True)
+            )
+            senseless = any(_is_senseless(key, value) for value in said)
+            (problems if senseless else notes).append(f"{key}: {text}")
+        by_weight = sorted(
+            unsaid, key=lambda key: not any(_is_senseless(key, s.facts.get(key)) for s in pair)
+        )
+        notes += _unsaid(pair, by_weight)
     return notes, problems
 
 
@@ -154,6 +165,8 @@ def _relation(ours: Path | None, theirs: Path | None) -> str | None:
         return "not in" if ours is None else "in"
     if ours == theirs or same_bytes(ours, theirs):
         return None
+    if kind_of(ours.name) == "config" and not is_loaded(ours.name):
+        return "differs"  # what no loader reads may be anything
     check_content(ours)
     check_content(theirs)
     if ours.suffix == ".json" and _without_origin(ours) == _without_origin(theirs):
@@ -208,31 +221,28 @@ class _Said:
     def effective(self, key: str) -> Any:
         return (self.filled or {}).get(key, _ABSENT)
 
-    def shown(self, key: str) -> str:
-        if (value := self.facts.get(key)) is not None:
-            return _shown(value)
-        default = None if key in _OPTIONAL else self.effective(key)
-        return "not given" if default in (None, _ABSENT) else f"{_shown(default)} (the default)"
+    def meant(self, key: str) -> Any:
+        """Return what it says, or else the default; None where nobody can tell."""
+        if (value := self.facts.get(key)) is not None or key in _OPTIONAL:
+            return value
+        default = self.effective(key)
+        return None if default is _ABSENT else default
+
+    def why(self, key: str) -> str:
+        is_default = self.facts.get(key) is None and self.meant(key) is not None
+        return " (the default)" if is_default else ""
 
 
-def _parts_apart(ours: Any, theirs: Any) -> tuple[Any, Any] | None:
-    """Return what two nested values differ in; None for values that are not both nested.
-
-    >>> _parts_apart({"full": {"theta": 1, "type": "a"}}, {"full": {"theta": 2, "type": "a"}})
-    ({'full': {'theta': 1}}, {'full': {'theta': 2}})
-    """
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return None
-    left, right = {}, {}
-    for key in dict.fromkeys((*ours, *theirs)):
-        values = ours.get(key), theirs.get(key)
-        if values[0] != values[1]:
-            left[key], right[key] = _parts_apart(*values) or values
-    return left, right
+class _Unclear(str):
+    """Two values of one config for the same, by two names: its loader goes by one of them."""
 
 
-def _is_senseless(key: str) -> bool:
-    return key.rpartition(".")[2] in _SENSELESS
+def _is_senseless(key: str, value: Any) -> bool:
+    """Tell whether models that differ in this cannot be merged: a number, or one for each part."""
+    numbers = value if isinstance(value, list) else [value]
+    if not isinstance(value, _Unclear) and not all(type(n) in (int, float) for n in numbers):
+        return False
+    return _SENSELESS.search(key.rpartition(".")[2]) is not None
 
 
 def _are_counts(*values: Any) -> bool:
@@ -269,39 +279,85 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in config.items():
         name = _ALIASES.get(key, key)
-        if name in _IGNORED or name in _ROPE:
+        if name in _IGNORED or key in _ROPE:
             continue
         if value in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
             value = float(value["__float__"])  # so transformers 5 writes them
-        if value is None and facts.get(before + name) is not None:
-            continue  # one of two names for a value
         if isinstance(value, dict):
             facts |= _flat(value, f"{before}{name}.")
         else:
-            facts[before + name] = value
-    return facts | {before + key: value for key, value in _rope(config).items()}
+            _add(facts, before + name, value)
+    for key, value in _rope(config).items():
+        _add(facts, before + key, value)
+    return facts
+
+
+def _add(facts: dict[str, Any], key: str, value: Any) -> None:
+    """Add a value, or where another name for it says otherwise, both of them."""
+    held = facts.get(key)
+    if held is None:
+        facts[key] = value
+    elif value is not None and value != held:
+        facts[key] = _Unclear(" or ".join(sorted((str(held), str(value)))))
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return RoPE's base and scaling, which transformers 5 writes as one `rope_parameters`."""
     parameters = config.get("rope_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
-    facts: dict[str, Any] = {}
-    theta = config.get("rope_theta", parameters.get("rope_theta"))
-    if theta is not None:
-        facts["rope_theta"] = theta
     scaling = config.get("rope_scaling")
     scaling = dict(scaling if isinstance(scaling, dict) else parameters)
-    scaling.pop("rope_theta", None)
-    if (rotated := scaling.pop("partial_rotary_factor", None)) is not None:
-        facts["partial_rotary_factor"] = config.get("partial_rotary_factor", rotated)
-    kinds = [scaling.pop(word, None) for word in ("rope_type", "type")]
-    kind = next((kind for kind in kinds if kind not in (None, "default", "mrope")), None)
-    if kind or scaling:
-        facts["rope_scaling"] = ({"rope_type": kind} if kind else {}) | scaling
+    facts: dict[str, Any] = {}
+    # Where kinds of layers have their own, older configs say it of all, and the base of the local.
+    whole, local = scaling.pop("full_attention", None), scaling.pop("sliding_attention", None)
+    if isinstance(local, dict):
+        facts["rope_local_base_freq"] = local.get("rope_theta")
+        if left := _scaling(local):
+            scaling["sliding_attention"] = left
+    if isinstance(whole, dict):
+        scaling = whole | scaling
+        parameters = whole
+    for held in (config, scaling, parameters):
+        if held.get("rope_theta") is not None:
+            _add(facts, "rope_theta", held["rope_theta"])
+    if (rotated := scaling.get("partial_rotary_factor")) is not None:
+        facts["partial_rotary_factor"] = rotated
+    if left := _scaling(scaling):
+        facts["rope_scaling"] = left
     return facts
+
+
+def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what RoPE's parameters say beside its base; nothing where it is not scaled."""
+    left = dict(parameters)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        left.pop(key, None)
+    kinds = [left.pop(word, None) for word in ("rope_type", "type")]
+    kind = next((kind for kind in kinds if kind not in (None, "default", "mrope")), None)
+    return ({"rope_type": kind} if kind else {}) | left
 
 
 def _shown(value: Any) -> str:
     text = "not given" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}…"
+
+
+def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
+    """Return two values as texts that show where they differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [k for k in {**one, **other} if one.get(k, _ABSENT) != other.get(k, _ABSENT)]
+        pairs = [(key, _shown_apart(one.get(key), other.get(key))) for key in keys[:_NUM_SHOWN]]
+        more = f", and {len(keys) - _NUM_SHOWN} more" if len(keys) > _NUM_SHOWN else ""
+        ours, theirs = (
+            ", ".join(f"{key} {shown[side]}" for key, shown in pairs) + more for side in (0, 1)
+        )
+        return f"({ours})", f"({theirs})"
+    texts = ["not given" if value is None else str(value) for value in (one, other)]
+    if max(map(len, texts)) <= _MAX_SHOWN:
+        return texts[0], texts[1]
+    same = next(n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1])
+    start = max(0, same - _MAX_SHOWN // 2)
+    if same < _MAX_SHOWN // 2:
+        return _shown(one), _shown(other)
+    ours, theirs = (f"…{_shown(text[start:])}" for text in texts)
+    return ours, theirs

@@ -18,17 +18,22 @@ from outliermerge.jobs import Input
 Kind = Literal["config", "tokenizer", "processor"]
 KINDS: tuple[Kind, ...] = ("config", "tokenizer", "processor")
 
-# What tokenizers of transformers and mistral-common load, by the file's name.
+# What tokenizers of transformers and mistral-common load, by the file's name: all that classes of
+# transformers 4 and 5 name in VOCAB_FILES_NAMES (Jukebox's are lists of its conditions), what
+# fairseq and pyctcdecode keep, and SentencePiece's model as sentence-transformers has it.
 _TOKENIZER = re.compile(
     r"tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|tekken|sentencepiece"
-    r"|^(dict(\.\w+)?\.txt|alphabet\.json|unigram\.json|byte_maps\.json|emoji\.json"
-    r"|normalizer\.json|encoder\.json"
-    r"|word_(shape|pronunciation)\.json)$"
+    r"|^(dict(\.[\w-]+)?\.txt|(byte_maps|emoji|normalizer|encoder|alphabet|unigram|artists|genres"
+    r"|lyrics|word_(shape|pronunciation))\.json)$"
     r"|\.(model(\.v\d+\w*)?|tiktoken|spm|jinja|codes)$"
 )
 _PROCESSOR = re.compile(
     r"processor.*_config\.json$|processor\w*\.py$|^(\w+_)?processing_\w*\.py$"
     r"|^feature_extract\w*\.(py|json)$"
+)
+# Of the config's files those that loaders read; of others it is no matter that a model has none.
+_LOADED = re.compile(
+    r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers)\.json$|\.py$"
 )
 # Files of a tokenizer that make none by themselves.
 _NO_TOKENIZER = re.compile(r"\.(py|jinja)$|^chat_template\.json$|^special_tokens_map\.json$")
@@ -56,6 +61,11 @@ def kind_of(name: str) -> Kind:
     if _PROCESSOR.search(file):
         return "processor"
     return "tokenizer" if _TOKENIZER.search(file) or folder.startswith("tokenizer") else "config"
+
+
+def is_loaded(name: str) -> bool:
+    """Tell whether loaders read one of a config's files."""
+    return _LOADED.search(name) is not None
 
 
 @dataclass(frozen=True)

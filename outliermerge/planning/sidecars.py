@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import language_levels, read_json
 from outliermerge.checkpoint.files import small_bytes
-from outliermerge.checkpoint.meta import DTYPES
+from outliermerge.checkpoint.layout import component_of
+from outliermerge.checkpoint.meta import FLOAT_DTYPES
 from outliermerge.checkpoint.quantized import QUANTIZATION_KEYS
 from outliermerge.checkpoint.tokens import TOKEN_FILES
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.jobs import Input, Plan, Sidecar
 from outliermerge.planning.differences import compare_configs, compare_sidecars
-from outliermerge.planning.owners import Beside, Kind, choose_files, kind_of, missing_code
+from outliermerge.planning.owners import (
+    KINDS,
+    Beside,
+    Kind,
+    choose_files,
+    is_loaded,
+    kind_of,
+    missing_code,
+)
 from outliermerge.planning.parts import differing_parts
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.vocabulary_config import fit_config, reached
 from outliermerge.spec.check import MergeSpec
-
-# Of the config's files those that loaders read.
-_LOADED = r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers)\.json$|\.py$"
 
 
 def choose_sidecars(
@@ -93,16 +102,22 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
             "Merge models of one architecture; correct a config.json that is wrong."
         )
     if besides:
-        differing += compare_sidecars([(b.reference, _loaded(b, files)) for b in besides])
+        differing += compare_sidecars(
+            [(b.reference, _compared(b, besides, files)) for b in besides]
+        )
     return [*differing, *differing_parts(inputs)]
 
 
-def _loaded(beside: Beside, but: Container[str]) -> dict[str, Path]:
-    """Return the files that loaders read, but those that are compared by what they say."""
-    config = beside.files["config"]
-    loaded = {name: path for name, path in config.items() if re.search(_LOADED, name)}
-    found = {**beside.files["tokenizer"], **beside.files["processor"], **loaded}
-    return {name: path for name, path in found.items() if name not in but}
+def _compared(beside: Beside, all_: Sequence[Beside], but: Container[str]) -> dict[str, Path]:
+    """Return a model's files to compare, but those that are compared by what they say."""
+    every = [{name for kind in KINDS for name in b.files[kind]} for b in all_]
+    shared = set.intersection(*every)
+    return {
+        name: path
+        for kind in KINDS
+        for name, path in beside.files[kind].items()
+        if name not in but and (kind != "config" or name in shared or is_loaded(name))
+    }
 
 
 def _config_files(reference: Input) -> list[str]:
@@ -142,8 +157,10 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
         if sidecar.path.name == "config.json" or sidecar.path.name in TOKEN_FILES
     }
     for name, data in contents.items():
-        if name.rpartition("/")[2] == "config.json":
-            contents[name] = _changed_json(data, lambda config: _change_config(config, plan))
+        folder, _, file = name.rpartition("/")
+        if file == "config.json":
+            dtypes = _stored_dtypes(plan, folder)
+            contents[name] = _changed_json(data, partial(_change_config, plan=plan, dtypes=dtypes))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
     return files | contents
@@ -160,14 +177,21 @@ def _changed_json(data: bytes, change: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _change_config(config: Any, plan: Plan) -> bool:
+def _stored_dtypes(plan: Plan, folder: str) -> list[str]:
+    """Return the floating-point dtypes of a component's tensors, that of most elements first."""
+    sizes: Counter[str] = Counter()
+    for job in plan.jobs:
+        in_it = component_of(job.name, plan.components) == folder
+        if in_it and job.output.dtype.name in FLOAT_DTYPES:
+            sizes[job.output.dtype.name] += math.prod(job.output.shape)
+    return [name for name, _ in sizes.most_common()]
+
+
+def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
     document = plan.spec.document
-    wanted: str | None = document.out_dtype or document.dtype
     if not isinstance(config, dict):
         return False
-    if wanted is None and document.config_source not in (None, plan.inputs[0].reference):
-        wanted = _stored_dtype(plan)
-    changed = wanted is not None and _set_dtype(config, wanted)
+    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes)
     changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
     if (tie := document.tie_word_embeddings) is not None:
         for path in language_levels(config):
@@ -175,16 +199,6 @@ def _change_config(config: Any, plan: Plan) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
-
-
-def _stored_dtype(plan: Plan) -> str | None:
-    """Return the dtype that most weights of the output have."""
-    sizes: dict[str, int] = {}
-    for job in plan.jobs:
-        if job.output.dtype.is_float:
-            name = job.output.dtype.name
-            sizes[name] = sizes.get(name, 0) + job.num_elements
-    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def _drop_quantization(config: Any) -> bool:
@@ -197,13 +211,17 @@ def _drop_quantization(config: Any) -> bool:
     return dropped
 
 
-def _set_dtype(config: Any, wanted: str) -> bool:
+def _set_dtype(config: dict[str, Any], wanted: str | None, stored: Sequence[str]) -> bool:
+    """Let a config and its parts say the dtype of what is stored, which loaders go by.
+
+    Where tensors have several, one that says either of them is right.
+    """
     changed = False
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in ("dtype", "torch_dtype") and value in DTYPES and value != wanted:
-                config[key] = wanted
-                changed = True
-            elif key.endswith("_config"):
-                changed = _set_dtype(value, wanted) or changed
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value in FLOAT_DTYPES:
+            right = wanted or (value if value in stored or not stored else stored[0])
+            config[key] = right
+            changed = changed or value != right
+        elif isinstance(value, dict) and key not in QUANTIZATION_KEYS:
+            changed = _set_dtype(value, wanted, stored) or changed
     return changed
