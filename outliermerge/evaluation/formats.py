@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import xxhash
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -166,14 +167,18 @@ class SettingsEntry(_Strict):
     date: _Text | None = None
 
 
+def _no_bool(value: object) -> object:
+    return str(value) if isinstance(value, bool) else value  # True would be taken for 1
+
+
 class ScoresFile(_Strict):
     """What scores.json holds."""
 
-    format: Literal[1]
+    format: Annotated[Literal[1], BeforeValidator(_no_bool)]
     suite: _Text
     titles: list[_Name]
     settings: SettingsEntry
-    models: list[ModelEntry]
+    models: list[ModelEntry] = Field(min_length=1)
     checksum: str | None = None
 
     @model_validator(mode="after")
@@ -223,7 +228,8 @@ def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
             f"{quoted(problem['input'])}: {shown(problem['msg'], 300)}"
             for problem in error.errors()
         ]
-    raise OutlierMergeError(f"{what_if_not}:\n{listing(problems, limit=5)}")
+    told = f" {problems[0]}" if len(problems) == 1 else f"\n{listing(problems, limit=5)}"
+    raise OutlierMergeError(f"{what_if_not}:{told}")
 
 
 def read_merged(file: Path) -> MergedSpec:

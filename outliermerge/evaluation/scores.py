@@ -166,7 +166,10 @@ def load_scores(path: str | Path) -> Scores:
     if file.is_dir():
         file = file / SCORES_NAME
     found = read_scores(file)
-    check_names([model.name for model in found.models])
+    try:
+        check_names([model.name for model in found.models])
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{file}: {error}") from error
     models = tuple(_model(entry, file) for entry in found.models)
     check_seal(file, found)  # last: where a number differs from its record's, that says more
     return Scores(

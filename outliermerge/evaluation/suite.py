@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,10 @@ def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
                 )
         _check_settings(task.generation, GENERATION, ("tasks", index, "generation"), tasks)
     _check_settings(document.generation, GENERATION, ("generation",), source_of("generation"))
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", document.device):
+        raise source_of("device").error(
+            ("device",), f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"
+        )
     _check_settings(document.model_args, None, ("model_args",), source_of("model_args"))
     kind = MODEL_TYPES[document.model_type]
     if document.load_in_8bit and kind.model_8bit is None:

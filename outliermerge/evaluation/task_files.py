@@ -206,7 +206,7 @@ def _included(file: Path, name: str, data: Path | None) -> Path:
     try:
         for folder in (data, file.parent):
             path = folder / name if folder is not None else None
-            if path is not None and path.exists() and not path.is_dir():
+            if path is not None and path.is_file():
                 return Path(os.path.normpath(path))
     except (OSError, ValueError):
         pass
