@@ -62,13 +62,7 @@ bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26
 	@$(IN_VENV) $(BIN)/python benchmarks/looking.py
 	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write-readme
 
-bench-faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
-	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
-
-fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
-	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
-
-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
+bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
 	$(BIN)/python benchmarks/suite.py --runs 3 --only 0.5B-2 --results "$$new/speed.json" && \
 	$(BIN)/python benchmarks/check.py "$$new/speed.json"

@@ -33,3 +33,17 @@ def test_no_file_of_the_package_passes_400_lines():
         for path in (ROOT / "outliermerge").rglob("*.py")
     }
     assert [name for name, length in lengths.items() if length > 400] == []
+
+
+def test_make_knows_each_of_its_targets_once():
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""  # make warns of a second recipe
+    shown = [line.split()[0] for line in done.stdout.splitlines()]
+    phony = (ROOT / "Makefile").read_text().partition(".PHONY:")[2].partition("\n\n")[0]
+    assert sorted(shown) == sorted(phony.replace("\\", "").split())
