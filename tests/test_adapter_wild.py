@@ -11,8 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import yaml
 from checkpoints import load_folder, save_model, save_tensors
 from safetensors.torch import load_file, save_file
 from test_quantized_merge import _dequantised, _quantise
+from waiting import LIMIT_SECONDS, held, stopped
 
 import outliermerge
 from outliermerge.cli import main as cli
@@ -869,18 +868,11 @@ def long(tmp_path: Path) -> Path:
 
 def test_a_killed_merge_goes_on_only_with_the_same_adapters(long):
     spec, output = long / "spec.yaml", long / "out"
-    command = [sys.executable, "-m", "outliermerge", "run", str(spec), "--output", str(output)]
-    process = subprocess.Popen(
-        [*command, "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    journal = long / "out.partial.journal"
-    deadline = time.monotonic() + 600
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b'{"tensor"') > 2:
-            break
-        os.sched_yield()
+    command = held(3, "after", "run", spec, "--output", output, "--threads", "1")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert stopped(process)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=600) == -signal.SIGKILL, "the kill came too late"
+    assert process.wait(timeout=LIMIT_SECONDS) == -signal.SIGKILL
 
     config = long / "second" / CONFIG
     said = config.read_text()

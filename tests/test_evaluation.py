@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from llava_replicas import save_hf_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from waiting import LIMIT_SECONDS, heed_interrupts, wait_for
 
 from outliermerge.cli import main as cli
 from outliermerge.cli import render_scores
@@ -280,6 +281,7 @@ def _start(
         text=True,
         cwd=root,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         env={
             **os.environ,
             "HF_DATASETS_OFFLINE": "1",
@@ -291,7 +293,7 @@ def _start(
 
 
 def _finish(process: subprocess.Popen[str], output: Path) -> Done:
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=LIMIT_SECONDS)
     return Done(process.returncode, out, err, output)
 
 
@@ -533,13 +535,6 @@ def test_a_merge_is_told_by_its_manifest(changed_run):
 # A command that is ended, and started again
 
 
-def _wait_for(found: Callable[[], object], seconds: float = 600) -> bool:
-    deadline = time.monotonic() + seconds
-    while not found() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(found())
-
-
 def _is_gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -568,10 +563,10 @@ def ended_runs(place: Path, changed_run: Done) -> tuple[Ended, Ended, Path]:
         process = _start(
             place, [place / "moved", "--suite", suite], output, TEST_WAIT=str(place / "held")
         )
-        assert _wait_for(lambda: told.exists() and told.read_text())
+        assert wait_for(lambda: told.exists() and told.read_text())
         end(process)
-        _, err = process.communicate(timeout=600)
-        gone = _wait_for(lambda: _is_gone(int(told.read_text())))
+        _, err = process.communicate(timeout=LIMIT_SECONDS)
+        gone = wait_for(lambda: _is_gone(int(told.read_text())))
         records = sorted(path.stem.partition("-")[0] for path in output.glob("records/*.json"))
         ended.append(Ended(process.returncode, err, gone, records))
     return ended[0], ended[1], output
@@ -912,33 +907,34 @@ def test_what_a_worker_has_started_ends_with_it(small, monkeypatch):
     _play(
         small,
         monkeypatch,
-        "child = subprocess.Popen(['sleep', '20'], stdin=subprocess.DEVNULL,\n"
+        "child = subprocess.Popen(['sleep', '1000'], stdin=subprocess.DEVNULL,\n"
         "                         stdout=subprocess.DEVNULL)\n"
         "open('child', 'w').write(str(child.pid))\n"
         "tell(event='loaded', image_backend='pil')\n"
         "tell(event='started', title='Fixed')\n"
         "tell(event='finished', title='Fixed', result=RESULT)\n",
     )
-    started = time.monotonic()
-    _evaluate(small)
-    assert time.monotonic() - started < 10
-    assert _wait_for(lambda: _is_gone(int((small / "sets" / "child").read_text())), 2)
+    run = threading.Thread(target=_evaluate, args=(small,), daemon=True)
+    run.start()
+    run.join(LIMIT_SECONDS)
+    assert not run.is_alive(), "it waits for the end of what its worker has started"
+    assert wait_for(lambda: _is_gone(int((small / "sets" / "child").read_text())))
 
 
 def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     # `kill -INT` and job schedulers do not reach the worker.
-    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(3000)\n")
+    _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(1000)\n")
     process = subprocess.Popen(
         [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
          "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
          "--suite", str(small / "suite.yaml"), "--output", str(small / "out")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     told = small / "sets" / "pid"
     try:
-        assert _wait_for(lambda: told.exists() and told.read_text())
+        assert wait_for(lambda: told.exists() and told.read_text())
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=600)
+        _, err = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == 130 and "interrupted" in err and "failed" not in err
         assert _is_gone(int(told.read_text()))
     finally:

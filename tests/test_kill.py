@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import save_tensors
 from stopping import stopping_after
+from waiting import LIMIT_SECONDS, held, stopped, wait_for
 
 import outliermerge
 from outliermerge.cli import main as cli
@@ -71,15 +72,17 @@ def _spec(folder: Path, method: str) -> Path:
 
 
 def _command(spec: Path, output: Path, *options: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "outliermerge", "run", str(spec), "--output", str(output)),
-        *("--json", "--threads", "1", "--shard-size", SHARD_SIZE, *options),
-    ]
+    return [sys.executable, "-m", "outliermerge", *_arguments(spec, output, *options)]
+
+
+def _arguments(spec: Path, output: Path, *options: str) -> list[str]:
+    run = ["run", str(spec), "--output", str(output), "--json", "--threads", "1"]
+    return [*run, "--shard-size", SHARD_SIZE, *options]
 
 
 def _finish(spec: Path, output: Path, *options: str) -> dict:
     done = subprocess.run(
-        _command(spec, output, *options), capture_output=True, text=True, timeout=600
+        _command(spec, output, *options), capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -91,9 +94,20 @@ def _start(spec: Path, output: Path, *options: str) -> subprocess.Popen:
     )
 
 
+def _start_held(
+    number: int, when: str, spec: Path, output: Path, *options: str
+) -> subprocess.Popen:
+    """Start a run that stops itself at so many tensors."""
+    return subprocess.Popen(
+        held(number, when, *_arguments(spec, output, *options)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def _kill(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(timeout=600)
+    process.wait(timeout=LIMIT_SECONDS)
 
 
 def _partial(output: Path) -> Path:
@@ -117,12 +131,12 @@ def _journaled(output: Path) -> list[str]:
 
 def _wait(process: subprocess.Popen, output: Path, num_journaled: int) -> None:
     """Wait until the journal holds so many tensors or the process has ended."""
-    deadline = time.monotonic() + 600
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(_journaled(output)) >= num_journaled and _journal(output).exists():
-            return
-        time.sleep(0.001)
-    assert process.poll() is not None, "the run did not get on"
+
+    def is_so_far() -> bool:
+        is_there = _journal(output).exists() and len(_journaled(output)) >= num_journaled
+        return is_there or process.poll() is not None
+
+    assert wait_for(is_so_far), "the run did not get on"
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -152,14 +166,15 @@ def test_a_killed_run_goes_on_with_what_was_left(
     chance = random.Random(moment)
     method = METHODS[moment % 2]
     output = tmp_path / "out"
-    process = _start(_spec(workplace, method), output)
-    _wait(process, output, int(NUM_TENSORS * (moment + chance.random() * 0.9) / NUM_MOMENTS))
-    time.sleep(chance.random() * 0.01)
+    number = 1 + int(NUM_TENSORS * (moment + chance.random() * 0.9) / NUM_MOMENTS)
+    when = chance.choice(["before", "after"])
+    process = _start_held(number, when, _spec(workplace, method), output)
+    assert stopped(process)
     _kill(process)
-    assert process.returncode == -signal.SIGKILL, "the kill came too late"
+    assert process.returncode == -signal.SIGKILL
     assert not output.exists()
     journaled = _journaled(output)
-    assert len(journaled) < NUM_TENSORS
+    assert len(journaled) == number - (when == "before")
 
     done = _finish(_spec(workplace, method), output)
 
@@ -186,13 +201,12 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(
     journaled: list[str] = []
     num_kills = 0
     while not output.exists() and num_kills < 30:
-        process = _start(spec, output)
         step = chance.randrange(NUM_TENSORS // 8, NUM_TENSORS // 3)
-        _wait(process, output, len(journaled) + step)
-        time.sleep(chance.random() * 0.02)
-        _kill(process)
-        if output.exists():  # the run was faster than the kill
+        process = _start_held(step, chance.choice(["before", "after"]), spec, output)
+        if not stopped(process):  # there were fewer left
+            assert process.wait() == 0
             break
+        _kill(process)
         num_kills += 1
         before, journaled = journaled, _journaled(output)
         assert set(before) <= set(journaled), "finished work was lost"
@@ -226,9 +240,9 @@ def test_a_kill_before_the_end_leaves_the_output_that_was_to_be_overwritten(
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(workplace / "undisturbed_ties", output)
-    process = _start(_spec(workplace, "min_sigma"), output, "--overwrite")
-    _wait(process, output, NUM_TENSORS // 2)
-    process.send_signal(signal.SIGSTOP)
+    spec = _spec(workplace, "min_sigma")
+    process = _start_held(NUM_TENSORS // 2, "after", spec, output, "--overwrite")
+    assert stopped(process)
     assert _bytes(output) == _bytes(workplace / "undisturbed_ties")
     _kill(process)
     assert process.returncode == -signal.SIGKILL
@@ -515,16 +529,16 @@ def _small(output: Path) -> list[str]:
 
 def test_a_second_run_on_the_same_output_is_refused(workplace: Path, tmp_path: Path) -> None:
     output, spec = tmp_path / "out", _spec(workplace, "ties")
-    first = _start(spec, output)
-    _wait(first, output, 3)
-    assert first.poll() is None
-    first.send_signal(signal.SIGSTOP)
+    first = _start_held(3, "after", spec, output)
+    assert stopped(first)
     try:
-        os.waitid(os.P_PID, first.pid, os.WSTOPPED)
         before = _bytes(_partial(output))
         for options in ([], ["--fresh"], ["--overwrite"]):
             second = subprocess.run(
-                _command(spec, output, *options), capture_output=True, text=True, timeout=600
+                _command(spec, output, *options),
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_SECONDS,
             )
             assert second.returncode == 1
             start = f"error: {output}: another run (process {first.pid} on "
@@ -533,7 +547,7 @@ def test_a_second_run_on_the_same_output_is_refused(workplace: Path, tmp_path: P
         assert _bytes(_partial(output)) == before
     finally:
         first.send_signal(signal.SIGCONT)
-        code = first.wait(timeout=600)
+        code = first.wait(timeout=LIMIT_SECONDS)
     assert code == 0
     _assert_same(output, workplace / "undisturbed_ties")
 

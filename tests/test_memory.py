@@ -26,14 +26,29 @@ def _family(folder: Path, num_elements: int) -> str:
     return str(spec)
 
 
+def _anonymous_bytes(process: subprocess.Popen) -> int:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def _bytes_of_an_interpreter() -> int:
+    code = "import torch; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()  # torch is there
+        found = _anonymous_bytes(process)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    return found
+
+
 def _peak_anonymous_bytes(arguments: list[str]) -> int:
     peak = 0
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL) as process:
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak = max(peak, int(line.split()[1]) * 1024)
+            peak = max(peak, _anonymous_bytes(process))
             time.sleep(0.002)
     assert process.returncode == 0
     return peak
@@ -49,7 +64,7 @@ def sizes(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["linear", "min_sigma", "ties"])
 def test_peak_memory_is_flat_in_the_models_size_and_within_the_budget(method, sizes, tmp_path):
-    interpreter = _peak_anonymous_bytes(["-c", "import torch, time; time.sleep(0.2)"])
+    interpreter = _bytes_of_an_interpreter()
     parameters = "parameters: {density: 0.2}\n" if method == "ties" else ""
     peaks = []
     for num_elements, spec in sizes.items():

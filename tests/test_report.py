@@ -75,7 +75,7 @@ def tab():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(600_000)  # milliseconds
         page.heard = []
         page.on("console", lambda message: page.heard.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: page.heard.append(str(error)))

@@ -283,9 +283,10 @@ def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
-        (file,) = task_files._definitions(task.task, suite.tasks_folder)
-        config, _ = task_files._read(file)
-        metrics = {entry["metric"] for entry in config["metric_list"]}
+        ours = task_files._ours(suite.tasks_folder, suite.data)
+        definition = task_files.definition_of(task.task, ours)
+        config, _ = task_files._keys(definition.file, None, ())
+        metrics = {entry["metric"] for entry in config["metric_list"][0]}
         assert task.metric.partition(",")[0] in metrics
 
 

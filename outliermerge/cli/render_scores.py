@@ -65,6 +65,10 @@ class EvaluationProgress(Listener):
         self._line(f"{model}: {title} {_shown(score)}, scored before{_warning(score)}")
         self._bars.advance(self._all)
 
+    def damaged(self, model: str, title: str, reason: str) -> None:
+        """Say why it takes time again."""
+        self._line(f"{model}: {title} is scored again: {reason}")
+
     def loading(self, model: str, titles: Sequence[str]) -> None:
         """Show the model."""
         self._line(f"{model}: starting lmms-eval for {', '.join(titles)}")

@@ -15,8 +15,6 @@ from outliermerge.errors import SpecError, printable, suggest
 if TYPE_CHECKING:
     from outliermerge.evaluation.table import Table
 
-TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
-
 
 def add_commands(add: AddCommand, count: Callable[[str], int]) -> None:
     """Add the parsers of `eval` and `compare`."""
@@ -84,7 +82,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """Evaluate; return 1 where a task has no score."""
     from outliermerge.cli.render_scores import EvaluationProgress
     from outliermerge.evaluation.chart import draw
-    from outliermerge.evaluation.evaluate import evaluate
+    from outliermerge.evaluation.evaluate import CHART_NAME, TABLE_NAME, evaluate
     from outliermerge.evaluation.models import split_name
     from outliermerge.evaluation.suite import load_suite
     from outliermerge.evaluation.table import make_table

@@ -16,17 +16,28 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
+from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
     MODEL_TYPES,
     check_packages,
     model_arguments,
 )
 from outliermerge.evaluation.models import Model, find_models, merge_of
-from outliermerge.evaluation.records import Records
-from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores
+from outliermerge.evaluation.records import DamagedRecordError, Records
+from outliermerge.evaluation.scores import (
+    SCORES_NAME,
+    Failure,
+    ModelScores,
+    Score,
+    Scores,
+    unsealed,
+)
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execution.threads import choose_device
+
+TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
+OUTPUT_NAMES = (SCORES_NAME, TABLE_NAME, CHART_NAME)
 
 
 class Listener:
@@ -37,6 +48,9 @@ class Listener:
 
     def kept(self, model: str, title: str, score: Score) -> None:
         """A score was there from an earlier run."""
+
+    def damaged(self, model: str, title: str, reason: str) -> None:
+        """A score from an earlier run is not as it was written, and is made again."""
 
     def loading(self, model: str, titles: Sequence[str]) -> None:
         """lmms-eval is starting and loads the model for these tasks."""
@@ -96,6 +110,8 @@ def evaluate(
         "load_in_8bit": suite.document.load_in_8bit,
         "batch_size": suite.document.batch_size,
     }
+    for name in OUTPUT_NAMES:
+        check_place(folder / name)
     with _alone_in(folder):
         fingerprints = Fingerprints(folder, listener.hashing)
         found = [
@@ -110,7 +126,9 @@ def evaluate(
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    with (folder / "work" / "lock").open("w") as file:
+    lock = folder / "work" / "lock"
+    check_place(lock)
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -173,7 +191,11 @@ class _Run:
         with self._turns[model.fingerprint]:
             pending = []
             for task in self._suite.document.tasks:
-                score = self._records.find(model, task)
+                try:
+                    score = self._records.find(model, task)
+                except DamagedRecordError as error:
+                    self._listener.damaged(model.name, task.title, str(error))
+                    score = None
                 if score is None:
                     pending.append(task)
                 else:
@@ -189,7 +211,8 @@ class _Run:
         left = {task.title: task for task in pending}
         current: str | None = None
         image_backend = reason = ""
-        log = self._folder / "logs" / (re.sub(r"[^\w.-]", "_", model.name) + ".log")
+        log = self._folder / "logs" / (re.sub(r"[^\w.-]", "_", model.name)[:60] + ".log")
+        check_place(log)
         log_start = log.stat().st_size if log.exists() else 0
         self._listener.loading(model.name, list(left))
 
@@ -278,6 +301,20 @@ class _Run:
         titles = tuple(task.title for task in self._suite.document.tasks)
         found = dict(self._results)
         scored = [result for result in found.values() if isinstance(result, Score)]
+        models = tuple(
+            ModelScores(
+                model.name,
+                model.reference,
+                model.fingerprint,
+                model.merge,
+                {
+                    title: found[model.name, title]
+                    for title in titles
+                    if (model.name, title) in found
+                },
+            )
+            for model in self._models
+        )
         scores = Scores(
             suite=self._suite.name,
             titles=titles,
@@ -287,20 +324,8 @@ class _Run:
                 "image_backend": ", ".join(sorted({score.image_backend for score in scored})),
                 "date": max((score.date for score in scored), default=date.today().isoformat()),
             },
-            models=tuple(
-                ModelScores(
-                    model.name,
-                    model.reference,
-                    model.fingerprint,
-                    model.merge,
-                    {
-                        title: found[model.name, title]
-                        for title in titles
-                        if (model.name, title) in found
-                    },
-                )
-                for model in self._models
-            ),
+            models=models,
+            unsealed=unsealed(models),
         )
         scores.save(self._folder)
         return scores

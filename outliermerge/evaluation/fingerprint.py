@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -13,8 +12,8 @@ import xxhash
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
-from outliermerge.evaluation.scores import write_json
-from outliermerge.storage.files import small_bytes
+from outliermerge.evaluation.formats import check_place, load, write_json
+from outliermerge.storage.stamps import open_file
 
 STAMPS_NAME = "fingerprints.json"
 # Neither changes what a model answers.
@@ -32,9 +31,10 @@ class Fingerprints:
     def __init__(self, folder: Path, on_progress: Callable[[int], None] = lambda n: None) -> None:
         self._path = folder / STAMPS_NAME
         self.on_progress = on_progress
+        check_place(self._path)
         try:
-            known = json.loads(small_bytes(self._path))
-        except (OSError, ValueError):
+            known = load(self._path)
+        except (OSError, OutlierMergeError):  # absent or damaged: all is hashed again
             known = None
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
@@ -69,11 +69,11 @@ class Fingerprints:
         place, status = str(path.absolute()), path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         known = self._known.get(place)
-        if isinstance(known, list) and known[:-1] == stamp:
+        if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             self.on_progress(status.st_size)
-            return str(known[-1])
+            return known[-1]
         digest = xxhash.xxh3_128()
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
                 self.on_progress(len(block))

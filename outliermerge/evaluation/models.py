@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, quoted
+from outliermerge.evaluation.formats import read_merged
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods.table import METHODS
-from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
+from outliermerge.storage.stamps import is_there, refuse_text
 
 _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
 
@@ -57,26 +57,23 @@ def split_name(model: str) -> tuple[str, str]:
 def _find(reference: str) -> Path:
     path = resolve(reference)
     if not path.is_dir():
-        raise OutlierMergeError(f"model {reference!r}: a file, expected a model folder")
+        raise OutlierMergeError(f"model {quoted(reference)}: a file, expected a model folder")
+    refuse_text(path)
     return path
 
 
 def merge_of(path: Path) -> dict[str, Any] | None:
-    """Return what merged a model, from its manifest; None for one that was only converted."""
-    try:
-        data = read_bytes(path / MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
-        if data is None:
-            return None
-        spec = json.loads(data)["spec"]
-        method, models = spec["merge_method"], spec["models"]
-        given = dict(spec.get("parameters") or {})
-    except OutlierMergeError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutlierMergeError(f"{path / MANIFEST_NAME}: is not a manifest: {error}") from error
-    if method == "passthrough" or len(models) == 1:
+    """Return what merged a model, from its manifest; None for one that was only converted.
+
+    Raises:
+        OutlierMergeError: the manifest is none.
+    """
+    if not is_there(path / MANIFEST_NAME):
+        return None
+    spec = read_merged(path / MANIFEST_NAME)
+    if spec.merge_method == "passthrough" or len(spec.models) == 1:
         return None
     # A method of the user's own is not imported here: the manifest may be somebody else's.
-    known = METHODS.get(method) if isinstance(method, str) else None
-    defaults = {p.name: p.default for p in known.parameters.values()} if known else {}
-    return {"method": method, "parameters": {**defaults, **given}}
+    method = METHODS.get(spec.merge_method)
+    defaults = {p.name: p.default for p in method.parameters.values()} if method else {}
+    return {"method": spec.merge_method, "parameters": {**defaults, **(spec.parameters or {})}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import date
 from importlib import util
@@ -13,15 +14,25 @@ from typing import Any
 
 import xxhash
 
+from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.fingerprint import Fingerprints
+from outliermerge.evaluation.formats import (
+    FORMAT,
+    check_place,
+    digest_of,
+    sealed,
+    write_json,
+)
 from outliermerge.evaluation.models import Model
-from outliermerge.evaluation.scores import Score, checksum_of, load_record, write_json
+from outliermerge.evaluation.scores import Score, load_record
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.task_files import task_files
-from outliermerge.storage.files import small_bytes
 
-_FORMAT = 1
 _JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL", "LLM_JUDGE_URL")
+
+
+class DamagedRecordError(OutlierMergeError):
+    """A record is not what was written."""
 
 
 class Records:
@@ -43,7 +54,7 @@ class Records:
         self._folder = folder
         torchvision = version("torchvision") if util.find_spec("torchvision") else None
         common = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "settings": dict(settings),
             "versions": {
                 **{name: versions[name] for name in ("lmms_eval", "transformers", "torch")},
@@ -59,33 +70,48 @@ class Records:
         }
 
     def find(self, model: Model, task: SuiteTask) -> Score | None:
-        """Return the score of a model on a task, if it is there and whole."""
+        """Return the score of a model on a task; None where there is none.
+
+        Raises:
+            DamagedRecordError: there is one, and it is not what was written: score again.
+            OutlierMergeError: something else has the name of a file that is to be written.
+        """
         path, identity = self._place(model, task)
-        try:
-            if json.loads(small_bytes(path))["identity"] != identity:
-                return None
-            return load_record(path, record=self._relative(path))
-        except (OSError, ValueError, KeyError, TypeError):
+        check_place(path)
+        check_place(self.answers_path(model, task))
+        if not path.exists():
             return None
+        try:
+            score, scored = load_record(path, record=self._relative(path))
+            if scored != identity:
+                raise OutlierMergeError(f"{path}: is of other weights, settings or data")
+            return score
+        except (OSError, OutlierMergeError) as error:
+            raise DamagedRecordError(str(error)) from error
 
     def keep(
         self, model: Model, task: SuiteTask, result: Mapping[str, Any], image_backend: str
     ) -> Score:
         """Write what a worker found, and return it as a score."""
         path, identity = self._place(model, task)
-        score = Score(
-            task=task.task,
-            metric=task.metric,
-            stderr=_stderr(result["score"], list(result["units"].values())),
-            image_backend=image_backend,
-            date=date.today().isoformat(),
-            record=self._relative(path),
+        found = {
+            "task": task.task,
+            "metric": task.metric,
+            "stderr": _stderr(result["score"], list(result["units"].values())),
+            "image_backend": image_backend,
+            "date": date.today().isoformat(),
             **result,
+        }
+        content = sealed(
+            {
+                "identity": identity,
+                "model": model.reference,
+                "result": found,
+                "answers": digest_of(self.answers_path(model, task)),
+            }
         )
-        kept = {name: value for name, value in vars(score).items() if name != "record"}
-        content = {"identity": identity, "model": model.reference, "result": kept}
-        write_json(path, content | {"checksum": checksum_of(kept)})
-        return score
+        write_json(path, content)
+        return Score(**found, record=self._relative(path), checksum=content["checksum"])
 
     def answers_path(self, model: Model, task: SuiteTask) -> Path:
         """Return where a worker writes the answers: beside the record."""
@@ -94,7 +120,8 @@ class Records:
     def _place(self, model: Model, task: SuiteTask) -> tuple[Path, dict[str, Any]]:
         identity = {**self._identities[task.title], "model": model.fingerprint}
         key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
-        return self._folder / "records" / f"{task.task}-{key}.json", identity
+        name = re.sub(r"[^\w.-]", "_", task.task)[:60]  # another name is another key
+        return self._folder / "records" / f"{name}-{key}.json", identity
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()

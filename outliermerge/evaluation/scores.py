@@ -6,20 +6,27 @@ found again whatever the model's folder is called, and is never found for other 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from outliermerge.errors import OutlierMergeError, listing, quoted, shown
-from outliermerge.storage.files import load_json, write_whole
+from outliermerge.errors import OutlierMergeError, as_path, quoted, shown
+from outliermerge.evaluation.formats import (
+    FORMAT,
+    MAX_NAME,
+    FailureEntry,
+    ModelEntry,
+    RecordFile,
+    ScoreEntry,
+    check_seal,
+    read_record,
+    read_scores,
+    sealed,
+    write_json,
+)
 
 SCORES_NAME = "scores.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Score:
         image_backend: what prepared the images, "pil" or torchvision.
         date: of the run.
         record: the file with all this, relative to scores.json.
+        checksum: of the record; "" where an earlier version wrote it, without one.
     """
 
     task: str
@@ -54,6 +62,7 @@ class Score:
     image_backend: str = ""
     date: str = ""
     record: str = ""
+    checksum: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,14 @@ class Scores:
         titles: of the tasks, in order.
         settings: device, dtype, load_in_8bit, model_type, limit, image_backend, versions, date.
         models: in the order given.
+        unsealed: names of models of whose scores some were read without a checksum.
     """
 
     suite: str
     titles: tuple[str, ...]
     settings: Mapping[str, Any]
     models: tuple[ModelScores, ...]
+    unsealed: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def failures(self) -> list[tuple[str, str, str]]:
@@ -116,8 +127,8 @@ class Scores:
         return path
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what scores.json holds."""
-        return {
+        """Return what scores.json holds, with a checksum."""
+        content = {
             "format": FORMAT,
             "suite": self.suite,
             "titles": list(self.titles),
@@ -133,6 +144,7 @@ class Scores:
                 for model in self.models
             ],
         }
+        return sealed(content)
 
 
 def _as_dict(result: Score | Failure) -> dict[str, Any]:
@@ -150,177 +162,97 @@ def load_scores(path: str | Path) -> Scores:
         OutlierMergeError: there is none, or it is not what `outliermerge eval` wrote, as where a
             number was changed since.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         file = file / SCORES_NAME
-    found = _read(_ScoresFile, file)
+    found = read_scores(file)
+    try:
+        check_names([model.name for model in found.models])
+    except OutlierMergeError as error:
+        raise OutlierMergeError(f"{file}: {error}") from error
     models = tuple(_model(entry, file) for entry in found.models)
+    check_seal(file, found)  # last: where a number differs from its record's, that says more
     return Scores(
-        found.suite, tuple(found.titles), found.settings.model_dump(exclude_unset=True), models
+        suite=found.suite,
+        titles=tuple(found.titles),
+        settings=found.settings.model_dump(exclude_unset=True),
+        models=models,
+        unsealed=unsealed(models)
+        if found.checksum is not None
+        else tuple(model.name for model in models),
     )
 
 
-def _model(entry: _ModelEntry, file: Path) -> ModelScores:
-    tasks: dict[str, Score | Failure] = {}
-    for title, result in entry.tasks.items():
-        if isinstance(result, _FailureEntry):
-            tasks[title] = Failure(result.task, result.error)
-            continue
-        path = file.parent / result.record
-        score = load_record(path, record=result.record)
-        # The record has all numbers; those that are repeated must be the same.
-        for name, value in result.model_dump(exclude={"num_units"}, exclude_unset=True).items():
-            if value != getattr(score, name):
-                raise OutlierMergeError(
-                    f"{file}: {title} of {entry.name}: {name} is {quoted(value)}, but "
-                    f"{quoted(getattr(score, name))} in {path}: one of them was changed. "
-                    "Evaluate again."
-                )
-        tasks[title] = score
-    merge = entry.merge.model_dump(exclude_unset=True) if entry.merge else None
+def unsealed(models: Sequence[ModelScores]) -> tuple[str, ...]:
+    """Return the names of models of whose scores some are from records without a checksum."""
+    return tuple(
+        model.name
+        for model in models
+        if any(isinstance(r, Score) and not r.checksum for r in model.tasks.values())
+    )
+
+
+def _model(entry: ModelEntry, file: Path) -> ModelScores:
+    tasks = {
+        title: Failure(result.task, result.error)
+        if isinstance(result, FailureEntry)
+        else _score(result, file, entry, title)
+        for title, result in entry.tasks.items()
+    }
+    merge = entry.merge.model_dump() if entry.merge else None
     return ModelScores(entry.name, entry.path, entry.fingerprint, merge, tasks)
 
 
-def load_record(path: Path, *, record: str) -> Score:
-    """Read a record; `record` is what scores.json calls it.
+def _score(entry: ScoreEntry, file: Path, model: ModelEntry, title: str) -> Score:
+    """Return the score of a record, of which scores.json must repeat the numbers."""
+    path = file.parent / entry.record
+    record = read_record(path)
+    score = _score_of(record, entry.record)
+    held = {**_as_dict(score), "fingerprint": record.identity.model}
+    given = {**entry.model_dump(exclude_unset=True), "fingerprint": model.fingerprint}
+    for name, value in given.items():
+        if value != held[name]:
+            raise OutlierMergeError(
+                f"{file}: {shown(title)} of {shown(model.name)}: {name} is {quoted(value)}, but "
+                f"{quoted(held[name])} in {path}: one of them was changed since `outliermerge "
+                "eval` wrote them. Restore it, or evaluate again."
+            )
+    check_seal(path, record)
+    return score
+
+
+def _score_of(record: RecordFile, name: str) -> Score:
+    return Score(**record.result.model_dump(), record=name, checksum=record.checksum or "")
+
+
+def load_record(path: Path, *, record: str) -> tuple[Score, dict[str, Any]]:
+    """Return a record's score and what it was computed from.
+
+    Args:
+        path: of the record.
+        record: what scores.json calls it.
 
     Raises:
         OutlierMergeError: it is not what `outliermerge eval` wrote.
     """
-    found = _read(_RecordFile, path)
-    content = found.result.model_dump()
-    if found.checksum is not None and found.checksum != checksum_of(
-        found.result.model_dump(exclude_unset=True)
-    ):
-        raise OutlierMergeError(
-            f"{path}: was changed since `outliermerge eval` wrote it: its checksum is another. "
-            "Evaluate again."
-        )
-    return Score(**content, record=record)
-
-
-def checksum_of(result: Mapping[str, Any]) -> str:
-    """Return the checksum of a record's result, which tells a change; no proof against a forger."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(result, sort_keys=True).encode())
-
-
-_Read = TypeVar("_Read", bound=BaseModel)
-
-
-def _read(kind: type[_Read], file: Path) -> _Read:
-    """Read a file of ours, all of whose values must be what is written there.
-
-    Raises:
-        OutlierMergeError: it is absent, or another value is found than is expected.
-    """
-    content = load_json(file)
-    if content is None and not file.exists():
-        raise OutlierMergeError(f"{file}: no such file. `outliermerge eval` writes it.")
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(shown(part) for part in problem['loc']) or 'the file'}: found "
-            f"{quoted(problem['input'])}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-    raise OutlierMergeError(
-        f"{file}: is not what `outliermerge eval` wrote:\n{listing(problems, limit=5)}"
-    )
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-_Count = Annotated[int, Field(ge=0)]
-_Inside = Annotated[str, Field(pattern=r"^records/[^/]+$")]
-
-
-class _Result(_Strict):
-    """The numbers of a record."""
-
-    task: str
-    metric: str
-    score: float
-    stderr: float | None
-    num_samples: _Count
-    num_empty: _Count
-    seconds: float
-    metrics: dict[str, float] = {}
-    units: dict[str, float] = {}
-    image_backend: str = ""
-    date: str = ""
-
-
-class _RecordFile(_Strict):
-    result: _Result
-    checksum: str | None = None
-
-
-class _ScoreEntry(_Strict):
-    """What scores.json repeats of a record."""
-
-    record: _Inside
-    num_units: _Count = 0
-    task: str = ""
-    metric: str = ""
-    score: float = 0.0
-    stderr: float | None = None
-    num_samples: _Count = 0
-    num_empty: _Count = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] = {}
-    image_backend: str = ""
-    date: str = ""
-
-
-class _FailureEntry(_Strict):
-    task: str
-    error: str
-
-
-class _Merge(_Strict):
-    method: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class _ModelEntry(_Strict):
-    name: str
-    path: str
-    fingerprint: str
-    merge: _Merge | None
-    tasks: dict[str, _FailureEntry | _ScoreEntry]
-
-
-class _Settings(_Strict):
-    model_config = ConfigDict(extra="allow")
-    versions: dict[str, str | None] | None = None
-    date: str | None = None
-
-
-class _ScoresFile(_Strict):
-    format: Literal[1]
-    suite: str
-    titles: list[str]
-    settings: _Settings
-    models: list[_ModelEntry]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, by `write_whole`."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(path, text.encode())
+    found = read_record(path)
+    check_seal(path, found)
+    return _score_of(found, record), found.identity.model_dump()
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse two models of one name.
+    """Refuse two models of one name, and names that tables and files cannot take.
 
     Raises:
         OutlierMergeError: there are.
     """
     for name in names:
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise OutlierMergeError(
+                f"a model cannot be called {quoted(name)}: expected 1 to {MAX_NAME} signs that "
+                "can be printed. Give it a name, as in NAME=PATH."
+            )
         if names.count(name) > 1:
             raise OutlierMergeError(
-                f"two models are called {name!r}: name them, as in {name}-a=PATH"
+                f"two models are called {quoted(name)}: name them, as in {shown(name)}-a=PATH"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from outliermerge.errors import SpecError, suggest
+from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
+from outliermerge.evaluation.formats import MAX_NAME
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import Source, parse_yaml, read_text
 
-_Text = Annotated[str, Field(min_length=1)]
-_Count = Annotated[int, Field(ge=1)]
+_Text = Annotated[str, Field(min_length=1, max_length=4096)]
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+_Count = Annotated[int, Field(ge=1, le=10**9)]
 # What lmms-eval's model types read; they pass over any other without a word.
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "until")
 RESERVED = ("avg", "gain")
@@ -29,9 +32,9 @@ class _Strict(BaseModel):
 class SuiteTask(_Strict):
     """One column of the table."""
 
-    title: _Text = Field(description="the column's title")
-    task: _Text = Field(description="lmms-eval's name of the task")
-    metric: _Text = Field(description='the key of its score: "metric,filter"')
+    title: _Name = Field(description="the column's title")
+    task: _Name = Field(description="lmms-eval's name of the task")
+    metric: _Name = Field(description='the key of its score: "metric,filter"')
     scale: Literal[1, 100] = Field(100, description="what makes the metric 0–100")
     limit: _Count | None = Field(None, description="questions asked; all of them by default")
     generation: dict[str, Any] = Field({}, description="generation settings, over the task's own")
@@ -93,6 +96,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
     raw, source = parse_yaml(text, file=str(file))
     if not isinstance(raw, dict):
         raise source.error((), "expected a mapping with `tasks`")
+    _check_texts(raw, (), source)
     given = {key: value for key, value in overrides.items() if value is not None}
     sources = dict.fromkeys(given, Source("command line"))
     document = _over(_validate(raw, source), given)
@@ -101,10 +105,23 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
     for key in ("tasks_folder", "data"):
         named = getattr(document, key)
         place = Path.cwd() if key in given else file.parent
-        folders[key] = (place / Path(named).expanduser()).absolute() if named else None
+        try:
+            folders[key] = (place / as_path(named)).absolute() if named else None
+        except OutlierMergeError as error:
+            raise sources.get(key, source).error((key,), str(error)) from error
         if (found := folders[key]) is not None and not found.is_dir():
             raise sources.get(key, source).error((key,), f"no such folder: {found}")
     return Suite(file.stem, document, folders["tasks_folder"], folders["data"])
+
+
+def _check_texts(value: object, path: SpecPath, source: Source) -> None:
+    """Refuse halves of signs, which YAML can escape and no file or terminal takes."""
+    if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+        raise source.error(path, f"found {quoted(value)}, which has half of a sign")
+    entries = value.items() if isinstance(value, dict) else ()
+    for key, inner in enumerate(value) if isinstance(value, list) else entries:
+        _check_texts(key, path, source)
+        _check_texts(inner, (*path, key), source)
 
 
 def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
@@ -135,10 +152,12 @@ def _explain(problem: Any, source: Source) -> SpecError:
     if problem["type"] == "extra_forbidden":
         fields = (SuiteTask if len(path) > 1 else SuiteDocument).model_fields
         name = str(path[-1])
-        return source.error(path, f"unknown key {name!r}. {suggest(name, fields)}", at_key=True)
+        return source.error(
+            path, f"unknown key {quoted(name)}. {suggest(name, fields)}", at_key=True
+        )
     if problem["type"] == "missing":
         return source.error(path[:-1], f"`{path[-1]}` is missing")
-    return source.error(path, f"found {problem['input']!r}: {problem['msg']}")
+    return source.error(path, f"found {quoted(problem['input'])}: {problem['msg']}")
 
 
 def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
@@ -147,17 +166,21 @@ def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
     for index, task in enumerate(document.tasks):
         if task.title in RESERVED:
             raise tasks.error(
-                ("tasks", index, "title"), f"{task.title!r} is a column that the table adds"
+                ("tasks", index, "title"), f"{quoted(task.title)} is a column that the table adds"
             )
         for key in ("title", "task"):
             earlier = first.setdefault((key, getattr(task, key)), index)
             if earlier != index:
                 raise tasks.error(
                     ("tasks", index, key),
-                    f"{getattr(task, key)!r} stands twice, first in tasks[{earlier}]",
+                    f"{quoted(getattr(task, key))} stands twice, first in tasks[{earlier}]",
                 )
         _check_settings(task.generation, GENERATION, ("tasks", index, "generation"), tasks)
     _check_settings(document.generation, GENERATION, ("generation",), source_of("generation"))
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", document.device):
+        raise source_of("device").error(
+            ("device",), f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"
+        )
     _check_settings(document.model_args, None, ("model_args",), source_of("model_args"))
     kind = MODEL_TYPES[document.model_type]
     if document.load_in_8bit and kind.model_8bit is None:
@@ -175,7 +198,7 @@ def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
     for name in document.model_args:
         if name in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
             raise source_of("model_args").error(
-                ("model_args", name), f"{name!r} is set by the command", at_key=True
+                ("model_args", name), f"{quoted(name)} is set by the command", at_key=True
             )
 
 
@@ -185,10 +208,12 @@ def _check_settings(
     for name, value in settings.items():
         if known is not None and name not in known:
             raise source.error(
-                (*path, name), f"no generation setting {name!r}. {suggest(name, known)}",
+                (*path, name), f"no generation setting {quoted(name)}. {suggest(name, known)}",
                 at_key=True,
             )  # fmt: skip
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise source.error((*path, name), f"found {value!r}, expected plain values") from error
+            raise source.error(
+                (*path, name), f"found {quoted(value)}, expected plain values"
+            ) from error

@@ -182,7 +182,7 @@ def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
         raise OutlierMergeError(f"a task cannot be titled {column!r}: the table has such a column")
     averaged = tuple(t for t in titles if all(isinstance(m.tasks.get(t), Score) for m in models))
     facts, notes = _facts(runs)
-    notes += _metric_notes(models, titles)
+    notes += _unsealed_notes(runs) + _metric_notes(models, titles)
     chosen, baseline_notes = _baseline(models, baseline)
     notes += _averaged_notes(titles, averaged) + baseline_notes
     rows = []
@@ -367,6 +367,15 @@ def _facts(runs: Sequence[Scores]) -> tuple[list[str], list[str]]:
     return facts, [f"The scores are of runs that differ: {', '.join(differing)}."]
 
 
+def _unsealed_notes(runs: Sequence[Scores]) -> list[str]:
+    names = dict.fromkeys(name for run in runs for name in run.unsealed)
+    note = (
+        f"{', '.join(names)}: of an earlier version, which wrote no checksums: whether the scores "
+        "are those that eval wrote cannot be told."
+    )
+    return [note] if names else []
+
+
 def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[str]:
     notes = []
     for title in titles:
@@ -384,9 +393,6 @@ def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[
 def _averaged_notes(titles: Sequence[str], averaged: Sequence[str]) -> list[str]:
     if not averaged:
         return ["No avg: there is no task on which all models have a score."]
-    left_out = [title for title in titles if title not in averaged]
-    if not left_out:
-        return []
-    return [
-        f"avg is over {', '.join(averaged)}; not all models have a score on {', '.join(left_out)}."
-    ]
+    left_out = ", ".join(title for title in titles if title not in averaged)
+    note = f"avg is over {', '.join(averaged)}; not all models have a score on {left_out}."
+    return [note] if left_out else []

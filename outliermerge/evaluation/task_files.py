@@ -1,26 +1,57 @@
-"""The files that a task of lmms-eval is made of, as far as they are here and may change."""
+"""The files that a task of lmms-eval is made of, as far as they are here and may change.
+
+Those of the user's tasks folder have to be readable: lmms-eval reads all of them when it starts, in
+the process of each model, and ends with a traceback where it cannot.
+"""
 
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, SpecError, quoted
+from outliermerge.spec.text import Loader
+from outliermerge.storage.files import small_bytes
 
 # What `datasets` reads files with, instead of a hub id.
 _BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
+_MAX_INCLUDES = 20  # files that include one another; lmms-eval's own are three deep
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads lmms-eval's task files, whose functions are of no interest here."""
+class _Loader(Loader):
+    """Reads lmms-eval's task files, whose functions and objects are of no interest here."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: None)
+for _prefix in ("!", "tag:yaml.org,2002:python/"):
+    _Loader.add_multi_constructor(_prefix, lambda loader, suffix, node: None)
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task file, as far as it counts here.
+
+    Attributes:
+        file: itself.
+        parts: itself and the files that it includes.
+        names: of the task, or of the groups, that it defines.
+        members: names of a group's tasks.
+        source: the data set's name, or what reads it.
+        patterns: of its data files.
+    """
+
+    file: Path
+    parts: tuple[Path, ...]
+    names: tuple[str, ...]
+    members: tuple[str, ...]
+    source: str | None
+    patterns: tuple[str, ...]
 
 
 def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[Path]:
@@ -29,116 +60,182 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
     Of lmms-eval's own tasks only local data: their files are told by its version.
 
     Raises:
-        OutlierMergeError: files include each other in a circle.
+        SpecError: a file of the tasks folder cannot be read, lacks what it includes, or includes
+            itself; or a group holds itself.
     """
+    ours = _ours(tasks_folder, data)
     found: set[Path] = set()
-    left, seen = [task], set()
-    while left:
-        name = left.pop()
-        if name not in seen:  # a group may hold itself
-            seen.add(name)
-            files, members = _files_of(name, tasks_folder, data)
-            found |= files
-            left += members
+    done: set[str] = set()
+
+    def add(name: str, within: tuple[str, ...]) -> None:
+        if name in within:
+            circle = " holds ".join(map(quoted, (*within[within.index(name) :], name)))
+            raise SpecError(f"{tasks_folder}: a group of tasks holds itself: {circle}")
+        definition = definition_of(name, ours, data)
+        if name in done or definition is None:
+            return
+        done.add(name)
+        if definition in ours:
+            # The functions that a file names are in its own folder.
+            for part in definition.parts:
+                found.update(path for path in part.parent.iterdir() if path.is_file())
+        found.update(_local_data(definition, data))
+        for member in definition.members:
+            if member not in done or member in (*within, name):
+                add(member, (*within, name))
+
+    add(task, ())
     return sorted(found)
 
 
-def _files_of(
-    task: str, tasks_folder: Path | None, data: Path | None
-) -> tuple[set[Path], list[str]]:
-    """Return the files of one task, and the tasks of a group."""
-    found: set[Path] = set()
-    members: list[str] = []
-    for file in _definitions(task, tasks_folder):
-        config, files = _read(file)
-        if tasks_folder is not None and tasks_folder in file.parents:
-            # The functions that a file names are in its own folder.
-            found.update(path for part in files for path in part.parent.iterdir() if path.is_file())
-        members += _members(config)
-        found.update(_local_data(config, file.parent, data))
-    return found, members
-
-
-def _definitions(task: str, tasks_folder: Path | None) -> Iterator[Path]:
-    """Yield the file that defines a task: ours, or else lmms-eval's."""
+def definition_of(
+    task: str, ours: tuple[TaskFile, ...] = (), data: Path | None = None
+) -> TaskFile | None:
+    """Return the file that defines a task: ours, or else lmms-eval's."""
+    for defined in ours:
+        if task in defined.names:
+            return defined
     spec = util.find_spec("lmms_eval")
     official = [Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ()]
-    for files in (
-        tasks_folder.rglob("*.yaml") if tasks_folder else (),
-        (file for place in official for file in place.rglob(f"{glob.escape(task)}.yaml")),
-        # Few are in a file of another name, and only then all have to be searched.
-        (file for place in official for file in place.rglob("*.yaml")),
-    ):
-        for file in sorted(files):
-            if not file.is_file():
-                continue
+    # Few are in a file of another name, and only then all have to be searched.
+    for pattern in (f"{glob.escape(task)}.yaml" if "/" not in task else "*.yaml", "*.yaml"):
+        for file in sorted(file for place in official for file in place.rglob(pattern)):
             if task.encode() not in file.read_bytes():
                 continue
-            config, _ = _read(file)
-            if task in (config.get("task"), config.get("group")):
-                yield file
-                return
+            try:
+                defined = _read(file, data)
+            except OutlierMergeError:  # lmms-eval's own
+                continue
+            if task in defined.names:
+                return defined
+    return None
 
 
-def _read(file: Path, within: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """Return a task file's keys, those that it includes among them, and the files they are from."""
+def _ours(folder: Path | None, data: Path | None) -> tuple[TaskFile, ...]:
+    files = folder.rglob("*.yaml") if folder is not None else ()
+    return tuple(_read(file, data) for file in sorted(files) if not file.is_dir())
+
+
+def _read(file: Path, data: Path | None) -> TaskFile:
+    """Read a task file strictly, with what it includes.
+
+    Raises:
+        SpecError: it cannot be read, or has something else where names have to be.
+    """
+    keys, parts = _keys(file, data, ())
+
+    def value_of(key: str) -> Any:
+        return keys.get(key, (None, file))[0]
+
+    def wrong(key: str, value: object, expected: str) -> SpecError:
+        return _wrong(keys[key][1], key, value, expected)
+
+    def texts(key: str, value: object) -> tuple[str, ...]:
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for text in values:
+            if not isinstance(text, str):
+                raise wrong(key, text, "a text or a list of texts")
+        return tuple(values)
+
+    task, source, arguments = map(value_of, ("task", "dataset_path", "dataset_kwargs"))
+    if source is not None and not isinstance(source, str):
+        raise wrong("dataset_path", source, "a text")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise wrong("dataset_kwargs", arguments, "a mapping")
+    patterns = (arguments or {}).get("data_files")
+    of_splits = patterns.values() if isinstance(patterns, Mapping) else [patterns]
+    members: list[Any] = []
+    for entry in task if isinstance(task, list) else ():
+        inner = entry.get("task") if isinstance(entry, Mapping) else entry
+        members += inner if isinstance(inner, list) and inner is not entry else [inner]
+    return TaskFile(
+        file=file,
+        parts=tuple(dict.fromkeys(parts)),
+        names=texts("group", value_of("group"))
+        + (() if isinstance(task, list) else texts("task", task)),
+        members=texts("task", [member for member in members if member is not None]),
+        source=source,
+        patterns=tuple(text for each in of_splits for text in texts("dataset_kwargs", each)),
+    )
+
+
+def _keys(
+    file: Path, data: Path | None, within: tuple[Path, ...]
+) -> tuple[dict[str, tuple[Any, Path]], tuple[Path, ...]]:
+    """Return a task file's keys, each with the file that it is from, and all files included."""
     if file in within:
-        circle = " includes ".join(map(str, (*within, file)))
-        raise OutlierMergeError(f"task files include each other in a circle: {circle}")
+        circle = " includes ".join(map(str, (*within[within.index(file) :], file)))
+        raise SpecError(f"{file}: task files include each other in a circle: {circle}")
+    if len(within) > _MAX_INCLUDES:
+        raise SpecError(f"{within[0]}: includes files more than {_MAX_INCLUDES} deep")
+    own = _mapping(file)
+    included = own.get("include")
+    names = included if isinstance(included, list) else [] if included is None else [included]
+    keys: dict[str, tuple[Any, Path]] = {}
+    parts = [file]
+    for name in reversed(names):
+        if not isinstance(name, str):
+            raise _wrong(file, "include", name, "a name of a file, or a list of them")
+        path = _included(file, name, data)
+        more, read = _keys(path, data, (*within, file))
+        keys |= more
+        parts += read
+        if len(parts) > 100 * _MAX_INCLUDES:
+            raise SpecError(f"{file}: include: more than {100 * _MAX_INCLUDES} files in all")
+    return keys | {key: (value, file) for key, value in own.items()}, tuple(parts)
+
+
+def _mapping(file: Path) -> dict[str, Any]:
     try:
-        own = yaml.load(file.read_text("utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}, [file]  # lmms-eval will say what is wrong
-    if not isinstance(own, dict):
-        return {}, [file]
-    config: dict[str, Any] = {}
-    files = [file]
-    for name in reversed(list(_texts(own.get("include")))):
-        path = file.parent / name
-        if path.is_file():
-            keys, read = _read(path, (*within, file))
-            config |= keys
-            files += read
-    return config | own, files
+        content = _Loader(small_bytes(file).decode("utf-8")).get_single_data()
+    except OutlierMergeError as error:
+        raise SpecError(str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise SpecError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise SpecError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{file}: found {quoted(content)}, expected the mapping of a task")
+    return content
 
 
-def _members(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of a group's tasks."""
-    tasks = config.get("task")
-    for entry in tasks if isinstance(tasks, list) else ():
-        name = entry.get("task") if isinstance(entry, dict) else entry
-        if isinstance(name, str):
-            yield name
+def _included(file: Path, name: str, data: Path | None) -> Path:
+    """Return a file that another includes, from where lmms-eval looks: it starts in `data`."""
+    try:
+        for folder in (data, file.parent):
+            path = folder / name if folder is not None else None
+            if path is not None and path.is_file():
+                return Path(os.path.normpath(path))
+    except (OSError, ValueError):
+        pass
+    raise SpecError(f"{file}: include: there is no file {quoted(name)} beside it")
 
 
-def _local_data(config: Mapping[str, Any], folder: Path, data: Path | None) -> Iterator[Path]:
+def _wrong(file: Path, key: str, value: object, expected: str) -> SpecError:
+    return SpecError(f"{file}: {key}: found {quoted(value)}, expected {expected}")
+
+
+def _local_data(task: TaskFile, data: Path | None) -> Iterator[Path]:
     """Yield data files where lmms-eval and `datasets` look: beside the task, in `data`."""
-    source = config.get("dataset_path")
-    if not isinstance(source, str):
+    if task.source is None:
         return
-    arguments = config.get("dataset_kwargs")
-    patterns = _texts(arguments.get("data_files")) if isinstance(arguments, Mapping) else []
-    places = [folder, data] if source in _BUILDERS else [data and data / source]
-    if Path(source).is_absolute():
-        places = [Path(source)]
+    generic = task.source in _BUILDERS
+    places = [task.file.parent, data] if generic else [data and data / task.source]
+    if Path(task.source).is_absolute():
+        places = [Path(task.source)]
     for place in places:
-        if place is None or not place.is_dir():
+        if place is None or not _is_folder(place):
             continue
-        for pattern in patterns or ([] if source in _BUILDERS else ["**/*"]):
+        for pattern in task.patterns or ([] if generic else ["**/*"]):
             for name in glob.glob(str(place / pattern), recursive=True):  # noqa: PTH207  absolute ones too
                 if Path(name).is_file():
                     yield Path(name)
 
 
-def _texts(value: object) -> list[str]:
-    """Return the texts in a value that YAML can give, which may hold itself."""
-    found: list[str] = []
-    left, seen = [value], set()
-    while left:
-        part = left.pop()
-        if isinstance(part, str):
-            found.append(part)
-        elif isinstance(part, (Mapping, list)) and id(part) not in seen:
-            seen.add(id(part))
-            left += reversed(list(part.values()) if isinstance(part, Mapping) else part)
-    return found
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name of a file, such as one of 10,000 signs
+        return False

@@ -8,7 +8,6 @@ of its own, since importing lmms-eval changes torch's global settings.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import threading
@@ -19,6 +18,8 @@ from typing import Any
 
 # llava_hf answers with an empty text where generation failed, and goes on.
 _SWALLOWED = "in generating"
+# Times a scale of 100 it can still be read as a score (formats.LARGEST).
+_LARGEST = 1e138
 
 
 def main() -> None:
@@ -201,7 +202,7 @@ def _number(value: Any) -> float | None:
         number = float(value.removesuffix("%") if isinstance(value, str) else value)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _LARGEST else None  # NaN is not
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
@@ -212,7 +213,7 @@ def _answer(sample: Mapping[str, Any]) -> str:
 
 
 def _write_answers(samples: Iterable[Mapping[str, Any]], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # noqa: PTH123
         for sample in samples:
             kept = {
                 key: value
@@ -229,7 +230,9 @@ def _reason(error: BaseException) -> str:
         error = attempt.exception()
     text = str(error).strip() or type(error).__name__
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: " + "\n".join(lines[:6])[:1500]
+    reason = f"{type(error).__name__}: " + "\n".join(lines[:6])[:1500]
+    # Names of files can have bytes that are no text.
+    return reason.encode("utf-8", "backslashreplace").decode()
 
 
 def _image_backend(model: Any) -> str:

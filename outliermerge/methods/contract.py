@@ -205,7 +205,9 @@ def merge_method(
         for kind, wanted in given.items():
             for name in wanted:
                 if name not in names:
-                    raise TypeError(f"{function.__name__}: {name!r} ({kind}) is no keyword of it")
+                    raise TypeError(
+                        f"{function.__name__}: the {kind} {name!r} is not a keyword of it"
+                    )
         if space == "merged" and (needs or auxiliary):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
         others = {name for wanted in given.values() for name in wanted} | {"context"}

@@ -11,7 +11,7 @@ from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
 MANIFEST_FORMAT = 1
-_MAX_VALUES = 10_000_000  # a manifest of 46,000 tensors and eight models has some 5 million
+MAX_MANIFEST_VALUES = 10_000_000  # a manifest of 46,000 tensors and eight models has some 5 million
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if data is None:
         raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
     try:
-        manifest = parse_json(data, max_values=_MAX_VALUES, unique=False)
+        manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)
     except ValueError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {error}") from error
     entries = {

@@ -67,7 +67,7 @@ def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
     keys: dict[SpecPath, tuple[int, int]] = {}
     values: dict[SpecPath, tuple[int, int]] = {}
     _check_characters(text, file)
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         _record_marks(node, (), keys, values, file, parents=())
@@ -96,14 +96,14 @@ def plain_yaml(text: str) -> Any:
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"it has {len(text):,} characters, the limit is {MAX_BYTES:,}")
-        return _Loader(text).get_single_data()
+        return Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         raise ValueError(error.problem or error.context or "cannot be read") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Counts values before they are made, and gives those that Python refuses their place."""
 
     def __init__(self, text: str) -> None:
