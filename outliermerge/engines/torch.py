@@ -19,6 +19,7 @@ from outliermerge.methods.statistics.base import Pass
 from outliermerge.methods.task import Task
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -113,6 +114,46 @@ class TorchEngine:
             # In the storage dtype to the device, where it is widened.
             stored_E = _values(source, raw).to(own.device, non_blocking=True)
             row_E.copy_(stored_E)
+        return block_SE
+
+
+class TensorEngine:
+    """torch on tensors that are in memory already; what is written has a tensor's place there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+        """Return the needs."""
+        return needs
+
+    def measure(
+        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Tensor], num_elements: int
+    ) -> dict[T, Any]:
+        """Return a block's share in each statistic's pass."""
+        return measure_block(task, passes, self._load(task, sources, num_elements))
+
+    def merge(
+        self,
+        task: Task,
+        prepared: Any,
+        sources: Sequence[Tensor],
+        num_elements: int,
+        out: Tensor,
+        start: int = 0,
+    ) -> None:
+        """Fill `out` (E,) with a block's merged weights."""
+        block_SE = self._load(task, sources, num_elements)
+        merged_E, _ = merge_block(task, block_SE, keywords(task, prepared, block_SE), start)
+        out.copy_(merged_E)
+
+    def _load(self, task: Task, sources: Sequence[Tensor], num_elements: int) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, task.compute_dtype)
+        block_SE = torch.empty((len(sources), num_elements), dtype=dtype, device=self._device)
+        for row_E, source_E in zip(block_SE, sources, strict=True):
+            row_E.copy_(source_E)
         return block_SE
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.engines.torch import keywords, measure_block, merge_block
-from outliermerge.execution.passes import NeedKey, Span, measure_needs, spans
-from outliermerge.execution.rounds import Round, Steps
+from outliermerge.engines.torch import TensorEngine
+from outliermerge.execution.passes import NeedKey, Span, spans
+from outliermerge.execution.pipeline import merge_tensor
+from outliermerge.execution.rounds import Steps
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
 from outliermerge.methods.task import Task
 from outliermerge.planning.plan import row_elements
@@ -23,50 +24,50 @@ def merge_in_memory(
     task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
 ) -> Steps[None]:
     """Fill a tensor with the merge of sources, in steps that threads share."""
-    import torch
+    feed = MemoryFeed(task, sources, result, kernels if task.fits_kernels else None)
+    yield from merge_tensor([task], feed, feed.engine)
 
-    num_elements = result.numel()
-    flat = [tensor.detach().reshape(-1) for tensor in sources]
-    result_E = result.view(-1)
-    limit = _BLOCK_ELEMENTS.get(result.device.type, _BLOCK_ELEMENTS["cpu"])
-    row = row_elements(task.shape)
-    block_elements = {"element": limit, "row": max(row, limit // row * row),
-                      "tensor": max(1, num_elements)}[task.cut]  # fmt: skip
-    engine = KernelEngine(kernels) if kernels is not None and task.fits_kernels else None
 
-    def load(span: Span) -> Tensor:
+class MemoryFeed:
+    """Tensors in memory: kernels take their bytes, torch the tensors themselves."""
+
+    def __init__(
+        self, task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
+    ) -> None:
+        self._task, self._result_E = task, result.view(-1)
+        self._sources = [tensor.detach().reshape(-1) for tensor in sources]
+        self.engine: KernelEngine | TensorEngine = (
+            TensorEngine(result.device) if kernels is None else KernelEngine(kernels)
+        )
+        self.num_elements = result.numel()
+        limit = _BLOCK_ELEMENTS.get(result.device.type, _BLOCK_ELEMENTS["cpu"])
+        row = row_elements(task.shape)
+        self.measured_elements = {"element": limit, "row": max(row, limit // row * row),
+                                  "tensor": max(1, self.num_elements)}[task.cut]  # fmt: skip
+
+    def spans(self) -> list[Span]:
+        return spans(self.num_elements, self.measured_elements)
+
+    def count(self, num_elements: int) -> None:
+        """Reading memory is not counted."""
+
+    def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
+        """Return a span's share in each of some passes."""
+        return self.engine.measure(self._task, passes, self._read(span), span[1] - span[0])
+
+    def merge(self, span: Span, prepared: Sequence[Any]) -> None:
+        """Fill a span of the result."""
         start, stop = span
-        dtype = getattr(torch, task.compute_dtype)
-        block_SE = torch.empty((len(flat), stop - start), dtype=dtype, device=result.device)
-        for source, target in zip(flat, block_SE, strict=True):
-            target.copy_(source[start:stop])
-        return block_SE
+        out = self._part(self._result_E, span)
+        self.engine.merge(self._task, prepared[0], self._read(span), stop - start, out, start)
 
-    def measure(span: Span, passes: dict[NeedKey, Pass]) -> dict[NeedKey, Any]:
-        if engine is not None:
-            raws = [_bytes(tensor, span) for tensor in flat]
-            return engine.measure(task, passes, raws, span[1] - span[0])
-        return measure_block(task, passes, load(span))
+    def _read(self, span: Span) -> list[Any]:
+        return [self._part(tensor, span) for tensor in self._sources]
 
-    (needs,) = yield from measure_needs(
-        [task], measure, num_elements=num_elements, block_elements=block_elements
-    )
-    prepared = None if engine is None else engine.prepare(task, needs)
+    def _part(self, tensor_E: Tensor, span: Span) -> Any:
+        import torch
 
-    def merge(span: Span) -> None:
-        if engine is not None:
-            raws = [_bytes(tensor, span) for tensor in flat]
-            engine.merge(task, prepared, raws, span[1] - span[0], _bytes(result_E, span))
-            return
-        block_SE = load(span)
-        merged_E, _ = merge_block(task, block_SE, keywords(task, needs, block_SE), span[0])
-        result_E[span[0] : span[1]].copy_(merged_E)
-
-    yield Round(merge, spans(num_elements, block_elements))
-
-
-def _bytes(tensor_E: Tensor, span: Span) -> memoryview:
-    import torch
-
-    array: Any = tensor_E[span[0] : span[1]].contiguous().view(torch.uint8).numpy()
-    return memoryview(array)
+        part_E = tensor_E[span[0] : span[1]]
+        if isinstance(self.engine, TensorEngine):
+            return part_E
+        return memoryview(part_E.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]

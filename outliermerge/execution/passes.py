@@ -1,18 +1,39 @@
-"""The merge of one tensor, block by block, wherever its blocks come from."""
+"""What methods need to know of whole tensors, measured in as many passes as it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from outliermerge.execution.rounds import Round, Steps
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Statistic
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Statistic
 from outliermerge.methods.task import Task
 
 Span: TypeAlias = tuple[int, int]
 NeedKey: TypeAlias = tuple[Statistic, tuple[Any, ...]]
 """A statistic, and the values of the parameters that it depends on."""
+Measured: TypeAlias = Mapping[NeedKey, list[Any]]
+"""Results of statistics, as (nested) lists of numbers."""
+
+
+class Readable(Protocol):
+    """A tensor's sources, as passes read them.
+
+    Attributes:
+        num_elements: of the tensor.
+        measured_elements: how many are measured at a time.
+    """
+
+    @property
+    def num_elements(self) -> int: ...
+    @property
+    def measured_elements(self) -> int: ...
+    def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
+        """Return a span's share in each of some passes; called by any thread."""
+
+    def count(self, num_elements: int) -> None:
+        """Take note of how many elements a pass is going to read."""
 
 
 def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Span]:
@@ -27,49 +48,50 @@ def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Spa
     ]
 
 
-def measure_needs(
-    tasks: Sequence[Task],
-    measure: Callable[..., dict[NeedKey, Any]],
-    *,
-    num_elements: int,
-    block_elements: int,
-    on_pass: Callable[[int], None] = lambda num_elements: None,
-) -> Steps[list[dict[str, list[Any]]]]:
-    """Measure what methods need to know of a tensor, in as many passes as it takes.
+def needs_of(task: Task, scope: str) -> dict[str, NeedKey]:
+    """Return what a task's method needs to know of a whole tensor, or of the whole model."""
+    return {
+        name: (need, tuple(task.parameters.get(key) for key in need.depends_on))
+        for name, need in task.method.needs.items()
+        if need.scope == scope
+    }
+
+
+def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> Steps[Measured]:
+    """Measure what methods need to know, of one tensor or of all tensors of a model.
 
     Args:
-        tasks: merges of the same sources; what several need is measured once.
-        measure: returns a span's share in each of some `passes`.
-        on_pass: called with the number of elements that a pass will read.
-
-    Returns:
-        For each task its needs by name, as (nested) lists of numbers.
+        tasks: merges of the same tensors; what several need is measured once.
+        tensors: in the order in which shares are added up.
+        scope: `tensor` or `model`.
     """
-    keys = [{name: _key(need, task) for name, need in task.method.needs.items()} for task in tasks]
+    num_elements = sum(tensor.num_elements for tensor in tensors)
     states: dict[NeedKey, Any] = {
         key: key[0].start(task.num_models, num_elements, task.parameters)
-        for task, named in zip(tasks, keys, strict=True)
-        for key in named.values()
+        for task in tasks
+        for key in needs_of(task, scope).values()
     }
-    aligned = max(CHUNK_ELEMENTS, block_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS)
     while waiting := {k: state for k, state in states.items() if not isinstance(state, list)}:
         chunks = next(iter(waiting.values())).chunks
         active = {key: state for key, state in waiting.items() if state.chunks == chunks}
-        if chunks is None:
-            read = spans(num_elements, aligned)
-        else:
-            read = [(i * CHUNK_ELEMENTS, (i + 1) * CHUNK_ELEMENTS) for i in chunks]
-        on_pass(sum(stop - start for start, stop in read))
-        shares = yield Round(partial(measure, passes=active), read)
-        for share in shares:
-            for key, state in active.items():
-                state.add(share[key])
+        for tensor in tensors:
+            shares = yield Round(partial(tensor.measure, passes=active), _read(tensor, chunks))
+            for share in shares:
+                for key, state in active.items():
+                    state.add(share[key])
         states |= {key: state.finish() for key, state in active.items()}
-    return [{name: states[key] for name, key in named.items()} for named in keys]
+    return states
 
 
-def _key(need: Statistic, task: Task) -> NeedKey:
-    return need, tuple(task.parameters.get(name) for name in need.depends_on)
+def _read(tensor: Readable, chunks: Sequence[int] | None) -> list[Span]:
+    """Return the spans of a pass: all of a tensor, or some chunks of a single one."""
+    if chunks is None:
+        step = tensor.measured_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS
+        found = spans(tensor.num_elements, max(CHUNK_ELEMENTS, step))
+    else:
+        found = [(i * CHUNK_ELEMENTS, (i + 1) * CHUNK_ELEMENTS) for i in chunks]
+    tensor.count(sum(stop - start for start, stop in found))
+    return found
 
 
 def fold_reports(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

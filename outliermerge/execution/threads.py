@@ -18,7 +18,8 @@ from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.torch import TorchEngine
 from outliermerge.errors import SpecError
 from outliermerge.execution.cuts import Sink
-from outliermerge.execution.pipeline import JobResult, JobRunner
+from outliermerge.execution.jobs import JobResult, JobRunner
+from outliermerge.execution.passes import Measured, needs_of
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import free_memory_bytes, num_threads
@@ -133,16 +134,24 @@ def execute(
         def run_group(group: Sequence[tuple[Target, Job]]) -> Steps[None]:
             reader.will_need(upcoming.get(id(group), group)[0][1].sources)
             outputs = [(job, target.sink) for target, job in group]
-            results = yield from runner(group[0][0].plan).run(outputs)
+            own = [known[id(target)] for target, _ in group]
+            results = yield from runner(group[0][0].plan).run(outputs, own)
             with lock:
                 for (target, job), result in zip(group, results, strict=True):
                     target.on_result(job, result)
             if forgets:
                 reader.forget(group[0][1].sources)
 
+        def measure_model(target: Target) -> Steps[None]:
+            merges = [job for job in target.plan.jobs if job.action == "merge"]
+            if target.jobs and any(needs_of(job.task, "model") for job in merges):
+                known[id(target)] = yield from runner(target.plan).measure_model(merges)
+
         lock = threading.Lock()
+        known: dict[int, Measured] = {id(target): {} for target in targets}
         # What can refuse a merge is done first, in order: buffers that must be equal.
         run_all((runner(plan).check_equal(job) for plan, job in checks), threads=1, prepare=prepare)
+        run_all(map(measure_model, targets), threads=options.threads, prepare=prepare)
         must_be_equal = [group for group in groups if group[0][1].action == "equal"]
         others = [group for group in groups if group[0][1].action != "equal"]
         run_all(map(run_group, must_be_equal), threads=1, prepare=prepare)

@@ -15,7 +15,7 @@ from outliermerge.checkpoint.checksum import checksum_in_file
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError, listing
-from outliermerge.execution.pipeline import JobResult
+from outliermerge.execution.jobs import JobResult
 from outliermerge.output.journal import Journal, process
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
 from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes

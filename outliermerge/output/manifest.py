@@ -21,7 +21,7 @@ from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.errors import OutlierMergeError, shown
-from outliermerge.execution.pipeline import JobResult
+from outliermerge.execution.jobs import JobResult
 from outliermerge.output.folder import OutputFolder, finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
 from outliermerge.output.names import real_output, shard_path

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
-from outliermerge.execution.pipeline import JobResult
+from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.plan import Job, Plan
 
 _BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS

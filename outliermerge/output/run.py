@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
-from outliermerge.execution.pipeline import JobResult
+from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute, groups_of
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars

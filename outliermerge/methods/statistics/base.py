@@ -16,7 +16,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from outliermerge.methods.kernel_call import RawBlock
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_ELEMENTS = 65_536
+
+Scope: TypeAlias = Literal["tensor", "model"]
+"""What a statistic is of: one tensor, or all merged tensors of a model together."""
 
 
 class Pass(Protocol):
@@ -51,8 +54,11 @@ class Statistic(Protocol):
 
     Attributes:
         depends_on: the parameters of the method that it takes into account.
+        scope: what it is of.
     """
 
+    @property
+    def scope(self) -> Scope: ...
     @property
     def depends_on(self) -> tuple[str, ...]: ...
 
@@ -74,6 +80,7 @@ class StandardDeviation:
     """
 
     depends_on: tuple[str, ...] = ()
+    scope: Scope = "tensor"
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 1

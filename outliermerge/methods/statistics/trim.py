@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.methods.kernel_call import RawBlock
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
 
 if TYPE_CHECKING:
     import numpy
@@ -39,6 +39,7 @@ class Trim:
     """
 
     depends_on: tuple[str, ...] = ("density", "rescale")
+    scope: Scope = "tensor"
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         selects = any(0 < density < 1 for density in parameters["density"])
@@ -56,7 +57,7 @@ class Trim:
             return [thresholds, [1.0] * num_models]
         whole = _Search(tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
         num_chunks = num_elements // CHUNK_ELEMENTS
-        if num_chunks < 4 * _NUM_SAMPLED:
+        if num_chunks < 4 * _NUM_SAMPLED or self.scope == "model":
             return _Select(whole)
         chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
         share = len(chunks) * CHUNK_ELEMENTS / num_elements

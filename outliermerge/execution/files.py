@@ -1,0 +1,206 @@
+"""A tensor's blocks from files, and into files: read, digested, checked and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from outliermerge.checkpoint.checksum import piece_digests
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.engines.base import Engine
+from outliermerge.engines.cpu import KernelEngine
+from outliermerge.errors import OutlierMergeError
+from outliermerge.execution.cuts import Sink, Work
+from outliermerge.execution.passes import NeedKey, Span
+from outliermerge.methods.statistics.base import Pass
+from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.failures import failure
+
+
+@dataclass
+class Written:
+    """What one span was read and written as, for one output.
+
+    Attributes:
+        digests: of each source's pieces.
+        written: digests of the output's pieces.
+        bad: numbers of sources with infinite or NaN values.
+        fits: whether the output's dtype holds all values.
+        reports: of the method.
+    """
+
+    digests: list[list[bytes]]
+    written: list[bytes] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
+    fits: bool = True
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+
+class FileFeed:
+    """The sources of jobs in files, and where their outputs go.
+
+    Args:
+        jobs: of the same sources.
+        sinks: where the bytes of each job go; none for what is only compared.
+        on_progress: called with the bytes just worked on, by any thread.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        sinks: Sequence[Sink],
+        *,
+        plan: Plan,
+        reader: Reader,
+        engine: Engine,
+        options: Options,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self.work = Work(jobs, engine, plan, options)
+        self.engine, self.on_progress, self.num_elements = engine, on_progress, jobs[0].num_elements
+        self.outputs = list(zip(jobs, sinks, strict=False))
+        self.tasks = [job.task for job in jobs if job.action == "merge"]
+        self._plan, self._reader, self._options = plan, reader, options
+
+    def only(self, number: int) -> FileFeed:
+        """Return the feed of one of its outputs alone, which shares what was read so far."""
+        alone = copy(self)
+        alone.outputs, alone.tasks = [self.outputs[number]], [self.tasks[number]]
+        return alone
+
+    @property
+    def measured_elements(self) -> int:
+        return self.work.measured_elements
+
+    def spans(self) -> list[Span]:
+        return self.work.spans()
+
+    def count(self, num_elements: int) -> None:
+        self.work.count(num_elements)
+
+    def places(self, span: Span, *, sources: int | None = None) -> list[tuple[int, int]]:
+        """Return where kernels find a span in files."""
+        return self.work.places(self._reader, span, sources=sources)
+
+    def read(self, source: Source, span: Span, slot: object) -> memoryview:
+        """Return a span of a source, in this thread's buffer for a slot."""
+        raw = self.engine.buffer(slot, (span[1] - span[0]) * source.dtype.num_bytes)
+        source.read(self._reader, *span, raw)
+        return raw
+
+    def read_all(self, span: Span) -> list[memoryview]:
+        """Return a span of each source."""
+        sources = self.work.job.sources
+        return [self.read(source, span, slot) for slot, (_, source) in enumerate(sources)]
+
+    def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
+        """Return a span's share in each of some passes."""
+        work, kernels, num_elements = self.work, self.engine, span[1] - span[0]
+        self.on_progress(num_elements * work.element_bytes)
+        if not work.fuses(span) or not isinstance(kernels, KernelEngine):
+            raws = self.read_all(span)
+            for row, raw in enumerate(raws):
+                work.note_raw(row, span, raw)
+            return self.engine.measure(self.tasks[0], passes, raws, num_elements)
+        try:
+            note = partial(self._note_all, span)
+            return kernels.measure_places(
+                self.tasks[0], passes, self.places(span), num_elements, note
+            )
+        except (OSError, EOFError) as error:
+            self.read_all(span)  # says where, if it fails again
+            # Some of it may have been counted: it must not be measured twice.
+            number = error.filename if isinstance(error, OSError) else error.args[1]
+            source = work.job.sources[number if isinstance(number, int) else 0][1]
+            raise failure(source.stored[0].path, "read", error, tensor=work.job.name) from error
+
+    def merge(self, span: Span, prepared: Sequence[Any]) -> list[Written]:
+        """Merge a span in each way: from file to file where kernels can, else block by block."""
+        work, kernels = self.work, self.engine
+        if not work.fuses(span) or not isinstance(kernels, KernelEngine):
+            return self._merge_blocks(span, prepared)
+        try:
+            variants = [
+                (task, made, sink.place(job.output, span[0]))
+                for task, made, (job, sink) in zip(self.tasks, prepared, self.outputs, strict=True)
+            ]
+            read, results = kernels.merge_places(variants, self.places(span), span[1] - span[0])
+        except (OSError, EOFError):
+            return self._merge_blocks(span, prepared)  # says where
+        self._note_all(span, read)
+        if not all(finite for finite, _, _ in results):
+            return self._merge_blocks(span, prepared)
+        self.on_progress((span[1] - span[0]) * work.moved_bytes)
+        digests = [[pieces] for pieces in read]
+        return [
+            Written(digests=digests, written=[pieces], reports=[report])
+            for _, report, pieces in results
+        ]
+
+    def _merge_blocks(self, span: Span, prepared: Sequence[Any]) -> list[Written]:
+        work = self.work
+        done = [Written(digests=[[] for _ in work.job.sources]) for _ in self.outputs]
+        for block in work.split(span):
+            raws = self.read_all(block)
+            self.on_progress(sum(map(len, raws)))
+            pieces = [
+                piece_digests(raw, source.dtype.num_bytes)
+                for raw, (_, source) in zip(raws, work.job.sources, strict=True)
+                if work.in_pieces
+            ]
+            self._note_all(block, pieces)
+            for row, raw in enumerate(() if work.in_pieces else raws):
+                work.note_raw(row, block, raw)
+            others = [
+                self.read(source, block, ("auxiliary", number))
+                for number, source in enumerate(work.job.auxiliary)
+            ]
+            for each, task, made, (job, sink) in zip(
+                done, self.tasks, prepared, self.outputs, strict=True
+            ):
+                for digests, piece in zip(each.digests, pieces, strict=False):
+                    digests.append(piece)
+                out = work.out(job, block)
+                finite, fits, report = self.engine.merge(
+                    task, made, [*raws, *others], block[1] - block[0], out, block[0]
+                )
+                if not finite:
+                    each.bad |= work.not_finite(raws)
+                each.fits = each.fits and fits
+                each.reports.append(report)
+                self.refuse_non_finite(job, [each])
+                self.write(job, sink, block, out, each)
+        return done
+
+    def write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: Written) -> None:
+        """Write a block of an output, and take in its digests."""
+        done.written.append(piece_digests(out, job.output.dtype.num_bytes))
+        sink.write(job.output, block[0], out)
+        self.on_progress(len(out))
+
+    def refuse_non_finite(self, job: Job, items: list[Written]) -> None:
+        """Raise OutlierMergeError for infinite and NaN values, unless they are allowed."""
+        places = self.non_finite(job, items)
+        if places and not self._options.allow_non_finite:
+            raise OutlierMergeError(
+                f"tensor {job.name!r} has values that are infinite or NaN "
+                f"{' and '.join(places)}. "
+                "Check that model; --allow-non-finite goes on and lists such tensors."
+            )
+
+    def non_finite(self, job: Job, items: list[Written]) -> list[str]:
+        """Say where values are infinite or NaN; the output only adds to that what is allowed."""
+        rows = sorted({row for item in items for row in item.bad})
+        places = [f"in {self._plan.inputs[job.sources[row][0]].reference}" for row in rows]
+        fits = all(item.fits for item in items)
+        if not fits and (not places or self._options.allow_non_finite):
+            places.append(f"in the output ({job.output.dtype.name})")
+        return places
+
+    def _note_all(self, span: Span, digests: Sequence[bytes]) -> None:
+        for row, own in enumerate(digests):
+            self.work.note(row, span[0], own)
