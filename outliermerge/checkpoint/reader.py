@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.sources import Source, TensorMeta
-from outliermerge.storage.failures import failure
+from outliermerge.storage.failures import failure, naming
+from outliermerge.storage.system import reserve
 from outliermerge.storage.stamps import current_watch, open_input
 
 if TYPE_CHECKING:
@@ -26,13 +30,30 @@ _WHOLE_BYTES = 1 << 26
 _AHEAD_BYTES = 1 << 26
 
 
+@dataclass
+class _Once:
+    """What was made for a source, and the memory that it holds of the budget."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_made: bool = False
+    value: Any = None
+    held_bytes: int = 0
+
+
 class Reader:
     """Reads spans of tensors; files are opened once and shared by all threads.
 
     What watches the thread that makes it notes the files that any thread opens.
+
+    Args:
+        held_bytes: memory for tensors that are computed as a whole.
+        folder: where those that find no room there are kept, in files without a name; in the
+            system's place for temporary files where it is None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held_bytes: int = 0, folder: Path | None = None) -> None:
+        self._free_bytes, self._folder = held_bytes, folder
+        self._once: dict[Source, _Once] = {}
         self._watched = current_watch()
         self._files: dict[Path, int] = {}
         self._pickles: dict[Path, dict[str, Strided]] = {}
@@ -63,6 +84,49 @@ class Reader:
             while len(self._whole) > 1 and self._num_whole_bytes > _WHOLE_BYTES:
                 self._num_whole_bytes -= self._whole.popitem(last=False)[0].num_bytes
         return values
+
+    def once(self, source: Source, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for a source; other threads that ask wait for the first."""
+        with self._lock:
+            entry = self._once.setdefault(source, _Once())
+        with entry.lock:
+            if not entry.is_made:
+                entry.value, entry.is_made = make(), True
+        return entry.value
+
+    def held(
+        self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
+    ) -> memoryview:
+        """Return bytes that `fill` filled the first time they were asked for.
+
+        Raises:
+            OutlierMergeError: there is no room on the disk.
+        """
+
+        def make() -> mmap.mmap:
+            with self._lock:
+                in_memory = num_bytes <= self._free_bytes
+                held_bytes = num_bytes if in_memory else 0
+                self._free_bytes -= held_bytes
+                self._once[source].held_bytes = held_bytes
+            pages = mmap.mmap(-1, num_bytes) if in_memory else self._file_pages(num_bytes)
+            fill(memoryview(pages))
+            return pages
+
+        return memoryview(self.once(source, make))
+
+    def _file_pages(self, num_bytes: int) -> mmap.mmap:
+        with naming(self._folder or Path(tempfile.gettempdir()), "written", needed_bytes=num_bytes):
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                reserve(file.fileno(), num_bytes)  # full now, not in the middle of a write
+                return mmap.mmap(file.fileno(), num_bytes)
+
+    def release(self, sources: Iterable[tuple[int, Source]]) -> None:
+        """Give up what is held of sources that are not read again."""
+        for _, source in sources:
+            with self._lock:
+                entry = self._once.pop(source, None)
+                self._free_bytes += entry.held_bytes if entry is not None else 0
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Have the beginnings of tensors read from the disk while others are worked on."""
@@ -147,6 +211,7 @@ class Reader:
         self._pickles.clear()
         self._whole.clear()
         self._strided = None
+        self._once.clear()
 
     def __enter__(self) -> Reader:
         return self

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from outliermerge.storage.stamps import FileStamp
 
@@ -72,6 +72,14 @@ class Reading(Protocol):
 
     def whole(self, source: Source) -> Tensor:
         """Return a small tensor (scales, a low-rank factor) in its shape; the latest are kept."""
+
+    def once(self, source: Source, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for a source, calling it the first time only."""
+
+    def held(
+        self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
+    ) -> memoryview:
+        """Return bytes that `fill` filled the first time they were asked for."""
 
 
 class Source(Protocol):

@@ -74,6 +74,24 @@ def run_all(
         raise first
 
 
+def run_here(steps: Steps[T]) -> T:
+    """Run one generator in this thread, and return its result.
+
+    >>> def doubled():
+    ...     return sum((yield Round(lambda item: 2 * item, [1, 2])))
+    >>> run_here(doubled())
+    6
+    """
+    results: Any = None
+    while True:
+        try:
+            todo = steps.send(results)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        results = [todo.function(item) for item in todo.items]
+
+
 class _Running:
     """A generator that has begun, and the state of its round."""
 

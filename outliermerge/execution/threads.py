@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.reader import Reader
@@ -91,6 +92,7 @@ def execute(
     options: Options,
     *,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
+    folder: Path | None = None,
 ) -> None:
     """Run the jobs of plans, together where they merge the same tensors.
 
@@ -99,6 +101,7 @@ def execute(
     Args:
         targets: the plans; of several, all read the same models.
         on_progress: called with the bytes just worked on, by any thread.
+        folder: where tensors are kept that are computed as a whole and find no room in memory.
 
     Raises:
         OutlierMergeError: a source cannot be read, tensors that must be equal differ, or a value
@@ -110,7 +113,7 @@ def execute(
     forgets = exceeds_memory(targets[0].plan.num_read_bytes)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
     keep_freed_memory()
-    with Reader() as reader, ExitStack() as stack:
+    with Reader(options.memory_bytes, folder) as reader, ExitStack() as stack:
         kernels: KernelEngine | None = None
         torch: TorchEngine | None = None
         prepare = _nothing
@@ -139,6 +142,7 @@ def execute(
             with lock:
                 for (target, job), result in zip(group, results, strict=True):
                     target.on_result(job, result)
+            reader.release(group[0][1].sources)
             if forgets:
                 reader.forget(group[0][1].sources)
 

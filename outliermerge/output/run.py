@@ -150,7 +150,7 @@ def run_plans(
                 check.raise_if_bad()
 
         try:
-            execute(targets, options, on_progress=on_block)
+            execute(targets, options, on_progress=on_block, folder=folders[0].final.parent)
         except OutlierMergeError as error:
             for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()
