@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -27,6 +26,7 @@ from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execution.threads import choose_device
+from outliermerge.storage.system import lock
 
 
 class Listener:
@@ -111,10 +111,8 @@ def evaluate(
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     with (folder / "work" / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutlierMergeError(f"{folder}: another evaluation is writing there") from error
+        if not lock(file.fileno()):
+            raise OutlierMergeError(f"{folder}: another evaluation is writing there")
         yield
 
 
