@@ -12,7 +12,7 @@ from checkpoints import load_folder, save_tensors
 
 import outliermerge
 from outliermerge.execution import threads as execute
-from outliermerge.storage import machine
+from outliermerge.storage import machine, system
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_files_in_memory_are_not_written_past_the_page_cache():
     path = Path("/dev/shm") / f"outliermerge-test-{os.getpid()}"
     path.write_bytes(b"x")
     try:
-        assert machine.open_direct(path) == -1
+        assert system.open_direct(path) == -1
     finally:
         path.unlink()
 
@@ -91,7 +91,7 @@ def test_outputs_are_the_same_however_they_are_written(is_direct, tmp_path, monk
     opened = []
 
     def open_direct(path: Path) -> int:
-        opened.append(machine.open_direct(path) if is_direct else -1)
+        opened.append(system.open_direct(path) if is_direct else -1)
         return opened[-1]
 
     monkeypatch.setattr("outliermerge.output.folder.open_direct", open_direct)

@@ -22,9 +22,9 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing, suggest
 from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.execution.threads import choose_device, keep_freed_memory, torch_threads
+from outliermerge.execution.threads import choose_device, torch_threads
 from outliermerge.spec.rename import best_rename
-from outliermerge.storage.machine import num_threads
+from outliermerge.storage.machine import keep_freed_memory, num_threads
 
 MATRIX_DIAGONAL = {
     "cosine": 1.0,

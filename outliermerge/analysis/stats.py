@@ -31,11 +31,10 @@ from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import (
     choose_device,
     exceeds_memory,
-    keep_freed_memory,
     reads_by_torch,
     torch_threads,
 )
-from outliermerge.storage.machine import num_threads
+from outliermerge.storage.machine import keep_freed_memory, num_threads
 
 if TYPE_CHECKING:
     from torch import Tensor

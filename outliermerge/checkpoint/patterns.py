@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from outliermerge.storage.machine import limited_code
+
 if sys.version_info >= (3, 11):
     from re import _constants, _parser  # type: ignore[attr-defined]
 else:
@@ -28,17 +30,16 @@ _MAX_STEPS = 300_000_000  # some two seconds
 _MAX_ASKED = 200_000
 _MAX_BYTES = 1 << 30
 _WORKER = f"""
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({MAX_SECONDS}, {MAX_SECONDS}))
-resource.setrlimit(resource.RLIMIT_AS, ({_MAX_BYTES}, {_MAX_BYTES}))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+import json, re, sys
+{limited_code(MAX_SECONDS, _MAX_BYTES)}
 for line in sys.stdin:
     pattern, name, replacement = json.loads(line)
-    pattern = re.compile(pattern)
-    if replacement is None:
-        answer = pattern.search(name) is not None
-    else:
-        answer = pattern.sub(replacement, name)
+    with limited():
+        pattern = re.compile(pattern)
+        if replacement is None:
+            answer = pattern.search(name) is not None
+        else:
+            answer = pattern.sub(replacement, name)
     print(json.dumps(answer), flush=True)
 """
 

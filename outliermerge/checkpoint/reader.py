@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.storage.failures import failure, naming
-from outliermerge.storage.system import reserve
 from outliermerge.storage.stamps import current_watch, open_input
+from outliermerge.storage.system import forget, read_at, reserve, will_need, write_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,22 +130,25 @@ class Reader:
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Have the beginnings of tensors read from the disk while others are worked on."""
-        self._advise(sources, "POSIX_FADV_WILLNEED", most=_AHEAD_BYTES)
+        self._advise(sources, will_need, most=_AHEAD_BYTES)
 
     def forget(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Give up the room that tensors take in the page cache."""
-        self._advise(sources, "POSIX_FADV_DONTNEED", most=sys.maxsize)
+        self._advise(sources, forget, most=sys.maxsize)
 
-    def _advise(self, sources: Iterable[tuple[int, Source]], name: str, *, most: int) -> None:
-        advice: int | None = getattr(os, name, None)
-        if advice is None:
-            return
+    def _advise(
+        self,
+        sources: Iterable[tuple[int, Source]],
+        advise: Callable[[int, int, int], None],
+        *,
+        most: int,
+    ) -> None:
         for _, source in sources:
             for meta in source.stored:
                 if meta.offset is not None:
                     num_bytes = min(meta.num_bytes, most)
                     with suppress(OSError):  # reading it says what is wrong
-                        os.posix_fadvise(self.descriptor(meta.path), meta.offset, num_bytes, advice)
+                        advise(self.descriptor(meta.path), meta.offset, num_bytes)
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill out with the stored bytes of elements start to stop.
@@ -229,7 +232,7 @@ def read_exactly(descriptor: int, position: int, out: memoryview) -> None:
     """Fill out from a file at a position, or raise EOFError where it ends early."""
     done = 0
     while done < len(out):
-        count = os.preadv(descriptor, [out[done:]], position + done)
+        count = read_at(descriptor, position + done, out[done:])
         if count == 0:
             raise EOFError(f"the file ends at byte {position + done}")
         done += count
@@ -239,4 +242,4 @@ def write_exactly(descriptor: int, position: int, data: memoryview) -> None:
     """Write all of data into a file at a position."""
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
+        done += write_at(descriptor, position + done, data[done:])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
@@ -13,6 +11,7 @@ from outliermerge.checkpoint.sources import DType
 from outliermerge.methods.kernel_call import CODES, KernelCall, Place
 from outliermerge.methods.statistics.base import Pass
 from outliermerge.methods.task import Task
+from outliermerge.storage.machine import PAGE_BYTES, whole_pages
 
 T = TypeVar("T")
 
@@ -28,12 +27,7 @@ class KernelEngine:
         """Return bytes that this thread uses again for the slot."""
         found = self._own.by_slot.get(slot)
         if found is None or len(found) < num_bytes:
-            pages = mmap.mmap(-1, max(num_bytes, 1))
-            if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write is then of few parts
-                with suppress(OSError):
-                    pages.madvise(mmap.MADV_HUGEPAGE)
-            found = memoryview(pages)
-            self._own.by_slot[slot] = found
+            found = self._own.by_slot[slot] = whole_pages(num_bytes)
         return found[:num_bytes]
 
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
@@ -136,7 +130,7 @@ class KernelEngine:
 
     def _scratch(self, dtypes: Sequence[DType], num_elements: int) -> memoryview:
         """Return memory for outputs on their way to files."""
-        num_bytes = sum(dtype.num_bytes * num_elements + 2 * mmap.PAGESIZE for dtype in dtypes)
+        num_bytes = sum(dtype.num_bytes * num_elements + 2 * PAGE_BYTES for dtype in dtypes)
         return self.buffer("scratch", num_bytes)
 
     def is_finite(self, dtype: DType, raw: memoryview) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
@@ -35,6 +34,7 @@ from outliermerge.evaluation.scores import (
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execution.threads import choose_device
+from outliermerge.storage.system import lock
 
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
 OUTPUT_NAMES = (SCORES_NAME, TABLE_NAME, CHART_NAME)
@@ -126,13 +126,11 @@ def evaluate(
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    lock = folder / "work" / "lock"
-    check_place(lock)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutlierMergeError(f"{folder}: another evaluation is writing there") from error
+    place = folder / "work" / "lock"
+    check_place(place)
+    with place.open("w") as file:
+        if not lock(file.fileno()):
+            raise OutlierMergeError(f"{folder}: another evaluation is writing there")
         yield
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from outliermerge.storage.machine import kill_all, was_killed
+
 # "" is the working directory, where a file of a data set must not stand for a module.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path); "
@@ -70,8 +72,7 @@ def worker(
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a worker and what it has started, which may hold its standard error."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process)
 
 
 def _events(lines: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -93,7 +94,7 @@ def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) ->
 
 def why_it_ended(returncode: int, log: Path, start: int) -> str:
     """Return in words how a worker ended before it was done; its log begins at `start`."""
-    if returncode == -signal.SIGKILL:
+    if was_killed(returncode):
         how = "was killed (signal 9), as the system does when memory runs out"
     elif returncode < 0:
         how = f"was ended by signal {-returncode} ({signal.strsignal(-returncode)})"

@@ -96,7 +96,7 @@ class MergedSource:
         out[:] = feed.merged((0, self.num_elements), feed.needs())
 
     def _spans(self, start: int, stop: int) -> list[Span]:
-        """Return blocks that hold a range of elements: of whole rows where the method wants them."""
+        """Return blocks that hold a range of elements; of whole rows for methods on rows."""
         if self.task.cut == "element":
             return spans(stop, _BLOCK_ELEMENTS, start=start)
         row = row_elements(self.shape)
@@ -114,9 +114,7 @@ class _Feed:
     def needs(self) -> dict[str, list[Any]]:
         """Measure what the method needs to know, in this thread."""
         measured = run_here(measure([self._merged.task], [self], "tensor"))
-        return {
-            name: measured[key] for name, key in needs_of(self._merged.task, "tensor").items()
-        }
+        return {name: measured[key] for name, key in needs_of(self._merged.task, "tensor").items()}
 
     def count(self, num_elements: int) -> None:
         """What is read for a source is counted where that is read."""

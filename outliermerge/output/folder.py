@@ -22,16 +22,18 @@ from outliermerge.output.naming import begin_naming, finish_naming, is_named, ol
 from outliermerge.output.ownership import check_apart, check_free
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.failures import failure, naming
-from outliermerge.storage.machine import open_direct
 from outliermerge.storage.stamps import open_file
 from outliermerge.storage.system import (
     check_own,
     files_in,
     inode,
     make_inside,
+    open_direct,
     open_inside,
     remove_files,
-    sync,
+    reserve,
+    reserved_bytes,
+    sync_folder,
 )
 
 
@@ -168,7 +170,7 @@ class OutputFolder:
         """Refuse a disk that is too small, before a file is made."""
         needed = sum(shard.num_bytes for shard in self._plan.shards)
         written = sum(
-            status.st_blocks * 512
+            reserved_bytes(status)
             for shard in self._plan.shards
             if (file := self.path / shard.file).exists() and (status := file.stat())
         )
@@ -194,8 +196,7 @@ class OutputFolder:
             status = check_own(descriptor, path)
             if (status.st_dev, status.st_ino) in inputs:
                 raise OutlierMergeError(f"{path}: is a file of a model that is merged. Remove it.")
-            os.posix_fallocate(descriptor, 0, shard.num_bytes)
-            os.ftruncate(descriptor, shard.num_bytes)
+            reserve(descriptor, shard.num_bytes)
             write_exactly(descriptor, 0, memoryview(shard.header))
         except OSError as error:
             os.close(descriptor)
@@ -282,14 +283,15 @@ class OutputFolder:
         Raises:
             OutlierMergeError: somebody has put something into the folder, or a call failed.
         """
-        wanted = {*files, *self._files}
+        wanted = {*files, *self._shard_names}
         remove_files(self.path, self._beside - wanted)
         self._refuse_foreign(set(files_in(self.path)) - wanted)
         with naming(self.path, "brought to the disk"):
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             for root, _, _ in os.walk(self.path):
-                sync(Path(root))
+                sync_folder(Path(root))
+            self._close_files()  # some systems rename no folder with an open file
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)
 
@@ -315,17 +317,20 @@ class OutputFolder:
 
     def close(self) -> None:
         """Close every file and give up the lock; an output with no finished tensor is removed."""
-        for descriptor in (*self._files.values(), *self._direct.values()):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._files.clear()
-        self._direct.clear()
+        self._close_files()
         if self._is_begun and not self.done:
             with suppress(OSError):  # what stays is taken up by the next run
                 remove_files(self.path, {*self._shard_names, *self._beside})
                 self._journal.clear()
         self._is_begun = False
         self._journal.close()
+
+    def _close_files(self) -> None:
+        for files in (self._files, self._direct):
+            while files:
+                _, descriptor = files.popitem()
+                if descriptor >= 0:
+                    os.close(descriptor)
 
 
 def finish_interrupted(final: Path) -> None:

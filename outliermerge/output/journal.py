@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ import xxhash
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.names import journal_path
 from outliermerge.storage.failures import failure
+from outliermerge.storage.system import lock, open_to_append, remove_open
 
 # What every journal of ours begins with. The number rises when older versions cannot read it.
 _BEGINNING = b'{"outliermerge journal": 2, '
@@ -104,17 +104,20 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the file, all being done, and give up the lock."""
-        self._do(self.path.unlink)
-        self.close()
+        self._do(lambda: remove_open(self.path, self._close))
 
     def close(self) -> None:
         """Give up the lock; a journal of nothing is removed."""
         if self._descriptor < 0:
             return
         if self.identity is None and os.fstat(self._descriptor).st_size == 0:
-            self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = -1
+            remove_open(self.path, self._close)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _write(self, data: bytes) -> None:
         def write() -> None:
@@ -153,19 +156,18 @@ def _locked(path: Path, final: Path) -> int:
     while True:
         descriptor = _opened(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if not lock(descriptor):
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 raise OutlierMergeError(
                     f"{final}: another run{holder} is writing it. Wait until it is done, stop it, "
                     "or choose another output."
-                ) from error
+                )
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
             os.close(descriptor)
             raise failure(path, "locked", error) from error
         os.close(descriptor)
@@ -179,11 +181,7 @@ def _opened(path: Path) -> int:
         what = f"cannot be made: {error.strerror}" if there.is_dir() else f"{there} is no folder"
         raise OutlierMergeError(f"{path.parent}: {what}. Choose another output.") from error
     try:
-        descriptor = os.open(
-            path,
-            os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK,
-            0o644,
-        )
+        descriptor = open_to_append(path)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise failure(path, "made", error) from error

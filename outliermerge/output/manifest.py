@@ -28,6 +28,7 @@ from outliermerge.output.names import real_output, shard_path
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
+from outliermerge.storage.system import open_regular
 
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
@@ -298,8 +299,7 @@ def _differing_tensors(
 ) -> list[str]:
     tensors = list(tensors)
     descriptors = {
-        file: os.open(shard_path(folder, file), os.O_RDONLY)
-        for file in {tensor.file for tensor in tensors}
+        file: open_regular(shard_path(folder, file)) for file in {tensor.file for tensor in tensors}
     }
 
     def difference(tensor: OutputTensor) -> str | None:

@@ -17,7 +17,7 @@ from outliermerge.output.journal import Journal
 from outliermerge.output.names import manifest_path, partial_folder, replaced_path
 from outliermerge.output.ownership import owned_files
 from outliermerge.storage.failures import failure
-from outliermerge.storage.system import exchange, inode, move_new, remove_files, sync
+from outliermerge.storage.system import exchange, inode, move_new, remove_files, sync_folder
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def finish_naming(journal: Journal) -> Path | None:
                 "command goes on from there."
             ) from error
         done.append(move)
-    sync(journal.final.absolute().parent)
+    sync_folder(journal.final.absolute().parent)
     return _remove_old(journal, moves)
 
 

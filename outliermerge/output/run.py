@@ -19,6 +19,7 @@ from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import real_output
 from outliermerge.output.resumed import made_of_others, marks_of
 from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.machine import disk_bytes_read
 from outliermerge.storage.stamps import OtherBytesError, Watched, watching
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def run_plans(
     """
     for plan, _ in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
-    started, disk_before = time.monotonic(), _disk_bytes()
+    started, disk_before = time.monotonic(), disk_bytes_read()
     with ExitStack() as stack:
         stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
@@ -156,7 +157,7 @@ def run_plans(
                 folder.forget_all()
             watched.check()  # a change explains what went wrong
             raise
-        work_seconds, disk_after = time.monotonic() - working, _disk_bytes()
+        work_seconds, disk_after = time.monotonic() - working, disk_bytes_read()
         verdicts: list[Verdict | None] = [None] * len(plans)
         if check is not None:
             on_waiting()
@@ -242,15 +243,6 @@ def name_all(
     for folder in reversed(folders):
         folder.forget()
     return foreign
-
-
-def _disk_bytes() -> int | None:
-    """Return what this process has read from disks so far, as the kernel counts it."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
 def output_path(planned: Plan, output: str | Path | None) -> Path:

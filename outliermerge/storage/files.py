@@ -14,7 +14,8 @@ from typing import Any
 from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.storage.hub_cache import blobs_of, is_cached
 from outliermerge.storage.json_text import MAX_VALUES, parse_json
-from outliermerge.storage.stamps import note_absent, open_file, refuse_special, refuse_text
+from outliermerge.storage.stamps import note_absent, open_file, refuse_text
+from outliermerge.storage.system import refuse_special
 
 # What a small file may hold, so that a hostile one costs no memory to speak of: a sparse file of
 # terabytes is made in a moment. The largest that are known: tokenizer.json 33 MB with 2.2 million

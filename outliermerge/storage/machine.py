@@ -1,14 +1,51 @@
-"""What the machine offers: processors, memory, and where files are."""
+"""What the machine and this process are: processors, memory, what is counted, limits, endings.
+
+What not every system has stands here, or in `system` where it is about files, each with a plain
+fallback: whether it is there is asked of it, never which system this is.
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+PAGE_BYTES = mmap.PAGESIZE
 _MAX_PROCESSORS = 16
 _NUM_WAITING = 2
 _CGROUP = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
+_KILLED = getattr(signal, "SIGKILL", 9)
+# Where the system gives no process limits, one that takes too long ends by itself: faulthandler's
+# thread does that even while `re` is at work. Memory has no limit then.
+_LIMITED = """
+import contextlib, time
+try:
+    import resource
+except ImportError:
+    import faulthandler
+    resource = None
+left = {seconds}
+for name, most in ("RLIMIT_CPU", {seconds}), ("RLIMIT_AS", {num_bytes}), ("RLIMIT_CORE", 0):
+    if hasattr(resource, name):
+        with contextlib.suppress(ValueError, OSError):  # that a system does not limit, or not so
+            resource.setrlimit(getattr(resource, name), (most, most))
+@contextlib.contextmanager
+def limited():
+    global left
+    if resource is None:
+        faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
+    began = time.perf_counter()
+    yield
+    if resource is None:
+        faulthandler.cancel_dump_traceback_later()
+        left -= time.perf_counter() - began
+"""
 
 
 def num_processors() -> int:
@@ -34,7 +71,7 @@ def num_threads(wanted: int) -> int:
 
 def free_memory_bytes() -> int | None:
     """Return the memory that files can be cached in; None where the system does not tell."""
-    lines = _read(Path("/proc/meminfo")).splitlines()
+    lines = _read(_PROC / "meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit = _read(_CGROUP / "memory.max").strip()
     if limit.isdecimal():
@@ -42,24 +79,92 @@ def free_memory_bytes() -> int | None:
     return min(found, default=None)
 
 
-def open_direct(path: Path) -> int:
-    """Open a file on a local disk for writing past the page cache; -1 where that does not pay.
+def disk_bytes_read() -> int | None:
+    """Return what this process has read from disks so far; None where the system does not tell."""
+    lines = _read(_PROC / "self/io").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
-    What is synced at the end has to reach the disk anyway: writing it there at once takes no
-    memory from the inputs, no copy, and no lock that the other threads wait for.
+
+def mapped_files() -> list[tuple[int, int, int]]:
+    """Return what this process has mapped of files, as proc(5) lists it.
+
+    Returns:
+        Addresses (start, end), and what to add to one for the position in the file; nothing where
+        the system does not tell.
     """
-    device = path.stat().st_dev
-    on_disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").exists()
-    if not (on_disk and hasattr(os, "O_DIRECT")):
-        return -1
+    found = []
+    for line in _read(_PROC / "self/maps").splitlines():
+        addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            found.append((start, end, int(offset, 16) - start))
+    return found
+
+
+def path_of(descriptor: int, path: Path) -> str:
+    """Return a path that leads to an open file whatever is put in its place, where there is one."""
+    own = _PROC / f"self/fd/{descriptor}"
+    return str(own if own.exists() else path)
+
+
+def whole_pages(num_bytes: int) -> memoryview:
+    """Return memory of whole pages, large ones where the system has them."""
+    pages = mmap.mmap(-1, max(num_bytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write is then of few parts
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of returning it to the kernel at every operation.
+
+    A block's intermediate results are then made in the pages of the last ones: measured 0.15
+    against 1.3 billion elements a second for float64 sums of 256 Ki elements by torch. No effect
+    on other C libraries.
+    """
+    mallopt = getattr(c_library(), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 28)
+        mallopt(m_trim_threshold, 1 << 29)
+
+
+def c_library() -> Any | None:
+    """Return the functions of this process's C library; None where they cannot be called."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except OSError:
-        return -1
+        import ctypes
+
+        return ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError, TypeError):
+        return None
+
+
+def limited_code(seconds: int, num_bytes: int) -> str:
+    """Return code that limits the process that begins with it, as far as the system can.
+
+    What may take long is to stand in its `with limited():`. The process ends where that takes more
+    seconds in all than it may; where it takes more memory, it ends or has a MemoryError.
+    """
+    return _LIMITED.format(seconds=seconds, num_bytes=num_bytes)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session, and with it, where the system can, all of that."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, _KILLED)
+
+
+def was_killed(returncode: int) -> bool:
+    """Tell whether a process was ended by a signal that it cannot stop."""
+    return returncode == -_KILLED
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8", "replace")
     except OSError:
         return ""

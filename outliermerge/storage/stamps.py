@@ -7,7 +7,6 @@ nothing can be put in its place in between.
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.storage.system import open_regular
 
 # Linux stamps by a clock that ticks every 1 to 10 ms: a file that was written in the present tick
 # can be written again without another time.
@@ -145,11 +145,8 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
         OSError: it cannot be opened.
         OutlierMergeError: it is no regular file, or not the one that was planned with.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
-        status = os.fstat(descriptor)
-        refuse_special(path, status.st_mode)
-        os.set_blocking(descriptor, True)
         if (watched := watched or _WATCHED.get()) is not None:
             watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
     except OSError as error:  # calls on a descriptor do not know its file
@@ -194,13 +191,6 @@ def same_bytes(path: Path, other: Path) -> bool:
         raise OutlierMergeError(
             f"{error.filename or path}: cannot be read: {_reason(error)}"
         ) from error
-
-
-def refuse_special(path: Path, mode: int) -> None:
-    """Raise OutlierMergeError unless a path leads to a regular file."""
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise OutlierMergeError(f"{path}: is {what}, expected a regular file")
 
 
 def is_there(path: Path) -> bool:

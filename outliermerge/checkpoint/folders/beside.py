@@ -12,7 +12,8 @@ from typing import Literal
 
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.hub_cache import listed_files
-from outliermerge.storage.stamps import open_file, refuse_special, refuse_text
+from outliermerge.storage.stamps import open_file, refuse_text
+from outliermerge.storage.system import refuse_special
 
 SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py", "*.tiktoken",
                     "*.spm", "*.codes", "*.tokenizer",

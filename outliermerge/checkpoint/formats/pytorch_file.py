@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from outliermerge.checkpoint.sources import DTYPES, EXTRA_STATE, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import check_file
 from outliermerge.storage.lfs import refuse_lfs_pointer
+from outliermerge.storage.machine import mapped_files, path_of
 from outliermerge.storage.stamps import open_file
 
 if TYPE_CHECKING:
@@ -57,8 +59,9 @@ def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
     Raises:
         OutlierMergeError: as for read_pickle.
     """
-    state, _ = _state_dict(path, descriptor)
-    mapped = _Mapped(path, descriptor)
+    content = _load(path, descriptor)
+    state, _ = _state_dict(path, content)
+    mapped = _Mapped(path, descriptor, content)
     return {name: mapped.place(name, tensor) for name, tensor in state.items()}
 
 
@@ -73,22 +76,18 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
     check_file(path)
     refuse_lfs_pointer(path)
     with open_file(path) as file:
-        state, notes = _state_dict(path, file.fileno())
-        return _metas(path, state, _Mapped(path, file.fileno())), notes
+        content = _load(path, file.fileno())
+        state, notes = _state_dict(path, content)
+        return _metas(path, state, _Mapped(path, file.fileno(), content)), notes
 
 
 class _Mapped:
-    """Where in a file the memory is that torch has mapped of it, as proc(5) lists it."""
+    """Where in a file the memory is that torch has mapped of it."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, content: object) -> None:
         self._path = path
         self._num_bytes = os.fstat(descriptor).st_size
-        self._ranges: list[tuple[int, int, int]] = []
-        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-            addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
-            if inode != "0":
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                self._ranges.append((start, end, int(offset, 16) - start))
+        self._ranges = mapped_files() or _mapped_records(path, descriptor, content)
 
     def place(self, name: str, tensor: Tensor) -> Strided:
         """Return where a tensor lies in the file.
@@ -109,6 +108,51 @@ class _Mapped:
                 if offset + num_bytes <= self._num_bytes:
                     return Strided(offset, num_bytes, strides, tensor.is_conj(), tensor.is_neg())
         raise OutlierMergeError(f"{self._path}: tensor {name!r} is not in it as it is. {_REWRITE}")
+
+
+def _mapped_records(path: Path, descriptor: int, content: object) -> list[tuple[int, int, int]]:
+    """Tell where a file is mapped by what torch has made of it, as `mapped_files` does.
+
+    Each storage is one record of the archive, and all are moved by as much: the first is the first.
+    Nothing where that is not so, as where a record is not used.
+    """
+    storages = _storages(content)
+    records = {}
+    with Path(path_of(descriptor, path)).open("rb") as file, zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.file_size and re.search(r"/data/\d+$", record.filename):
+                file.seek(record.header_offset + 26)
+                name_bytes, extra_bytes = struct.unpack("<2H", file.read(4))
+                start = record.header_offset + 30 + name_bytes + extra_bytes
+                records[start] = record.file_size
+    if not storages or not records:
+        return []
+    to_offset = min(records) - min(storages)
+    if {address + to_offset: size for address, size in storages.items()} != records:
+        return []
+    return [(address, address + size, to_offset) for address, size in storages.items()]
+
+
+def _storages(content: object) -> dict[int, int]:
+    """Return the addresses and sizes of all tensors' memory in what a pickle holds."""
+    import torch
+
+    found: dict[int, int] = {}
+    pending, seen = [content], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            pending += value
+        elif isinstance(value, torch.Tensor) and str(value.layout) == "torch.strided":
+            storage = value.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def _metas(path: Path, state: dict[str, Tensor], mapped: _Mapped) -> list[TensorMeta]:
@@ -140,10 +184,9 @@ def _metas(path: Path, state: dict[str, Tensor], mapped: _Mapped) -> list[Tensor
     return metas
 
 
-def _state_dict(path: Path, descriptor: int) -> tuple[dict[str, Tensor], list[str]]:
+def _state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], list[str]]:
     import torch
 
-    content = _load(path, descriptor)
     if not isinstance(content, dict):
         raise OutlierMergeError(
             f"{path}: holds a {type(content).__name__}, expected a dict of tensors"
@@ -214,7 +257,7 @@ def _load(path: Path, descriptor: int) -> object:
         # Megatron keeps states of modules as such, which run no code.
         with torch.serialization.safe_globals([io.BytesIO]):
             return torch.load(
-                f"/proc/self/fd/{descriptor}", map_location="cpu", mmap=True, weights_only=True
+                path_of(descriptor, path), map_location="cpu", mmap=True, weights_only=True
             )
     except OutlierMergeError:
         raise
@@ -246,8 +289,7 @@ def _load(path: Path, descriptor: int) -> object:
 
 
 def _check_archive(path: Path, descriptor: int) -> None:
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
+    with Path(path_of(descriptor, path)).open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
         with zipfile.ZipFile(file) as archive:
