@@ -109,7 +109,7 @@ class TestHelp:
             examples = re.findall(r"^  outliermerge (.+)$", capsys.readouterr().out, re.MULTILINE)
             assert examples
             for example in examples:
-                cli._parser().parse_args(example.partition(" > ")[0].split())
+                cli.make_parser(cli.load()).parse_args(example.partition(" > ")[0].split())
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_option_is_explained(

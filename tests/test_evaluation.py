@@ -25,9 +25,9 @@ from llava_replicas import save_hf_base
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from outliermerge.cli import evaluation_progress
 from outliermerge.cli import main as cli
-from outliermerge.cli import render_scores
-from outliermerge.cli.render_scores import EvaluationProgress
+from outliermerge.cli.evaluation_progress import EvaluationProgress
 from outliermerge.evaluation import evaluate as evaluate_module
 from outliermerge.evaluation.scores import Failure, Score, Scores, load_scores
 from outliermerge.evaluation.suite import load_suite
@@ -1063,7 +1063,7 @@ def test_without_lmms_eval_one_message_says_what_to_install(small):
 def test_at_a_terminal_the_reading_of_models_is_shown(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(render_scores, "Console", lambda **_: terminal)
+    monkeypatch.setattr(evaluation_progress, "Console", lambda **_: terminal)
     with EvaluationProgress(["a task"], ["a model"]) as progress:
         assert "hashed" not in screen.getvalue()
         for _ in range(5):

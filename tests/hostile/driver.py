@@ -19,8 +19,8 @@ import xxhash  # noqa: F401
 import yaml  # noqa: F401
 
 import outliermerge.api
+import outliermerge.cli.console
 import outliermerge.cli.main
-import outliermerge.cli.render
 import outliermerge.output.manifest
 import outliermerge.search.sweeps
 
