@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from statistics import median
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, add_machine, count
@@ -116,6 +115,8 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
 
 
 def _fit_cells(distances: Sequence[float], fit: PowerLawFit | None, is_wide: bool) -> list[str]:
+    from statistics import median
+
     middle = f"{median(distances):.2g}"
     if fit is None:
         return [middle, "–", *(["–", "–"] if is_wide else []), "no fit"]

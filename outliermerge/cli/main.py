@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -45,13 +44,6 @@ exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(readable(message))
-
-
-class _Formatter(logging.Formatter):
-    """Logs what others wrote as a terminal shows it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return readable(super().format(record))
 
 
 def load(names: Iterable[str] = COMMANDS) -> dict[str, Command]:
@@ -107,11 +99,6 @@ def _main(arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    # It has a handler of its own, so its warnings would be printed twice.
-    logging.getLogger("huggingface_hub").propagate = False
     if options.version:
         from importlib.metadata import version
 
@@ -120,6 +107,9 @@ def _main(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
+    from outliermerge.cli.logs import show_warnings  # `logging` is for commands, not for help
+
+    show_warnings()
     return _exit_code(commands[options.command], options)
 
 
