@@ -22,6 +22,7 @@ MODULES = (
     *(
         "outliermerge.cli.main",
         "outliermerge.cli.console",
+        "outliermerge.cli.logs",
         *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "verify")),
         "outliermerge.api",
         "outliermerge.search.sweeps",

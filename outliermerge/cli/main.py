@@ -33,10 +33,7 @@ COMMANDS = {
 }
 """The commands in the order of the help, each with the module of this folder that has it."""
 
-_EXAMPLES = """\
-examples:
-{examples}
-
+_EXIT_CODES = """
 exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
 """
 
@@ -56,29 +53,32 @@ def load(names: Iterable[str] = COMMANDS) -> dict[str, Command]:
 
 def make_parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
     """Return the parser of the program with the commands that are given."""
-    examples = (command.overview for command in commands.values() if command.overview)
+    overview = [command.overview for command in commands.values() if command.overview]
     parser = _Parser(
         prog="outliermerge",
         description="Merge model checkpoints as a YAML spec says, and score them.",
-        epilog=_EXAMPLES.format(examples="\n".join(map("  {}".format, examples))),
+        epilog=_examples(overview) + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in commands.items():
-        lines = "\n".join(map("  {}".format, command.examples))
         command.add_arguments(
             subparsers.add_parser(
                 name,
                 help=command.summary,
                 description=command.summary[0].upper() + command.summary[1:] + ".",
-                epilog=f"examples:\n{lines}",
+                epilog=_examples(command.examples),
                 formatter_class=argparse.RawDescriptionHelpFormatter,
                 allow_abbrev=False,
             )
         )
     return parser
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in ("examples:", *(f"  {line}" for line in lines)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import yaml  # noqa: F401
 
 import outliermerge.api
 import outliermerge.cli.console
+import outliermerge.cli.logs
 import outliermerge.cli.main
 import outliermerge.output.manifest
 import outliermerge.output.run
