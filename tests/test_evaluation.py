@@ -929,8 +929,9 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     # `kill -INT` and job schedulers do not reach the worker.
     _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(3000)\n")
     process = subprocess.Popen(
-        [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
-         "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
+        [PYTHON, "-c", "import sys; from outliermerge.cli import main as cli;"
+         "sys.executable = sys.argv.pop(1); sys.exit(cli.main(sys.argv[1:]))",
+         sys.executable, "eval", str(small / "model"),
          "--suite", str(small / "suite.yaml"), "--output", str(small / "out")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
