@@ -21,7 +21,9 @@ MODULES = (
     *("torch", "safetensors.torch", "numpy", "yaml", "xxhash", "rich.progress"),
     *(
         "outliermerge.cli.main",
-        "outliermerge.cli.render",
+        "outliermerge.cli.console",
+        "outliermerge.cli.logs",
+        *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "verify")),
         "outliermerge.api",
         "outliermerge.search.sweeps",
     ),

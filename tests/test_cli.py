@@ -20,10 +20,11 @@ import yaml
 from checkpoints import load_folder, save_tensors
 from waiting import LIMIT_SECONDS, held, stopped
 
+import outliermerge.cli as cli_package
 from outliermerge.cli import main as cli
 from outliermerge.methods.table import METHODS
 
-COMMANDS = ("run", "plan", "verify", "methods", "schema")
+COMMANDS = tuple(cli.COMMANDS)
 PROGRAM = [sys.executable, "-m", "outliermerge"]
 HEAVY = ("torch", "transformers", "pydantic", "yaml", "rich", "numpy", "huggingface_hub")
 
@@ -99,8 +100,7 @@ class TestHelp:
         printed = capsys.readouterr()
         assert printed.err == ""
         examples = printed.out.partition("examples:\n")[2].splitlines()
-        wanted = command or COMMANDS
-        for name in wanted:
+        for name in command or ("run", "plan", "verify", "methods", "schema"):
             assert any(line.startswith(f"  outliermerge {name}") for line in examples)
 
     @pytest.mark.parametrize("command", COMMANDS)
@@ -109,10 +109,11 @@ class TestHelp:
     ) -> None:
         for arguments in ([], [command]):
             assert cli.main([*arguments, "--help"]) == 0
-            examples = re.findall(r"^  outliermerge (.+)$", capsys.readouterr().out, re.MULTILINE)
+            text = capsys.readouterr().out.replace("\\\n", "")
+            examples = re.findall(r"^  outliermerge (.+)$", text, re.MULTILINE)
             assert examples
             for example in examples:
-                cli._parser().parse_args(example.partition(" > ")[0].split())
+                cli.make_parser(cli.load()).parse_args(example.partition(" > ")[0].split())
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_option_is_explained(
@@ -152,6 +153,59 @@ class TestHelp:
             [script, "--version"], capture_output=True, text=True, timeout=LIMIT_SECONDS
         )
         assert done.stdout == f"outliermerge {version('outliermerge')}\n"
+
+
+class TestCommands:
+    def test_a_file_and_a_line_add_a_command(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "greet.py").write_text(
+            "from outliermerge.cli.parts import Command, print_json\n"
+            "from outliermerge.errors import SpecError\n"
+            "def add_arguments(parser):\n"
+            "    parser.add_argument('name', help='whom')\n"
+            "def run(options):\n"
+            "    if options.name == 'nobody':\n"
+            "        raise SpecError('nobody is there')\n"
+            "    if options.name == 'stopped':\n"
+            "        raise KeyboardInterrupt\n"
+            "    print_json(options.name)\n"
+            "    return 0\n"
+            "COMMAND = Command(\n"
+            "    summary='greet someone', examples=('outliermerge greet you',), goes_on=True,\n"
+            "    add_arguments=add_arguments, run=run, overview='outliermerge greet all')\n"
+        )
+        monkeypatch.setattr(cli_package, "__path__", [*cli_package.__path__, str(tmp_path)])
+        monkeypatch.setitem(cli.COMMANDS, "greet", "greet")
+        monkeypatch.delitem(sys.modules, "outliermerge.cli.greet", raising=False)
+        assert cli.main(["greet", "you"]) == 0
+        assert capsys.readouterr().out == '"you"\n'
+        assert cli.main(["--help"]) == 0
+        text = capsys.readouterr().out
+        assert "  outliermerge greet all\n" in text
+        assert re.search("^    greet +greet someone$", text, re.MULTILINE)
+        assert cli.main(["greet", "--help"]) == 0
+        assert "\nGreet someone.\n" in capsys.readouterr().out
+        assert cli.main(["greet", "nobody"]) == 2
+        assert capsys.readouterr().err == "error: nobody is there\n"
+        assert cli.main(["greet", "stopped"]) == 130
+        assert "the same command goes on from here" in capsys.readouterr().err
+
+    def test_a_command_that_is_named_is_loaded_alone(self) -> None:
+        _, modules = _imported("plan", "--help")
+        loaded = {f"outliermerge.cli.{name}" for name in cli.COMMANDS.values()} & modules
+        assert loaded == {"outliermerge.cli.plan"}
+
+    def test_a_word_that_is_no_command_is_refused_with_the_list_of_them(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for word in ("evaluate", "compare_weights", "console"):  # modules, but no commands
+            assert cli.main([word]) == 2
+            said = capsys.readouterr().err
+            assert all(name in said for name in COMMANDS)
 
 
 class TestUsage:

@@ -26,9 +26,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from waiting import LIMIT_SECONDS, heed_interrupts, wait_for
 
+from outliermerge.cli import evaluation_progress
 from outliermerge.cli import main as cli
-from outliermerge.cli import render_scores
-from outliermerge.cli.render_scores import EvaluationProgress
+from outliermerge.cli.evaluation_progress import EvaluationProgress
 from outliermerge.evaluation import evaluate as evaluate_module
 from outliermerge.evaluation.scores import Failure, Score, Scores, load_scores
 from outliermerge.evaluation.suite import load_suite
@@ -925,8 +925,9 @@ def test_an_interrupt_of_the_command_alone_ends_its_worker(small, monkeypatch):
     # `kill -INT` and job schedulers do not reach the worker.
     _play(small, monkeypatch, "open('pid', 'w').write(str(os.getpid())); time.sleep(1000)\n")
     process = subprocess.Popen(
-        [PYTHON, "-c", "import sys; from outliermerge import cli; sys.executable = sys.argv.pop(1);"
-         "sys.exit(cli.main(sys.argv[1:]))", sys.executable, "eval", str(small / "model"),
+        [PYTHON, "-c", "import sys; from outliermerge.cli import main as cli;"
+         "sys.executable = sys.argv.pop(1); sys.exit(cli.main(sys.argv[1:]))",
+         sys.executable, "eval", str(small / "model"),
          "--suite", str(small / "suite.yaml"), "--output", str(small / "out")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
@@ -1059,7 +1060,7 @@ def test_without_lmms_eval_one_message_says_what_to_install(small):
 def test_at_a_terminal_the_reading_of_models_is_shown(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(render_scores, "Console", lambda **_: terminal)
+    monkeypatch.setattr(evaluation_progress, "Console", lambda **_: terminal)
     with EvaluationProgress(["a task"], ["a model"]) as progress:
         assert "hashed" not in screen.getvalue()
         for _ in range(5):

@@ -25,7 +25,7 @@ from families import edit_json, replace_tensors, save_llama, tune
 
 import outliermerge
 from outliermerge.cli import main as cli
-from outliermerge.cli import render
+from outliermerge.cli import terminal
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output import load_check, load_worker
 from outliermerge.output.load_check import LoadCheck, Verdict
@@ -305,7 +305,7 @@ def test_what_the_base_does_not_load_for_either_is_no_loading(
     verdict = result.load_check
     assert (verdict.status, verdict.by) == ("does not load, as the base does not", ())
     assert any("does not load, as the base does not" in n and word in n for n in verdict.notes)
-    render.print_result(result)
+    terminal.print_result(result)
     assert "loads in" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "base")  # the manifest knows it
     assert check_folder(tmp_path / "out").status == verdict.status

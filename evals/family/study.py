@@ -26,7 +26,7 @@ from evals.family import data
 from evals.family.choose import OUT as CHOSEN
 from evals.family.choose import merge_spec
 from evals.family.train import MODELS, REGIMES, train_family
-from outliermerge.cli.render_scores import EvaluationProgress
+from outliermerge.cli.evaluation_progress import EvaluationProgress
 from outliermerge.evaluation.evaluate import evaluate
 from outliermerge.evaluation.scores import Score
 from outliermerge.evaluation.suite import load_suite

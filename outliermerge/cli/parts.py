@@ -1,16 +1,38 @@
-"""What the files of commands share."""
+"""What commands share: what one is, printing, and the flags that several have."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from typing import TextIO, TypeAlias
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
 
-from outliermerge.errors import readable
+from outliermerge.errors import quoted, readable
 
-AddCommand: TypeAlias = Callable[..., argparse.ArgumentParser]
-"""Adds a command's parser: its name, what it does, examples."""
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
+WAITING = "checking that transformers loads it"
+_MAX_NOTES = 50
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, as the program needs it; its module imports nothing heavy before it runs."""
+
+    summary: str
+    """What it does, for the help."""
+    examples: tuple[str, ...]
+    """Command lines for its own help."""
+    run: Callable[[argparse.Namespace], int]
+    """Calls the library, prints, and returns the exit code."""
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    overview: str = ""
+    """A command line for the help of the whole program."""
+    goes_on: bool = False
+    """Whether it goes on from where it was interrupted."""
 
 
 def print_json(value: object) -> None:
@@ -34,9 +56,103 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     print(readable(text), file=file)
 
 
-def add_machine(command: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """Add the options of what computes."""
-    command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
-    command.add_argument(
+def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
+    """Print notes beside the output; with --json they are in it."""
+    if not options.json:
+        for note in notes[:_MAX_NOTES]:
+            say(f"note: {note}", file=sys.stderr)
+        if len(notes) > _MAX_NOTES:
+            say(f"note: {len(notes) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
+
+
+def count(text: str) -> int:
+    """Return a number of at least 1; the type of arguments."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 1")
+    return number
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON for scripts")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add --threads, of the library's own threads."""
+    parser.add_argument(
         "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
     )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what computes."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+    add_threads(parser)
+
+
+def add_baseline(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the row that a table of scores compares with."""
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="gains are over this row (default: the average)"
+    )
+
+
+def add_planning(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a merge that its plan needs."""
+    parser.add_argument("spec", metavar="SPEC", help="a YAML file")
+    parser.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
+    add_machine(parser)
+    parser.add_argument(
+        "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
+    )
+    parser.add_argument(
+        "--no-kernels", action="store_true", help="compute by torch, as methods are defined"
+    )
+    parser.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
+    parser.add_argument(
+        "--load-check",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get(LOAD_CHECK_VARIABLE) != "0",
+        help="prove that transformers or diffusers, where installed, loads the output "
+        f"(default, unless {LOAD_CHECK_VARIABLE}=0)",
+    )
+    add_json(parser)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a merge that is carried out."""
+    add_planning(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output when done"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over instead of going on with a killed run"
+    )
+    parser.add_argument(
+        "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
+    )
+
+
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a merge may take, from the flags of `add_planning`."""
+    return {
+        "device": options.device,
+        "memory": options.memory,
+        "threads": options.threads,
+        "kernels": not options.no_kernels,
+    }
+
+
+def running(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how a merge is carried out, from the flags of `add_running`."""
+    return limits(options) | {
+        "output": options.output,
+        "overwrite": options.overwrite,
+        "fresh": options.fresh,
+        "allow_non_finite": options.allow_non_finite,
+        "load_check": options.load_check,
+    }

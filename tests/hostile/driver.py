@@ -15,13 +15,16 @@ from pathlib import Path
 
 # What the commands import when they are called, so that it is not paid for each.
 import numpy  # noqa: F401
+import rich.progress  # noqa: F401
 import xxhash  # noqa: F401
 import yaml  # noqa: F401
 
 import outliermerge.api
+import outliermerge.cli.console
+import outliermerge.cli.logs
 import outliermerge.cli.main
-import outliermerge.cli.render
 import outliermerge.output.manifest
+import outliermerge.output.run
 import outliermerge.search.sweeps
 
 MAX_WAIT_SECONDS = 300  # after which a command that waits for ever is ended
@@ -50,6 +53,7 @@ def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
 
 def main() -> None:
     """Answer each line with exit code, signal, seconds of a processor, and peak memory."""
+    outliermerge.cli.main.load()
     for line in sys.stdin:
         case = json.loads(line)
         child = os.fork()

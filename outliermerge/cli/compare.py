@@ -1,0 +1,54 @@
+"""`compare`: make the table of finished evaluations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from outliermerge.cli.parts import Command, add_baseline, add_json, print_json
+from outliermerge.errors import printable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the scores, and what is made of them."""
+    parser.add_argument("scores", metavar="SCORES", nargs="+", help="scores.json, or its folder")
+    parser.add_argument("--paper", action="store_true", help="put the paper's Table 4 below")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    parser.add_argument("--chart", metavar="FILE", help="draw a bar chart (PNG)")
+    add_baseline(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Put finished evaluations into one table."""
+    from outliermerge.evaluation.chart import draw
+    from outliermerge.evaluation.paper import with_paper
+    from outliermerge.evaluation.scores import load_scores
+    from outliermerge.evaluation.table import make_table
+    from outliermerge.storage.files import write_whole
+
+    scores = [load_scores(path) for path in options.scores]
+    table = make_table(scores, baseline=options.baseline)
+    if options.paper:
+        table = with_paper(table)
+    if options.markdown:
+        write_whole(Path(options.markdown), (table.as_markdown() + "\n").encode())
+    if options.chart:
+        draw(table, Path(options.chart))
+    if options.json:
+        print_json(table.as_dict())
+    else:
+        print(printable(table.as_markdown()))
+    return 0
+
+
+COMMAND = Command(
+    summary="make the table of finished evaluations",
+    examples=(
+        "outliermerge compare scores/scores.json --paper",
+        "outliermerge compare scores other/scores.json --chart both.png --json",
+    ),
+    overview="outliermerge compare scores --paper",
+    add_arguments=add_arguments,
+    run=run,
+)

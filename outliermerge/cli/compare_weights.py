@@ -1,0 +1,152 @@
+"""`compare-weights`: show how alike models are, and what conflicts in a merge."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from outliermerge.cli.parts import Command, add_machine
+from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
+from outliermerge.cli.weights import (
+    add_base,
+    add_rename,
+    add_table_files,
+    check_files,
+    letters_of,
+    number_text,
+    write_files,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from outliermerge.analysis.compare import Comparison, PairStats
+
+_PAIR_COLUMNS = (
+    ("cosine", "cosine", "{:.4f}"),
+    ("distance", "distance", "{:.3g}"),
+    ("|Δσ|", "std_difference", "{:.2g}"),
+    ("sign %", "sign_agreement", "{:.1%}"),
+    ("shared %", "outlier_overlap", "{:.1%}"),
+    ("conflict %", "conflict_ratio", "{:.3%}"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the models, and what is compared."""
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="two or more folders, files, hub ids, adapters"
+    )
+    parser.add_argument(
+        "--t", type=float, default=2.0, metavar="T", help="outliers are beyond Tσ (default 2)"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("model", "module", "layer", "tensor"),
+        default="model",
+        help="rows of the table (default: pairs of models)",
+    )
+    add_base(parser)
+    add_rename(parser)
+    add_machine(parser)
+    add_table_files(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare models or their task vectors, and print what conflicts."""
+    from outliermerge.analysis.compare import compare_weights
+
+    check_files(options)
+    with reading_bar() as callbacks:
+        found = compare_weights(
+            options.models,
+            base=options.base,
+            t=options.t,
+            rename=options.rename,
+            device=options.device,
+            threads=options.threads,
+            **callbacks,
+        )
+    if write_files(options, found.as_dict(), [pair.as_dict() for pair in found.tensors]):
+        print_comparison(found, by=options.by)
+    return 0
+
+
+def print_comparison(found: Comparison, *, by: str) -> None:
+    """Print how models compare: pairs of them as wholes, or by module, layer or tensor."""
+    console = open_console()
+    what = "weights" if found.base is None else f"task vectors against {found.base}"
+    console.print(text(f"{what} of:", "bold"))
+    letters = letters_of(len(found.models))
+    for letter, model in zip(letters, found.models, strict=True):
+        console.print(text(f"  {letter}  {model}"))
+    if by == "model" and len(found.models) > 2:
+        for title, column, form in _PAIR_COLUMNS:
+            console.print(_matrix_table(found, title, column, form, letters))
+    else:
+        console.print(_pair_table(found, by, letters))
+    console.print(
+        f"sign: the same in both. Of outliers beyond {found.t:g}σ, shared: at the same places; "
+        "conflict: share of all elements where both are kept whole by min-σ, and cancel.",
+        style="dim",
+    )
+    for note in found.notes:
+        console.print(text(f"note: {note}"))
+
+
+def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> Table:
+    from outliermerge.analysis.table import spread
+
+    several = by == "model" or len(found.pairs) > 1
+    first = [*(["models"] if several else []), *([] if by == "model" else [by])]
+    table = plain_table(*first, *(title for title, _, _ in _PAIR_COLUMNS))
+    for column in table.columns[len(first) :]:
+        column.justify, column.no_wrap = "right", True
+    for name, (a, b), rows in _pair_groups(found, by):
+        cells = (
+            number_text(spread(getattr(row, column) for row in rows).mean, form)
+            for _, column, form in _PAIR_COLUMNS
+        )
+        named = [] if by == "model" else [text(name)]
+        pair = [f"{letters[a]} {letters[b]}"] if several else []
+        table.add_row(*pair, *named, *cells)
+    return table
+
+
+def _pair_groups(
+    found: Comparison, by: str
+) -> Iterator[tuple[str, tuple[int, int], Sequence[PairStats]]]:
+    """Yield groups of rows: their name, the pair of models, and the rows to take means of."""
+    from outliermerge.analysis.places import short_names
+
+    groups: dict[tuple[str, tuple[int, int]], list[PairStats]] = {}
+    for row in found.pairs if by == "model" else found.tensors:
+        name = {"module": row.module, "layer": row.layer}.get(by, row.name)
+        if name is not None:
+            groups.setdefault((name, (row.a, row.b)), []).append(row)
+    short = short_names(name for name, _ in groups) if by == "module" else {}
+    for (name, pair), rows in groups.items():
+        yield short.get(name, name), pair, rows
+
+
+def _matrix_table(
+    found: Comparison, title: str, column: str, form: str, letters: Sequence[str]
+) -> Table:
+    table = plain_table(title, *letters)
+    for letter, row in zip(letters, found.matrix(column), strict=True):
+        table.add_row(letter, *(number_text(value, form) for value in row))
+    return table
+
+
+COMMAND = Command(
+    summary="show how alike models or their task vectors are, and what conflicts in a merge",
+    examples=(
+        "outliermerge compare-weights models/a models/b",
+        "outliermerge compare-weights models/a models/b models/c --base models/base --by module",
+        "outliermerge compare-weights models/a models/b --base models/base --csv pairs.csv",
+    ),
+    overview="outliermerge compare-weights models/a models/b --base models/base",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,136 @@
+"""`layers`: show the spectra of layers, and fingerprints of models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from outliermerge.cli.parts import Command, add_machine, count
+from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
+from outliermerge.cli.weights import (
+    NAME_WIDTH,
+    WIDE,
+    add_base,
+    add_json_file,
+    add_rename,
+    check_files,
+    letters_of,
+    number_text,
+    write_files,
+)
+
+if TYPE_CHECKING:
+    from outliermerge.analysis.spectra import LayerSpectra
+    from outliermerge.analysis.spectra_fit import PowerLawFit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the models, and how much is kept of each matrix."""
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="folders, files, hub ids, adapters"
+    )
+    parser.add_argument(
+        "--values",
+        type=count,
+        default=16,
+        metavar="K",
+        help="singular values of each matrix (default 16)",
+    )
+    add_base(parser)
+    add_rename(parser)
+    add_machine(parser)
+    add_json_file(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the spectra of models' layers, and how far their fingerprints are apart."""
+    from outliermerge.analysis.spectra import layer_spectra
+    from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
+
+    check_files(options)
+    with reading_bar() as callbacks:
+        found = [
+            layer_spectra(
+                model,
+                num_values=options.values,
+                base=options.base,
+                rename=options.rename,
+                device=options.device,
+                threads=options.threads,
+                **callbacks,
+            )
+            for model in options.models
+        ]
+    distances = [[fingerprint_distance(a.fingerprint, b.fingerprint) for b in found] for a in found]
+    table = {
+        "models": [each.as_dict() for each in found],
+        "fingerprint_distances": distances,
+    }
+    if write_files(options, table, []):
+        print_layers(found, distances)
+    return 0
+
+
+def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[float]]) -> None:
+    """Print what is known of layers' distances, and how far models' fingerprints are apart."""
+    console = open_console()
+    for spectra in found:
+        what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"
+        console.print(text(f"{what}: {spectra.num_values} singular values of a layer", "bold"))
+        is_wide = console.width >= WIDE
+        against = ("against exponential", "against log-normal") if is_wide else ()
+        table = plain_table("module", "of", "distance", "alpha", *against, "verdict")
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
+        table.columns[0].min_width = NAME_WIDTH
+        names = spectra.short_names
+        for module in spectra.modules:
+            table.add_row(
+                text(names[module.module]),
+                str(len(module.layers)),
+                *_fit_cells(module.distances, module.fit, is_wide),
+            )
+        together = [distance for module in spectra.modules for distance in module.distances]
+        table.add_section()
+        table.add_row("all types together", "", *_fit_cells(together, spectra.fit, is_wide))
+        console.print(table)
+        for note in spectra.notes:
+            console.print(text(f"note: {note}"))
+    console.print(
+        "distance: the median of 1 - cos between two layers' singular values; alpha: of a power "
+        "law; verdict: against an exponential and a log-normal, as if distances were independent, "
+        "which those of the same layers are not. Our reading of arXiv 2509.00046's abstract.",
+        style="dim",
+    )
+    if len(found) > 1:
+        letters = letters_of(len(found))
+        console.print(text("distance of σ fingerprints (0: alike but for scale)", style="bold"))
+        for letter, spectra in zip(letters, found, strict=True):
+            console.print(text(f"  {letter}  {spectra.model}"))
+        table = plain_table("", *letters)
+        for letter, row in zip(letters, distances, strict=True):
+            table.add_row(letter, *(number_text(value, "{:.4f}") for value in row))
+        console.print(table)
+
+
+def _fit_cells(distances: Sequence[float], fit: PowerLawFit | None, is_wide: bool) -> list[str]:
+    from statistics import median
+
+    middle = f"{median(distances):.2g}"
+    if fit is None:
+        return [middle, "–", *(["–", "–"] if is_wide else []), "no fit"]
+    others = (fit.exponential, fit.lognormal) if is_wide else ()
+    against = [f"{each.ratio:.1f}, p={each.p:.2g}" for each in others]
+    return [middle, f"{fit.alpha:.2f}±{fit.standard_error:.2f}", *against, fit.verdict]
+
+
+COMMAND = Command(
+    summary="show layers' leading singular values, their distances, and models' σ fingerprints",
+    examples=(
+        "outliermerge layers models/minilm",
+        "outliermerge layers models/a models/b models/c --values 32 --json layers.json",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+)

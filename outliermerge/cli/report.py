@@ -1,0 +1,63 @@
+"""`report`: write a page that shows weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from outliermerge.cli.parts import Command, add_machine, say
+from outliermerge.cli.terminal import reading_bar
+from outliermerge.cli.weights import add_base, add_filter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the models, and what is written."""
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="models; a single output of `run` is shown with its manifest and its drift",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="the page: one file, no network"
+    )
+    parser.add_argument("--png", metavar="DIR", help="also draw figures for papers, at 300 dpi")
+    parser.add_argument(
+        "--t", type=float, default=2.0, metavar="T", help="min-σ's threshold at first (default 2)"
+    )
+    add_filter(parser)
+    add_base(parser)
+    add_machine(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page, and figures where they are asked for."""
+    from outliermerge.analysis.report.build import build_report
+
+    with reading_bar() as callbacks:
+        page = build_report(
+            options.models,
+            base=options.base,
+            output=Path(options.output),
+            png=Path(options.png) if options.png else None,
+            t=options.t,
+            filter=options.filter,
+            device=options.device,
+            threads=options.threads,
+            **callbacks,
+        )
+    say(f"wrote {page}" + (f" and {options.png}" if options.png else ""))
+    return 0
+
+
+COMMAND = Command(
+    summary="write a page that shows the distributions of weights, or of a merge and its drift",
+    examples=(
+        "outliermerge report models/minilm -o report.html",
+        "outliermerge report models/a models/b --base models/base -o report.html --png figures",
+        "outliermerge report merged -o merged.html",
+    ),
+    overview="outliermerge report merged -o merged.html",
+    add_arguments=add_arguments,
+    run=run,
+)

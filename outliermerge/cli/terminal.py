@@ -1,0 +1,140 @@
+"""Tables and progress for people at a terminal; rich is imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.errors import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from rich.text import Text
+
+    from outliermerge.output.run import RunResult
+
+
+def progress_bar(description: str) -> Progress:
+    """Return a bar with bytes per second and the time left; nothing unless at a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
+    """Show a bar while weights are read; give what tells it of bytes to be read, and of those read.
+
+    Yields:
+        `on_total` and `on_progress`, as the functions that look at weights take them.
+    """
+    with progress_bar(description) as bar:
+        task, total = bar.add_task(description, total=None), 0
+
+        def add(num_bytes: int) -> None:
+            nonlocal total
+            total += num_bytes
+            bar.update(task, total=total)
+
+        yield {"on_total": add, "on_progress": lambda num_bytes: bar.advance(task, num_bytes)}
+
+
+@contextmanager
+def status(words: str) -> Iterator[None]:
+    """Show what is waited for; nothing unless at a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(words):
+        yield
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return a size in decimal units, as the hub and --shard-size use them.
+
+    >>> human_bytes(1_020_000_000)
+    '1.02 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def open_console(*, soft_wrap: bool = False) -> Console:
+    """Return where tables are printed; with soft_wrap, long lines stay whole."""
+    from outliermerge.cli.console import ReadableConsole
+
+    return ReadableConsole(highlight=False, soft_wrap=soft_wrap)
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """Return a table without lines."""
+    from outliermerge.cli.console import ReadableTable
+
+    table = ReadableTable(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in columns:
+        table.add_column(column, justify="left", overflow="fold")
+    return table
+
+
+def text(words: str, style: str = "") -> Text:
+    """Return text in a style, in which brackets are no markup."""
+    from rich.text import Text
+
+    return Text(words, style)
+
+
+def value_text(value: Any) -> str:
+    """Return the value of a parameter as specs write it."""
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(value_text(item) for item in value) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_result(result: RunResult) -> None:
+    """Print what a merge did, in a few lines."""
+    console = open_console(soft_wrap=True)
+    worked = result.input_bytes + result.written_bytes
+    speed = human_bytes(worked / result.work_seconds) if result.work_seconds else "–"
+    from_disk = "" if not result.disk_bytes else f", {human_bytes(result.disk_bytes)} from disk"
+    console.print(
+        f"wrote {result.output}: {len(result.manifest['tensors'])} tensors, "
+        f"{result.manifest['num_parameters']:,} parameters, "
+        f"{result.seconds:.1f} s, {speed}/s{from_disk}",
+        markup=False,
+    )
+    for by in result.load_check.by if result.load_check else ():
+        console.print(f"loads in {by}", markup=False)
+    if result.num_resumed:
+        console.print(f"{result.num_resumed} tensors were there from an earlier run")
+    if result.left_behind:
+        console.print(
+            f"files that were put into the old output meanwhile are in {result.left_behind}",
+            markup=False,
+        )
+    for name, places in result.non_finite.items():
+        where = ", ".join(map(shown, places))
+        console.print(f"infinite or NaN values in {shown(name)}: {where}", markup=False)

@@ -1,0 +1,81 @@
+"""`verify`: recompute every checksum of an output."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from outliermerge.cli.parts import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    Command,
+    add_json,
+    add_threads,
+    print_json,
+    say,
+)
+from outliermerge.cli.terminal import progress_bar, status
+from outliermerge.errors import listing, shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, and what is proved of it."""
+    parser.add_argument("folder", metavar="OUT", help="what `run` wrote")
+    parser.add_argument(
+        "--load",
+        action="store_true",
+        help="prove too that transformers or diffusers loads it, without taking its memory, and "
+        "that its tokens have rows",
+    )
+    add_threads(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify an output; return 1 where it differs."""
+    from outliermerge.output import manifest
+    from outliermerge.storage.machine import num_threads
+
+    folder = Path(options.folder)
+    shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
+    total = sum(path.stat().st_size for path in shards if path.exists())
+    with progress_bar("verifying") as bar:
+        task = bar.add_task("verifying", total=total)
+        differences = manifest.verify_folder(
+            folder,
+            threads=num_threads(options.threads),
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    notes = manifest.card_notes(folder)
+    verdict = None
+    if options.load:
+        from outliermerge.output.verify_load import check_folder
+
+        with status("checking that it loads"):
+            verdict = check_folder(folder)
+        differences += verdict.problems
+        notes += verdict.notes
+    if options.json:
+        found = {"ok": not differences, "differences": differences, "notes": notes}
+        load = {"load_check": verdict.as_dict()} if verdict else {}
+        print_json({"folder": str(folder)} | found | load)
+    elif differences:
+        what = "difference(s) from its manifest" + (" or its config" if options.load else "")
+        say(f"{shown(folder)}: {len(differences)} {what}\n{listing(differences)}")
+    else:
+        say(f"{shown(folder)}: every tensor and file is as its manifest says")
+    if not options.json:
+        for by in verdict.by if verdict else ():
+            say(f"checked by {by}")
+        for note in notes:
+            say(f"note: {note}")
+    return EXIT_FAILED if differences else EXIT_DONE
+
+
+COMMAND = Command(
+    summary="recompute every checksum of an output",
+    examples=("outliermerge verify merged", "outliermerge verify merged --load"),
+    overview="outliermerge verify merged",
+    add_arguments=add_arguments,
+    run=run,
+)
