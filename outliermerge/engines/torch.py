@@ -55,8 +55,7 @@ class TorchEngine:
         """Return a block's share in each statistic's pass."""
         with self._own.stream():
             block_SE = self._load(task, sources, num_elements)
-            block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-            return {name: state.measure(block_ME) for name, state in passes.items()}
+            return measure_block(task, block_SE, passes)
 
     def merge(
         self, task: Task, prepared: Any, raws: list[memoryview], num_elements: int, out: memoryview
@@ -132,6 +131,19 @@ def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[s
     empty = like.new_empty(0)
     return task.method.arguments(task.parameters, like=empty) | {
         name: empty.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
+    }
+
+
+def measure_block(task: Task, block_SE: Tensor, passes: Mapping[T, Pass]) -> dict[T, Any]:
+    """Return a block's share in each statistic's pass.
+
+    Args:
+        block_SE: the sources; overwritten.
+    """
+    block_ME = to_deltas(block_SE) if task.is_delta else block_SE
+    return {
+        name: state.measure(block_SE if getattr(state, "with_base", False) else block_ME)
+        for name, state in passes.items()
     }
 
 

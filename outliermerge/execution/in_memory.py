@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.engines.torch import keywords, merge_block, to_deltas
+from outliermerge.engines.kernels import names
+from outliermerge.engines.torch import keywords, measure_block, merge_block
 from outliermerge.execution.passes import NeedKey, Span, measure_needs, spans
 from outliermerge.execution.rounds import Round, Steps
 from outliermerge.methods.contract import Task
@@ -32,7 +33,8 @@ def merge_in_memory(
     row = row_elements(task.shape)
     block_elements = {"element": limit, "row": max(row, limit // row * row),
                       "tensor": max(1, num_elements)}[task.method.cut]  # fmt: skip
-    engine = KernelEngine(kernels) if kernels is not None and task.fits_kernels else None
+    fits = kernels is not None and task.fits_kernels(names())
+    engine = KernelEngine(kernels) if fits else None
 
     def load(span: Span) -> Tensor:
         start, stop = span
@@ -46,9 +48,7 @@ def merge_in_memory(
         if engine is not None:
             raws = [_bytes(tensor, span) for tensor in flat]
             return engine.measure(task, passes, raws, span[1] - span[0])
-        block_SE = load(span)
-        block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-        return {name: state.measure(block_ME) for name, state in passes.items()}
+        return measure_block(task, load(span), passes)
 
     (needs,) = yield from measure_needs(
         [task], measure, num_elements=num_elements, block_elements=block_elements

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from outliermerge.checkpoint.sources import DType
 from outliermerge.errors import SpecError, suggest
-from outliermerge.methods.kernel_call import CODES, KernelCall
+from outliermerge.methods.kernel_call import CODES, Kernel
 from outliermerge.methods.statistics.base import Statistic
 
 if TYPE_CHECKING:
@@ -112,8 +112,7 @@ class MergeMethod:
         check: raises ValueError for resolved parameters that do not go together.
         min_models, max_models: how many models it takes.
         paper: where it is from.
-        kernel: returns the call of a fused CPU kernel that computes the same, for resolved
-            parameters and measured needs; None where there is no such kernel.
+        kernel: a fused kernel that computes the same, on backends that have it, or None.
     """
 
     name: str
@@ -127,7 +126,7 @@ class MergeMethod:
     min_models: int
     max_models: int | None
     paper: str
-    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None
+    kernel: Kernel | None
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
         return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
@@ -224,14 +223,14 @@ class Task:
     def num_models(self) -> int:
         return len(self.dtypes) - self.is_delta
 
-    @property
-    def fits_kernels(self) -> bool:
-        """Whether the CPU kernels compute it: its method, its dtypes, its arithmetic."""
-        names = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
+    def fits_kernels(self, names: Container[str]) -> bool:
+        """Tell whether a backend with kernels of these names computes it, by its dtypes too."""
+        dtypes = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
         return (
             self.method.kernel is not None
+            and self.method.kernel.name in names
             and self.compute_dtype == "float32"
-            and names <= CODES.keys()
+            and dtypes <= CODES.keys()
         )
 
 
@@ -253,7 +252,7 @@ def merge_method(
     min_models: int = 1,
     max_models: int | None = None,
     paper: str = "",
-    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None = None,
+    kernel: Kernel | None = None,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method of a function on blocks.
 
@@ -270,7 +269,7 @@ def merge_method(
         min_models: the fewest models it takes.
         max_models: the most models it takes, or None.
         paper: where it is from.
-        kernel: returns the call of a fused CPU kernel that computes the same.
+        kernel: a fused kernel that computes the same; torch computes where there is none.
 
     Raises:
         TypeError: the signature does not fit these rules.
