@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from outliermerge.errors import OutlierMergeError, SpecError
     from outliermerge.methods.contract import PerModel, merge_method
     from outliermerge.methods.statistics.base import StandardDeviation
+    from outliermerge.methods.statistics.gram import Gram
     from outliermerge.methods.statistics.trim import Trim
     from outliermerge.search.sweeps import sweep
 
 __all__ = [
+    "Gram",
     "OutlierMergeError",
     "PerModel",
     "SpecError",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Gram": "methods.statistics.gram",
     "OutlierMergeError": "errors",
     "PerModel": "methods.contract",
     "SpecError": "errors",

@@ -8,6 +8,7 @@
  * sources and that of the output. What is interrupted or done in part is gone on with. setup.py
  * compiles this file for several generations of processors. */
 #include "distribution_calls.h"
+#include "gram.h"
 #include "measure.h"
 #include "merge.h"
 
@@ -138,6 +139,7 @@ static PyMethodDef functions[] = {
     {"moments", py_moments, METH_VARARGS, moments_doc},
     {"magnitudes", py_magnitudes, METH_VARARGS, magnitudes_doc},
     {"histogram", py_histogram, METH_VARARGS, histogram_doc},
+    {"gram", py_gram, METH_VARARGS, gram_doc},
     {"tally", py_tally, METH_VARARGS, tally_doc},
     {"filtered", py_filtered, METH_VARARGS, filtered_doc},
     {"patterns", py_patterns, METH_VARARGS, patterns_doc},
