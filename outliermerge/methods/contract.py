@@ -288,6 +288,8 @@ def merge_method(
         for name in declared:
             if name not in [keyword.name for keyword in keywords]:
                 raise TypeError(f"{function.__name__}: the need {name!r} is not a keyword of it")
+            if space == "weight" and getattr(declared[name], "with_base", False):
+                raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
         parameters = [
             _declared(function, keyword) for keyword in keywords if keyword.name not in declared
         ]
