@@ -26,7 +26,12 @@ from outliermerge.engines.cpu import KernelEngine
 from outliermerge.execution.threads import choose_options
 from outliermerge.methods.contract import Task
 from outliermerge.methods.kernel_call import Kernel, KernelCall
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
+from outliermerge.methods.statistics.base import (
+    CHUNK_ELEMENTS,
+    StandardDeviation,
+    is_measured_by,
+    raw_pass,
+)
 from outliermerge.methods.table import METHODS
 from outliermerge.storage.stamps import Watched
 
@@ -289,6 +294,27 @@ def by_gram(deltas_ME: Tensor, *, gram: Tensor) -> Tensor:
 
 MEASURED = {method.name: method for method in (by_torch, by_both, by_gpus)}
 ALL = {method.name: method for method in (*BY_NAME.values(), *MEASURED.values(), by_gram)}
+
+
+@pytest.mark.parametrize(
+    ("need", "parameters"),
+    [
+        (StandardDeviation(), {}),
+        (outliermerge.Trim(), {"density": [0.3, 0.5], "rescale": True}),
+        (outliermerge.Gram(), {}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_statistic_tells_what_its_passes_call(need, parameters):
+    assert is_measured_by(need, cpu_kernels.statistics())
+    values_ME, called = torch.randn((2, 1000)), set()
+    state = need.start(2, 1000, parameters)
+    while not isinstance(state, list):
+        assert raw_pass(state, cpu_kernels.find_kernels()) is state
+        called.add(state.kernel)
+        state.add(state.measure(values_ME))
+        state = state.finish()
+    assert called == set(need.kernels)
 
 
 @pytest.mark.parametrize("name", MEASURED)

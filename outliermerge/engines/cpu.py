@@ -1,4 +1,4 @@
-"""Blocks computed by the fused CPU kernels, without torch."""
+"""Blocks computed by the fused CPU kernels; what these cannot measure, by torch."""
 
 from __future__ import annotations
 
