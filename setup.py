@@ -21,19 +21,7 @@ setup(
         Extension(
             f"outliermerge.engines.{name}",
             [f"{FOLDER}/kernels.c"],
-            depends=[
-                f"{FOLDER}/{header}.h"
-                for header in (
-                    "block",
-                    "convert",
-                    "distribution",
-                    "measure",
-                    "merge",
-                    "methods",
-                    "statistics",
-                    "xxh3",
-                )
-            ],
+            depends=sorted(map(str, FOLDER.glob("*.h"))),
             define_macros=[("MODULE", name)],
             extra_compile_args=[*FLAGS, "-Wno-psabi", *more],
             optional=True,

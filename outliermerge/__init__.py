@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from outliermerge.methods.contract import merge_method
     from outliermerge.methods.parameter import PerModel
     from outliermerge.methods.statistics.base import StandardDeviation
+    from outliermerge.methods.statistics.gram import Gram
     from outliermerge.methods.statistics.trim import Trim
     from outliermerge.search.sweeps import sweep
 
 __all__ = [
+    "Gram",
     "OutlierMergeError",
     "PerModel",
     "SpecError",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Gram": "methods.statistics.gram",
     "OutlierMergeError": "errors",
     "PerModel": "methods.parameter",
     "SpecError": "errors",

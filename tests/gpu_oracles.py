@@ -16,7 +16,7 @@ from torch import Tensor
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines import triton as gpu_engine
 from outliermerge.engines.triton import TensorMerge
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import METHODS, find_method
 from outliermerge.methods.task import Task
 
 DTYPE_CODES = {"b": torch.bfloat16, "e": torch.float16, "f": torch.float32}
@@ -115,3 +115,25 @@ def compiled(kernel: str, capability: int, **constants: Any) -> dict[str, Any]:
         "divisions": sorted(set(re.findall(r"div\.\w+\.f32", code))),
         "cubin": len(done.asm["cubin"]),
     }
+
+
+def merged_of_a_test(name: str) -> tuple[list[bytes], list[bytes]]:
+    """Results of a method of test_kernel_table.py by Triton's kernels, and by torch."""
+    import test_kernel_table
+
+    import outliermerge
+    from outliermerge.engines import triton_kernels
+
+    METHODS[name] = test_kernel_table.ALL[name]
+    if name == "triton_only":
+        triton_kernels.triton_only = triton_kernels.weighted_sum
+        gpu_engine.KERNELS[name] = (0, 1)
+    generator = torch.Generator().manual_seed(1)
+    tensors = [
+        [torch.randn(shape, generator=generator).bfloat16() for _ in range(3)]
+        for shape in [(1,), (0, 3), (3, 5, 7), (65_537,)]
+    ]
+    expected = [
+        outliermerge.merge_tensors(models, base=base, method=name) for base, *models in tensors
+    ]
+    return merged(name, tensors, torch.bfloat16), [bytes_of(tensor) for tensor in expected]

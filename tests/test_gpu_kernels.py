@@ -175,7 +175,7 @@ def test_kernels_compile_to_wide_accesses_without_contraction(
     assert compiled("combine_moments", capability, M=2)["cubin"] > 0
     for kernel in KERNELS:
         made = compiled(kernel, capability, M=2, BASE="b", MODEL="b", OUT="b", ALIGN=8)
-        merges = kernel in gpu_engine._MERGES
+        merges = kernel in gpu_engine.KERNELS
         assert made["wide_loads"] == 6, kernel  # of 16 elements a thread, of three sources
         assert made["wide_stores"] == 2 * merges, kernel
         assert made["contractions"] == made["flushes"] == 0, kernel

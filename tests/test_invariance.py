@@ -138,7 +138,7 @@ def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     budgets = ROW_BUDGETS if by_row else TENSOR_BUDGETS if whole else BUDGETS
     for threads, memory in budgets:
         num_bytes = int(memory[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[memory[-2:]]
-        options = Options(device="cpu", threads=threads, memory_bytes=num_bytes, kernels=False)
+        options = Options(device="cpu", threads=threads, memory_bytes=num_bytes)
         block = planned.block_elements(wide, options)
         blocks.add(block)
         output = tmp_path / f"{threads}-{memory}"

@@ -22,7 +22,7 @@ import outliermerge
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.execution.rounds import Round, Steps, run_all
-from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.averaging import weighted_sum
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.output.folder import OutputFolder
 
@@ -45,7 +45,7 @@ def stored(tmp_path):
 
 
 SCRATCH = bytearray(1 << 24)
-SUM = KernelCall(kernel="weighted_sum", weights=[0.5, 0.25]).arguments()
+SUM = weighted_sum([0.5, 0.25]).arguments()
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -81,7 +81,7 @@ def test_whole_pages_are_written_through_the_descriptor_for_them(num_bytes, posi
     data = np.random.default_rng(0).bytes(num_bytes)
     paths = [tmp_path / "some", tmp_path / "pages"]
     files = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
-    copy = KernelCall(kernel="weighted_sum", weights=[1.0]).arguments()
+    copy = weighted_sum([1.0]).arguments()
     source = torch.frombuffer(bytearray(data), dtype=torch.uint8) % 64  # no NaN
     data = source.numpy().tobytes()
     block = (b"b", (data,), num_bytes // 2, False)
@@ -157,6 +157,7 @@ def test_a_full_disk_is_an_error(stored):
 
 
 TWO = (b"ff", (bytes(8), bytes(8)), 2, True)
+TIES = bytes(8), bytes(12)  # scalars, and vectors of one model
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -173,10 +174,11 @@ TWO = (b"ff", (bytes(8), bytes(8)), 2, True)
         ("histogram", (TWO, (0,), 17, (bytearray(16),)), "no such window"),
         ("histogram", (TWO, (0,), 0, (bytearray(15),)), "no such window"),
         ("histogram", (TWO, (0x7FFFFFFF,), 0, (bytearray(24),)), "no such window"),
-        ("merge", (TWO, (("none", (0, 0, 0), bytes(12), "f", bytearray(8)),)), "no such method"),
-        ("merge", (TWO, (("ties", (0, 0, 0), bytes(8), "f", bytearray(8)),)), "no such method"),
-        ("merge", (TWO, (("ties", (0, 0, 0), bytes(12), "d", bytearray(8)),)), "an unknown dtype"),
-        ("merge", (TWO, (("ties", (0, 0, 0), bytes(12), "f", bytearray(7)),)), "too short"),
+        ("merge", (TWO, (("none", *TIES, "f", bytearray(8)),)), "no method is called none"),
+        ("merge", (TWO, (("ties", bytes(4), TIES[1], "f", bytearray(8)),)), "takes 2 scalars"),
+        ("merge", (TWO, (("ties", TIES[0], bytes(8), "f", bytearray(8)),)), "3 vectors of 1"),
+        ("merge", (TWO, (("ties", *TIES, "d", bytearray(8)),)), "an unknown dtype"),
+        ("merge", (TWO, (("ties", *TIES, "f", bytearray(7)),)), "too short"),
         ("copy", ("f", bytes(8), 2, bytearray(7)), "too short"),
         ("all_finite", ("f", bytes(8), 3), "too short"),
         ("all_finite", ("x", bytes(8), 1), "unknown dtype"),

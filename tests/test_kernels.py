@@ -17,6 +17,7 @@ from torch import Tensor
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines import _kernels
 from outliermerge.engines.torch import keywords, merge_block
+from outliermerge.methods.averaging import weighted_sum
 from outliermerge.methods.kernel_call import CODES, KernelCall
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
@@ -211,10 +212,10 @@ def test_several_merges_of_a_block_are_what_each_is_alone(module):
     sources = draw("bfe", CHUNK_ELEMENTS + 1500)
     block = block_of("bfe", sources, is_delta=True)
     calls = [
-        KernelCall(kernel="ties", weights=[0.3, 0.6], dropped=[0.01, 0.02], scaled=[0.4, 0.7]),
-        KernelCall(kernel="min_sigma", weights=[1, -2], lambda_=0.5, threshold=0.03),
-        KernelCall(kernel="min_sigma", weights=[1, 1], threshold=math.inf),
-        KernelCall(kernel="weighted_sum", weights=[0, 0]),
+        KernelCall("ties", (1.0, 0.0), ([0.3, 0.6], [0.01, 0.02], [0.4, 0.7])),
+        KernelCall("min_sigma", (0.03, 0.5), ([1, -2],)),
+        KernelCall("min_sigma", (math.inf, 1.0), ([1, 1],)),
+        weighted_sum([0, 0]),
     ]
     outs = [torch.empty(block[2], dtype=dtype_of(code)) for code in "befb"]
     variants = [
@@ -246,7 +247,7 @@ def test_ties_keeps_what_is_at_the_threshold_and_trims_the_next_float_below(thre
 
 
 def converted(module: Any, code: str, tensor: Tensor, out_code: str) -> tuple[Tensor, bool]:
-    call = KernelCall(kernel="weighted_sum", weights=[1.0])
+    call = weighted_sum([1.0])
     block = block_of(code, [tensor], is_delta=False)
     out, (is_finite, _, _), _ = merged_by(module, call, block, out_code)
     return out, is_finite
@@ -471,7 +472,7 @@ def test_digests_are_those_of_xxhash(module):
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_a_merge_digests_what_it_reads_and_writes(module):
     sources = draw("fbe", CHUNK_ELEMENTS + 121)
-    call = KernelCall(kernel="weighted_sum", weights=[0.5, 0.5])
+    call = weighted_sum([0.5, 0.5])
     out, (_, _, written), read = merged_by(
         module, call, block_of("fbe", sources, is_delta=True), "b"
     )

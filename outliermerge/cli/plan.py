@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
                 "output": named,
                 "threads": chosen.threads,
                 "device": chosen.device,
-                "kernels": chosen.kernels,
+                "kernels": bool(chosen.kernels),
                 "peak_memory_bytes": peak,
                 "free_disk_bytes": free,
             }

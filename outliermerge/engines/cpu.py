@@ -1,15 +1,17 @@
-"""Blocks computed by the fused CPU kernels, without torch."""
+"""Blocks computed by the fused CPU kernels; what these cannot measure, by torch."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.sources import DType
+from outliermerge.engines.torch import TorchEngine
 from outliermerge.methods.kernel_call import CODES, KernelCall, Place
-from outliermerge.methods.statistics.base import Pass
+from outliermerge.methods.statistics.base import Pass, raw_pass
 from outliermerge.methods.task import Task
 from outliermerge.storage.machine import PAGE_BYTES, whole_pages
 
@@ -17,11 +19,18 @@ T = TypeVar("T")
 
 
 class KernelEngine:
-    """The kernels on whole pages of memory, which each thread uses again and again."""
+    """The kernels on whole pages of memory, which each thread uses again and again.
+
+    What a method needs to know and kernels cannot measure, torch measures.
+    """
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
         self._own = _Buffers()
+
+    @cached_property
+    def _torch(self) -> TorchEngine:
+        return TorchEngine(["cpu"])
 
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
         """Return bytes that this thread uses again for the slot."""
@@ -37,11 +46,20 @@ class KernelEngine:
         return call, call.arguments()
 
     def measure(
-        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Place], num_elements: int
+        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[memoryview], num_elements: int
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
         block = _block(task, sources, num_elements)
-        return {name: state.measure_raw(self._kernels, block) for name, state in passes.items()}
+        raw = {name: raw_pass(state, self._kernels) for name, state in passes.items()}
+        shares = {
+            name: state.measure_raw(self._kernels, block)
+            for name, state in raw.items()
+            if state is not None
+        }
+        others = {name: state for name, state in passes.items() if raw[name] is None}
+        if others:
+            shares |= self._torch.measure(task, others, sources, num_elements)
+        return shares
 
     def measure_places(
         self,
@@ -53,20 +71,45 @@ class KernelEngine:
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass, each of which reads it.
 
+        Where torch measures one of them, what all measure is read to memory once.
+
         Args:
-            on_digests: called after each pass with the digests of each source's pieces.
+            on_digests: called after each reading with the digests of each source's pieces.
 
         Raises:
             OSError, EOFError: a file cannot be read.
         """
+        raw = {name: raw_pass(state, self._kernels) for name, state in passes.items()}
+        if None in raw.values():
+            raws, read = self._read(task, places, num_elements)
+            on_digests(read)
+            return self.measure(task, passes, raws, num_elements)
         shares = {}
         length = -(-num_elements // PIECE_ELEMENTS) * DIGEST_BYTES
-        for name, state in passes.items():
+        for name, state in raw.items():
+            assert state is not None
             digests = bytearray(len(places) * length)
             block = (*_block(task, places, num_elements), digests)
             shares[name] = state.measure_raw(self._kernels, block)
             on_digests([bytes(digests[at : at + length]) for at in range(0, len(digests), length)])
         return shares
+
+    def _read(
+        self, task: Task, places: Sequence[Place], num_elements: int
+    ) -> tuple[list[memoryview], list[bytes]]:
+        """Read sources to memory; return them, and the digests of each one's pieces."""
+        raws, read = [], []
+        for row, (dtype, place) in enumerate(zip(task.dtypes, places, strict=True)):
+            raw = self.buffer(row, dtype.num_bytes * num_elements)
+            try:
+                _, digests = self._kernels.copy(CODES[dtype.name], place, num_elements, raw)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, row) from error
+            except EOFError as error:
+                raise EOFError(error.args[0], row) from error
+            raws.append(raw)
+            read.append(digests)
+        return raws, read
 
     def merge(
         self,
@@ -141,7 +184,7 @@ class KernelEngine:
     def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
         """Fill out with the values in another dtype; tell whether it holds them."""
         block = (CODES[dtype.name].encode(), (raw,), len(raw) // dtype.num_bytes, False)
-        call = KernelCall(kernel="weighted_sum", weights=[1.0])
+        call = KernelCall("weighted_sum", vectors=([1.0],))
         variant = (*call.arguments(), CODES[out_dtype.name], out)
         _, ((fits, _, _),) = self._kernels.merge(block, (variant,))
         return bool(fits)

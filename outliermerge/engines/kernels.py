@@ -24,3 +24,14 @@ def find_kernels() -> Any | None:
         except ImportError:
             continue
     return found
+
+
+def names() -> frozenset[str]:
+    """Return the names of the methods that kernels compute; none where they are not compiled."""
+    kernels = find_kernels()
+    return frozenset(name for name, _, _ in kernels.methods()) if kernels else frozenset()
+
+
+def statistics() -> frozenset[str]:
+    """Return the names of the functions that measure statistics, among others."""
+    return frozenset(dir(find_kernels())) if find_kernels() else frozenset()

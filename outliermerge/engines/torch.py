@@ -58,7 +58,7 @@ class TorchEngine:
         """Return a block's share in each statistic's pass."""
         with self._own.stream():
             block_SE = self._load(task, sources, num_elements)
-            return measure_block(task, passes, block_SE)
+            return measure_block(task, block_SE, passes)
 
     def merge(
         self,
@@ -131,7 +131,7 @@ class TensorEngine:
         self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Tensor], num_elements: int
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
-        return measure_block(task, passes, self._load(task, sources, num_elements))
+        return measure_block(task, self._load(task, sources, num_elements), passes)
 
     def merge(
         self,
@@ -186,10 +186,17 @@ def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[s
     }
 
 
-def measure_block(task: Task, passes: Mapping[T, Pass], block_SE: Tensor) -> dict[T, Any]:
-    """Return a block's share in each statistic's pass; the block is overwritten."""
+def measure_block(task: Task, block_SE: Tensor, passes: Mapping[T, Pass]) -> dict[T, Any]:
+    """Return a block's share in each statistic's pass.
+
+    Args:
+        block_SE: the sources; overwritten.
+    """
     block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-    return {name: state.measure(block_ME) for name, state in passes.items()}
+    return {
+        name: state.measure(block_SE if getattr(state, "with_base", False) else block_ME)
+        for name, state in passes.items()
+    }
 
 
 def merge_block(

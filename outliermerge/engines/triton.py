@@ -11,6 +11,7 @@ models), P pieces.
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,8 +19,14 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.engines.torch import measure_block
 from outliermerge.methods.kernel_call import CODES, KernelCall
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation, Statistic
+from outliermerge.methods.statistics.base import (
+    CHUNK_ELEMENTS,
+    StandardDeviation,
+    Statistic,
+    is_measured_by,
+)
 from outliermerge.methods.task import Task
 
 if TYPE_CHECKING:
@@ -28,8 +35,12 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _BATCH_ELEMENTS = 1 << 32  # 17 MB of a model's moments
+_BLOCK_CHUNKS = 64  # that torch measures at a time
 _LEFT_OUT = 0x7FFFFFFF
 _MOST_MODELS = 16  # kernels are compiled for a number of models; more do not fit in registers
+
+KERNELS = {"min_sigma": (2, 1), "ties": (2, 3), "weighted_sum": (0, 1)}
+"""The merges that `triton_kernels` has, and how many scalars and vectors (M,) they take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +68,7 @@ def fits_gpu(merge: TensorMerge) -> bool:
     models = merge.task.dtypes[merge.task.is_delta :]
     return (
         device.type == "cuda"
-        and merge.task.fits_kernels
+        and merge.task.fits_kernels(KERNELS)
         and len(set(models)) == 1
         and len(models) <= _MOST_MODELS
         and all(source.device == device and source.is_contiguous() for source in merge.sources)
@@ -97,7 +108,8 @@ def merge_on_gpu(merges: Sequence[TensorMerge]) -> None:
             needs = [dict[str, list[Any]]() for _ in batch.merges]
             method = batch.merges[0].task.method
             for name, need in method.needs.items():
-                measure = _deviations if isinstance(need, StandardDeviation) else _measured
+                measure = _measured if is_measured_by(need, vars(_Measures).keys()) else _by_torch
+                measure = _deviations if isinstance(need, StandardDeviation) else measure
                 for own, value in zip(needs, measure(batch, need), strict=True):
                     own[name] = value
             assert method.kernel is not None
@@ -220,7 +232,7 @@ class _Batch:
     def launch(self, kernel: str, arguments: tuple[Any, ...], *, grid: tuple[int, ...]) -> None:
         """Launch a kernel with the addresses, what else it takes, and the batch's dtypes."""
         task, kernels = self.task, _kernels()
-        out = {"OUT": CODES[task.out_dtype.name]} if kernel in _MERGES else {}
+        out = {"OUT": CODES[task.out_dtype.name]} if kernel in KERNELS else {}
         getattr(kernels, kernel)[grid](
             self.addresses,
             *arguments,
@@ -255,21 +267,13 @@ class _Batch:
         """Fill the results, each as its call says."""
         import numpy
 
-        values = [
-            [
-                *(call.threshold, call.lambda_, call.normalize, *call.weights),
-                *(call.dropped or [0.0] * len(call.weights)),
-                *(call.scaled or [0.0] * len(call.weights)),
-            ]
-            for call in calls
-        ]
+        for call in calls:
+            assert KERNELS[call.name] == (len(call.scalars), len(call.vectors)), call.name
+        values = [[*call.scalars, *itertools.chain(*call.vectors)] for call in calls]
         with numpy.errstate(over="ignore"):  # to infinity, as on the CPU
             parameters = self.upload(numpy.array(values).astype(numpy.float32), "float32")
         grid = (self.num_parts(self.pieces),)
-        self.launch(calls[0].kernel, (self.pieces, parameters), grid=grid)
-
-
-_MERGES = ("weighted_sum", "min_sigma", "ties")
+        self.launch(calls[0].name, (self.pieces, parameters), grid=grid)
 
 
 def _parts_of_a_piece() -> int:
@@ -295,6 +299,24 @@ def _measured(batch: _Batch, need: Statistic) -> Iterator[list[Any]]:
         while not isinstance(state, list):
             pieces = own.pieces if state.chunks is None else own.pieces[list(state.chunks)]
             state.add(state.measure_raw(_Measures, (own, pieces)))
+            state = state.finish()
+        yield state
+
+
+def _by_torch(batch: _Batch, need: Statistic) -> Iterator[list[Any]]:
+    """Measure a statistic that there are no kernels for, tensor by tensor."""
+    import torch
+
+    for merge in batch.merges:
+        task, flat = merge.task, [source.reshape(-1) for source in merge.sources]
+        state: Any = need.start(task.num_models, merge.num_elements, task.parameters)
+        while not isinstance(state, list):
+            step, starts = _BLOCK_CHUNKS * CHUNK_ELEMENTS, state.chunks
+            if starts is not None:
+                step, starts = CHUNK_ELEMENTS, [i * CHUNK_ELEMENTS for i in starts]
+            for start in range(0, merge.num_elements, step) if starts is None else starts:
+                block_SE = torch.stack([source[start : start + step].float() for source in flat])
+                state.add(measure_block(task, block_SE, {need: state})[need])
             state = state.finish()
         yield state
 

@@ -206,11 +206,11 @@ def weighted_sum(
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add up models, each times its weight. `parameters` as `min_sigma` takes them."""
+    """Add up models, each times its weight; `parameters` are the weights, float32 (T, M)."""
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
-    own = parameters + tensor * (3 * M + 3) + 3
+    own = parameters + tensor * M
     base = load_base(addresses, row, offsets, mask, BASE, ALIGN)
     merged = tl.zeros((BLOCK,), tl.float32)
     for model in tl.static_range(M):
@@ -228,13 +228,12 @@ def min_sigma(
     """Merge by the min-σ rule.
 
     Args:
-        parameters: float32 (T, 3 + 3M): threshold, λ, whether to normalize; then weights, the
-            largest magnitudes that are dropped, and scaled weights of models.
+        parameters: float32 (T, 2 + M): threshold, λ; then weights of models.
     """
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
-    own = parameters + tensor * (3 * M + 3)
+    own = parameters + tensor * (M + 2)
     threshold = tl.load(own)
     base = load_base(addresses, row, offsets, mask, BASE, ALIGN)
     merged = tl.zeros((BLOCK,), tl.float32)
@@ -245,7 +244,7 @@ def min_sigma(
         else:
             shared = tl.div_rn(delta, tl.full((BLOCK,), M, tl.float32))
         kept = tl.where(tl.abs(delta) <= threshold, shared, delta)  # NaN is kept
-        merged += kept * tl.load(own + 3 + model)
+        merged += kept * tl.load(own + 2 + model)
     merged *= tl.load(own + 1)
     store(addresses, row + has_base + M, offsets, merged + base, mask, OUT, ALIGN)
 
@@ -257,8 +256,8 @@ def trimmed(
 ):  # fmt: skip
     """Return a model's trimmed task vector times its scaled weight."""
     delta = load(addresses, row, offsets, mask, MODEL, ALIGN) - base
-    kept = tl.where(tl.abs(delta) <= tl.load(own + 3 + M + model), 0.0, delta)
-    return kept * tl.load(own + 3 + 2 * M + model)
+    kept = tl.where(tl.abs(delta) <= tl.load(own + 2 + M + model), 0.0, delta)
+    return kept * tl.load(own + 2 + 2 * M + model)
 
 
 @jit
@@ -267,11 +266,16 @@ def ties(
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Trim, elect a sign, and merge what agrees. `parameters` as `min_sigma` takes them."""
+    """Trim, elect a sign, and merge what agrees.
+
+    Args:
+        parameters: float32 (T, 2 + 3M): λ, whether to normalize; then weights, the largest
+            magnitudes that are dropped, and scaled weights of models.
+    """
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
-    own = parameters + tensor * (3 * M + 3)
+    own = parameters + tensor * (3 * M + 2)
     base = load_base(addresses, row, offsets, mask, BASE, ALIGN)
     votes = tl.zeros((BLOCK,), tl.float32)
     for model in tl.static_range(M):
@@ -284,11 +288,11 @@ def ties(
         change = trimmed(addresses, at, offsets, mask, base, own, model, M, MODEL, ALIGN)
         agreeing = tl.where(votes < 0, -change, change)
         merged += tl.where(agreeing <= 0, 0.0, agreeing)
-        divisor += tl.where(agreeing > 0, tl.load(own + 3 + model), 0.0)
+        divisor += tl.where(agreeing > 0, tl.load(own + 2 + model), 0.0)
     merged = tl.where(votes < 0, -merged, merged)
-    divisor = tl.where(tl.load(own + 2) != 0, divisor, 1.0)
+    divisor = tl.where(tl.load(own + 1) != 0, divisor, 1.0)
     merged = tl.div_rn(merged, tl.where(divisor == 0, 1.0, divisor))
-    merged *= tl.load(own + 1)
+    merged *= tl.load(own)
     store(addresses, row + has_base + M, offsets, merged + base, mask, OUT, ALIGN)
 
 

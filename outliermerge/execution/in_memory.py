@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.engines.cpu import KernelEngine
+from outliermerge.engines.kernels import names
 from outliermerge.engines.torch import TensorEngine
 from outliermerge.execution.passes import NeedKey, Span, spans
 from outliermerge.execution.pipeline import merge_tensor
@@ -24,7 +25,7 @@ def merge_in_memory(
     task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
 ) -> Steps[None]:
     """Fill a tensor with the merge of sources, in steps that threads share."""
-    feed = MemoryFeed(task, sources, result, kernels if task.fits_kernels else None)
+    feed = MemoryFeed(task, sources, result, kernels if task.fits_kernels(names()) else None)
     yield from merge_tensor([task], feed, feed.engine)
 
 

@@ -121,7 +121,7 @@ class _Feed:
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return a span's share in each of some passes."""
-        return measure_block(self._merged.task, passes, self._load(span))
+        return measure_block(self._merged.task, self._load(span), passes)
 
     def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
         """Return the bytes of a span."""

@@ -14,7 +14,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.engines.kernels import find_kernels
+from outliermerge.engines.kernels import find_kernels, names, statistics
 from outliermerge.engines.torch import TorchEngine
 from outliermerge.errors import SpecError
 from outliermerge.execution.cuts import Sink
@@ -65,7 +65,8 @@ def choose_options(
         device=choose_device(device),
         threads=num_threads(threads),
         memory_bytes=parse_bytes(str(memory), option="--memory"),
-        kernels=kernels and find_kernels() is not None,
+        kernels=names() if kernels else frozenset(),
+        statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
     )
 
@@ -107,7 +108,7 @@ def execute(
             is not finite. Jobs already reported stay valid.
     """
     checks = [(target.plan, job) for target in targets for job in target.plan.checks]
-    groups = groups_of(targets)
+    groups = groups_of(targets, options)
     upcoming = {id(group): after for group, after in pairwise(groups)}
     forgets = exceeds_memory(targets[0].plan.num_read_bytes)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
@@ -119,7 +120,7 @@ def execute(
         if any(options.uses_kernels(job) for job in all_jobs):
             kernels = KernelEngine(find_kernels())
         if any(
-            not options.uses_kernels(job) or reads_by_torch(source for _, source in job.sources)
+            options.uses_torch(job) or reads_by_torch(source for _, source in job.sources)
             for job in all_jobs
         ):
             prepare = stack.enter_context(torch_threads())
@@ -161,13 +162,14 @@ def execute(
         run_all(map(run_group, others), threads=options.threads, prepare=prepare)
 
 
-def groups_of(targets: Sequence[Target]) -> list[list[tuple[Target, Job]]]:
+def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:
     """Bring together the jobs that read the same sources in the same way."""
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
             method = job.task.method
-            how = (job.action, job.compute_dtype, method.uses_base, job.task.cut, job.fits_kernels)
+            by = options.uses_kernels(job), options.uses_torch(job)
+            how = (job.action, job.compute_dtype, method.uses_base, job.task.cut, by)
             key = (job.sources, job.auxiliary, how)
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
     return list(groups.values())

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import KernelCall, to_float32
+from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
 from outliermerge.methods.parameter import PerModel
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ def _has_a_mean(parameters: Mapping[str, Any]) -> None:
 
 def _mean_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     weights = parameters["weight"]
-    return KernelCall(
-        kernel="weighted_sum",
-        weights=normalized(weights) if parameters["normalize"] else weights,
-    )
+    return weighted_sum(normalized(weights) if parameters["normalize"] else weights)
+
+
+def weighted_sum(weights: Sequence[float]) -> KernelCall:
+    """Return the call that adds up models, each times its weight."""
+    return KernelCall("weighted_sum", vectors=(weights,))
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -58,7 +60,7 @@ def sum_of(weights: Sequence[float]) -> float:
     idempotent=_is_mean,
     check=_has_a_mean,
     paper="arXiv 2203.05482",
-    kernel=_mean_kernel,
+    kernel=Kernel("weighted_sum", _mean_kernel),
 )
 def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True) -> Tensor:
     """Weighted sum of the models' weights; the mean by default (model soup).
@@ -80,9 +82,7 @@ def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True
     space="weight",
     idempotent=lambda parameters: bool(parameters["scale"] == 1),
     max_models=1,
-    kernel=lambda parameters, needs: KernelCall(
-        kernel="weighted_sum", weights=[parameters["scale"]]
-    ),
+    kernel=Kernel("weighted_sum", lambda parameters, needs: weighted_sum([parameters["scale"]])),
 )
 def passthrough(weights_ME: Tensor, *, scale: float = 1.0) -> Tensor:
     """One model's weights as they are, times `scale`.

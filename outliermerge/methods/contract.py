@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from outliermerge.errors import SpecError, suggest
-from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.kernel_call import Kernel
 from outliermerge.methods.parameter import Parameter, declared
 from outliermerge.methods.statistics.base import Statistic
 
@@ -45,8 +45,7 @@ class MergeMethod:
         check: raises ValueError for resolved parameters that do not go together.
         min_models, max_models: how many models it takes.
         paper: where it is from.
-        kernel: returns the call of a fused CPU kernel that computes the same, for resolved
-            parameters and measured needs; None where there is no such kernel.
+        kernel: a fused kernel that computes the same, on backends that have it, or None.
     """
 
     name: str
@@ -63,7 +62,7 @@ class MergeMethod:
     min_models: int
     max_models: int | None
     paper: str
-    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None
+    kernel: Kernel | None
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
         return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
@@ -164,7 +163,7 @@ def merge_method(
     min_models: int = 1,
     max_models: int | None = None,
     paper: str = "",
-    kernel: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall] | None = None,
+    kernel: Kernel | None = None,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method of a function on blocks.
 
@@ -184,7 +183,7 @@ def merge_method(
         min_models: the fewest models it takes.
         max_models: the most models it takes, or None.
         paper: where it is from.
-        kernel: returns the call of a fused CPU kernel that computes the same.
+        kernel: a fused kernel that computes the same; torch computes where there is none.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -208,6 +207,9 @@ def merge_method(
                     raise TypeError(
                         f"{function.__name__}: the {kind} {name!r} is not a keyword of it"
                     )
+        for name, need in (needs or {}).items():
+            if space == "weight" and getattr(need, "with_base", False):
+                raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
         if space == "merged" and (needs or auxiliary):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
         others = {name for wanted in given.values() for name in wanted} | {"context"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -23,35 +23,49 @@ RawBlock: TypeAlias = (
 source is a base that the others are taken less; and where digests of each source's pieces go."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KernelCall:
-    """A method as a kernel computes it, for one tensor; values are rounded to float32.
+    """What a kernel is called with for one tensor; numbers are rounded to float32.
 
     Attributes:
-        kernel: `weighted_sum`, `min_sigma` or `ties`.
-        weights: of the models.
-        dropped: for ties, the largest magnitude that is trimmed of each model.
-        scaled: for ties, weights times what brings back the L1 norm.
+        name: of the kernel, in the tables of backends.
+        scalars: what it takes once.
+        vectors: what it takes for each model, (K, M).
         report: values of the whole tensor for the manifest.
         counts: the name under which the kernel's counts are reported; empty where it has none.
     """
 
-    kernel: str
-    weights: Sequence[float]
-    lambda_: float = 1.0
-    threshold: float = 0.0
-    normalize: bool = False
-    dropped: Sequence[float] = ()
-    scaled: Sequence[float] = ()
+    name: str
+    scalars: tuple[float, ...] = ()
+    vectors: tuple[Sequence[float], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     counts: str = ""
 
-    def arguments(self) -> tuple[str, tuple[float, float, bool], bytes]:
-        """Return the kernel's name and parameters as it takes them."""
-        none = [0.0] * len(self.weights)
-        values = [*self.weights, *(self.dropped or none), *(self.scaled or none)]
-        packed = struct.pack(f"{len(values)}f", *map(to_float32, values))
-        return self.kernel, (self.threshold, self.lambda_, self.normalize), packed
+    def arguments(self) -> tuple[str, bytes, bytes]:
+        """Return the kernel's name, scalars and vectors as the CPU's takes them."""
+        return self.name, _packed(self.scalars), b"".join(map(_packed, self.vectors))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A fused kernel that computes what a method does, wherever a backend has one of its name.
+
+    Attributes:
+        name: in the tables of backends; where one does not have it, torch computes.
+        function: returns the call for resolved parameters and measured needs.
+    """
+
+    name: str
+    function: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall]
+
+    def __call__(self, parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+        call = self.function(parameters, needs)
+        assert call.name == self.name, f"{call.name} is called where {self.name} is declared"
+        return call
+
+
+def _packed(numbers: Sequence[float]) -> bytes:
+    return struct.pack(f"{len(numbers)}f", *map(to_float32, numbers))
 
 
 def to_float32(value: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import KernelCall
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.statistics.base import StandardDeviation
 
@@ -24,16 +24,15 @@ def _is_one_whole_model(parameters: Mapping[str, Any]) -> bool:
     return bool(parameters["weight"] == (1.0,) and parameters["lambda"] == 1)
 
 
-def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+def _call(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     sigmas = needs["sigma"]
     undefined = any(math.isnan(sigma) for sigma in sigmas)
     threshold = math.inf if undefined else parameters["t"] * min(sigmas)
     threshold = math.inf if math.isnan(threshold) else threshold
     return KernelCall(
-        kernel="min_sigma",
-        weights=parameters["weight"],
-        lambda_=parameters["lambda"],
-        threshold=threshold,
+        "min_sigma",
+        scalars=(threshold, parameters["lambda"]),
+        vectors=(parameters["weight"],),
         report={"threshold": threshold},
         counts="outliers",
     )
@@ -44,7 +43,7 @@ def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCa
     needs={"sigma": StandardDeviation()},
     idempotent=_is_one_whole_model,
     paper="arXiv 2501.10661, Algorithm 2",
-    kernel=_kernel,
+    kernel=Kernel("min_sigma", _call),
 )
 def min_sigma(
     deltas_ME: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +51,13 @@ class Task:
     def num_models(self) -> int:
         return len(self.dtypes) - self.is_delta
 
-    @property
-    def fits_kernels(self) -> bool:
-        """Whether the CPU kernels compute it: its method, its dtypes, its arithmetic."""
-        names = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
+    def fits_kernels(self, names: Container[str]) -> bool:
+        """Tell whether a backend with kernels of these names computes it, by its dtypes too."""
+        dtypes = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
         return (
             self.method.kernel is not None
+            and self.method.kernel.name in names
             and not self.modifiers
             and self.compute_dtype == "float32"
-            and names <= CODES.keys()
+            and dtypes <= CODES.keys()
         )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
-from outliermerge.methods.averaging import normalized, sum_of
+from outliermerge.methods.averaging import normalized, sum_of, weighted_sum
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import KernelCall, to_float32
+from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.statistics.trim import Trim
 
@@ -34,23 +34,20 @@ def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> Kern
     weights, lambda_ = parameters["weight"], to_float32(parameters["lambda"])
     if parameters["normalize"] and abs(sum_of(weights)) >= 1e-8:
         weights = normalized(weights)
-    return KernelCall(
-        kernel="weighted_sum", weights=[to_float32(weight) * lambda_ for weight in weights]
-    )
+    return weighted_sum([to_float32(weight) * lambda_ for weight in weights])
 
 
 def _ties_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     thresholds, scales = needs["trim"]
+    largest_dropped = [_next_below(to_float32(threshold)) for threshold in thresholds]
+    scaled = [
+        to_float32(weight) * to_float32(scale)
+        for weight, scale in zip(parameters["weight"], scales, strict=True)
+    ]
     return KernelCall(
-        kernel="ties",
-        weights=parameters["weight"],
-        lambda_=parameters["lambda"],
-        normalize=parameters["normalize"],
-        dropped=[_next_below(to_float32(threshold)) for threshold in thresholds],
-        scaled=[
-            to_float32(weight) * to_float32(scale)
-            for weight, scale in zip(parameters["weight"], scales, strict=True)
-        ],
+        "ties",
+        scalars=(parameters["lambda"], float(parameters["normalize"])),
+        vectors=(parameters["weight"], largest_dropped, scaled),
     )
 
 
@@ -69,7 +66,7 @@ def _next_below(threshold: float) -> float:
     space="delta",
     idempotent=_returns_equal_models,
     paper="arXiv 2212.04089",
-    kernel=_sum_kernel,
+    kernel=Kernel("weighted_sum", _sum_kernel),
 )
 def task_arithmetic(
     deltas_ME: Tensor,
@@ -102,7 +99,7 @@ def task_arithmetic(
     needs={"trim": Trim()},
     idempotent=_returns_equal_models,
     paper="arXiv 2306.01708",
-    kernel=_ties_kernel,
+    kernel=Kernel("ties", _ties_kernel),
 )
 def ties(
     deltas_ME: Tensor,

@@ -104,7 +104,7 @@ def _manifest(
             "python": platform.python_version(),
         },
         "device": options.device.partition(":")[0],
-        "kernels": options.kernels and options.device == "cpu",
+        "kernels": bool(options.kernels) and options.device == "cpu",
         "spec": plan.spec.as_dict(),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
         "files: sha256; shards: xxh3_128 of the header; "

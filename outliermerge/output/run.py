@@ -136,7 +136,7 @@ def run_plans(
             if folder.has_other_marks:
                 for name in made_of_others(plan, folder.done):
                     del folder.done[name]
-        _forget_parts(plans, folders)
+        _forget_parts(plans, folders, options)
         targets = []
         for (plan, _), folder in zip(plans, folders, strict=True):
             left = [job for job in plan.jobs if job.name not in folder.done]
@@ -206,7 +206,9 @@ def _if_unchanged(
     return record_checked
 
 
-def _forget_parts(plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder]) -> None:
+def _forget_parts(
+    plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder], options: Options
+) -> None:
     """Do tensors again that were made in one reading for several outputs, and reached only some.
 
     So the manifests say the same of what was read, wherever a sweep was killed.
@@ -216,7 +218,7 @@ def _forget_parts(plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFo
     pairs = zip(plans, folders, strict=True)
     targets = [Target(plan, plan.jobs, folder, folder.record) for (plan, _), folder in pairs]
     held = {id(target): folder for target, folder in zip(targets, folders, strict=True)}
-    for group in groups_of(targets):
+    for group in groups_of(targets, options):
         members = [(held[id(target)], job.name) for target, job in group]
         if any(name not in folder.done for folder, name in members):
             for folder, name in members:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import SpecError
 from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, is_measured_by
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.spec.check import MergeSpec
@@ -132,11 +132,10 @@ class Job:
             modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
         )
 
-    @property
-    def fits_kernels(self) -> bool:
-        """Whether the CPU kernels can do it."""
+    def fits_kernels(self, names: Container[str]) -> bool:
+        """Tell whether the CPU kernels, which know methods of these names, can do it."""
         if self.action == "merge":
-            return self.task.fits_kernels
+            return self.task.fits_kernels(names)
         source, output = self.sources[0][1].dtype, self.output.dtype
         return not source.is_float or {source.name, output.name} <= CODES.keys()
 
@@ -158,18 +157,27 @@ class Options:
         device: `cpu`, `cuda` (all GPUs) or `cuda:N`.
         threads: worker threads.
         memory_bytes: budget for blocks and intermediate results.
-        kernels: compute on the CPU by fused kernels what they know.
+        kernels: names of the fused CPU kernels; none where torch is to compute all.
+        statistics: names of the functions that measure beside them.
         allow_non_finite: go on where values are infinite or NaN, and list them.
     """
 
     device: str
     threads: int
     memory_bytes: int
-    kernels: bool = True
+    kernels: frozenset[str] = frozenset()
+    statistics: frozenset[str] = frozenset()
     allow_non_finite: bool = False
 
     def uses_kernels(self, job: Job) -> bool:
-        return self.kernels and self.device == "cpu" and job.fits_kernels
+        return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)
+
+    def uses_torch(self, job: Job) -> bool:
+        """Tell whether torch computes a job, or measures what a kernel needs to know."""
+        if job.action != "merge" or not self.uses_kernels(job):
+            return not self.uses_kernels(job)
+        needs = job.task.method.needs.values()
+        return not all(is_measured_by(need, self.statistics) for need in needs)
 
 
 @dataclass(frozen=True)
@@ -256,7 +264,7 @@ class Plan:
                 f"{method.name} needs {needed:,} on {options.threads} threads to hold one {cut} "
                 "block. Give more memory or fewer threads."
             )
-        where = "kernels" if options.uses_kernels(job) else options.device.partition(":")[0]
+        where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
         most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS
         return max(unit, min(fits, most) // unit * unit)
 
@@ -276,7 +284,7 @@ class Plan:
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
         if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
             raw += 48  # their values in 64 bits, which are compared
-        if job.action != "merge" or options.uses_kernels(job):
+        if job.action != "merge" or not options.uses_torch(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes
         rows = num_sources + len(job.auxiliary)

@@ -8,7 +8,7 @@
 #include <errno.h>
 #include <unistd.h>
 
-#include "methods.h"
+#include "rows.h"
 #include "xxh3.h"
 
 /* A piece is what has one digest, and stays in a core's second cache. Rows are a step of it in

@@ -7,7 +7,8 @@
  * OSError(errno, text, place) or EOFError(text, place): the number of the source, or the number of
  * sources and that of the output. What is interrupted or done in part is gone on with. setup.py
  * compiles this file for several generations of processors. */
-#include "distribution.h"
+#include "distribution_calls.h"
+#include "gram.h"
 #include "measure.h"
 #include "merge.h"
 
@@ -138,11 +139,13 @@ static PyMethodDef functions[] = {
     {"moments", py_moments, METH_VARARGS, moments_doc},
     {"magnitudes", py_magnitudes, METH_VARARGS, magnitudes_doc},
     {"histogram", py_histogram, METH_VARARGS, histogram_doc},
+    {"gram", py_gram, METH_VARARGS, gram_doc},
     {"tally", py_tally, METH_VARARGS, tally_doc},
     {"filtered", py_filtered, METH_VARARGS, filtered_doc},
     {"patterns", py_patterns, METH_VARARGS, patterns_doc},
     {"tally_patterns", py_tally_patterns, METH_VARARGS, tally_patterns_doc},
     {"filtered_patterns", py_filtered_patterns, METH_VARARGS, filtered_patterns_doc},
+    {"methods", py_methods, METH_NOARGS, methods_doc},
     {"merge", py_merge, METH_VARARGS, merge_doc},
     {"copy", py_copy, METH_VARARGS, copy_doc},
     {"all_finite", py_all_finite, METH_VARARGS, all_finite_doc},

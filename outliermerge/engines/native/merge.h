@@ -2,98 +2,63 @@
 #ifndef OUTLIERMERGE_MERGE_H
 #define OUTLIERMERGE_MERGE_H
 
-#include "block.h"
+#include "methods.h"
 
-/* A merge method with its parameters, and where its output goes. */
-typedef struct Variant Variant;
-typedef void (*Method)(const Block *, const Variant *, size_t start, size_t num, float *out);
-
-struct Variant {
-    Method method;
-    float threshold, lambda;
-    int normalize, is_finite;
-    float *weights; /* (M,) */
-    float *dropped; /* (M,): magnitudes up to these are trimmed */
-    float *scaled;  /* (M,): weights times what brings back the L1 norm */
-    uint64_t *num_outliers;
+/* A merge method with what it is called with, and where its output goes. */
+typedef struct {
+    const Method *method;
+    Call call;
+    float *numbers; /* its scalars and vectors */
+    int is_finite;
     Place out;
     char *stored; /* the output: where it goes, or in scratch memory on its way to a file */
     PyObject *digests;
-};
+} Variant;
 
-/* The methods: each writes a step's merged task vectors, or weights, to out. */
-
-static void weighted_sum(const Block *block, const Variant *with, size_t start, size_t num,
-                         float *out) {
-    for (size_t model = 0; model < block->num_models; model++) {
-        size_t source = source_of(block, model);
-        add_weighted(block->places[source].code, at(block, source, start), block->base,
-                     with->weights[model], model == 0, out, num);
-    }
-}
-
-static void min_sigma(const Block *block, const Variant *with, size_t start, size_t num,
-                      float *out) {
-    for (size_t model = 0; model < block->num_models; model++) {
-        size_t source = source_of(block, model);
-        with->num_outliers[model] += add_min_sigma(
-            block->places[source].code, at(block, source, start), block->base, with->threshold,
-            (float)block->num_models, with->weights[model], model == 0, out, num);
-    }
-    if (with->lambda != 1) scale_row(out, with->lambda, num);
-}
-
-static void ties(const Block *block, const Variant *with, size_t start, size_t num, float *out) {
-    float *votes = out + ROW, *divisor = out + 2 * ROW;
-    for (size_t model = 0; model < block->num_models; model++) {
-        float *row = load_model(block, model, start, num);
-        trim_row(row, votes, with->dropped[model], with->scaled[model], model == 0, num);
-    }
-    for (size_t model = 0; model < block->num_models; model++)
-        add_agreeing(block->rows + model * ROW, votes, with->weights[model], model == 0, out,
-                     divisor, num);
-    finish_ties(out, votes, divisor, with->normalize, with->lambda, num);
-}
-
-static Method find_method(const char *name) {
-    if (strcmp(name, "weighted_sum") == 0) return weighted_sum;
-    if (strcmp(name, "min_sigma") == 0) return min_sigma;
-    if (strcmp(name, "ties") == 0) return ties;
+/* Find a method by its name, and check that it is given the numbers that it takes. */
+static const Method *method_of(const char *name, size_t scalar_bytes, size_t vector_bytes,
+                               size_t num_models) {
+    const Method *method = find_method(name);
+    if (method == NULL)
+        return PyErr_Format(PyExc_ValueError, "no method is called %s", name), NULL;
+    if (scalar_bytes == method->num_scalars * sizeof(float) &&
+        vector_bytes == method->num_vectors * num_models * sizeof(float))
+        return method;
+    PyErr_Format(PyExc_ValueError, "%s takes %zu scalars and %zu vectors of %zu, as float32", name,
+                 method->num_scalars, method->num_vectors, num_models);
     return NULL;
 }
 
-/* Take (method, (threshold, lambda, normalize), parameters, code, out). */
+/* Take (method, scalars, vectors, code, out). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
-    const char *name, *packed;
-    Py_ssize_t num_packed;
+    const char *name, *scalars, *vectors;
+    Py_ssize_t scalar_bytes, vector_bytes;
     PyObject *out;
     int code;
     size_t models = block->num_models, num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     variant->is_finite = 1;
-    if (!PyArg_ParseTuple(tuple, "s(ffp)y#CO", &name, &variant->threshold, &variant->lambda,
-                          &variant->normalize, &packed, &num_packed, &code, &out))
+    if (!PyArg_ParseTuple(tuple, "sy#y#CO", &name, &scalars, &scalar_bytes, &vectors,
+                          &vector_bytes, &code, &out))
         return 0;
-    variant->method = find_method(name);
-    if (variant->method == NULL || num_packed != (Py_ssize_t)(3 * models * sizeof(float))) {
-        PyErr_SetString(PyExc_ValueError, "no such method, or not its parameters");
-        return 0;
-    }
+    variant->method = method_of(name, (size_t)scalar_bytes, (size_t)vector_bytes, models);
+    if (variant->method == NULL) return 0;
     if (!take_place(&variant->out, out, code, block->num_elements, PyBUF_WRITABLE)) return 0;
-    variant->weights = PyMem_RawMalloc(3 * models * sizeof(float));
-    variant->num_outliers = PyMem_RawCalloc(models, sizeof(uint64_t));
+    variant->numbers = PyMem_RawMalloc((size_t)(scalar_bytes + vector_bytes) + 1);
+    variant->call.counts = PyMem_RawCalloc(models, sizeof(uint64_t));
     variant->stored = variant->out.file < 0 ? variant->out.view.buf
                                             : take_room(scratch, &variant->out, block->num_elements);
     variant->digests =
         PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(num_pieces * DIGEST_BYTES));
-    if (variant->weights == NULL || variant->num_outliers == NULL || variant->stored == NULL ||
+    if (variant->numbers == NULL || variant->call.counts == NULL || variant->stored == NULL ||
         variant->digests == NULL) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         release_place(&variant->out);
         return 0;
     }
-    memcpy(variant->weights, packed, (size_t)num_packed);
-    variant->dropped = variant->weights + models;
-    variant->scaled = variant->dropped + models;
+    memcpy(variant->numbers, scalars, (size_t)scalar_bytes);
+    memcpy((char *)variant->numbers + scalar_bytes, vectors, (size_t)vector_bytes);
+    variant->call.scalars = variant->numbers;
+    variant->call.vectors = variant->numbers + variant->method->num_scalars;
     return 1;
 }
 
@@ -105,7 +70,7 @@ static void merge_piece(Block *block, Variant *variant, size_t start, size_t num
     for (size_t i = 0; i < num; i += STEP) {
         size_t step = least(STEP, num - i);
         load_base(block, i, step);
-        variant->method(block, variant, i, step, merged_row);
+        variant->method->merge(block, &variant->call, i, step, merged_row);
         variant->is_finite &=
             store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
     }
@@ -117,21 +82,19 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
     PyObject *counts = PyTuple_New((Py_ssize_t)num_models);
     for (size_t model = 0; counts != NULL && model < num_models; model++)
         PyTuple_SET_ITEM(counts, (Py_ssize_t)model,
-                         PyLong_FromUnsignedLongLong(variant->num_outliers[model]));
+                         PyLong_FromUnsignedLongLong(variant->call.counts[model]));
     return Py_BuildValue("(NNO)", PyBool_FromLong(variant->is_finite), counts, variant->digests);
 }
 
 PyDoc_STRVAR(merge_doc,
              "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
-             "Merge a block in one or several ways. A variant is (method, (threshold, lambda,\n"
-             "normalize), parameters, code, out): method is weighted_sum, min_sigma (takes\n"
-             "threshold and lambda) or ties (lambda and normalize); parameters are float32 (3, M):\n"
-             "weights, and for ties the largest magnitudes that are dropped and the scaled weights;\n"
-             "out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
+             "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out):\n"
+             "scalars and vectors are bytes of float32, as many scalars, and as many vectors of a\n"
+             "number for each model, as methods() tells; out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
              "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"
              "outputs that go to files, and two pages more for each.\n"
-             "is_finite tells of the output, and so of all sources; counts are min_sigma's\n"
-             "outliers of each model; digests are 16 bytes for each piece of 65,536 elements, of\n"
+             "is_finite tells of the output, and so of all sources; counts are what the\n"
+             "method counted of each model; digests are 16 bytes for each piece of 65,536 elements, of\n"
              "each source (S, pieces) and of each output, undefined for pieces of 240 bytes or\n"
              "fewer.");
 
@@ -180,8 +143,8 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
     }
     for (size_t i = 0; variants != NULL && i < num_variants; i++) {
         if (i < num_taken) release_place(&variants[i].out);
-        PyMem_RawFree(variants[i].weights);
-        PyMem_RawFree(variants[i].num_outliers);
+        PyMem_RawFree(variants[i].numbers);
+        PyMem_RawFree(variants[i].call.counts);
         Py_XDECREF(variants[i].digests);
     }
     PyMem_RawFree(variants);

@@ -6,8 +6,9 @@ A statistic is measured on blocks by any thread and added up in block order by o
 float64 over fixed chunks of 65,536 elements and are then added exactly (`math.fsum`), so a result
 depends on neither block size nor thread count. Blocks start at multiples of a chunk.
 
-Each is measured by torch on float32 values, or by the kernels on raw bytes. Selections agree bit
-for bit; the sums inside a chunk are taken in another order, so deviations agree to some 1e-15.
+Each is measured by torch on float32 values; where a backend has kernels for it, by these on raw
+bytes. Selections agree bit for bit; the sums inside a chunk are taken in another order, so
+deviations agree to some 1e-15.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from outliermerge.methods.kernel_call import RawBlock
 
@@ -30,7 +32,10 @@ Scope: TypeAlias = Literal["tensor", "model"]
 
 
 class Pass(Protocol):
-    """One reading of a tensor's blocks."""
+    """One reading of a tensor's blocks.
+
+    One that has `with_base` set is given the sources (S, E), the base first, in place of (M, E).
+    """
 
     @property
     def chunks(self) -> Sequence[int] | None:
@@ -39,9 +44,6 @@ class Pass(Protocol):
     def measure(self, block_ME: Tensor) -> Any:
         """Return a block's share; called by any thread."""
 
-    def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
-        """Return a block's share, computed by kernels; called by any thread."""
-
     def add(self, share: Any) -> None:
         """Take in a block's share; called in block order by one thread."""
 
@@ -49,8 +51,29 @@ class Pass(Protocol):
         """Return the next pass, or the result as (nested) lists of numbers."""
 
 
+class RawPass(Pass, Protocol):
+    """A pass that a backend's kernels can measure, too.
+
+    Attributes:
+        kernel: the function of the backend that `measure_raw` calls.
+    """
+
+    kernel: str
+
+    def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
+        """Return a block's share, computed by kernels; called by any thread."""
+
+
+def raw_pass(state: Pass, kernels: Any) -> RawPass | None:
+    """Return a pass that kernels can measure as such, else None: torch measures it."""
+    kernel = getattr(state, "kernel", None)
+    return cast(RawPass, state) if kernel and hasattr(kernels, kernel) else None
+
+
 class Statistic(Protocol):
     """A declaration of what a method needs to know of a whole tensor.
+
+    One that kernels measure also has `kernels`, the names of the functions that its passes call.
 
     Attributes:
         depends_on: the parameters of the method that it takes into account.
@@ -71,6 +94,16 @@ class Statistic(Protocol):
         """Return the first pass, or the result where none is needed."""
 
 
+def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
+    """Tell whether a backend that has these functions measures a statistic without torch.
+
+    >>> is_measured_by(StandardDeviation(), {"moments"}), is_measured_by(StandardDeviation(), set())
+    (True, False)
+    """
+    kernels = getattr(need, "kernels", ())
+    return bool(kernels) and functions >= set(kernels)
+
+
 @dataclass(frozen=True)
 class StandardDeviation:
     """Population standard deviation of each model's elements, shape (M,).
@@ -81,6 +114,7 @@ class StandardDeviation:
 
     depends_on: tuple[str, ...] = ()
     scope: Scope = "tensor"
+    kernels: ClassVar = ("moments",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 1
@@ -93,6 +127,7 @@ class StandardDeviation:
 
 class _Moments:
     chunks = None
+    kernel = "moments"
 
     def __init__(self, num_models: int) -> None:
         self._num_models = num_models

@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
@@ -40,6 +40,7 @@ class Trim:
 
     depends_on: tuple[str, ...] = ("density", "rescale")
     scope: Scope = "tensor"
+    kernels: ClassVar = ("histogram", "magnitudes")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         selects = any(0 < density < 1 for density in parameters["density"])
@@ -91,6 +92,8 @@ class _Search:
 
 class _Select:
     """Counts magnitudes by their bits, to find those of given ranks."""
+
+    kernel = "histogram"
 
     def __init__(self, search: _Search) -> None:
         import numpy
@@ -182,6 +185,7 @@ class _KeptShare:
     """L1 norms before and after trimming."""
 
     chunks = None
+    kernel = "magnitudes"
 
     def __init__(self, thresholds: list[float]) -> None:
         self._thresholds = thresholds
