@@ -10,8 +10,10 @@ import io
 import os
 import pickle
 import re
+import struct
 import sys
 import zipfile
+from bisect import bisect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import DTYPES, EXTRA_STATE, TensorMeta, refuse_lfs_pointer
 from outliermerge.checkpoint.stamps import open_file
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
+# What tensors may stand for beyond what the file has: that of a buffer that was expanded.
+_MAX_EXPANDED_BYTES = 1 << 20
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 
@@ -77,11 +81,15 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
 
 
 class _Mapped:
-    """Where in a file the memory is that torch has mapped of it, as proc(5) lists it."""
+    """Where in a file the memory is that torch has mapped of it, as proc(5) lists it.
+
+    torch asks no record how long it is: what a tensor has too much would be of the next record.
+    """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._num_bytes = os.fstat(descriptor).st_size
+        self._records = _records(path, descriptor)
         self._ranges: list[tuple[int, int, int]] = []
         for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
             addresses, _, offset, _, inode = line.split(maxsplit=5)[:5]
@@ -102,12 +110,45 @@ class _Mapped:
             (count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True)
         )
         num_bytes, address = (last + 1) * size, tensor.data_ptr()
+        if tensor.numel() * size > self._num_bytes + _MAX_EXPANDED_BYTES:
+            raise OutlierMergeError(
+                f"{self._path}: tensor {name!r} of shape {quoted(list(tensor.shape))} is of "
+                f"{num_bytes:,} bytes that stand for {tensor.numel() * size:,}, more than the "
+                "file has. Save a model whose tensors are contiguous()."
+            )
         for start, end, to_offset in self._ranges:
             if start <= address < end:
                 offset = address + to_offset
-                if offset + num_bytes <= self._num_bytes:
+                if self._is_in_one_record(offset, offset + num_bytes):
                     return Strided(offset, num_bytes, strides, tensor.is_conj(), tensor.is_neg())
+                raise OutlierMergeError(
+                    f"{self._path}: tensor {name!r} needs {num_bytes:,} bytes from byte "
+                    f"{offset:,} on, and its record in the file has fewer. Fetch it again."
+                )
         raise OutlierMergeError(f"{self._path}: tensor {name!r} is not in it as it is. {_REWRITE}")
+
+    def _is_in_one_record(self, start: int, end: int) -> bool:
+        number = bisect(self._records, (start, self._num_bytes + 1)) - 1
+        return number >= 0 and end <= self._records[number][1]
+
+
+def _records(path: Path, descriptor: int) -> list[tuple[int, int]]:
+    """Return where in an archive the bytes of its records start and end, sorted."""
+    found = []
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                file.seek(record.header_offset)
+                header = file.read(30)  # the lengths of name and extra field, which may differ here
+                start = record.header_offset + 30 + sum(struct.unpack("<26xHH", header))
+                found.append((start, start + record.file_size))
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {_first_line(error)}") from error
+    except (zipfile.BadZipFile, struct.error, ValueError) as error:
+        raise OutlierMergeError(
+            f"{path}: broken or truncated: {_first_line(error)}. Fetch it again."
+        ) from error
+    return sorted(found)
 
 
 def _metas(path: Path, state: dict[str, Tensor], mapped: _Mapped) -> list[TensorMeta]:
@@ -253,6 +294,9 @@ def _check_archive(path: Path, descriptor: int) -> None:
             records = archive.infolist()
             orders = [r for r in records if r.filename.endswith("/byteorder") and r.file_size < 9]
             is_swapped = any(archive.read(r) != sys.byteorder.encode() for r in orders)
+    names = {record.filename for record in records}
+    if len(names) < len(records):
+        raise OutlierMergeError(f"{path}: has two records of one name. Fetch it again.")
     if any(record.filename.endswith("/constants.pkl") for record in records):
         raise OutlierMergeError(
             f"{path}: a TorchScript program, which is code: refused. "
