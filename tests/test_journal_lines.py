@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import xxhash
+from hostile.cases import LINEAR, pair
 
 import outliermerge
 from outliermerge import runs
 from outliermerge.errors import OutlierMergeError
-from tests.hostile.cases import LINEAR, pair
 
 ODD = [None, 1, -1, 1.5, "x", "\ud800", [], [1], {}, {"a": 1}, True]
 RESULT = ["tensor", "action", "checksum", "read", "read_bytes", "statistics", "non_finite"]

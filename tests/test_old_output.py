@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hostile.cases import LINEAR, pair
 
 import outliermerge
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output import naming, ownership, system
-from tests.hostile.cases import LINEAR, pair
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hostile.cases import pair
 
 from outliermerge.streams import guard_streams
-from tests.hostile.cases import pair
 
 RUN = ["run", "spec.yaml", "--output", "out", "--no-load-check"]
 COMMANDS = {"run": RUN, "plan": ["plan", "spec.yaml"], "methods": ["methods"], "help": ["--help"]}
