@@ -79,3 +79,23 @@ def test_views_of_one_record_and_small_expanded_buffers_are_read(tmp_path):
     )
     metas, _ = read_pickle(path)
     assert [meta.shape for meta in metas] == [(2,), (2,), (1000,), (0,), (10,)]
+
+
+def test_a_long_name_of_what_is_called_and_a_large_pickle_are_refused(tmp_path):
+    path = _saved(tmp_path / "m.bin", a=torch.ones(5))
+    for data, what in (
+        (b"c" + b"o" * 10**6 + b"\nx\n.", "calls ooo"),
+        (bytes(4 << 20), "pickle has"),
+    ):
+
+        def put(name: str, old: bytes, data: bytes = data) -> Iterator[bytes]:
+            yield data if name == "data.pkl" else old
+
+        with pytest.raises(OutlierMergeError, match=what):
+            read_pickle(_rewritten(path, put))
+
+
+def test_the_pickle_of_ten_thousand_tensors_is_read(tmp_path):
+    names = (f"model.layers.{number}.mlp.experts.7.down_proj.weight" for number in range(10_000))
+    path = _saved(tmp_path / "m.bin", **{name: torch.ones(1) for name in names})
+    assert len(read_pickle(path)[0]) == 10_000

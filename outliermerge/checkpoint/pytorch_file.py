@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import re
 import struct
 import sys
 import zipfile
 from bisect import bisect
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +23,17 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.files import check_file
 from outliermerge.checkpoint.meta import DTYPES, EXTRA_STATE, TensorMeta, refuse_lfs_pointer
 from outliermerge.checkpoint.stamps import open_file
-from outliermerge.errors import OutlierMergeError, listing, quoted
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
+# What a pickle may hold without its tensors' bytes: torch reads some megabyte in a second, an
+# ordinary one has 200 bytes for a tensor. In a longer name of what it calls, torch's own patterns
+# search for hours.
+_MAX_PICKLE_BYTES, _MAX_CALLED = 3 << 20, 1000
 # What tensors may stand for beyond what the file has: that of a buffer that was expanded.
 _MAX_EXPANDED_BYTES = 1 << 20
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
@@ -294,6 +300,9 @@ def _check_archive(path: Path, descriptor: int) -> None:
             records = archive.infolist()
             orders = [r for r in records if r.filename.endswith("/byteorder") and r.file_size < 9]
             is_swapped = any(archive.read(r) != sys.byteorder.encode() for r in orders)
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    _check_pickle(path, archive, record)
     names = {record.filename for record in records}
     if len(names) < len(records):
         raise OutlierMergeError(f"{path}: has two records of one name. Fetch it again.")
@@ -306,6 +315,30 @@ def _check_archive(path: Path, descriptor: int) -> None:
         raise OutlierMergeError(f"{path}: its bytes are in another order. {_REWRITE}")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise OutlierMergeError(f"{path}: compressed, which cannot be read in pieces. " + _REWRITE)
+
+
+def _check_pickle(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    """Refuse a pickle that would keep torch busy."""
+    if record.file_size > _MAX_PICKLE_BYTES:
+        raise OutlierMergeError(
+            f"{path}: its pickle has {record.file_size:,} bytes beside those of its tensors, more "
+            f"than the {_MAX_PICKLE_BYTES:,} that are read. Convert it to safetensors where you "
+            "trust it."
+        )
+    if record.compress_type != zipfile.ZIP_STORED:
+        return  # which is refused
+    data = archive.read(record)
+    if not re.search(rb"c[^\n]{%d}" % _MAX_CALLED, data):
+        return
+    called = ""
+    with suppress(ValueError, LookupError):  # where it is broken, torch reads no further either
+        for code, argument, _ in pickletools.genops(data):
+            if code.name == "GLOBAL" and len(called := str(argument)) > _MAX_CALLED:
+                break
+    if len(called) > _MAX_CALLED:
+        raise OutlierMergeError(
+            f"{path}: refused: the pickle calls {shown(called)}, which is no function"
+        )
 
 
 def read_span(tensor: Tensor, start: int, stop: int) -> Tensor:
