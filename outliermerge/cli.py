@@ -23,6 +23,7 @@ from outliermerge.cli_weights import (
 )
 from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, readable, shown
 from outliermerge.failures import failure
+from outliermerge.streams import guard_streams
 
 if TYPE_CHECKING:
     from outliermerge.method import MergeMethod
@@ -43,7 +44,7 @@ examples:
   outliermerge methods min_sigma
   outliermerge schema > outliermerge.spec.schema.json
 
-exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
+exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec, 130 interrupted
 """
 
 
@@ -127,9 +128,14 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
+        guard_streams()
         code = _main(arguments)
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except OutlierMergeError as error:  # of printing
+        return _fail(error, EXIT_FAILED)
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
@@ -154,6 +160,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_USAGE
+    try:
+        Path.cwd()
+    except OSError as error:
+        here = f"the present folder cannot be used: {error.strerror}. Change to another (cd)."
+        return _fail(here, EXIT_FAILED)
     try:
         return _COMMANDS[options.command](options)
     except SpecError as error:

@@ -141,7 +141,11 @@ def remove_files(folder: Path, names: set[str]) -> None:
 
 def sync(path: Path) -> None:
     """Have a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder in which one may write, and which one may not list
+        os.sync()
+        return
     try:
         os.fsync(descriptor)
     finally:
