@@ -2,6 +2,10 @@
 
 import sys
 
-from outliermerge.cli.main import main
+try:
+    from outliermerge.cli.main import main
 
-sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # while the imports are made
+    code = 130
+sys.exit(code)

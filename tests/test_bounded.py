@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 from hostile.cases import NAMES, adapter, pair
+from outliermerge.cli.main.parts import plain_json
 
+import outliermerge
 from outliermerge import OutlierMergeError, SpecError
 from outliermerge.checkpoint import patterns
 from outliermerge.checkpoint.patterns import Budget, Pattern, TooSlowError
-from outliermerge.cli import main as cli
-from outliermerge.cli.parts import plain_json
+from outliermerge.cli.main import main as cli
 from outliermerge.errors import MAX_MESSAGE, listing, quoted, readable, shown, suggest
 from outliermerge.spec import text as spec_text
 from outliermerge.spec.check import parse_spec
@@ -350,3 +351,19 @@ def test_a_rename_that_backtracks_is_refused_where_it_stands(tmp_path, monkeypat
 
     assert cli.main(["plan", "spec.yaml"]) == 2
     assert "spec.yaml:6:11: models[1].rename.from: '(a+)+$' takes more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value", ['!!timestamp "x"', '!!int ""', "!!bool maybe", '!!float "a b"', "2001-99-99", "0x_"]
+)
+def test_a_value_that_its_kind_does_not_take_is_quoted_and_not_explained_by_python(value):
+    with pytest.raises(SpecError, match=r"x.yaml:1:4: not valid YAML: '.*' is no \w+: put a text"):
+        parse_yaml(f"a: {value}", file="x.yaml")
+
+
+@pytest.mark.parametrize("output", ["a\0b", "a" * 300, "~nobody_of_this_name/x"])
+def test_an_output_that_is_no_path_is_a_wrong_usage(output, tmp_path, monkeypatch):
+    pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"output: .* cannot be a path"):
+        outliermerge.run("spec.yaml", output=output)

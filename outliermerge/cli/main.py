@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, say
+from outliermerge.cli.streams import guard_streams
 from outliermerge.errors import OutlierMergeError, SpecError, readable
 from outliermerge.storage.failures import failure
 
@@ -34,7 +35,7 @@ COMMANDS = {
 """The commands in the order of the help, each with the module of this folder that has it."""
 
 _EXIT_CODES = """
-exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec
+exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec, 130 interrupted
 """
 
 
@@ -84,9 +85,14 @@ def _examples(lines: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
+        guard_streams()
         code = _main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except OutlierMergeError as error:  # of printing
+        return _fail(error, EXIT_FAILED)
     except BrokenPipeError:  # the reader, such as `head`, has enough
         with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
@@ -111,6 +117,11 @@ def _main(arguments: list[str]) -> int:
     from outliermerge.cli.logs import show_warnings  # `logging` is for commands, not for help
 
     show_warnings()
+    try:
+        Path.cwd()
+    except OSError as error:
+        here = f"the present folder cannot be used: {error.strerror}. Change to another (cd)."
+        return _fail(here, EXIT_FAILED)
     return _exit_code(commands[options.command], options)
 
 

@@ -8,20 +8,20 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.output.names import journal_path
+from outliermerge.output.names import journal_path, partial_folder
 from outliermerge.storage.failures import failure
 from outliermerge.storage.system import lock, open_to_append, remove_open
 
 # What every journal of ours begins with. The number rises when older versions cannot read it.
-_BEGINNING = b'{"outliermerge journal": 2, '
-_MOST_BYTES = 1 << 30
+_BEGINNING, _ANY_BEGINNING = b'{"outliermerge journal": 2, ', b'{"outliermerge journal": '
+_MOST_BYTES = 256 << 20  # that of a merge of 46,000 tensors has some 20 MB
 
 
 class Journal:
@@ -59,6 +59,11 @@ class Journal:
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             file.seek(0)
             raw = file.read()
+        if raw.startswith(_ANY_BEGINNING) and not raw.startswith(_BEGINNING[: len(raw)]):
+            raise OutlierMergeError(
+                f"{self.path}: is of another version of outliermerge. Go on with that version, or "
+                f"remove it and {partial_folder(self.final)} to start over."
+            )
         if not (raw.startswith(_BEGINNING) or _BEGINNING.startswith(raw)):
             raise OutlierMergeError(
                 f"{self.path}: the journal of the merge would be written there, but it holds "
@@ -148,7 +153,63 @@ def _entry(raw: bytes) -> dict[str, Any] | None:
         entry = json.loads(text)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) else None
+    return entry if isinstance(entry, dict) and _is_fit(entry, text) else None
+
+
+def _is_fit(entry: Mapping[str, Any], text: bytes) -> bool:
+    """Tell whether an entry has the form that this version writes; others may have written it."""
+    if b"\\ud" in text:
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a sign, which is in no name of ours
+            return False
+    if "tensor" in entry and entry.keys() != _RESULT.keys():
+        return False
+    forms = _RESULT if "tensor" in entry else _FORMS
+    return all(forms[key](value) for key, value in entry.items() if key in forms)
+
+
+def _is_move(value: object) -> bool:
+    """Tell whether a value is that of `naming`: it moves nothing but what is in OUT.partial."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"source", "new", "old"}
+        and isinstance(value["source"], str)
+        and "/" not in value["source"]
+        and value["source"] not in (".", "..")
+        and type(value["new"]) is int
+        and (value["old"] is None or type(value["old"]) is int)
+    )
+
+
+def _are(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "shards": lambda value: _are(value, _is_text),
+    "files": lambda value: _are(value, _is_text),
+    "marks": lambda value: isinstance(value, dict),
+    "process": lambda value: isinstance(value, dict),
+    "folder": lambda value: type(value) is int,
+    "naming": lambda value: bool(value) and _are(value, _is_move),
+}
+_RESULT: dict[str, Callable[[Any], bool]] = {
+    "tensor": _is_text,
+    "action": lambda value: value in ("copy", "merge"),
+    "checksum": _is_text,
+    "read": lambda value: (
+        isinstance(value, dict)
+        and all(key.isdecimal() and _is_text(sum_) for key, sum_ in value.items())
+    ),
+    "read_bytes": lambda value: type(value) is int and value >= 0,
+    "statistics": lambda value: isinstance(value, dict),
+    "non_finite": lambda value: _are(value, _is_text),
+}
 
 
 def _locked(path: Path, final: Path) -> int:
@@ -183,9 +244,11 @@ def _opened(path: Path) -> int:
     try:
         descriptor = open_to_append(path)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR):
-            raise failure(path, "made", error) from error
-        raise OutlierMergeError(f"{path}: is a link or a folder. Choose another output.") from error
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise failure(path, "opened", error) from error
+        raise OutlierMergeError(
+            f"{path}: is a link, a folder or a socket. Choose another output."
+        ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OutlierMergeError(f"{path}: is no regular file. Move it away.")

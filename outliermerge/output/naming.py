@@ -99,7 +99,14 @@ def finish_naming(journal: Journal) -> Path | None:
             ) from error
         done.append(move)
     sync_folder(journal.final.absolute().parent)
-    return _remove_old(journal, moves)
+    try:
+        return _remove_old(journal, moves)
+    except OSError as error:
+        place = Path(error.filename or partial_folder(journal.final))
+        raise OutlierMergeError(
+            f"{failure(place, 'removed', error)} {journal.final} is made and whole; this is left "
+            "of what was there before. The same command removes it."
+        ) from error
 
 
 def _moves(journal: Journal) -> list[Move]:

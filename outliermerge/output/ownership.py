@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
                 f"{final}: --overwrite would remove what outliermerge did not write:\n"
                 f"{listing(foreign)}\nMove it away."
             )
+        _check_removable(final)
     for name, shard in found["shards"].items():
         path = shard_path(final, name)
         if not path.exists():
@@ -83,6 +85,17 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
             raise OutlierMergeError(
                 f"{path}: is not the file that {manifest.name} says outliermerge wrote. "
                 "Move it away, or remove it."
+            )
+
+
+def _check_removable(folder: Path) -> None:
+    """Refuse an old output that could not be removed when the new one has its name."""
+    for root, _, _ in os.walk(folder):
+        if not os.access(root, os.W_OK | os.X_OK):
+            raise OutlierMergeError(
+                f"{root}: --overwrite removes the old output when the merge is done, and you have "
+                "no right to remove its files. Change its permissions (chmod u+w), or choose "
+                "another output."
             )
 
 

@@ -256,7 +256,10 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
     named = output or planned.spec.document.output
     if named is None:
         raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
-    path = as_path(named)
+    try:
+        path = as_path(named)
+    except OutlierMergeError as error:
+        raise SpecError(f"output: {error}") from error
     if planned.is_one_file and path.suffix != ".safetensors":
         raise SpecError(
             f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "

@@ -140,11 +140,16 @@ class Loader(yaml.SafeLoader):
                 and len(node.value) > _MAX_NUMBER
                 and node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:binary")
             ):
-                raise ValueError(f"a number of {len(node.value):,} characters. Put texts in quotes")
+                problem = f"a number of {len(node.value):,} characters. Put texts in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
-                None, None, str(error), node.start_mark
+                None,
+                None,
+                f"{quoted(node.value)} is no {kind}: put a text in quotes",
+                node.start_mark,
             ) from error
 
 

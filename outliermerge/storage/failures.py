@@ -25,7 +25,8 @@ _ADVICE = {
     errno.ENOMEM: "Memory is short: give a smaller --memory or fewer --threads.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
     errno.ENFILE: "Too many files are open on this machine: end other programs.",
-    errno.EFBIG: "That file system holds no file of that size: give a smaller --shard-size.",
+    errno.EFBIG: "That file system, or a limit (ulimit -f), allows no file of that size: choose "
+    "another disk, raise the limit, or give a smaller --shard-size.",
     errno.ENOLCK: "That file system gives no locks: choose another disk.",
     errno.ENOSYS: "That file system cannot do this: choose another disk.",
     errno.EOPNOTSUPP: "That file system cannot do this: choose another disk.",

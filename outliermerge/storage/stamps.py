@@ -268,7 +268,7 @@ def _settled(path: Path, ask: Callable[[], os.stat_result]) -> FileStamp:
 
 def _changed(path: Path, before: FileStamp | None, after: FileStamp | None) -> ChangedInputError:
     if before is None:
-        what = "is there now, and was not when the merge was planned"
+        what = "has appeared"
     elif after is None:
         what = "was removed"
     elif (before.device, before.inode) != (after.device, after.inode):

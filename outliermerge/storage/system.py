@@ -346,7 +346,11 @@ def remove_files(folder: Path, names: set[str]) -> None:
 def sync_folder(path: Path) -> None:
     """Have the names in a folder reach the disk, where the system opens folders."""
     if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:  # one may write in it, and not list it
+            os.sync()
+            return
         try:
             os.fsync(descriptor)
         finally:

@@ -742,10 +742,13 @@ class Calls:
         return self.call
 
 
-def zipped(data: bytes, **more: bytes) -> bytes:
+def zipped(data: bytes, *, is_compressed: bool = False, **more: bytes) -> bytes:
+    """Return an archive as torch writes it; others are refused before they are unpickled."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    kind = zipfile.ZIP_DEFLATED if is_compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
         archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", b"3\n")
         for name, content in more.items():
             archive.writestr(f"archive/{name}", content)
     return buffer.getvalue()
@@ -758,7 +761,12 @@ PICKLES: dict[str, Callable[[], bytes]] = {
     "open": lambda: zipped(pickle.dumps(Calls(open, "pwned", "w"))),
     "bytes of gigabytes": lambda: zipped(pickle.dumps(Calls(bytearray, 1 << 40))),
     "a bomb": lambda: zipped(b"\x80\x02" + b"]" * 64 * MEGABYTE),
+    "a bomb within the limit": lambda: zipped(b"\x80\x02" + b"]" * (3 * MEGABYTE - 2)),
+    "a bomb behind a long text": lambda: zipped(
+        b"\x80\x02X" + struct.pack("<I", 2000) + b"c" * 2000 + b"]" * (3 * MEGABYTE - 2007)
+    ),
     "a bomb of zeros": lambda: zipped(bytes(64 * MEGABYTE)),
+    "a compressed bomb": lambda: zipped(b"\x80\x02" + b"]" * 64 * MEGABYTE, is_compressed=True),
     "deep": lambda: zipped(b"\x80\x02" + b"(" * 100_000 + b"."),
     "memo": lambda: zipped(b"\x80\x02" + b"]q\x00" * 100_000 + b"."),
     "a long length": lambda: zipped(b"\x80\x02\x8b\xff\xff\xff\x7f."),

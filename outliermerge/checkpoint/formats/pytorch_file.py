@@ -9,16 +9,19 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import re
 import struct
 import sys
 import zipfile
+from bisect import bisect
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.sources import DTYPES, EXTRA_STATE, TensorMeta
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.storage.files import check_file
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.machine import mapped_files, path_of
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
 
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
+# What a pickle may hold without its tensors' bytes: torch reads some megabyte in a second, an
+# ordinary one has 200 bytes for a tensor. In a longer name of what it calls, torch's own patterns
+# search for hours.
+_MAX_PICKLE_BYTES, _MAX_CALLED = 3 << 20, 1000
+# What tensors may stand for beyond what the file has: that of a buffer that was expanded.
+_MAX_EXPANDED_BYTES = 1 << 20
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 
@@ -82,11 +91,15 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
 
 
 class _Mapped:
-    """Where in a file the memory is that torch has mapped of it."""
+    """Where in a file the memory is that torch has mapped of it.
+
+    torch asks no record how long it is: what a tensor has too much would be of the next record.
+    """
 
     def __init__(self, path: Path, descriptor: int, content: object) -> None:
         self._path = path
         self._num_bytes = os.fstat(descriptor).st_size
+        self._records = _records(path, descriptor)
         self._ranges = mapped_files() or _mapped_records(path, descriptor, content)
 
     def place(self, name: str, tensor: Tensor) -> Strided:
@@ -102,12 +115,45 @@ class _Mapped:
             (count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True)
         )
         num_bytes, address = (last + 1) * size, tensor.data_ptr()
+        if tensor.numel() * size > self._num_bytes + _MAX_EXPANDED_BYTES:
+            raise OutlierMergeError(
+                f"{self._path}: tensor {name!r} of shape {quoted(list(tensor.shape))} is of "
+                f"{num_bytes:,} bytes that stand for {tensor.numel() * size:,}, more than the "
+                "file has. Save a model whose tensors are contiguous()."
+            )
         for start, end, to_offset in self._ranges:
             if start <= address < end:
                 offset = address + to_offset
-                if offset + num_bytes <= self._num_bytes:
+                if self._is_in_one_record(offset, offset + num_bytes):
                     return Strided(offset, num_bytes, strides, tensor.is_conj(), tensor.is_neg())
+                raise OutlierMergeError(
+                    f"{self._path}: tensor {name!r} needs {num_bytes:,} bytes from byte "
+                    f"{offset:,} on, and its record in the file has fewer. Fetch it again."
+                )
         raise OutlierMergeError(f"{self._path}: tensor {name!r} is not in it as it is. {_REWRITE}")
+
+    def _is_in_one_record(self, start: int, end: int) -> bool:
+        number = bisect(self._records, (start, self._num_bytes + 1)) - 1
+        return number >= 0 and end <= self._records[number][1]
+
+
+def _records(path: Path, descriptor: int) -> list[tuple[int, int]]:
+    """Return where in an archive the bytes of its records start and end, sorted."""
+    found = []
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                file.seek(record.header_offset)
+                header = file.read(30)  # the lengths of name and extra field, which may differ here
+                start = record.header_offset + 30 + sum(struct.unpack("<26xHH", header))
+                found.append((start, start + record.file_size))
+    except OSError as error:
+        raise OutlierMergeError(f"{path}: cannot be read: {_first_line(error)}") from error
+    except (zipfile.BadZipFile, struct.error, ValueError) as error:
+        raise OutlierMergeError(
+            f"{path}: broken or truncated: {_first_line(error)}. Fetch it again."
+        ) from error
+    return sorted(found)
 
 
 def _mapped_records(path: Path, descriptor: int, content: object) -> list[tuple[int, int, int]]:
@@ -296,6 +342,12 @@ def _check_archive(path: Path, descriptor: int) -> None:
             records = archive.infolist()
             orders = [r for r in records if r.filename.endswith("/byteorder") and r.file_size < 9]
             is_swapped = any(archive.read(r) != sys.byteorder.encode() for r in orders)
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    _check_pickle(path, archive, record)
+    names = {record.filename for record in records}
+    if len(names) < len(records):
+        raise OutlierMergeError(f"{path}: has two records of one name. Fetch it again.")
     if any(record.filename.endswith("/constants.pkl") for record in records):
         raise OutlierMergeError(
             f"{path}: a TorchScript program, which is code: refused. "
@@ -305,6 +357,30 @@ def _check_archive(path: Path, descriptor: int) -> None:
         raise OutlierMergeError(f"{path}: its bytes are in another order. {_REWRITE}")
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise OutlierMergeError(f"{path}: compressed, which cannot be read in pieces. " + _REWRITE)
+
+
+def _check_pickle(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    """Refuse a pickle that would keep torch busy."""
+    if record.file_size > _MAX_PICKLE_BYTES:
+        raise OutlierMergeError(
+            f"{path}: its pickle has {record.file_size:,} bytes beside those of its tensors, more "
+            f"than the {_MAX_PICKLE_BYTES:,} that are read. Convert it to safetensors where you "
+            "trust it."
+        )
+    if record.compress_type != zipfile.ZIP_STORED:
+        return  # which is refused
+    data = archive.read(record)
+    if not re.search(rb"c[^\n]{%d}" % _MAX_CALLED, data):
+        return
+    called = ""
+    with suppress(ValueError, LookupError):  # where it is broken, torch reads no further either
+        for code, argument, _ in pickletools.genops(data):
+            if code.name == "GLOBAL" and len(called := str(argument)) > _MAX_CALLED:
+                break
+    if len(called) > _MAX_CALLED:
+        raise OutlierMergeError(
+            f"{path}: refused: the pickle calls {shown(called)}, which is no function"
+        )
 
 
 def read_span(tensor: Tensor, start: int, stop: int) -> Tensor:
