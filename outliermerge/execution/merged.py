@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergedSource:
     """The merge of other sources. A Source; its values are rounded once, to the task's dtype.
 

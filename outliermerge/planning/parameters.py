@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import SpecError
+from outliermerge.errors import OutlierMergeError, SpecError, shown
+from outliermerge.methods.context import Context
+from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.plan import Job
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
@@ -34,6 +36,13 @@ class Parameters:
         self._layers = find_layers(names)
         self._used_filters: set[SpecPath] = set()
         self._any_resolved = False
+
+    def context(self, name: str, shape: tuple[int, ...], seed: int) -> Context:
+        """Return a tensor's place in the merge."""
+        layer = self._layers.get(name)
+        if layer is None:
+            return Context(name, shape, seed=seed)
+        return Context(name, shape, layer.index, layer.num_layers, seed)
 
     def of(self, name: str, holders: list[int]) -> dict[str, Any]:
         """Return a tensor's parameters for the inputs that have it.
@@ -116,3 +125,15 @@ class Parameters:
                         row[0] if len(row) == 1 else row for row in rows
                     ]
         return result
+
+
+def check_scopes(method: MergeMethod, jobs: Sequence[Job], num_models: int) -> None:
+    """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
+    if all(need.scope == "tensor" for need in method.needs.values()):
+        return
+    for job in jobs:
+        if job.action == "merge" and job.task.num_models < num_models:
+            raise OutlierMergeError(
+                f"{shown(job.name)} is not in all models, and {method.name} measures whole models "
+                "together: with `missing: error` a plan says where it is not"
+            )

@@ -12,6 +12,7 @@ from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
+from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
 from outliermerge.planning.class_labels import check_labels, leave_out_heads
 from outliermerge.planning.inputs import open_inputs
@@ -19,7 +20,7 @@ from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
-from outliermerge.planning.parameters import Parameters
+from outliermerge.planning.parameters import Parameters, check_scopes
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
@@ -95,6 +96,7 @@ class _Planner:
             spec, self.model_numbers, names=self.names, has_base=self.inputs[0].role == "base"
         )
         self.parameters = Parameters(spec, self.model_numbers, self.names, self.reference)
+        self.auxiliaries = Auxiliaries(spec, self.model_numbers)
 
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()
@@ -119,18 +121,8 @@ class _Planner:
             metadata=metadata,
             whole=checkpoint.whole,
         )
-        jobs = tuple(
-            Job(
-                action,
-                self.spec.document.merge_method,
-                parameters,
-                sources,
-                placed[written[name]],
-                self._compute_dtype(sources),
-                why,
-            )
-            for name, action, sources, parameters, _, why in drafts
-        )
+        jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
+        check_scopes(self.method, jobs, len(self.model_numbers))
         sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         proof, doubts = prove(
@@ -163,6 +155,21 @@ class _Planner:
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
             tied=self.tied.followers,
+        )
+
+    def _job(self, draft: _Draft, output: OutputTensor) -> Job:
+        name, action, sources, parameters, _, why = draft
+        method, dtype = self.spec.document.merge_method, self._compute_dtype(sources)
+        job = Job(action, method, parameters, sources, output, dtype, why)
+        if action != "merge":
+            return job
+        original = self.tied.followers.get(name, name)
+        holders = [number for number, _ in sources if number in self.model_numbers]
+        return replace(
+            job,
+            context=self.parameters.context(original, output.shape, self.spec.document.seed),
+            auxiliary=self.auxiliaries.of(original, output.shape, holders),
+            modifiers=self.spec.modifiers,
         )
 
     def _drafts(self) -> list[_Draft]:

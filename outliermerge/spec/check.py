@@ -43,6 +43,7 @@ class ModelSpec:
     Attributes:
         settings: of the method's parameters.
         missing, extra: its own policies, which win over the spec's.
+        auxiliary: by name in the method, the folder or file.
     """
 
     reference: str
@@ -51,6 +52,7 @@ class ModelSpec:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     missing: Setting = field(default_factory=Setting)
     extra: Setting = field(default_factory=Setting)
+    auxiliary: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class MergeSpec:
         base: the base model, where there is one.
         models: what is merged, in order; without the base for methods on task vectors.
         settings: global parameter settings.
+        modifiers: of the merged task vector: names and resolved parameters.
         rename: of the output.
         missing, extra, unequal: policies for all models.
         other_files: what becomes of files of tensors that are not read.
@@ -74,6 +77,7 @@ class MergeSpec:
     base: ModelSpec | None
     models: tuple[ModelSpec, ...]
     settings: Mapping[str, Setting]
+    modifiers: tuple[tuple[str, Mapping[str, Any]], ...]
     rename: Rename
     missing: Setting
     extra: Setting
@@ -137,6 +141,10 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
         method = find_method(document.merge_method)
     except SpecError as error:
         raise source.error(("merge_method",), str(error)) from error
+    if method.space == "merged":
+        raise source.error(
+            ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
+        )
     if method.uses_base and document.base_model is None:
         raise source.error(
             (), f"`base_model` is missing: {method.name} works on differences from a base model"
@@ -149,6 +157,7 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
             base=_base(document, source),
             models=_models(document, method, source),
             settings=_settings(document.parameters, method, ("parameters",), of_model=False),
+            modifiers=_modifiers(document, method, source),
             rename=parse_rename(document.rename, ("rename",)),
             missing=parse_policy(document.missing, MISSING, ("missing",)),
             extra=parse_policy(document.extra, EXTRA, ("extra",)),
@@ -213,6 +222,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
                 settings=_settings(entry.parameters, method, (*path, "parameters"), of_model=True),
                 missing=parse_policy(entry.missing, MISSING, (*path, "missing")),
                 extra=parse_policy(entry.extra, EXTRA, (*path, "extra")),
+                auxiliary=_auxiliary(entry, method, path, source),
             )
         )
     most = method.max_models
@@ -228,6 +238,42 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
     return tuple(models)
 
 
+def _modifiers(
+    document: SpecDocument, method: MergeMethod, source: Source
+) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    found = []
+    for index, entry in enumerate(document.modifiers):
+        path: SpecPath = ("modifiers", index)
+        if not method.uses_base:
+            raise source.error(path, f"{method.name} merges weights: it has no task vector")
+        try:
+            modifier = find_method(entry.modifier)
+            if modifier.space != "merged":
+                raise SpecError(f"{modifier.name} is a merge method, not a modifier")
+            found.append((entry.modifier, modifier.resolve(1, entry.parameters)))
+        except SpecError as error:
+            raise source.error(path, str(error)) from error
+    return tuple(found)
+
+
+def _auxiliary(
+    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source
+) -> Mapping[str, str]:
+    for name in entry.auxiliary:
+        if name not in method.auxiliary:
+            raise source.error(
+                (*path, "auxiliary", name),
+                f"{method.name} takes no {quoted(name)}. {suggest(name, method.auxiliary)}",
+                at_key=True,
+            )
+    for name in method.auxiliary:
+        if name not in entry.auxiliary:
+            raise source.error(
+                path, f"{method.name} needs {name!r} of each model: `auxiliary: {{{name}: FILE}}`"
+            )
+    return entry.auxiliary
+
+
 def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source) -> None:
     if entry.parameters and method.uses_base:
         raise source.error(
@@ -236,8 +282,8 @@ def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, sour
             "so its parameters have no effect. Remove them.",
             at_key=True,
         )
-    for key in ("rename", "missing", "extra"):
-        if getattr(entry, key) is not None:
+    for key in ("rename", "missing", "extra", "auxiliary"):
+        if getattr(entry, key) not in (None, {}):
             where = " Write it under `base_model`." if key == "rename" else " Remove it."
             raise source.error(
                 (*path, key), f"{quoted(entry.model)} is the base model.{where}", at_key=True

@@ -82,6 +82,18 @@ class ModelEntry(BaseEntry):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of this model; they win over the global ones."
     )
+    auxiliary: dict[str, str] = Field(
+        default_factory=dict,
+        description="Tensors that the method takes beside the model's own, by their name in the "
+        "method: a folder or file with the model's names and shapes.",
+    )
+
+
+class ModifierEntry(_Strict):
+    """What is done to the merged task vector before the base is added."""
+
+    modifier: str = Field(min_length=1, description="Named as package.module:function.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Its parameters.")
 
 
 _NAME_SCHEMA = {"type": "string", "minLength": 1}
@@ -119,6 +131,11 @@ class SpecDocument(_Strict):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of the method, for all models."
     )
+    modifiers: list[ModifierEntry] = Field(
+        default_factory=list,
+        description="What is done to the merged task vector, one after the other.",
+    )
+    seed: int = Field(default=0, description="Of methods that draw random numbers.")
     dtype: _DTypeName | None = Field(
         default=None,
         description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
