@@ -355,7 +355,7 @@ def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
     texts = ["not given" if value is None else str(value) for value in (one, other)]
     if max(map(len, texts)) <= _MAX_SHOWN:
         return texts[0], texts[1]
-    same = next(n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1])
+    same = next((n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1]), 0)
     start = max(0, same - _MAX_SHOWN // 2)
     if same < _MAX_SHOWN // 2:
         return _shown(one), _shown(other)
