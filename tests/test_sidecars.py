@@ -199,10 +199,9 @@ ROPE_V5 = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "linear", "f
          "rope_ratio: 1 in DIR/base, 50 in DIR/a"),
         ({"rope_local_base_freq": 10000.0}, {"rope_local_base_freq": 50.0},
          "rope_local_base_freq: 10000.0 in DIR/base, 50.0 in DIR/a"),
-        *(({f"rope_{word}": 1}, {f"rope_{word}": 2}, 
-            f"{'partial_rotary_factor' if word == 'pct' else f'rope_{word}'}"
-            ": 1 in DIR/base, 2 in DIR/a")
-          for word in ("interleave", "pct", "dim", "whatever")),
+        *(({key: 1}, {key: 2}, f"{told}: 1 in DIR/base, 2 in DIR/a")
+          for key, told in (("rope_interleave", "rope_interleave"), ("rope_dim", "rope_dim"),
+                            ("rope_pct", "partial_rotary_factor"), ("rope_new", "rope_new"))),
         ({"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80}
                               for kind in ("a", "b")}},
          {"rope_parameters": {"a": {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80},
