@@ -221,7 +221,7 @@ def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
         json.dumps(content, ensure_ascii=False).encode()
         return kind.model_validate(content)
     except UnicodeEncodeError:
-        problems = ["a text has half of a sign (a lone surrogate)"]
+        problems = ["a text has a lone surrogate"]
     except ValidationError as error:
         problems = [
             f"{'.'.join(shown(part) for part in problem['loc']) or 'the file'}: found "

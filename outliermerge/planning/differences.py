@@ -234,7 +234,7 @@ class _Said:
 
 
 class _Unclear(str):
-    """Two values of one config for the same, by two names: its loader goes by one of them."""
+    """What a config says twice, by two names and with two values; its loader takes one of them."""
 
 
 def _is_senseless(key: str, value: Any) -> bool:
@@ -308,7 +308,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = config.get("rope_scaling")
     scaling = dict(scaling if isinstance(scaling, dict) else parameters)
     facts: dict[str, Any] = {}
-    # Where kinds of layers have their own, older configs say it of all, and the base of the local.
+    # Newer configs can give each kind of layer its own; older ones have a key for local layers.
     whole, local = scaling.pop("full_attention", None), scaling.pop("sliding_attention", None)
     if isinstance(local, dict):
         facts["rope_local_base_freq"] = local.get("rope_theta")
