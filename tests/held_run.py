@@ -10,37 +10,39 @@ import signal
 import sys
 import threading
 
-from outliermerge.cli import main as cli
+from outliermerge.cli.main import main as cli
 from outliermerge.execution.rounds import _Queue
 from outliermerge.output.journal import Journal
 
-number, when = int(sys.argv[1]), sys.argv[2]
-add, stop, lines, is_stopped = Journal.add, _Queue.stop, itertools.count(1), threading.Event()
-lock = threading.Lock()
+
+def main(number, when, arguments):
+    """Run the command line, and stop this process at a line of the journal."""
+    add, stop, lines = Journal.add, _Queue.stop, itertools.count(1)
+    is_stopped, lock = threading.Event(), threading.Lock()
+
+    def stopped(queue):
+        stop(queue)
+        is_stopped.set()
+
+    def hold():
+        # To this thread: sent to the process, another may take it while this one goes on.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        if when == "interrupt":
+            is_stopped.wait()  # the run does not go on before
+
+    def held(journal, entry):
+        with lock:  # no other thread's line gets in
+            here = "tensor" in entry and next(lines) == number
+            if here and when == "before":
+                hold()
+            add(journal, entry)
+            if here and when != "before":
+                hold()
+
+    Journal.add, _Queue.stop = held, stopped
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    return cli.main(arguments)
 
 
-def stopped(queue):
-    stop(queue)
-    is_stopped.set()
-
-
-def hold():
-    # To this thread: sent to the process, another may take it, and this one goes on meanwhile.
-    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-    if when == "interrupt":
-        is_stopped.wait()  # and go no further before
-
-
-def held(journal, entry):
-    with lock:  # no other thread's line gets in
-        here = "tensor" in entry and next(lines) == number
-        if here and when == "before":
-            hold()
-        add(journal, entry)
-        if here and when != "before":
-            hold()
-
-
-Journal.add, _Queue.stop = held, stopped
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-sys.exit(cli.main(sys.argv[3:]))
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import outliermerge
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.planning import differences
-from outliermerge.planning.differences import compare_configs
+from outliermerge.planning.differences import _shown_apart, compare_configs
 from outliermerge.planning.owners import kind_of
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11421896\n"
@@ -786,3 +786,8 @@ def test_an_output_does_not_say_that_a_part_is_quantised(nesting, tmp_path):
         _model(tmp_path / name, number, {"config.json": config})
     out = outliermerge.run(_spec(tmp_path), output=tmp_path / "out").output
     assert json.loads((out / "config.json").read_text()) == plain
+
+
+@pytest.mark.parametrize(("one", "other"), [(10**90, str(10**90)), (str(10**90), 10**90)])
+def test_a_number_and_the_same_as_a_long_text_are_shown(one, other):
+    assert _shown_apart(one, other)[0].startswith("1000")

@@ -199,14 +199,15 @@ ROPE_V5 = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "linear", "f
          "rope_ratio: 1 in DIR/base, 50 in DIR/a"),
         ({"rope_local_base_freq": 10000.0}, {"rope_local_base_freq": 50.0},
          "rope_local_base_freq: 10000.0 in DIR/base, 50.0 in DIR/a"),
-        *(({f"rope_{word}": 1}, {f"rope_{word}": 2}, f"rope_{word}: 1 in DIR/base, 2 in DIR/a")
-          for word in ("interleave", "pct", "dim", "whatever")),
+        *(({key: 1}, {key: 2}, f"{told}: 1 in DIR/base, 2 in DIR/a")
+          for key, told in (("rope_interleave", "rope_interleave"), ("rope_dim", "rope_dim"),
+                            ("rope_pct", "partial_rotary_factor"), ("rope_new", "rope_new"))),
         ({"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80}
                               for kind in ("a", "b")}},
          {"rope_parameters": {"a": {"rope_type": "default", "rope_theta": 1e6, "long": "x" * 80},
                               "b": {"rope_type": "default", "rope_theta": 1e4, "long": "x" * 80}}},
-         "rope_scaling: {'b': {'rope_theta': 1000000.0}} in DIR/base, "
-         "{'b': {'rope_theta': 10000.0}} in DIR/a"),
+         "rope_scaling: (b (rope_theta 1000000.0)) in DIR/base, "
+         "(b (rope_theta 10000.0)) in DIR/a"),
         ({"vision_config": {"image_size": 336}}, {"vision_config": {"image_size": 224}},
          "vision_config.image_size: 336 in DIR/base, 224 in DIR/a"),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": False},

@@ -12,13 +12,11 @@ import xxhash
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
-from outliermerge.evaluation.formats import check_place, load, write_json
-from outliermerge.storage.stamps import open_file
+from outliermerge.evaluation.formats import check_place, digest_of, load, write_json
 
 STAMPS_NAME = "fingerprints.json"
 # Neither changes what a model answers.
 _NOT_LOADED = re.compile(rf"({re.escape(MANIFEST_NAME)}|.*\.md|\.git.*|LICENSE.*)", re.IGNORECASE)
-_BLOCK_BYTES = 1 << 22
 
 
 class Fingerprints:
@@ -72,13 +70,11 @@ class Fingerprints:
         if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
             self.on_progress(status.st_size)
             return known[-1]
-        digest = xxhash.xxh3_128()
-        with open_file(path) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-                self.on_progress(len(block))
-        self._known[place] = [*stamp, digest.hexdigest()]
-        return digest.hexdigest()
+        digest = digest_of(path, self.on_progress)
+        if digest is None:
+            raise OutlierMergeError(f"{path}: was removed while it was read")
+        self._known[place] = [*stamp, digest]
+        return digest
 
 
 def versions() -> dict[str, str]:

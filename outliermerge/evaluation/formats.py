@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -221,7 +221,7 @@ def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
         json.dumps(content, ensure_ascii=False).encode()
         return kind.model_validate(content)
     except UnicodeEncodeError:
-        problems = ["a text has half of a sign (a lone surrogate)"]
+        problems = ["a text has a lone surrogate"]
     except ValidationError as error:
         problems = [
             f"{'.'.join(shown(part) for part in problem['loc']) or 'the file'}: found "
@@ -321,8 +321,11 @@ def _plain(value: object) -> object:
     return value
 
 
-def digest_of(file: Path) -> str | None:
+def digest_of(file: Path, on_progress: Callable[[int], None] = lambda n: None) -> str | None:
     """Return the checksum of a file's bytes, or None where there is none.
+
+    Args:
+        on_progress: called with the bytes just read.
 
     Raises:
         OutlierMergeError: it is no regular file.
@@ -333,6 +336,7 @@ def digest_of(file: Path) -> str | None:
         with open_file(file) as answers:
             while block := answers.read(_BLOCK_BYTES):
                 digest.update(block)
+                on_progress(len(block))
     except FileNotFoundError:
         return None
     return digest.hexdigest()

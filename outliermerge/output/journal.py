@@ -161,7 +161,7 @@ def _is_fit(entry: Mapping[str, Any], text: bytes) -> bool:
     if b"\\ud" in text:
         try:
             json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half a sign, which is in no name of ours
+        except UnicodeEncodeError:  # a lone surrogate, which no name of ours has
             return False
     if "tensor" in entry and entry.keys() != _RESULT.keys():
         return False

@@ -234,7 +234,7 @@ class _Said:
 
 
 class _Unclear(str):
-    """Two values of one config for the same, by two names: its loader goes by one of them."""
+    """What a config says twice, by two names and with two values; its loader takes one of them."""
 
 
 def _is_senseless(key: str, value: Any) -> bool:
@@ -308,7 +308,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = config.get("rope_scaling")
     scaling = dict(scaling if isinstance(scaling, dict) else parameters)
     facts: dict[str, Any] = {}
-    # Where kinds of layers have their own, older configs say it of all, and the base of the local.
+    # Newer configs can give each kind of layer its own; older ones have a key for local layers.
     whole, local = scaling.pop("full_attention", None), scaling.pop("sliding_attention", None)
     if isinstance(local, dict):
         facts["rope_local_base_freq"] = local.get("rope_theta")
@@ -355,7 +355,7 @@ def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
     texts = ["not given" if value is None else str(value) for value in (one, other)]
     if max(map(len, texts)) <= _MAX_SHOWN:
         return texts[0], texts[1]
-    same = next(n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1])
+    same = next((n for n, pair in enumerate(zip_longest(*texts)) if pair[0] != pair[1]), 0)
     start = max(0, same - _MAX_SHOWN // 2)
     if same < _MAX_SHOWN // 2:
         return _shown(one), _shown(other)

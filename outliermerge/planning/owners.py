@@ -31,7 +31,7 @@ _PROCESSOR = re.compile(
     r"processor.*_config\.json$|processor\w*\.py$|^(\w+_)?processing_\w*\.py$"
     r"|^feature_extract\w*\.(py|json)$"
 )
-# Of the config's files those that loaders read; of others it is no matter that a model has none.
+# Of the files beside a config those that loaders read; a model may lack the others.
 _LOADED = re.compile(
     r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers)\.json$|\.py$"
 )

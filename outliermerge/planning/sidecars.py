@@ -109,7 +109,10 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
 
 
 def _compared(beside: Beside, all_: Sequence[Beside], but: Container[str]) -> dict[str, Path]:
-    """Return a model's files to compare, but those that are compared by what they say."""
+    """Return a model's files to compare, without those (`but`) that are compared by their values.
+
+    Files that no loader reads are compared only where all models have them.
+    """
     every = [{name for kind in KINDS for name in b.files[kind]} for b in all_]
     shared = set.intersection(*every)
     return {

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 # Under which training code keeps a model's state dict beside what else it saves.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
 # What a pickle may hold without its tensors' bytes: torch reads some megabyte in a second, an
-# ordinary one has 200 bytes for a tensor. In a longer name of what it calls, torch's own patterns
-# search for hours.
+# ordinary one has 200 bytes for a tensor. Where the name of what it calls is longer, torch's own
+# regular expressions can take hours.
 _MAX_PICKLE_BYTES, _MAX_CALLED = 3 << 20, 1000
-# What tensors may stand for beyond what the file has: that of a buffer that was expanded.
+# By how much a tensor that was expanded, such as a buffer, may be larger than the whole file.
 _MAX_EXPANDED_BYTES = 1 << 20
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
@@ -93,7 +93,7 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
 class _Mapped:
     """Where in a file the memory is that torch has mapped of it.
 
-    torch asks no record how long it is: what a tensor has too much would be of the next record.
+    torch does not ask how long a record is: a tensor that is longer would go on in the next one.
     """
 
     def __init__(self, path: Path, descriptor: int, content: object) -> None:
@@ -117,9 +117,9 @@ class _Mapped:
         num_bytes, address = (last + 1) * size, tensor.data_ptr()
         if tensor.numel() * size > self._num_bytes + _MAX_EXPANDED_BYTES:
             raise OutlierMergeError(
-                f"{self._path}: tensor {name!r} of shape {quoted(list(tensor.shape))} is of "
-                f"{num_bytes:,} bytes that stand for {tensor.numel() * size:,}, more than the "
-                "file has. Save a model whose tensors are contiguous()."
+                f"{self._path}: tensor {name!r} of shape {quoted(list(tensor.shape))} has "
+                f"{num_bytes:,} bytes in the file and is of {tensor.numel() * size:,}, more than "
+                "the file has. Save a model whose tensors are contiguous()."
             )
         for start, end, to_offset in self._ranges:
             if start <= address < end:
