@@ -41,7 +41,7 @@ def main(number, when, arguments):
 
     Journal.add, _Queue.stop = held, stopped
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-    return cli.main(arguments)
+    return cli(arguments)
 
 
 if __name__ == "__main__":

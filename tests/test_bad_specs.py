@@ -68,8 +68,9 @@ BAD = {
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
-        "merge_method, missing, models, other_files, out_dtype, output, parameters, "
-        "processor_source, rename, tie_word_embeddings, tokenizer_source, unequal, vocabulary.",
+        "merge_method, missing, models, modifiers, other_files, out_dtype, output, parameters, "
+        "processor_source, rename, seed, tie_word_embeddings, tokenizer_source, unequal, "
+        "vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hostile.cases import NAMES, adapter, pair
-from outliermerge.cli.main.parts import plain_json
+from outliermerge.cli.parts import plain_json
 
 import outliermerge
 from outliermerge import OutlierMergeError, SpecError
@@ -98,7 +98,7 @@ def test_the_model_card_holds_names_without_what_they_would_inject(tmp_path, mon
     spec = {"merge_method": "linear", "models": [{"model": "good"}, {"model": f"a/{bad}"}]}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
 
-    assert cli.main(["run", "spec.yaml", "--output", "out"]) == 0
+    assert cli(["run", "spec.yaml", "--output", "out"]) == 0
     card = (tmp_path / "out/README.md").read_text("utf-8")
 
     outside = re.sub(r"(?ms)^(```+)yaml\n.*?^\1$", "", card)
@@ -113,7 +113,7 @@ def test_the_report_holds_names_without_what_they_would_inject(tmp_path, monkeyp
     pair(tmp_path, tensors={"a.weight": 40, NAMES["markdown"]: 30, NAMES["lines"]: 30})
     monkeypatch.chdir(tmp_path)
 
-    assert cli.main(["report", "bad", "-o", "out.html"]) == 0
+    assert cli(["report", "bad", "-o", "out.html"]) == 0
     page = (tmp_path / "out.html").read_text("utf-8")
 
     assert "<script>alert(1)" not in page
@@ -177,7 +177,7 @@ def test_files_that_are_carried_over_are_copied_and_not_held(tmp_path, monkeypat
     pair(tmp_path)
     (tmp_path / "good/merges.txt").write_bytes(b"a b\n" * 5_000_000)
 
-    assert cli.main(["run", "spec.yaml", "--output", "out"]) == 0
+    assert cli(["run", "spec.yaml", "--output", "out"]) == 0
     merged = tmp_path / "out/merges.txt"
     assert merged.read_bytes() == (tmp_path / "good/merges.txt").read_bytes()
     assert stat.S_IMODE(merged.stat().st_mode) & 0o200
@@ -244,7 +244,7 @@ def test_a_sweep_has_up_to_a_thousand_outputs(tmp_path, monkeypatch, capsys):
     values = ",".join(map(str, range(1, 41)))
     sets = ["--set", f"models.1.weight={values}", "--set", f"models.2.weight={values}"]
 
-    assert cli.main(["sweep", "spec.yaml", "--output", "out", *sets]) == 2
+    assert cli(["sweep", "spec.yaml", "--output", "out", *sets]) == 2
     assert "1,600 combinations" in capsys.readouterr().err
 
 
@@ -306,7 +306,7 @@ def test_an_adapter_whose_pattern_backtracks_is_refused_with_advice(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path, rank_pattern={"(a+)+$": 1})
 
-    assert cli.main(["plan", "spec.yaml"]) == 1
+    assert cli(["plan", "spec.yaml"]) == 1
     said = capsys.readouterr().err
     assert "bad/adapter_config.json: the pattern '(a+)+$' takes more than" in said
     assert "name the layers one by one" in said
@@ -337,7 +337,7 @@ def test_settings_of_wrong_types_are_refused(
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path, **{setting: value})
 
-    assert cli.main(["plan", "spec.yaml"]) == 1
+    assert cli(["plan", "spec.yaml"]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -349,7 +349,7 @@ def test_a_rename_that_backtracks_is_refused_where_it_stands(tmp_path, monkeypat
     )
     pair(tmp_path, spec=spec, tensors={"a" * 60 + "!": 4})
 
-    assert cli.main(["plan", "spec.yaml"]) == 2
+    assert cli(["plan", "spec.yaml"]) == 2
     assert "spec.yaml:6:11: models[1].rename.from: '(a+)+$' takes more" in capsys.readouterr().err
 
 

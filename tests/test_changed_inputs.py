@@ -19,7 +19,7 @@ import outliermerge
 from outliermerge import OutlierMergeError
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.execution.pipeline import JobRunner
+from outliermerge.execution.jobs import JobRunner
 from outliermerge.output import run as runs
 from outliermerge.output.folder import OutputFolder
 from outliermerge.storage.stamps import Watched

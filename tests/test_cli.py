@@ -406,7 +406,8 @@ class TestRun:
         assert cli.main(["run", str(place / "spec.yaml"), "--output", str(place / "out")]) == 0
         printed = capsys.readouterr()
         assert re.fullmatch(
-            rf"wrote {place}/out: 6 tensors, 523 parameters, [\d.]+ s, .+/s\n", printed.out
+            rf"wrote {place}/out: 6 tensors, 523 parameters, [\d.]+ s, .+/s(, .+ from disk)?\n",
+            printed.out,
         )
         assert printed.err == (
             "note: files of the base model that are not carried over:\n  optimizer.pt\n"

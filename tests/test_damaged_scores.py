@@ -93,7 +93,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(chart, "draw", lambda table, path: None)
         # Not to search lmms-eval's two thousand files for each name that there is none of.
         patch.setattr(task_files, "util", Mock(**{"find_spec.return_value": None}))
-        assert cli.main(_eval(root)) == 1  # one task fails
+        assert cli(_eval(root)) == 1  # one task fails
         (record,) = (root / "out" / "records").glob("*.json")
         record.with_suffix(".jsonl").rename(record.with_name("a.jsonl"))
         record.with_name("a.jsonl").rename(record.with_suffix(".jsonl"))
@@ -131,7 +131,7 @@ class Said:
     """What a command has said, which is looked at in any case."""
 
     def __init__(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        self.code = cli.main(arguments)
+        self.code = cli(arguments)
         self.out, self.err = capsys.readouterr()
         both = self.out + self.err
         assert self.code in (0, 1, 2)
@@ -370,7 +370,7 @@ def test_records_that_changed_places_are_told(tree, capsys):
     (tree / "model" / "model.safetensors").write_bytes(b"other")
     record = _file(tree, "RECORD")
     scores = (tree / "out" / "scores.json").read_text()
-    cli.main(_eval(tree))
+    cli(_eval(tree))
     (other,) = set((tree / "out" / "records").glob("*.json")) - {record}
     (tree / "out" / "scores.json").write_text(scores)
     other.replace(record)

@@ -57,5 +57,5 @@ def test_a_folder_that_may_not_be_listed_is_synced_with_the_disk(monkeypatch, tm
     synced = []
     monkeypatch.setattr(system.os, "open", refuse)
     monkeypatch.setattr(system.os, "sync", lambda: synced.append(True))
-    system.sync(tmp_path)
+    system.sync_folder(tmp_path)
     assert synced

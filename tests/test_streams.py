@@ -115,10 +115,10 @@ def test_a_folder_that_is_gone_is_told(folder):
 def test_an_interrupt_before_a_command_begins_is_told(monkeypatch, capsys):
     from outliermerge.cli import main as cli
 
-    def interrupted() -> None:
+    def interrupted(commands: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_parser", interrupted)
+    monkeypatch.setattr(cli, "make_parser", interrupted)
     assert cli.main(["methods"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 

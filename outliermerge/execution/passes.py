@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from outliermerge.execution.rounds import Round, Steps
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Statistic
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Statistic, scope_of
 from outliermerge.methods.task import Task
 
 Span: TypeAlias = tuple[int, int]
@@ -53,7 +53,7 @@ def needs_of(task: Task, scope: str) -> dict[str, NeedKey]:
     return {
         name: (need, tuple(task.parameters.get(key) for key in need.depends_on))
         for name, need in task.method.needs.items()
-        if need.scope == scope
+        if scope_of(need) == scope
     }
 
 

@@ -61,6 +61,7 @@ def merge_tensor(
     for own, task, of_model in zip(needs, tasks, known, strict=False):
         own |= _named(task, "model", of_model)
     prepared = [engine.prepare(task, own) for task, own in zip(tasks, needs, strict=True)]
+    feed.count(feed.num_elements)
     done: list[T] = yield Round(partial(feed.merge, prepared=prepared), feed.spans())
     return needs, done
 

@@ -9,6 +9,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, SpecError, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.statistics.base import scope_of
 from outliermerge.planning.plan import Job
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
@@ -129,7 +130,7 @@ class Parameters:
 
 def check_scopes(method: MergeMethod, jobs: Sequence[Job], num_models: int) -> None:
     """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
-    if all(need.scope == "tensor" for need in method.needs.values()):
+    if all(scope_of(need) == "tensor" for need in method.needs.values()):
         return
     for job in jobs:
         if job.action == "merge" and job.task.num_models < num_models:

@@ -73,15 +73,13 @@ def raw_pass(state: Pass, kernels: Any) -> RawPass | None:
 class Statistic(Protocol):
     """A declaration of what a method needs to know of a whole tensor.
 
-    One that kernels measure also has `kernels`, the names of the functions that its passes call.
+    One that kernels measure also has `kernels`, the names of the functions that its passes call;
+    one of a whole model has `scope = "model"`.
 
     Attributes:
         depends_on: the parameters of the method that it takes into account.
-        scope: what it is of.
     """
 
-    @property
-    def scope(self) -> Scope: ...
     @property
     def depends_on(self) -> tuple[str, ...]: ...
 
@@ -92,6 +90,11 @@ class Statistic(Protocol):
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
         """Return the first pass, or the result where none is needed."""
+
+
+def scope_of(need: Statistic) -> Scope:
+    """Return what a statistic is of."""
+    return cast(Scope, getattr(need, "scope", "tensor"))
 
 
 def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
