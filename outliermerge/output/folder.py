@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.checksum import checksum_in_file
-from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.reader import read_exactly, write_exactly
+from outliermerge.checkpoint.reader import write_exactly
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.execution.jobs import JobResult
-from outliermerge.output.journal import Journal, process
+from outliermerge.output.journal import Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
 from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes
 from outliermerge.output.ownership import check_apart, check_free
+from outliermerge.output.writer import OutputWriter, Progress, line_of
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.failures import failure, naming
 from outliermerge.storage.stamps import open_file
 from outliermerge.storage.system import (
-    check_own,
     files_in,
     inode,
     make_inside,
-    open_direct,
-    open_inside,
     remove_files,
-    reserve,
     reserved_bytes,
     sync_folder,
 )
 
 
 class OutputFolder:
-    """OUT.partial with its planned files, open for writing by one process.
+    """OUT.partial and its journal, held by the one process that makes and names the output.
 
     A journal line follows each finished tensor, so that a killed run can go on. On opening, the
     tensors in the journal are read back and those whose checksum differs (lost by a power cut)
-    are done again.
+    are done again. What parts have written (`parts.py`) is taken over in the same way.
 
     Attributes:
         final: the name that the output gets.
         path: where it is written.
+        writer: its weight files.
         is_finished: an earlier run had done all but the last step, which is done now.
-        done: results by tensor.
     """
 
     def __init__(
@@ -61,6 +54,7 @@ class OutputFolder:
         fresh: bool = False,
         overwrite: bool = False,
         all_named: bool = False,
+        part: str = "",
     ):
         """Lock the output and open its files.
 
@@ -71,26 +65,27 @@ class OutputFolder:
             fresh: start over.
             overwrite: replace an output that is there, at the end.
             all_named: all outputs of this command got their names in an earlier run.
+            part: of the plan that is to be written into the output, which others may be doing
+                at the same time: then nothing is taken away from them.
 
         Raises:
-            OutlierMergeError: something else is there, another run writes it, or what was begun
-                is another merge.
+            BusyError: another process holds it.
+            OutlierMergeError: something else is there, or what was begun is another merge.
         """
         check_apart(plan.inputs, final)
         self.final, self.path = final, partial_folder(final)
-        self._plan = plan
+        self.writer = OutputWriter(self.path)
+        self._plan, self._part = plan, part
         self._shard_names = [shard.file for shard in plan.shards]
-        self._tensors = {job.name: job.output for job in plan.jobs}
         self._is_begun = False
         self._marks = dict(marks)
-        self._files: dict[str, int] = {}
-        self._direct: dict[str, int] = {}
-        self.done: dict[str, JobResult] = {}
+        self._progress = Progress(plan, marks)
         self._journal = Journal(final)
         try:
             self.is_finished = self._finish_earlier(identity, fresh=fresh)
             if self.is_finished:
                 self._take_over()
+                self._journal.add({"process": process(part)})
                 return
             if all_named and final.exists() and self._journal.identity is None:
                 self.is_finished = True
@@ -98,10 +93,7 @@ class OutputFolder:
             check_free(plan, final, overwrite=overwrite)
             self._old = old_inodes(final, is_one_file=plan.is_one_file)
             self._begin(identity, fresh=fresh)
-            inputs = _inodes(plan)
-            for shard in plan.shards:
-                self._files[shard.file] = self._allocate(shard, inputs)
-                self._direct[shard.file] = self._open_direct(shard.file)
+            self.writer.open(plan, make=True)
         except BaseException:
             self.close()
             raise
@@ -126,26 +118,37 @@ class OutputFolder:
             foreign = found - ours if number in self._journal.all("folder") else found
             self._refuse_foreign(foreign)
         self._check_room()
-        if fresh or not self._journal.all("tensor"):
+        differing = _differing(self._journal.identity, identity)
+        if self._part and not differing:  # other parts may be at work, and have their own
+            self._progress.take_over(self._journal)
+        elif fresh or not self._take_over():
             if number is not None:
                 remove_files(self.path, ours)
+            remove_parts(self.final)
             self._journal.begin(identity, shards=self._shard_names, marks=self._marks)
-        elif differing := _differing(self._journal.identity, identity):
+        elif differing:
             raise OutlierMergeError(
                 f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
                 "Use --fresh to start over."
             )
-        self._take_over()
+        self._journal.add({"process": process(self._part)})
         self._make()
 
-    def _take_over(self) -> None:
-        """Go on with what the journal says is done."""
-        for line in self._journal.lines:
-            if "tensor" in line:
-                result = {key: value for key, value in line.items() if key != "tensor"}
-                result["read"] = {int(number): sum_ for number, sum_ in line["read"].items()}
-                self.done[line["tensor"]] = JobResult(**result)
-        self._journal.add({"process": process()})
+    def _take_over(self) -> bool:
+        """Go on with what journals say is done; tell whether they say anything.
+
+        Raises:
+            BusyError: another process is writing a part of it.
+        """
+        found = self._progress.take_over(self._journal)
+        for part in parts(self.final):
+            journal = Journal(self.final, part)
+            try:
+                if journal.identity == self._journal.identity:
+                    found |= self._progress.take_over(journal)
+            finally:
+                journal.close()
+        return found
 
     @property
     def _beside(self) -> set[str]:
@@ -180,83 +183,24 @@ class OutputFolder:
                 f"{self.final}: the disk has {free:,} bytes free, the output needs {needed:,}"
             )
 
-    def _allocate(self, shard: Shard, inputs: set[tuple[int, int]]) -> int:
-        path = self.path / shard.file
-        try:
-            try:
-                descriptor = open_inside(self.path, shard.file)
-            except FileNotFoundError:
-                descriptor = make_inside(self.path, shard.file)
-        except OSError as error:
-            what = f"cannot be opened: {error.strerror}"
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                what = "is a link, or in one: what is written through it may not be ours. Remove it"
-            raise OutlierMergeError(f"{path}: {what}") from error
-        try:
-            status = check_own(descriptor, path)
-            if (status.st_dev, status.st_ino) in inputs:
-                raise OutlierMergeError(f"{path}: is a file of a model that is merged. Remove it.")
-            reserve(descriptor, shard.num_bytes)
-            write_exactly(descriptor, 0, memoryview(shard.header))
-        except OSError as error:
-            os.close(descriptor)
-            raise failure(path, "made", error, needed_bytes=shard.num_bytes) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _open_direct(self, file: str) -> int:
-        """Open a shard once more for direct writes; -1 where that does not pay."""
-        direct = open_direct(self.path / file)
-        if direct >= 0 and not os.path.samestat(os.fstat(direct), os.fstat(self._files[file])):
-            os.close(direct)
-            direct = -1
-        return direct
-
-    @property
-    def has_other_marks(self) -> bool:
-        """Tell whether an earlier run read files of other marks than this one."""
-        return not self.is_finished and self._journal.last("marks") != self._marks
-
     def forget_all(self) -> None:
         """Take no tensor over into a later run, as it may be made of two states of an input."""
         self.done.clear()
 
     def forget_unfit(self, *, allow_non_finite: bool) -> None:
-        """Forget the tensors of an earlier run that this one may not take over.
+        """Forget the tensors of an earlier run that this one may not take over."""
+        if not self.is_finished:
+            self._progress.forget_unfit(self.writer, allow_non_finite=allow_non_finite)
 
-        Their bytes are not what the journal says, or have values that only that run allowed.
-        """
-        for name, result in [] if self.is_finished else list(self.done.items()):
-            tensor = self._tensors.get(name)
-            if tensor is None or (result.non_finite and not allow_non_finite):
-                del self.done[name]
-                continue
-            with naming(self.path / tensor.file, "read back", tensor=name):
-                found = checksum_in_file(self._files[tensor.file], tensor)
-            if found != result.checksum:
-                del self.done[name]
-
-    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
-        """Return a tensor's file, an element's position in it, and the file for direct writes."""
-        position = tensor.offset + start * tensor.dtype.num_bytes
-        return self._files[tensor.file], position, self._direct[tensor.file]
-
-    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
-        """Write elements from `start` on."""
-        with naming(self.path / tensor.file, "written", tensor=tensor.name):
-            write_exactly(*self.place(tensor, start)[:2], data)
-
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
-        """Read back elements from `start` on."""
-        with naming(self.path / tensor.file, "read back", tensor=tensor.name):
-            read_exactly(*self.place(tensor, start)[:2], out)
+    @property
+    def done(self) -> dict[str, JobResult]:
+        """Results by tensor."""
+        return self._progress.done
 
     def record(self, job: Job, result: JobResult) -> None:
         """Note in the journal that a tensor is written; for one thread at a time."""
         self.done[job.name] = result
-        self._journal.add({"tensor": job.name} | asdict(result))
+        self._journal.add(line_of(job, result))
 
     def write_files(self, contents: Mapping[str, bytes | Path]) -> None:
         """Write files beside the weights, or copy them; those of an earlier run are replaced."""
@@ -286,12 +230,11 @@ class OutputFolder:
         wanted = {*files, *self._shard_names}
         remove_files(self.path, self._beside - wanted)
         self._refuse_foreign(set(files_in(self.path)) - wanted)
+        self.writer.sync()
         with naming(self.path, "brought to the disk"):
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
             for root, _, _ in os.walk(self.path):
                 sync_folder(Path(root))
-            self._close_files()  # some systems rename no folder with an open file
+            self.writer.close()  # some systems rename no folder with an open file
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)
 
@@ -310,27 +253,22 @@ class OutputFolder:
         return finish_naming(self._journal)
 
     def forget(self) -> None:
-        """Remove the journal of an output that has its name, and give up the lock."""
+        """Remove the journals of an output that has its name, and give up the lock."""
+        remove_parts(self.final)
         self._journal.remove()
         self._is_begun = False
         self.close()
 
     def close(self) -> None:
         """Close every file and give up the lock; an output with no finished tensor is removed."""
-        self._close_files()
-        if self._is_begun and not self.done:
-            with suppress(OSError):  # what stays is taken up by the next run
+        self.writer.close()
+        if self._is_begun and not self.done and not self._part:
+            with suppress(OSError, OutlierMergeError):  # what stays is taken up by the next run
                 remove_files(self.path, {*self._shard_names, *self._beside})
+                remove_parts(self.final)
                 self._journal.clear()
         self._is_begun = False
         self._journal.close()
-
-    def _close_files(self) -> None:
-        for files in (self._files, self._direct):
-            while files:
-                _, descriptor = files.popitem()
-                if descriptor >= 0:
-                    os.close(descriptor)
 
 
 def finish_interrupted(final: Path) -> None:
@@ -342,6 +280,7 @@ def finish_interrupted(final: Path) -> None:
         try:
             if is_named(journal):
                 finish_naming(journal)
+                remove_parts(final)
                 journal.remove()
         finally:
             journal.close()
@@ -368,14 +307,3 @@ def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[
     """Return what two runs differ in, by what a user calls it."""
     now = json.loads(json.dumps(now))
     return [key for key in now if (found or {}).get(key) != now[key]]
-
-
-def _inodes(plan: Plan) -> set[tuple[int, int]]:
-    """Return the devices and inode numbers of the files that the models are read from."""
-    found = set()
-    for entry in plan.inputs:
-        for stamp in entry.checkpoint.weight_files:
-            with suppress(OSError):  # reading it says what is wrong
-                status = stamp.path.stat()
-                found.add((status.st_dev, status.st_ino))
-    return found

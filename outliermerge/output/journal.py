@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import stat
 import time
@@ -24,8 +25,23 @@ _BEGINNING, _ANY_BEGINNING = b'{"outliermerge journal": 2, ', b'{"outliermerge j
 _MOST_BYTES = 256 << 20  # that of a merge of 46,000 tensors has some 20 MB
 
 
+class BusyError(OutlierMergeError):
+    """Another process holds an output.
+
+    Attributes:
+        by_part: it writes only a part of it.
+    """
+
+    def __init__(self, final: Path, holder: Mapping[str, Any]) -> None:
+        super().__init__(
+            f"{final}: another run{_told(holder)} is writing it. Wait until it is done, stop it, "
+            "or choose another output."
+        )
+        self.by_part = "part" in holder
+
+
 class Journal:
-    """A file beside an output that one process at a time can hold.
+    """A file beside an output that one process at a time can hold; parts have one each.
 
     It is there from before the first byte of an output until the output has its name, so that
     what a killed run left can be told from what is somebody else's. Each line ends with the
@@ -37,13 +53,14 @@ class Journal:
         identity: what the output was begun with; None where it has not been begun.
     """
 
-    def __init__(self, final: Path) -> None:
-        """Open the journal of an output, made where it is missing, and lock it.
+    def __init__(self, final: Path, part: str = "") -> None:
+        """Open the journal of an output or of a part, made where it is missing, and lock it.
 
         Raises:
-            OutlierMergeError: another process holds it, it is no journal, or cannot be opened.
+            BusyError: another process holds it.
+            OutlierMergeError: it is no journal, or cannot be opened.
         """
-        self.final, self.path = final, journal_path(final)
+        self.final, self.path = final, journal_path(final, part)
         self.identity: Mapping[str, Any] | None = None
         self.lines: list[dict[str, Any]] = []
         self._descriptor = _locked(self.path, final)
@@ -220,10 +237,7 @@ def _locked(path: Path, final: Path) -> int:
             if not lock(descriptor):
                 holder = _holder(descriptor)
                 os.close(descriptor)
-                raise OutlierMergeError(
-                    f"{final}: another run{holder} is writing it. Wait until it is done, stop it, "
-                    "or choose another output."
-                )
+                raise BusyError(final, holder)
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
         except FileNotFoundError:
@@ -255,22 +269,44 @@ def _opened(path: Path) -> int:
     return descriptor
 
 
-def process() -> dict[str, Any]:
+def parts(final: Path) -> list[str]:
+    """Return the parts of an output that have a journal, such as `2-of-3`."""
+    beginning = journal_path(final).name + "."
+    names = [path.name for path in final.absolute().parent.iterdir()]
+    ends = [name.removeprefix(beginning) for name in names if name.startswith(beginning)]
+    return sorted(part for part in ends if re.fullmatch(r"\d+-of-\d+", part))
+
+
+def remove_parts(final: Path) -> None:
+    """Remove the journals of parts, for the process that holds the output's own.
+
+    Raises:
+        BusyError: another process is writing one.
+    """
+    for part in parts(final):
+        Journal(final, part).remove()
+
+
+def process(part: str = "") -> dict[str, Any]:
     """Return what tells people which process holds a journal."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "began": int(time.time())}
+    of_part = {"part": part} if part else {}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "began": int(time.time())} | of_part
 
 
-def _holder(descriptor: int) -> str:
-    """Return who holds a journal, for a message, as far as it says."""
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Return which process holds a journal, as far as it says."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         raw = file.read(_MOST_BYTES)
     known = [e["process"] for e in map(_entry, raw.split(b"\n")) if e and "process" in e]
-    if not known or not isinstance(known[-1], dict):
-        return ""
-    last = known[-1]
+    return known[-1] if known else {}
+
+
+def _told(holder: Mapping[str, Any]) -> str:
+    """Return who holds a journal, for a message."""
     try:
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["began"]))
-        return f" (process {last['pid']} on {last['host']}, since {began})"
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["began"]))
+        part = f" of part {holder['part']}" if "part" in holder else ""
+        return f"{part} (process {holder['pid']} on {holder['host']}, since {began})"
     except (KeyError, TypeError, ValueError, OverflowError):
         return ""

@@ -17,9 +17,9 @@ def partial_folder(final: Path) -> Path:
     return final.with_name(final.name + ".partial")
 
 
-def journal_path(final: Path) -> Path:
-    """Return the file that says how far an output is; who holds its lock writes the output."""
-    return final.with_name(final.name + _LONGEST)
+def journal_path(final: Path, part: str = "") -> Path:
+    """Return the file that says how far an output is, or a part of it; its lock says who writes."""
+    return final.with_name(final.name + _LONGEST + (f".{part}" if part else ""))
 
 
 def replaced_path(final: Path) -> Path:

@@ -25,19 +25,14 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
     }
 
 
-def made_of_others(plan: Plan, done: Mapping[str, JobResult]) -> list[str]:
+def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> list[str]:
     """Return the names of tensors that were made of other bytes than the inputs hold now.
 
     Raises:
         OutlierMergeError: an input cannot be read.
     """
-    jobs = {job.name: job for job in plan.jobs}
     with Reader() as reader:
-        return [
-            name
-            for name, result in done.items()
-            if name in jobs and not _is_of(jobs[name], result, reader)
-        ]
+        return [name for name, result in done.items() if not _is_of(jobs[name], result, reader)]
 
 
 def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:

@@ -17,7 +17,7 @@ from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import real_output
-from outliermerge.output.resumed import made_of_others, marks_of
+from outliermerge.output.resumed import marks_of
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import disk_bytes_read
 from outliermerge.storage.stamps import OtherBytesError, Watched, watching
@@ -131,17 +131,14 @@ def run_plans(
             from outliermerge.output.load_check import LoadCheck
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
-        for (plan, _), folder in zip(plans, folders, strict=True):
+        for folder in folders:
             folder.forget_unfit(allow_non_finite=options.allow_non_finite)
-            if folder.has_other_marks:
-                for name in made_of_others(plan, folder.done):
-                    del folder.done[name]
-        _forget_parts(plans, folders, options)
+        _forget_incomplete(plans, folders, options)
         targets = []
         for (plan, _), folder in zip(plans, folders, strict=True):
             left = [job for job in plan.jobs if job.name not in folder.done]
             left = [] if folder.is_finished else left
-            targets.append(Target(plan, left, folder, _if_unchanged(watched, folder.record)))
+            targets.append(Target(plan, left, folder.writer, if_unchanged(watched, folder.record)))
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
 
@@ -194,7 +191,7 @@ def run_plans(
     ]
 
 
-def _if_unchanged(
+def if_unchanged(
     watched: Watched, record: Callable[[Job, JobResult], None]
 ) -> Callable[[Job, JobResult], None]:
     """Return what records a tensor if it was made of what was planned with."""
@@ -206,7 +203,7 @@ def _if_unchanged(
     return record_checked
 
 
-def _forget_parts(
+def _forget_incomplete(
     plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder], options: Options
 ) -> None:
     """Do tensors again that were made in one reading for several outputs, and reached only some.
@@ -216,7 +213,7 @@ def _forget_parts(
     if len(plans) == 1:
         return
     pairs = zip(plans, folders, strict=True)
-    targets = [Target(plan, plan.jobs, folder, folder.record) for (plan, _), folder in pairs]
+    targets = [Target(plan, plan.jobs, folder.writer, folder.record) for (plan, _), folder in pairs]
     held = {id(target): folder for target, folder in zip(targets, folders, strict=True)}
     for group in groups_of(targets, options):
         members = [(held[id(target)], job.name) for target, job in group]

@@ -1,0 +1,138 @@
+"""Plans carried out by several processes that share the plan and the output's folder.
+
+Each writes a part of the tensors into the same files, and may be started anywhere, in any order,
+at the same time or again. `run` then takes over what they have written and finishes the output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+
+from outliermerge.errors import SpecError
+from outliermerge.execution.jobs import JobResult
+from outliermerge.execution.threads import Target, execute
+from outliermerge.output.folder import OutputFolder
+from outliermerge.output.journal import BusyError, Journal, process
+from outliermerge.output.manifest import identity
+from outliermerge.output.names import real_output
+from outliermerge.output.resumed import marks_of
+from outliermerge.output.run import if_unchanged
+from outliermerge.output.writer import OutputWriter, Progress, line_of
+from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.stamps import OtherBytesError, Watched, watching
+
+_PATIENCE_SECONDS, _POLL_SECONDS = 30, 0.05
+
+
+def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
+    """Return the jobs of a part: neighbours in the plan, of about the same bytes in each part.
+
+    Args:
+        part: its number, from 1.
+
+    Raises:
+        SpecError: there is no such part.
+    """
+    if not 1 <= part <= num_parts:
+        raise SpecError(f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}")
+    sizes = [plan.num_work_bytes(job) for job in plan.jobs]
+    total = max(1, sum(sizes))
+    middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
+    numbers = [min(num_parts, 1 + int(middle * num_parts / total)) for middle in middles]
+    return [job for job, number in zip(plan.jobs, numbers, strict=True) if number == part]
+
+
+def run_part(
+    plan: Plan,
+    output: Path,
+    part: int,
+    num_parts: int,
+    options: Options,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> int:
+    """Write one part of an output, or what is left of it; return how many tensors were written.
+
+    Args:
+        output: the folder or file that the whole gets as its name.
+        part: its number, from 1.
+        on_progress: called with the bytes just worked on, by any thread.
+
+    Raises:
+        BusyError: another process writes this part, or the whole output.
+        SpecError: there is no such part, or the memory budget is too small.
+        OutlierMergeError: a model or the output folder is not fit for it.
+    """
+    jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
+    plan.peak_memory_bytes(options)
+    with ExitStack() as stack:
+        stamps = dict.fromkeys(plan.files)
+        watched = stack.enter_context(watching(Watched(stamps)))
+        watched.check()
+        folder = _held(plan, real_output(output), options, name, overwrite=overwrite)
+        try:
+            if folder.is_finished:
+                folder.forget()
+                return 0
+            journal = Journal(folder.final, name)
+            stack.callback(journal.close)
+            writer = OutputWriter(folder.path)
+            stack.callback(writer.close)
+            writer.open(plan)
+            by_run = set(folder.done)
+        finally:
+            folder.close()
+        progress = Progress(plan, marks_of(plan))
+        progress.take_over(journal)
+        progress.forget_unfit(writer, allow_non_finite=options.allow_non_finite)
+        if journal.identity is None:
+            journal.begin(identity(plan, options), marks=marks_of(plan))
+        journal.add({"process": process(name)})
+
+        def record(job: Job, result: JobResult) -> None:
+            journal.add(line_of(job, result))
+
+        left = [job for job in jobs if job.name not in by_run | progress.done.keys()]
+        on_progress(sum(map(plan.num_work_bytes, jobs)) - sum(map(plan.num_work_bytes, left)))
+        try:
+            execute(
+                [Target(plan, left, writer, if_unchanged(watched, record))],
+                options,
+                on_progress=on_progress,
+                folder=folder.final.parent,
+            )
+        except OtherBytesError:
+            journal.clear()
+            raise
+        watched.check()
+        writer.sync()
+        journal.sync()
+    return len(left)
+
+
+def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bool) -> OutputFolder:
+    """Hold an output for the moment that it takes to begin it and to open a part of it.
+
+    Another part may be doing the same; it is waited for.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            with watching(Watched()):  # an old output is no input
+                return OutputFolder(
+                    plan,
+                    final,
+                    identity=identity(plan, options),
+                    marks=marks_of(plan),
+                    overwrite=overwrite,
+                    part=name,
+                )
+        except BusyError as error:
+            if not error.by_part and time.monotonic() - began > _PATIENCE_SECONDS:
+                raise
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,207 @@
+"""The weight files of an output, written by any process, and which tensors it has written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from outliermerge.checkpoint.checksum import checksum_in_file
+from outliermerge.checkpoint.layout import OutputTensor, Shard
+from outliermerge.checkpoint.reader import read_exactly, write_exactly
+from outliermerge.errors import OutlierMergeError
+from outliermerge.execution.jobs import JobResult
+from outliermerge.output.journal import Journal
+from outliermerge.output.resumed import made_of_others
+from outliermerge.planning.plan import Job, Plan
+from outliermerge.storage.failures import failure, naming
+from outliermerge.storage.system import (
+    check_own,
+    make_inside,
+    open_direct,
+    open_inside,
+    reserve,
+)
+
+
+class OutputWriter:
+    """The planned files of an output, open for writing; a sink of merges.
+
+    Several processes may have the same files open, each for tensors of its own: the plan says
+    where every tensor's bytes go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open nothing yet.
+
+        Args:
+            folder: where the output is before it has its name.
+        """
+        self._folder = folder
+        self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
+
+    def open(self, plan: Plan, *, make: bool = False) -> None:
+        """Open all files.
+
+        Args:
+            make: make those that are missing and reserve their room; else all must be there.
+
+        Raises:
+            OutlierMergeError: a file is missing, is not as planned, or may not be ours.
+        """
+        inputs = _inodes(plan)
+        try:
+            for shard in plan.shards:
+                self._files[shard.file] = self._open(shard, inputs, make=make)
+                self._direct[shard.file] = self._open_direct(shard.file)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, shard: Shard, inputs: set[tuple[int, int]], *, make: bool) -> int:
+        path = self._folder / shard.file
+        try:
+            try:
+                descriptor = open_inside(self._folder, shard.file)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                descriptor = make_inside(self._folder, shard.file)
+        except OSError as error:
+            what = f"cannot be opened: {error.strerror}"
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                what = "is a link, or in one: what is written through it may not be ours. Remove it"
+            raise OutlierMergeError(f"{path}: {what}") from error
+        try:
+            status = check_own(descriptor, path)
+            if (status.st_dev, status.st_ino) in inputs:
+                raise OutlierMergeError(f"{path}: is a file of a model that is merged. Remove it.")
+            if make:
+                reserve(descriptor, shard.num_bytes)
+                write_exactly(descriptor, 0, memoryview(shard.header))
+            else:
+                self._check(descriptor, shard)
+        except (OSError, EOFError) as error:
+            os.close(descriptor)
+            raise failure(path, "made", error, needed_bytes=shard.num_bytes) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check(self, descriptor: int, shard: Shard) -> None:
+        """Refuse a file that was not made by this plan."""
+        header = bytearray(len(shard.header))
+        num_bytes = os.fstat(descriptor).st_size
+        if num_bytes == shard.num_bytes:
+            read_exactly(descriptor, 0, memoryview(header))
+        if header != shard.header:
+            raise OutlierMergeError(
+                f"{self._folder / shard.file}: is not as planned: it has {num_bytes:,} bytes, "
+                f"expected {shard.num_bytes:,}, with the header of this merge"
+            )
+
+    def _open_direct(self, file: str) -> int:
+        """Open a shard once more for direct writes; -1 where that does not pay."""
+        direct = open_direct(self._folder / file)
+        if direct >= 0 and not os.path.samestat(os.fstat(direct), os.fstat(self._files[file])):
+            os.close(direct)
+            direct = -1
+        return direct
+
+    def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
+        """Return a tensor's file, an element's position in it, and the file for direct writes."""
+        position = tensor.offset + start * tensor.dtype.num_bytes
+        return self._files[tensor.file], position, self._direct[tensor.file]
+
+    def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
+        """Write elements from `start` on."""
+        with naming(self._folder / tensor.file, "written", tensor=tensor.name):
+            write_exactly(*self.place(tensor, start)[:2], data)
+
+    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+        """Read back elements from `start` on."""
+        with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
+            read_exactly(*self.place(tensor, start)[:2], out)
+
+    def checksum(self, tensor: OutputTensor) -> str:
+        """Return the checksum of what is written as a tensor."""
+        with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
+            return checksum_in_file(self._files[tensor.file], tensor)
+
+    def sync(self) -> None:
+        """Have everything written reach the disk."""
+        with naming(self._folder, "brought to the disk"):
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close every file."""
+        for files in (self._files, self._direct):
+            while files:
+                _, descriptor = files.popitem()
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+
+class Progress:
+    """Which tensors of an output are written, as journals have it.
+
+    Attributes:
+        done: results by tensor.
+    """
+
+    def __init__(self, plan: Plan, marks: Mapping[str, list[int]]) -> None:
+        self.done: dict[str, JobResult] = {}
+        self._of_others: set[str] = set()
+        self._jobs = {job.name: job for job in plan.jobs}
+        self._marks = dict(marks)
+
+    def take_over(self, journal: Journal) -> bool:
+        """Take over what a journal says is done; tell whether it says anything."""
+        lines = [line for line in journal.lines if "tensor" in line]
+        is_of_others = journal.last("marks") != self._marks
+        for line in lines:
+            result = {key: value for key, value in line.items() if key != "tensor"}
+            result["read"] = {int(number): sum_ for number, sum_ in line["read"].items()}
+            self.done[line["tensor"]] = JobResult(**result)
+            (self._of_others.add if is_of_others else self._of_others.discard)(line["tensor"])
+        return bool(lines)
+
+    def forget_unfit(self, writer: OutputWriter, *, allow_non_finite: bool) -> None:
+        """Forget the tensors of an earlier run that this one may not take over.
+
+        Their bytes are not what the journal says, or were made of other bytes than the inputs
+        have now, or have values that only that run allowed.
+        """
+        for name, result in list(self.done.items()):
+            job = self._jobs.get(name)
+            if (
+                job is None
+                or (result.non_finite and not allow_non_finite)
+                or writer.checksum(job.output) != result.checksum
+            ):
+                del self.done[name]
+        seen = {name: self.done[name] for name in self._of_others if name in self.done}
+        for name in made_of_others(self._jobs, seen):
+            del self.done[name]
+
+
+def line_of(job: Job, result: JobResult) -> dict[str, object]:
+    """Return what a journal says of a tensor that is written."""
+    return {"tensor": job.name} | asdict(result)
+
+
+def _inodes(plan: Plan) -> set[tuple[int, int]]:
+    """Return the devices and inode numbers of the files that the models are read from."""
+    found = set()
+    for entry in plan.inputs:
+        for stamp in entry.checkpoint.weight_files:
+            with suppress(OSError):  # reading it says what is wrong
+                status = stamp.path.stat()
+                found.add((status.st_dev, status.st_ino))
+    return found
