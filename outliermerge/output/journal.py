@@ -26,18 +26,18 @@ _MOST_BYTES = 256 << 20  # that of a merge of 46,000 tensors has some 20 MB
 
 
 class BusyError(OutlierMergeError):
-    """Another process holds an output.
+    """Another process holds an output, or a part of it.
 
     Attributes:
-        by_part: it writes only a part of it.
+        is_beginning: it holds the output for the moment in which it begins a part.
     """
 
-    def __init__(self, final: Path, holder: Mapping[str, Any]) -> None:
+    def __init__(self, final: Path, holder: Mapping[str, Any], *, is_part: bool) -> None:
         super().__init__(
             f"{final}: another run{_told(holder)} is writing it. Wait until it is done, stop it, "
             "or choose another output."
         )
-        self.by_part = "part" in holder
+        self.is_beginning = "part" in holder and not is_part
 
 
 class Journal:
@@ -237,7 +237,7 @@ def _locked(path: Path, final: Path) -> int:
             if not lock(descriptor):
                 holder = _holder(descriptor)
                 os.close(descriptor)
-                raise BusyError(final, holder)
+                raise BusyError(final, holder, is_part=path != journal_path(final))
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
         except FileNotFoundError:

@@ -133,6 +133,6 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
                     part=name,
                 )
         except BusyError as error:
-            if not error.by_part and time.monotonic() - began > _PATIENCE_SECONDS:
+            if not error.is_beginning and time.monotonic() - began > _PATIENCE_SECONDS:
                 raise
         time.sleep(_POLL_SECONDS)
