@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 from hostile.cases import NAMES, adapter, pair
-from outliermerge.cli.parts import plain_json
 
 import outliermerge
 from outliermerge import OutlierMergeError, SpecError
 from outliermerge.checkpoint import patterns
 from outliermerge.checkpoint.patterns import Budget, Pattern, TooSlowError
 from outliermerge.cli.main import main as cli
+from outliermerge.cli.parts import plain_json
 from outliermerge.errors import MAX_MESSAGE, listing, quoted, readable, shown, suggest
 from outliermerge.spec import text as spec_text
 from outliermerge.spec.check import parse_spec

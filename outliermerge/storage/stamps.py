@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.storage.system import open_regular
+from outliermerge.storage.system import knowing, open_regular
 
 # Linux stamps by a clock that ticks every 1 to 10 ms: a file that was written in the present tick
 # can be written again without another time.
@@ -148,10 +148,8 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
     descriptor = open_regular(path)
     try:
         if (watched := watched or _WATCHED.get()) is not None:
-            watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
-    except OSError as error:  # calls on a descriptor do not know its file
-        os.close(descriptor)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+            with knowing(path):
+                watched.note(path, _settled(path, lambda: os.fstat(descriptor)))
     except BaseException:
         os.close(descriptor)
         raise
@@ -165,14 +163,21 @@ def open_file(path: Path) -> BufferedReader:
 
 class _InputFile(BufferedReader):
     def __init__(self, path: Path) -> None:
-        super().__init__(FileIO(open_input(path)))
+        descriptor = open_input(path)
+        try:
+            with knowing(path):
+                super().__init__(FileIO(descriptor))
+        except BaseException:
+            with suppress(OSError):  # FileIO may have closed it
+                os.close(descriptor)
+            raise
         self._path = path
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        error = exception[1]
-        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        with knowing(self._path):
+            if isinstance(exception[1], OSError):
+                raise exception[1]
 
 
 def same_bytes(path: Path, other: Path) -> bool:

@@ -108,6 +108,17 @@ def refuse_special(path: Path, mode: int) -> None:
         raise OutlierMergeError(f"{path}: is {what}, expected a regular file")
 
 
+@contextmanager
+def knowing(path: Path) -> Iterator[None]:
+    """Have failures of calls on a descriptor, which do not know their file, name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def open_regular(path: Path) -> int:
     """Return the descriptor of a regular file, opened for reading.
 
@@ -121,9 +132,10 @@ def open_regular(path: Path) -> int:
         refuse_special(path, path.stat().st_mode)
     descriptor = os.open(path, os.O_RDONLY | _BYTES | _AT_ONCE)
     try:
-        refuse_special(path, os.fstat(descriptor).st_mode)
-        if _AT_ONCE:
-            os.set_blocking(descriptor, True)
+        with knowing(path):
+            refuse_special(path, os.fstat(descriptor).st_mode)
+            if _AT_ONCE:
+                os.set_blocking(descriptor, True)
     except BaseException:
         os.close(descriptor)
         raise

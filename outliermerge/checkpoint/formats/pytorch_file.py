@@ -26,6 +26,7 @@ from outliermerge.storage.files import check_file
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.machine import mapped_files, path_of
 from outliermerge.storage.stamps import open_file
+from outliermerge.storage.system import knowing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +69,10 @@ def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
     Raises:
         OutlierMergeError: as for read_pickle.
     """
-    content = _load(path, descriptor)
-    state, _ = _state_dict(path, content)
-    mapped = _Mapped(path, descriptor, content)
+    with knowing(path):
+        content = _load(path, descriptor)
+        state, _ = _state_dict(path, content)
+        mapped = _Mapped(path, descriptor, content)
     return {name: mapped.place(name, tensor) for name, tensor in state.items()}
 
 
