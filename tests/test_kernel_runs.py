@@ -24,7 +24,7 @@ from outliermerge.engines.kernels import find_kernels
 from outliermerge.execution.rounds import Round, Steps, run_all
 from outliermerge.methods.averaging import weighted_sum
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
-from outliermerge.output.folder import OutputFolder
+from outliermerge.output.writer import OutputWriter
 
 # Files.
 
@@ -340,7 +340,7 @@ def test_a_file_cut_short_after_the_plan_is_named(method, kernels, tmp_path):
 def test_a_disk_that_is_full_is_named(method, tmp_path, monkeypatch):
     base, models = large_models(tmp_path, torch.float32)
     full = os.open("/dev/full", os.O_RDWR)
-    monkeypatch.setattr(OutputFolder, "place", lambda self, tensor, start: (full, 0, -1))
+    monkeypatch.setattr(OutputWriter, "place", lambda self, tensor, start: (full, 0, -1))
     try:
         with pytest.raises(
             outliermerge.OutlierMergeError,
