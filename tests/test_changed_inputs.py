@@ -19,7 +19,7 @@ import outliermerge
 from outliermerge import OutlierMergeError
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.execution.pipeline import JobRunner
+from outliermerge.execution.jobs import JobRunner
 from outliermerge.output import run as runs
 from outliermerge.output.folder import OutputFolder
 from outliermerge.storage.stamps import Watched
@@ -257,13 +257,13 @@ def _at(moment: str, change: Callable[[], None], patch: pytest.MonkeyPatch) -> N
 
         patch.setattr(JobRunner, "_checksum_again", checksummed)
     else:
-        execute = runs.execute
+        write = runs.write_sidecars
 
-        def executed(*arguments, **keywords):
-            execute(*arguments, **keywords)
+        def written(*arguments, **keywords):
             fire()
+            return write(*arguments, **keywords)
 
-        patch.setattr(runs, "execute", executed)
+        patch.setattr(runs, "write_sidecars", written)
 
 
 def _assert_noticed(case: tuple, folder: Path) -> None:
