@@ -1,7 +1,7 @@
 """What CONTRIBUTING.md says of adding to the house, done: each addition in a copy of the package.
 
 The files of `tests/contributed/` are put into their places and lines into the files named here;
-then the copy does what was added. How many files and lines that took is what the page says.
+then the copy does what was added. In how many places that was is what the page says.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,13 @@ class Addition:
     Attributes:
         heading: of its section in CONTRIBUTING.md.
         file: the new file, of `contributed/`, and where it goes.
-        lines: a file, what stands in it, and what is put behind that.
+        places: a file, what stands in it, and the line or word that is put behind that.
         needs: another addition that is made first.
     """
 
     heading: str
     file: tuple[str, str]
-    lines: tuple[tuple[str, str, str], ...]
+    places: tuple[tuple[str, str, str], ...]
     needs: str = ""
 
 
@@ -124,18 +124,26 @@ def make_house(folder: Path, *added: str) -> Path:
     for kind in added:
         addition = ADDITIONS[kind]
         shutil.copy(ADDED / addition.file[0], folder / addition.file[1])
-        for file, anchor, text in addition.lines:
+        for file, anchor, text in addition.places:
             content = (folder / file).read_text()
             assert content.count(anchor) == 1, (kind, file, anchor)
             (folder / file).write_text(content.replace(anchor, anchor + text))
     return folder
 
 
-def in_house(house: Path, *arguments: str, cwd: Path | None = None) -> str:
+# From Python 3.12 on, forking is warned of where a library has started threads.
+WARNINGS = ("-W", "error", "-W", "ignore:This process:DeprecationWarning")
+
+
+def in_house(house: Path, *arguments: str) -> str:
     """Run Python with the copy of the package; return what it prints."""
+    return output_of([sys.executable, *WARNINGS, *arguments], house)
+
+
+def output_of(command: Sequence[str | Path], house: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=cwd or house,
+        command,
+        cwd=house,
         env=os.environ | {"PYTHONPATH": str(house)},
         capture_output=True,
         text=True,
@@ -258,10 +266,8 @@ def test_a_format_merges_to_the_bytes_of_the_same_weights_in_safetensors(
     found = merge(house, spec_of("min_sigma", folders), tmp_path / "npz")
     assert load_folder(tmp_path / "npz").keys() == SHAPES.keys()
     assert found == wanted
-    pairs = [(models[0], folders[0]), (models[1], folders[1])]
-    mixed = [pair[number] for number, pair in enumerate(pairs)]
-    alone = merge(house, spec_of("min_sigma", models[:2]), tmp_path / "one")
-    assert merge(house, spec_of("min_sigma", mixed), tmp_path / "mixed") == alone
+    mixed = [models[0], *folders[1:]]
+    assert merge(house, spec_of("min_sigma", mixed), tmp_path / "mixed") == wanted
 
 
 @pytest.mark.parametrize(
@@ -295,7 +301,6 @@ def test_a_command_is_in_the_help_and_runs(houses, models):
     assert "700 × 311" in in_house(house, "-m", PACKAGE, "tensors", str(models[0]))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("kernels", [True, False])
 def test_an_executor_gives_the_bytes_of_threads(kernels, houses, models, tmp_path):
     house, spec = houses["executor"], spec_of("ties", models, density=0.3)
@@ -331,22 +336,11 @@ def run_command(command: str, house: Path) -> None:
     """Run a command of the page in a copy of the house; of `make`, see that it is there."""
     program, *arguments = shlex.split(command)
     if program == "make":
-        done = subprocess.run(
-            ["make", "-n", *arguments, "VENV=absent"],
-            cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        without = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+        target = ["make", "-n", *arguments, "VENV=absent"]
+        subprocess.run(target, cwd=ROOT, env=without, capture_output=True, check=True)
     elif program == ".venv/bin/python":
-        env = os.environ | {"PYTHONPATH": str(house)}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=house, env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        output_of([sys.executable, *arguments], house)
     else:
         assert program == ".venv/bin/outliermerge", command
         in_house(house, "-m", PACKAGE, *arguments)
@@ -375,14 +369,16 @@ def test_the_page_counts_what_was_edited(kind):
     addition = ADDITIONS[kind]
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {addition.heading} |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    files = {file for file, _, _ in addition.lines}
-    assert cells[-1] == f"1 new file, {_number(addition.lines, 'line')} in {_number(files, 'file')}"
+    files = {file for file, _, _ in addition.places}
+    assert (
+        cells[-1] == f"1 new file, {_number(addition.places, 'place')} in {_number(files, 'file')}"
+    )
     for file in {addition.file[1], *files}:
         assert Path(file).name in section(addition.heading), file
     assert addition.file[0] in section(addition.heading)
 
 
-def _number(things: Sequence[object] | set[str], what: str) -> str:
+def _number(things: Collection[object], what: str) -> str:
     return f"{len(things)} {what}{'s' if len(things) > 1 else ''}"
 
 
@@ -394,12 +390,11 @@ def test_the_tour_leads_through_files_that_are_there():
 
 
 def test_additions_pass_the_checks_of_the_house(tmp_path):
-    house = make_house(tmp_path, *ADDITIONS)
-    binaries = Path(sys.executable).parent
+    house, binaries = make_house(tmp_path, *ADDITIONS), Path(sys.executable).parent
     for program, *arguments in (["ruff", "check"], ["ruff", "format", "--check"], ["lint-imports"]):
-        done = subprocess.run(
-            [binaries / program, *arguments],
-            cwd=house, env=os.environ | {"PYTHONPATH": str(house)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        output_of([binaries / program, *arguments], house)
+
+
+@pytest.mark.faults  # it takes a minute
+def test_additions_pass_mypy(tmp_path):
+    output_of([Path(sys.executable).parent / "mypy"], make_house(tmp_path, *ADDITIONS))
