@@ -309,13 +309,25 @@ def test_an_executor_gives_the_bytes_of_threads(kernels, houses, models, tmp_pat
     assert merge(house, spec, tmp_path / "processes", executor=True, **options) == wanted
 
 
-def test_a_failure_in_an_executor_is_told_and_leaves_no_output(houses, states, tmp_path):
-    bad = dict(states[1], **{"small.weight": torch.full(SHAPES["small.weight"], torch.nan)})
-    models = [save_tensors(tmp_path / "base", states[0]), save_tensors(tmp_path / "bad", bad)]
-    spec = spec_of("ties", [models[0], models[1], save_tensors(tmp_path / "c", states[2])])
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ("", r"small\.weight"),
+        (
+            "from outliermerge.execution import processes\n"
+            "processes._work = lambda *given: processes.os._exit(9)",
+            r"worker process \d+ was killed",
+        ),
+    ],
+    ids=["a value", "a kill"],
+)
+def test_what_fails_in_an_executor_is_told(first, message, houses, states, tmp_path):
+    bad = states[1] | {"small.weight": torch.full(SHAPES["small.weight"], torch.nan)}
+    models = [save_tensors(tmp_path / n, s) for n, s in (("0", states[0]), ("1", bad))]
+    spec = spec_of("ties", models)
     job = json.dumps([str(houses["executor"]), spec, str(tmp_path / "out"), True, {"threads": 2}])
-    with pytest.raises(AssertionError, match=r"OutlierMergeError: .*small\.weight"):
-        in_house(houses["executor"], "-c", _DRIVER, job)
+    with pytest.raises(AssertionError, match=f"OutlierMergeError: .*{message}"):
+        in_house(houses["executor"], "-c", f"{first}\n{_DRIVER}", job)
     assert not (tmp_path / "out").exists()
 
 
