@@ -14,7 +14,7 @@ from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, mer
 from outliermerge.errors import OutlierMergeError, SpecError, listing
 from outliermerge.execution.in_memory import merge_in_memory
 from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.execution.threads import choose_options, torch_threads
+from outliermerge.execution.threads import Executor, choose_options, execute, torch_threads
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
@@ -67,6 +67,7 @@ def run(
     on_progress: Callable[[int], None] = lambda num_bytes: None,
     load_check: bool = False,
     on_waiting: Callable[[], None] = lambda: None,
+    executor: Executor = execute,
 ) -> RunResult:
     """Merge checkpoints on disk into a new model folder.
 
@@ -88,6 +89,7 @@ def run(
         load_check: let transformers, where it is installed, prove in another process that it
             loads the output, as the command line does; it takes some seconds beside the merge.
         on_waiting: called when all is computed and only that proof is waited for.
+        executor: what runs the plan's jobs: threads, or a function called like theirs.
 
     Raises:
         SpecError: the spec or an argument is wrong.
@@ -120,6 +122,7 @@ def run(
         on_progress=on_progress,
         load_check=load_check,
         on_waiting=on_waiting,
+        executor=executor,
     )
     return result
 

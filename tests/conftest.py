@@ -8,3 +8,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Asking transformers takes seconds of a processor in each process: tests that mean it ask for it.
 os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
+
+collect_ignore = ["contributed"]  # files for copies of the package

@@ -257,13 +257,13 @@ def _at(moment: str, change: Callable[[], None], patch: pytest.MonkeyPatch) -> N
 
         patch.setattr(JobRunner, "_checksum_again", checksummed)
     else:
-        execute = runs.execute
+        write = runs.write_sidecars
 
-        def executed(*arguments, **keywords):
-            execute(*arguments, **keywords)
+        def written(*arguments, **keywords):
             fire()
+            return write(*arguments, **keywords)
 
-        patch.setattr(runs, "execute", executed)
+        patch.setattr(runs, "write_sidecars", written)
 
 
 def _assert_noticed(case: tuple, folder: Path) -> None:

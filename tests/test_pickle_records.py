@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from outliermerge.checkpoint.formats.pytorch_file import load_strided, read_pickle
+from outliermerge.checkpoint.formats.pytorch_file import load_strided, read_file
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.stamps import open_file
 
@@ -37,7 +37,7 @@ def test_a_record_that_is_too_short_is_refused_by_its_tensor(tmp_path):
     def cut(name: str, data: bytes) -> Iterator[bytes]:
         yield data[:12] if name == "data/0" else data
 
-    for read in (read_pickle, _load):
+    for read in (read_file, _load):
         with pytest.raises(OutlierMergeError, match=r"'a' needs 20 bytes .* has fewer"):
             read(_rewritten(path, cut))
 
@@ -58,14 +58,14 @@ def test_two_records_of_one_name_are_refused(tmp_path, twice):
             yield bytes(len(data))
 
     with pytest.raises(OutlierMergeError, match="two records of one name"):
-        read_pickle(_rewritten(path, double))
+        read_file(_rewritten(path, double))
 
 
 def test_a_tensor_of_more_elements_than_the_file_has_is_refused(tmp_path):
     path = _saved(tmp_path / "m.bin", a=torch.zeros(1).expand(1 << 40))
     told = r"'a' of shape .* has 4 bytes in the file and is of 4,398,046,511,104, more"
     with pytest.raises(OutlierMergeError, match=told):
-        read_pickle(path)
+        read_file(path)
 
 
 def test_views_of_one_record_and_small_expanded_buffers_are_read(tmp_path):
@@ -78,7 +78,7 @@ def test_views_of_one_record_and_small_expanded_buffers_are_read(tmp_path):
         d=torch.zeros(0),
         e=values,
     )
-    metas, _ = read_pickle(path)
+    metas, _, _ = read_file(path)
     assert [meta.shape for meta in metas] == [(2,), (2,), (1000,), (0,), (10,)]
 
 
@@ -93,10 +93,10 @@ def test_a_long_name_of_what_is_called_and_a_large_pickle_are_refused(tmp_path):
             yield data if name == "data.pkl" else old
 
         with pytest.raises(OutlierMergeError, match=what):
-            read_pickle(_rewritten(path, put))
+            read_file(_rewritten(path, put))
 
 
 def test_the_pickle_of_ten_thousand_tensors_is_read(tmp_path):
     names = (f"model.layers.{number}.mlp.experts.7.down_proj.weight" for number in range(10_000))
     path = _saved(tmp_path / "m.bin", **{name: torch.ones(1) for name in names})
-    assert len(read_pickle(path)[0]) == 10_000
+    assert len(read_file(path)[0]) == 10_000

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from outliermerge import OutlierMergeError
 from outliermerge.checkpoint.folders.folder import open_checkpoint
-from outliermerge.checkpoint.formats.pytorch_file import read_pickle
+from outliermerge.checkpoint.formats.pytorch_file import read_file
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.reader import Reader
 
@@ -243,7 +243,7 @@ def test_a_sidecar_that_is_no_regular_file_is_refused_by_name(make, model):
     )
 
 
-@pytest.mark.parametrize("read", [read_header, read_pickle])
+@pytest.mark.parametrize("read", [read_header, read_file])
 def test_a_reader_of_one_file_refuses_a_pipe(read, tmp_path):
     os.mkfifo(tmp_path / "m")
 

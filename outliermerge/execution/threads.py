@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.reader import Reader
@@ -85,6 +86,19 @@ class Target:
     jobs: Sequence[Job]
     sink: Sink
     on_result: Callable[[Job, JobResult], None]
+
+
+class Executor(Protocol):
+    """What runs the jobs of plans: `execute` on threads, or a function that is called like it."""
+
+    def __call__(
+        self,
+        targets: Sequence[Target],
+        options: Options,
+        *,
+        on_progress: Callable[[int], None],
+        folder: Path | None,
+    ) -> None: ...
 
 
 def execute(

@@ -9,7 +9,14 @@ from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
 METHODS: dict[str, MergeMethod] = {
-    method.name: method for method in (min_sigma, linear, task_arithmetic, ties, passthrough)
+    method.name: method
+    for method in (
+        min_sigma,
+        linear,
+        task_arithmetic,
+        ties,
+        passthrough,
+    )
 }
 
 

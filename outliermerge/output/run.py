@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, SpecError, as_path
 from outliermerge.execution.jobs import JobResult
-from outliermerge.execution.threads import Target, execute, groups_of
+from outliermerge.execution.threads import Executor, Target, execute, groups_of
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import read_manifest
@@ -91,6 +91,7 @@ def run_plans(
     on_progress: Callable[[int], None],
     load_check: bool = False,
     on_waiting: Callable[[], None] = lambda: None,
+    executor: Executor = execute,
 ) -> list[RunResult]:
     """Carry out plans that read the same models, each into its own output, reading them once.
 
@@ -99,6 +100,7 @@ def run_plans(
             output that does not load keeps the name of an unfinished one, and a run with a
             corrected config goes on from there.
         on_waiting: called when all is computed and only the proof is waited for.
+        executor: what runs the jobs.
 
     Raises:
         SpecError: the memory budget is too small.
@@ -148,7 +150,7 @@ def run_plans(
                 check.raise_if_bad()
 
         try:
-            execute(targets, options, on_progress=on_block, folder=folders[0].final.parent)
+            executor(targets, options, on_progress=on_block, folder=folders[0].final.parent)
         except OutlierMergeError as error:
             for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()

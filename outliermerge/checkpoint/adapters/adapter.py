@@ -34,7 +34,7 @@ from outliermerge.checkpoint.adapters.tensors import (
 )
 from outliermerge.checkpoint.folders.copies import beside_adapter
 from outliermerge.checkpoint.folders.foreign import refuse_ungathered
-from outliermerge.checkpoint.folders.weights import read_metas
+from outliermerge.checkpoint.formats.table import read_file
 from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.storage.files import check_file
@@ -80,7 +80,7 @@ class _Adapter:
         self.patterns = LayerPatterns(folder / CONFIG_NAME, self.config)
         self.file = next(folder / name for name in FILE_NAMES if is_there(folder / name))
         check_file(self.file, folder)
-        metas, _ = read_metas(self.file)
+        metas, _, _ = read_file(self.file)
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
         refuse_ungathered(metas)

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from outliermerge.checkpoint.formats.table import SUFFIXES
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.hub_cache import listed_files
 from outliermerge.storage.stamps import open_file, refuse_text
@@ -54,7 +55,7 @@ _DATA = re.compile(
 )
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
-_TENSORS = (".safetensors", *_TORCH, ".npz", ".npy", ".pkl", ".joblib")
+_TENSORS = (*SUFFIXES, ".npz", ".npy", ".pkl", ".joblib")
 _TORCH_STARTS = (b"PK", b"\x80", b"version ")  # a zip, a pickle, a Git LFS pointer to either
 
 Kind = Literal["sidecar", "tensors", "training", "copy", "data", "hidden", "other"]

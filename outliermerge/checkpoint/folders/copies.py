@@ -10,12 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.folders.beside import unread_tensors
 from outliermerge.checkpoint.folders.loaded import offered_files
-from outliermerge.checkpoint.folders.weights import (
-    PYTORCH_SUFFIXES,
-    offered_by_hub,
-    passed_over_note,
-    read_metas,
-)
+from outliermerge.checkpoint.folders.weights import offered_by_hub, passed_over_note
+from outliermerge.checkpoint.formats.table import SUFFIXES, read_file
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import check_file, names_in
@@ -114,11 +110,11 @@ class _Read:
         self.num_elements = sum(source.num_elements for source in tensors.values())
 
     def has_all_of(self, path: Path, root: Path) -> bool:
-        if path.suffix not in (".safetensors", *PYTORCH_SUFFIXES):
+        if path.suffix not in SUFFIXES:
             return False
         try:
             check_file(path, root)
-            metas, _ = read_metas(path)
+            metas, _, _ = read_file(path)
         except OutlierMergeError:
             return False
         if not metas or all((_bare(meta.name), meta.shape) in self.entries for meta in metas):

@@ -16,16 +16,13 @@ from outliermerge.checkpoint.folders.copies import files_beside
 from outliermerge.checkpoint.folders.foreign import refuse_part, refuse_ungathered
 from outliermerge.checkpoint.folders.weights import (
     OTHER_FORMATS,
-    PYTORCH_PATTERNS,
-    PYTORCH_SUFFIXES,
-    SAFETENSORS_PATTERNS,
     SHARD,
     Weights,
     no_weights,
     offered_by_hub,
     read_weights,
-    read_whole,
 )
+from outliermerge.checkpoint.formats.table import SUFFIXES, read_file
 from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.files import check_file, load_json, names_in
@@ -35,15 +32,12 @@ __all__ = [
     "MANIFEST_NAME",
     "MODULES_NAME",
     "PIPELINE_NAME",
-    "PYTORCH_PATTERNS",
-    "SAFETENSORS_PATTERNS",
     "module_folders",
     "open_checkpoint",
 ]
 
 PIPELINE_NAME = "model_index.json"
 MODULES_NAME = "modules.json"  # of a SentenceTransformer
-_FILE_SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES)
 # What DataParallel and torch.compile put before the names of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -97,20 +91,20 @@ def open_checkpoint(root: Path) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
-    if path.suffix not in _FILE_SUFFIXES:
+    if path.suffix not in SUFFIXES:
         for pattern, kind, advice in OTHER_FORMATS:
             if re.search(pattern, path.name):
                 raise OutlierMergeError(f"{path}: is {kind}. {advice}")
         raise OutlierMergeError(
             f"{path}: is a file, expected a model folder or a file of weights "
-            f"({', '.join(_FILE_SUFFIXES)})"
+            f"({', '.join(SUFFIXES)})"
         )
     if (shard := SHARD.match(path.name)) and int(shard["total"]) > 1:
         raise OutlierMergeError(
             f"{path}: is one of {int(shard['total'])} shards: name the folder that holds them all"
         )
     refuse_part(path)
-    metas, notes, metadata = read_whole(path)
+    metas, notes, metadata = read_file(path)
     if not metas:
         raise OutlierMergeError(f"{path}: holds no tensors")
     refuse_ungathered(metas)

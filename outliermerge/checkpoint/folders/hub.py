@@ -12,13 +12,14 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.folders.beside import sidecars_of
 from outliermerge.checkpoint.folders.folder import MODULES_NAME, PIPELINE_NAME, module_folders
 from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose
+from outliermerge.checkpoint.formats.table import PATTERNS
 from outliermerge.errors import OutlierMergeError, as_path, listing
 from outliermerge.storage.files import load_json
 
 _LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
 _ADAPTER = r"adapter_model\.(bin|safetensors)"  # the latter is preferred
-_NO_WEIGHTS = "weights (*.safetensors, *.bin, *.pt, *.pth)"
+_NO_WEIGHTS = f"weights ({PATTERNS})"
 
 
 def is_hub_id(reference: str) -> bool:

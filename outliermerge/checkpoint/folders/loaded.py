@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outliermerge.checkpoint.folders.beside import TRAINING_FILES
+from outliermerge.checkpoint.formats.table import FORMATS
 from outliermerge.errors import OutlierMergeError
 
 _DIFFUSERS = "diffusion_pytorch_model"
@@ -30,7 +31,6 @@ _INDEX = re.compile(
     r"^(?P<stem>\w+)\.(?P<format>safetensors|bin)\.index(\.(?P<variant>[A-Za-z]\w*))?\.json$"
 )
 _DISTRIBUTED = re.compile(r"^shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
-_LOOSE_SUFFIXES = ((".safetensors",), (".bin", ".pt", ".pth"))
 _NOT_LOOSE = re.compile(r"^(\.|adapter_model\.|consolidated\.\d+\.pth$)")
 _Kind = Literal["single", "index", "shards"]
 
@@ -177,11 +177,11 @@ def _said(said: object, names: list[str], offered: tuple[str, ...]) -> Choice:
 
 
 def _loose_files(names: list[str]) -> list[str]:
-    for suffixes in _LOOSE_SUFFIXES:
+    for known in FORMATS:
         found = [
             name
             for name in names
-            if name.endswith(suffixes)
+            if name.endswith(known.suffixes)
             and not TRAINING_FILES.match(name)
             and not _NOT_LOOSE.match(name)
         ]

@@ -15,17 +15,14 @@ from outliermerge.checkpoint.folders.foreign import (
     refuse_ungathered,
 )
 from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose, offered_files
-from outliermerge.checkpoint.formats.safetensors_file import duplicates, read_header_and_metadata
+from outliermerge.checkpoint.formats.safetensors_file import duplicates
+from outliermerge.checkpoint.formats.table import PATTERNS, read_file
 from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import check_file, load_json, names_in
 from outliermerge.storage.hub_cache import listed_files
 from outliermerge.storage.stamps import is_there
 
-SAFETENSORS_PATTERNS = ("*.safetensors",)
-PYTORCH_PATTERNS = ("*.bin", "*.pt", "*.pth")
-_FOLDER_SUFFIXES = (".bin", ".pt", ".pth")
-PYTORCH_SUFFIXES = (*_FOLDER_SUFFIXES, ".ckpt")  # a .ckpt is read only where it is named itself
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
 
@@ -107,7 +104,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     found_metadata: list[dict[str, str]] = []
     for path in paths:
         check_file(path, root)
-        found_metas, found_notes, metadata = read_whole(path)
+        found_metas, found_notes, metadata = read_file(path)
         metas += found_metas
         notes += found_notes
         found_metadata.append(metadata)
@@ -163,29 +160,6 @@ def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) 
     return isinstance(files, dict) and set(map(str, files.values())) <= {
         path.name for path in paths
     }
-
-
-def read_whole(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
-    """Return a file's tensors, notes on how they were read, and its header's other texts.
-
-    Raises:
-        OutlierMergeError: the file is broken or dangerous.
-    """
-    if path.suffix not in PYTORCH_SUFFIXES:
-        metas, metadata = read_header_and_metadata(path)
-        return metas, [], metadata
-    from outliermerge.checkpoint.formats.pytorch_file import read_pickle
-
-    return *read_pickle(path), {}
-
-
-def read_metas(path: Path) -> tuple[list[TensorMeta], list[str]]:
-    """Return the tensors of a safetensors or PyTorch file, and notes on how they were read.
-
-    Raises:
-        OutlierMergeError: the file is broken or dangerous.
-    """
-    return read_whole(path)[:2]
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
@@ -289,4 +263,4 @@ def no_weights(folder: Path) -> str:
         if files:
             return f"{folder}: no weights that can be read, only {kind}: {files[0]}. {advice}"
     found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
-    return f"{folder}: no weights (*.safetensors, *.bin, *.pt, *.pth): {found}"
+    return f"{folder}: no weights ({PATTERNS}): {found}"

@@ -67,7 +67,7 @@ def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
     """Return where the tensors of an open file lie.
 
     Raises:
-        OutlierMergeError: as for read_pickle.
+        OutlierMergeError: as for read_file.
     """
     with knowing(path):
         content = _load(path, descriptor)
@@ -76,8 +76,8 @@ def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
     return {name: mapped.place(name, tensor) for name, tensor in state.items()}
 
 
-def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
-    """Return the tensors of a pickled file in its order, and notes on where they were.
+def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
+    """Return the tensors of a file in its order, notes on where they were, and no texts.
 
     Raises:
         OutlierMergeError: the pickle would run code, holds no dict of tensors or several, is
@@ -89,7 +89,7 @@ def read_pickle(path: Path) -> tuple[list[TensorMeta], list[str]]:
     with open_file(path) as file:
         content = _load(path, file.fileno())
         state, notes = _state_dict(path, content)
-        return _metas(path, state, _Mapped(path, file.fileno(), content)), notes
+        return _metas(path, state, _Mapped(path, file.fileno(), content)), notes, {}
 
 
 class _Mapped:

@@ -51,6 +51,16 @@ def read_header_and_metadata(path: Path) -> tuple[list[TensorMeta], dict[str, st
         raise OutlierMergeError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
+    """Return the tensors of a file, no notes, and its header's other texts.
+
+    Raises:
+        OutlierMergeError: as for read_header.
+    """
+    metas, metadata = read_header_and_metadata(path)
+    return metas, [], metadata
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the texts that a file's header has beside its tensors; none where it cannot be read.
 
