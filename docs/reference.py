@@ -158,7 +158,7 @@ def paper_table() -> str:
     cells = [
         [
             row.name.removesuffix(" (paper)"),
-            *(f"{row.cells[name].score:.1f}" if name in row.cells else "–" for name in columns),
+            *(f"{row.cells[name].value:.1f}" if name in row.cells else "–" for name in columns),
         ]
         for row in rows
     ]
