@@ -218,4 +218,4 @@ def stores_head(tensors: Mapping[str, Source]) -> bool:
         for name, source in tensors.items()
         if len(source.shape) == 2 and not any(part.isdigit() for part in name.split("."))
     ]
-    return shapes.count(max(shapes, default=())) > 1
+    return bool(shapes) and shapes.count(max(shapes)) > 1
