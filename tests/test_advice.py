@@ -476,3 +476,37 @@ def test_a_merge_by_peft_is_advised_only_where_peft_can(kind, tmp_path):
     can = hasattr(tuner, "merge_and_unload") and kind not in ("XLORA", "POLY", "LILY", "SHADOW")
     assert ("merge_and_unload" in str(caught.value)) == can
     assert (kind in _NEVER_MERGED) != can
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_a_head_by_its_new_name_is_paired_with_the_old_one(is_lora, tmp_path):
+    """GPT-NeoX's head is `embed_out` in its files, and `lm_head` where transformers 5 trains it."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(vocab_size=24, hidden_size=8, intermediate_size=8,
+                                        num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+    model = transformers.GPTNeoXForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["dense", *(["lm_head"] if is_lora else [])]}
+    saved = {} if is_lora else {"modules_to_save": ["lm_head"]}
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, init_lora_weights=False, **targets, **saved)
+    )
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    expected = tuned.merge_and_unload().lm_head.weight
+    spec = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base")}
+    plain = {"model": str(tmp_path / "adapter")}
+    policies = ({},) if is_lora else ({}, {"extra": "copy"})
+    for policy in policies:
+        with pytest.raises(OutlierMergeError) as caught:
+            outliermerge.plan(spec | policy | {"models": [plain]})
+        assert "`rename" in str(caught.value) and "drop" not in str(caught.value)
+        assert "untie" not in str(caught.value)
+    rename = {"from": r"^lm_head\.", "to": "embed_out."}
+    assert is_lora or "{from: '^lm_head\\.', to: 'embed_out.'}" in str(caught.value)
+    spec["models"] = [plain | {"rename": rename}]
+    out = outliermerge.run(spec, output=tmp_path / "out").output
+    merged = transformers.GPTNeoXForCausalLM.from_pretrained(out).lm_head.weight
+    torch.testing.assert_close(merged, expected)

@@ -655,7 +655,7 @@ def test_help_tells_of_the_variable(capsys):
     assert "OUTLIERMERGE_LOAD_CHECK=0" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_tie_of_the_class_that_a_plan_does_not_know_is_told(tmp_path, in_process):
+def test_a_tie_of_the_class_that_a_plan_does_not_know_is_refused(tmp_path, in_process):
     base = save_llama(tmp_path / "base", tied=True)
     tensors = load_folder(base)
     replace_tensors(base, tensors | {HEADS: tensors["model.embed_tokens.weight"].clone()})
@@ -667,7 +667,31 @@ def test_a_tie_of_the_class_that_a_plan_does_not_know_is_told(tmp_path, in_proce
             for job in plan.jobs
         )
         with LoadCheck.of_plans([replace(plan, jobs=jobs)]) as check:
-            assert any(said in note for note in check.verdicts()[0].notes) is is_told
+            assert (said in check.verdicts()[0].parted) is is_told
+            if is_told:
+                with pytest.raises(OutlierMergeError, match="ties to one tensor"):
+                    check.raise_if_bad()
+
+
+def test_embeddings_that_one_model_stores_three_times_are_not_parted(tmp_path, in_process):
+    """`missing: base` would keep the base's copies beside what was merged."""
+    torch.manual_seed(0)
+    config = transformers.ProphetNetConfig(
+        vocab_size=24, hidden_size=8, encoder_ffn_dim=8, num_encoder_layers=1,
+        num_encoder_attention_heads=2, decoder_ffn_dim=8, num_decoder_layers=1,
+        num_decoder_attention_heads=2, max_position_embeddings=16, ngram=2,
+    )  # fmt: skip
+    model = transformers.ProphetNetForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    task = tune(tmp_path / "base", tmp_path / "task", seed=1)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    replace_tensors(tmp_path / "base", whole)
+    spec = merge_of(tmp_path / "base", task) | {"missing": "base"}
+    with pytest.raises(OutlierMergeError, match="ties to one tensor"):
+        outliermerge.run(spec, output=tmp_path / "out", load_check=True)
+    again = type(model).from_pretrained(tmp_path / "base")
+    again.save_pretrained(tmp_path / "again")
+    outliermerge.run(merge_of(tmp_path / "again", task), output=tmp_path / "out", load_check=True)
 
 
 def test_verify_tells_of_a_config_that_cannot_be_read(llama, tmp_path, in_process, capsys):

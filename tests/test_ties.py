@@ -500,6 +500,30 @@ DEEPSEEK = {
 }
 
 
+def masked_model(seed: int, *, tied: bool) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(vocab_size=24, hidden_size=8, intermediate_size=8,
+                                     num_hidden_layers=1, num_attention_heads=2,
+                                     tie_word_embeddings=tied)  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_biases_of_a_head_are_one_where_the_head_is_tied(tied, tmp_path):
+    """transformers 5 trains the decoder's bias of an untied BERT, and leaves the other as it is."""
+    base = masked_model(0, tied=tied)
+    tasks = [tuned(base, seed) for seed in (1, 2)]
+    for name, model in (("base", base), ("0", tasks[0]), ("1", tasks[1])):
+        model.save_pretrained(tmp_path / name)
+    out = run(spec_of(tmp_path / "base", [tmp_path / "0", tmp_path / "1"]), tmp_path / "out")
+    merged = transformers.BertForMaskedLM.from_pretrained(out).state_dict()
+    for name, start in base.state_dict().items():
+        expected = start.double() + sum(t.state_dict()[name].double() - start for t in tasks)
+        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-6)
+    biases = [merged[f"cls.predictions.{name}bias"] for name in ("", "decoder.")]
+    assert torch.equal(*biases) is tied
+
+
 @pytest.mark.parametrize("originals", [BLIP, DEEPSEEK], ids=["BLIP", "DeepSeek"])
 def test_of_several_embeddings_the_nearest_is_the_original(originals):
     names: Any = {name: SimpleNamespace(shape=(4, 2)) for name in originals}
