@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -13,9 +12,10 @@ import torch
 import torch.nn.utils.prune
 import transformers
 import yaml
+from advice import LOSING, advised, spec_of
 from checkpoints import load_folder, save_tensors
+from families import refusal
 from safetensors.torch import save_file
-from test_families import refusal
 
 import outliermerge
 from outliermerge.checkpoint.adapters.config import _NEVER_MERGED
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning",
     "ignore:.*torch.nn.utils.weight_norm.*:FutureWarning",
 )
-LOSING = ("extra: drop", "missing: base", "value: drop", "value: base")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -47,22 +46,6 @@ def weights(seed: int) -> Tensors:
 
 def renamed(tensors: Tensors, change: Callable[[str], str]) -> Tensors:
     return {change(name): tensor for name, tensor in tensors.items()}
-
-
-def spec_of(base: Path, *models: Any, **keys: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "task_arithmetic",
-        "base_model": str(base),
-        "models": [m if isinstance(m, dict) else {"model": str(m)} for m in models],
-        "parameters": {"weight": 0.5},
-    } | keys
-
-
-def advised(message: str, model: Path) -> dict[str, Any]:
-    """Return the model's entry with the rename that a message has for it."""
-    said = re.search(rf"`rename: (.*?)` on {re.escape(str(model))} pairs", message)
-    assert said, message
-    return {"model": str(model), "rename": yaml.safe_load(said[1])}
 
 
 # Names that wrappers and other layouts change.

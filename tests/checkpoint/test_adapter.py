@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapted import ATTENTION, MODELS, llama
 from checkpoints import load_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,51 +37,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def _llama(tie: bool = False) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=80,
-        attention_bias=True,
-        tie_word_embeddings=tie,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def _gpt2() -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=80, n_positions=32)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _bert() -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=80,
-        max_position_embeddings=32,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def _resnet() -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
-    )
-    return transformers.ResNetForImageClassification(config)
-
-
-MODELS = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "resnet": _resnet}
-ATTENTION = ["q_proj", "v_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"target_modules": ATTENTION}),
     "rank and alpha by pattern": (
@@ -456,7 +412,7 @@ def test_a_file_that_does_not_fit_is_refused(two, tmp_path, name, change, messag
 
 def test_a_head_that_the_base_ties_is_refused(tmp_path):
     base = tmp_path / "base"
-    _llama(tie=True).save_pretrained(base)
+    llama(tie=True).save_pretrained(base)
     _, adapter, _ = _adapt("llama", tmp_path / "untied", target_modules=["lm_head"])
     weights = adapter / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if "lora_" in k}, weights)
@@ -563,7 +519,7 @@ def test_a_config_that_is_no_json_is_refused(two, tmp_path):
 
 def test_an_adapter_of_tied_embeddings_is_told(tmp_path):
     base = tmp_path / "base"
-    model = _llama(tie=True)
+    model = llama(tie=True)
     model.save_pretrained(base)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["embed_tokens"]), autocast_adapter_dtype=False

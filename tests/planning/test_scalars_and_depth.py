@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
-from test_families import refusal
+from families import refusal
 
 import outliermerge
 from outliermerge.output.load_check import Part, _judge

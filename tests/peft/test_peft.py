@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from test_adapter import MODELS
+from adapted import MODELS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -443,7 +443,7 @@ def test_merging_adapters_needs_no_peft():
 
 
 def test_the_study_runs_on_a_small_encoder(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from evals.peft import study
 
     torch.manual_seed(0)

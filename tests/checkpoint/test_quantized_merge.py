@@ -3,77 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 import transformers
 from checkpoints import family, load_folder
-from safetensors.torch import save_file
-from test_quantized import fp8_quantized, read
+from quantizing import METHODS_OF_QUANTISING, dequantised, quantise
 
 import outliermerge
-from outliermerge.checkpoint.folders.folder import open_checkpoint
-from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.methods.table import METHODS
-
-INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-
-
-def _int8(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scales, _ = bnb.int8_vectorwise_quant(values.half())
-    return {
-        name: codes,
-        name.replace("weight", "SCB"): scales,
-        f"{name}_format": torch.tensor(0, dtype=torch.uint8),
-    }
-
-
-def _nf4(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, state = bnb.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
-    parts = state.as_dict(packed=True)
-    return {name: codes, **{f"{name}.{part}": value for part, value in parts.items()}}
-
-
-METHODS_OF_QUANTISING = {
-    "int8": (INT8, _int8),
-    "nf4": (NF4, _nf4),
-    "fp8": (FP8, lambda name, values: fp8_quantized(name, values, [16, 16])),
-}
-
-
-def _quantise(source: Path, target: Path, kind: str) -> Path:
-    """Copy a model with its linear layers quantised as the libraries store them."""
-    settings, quantise = METHODS_OF_QUANTISING[kind]
-    shutil.copytree(source, target)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_folder(source).items():
-        linear = "_proj.weight" in name
-        tensors |= quantise(name, tensor) if linear else {name: tensor}
-    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    return target
-
-
-def _dequantised(source: Path, target: Path) -> Path:
-    """Copy a quantised model as plain float32; test_quantized.py shows these values right."""
-    shutil.copytree(source, target)
-    opened = dequantize(open_checkpoint(source))
-    save_file(
-        {name: read(tensor).contiguous() for name, tensor in opened.tensors.items()},
-        target / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = json.loads((target / "config.json").read_text())
-    del config["quantization_config"]
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +21,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base, tuned = family("llama", folder, num_models=3, dtype=torch.float32)
     paths = {"base": base}
     for kind, path in zip(METHODS_OF_QUANTISING, tuned, strict=True):
-        paths[kind] = _quantise(path, folder / kind, kind)
-        paths[f"{kind} dequantised"] = _dequantised(paths[kind], folder / f"{kind}-plain")
+        paths[kind] = quantise(path, folder / kind, kind)
+        paths[f"{kind} dequantised"] = dequantised(paths[kind], folder / f"{kind}-plain")
     return paths
 
 

@@ -7,23 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_folder, save_tensors
+from layouts import ORIGINAL_TO_HF
 
 import outliermerge
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.spec.rename import MAP_NAMES, parse_rename
-from tests.checkpoints import load_folder, save_tensors
 
-ORIGINAL_TO_HF = {
-    "lm_head.weight": "language_model.lm_head.weight",
-    "model.embed_tokens.weight": "language_model.model.embed_tokens.weight",
-    "model.layers.3.mlp.up_proj.weight": "language_model.model.layers.3.mlp.up_proj.weight",
-    "model.norm.weight": "language_model.model.norm.weight",
-    "model.mm_projector.0.bias": "multi_modal_projector.linear_1.bias",
-    "model.mm_projector.2.weight": "multi_modal_projector.linear_2.weight",
-    "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight": (
-        "vision_tower.vision_model.pre_layrnorm.weight"
-    ),
-}
 V4_TO_V5 = {
     "language_model.lm_head.weight": "lm_head.weight",
     "language_model.model.layers.3.mlp.up_proj.weight": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +11,18 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from kernel_blocks import MODULES, NAMES, block_of, by_torch, draw, dtype_of, raw, values_of
 from torch import Tensor
 
 from outliermerge.checkpoint.sources import DTYPES
-from outliermerge.engines import _kernels
 from outliermerge.engines.torch import keywords, merge_block
 from outliermerge.methods.averaging import weighted_sum
-from outliermerge.methods.kernel_call import CODES, KernelCall
+from outliermerge.methods.kernel_call import KernelCall
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 
-MODULES = [
-    importlib.import_module(f"outliermerge.engines._kernels{suffix}")
-    for suffix in ("", "_v3", "_v4")[: max(1, _kernels.level() - 1)]
-]
-NAMES = {code: name for name, code in CODES.items()}
 ULP = 2.0**-24  # most that rounding to float32 changes, of 1
 
 WEIGHTS = [0.7, -0.3, 0.0, 1.1, -0.25, 0.4, 0.45, 0.61, 0.93]
@@ -59,33 +53,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def dtype_of(code: str) -> torch.dtype:
-    return getattr(torch, NAMES[code])
-
-
-def raw(tensor: Tensor) -> memoryview:
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def draw(codes: str, num_elements: int) -> list[Tensor]:
-    """Draw tensors that differ little, in some places more."""
-    generator = torch.Generator().manual_seed(num_elements)
-    first = torch.randn(num_elements, generator=generator)
-    moves = torch.randn((len(codes), num_elements), generator=generator) * 0.02
-    moves *= 1 + 7 * (torch.rand(moves.shape, generator=generator) < 0.05)
-    return [(first + move).to(dtype_of(code)) for code, move in zip(codes, moves, strict=True)]
-
-
-def block_of(codes: str, sources: list[Tensor], *, is_delta: bool) -> tuple[Any, ...]:
-    return codes.encode(), tuple(map(raw, sources)), len(sources[0]), is_delta
-
-
-def values_of(sources: list[Tensor], *, is_delta: bool) -> Tensor:
-    block_SE = torch.stack([source.float() for source in sources])
-    return block_SE[1:] - block_SE[0] if is_delta else block_SE
-
-
 def measured(
     need: Any, parameters: dict[str, Any], shape: tuple[int, ...], share: Callable[..., Any]
 ) -> tuple[list[Any], int]:
@@ -98,10 +65,6 @@ def measured(
             state.add(share(state, slice(chunk * CHUNK_ELEMENTS, (chunk + 1) * CHUNK_ELEMENTS)))
         state, passes = state.finish(), passes + 1
     return state, passes
-
-
-def by_torch(values_ME: Tensor) -> Callable[..., Any]:
-    return lambda state, part: state.measure(values_ME[:, part])
 
 
 def by_kernels(module: Any, codes: str, sources: list[Tensor]) -> Callable[..., Any]:

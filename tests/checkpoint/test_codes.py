@@ -10,8 +10,8 @@ import torch
 from checkpoints import load_folder, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizing import read
 from safetensors.torch import load_file, save_file
-from test_quantized import read
 
 import outliermerge
 from outliermerge.checkpoint.folders.folder import open_checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -16,14 +15,15 @@ from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizing import fp8_quantized, read
 from safetensors.torch import save_file
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.sources import Checkpoint, Source
+from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}
@@ -39,16 +39,6 @@ def checkpoint(folder: Path, tensors: dict, quantization: object = None, **confi
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
     return open_checkpoint(folder)
-
-
-def read(source: Source) -> torch.Tensor:
-    with Reader() as reader:
-        return reader.values(source, 0, source.num_elements).view(source.shape)
-
-
-def fp8_quantized(name: str, values: torch.Tensor, block: list[int] | None) -> dict:
-    config = transformers.FineGrainedFP8Config(weight_block_size=block)
-    return Fp8Quantize(SimpleNamespace(quantization_config=config))._quantize_one(name, values)
 
 
 def four_bit(name: str, values: torch.Tensor, kind: str = "nf4", **options) -> tuple[dict, object]:

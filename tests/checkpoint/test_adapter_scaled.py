@@ -10,11 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted import ATTENTION, MODELS
 from checkpoints import load_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_adapter import ATTENTION, MODELS
 
 import outliermerge
 from outliermerge.checkpoint.adapters.adapter import open_adapter

@@ -22,8 +22,8 @@ import torch
 import transformers
 import yaml
 from checkpoints import load_folder, save_model, save_tensors
+from quantizing import dequantised, quantise
 from safetensors.torch import load_file, save_file
-from test_quantized_merge import _dequantised, _quantise
 from waiting import LIMIT_SECONDS, held, stopped
 
 import outliermerge
@@ -775,8 +775,8 @@ def test_values_that_are_not_finite_are_reported(part, value, home, tmp_path):
 
 def test_an_adapter_of_a_quantised_base(home, tmp_path):
     """QLoRA: what peft merges into the base's dequantised self."""
-    base = _quantise(home / "base", tmp_path / "nf4", "nf4")
-    plain = _dequantised(base, tmp_path / "plain")
+    base = quantise(home / "base", tmp_path / "nf4", "nf4")
+    plain = dequantised(base, tmp_path / "plain")
     model = transformers.AutoModelForCausalLM.from_pretrained(plain)
     merged = peft.PeftModel.from_pretrained(model, home / "two").merge_and_unload().state_dict()
     for number, spec in enumerate((_spec(base, home / "two"), _alone(f"{base}+{home}/two"))):

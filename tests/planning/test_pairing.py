@@ -17,8 +17,8 @@ import yaml
 from checkpoints import load_folder, save_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import ORIGINAL_TO_HF
 from safetensors.torch import load_file, save_file
-from test_rename import ORIGINAL_TO_HF
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import family, load_folder, save_tensors
-from test_kernels import MODULES, block_of, draw, raw
+from kernel_blocks import MODULES, block_of, draw, raw
 
 import outliermerge
 from outliermerge.engines.cpu import KernelEngine

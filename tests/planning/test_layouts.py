@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from advice import LOSING, advised, spec_of
 from checkpoints import load_folder, save_tensors
+from families import refusal
 from layouts import LAYOUTS, PAIRS, Shapes
 from safetensors.torch import save_file
-from test_advice import LOSING, advised, spec_of
-from test_families import refusal
 
 import outliermerge
 

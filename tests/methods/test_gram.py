@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
-from test_kernels import MODULES, block_of, by_torch, draw, raw, values_of
+from kernel_blocks import MODULES, block_of, by_torch, draw, raw, values_of
 from torch import Tensor
 
 import outliermerge

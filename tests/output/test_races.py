@@ -27,7 +27,7 @@ LONGEST_DELAY = 0.03  # seconds; about what a run takes
 @pytest.fixture(scope="module")
 def race(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("race_driver.py"))],
+        [sys.executable, str(Path(__file__).parents[1] / "race_driver.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -40,7 +40,7 @@ def _call(
         return subprocess.run(
             [sys.executable, "-m", "outliermerge", *arguments],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
             stdout=places[0],
             stderr=places[1],
             preexec_fn=lambda: [os.close(number) for number in closed],
@@ -106,7 +106,7 @@ def test_a_folder_that_is_gone_is_told(folder):
     gone = folder / "gone"
     gone.mkdir()
     command = f"cd {gone} && rmdir {gone} && {sys.executable} -m outliermerge plan ../spec.yaml"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     called = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
     assert called.returncode == 1
     assert called.stderr.startswith("error: the present folder cannot be used: No such file")

@@ -20,7 +20,7 @@ from outliermerge.output.journal import parts
 from outliermerge.output.parts import part_of, run_part
 from outliermerge.planning.plan import Plan
 
-DRIVER = Path(__file__).with_name("part_driver.py")
+DRIVER = Path(__file__).parents[1] / "part_driver.py"
 NUM_TENSORS = 14
 
 

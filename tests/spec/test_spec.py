@@ -18,7 +18,7 @@ from outliermerge.spec.check import load_spec, parse_spec
 from outliermerge.spec.schema import json_schema
 from outliermerge.spec.settings import find_layers, parse_setting
 
-SHIPPED = sorted((Path(__file__).parents[1] / "merge_configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "merge_configs").glob("*.yaml"))
 
 # A language model with 5 layers, a vision tower with 3, a stack of one layer, and a projector.
 TEXT, VISION, ONE = "model.layers.", "vision_tower.encoder.layers.", "draft.layers."

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_kernels import MODULES, block_of, draw, dtype_of, raw
+from kernel_blocks import MODULES, block_of, draw, dtype_of, raw
 
 from outliermerge.analysis.sums import (
     Limits,

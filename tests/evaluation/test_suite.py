@@ -13,7 +13,7 @@ from outliermerge.evaluation import task_files
 from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages
 from outliermerge.evaluation.suite import Suite, load_suite
 
-SUITES = Path(__file__).parent.parent / "evals"
+SUITES = Path(__file__).parents[2] / "evals"
 
 TASK = "- {title: MMStar, task: mmstar, metric: 'average,none'}\n"
 
