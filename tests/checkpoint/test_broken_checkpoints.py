@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
+from every_method import SEVERAL
 from safetensors.torch import save_file
 
 from outliermerge.cli import main as cli
@@ -776,7 +777,7 @@ NON_FINITE = "Check that model; --allow-non-finite goes on and lists such tensor
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "min_sigma"])
+@pytest.mark.parametrize("method", SEVERAL)
 def test_a_value_that_is_not_finite_is_told_by_tensor_and_model(value, method, tmp_path, capsys):
     broken = A["w.weight"].clone()
     broken[1, 0] = value
@@ -836,7 +837,7 @@ def test_a_copy_that_overflows_a_narrower_output_blames_the_output(tmp_path, cap
     assert "infinite or NaN in the output (float16)" in message
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "min_sigma"])
+@pytest.mark.parametrize("method", SEVERAL)
 def test_allow_non_finite_goes_on_and_lists_such_tensors(method, tmp_path, capsys):
     broken = A["w.weight"].clone()
     broken[1, 0] = float("nan")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import family, load_folder
+from every_method import SEVERAL
 from gpu_oracles import work
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def assert_alike(found: Tensor, expected: Tensor) -> None:
     assert (error > 0).double().mean() < 1e-3
 
 
-@pytest.mark.parametrize("method", ["min_sigma", "linear", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", SEVERAL)
 def test_cuda_agrees_with_the_cpu(method, tmp_path):
     base, models = family("llama", tmp_path)
     spec = {

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import family, load_folder, save_tensors
+from every_method import OF_DELTAS, WITH_KERNELS
 from kernel_blocks import MODULES, block_of, draw, raw
 
 import outliermerge
@@ -191,7 +192,7 @@ def test_wrong_arguments_are_refused(function, arguments, error, module):
 
 # Whole runs.
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {name: {} for name in WITH_KERNELS} | {
     "min_sigma": {"t": 1.5, "weight": 0.7},
     "linear": {"weight": 0.4, "normalize": False},
     "passthrough": {"scale": 0.5},
@@ -207,7 +208,7 @@ def spec_of(method: str, base: Path, models: list[Path]) -> dict[str, Any]:
         "models": [{"model": str(model)} for model in models],
         "parameters": METHODS[method],
     }
-    needs_base = method not in ("linear", "passthrough")
+    needs_base = method in OF_DELTAS
     return spec | ({"base_model": str(base)} if needs_base else {})
 
 

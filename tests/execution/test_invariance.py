@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import family, load_folder, save_tensors
+from every_method import OF_DELTAS, SEVERAL
 from torch import Tensor
 
 import outliermerge
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
+from outliermerge.methods.table import METHODS as TABLE
+from outliermerge.methods.table import find_method
 from outliermerge.planning.plan import Options
 
 SHAPES = {
@@ -105,7 +108,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "min_sigma": {"t": 1.3, "weight": 0.7},
     "linear": {"weight": 0.3},
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
@@ -125,7 +128,7 @@ def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
     base, models = large
     if method == "passthrough":
         models = models[:1]
-    needs_base = method not in ("linear", "passthrough", "test_invariance:row_scaled")
+    needs_base = find_method(method).space == "delta"
     return spec_of(method, base if needs_base else None, models, parameters=METHODS[method])
 
 
@@ -159,10 +162,10 @@ def test_a_run_repeated_gives_the_same_files(large, tmp_path):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("method", ["min_sigma", "ties", "linear"])
+@pytest.mark.parametrize("method", SEVERAL)
 def test_shard_size_changes_no_tensor(method, tmp_path):
     base, models = family("llama", tmp_path, dtype=torch.bfloat16, shard_size="40KB")
-    spec = spec_of(method, None if method == "linear" else base, models)
+    spec = spec_of(method, base if method in OF_DELTAS else None, models)
     outputs = {
         size: outliermerge.run(spec, output=tmp_path / size, shard_size=size).output
         for size in ("5GB", "30KB", "9KB")
@@ -262,7 +265,7 @@ def test_equal_models_are_not_copied_where_the_method_changes_them(tmp_path):
     assert result.manifest["tensors"]["w"]["action"] == "merge"
 
 
-@pytest.mark.parametrize("method", ["min_sigma", "task_arithmetic", "ties", "linear"])
+@pytest.mark.parametrize("method", SEVERAL)
 def test_tensors_equal_in_all_models_are_copied(method, tmp_path):
     base, models = family("mixtral", tmp_path, dtype=torch.bfloat16)
     original = load_folder(base)
@@ -270,7 +273,7 @@ def test_tensors_equal_in_all_models_are_copied(method, tmp_path):
     for model in models:
         tensors = load_folder(model) | {name: original[name] for name in frozen}
         save_tensors(model, {k: v.contiguous() for k, v in tensors.items()})
-    spec = spec_of(method, None if method == "linear" else base, models)
+    spec = spec_of(method, base if method in OF_DELTAS else None, models)
     result = outliermerge.run(spec, output=tmp_path / "out")
     merged = load_folder(result.output)
     actions = {name: entry["action"] for name, entry in result.manifest["tensors"].items()}

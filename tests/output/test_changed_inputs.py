@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_lora
+from every_method import OF_DELTAS, SEVERAL
 from safetensors.torch import save_file
 
 import outliermerge
@@ -34,7 +35,7 @@ def by_rows(weights):
 
 
 BY_ROWS = f"{__name__}:by_rows"
-METHODS: dict[str, dict] = {
+METHODS: dict[str, dict] = {name: {} for name in SEVERAL} | {
     "linear": {},
     "min_sigma": {"t": 1.0},
     "ties": {"density": 0.4, "rescale": True},
@@ -120,7 +121,7 @@ def _models(folder: Path, kind: str) -> Path:
 
 
 def _spec(folder: Path, method: str) -> dict:
-    needs_base = method in ("min_sigma", "ties", "task_arithmetic")
+    needs_base = method in OF_DELTAS
     first = folder / "first"
     if (first / "adapter_config.json").exists():
         first = f"{folder / 'base'}+{first}"
