@@ -270,7 +270,7 @@ def _at(moment: str, change: Callable[[], None], patch: pytest.MonkeyPatch) -> N
 def _assert_noticed(case: tuple, folder: Path) -> None:
     way, moment, kind, method, kernels = case
     path = _models(folder, kind)
-    if method == "ties" or method == "min_sigma" or method == "task_arithmetic":
+    if method in OF_DELTAS:
         assert (folder / "base").is_dir()
     else:  # the first model is the reference: its files are those that are carried over
         path = folder / "first" / path.name if kind != "adapter's config" else path
