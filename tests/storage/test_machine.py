@@ -94,7 +94,7 @@ def test_outputs_are_the_same_however_they_are_written(is_direct, tmp_path, monk
         opened.append(system.open_direct(path) if is_direct else -1)
         return opened[-1]
 
-    monkeypatch.setattr("outliermerge.output.folder.open_direct", open_direct)
+    monkeypatch.setattr("outliermerge.output.writer.open_direct", open_direct)
     spec = {
         "merge_method": "task_arithmetic",
         "base_model": str(models[0]),
