@@ -22,6 +22,7 @@ from outliermerge.checkpoint.folders.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.output.parted import find_parted, refuse_parted
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.files import small_bytes
@@ -60,6 +61,7 @@ class Verdict:
         checked: the components' folders whose class could be asked.
         num_rows: by component's folder the rows of the input embeddings in the class.
         tied: pairs of the output's tensors that the class makes one.
+        parted: those that the merge does not treat as one, in words.
     """
 
     status: str
@@ -70,6 +72,7 @@ class Verdict:
     checked: tuple[str, ...] = ()
     num_rows: Mapping[str, int] = field(default_factory=dict)
     tied: tuple[tuple[str, str], ...] = ()
+    parted: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
@@ -82,7 +85,8 @@ class Verdict:
         }
 
     def raise_if_bad(self) -> None:
-        """Raise OutlierMergeError if the output does not load."""
+        """Raise OutlierMergeError if the output does not load, or not with the values merged."""
+        refuse_parted(self.parted)
         if self.problems:
             raise OutlierMergeError(
                 "the output would not load:\n"
@@ -270,8 +274,8 @@ class LoadCheck:
                 for (parts, notes), plan in zip(self._outputs, self._plans, strict=True):
                     found = [(p, *answers[self._requests[_pair(p)]]) for p in parts]
                     verdict = _judge(found, notes)
-                    parted = _parted(plan, verdict.tied) if plan else []
-                    self._verdicts.append(replace(verdict, notes=(*verdict.notes, *parted)))
+                    parted = find_parted(plan, verdict.tied) if plan else []
+                    self._verdicts.append(replace(verdict, parted=tuple(parted)))
             return self._verdicts
 
     def _answers(self) -> Sequence[tuple[Findings, Findings | None]]:
@@ -349,22 +353,6 @@ def _judge(
         for name, other in ours.get("tied", ())
     )
     return Verdict(status, tuple(by), tuple(problems), tuple(said), as_base, checked, rows, tied)
-
-
-def _parted(plan: Plan, tied: Sequence[tuple[str, str]]) -> list[str]:
-    """Return notes on tensors that the output's class makes one and the merge does not treat so."""
-    jobs = {job.name: job for job in plan.jobs}
-
-    def treated(name: str) -> tuple[object, ...]:
-        job = jobs[name]
-        return job.action, [number for number, _ in job.sources], job.parameters
-
-    return [
-        f"{shown(name)} is merged otherwise than {shown(other)}, to which its class ties it: "
-        "where they are not equal in the output, loaders that tie them take the latter for both"
-        for name, other in tied
-        if jobs.keys() >= {name, other} and treated(name) != treated(other)
-    ]
 
 
 def _name(entry: Any) -> str:

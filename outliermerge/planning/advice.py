@@ -14,6 +14,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.layouts import how_to_convert
 from outliermerge.planning.plan import Input
+from outliermerge.planning.tied_names import head_beside, head_rename, is_head
 from outliermerge.spec.rename import find_rename
 from outliermerge.spec.rename_search import FoundRename
 
@@ -170,6 +171,14 @@ def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
     )
     doubtful_names = {name for pair in pairs for name in pair}
     extra = [n for old in unpaired.extra if (n := names[old]) in over and n not in doubtful_names]
+    for name in extra if not rename else ():
+        if other := is_head(name) and head_beside(name, theirs):
+            rename = (
+                f"`rename: {head_rename(name, other)}` on {shown(entry.reference)} pairs "
+                f"{shown(name)} with the head of {shown(reference.reference)}."
+            )
+            extra = [n for n in extra if n != name]
+            break
     return _Sorted(
         convert="",
         rename=rename,

@@ -12,6 +12,8 @@ from outliermerge.planning.plan import Proof
 from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import (
     EMBEDDINGS,
+    head_beside,
+    head_rename,
     is_head,
     may_have_head,
     ties_head,
@@ -59,6 +61,12 @@ def prove(
             f"{heads[0]}: the config ties it to the embeddings (tie_word_embeddings), so nothing "
             f"would read it. {WAYS_OUT}"
         )
+    for head in heads:
+        if other := head_beside(head, reference):
+            problems.append(
+                f"{head}: the reference has {other} for a head, and loaders read one of the two. "
+                f"`rename: {head_rename(head, other)}` on the model that has it pairs them."
+            )
     ours, theirs = _stacks(shapes), _stacks(reference)
     depth = text_config(config).get("num_hidden_layers")
     known = _known_depths(config)

@@ -192,6 +192,8 @@ class _Matching:
         """Match what may be stored under an original's name and those of its copies."""
         if not any(name in self.tensors[0] for name in (original, *copies)):
             return  # extra, or of no concern
+        if self._are_untied_biases((original, *copies)):
+            return
         heads = [name for name in copies if is_head(name)]
         embeddings = [original, *(name for name in copies if name not in heads)]
         own = [{h for h in heads if self._is_own(e, h, embeddings)} for e in self.inputs]
@@ -209,6 +211,17 @@ class _Matching:
             tied = [name for name in (*embeddings, *heads) if name not in untied]
             untied &= set(heads)
             self._give(number, tied, untied, written, follows)
+
+    def _are_untied_biases(self, names: Sequence[str]) -> bool:
+        """Tell whether every model stores a bias of an untied head under all of its names.
+
+        transformers 5 ties a head's bias only together with its weight, and trains one of the two.
+        """
+        return all(name.endswith(".bias") for name in names) and all(
+            ties_head(_config(entry)) is False and held.keys() >= set(names)
+            for entry, held in zip(self.inputs, self.tensors, strict=True)
+            if not held.keys().isdisjoint(names)
+        )
 
     def _is_own(self, entry: Input, head: str, embeddings: Sequence[str]) -> bool:
         """Tell whether a model's head is its own, or may be, where the spec unties the output."""

@@ -97,6 +97,26 @@ def is_head(name: str) -> bool:
     return _originals(name) is EMBEDDINGS
 
 
+def head_beside(head: str, tensors: Mapping[str, Source]) -> str | None:
+    """Return the head that a model has for the same embeddings under another name; else None.
+
+    GPT-NeoX's is `embed_out` in its files, and `lm_head` to transformers 5 and what trains by it.
+    """
+    original = original_of(head, tensors)
+    others = (name for name in tensors if name != head and is_head(name)) if original else ()
+    return next((name for name in others if original_of(name, tensors) == original), None)
+
+
+def head_rename(head: str, other: str) -> str:
+    r"""Return the rule of a spec's `rename` that gives a head another's name.
+
+    >>> print(head_rename("lm_head.weight", "embed_out.weight"))
+    {from: '^lm_head\.', to: 'embed_out.'}
+    """
+    old, new = (name.removesuffix("weight") for name in (head, other))
+    return f"{{from: '^{re.escape(old)}', to: '{new}'}}"
+
+
 def may_have_head(config: Mapping[str, Any]) -> bool:
     """Tell whether a config's class has a head, or may have one as the config names no class."""
     architectures = config.get("architectures")

@@ -31,6 +31,7 @@ from outliermerge.checkpoint.adapters.tensors import (
     ShiftedBias,
     in_dtype_of,
     makes,
+    stores_head,
 )
 from outliermerge.checkpoint.folders.copies import beside_adapter
 from outliermerge.checkpoint.folders.foreign import refuse_ungathered
@@ -194,7 +195,7 @@ class _Adapter:
         if not absent:
             return
         head = [name for name in absent if name.endswith("lm_head.weight")]
-        if head == absent:
+        if head == absent and not stores_head(self.base.tensors):
             raise self.refuse(
                 f"it changes {head[0]}, which {self.base.root} ties to its embeddings. The two "
                 "would part: untie them in the base first, then take that as the base model."

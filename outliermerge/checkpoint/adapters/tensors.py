@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,3 +209,13 @@ def makes(
     if transposed:
         return len(a) == len(b) == 2 and a[0] == b[1] and (a[1], b[0]) == shape
     return math.prod(b[1:]) == a[0] and (b[0], *a[1:]) == shape
+
+
+def stores_head(tensors: Mapping[str, Source]) -> bool:
+    """Tell whether a model stores a head beside its embeddings, by the shape of the two."""
+    shapes = [
+        source.shape
+        for name, source in tensors.items()
+        if len(source.shape) == 2 and not any(part.isdigit() for part in name.split("."))
+    ]
+    return bool(shapes) and shapes.count(max(shapes)) > 1
