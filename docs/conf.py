@@ -18,6 +18,19 @@ import outliermerge
 for public in outliermerge.__all__:  # which are imported when they are first used
     setattr(outliermerge, public, getattr(outliermerge, public))
 
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+# Files of the repository that pages of the site take in.
+PAGES = {
+    ROOT / "README.md": DOCS / "index.md",
+    ROOT / "CHANGELOG.md": DOCS / "changelog.md",
+    ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
+    **{
+        ROOT / "evals" / name / "README.md": DOCS / "studies" / f"{name}.md"
+        for name in ("family", "weights", "peft")
+    },
+}
+
 project = "outliermerge"
 author = "the authors of outliermerge"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -36,7 +49,24 @@ maximum_signature_line_length = 80
 
 def insert_reference(app: Any, name: str, source: list[str]) -> None:
     """Put what comes from the code into the pages of the reference."""
-    source[0] = reference.inserted(source[0])
+    source[0] = within_site(reference.inserted(source[0]), DOCS / name, DOCS / name)
+
+
+def of_included(app: Any, path: Path, page: str, content: list[str]) -> None:
+    """Do the same for the links of a file that a page takes in."""
+    content[0] = within_site(content[0], DOCS / path, DOCS / page)
+
+
+def within_site(text: str, file: Path, page: Path) -> str:
+    """Return a text with its links as they are on the site, which has some files as pages."""
+
+    def replaced(match: re.Match[str]) -> str:
+        path, hash_sign, anchor = match[1].partition("#")
+        target = Path(os.path.normpath(file.parent / path))
+        target = PAGES.get(target, target)
+        return f"]({os.path.relpath(target, page.parent)}{hash_sign}{anchor})"
+
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", replaced, text)
 
 
 def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -58,6 +88,7 @@ def _part(text: str) -> str:
 
 
 def setup(app: Any) -> None:
-    """Register both; docstrings are made ready before napoleon reads them (its priority is 500)."""
+    """Register them; docstrings are made ready before napoleon reads them (its priority is 500)."""
     app.connect("source-read", insert_reference)
+    app.connect("include-read", of_included)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
