@@ -71,6 +71,9 @@ def within_site(text: str, file: Path, page: Path) -> str:
 
 def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Make reStructuredText of a docstring, which is plain text with code in single backticks."""
+    # A list of arguments that goes on in the next line, which napoleon takes for another.
+    text = re.sub(r"^( +)([\w, ]+,)\n\1(?=\w)", r"\1\2 ", "\n".join(lines), flags=re.M)
+    lines[:] = text.split("\n")
     in_example = False
     for number, line in enumerate(lines):
         in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
