@@ -36,6 +36,7 @@ author = "the authors of outliermerge"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+smartquotes = False  # which would make a dash of the two before a flag
 html_theme = "furo"
 html_title = "outliermerge"
 html_show_sphinx = False

@@ -145,9 +145,9 @@ def commands() -> str:
         for action in make_parser(loaded)._actions
         if isinstance(action, argparse._SubParsersAction)
     )
+    helps = {name: subparsers.choices[name].format_help().strip() for name in loaded}
     return "\n\n".join(
-        f"## `outliermerge {name}`\n\n```text\n{subparsers.choices[name].format_help().strip()}\n```"
-        for name in loaded
+        f"## `outliermerge {name}`\n\n```text\n{text}\n```" for name, text in helps.items()
     )
 
 

@@ -74,11 +74,12 @@ def test_the_python_of_a_page_runs(page, place, monkeypatch):
     monkeypatch.chdir(place)
     w = torch.zeros(4)
     a, b = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])
-    space = {"w": w, "a": a, "b": b, "base": {"w": w}, "tuned_a": {"w": a}, "tuned_b": {"w": b}}
+    space = {name: getattr(outliermerge, name) for name in outliermerge.__all__} | {"torch": torch}
+    space |= {"w": w, "a": a, "b": b, "base": {"w": w}, "tuned_a": {"w": a}, "tuned_b": {"w": b}}
     if "get_peft_model" in page.read_text():
         space["model"] = transformers.AutoModelForCausalLM.from_pretrained("models/base")
     for block in blocks(page, "python"):
-        exec(compile(block.text, str(page), "exec"), space)
+        exec(compile(block.text, str(page), "exec", dont_inherit=True), space)
     if "tensor" in space:
         assert torch.equal(space["tensor"], torch.tensor([0.5, 0.7, 0, 0]))
 
