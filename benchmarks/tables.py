@@ -109,7 +109,14 @@ def payoff(report: Report) -> str:
             [f"`{method}`", f"{seconds[0]} s", f"{seconds[1]} s", f"{times} times"]
             + [f"{value} MB" for value in megabytes]
         )
-    header = ["two models of 1.5B onto a base", "time", "mergekit", "faster", "memory", "mergekit"]
+    header = [
+        "two models of 1.5B onto a base",
+        "time",
+        "of mergekit",
+        "faster",
+        "memory",
+        "of mergekit",
+    ]
     return markdown(header, rows)
 
 
