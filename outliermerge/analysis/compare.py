@@ -20,7 +20,13 @@ from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import Place, find_places
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, suggest
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    suggest,
+)
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, torch_threads
 from outliermerge.spec.rename import best_rename
@@ -133,7 +139,7 @@ class Comparison:
             SpecError: there is no matrix of it; MATRIX_DIAGONAL has those that there are.
         """
         if column not in MATRIX_DIAGONAL:
-            raise SpecError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
+            raise ArgumentError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
         found = [[MATRIX_DIAGONAL[column]] * len(self.models) for _ in self.models]
         for pair in self.pairs:
             found[pair.a][pair.b] = found[pair.b][pair.a] = getattr(pair, column)
@@ -186,9 +192,9 @@ def compare_weights(
         OutlierMergeError: a model is absent or broken, or no tensor is in all of them.
     """
     if len(models) < 2:
-        raise SpecError(f"found {len(models)} model(s) to compare, expected two or more")
+        raise ArgumentError(f"found {len(models)} model(s) to compare, expected two or more")
     if not 0 <= t < math.inf:
-        raise SpecError(f"--t: found {t}, expected a number of 0 or more")
+        raise ArgumentError(f"{argument('t')}: found {t}, expected a number of 0 or more")
     device = choose_device(device)
     subjects = [
         open_subject(model, base, rename=rename if base is not None or number else None)
@@ -196,7 +202,9 @@ def compare_weights(
     ]
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     _refuse_twins(subjects)
     tensors, notes = _common(subjects)
@@ -248,14 +256,16 @@ def _refuse_twins(subjects: Sequence[Subject]) -> None:
     seen: dict[frozenset[Path], str] = {}
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     if base is not None:
         seen[_files(pair[0] for pair in subjects[0].tensors.values())] = base
     for subject in subjects:
         files = _files(sources[-1] for sources in subject.tensors.values())
         if files in seen:
-            raise SpecError(
+            raise ArgumentError(
                 f"{subject.reference!r} is the same model as {seen[files]!r}: leave one out"
             )
         seen[files] = subject.reference
@@ -295,7 +305,7 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
     if not tensors:
         ours = list(others[0].tensors)
         best = best_rename(ours, first.tensors)
-        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
             "the models have no tensor of one name and shape in common: "
             + ", ".join(f"{s.reference} has {next(iter(s.tensors))!r}" for s in subjects)
@@ -308,7 +318,9 @@ def _broken(subjects: Sequence[Subject], sums: Sums) -> str:
     """Return whose values of a tensor are not finite."""
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     if base is not None and not math.isfinite(sums.base):
         return base

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    quoted,
+    shown,
+)
 from outliermerge.planning.inputs import open_model
 from outliermerge.planning.plan import Input
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
@@ -64,7 +71,7 @@ def open_subject(
     """
     if isinstance(model, Subject):
         if base is not None or rename is not None:
-            raise SpecError(
+            raise ArgumentError(
                 f"{shown(model.reference)}: is open already: give its base to open_subject"
             )
         return model
@@ -73,7 +80,7 @@ def open_subject(
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None
         opened = open_model(model, rules, "model", opened_base)
     except SettingError as error:
-        raise SpecError(f"--rename: {error}") from error
+        raise ArgumentError(f"{argument('rename')}: {error}") from error
     notes = [*(opened_base.checkpoint.notes if opened_base else ()), *opened.checkpoint.notes]
     found: dict[str, tuple[Source, ...]]
     found = {name: (source,) for name, source in opened.checkpoint.tensors.items()}
@@ -86,7 +93,9 @@ def _parsed(rename: str | None) -> object:
     try:
         return plain_yaml(rename) if rename is not None else None
     except ValueError as error:
-        raise SpecError(f"--rename: {quoted(rename)} is not YAML: {error}") from error
+        raise ArgumentError(
+            f"{argument('rename')}: {quoted(rename)} is not YAML: {error}"
+        ) from error
 
 
 def _subject(
@@ -121,7 +130,7 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
     pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
     if not pairs:
         best = best_rename(list(ours), theirs)
-        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
             f"{shown(model.reference)}: no tensor has the name and shape of one of "
             f"{shown(base.reference)}: "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.analysis.extras import require
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 from outliermerge.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -118,11 +118,13 @@ def simulate(
     import numpy as np
 
     if num_points < _FEWEST_POINTS:
-        raise SpecError(f"--points: found {num_points}, expected {_FEWEST_POINTS:,} or more")
+        raise ArgumentError(
+            f"{argument('num_points')}: found {num_points}, expected {_FEWEST_POINTS:,} or more"
+        )
     if wrong := [noise for noise in noises if not 0 < noise < float("inf")]:
-        raise SpecError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
+        raise ArgumentError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
     if seed < 0:
-        raise SpecError(f"--seed: found {seed}, expected 0 or more")
+        raise ArgumentError(f"{argument('seed')}: found {seed}, expected 0 or more")
     on_total((len(noises) + 1) * num_points * np.dtype(np.float64).itemsize)
     generator = np.random.default_rng(seed)
     optimal_E = _optimal_weights(generator, num_points)

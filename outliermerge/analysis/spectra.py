@@ -21,7 +21,13 @@ from outliermerge.analysis.places import find_places, short_names
 from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
 from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
-from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    shown,
+)
 from outliermerge.execution.threads import choose_device
 
 DEFAULT_NUM_VALUES = 16
@@ -129,7 +135,9 @@ def layer_spectra(
             infinite or NaN; `powerlaw` is not installed.
     """
     if num_values < 2:
-        raise SpecError(f"--values: found {num_values}, expected 2 or more: one has no angle")
+        raise ArgumentError(
+            f"{argument('num_values')}: found {num_values}, expected 2 or more: one has no angle"
+        )
     require("powerlaw", "fitting a power law")
     subject = open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)

@@ -26,7 +26,7 @@ from outliermerge.analysis.places import Place, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
-from outliermerge.errors import OutlierMergeError, SpecError, shown
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import (
     choose_device,
@@ -153,9 +153,9 @@ def stats_of_tensor(
 
 
 def _check_limits(filter: float, small: float) -> None:
-    for option, value in (("--filter", filter), ("--small", small)):
+    for name, value in (("filter", filter), ("small", small)):
         if not (math.isfinite(value) and value >= 0):
-            raise SpecError(f"{option}: found {value}, expected a number of at least 0")
+            raise ArgumentError(f"{argument(name)}: found {value}, expected a number of at least 0")
 
 
 def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) -> TensorStats:

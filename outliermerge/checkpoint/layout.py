@@ -10,25 +10,27 @@ from dataclasses import dataclass
 
 from outliermerge.checkpoint.formats.safetensors_file import PAGE_BYTES, make_header
 from outliermerge.checkpoint.sources import DType
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def parse_bytes(text: str, *, option: str) -> int:
+def parse_bytes(text: str, name: str) -> int:
     """Return a size in bytes from text such as 5GB (10⁹), 1GiB (2³⁰) or 4096.
 
     Raises:
-        SpecError: the text is not a positive size.
+        ArgumentError: the text is not a positive size.
 
-    >>> parse_bytes("5GB", option="--shard-size"), parse_bytes("1.5 GiB", option="--memory")
+    >>> parse_bytes("5GB", "shard_size"), parse_bytes("1.5 GiB", "memory")
     (5000000000, 1610612736)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS or not 1 <= float(match[1]) * _UNITS[unit] < 2**63:
-        raise SpecError(f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB.")
+        raise ArgumentError(
+            f"{argument(name)}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB."
+        )
     return int(float(match[1]) * _UNITS[unit])
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, say
+from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
-from outliermerge.errors import OutlierMergeError, SpecError, readable
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, readable
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
@@ -136,7 +136,7 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
     """Run a command; say in one message what stopped it."""
     try:
         return command.run(options)
-    except SpecError as error:
+    except (ArgumentError, SpecError) as error:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:
         return _fail(error, EXIT_FAILED)
@@ -159,5 +159,6 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    say(f"error: {message}", file=sys.stderr)
+    text = message.text(flag) if isinstance(message, OutlierMergeError) else message
+    say(f"error: {text}", file=sys.stderr)
     return code

@@ -13,7 +13,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.cuts import Sink, Work
 from outliermerge.execution.passes import NeedKey, Span
 from outliermerge.methods.statistics.base import Pass
@@ -188,8 +188,8 @@ class FileFeed:
         if places and not self._options.allow_non_finite:
             raise OutlierMergeError(
                 f"tensor {job.name!r} has values that are infinite or NaN "
-                f"{' and '.join(places)}. "
-                "Check that model; --allow-non-finite goes on and lists such tensors."
+                f"{' and '.join(places)}. Check that model; "
+                f"{argument('allow_non_finite', True)} goes on and lists such tensors."
             )
 
     def non_finite(self, job: Job, items: list[Written]) -> list[str]:

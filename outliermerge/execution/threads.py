@@ -17,7 +17,7 @@ from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import find_kernels, names, statistics
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.jobs import JobResult, JobRunner
 from outliermerge.execution.passes import Measured, needs_of
@@ -42,10 +42,14 @@ def choose_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-        raise SpecError(f"--device: found {name!r}, expected cpu, cuda, cuda:N or auto")
+        raise ArgumentError(
+            f"{argument('device')}: found {name!r}, expected cpu, cuda, cuda:N or auto"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise SpecError(f"--device: {name} is not on this machine: it has {count} CUDA device(s)")
+        raise ArgumentError(
+            f"{argument('device')}: {name} is not on this machine: it has {count} CUDA device(s)"
+        )
     return name
 
 
@@ -65,7 +69,7 @@ def choose_options(
     return Options(
         device=choose_device(device),
         threads=num_threads(threads),
-        memory_bytes=parse_bytes(str(memory), option="--memory"),
+        memory_bytes=parse_bytes(str(memory), "memory"),
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.reader import write_exactly
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
 from outliermerge.output.journal import Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
@@ -129,7 +129,7 @@ class OutputFolder:
         elif differing:
             raise OutlierMergeError(
                 f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
-                "Use --fresh to start over."
+                f"Use {argument('fresh', True)} to start over."
             )
         self._journal.add({"process": process(self._part)})
         self._make()

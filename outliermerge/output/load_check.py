@@ -21,7 +21,7 @@ from outliermerge.checkpoint.config import counts_as_predicted, read_json
 from outliermerge.checkpoint.folders.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
-from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.errors import OutlierMergeError, argument, listing, shown
 from outliermerge.output.parted import find_parted, refuse_parted
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.sidecars import sidecar_contents
@@ -92,7 +92,8 @@ class Verdict:
                 "the output would not load:\n"
                 + "\n".join(self.problems)
                 + "\nIts config.json and its tensors do not fit: `config_source` takes the config "
-                "of another model. Without this check (--no-load-check) it is written as it is."
+                f"of another model. Without this check ({argument('load_check', False)}) it is "
+                "written as it is."
             )
 
 

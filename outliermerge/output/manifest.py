@@ -47,9 +47,9 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
         "the outliermerge version": version("outliermerge"),
         "the torch version": version("torch"),
         "the device": options.device.partition(":")[0],
-        "what computes (--no-kernels)": "kernels" if options.kernels else "torch",
+        "what computes (kernels or torch)": "kernels" if options.kernels else "torch",
         "the spec": plan.spec.as_dict(),
-        "the layout of the output (--shard-size, tensors)": layout,
+        "the layout of the output (the size of its files, tensors)": layout,
         "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
             xxhash.xxh3_128_hexdigest(repr(pairing).encode("utf-8", "surrogatepass"))
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.errors import OutlierMergeError, argument, listing, shown
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import (
     journal_path,
@@ -58,21 +58,21 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
         raise OutlierMergeError(f"{final}: is a folder, and a file is to be written")
     if not overwrite:
         raise OutlierMergeError(
-            f"{there[0]}: exists already. Use --overwrite to replace it when the merge is done, "
-            "or choose another --output."
+            f"{there[0]}: exists already. Use {argument('overwrite', True)} to replace it when the "
+            f"merge is done, or choose another {argument('output')}."
         )
     if not manifest.is_file():
         raise OutlierMergeError(
-            f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
-            f"{manifest.name}. Move it away."
+            f"{final}: {argument('overwrite', True)} replaces only outputs of outliermerge, and "
+            f"this has no {manifest.name}. Move it away."
         )
     found = read_manifest(final)
     if final.is_dir():
         foreign = sorted(set(files_in(final)) - _listed(found) - {MANIFEST_NAME})
         if foreign:
             raise OutlierMergeError(
-                f"{final}: --overwrite would remove what outliermerge did not write:\n"
-                f"{listing(foreign)}\nMove it away."
+                f"{final}: {argument('overwrite', True)} would remove what outliermerge did not "
+                f"write:\n{listing(foreign)}\nMove it away."
             )
         _check_removable(final)
     for name, shard in found["shards"].items():
@@ -93,9 +93,9 @@ def _check_removable(folder: Path) -> None:
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
             raise OutlierMergeError(
-                f"{root}: --overwrite removes the old output when the merge is done, and you have "
-                "no right to remove its files. Change its permissions (chmod u+w), or choose "
-                "another output."
+                f"{root}: {argument('overwrite', True)} removes the old output when the merge is "
+                "done, and you have no right to remove its files. Change its permissions (chmod "
+                "u+w), or choose another output."
             )
 
 

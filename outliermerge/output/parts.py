@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
 from outliermerge.output.folder import OutputFolder
@@ -38,7 +38,9 @@ def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
         SpecError: there is no such part.
     """
     if not 1 <= part <= num_parts:
-        raise SpecError(f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}")
+        raise ArgumentError(
+            f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}"
+        )
     sizes = [plan.num_work_bytes(job) for job in plan.jobs]
     total = max(1, sum(sizes))
     middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))

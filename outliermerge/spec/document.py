@@ -197,5 +197,5 @@ class SpecDocument(_Strict):
         default=None,
         min_length=1,
         description="The folder to write, or a .safetensors file where the base model is a file; "
-        "--output wins over it.",
+        "an output that is given to the run wins over it.",
     )

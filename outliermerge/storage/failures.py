@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, argument
 
 _ADVICE = {
     errno.EIO: "The disk, or what connects it, fails: the system's log (dmesg) says more. Copy "
@@ -22,11 +22,12 @@ _ADVICE = {
     errno.EPERM: "You have no right to it: ask its owner, or change its permissions.",
     errno.EROFS: "That disk can only be read: choose another.",
     errno.ENOENT: "It was there a moment ago: did something else remove it?",
-    errno.ENOMEM: "Memory is short: give a smaller --memory or fewer --threads.",
+    errno.ENOMEM: f"Memory is short: give a smaller {argument('memory')} or fewer "
+    f"{argument('threads')}.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
     errno.ENFILE: "Too many files are open on this machine: end other programs.",
     errno.EFBIG: "That file system, or a limit (ulimit -f), allows no file of that size: choose "
-    "another disk, raise the limit, or give a smaller --shard-size.",
+    f"another disk, raise the limit, or give a smaller {argument('shard_size')}.",
     errno.ENOLCK: "That file system gives no locks: choose another disk.",
     errno.ENOSYS: "That file system cannot do this: choose another disk.",
     errno.EOPNOTSUPP: "That file system cannot do this: choose another disk.",

@@ -14,7 +14,7 @@ from outliermerge.analysis.report.merged import measure_merge
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
-from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.storage.files import write_whole
@@ -57,7 +57,7 @@ def build_report(
         OSError: the page cannot be written.
     """
     if not 1 <= t <= 5:
-        raise SpecError(f"--t: found {t}, expected a number from 1 to 5")
+        raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not models:
         raise OutlierMergeError("no model to report on")
     plotly_script()
