@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 from checkpoints import fine_tune, load_folder
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
+
+import outliermerge
+from outliermerge.errors import OutlierMergeError
 
 Tensors = Mapping[str, Tensor]
 
@@ -471,3 +475,15 @@ def train_conv_net(base: ConvNet, *, seed: int, steps: int) -> ConvNet:
         loss.backward()
         optimizer.step()
     return net.eval()
+
+
+def refusal(spec: Any, output: Path | None = None) -> str:
+    """Return what a plan, or a run where an output is given, is refused with."""
+    with pytest.raises(OutlierMergeError) as caught:
+        if output is None:
+            outliermerge.plan(spec)
+        else:
+            outliermerge.run(spec, output=output)
+    if output is not None:
+        assert not output.exists()
+    return str(caught.value)

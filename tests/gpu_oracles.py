@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_methods import ALL
 from torch import Tensor
 
 from outliermerge.checkpoint.sources import DTYPES
@@ -118,13 +119,11 @@ def compiled(kernel: str, capability: int, **constants: Any) -> dict[str, Any]:
 
 
 def merged_of_a_test(name: str) -> tuple[list[bytes], list[bytes]]:
-    """Results of a method of test_kernel_table.py by Triton's kernels, and by torch."""
-    import test_kernel_table
-
+    """Results of a method of kernel_methods.py by Triton's kernels, and by torch."""
     import outliermerge
     from outliermerge.engines import triton_kernels
 
-    METHODS[name] = test_kernel_table.ALL[name]
+    METHODS[name] = ALL[name]
     if name == "triton_only":
         triton_kernels.triton_only = triton_kernels.weighted_sum
         gpu_engine.KERNELS[name] = (0, 1)

@@ -189,3 +189,16 @@ PAIRS = [
     ("experts stacked", "experts fused"),
     ("experts apart", "mixtral"),
 ]
+
+# LLaVA as first published, and as transformers 4 saves it.
+ORIGINAL_TO_HF = {
+    "lm_head.weight": "language_model.lm_head.weight",
+    "model.embed_tokens.weight": "language_model.model.embed_tokens.weight",
+    "model.layers.3.mlp.up_proj.weight": "language_model.model.layers.3.mlp.up_proj.weight",
+    "model.norm.weight": "language_model.model.norm.weight",
+    "model.mm_projector.0.bias": "multi_modal_projector.linear_1.bias",
+    "model.mm_projector.2.weight": "multi_modal_projector.linear_2.weight",
+    "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight": (
+        "vision_tower.vision_model.pre_layrnorm.weight"
+    ),
+}

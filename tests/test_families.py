@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import load_folder, save_tensors
-from families import Family, Tensors, edit_json, replace_tensors, tune
+from families import Family, Tensors, edit_json, refusal, replace_tensors, tune
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,18 +73,6 @@ def spec_of(
     listed = [m if isinstance(m, dict) else {"model": str(m)} for m in models]
     base = base if isinstance(base, dict) else str(base)
     return {"merge_method": method, "base_model": base, "models": listed} | more
-
-
-def refusal(spec: Any, output: Path | None = None) -> str:
-    """Return what a plan, or a run where an output is given, is refused with."""
-    with pytest.raises(OutlierMergeError) as caught:
-        if output is None:
-            outliermerge.plan(spec)
-        else:
-            outliermerge.run(spec, output=output)
-    if output is not None:
-        assert not output.exists()
-    return str(caught.value)
 
 
 def by_hand(base: Tensors, models: Sequence[Tensors], *, t: float = 2.0) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+HELPERS = {"hostile"}  # folders of tests/ that no room of the package has
 
 
 @pytest.mark.parametrize(
@@ -29,11 +32,44 @@ def test_check_passes(command):
 
 def test_no_file_of_the_package_passes_400_lines():
     lengths = {
-        path.name: len(path.read_text().splitlines())
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
         for path in (ROOT / "outliermerge").rglob("*")
         if path.suffix in (".py", ".h", ".c")
     }
-    assert [name for name, length in lengths.items() if length > 400] == []
+    assert "outliermerge/engines/native/merge.h" in lengths
+    assert [path for path, length in lengths.items() if length > 400] == []
+
+
+def imported(path: Path) -> set[str]:
+    """Return the last part of each module's name that a file imports, wherever it does."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(alias.name for alias in node.names)}
+    return {name.rpartition(".")[2] for name in names}
+
+
+def test_no_test_module_is_imported():
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
+    found = {str(path.relative_to(TESTS)): imported(path) & tests for path in TESTS.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_names_of_test_modules_and_their_helpers_are_unique():
+    # Their folders are all on the path of imports.
+    names = [path.stem for path in TESTS.rglob("*.py") if path.parent != TESTS / "hostile"]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_the_folders_of_tests_are_the_rooms_of_the_package():
+    rooms = {path.parent.name for path in (ROOT / "outliermerge").glob("*/__init__.py")}
+    tested = {path.parent.name for path in TESTS.glob("*/test_*.py")}
+    assert tested == rooms
+    folders = {path.parent.name for path in TESTS.glob("*/*.py")}
+    assert folders - rooms == HELPERS
+    assert not list(TESTS.glob("*/*/**/test_*.py"))
 
 
 def test_make_knows_each_of_its_targets_once():

@@ -15,6 +15,7 @@ import torch
 import yaml
 from annotated_types import Interval
 from checkpoints import load_folder, save_tensors
+from every_method import OF_DELTAS, SEVERAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,7 +199,7 @@ class TestStateDicts:
         in_memory = outliermerge.merge_state_dicts(models, base=base, method=method)
         assert [n for n in on_disk if not _same_bits(in_memory[n], on_disk[n])] == []
 
-    @pytest.mark.parametrize("method", ["min_sigma", "ties", "task_arithmetic", "linear"])
+    @pytest.mark.parametrize("method", SEVERAL)
     def test_mixed_dtypes_are_bit_for_bit_what_a_run_on_disk_gives(
         self, tmp_path: Path, method: str
     ) -> None:
@@ -353,7 +354,7 @@ class TestStateDicts:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("method", ["min_sigma", "ties", "task_arithmetic", "linear"])
+    @pytest.mark.parametrize("method", SEVERAL)
     def test_strides_do_not_matter(self, method: str) -> None:
         generator = torch.Generator().manual_seed(0)
         whole = torch.randn(3, 40, 60, generator=generator)
@@ -371,7 +372,7 @@ class TestTensors:
         assert _same_bits(sliced, plain)
         assert strided.is_contiguous()
 
-    @pytest.mark.parametrize("method", ["min_sigma", "ties", "task_arithmetic", "linear"])
+    @pytest.mark.parametrize("method", SEVERAL)
     @pytest.mark.parametrize("equal", [False, True])
     def test_the_result_needs_no_gradient(self, method: str, equal: bool) -> None:
         base = torch.nn.Parameter(torch.ones(4, 5))
@@ -434,7 +435,7 @@ class TestTensors:
             merged[clear], (base + kept.sum(0))[clear], rtol=1e-12, atol=1e-12
         )
 
-    @pytest.mark.parametrize("method", ["min_sigma", "ties", "task_arithmetic"])
+    @pytest.mark.parametrize("method", OF_DELTAS)
     def test_models_equal_to_the_base_give_the_base(self, method: str) -> None:
         base = torch.tensor([0.1, -0.0, 3e-41, 1e30])
         merged = outliermerge.merge_tensors([base.clone()] * 3, base=base, method=method)

@@ -1,0 +1,109 @@
+"""What a run takes from the machine: threads, memory, the page cache, direct writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load_folder, save_tensors
+
+import outliermerge
+from outliermerge.execution import threads as execute
+from outliermerge.storage import machine, system
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000\n", 6), ("400000 100000\n", 4), ("150000 100000\n", 2), ("1000 100000\n", 1),
+     ("900000 100000\n", 6), ("", 6)],
+    ids=["none", "four", "one and a half", "little", "more than there are", "unreadable"],
+)  # fmt: skip
+def test_a_containers_quota_limits_the_threads(quota, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    assert machine.num_processors() == expected
+    assert machine.num_threads(0) == expected + 2
+    assert machine.num_threads(5) == 5
+
+
+def test_a_containers_limit_is_its_memory(tmp_path, monkeypatch):
+    free = machine.free_memory_bytes()
+    assert free is not None and free > 1 << 20
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert machine.free_memory_bytes() == 1 << 20
+
+
+def is_cached(path: Path, position: int) -> bool:
+    """Tell whether a byte of a file can be read without waiting for the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(descriptor, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+    except OSError as error:
+        assert error.errno == errno.EAGAIN
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_merge_larger_than_memory_leaves_the_page_cache(is_large, tmp_path, monkeypatch):
+    tensors = {"w": torch.randn(4, 300_000), "v": torch.randn(4, 300_000)}
+    folders = [
+        save_tensors(tmp_path / str(n), {name: t * (1 + n / 100) for name, t in tensors.items()})
+        for n in range(3)
+    ]
+    for folder in folders:  # what is still to be written to the disk cannot be given up
+        with (folder / "model.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+    monkeypatch.setattr(execute, "free_memory_bytes", lambda: 1 << (20 if is_large else 40))
+    spec = {
+        "merge_method": "min_sigma",
+        "base_model": str(folders[0]),
+        "models": [{"model": str(folder)} for folder in folders[1:]],
+    }
+    outliermerge.run(spec, output=tmp_path / "out")
+    for folder in folders:
+        path = folder / "model.safetensors"
+        places = range(1 << 16, path.stat().st_size, 1 << 20)
+        assert {is_cached(path, place) for place in places} == {not is_large}
+
+
+def test_files_in_memory_are_not_written_past_the_page_cache():
+    path = Path("/dev/shm") / f"outliermerge-test-{os.getpid()}"
+    path.write_bytes(b"x")
+    try:
+        assert system.open_direct(path) == -1
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_outputs_are_the_same_however_they_are_written(is_direct, tmp_path, monkeypatch):
+    shapes = {"odd": (70_001,), "pages": (512, 1024), "large": (3, 700_000), "small": (5,)}
+    base = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    other = {name: tensor + 0.5 for name, tensor in base.items()}
+    models = [save_tensors(tmp_path / "base", base), save_tensors(tmp_path / "other", other)]
+    opened = []
+
+    def open_direct(path: Path) -> int:
+        opened.append(system.open_direct(path) if is_direct else -1)
+        return opened[-1]
+
+    monkeypatch.setattr("outliermerge.output.writer.open_direct", open_direct)
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(models[0]),
+        "models": [{"model": str(models[1]), "parameters": {"weight": 1.0}}],
+    }
+    result = outliermerge.run(spec, output=tmp_path / "out")
+    assert len(opened) == 1
+    assert outliermerge.verify(result.output) == []
+    merged = load_folder(result.output)
+    for name, tensor in base.items():
+        delta = other[name].float() - tensor.float()
+        assert torch.equal(merged[name], (tensor.float() + delta).bfloat16())
