@@ -11,7 +11,7 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
-from outliermerge.errors import ArgumentError, OutlierMergeError, listing
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
 from outliermerge.execution.in_memory import merge_in_memory
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import torch_threads
@@ -133,7 +133,7 @@ def merge_state_dicts(
 
     Raises:
         OutlierMergeError: names, shapes or non-float tensors differ.
-        SpecError: an unknown method or parameter, or a value out of range.
+        ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
         >>> import torch, outliermerge
@@ -142,7 +142,7 @@ def merge_state_dicts(
         >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
         {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
     """
-    found = find_method(method) if isinstance(method, str) else method
+    found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
     reference = models[0] if base is None else base
@@ -192,14 +192,14 @@ def merge_tensors(
 
     Raises:
         OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
-        SpecError: an unknown method or parameter, or a value out of range.
+        ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
         >>> import torch, outliermerge
         >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
         tensor([0.5000, 0.5000])
     """
-    found = find_method(method) if isinstance(method, str) else method
+    found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
     resolved = _resolved(found, len(models), base is not None, parameters)
@@ -210,6 +210,13 @@ def merge_tensors(
     return merge.result
 
 
+def _method(method: str | MergeMethod) -> MergeMethod:
+    try:
+        return find_method(method) if isinstance(method, str) else method
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
+
+
 def _resolved(
     method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -218,7 +225,10 @@ def _resolved(
         raise ArgumentError(f"{method.name} does not take {num_models} models")
     if method.uses_base and not has_base:
         raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
-    return method.resolve(num_models, parameters)
+    try:
+        return method.resolve(num_models, parameters)
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
 
 
 def _prepared(

@@ -41,8 +41,8 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OutlierMergeError: pyarrow is not installed.
     """
-    pyarrow = require("pyarrow", "--parquet")
-    parquet = require("pyarrow.parquet", "--parquet")
+    pyarrow = require("pyarrow", "writing Parquet")
+    parquet = require("pyarrow.parquet", "writing Parquet")
     written = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), written)
     write_whole(path, written.getvalue().to_pybytes())
