@@ -136,7 +136,7 @@ class KernelEngine:
 
         Args:
             variants: for each way, the task, what `prepare` returned for it, and where its output
-            goes.
+                goes.
 
         Returns:
             The digests of each source's pieces, and for each variant whether its output is

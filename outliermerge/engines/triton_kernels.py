@@ -74,8 +74,7 @@ def store(addresses, at, offsets, values, mask, CODE: tl.constexpr, ALIGN: tl.co
 
 @jit
 def part_of(pieces, ALIGN: tl.constexpr):
-    """Return this program's tensor, the offsets of its elements in it, their mask and their count.
-    """  # noqa: D205
+    """Return this program's tensor, its elements' offsets in it, their mask and their count."""
     program = tl.program_id(0).to(tl.int64)
     parts: tl.constexpr = PIECE // BLOCK
     entry = pieces + program // parts * 3

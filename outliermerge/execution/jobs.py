@@ -34,7 +34,7 @@ class JobResult:
         checksum: of the output tensor.
         read: the checksum of each source tensor, by the number of its input.
         read_bytes: bytes read from its sources in all passes. Several outputs that were made in one
-        reading share one figure.
+            reading share one figure.
         statistics: the values of the method's needs and report, by name.
         non_finite: where infinite or NaN values are.
     """

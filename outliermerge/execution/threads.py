@@ -102,7 +102,7 @@ def execute(
         targets: the plans; all of them read the same models.
         on_progress: called with the bytes just worked on, by any thread.
         folder: for temporary files of tensors that are computed as a whole and do not fit in
-        memory.
+            memory.
 
     Raises:
         OutlierMergeError: a source cannot be read, tensors that must be equal differ, or a value
