@@ -12,15 +12,16 @@ CODES = {"bfloat16": "b", "float16": "e", "float32": "f"}
 """The dtypes that kernels support, and the codes that kernels use for them."""
 
 Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
-"""Where bytes are: in memory, or in a file by its descriptor and the position of the first; with a
-second descriptor for writing past the page cache, -1 where there is none."""
+"""Where bytes are: in memory, or in a file, given by its descriptor and the position of the first
+byte. A third number is a second descriptor for direct writes, or -1."""
 
 RawBlock: TypeAlias = (
     tuple[bytes, tuple[Place, ...], int, bool]
     | tuple[bytes, tuple[Place, ...], int, bool, bytearray]
 )
-"""What kernels take: codes and places of each source, the number of elements, and whether the first
-source is a base that the others are taken less; and where digests of each source's pieces go."""
+"""A block as kernels take it: the dtype codes and the places of the sources, the number of
+elements, and whether the first source is a base to subtract from the others. A buffer for the
+digests of each source's pieces can follow."""
 
 
 @dataclass(frozen=True)
