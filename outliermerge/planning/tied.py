@@ -104,7 +104,7 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
 
 
 def with_embeddings(entry: Input) -> Input:
-    """Return a model that stores tied embeddings only as its head, with the embeddings' name."""
+    """Return a model; a tied tensor stored only as the head gets the embeddings' name."""
     tensors = entry.checkpoint.tensors
     head = _lone_head(entry)
     name = head and embeddings_of(head, tensors)

@@ -1,4 +1,4 @@
-"""The keys of a YAML spec: their names, forms and descriptions."""
+"""The keys of a YAML spec: names, types and descriptions."""
 
 from __future__ import annotations
 
