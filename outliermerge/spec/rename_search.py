@@ -241,7 +241,7 @@ def _is_guess(
 
 
 def _between(name: Sequence[str], like: Sequence[str], start: int, stop: int) -> set[str]:
-    """Return a name's words between two given ends; none if another name differs elsewhere."""
+    """Return a name's words in place of parts of `like`; none if the two differ elsewhere."""
     rest = len(like) - stop
     end = len(name) - rest
     if name[:start] != like[:start] or end <= start or name[end:] != like[stop:]:
