@@ -125,7 +125,7 @@ def _are_codes(meta: TensorMeta) -> bool:
 
 
 def _by_place(tensors: Collection[str]) -> Mapping[str, list[str]]:
-    """Return names by the places they may belong to: scales.a.b_c.d to a.b_c.d, scales.a.b_c, …
+    """Return names by their possible places: scales.a.b_c.d by a.b_c.d, scales.a.b_c and others.
 
     These places are the module, its parent, beginnings of the name, and the name after a word for
     scales.
