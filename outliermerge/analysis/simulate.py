@@ -92,9 +92,9 @@ def simulate(
 ) -> Simulation:
     """Simulate weights as in arXiv 2501.10661, section C.6, and measure them.
 
-    A fifth of the points is drawn: 0.5% of these in [0.6, 1], the others from N(0, 0.1²). Drawn
-    values with |x| < 0.001, or from the normal distribution with |x| > 0.5, are set to zero. All
-    other points are zero. Then noise from N(0, s²) is added at every point, drawn again for each s.
+    A fifth of the points is drawn: 0.5% of these in [0.6, 1], the others from N(0, 0.1²). Normal
+    values with |x| < 0.001 or |x| > 0.5 are set to zero. All other points are zero. Then noise from
+    N(0, s²) is added at every point, drawn again for each s.
 
     Where the paper says nothing, these are our choices. The generator is numpy's default: the paper
     gives the seed 42 but not the generator, so only its distribution can be reproduced, not its

@@ -10,7 +10,7 @@ from outliermerge.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the scores, and what is made of them."""
+    """Add the arguments for the scores and for the output."""
     parser.add_argument("scores", metavar="SCORES", nargs="+", help="scores.json, or its folder")
     parser.add_argument("--paper", action="store_true", help="put the paper's Table 4 below")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")

@@ -13,7 +13,7 @@ from outliermerge.errors import SpecError, printable, suggest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, the suite, and what overrides it."""
+    """Add the arguments for the models, the suite, and settings that override the suite."""
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="a folder or hub id, or NAME=one"
     )
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate; return 1 where a task has no score."""
+    """Evaluate; return 1 if a task has no score."""
     from outliermerge.cli.evaluation_progress import EvaluationProgress
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.evaluate import CHART_NAME, TABLE_NAME, evaluate

@@ -11,7 +11,7 @@ from outliermerge.cli.weights import add_base, add_filter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, and what is written."""
+    """Add the arguments for the models and for the files to write."""
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, and figures where they are asked for."""
+    """Write the page, and figures if they are asked for."""
     from outliermerge.analysis.report.build import build_report
 
     with reading_bar() as callbacks:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how much is drawn, and what is written."""
+    """Add the arguments for the simulation and for the files to write."""
     parser.add_argument(
         "--points", type=count, default=10_000_000, metavar="N", help="default 10,000,000"
     )
