@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", metavar="DIR", help="also draw figures for papers, at 300 dpi")
     parser.add_argument(
-        "--t", type=float, default=2.0, metavar="T", help="min-σ's threshold at first (default 2)"
+        "--t", type=float, default=2.0, metavar="T", help="initial threshold of min-σ (default 2)"
     )
     add_filter(parser)
     add_base(parser)

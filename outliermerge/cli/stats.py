@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of the table (default: types of module)",
     )
     parser.add_argument(
-        "--no-kernels", action="store_true", help="compute by torch instead of kernels"
+        "--no-kernels", action="store_true", help="use torch instead of the CPU kernels"
     )
     add_filter(parser)
     add_base(parser)

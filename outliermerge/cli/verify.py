@@ -20,7 +20,7 @@ from outliermerge.errors import listing, shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the folder and for the checks."""
-    parser.add_argument("folder", metavar="OUT", help="what `run` wrote")
+    parser.add_argument("folder", metavar="OUT", help="the output of `run`")
     parser.add_argument(
         "--load",
         action="store_true",

@@ -25,13 +25,13 @@ WIDE, NAME_WIDTH = 130, 18  # widths in characters: of the terminal, and of the 
 def add_filter(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the filter of elements."""
     parser.add_argument(
-        "--filter", type=float, default=3.0, metavar="F", help="keep within Fσ (default 3)"
+        "--filter", type=float, default=3.0, metavar="F", help="keep elements within Fσ (default 3)"
     )
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the base of task vectors."""
-    parser.add_argument("--base", metavar="BASE", help="look at task vectors against it")
+    parser.add_argument("--base", metavar="BASE", help="measure task vectors against BASE")
 
 
 def add_rename(parser: argparse.ArgumentParser) -> None:
