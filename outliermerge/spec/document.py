@@ -176,7 +176,7 @@ class SpecDocument(_Strict):
     tie_word_embeddings: bool | None = Field(
         default=None,
         description="Whether the output's head is tied to its embeddings: `true` ties it, `false` "
-        "gives it its own head. The output's config is changed to match. Default: as in the config.",
+        "gives it its own head, and changes its config to match. By default as in the config.",
     )
     config_source: str | None = Field(
         default=None,
