@@ -49,7 +49,8 @@ class PairStats:
 
     Attributes:
         name: the tensor's name; "" for whole models.
-        layer: such as `model.layers.3`; None outside layers, and for whole models.
+        layer: the layer's name, such as `model.layers.3`; None outside layers, and for whole
+            models.
         module: the name with layers' numbers replaced by `*`; "" for whole models.
         shape: the tensor's shape; () for whole models.
         num_elements: how many elements are compared.

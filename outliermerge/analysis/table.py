@@ -53,9 +53,9 @@ class TensorStats:
 
     Attributes:
         name: the tensor's name.
-        layer: such as `model.layers.3`; None outside layers.
+        layer: the layer's name, such as `model.layers.3`; None outside layers.
         module: the name with layers' numbers replaced by `*`.
-        shape: of the tensor.
+        shape: the tensor's shape.
         num_elements: the number of all elements.
         num_non_finite: the number of infinite and NaN elements, which all following statistics
             ignore.

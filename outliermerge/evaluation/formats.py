@@ -246,7 +246,7 @@ def read_record(file: Path) -> RecordFile:
     """Read a record.
 
     Raises:
-        OutlierMergeError: it is none.
+        OutlierMergeError: the file does not have this format.
     """
     return _parse(RecordFile, load(file), f"{file}: {_NOT_OURS}")
 
@@ -255,7 +255,7 @@ def read_scores(file: Path) -> ScoresFile:
     """Read a scores.json.
 
     Raises:
-        OutlierMergeError: it is none.
+        OutlierMergeError: the file does not have this format.
     """
     return _parse(ScoresFile, load(file), f"{file}: {_NOT_OURS}")
 

@@ -30,13 +30,13 @@ class JobResult:
     """The record of an output tensor that is written.
 
     Attributes:
-        action: `merge`, or `copy` where the bytes are those of a source.
-        checksum: of the output tensor.
+        action: `merge`, or `copy` if the bytes are those of a source.
+        checksum: the checksum of the output tensor.
         read: the checksum of each source tensor, by the number of its input.
         read_bytes: bytes read from its sources in all passes. Several outputs that were made in one
             reading share one figure.
         statistics: the values of the method's needs and report, by name.
-        non_finite: where infinite or NaN values are.
+        non_finite: the sources, or the output, that have infinite or NaN values.
     """
 
     action: str

@@ -178,7 +178,7 @@ def merge_method(
         space: `delta` for task vectors (the base is added back), `both` for task vectors and the
             base, `weight` for weights, `merged` for a modifier of the merged task vector.
         cut: `element`, `row` or `tensor`: how finely a tensor may be split.
-        needs: statistics by keyword.
+        needs: the statistics that the function needs, by keyword.
         auxiliary: keywords for further tensors that each model has besides its weights.
         workspace: returns how many tensors of a block's size the function allocates, for a number
             of sources.

@@ -31,7 +31,7 @@ def noise_sum(weight_RC: Tensor, s: float, noise_RC: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledSum(LowRankSum):
-    """(1 + s) · W + scale · BA, or with (BA)ᵀ where the layer stores its weight transposed.
+    """(1 + s) · W + scale · BA, or with (BA)ᵀ if the layer stores its weight transposed.
 
     Attributes:
         s: one value; None if it was not trained, which means 0.

@@ -118,7 +118,7 @@ def are_plain(tensors: Mapping[str, TensorMeta]) -> bool:
 def _are_codes(meta: TensorMeta) -> bool:
     if meta.dtype.is_float:
         return meta.dtype.num_bytes == 1
-    # Wider integers are codes only where they are packed into a matrix.
+    # Wider integers are codes only if they are packed into a matrix.
     return meta.dtype.name in ("int8", "uint8") or (
         "int" in meta.dtype.name and len(meta.shape) > 1
     )
