@@ -1,4 +1,4 @@
-"""Opens what is looked at: a model, or its task vectors against a base."""
+"""Opens the subject of an analysis: a model's weights, or its task vectors against a base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from outliermerge.spec.text import plain_yaml
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's tensors, or the pairs of tensors whose differences are its task vectors.
+    """A model's tensors, or the pairs of tensors whose difference is a task vector.
 
     Attributes:
-        reference, base: as they were named.
-        tensors: by name in the base's (or, without one, the model's) order, a task vector's as
-            (base, model), others as (model,).
-        notes: what is left out, and how the models were read.
+        reference, base: the names that the caller gave.
+        tensors: the tensors by name, in the order of the base (without a base, of the model):
+            (base, model) for a task vector, else (model,).
+        notes: notes on tensors that are left out, and on how the models were read.
     """
 
     reference: str
@@ -37,7 +37,7 @@ class Subject:
     notes: tuple[str, ...]
 
     def changed(self) -> Subject:
-        """Return it without the tensors that an adapter leaves as they are in its base."""
+        """Return the subject without the tensors that an adapter does not change."""
         tensors = {
             name: each
             for name, each in self.tensors.items()
@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def num_bytes(self) -> int:
-        """What one reading of all tensors takes."""
+        """The bytes that one reading of all tensors reads."""
         return sum(source.num_bytes for each in self.tensors.values() for source in each)
 
 
@@ -61,12 +61,13 @@ def open_subject(
     """Open a model as specs name one: a folder, a file, a hub id, an adapter, `base+adapter`.
 
     Args:
-        model: its name; or a subject, which has its base already, and is returned.
-        base: what its task vectors are taken against.
+        model: the model's name, or a subject, which already has its base and is returned.
+        base: the base model of its task vectors.
         rename: from the model's tensor names to the base's: a named map, or rules as YAML.
 
     Raises:
-        SpecError: there is no such map, it does not fit the names, or a subject is given a base.
+        SpecError: the rename is unknown or does not fit the names, or a base is given for a
+            subject.
         OutlierMergeError: a model is absent or broken, or the two have no tensor in common.
     """
     if isinstance(model, Subject):

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checked(planned: Plan) -> Verdict:
-    """Return what transformers says of a plan's output.
+    """Return the result of transformers' check of a plan's output.
 
     Raises:
         OutlierMergeError: the output would not load.
@@ -157,7 +157,7 @@ def print_plan(
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:
-    """Print how names are changed, where they are."""
+    """Print how names are changed, if they are."""
     table = plain_table("renamed in", "rule", "tensors", "for example", "becomes")
     for entry in plan.inputs:
         for rule, (count, before, after) in entry.renamed.items():

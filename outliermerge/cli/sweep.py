@@ -17,7 +17,7 @@ from outliermerge.errors import SpecError, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the values, and the flags of a merge."""
+    """Add the arguments for the values, and the flags of a merge."""
     parser.add_argument(
         "--set",
         action="append",

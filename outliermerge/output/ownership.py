@@ -1,4 +1,4 @@
-"""What may be replaced or removed: only what outliermerge itself wrote, told by its contents."""
+"""Decides what may be replaced or removed: only what outliermerge wrote, judged by contents."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from outliermerge.storage.system import files_in
 
 
 def check_apart(inputs: Sequence[Input], final: Path) -> None:
-    """Refuse an output that is, holds or is inside a model that is merged.
+    """Refuse an output path that is, contains or is inside a model of the merge.
 
     Raises:
-        OutlierMergeError: it would damage that model.
+        OutlierMergeError: the output would damage that model.
     """
     for entry in inputs:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
-        if entry.home != entry.checkpoint.root:  # an adapter, over the files of other folders
+        if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder
             roots |= {path.parent for path in files}
         for place in (final, partial_folder(final), replaced_path(final), journal_path(final)):
             resolved = place.resolve()
@@ -45,10 +45,11 @@ def check_apart(inputs: Sequence[Input], final: Path) -> None:
 
 
 def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
-    """Refuse a name that something has which may not be replaced.
+    """Refuse a path if what is there may not be replaced.
 
     Raises:
-        OutlierMergeError: it exists, and is not ours or may not be overwritten.
+        OutlierMergeError: it exists, and outliermerge did not write it or it may not be
+            overwritten.
     """
     manifest = manifest_path(final)
     there = [path for path in (final, manifest) if path.exists() or path.is_symlink()]
@@ -89,7 +90,7 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
 
 
 def _check_removable(folder: Path) -> None:
-    """Refuse an old output that could not be removed when the new one has its name."""
+    """Refuse an old output that could not be removed after the exchange."""
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
             raise OutlierMergeError(
@@ -100,7 +101,7 @@ def _check_removable(folder: Path) -> None:
 
 
 def owned_files(folder: Path) -> set[str]:
-    """Return what an old output's manifest lists; nothing where it has none."""
+    """Return the files that an old output's manifest lists; empty if it has no manifest."""
     return _listed(read_manifest(folder)) if manifest_path(folder).is_file() else set()
 
 

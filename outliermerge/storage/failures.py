@@ -1,4 +1,4 @@
-"""What a person is told when a file cannot be read or written: which, why, and what to do."""
+"""Messages for files that cannot be read or written: which file, why, and what to do."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _ADVICE = {
 def failure(
     path: Path, what: str, error: OSError | EOFError, *, tensor: str = "", needed_bytes: int = 0
 ) -> OutlierMergeError:
-    """Return the message of a call that failed.
+    """Return the message for a system call that failed.
 
     Args:
-        path: the file that it was on.
-        what: could not be done, as in `read` or `written`.
-        tensor: that was to be read or written.
-        needed_bytes: that are still to be written, where that is known.
+        path: the file of the call.
+        what: what could not be done, such as `read` or `written`.
+        tensor: the name of the tensor that was to be read or written.
+        needed_bytes: how many bytes are still to be written, if known.
 
     >>> print(failure(Path("a"), "locked", OSError(errno.ENOLCK, "No locks available")))
     a: cannot be locked: No locks available (ENOLCK). That file system gives no locks: choose \
@@ -79,7 +79,7 @@ def _no_room(path: Path, needed_bytes: int) -> str:
 
 @contextmanager
 def naming(path: Path, what: str, *, tensor: str = "", needed_bytes: int = 0) -> Iterator[None]:
-    """Tell the name of the file when a call on it fails; calls on descriptors do not know it.
+    """Name the file in errors of calls on a descriptor, which do not know the name.
 
     Raises:
         OutlierMergeError: instead of OSError and EOFError.

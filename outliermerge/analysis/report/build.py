@@ -35,18 +35,19 @@ def build_report(
 ) -> Path:
     """Write one page that shows the distributions of models' weights, and needs no network.
 
-    A single output of a merge is shown with its manifest and its drift from its models.
+    If the only model is the output of a merge, the page also shows its manifest and its drift from
+    the merged models.
 
     Args:
-        models: as specs name them.
-        base: what task vectors are taken against; of a merge, its own base by default.
-        output: the page; it is there as a whole or not at all.
-        png: a folder for the figures of a paper.
-        t: the threshold that the view of min-σ starts with, 1 to 5.
-        filter: how many σ about the mean are kept before skewness and kurtosis are taken.
-        device, threads: as `weight_stats` takes them.
-        on_total: called with the bytes of each reading, before it begins.
-        on_progress: called with the bytes just read, by any thread.
+        models: the models, named as in a spec.
+        base: the base model of task vectors; for a merge, its own base by default.
+        output: the path of the page, which is written as a whole or not at all.
+        png: a folder for figures for a paper.
+        t: the initial threshold in the view of min-σ, 1 to 5.
+        filter: skewness and kurtosis are of the elements within this many σ of the mean.
+        device, threads: see `weight_stats`.
+        on_total: called before each reading with its number of bytes.
+        on_progress: called with the number of bytes just read, by any thread.
 
     Returns:
         The path of the page.
