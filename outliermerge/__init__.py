@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from outliermerge.analysis.spectra import layer_spectra
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.api import merge_state_dicts, merge_tensors, plan, run, verify
-    from outliermerge.errors import OutlierMergeError, SpecError
+    from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.contract import merge_method
     from outliermerge.methods.parameter import PerModel
     from outliermerge.methods.statistics.base import StandardDeviation
     from outliermerge.methods.statistics.gram import Gram
     from outliermerge.methods.statistics.trim import Trim
+    from outliermerge.output.options import RunOptions
     from outliermerge.search.sweeps import sweep
 
 __all__ = [
+    "ArgumentError",
     "Gram",
     "OutlierMergeError",
     "PerModel",
+    "RunOptions",
     "SpecError",
     "StandardDeviation",
     "Trim",
@@ -46,9 +49,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ArgumentError": "errors",
     "Gram": "methods.statistics.gram",
     "OutlierMergeError": "errors",
     "PerModel": "methods.parameter",
+    "RunOptions": "output.options",
     "SpecError": "errors",
     "StandardDeviation": "methods.statistics.base",
     "Trim": "methods.statistics.trim",

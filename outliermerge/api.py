@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,18 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
-from outliermerge.errors import OutlierMergeError, SpecError, listing
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
 from outliermerge.execution.in_memory import merge_in_memory
 from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.execution.threads import Executor, choose_options, execute, torch_threads
+from outliermerge.execution.threads import torch_threads
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.output.manifest import verify_folder
+from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
-from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES, make_plan
+from outliermerge.planning.planner import make_plan
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.storage.machine import num_threads
 
@@ -49,25 +50,16 @@ def plan(
     checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     if shard_size is None:
         return make_plan(checked)
-    return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), option="--shard-size"))
+    return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
 def run(
     spec: str | Path | Mapping[str, Any] | Plan,
     *,
     output: str | Path | None = None,
-    device: str = "cpu",
-    memory: int | str = DEFAULT_MEMORY_BYTES,
-    threads: int = 0,
     shard_size: int | str | None = None,
-    overwrite: bool = False,
-    fresh: bool = False,
-    kernels: bool = True,
-    allow_non_finite: bool = False,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
-    load_check: bool = False,
-    on_waiting: Callable[[], None] = lambda: None,
-    executor: Executor = execute,
+    options: RunOptions | None = None,
+    **changes: Any,
 ) -> RunResult:
     """Merge checkpoints on disk into a new model folder.
 
@@ -77,22 +69,13 @@ def run(
     Args:
         spec: a YAML file, the same as a dict, or a plan.
         output: the folder or .safetensors file to write; the spec's `output` by default.
-        device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        memory: bytes for blocks and intermediate results, above what the interpreter takes.
-        threads: worker threads; 0 for the processors at hand.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
-        overwrite: replace an existing output when the merge is done.
-        fresh: start over instead of going on with a killed run.
-        kernels: compute on the CPU by fused kernels; else by torch, as the methods are defined.
-        allow_non_finite: go on where values are infinite or NaN, and list them.
-        on_progress: called with the bytes just worked on, by any thread.
-        load_check: let transformers, where it is installed, prove in another process that it
-            loads the output, as the command line does; it takes some seconds beside the merge.
-        on_waiting: called when all is computed and only that proof is waited for.
-        executor: what runs the plan's jobs: threads, or a function called like theirs.
+        options: how it is carried out.
+        **changes: single fields of `RunOptions`, such as `memory="2GiB"` or `overwrite=True`.
 
     Raises:
-        SpecError: the spec or an argument is wrong.
+        SpecError: the spec is wrong.
+        ArgumentError: an argument is wrong.
         OutlierMergeError: a model or the output folder is not fit for it, or the output would
             not load.
 
@@ -100,30 +83,14 @@ def run(
         >>> import outliermerge
         >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
     """
+    chosen = (options or RunOptions()).changed(changes)
     if isinstance(spec, Plan):
         if shard_size is not None:
-            raise SpecError("shard_size: the plan has its shards already; give it to plan()")
+            raise ArgumentError("shard_size: the plan has its shards already; give it to plan()")
         planned = spec
     else:
         planned = plan(spec, shard_size=shard_size)
-    final = output_path(planned, output)
-    options = choose_options(
-        device=device,
-        memory=memory,
-        threads=threads,
-        kernels=kernels,
-        allow_non_finite=allow_non_finite,
-    )
-    (result,) = run_plans(
-        [(planned, final)],
-        options,
-        overwrite=overwrite,
-        fresh=fresh,
-        on_progress=on_progress,
-        load_check=load_check,
-        on_waiting=on_waiting,
-        executor=executor,
-    )
+    (result,) = run_plans([(planned, output_path(planned, output))], chosen)
     return result
 
 
@@ -166,7 +133,7 @@ def merge_state_dicts(
 
     Raises:
         OutlierMergeError: names, shapes or non-float tensors differ.
-        SpecError: an unknown method or parameter, or a value out of range.
+        ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
         >>> import torch, outliermerge
@@ -175,7 +142,7 @@ def merge_state_dicts(
         >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
         {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
     """
-    found = find_method(method) if isinstance(method, str) else method
+    found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
     reference = models[0] if base is None else base
@@ -225,14 +192,14 @@ def merge_tensors(
 
     Raises:
         OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
-        SpecError: an unknown method or parameter, or a value out of range.
+        ArgumentError: an unknown method or parameter, or a value out of range.
 
     Example:
         >>> import torch, outliermerge
         >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
         tensor([0.5000, 0.5000])
     """
-    found = find_method(method) if isinstance(method, str) else method
+    found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
     resolved = _resolved(found, len(models), base is not None, parameters)
@@ -243,15 +210,25 @@ def merge_tensors(
     return merge.result
 
 
+def _method(method: str | MergeMethod) -> MergeMethod:
+    try:
+        return find_method(method) if isinstance(method, str) else method
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
+
+
 def _resolved(
     method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     most = method.max_models
     if num_models < method.min_models or (most is not None and num_models > most):
-        raise SpecError(f"{method.name} does not take {num_models} models")
+        raise ArgumentError(f"{method.name} does not take {num_models} models")
     if method.uses_base and not has_base:
-        raise SpecError(f"{method.name} works on differences from a base: give `base`")
-    return method.resolve(num_models, parameters)
+        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
+    try:
+        return method.resolve(num_models, parameters)
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
 
 
 def _prepared(

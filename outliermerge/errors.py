@@ -6,7 +6,7 @@ import difflib
 import errno
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # What a person reads of one name, and of one message; callers of the library get twice that.
@@ -19,18 +19,56 @@ _MORE = re.compile(r"  … and (\d{1,9}) more")
 _MAX_CHOICES, _MAX_WORD = 2000, 200
 
 
+# What stands around the arguments that a message names: no file's name can have it.
+_MARK = "\0"
+_ARGUMENT = re.compile(r"\0([a-z]\w*)(?:=([^\0]*))?\0")
+
+
 class OutlierMergeError(ValueError):
-    """A mistake in a model, a folder or an option, told in one message (exit code 1).
+    """A mistake in a model, a folder or an argument, told in one message (exit code 1).
 
     Whatever the message quotes, it is cut to what a person reads and controls no terminal.
+
+    Attributes:
+        marked: the message with its arguments marked, for the message of another error.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(readable(str(message), 2 * MAX_MESSAGE))
+        self.marked = _cut(str(message), 40 * MAX_MESSAGE)
+        super().__init__(readable(_ARGUMENT.sub(_in_python, self.marked), 2 * MAX_MESSAGE))
+
+    def text(self, flag: Callable[[str, str | None], str]) -> str:
+        """Return the message with its arguments named by a function of name and value."""
+        named = _ARGUMENT.sub(lambda found: flag(found[1], found[2]), self.marked)
+        return readable(named, 2 * MAX_MESSAGE)
 
 
 class SpecError(OutlierMergeError):
-    """A mistake in a spec or on the command line (exit code 2)."""
+    """A mistake in a spec (exit code 2)."""
+
+
+class ArgumentError(OutlierMergeError):
+    """A wrong argument of the library, or flag of the command line (exit code 2)."""
+
+
+def argument(name: str, value: object = None) -> str:
+    """Return an argument of the library, for an error's message, marked.
+
+    An error shows it as Python writes it; the command line shows the flag in its place.
+
+    >>> print(OutlierMergeError(f"give {argument('memory')} or {argument('fresh', True)}"))
+    give memory or fresh=True
+    """
+    text = "" if value is None else f"={str(value).replace(_MARK, '')}"
+    return f"{_MARK}{name}{text}{_MARK}"
+
+
+def _in_python(found: re.Match[str]) -> str:
+    """Return a marked argument as Python writes it."""
+    value = found[2]
+    if value is None:
+        return found[1]
+    return f"{found[1]}={value if value in ('True', 'False') else repr(value)}"
 
 
 def as_path(text: str | Path) -> Path:

@@ -1,10 +1,12 @@
 """Random numbers that are a function of a seed, a name and a place; the only source of randomness.
 
-Number i of a stream depends on nothing but (seed, name, i), so any span of a stream can be made
-alone and equals that span of the whole. Only integer operations and the basic float64 operations
-that IEEE 754 rounds correctly are used, each by itself, so every device gives the same bits.
+Number i of a stream depends only on (seed, name, i), so any span of a stream can be computed alone
+and equals the same span of the whole stream. Only integer operations and the basic float64
+operations are used, which IEEE 754 rounds correctly, and they are never fused. So every device
+gives the same bits.
 
-Saved adapters hold a seed in place of noise, so these streams are a file format: they never change.
+Saved adapters contain a seed in place of noise, so these streams are a file format: they must never
+change.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _GAMMA, _MULTIPLY_1, _MULTIPLY_2 = (
     constant - (1 << 64)
     for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-# Intermediate values of so many elements stay in a core's cache.
+# The intermediate values of this many elements fit in a core's cache.
 _GROUP_ELEMENTS = 65_536
 _SIN_TERMS = [
     (-1) ** k * (math.pi / 2) ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(9)
@@ -38,7 +40,7 @@ def uniform(
 ) -> Tensor:
     """Return numbers start to stop (excluded) of a stream, uniform in [0, 1), as float64.
 
-    `standard_normal` of the same seed and name is made of the same bits: use another name.
+    `standard_normal` with the same seed and name uses the same bits, so use another name for it.
 
     Args:
         seed: any integer.
@@ -57,8 +59,8 @@ def standard_normal(
 ) -> Tensor:
     """Return numbers start to stop (excluded) of a stream, of N(0, 1), as float32.
 
-    √(−2 ln u) · sin(π/2 · v) (Box and Muller 1958) in float64, of u in (0, 1), 40 bits, and v in
-    [−1, 1], 24 bits. No number is beyond ±7.6.
+    They are √(−2 ln u) · sin(π/2 · v) (Box and Muller 1958), computed in float64, with u in (0, 1)
+    of 40 bits and v in [−1, 1] of 24 bits. All numbers are within ±7.6.
 
     Args:
         seed: any integer.
@@ -105,7 +107,7 @@ def _bits(keys: tuple[int, int], start: int, stop: int, device: torch.device) ->
     """Return 64 random bits for each place, as int64."""
     import torch
 
-    # Two rounds with a key before each: with one, streams would be pieces of the same sequence.
+    # Two rounds, each after adding a key: with one round, streams would be pieces of one sequence.
     values = torch.arange(start + 1, stop + 1, dtype=torch.int64, device=device)
     values = _mix(values.mul_(_GAMMA).add_(keys[0]))
     return _mix(values.bitwise_xor_(keys[1]))
@@ -120,7 +122,7 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, shift: int) -> Tensor:
-    # >> copies the sign of an int64 into the bits that become free.
+    # >> fills the free bits of an int64 with copies of its sign bit.
     return (values >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 

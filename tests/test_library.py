@@ -334,15 +334,17 @@ class TestStateDicts:
             ({"method": "passthrough"}, "passthrough does not take 2 models"),
         ],
     )
-    def test_wrong_arguments_are_spec_errors(self, keywords: dict, said: str) -> None:
+    def test_wrong_arguments_are_told(self, keywords: dict, said: str) -> None:
         base, models = _family()
-        with pytest.raises(outliermerge.SpecError) as caught:
+        with pytest.raises(outliermerge.ArgumentError) as caught:
             outliermerge.merge_state_dicts(models, base=base, **keywords)
         assert said in str(caught.value)
 
     def test_a_method_on_task_vectors_needs_a_base(self) -> None:
         _, models = _family()
-        with pytest.raises(outliermerge.SpecError, match="differences from a base: give `base`"):
+        with pytest.raises(
+            outliermerge.ArgumentError, match="differences from a base: give `base`"
+        ):
             outliermerge.merge_state_dicts(models)
 
     @pytest.mark.parametrize("base", [None, {"w": torch.ones(1)}])
@@ -473,7 +475,7 @@ class TestOwnMethods:
             models, base=base, method=largest, scale=2, weight=[1.0, 0.5]
         )
         assert merged.tolist() == [3.0, 4.0, 6.0]
-        with pytest.raises(outliermerge.SpecError, match="expected a number > 0, ≤ 2"):
+        with pytest.raises(outliermerge.ArgumentError, match="expected a number > 0, ≤ 2"):
             outliermerge.merge_tensors(models, base=base, method=largest, scale=0)
 
     def test_it_can_be_called_on_a_block(self) -> None:

@@ -1,1 +1,1 @@
-"""Looking at weights: distributions, comparisons, spectra, simulations, reports."""
+"""Analysis of weights: distributions, comparisons, spectra, simulations, reports."""

@@ -20,7 +20,13 @@ from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import Place, find_places
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, suggest
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    suggest,
+)
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, torch_threads
 from outliermerge.spec.rename import best_rename
@@ -36,41 +42,44 @@ MATRIX_DIAGONAL = {
     "outlier_overlap": 1.0,
     "conflict_ratio": 0.0,
 }
-"""The columns that there are matrices of, and what any model, even of zeros, has with itself."""
+"""The columns that have a matrix, and the value of a model compared with itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairStats:
-    """What is known of one tensor in two models, a and b, or of the two models as wholes.
+    """The comparison of one tensor in two models, a and b, or of the two whole models.
 
-    A vector is a model's task vector, or without a base its weights. Outliers are counted about
-    zero: an element of exactly ±tσ is none. What has no value is NaN, and so is all that is
-    measured of a pair with an infinite value or NaN in it.
+    A vector is a model's task vector, or its weights if there is no base. An outlier is an element
+    with |x| > tσ; one of exactly ±tσ is not. Undefined values are NaN, and so are all measures of a
+    pair that contains an infinite value or NaN.
 
     Attributes:
-        name: of the tensor; "" for whole models.
-        layer: such as `model.layers.3`; None outside layers, and for whole models.
+        name: the tensor's name; "" for whole models.
+        layer: the layer's name, such as `model.layers.3`; None outside layers, and for whole
+            models.
         module: the name with layers' numbers replaced by `*`; "" for whole models.
-        shape: of the tensor; () for whole models.
-        num_elements: that are compared.
-        a, b: numbers of the models, a < b.
-        cosine: of the angle between the vectors; NaN where one is zero.
+        shape: the tensor's shape; () for whole models.
+        num_elements: how many elements are compared.
+        a, b: the numbers of the models, a < b.
+        cosine: the cosine of the angle between the vectors; NaN if one is zero.
         distance: L2 norm of a - b.
-        relative_distance: the distance by the norm of a; NaN where that is zero.
+        relative_distance: the distance divided by the norm of a; NaN if that is zero.
         norm_a, norm_b: L2 norms of the vectors.
         std_a, std_b: population standard deviations.
-        std_difference: |σ_a - σ_b|, a similarity that takes no test of the models (arXiv
+        std_difference: |σ_a - σ_b|, a similarity that needs no evaluation of the models (arXiv
             2501.10661, Table 7).
-        sign_agreement: of the elements that are zero in neither, the share whose signs agree.
-        sign_conflict_ratio: share of all elements whose signs are opposite.
-        outlier_overlap: how far the places of outliers are the same, each model's by its own σ:
-            the elements with |a| > tσ_a and |b| > tσ_b by those with one or the other (Jaccard).
-        outlier_ratio_a, outlier_ratio_b: share of elements that min-σ keeps whole: |x| > tσ, with
-            σ the lowest of this tensor's among all models that are compared. For whole models,
+        sign_agreement: the share of equal signs among the elements that are non-zero in both.
+        sign_conflict_ratio: the share of all elements whose signs are opposite.
+        outlier_overlap: the Jaccard index of the positions of outliers, by each model's own σ: the
+            number of elements with |a| > tσ_a and |b| > tσ_b, divided by the number with at least
+            one of the two.
+        outlier_ratio_a, outlier_ratio_b: the share of elements that min-σ keeps whole: |x| > tσ,
+            where σ is the smallest of this tensor's σ among all compared models. For whole models,
             each tensor has its own threshold.
-        both_outliers_ratio: share of elements that min-σ keeps whole of both, and adds up.
-        conflict_ratio: share of those, by all elements, whose signs are opposite: in a merge they
-            cancel, where the others double.
+        both_outliers_ratio: the share of elements that min-σ keeps whole in both models, and adds
+            up.
+        conflict_ratio: the share of all elements that are outliers in both models with opposite
+            signs. In a merge they cancel out, while those with equal signs add up.
     """
 
     name: str
@@ -107,14 +116,14 @@ _MEASURED = [field.name for field in fields(PairStats)][7:]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How models, or their task vectors against a base, compare with one another.
+    """The comparison of models, or of their task vectors, with one another.
 
     Attributes:
-        models, base: as the caller named them.
-        t: how many σ an outlier is away from zero.
-        tensors: every pair of models for each tensor that all have, in the models' order.
-        pairs: every pair as wholes: the vectors of all finite tensors taken as one.
-        notes: what a person should know, such as tensors that were left out.
+        models, base: the names that the caller gave.
+        t: the threshold of outliers in units of σ.
+        tensors: every pair of models for each tensor that all models have, in the models' order.
+        pairs: every pair of whole models: all finite tensors joined to one vector.
+        notes: notes for the user, such as tensors that were left out.
     """
 
     models: tuple[str, ...]
@@ -127,13 +136,14 @@ class Comparison:
     def matrix(self, column: str) -> list[list[float]]:
         """Return a column of the whole models as (M, M).
 
-        All are symmetric but `relative_distance`, where a row is by the norm of its model.
+        All matrices are symmetric except `relative_distance`, whose rows are divided by the norm of
+        the row's model.
 
         Raises:
-            SpecError: there is no matrix of it; MATRIX_DIAGONAL has those that there are.
+            SpecError: the column has no matrix; MATRIX_DIAGONAL lists those that have one.
         """
         if column not in MATRIX_DIAGONAL:
-            raise SpecError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
+            raise ArgumentError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
         found = [[MATRIX_DIAGONAL[column]] * len(self.models) for _ in self.models]
         for pair in self.pairs:
             found[pair.a][pair.b] = found[pair.b][pair.a] = getattr(pair, column)
@@ -142,7 +152,7 @@ class Comparison:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the matrices, which say what the pairs say; NaNs as they are."""
+        """Return everything but the matrices, which repeat the pairs; NaN stays NaN."""
         return {
             "models": list(self.models),
             "base": self.base,
@@ -164,31 +174,31 @@ def compare_weights(
     on_total: Callable[[int], None] = lambda num_bytes: None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Comparison:
-    """Compare models, or their task vectors, tensor by tensor and as wholes, each with each.
+    """Compare all pairs of models, or of task vectors, tensor by tensor and as whole models.
 
-    Every tensor is read twice, of all models at once, in bounded memory. The result is the same
+    Every tensor is read twice, from all models at once, in bounded memory. The result is the same
     for any number of threads.
 
     Args:
-        models: two or more, named as in a spec: folders, files, hub ids, adapters; or what
-            `open_subject` gave, all of one base.
-        base: what their task vectors are taken against.
-        t: how many σ an outlier is away from zero, 0 or more.
-        rename: names of the models' tensors to the base's; without one, of the others' to the
-            first's.
+        models: two or more models, named as in a spec: folders, files, hub ids, adapters. Or
+            results of `open_subject`, all with the same base.
+        base: the base model of the task vectors; None compares weights.
+        t: the threshold of outliers in units of σ, 0 or more.
+        rename: from the models' tensor names to the base's; without a base, from the other models'
+            names to those of the first.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        threads: 0 leaves it to the machine.
-        on_total: called with the bytes that will be read, before they are.
-        on_progress: called with the bytes just read, by any thread.
+        threads: worker threads; 0 chooses by the machine.
+        on_total: called once, before reading, with the number of bytes to read.
+        on_progress: called with the number of bytes just read, by any thread.
 
     Raises:
-        SpecError: an option is wrong, or a model is there twice.
-        OutlierMergeError: a model is absent or broken, or no tensor is in all of them.
+        SpecError: an option is wrong, or a model is given twice.
+        OutlierMergeError: a model is absent or broken, or no tensor is in all models.
     """
     if len(models) < 2:
-        raise SpecError(f"found {len(models)} model(s) to compare, expected two or more")
+        raise ArgumentError(f"found {len(models)} model(s) to compare, expected two or more")
     if not 0 <= t < math.inf:
-        raise SpecError(f"--t: found {t}, expected a number of 0 or more")
+        raise ArgumentError(f"{argument('t')}: found {t}, expected a number of 0 or more")
     device = choose_device(device)
     subjects = [
         open_subject(model, base, rename=rename if base is not None or number else None)
@@ -196,7 +206,9 @@ def compare_weights(
     ]
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     _refuse_twins(subjects)
     tensors, notes = _common(subjects)
@@ -244,18 +256,20 @@ def compare_weights(
 
 
 def _refuse_twins(subjects: Sequence[Subject]) -> None:
-    """Refuse two models, or a model and the base, that are the same files."""
+    """Refuse two models, or a model and the base, that have the same files."""
     seen: dict[frozenset[Path], str] = {}
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     if base is not None:
         seen[_files(pair[0] for pair in subjects[0].tensors.values())] = base
     for subject in subjects:
         files = _files(sources[-1] for sources in subject.tensors.values())
         if files in seen:
-            raise SpecError(
+            raise ArgumentError(
                 f"{subject.reference!r} is the same model as {seen[files]!r}: leave one out"
             )
         seen[files] = subject.reference
@@ -267,7 +281,7 @@ def _files(sources: Iterable[Source]) -> frozenset[Path]:
 
 
 def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]], list[str]]:
-    """Return the sources of the tensors that all models have in one shape, and what to note.
+    """Return the sources of tensors that all models have in one shape, and notes on others.
 
     The base, where there is one, is the first source.
     """
@@ -295,7 +309,7 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
     if not tensors:
         ours = list(others[0].tensors)
         best = best_rename(ours, first.tensors)
-        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
             "the models have no tensor of one name and shape in common: "
             + ", ".join(f"{s.reference} has {next(iter(s.tensors))!r}" for s in subjects)
@@ -305,10 +319,12 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
 
 
 def _broken(subjects: Sequence[Subject], sums: Sums) -> str:
-    """Return whose values of a tensor are not finite."""
+    """Return the models whose values of a tensor are not all finite."""
     bases = {subject.base for subject in subjects}
     if len(bases) > 1:
-        raise SpecError(f"found models of several bases: {sorted(map(str, bases))}, expected one")
+        raise ArgumentError(
+            f"found models of several bases: {sorted(map(str, bases))}, expected one"
+        )
     (base,) = bases
     if base is not None and not math.isfinite(sums.base):
         return base
@@ -338,7 +354,7 @@ def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[st
     norm_a, norm_b = math.sqrt(sums.gram[a][a]), math.sqrt(sums.gram[b][b])
     distance = math.sqrt(sums.distances[number])
     cosine = _ratio(_ratio(sums.gram[a][b], norm_a), norm_b)
-    if cosine > 0.5:  # nearly equal vectors are told apart by their difference alone
+    if cosine > 0.5:  # for nearly equal vectors only the difference is accurate
         apart = _ratio(distance, norm_a) * _ratio(distance, norm_b)
         cosine = 1 - (apart - (norm_a - norm_b) ** 2 / norm_a / norm_b) / 2
     both, own = counts.outliers[a][b], counts.own_outliers

@@ -1,10 +1,10 @@
-"""The sums that a comparison of models is made of, computed by torch span by span.
+"""The sums from which a comparison of models is computed, by torch, span by span.
 
 Shape suffixes: S sources (the base, where there is one, then the models), M models, P pairs of
 models in the order of `itertools.combinations`, C elements of a chunk.
 
-Sums are float64 over fixed chunks and are then added exactly (`math.fsum`), so a result does not
-depend on the number of threads.
+Sums over fixed chunks are in float64 and are then added exactly (`math.fsum`), so that a result
+does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPAN_ELEMENTS = 1 << 20
-_CHUNK_ELEMENTS = 1 << 16  # what a CPU's caches hold of some models in float64
+_CHUNK_ELEMENTS = 1 << 16  # in float64 a few models' chunks fit in a CPU's caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Sums:
     """Sums over the elements of a chunk, a tensor or a whole model.
 
     Attributes:
-        num_elements: of each vector.
-        means, squares: of each vector, the squares about its mean, (M,).
-        base: sum of the base's elements; 0 without one.
-        gram: products of the vectors, (M, M).
-        distances: squares of the differences of two vectors, (P,).
+        num_elements: the number of elements of each vector.
+        means, squares: each vector's mean and sum of squared deviations from it, (M,).
+        base: the sum of the base's elements; 0 without a base.
+        gram: the inner products of the vectors, (M, M).
+        distances: the squared L2 distance of each pair of vectors, (P,).
     """
 
     num_elements: int
@@ -48,7 +48,7 @@ class Sums:
     distances: tuple[float, ...]
 
     def is_finite(self, model: int) -> bool:
-        """Tell whether the vector of a model, or its base, holds nothing infinite or NaN."""
+        """Tell whether all values of a model's vector, and of the base, are finite."""
         return math.isfinite(self.squares[model]) and math.isfinite(self.gram[model][model])
 
     def std(self, model: int) -> float:
@@ -58,14 +58,14 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Numbers of elements, each (M, M); on the diagonal a model with itself.
+    """Counts of elements for each pair of models, (M, M); the diagonal is a model with itself.
 
     Attributes:
-        non_zero: that are not zero in both.
-        signs: of the former, those whose signs agree less those whose do not.
-        outliers: that min-σ's threshold takes for outliers of both.
-        outlier_signs: of the former, those whose signs agree less those whose do not.
-        own_outliers: that are outliers of both, each by its own σ.
+        non_zero: elements that are non-zero in both.
+        signs: the number of equal signs minus that of opposite signs among the elements above.
+        outliers: elements above min-σ's threshold in both.
+        outlier_signs: among these, the number of equal signs minus the number of opposite signs.
+        own_outliers: elements that are outliers in both, by each model's own σ.
     """
 
     non_zero: tuple[tuple[int, ...], ...]
@@ -76,7 +76,7 @@ class Counts:
 
 
 def fold_sums(shares: Sequence[Sums], num_models: int) -> Sums:
-    """Add up shares in their order; means and squares by Chan's formula."""
+    """Add up the chunks' sums in order; combine means and squares by Chan's formula."""
     num_elements = sum(share.num_elements for share in shares)
     models = range(num_models)
     means = tuple(
@@ -105,7 +105,7 @@ def fold_sums(shares: Sequence[Sums], num_models: int) -> Sums:
 
 
 def fold_counts(shares: Sequence[Counts], num_models: int) -> Counts:
-    """Add up shares."""
+    """Add up the chunks' counts."""
     models = range(num_models)
 
     def table(name: str) -> tuple[tuple[int, ...], ...]:
@@ -117,14 +117,14 @@ def fold_counts(shares: Sequence[Counts], num_models: int) -> Counts:
 
 @dataclass(frozen=True)
 class PairMeasurer:
-    """Measures a tensor of all models at once, by steps that threads share.
+    """Measures a tensor of all models at once, in rounds that threads share.
 
     Attributes:
-        reader: of the sources.
-        device: of torch.
+        reader: reads the sources.
+        device: torch's device.
         has_base: whether the first source is a base, which is subtracted from the others.
         t: threshold in units of σ.
-        on_progress: called with the bytes just read, by any thread.
+        on_progress: called with the number of bytes just read, by any thread.
     """
 
     reader: Reader
@@ -134,7 +134,7 @@ class PairMeasurer:
     on_progress: Callable[[int], None]
 
     def measure(self, sources: Sequence[Source]) -> Steps[tuple[Sums, Counts]]:
-        """Read a tensor twice: for its sums, and for what their σ tell of its elements."""
+        """Read a tensor twice: for its sums, and for the counts, whose thresholds need σ."""
         num_models = len(sources) - self.has_base
         read = spans(sources[0].num_elements, SPAN_ELEMENTS)
 
@@ -161,7 +161,8 @@ class PairMeasurer:
         num_elements = span[1] - span[0]
         self.on_progress(sum(source.dtype.num_bytes for source in values) * num_elements)
         values = {source: each.to(self.device) for source, each in values.items()}
-        # A GPU has no use for caches, but starts few operations in the time of one on a chunk.
+        # A GPU takes longer to launch an operation than to run it on a chunk, so it gets larger
+        # ones.
         size = _CHUNK_ELEMENTS if self.device == "cpu" else SPAN_ELEMENTS
         for start, stop in spans(num_elements, size):
             chunk_SC = torch.empty(
@@ -179,7 +180,7 @@ def _sums(chunk_SC: Tensor, has_base: bool) -> Sums:
     vectors_MC = chunk_SC[int(has_base) :]
     num_models, num_elements = vectors_MC.shape
     base = chunk_SC[:1].sum(1) if has_base else chunk_SC.new_zeros(1)
-    # Of the models, not of their task vectors: a base would only add its rounding.
+    # From the models, not from their task vectors: subtracting a base would only add rounding.
     distances_P = torch.stack([_square(a - b) for a, b in combinations(vectors_MC, 2)])
     if has_base:
         vectors_MC -= chunk_SC[0]
@@ -206,16 +207,16 @@ def _counts(chunk_SC: Tensor, has_base: bool, own: Sequence[float]) -> Counts:
     """Return the counts of a chunk, which is overwritten.
 
     Args:
-        own: the threshold of each model's σ; the lowest is min-σ's. Infinite where what the model
-            holds is not finite: its counts mean nothing.
+        own: the threshold from each model's σ; the lowest is min-σ's. It is infinite for a model
+            whose values are not all finite, and the counts of that model have no meaning.
     """
     import torch
 
     vectors_MC = chunk_SC[int(has_base) :]
     if has_base:
         vectors_MC -= chunk_SC[0]
-    # Arithmetic instead of boolean masks, which torch's CPU kernels take several times longer for.
-    # Products of signs are added up exactly in float32: a span is below 2²⁴ elements.
+    # Arithmetic instead of boolean masks, because masks take torch's CPU kernels several times
+    # longer. The sums of signs are exact in float32, because a span has fewer than 2²⁴ elements.
     signs_MC = vectors_MC.sign().float()
     outliers_MC = vectors_MC.hardshrink(min(own)).sign_().float()  # 0 where |x| ≤ tσ
     own_MC = torch.stack(

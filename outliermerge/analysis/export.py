@@ -15,7 +15,7 @@ from outliermerge.storage.files import write_whole
 
 
 def to_json(value: Any) -> str:
-    """Return a table as JSON; numbers that are none (NaN, infinite) become null."""
+    """Return a table as JSON; NaN and infinite numbers become null."""
     text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
     return _valid(text)
 
@@ -26,7 +26,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with a header; lists are joined by ×, NaNs are empty."""
+    """Write rows as CSV with a header; lists are joined by ×, NaN becomes an empty field."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -36,20 +36,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as Parquet; NaNs stay.
+    """Write rows as Parquet; NaN stays NaN.
 
     Raises:
         OutlierMergeError: pyarrow is not installed.
     """
-    pyarrow = require("pyarrow", "--parquet")
-    parquet = require("pyarrow.parquet", "--parquet")
+    pyarrow = require("pyarrow", "writing Parquet")
+    parquet = require("pyarrow.parquet", "writing Parquet")
     written = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), written)
     write_whole(path, written.getvalue().to_pybytes())
 
 
 def _valid(text: str) -> str:
-    """Return a text with what no encoding has, such as bytes of a file's name, as `?`."""
+    """Return a text with `?` for characters that cannot be encoded, as in some file names."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Packages that only some of the functions need, imported when they do."""
+"""Imports optional packages when a function needs them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from outliermerge.errors import OutlierMergeError
 
 
 def require(module: str, what: str) -> Any:
-    """Return a module of the extra `weights`.
+    """Return a module that the extra `weights` installs.
 
     Args:
-        module: its name.
-        what: needs it, for the message.
+        module: the module's name.
+        what: what needs the module, for the message.
 
     Raises:
         OutlierMergeError: its package is not installed.

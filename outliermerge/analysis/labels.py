@@ -13,8 +13,8 @@ from outliermerge.analysis.table import BINS, HALF_WIDTH, Histogram
 LABELS = ("Gaussian", "sharp", "inverted T", "line", "other")
 
 FEWEST = 1_000
-"""Elements that a label takes. Of 300 simulations of 1,000 points at noise 0.01, 53 come out as
-"other" and 247 as "inverted T"; from 5,000 points on, all labels are right."""
+"""The fewest elements that get a label. Of 300 simulations with 1,000 points at noise 0.01, 53 are
+labelled "other" and 247 "inverted T"; with 5,000 points or more, all labels are right."""
 LINE_WIDTH = 0.175
 INVERTED_T_WIDTH = 0.38
 GAUSSIAN_KURTOSIS = 3.3
@@ -29,10 +29,11 @@ _QUARTILE = NormalDist().inv_cdf(0.75)
 
 
 def label_of(histogram: Histogram | None) -> str | None:
-    """Return the label of a tensor's shape, told from its histogram alone.
+    """Return the label of a tensor's shape, from its histogram alone.
 
-    arXiv 2501.10661 names the shapes (section 2.2) and makes them by noise on sparse weights
-    (section B.2), but gives no rule. This one is ours, and does not depend on a `--filter`:
+    arXiv 2501.10661 names the shapes (section 2.2) and simulates them by noise on sparse weights
+    (section B.2), but gives no rule. The following rule is ours; it does not depend on a
+    `--filter`:
 
     - width: half the distance of the quartiles of all elements, over that of a Gaussian with
       their σ: 1 for a Gaussian, near 0 where half of the elements are a spike.
@@ -86,9 +87,9 @@ def _width(histogram: Histogram) -> float:
     num_elements = reached[-1] + histogram.num_above
 
     def quantile(share: float) -> float:
-        """Return where a share lies below, as if elements were even inside a bin."""
+        """Return a quantile; elements are taken as evenly spread inside a bin."""
         target = share * num_elements
-        # By Chebyshev, less than 2% of any elements lie beyond 8σ.
+        # By Chebyshev's inequality, less than 2% of any elements are beyond 8σ.
         number = bisect_left(reached, target, 1) - 1
         inside = (target - reached[number]) / histogram.counts[number]
         return (number + inside) * _BIN_WIDTH - HALF_WIDTH
@@ -97,7 +98,7 @@ def _width(histogram: Histogram) -> float:
 
 
 def _moments(counts: Sequence[int]) -> tuple[float, float]:
-    """Return skewness and kurtosis of what 3σ keep, from its moments about the mean of all."""
+    """Return skewness and kurtosis of the elements within 3σ of the mean."""
     num = sum(counts)
     first, second, third, fourth = (sum(map(mul, counts, powers)) / num for powers in _POWERS)
     variance = second - first**2

@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SPAN_ELEMENTS = 1 << 20
-_PATTERN_SPAN_ELEMENTS = 1 << 24  # tables of 1 MB are cleared and added up for each
+_PATTERN_SPAN_ELEMENTS = 1 << 24  # each span clears and adds up tables of 1 MB
 _NUM_PATTERNS = 1 << 16
-_FEWEST_COUNTED = 1 << 15  # of fewer elements, two readings take less than the tables
+_FEWEST_COUNTED = 1 << 15  # for fewer elements, two readings are faster than the tables
 
 
 def fit_kernels(sources: Sequence[Source]) -> bool:
-    """Tell whether the kernels know these dtypes."""
+    """Tell whether the kernels support these dtypes."""
     return all(source.dtype.name in CODES for source in sources)
 
 
 def are_counted(sources: Sequence[Source]) -> bool:
-    """Tell whether kernels count bit patterns, in one reading."""
+    """Tell whether kernels can count bit patterns in one reading."""
     (source, *others) = sources
     is_half = fit_kernels(sources) and source.dtype.num_bytes == 2
     return is_half and not others and source.num_elements >= _FEWEST_COUNTED
@@ -50,7 +50,7 @@ def are_counted(sources: Sequence[Source]) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tensor's sums and the counts of its histogram, with what lies below and above."""
+    """A tensor's sums, its histogram's counts, and the counts below and above the histogram."""
 
     tally: Tally
     filtered: Filtered
@@ -59,18 +59,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures tensors, each by steps that threads share.
+    """Measures tensors, each in rounds that threads share.
 
     16-bit values are counted by their bit patterns in one reading, from which all else follows
     exactly; other values, and differences from a base, are read twice.
 
     Attributes:
-        reader: of the sources.
+        reader: reads the sources.
         kernels: the compiled module; None to compute by torch.
-        device: of torch.
-        filter: how many σ are kept.
-        small: below which magnitude an element is small.
-        on_progress: called with the bytes just read, by any thread.
+        device: torch's device.
+        filter: elements within this many σ of the mean are kept.
+        small: the magnitude below which an element is small.
+        on_progress: called with the number of bytes just read, by any thread.
     """
 
     reader: Reader
@@ -148,7 +148,7 @@ class Measurer:
         return raw
 
     def _values(self, sources: Sequence[Source], span: Span) -> Tensor:
-        """Return a span in float64, less the base's."""
+        """Return a span in float64, minus the base's span if there is one."""
         *bases, model = (
             self.reader.values(source, *span).to(self.device).double() for source in sources
         )
@@ -157,7 +157,7 @@ class Measurer:
 
 
 def measure_values(values: Tensor, *, filter: float, small: float) -> Measured:
-    """Measure a tensor in memory: by the kernels where they fit, else by torch on its device."""
+    """Measure a tensor in memory: by the kernels if they can, else by torch on its device."""
     flat_E = values.detach().reshape(-1)
     code, kernels = CODES.get(str(values.dtype).removeprefix("torch.")), find_kernels()
     if code is not None and kernels is not None and values.device.type == "cpu":
@@ -182,7 +182,7 @@ def _as_bytes(flat_E: Tensor) -> Any:
 def _measured(
     tally: Tally, shares: Sequence[tuple[Filtered, Sequence[int]]], counts: list[int]
 ) -> Measured:
-    """Add up the second pass; counts are those that spans have not got of their own."""
+    """Combine the results of the second pass; add the spans' own counts, if any, to `counts`."""
     for _, own in shares:
         counts = [a + b for a, b in zip(counts, own, strict=True)] if own else counts
     return Measured(tally, fold_filtered([share for share, _ in shares]), tuple(counts))

@@ -1,11 +1,18 @@
-"""Opens what is looked at: a model, or its task vectors against a base."""
+"""Opens the subject of an analysis: a model's weights, or its task vectors against a base."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    quoted,
+    shown,
+)
 from outliermerge.planning.inputs import open_model
 from outliermerge.planning.plan import Input
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
@@ -15,13 +22,13 @@ from outliermerge.spec.text import plain_yaml
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's tensors, or the pairs of tensors whose differences are its task vectors.
+    """A model's tensors, or the pairs of tensors whose difference is a task vector.
 
     Attributes:
-        reference, base: as they were named.
-        tensors: by name in the base's (or, without one, the model's) order, a task vector's as
-            (base, model), others as (model,).
-        notes: what is left out, and how the models were read.
+        reference, base: the names that the caller gave.
+        tensors: the tensors by name, in the order of the base (without a base, of the model):
+            (base, model) for a task vector, else (model,).
+        notes: notes on tensors that are left out, and on how the models were read.
     """
 
     reference: str
@@ -30,7 +37,7 @@ class Subject:
     notes: tuple[str, ...]
 
     def changed(self) -> Subject:
-        """Return it without the tensors that an adapter leaves as they are in its base."""
+        """Return the subject without the tensors that an adapter does not change."""
         tensors = {
             name: each
             for name, each in self.tensors.items()
@@ -44,7 +51,7 @@ class Subject:
 
     @property
     def num_bytes(self) -> int:
-        """What one reading of all tensors takes."""
+        """The bytes that one reading of all tensors reads."""
         return sum(source.num_bytes for each in self.tensors.values() for source in each)
 
 
@@ -54,17 +61,18 @@ def open_subject(
     """Open a model as specs name one: a folder, a file, a hub id, an adapter, `base+adapter`.
 
     Args:
-        model: its name; or a subject, which has its base already, and is returned.
-        base: what its task vectors are taken against.
+        model: the model's name, or a subject, which already has its base and is returned.
+        base: the base model of its task vectors.
         rename: from the model's tensor names to the base's: a named map, or rules as YAML.
 
     Raises:
-        SpecError: there is no such map, it does not fit the names, or a subject is given a base.
+        SpecError: the rename is unknown or does not fit the names, or a base is given for a
+            subject.
         OutlierMergeError: a model is absent or broken, or the two have no tensor in common.
     """
     if isinstance(model, Subject):
         if base is not None or rename is not None:
-            raise SpecError(
+            raise ArgumentError(
                 f"{shown(model.reference)}: is open already: give its base to open_subject"
             )
         return model
@@ -73,7 +81,7 @@ def open_subject(
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None
         opened = open_model(model, rules, "model", opened_base)
     except SettingError as error:
-        raise SpecError(f"--rename: {error}") from error
+        raise ArgumentError(f"{argument('rename')}: {error}") from error
     notes = [*(opened_base.checkpoint.notes if opened_base else ()), *opened.checkpoint.notes]
     found: dict[str, tuple[Source, ...]]
     found = {name: (source,) for name, source in opened.checkpoint.tensors.items()}
@@ -86,7 +94,9 @@ def _parsed(rename: str | None) -> object:
     try:
         return plain_yaml(rename) if rename is not None else None
     except ValueError as error:
-        raise SpecError(f"--rename: {quoted(rename)} is not YAML: {error}") from error
+        raise ArgumentError(
+            f"{argument('rename')}: {quoted(rename)} is not YAML: {error}"
+        ) from error
 
 
 def _subject(
@@ -121,7 +131,7 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
     pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
     if not pairs:
         best = best_rename(list(ours), theirs)
-        advice = f" `--rename {best[0]}` pairs {best[1]} of {len(ours)}." if best else ""
+        advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
             f"{shown(model.reference)}: no tensor has the name and shape of one of "
             f"{shown(base.reference)}: "

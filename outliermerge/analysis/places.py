@@ -1,4 +1,4 @@
-"""Where a tensor sits in its model, told by its name alone."""
+"""The place of a tensor in its model, from its name alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Place:
     """The layer and the type of module of a tensor.
 
     Attributes:
-        layer: its name up to the layer's number, such as `model.layers.3`; None outside layers.
+        layer: the tensor's name up to the layer's number, such as `model.layers.3`; None outside
+            layers.
         depth: the numbers in `layer`, outermost first.
         module: the name without `.weight`, layers' numbers replaced by `*`.
     """
@@ -30,8 +31,8 @@ class Place:
 def find_places(names: Iterable[str]) -> dict[str, Place]:
     """Return the place of each tensor.
 
-    Layers are those of gradients in a spec; stages of layers (`stages.2.layers.10`) count on.
-    Experts of a layer are one type of module.
+    Layers are the same as for gradients in a spec. In stages (`stages.2.layers.10`) both numbers
+    belong to the layer. All experts of a layer are one type of module.
 
     >>> find_places(["model.layers.3.mlp.up_proj.weight"])["model.layers.3.mlp.up_proj.weight"]
     Place(layer='model.layers.3', depth=(3,), module='model.layers.*.mlp.up_proj')
@@ -51,7 +52,7 @@ def find_places(names: Iterable[str]) -> dict[str, Place]:
 def _place(name: str) -> Place:
     shared = _EXPERT.sub("experts.*", name)
     numbers = list(_NUMBER.finditer(f".{shared}"))
-    if not numbers:  # the only number is an expert's
+    if not numbers:  # the only number is that of an expert
         return Place(None, (), shared.removesuffix(".weight"))
     last = numbers[-1]
     layer = f".{shared}"[1 : last.end() - 1]
@@ -61,7 +62,7 @@ def _place(name: str) -> Place:
 
 
 def short_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return for each type of module what stands behind its layers, where that is unique.
+    """Return for each type of module the text after the layer's number, if it is unique.
 
     >>> short_names(["a.layers.*.q_proj", "a.layers.*.k_proj", "head"])
     {'a.layers.*.q_proj': 'q_proj', 'a.layers.*.k_proj': 'k_proj', 'head': 'head'}

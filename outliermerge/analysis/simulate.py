@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.analysis.extras import require
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 from outliermerge.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PAPER_LABELS = {
     0.2: "Gaussian",
     0.3: "Gaussian",
 }
-"""What section B.2 calls the shape at each standard deviation of the noise."""
+"""The name in section B.2 of the shape at each standard deviation of the noise."""
 
 _FEWEST_POINTS = 1_000
 _SHOWN = 5.0
@@ -40,9 +40,9 @@ class SimulatedWeights:
     """The optimal weights with noise.
 
     Attributes:
-        noise: its standard deviation; 0 for the optimal weights themselves.
-        expected: what the paper calls their shape; None where it does not say.
-        stats: the statistics, with the label that ours is and the histogram.
+        noise: the standard deviation of the noise; 0 for the optimal weights themselves.
+        expected: the paper's name of their shape; None if the paper gives none.
+        stats: the statistics, with our label of the shape and the histogram.
     """
 
     noise: float
@@ -52,14 +52,14 @@ class SimulatedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """Optimal weights, and what noise makes of them.
+    """Simulated optimal weights, without and with noise.
 
     Attributes:
-        seed: of numpy's default generator.
-        num_points: in the weights.
-        num_non_zero: of the optimal weights.
-        num_outliers: of those, in [0.6, 1].
-        weights: first the optimal ones, then by noise in the order that was asked for.
+        seed: the seed of numpy's default generator.
+        num_points: the number of weights.
+        num_non_zero: how many optimal weights are not zero.
+        num_outliers: how many optimal weights are outliers, in [0.6, 1].
+        weights: first the optimal weights, then those with each noise, in the given order.
     """
 
     seed: int
@@ -90,23 +90,23 @@ def simulate(
     on_total: Callable[[int], None] = lambda num_bytes: None,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Simulation:
-    """Simulate weights as arXiv 2501.10661 does in section C.6, and measure them.
+    """Simulate weights as in arXiv 2501.10661, section C.6, and measure them.
 
-    A fifth of the points is drawn: 0.5% of them in [0.6, 1], the others from N(0, 0.1²), of which
-    those with |x| < 0.001 or |x| > 0.5 are set to zero. All else is zero. To that N(0, s²) is added
-    at every point, anew for each s.
+    A fifth of the points is drawn: 0.5% of these in [0.6, 1], the others from N(0, 0.1²). Normal
+    values with |x| < 0.001 or |x| > 0.5 are set to zero. All other points are zero. Then noise from
+    N(0, s²) is added at every point, drawn again for each s.
 
-    Ours, where the paper is silent: the generator, numpy's default (the paper gives the seed 42,
-    but not what it seeds: its points cannot be had again, only their distribution, which any
-    generator gives); outliers are uniform; places are drawn without replacement. Outliers are
-    positive, as the interval says, though section B.1 assumes a symmetric distribution.
+    Where the paper says nothing, these are our choices. The generator is numpy's default: the paper
+    gives the seed 42 but not the generator, so only its distribution can be reproduced, not its
+    points. Outliers are uniform, and positions are drawn without replacement. Outliers are
+    positive, as the interval says, although section B.1 assumes a symmetric distribution.
 
     Args:
-        seed: of the generator; the same seed gives the same points.
+        seed: the seed of the generator; the same seed gives the same points.
         num_points: 1,000 or more; the paper's 10 million take about 1 GB of memory.
         noises: standard deviations s, greater than 0.
-        on_total: called with the bytes of all points that will be measured, before they are.
-        on_progress: called with the bytes of the points just measured.
+        on_total: called once, before measuring, with the number of bytes of all points.
+        on_progress: called with the number of bytes of the points just measured.
 
     Raises:
         SpecError: an argument is out of its range.
@@ -118,11 +118,13 @@ def simulate(
     import numpy as np
 
     if num_points < _FEWEST_POINTS:
-        raise SpecError(f"--points: found {num_points}, expected {_FEWEST_POINTS:,} or more")
+        raise ArgumentError(
+            f"{argument('num_points')}: found {num_points}, expected {_FEWEST_POINTS:,} or more"
+        )
     if wrong := [noise for noise in noises if not 0 < noise < float("inf")]:
-        raise SpecError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
+        raise ArgumentError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
     if seed < 0:
-        raise SpecError(f"--seed: found {seed}, expected 0 or more")
+        raise ArgumentError(f"{argument('seed')}: found {seed}, expected 0 or more")
     on_total((len(noises) + 1) * num_points * np.dtype(np.float64).itemsize)
     generator = np.random.default_rng(seed)
     optimal_E = _optimal_weights(generator, num_points)
@@ -168,7 +170,7 @@ def _stats(values_E: NDArray[np.float64], noise: float) -> TensorStats:
 
 
 def draw(simulation: Simulation, path: Path) -> None:
-    """Write Fig. 7 of arXiv 2501.10661 as a PNG: the density of W*, with each noise, within 5σ.
+    """Write Fig. 7 of arXiv 2501.10661 as a PNG: the density of W* with each noise, within 5σ.
 
     Raises:
         OutlierMergeError: matplotlib is not installed.

@@ -1,11 +1,12 @@
-"""Leading singular values of a model's layers, and how far layers are apart by them.
+"""Leading singular values of a model's layers, and distances between layers computed from them.
 
-arXiv 2509.00046, as far as its abstract tells: a certain number of singular values of each
-projection, put into matrices by type of projection, and the distribution of cosine distances,
-said to be a power law. Our reading: for each type of module a matrix with a row for each layer,
-that layer's largest singular values; a distance, 1 - cos, between each two rows of one matrix; a
-power law fitted to these for each type, and to those of all types together. Ours are the number
-of values (16), that all types of module are taken, and the laws that the fit is held against.
+The idea is from arXiv 2509.00046, of which only the abstract was read: it takes a number of
+singular values of each projection, puts them into matrices by type of projection, and says that the
+cosine distances follow a power law. Our reading: each type of module has a matrix with a row for
+each layer, which has that layer's largest singular values. The distance of two rows of a matrix is
+1 - cos. A power law is fitted to the distances of each type, and to those of all types together.
+Our own choices are the number of values (16), the use of all types of module, and the laws that the
+fit is compared with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from outliermerge.analysis.places import find_places, short_names
 from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
 from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
-from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    argument,
+    listing,
+    shown,
+)
 from outliermerge.execution.threads import choose_device
 
 DEFAULT_NUM_VALUES = 16
@@ -36,12 +43,12 @@ class ModuleSpectra:
 
     Attributes:
         module: the name with layers' numbers replaced by `*`.
-        shape: of the matrices; of a convolution's kernels (out, in, height, width).
-        layers: such as `model.layers.3`, (L,).
-        singular_values: the largest of each layer, in falling order, (L, K).
-        stds: σ of each layer's elements, (L,).
-        distances: 1 - cos between each two rows, (L * (L - 1) / 2,), that of the first two first.
-        fit: of a power law to the distances; None where they are too few, or too much alike.
+        shape: the shape of the matrices; for kernels of a convolution (out, in, height, width).
+        layers: the layers' names, such as `model.layers.3`, (L,).
+        singular_values: the largest singular values of each layer, in descending order, (L, K).
+        stds: the σ of each layer's elements, (L,).
+        distances: 1 - cos of all pairs of rows, (L * (L - 1) / 2,), beginning with rows 0 and 1.
+        fit: the power law fitted to the distances; None if they are too few or too similar.
     """
 
     module: str
@@ -62,12 +69,13 @@ class LayerSpectra:
     """The spectra of a model's layers, or of its task vectors' against a base.
 
     Attributes:
-        model, base: as the caller named them.
-        num_values: singular values of each matrix, or its smaller side where that is less.
+        model, base: the names that the caller gave.
+        num_values: the number of singular values of each matrix; a matrix with a smaller side has
+            fewer.
         modules: types of modules, in the model's order.
-        fit: of a power law to the distances of all types together.
-        fingerprint: σ over depth, to compare with other models' by `fingerprint_distance`.
-        notes: what a person should know, such as what was left out.
+        fit: the power law fitted to the distances of all types together.
+        fingerprint: σ over depth, to be compared with other models' by `fingerprint_distance`.
+        notes: notes for the user, such as tensors that were left out.
     """
 
     model: str
@@ -80,7 +88,7 @@ class LayerSpectra:
 
     @property
     def short_names(self) -> dict[str, str]:
-        """By type of module what to show of its name."""
+        """The short name to show for each type of module."""
         return short_names(module.module for module in self.modules)
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,24 +112,25 @@ def layer_spectra(
 ) -> LayerSpectra:
     """Return the leading singular values of a model's layers, and the distances between layers.
 
-    Taken are matrices whose type of module occurs in 3 layers or more with one shape. Kernels of
-    convolutions (out, in, height, width) count as matrices (out, in * height * width). Experts,
-    of which a layer has several, are left out.
+    The function takes all matrices whose type of module occurs in 3 or more layers with the same
+    shape. Kernels of convolutions (out, in, height, width) count as matrices (out, in * height *
+    width). Experts are left out, because a layer has several.
 
-    Singular values are exact: from the eigenvalues of the Gram matrix AAᵀ (or AᵀA, if that is
-    smaller) in float64, so that a value v is right to about 1e-16 (v₁ / v)² of itself. A matrix of
-    S × T, S ≤ T, costs 2 S² T operations and some 4 S³ for the eigenvalues, and memory for itself
-    as stored, about three times 8 S² bytes, and blocks of 128 MB.
+    Singular values are computed from the eigenvalues of the Gram matrix AAᵀ (or AᵀA, if that is
+    smaller) in float64. A value v has a relative error of about 1e-16 (v₁ / v)². A matrix of S × T,
+    S ≤ T, takes 2 S² T operations, and about 4 S³ for the eigenvalues. It takes memory for its
+    stored bytes, about three times 8 S² bytes, and blocks of 128 MB.
 
     Args:
-        model: a folder, a file, a hub id, an adapter, `base+adapter`, or what `open_subject` gave.
+        model: a folder, a file, a hub id, an adapter, `base+adapter`, or a result of
+            `open_subject`.
         num_values: largest singular values to take of each matrix; 2 or more.
         base: take the task vectors against this model instead of the weights.
         rename: from the model's tensor names to the base's, as `open_subject` takes it.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
-        threads: matrices at work at a time on the CPU; 0 for the processors and memory at hand.
-        on_total: called with the bytes of the matrices, before they are read.
-        on_progress: called with the bytes just worked on, by any thread.
+        threads: how many matrices the CPU works on at a time; 0 chooses by processors and memory.
+        on_total: called once, before reading, with the number of bytes of the matrices.
+        on_progress: called with the number of bytes just processed, by any thread.
 
     Raises:
         SpecError: an argument is wrong.
@@ -129,7 +138,9 @@ def layer_spectra(
             infinite or NaN; `powerlaw` is not installed.
     """
     if num_values < 2:
-        raise SpecError(f"--values: found {num_values}, expected 2 or more: one has no angle")
+        raise ArgumentError(
+            f"{argument('num_values')}: found {num_values}, expected 2 or more: one has no angle"
+        )
     require("powerlaw", "fitting a power law")
     subject = open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)
@@ -176,7 +187,7 @@ def layer_spectra(
 
 
 class _Member(NamedTuple):
-    """A layer's matrix."""
+    """The matrix of one layer."""
 
     depth: tuple[int, ...]
     layer: str
@@ -187,7 +198,7 @@ _Groups: TypeAlias = dict[tuple[str, tuple[int, ...]], list[_Member]]
 
 
 def _groups(subject: Subject) -> tuple[_Groups, list[str]]:
-    """Return the matrices of each type of module and shape, by depth, and what is left out."""
+    """Return the matrices of each type of module and shape, by depth, and notes on others."""
     found: _Groups = {}
     left_out = []
     for name, place in find_places(subject.tensors).items():

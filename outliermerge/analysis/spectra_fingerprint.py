@@ -1,8 +1,8 @@
-"""A model's fingerprint: how σ runs over depth in each type of projection.
+"""A model's fingerprint: σ as a function of depth, for each type of projection.
 
-The idea is that of arXiv 2509.19122, which describes a model by one normalised σ for each type of
-projection and finds models of a family alike. Ours are the run over depth, the common names of
-projections, and the distance.
+The idea is from arXiv 2509.19122, which describes a model by one normalised σ for each type of
+projection and finds that models of one family are similar. Our own additions are σ over depth, the
+common names of projections, and the distance.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 NUM_POINTS = 32
-"""That a profile is resampled to, so that models of different depths can be compared."""
+"""The depths that a profile is resampled to, so that models of any depths can be compared."""
 
 _PROJECTIONS = {
     "q": r"q_proj|query|q_lin|to_q|wq|q",
@@ -26,7 +26,7 @@ _PROJECTIONS = {
     "up": r"up_proj|intermediate\.dense|fc1|lin1|c_fc|w3|wi_1|wi",
     "down": r"down_proj|output\.dense|fc2|lin2|mlp\.c_proj|w2|wo",
 }
-"""What architectures call the same projection; the first that fits counts."""
+"""The names of the same projection in different architectures; the first match counts."""
 
 
 class LayerStd(NamedTuple):
@@ -43,10 +43,10 @@ class Fingerprint:
     """The σ of each projection over depth.
 
     Attributes:
-        model: as the caller named it.
-        stack: the layers that it is of, such as `model.layers`; those with most elements.
-        profiles: by projection, `q`, `k`, `v`, `o`, `gate`, `up` and `down` or what the model calls
-            another, σ at NUM_POINTS depths from the first layer to the last.
+        model: the name that the caller gave.
+        stack: the stack of layers with the most elements, such as `model.layers`.
+        profiles: for each projection σ at NUM_POINTS depths, from the first layer to the last.
+            Projections are `q`, `k`, `v`, `o`, `gate`, `up`, `down`, or have the model's own name.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Fingerprint:
 
 
 def make_fingerprint(model: str, matrices: Iterable[LayerStd]) -> Fingerprint:
-    """Return the fingerprint of a model's largest stack of layers; every σ is above 0."""
+    """Return the fingerprint of a model's largest stack of layers; every σ must be above 0."""
     stacks: dict[str, list[LayerStd]] = {}
     for matrix in matrices:
         stacks.setdefault(matrix.module.partition(".*.")[0], []).append(matrix)
@@ -69,7 +69,8 @@ def make_fingerprint(model: str, matrices: Iterable[LayerStd]) -> Fingerprint:
         model=model,
         stack=stack,
         profiles={
-            # Of two that are alike, such as self- and cross-attention, neither is "the" one.
+            # If two modules have the same common name, as in self- and cross-attention, both keep
+            # their own names.
             names[module] if taken.count(names[module]) == 1 else module: _resample(stds)
             for module, stds in runs.items()
         },
@@ -84,7 +85,7 @@ def _projection(module: str) -> str:
 
 
 def _resample(stds: Sequence[float]) -> tuple[float, ...]:
-    """Return the values at NUM_POINTS even depths, straight lines in the logarithm between."""
+    """Return the values at NUM_POINTS evenly spaced depths, interpolated in the logarithm."""
     logs = [math.log(std) for std in stds]
     found = []
     for number in range(NUM_POINTS):
@@ -96,14 +97,14 @@ def _resample(stds: Sequence[float]) -> tuple[float, ...]:
 
 
 def fingerprint_distance(a: Fingerprint, b: Fingerprint) -> float:
-    """Return how far two fingerprints are apart, whatever the scale of their weights.
+    """Return the distance of two fingerprints, which does not depend on the scale of weights.
 
-    The standard deviation of ln(σ_A / σ_B) over all depths of the projections that both have:
-    0 where one model's σ are a multiple of the other's, and about 0.1 where, the scale apart, they
-    differ by 10%.
+    It is the standard deviation of ln(σ_A / σ_B) over all depths of the projections that both have.
+    It is 0 if one model's σ are a multiple of the other's, and about 0.1 if they differ by 10%
+    after the scale is removed.
 
     Returns:
-        The distance; NaN where they have no projection in common.
+        The distance; NaN if they have no projection in common.
 
     Example:
         >>> from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Fits a power law to distances, and tells whether another law fits them better."""
+"""Fits a power law to distances, and compares it with other laws."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from outliermerge.analysis.extras import require
 
 FEWEST_DISTANCES = 10
-"""That are fitted. Clauset, Shalizi and Newman (SIAM Review 51, 2009) advise 50 or more."""
+"""The fewest that are fitted. Clauset, Shalizi and Newman (SIAM Review 51, 2009) advise 50."""
 SIGNIFICANCE = 0.1
-"""Below which p the sign of a likelihood ratio means something (the same, section 5)."""
+"""The sign of a likelihood ratio is significant if p is below this (same paper, section 5)."""
 
 MOST_DISTANCES = 3_000
-"""That are fitted: the search for xmin takes a time that grows with their square."""
+"""The most that are fitted: the time to search xmin grows with the square of their number."""
 
 _GREATEST_ALPHA = 50.0
 _MOST_SIGMAS = 20.0
@@ -24,12 +24,13 @@ _MOST_SIGMAS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A power law against another law, on the distances that the power law is fitted to.
+    """The comparison of a power law with another law, on the distances of the fit.
 
     Attributes:
-        ratio: log-likelihood ratio over its standard deviation; above 0 for the power law.
-        p: how likely a ratio so far from 0 is if both fit alike; below 0.1 the sign means
-            something.
+        ratio: the log-likelihood ratio divided by its standard deviation; above 0 favours the power
+            law.
+        p: the probability of a ratio that far from 0 if both laws fit equally well. The sign of the
+            ratio is significant if p is below 0.1.
     """
 
     ratio: float
@@ -38,16 +39,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class PowerLawFit:
-    """The density `x^-alpha` from xmin on, by the method of Clauset, Shalizi and Newman.
+    """The fitted density `x^-alpha` for x ≥ xmin, by the method of Clauset, Shalizi and Newman.
 
     Attributes:
-        num_distances: that are above 0, and fitted.
-        xmin: from where on the power law fits best: the least KS distance.
-        num_tail: distances from xmin on; of fewer than 50 little can be said.
-        alpha: maximum likelihood.
-        standard_error: of alpha, `(alpha - 1) / sqrt(num_tail)`.
-        ks_distance: greatest difference of the tail's distribution from the fitted one.
-        exponential, lognormal: the power law against these.
+        num_distances: the number of fitted distances, which are above 0.
+        xmin: the start of the tail for which the power law fits best (least KS distance).
+        num_tail: the number of distances from xmin on; a fit to fewer than 50 says little.
+        alpha: the exponent, by maximum likelihood.
+        standard_error: the standard error of alpha, `(alpha - 1) / sqrt(num_tail)`.
+        ks_distance: the largest difference between the tail's and the fitted cumulative
+            distribution.
+        exponential, lognormal: the comparisons of the power law with these laws.
     """
 
     num_distances: int
@@ -61,10 +63,10 @@ class PowerLawFit:
 
     @property
     def verdict(self) -> str:
-        """What the comparisons say: "power law", "exponential", "lognormal" or "undecided".
+        """The result of the comparisons: "power law", "exponential", "lognormal" or "undecided".
 
-        A power law is said where it fits better than an exponential and no worse than a
-        log-normal: it is a limit of log-normals, so that it never fits much better than these.
+        It is "power law" if a power law fits better than an exponential and no worse than a
+        log-normal. A power law is a limit of log-normals, so it never fits much better than these.
         """
         others = {"exponential": self.exponential, "lognormal": self.lognormal}
         better = {name: each for name, each in others.items() if _is_sure(each) and each.ratio < 0}
@@ -85,13 +87,14 @@ def _is_sure(comparison: Comparison) -> bool:
 def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
     """Fit a power law to the tail of distances, and compare it with other laws.
 
-    Of more than 3,000 distances, 3,000 are taken that are evenly spread in their order. Uses the
-    package `powerlaw` (Alstott, Bullmore and Plenz, PLOS ONE 9, 2014). Its p-values take
-    distances for independent. Those between all pairs of layers are not: they say too much.
+    If there are more than 3,000 distances, 3,000 of them are taken, evenly spaced in the given
+    order. The package `powerlaw` does the fit (Alstott, Bullmore and Plenz, PLOS ONE 9, 2014). Its
+    p-values assume independent distances. Distances between all pairs of layers are not
+    independent, so the p-values are too small.
 
     Returns:
-        The fit; None for fewer than 10 different distances above 0, and for such as are so much
-        alike that alpha would be 50 or more.
+        The fit; None for fewer than 10 different distances above 0, and for distances so similar
+        that alpha would be 50 or more.
 
     Raises:
         OutlierMergeError: `powerlaw` is not installed.
@@ -109,7 +112,8 @@ def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
     with warnings.catch_warnings():
         # The search reads an attribute that powerlaw 2.0 itself calls deprecated.
         warnings.simplefilter("ignore", DeprecationWarning)
-        # It says so of candidates for xmin, and of other laws, that fit badly: that is the answer.
+        # It warns of candidates for xmin and of other laws that fit badly; such a bad fit is a
+        # valid answer here.
         warnings.simplefilter("ignore", UserWarning)
         fit = powerlaw.Fit(
             given / unit, verbose=0, parameter_ranges={"alpha": [1.0, _GREATEST_ALPHA]}
@@ -120,8 +124,8 @@ def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
         alpha = float(power_law.alpha)
         if alpha > 0.99 * _GREATEST_ALPHA:
             return None
-        # Towards the power law that is their limit, log-normals underflow: what lies above xmin
-        # is then ever more σ above their median. At 20 the two can no longer be told apart.
+        # As log-normals approach their limit, a power law, they underflow, because the tail above
+        # xmin is more and more σ above their median. At 20σ the two laws are indistinguishable.
         least_mu = -(_MOST_SIGMAS**2) / (alpha - 1)
         others = {
             "exponential": powerlaw.Exponential(**laws),

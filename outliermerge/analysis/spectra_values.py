@@ -1,4 +1,4 @@
-"""The largest singular values of matrices, exactly, and cosine distances between rows of them."""
+"""The largest singular values of matrices, and cosine distances between rows of such values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sources: TypeAlias = tuple[Source, ...]
-"""A matrix, or the base's and the model's whose difference it is."""
+"""A matrix, or the base's and the model's matrix, whose difference is measured."""
 Spectrum: TypeAlias = tuple[tuple[float, ...], float]
-"""The largest singular values, in falling order, and σ of the elements."""
+"""The largest singular values, in descending order, and the σ of the elements."""
 
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -32,13 +32,13 @@ def matrix_spectra(
     threads: int,
     on_progress: Callable[[int], None],
 ) -> list[Spectrum]:
-    """Return the spectrum of each matrix; what lies behind the first dimension are its columns.
+    """Return the spectrum of each matrix; all dimensions after the first form the columns.
 
     Raises:
         OutlierMergeError: a matrix cannot be read, or has values that are infinite or NaN.
     """
-    # Eigenvalues of small matrices gain nothing from several threads, and lose much where others
-    # want the processors too: so each matrix has one thread.
+    # Several threads do not speed up eigenvalues of small matrices, and slow them down much if
+    # other programs use the processors. So each matrix gets one thread.
     with (
         Reader() as reader,
         torch_threads() as compute_alone,
@@ -86,21 +86,21 @@ def _spectrum(reader: Reader, matrix: Sources, num_values: int, device: str) -> 
             "expected others: the matrix has no singular values"
         )
     squares_S = torch.linalg.eigvalsh(gram_SS)
-    # Smaller ones are not told from 0, as those of a low-rank task vector are.
+    # Smaller values cannot be distinguished from 0, such as most of a low-rank task vector's.
     squares_S[squares_S <= squares_S[-1] * len(squares_S) * torch.finfo(squares_S.dtype).eps] = 0.0
     values = squares_S.flip(0)[:num_values].sqrt().tolist()
     return tuple(values), std
 
 
 def _gram(stored: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return the smaller Gram matrix of the last, less the first if there are two, and its σ."""
+    """Return the smaller Gram matrix and the σ of a matrix, or of last minus first if two."""
     import torch
 
     last = stored[-1]
     dim = 1 if last.shape[0] <= last.shape[1] else 0
     num_small = last.shape[1 - dim]
     gram_SS = last.new_zeros((num_small, num_small), dtype=torch.float64)
-    # σ about an element, not about 0: a mean may be large against it.
+    # Deviations are from an element, not from 0, because the mean may be large compared with σ.
     shift = float(last[0, 0]) - (float(stored[0][0, 0]) if len(stored) > 1 else 0.0)
     total = squares = 0.0
     step = max(1, _BLOCK_ELEMENTS // num_small)
@@ -119,7 +119,7 @@ def _gram(stored: Sequence[Tensor]) -> tuple[Tensor, float]:
 
 
 def cosine_distances(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return 1 - cos between each two rows, that of the first two first.
+    """Return 1 - cos of all pairs of rows, beginning with rows 0 and 1.
 
     Example:
         >>> [round(distance, 12) for distance in cosine_distances([(2, 0), (3, 0), (1, 1)])]
@@ -129,6 +129,7 @@ def cosine_distances(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
     rows_LK = torch.tensor(rows, dtype=torch.float64)
     units_LK = rows_LK / torch.linalg.vector_norm(rows_LK, dim=1, keepdim=True)
-    # 1 - cos is half the square of this; computed as a difference from 1 it would lose digits.
+    # 1 - cos is half the square of this distance; computed as a difference from 1 it would lose
+    # digits.
     distances: list[float] = (torch.pdist(units_LK).square() / 2).tolist()
     return tuple(distances)

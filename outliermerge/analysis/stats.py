@@ -1,8 +1,8 @@
 """The distribution of a model's weights, or of its task vectors, tensor by tensor.
 
-What is measured is that of arXiv 2501.10661, sections 2.2 and A: an element is kept if it is
-within 3σ of the tensor's mean; skewness and kurtosis are of what is kept. An exact Gaussian keeps
-99.73% and has a kurtosis of 2.83 then, not 3.
+The measures are those of arXiv 2501.10661, sections 2.2 and A. An element is kept if it is within
+3σ of the tensor's mean, and skewness and kurtosis are those of the kept elements. An exact Gaussian
+keeps 99.73% of its elements; they have a kurtosis of 2.83, not 3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outliermerge.analysis.places import Place, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
-from outliermerge.errors import OutlierMergeError, SpecError, shown
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import (
     choose_device,
@@ -58,26 +58,28 @@ def weight_stats(
 ) -> WeightStats:
     """Measure the distribution of each of a model's tensors.
 
-    Tensors are streamed: memory does not grow with the model. 16-bit values are read once and
+    Tensors are streamed, so memory does not grow with the model. 16-bit values are read once and
     counted by their bit patterns; others, task vectors and small tensors are read twice.
     Differences from a base are taken in float64. Infinite and NaN elements are counted and left
-    out. Powers are taken in float64 too: float64 elements beyond 1e75 or below 1e-75 overflow.
+    out. Powers are in float64 as well: they overflow for elements above 1e75, and underflow below
+    1e-75.
 
     Args:
-        model: a folder, a file, a hub id, an adapter, `base+adapter`, or what `open_subject` gave.
+        model: a folder, a file, a hub id, an adapter, `base+adapter`, or a result of
+            `open_subject`.
         base: measure the task vectors against this model instead of the weights.
         rename: from the model's tensor names to the base's, as `open_subject` takes it.
-        filter: how many σ about the mean are kept; 0 or more.
-        small: below which magnitude an element is small (the paper's Table 5: 1e-3).
+        filter: elements within this many σ of the mean are kept; 0 or more.
+        small: the magnitude below which an element is small (the paper's Table 5: 1e-3).
         device: `cpu`, `cuda`, `cuda:N` or `auto`; kernels compute on the CPU only.
-        threads: worker threads; 0 for the processors at hand.
-        kernels: compute on the CPU by the fused kernels; else by torch.
-        on_total: called with the bytes that will be read, all readings counted, before they are.
-        on_progress: called with the bytes just read, by any thread.
+        threads: worker threads; 0 chooses by the number of processors.
+        kernels: use the fused kernels on the CPU; False uses torch.
+        on_total: called once, before reading, with the number of bytes of all readings.
+        on_progress: called with the number of bytes just read, by any thread.
 
     Raises:
         SpecError: an argument is wrong.
-        OutlierMergeError: a model is absent or broken, or has nothing in common with the base.
+        OutlierMergeError: a model is absent or broken, or has no tensor in common with the base.
 
     Example:
         >>> from outliermerge.analysis.stats import weight_stats
@@ -138,7 +140,7 @@ def stats_of_tensor(
 
     Raises:
         SpecError: an argument is wrong.
-        OutlierMergeError: it does not hold floats.
+        OutlierMergeError: the tensor does not contain floats.
 
     Example:
         >>> import torch
@@ -153,9 +155,9 @@ def stats_of_tensor(
 
 
 def _check_limits(filter: float, small: float) -> None:
-    for option, value in (("--filter", filter), ("--small", small)):
+    for name, value in (("filter", filter), ("small", small)):
         if not (math.isfinite(value) and value >= 0):
-            raise SpecError(f"{option}: found {value}, expected a number of at least 0")
+            raise ArgumentError(f"{argument(name)}: found {value}, expected a number of at least 0")
 
 
 def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) -> TensorStats:
@@ -206,7 +208,7 @@ def _work_bytes(subject: Subject, kernels: Any | None) -> int:
 
 
 def _needs_torch(subject: Subject, kernels: Any | None) -> bool:
-    """Tell whether something is measured by torch, or computed by it when it is read."""
+    """Tell whether torch measures any tensor, or computes one when it is read."""
     return kernels is None or any(
         not fit_kernels(each) or reads_by_torch(each) for each in subject.tensors.values()
     )

@@ -1,7 +1,7 @@
-"""Sums over a tensor's elements, in float64: how shares are added up and what follows from them.
+"""Sums over a tensor's elements, in float64, and the moments computed from them.
 
-Shares are of fixed spans and are added exactly in order (`math.fsum`), so that a result depends
-on neither threads nor memory.
+Each span gives sums, and these are added exactly, in order (`math.fsum`). Spans are fixed, so a
+result depends on neither threads nor memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CENTRAL = 7
 
 
 class Central(NamedTuple):
-    """A sample: how many, mean, sums of powers of what they are away from it, the extremes."""
+    """A sample's size, mean, sums of powers of deviations from the mean, and extremes."""
 
     num: float
     mean: float
@@ -32,17 +32,17 @@ class Central(NamedTuple):
 
     @property
     def std(self) -> float:
-        """Population standard deviation; NaN of nothing."""
+        """Population standard deviation; NaN for an empty sample."""
         return math.sqrt(self.m2 / self.num) if self.num else math.nan
 
     @property
     def skewness(self) -> float:
-        """E[(x-μ)³]/σ³; NaN where all are equal."""
+        """E[(x-μ)³]/σ³; NaN if all values are equal."""
         return self.m3 / self.m2 / self.std if self._varies else math.nan
 
     @property
     def kurtosis(self) -> float:
-        """E[(x-μ)⁴]/σ⁴, 3 for a Gaussian; NaN where all are equal."""
+        """E[(x-μ)⁴]/σ⁴, 3 for a Gaussian; NaN if all values are equal."""
         return self.m4 / self.m2 * (self.num / self.m2) if self._varies else math.nan
 
     @property
@@ -51,7 +51,7 @@ class Central(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What the first pass tells: all finite elements; zeros, small ones, others; Σ|x|."""
+    """Results of the first pass: finite elements; counts of zero, small and other ones; Σ|x|."""
 
     all: Central
     num_zeros: float
@@ -61,7 +61,7 @@ class Tally(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the second pass needs to know: kept are elements from low to high."""
+    """Arguments of the second pass, which keeps elements from low to high."""
 
     mean: float
     low: float
@@ -71,18 +71,18 @@ class Limits(NamedTuple):
 
 
 def limits_of(tally: Tally, filter: float, small: float) -> Limits:
-    """Return the limits of the second pass: kept is what is within `filter` σ of the mean."""
+    """Return the limits of the second pass, which keeps elements within `filter` σ of the mean."""
     mean, std = tally.all.mean, tally.all.std
     return Limits(mean, mean - filter * std, mean + filter * std, std, small)
 
 
 class Filtered(NamedTuple):
-    """What the second pass tells.
+    """Results of the second pass.
 
     Attributes:
-        kept: of what the filter keeps.
-        without_small: of those that are not small.
-        outside: how many are more than 2, 3 and 4 σ from the mean.
+        kept: the moments of the elements that the filter keeps.
+        without_small: the moments of the kept elements that are not small.
+        outside: how many elements are more than 2, 3 and 4 σ from the mean.
     """
 
     kept: Central
@@ -91,20 +91,20 @@ class Filtered(NamedTuple):
 
 
 def tally_of_bytes(raw: bytes) -> Tally:
-    """Return what a kernel told of the first pass."""
+    """Return a kernel's results of the first pass."""
     values = struct.unpack(f"{_CENTRAL + 4}d", raw)
     return Tally(Central(*values[:_CENTRAL]), *values[_CENTRAL:])
 
 
 def filtered_of_bytes(raw: bytes) -> Filtered:
-    """Return what a kernel told of the second pass."""
+    """Return a kernel's results of the second pass."""
     values = struct.unpack(f"{2 * _CENTRAL + 3}d", raw)
     kept, large = Central(*values[:_CENTRAL]), Central(*values[_CENTRAL : 2 * _CENTRAL])
     return Filtered(kept, large, values[2 * _CENTRAL :])
 
 
 def tally_of_values(values_E: Tensor, small: float) -> Tally:
-    """Return the first pass over float64 values on any device."""
+    """Return the results of the first pass over float64 values on any device."""
     finite_E = values_E[values_E.isfinite()]
     magnitudes_E = finite_E.abs()
     return Tally(
@@ -117,7 +117,7 @@ def tally_of_values(values_E: Tensor, small: float) -> Tally:
 
 
 def filtered_of_values(values_E: Tensor, limits: Limits) -> tuple[Filtered, list[int]]:
-    """Return the second pass over float64 values on any device, and the histogram's counts."""
+    """Return the results of the second pass over float64 values, and the histogram's counts."""
     finite_E = values_E[values_E.isfinite()]
     away_E = (finite_E - limits.mean).abs()
     kept_E = finite_E[(finite_E >= limits.low) & (finite_E <= limits.high)]
@@ -146,7 +146,7 @@ def _central(values_E: Tensor) -> Central:
 
 
 def fold_tallies(shares: Sequence[Tally]) -> Tally:
-    """Add up the first pass."""
+    """Combine spans' results of the first pass."""
     return Tally(
         all=_fold([share.all for share in shares]),
         num_zeros=math.fsum(share.num_zeros for share in shares),
@@ -157,7 +157,7 @@ def fold_tallies(shares: Sequence[Tally]) -> Tally:
 
 
 def fold_filtered(shares: Sequence[Filtered]) -> Filtered:
-    """Add up the second pass."""
+    """Combine spans' results of the second pass."""
     return Filtered(
         kept=_fold([share.kept for share in shares]),
         without_small=_fold([share.without_small for share in shares]),
@@ -166,7 +166,7 @@ def fold_filtered(shares: Sequence[Filtered]) -> Filtered:
 
 
 def _fold(samples: Sequence[Central]) -> Central:
-    """Add up samples about their common mean (Pébay, Sandia report SAND2008-6212, 2008)."""
+    """Combine the moments of samples (Pébay, Sandia report SAND2008-6212, 2008)."""
     num = math.fsum(sample.num for sample in samples)
     least = min((sample.least for sample in samples), default=math.inf)
     greatest = max((sample.greatest for sample in samples), default=-math.inf)
@@ -177,7 +177,7 @@ def _fold(samples: Sequence[Central]) -> Central:
     second, third, fourth = [], [], []
     for sample in samples:
         gap = sample.mean - mean
-        square = gap * gap  # where a power would raise, a product is infinite
+        square = gap * gap  # `gap ** 2` would raise on overflow; a product is infinite
         second += [sample.m2, sample.num * square]
         third += [sample.m3, 3 * gap * sample.m2, sample.num * square * gap]
         fourth += [
@@ -192,7 +192,7 @@ def _fold(samples: Sequence[Central]) -> Central:
 
 
 def exact_sum(values: Iterable[float]) -> float:
-    """Add up with one rounding; NaN where values are infinite, or the sum is too large."""
+    """Add up with one rounding; NaN if a value is infinite or the sum is too large."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):

@@ -1,4 +1,4 @@
-"""The tables of weight statistics: what is known of each tensor, and of groups of them."""
+"""The tables of weight statistics: rows for tensors, and for groups of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from outliermerge.analysis.places import short_names
 
 BINS = 512
-"""Of a histogram: from -8σ to 8σ about the mean, σ/32 wide each."""
+"""The bins of a histogram: from -8σ to 8σ about the mean, each σ/32 wide."""
 HALF_WIDTH = 8.0
 
 SUMMARIZED = (
@@ -28,7 +28,7 @@ SUMMARIZED = (
     "outside_3_ratio",
     "outside_4_ratio",
 )
-"""The columns that a group has mean and deviation of."""
+"""The columns that are summarised for a group by mean and standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Histogram:
     """Counts of (x - mean) / std in BINS equal bins from -HALF_WIDTH to HALF_WIDTH.
 
     Attributes:
-        counts: of the bins, (BINS,).
-        num_below, num_above: elements further out.
+        counts: the counts of the bins, (BINS,).
+        num_below, num_above: how many elements are below and above all bins.
     """
 
     counts: tuple[int, ...]
@@ -47,30 +47,32 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """What is known of one tensor's elements; ratios are of its finite elements, 0 to 1.
+    """The statistics of one tensor's elements; ratios are shares of its finite elements, 0 to 1.
 
-    Statistics that have no value, such as the kurtosis of a constant, are NaN.
+    Undefined statistics, such as the kurtosis of a constant, are NaN.
 
     Attributes:
-        name: of the tensor.
-        layer: such as `model.layers.3`; None outside layers.
+        name: the tensor's name.
+        layer: the layer's name, such as `model.layers.3`; None outside layers.
         module: the name with layers' numbers replaced by `*`.
-        shape: of the tensor.
-        num_elements: all of them.
-        num_non_finite: infinite or NaN; nothing below takes them into account.
-        mean, std: std is the population's, about the mean.
-        minimum, maximum: of the elements.
-        zero_ratio: share of exact zeros.
+        shape: the tensor's shape.
+        num_elements: the number of all elements.
+        num_non_finite: the number of infinite and NaN elements, which all following statistics
+            ignore.
+        mean, std: the mean, and the population standard deviation.
+        minimum, maximum: the least and the greatest element.
+        zero_ratio: the share of exact zeros.
         skewness_before, kurtosis_before: E[(x-μ)³]/σ³ and E[(x-μ)⁴]/σ⁴ of all elements.
-        kept_ratio: share inside [μ-fσ, μ+fσ], f the filter.
-        skewness, kurtosis: of what is kept (arXiv 2501.10661, section 2.2).
-        small_ratio: share of |x| below the limit for small.
-        without_small_ratio: share that is kept and not small.
-        std_without_small, skewness_without_small, kurtosis_without_small: of those (Table 5).
-        outside_2_ratio, outside_3_ratio, outside_4_ratio: share with |x-μ| > 2σ, 3σ, 4σ.
-        l1_norm, l2_norm: of the tensor.
-        label: of its shape; None where it is not told.
-        histogram: of its elements; None where all are equal.
+        kept_ratio: the share of elements in [μ-fσ, μ+fσ], where f is the filter.
+        skewness, kurtosis: those of the kept elements (arXiv 2501.10661, section 2.2).
+        small_ratio: the share of elements with |x| below the limit `small`.
+        without_small_ratio: the share of elements that are kept and not small.
+        std_without_small, skewness_without_small, kurtosis_without_small: those of kept elements
+            that are not small (Table 5).
+        outside_2_ratio, outside_3_ratio, outside_4_ratio: the share with |x-μ| > 2σ, 3σ, 4σ.
+        l1_norm, l2_norm: the tensor's norms.
+        label: the label of its shape; None if it gets none.
+        histogram: the histogram of its elements; None if all are equal.
     """
 
     name: str
@@ -104,7 +106,7 @@ class TensorStats:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether two of its dimensions or more are longer than 1."""
+        """Whether at least two of its dimensions are longer than 1."""
         return sum(length > 1 for length in self.shape) > 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class TensorStats:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Mean and population standard deviation of a statistic over tensors; NaNs are left out."""
+    """Mean and population standard deviation of a statistic over tensors, without NaNs."""
 
     mean: float
     std: float
@@ -127,10 +129,10 @@ class Group:
     """Statistics of a group of matrices, each counted once.
 
     Attributes:
-        name: of the layer or type of module; "" for the model.
-        num_tensors, num_elements: that are counted.
+        name: the name of the layer or type of module; "" for the model.
+        num_tensors, num_elements: how many matrices and elements the group has.
         labels: how many matrices have each label.
-        spreads: by name of the columns in SUMMARIZED.
+        spreads: mean and standard deviation of each column in SUMMARIZED, by name.
     """
 
     name: str
@@ -157,11 +159,11 @@ class WeightStats:
     """The statistics of a model's tensors, or of its task vectors against a base.
 
     Attributes:
-        model, base: as the caller named them.
-        filter: how many σ are kept.
-        small: below which magnitude an element is small.
-        tensors: in the model's order.
-        notes: what a person should know, such as tensors that were left out.
+        model, base: the names that the caller gave.
+        filter: elements within this many σ of the mean were kept.
+        small: the magnitude below which an element is small.
+        tensors: the statistics of each tensor, in the model's order.
+        notes: notes for the user, such as tensors that were left out.
     """
 
     model: str
@@ -173,7 +175,7 @@ class WeightStats:
 
     @property
     def matrices(self) -> list[TensorStats]:
-        """What groups count, as Tables 1 and 6 do: matrices, of which constants have no shape."""
+        """The tensors that groups count, as in Tables 1 and 6: matrices that are not constant."""
         return [tensor for tensor in self.tensors if tensor.is_matrix and tensor.std > 0]
 
     @property
@@ -188,16 +190,16 @@ class WeightStats:
 
     @property
     def whole(self) -> Group:
-        """All matrices: a row of Table 1 or 6."""
+        """The group of all matrices: a row of Table 1 or 6."""
         return _group("", self.matrices)
 
     @property
     def short_names(self) -> dict[str, str]:
-        """By type of module what to show of its name."""
+        """The short name to show for each type of module."""
         return short_names(tensor.module for tensor in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all but the histograms, NaNs as they are."""
+        """Return all but the histograms; NaN stays NaN."""
         return {
             "model": self.model,
             "base": self.base,
@@ -235,7 +237,7 @@ def _group(name: str, tensors: list[TensorStats]) -> Group:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return mean and population standard deviation of what is not NaN.
+    """Return mean and population standard deviation of the values that are not NaN.
 
     >>> spread([1.0, 3.0, float("nan")])
     Spread(mean=2.0, std=1.0)

@@ -1,7 +1,7 @@
 """Checksums of tensors that threads can compute in pieces, and of whole files.
 
-A tensor's checksum is xxh3_128 over the concatenated xxh3_128 digests of its pieces of 65,536
-elements (the last may be shorter), so it depends on neither block size nor thread count.
+A tensor's checksum is xxh3_128 of the concatenated xxh3_128 digests of its pieces of 65,536
+elements (the last piece may be shorter). So it depends on neither block size nor thread count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIGEST_BYTES = 16
 
 
 def piece_digests(data: memoryview, num_item_bytes: int) -> bytes:
-    """Return the joined digests of a block's pieces; the block starts at a piece's start."""
+    """Return the concatenated digests of a block's pieces; it starts where a piece starts."""
     step = PIECE_ELEMENTS * num_item_bytes
     return b"".join(
         xxhash.xxh3_128_digest(data[start : start + step]) for start in range(0, len(data), step)
@@ -45,7 +45,7 @@ def header_checksum(path: Path) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """Return a file's SHA-256, as the hub shows it."""
+    """Return a file's SHA-256, the checksum that the hub shows."""
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):

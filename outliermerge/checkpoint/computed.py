@@ -1,4 +1,4 @@
-"""Tensors that are computed from stored ones when they are read, row by row."""
+"""Tensors that are computed from stored tensors, row by row, when they are read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _GROUP_ELEMENTS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class ComputedTensor(ABC):
-    """A Source whose values are made from stored tensors, a group of rows at a time.
+    """A Source whose values are computed from stored tensors, in groups of rows.
 
-    A row is what lies behind the first dimension (R, …); a vector's rows are its elements. Rows
-    are always computed in the same groups, so values do not depend on the blocks they are read in.
+    A tensor (R, …) has R rows; the rows of a vector are its elements. Rows are always computed in
+    the same groups, so values do not depend on the blocks in which they are read.
 
     Attributes:
         name: a stored name, for messages.
-        shape: of the whole tensor.
-        out_dtype: what an output stores where the spec does not say.
-        dtype: of the values that are read.
+        shape: the shape of the whole tensor.
+        out_dtype: the dtype of an output if the spec does not set one.
+        dtype: the dtype of the values that `read` gives.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ComputedTensor(ABC):
     @property
     @abstractmethod
     def stored(self) -> tuple[TensorMeta, ...]:
-        """The stored tensors that it is read from."""
+        """The stored tensors that it is computed from."""
 
     @abstractmethod
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
@@ -60,14 +60,14 @@ class ComputedTensor(ABC):
         return math.prod(self.shape[1:])
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
-        """Fill out with elements start to stop, in `dtype`."""
+        """Fill `out` with elements start to stop (excluded), in `dtype`."""
         import torch
 
         assert 0 <= start <= stop <= self.num_elements
         if stop == start:
             return
         target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))
-        columns = self.num_columns  # not 0: nothing is read of an empty tensor
+        columns = self.num_columns  # not 0, because nothing is read of an empty tensor
         group = max(1, _GROUP_ELEMENTS // columns)
         first = start // columns // group * group
         while first * columns < stop:
@@ -80,6 +80,6 @@ class ComputedTensor(ABC):
 
 
 def read_rows(reader: Reading, source: Source, first: int, last: int) -> Tensor:
-    """Return rows of a source as (last - first, C), in its dtype."""
+    """Return rows first to last (excluded) of a source as (last - first, C), in its dtype."""
     columns = math.prod(source.shape[1:])
     return reader.values(source, first * columns, last * columns).view(last - first, columns)

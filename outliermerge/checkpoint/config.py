@@ -1,4 +1,4 @@
-"""A model's configuration files, as far as a merge has to know them."""
+"""The parts of a model's configuration files that a merge needs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.files import load_json
 
-# Where a config keeps the language model's own; Qwen-Omni has two levels of them.
+# Keys under which a config nests the language model's config; Qwen-Omni has two levels.
 _PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 _KINDS = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file; an empty one where there is no such file.
+    """Return a JSON object from a file; an empty one if there is no such file.
 
     Raises:
-        OutlierMergeError: it is there and holds no JSON object.
+        OutlierMergeError: the file exists and does not contain a JSON object.
     """
     value = load_json(path)
     if value is None and not path.exists():
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the language model's part of a config: its own level, or the innermost in it.
+    """Return the language model's part of a config: the innermost nested one, or the config itself.
 
     >>> text_config({"model_type": "llava", "text_config": {"vocab_size": 32064}})
     {'vocab_size': 32064}
@@ -56,17 +56,17 @@ def language_levels(config: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def at_level(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
-    """Return a part of a config; an empty one where it has none."""
+    """Return the part of a config at a level; empty if there is none."""
     for key in path:
         config = config.get(key) or {}
     return config
 
 
 def counts_as_predicted(name: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether a config counts a tensor's layer as one that predicts further tokens.
+    """Tell whether a tensor is in a layer that predicts further tokens, by the config.
 
-    Servers read these layers, transformers passes over them. DeepSeek-V3, GLM-4.5 and MiMo have
-    them behind the other layers, Qwen3-Next under `mtp.`.
+    Inference servers read these layers; transformers ignores them. In DeepSeek-V3, GLM-4.5 and MiMo
+    they are after the other layers, in Qwen3-Next under `mtp.`.
 
     >>> config = {"num_hidden_layers": 61, "num_nextn_predict_layers": 1}
     >>> counts_as_predicted("model.layers.61.eh_proj.weight", config)

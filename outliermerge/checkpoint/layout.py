@@ -10,25 +10,27 @@ from dataclasses import dataclass
 
 from outliermerge.checkpoint.formats.safetensors_file import PAGE_BYTES, make_header
 from outliermerge.checkpoint.sources import DType
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def parse_bytes(text: str, *, option: str) -> int:
+def parse_bytes(text: str, name: str) -> int:
     """Return a size in bytes from text such as 5GB (10⁹), 1GiB (2³⁰) or 4096.
 
     Raises:
-        SpecError: the text is not a positive size.
+        ArgumentError: the text is not a positive size.
 
-    >>> parse_bytes("5GB", option="--shard-size"), parse_bytes("1.5 GiB", option="--memory")
+    >>> parse_bytes("5GB", "shard_size"), parse_bytes("1.5 GiB", "memory")
     (5000000000, 1610612736)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match[2].upper() if match else ""
     if match is None or unit not in _UNITS or not 1 <= float(match[1]) * _UNITS[unit] < 2**63:
-        raise SpecError(f"{option}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB.")
+        raise ArgumentError(
+            f"{argument(name)}: {text!r} is not a size. Write for example 5GB, 500MB or 1GiB."
+        )
     return int(float(match[1]) * _UNITS[unit])
 
 
@@ -66,14 +68,14 @@ def plan_layout(
 ) -> tuple[list[Shard], dict[str, OutputTensor]]:
     """Place tensors into shards of at most shard_bytes (None: no limit), in the order given.
 
-    A tensor larger than shard_bytes has a shard of its own. Inside a shard tensors of whole pages
-    come first, so that they begin with a page and can be written past the page cache; of the
-    others wider dtypes come first, so that every tensor is aligned.
+    A tensor larger than shard_bytes gets its own shard. Inside a shard, tensors of whole pages come
+    first, so that they begin at a page boundary, as direct writes need. Among the others wider
+    dtypes come first, so that every tensor is aligned.
 
     Args:
-        components: by folder the stem of its files; a tensor of `unet/conv_in.weight` is stored
+        components: for each folder the stem of its files. A tensor `unet/conv_in.weight` is stored
             as `conv_in.weight` in a file of the folder `unet`.
-        metadata: by folder what the headers of its files say beside the tensors.
+        metadata: for each folder the metadata in the headers of its files.
         whole: folders whose tensors stay in one file.
     """
     by_component: dict[str, list[list[tuple[str, DType, tuple[int, ...]]]]] = {}
@@ -115,7 +117,7 @@ def _has_no_whole_pages(tensor: tuple[str, DType, tuple[int, ...]]) -> tuple[boo
 
 
 def component_of(name: str, components: Iterable[str]) -> str:
-    """Return the component that a tensor is of, "" where it is of none.
+    """Return the component that a tensor belongs to, "" if it belongs to none.
 
     >>> component_of("unet/conv_in.weight", ["unet", "vae"])
     'unet'
@@ -124,7 +126,7 @@ def component_of(name: str, components: Iterable[str]) -> str:
 
 
 def make_indexes(tensors: Iterable[OutputTensor], components: Mapping[str, str]) -> dict[str, str]:
-    """Return, by file name, the JSON texts of the indexes of components in several shards."""
+    """Return for each component with several shards the name and the JSON text of its index."""
     groups: dict[str, list[OutputTensor]] = {}
     for tensor in tensors:
         groups.setdefault(component_of(tensor.name, components), []).append(tensor)

@@ -1,7 +1,7 @@
-"""What a config means where it is silent: the defaults of its model type, as its library has them.
+"""The defaults of a config's model type for keys that the config lacks, from its library.
 
-Nothing here is needed to merge. It is asked only where a config leaves out a key that matters,
-since transformers imports torch with its first config, which takes seconds.
+A merge works without this. It is used only if a config lacks a key that matters, because
+transformers imports torch with its first config, which takes seconds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def has_transformers() -> bool:
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a config with its model type's defaults filled in, nested parts too.
 
-    That of a part of a diffusers pipeline names its class instead. None where the library is not
-    installed, does not know the type, or refuses the config.
+    The config of a part of a diffusers pipeline names its class instead of a model type. None if
+    the library is not installed, does not know the type, or refuses the config.
 
     >>> effective_config({"model_type": "no such type"}) is None
     True
@@ -55,10 +55,10 @@ def _effective(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = find(json.loads(text))
-        # As JSON has it: tuples are lists, and what is no value of JSON its text.
+        # As JSON values: tuples become lists, and values that JSON lacks become texts.
         filled: dict[str, Any] | None = json.loads(json.dumps(found, default=str))
         return filled
-    except Exception:  # a class may raise anything for a config that is not of its kind
+    except Exception:  # a class may raise anything for a config of another kind
         return None
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -71,7 +71,8 @@ def _of_transformers(config: dict[str, Any]) -> dict[str, Any] | None:
 
     if config["model_type"] not in CONFIG_MAPPING:
         return None
-    # Code of others may use a model type's name: LLaVA's own says "llava", and means its defaults.
+    # Other code may use the same model type with other defaults, as LLaVA's original code uses
+    # "llava".
     architectures = config.get("architectures") or ()
     if architectures and not set(dir(transformers)) & set(architectures):
         return None

@@ -1,8 +1,8 @@
-"""Regular expressions of others on names of others, in bounded time.
+"""Runs foreign regular expressions on foreign names, in bounded time.
 
-Python's `re` is what peft matches layers with, so that it has to be asked; but it backtracks, and
-`(a+)+$` takes years over forty letters. Of most expressions it can be told beforehand that they
-take little time. The others are asked in a process of their own, which the system ends.
+peft matches layers with Python's `re`, so `re` has to be used here as well. But it backtracks:
+`(a+)+$` takes years on forty letters. For most expressions an upper bound shows beforehand that
+they are fast. The others run in a separate process with a time limit.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ else:
     import sre_constants as _constants
     import sre_parse as _parser
 
-MAX_PATTERN = 5000  # characters; peft's own for a model of many parts have some hundred
-MAX_SECONDS = 4  # of a processor, for all expressions of one model
-_MAX_STEPS = 300_000_000  # some two seconds
+MAX_PATTERN = 5000  # characters; peft's own for a model of many parts have a few hundred
+MAX_SECONDS = 4  # processor time for all expressions of one model
+_MAX_STEPS = 300_000_000  # about two seconds
 _MAX_ASKED = 200_000
 _MAX_BYTES = 1 << 30
 _WORKER = f"""
@@ -49,19 +49,19 @@ class TooSlowError(ValueError):
 
 
 class PatternError(ValueError):
-    """A text is no regular expression that can be asked."""
+    """A text is not a regular expression that can be used."""
 
 
 @dataclass
 class Budget:
-    """What the expressions of one model may take together."""
+    """The time that all expressions of one model may take together."""
 
     steps: float = _MAX_STEPS
     asked: int = _MAX_ASKED
     process: subprocess.Popen[str] | None = None
 
     def ask(self, pattern: str, name: str, replacement: str | None) -> Any:
-        """Return what Python's `re` says, asked in a process that has a limit of time."""
+        """Return the result of Python's `re`, from a process with a time limit."""
         self.asked -= 1
         if self.process is None:
             self.process = subprocess.Popen(
@@ -98,10 +98,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 class Pattern:
-    """A regular expression that others wrote.
+    """A foreign regular expression.
 
     Raises:
-        PatternError: a text is none.
+        PatternError: the text is not a valid regular expression.
     """
 
     def __init__(self, text: str, budget: Budget) -> None:
@@ -116,7 +116,7 @@ class Pattern:
         self._known: dict[tuple[str, str | None], Any] = {}
 
     def search(self, name: str) -> bool:
-        """Tell whether it matches somewhere in a name.
+        """Tell whether the expression matches somewhere in a name.
 
         Raises:
             TooSlowError: that takes too long.
@@ -125,7 +125,7 @@ class Pattern:
         return found
 
     def sub(self, replacement: str, name: str) -> str:
-        """Return a name with what it matches replaced.
+        """Return a name with all matches replaced.
 
         Raises:
             TooSlowError: that takes too long.
@@ -154,7 +154,7 @@ class Pattern:
 def _cost(parsed: Any) -> tuple[int, int] | None:
     """Return an upper bound of a search's steps as (factor, power of the name's length).
 
-    None where there is none of use, as for repeats within repeats.
+    None if no useful bound exists, as for nested repeats.
     """
     ways = _ways(parsed)
     items = list(parsed)
@@ -175,7 +175,7 @@ _MAX_WAYS = 10_000
 
 
 def _ways(items: Iterable[Any]) -> tuple[int, int] | None:
-    """Return in how many ways an expression can go on: (factor, power of the name's length)."""
+    """Return in how many ways an expression can match: (factor, power of the name's length)."""
     factor, degree = 1, 0
     for kind, value in items:
         found: tuple[int, int] | None = (1, 0)
@@ -190,7 +190,7 @@ def _ways(items: Iterable[Any]) -> tuple[int, int] | None:
             found = _ways(value[-1])
         elif kind in (_constants.ASSERT, _constants.ASSERT_NOT):
             found = _ways(value[1])
-        elif kind not in _PLAIN:  # references to groups, conditions, atomic groups
+        elif kind not in _PLAIN:  # back references, conditions, atomic groups
             found = None
         if found is None or factor * found[0] > _MAX_WAYS:
             return None
@@ -204,7 +204,7 @@ def _ways_of_repeat(least: int, most: int, inner: Any) -> tuple[int, int] | None
         return (1, 0) if most == 0 else None
     if most == 1:
         return (ways[0] + 1 - least, ways[1])
-    if ways != (1, 0):  # what is repeated can itself go on in several ways
+    if ways != (1, 0):  # the repeated part can itself match in several ways
         return (ways[0] ** most, ways[1] * most) if least == most <= 4 else None
     if least == most:
         return (1, 0)
@@ -221,7 +221,7 @@ _PLAIN = {
 
 
 def _length(items: Iterable[Any]) -> int:
-    """Return how many signs an expression compares, at most, on one way through it."""
+    """Return the most characters that an expression compares in one way through it."""
     total = 0
     for kind, value in items:
         if kind in _REPEATS:

@@ -1,4 +1,4 @@
-"""Reading element ranges of tensors into buffers that the caller owns."""
+"""Reads element ranges of tensors into buffers that the caller owns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AHEAD_BYTES = 1 << 26
 
 @dataclass
 class _Once:
-    """What was made for a source, and the memory that it holds of the budget."""
+    """A result that is kept for a source, and the bytes that it takes of the memory budget."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     is_made: bool = False
@@ -43,12 +43,12 @@ class _Once:
 class Reader:
     """Reads spans of tensors; files are opened once and shared by all threads.
 
-    What watches the thread that makes it notes the files that any thread opens.
+    Files that any thread opens are noted in the watch of the thread that makes the reader.
 
     Args:
-        held_bytes: memory for tensors that are computed as a whole.
-        folder: where those that find no room there are kept, in files without a name; in the
-            system's place for temporary files where it is None.
+        held_bytes: the memory for tensors that are computed as a whole.
+        folder: the folder for unnamed temporary files, which keep tensors that do not fit into that
+            memory; None is the system's folder for temporary files.
     """
 
     def __init__(self, held_bytes: int = 0, folder: Path | None = None) -> None:
@@ -72,7 +72,7 @@ class Reader:
         return values
 
     def whole(self, source: Source) -> Tensor:
-        """Return a small tensor (scales, a low-rank factor) in its shape; the latest are kept."""
+        """Return a small tensor (scales, a low-rank factor) in its shape; the latest are cached."""
         with self._lock:
             if source in self._whole:
                 self._whole.move_to_end(source)
@@ -97,10 +97,10 @@ class Reader:
     def held(
         self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
     ) -> memoryview:
-        """Return bytes that `fill` filled the first time they were asked for.
+        """Return the bytes that `fill` computed at the first call for a source.
 
         Raises:
-            OutlierMergeError: there is no room on the disk.
+            OutlierMergeError: there is not enough room on the disk.
         """
 
         def make() -> mmap.mmap:
@@ -118,22 +118,22 @@ class Reader:
     def _file_pages(self, num_bytes: int) -> mmap.mmap:
         with naming(self._folder or Path(tempfile.gettempdir()), "written", needed_bytes=num_bytes):
             with tempfile.TemporaryFile(dir=self._folder) as file:
-                reserve(file.fileno(), num_bytes)  # full now, not in the middle of a write
+                reserve(file.fileno(), num_bytes)  # fails now if the disk is full
                 return mmap.mmap(file.fileno(), num_bytes)
 
     def release(self, sources: Iterable[tuple[int, Source]]) -> None:
-        """Give up what is held of sources that are not read again."""
+        """Free the results kept for sources that are not read again."""
         for _, source in sources:
             with self._lock:
                 entry = self._once.pop(source, None)
                 self._free_bytes += entry.held_bytes if entry is not None else 0
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
-        """Have the beginnings of tensors read from the disk while others are worked on."""
+        """Ask the system to read the beginnings of tensors while others are processed."""
         self._advise(sources, will_need, most=_AHEAD_BYTES)
 
     def forget(self, sources: Iterable[tuple[int, Source]]) -> None:
-        """Give up the room that tensors take in the page cache."""
+        """Drop tensors from the page cache."""
         self._advise(sources, forget, most=sys.maxsize)
 
     def _advise(
@@ -147,11 +147,11 @@ class Reader:
             for meta in source.stored:
                 if meta.offset is not None:
                     num_bytes = min(meta.num_bytes, most)
-                    with suppress(OSError):  # reading it says what is wrong
+                    with suppress(OSError):  # a later read reports what is wrong
                         advise(self.descriptor(meta.path), meta.offset, num_bytes)
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
-        """Fill out with the stored bytes of elements start to stop.
+        """Fill `out` with the stored bytes of elements start to stop.
 
         Raises:
             OutlierMergeError: the file cannot be read or has become shorter.
@@ -186,7 +186,7 @@ class Reader:
             target.copy_(read_span(self._strided_values(meta), start, stop))
 
     def _strided_values(self, meta: TensorMeta) -> Tensor:
-        """Return a tensor of a pickle whose elements are not in order; the latest is kept."""
+        """Return a pickled tensor whose elements are not contiguous; the latest is cached."""
         import torch
 
         from outliermerge.checkpoint.formats.pytorch_file import load_strided
@@ -229,7 +229,7 @@ class Reader:
 
 
 def read_exactly(descriptor: int, position: int, out: memoryview) -> None:
-    """Fill out from a file at a position, or raise EOFError where it ends early."""
+    """Fill `out` from a file at a position, or raise EOFError if the file ends early."""
     done = 0
     while done < len(out):
         count = read_at(descriptor, position + done, out[done:])
@@ -239,7 +239,7 @@ def read_exactly(descriptor: int, position: int, out: memoryview) -> None:
 
 
 def write_exactly(descriptor: int, position: int, data: memoryview) -> None:
-    """Write all of data into a file at a position."""
+    """Write all of `data` into a file at a position."""
     done = 0
     while done < len(data):
         done += write_at(descriptor, position + done, data[done:])

@@ -1,4 +1,4 @@
-"""What is known of a tensor before its bytes are read."""
+"""Descriptions of tensors and checkpoints, known before any bytes are read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# What PyTorch ends the name of a module's own state with, which can be anything.
+# The end of the name under which PyTorch stores a module's own state, which can be anything.
 EXTRA_STATE = "_extra_state"
 
 
-MAX_TENSOR_NAME = 1000  # characters of a tensor's name; those of models have up to 200
+MAX_TENSOR_NAME = 1000  # characters; names in models have up to 200
 
 
 def is_name(name: str) -> bool:
@@ -62,7 +62,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Reading(Protocol):
-    """What a source is read by; `reader.Reader` reads from files."""
+    """The object that sources are read with; `reader.Reader` reads from files."""
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with the stored bytes of elements start to stop."""
@@ -71,7 +71,7 @@ class Reading(Protocol):
         """Return elements start to stop as a new tensor (E,) of the source's dtype."""
 
     def whole(self, source: Source) -> Tensor:
-        """Return a small tensor (scales, a low-rank factor) in its shape; the latest are kept."""
+        """Return a small tensor (scales, a low-rank factor) in its shape; the latest are cached."""
 
     def once(self, source: Source, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source, calling it the first time only."""
@@ -79,16 +79,16 @@ class Reading(Protocol):
     def held(
         self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
     ) -> memoryview:
-        """Return bytes that `fill` filled the first time they were asked for."""
+        """Return the bytes that `fill` computed at the first call for a source."""
 
 
 class Source(Protocol):
-    """A tensor as a merge sees it: stored as it is, or computed from stored ones when read.
+    """A tensor as a merge reads it: stored, or computed from stored tensors when it is read.
 
     Attributes:
         name: a stored name, for messages.
-        dtype: of the values that `read` gives.
-        out_dtype: what an output stores where the spec does not say.
+        dtype: the dtype of the values that `read` gives.
+        out_dtype: the dtype of an output if the spec does not set one.
         stored: the stored tensors that it is read from.
     """
 
@@ -107,7 +107,7 @@ class Source(Protocol):
     @property
     def stored(self) -> tuple[TensorMeta, ...]: ...
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
-        """Fill out with elements start to stop, in `dtype`."""
+        """Fill `out` with elements start to stop (excluded), in `dtype`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ class TensorMeta:
 
     Attributes:
         name: the tensor's name in its file.
-        dtype: element type as stored.
-        shape: as stored; () is a scalar.
+        dtype: the stored element type.
+        shape: the stored shape; () is a scalar.
         path: the file that holds it.
-        offset: position of its first byte in the file, or None where its elements do not lie
-            there one behind the other: so can those in a PyTorch pickle, which are read by name.
+        offset: the position of its first byte in the file. None if its elements are not contiguous,
+            as in some PyTorch pickles; then it is read by name.
     """
 
     name: str
@@ -146,7 +146,7 @@ class TensorMeta:
         return (self,)
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
-        """Fill out with the stored bytes of elements start to stop.
+        """Fill `out` with the stored bytes of elements start to stop (excluded).
 
         Raises:
             OutlierMergeError: the file cannot be read or has become shorter.
@@ -156,20 +156,20 @@ class TensorMeta:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's weights as its headers describe them.
+    """A model's weights, described from the headers of its files.
 
     Attributes:
         root: the folder, or the file of a raw state dict.
-        tensors: by name, in the order of the files; those of a component of a pipeline have
-            its folder before their name: `unet/conv_in.weight`.
+        tensors: the tensors by name, in the order of the files. Names in a pipeline's component
+            start with its folder: `unet/conv_in.weight`.
         weight_files: the files that hold the tensors.
         sidecars: configuration, tokenizer and processor files, relative to root.
-        left_behind: files of the folder that a merged model does not take over.
-        components: by component's folder ("" for a plain model) the stem of its weight files.
-        notes: what a person should know of how it was read.
-        other_files: files of tensors beside those that are read, and no copies of them.
-        metadata: by component's folder what its files' headers say beside the tensors.
-        whole: components that are loaded from one file alone.
+        left_behind: files of the folder that are not copied to a merged model.
+        components: for each component's folder ("" for a plain model) the stem of its weight files.
+        notes: notes for the user on how it was read.
+        other_files: further files of tensors, which are not read and are not copies.
+        metadata: for each component's folder the metadata in its files' headers.
+        whole: components whose loaders cannot read several shards.
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""The tokens that a model folder's tokenizer files name, with the ids that a loader gives them."""
+"""The tokens in a model folder's tokenizer files, with the ids that a loader gives them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from outliermerge.storage.json_text import parse_json
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import is_there, same_bytes
 
-# The first found is used. Not spiece.model and sentencepiece.bpe.model: their models shift the
-# pieces' numbers.
+# The first file found is used. spiece.model and sentencepiece.bpe.model are not in the list: their
+# tokenizers shift the numbers of the pieces.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _ADDED = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
@@ -25,7 +25,7 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def token_files(root: Path) -> tuple[Path, ...]:
-    """Return the files of a model folder that `read_tokens` reads, none where it has none."""
+    """Return the files of a model folder that `read_tokens` reads; empty if it has none."""
     main = next((root / name for name in _VOCABULARIES if is_there(root / name)), None)
     if main is None:
         return ()
@@ -33,7 +33,7 @@ def token_files(root: Path) -> tuple[Path, ...]:
 
 
 def same_token_files(root: Path, other: Path) -> bool:
-    """Return whether two folders have the same vocabulary file and say the same beside it."""
+    """Return whether two folders have the same vocabulary file and equal files beside it."""
     ours, theirs = token_files(root), token_files(other)
     if [path.name for path in ours[:1]] != [path.name for path in theirs[:1]]:
         return False
@@ -48,10 +48,10 @@ def same_token_files(root: Path, other: Path) -> bool:
 
 
 def read_tokens(root: Path) -> dict[int, str] | None:
-    """Return the token of each id; None where the folder has no tokenizer files.
+    """Return the token of each id; None if the folder has no tokenizer files.
 
-    tokenizer.json is read where there is one, else vocab.json, vocab.txt or tokenizer.model, each
-    with what added_tokens.json, tokenizer_config.json and special_tokens_map.json add to it.
+    tokenizer.json is read if there is one, else vocab.json, vocab.txt or tokenizer.model. Tokens in
+    added_tokens.json, tokenizer_config.json and special_tokens_map.json are added.
 
     Raises:
         OutlierMergeError: a tokenizer file is broken.
@@ -63,12 +63,11 @@ def read_tokens(root: Path) -> dict[int, str] | None:
 def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
     """Return the token of each id that a loader gives for tokenizer files with these contents.
 
-    Ids in tokenizer.json are not what counts: the tokenizers library numbers the added tokens
-    itself. transformers then adds what tokenizer_config.json and the files of old names have
-    besides.
+    The ids in tokenizer.json do not count, because the tokenizers library numbers added tokens
+    itself. transformers then adds further tokens from tokenizer_config.json and the older files.
 
     Args:
-        root: the folder that messages name.
+        root: the folder to name in messages.
 
     Raises:
         OutlierMergeError: a file is broken.
@@ -99,7 +98,7 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
 
 
 class _Named:
-    """Turns an error on a file's content into one that names the file."""
+    """Turns an error about a file's content into one that names the file."""
 
     def __init__(self, path: Path, what: str = "not a tokenizer file that can be read") -> None:
         self.path, self.what = path, what
@@ -108,7 +107,7 @@ class _Named:
         return
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # A panic of the tokenizers library is no Exception.
+        # A panic of the tokenizers library is not a subclass of Exception.
         is_panic = type(error).__name__ == "PanicException"
         is_error = isinstance(error, Exception) and not isinstance(error, OutlierMergeError)
         if is_error or is_panic:
@@ -126,7 +125,7 @@ def _read(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
-    """Return the ids of the tokens of a tokenizer.json, and behind them of others that it lacks."""
+    """Return the ids of a tokenizer.json's tokens, and after them ids of other tokens it lacks."""
     from tokenizers import AddedToken, Tokenizer
 
     _check_charsmap(data)
@@ -139,9 +138,9 @@ def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
 
 
 def _check_charsmap(data: bytes) -> None:
-    """Raise ValueError for a table of signs that is shorter than it says.
+    """Raise ValueError for a character map that is shorter than its stated length.
 
-    The tokenizers library takes as much memory as it says, and ends the process where that fails.
+    The tokenizers library allocates the stated length, and ends the process if that fails.
     """
     for match in _CHARSMAP.finditer(data):
         (num_bytes,) = struct.unpack("<I", base64.b64decode(match[1][:8])[:4].ljust(4, b"\xff"))
@@ -152,9 +151,9 @@ def _check_charsmap(data: bytes) -> None:
 def _beside(
     files: Mapping[str, bytes], root: Path, fast: bool
 ) -> tuple[dict[int, str], tuple[str, ...]]:
-    """Return tokens that the files beside a vocabulary add with an id, and those without one.
+    """Return tokens that the files beside a vocabulary add: those with an id, and those without.
 
-    As transformers does, ids of old files are not asked where a tokenizer.json has a
+    As in transformers, ids in the older files are ignored if there is a tokenizer.json, and a
     tokenizer_config.json with an added_tokens_decoder.
     """
     contents: dict[str, dict[str, Any]] = {}
@@ -183,7 +182,7 @@ def _decoder(config: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the special tokens that a tokenizer's config names, whether they have an id or not."""
+    """Return the special tokens in a tokenizer's config, with or without an id."""
     found = [config.get(f"{word}_token") for word in _SPECIAL]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     found += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
@@ -192,7 +191,7 @@ def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _content(entry: Any, *, plain: bool) -> str | None:
-    """Return the text of a token that is written as an object, or where allowed as a string."""
+    """Return the text of a token that is written as an object or, if allowed, as a string."""
     if isinstance(entry, dict):
         entry = entry.get("content")
         plain = True
@@ -245,10 +244,10 @@ def _pieces(data: bytes) -> dict[int, str]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of a message's length-delimited fields.
+    """Yield the number and the bytes of a message's length-delimited fields.
 
-    The wire format is that of protobuf.dev/programming-guides/encoding: varints (0), 8 bytes (1),
-    a length and as many bytes (2), 4 bytes (5); groups (3, 4) are in no sentencepiece model.
+    The wire format is described at protobuf.dev/programming-guides/encoding: varints (0), 8 bytes
+    (1), a length and that many bytes (2), 4 bytes (5). sentencepiece models have no groups (3, 4).
     """
     position = 0
     while position < len(data):

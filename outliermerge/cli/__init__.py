@@ -1,4 +1,4 @@
-"""The command line: each command has a file, which parses, calls the library and prints.
+"""The command line: each command has a file that parses arguments, calls the library and prints.
 
-It may import every room; `main` is the file to read first, `schema` the shortest command.
+It may import every room. Read `main` first; `schema` is the shortest command.
 """

@@ -10,9 +10,9 @@ from outliermerge.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the scores, and what is made of them."""
+    """Add the arguments for the scores and for the output."""
     parser.add_argument("scores", metavar="SCORES", nargs="+", help="scores.json, or its folder")
-    parser.add_argument("--paper", action="store_true", help="put the paper's Table 4 below")
+    parser.add_argument("--paper", action="store_true", help="add the paper's Table 4 below")
     parser.add_argument("--markdown", metavar="FILE", help="write the table")
     parser.add_argument("--chart", metavar="FILE", help="draw a bar chart (PNG)")
     add_baseline(parser)

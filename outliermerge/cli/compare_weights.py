@@ -34,7 +34,7 @@ _PAIR_COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, and what is compared."""
+    """Add the arguments for the models and for the comparison."""
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="two or more folders, files, hub ids, adapters"
     )
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_comparison(found: Comparison, *, by: str) -> None:
-    """Print how models compare: pairs of them as wholes, or by module, layer or tensor."""
+    """Print how models compare: pairs of whole models, or by module, layer or tensor."""
     console = open_console()
     what = "weights" if found.base is None else f"task vectors against {found.base}"
     console.print(text(f"{what} of:", "bold"))
@@ -117,7 +117,7 @@ def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> Table:
 def _pair_groups(
     found: Comparison, by: str
 ) -> Iterator[tuple[str, tuple[int, int], Sequence[PairStats]]]:
-    """Yield groups of rows: their name, the pair of models, and the rows to take means of."""
+    """Yield groups of rows: a name, a pair of models, and the rows to average."""
     from outliermerge.analysis.places import short_names
 
     groups: dict[tuple[str, tuple[int, int]], list[PairStats]] = {}

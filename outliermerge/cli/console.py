@@ -1,4 +1,4 @@
-"""What rich prints, readable whatever others wrote."""
+"""rich's console and tables, safe for texts that others wrote."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _MAX_CELL = 600  # characters of one cell of a table
 
 
 class ReadableConsole(Console):
-    """Prints names that others wrote as a terminal shows them."""
+    """Prints foreign names without characters that control the terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*map(_readable, objects), **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the caller, instead of ending the program with exit code 1."""
+        """Let the caller handle a broken pipe; rich would end the program with exit code 1."""
         raise BrokenPipeError
 
 
 class ReadableTable(Table):
-    """A table whose cells may hold names that others wrote."""
+    """A table whose cells may contain foreign names."""
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*map(_readable_cell, cells), **options)
 
 
 def _readable(value: Any) -> Any:
-    """Return what is printed without what would control a terminal."""
+    """Return a text without characters that control the terminal."""
     if isinstance(value, Text) and not _is_readable(value.plain):
         return Text(printable(value.plain), style=value.style)
     return printable(value) if isinstance(value, str) else value

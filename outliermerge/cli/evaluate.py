@@ -13,15 +13,19 @@ from outliermerge.errors import SpecError, printable, suggest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, the suite, and what overrides it."""
+    """Add the arguments for the models, the suite, and settings that override the suite."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="a folder or hub id, or NAME=one"
+        "models", metavar="MODEL", nargs="+", help="a folder or hub id, or NAME=PATH"
     )
-    parser.add_argument("--suite", required=True, metavar="YAML", help="one of evals/, or yours")
+    parser.add_argument(
+        "--suite", required=True, metavar="YAML", help="a suite: a file of evals/, or your own"
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="for scores.json, table, chart, answers"
     )
-    parser.add_argument("--limit", type=count, metavar="N", help="questions of each task")
+    parser.add_argument(
+        "--limit", type=count, metavar="N", help="ask only N questions of each task"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:N, or auto (default: the suite's)")
     parser.add_argument("--dtype", help="auto, float16, bfloat16 or float32 (default: the suite's)")
     parser.add_argument(
@@ -33,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="quantise with bitsandbytes while loading (default: the suite's)",
     )
-    parser.add_argument("--batch-size", type=count, metavar="N", help="questions at once")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="questions per batch")
     parser.add_argument(
         "--generation",
         action="append",
@@ -41,19 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="such as max_new_tokens=32; may be repeated",
     )
-    parser.add_argument("--data", metavar="DIR", help="data sets here win over the hub's")
+    parser.add_argument("--data", metavar="DIR", help="use data sets in DIR before the hub's")
     parser.add_argument(
-        "--jobs", type=count, default=1, metavar="N", help="models at once (default 1)"
+        "--jobs", type=count, default=1, metavar="N", help="evaluate N models at once (default 1)"
     )
     parser.add_argument(
-        "--threads", type=count, default=1, metavar="N", help="of each on a CPU (default 1)"
+        "--threads",
+        type=count,
+        default=1,
+        metavar="N",
+        help="threads per model on a CPU (default 1)",
     )
     add_baseline(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate; return 1 where a task has no score."""
+    """Evaluate; return 1 if a task has no score."""
     from outliermerge.cli.evaluation_progress import EvaluationProgress
     from outliermerge.evaluation.chart import draw
     from outliermerge.evaluation.evaluate import CHART_NAME, TABLE_NAME, evaluate

@@ -1,4 +1,4 @@
-"""Progress of an evaluation for people at a terminal, or as lines in a log."""
+"""Shows the progress of an evaluation, as bars at a terminal or as lines in a log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from outliermerge.evaluation.scores import Failure, Score
 
 
 class EvaluationProgress(Listener):
-    """A line for each model at work, and one for all; without a terminal, a line a result."""
+    """A bar for each running model and one for all; without a terminal, a line per result."""
 
     def __init__(self, tasks: Sequence[object], models: Sequence[object]) -> None:
         self._console = Console(stderr=True)
@@ -66,7 +66,7 @@ class EvaluationProgress(Listener):
         self._bars.advance(self._all)
 
     def damaged(self, model: str, title: str, reason: str) -> None:
-        """Say why it takes time again."""
+        """Say that a damaged score is computed again."""
         self._line(f"{model}: {title} is scored again: {reason}")
 
     def loading(self, model: str, titles: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, and how much is kept of each matrix."""
+    """Add the arguments for the models and the number of singular values."""
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="folders, files, hub ids, adapters"
     )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the spectra of models' layers, and how far their fingerprints are apart."""
+    """Print the spectra of models' layers, and the distances of their fingerprints."""
     from outliermerge.analysis.spectra import layer_spectra
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
 
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[float]]) -> None:
-    """Print what is known of layers' distances, and how far models' fingerprints are apart."""
+    """Print the distances between layers, and the distances of models' fingerprints."""
     console = open_console()
     for spectra in found:
         what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"

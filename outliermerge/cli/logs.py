@@ -1,4 +1,4 @@
-"""What the library and others log, as people at a terminal see it."""
+"""Shows warnings of the library and other packages at the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from outliermerge.errors import readable
 
 
 class _Formatter(logging.Formatter):
-    """Logs what others wrote as a terminal shows it."""
+    """Formats log messages without characters that control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return readable(super().format(record))
@@ -19,5 +19,5 @@ def show_warnings() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    # It has a handler of its own, so its warnings would be printed twice.
+    # This logger has its own handler, so its warnings would be printed twice.
     logging.getLogger("huggingface_hub").propagate = False

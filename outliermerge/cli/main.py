@@ -1,4 +1,4 @@
-"""The program: its parser, its exit codes and its errors; each command has a file of its own."""
+"""The program: its parser, exit codes and errors; each command has its own file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, say
+from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
-from outliermerge.errors import OutlierMergeError, SpecError, readable
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, readable
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
@@ -32,7 +32,7 @@ COMMANDS = {
     "methods": "methods",
     "schema": "schema",
 }
-"""The commands in the order of the help, each with the module of this folder that has it."""
+"""The commands in the order of the help, each with its module in this folder."""
 
 _EXIT_CODES = """
 exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec, 130 interrupted
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except OutlierMergeError as error:  # of printing
         return _fail(error, EXIT_FAILED)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         return EXIT_DONE
@@ -104,7 +104,7 @@ def _main(arguments: list[str]) -> int:
     parser = make_parser(commands)
     try:
         options = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has printed help or what is wrong
+    except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     if options.version:
         from importlib.metadata import version
@@ -126,17 +126,17 @@ def _main(arguments: list[str]) -> int:
 
 
 def _needed(arguments: list[str]) -> Iterable[str]:
-    """Return which commands a command line needs; the program starts sooner without the others."""
+    """Return the commands that a command line needs; not importing others starts faster."""
     if arguments[:1] and arguments[0] in COMMANDS:
         return arguments[:1]
     return () if arguments == ["--version"] else COMMANDS
 
 
 def _exit_code(command: Command, options: argparse.Namespace) -> int:
-    """Run a command; say in one message what stopped it."""
+    """Run a command; print one message if an error stops it."""
     try:
         return command.run(options)
-    except SpecError as error:
+    except (ArgumentError, SpecError) as error:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:
         return _fail(error, EXIT_FAILED)
@@ -148,7 +148,7 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
         return _fail(failure(Path(str(error.filename)), "used", error), EXIT_FAILED)
     except MemoryError:
         return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
-    except RuntimeError as error:  # of the device: torch has several kinds, none its own
+    except RuntimeError as error:  # errors of the device: torch has no single class for them
         if not type(error).__module__.startswith("torch") and "CUDA" not in str(error):
             raise
         reason = str(error).partition("\n")[0]
@@ -159,5 +159,6 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    say(f"error: {message}", file=sys.stderr)
+    text = message.text(flag) if isinstance(message, OutlierMergeError) else message
+    say(f"error: {text}", file=sys.stderr)
     return code

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the name of one."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="show one, with its formula")
+    """Add the argument for the name of a method."""
+    parser.add_argument("name", metavar="NAME", nargs="?", help="show one method, with its formula")
     add_json(parser)
 
 

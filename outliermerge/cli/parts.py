@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from outliermerge.errors import quoted, readable
+
+if TYPE_CHECKING:
+    from outliermerge.output.options import RunOptions
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
@@ -137,22 +140,30 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def limits(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a merge may take, from the flags of `add_planning`."""
-    return {
-        "device": options.device,
-        "memory": options.memory,
-        "threads": options.threads,
-        "kernels": not options.no_kernels,
-    }
+def run_options(options: argparse.Namespace, **more: Any) -> RunOptions:
+    """Return how a merge is carried out, from the flags of `add_running`, or `add_planning`.
+
+    Args:
+        **more: fields that no flag gives, such as `on_progress`.
+    """
+    from dataclasses import fields
+
+    from outliermerge.output.options import RunOptions
+
+    given = vars(options) | {"kernels": not options.no_kernels} | more
+    return RunOptions(**{f.name: given[f.name] for f in fields(RunOptions) if f.name in given})
 
 
-def running(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how a merge is carried out, from the flags of `add_running`."""
-    return limits(options) | {
-        "output": options.output,
-        "overwrite": options.overwrite,
-        "fresh": options.fresh,
-        "allow_non_finite": options.allow_non_finite,
-        "load_check": options.load_check,
-    }
+_FLAGS = {"settings": "--set", "num_points": "--points", "num_values": "--values"}
+
+
+def flag(argument: str, value: str | None) -> str:
+    """Return an argument of the library as the command line writes it.
+
+    >>> flag("shard_size", None), flag("fresh", "True"), flag("kernels", "False")
+    ('--shard-size', '--fresh', '--no-kernels')
+    """
+    name = _FLAGS.get(argument, "--" + argument.replace("_", "-"))
+    if value in (None, "True"):
+        return name
+    return f"--no-{name[2:]}" if value == "False" else f"{name} {value}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli.parts import WAITING, Command, add_planning, limits, print_json
+from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
 from outliermerge.cli.terminal import (
     human_bytes,
     open_console,
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
-    from outliermerge.execution.threads import choose_options
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
     planned = merge.plan(options.spec, shard_size=options.shard_size)
-    chosen = choose_options(**limits(options))
+    chosen = run_options(options).on_this_machine()
     named = options.output or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checked(planned: Plan) -> Verdict:
-    """Return what transformers says of a plan's output.
+    """Return the result of transformers' check of a plan's output.
 
     Raises:
         OutlierMergeError: the output would not load.
@@ -158,7 +157,7 @@ def print_plan(
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:
-    """Print how names are changed, where they are."""
+    """Print how names are changed, if they are."""
     table = plain_table("renamed in", "rule", "tensors", "for example", "becomes")
     for entry in plan.inputs:
         for rule, (count, before, after) in entry.renamed.items():

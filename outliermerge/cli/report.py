@@ -11,7 +11,7 @@ from outliermerge.cli.weights import add_base, add_filter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the models, and what is written."""
+    """Add the arguments for the models and for the files to write."""
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", metavar="DIR", help="also draw figures for papers, at 300 dpi")
     parser.add_argument(
-        "--t", type=float, default=2.0, metavar="T", help="min-σ's threshold at first (default 2)"
+        "--t", type=float, default=2.0, metavar="T", help="initial threshold of min-σ (default 2)"
     )
     add_filter(parser)
     add_base(parser)
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, and figures where they are asked for."""
+    """Write the page, and figures if they are asked for."""
     from outliermerge.analysis.report.build import build_report
 
     with reading_bar() as callbacks:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from outliermerge.cli.parts import WAITING, Command, add_running, print_json, print_notes, running
+from outliermerge.cli.parts import (
+    WAITING,
+    Command,
+    add_running,
+    print_json,
+    print_notes,
+    run_options,
+)
 from outliermerge.cli.terminal import print_result, progress_bar
 
 
@@ -16,12 +23,12 @@ def run(options: argparse.Namespace) -> int:
     print_notes(planned.notes, options)
     with progress_bar("merging") as bar:
         task = bar.add_task("merging", total=planned.work_bytes)
-        result = merge.run(
-            planned,
+        chosen = run_options(
+            options,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
             on_waiting=lambda: bar.update(task, description=WAITING),
-            **running(options),
         )
+        result = merge.run(planned, output=options.output, options=chosen)
         bar.update(task, completed=planned.work_bytes)
     notes = result.load_check.notes if result.load_check else ()
     print_notes(notes, options)

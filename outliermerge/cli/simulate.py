@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how much is drawn, and what is written."""
+    """Add the arguments for the simulation and for the files to write."""
     parser.add_argument(
-        "--points", type=count, default=10_000_000, metavar="N", help="default 10,000,000"
+        "--points",
+        type=count,
+        default=10_000_000,
+        metavar="N",
+        help="points to draw (default 10,000,000)",
     )
-    parser.add_argument("--seed", type=int, default=42, metavar="S", help="default 42")
+    parser.add_argument(
+        "--seed", type=int, default=42, metavar="S", help="random seed (default 42)"
+    )
     parser.add_argument("--png", metavar="FILE", help="draw the paper's Fig. 7")
     add_json_file(parser)
 

@@ -36,7 +36,7 @@ _WIDE_COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model, and what is measured of it."""
+    """Add the arguments for the model and for the measures."""
     parser.add_argument("model", metavar="MODEL", help="a folder, file, hub id or adapter")
     parser.add_argument(
         "--small", type=float, default=1e-3, metavar="X", help="small: |x| < X (default 0.001)"
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of the table (default: types of module)",
     )
     parser.add_argument(
-        "--no-kernels", action="store_true", help="compute by torch instead of kernels"
+        "--no-kernels", action="store_true", help="use torch instead of the CPU kernels"
     )
     add_filter(parser)
     add_base(parser)
@@ -129,7 +129,7 @@ def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[
         if "kurtosis" in name and group.num_tensors > 1:
             cells[-1] += f"±{number_text(spread.std, form)}"
     most = max(group.labels, key=lambda label: group.labels[label], default=None)
-    # A table without edges that has to shrink loses its last character.
+    # rich cuts off the last character of a table without edges if the table has to shrink.
     return [*cells, f"{most} {group.labels[most]}/{group.num_tensors} " if most else "–"]
 
 

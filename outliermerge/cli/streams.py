@@ -1,6 +1,6 @@
-"""What commands print to, whatever that is: closed, full, without a reader, or of few letters.
+"""Standard streams that may be closed, full, without a reader, or limited to ASCII.
 
-A merge is not stopped, and what it says of itself does not change, because nobody reads it.
+A merge must go on, with the same exit code, even if nobody reads its output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from outliermerge.errors import OutlierMergeError
 
 
 class _Output(io.FileIO):
-    """Standard output or standard error, which a failed write closes for what follows.
+    """Standard output or standard error; after a failed write, later writes are dropped.
 
     Args:
-        must_arrive: a failed write is an error, unless the reader, such as `head`, has enough.
+        must_arrive: a failed write is an error, unless the reader, such as `head`, has ended.
     """
 
     def __init__(self, number: int, *, must_arrive: bool) -> None:
@@ -30,7 +30,7 @@ class _Output(io.FileIO):
             while not self._is_lost:
                 if (num_bytes := super().write(data)) is not None:
                     return num_bytes
-                select.select([], [self], [])  # one that does not block, and is full now
+                select.select([], [self], [])  # a non-blocking stream that is full now
         except OSError as error:
             self._is_lost = True
             if self._must_arrive and not isinstance(error, BrokenPipeError):
@@ -41,7 +41,7 @@ class _Output(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Let prints go on, or fail with a message, where the standard streams cannot take them."""
+    """Make prints to broken standard streams either do nothing or fail with a message."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # else an output's file would get it
         os.set_inheritable(number, True)
     os.close(number)
@@ -52,7 +52,7 @@ def guard_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, *, must_arrive: bool) -> TextIO:
-    if stream is None:  # it was closed when Python began
+    if stream is None:  # the stream was closed when Python started
         return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
     stream.flush()
     return io.TextIOWrapper(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from outliermerge.cli.parts import WAITING, Command, add_running, print_json, print_notes, running
+from outliermerge.cli.parts import (
+    WAITING,
+    Command,
+    add_running,
+    print_json,
+    print_notes,
+    run_options,
+)
 from outliermerge.cli.terminal import print_result, progress_bar
 from outliermerge.errors import SpecError, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the values, and the flags of a merge."""
+    """Add the arguments for the values, and the flags of a merge."""
     parser.add_argument(
         "--set",
         action="append",
@@ -38,12 +45,12 @@ def run(options: argparse.Namespace) -> int:
     total = sweeps.work_bytes(variants)
     with progress_bar("merging") as bar:
         task = bar.add_task("merging", total=total)
-        results = sweeps.sweep(
-            variants,
+        chosen = run_options(
+            options,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
             on_waiting=lambda: bar.update(task, description=WAITING),
-            **running(options),
         )
+        results = sweeps.sweep(variants, output=options.output, options=chosen)
         bar.update(task, completed=total)
     said = [note for result in results if result.load_check for note in result.load_check.notes]
     more = [note for note in dict.fromkeys(said) if note not in notes]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(description: str) -> Progress:
-    """Return a bar with bytes per second and the time left; nothing unless at a terminal."""
+    """Return a bar with bytes per second and the time left; it is hidden without a terminal."""
     from rich import progress
     from rich.console import Console
 
@@ -37,10 +37,10 @@ def progress_bar(description: str) -> Progress:
 
 @contextmanager
 def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
-    """Show a bar while weights are read; give what tells it of bytes to be read, and of those read.
+    """Show a bar while weights are read; yield the callbacks that update it.
 
     Yields:
-        `on_total` and `on_progress`, as the functions that look at weights take them.
+        The arguments `on_total` and `on_progress` of functions that analyse weights.
     """
     with progress_bar(description) as bar:
         task, total = bar.add_task(description, total=None), 0
@@ -55,7 +55,7 @@ def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def status(words: str) -> Iterator[None]:
-    """Show what is waited for; nothing unless at a terminal."""
+    """Show what the program is waiting for; it is hidden without a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -80,7 +80,7 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def open_console(*, soft_wrap: bool = False) -> Console:
-    """Return where tables are printed; with soft_wrap, long lines stay whole."""
+    """Return a console for tables; with soft_wrap, long lines are not broken."""
     from outliermerge.cli.console import ReadableConsole
 
     return ReadableConsole(highlight=False, soft_wrap=soft_wrap)
@@ -99,14 +99,14 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
 
 
 def text(words: str, style: str = "") -> Text:
-    """Return text in a style, in which brackets are no markup."""
+    """Return text in a style; brackets in it are not read as markup."""
     from rich.text import Text
 
     return Text(words, style)
 
 
 def value_text(value: Any) -> str:
-    """Return the value of a parameter as specs write it."""
+    """Return the value of a parameter as it is written in a spec."""
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(value_text(item) for item in value) + ")"
     if isinstance(value, bool):

@@ -19,8 +19,8 @@ from outliermerge.errors import listing, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the folder, and what is proved of it."""
-    parser.add_argument("folder", metavar="OUT", help="what `run` wrote")
+    """Add the arguments for the folder and for the checks."""
+    parser.add_argument("folder", metavar="OUT", help="the output of `run`")
     parser.add_argument(
         "--load",
         action="store_true",
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Verify an output; return 1 where it differs."""
+    """Verify an output; return 1 if it differs."""
     from outliermerge.output import manifest
     from outliermerge.storage.machine import num_threads
 

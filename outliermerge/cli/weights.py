@@ -1,4 +1,4 @@
-"""What the commands that look at weights share: flags, files, and how numbers are shown."""
+"""Shared by the commands that analyse weights: flags, files, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ MOMENTS = (
     ("kurtosis", "kurtosis", "{:.2f}"),
 )
 """Columns of a table: the title, the attribute, the format."""
-WIDE, NAME_WIDTH = 130, 18  # characters of a terminal, and of its first column
+WIDE, NAME_WIDTH = 130, 18  # widths in characters: of the terminal, and of the first column
 
 
 def add_filter(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of which elements are kept."""
+    """Add the flag for the filter of elements."""
     parser.add_argument(
-        "--filter", type=float, default=3.0, metavar="F", help="keep within Fσ (default 3)"
+        "--filter", type=float, default=3.0, metavar="F", help="keep elements within Fσ (default 3)"
     )
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of the base of task vectors."""
-    parser.add_argument("--base", metavar="BASE", help="look at task vectors against it")
+    """Add the flag for the base of task vectors."""
+    parser.add_argument("--base", metavar="BASE", help="measure task vectors against BASE")
 
 
 def add_rename(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of how names are paired."""
+    """Add the flag for the rename of tensors."""
     parser.add_argument(
         "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
     )
 
 
 def add_json_file(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of a file of all that was found."""
+    """Add the flag for a JSON file of all results."""
     parser.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
 
 
 def add_table_files(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of files of all that was found, and of rows of tensors."""
+    """Add the flags for files of all results, and for files with a row per tensor."""
     add_json_file(parser)
     parser.add_argument("--csv", metavar="FILE", help="write a row for each tensor")
     parser.add_argument("--parquet", metavar="FILE", help="the same as Parquet")
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written before anything is read."""
+    """Before anything is read, refuse files that could not be written."""
     from outliermerge.analysis.extras import require
 
     kinds = ("json", "csv", "parquet", "png")
@@ -78,7 +78,7 @@ def check_files(options: argparse.Namespace) -> None:
 def write_files(
     options: argparse.Namespace, table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Write the files that were asked for; tell whether the terminal is free for tables."""
+    """Write the requested files; tell whether standard output is free for tables."""
     from outliermerge.analysis import export
 
     for name, write in (("csv", export.write_csv), ("parquet", export.write_parquet)):
@@ -98,7 +98,7 @@ def write_files(
 
 
 def number_text(value: float, form: str) -> str:
-    """Return a number in a format, without the sign of a percentage."""
+    """Return a number in a format, without a percent sign."""
     return "–" if math.isnan(value) else form.format(value).removesuffix("%")
 
 

@@ -1,5 +1,5 @@
-"""Who computes a block.
+"""Engines: they compute the blocks of a merge.
 
-`base` says what an engine can do, and is the file to read first; `cpu` and `native/`, `torch` and
-`triton` are those that are there. They import methods and what is below.
+Read `base` first: it is the protocol of an engine. The engines are `cpu` (with the C kernels in
+`native/`), `torch` and `triton`. They import methods and the layers below methods.
 """

@@ -1,4 +1,4 @@
-"""What computes blocks: the protocol that engines follow."""
+"""The protocol of an engine, which computes the blocks of a merge."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from outliermerge.methods.task import Task
 
 
 class Engine(Protocol):
-    """What computes blocks of raw bytes; any thread may call it."""
+    """Computes blocks that are given as raw bytes; any thread may call it."""
 
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
-        """Return bytes that this thread uses again for the slot."""
+        """Return this thread's buffer for a slot; every call for the slot gives the same memory."""
 
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return what `merge` needs to know of a whole tensor."""
+        """Return what `merge` takes as `prepared`, once for a whole tensor."""
 
     def measure(
         self, task: Task, passes: Mapping[Any, Pass], sources: Sequence[Any], num_elements: int
     ) -> dict[Any, Any]:
-        """Return a block's share in each statistic's pass."""
+        """Return what a block contributes to each of some statistics' passes."""
 
     def merge(
         self,
@@ -36,14 +36,14 @@ class Engine(Protocol):
         """Fill `out` with a block's merged weights; `start` is its first element.
 
         Returns:
-            Whether all sources are finite, whether the output is, and the method's report.
+            Whether all sources are finite, whether the output is finite, and the method's report.
         """
 
     def is_finite(self, dtype: DType, raw: memoryview) -> bool:
-        """Tell whether no value is infinite or NaN."""
+        """Tell whether all values are finite."""
 
     def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
-        """Fill out with the values in another dtype; tell whether it holds them."""
+        """Write the values to `out` in another dtype; tell whether all fit in its range."""
 
     def equal(self, a: memoryview, b: memoryview) -> bool:
         """Tell whether two buffers hold the same bytes."""

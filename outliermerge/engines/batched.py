@@ -1,7 +1,7 @@
-"""Merges of equal tensors in one go, for methods on whole matrices.
+"""Merges of tensors of equal shape in one call, for methods on whole matrices.
 
 A decomposition of a matrix of a few thousand rows leaves most of a GPU idle, and a model has
-hundreds of equal shape. What is stacked must be equal in all but its values.
+hundreds of equal shape. Tensors that are stacked must be equal in everything but their values.
 
 Shape suffixes: T tensors of a batch, S sources (the base, where there is one, then the models),
 E elements.
@@ -23,14 +23,14 @@ _COPIES = 4  # of the sources: the stack, and what a method makes of it
 
 
 def batches(merges: Sequence[TensorMerge], *, memory_bytes: int) -> list[list[TensorMerge]]:
-    """Bring together the merges that `merge_batch` can do at once, in their order.
+    """Group the merges that `merge_batch` can do at once, in their order.
 
-    Merges by methods that see less than a whole tensor are left out, and so are those of methods
-    with needs, which are measured tensor by tensor.
+    Left out are merges by methods that get less than a whole tensor, and by methods with needs,
+    because needs are measured tensor by tensor.
 
     Args:
-        memory_bytes: for the sources of a batch and what is made of them; a tensor that does not
-            fit is a batch of its own.
+        memory_bytes: the limit for the sources of a batch and the tensors computed from them. A
+            tensor that does not fit is a batch of its own.
     """
     groups: dict[object, list[TensorMerge]] = {}
     for merge in merges:
@@ -48,7 +48,7 @@ def batches(merges: Sequence[TensorMerge], *, memory_bytes: int) -> list[list[Te
 
 
 def _is_alone(task: Task) -> bool:
-    """Tell whether a method sees nothing but the values."""
+    """Tell whether a method gets only the values: no needs, auxiliary tensors or context."""
     method = task.method
     return not (method.needs or method.takes_context or task.modifiers)
 
@@ -62,8 +62,8 @@ def merge_batch(merges: Sequence[TensorMerge]) -> bool:
     """Fill the results of one of `batches` by a vectorised call of their method.
 
     Returns:
-        Whether that could be done: not for a method that looks at values, draws random numbers or
-        fails. Then the results are not filled.
+        Whether the call worked. It cannot for a method that branches on values, draws random
+        numbers or fails. Then the results are not filled.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Blocks computed by the fused CPU kernels; what these cannot measure, by torch."""
+"""The CPU engine: fused C kernels, and torch for statistics that kernels cannot measure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class KernelEngine:
-    """The kernels on whole pages of memory, which each thread uses again and again.
+    """Calls the kernels on page-aligned buffers, which each thread reuses.
 
-    What a method needs to know and kernels cannot measure, torch measures.
+    torch measures the statistics that have no kernel.
     """
 
     def __init__(self, kernels: Any) -> None:
@@ -33,7 +33,7 @@ class KernelEngine:
         return TorchEngine(["cpu"])
 
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
-        """Return bytes that this thread uses again for the slot."""
+        """Return this thread's buffer for a slot; every call for the slot gives the same memory."""
         found = self._own.by_slot.get(slot)
         if found is None or len(found) < num_bytes:
             found = self._own.by_slot[slot] = whole_pages(num_bytes)
@@ -69,9 +69,9 @@ class KernelEngine:
         num_elements: int,
         on_digests: Callable[[list[bytes]], None],
     ) -> dict[T, Any]:
-        """Return a block's share in each statistic's pass, each of which reads it.
+        """Return what a block contributes to each statistic's pass; each pass reads the block.
 
-        Where torch measures one of them, what all measure is read to memory once.
+        Where torch measures one of them, the block is read to memory once, for all passes.
 
         Args:
             on_digests: called after each reading with the digests of each source's pieces.
@@ -97,7 +97,7 @@ class KernelEngine:
     def _read(
         self, task: Task, places: Sequence[Place], num_elements: int
     ) -> tuple[list[memoryview], list[bytes]]:
-        """Read sources to memory; return them, and the digests of each one's pieces."""
+        """Read the sources to memory; return them, and the digests of each source's pieces."""
         raws, read = [], []
         for row, (dtype, place) in enumerate(zip(task.dtypes, places, strict=True)):
             raw = self.buffer(row, dtype.num_bytes * num_elements)
@@ -120,7 +120,7 @@ class KernelEngine:
         out: memoryview,
         start: int = 0,
     ) -> tuple[bool, bool, dict[str, Any]]:
-        """Fill out with a block's merged weights. No kernel loses what is not finite."""
+        """Write a block's merged weights to `out`. Kernels pass infinities and NaN through."""
         _, ((is_finite, report, _),) = self.merge_places(
             [(task, prepared, out)], raws, num_elements
         )
@@ -135,7 +135,8 @@ class KernelEngine:
         """Merge the same sources in several ways, reading and digesting them once.
 
         Args:
-            variants: how, what `prepare` gave, and where to.
+            variants: for each way, the task, what `prepare` returned for it, and where its output
+                goes.
 
         Returns:
             The digests of each source's pieces, and for each variant whether its output is
@@ -177,12 +178,12 @@ class KernelEngine:
         return self.buffer("scratch", num_bytes)
 
     def is_finite(self, dtype: DType, raw: memoryview) -> bool:
-        """Tell whether no value is infinite or NaN."""
+        """Tell whether all values are finite."""
         finite: bool = self._kernels.all_finite(CODES[dtype.name], raw, len(raw) // dtype.num_bytes)
         return finite
 
     def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
-        """Fill out with the values in another dtype; tell whether it holds them."""
+        """Write the values to `out` in another dtype; tell whether all fit in its range."""
         block = (CODES[dtype.name].encode(), (raw,), len(raw) // dtype.num_bytes, False)
         call = KernelCall("weighted_sum", vectors=([1.0],))
         variant = (*call.arguments(), CODES[out_dtype.name], out)

@@ -1,7 +1,7 @@
 """The fused CPU kernels that fit this processor.
 
-They work on storage dtypes directly and need neither torch nor numpy. Where they were not
-compiled, or do not know a method or a dtype, torch computes.
+They work on storage dtypes directly and need neither torch nor numpy. torch computes where the
+kernels were not compiled, or do not support a method or a dtype.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def names() -> frozenset[str]:
 
 
 def statistics() -> frozenset[str]:
-    """Return the names of the functions that measure statistics, among others."""
+    """Return the names of all kernel functions, such as those that measure statistics."""
     return frozenset(dir(find_kernels())) if find_kernels() else frozenset()

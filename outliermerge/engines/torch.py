@@ -1,4 +1,4 @@
-"""Blocks computed by torch, as the methods are defined: on the CPU, or on GPUs.
+"""The torch engine: it calls the methods' own functions, on the CPU or on GPUs.
 
 Shape suffixes: M models, S sources (the base, where there is one, then the models), E elements.
 """
@@ -28,16 +28,16 @@ T = TypeVar("T")
 class TorchEngine:
     """torch on one or several devices.
 
-    Each thread has buffers of its own, pinned where a GPU reads them, and a stream of its own, on
-    one of the devices in turn. So while one thread's block is copied to a device, another's is
-    computed, a third's is read from disk.
+    Each thread has its own buffers (pinned where a GPU reads them) and its own stream; threads are
+    given the devices in turn. So one thread's block is copied to a device while another's is
+    computed and a third's is read from disk.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._own = _Own(devices, itertools.count())
 
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
-        """Return bytes that this thread uses again for the slot."""
+        """Return this thread's buffer for a slot; every call for the slot gives the same memory."""
         import torch
 
         found = self._own.raw.get(slot)
@@ -49,7 +49,7 @@ class TorchEngine:
         return memoryview(array)
 
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return the needs; each device makes tensors of them."""
+        """Return the needs as they are; each device makes its own tensors of them."""
         return needs
 
     def measure(
@@ -88,7 +88,7 @@ class TorchEngine:
         return is_finite(_values(dtype, raw))
 
     def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
-        """Fill out with the values in another dtype; tell whether it holds them."""
+        """Write the values to `out` in another dtype; tell whether all fit in its range."""
         values, stored = _values(dtype, raw), _values(out_dtype, out)
         stored.copy_(values)
         return fits(values, stored)
@@ -111,14 +111,14 @@ class TorchEngine:
         block_SE = flat[:size].view(len(raws), num_elements)
         dtypes = (*task.dtypes, *task.auxiliary)[: len(raws)]
         for row_E, source, raw in zip(block_SE, dtypes, raws, strict=True):
-            # In the storage dtype to the device, where it is widened.
+            # Copy in the storage dtype, which is smaller; the device widens it.
             stored_E = _values(source, raw).to(own.device, non_blocking=True)
             row_E.copy_(stored_E)
         return block_SE
 
 
 class TensorEngine:
-    """torch on tensors that are in memory already; what is written has a tensor's place there."""
+    """torch on tensors that are in memory already; the output is a tensor, too."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -158,7 +158,7 @@ class TensorEngine:
 
 
 class _Own(threading.local):
-    """A thread's device, stream and buffers."""
+    """The device, stream and buffers of one thread."""
 
     def __init__(self, devices: Sequence[str], numbers: Iterator[int]) -> None:
         import torch
@@ -205,7 +205,7 @@ def merge_block(
     """Return a block's merged weights (E,) in the compute dtype, and the method's report.
 
     Args:
-        block_SE: the sources, and behind them the auxiliary tensors; overwritten.
+        block_SE: the sources, followed by the auxiliary tensors; overwritten.
         keywords: needs and parameters as the method's function takes them.
         start: the block's first element.
     """
@@ -251,7 +251,7 @@ def to_deltas(block_SE: Tensor) -> Tensor:
 
 
 def view_for(cut: Cut, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a block in the shape that a method's cut promises."""
+    """Return a block in the shape that a method with this cut takes."""
     num_models = len(block_ME)
     if cut == "row":
         columns = math.prod(shape[1:]) if len(shape) > 1 else block_ME.shape[1]
@@ -262,10 +262,10 @@ def view_for(cut: Cut, block_ME: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def fits(values: Tensor, stored: Tensor) -> bool:
-    """Tell whether finite values are still so in the dtype that they are stored in.
+    """Tell whether finite values stay finite in the dtype in which they are stored.
 
-    torch stores what is too large for float8_e4m3fn as its largest value, 448; what is nearer to
-    the next one, which would be 480, is taken as too large.
+    torch stores values that are too large for float8_e4m3fn as its largest value, 448. Here a value
+    is too large if it is nearer to 480, which would be the next one, than to 448.
     """
     import torch
 
@@ -277,7 +277,10 @@ def fits(values: Tensor, stored: Tensor) -> bool:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Tell whether no value is infinite or NaN, by the extremes, which NaN takes over."""
+    """Tell whether all values are finite.
+
+    The least and the greatest value tell it: both are NaN if any value is.
+    """
     return all(math.isfinite(extreme) for extreme in _extremes(values))
 
 

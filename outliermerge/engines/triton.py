@@ -1,8 +1,8 @@
-"""Merges of tensors that are on a GPU already, many at once, by fused kernels.
+"""The Triton engine: fused kernels merge many tensors that are on a GPU already.
 
-Two launches for a batch measure all its tensors' moments and one merges them: a launch a tensor
-would take longer than its elements. Where a kernel is not there, or does not know a method or a
-dtype, torch computes.
+A batch takes three launches: two measure the moments of all its tensors, and one merges them. With
+one launch per tensor, the launches would take longer than the arithmetic. torch computes where
+there is no kernel for a method or a dtype.
 
 Shape suffixes: T tensors of a batch, M models, S sources (the base, where there is one, then the
 models), P pieces.
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
-_BATCH_ELEMENTS = 1 << 32  # 17 MB of a model's moments
-_BLOCK_CHUNKS = 64  # that torch measures at a time
+_BATCH_ELEMENTS = 1 << 32  # that is 17 MB of moments for each model
+_BLOCK_CHUNKS = 64  # how many chunks torch measures at a time
 _LEFT_OUT = 0x7FFFFFFF
-_MOST_MODELS = 16  # kernels are compiled for a number of models; more do not fit in registers
+_MOST_MODELS = 16  # a kernel is compiled for each number of models; more do not fit in registers
 
 KERNELS = {"min_sigma": (2, 1), "ties": (2, 3), "weighted_sum": (0, 1)}
-"""The merges that `triton_kernels` has, and how many scalars and vectors (M,) they take."""
+"""The merges in `triton_kernels`, and how many scalars and vectors (M,) each takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,9 @@ class TensorMerge:
     """One tensor's merge in memory.
 
     Attributes:
-        task: how.
+        task: how it is merged.
         sources: the base, where there is one, then the models; all of one shape.
-        result: what is filled.
+        result: the tensor that is filled.
     """
 
     task: Task
@@ -63,7 +63,7 @@ class TensorMerge:
 
 
 def fits_gpu(merge: TensorMerge) -> bool:
-    """Tell whether the fused GPU kernels compute a merge, where they are."""
+    """Tell whether the fused GPU kernels support a merge and its device."""
     device = merge.result.device
     models = merge.task.dtypes[merge.task.is_delta :]
     return (
@@ -102,7 +102,7 @@ def _kernels() -> Any:
 
 
 def merge_on_gpu(merges: Sequence[TensorMerge]) -> None:
-    """Fill the results of merges that fit the kernels, on the streams that are current."""
+    """Fill the results of merges that the kernels support, on the current streams."""
     for batch in _batches(merges):
         with batch.on_device():
             needs = [dict[str, list[Any]]() for _ in batch.merges]
@@ -122,9 +122,9 @@ def merge_on_gpu(merges: Sequence[TensorMerge]) -> None:
 
 
 def differ_early(merges: Sequence[TensorMerge]) -> list[bool]:
-    """Tell of merges that fit the kernels whether sources differ in their first elements.
+    """Tell, for merges that the kernels support, whether sources differ in their first elements.
 
-    A whole comparison of those that do not is left to the caller.
+    Where they do not differ there, the caller compares the whole tensors.
     """
     found: dict[int, bool] = {}
     for batch in _batches(merges):
@@ -137,7 +137,7 @@ def differ_early(merges: Sequence[TensorMerge]) -> list[bool]:
 
 
 def _batches(merges: Sequence[TensorMerge]) -> Iterator[_Batch]:
-    """Bring together tensors that one launch takes, in their order, some billions of elements."""
+    """Group tensors for one launch, in their order, up to some billions of elements."""
     groups: dict[object, list[TensorMerge]] = {}
     for merge in merges:
         if merge.num_elements:
@@ -160,7 +160,7 @@ def _kind(merge: TensorMerge) -> object:
 
 
 def _alignment(merge: TensorMerge) -> int:
-    """Return 8 where rows of eight elements can be moved at once, else 1."""
+    """Return 8 where eight elements can be loaded and stored at once, else 1."""
     tensors = (*merge.sources, merge.result)
     aligned = all(tensor.data_ptr() % 32 == 0 for tensor in tensors)
     return 8 if aligned and merge.num_elements % 8 == 0 else 1
@@ -168,7 +168,7 @@ def _alignment(merge: TensorMerge) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Tensors of the same dtypes on one device, and the tables that kernels find them by."""
+    """Tensors of the same dtypes on one device, and the tables of their addresses for kernels."""
 
     merges: tuple[TensorMerge, ...]
 
@@ -230,7 +230,7 @@ class _Batch:
         return self.merges[0].result.new_empty(shape, dtype=getattr(torch, dtype))
 
     def launch(self, kernel: str, arguments: tuple[Any, ...], *, grid: tuple[int, ...]) -> None:
-        """Launch a kernel with the addresses, what else it takes, and the batch's dtypes."""
+        """Launch a kernel with the addresses, further arguments, and the batch's dtypes."""
         task, kernels = self.task, _kernels()
         out = {"OUT": CODES[task.out_dtype.name]} if kernel in KERNELS else {}
         getattr(kernels, kernel)[grid](
@@ -248,7 +248,7 @@ class _Batch:
         return len(pieces) * _parts_of_a_piece()
 
     def moments(self) -> list[list[list[float]]]:
-        """Return each tensor's mean and sum of squared deviations of each model (T, M, 2)."""
+        """Return the mean and sum of squared deviations of each tensor and model (T, M, 2)."""
         import numpy
 
         kernels, num_models = _kernels(), self.task.num_models
@@ -264,7 +264,7 @@ class _Batch:
         return found
 
     def merge(self, calls: Sequence[KernelCall]) -> None:
-        """Fill the results, each as its call says."""
+        """Fill the results, each with the parameters of its kernel call."""
         import numpy
 
         for call in calls:
@@ -304,7 +304,7 @@ def _measured(batch: _Batch, need: Statistic) -> Iterator[list[Any]]:
 
 
 def _by_torch(batch: _Batch, need: Statistic) -> Iterator[list[Any]]:
-    """Measure a statistic that there are no kernels for, tensor by tensor."""
+    """Measure a statistic that has no kernels, tensor by tensor."""
     import torch
 
     for merge in batch.merges:
@@ -322,7 +322,7 @@ def _by_torch(batch: _Batch, need: Statistic) -> Iterator[list[Any]]:
 
 
 class _Measures:
-    """What statistics call: as the CPU kernels, with some pieces of a tensor as the block."""
+    """The kernel functions that statistics call, with some pieces of a tensor as the block."""
 
     @staticmethod
     def histogram(
@@ -331,7 +331,7 @@ class _Measures:
         shift: int,
         counts: tuple[numpy.ndarray[Any, Any] | None, ...],
     ) -> None:
-        """Add to the counts of models that have some."""
+        """Add to the counts of the models for which counts are wanted."""
         batch, pieces = block
         num_bins = next(len(own) for own in counts if own is not None) - 1
         found = batch.empty((len(counts), num_bins + 1), "int32").zero_()
@@ -348,7 +348,7 @@ class _Measures:
 
     @staticmethod
     def magnitudes(block: tuple[_Batch, Tensor], thresholds: bytes) -> bytes:
-        """Return the sums of all pieces together, float64 (M, 2)."""
+        """Return the sums over all pieces, float64 (M, 2)."""
         import numpy
 
         batch, pieces = block

@@ -1,14 +1,15 @@
 """The fused GPU kernels, in Triton: the statistics and merges of many tensors in one launch each.
 
-A table tells where the tensors of a batch are: `addresses` (T, S + 1) of each tensor's sources
-and result, and `pieces` (P, 3) of at most PIECE elements, each with its tensor, its number in it
-and its elements. A program works on one part, of BLOCK elements, of a piece. A shape suffix of
-the project's legend is left out where all is a program's part.
+Two tables describe a batch. `addresses` (T, S + 1) holds the addresses of each tensor's sources and
+result. `pieces` (P, 3) holds for each piece the number of its tensor, its own number in the tensor,
+and its count of elements, at most PIECE. A program works on one part of a piece, which has BLOCK
+elements; arrays of one part have no shape suffix in their names.
 
-Sources are widened to float32 and the result is rounded once. Nothing is contracted to a fused
-multiply-add, and divisions are rounded correctly, so that elements come out as on the CPU. bfloat16
-is taken apart by its bits: it is the same on every device, and in Triton's interpreter. Where
-Triton is not installed this file can be imported and `is_installed` is false.
+Sources are widened to float32 and the result is rounded once. Products and sums are not contracted
+to fused multiply-adds, and divisions are rounded correctly, so that elements are the same as on the
+CPU. bfloat16 is converted by its bits, which gives the same values on every device and in Triton's
+interpreter. Where Triton is not installed, this file can still be imported, and `is_installed` is
+false.
 """
 
 # mypy: ignore-errors
@@ -28,12 +29,12 @@ except ImportError:  # torch computes
     is_installed = False
 
     def jit(function):
-        """Leave a kernel alone."""
+        """Return a kernel unchanged."""
         return function
 
 
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-"""How kernels are launched: 16 elements a thread, without contraction."""
+"""Launch options: 16 elements per thread, no contraction to fused multiply-adds."""
 
 
 @jit
@@ -55,7 +56,7 @@ def load(addresses, at, offsets, mask, CODE: tl.constexpr, ALIGN: tl.constexpr):
 
 @jit
 def store(addresses, at, offsets, values, mask, CODE: tl.constexpr, ALIGN: tl.constexpr):
-    """Store float32 values, rounded to the nearest, to even where two are."""
+    """Store float32 values, rounded to nearest, ties to even."""
     address = tl.load(addresses + at)
     if CODE == "b":
         place = tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), ALIGN * 2)
@@ -73,9 +74,7 @@ def store(addresses, at, offsets, values, mask, CODE: tl.constexpr, ALIGN: tl.co
 
 @jit
 def part_of(pieces, ALIGN: tl.constexpr):
-    """Return this program's tensor, its elements' offsets in it, which of them there are, and how
-    many.
-    """  # noqa: D205
+    """Return this program's tensor, its elements' offsets in it, their mask and their count."""
     program = tl.program_id(0).to(tl.int64)
     parts: tl.constexpr = PIECE // BLOCK
     entry = pieces + program // parts * 3
@@ -102,7 +101,7 @@ def moments(
     addresses, pieces, out,
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write each part's mean and sum of squared deviations from it, float64 (parts, M, 2)."""
+    """Write each part's mean and its sum of squared deviations, float64 (parts, M, 2)."""
     tensor, offsets, mask, num = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
@@ -120,10 +119,10 @@ def moments(
 
 @jit
 def combine_moments(partials, firsts, sizes, out, M: tl.constexpr):
-    """Write the same of a whole tensor, (T, M, 2): its parts' combined by Chan's formula.
+    """Combine the moments of each tensor's parts by Chan's formula, float64 (T, M, 2).
 
     Args:
-        partials: of parts, as `moments` writes them.
+        partials: the moments of parts, as `moments` writes them.
         firsts: each tensor's first part (T,).
         sizes: elements of each tensor (T,).
     """
@@ -160,7 +159,7 @@ def magnitudes(
     addresses, pieces, thresholds, out,
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write each part's sum of magnitudes, and of those not below a threshold (parts, M, 2)."""
+    """Write each part's sums of all magnitudes and of those a threshold keeps (parts, M, 2)."""
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
@@ -183,7 +182,7 @@ def histogram(
 
     Args:
         lows: (M,); the highest int32 for a model that is left out.
-        counts: int32 (M, num_bins + 1), added to; the last is for what lies above the bins.
+        counts: int32 (M, num_bins + 1), added to; the last one counts magnitudes above the bins.
     """
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
@@ -206,7 +205,7 @@ def weighted_sum(
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Add up models, each times its weight; `parameters` are the weights, float32 (T, M)."""
+    """Write the weighted sum of the models; `parameters` are the weights, float32 (T, M)."""
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
     row = tensor * (M + has_base + 1)
@@ -239,7 +238,7 @@ def min_sigma(
     merged = tl.zeros((BLOCK,), tl.float32)
     for model in tl.static_range(M):
         delta = load(addresses, row + has_base + model, offsets, mask, MODEL, ALIGN) - base
-        if M & (M - 1) == 0:  # a power of two divides by multiplying
+        if M & (M - 1) == 0:  # division by a power of two is an exact multiplication
             shared = delta * (1.0 / M)
         else:
             shared = tl.div_rn(delta, tl.full((BLOCK,), M, tl.float32))
@@ -266,11 +265,11 @@ def ties(
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, OUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Trim, elect a sign, and merge what agrees.
+    """Trim, elect a sign, and merge the elements that agree with it.
 
     Args:
-        parameters: float32 (T, 2 + 3M): λ, whether to normalize; then weights, the largest
-            magnitudes that are dropped, and scaled weights of models.
+        parameters: float32 (T, 2 + 3M): λ, whether to normalize; then for all models the weights,
+            the largest magnitudes that are dropped, and the scaled weights.
     """
     tensor, offsets, mask, _ = part_of(pieces, ALIGN)
     has_base: tl.constexpr = BASE != ""
@@ -301,7 +300,7 @@ def heads_differ(
     addresses, sizes, out,
     M: tl.constexpr, BASE: tl.constexpr, MODEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Tell of each tensor whether sources differ from the first in the elements at its start."""
+    """Tell for each tensor whether its sources differ in their first elements."""
     tensor = tl.program_id(0).to(tl.int64)
     has_base: tl.constexpr = BASE != ""
     FIRST: tl.constexpr = BASE if has_base else MODEL

@@ -1,1 +1,1 @@
-"""Scores of models: lmms-eval as a subprocess, its results as tables and charts."""
+"""Scores of models: runs lmms-eval as a subprocess, and shows results as tables and charts."""

@@ -12,12 +12,12 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.table import AVG, Table
 from outliermerge.storage.files import write_whole
 
-# Okabe and Ito, "Color Universal Design" (2008), without black: told apart by colour-blind readers.
+# Okabe and Ito, "Color Universal Design" (2008), without black: safe for colour-blind readers.
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
 def draw(table: Table, path: Path) -> None:
-    """Write a PNG with a group of bars for each task and avg, a bar for each row, ± 1 SE.
+    """Write a PNG: a group of bars for each task and avg, a bar with ± 1 SE for each row.
 
     Raises:
         OutlierMergeError: matplotlib is not installed, or the file cannot be written.
@@ -37,7 +37,7 @@ def draw(table: Table, path: Path) -> None:
     num_legend_columns = int(width / (0.08 * max(len(row.name) for row in table.rows) + 0.5))
     figure = Figure(figsize=(width, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    # avg stands apart from the tasks that it is the mean of.
+    # avg is set apart from the tasks whose mean it is.
     places = [place + 0.25 * (column == AVG) for place, column in enumerate(columns)]
     for number, (row, (colour, hatch)) in enumerate(zip(table.rows, _looks(table), strict=True)):
         shift = (number - (len(table.rows) - 1) / 2) * bar

@@ -1,4 +1,4 @@
-"""Evaluates models on a suite: what has a record is taken from there, the rest lmms-eval runs."""
+"""Evaluates models on a suite: scores with a record are reused, lmms-eval computes the others."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ OUTPUT_NAMES = (SCORES_NAME, TABLE_NAME, CHART_NAME)
 
 
 class Listener:
-    """Is told what happens, from any thread. Does nothing with it."""
+    """Callbacks for events of an evaluation, called from any thread. These do nothing."""
 
     def hashing(self, num_bytes: int) -> None:
         """Bytes of a model's files have been read."""
 
     def kept(self, model: str, title: str, score: Score) -> None:
-        """A score was there from an earlier run."""
+        """A score from an earlier run is reused."""
 
     def damaged(self, model: str, title: str, reason: str) -> None:
-        """A score from an earlier run is not as it was written, and is made again."""
+        """The record of a score was changed since it was written; the score is computed again."""
 
     def loading(self, model: str, titles: Sequence[str]) -> None:
         """lmms-eval is starting and loads the model for these tasks."""
@@ -73,21 +73,21 @@ def evaluate(
 ) -> Scores:
     """Score models by lmms-eval and write scores.json.
 
-    A model and task that have been scored with the same weights, settings, data and versions are
-    not run again. A task that fails is reported as failed; the others go on.
+    A model and task that were already scored with the same weights, settings, data and versions are
+    not run again. If a task fails, it is reported as failed, and the others continue.
 
     Args:
-        models: folders or hub ids, each with its name in tables before it where it is to have
-            another than the folder's: "NAME=PATH".
-        suite: what to ask, from `load_suite`.
+        models: folders or hub ids. "NAME=PATH" gives a model another name in tables than the
+            folder's.
+        suite: the tasks and settings, from `load_suite`.
         output: the folder for scores.json, the records, the answers and lmms-eval's logs.
-        jobs: models evaluated at once.
-        threads: processor threads of each on a CPU.
-        listener: is told what happens.
+        jobs: how many models are evaluated at the same time.
+        threads: processor threads for each model on a CPU.
+        listener: its methods are called at each event.
 
     Raises:
         SpecError: a judge is needed and none is named.
-        OutlierMergeError: a model is absent, or lmms-eval is; two models have one name.
+        OutlierMergeError: a model or lmms-eval is missing, or two models have the same name.
     """
     listener = listener or Listener()
     installed = versions()
@@ -148,7 +148,7 @@ def _check_judge(suite: Suite) -> None:
 
 
 class _Run:
-    """One evaluation: what it has found so far, and who runs the rest."""
+    """One evaluation: its results so far, and the workers for the rest."""
 
     def __init__(
         self,
@@ -165,11 +165,11 @@ class _Run:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._workers: set[subprocess.Popen[bytes]] = set()
-        # Weights that stand twice are scored once.
+        # Weights that are given twice are scored once.
         self._turns = {model.fingerprint: threading.Lock() for model in models}
 
     def evaluate(self, jobs: int, *, device: str, threads: int) -> Scores:
-        """Take what is there, run the rest, and return all."""
+        """Take the existing scores, run the other tasks, and return all."""
         with ThreadPoolExecutor(jobs) as pool:
             futures = [
                 pool.submit(self._evaluate_model, model, device, threads) for model in self._models
@@ -205,7 +205,7 @@ class _Run:
     def _run_worker(
         self, model: Model, pending: Sequence[SuiteTask], device: str, threads: int
     ) -> list[SuiteTask]:
-        """Run lmms-eval on some tasks; return those that it did not come to."""
+        """Run lmms-eval on some tasks; return the tasks that it did not reach."""
         left = {task.title: task for task in pending}
         current: str | None = None
         image_backend = reason = ""
@@ -295,7 +295,7 @@ class _Run:
         self._listener.finished(model.name, task.title, result)
 
     def _save(self) -> Scores:
-        """Write what has been found so far."""
+        """Write the results so far."""
         titles = tuple(task.title for task in self._suite.document.tasks)
         found = dict(self._results)
         scored = [result for result in found.values() if isinstance(result, Score)]
@@ -332,6 +332,6 @@ class _Run:
 def _environment(device: str, threads: int) -> dict[str, str]:
     environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
-        # Without it, one run was ten times slower on a busy machine.
+        # Without this setting, one run was ten times slower on a busy machine.
         environment["OMP_NUM_THREADS"] = str(threads)
     return environment

@@ -1,4 +1,4 @@
-"""What an evaluation depends on: files by their contents, and the versions of what reads them."""
+"""What an evaluation depends on: contents of files, and versions of the packages that read them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.formats import check_place, digest_of, load, write_json
 
 STAMPS_NAME = "fingerprints.json"
-# Neither changes what a model answers.
+# These files do not change a model's answers.
 _NOT_LOADED = re.compile(rf"({re.escape(MANIFEST_NAME)}|.*\.md|\.git.*|LICENSE.*)", re.IGNORECASE)
 
 
 class Fingerprints:
-    """Hashes of files, remembered in a folder by size and time of change.
+    """Hashes of files, cached in a folder by size and time of change.
 
     Attributes:
         on_progress: called with the bytes just read.
@@ -32,12 +32,12 @@ class Fingerprints:
         check_place(self._path)
         try:
             known = load(self._path)
-        except (OSError, OutlierMergeError):  # absent or damaged: all is hashed again
+        except (OSError, OutlierMergeError):  # absent or damaged: hash all files again
             known = None
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
     def of_files(self, files: Iterable[Path], root: Path | None = None) -> str:
-        """Return the hash of some files' contents and of their names, below a folder if given."""
+        """Return a hash of files' contents and names, relative to a folder if one is given."""
         lines = [
             f"{path.relative_to(root).as_posix() if root else path.name} {self._of_file(path)}"
             for path in files
@@ -45,10 +45,10 @@ class Fingerprints:
         return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
     def of_model(self, path: Path) -> str:
-        """Return the hash of all files of a model but its manifest and texts for people.
+        """Return a hash of a model's files, except its manifest and texts for people.
 
         Raises:
-            OutlierMergeError: it has none.
+            OutlierMergeError: the model has no such files.
         """
         files = [
             file
@@ -60,7 +60,7 @@ class Fingerprints:
         return self.of_files(files, path)
 
     def save(self) -> None:
-        """Write what is known, for the next time."""
+        """Write the known hashes, for the next run."""
         write_json(self._path, self._known)
 
     def _of_file(self, path: Path) -> str:
@@ -78,7 +78,7 @@ class Fingerprints:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what scores depend on.
+    """Return the versions of the packages that scores depend on.
 
     Raises:
         OutlierMergeError: lmms-eval is not installed.

@@ -1,4 +1,4 @@
-"""The files of an evaluation as they are written, and one strict function to read each kind."""
+"""The file formats of an evaluation, and a strict reader for each."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from outliermerge.storage.json_text import parse_json
 from outliermerge.storage.stamps import open_file
 
 FORMAT = 1
-# A record has a unit a question; the largest known set of questions has 450,000.
+# A record has one unit per question; the largest known task has 450,000 questions.
 _MAX_VALUES = 2_000_000
 _NOT_OURS = "is not what `outliermerge eval` wrote"
 _BLOCK_BYTES = 1 << 22
 MAX_NAME = 200
-# Larger than any score, and its square and the sum of squares are numbers still.
+# Larger than any score, but small enough that sums of squares do not overflow.
 LARGEST = 1e140
 
 
@@ -54,7 +54,7 @@ _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class _ScoreNumbers(_Strict):
-    """What a record and scores.json both tell of a score."""
+    """The values of a score that a record and scores.json share."""
 
     task: _Text
     metric: _Text
@@ -81,7 +81,7 @@ class ResultEntry(_ScoreNumbers):
 
 
 class IdentityEntry(_Strict):
-    """What a record was computed from: `model` is the fingerprint of its files."""
+    """The inputs of a record: `model` is the fingerprint of the model's files."""
 
     model_config = ConfigDict(extra="allow")
     model: _Text
@@ -90,7 +90,7 @@ class IdentityEntry(_Strict):
 
 
 class RecordFile(_Strict):
-    """What a record holds: `answers` is the checksum of the file of answers beside it."""
+    """The contents of a record: `answers` is the checksum of the file of answers beside it."""
 
     identity: IdentityEntry
     model: str
@@ -107,7 +107,7 @@ class RecordFile(_Strict):
 
 
 class ScoreEntry(_ScoreNumbers):
-    """What scores.json repeats of a record."""
+    """The values of a record that scores.json repeats."""
 
     record: Annotated[str, Field(pattern=r"^records/[^/\x00]+$", max_length=1000)]
     metrics: dict[str, _Number]
@@ -125,7 +125,7 @@ class FailureEntry(_Strict):
 
 
 class MergeEntry(_Strict):
-    """What made a model."""
+    """The merge that made a model."""
 
     method: _Text
     parameters: dict[str, Any]
@@ -153,7 +153,7 @@ class ModelEntry(_Strict):
 
 
 class SettingsEntry(_Strict):
-    """What models were evaluated with."""
+    """The settings of an evaluation."""
 
     model_type: _Text | None = None
     model_args: dict[str, Any] | None = None
@@ -172,7 +172,7 @@ def _no_bool(value: object) -> object:
 
 
 class ScoresFile(_Strict):
-    """What scores.json holds."""
+    """The contents of scores.json."""
 
     format: Annotated[Literal[1], BeforeValidator(_no_bool)]
     suite: _Text
@@ -193,7 +193,7 @@ class ScoresFile(_Strict):
 
 
 class MergedSpec(_Strict):
-    """Of the spec in the manifest of a model, what tells how it was made."""
+    """The keys of the spec in a model's manifest that say how it was made."""
 
     model_config = ConfigDict(extra="ignore")
     merge_method: _Text
@@ -202,7 +202,7 @@ class MergedSpec(_Strict):
 
 
 class ManifestFile(_Strict):
-    """What counts here of a manifest."""
+    """The keys of a manifest that are used here."""
 
     model_config = ConfigDict(extra="ignore")
     spec: MergedSpec
@@ -212,10 +212,10 @@ _Read = TypeVar("_Read", bound=BaseModel)
 
 
 def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
-    """Return what was read as what it has to be.
+    """Return a value that was read, checked against its format.
 
     Raises:
-        OutlierMergeError: it is something else; each value that is not as it must be is named.
+        OutlierMergeError: values do not fit the format; the message names each of them.
     """
     try:
         json.dumps(content, ensure_ascii=False).encode()
@@ -233,10 +233,10 @@ def _parse(kind: type[_Read], content: object, what_if_not: str) -> _Read:
 
 
 def read_merged(file: Path) -> MergedSpec:
-    """Read of a model's manifest what it was merged with.
+    """Read from a model's manifest how it was merged.
 
     Raises:
-        OutlierMergeError: it is no manifest.
+        OutlierMergeError: the file is not a manifest.
     """
     content = load(file, max_bytes=MAX_MANIFEST_BYTES, max_values=MAX_MANIFEST_VALUES)
     return _parse(ManifestFile, content, f"{file}: is not a manifest").spec
@@ -246,7 +246,7 @@ def read_record(file: Path) -> RecordFile:
     """Read a record.
 
     Raises:
-        OutlierMergeError: it is none.
+        OutlierMergeError: the file does not have this format.
     """
     return _parse(RecordFile, load(file), f"{file}: {_NOT_OURS}")
 
@@ -255,7 +255,7 @@ def read_scores(file: Path) -> ScoresFile:
     """Read a scores.json.
 
     Raises:
-        OutlierMergeError: it is none.
+        OutlierMergeError: the file does not have this format.
     """
     return _parse(ScoresFile, load(file), f"{file}: {_NOT_OURS}")
 
@@ -264,7 +264,7 @@ def load(file: Path, *, max_bytes: int = MAX_LARGE_BYTES, max_values: int = _MAX
     """Return the value of a JSON file.
 
     Raises:
-        OutlierMergeError: it is absent, no regular file, too large, or no JSON.
+        OutlierMergeError: the file is absent, not a regular file, too large, or not JSON.
     """
     data = read_bytes(file, max_bytes=max_bytes)
     if data is None:
@@ -276,10 +276,10 @@ def load(file: Path, *, max_bytes: int = MAX_LARGE_BYTES, max_values: int = _MAX
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file is to hold with a checksum of it.
+    """Return the contents for a file, with a checksum of them.
 
-    It tells a change by accident or by hand, and proves nothing against a forger, who can compute
-    another.
+    The checksum shows changes by accident or by hand. It does not protect against forgery, because
+    anybody can compute it.
     """
     return {**content, "checksum": _digest(_plain(content))}
 
@@ -287,7 +287,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def check_seal(file: Path, content: RecordFile | ScoresFile) -> None:
     """Raise OutlierMergeError if a file, or the answers beside a record, changed since written."""
     held = content.model_dump(exclude_unset=True, exclude={"checksum"})
-    # Of an earlier version's record, which names no answers, the checksum is of the result alone.
+    # Records of earlier versions do not name their answers; their checksum is of the result alone.
     is_earlier = isinstance(content, RecordFile) and "answers" not in held
     found = _digest(held["result"] if is_earlier else _plain(held))
     if content.checksum not in (None, found):
@@ -322,13 +322,13 @@ def _plain(value: object) -> object:
 
 
 def digest_of(file: Path, on_progress: Callable[[int], None] = lambda n: None) -> str | None:
-    """Return the checksum of a file's bytes, or None where there is none.
+    """Return the checksum of a file's bytes, or None if there is no file.
 
     Args:
         on_progress: called with the bytes just read.
 
     Raises:
-        OutlierMergeError: it is no regular file.
+        OutlierMergeError: it is not a regular file.
         OSError: it cannot be read.
     """
     digest = xxhash.xxh3_128()
@@ -345,12 +345,12 @@ def digest_of(file: Path, on_progress: Callable[[int], None] = lambda n: None) -
 def write_json(path: Path, value: object) -> None:
     """Write a value as JSON, by `write_whole`."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Names of files can have bytes that are no text: JSON has them as "\udcff".
+    # File names may have bytes that are not valid text: JSON stores them like "\udcff".
     write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def check_place(path: Path) -> None:
-    """Raise OutlierMergeError if a path where a file is to be written is anything else."""
+    """Raise OutlierMergeError if a path for a file is taken by something that is not a file."""
     try:
         path.resolve()
     except (OSError, RuntimeError) as error:

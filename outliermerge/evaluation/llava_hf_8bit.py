@@ -1,8 +1,8 @@
 """A model type for lmms-eval: `llava_hf` loaded in 8 bit, as arXiv 2501.10661 evaluated.
 
-lmms-eval finds it by the entry point group `lmms_eval.models`; its own `llava_hf` takes no
-quantisation settings. bitsandbytes' LLM.int8() (arXiv 2208.07339) holds the linear layers in 8 bit,
-but for those that transformers leaves out by itself (the head).
+lmms-eval finds it by the entry point group `lmms_eval.models`, because its own `llava_hf` takes no
+quantisation settings. LLM.int8() of bitsandbytes (arXiv 2208.07339) stores linear layers in 8 bit,
+except those that transformers excludes by itself (the head).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def manifest() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    # The class is made when lmms-eval asks for it, so that nothing else has to import lmms-eval.
+    # The class is made when lmms-eval asks for it, so that only lmms-eval's process imports
+    # lmms-eval.
     if name == "LlavaHf8Bit":
         return _model_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,15 +11,15 @@ from outliermerge.errors import OutlierMergeError
 
 @dataclass(frozen=True)
 class ModelType:
-    """What a model type of lmms-eval 0.7.3 takes.
+    """The arguments of a model type of lmms-eval 0.7.3.
 
     Attributes:
         path_argument: the name of the argument for the checkpoint.
-        takes_dtype: it has an argument `dtype`.
-        takes_device: it has the arguments `device` and `device_map`.
-        one_at_a_time: it refuses batches.
+        takes_dtype: whether it has an argument `dtype`.
+        takes_device: whether it has the arguments `device` and `device_map`.
+        one_at_a_time: whether it refuses batches.
         model_8bit: the model type that loads it in 8 bit, if there is one.
-        packages: what it imports besides transformers.
+        packages: the packages that it imports besides transformers.
     """
 
     path_argument: str
@@ -45,7 +45,7 @@ def check_packages(model_type: str, *, load_in_8bit: bool) -> None:
     """Refuse a model type whose packages are not installed.
 
     Raises:
-        OutlierMergeError: it names those that are not.
+        OutlierMergeError: packages are missing; the message names them.
     """
     wanted = (*MODEL_TYPES[model_type].packages, *(["bitsandbytes"] if load_in_8bit else []))
     if absent := [name for name in wanted if util.find_spec(name) is None]:
@@ -74,7 +74,7 @@ def model_arguments(
     kind = MODEL_TYPES[model_type]
     arguments: dict[str, Any] = {kind.path_argument: path}
     if kind.takes_device:
-        # Without a device map llava_hf leaves the weights to the accelerator that it finds.
+        # Without a device map, llava_hf puts the weights on any accelerator that it finds.
         arguments |= {"device": device, "device_map": device}
     if kind.takes_dtype:
         arguments["dtype"] = dtype

@@ -1,4 +1,4 @@
-"""The models to evaluate: where they are, what they are called, and what merged them."""
+"""The models to evaluate: their folders, their names, and how they were merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is calle
 
 @dataclass(frozen=True)
 class Model:
-    """A model to evaluate: its name in tables, as it was given, and where it is."""
+    """A model to evaluate: its name in tables, the given path or hub id, and its folder."""
 
     name: str
     reference: str
@@ -34,7 +34,8 @@ def find_models(models: Sequence[str]) -> list[tuple[str, str, Path]]:
     """Return name, reference and folder of models given as "PATH" or "NAME=PATH".
 
     Raises:
-        OutlierMergeError: two have one name, or one is neither here nor to be had from the hub.
+        OutlierMergeError: two models have the same name, or one is neither local nor available from
+            the hub.
     """
     pairs = [split_name(model) for model in models]
     check_names([name for name, _ in pairs])
@@ -63,17 +64,17 @@ def _find(reference: str) -> Path:
 
 
 def merge_of(path: Path) -> dict[str, Any] | None:
-    """Return what merged a model, from its manifest; None for one that was only converted.
+    """Return how a model was merged, from its manifest; None if it was only converted.
 
     Raises:
-        OutlierMergeError: the manifest is none.
+        OutlierMergeError: the manifest is not valid.
     """
     if not is_there(path / MANIFEST_NAME):
         return None
     spec = read_merged(path / MANIFEST_NAME)
     if spec.merge_method == "passthrough" or len(spec.models) == 1:
         return None
-    # A method of the user's own is not imported here: the manifest may be somebody else's.
+    # Do not import a method from the user's code here: the manifest may come from somebody else.
     method = METHODS.get(spec.merge_method)
     defaults = {p.name: p.default for p in method.parameters.values()} if method else {}
     return {"method": spec.merge_method, "parameters": {**defaults, **(spec.parameters or {})}}

@@ -1,4 +1,4 @@
-"""The scores that arXiv 2501.10661 reports in its Table 4, to stand below one's own."""
+"""The scores in Table 4 of arXiv 2501.10661, to be shown below one's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from outliermerge.evaluation.table import AVG, GAIN, Cell, Row, Table
 
 PAPER_TITLES = ("MathVista", "MMStar", "MMMU", "WeMath", "AI2D", "DynaMath", "GeoQA")
 
-# Titles, avg, gain: as printed. LLaVA-v1.5-13B, the base, is cited there from Duan et al. (2024).
+# Titles, avg and gain are as printed. The scores of the base, LLaVA-v1.5-13B, are cited there from
+# Duan et al. (2024).
 _SCORES: dict[str, tuple[float | None, ...]] = {
     "LLaVA-v1.5-13B": (34.3, 37.0, 27.7, None, 61.1, None, None, None, None),
     "LLaVA-1.6-13B": (33.6, 40.2, 42.6, 30.1, 67.9, 20.3, 23.9, 36.9, None),
@@ -39,8 +40,8 @@ def paper_rows() -> tuple[Row, ...]:
 def with_paper(table: Table) -> Table:
     """Return the table with the rows of Table 4 of arXiv 2501.10661 below its own.
 
-    They share the columns whose titles are the paper's; its other columns are added. They are never
-    marked as best, and their gain is the paper's, over its own average.
+    The paper's rows use the table's columns with the same titles; other columns are added. They are
+    never marked as best, and their gain is the printed one, over the paper's own average.
     """
     notes = [
         "(paper): printed in Table 4 of arXiv 2501.10661, not measured here; its gain is over its "

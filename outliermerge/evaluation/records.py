@@ -1,4 +1,4 @@
-"""The scores that are there already, each under what it was computed from."""
+"""The existing scores, each stored under a key of its inputs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _JUDGE = ("API_TYPE", "MODEL_VERSION", "OPENAI_API_URL", "LLM_JUDGE_URL")
 
 
 class DamagedRecordError(OutlierMergeError):
-    """A record is not what was written."""
+    """A record was changed since it was written."""
 
 
 class Records:
     """The records of a folder, for one suite at given settings and versions.
 
-    A record is found if the model's files, the task's files and local data, settings and versions
-    are what they were; lmms-eval's own cache, which goes by the model's path, is not used.
+    A record is found if the model's files, the task's files and local data, the settings and the
+    versions are unchanged. lmms-eval's own cache is not used, because its key is the model's path.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Records:
         }
 
     def find(self, model: Model, task: SuiteTask) -> Score | None:
-        """Return the score of a model on a task; None where there is none.
+        """Return the score of a model on a task; None if there is none.
 
         Raises:
-            DamagedRecordError: there is one, and it is not what was written: score again.
-            OutlierMergeError: something else has the name of a file that is to be written.
+            DamagedRecordError: there is a record, but it was changed; the caller scores again.
+            OutlierMergeError: the path of a file to be written is taken by something else.
         """
         path, identity = self._place(model, task)
         check_place(path)
@@ -92,7 +92,7 @@ class Records:
     def keep(
         self, model: Model, task: SuiteTask, result: Mapping[str, Any], image_backend: str
     ) -> Score:
-        """Write what a worker found, and return it as a score."""
+        """Write a worker's result as a record, and return it as a score."""
         path, identity = self._place(model, task)
         found = {
             "task": task.task,
@@ -114,7 +114,7 @@ class Records:
         return Score(**found, record=self._relative(path), checksum=content["checksum"])
 
     def answers_path(self, model: Model, task: SuiteTask) -> Path:
-        """Return where a worker writes the answers: beside the record."""
+        """Return the path for the worker's file of answers, beside the record."""
         return self._place(model, task)[0].with_suffix(".jsonl")
 
     def _place(self, model: Model, task: SuiteTask) -> tuple[Path, dict[str, Any]]:
@@ -142,8 +142,8 @@ def _task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) ->
 def _stderr(score: float, units: list[float]) -> float | None:
     """Return the standard error of the mean of units: std(units, ddof=1) / √n.
 
-    None where the score is so far from that mean that it is another quantity: a task may average
-    over categories, which a limit leaves unequal.
+    None if the score is too far from that mean to be the same quantity: a task may average over
+    categories, which a limit makes unequal in size.
     """
     if len(units) < 2:
         return None

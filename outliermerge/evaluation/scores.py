@@ -1,7 +1,7 @@
-"""What an evaluation found, and its file: scores.json with one record a model and task beside it.
+"""Results of an evaluation, and their files: scores.json, and a record per model and task.
 
-A record is named by what it was computed from (weights, task, settings, versions), so that it is
-found again whatever the model's folder is called, and is never found for other weights.
+The name of a record is made from its inputs (weights, task, settings, versions). So it is found
+again under any name of the model's folder, and never for other weights.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ class Score:
         task: lmms-eval's name.
         metric: the key of the score among `metrics`, such as "accuracy,none".
         score: 0–100.
-        stderr: standard error of the mean of `units`, on the same scale; None where there are none.
+        stderr: standard error of the mean of `units`, on the same scale; None if there are no
+            units.
         num_samples: questions answered.
-        num_empty: of these, those whose answer was empty.
+        num_empty: how many of these have an empty answer.
         seconds: wall time of the task, loading of the model excluded.
-        metrics: every number that the task reports, as it reports them.
-        units: score of each independent observation, 0–100: of each question, or of each group of
-            questions that belong together, by its name.
-        image_backend: what prepared the images, "pil" or torchvision.
-        date: of the run.
+        metrics: all numbers that the task reports, unchanged.
+        units: the score of each independent observation, 0–100, by its name. An observation is a
+            question, or a group of questions that belong together.
+        image_backend: the library that prepared the images, "pil" or torchvision.
+        date: the date of the run.
         record: the file with all this, relative to scores.json.
-        checksum: of the record; "" where an earlier version wrote it, without one.
+        checksum: the checksum of the record; "" if an earlier version wrote it without one.
     """
 
     task: str
@@ -78,11 +79,12 @@ class ModelScores:
     """The scores of one model.
 
     Attributes:
-        name: as it stands in tables.
-        path: of the model, as given.
-        fingerprint: of its weights and of the files that it is loaded with; "" if not known.
-        merge: `method` and `parameters` of a model that outliermerge merged, else None.
-        tasks: by title.
+        name: the name in tables.
+        path: the path or hub id that was given.
+        fingerprint: the hash of its weights and of the files that are loaded with them; "" if
+            unknown.
+        merge: `method` and `parameters` if outliermerge merged the model, else None.
+        tasks: the scores and failures by the tasks' titles.
     """
 
     name: str
@@ -97,11 +99,11 @@ class Scores:
     """The result of an evaluation.
 
     Attributes:
-        suite: its name.
-        titles: of the tasks, in order.
+        suite: the suite's name.
+        titles: the tasks' titles, in order.
         settings: device, dtype, load_in_8bit, model_type, limit, image_backend, versions, date.
-        models: in the order given.
-        unsealed: names of models of whose scores some were read without a checksum.
+        models: the models' scores, in the given order.
+        unsealed: names of models with scores that were read without a checksum.
     """
 
     suite: str
@@ -121,13 +123,13 @@ class Scores:
         ]
 
     def save(self, folder: Path) -> Path:
-        """Write scores.json into a folder; the records are there already."""
+        """Write scores.json into a folder, which already has the records."""
         path = folder / SCORES_NAME
         write_json(path, self.as_dict())
         return path
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what scores.json holds, with a checksum."""
+        """Return the contents of scores.json, with a checksum."""
         content = {
             "format": FORMAT,
             "suite": self.suite,
@@ -159,8 +161,8 @@ def load_scores(path: str | Path) -> Scores:
     """Read a scores.json (or the folder with one) and the records beside it.
 
     Raises:
-        OutlierMergeError: there is none, or it is not what `outliermerge eval` wrote, as where a
-            number was changed since.
+        OutlierMergeError: there is no such file, or it is not as `outliermerge eval` wrote it, for
+            example because a number was changed.
     """
     file = as_path(path)
     if file.is_dir():
@@ -171,7 +173,7 @@ def load_scores(path: str | Path) -> Scores:
     except OutlierMergeError as error:
         raise OutlierMergeError(f"{file}: {error}") from error
     models = tuple(_model(entry, file) for entry in found.models)
-    check_seal(file, found)  # last: where a number differs from its record's, that says more
+    check_seal(file, found)  # last: a message on a number that differs from its record says more
     return Scores(
         suite=found.suite,
         titles=tuple(found.titles),
@@ -184,7 +186,7 @@ def load_scores(path: str | Path) -> Scores:
 
 
 def unsealed(models: Sequence[ModelScores]) -> tuple[str, ...]:
-    """Return the names of models of whose scores some are from records without a checksum."""
+    """Return the names of models with scores from records without a checksum."""
     return tuple(
         model.name
         for model in models
@@ -204,7 +206,7 @@ def _model(entry: ModelEntry, file: Path) -> ModelScores:
 
 
 def _score(entry: ScoreEntry, file: Path, model: ModelEntry, title: str) -> Score:
-    """Return the score of a record, of which scores.json must repeat the numbers."""
+    """Return the score of a record, whose numbers scores.json must repeat."""
     path = file.parent / entry.record
     record = read_record(path)
     score = _score_of(record, entry.record)
@@ -226,14 +228,14 @@ def _score_of(record: RecordFile, name: str) -> Score:
 
 
 def load_record(path: Path, *, record: str) -> tuple[Score, dict[str, Any]]:
-    """Return a record's score and what it was computed from.
+    """Return a record's score and its inputs.
 
     Args:
-        path: of the record.
-        record: what scores.json calls it.
+        path: the path of the record.
+        record: the record's name in scores.json.
 
     Raises:
-        OutlierMergeError: it is not what `outliermerge eval` wrote.
+        OutlierMergeError: it is not as `outliermerge eval` wrote it.
     """
     found = read_record(path)
     check_seal(path, found)
@@ -241,10 +243,10 @@ def load_record(path: Path, *, record: str) -> tuple[Score, dict[str, Any]]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse two models of one name, and names that tables and files cannot take.
+    """Refuse two models with the same name, and names that tables and files cannot contain.
 
     Raises:
-        OutlierMergeError: there are.
+        OutlierMergeError: there are such names.
     """
     for name in names:
         if not name or len(name) > MAX_NAME or not name.isprintable():

@@ -1,4 +1,4 @@
-"""A suite: which tasks of lmms-eval, at which settings, as a YAML file says."""
+"""A suite: a YAML file that lists tasks of lmms-eval and their settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outliermerge.spec.text import Source, parse_yaml, read_text
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 _Count = Annotated[int, Field(ge=1, le=10**9)]
-# What lmms-eval's model types read; they pass over any other without a word.
+# Settings that lmms-eval's model types read; they silently ignore all others.
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "until")
 RESERVED = ("avg", "gain")
 
@@ -64,8 +64,8 @@ class Suite:
     """A suite that has been checked.
 
     Attributes:
-        name: of its file.
-        tasks_folder, data: absolute, and there.
+        name: the name of its file.
+        tasks_folder, data: absolute paths of existing folders.
     """
 
     name: str
@@ -74,22 +74,23 @@ class Suite:
     data: Path | None
 
     def limit_of(self, task: SuiteTask) -> int | None:
-        """Return how many questions are asked; None for all of them."""
+        """Return how many questions of a task are asked; None for all."""
         return task.limit or self.document.limit
 
     def generation_of(self, task: SuiteTask) -> dict[str, Any]:
-        """Return the generation settings that win over those of the task's own file."""
+        """Return the generation settings that replace those of the task's own file."""
         return {**self.document.generation, **task.generation}
 
 
 def load_suite(path: str | Path, **overrides: Any) -> Suite:
     """Read and check a suite; `overrides` replace its keys where they are not None.
 
-    Paths in a suite are relative to its file, those of overrides to the working directory.
+    Paths in a suite are relative to its file; paths in overrides are relative to the working
+    directory.
 
     Raises:
-        SpecError: it cannot be read, or anything in it is unknown, of a wrong type or out of
-            range; the message starts with file, line and column.
+        SpecError: the suite cannot be read, or something in it is unknown, has a wrong type or is
+            out of range. The message starts with file, line and column.
     """
     file = Path(path)
     text = read_text(file, absent="no such suite. The project's own are in evals/")
@@ -115,7 +116,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
 
 
 def _check_texts(value: object, path: SpecPath, source: Source) -> None:
-    """Refuse halves of signs, which YAML can escape and no file or terminal takes."""
+    """Refuse lone surrogates, which YAML can escape but no file or terminal accepts."""
     if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
         raise source.error(path, f"found {quoted(value)}, which has half of a sign")
     entries = value.items() if isinstance(value, dict) else ()
@@ -125,7 +126,7 @@ def _check_texts(value: object, path: SpecPath, source: Source) -> None:
 
 
 def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
-    """Return a suite with the command's settings, which win over those of single tasks too."""
+    """Return a suite with the command's settings, which also replace those of single tasks."""
     limit, generation = given.get("limit"), given.get("generation", {})
     tasks = [
         task.model_copy(

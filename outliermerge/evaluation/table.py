@@ -27,11 +27,11 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table; with neither value nor failure it was not asked for.
+    """A number of a table; without value and failure, the task was not evaluated.
 
     Attributes:
         value: 0–100, or points gained.
-        stderr: one standard error of `value`; None where there is none to be had.
+        stderr: the standard error of `value`; None if it is not known.
         failure: why there is no value.
     """
 
@@ -40,7 +40,7 @@ class Cell:
     failure: str | None = None
 
     def text(self, *, signed: bool = False, bold: bool = False) -> str:
-        """Return what a reader sees, with one decimal.
+        """Return the text of the cell, with one decimal.
 
         >>> Cell(44.54, 1.21).text(bold=True), Cell(1.2).text(signed=True), Cell().text()
         ('**44.5** ± 1.2', '+1.2', '–')
@@ -55,7 +55,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A model of a table; there is a rule where the next row's group is another."""
+    """A model of a table; a line separates rows of different groups."""
 
     name: str
     group: Literal["parent", "merged", "paper"]
@@ -71,13 +71,13 @@ class Table:
     """Scores of models, in the order in which they are shown.
 
     Attributes:
-        suite: its name.
-        titles: of the tasks.
-        averaged: the titles that `avg` is the mean of: those on which all models have a score.
-        rows: the models.
-        baseline: the row that `gain` compares with; None: there is no such column.
-        notes: what a reader must know to compare the numbers.
-        facts: suite, settings, versions and date.
+        suite: the suite's name.
+        titles: the tasks' titles.
+        averaged: the titles whose mean is `avg`: the tasks on which all models have a score.
+        rows: a row for each model.
+        baseline: the row that `gain` compares with; None if there is no column `gain`.
+        notes: facts that a reader needs to compare the numbers.
+        facts: the suite, the settings, the versions and the date.
     """
 
     suite: str
@@ -94,9 +94,9 @@ class Table:
         return (*self.titles, AVG, *([GAIN] if self.baseline is not None else []))
 
     def best(self, column: str) -> frozenset[str]:
-        """Return the names of the rows with the highest value, as far as a reader sees it.
+        """Return the names of the rows with the highest value, rounded as shown.
 
-        There is none among fewer than two; the paper's rows do not compete.
+        Fewer than two rows have no best one; the paper's rows do not count.
         """
         cells = ((row.name, row.cell(column).value) for row in self.rows if row.group != "paper")
         shown = {name: _shown(value) for name, value in cells if value is not None}
@@ -159,20 +159,20 @@ class Table:
 def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
     """Return the scores of one or several runs as one table (arXiv 2501.10661, Table 4).
 
-    Parents come first, then the average, the other merges, and min-σ from the largest t down.
-    Over the K tasks on which all models have a score s_k with standard error e_k::
+    Parents come first, then the average, then other merges, then min-σ by descending t.
+    For the K tasks on which all models have a score s_k with standard error e_k::
 
         avg      = Σ s_k / K                    its error  √(Σ e_k²) / K
         gain     = avg − avg of the baseline    its error  √(Σ p_k²) / K
 
-    with p_k the standard error of task k's paired differences: over the n observations u that both
-    models have, d_u = units[u] − baseline units[u], and p_k = std(d, ddof=1) / √n.
+    Here p_k is the standard error of task k's paired differences. For the n observations u that
+    both models have, d_u = units[u] − baseline units[u], and p_k = std(d, ddof=1) / √n.
 
     Args:
         baseline: the row that gains are differences from; the one linear merge if not given.
 
     Raises:
-        OutlierMergeError: there is no model, no such baseline, or names that cannot be told apart.
+        OutlierMergeError: there is no model or no such baseline, or names are ambiguous.
     """
     models = sorted(_models(runs), key=_rank)
     if not models:
@@ -211,7 +211,7 @@ def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
 
 
 def _models(runs: Sequence[Scores]) -> list[ModelScores]:
-    """Return all models; one that two runs scored alike is one, with the tasks of both."""
+    """Return all models; a model of two comparable runs gets the tasks of both."""
     found: list[tuple[int, ModelScores]] = []
     for number, run in enumerate(runs, 1):
         for model in run.models:
@@ -339,7 +339,7 @@ def _task(cell: Cell) -> dict[str, Any]:
 
 
 def _settings(run: Scores) -> dict[str, str]:
-    """Return what makes the scores of two runs comparable if it is the same, as text."""
+    """Return as text the settings that must be equal for two runs to be comparable."""
     values = {label: run.settings.get(key) for key, label in _SETTINGS.items()}
     versions = run.settings.get("versions") or {}
     values |= {package.replace("_", "-"): version for package, version in versions.items()}

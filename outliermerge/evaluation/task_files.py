@@ -1,7 +1,7 @@
-"""The files that a task of lmms-eval is made of, as far as they are here and may change.
+"""The local files of a task of lmms-eval, which may change.
 
-Those of the user's tasks folder have to be readable: lmms-eval reads all of them when it starts, in
-the process of each model, and ends with a traceback where it cannot.
+All files of the user's tasks folder must be readable: lmms-eval reads them when it starts, in the
+process of each model, and ends with a traceback if one is broken.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from outliermerge.errors import OutlierMergeError, SpecError, quoted
 from outliermerge.spec.text import Loader
 from outliermerge.storage.files import small_bytes
 
-# What `datasets` reads files with, instead of a hub id.
+# Names of readers that `datasets` takes instead of a hub id.
 _BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
-_MAX_INCLUDES = 20  # files that include one another; lmms-eval's own are three deep
+_MAX_INCLUDES = 20  # nested includes; lmms-eval's own are three deep
 
 
 class _Loader(Loader):
-    """Reads lmms-eval's task files, whose functions and objects are of no interest here."""
+    """Reads lmms-eval's task files, ignoring their tags for functions and objects."""
 
 
 for _prefix in ("!", "tag:yaml.org,2002:python/"):
@@ -35,15 +35,15 @@ for _prefix in ("!", "tag:yaml.org,2002:python/"):
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task file, as far as it counts here.
+    """The parts of a task file that are used here.
 
     Attributes:
-        file: itself.
-        parts: itself and the files that it includes.
-        names: of the task, or of the groups, that it defines.
-        members: names of a group's tasks.
-        source: the data set's name, or what reads it.
-        patterns: of its data files.
+        file: the file's path.
+        parts: the file and all files that it includes.
+        names: the names of the task or the groups that it defines.
+        members: the names of a group's tasks.
+        source: the data set's name, or the name of its reader.
+        patterns: the patterns of its data files.
     """
 
     file: Path
@@ -55,13 +55,13 @@ class TaskFile:
 
 
 def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[Path]:
-    """Return the files of a task, or of a group's tasks, and those of its data that are local.
+    """Return the files of a task, or of a group's tasks, and their local data files.
 
-    Of lmms-eval's own tasks only local data: their files are told by its version.
+    For lmms-eval's own tasks only local data: their files are determined by its version.
 
     Raises:
-        SpecError: a file of the tasks folder cannot be read, lacks what it includes, or includes
-            itself; or a group holds itself.
+        SpecError: a file of the tasks folder cannot be read, includes a missing file or itself; or
+            a group contains itself.
     """
     ours = _ours(tasks_folder, data)
     found: set[Path] = set()
@@ -76,7 +76,7 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
             return
         done.add(name)
         if definition in ours:
-            # The functions that a file names are in its own folder.
+            # The code of functions that a file names is in the file's folder.
             for part in definition.parts:
                 found.update(path for path in part.parent.iterdir() if path.is_file())
         found.update(_local_data(definition, data))
@@ -91,13 +91,13 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
 def definition_of(
     task: str, ours: tuple[TaskFile, ...] = (), data: Path | None = None
 ) -> TaskFile | None:
-    """Return the file that defines a task: ours, or else lmms-eval's."""
+    """Return the file that defines a task: from the tasks folder, or else lmms-eval's."""
     for defined in ours:
         if task in defined.names:
             return defined
     spec = util.find_spec("lmms_eval")
     official = [Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ()]
-    # Few are in a file of another name, and only then all have to be searched.
+    # Few tasks are in a file of another name; only for these all files are searched.
     for pattern in (f"{glob.escape(task)}.yaml" if "/" not in task else "*.yaml", "*.yaml"):
         for file in sorted(file for place in official for file in place.rglob(pattern)):
             if task.encode() not in file.read_bytes():
@@ -117,10 +117,10 @@ def _ours(folder: Path | None, data: Path | None) -> tuple[TaskFile, ...]:
 
 
 def _read(file: Path, data: Path | None) -> TaskFile:
-    """Read a task file strictly, with what it includes.
+    """Read a task file strictly, with the files that it includes.
 
     Raises:
-        SpecError: it cannot be read, or has something else where names have to be.
+        SpecError: the file cannot be read, or has other values in place of names.
     """
     keys, parts = _keys(file, data, ())
 
@@ -162,7 +162,7 @@ def _read(file: Path, data: Path | None) -> TaskFile:
 def _keys(
     file: Path, data: Path | None, within: tuple[Path, ...]
 ) -> tuple[dict[str, tuple[Any, Path]], tuple[Path, ...]]:
-    """Return a task file's keys, each with the file that it is from, and all files included."""
+    """Return a task file's keys, each with the file it comes from, and all included files."""
     if file in within:
         circle = " includes ".join(map(str, (*within[within.index(file) :], file)))
         raise SpecError(f"{file}: task files include each other in a circle: {circle}")
@@ -202,7 +202,7 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 
 def _included(file: Path, name: str, data: Path | None) -> Path:
-    """Return a file that another includes, from where lmms-eval looks: it starts in `data`."""
+    """Return an included file, searched like lmms-eval, whose working directory is `data`."""
     try:
         for folder in (data, file.parent):
             path = folder / name if folder is not None else None
@@ -218,7 +218,7 @@ def _wrong(file: Path, key: str, value: object, expected: str) -> SpecError:
 
 
 def _local_data(task: TaskFile, data: Path | None) -> Iterator[Path]:
-    """Yield data files where lmms-eval and `datasets` look: beside the task, in `data`."""
+    """Yield data files from where lmms-eval and `datasets` look: beside the task, and in `data`."""
     if task.source is None:
         return
     generic = task.source in _BUILDERS
@@ -237,5 +237,5 @@ def _local_data(task: TaskFile, data: Path | None) -> Iterator[Path]:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # no name of a file, such as one of 10,000 signs
+    except OSError:  # not a valid file name, such as one of 10,000 characters
         return False

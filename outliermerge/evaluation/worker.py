@@ -1,8 +1,8 @@
 """The subprocess of one model: loads it once and lets lmms-eval evaluate task after task.
 
-Started by worker_process.py with a request as JSON on standard input. What happens is told in lines
-of JSON on standard output; all that lmms-eval and the model print goes to standard error. A process
-of its own, since importing lmms-eval changes torch's global settings.
+worker_process.py starts it with a request as JSON on standard input. It reports events as lines of
+JSON on standard output; everything that lmms-eval and the model print goes to standard error. It is
+a separate process because importing lmms-eval changes torch's global settings.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# llava_hf answers with an empty text where generation failed, and goes on.
+# If generation fails, llava_hf answers with an empty text and continues.
 _SWALLOWED = "in generating"
-# Times a scale of 100 it can still be read as a score (formats.LARGEST).
+# Multiplied by a scale of 100 it is still a valid score (formats.LARGEST).
 _LARGEST = 1e138
 
 
 def main() -> None:
-    """Evaluate what the request asks for."""
+    """Evaluate the tasks of the request."""
     request = json.load(sys.stdin)
     threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as events:
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End when the process that asked is gone: nobody would hear the results."""
+    """End this process when its parent is gone, because nobody would read the results."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -63,7 +63,7 @@ def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None
     except Exception as error:
         tell(event="not loaded", reason=_reason(error))
         raise
-    # lmms-eval drops the weights after a task; here the next one needs them.
+    # lmms-eval drops the weights after a task, but here the next task needs them.
     model.clean = lambda: None
     tasks = TaskManager(
         "WARNING", include_path=request["tasks_folder"], model_name=request["model_type"]
@@ -85,7 +85,7 @@ def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None
 
 
 def _refuse_made_up_weights() -> None:
-    """Make transformers fail where a checkpoint lacks weights, which it draws at random instead."""
+    """Make transformers fail if a checkpoint lacks weights, instead of drawing them at random."""
     import transformers
 
     PreTrainedModel: Any = transformers.PreTrainedModel
@@ -113,12 +113,12 @@ def _evaluate(
         task_manager=tasks,
         limit=entry["limit"],
         batch_size=request["batch_size"],
-        bootstrap_iters=0,  # standard errors are ours, of the units
+        bootstrap_iters=0,  # this package computes standard errors from the units
         log_samples=True,
         verbosity="WARNING",
-        # Several threads would share one random generator: MMMU guesses where it finds no answer.
+        # Several threads would share one random generator: MMMU guesses if it finds no answer.
         process_docs_parallel=1,
-        # Without it, images are decoded once more to score texts.
+        # Otherwise images are decoded once more to score texts.
         cli_args=Namespace(
             process_with_media=False, output_path=request["work_folder"], log_samples_suffix=""
         ),
@@ -145,7 +145,7 @@ def _evaluate(
 
 
 def _load_task(tasks: Any, entry: Mapping[str, Any], kind: str) -> Any:
-    """Return a task with its generation settings; None where the name is of a group of tasks."""
+    """Return a task with its generation settings; None if the name is that of a group."""
     from lmms_eval.api.task import Task
 
     name = entry["task"]
@@ -169,10 +169,10 @@ def _known(metrics: Iterable[str]) -> str:
 def _unit_scores(
     task: Any, samples: Iterable[Mapping[str, Any]], metric: str, scale: float
 ) -> dict[str, float]:
-    """Return the score of each unit: what the task's own aggregation makes of that unit alone.
+    """Return the score of each unit: the task's own aggregation of that unit alone.
 
-    A unit is a question, or the questions whose values name the same `unit`. Where the aggregation
-    cannot take a unit alone, there are none.
+    A unit is a question, or all questions whose values name the same `unit`. If the aggregation
+    cannot be applied to a single unit, the result is empty.
     """
     name = metric.partition(",")[0]
     units: dict[str, list[Any]] = {}
@@ -187,7 +187,7 @@ def _unit_scores(
     try:
         aggregate = task.aggregation()[name]
         scores = {unit: _number(aggregate(values)) for unit, values in units.items()}
-    except Exception:  # of any task's own code; the score itself is there
+    except Exception:  # a task's own code may raise anything; its score exists anyway
         return {}
     return {unit: score * scale for unit, score in scores.items() if score is not None}
 
@@ -224,19 +224,19 @@ def _write_answers(samples: Iterable[Mapping[str, Any]], path: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what went wrong in a few lines."""
+    """Return in a few lines what went wrong."""
     attempt = getattr(error, "last_attempt", None)  # tenacity's RetryError hides the cause
     if attempt is not None and attempt.exception() is not None:
         error = attempt.exception()
     text = str(error).strip() or type(error).__name__
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     reason = f"{type(error).__name__}: " + "\n".join(lines[:6])[:1500]
-    # Names of files can have bytes that are no text.
+    # File names may have bytes that are not valid text.
     return reason.encode("utf-8", "backslashreplace").decode()
 
 
 def _image_backend(model: Any) -> str:
-    """Return which library prepares images: their pixels differ a little."""
+    """Return which library prepares images, because pixels differ slightly between them."""
     processor = getattr(model, "_image_processor", getattr(model, "processor", None))
     kind = type(getattr(processor, "image_processor", processor)).__name__
     return "pil" if kind.endswith("Pil") else f"torchvision ({kind})"

@@ -16,12 +16,12 @@ from typing import IO, Any
 
 from outliermerge.storage.machine import kill_all, was_killed
 
-# "" is the working directory, where a file of a data set must not stand for a module.
+# "" is the working directory; a data set's file there must not be imported as a module.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path); "
     "from outliermerge.evaluation.worker import main; main()"
 )
-# As tqdm writes it; the number before is of the same bar.
+# The form of tqdm's progress bars; the number before belongs to the same bar.
 _BAR = re.compile(rb"(\d+)/(\d+) \[")
 
 
@@ -34,14 +34,14 @@ def worker(
     environment: Mapping[str, str],
     on_progress: Callable[[int, int], None],
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
-    """Start a worker; give it and its events, and end it on leaving.
+    """Start a worker; yield it and its events, and end it when the block is left.
 
     Args:
-        request: what outliermerge.evaluation.worker reads.
+        request: the request that outliermerge.evaluation.worker reads.
         folder: the working directory.
-        log: takes what lmms-eval prints.
-        environment: added to this process's.
-        on_progress: called with the questions done and asked of the step at hand.
+        log: the file for everything that lmms-eval prints.
+        environment: variables that are added to this process's.
+        on_progress: called with the number of questions done and of all questions in a step.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", _START],
@@ -50,7 +50,7 @@ def worker(
         stderr=subprocess.PIPE,
         cwd=folder,
         env={**os.environ, **environment},
-        start_new_session=True,  # so that it can be killed with what it has started
+        start_new_session=True,  # so that its child processes can be killed with it
     )
     assert process.stdin and process.stdout and process.stderr
     listener = threading.Thread(target=_tee, args=(process.stderr.fileno(), log, on_progress))
@@ -60,7 +60,7 @@ def worker(
             process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended at once: its exit code and log say why
+            pass  # the worker ended at once: its exit code and log say why
         yield process, _events(process.stdout)
     finally:
         end(process)
@@ -71,7 +71,7 @@ def worker(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and what it has started, which may hold its standard error."""
+    """Kill a worker and its child processes, which may keep its standard error open."""
     kill_all(process)
 
 
@@ -79,13 +79,13 @@ def _events(lines: IO[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)
-        except ValueError:  # it was killed while it wrote
+        except ValueError:  # the worker was killed while it wrote
             return
 
 
 def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) -> None:
     while block := os.read(descriptor, 1 << 16):
-        # Whatever becomes of the log, a worker whose output nobody reads would wait forever.
+        # Read on even if the log fails: a worker whose output nobody reads would wait forever.
         with suppress(OSError), log.open("ab") as file:
             file.write(block)
         if bars := _BAR.findall(block):

@@ -1,5 +1,5 @@
-"""A plan carried out tensor by tensor.
+"""Carries out a plan, tensor by tensor.
 
-`threads` hands jobs to `pipeline`, which is the file to read first. It imports engines, plans and
-what is below.
+Read `pipeline` first; `threads` gives it the jobs. This room imports engines, planning and the
+layers below them.
 """

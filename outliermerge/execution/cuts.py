@@ -1,4 +1,4 @@
-"""How one tensor is cut into what threads work on."""
+"""How one tensor is cut into spans and blocks, which threads work on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from outliermerge.execution.passes import Span, spans
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.stamps import other_bytes
 
-_SHORT_BYTES = 240  # of pieces that kernels do not digest
+_SHORT_BYTES = 240  # kernels compute no digest of a piece this short
 
 
 class Sink(Protocol):
     """Where merged bytes go."""
 
     def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
-        """Return a file, an element's position in it, and the file for direct writes or -1."""
+        """Return a file, an element's position in it, and the file for direct writes, or -1."""
 
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
@@ -32,9 +32,9 @@ class Sink(Protocol):
 
 
 class Work:
-    """Jobs of the same sources, with their engine: how the tensor is cut, what was read so far.
+    """Jobs with the same sources, and their engine: how their tensor is cut, what was read so far.
 
-    A span is what a thread takes at a time. Kernels work through it piece by piece, from file to
+    A thread works on one span at a time. Kernels work through it piece by piece, from file to
     file; other engines block by block.
     """
 
@@ -60,20 +60,20 @@ class Work:
         )
 
     def count(self, num_elements: int, *, sources: int | None = None) -> None:
-        """Count what a round reads of the first sources, or of all."""
+        """Count the bytes that a round reads of all sources, or of the first ones only."""
         for _, meta in self.job.sources[:sources]:
             stored = sum(tensor.num_bytes for tensor in meta.stored)
             self.read_bytes += stored * num_elements // max(1, meta.num_elements)
 
     def fuses(self, span: Span) -> bool:
-        """Tell whether kernels can take a span from files, and digest its pieces."""
+        """Tell whether kernels can read a span from files and compute the digests of its pieces."""
         last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
         return self._fuses and last * self._smallest > _SHORT_BYTES
 
     def places(
         self, reader: Reader, span: Span, *, sources: int | None = None
     ) -> list[tuple[int, int]]:
-        """Return where kernels find a span in files.
+        """Return for each source the file descriptor and position of a span.
 
         Raises:
             OSError: a file cannot be opened.
@@ -86,10 +86,10 @@ class Work:
         return found
 
     def note(self, row: int, start: int, digests: bytes) -> None:
-        """Take in the digests of a source's pieces from an element on, as they were just read.
+        """Record the digests of a source's pieces that were just read, from an element on.
 
         Raises:
-            ChangedInputError: another reading gave other bytes.
+            ChangedInputError: an earlier reading gave other bytes.
         """
         seen = self._seen[row]
         for number in range(len(digests) // DIGEST_BYTES):
@@ -97,10 +97,10 @@ class Work:
             self._note(seen, row, start + number * PIECE_ELEMENTS, one)
 
     def note_raw(self, row: int, span: Span, raw: memoryview) -> None:
-        """Take in a source's elements, as they were just read.
+        """Record the digests of a source's elements that were just read.
 
-        What is worked on by rows is read in blocks that end at no piece's end, and in pieces
-        later: digests are of what lies between all these ends.
+        Blocks of whole rows do not end where pieces end, and a later round may read pieces. So
+        digests are computed of the ranges between all these ends.
         """
         size, step = self.job.sources[row][1].dtype.num_bytes, self.block_elements
         start, stop = span
@@ -118,7 +118,7 @@ class Work:
             raise other_bytes({meta.path: None for meta in source.stored}, source.name)
 
     def not_finite(self, raws: Sequence[memoryview]) -> set[int]:
-        """Return the numbers of the sources that hold an infinite value or NaN."""
+        """Return the indices of the sources that hold an infinite value or NaN."""
         return {
             row
             for row, (raw, (_, meta)) in enumerate(zip(raws, self.job.sources, strict=True))
@@ -131,11 +131,11 @@ class Work:
 
     @property
     def measured_elements(self) -> int:
-        """Elements of one share of a statistic."""
+        """How many elements a statistic measures at a time."""
         return self._fused_elements() if self._fuses else self.block_elements
 
     def spans(self) -> list[Span]:
-        """Return what threads work on in the last round."""
+        """Return the spans of the last round, which merges."""
         if not self.in_pieces:
             return spans(self.job.num_elements, self.block_elements)
         elements = self._fused_elements() if self._fuses else self._aligned()
@@ -148,11 +148,11 @@ class Work:
             yield start, min(start + step, span[1])
 
     def blocks(self) -> list[Span]:
-        """Return blocks that begin where pieces do."""
+        """Return blocks that begin where pieces begin."""
         return spans(self.job.num_elements, self._aligned())
 
     def first_piece_and_blocks(self) -> list[Span]:
-        """Return the first piece, and blocks of what follows it."""
+        """Return the range of the first piece, and blocks of the rest."""
         first = min(PIECE_ELEMENTS, self.job.num_elements)
         return [(0, first), *spans(self.job.num_elements, self._aligned(), start=first)]
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def same_values(dtype: DType, raw: memoryview, other_dtype: DType, other_raw: memoryview) -> bool:
-    """Tell whether two buffers of as many elements hold the same numbers.
+    """Tell whether two buffers of equally many elements hold the same numbers.
 
-    Integers are compared as integers, so that those beyond 2⁵³ are told apart from the floats that
-    are next to them. NaN is the same as NaN.
+    Integers are compared as integers: beyond 2⁵³ an integer need not equal the nearest float. NaN
+    equals NaN.
 
     >>> from outliermerge.checkpoint.sources import DTYPES
     >>> ints, halves = bytearray([1, 0, 2, 0]), bytearray([0x80, 0x3F, 0, 0x40])
@@ -34,7 +34,7 @@ def same_values(dtype: DType, raw: memoryview, other_dtype: DType, other_raw: me
 
 
 def are_whole(dtype: DType, raw: memoryview) -> bool:
-    """Tell whether a buffer holds whole numbers only, as an index does and a weight does not."""
+    """Tell whether a buffer holds only whole numbers, as indices do and weights do not."""
     values = _values(dtype, raw)
     return not values.is_floating_point() or bool((values == values.trunc()).all())
 
@@ -54,7 +54,7 @@ def _complex(values: Tensor) -> Tensor:
 
 
 def _ints(values: Tensor) -> tuple[bool, Tensor, Any]:
-    """Return whether all are whole numbers of 64 bits, their low 64 bits, and which pass 2⁶³."""
+    """Return whether all are whole and fit in 64 bits, their low 64 bits, and which reach 2⁶³."""
     import torch
 
     if values.dtype == torch.uint64:

@@ -1,4 +1,4 @@
-"""A tensor's blocks from files, and into files: read, digested, checked and written."""
+"""Reads a tensor's blocks from files, checks them, and writes the merged blocks to files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.cuts import Sink, Work
 from outliermerge.execution.passes import NeedKey, Span
 from outliermerge.methods.statistics.base import Pass
@@ -23,14 +23,14 @@ from outliermerge.storage.failures import failure
 
 @dataclass
 class Written:
-    """What one span was read and written as, for one output.
+    """The digests and checks of one span, as it was read and as it was written to one output.
 
     Attributes:
-        digests: of each source's pieces.
-        written: digests of the output's pieces.
-        bad: numbers of sources with infinite or NaN values.
-        fits: whether the output's dtype holds all values.
-        reports: of the method.
+        digests: the digests of each source's pieces.
+        written: the digests of the output's pieces.
+        bad: indices of the sources with infinite or NaN values.
+        fits: whether all merged values are in the range of the output's dtype.
+        reports: the method's reports for the blocks of the span.
     """
 
     digests: list[list[bytes]]
@@ -41,11 +41,11 @@ class Written:
 
 
 class FileFeed:
-    """The sources of jobs in files, and where their outputs go.
+    """The sources of some jobs, in files, and the sinks of their outputs.
 
     Args:
-        jobs: of the same sources.
-        sinks: where the bytes of each job go; none for what is only compared.
+        jobs: jobs with the same sources.
+        sinks: where the output of each job goes; empty for jobs that only compare.
         on_progress: called with the bytes just worked on, by any thread.
     """
 
@@ -67,7 +67,7 @@ class FileFeed:
         self._plan, self._reader, self._options = plan, reader, options
 
     def only(self, number: int) -> FileFeed:
-        """Return the feed of one of its outputs alone, which shares what was read so far."""
+        """Return a feed for one of the outputs alone, which shares the digests of earlier reads."""
         alone = copy(self)
         alone.outputs, alone.tasks = [self.outputs[number]], [self.tasks[number]]
         return alone
@@ -83,7 +83,7 @@ class FileFeed:
         self.work.count(num_elements)
 
     def places(self, span: Span, *, sources: int | None = None) -> list[tuple[int, int]]:
-        """Return where kernels find a span in files."""
+        """Return for each source the file descriptor and position of a span."""
         return self.work.places(self._reader, span, sources=sources)
 
     def read(self, source: Source, span: Span, slot: object) -> memoryview:
@@ -98,7 +98,7 @@ class FileFeed:
         return [self.read(source, span, slot) for slot, (_, source) in enumerate(sources)]
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
-        """Return a span's share in each of some passes."""
+        """Return what a span contributes to each of some passes."""
         work, kernels, num_elements = self.work, self.engine, span[1] - span[0]
         self.on_progress(num_elements * work.element_bytes)
         if not work.fuses(span) or not isinstance(kernels, KernelEngine):
@@ -112,14 +112,14 @@ class FileFeed:
                 self.tasks[0], passes, self.places(span), num_elements, note
             )
         except (OSError, EOFError) as error:
-            self.read_all(span)  # says where, if it fails again
-            # Some of it may have been counted: it must not be measured twice.
+            self.read_all(span)  # if it fails again, the error names the file and the tensor
+            # The passes may have counted a part of the span: it must not be measured twice.
             number = error.filename if isinstance(error, OSError) else error.args[1]
             source = work.job.sources[number if isinstance(number, int) else 0][1]
             raise failure(source.stored[0].path, "read", error, tensor=work.job.name) from error
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> list[Written]:
-        """Merge a span in each way: from file to file where kernels can, else block by block."""
+        """Merge a span for each task: from file to file where kernels can, else block by block."""
         work, kernels = self.work, self.engine
         if not work.fuses(span) or not isinstance(kernels, KernelEngine):
             return self._merge_blocks(span, prepared)
@@ -130,7 +130,7 @@ class FileFeed:
             ]
             read, results = kernels.merge_places(variants, self.places(span), span[1] - span[0])
         except (OSError, EOFError):
-            return self._merge_blocks(span, prepared)  # says where
+            return self._merge_blocks(span, prepared)  # its error names the file and the tensor
         self._note_all(span, read)
         if not all(finite for finite, _, _ in results):
             return self._merge_blocks(span, prepared)
@@ -177,7 +177,7 @@ class FileFeed:
         return done
 
     def write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: Written) -> None:
-        """Write a block of an output, and take in its digests."""
+        """Write a block of an output, and record its digests."""
         done.written.append(piece_digests(out, job.output.dtype.num_bytes))
         sink.write(job.output, block[0], out)
         self.on_progress(len(out))
@@ -188,12 +188,15 @@ class FileFeed:
         if places and not self._options.allow_non_finite:
             raise OutlierMergeError(
                 f"tensor {job.name!r} has values that are infinite or NaN "
-                f"{' and '.join(places)}. "
-                "Check that model; --allow-non-finite goes on and lists such tensors."
+                f"{' and '.join(places)}. Check that model; "
+                f"{argument('allow_non_finite', True)} goes on and lists such tensors."
             )
 
     def non_finite(self, job: Job, items: list[Written]) -> list[str]:
-        """Say where values are infinite or NaN; the output only adds to that what is allowed."""
+        """Return where values are infinite or NaN: in which sources, and in the output.
+
+        The output is named if no source has such values, or if they are allowed.
+        """
         rows = sorted({row for item in items for row in item.bad})
         places = [f"in {self._plan.inputs[job.sources[row][0]].reference}" for row in rows]
         fits = all(item.fits for item in items)

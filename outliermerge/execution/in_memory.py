@@ -24,13 +24,13 @@ _BLOCK_ELEMENTS = {"cpu": 4 * CHUNK_ELEMENTS, "cuda": 64 * CHUNK_ELEMENTS}
 def merge_in_memory(
     task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
 ) -> Steps[None]:
-    """Fill a tensor with the merge of sources, in steps that threads share."""
+    """Fill a tensor with the merge of sources, in rounds that threads share."""
     feed = MemoryFeed(task, sources, result, kernels if task.fits_kernels(names()) else None)
     yield from merge_tensor([task], feed, feed.engine)
 
 
 class MemoryFeed:
-    """Tensors in memory: kernels take their bytes, torch the tensors themselves."""
+    """Sources in memory: kernels take their bytes, torch takes the tensors themselves."""
 
     def __init__(
         self, task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
@@ -50,10 +50,10 @@ class MemoryFeed:
         return spans(self.num_elements, self.measured_elements)
 
     def count(self, num_elements: int) -> None:
-        """Reading memory is not counted."""
+        """Count nothing: only reads from files are counted."""
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
-        """Return a span's share in each of some passes."""
+        """Return what a span contributes to each of some passes."""
         return self.engine.measure(self._task, passes, self._read(span), span[1] - span[0])
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is done for one output tensor: compared, copied or merged, and recorded."""
+"""Makes one output tensor: its sources are compared, copied or merged, and the result recorded."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from outliermerge.planning.tied_names import is_head
 
 @dataclass
 class JobResult:
-    """What is known of an output tensor once it is written.
+    """The record of an output tensor that is written.
 
     Attributes:
-        action: `merge`, or `copy` where the bytes are those of a source.
-        checksum: of the output tensor.
-        read: checksum of each source tensor by the input's number.
-        read_bytes: of its sources, all passes counted; of several outputs together.
-        statistics: the method's needs and report, by name.
-        non_finite: where infinite or NaN values are.
+        action: `merge`, or `copy` if the bytes are those of a source.
+        checksum: the checksum of the output tensor.
+        read: the checksum of each source tensor, by the number of its input.
+        read_bytes: bytes read from its sources in all passes. Several outputs that were made in one
+            reading share one figure.
+        statistics: the values of the method's needs and report, by name.
+        non_finite: the sources, or the output, that have infinite or NaN values.
     """
 
     action: str
@@ -47,10 +48,10 @@ class JobResult:
 
 
 class JobRunner:
-    """Makes output tensors, each by steps that threads share.
+    """Makes output tensors, each in rounds that threads share.
 
     Args:
-        choose_engine: returns what computes a job.
+        choose_engine: returns the engine that computes a job.
         on_progress: called with the bytes just worked on, by any thread.
     """
 
@@ -71,8 +72,8 @@ class JobRunner:
         """Read, merge, check and write one tensor in one or several ways.
 
         Args:
-            outputs: jobs with the same sources and arithmetic, and where their bytes go.
-            known: for each what was measured over the whole model.
+            outputs: jobs with the same sources and compute dtype, and the sinks of their bytes.
+            known: for each job the statistics that were measured over the whole model.
         """
         feed = self._feed([job for job, _ in outputs], [sink for _, sink in outputs])
         job = outputs[0][0]
@@ -98,10 +99,10 @@ class JobRunner:
         yield from self._check_equal(job, self._feed([job]))
 
     def measure_model(self, jobs: Sequence[Job]) -> Steps[Measured]:
-        """Measure what methods need to know of all tensors of a model.
+        """Measure the statistics that methods need of all tensors of a model together.
 
         Args:
-            jobs: all merges of a plan; each has all models.
+            jobs: all merges of a plan; each of them has all models.
         """
         feeds = [self._feed([job]) for job in jobs]
         return (yield from measure([job.task for job in jobs], feeds, "model"))
@@ -118,9 +119,9 @@ class JobRunner:
         )
 
     def _identical(self, feed: FileFeed) -> Steps[bool]:
-        """Tell whether all sources hold the same bytes, by their first pieces as a rule.
+        """Tell whether all sources hold the same bytes; mostly their first pieces decide.
 
-        Of a tensor that is only copied the values count, of whatever dtype.
+        If the tensor is only copied, values are compared, and sources may have different dtypes.
         """
         job = feed.work.job
         if len(job.sources) < 2:
@@ -226,7 +227,7 @@ class JobRunner:
                 target = sink.place(job.output, span[0])
                 finite, digests = kernels.copy(meta.dtype, source, span[1] - span[0], target)
             except (OSError, EOFError):
-                return copy_blocks(span)  # says where
+                return copy_blocks(span)  # its error names the file and the tensor
             feed.work.note(0, span[0], digests)
             if not finite:
                 return copy_blocks(span)
@@ -268,7 +269,7 @@ class JobRunner:
     def _checksum_again(
         self, feed: FileFeed, job: Job, sink: Sink, result: JobResult
     ) -> Steps[None]:
-        """Checksum a tensor whose blocks are rows, which do not end where pieces do."""
+        """Checksum a written tensor whose blocks of rows do not end where pieces end."""
 
         def written(span: Span) -> bytes:
             out = feed.work.out(job, span)
@@ -289,7 +290,7 @@ class JobRunner:
 
 
 def _keeps_equal_models(job: Job) -> bool:
-    """Tell whether models that are all equal come back as they are."""
+    """Tell whether the merge of equal models is the same model."""
     method = job.task.method
     if job.modifiers:
         return False

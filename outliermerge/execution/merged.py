@@ -1,7 +1,8 @@
-"""A merge as a source: what is merged of other sources when it is read, and not stored.
+"""A merge as a source: it is computed from other sources when it is read, and is not stored.
 
-Its statistics are measured when it is first read. A method on whole tensors is computed once and
-held: in memory where the budget allows, else in a file without a name beside the output.
+Its statistics are measured at the first read. For a method on whole tensors, the result is computed
+once and kept: in memory where the budget allows, else in an unnamed temporary file beside the
+output.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class MergedSource:
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
-        """The stored tensors that it is read from, each once."""
+        """The stored tensors that it is computed from, each once."""
         return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
@@ -96,7 +97,7 @@ class MergedSource:
         out[:] = feed.merged((0, self.num_elements), feed.needs())
 
     def _spans(self, start: int, stop: int) -> list[Span]:
-        """Return blocks that hold a range of elements; of whole rows for methods on rows."""
+        """Return blocks that cover a range of elements; methods on rows get whole rows."""
         if self.task.cut == "element":
             return spans(stop, _BLOCK_ELEMENTS, start=start)
         row = row_elements(self.shape)
@@ -105,26 +106,26 @@ class MergedSource:
 
 
 class _Feed:
-    """The sources of a merge, by torch on the CPU."""
+    """The sources of a merge, which torch computes on the CPU."""
 
     def __init__(self, merged: MergedSource, reader: Reading) -> None:
         self._merged, self._reader = merged, reader
         self.num_elements, self.measured_elements = merged.num_elements, _BLOCK_ELEMENTS
 
     def needs(self) -> dict[str, list[Any]]:
-        """Measure what the method needs to know, in this thread."""
+        """Measure the statistics that the method needs, in this thread."""
         measured = run_here(measure([self._merged.task], [self], "tensor"))
         return {name: measured[key] for name, key in needs_of(self._merged.task, "tensor").items()}
 
     def count(self, num_elements: int) -> None:
-        """What is read for a source is counted where that is read."""
+        """Count nothing: reads are counted by the reader of this merge."""
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
-        """Return a span's share in each of some passes."""
+        """Return what a span contributes to each of some passes."""
         return measure_block(self._merged.task, self._load(span), passes)
 
     def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
-        """Return the bytes of a span."""
+        """Return the bytes of a merged span."""
         import torch
 
         task, block_SE = self._merged.task, self._load(span)

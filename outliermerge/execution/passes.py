@@ -1,4 +1,4 @@
-"""What methods need to know of whole tensors, measured in as many passes as it takes."""
+"""Measures the statistics that methods need of whole tensors, in one or several passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outliermerge.methods.task import Task
 
 Span: TypeAlias = tuple[int, int]
 NeedKey: TypeAlias = tuple[Statistic, tuple[Any, ...]]
-"""A statistic, and the values of the parameters that it depends on."""
+"""A statistic with the values of the parameters that it depends on."""
 Measured: TypeAlias = Mapping[NeedKey, list[Any]]
 """Results of statistics, as (nested) lists of numbers."""
 
@@ -20,8 +20,10 @@ Measured: TypeAlias = Mapping[NeedKey, list[Any]]
 class Readable(Protocol):
     """A tensor's sources, as passes read them.
 
+    A pass calls `measure` for every span, in any thread.
+
     Attributes:
-        num_elements: of the tensor.
+        num_elements: how many elements the tensor has.
         measured_elements: how many are measured at a time.
     """
 
@@ -30,14 +32,14 @@ class Readable(Protocol):
     @property
     def measured_elements(self) -> int: ...
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
-        """Return a span's share in each of some passes; called by any thread."""
+        """Return what a span contributes to each of some passes; called by any thread."""
 
     def count(self, num_elements: int) -> None:
-        """Take note of how many elements a pass is going to read."""
+        """Count the elements that a pass is going to read."""
 
 
 def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Span]:
-    """Return the element ranges of blocks, from start on.
+    """Return the element ranges (start, stop) of blocks.
 
     >>> spans(10, 4)
     [(0, 4), (4, 8), (8, 10)]
@@ -49,7 +51,7 @@ def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Spa
 
 
 def needs_of(task: Task, scope: str) -> dict[str, NeedKey]:
-    """Return what a task's method needs to know of a whole tensor, or of the whole model."""
+    """Return the statistics that a task's method needs of a whole tensor, or of the whole model."""
     return {
         name: (need, tuple(task.parameters.get(key) for key in need.depends_on))
         for name, need in task.method.needs.items()
@@ -58,11 +60,11 @@ def needs_of(task: Task, scope: str) -> dict[str, NeedKey]:
 
 
 def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> Steps[Measured]:
-    """Measure what methods need to know, of one tensor or of all tensors of a model.
+    """Measure the statistics that methods need of one tensor, or of all tensors of a model.
 
     Args:
-        tasks: merges of the same tensors; what several need is measured once.
-        tensors: in the order in which shares are added up.
+        tasks: merges of the same tensors. A statistic that several need is measured once.
+        tensors: in the order in which their contributions are added up.
         scope: `tensor` or `model`.
     """
     num_elements = sum(tensor.num_elements for tensor in tensors)
@@ -84,7 +86,7 @@ def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> S
 
 
 def _read(tensor: Readable, chunks: Sequence[int] | None) -> list[Span]:
-    """Return the spans of a pass: all of a tensor, or some chunks of a single one."""
+    """Return the spans of a pass: the whole tensor, or the given chunks of it."""
     if chunks is None:
         step = tensor.measured_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS
         found = spans(tensor.num_elements, max(CHUNK_ELEMENTS, step))
@@ -95,7 +97,7 @@ def _read(tensor: Readable, chunks: Sequence[int] | None) -> list[Span]:
 
 
 def fold_reports(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Add up the counts (integers) of blocks' reports; other values are of the whole tensor."""
+    """Combine blocks' reports: add up integers, which are counts; other values are all equal."""
     total: dict[str, Any] = {}
     for report in reports:
         for name, value in report.items():

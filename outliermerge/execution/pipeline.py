@@ -1,9 +1,9 @@
-"""The merge of one tensor, from wherever its blocks come to wherever they go.
+"""The merge of one tensor, wherever its blocks come from and go to.
 
     measure what methods need to know of it → prepare each method → merge block by block
 
-Files, memory and another merge differ in the feed that they give to `merge_tensor`, and in the
-engine. Threads share the rounds: see rounds.py.
+Merges of files, of tensors in memory and of other merges differ only in the feed that they give to
+`merge_tensor`, and in the engine. Threads share the rounds: see rounds.py.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ T = TypeVar("T", covariant=True)
 
 
 class Prepares(Protocol):
-    """An engine, as far as the merge of a tensor calls it itself; its feed does the rest."""
+    """The part of an engine that `merge_tensor` calls itself; the feed calls the rest."""
 
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return what the merge of a block needs to know of the whole tensor."""
+        """Return what the merge of a block needs, from the statistics of the whole tensor."""
 
 
 class Feed(Readable, Protocol[T]):
-    """A tensor's sources, and where what is merged of them goes."""
+    """A tensor's sources, and where the merged blocks go."""
 
     def spans(self) -> list[Span]:
-        """Return what threads take at a time in the merge."""
+        """Return the spans of the merge; a thread works on one at a time."""
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> T:
-        """Merge a span in each way, put it where it goes, and return what is known of it.
+        """Merge a span for each task, deliver the result, and return a record of it.
 
         Args:
-            prepared: what the engine has made of each way's needs.
+            prepared: for each task, what the engine's `prepare` returned.
         """
 
 
@@ -47,14 +47,14 @@ def merge_tensor(
     *,
     known: Sequence[Measured] = (),
 ) -> Steps[tuple[list[dict[str, list[Any]]], list[T]]]:
-    """Merge one tensor in one or several ways, which share what is read.
+    """Merge one tensor in one or several ways, reading its sources once for all.
 
     Args:
-        tasks: the ways, of the same sources.
-        known: for each way what was measured over the whole model.
+        tasks: the ways to merge; all have the same sources.
+        known: for each task the statistics that were measured over the whole model.
 
     Returns:
-        For each way its needs by name, and what the feed returned for its spans, in order.
+        For each task its needs by name, and the feed's records of its spans, in order.
     """
     measured = yield from measure(tasks, [feed], "tensor")
     needs = [_named(task, "tensor", measured) for task in tasks]

@@ -1,8 +1,8 @@
-"""Work in rounds, on threads: a generator yields what is to be done side by side, and goes on.
+"""Work in rounds, on threads: a generator yields a round of parallel calls and gets the results.
 
 A tensor's merge is such a generator: a round for each statistic's pass over its blocks, one for
-the merge. Threads take the oldest generator's items first and start the next generator where
-there are none, so that nobody waits at the end of a tensor.
+the merge. Threads take the oldest generator's items first. If it has none left, they start the next
+generator, so that no thread waits at the end of a tensor.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from outliermerge.errors import OutlierMergeError
 
 T = TypeVar("T")
 
-_WAIT_SECONDS = 1.0  # then threads look again: a wake-up that is lost costs no more
+_WAIT_SECONDS = 1.0  # then a waiting thread looks again, so a lost wake-up costs no more than that
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A function, and what it is called with, in any order on any threads."""
+    """A function and the items that it is called with, in any order, on any threads."""
 
     function: Callable[[Any], Any]
     items: Sequence[Any]
 
 
 Steps: TypeAlias = Generator[Round, list[Any], T]
-"""Yields rounds, gets each one's results in the order of its items, and returns a result."""
+"""Yields rounds, is sent each round's results in the order of its items, and returns a result."""
 
 
 def run_all(
     work: Iterable[Steps[None]], *, threads: int, prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Run generators on threads; where fewer can be started, on those.
+    """Run generators on threads; if the system gives fewer threads, those are used.
 
     Args:
         prepare: called by each thread first.
 
     Raises:
-        BaseException: the first that a generator, an item or `prepare` raised, of whatever kind;
-            the others stop at their next item. So they do when this is interrupted.
+        BaseException: the first exception, of any kind, that a generator, an item or `prepare`
+            raised. The other threads stop before their next item, as they do when this call is
+            interrupted.
         OutlierMergeError: no thread can be started.
     """
     queue = _Queue(iter(work))
@@ -52,7 +53,7 @@ def run_all(
             thread = threading.Thread(target=queue.run, args=(prepare,))
             try:
                 thread.start()
-            except (RuntimeError, MemoryError) as error:  # the system gives no more
+            except (RuntimeError, MemoryError) as error:  # the system gives no more threads
                 if not started:
                     raise OutlierMergeError(f"no thread can be started: {error}") from error
                 break
@@ -60,12 +61,12 @@ def run_all(
         queue.wait()
     except BaseException as error:
         first = error
-    while first is not None:  # the caller closes what the threads still use: wait for them
+    while first is not None:  # wait for the threads: the caller then closes files that they use
         try:
             queue.stop()
             queue.wait()
             break
-        except BaseException:  # interrupted once more
+        except BaseException:  # interrupted again while waiting
             continue
     for thread in started:
         thread.join()
@@ -103,11 +104,11 @@ class _Running:
 
 
 class _Queue:
-    """What threads take from.
+    """The work that threads take from.
 
-    The one that waits for them can be interrupted at any call. It therefore neither joins a
-    thread that may still work (Python 3.11 then takes the thread for ended) nor enters a
-    condition (its lock can stay held).
+    The thread that waits for the workers can be interrupted at any call. So it does not join a
+    thread that may still work (if interrupted, Python 3.11 regards the thread as ended), and it
+    does not enter a condition (if interrupted, the condition's lock can stay held).
     """
 
     def __init__(self, work: Iterator[Steps[None]]) -> None:
@@ -116,17 +117,17 @@ class _Queue:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._stopped = self._exhausted = False
-        self._num_threads = 0  # that work
+        self._num_threads = 0  # threads that work
         self._ended = threading.Lock()  # held until the last thread leaves
         self._ended.acquire()
         self.error: BaseException | None = None
 
     def stop(self) -> None:
-        """Let no thread begin anything more; those that wait for others hear of it from them."""
+        """Let no thread begin another item; working threads wake those that wait."""
         self._stopped = True
 
     def wait(self) -> None:
-        """Return when no thread works any more, nor will."""
+        """Return when all threads have ended."""
         while self._goes_on():
             self._ended.acquire(timeout=_WAIT_SECONDS)
 
@@ -136,7 +137,7 @@ class _Queue:
             return self._num_threads > 0 or not (is_done or self._stopped)
 
     def run(self, prepare: Callable[[], None]) -> None:
-        """Work until there is nothing left, or until any thread fails; keep the first error."""
+        """Work until nothing is left or any thread fails; keep the first error."""
         with self._lock:
             if self._stopped:
                 return
@@ -187,7 +188,7 @@ class _Queue:
         return None
 
     def _advance(self, running: _Running) -> None:
-        """Go on to a round that several threads can share; do smaller ones here."""
+        """Advance to a round that several threads can share; run smaller rounds here."""
         begun, results = bool(running.num_issued), running.results
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Runs a plan: which engine computes what, on how many threads."""
+"""Runs a plan: chooses the engine of each job and the number of threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import find_kernels, names, statistics
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.jobs import JobResult, JobRunner
 from outliermerge.execution.passes import Measured, needs_of
@@ -25,11 +25,11 @@ from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
 
-_CACHED_SHARE = 0.9  # of free memory; outputs on local disks take none of it
+_CACHED_SHARE = 0.9  # of free memory; outputs on local disks are written past the page cache
 
 
 def choose_device(name: str) -> str:
-    """Return the device that an option names, `auto` resolved.
+    """Return the device that an option names; `auto` becomes a device of this machine.
 
     Raises:
         SpecError: it is unknown or not on this machine.
@@ -42,10 +42,14 @@ def choose_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-        raise SpecError(f"--device: found {name!r}, expected cpu, cuda, cuda:N or auto")
+        raise ArgumentError(
+            f"{argument('device')}: found {name!r}, expected cpu, cuda, cuda:N or auto"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise SpecError(f"--device: {name} is not on this machine: it has {count} CUDA device(s)")
+        raise ArgumentError(
+            f"{argument('device')}: {name} is not on this machine: it has {count} CUDA device(s)"
+        )
     return name
 
 
@@ -57,7 +61,7 @@ def choose_options(
     kernels: bool,
     allow_non_finite: bool = False,
 ) -> Options:
-    """Return how a plan is run on this machine.
+    """Return the options with which a plan is run on this machine.
 
     Raises:
         SpecError: an option is wrong.
@@ -65,7 +69,7 @@ def choose_options(
     return Options(
         device=choose_device(device),
         threads=num_threads(threads),
-        memory_bytes=parse_bytes(str(memory), option="--memory"),
+        memory_bytes=parse_bytes(str(memory), "memory"),
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
@@ -74,12 +78,12 @@ def choose_options(
 
 @dataclass(frozen=True)
 class Target:
-    """A plan whose jobs are to be run, and where their bytes go.
+    """A plan whose jobs are to be run, and the sink of their outputs.
 
     Attributes:
-        jobs: those of the plan that are left to do.
-        on_result: called by one thread at a time, in any order of jobs, when its bytes are
-            written.
+        jobs: the plan's jobs that are still to be done.
+        on_result: called with each job's result when its bytes are written; by one thread at a
+            time, in any order of jobs.
     """
 
     plan: Plan
@@ -113,9 +117,10 @@ def execute(
     The bytes are the same for any number of threads and any memory budget on a device.
 
     Args:
-        targets: the plans; of several, all read the same models.
+        targets: the plans; all of them read the same models.
         on_progress: called with the bytes just worked on, by any thread.
-        folder: where tensors are kept that are computed as a whole and find no room in memory.
+        folder: for temporary files of tensors that are computed as a whole and do not fit in
+            memory.
 
     Raises:
         OutlierMergeError: a source cannot be read, tensors that must be equal differ, or a value
@@ -167,7 +172,8 @@ def execute(
 
         lock = threading.Lock()
         known: dict[int, Measured] = {id(target): {} for target in targets}
-        # What can refuse a merge is done first, in order: buffers that must be equal.
+        # Buffers that must be equal are compared first, in order, because a difference refuses the
+        # merge.
         run_all((runner(plan).check_equal(job) for plan, job in checks), threads=1, prepare=prepare)
         run_all(map(measure_model, targets), threads=options.threads, prepare=prepare)
         must_be_equal = [group for group in groups if group[0][1].action == "equal"]
@@ -177,7 +183,7 @@ def execute(
 
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:
-    """Bring together the jobs that read the same sources in the same way."""
+    """Group the jobs that read the same sources in the same way."""
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
@@ -190,7 +196,7 @@ def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Ta
 
 
 def exceeds_memory(num_bytes: int) -> bool:
-    """Tell whether what is read cannot stay in the page cache: then nothing is left there."""
+    """Tell whether the inputs do not fit in the page cache; if so, they are dropped after use."""
     free = free_memory_bytes()
     return free is not None and num_bytes > _CACHED_SHARE * free
 
@@ -200,7 +206,7 @@ def _nothing() -> None:
 
 
 def reads_by_torch(sources: Iterable[Source]) -> bool:
-    """Tell whether a source is computed from others, or pickled."""
+    """Tell whether torch reads a source, because it is computed from other tensors or pickled."""
     return any(
         source.stored != (source,) or any(meta.offset is None for meta in source.stored)
         for source in sources
@@ -222,9 +228,9 @@ def devices(name: str) -> list[str]:
 
 @contextmanager
 def torch_threads() -> Iterator[Callable[[], None]]:
-    """Let threads compute for themselves alone, each by calling what this gives first.
+    """Keep torch from starting threads of its own; each worker calls the yielded function first.
 
-    torch's number of threads, which is the process's for threads that start later, is put back.
+    At the end torch's number of threads is restored, because threads that start later inherit it.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The merge methods: `contract` says what one is, `table` lists them.
+"""The merge methods: `contract` defines what a method is, `table` lists all methods.
 
-They import nothing of models, files or plans but dtypes.
+They know nothing of models, files or plans; of `checkpoint` they import only dtypes.
 """

@@ -1,4 +1,4 @@
-"""Methods that average or pass on weights.
+"""Methods that average weights, or copy those of one model.
 
 Shape suffixes: M models, E elements.
 """
@@ -35,12 +35,12 @@ def _mean_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> Ker
 
 
 def weighted_sum(weights: Sequence[float]) -> KernelCall:
-    """Return the call that adds up models, each times its weight."""
+    """Return the kernel call for the weighted sum of models."""
     return KernelCall("weighted_sum", vectors=(weights,))
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """Return float32 weights divided by their sum, as float32 arithmetic gives it."""
+    """Return weights divided by their sum, in float32 arithmetic."""
     rounded, total = [to_float32(weight) for weight in weights], sum_of(weights)
     if total == 0:
         return [math.copysign(math.inf, weight) if weight else math.nan for weight in rounded]

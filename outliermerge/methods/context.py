@@ -1,4 +1,4 @@
-"""Where a block of a tensor is: what a method may know besides the values."""
+"""What a method may know of a block besides its values: its tensor, and its place in it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The tensor that a block is of, and the block's place in it.
+    """The tensor that a block belongs to, and the block's place in it.
 
     Attributes:
-        name: the tensor's, in the merge; tensors that are tied have one name.
+        name: the tensor's name in the merge; tied tensors share one name.
         shape: of the whole tensor.
-        layer: its place among the layers, from 0; None for what is in no layer.
-        num_layers: of its stack of layers; 0 for what is in no layer.
-        seed: of the merge.
+        layer: the index of the tensor's layer, from 0; None for a tensor outside layers.
+        num_layers: the number of layers in its stack; 0 for a tensor outside layers.
+        seed: the merge's random seed.
         start: the first element of the block.
     """
 
@@ -32,15 +32,15 @@ class Context:
     start: int = 0
 
     def uniform(self, like: Tensor, *, model: int = 0, purpose: str = "") -> Tensor:
-        """Return random numbers in [0, 1), float64, in the shape and on the device of one block.
+        """Return random float64 numbers in [0, 1), with the shape and device of `like`.
 
-        They depend on the seed, the tensor's name, the model, the purpose and the element alone:
-        neither on blocks and threads nor on the device.
+        They depend only on the seed, the tensor's name, the model, the purpose and the element's
+        position. They are the same for any blocks, threads and devices.
 
         Args:
-            like: one model's share of a block: (E,), (R, C) or the tensor's shape.
-            model: its number in the block.
-            purpose: tells streams apart where a method needs several.
+            like: one model's part of a block: (E,), (R, C) or the tensor's shape.
+            model: the model's index in the block.
+            purpose: a name for the random stream, if a method needs several streams.
 
         >>> import torch
         >>> whole = Context("w").uniform(torch.empty(4))

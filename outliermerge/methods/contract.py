@@ -1,4 +1,4 @@
-"""What a merge method is: a pure function on blocks, with its needs and parameters declared."""
+"""The contract of a merge method: a pure function on blocks that declares needs and parameters."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ COARSEST_FIRST: tuple[Cut, ...] = ("tensor", "row", "element")
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A merge method: its function and everything the planner must know of it.
+    """A merge method: its function and everything that the planner must know about it.
 
     Attributes:
-        name: as in a spec.
-        function: (M, E) → (E,), or a pair with a dict of values for the manifest: integer
-            tensors are counts, added up over blocks; others are of the whole tensor.
-        space: what it gets. `weight`: weights. `delta`: task vectors, and the base is added to
-            what it returns. `both`: as `delta`, with the base's block as keyword `base`.
-            `merged`: the task vector that another method has merged; it is a modifier.
+        name: the name of the method in a spec.
+        function: maps a block (M, E) to (E,). It may return a pair of that and a dict of values for
+            the manifest. Integer tensors in the dict are counts, which are added up over blocks;
+            other values describe the whole tensor.
+        space: what the function gets. `weight`: weights. `delta`: task vectors; the base is added
+            to the result. `both`: as `delta`, and the base's block as keyword `base`. `merged`: the
+            task vector that another method has merged; such a method is a modifier.
         cut: how finely a tensor may be split: `element` (M, E), `row` (M, R, C), `tensor`.
-        needs: statistics of a whole tensor or model; each arrives as a float64 keyword tensor.
-        parameters: by YAML name.
-        auxiliary: keywords of tensors beside each model's own, such as Fisher diagonals, in the
-            model's names and shapes; each arrives as a block like the models' (M, …).
-        takes_context: whether it has the keyword `context`.
-        workspace: how many tensors of a block's size the function takes at most, besides the
-            block, for a number of sources: the models, and the base where it uses one.
-        idempotent: tells, for resolved parameters (per-model ones as tuples), whether models
-            that are all equal come back as they are.
-        check: raises ValueError for resolved parameters that do not go together.
-        min_models, max_models: how many models it takes.
-        paper: where it is from.
-        kernel: a fused kernel that computes the same, on backends that have it, or None.
+        needs: statistics of a whole tensor or model. The function gets each as a keyword, a float64
+            tensor.
+        parameters: the method's parameters by YAML name.
+        auxiliary: keywords for further tensors of each model, such as Fisher diagonals, which have
+            the names and shapes of its weights. The function gets each as a block like the models'
+            (M, …).
+        takes_context: whether the function has the keyword `context`.
+        workspace: returns, for a number of sources (the models, and the base where it uses one),
+            the largest number of tensors of a block's size that the function allocates.
+        idempotent: tells, for resolved parameters (per-model ones as tuples), whether the merge of
+            equal models is the same model.
+        check: raises ValueError for resolved parameters that contradict one another.
+        min_models, max_models: the least and greatest number of models it takes; None is no limit.
+        paper: the source of the method, such as an arXiv id.
+        kernel: a fused kernel that computes the same on backends that have it, or None.
     """
 
     name: str
@@ -69,7 +72,7 @@ class MergeMethod:
 
     @property
     def uses_base(self) -> bool:
-        """Whether it works on differences from a base model."""
+        """Whether the method works on differences from a base model."""
         return self.space in ("delta", "both")
 
     @property
@@ -81,11 +84,11 @@ class MergeMethod:
         return inspect.cleandoc(self.function.__doc__ or self.name)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        """Return how often a tensor is read as a rule, for resolved parameters."""
+        """Return how often a tensor is usually read, for resolved parameters."""
         return 1 + max((need.num_passes(parameters) for need in self.needs.values()), default=0)
 
     def resolve(self, num_models: int, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return every parameter by YAML name, per-model ones as tuples of num_models values.
+        """Return all parameters by YAML name, per-model ones as tuples of num_models values.
 
         Raises:
             SpecError: an unknown name, or a value of the wrong type, count or range.
@@ -117,12 +120,12 @@ class MergeMethod:
         return resolved
 
     def __call__(self, block: Tensor, **given: Any) -> Any:
-        """Apply the method to a block; parameters not given have their defaults.
+        """Apply the method to a block; parameters that are not given have their defaults.
 
         Args:
             block: task vectors or weights, shape (M, …).
-            **given: what it declares of needs, auxiliary tensors, `base` and `context`, and any
-                parameters.
+            **given: the needs, auxiliary tensors, `base` and `context` that the method declares,
+                and any parameters.
         """
         others = (*self.needs, *self.auxiliary, "base", "context")
         declared = {name: given.pop(name) for name in others if name in given}
@@ -148,7 +151,7 @@ def _accept(parameters: Mapping[str, Any]) -> None:
 
 
 def _usual_workspace(num_sources: int) -> int:
-    return 5 * num_sources + 4  # as methods of this package were measured
+    return 5 * num_sources + 4  # measured for the methods of this package
 
 
 def merge_method(
@@ -165,24 +168,25 @@ def merge_method(
     paper: str = "",
     kernel: Kernel | None = None,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
-    """Make a merge method of a function on blocks.
+    """Make a merge method from a function on blocks.
 
-    The function's keywords are the declared needs and the method's parameters: annotated
-    `float`, `int`, `bool`, `str` or `PerModel`, each with a default, and
-    `Annotated[…, Interval(ge=…, le=…)]` for a range.
+    The function's keywords are the declared needs and the method's parameters. Each parameter has a
+    default and is annotated `float`, `int`, `bool`, `str` or `PerModel`, or `Annotated[…,
+    Interval(ge=…, le=…)]` for a range.
 
     Args:
-        space: `delta` for task vectors (the base is added back), `both` for these and the base,
-            `weight` for weights, `merged` for a modifier of what another method has merged.
+        space: `delta` for task vectors (the base is added back), `both` for task vectors and the
+            base, `weight` for weights, `merged` for a modifier of the merged task vector.
         cut: `element`, `row` or `tensor`: how finely a tensor may be split.
-        needs: statistics by keyword.
-        auxiliary: keywords of tensors that each model has beside its own.
-        workspace: tensors of a block's size that the function takes, for a number of sources.
-        idempotent: tells whether equal models come back unchanged with given parameters.
-        check: raises ValueError for parameters that do not go together.
+        needs: the statistics that the function needs, by keyword.
+        auxiliary: keywords for further tensors that each model has besides its weights.
+        workspace: returns how many tensors of a block's size the function allocates, for a number
+            of sources.
+        idempotent: tells for given parameters whether the merge of equal models is the same model.
+        check: raises ValueError for parameters that contradict one another.
         min_models: the fewest models it takes.
         max_models: the most models it takes, or None.
-        paper: where it is from.
+        paper: the source of the method, such as an arXiv id.
         kernel: a fused kernel that computes the same; torch computes where there is none.
 
     Raises:

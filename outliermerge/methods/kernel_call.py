@@ -1,4 +1,4 @@
-"""What a method hands to a kernel, and what kernels take: dtypes, places, blocks."""
+"""The arguments of kernels: a method's numbers, dtypes, places and blocks."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 CODES = {"bfloat16": "b", "float16": "e", "float32": "f"}
-"""The dtypes that kernels know, and what they call them."""
+"""The dtypes that kernels support, and the codes that kernels use for them."""
 
 Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
-"""Where bytes are: in memory, or in a file by its descriptor and the position of the first; with a
-second descriptor for writing past the page cache, -1 where there is none."""
+"""Where bytes are: in memory, or in a file, given by its descriptor and the position of the first
+byte. A third number is a second descriptor for direct writes, or -1."""
 
 RawBlock: TypeAlias = (
     tuple[bytes, tuple[Place, ...], int, bool]
     | tuple[bytes, tuple[Place, ...], int, bool, bytearray]
 )
-"""What kernels take: codes and places of each source, the number of elements, and whether the first
-source is a base that the others are taken less; and where digests of each source's pieces go."""
+"""A block as kernels take it: the dtype codes and the places of the sources, the number of
+elements, and whether the first source is a base to subtract from the others. A buffer for the
+digests of each source's pieces can follow."""
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """What a kernel is called with for one tensor; numbers are rounded to float32.
+    """The arguments of a kernel for one tensor; numbers are rounded to float32.
 
     Attributes:
-        name: of the kernel, in the tables of backends.
-        scalars: what it takes once.
-        vectors: what it takes for each model, (K, M).
-        report: values of the whole tensor for the manifest.
-        counts: the name under which the kernel's counts are reported; empty where it has none.
+        name: the kernel's name in the tables of backends.
+        scalars: numbers for the whole tensor.
+        vectors: K numbers for each model, (K, M).
+        report: values for the manifest that describe the whole tensor.
+        counts: the name under which the kernel's counts are reported; empty if it counts nothing.
     """
 
     name: str
@@ -42,16 +43,16 @@ class KernelCall:
     counts: str = ""
 
     def arguments(self) -> tuple[str, bytes, bytes]:
-        """Return the kernel's name, scalars and vectors as the CPU's takes them."""
+        """Return the kernel's name, scalars and vectors as the CPU kernels take them."""
         return self.name, _packed(self.scalars), b"".join(map(_packed, self.vectors))
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fused kernel that computes what a method does, wherever a backend has one of its name.
+    """A fused kernel that computes a method, on every backend that has a kernel of this name.
 
     Attributes:
-        name: in the tables of backends; where one does not have it, torch computes.
+        name: the name in the tables of backends; torch computes for a backend without it.
         function: returns the call for resolved parameters and measured needs.
     """
 
@@ -69,7 +70,7 @@ def _packed(numbers: Sequence[float]) -> bytes:
 
 
 def to_float32(value: float) -> float:
-    """Return a number rounded to float32, infinite where it is too large.
+    """Return a number rounded to float32; infinity if it is too large.
 
     >>> to_float32(0.1), to_float32(1e39)
     (0.10000000149011612, inf)

@@ -57,8 +57,9 @@ def min_sigma(
 
     σ = minᵢ std(ΔWᵢ); δ ↦ δ/n where |δ| ≤ tσ, else δ; W* = W + λ Σ wᵢΔWᵢ.
 
-    σ is of a whole tensor, n the number of task models that have it. The paper recommends t of
-    2 or 3; `weight` and `lambda` are ours, and their defaults are the paper's rule.
+    σ is measured over a whole tensor; n is the number of task models that have the tensor. The
+    paper recommends t of 2 or 3; `weight` and `lambda` are ours, and their defaults are the paper's
+    rule.
 
     Args:
         deltas_ME: task vectors.
@@ -67,8 +68,9 @@ def min_sigma(
         weight: wᵢ, applied after an element is classified.
         lambda_: λ, scales the sum of task vectors.
     """
-    # Arithmetic instead of boolean masks, which torch's CPU kernels take 5 to 15 times longer for.
-    # NaN where a value allowed in is not finite: then nothing tells outliers, all is averaged.
+    # Arithmetic instead of boolean masks, because masks take torch's CPU kernels 5 to 15 times
+    # longer. σ is NaN if a non-finite value was allowed: then no element is an outlier, and all are
+    # averaged.
     threshold = (t * sigma.min()).nan_to_num(nan=math.inf, posinf=math.inf)
     outliers_ME = deltas_ME.hardshrink(float(threshold))  # 0 where |δ| ≤ tσ
     noise_ME = deltas_ME - outliers_ME

@@ -1,4 +1,4 @@
-"""Parameters of a method, as its function's signature declares them."""
+"""The parameters of a method, as its function's signature declares them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 
 _PER_MODEL = "one value per model"
 PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
-"""Annotates a parameter that every model may set for itself; it arrives with shape (M,)."""
+"""Annotates a parameter that each model may set for itself; the function gets shape (M,)."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a method, as its signature declares it.
+    """One parameter of a method.
 
     Attributes:
-        name: as written in YAML (`lambda_` in Python is `lambda` there).
-        type: float, int, bool or str; of one value where the parameter is per model.
-        default: the value where the spec gives none.
+        name: the name in YAML (`lambda_` in Python is `lambda` there).
+        type: float, int, bool or str; for a per-model parameter the type of each value.
+        default: the value if the spec gives none.
         per_model: whether each model may have its own.
         bounds: the range of valid values.
     """
@@ -48,10 +48,10 @@ class Parameter:
         return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
 
     def check(self, value: object) -> Any:
-        """Return one value in the parameter's type.
+        """Return one value, converted to the parameter's type.
 
         Raises:
-            ValueError: it is of another type or out of range; the message says what is expected.
+            ValueError: it has another type or is out of range; the message says what is expected.
         """
         kind = {float: "a number", int: "an integer", bool: "true or false", str: "a text"}
         converted: Any = value
@@ -87,7 +87,7 @@ def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parame
     """Return the parameter that a keyword of a method's function declares.
 
     Raises:
-        TypeError: it has no default, or a type that parameters do not have.
+        TypeError: it has no default, or a type that parameters cannot have.
     """
     where = f"{function.__name__}: parameter {keyword.name!r}"
     if keyword.kind is not inspect.Parameter.KEYWORD_ONLY or keyword.default is keyword.empty:

@@ -24,7 +24,7 @@ def find_method(name: str) -> MergeMethod:
     """Return a method by its name in the table, or by `package.module:function`.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is no such method.
 
     >>> find_method("min_sigma").space
     'delta'

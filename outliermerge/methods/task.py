@@ -1,4 +1,4 @@
-"""One tensor's merge, whoever computes it."""
+"""The description of one tensor's merge, the same for all engines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from outliermerge.methods.kernel_call import CODES
 
 @dataclass(frozen=True)
 class Task:
-    """How one tensor is merged, whoever computes it.
+    """How one tensor is merged; all engines take this.
 
     Attributes:
         parameters: resolved for this tensor, per-model ones as tuples.
-        dtypes: as the sources' values are stored.
-        out_dtype: as the result is stored.
-        compute_dtype: of the arithmetic.
-        shape: of the whole tensor.
-        context: where it is.
-        auxiliary: dtypes of the method's auxiliary tensors, of all models for one after the other.
-        modifiers: what is done to the merged task vector, in order, with resolved parameters.
+        dtypes: the dtypes in which the sources are stored.
+        out_dtype: the dtype in which the result is stored.
+        compute_dtype: the dtype of the arithmetic.
+        shape: the shape of the whole tensor.
+        context: the tensor's name and place in the model, for methods that ask for it.
+        auxiliary: the dtypes of the method's auxiliary tensors: all models' of the first kind, then
+            of the next.
+        modifiers: the modifiers of the merged task vector, in order, with resolved parameters.
     """
 
     method: MergeMethod
@@ -39,7 +40,7 @@ class Task:
 
     @property
     def cut(self) -> Cut:
-        """How finely the tensor may be split: as the coarsest of the method and its modifiers."""
+        """How finely the tensor may be split: the coarsest cut of the method and its modifiers."""
         cuts = {self.method.cut, *(modifier.cut for modifier, _ in self.modifiers)}
         return next(cut for cut in COARSEST_FIRST if cut in cuts)
 
@@ -52,7 +53,7 @@ class Task:
         return len(self.dtypes) - self.is_delta
 
     def fits_kernels(self, names: Container[str]) -> bool:
-        """Tell whether a backend with kernels of these names computes it, by its dtypes too."""
+        """Tell whether a backend with kernels of these names supports this merge and its dtypes."""
         dtypes = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
         return (
             self.method.kernel is not None

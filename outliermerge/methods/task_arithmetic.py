@@ -1,4 +1,4 @@
-"""Task arithmetic and its sparse relatives.
+"""Task arithmetic, and TIES, which makes task vectors sparse first.
 
 Shape suffixes: M models, E elements.
 """
@@ -133,7 +133,8 @@ def ties(
     """
     import torch
 
-    # Arithmetic instead of boolean masks, which torch's CPU kernels take 5 to 15 times longer for.
+    # Arithmetic instead of boolean masks, because masks take torch's CPU kernels 5 to 15 times
+    # longer.
     threshold_M, scale_M = trim.to(deltas_ME.dtype)
     largest_dropped_M = threshold_M.nextafter(torch.zeros_like(threshold_M))
     trimmed_ME = torch.stack(
@@ -141,7 +142,7 @@ def ties(
     )
     weighted_ME = trimmed_ME * (weight * scale_M)[:, None]
     sign_E = (weighted_ME.sum(0).sign() + 0.5).sign()  # +1 where the sum is 0
-    agreeing_ME = (weighted_ME * sign_E).relu()  # |mᵢ| where it has that sign, else 0
+    agreeing_ME = (weighted_ME * sign_E).relu()  # |mᵢ| if mᵢ has that sign, else 0
     merged_E: Tensor = agreeing_ME.sum(0) * sign_E
     if normalize:
         divisor_E = (agreeing_ME.sign() * weight[:, None]).sum(0)

@@ -1,1 +1,1 @@
-"""The output while it is being written, and how it takes its name."""
+"""The output while it is being written, and its renaming to the final name."""

@@ -1,4 +1,4 @@
-"""An output while it is being written: OUT.partial, its files, and what is done of it."""
+"""An output while it is being written: OUT.partial, its files, and its finished tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.reader import write_exactly
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
 from outliermerge.output.journal import Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
@@ -31,17 +31,18 @@ from outliermerge.storage.system import (
 
 
 class OutputFolder:
-    """OUT.partial and its journal, held by the one process that makes and names the output.
+    """OUT.partial and its journal, locked by the one process that makes the output.
 
-    A journal line follows each finished tensor, so that a killed run can go on. On opening, the
-    tensors in the journal are read back and those whose checksum differs (lost by a power cut)
-    are done again. What parts have written (`parts.py`) is taken over in the same way.
+    After each finished tensor a line is written to the journal, so that a killed run can be
+    resumed. On opening, the tensors in the journal are read back. Those with another checksum
+    (their bytes were lost in a power cut) are done again. Tensors that parts have written
+    (`parts.py`) are taken over in the same way.
 
     Attributes:
-        final: the name that the output gets.
-        path: where it is written.
-        writer: its weight files.
-        is_finished: an earlier run had done all but the last step, which is done now.
+        final: the path that the output gets at the end.
+        path: the folder in which it is written, OUT.partial.
+        writer: writes its weight files.
+        is_finished: an earlier run had written everything, and the renaming is complete now.
     """
 
     def __init__(
@@ -59,18 +60,20 @@ class OutputFolder:
         """Lock the output and open its files.
 
         Args:
-            final: as `real_output` gives it.
-            identity: what must be the same for a killed run to be continued.
-            marks: what tells the inputs' files, though a resume may find others.
-            fresh: start over.
-            overwrite: replace an output that is there, at the end.
-            all_named: all outputs of this command got their names in an earlier run.
-            part: of the plan that is to be written into the output, which others may be doing
-                at the same time: then nothing is taken away from them.
+            final: the path that `real_output` returned.
+            identity: the facts of a merge that must be equal for a killed run to be continued.
+            marks: identify the inputs' files; a resume compares them, and rereads inputs that
+                differ.
+            fresh: start over, without the tensors of an earlier run.
+            overwrite: replace an existing output, at the end.
+            all_named: an earlier run gave all outputs of this command their final names.
+            part: the part of the plan for which the output is opened. Other processes may be
+                writing other parts, so their tensors and files are left alone.
 
         Raises:
             BusyError: another process holds it.
-            OutlierMergeError: something else is there, or what was begun is another merge.
+            OutlierMergeError: something else has that name, or an unfinished output of another
+                merge is there.
         """
         check_apart(plan.inputs, final)
         self.final, self.path = final, partial_folder(final)
@@ -99,7 +102,7 @@ class OutputFolder:
             raise
 
     def _finish_earlier(self, identity: Mapping[str, Any], *, fresh: bool) -> bool:
-        """Finish what a kill left between two names; tell whether it was this very merge."""
+        """Finish a renaming that a kill interrupted; tell whether it was this same merge."""
         if not is_named(self._journal):
             return False
         finish_naming(self._journal)
@@ -109,7 +112,7 @@ class OutputFolder:
         return True
 
     def _begin(self, identity: Mapping[str, Any], *, fresh: bool) -> None:
-        """Check and take over what is there of an earlier run, or make the folder."""
+        """Check and take over the folder of an earlier run, or make it."""
         ours = {*(self._journal.last("shards") or ()), *self._shard_names, *self._beside}
         number = inode(self.path)
         if number is not None:
@@ -119,7 +122,7 @@ class OutputFolder:
             self._refuse_foreign(foreign)
         self._check_room()
         differing = _differing(self._journal.identity, identity)
-        if self._part and not differing:  # other parts may be at work, and have their own
+        if self._part and not differing:  # other parts may be at work, with their own lines
             self._progress.take_over(self._journal)
         elif fresh or not self._take_over():
             if number is not None:
@@ -129,13 +132,13 @@ class OutputFolder:
         elif differing:
             raise OutlierMergeError(
                 f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
-                "Use --fresh to start over."
+                f"Use {argument('fresh', True)} to start over."
             )
         self._journal.add({"process": process(self._part)})
         self._make()
 
     def _take_over(self) -> bool:
-        """Go on with what journals say is done; tell whether they say anything.
+        """Take over the finished tensors in the journals; tell whether there are any.
 
         Raises:
             BusyError: another process is writing a part of it.
@@ -152,7 +155,7 @@ class OutputFolder:
 
     @property
     def _beside(self) -> set[str]:
-        """Names of the files beside the weights that this run or an earlier one wrote."""
+        """The names of the files beside the weights that this run or an earlier run wrote."""
         return {name for names in self._journal.all("files") for name in names}
 
     def _refuse_foreign(self, names: Iterable[str]) -> None:
@@ -166,11 +169,11 @@ class OutputFolder:
         with naming(self.path, "made"):
             self.path.mkdir(exist_ok=True)
         self._journal.add({"folder": inode(self.path)})
-        self._journal.sync()  # what is in the folder is known as ours after a power cut too
+        self._journal.sync()  # then even after a power cut the files are known as ours
         self._is_begun = True
 
     def _check_room(self) -> None:
-        """Refuse a disk that is too small, before a file is made."""
+        """Raise an error if the disk is too small, before any file is made."""
         needed = sum(shard.num_bytes for shard in self._plan.shards)
         written = sum(
             reserved_bytes(status)
@@ -184,11 +187,11 @@ class OutputFolder:
             )
 
     def forget_all(self) -> None:
-        """Take no tensor over into a later run, as it may be made of two states of an input."""
+        """Forget all tensors: they may have been made from two states of an input."""
         self.done.clear()
 
     def forget_unfit(self, *, allow_non_finite: bool) -> None:
-        """Forget the tensors of an earlier run that this one may not take over."""
+        """Forget the tensors of an earlier run that this run may not take over."""
         if not self.is_finished:
             self._progress.forget_unfit(self.writer, allow_non_finite=allow_non_finite)
 
@@ -198,12 +201,12 @@ class OutputFolder:
         return self._progress.done
 
     def record(self, job: Job, result: JobResult) -> None:
-        """Note in the journal that a tensor is written; for one thread at a time."""
+        """Note in the journal that a tensor is written; one thread at a time may call this."""
         self.done[job.name] = result
         self._journal.add(line_of(job, result))
 
     def write_files(self, contents: Mapping[str, bytes | Path]) -> None:
-        """Write files beside the weights, or copy them; those of an earlier run are replaced."""
+        """Write or copy files beside the weights, replacing those of an earlier run."""
         self._journal.add({"files": sorted(contents)})
         for name, data in contents.items():
             with naming(self.path / name, "written"):
@@ -218,11 +221,11 @@ class OutputFolder:
                     os.close(descriptor)
 
     def finish(self, files: Iterable[str]) -> None:
-        """Have everything reach the disk, and say in the journal that names change now.
+        """Sync everything to disk, and note in the journal that renaming begins.
 
         Args:
-            files: what the folder holds besides the shards; what else an earlier run wrote is
-                removed.
+            files: the names of the files besides the shards. Other files that an earlier run wrote
+                are removed.
 
         Raises:
             OutlierMergeError: somebody has put something into the folder, or a call failed.
@@ -234,36 +237,36 @@ class OutputFolder:
         with naming(self.path, "brought to the disk"):
             for root, _, _ in os.walk(self.path):
                 sync_folder(Path(root))
-            self.writer.close()  # some systems rename no folder with an open file
+            self.writer.close()  # some systems cannot rename a folder with an open file
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)
 
     @property
     def all_named(self) -> bool:
-        """Tell whether an earlier run gave all outputs of this command their names."""
+        """Tell whether an earlier run gave all outputs of this command their final names."""
         return self.is_finished and bool(self._journal.last("all named"))
 
     def say_all_named(self) -> None:
-        """Say in the journal that no output of this command is left without its name."""
+        """Note in the journal that all outputs of this command have their final names."""
         self._journal.add({"all named": True})
         self._journal.sync()
 
     def name(self) -> Path | None:
-        """Give the output its name; return where foreign files of the old one are left, if any."""
+        """Rename the output to its final name; return where foreign files are kept, if any."""
         return finish_naming(self._journal)
 
     def forget(self) -> None:
-        """Remove the journals of an output that has its name, and give up the lock."""
+        """Remove the journals of an output that has its final name, and release the lock."""
         remove_parts(self.final)
         self._journal.remove()
         self._is_begun = False
         self.close()
 
     def close(self) -> None:
-        """Close every file and give up the lock; an output with no finished tensor is removed."""
+        """Close all files and release the lock; remove an output without a finished tensor."""
         self.writer.close()
         if self._is_begun and not self.done and not self._part:
-            with suppress(OSError, OutlierMergeError):  # what stays is taken up by the next run
+            with suppress(OSError, OutlierMergeError):  # the next run takes up the files that stay
                 remove_files(self.path, {*self._shard_names, *self._beside})
                 remove_parts(self.final)
                 self._journal.clear()
@@ -272,10 +275,10 @@ class OutputFolder:
 
 
 def finish_interrupted(final: Path) -> None:
-    """Finish what a kill left between two names of an output, where no run is about it."""
+    """Finish an output's renaming that a kill interrupted, if no run is working on it."""
     if not os.path.lexists(journal_path(final)):
         return
-    with suppress(OutlierMergeError):  # a run has it, or it is none of ours
+    with suppress(OutlierMergeError):  # a run holds it, or it is not ours
         journal = Journal(final)
         try:
             if is_named(journal):
@@ -287,7 +290,7 @@ def finish_interrupted(final: Path) -> None:
 
 
 def _parts(data: bytes | Path) -> Iterator[bytes]:
-    """Yield the bytes of a file to be copied, some at a time, or of what is in memory."""
+    """Yield the bytes of a file to be copied, block by block, or the given bytes."""
     if isinstance(data, bytes):
         yield data
         return
@@ -304,6 +307,6 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
 
 
 def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """Return what two runs differ in, by what a user calls it."""
+    """Return what differs between two runs, in the user's words."""
     now = json.loads(json.dumps(now))
     return [key for key in now if (found or {}).get(key) != now[key]]

@@ -1,4 +1,4 @@
-"""The journal of an output: what is done, in lines with checksums; its lock says who writes."""
+"""The journal of an output: lines with checksums that say what is done, and a lock."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from outliermerge.output.names import journal_path, partial_folder
 from outliermerge.storage.failures import failure
 from outliermerge.storage.system import lock, open_to_append, remove_open
 
-# What every journal of ours begins with. The number rises when older versions cannot read it.
+# The start of every journal. The number rises when older versions cannot read the format.
 _BEGINNING, _ANY_BEGINNING = b'{"outliermerge journal": 2, ', b'{"outliermerge journal": '
-_MOST_BYTES = 256 << 20  # that of a merge of 46,000 tensors has some 20 MB
+_MOST_BYTES = 256 << 20  # the journal of 46,000 tensors has about 20 MB
 
 
 class BusyError(OutlierMergeError):
     """Another process holds an output, or a part of it.
 
     Attributes:
-        is_beginning: it holds the output for the moment in which it begins a part.
+        is_beginning: it holds the output only for the moment in which it begins a part.
     """
 
     def __init__(self, final: Path, holder: Mapping[str, Any], *, is_part: bool) -> None:
@@ -41,24 +41,24 @@ class BusyError(OutlierMergeError):
 
 
 class Journal:
-    """A file beside an output that one process at a time can hold; parts have one each.
+    """A file beside an output that one process at a time can lock; each part has one.
 
-    It is there from before the first byte of an output until the output has its name, so that
-    what a killed run left can be told from what is somebody else's. Each line ends with the
-    checksum of what stands before it; a line that was cut or changed counts for nothing.
+    It exists from before the first byte of an output is written until the output has its final
+    name. So files left by a killed run can be told from files of somebody else. Each line ends with
+    the checksum of the rest of the line; a line that was cut or changed is ignored.
 
     Attributes:
-        path: where it is.
-        lines: what it holds, less the first line; lines that are damaged are left out.
-        identity: what the output was begun with; None where it has not been begun.
+        path: the path of the file.
+        lines: its entries, without the first line and without damaged lines.
+        identity: the identity of the merge that began the output; None if none has.
     """
 
     def __init__(self, final: Path, part: str = "") -> None:
-        """Open the journal of an output or of a part, made where it is missing, and lock it.
+        """Open and lock the journal of an output or of a part; a missing one is made.
 
         Raises:
             BusyError: another process holds it.
-            OutlierMergeError: it is no journal, or cannot be opened.
+            OutlierMergeError: the file is not a journal, or cannot be opened.
         """
         self.final, self.path = final, journal_path(final, part)
         self.identity: Mapping[str, Any] | None = None
@@ -92,28 +92,28 @@ class Journal:
             return
         self.identity = entry["identity"]
         self.lines = [line for line in map(_entry, others) if line is not None]
-        if not raw.endswith(b"\n"):  # what a kill cut short must not join the next line
+        if not raw.endswith(b"\n"):  # a line that a kill cut short must not join the next line
             self._write(b"\n")
 
     def begin(self, identity: Mapping[str, Any], **more: Any) -> None:
-        """Start over, with what an output is begun with."""
+        """Start over, with the identity of a merge."""
         self.clear()
         self.identity = json.loads(json.dumps(identity))
         self._write(_line({"outliermerge journal": 2, "identity": self.identity}))
         self.add(more)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._do(lambda: os.ftruncate(self._descriptor, 0))
         self.identity, self.lines = None, []
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Write a line."""
+        """Append an entry."""
         self.lines.append(json.loads(json.dumps(entry)))
         self._write(_line(entry))
 
     def last(self, key: str) -> Any:
-        """Return the newest value of a key; None where no line has it."""
+        """Return the newest value of a key; None if no line has the key."""
         return next((line[key] for line in reversed(self.lines) if key in line), None)
 
     def all(self, key: str) -> list[Any]:
@@ -121,15 +121,15 @@ class Journal:
         return [line[key] for line in self.lines if key in line]
 
     def sync(self) -> None:
-        """Have all lines reach the disk."""
+        """Sync all lines to disk."""
         self._do(lambda: os.fsync(self._descriptor))
 
     def remove(self) -> None:
-        """Remove the file, all being done, and give up the lock."""
+        """Remove the file when everything is done, and release the lock."""
         self._do(lambda: remove_open(self.path, self._close))
 
     def close(self) -> None:
-        """Give up the lock; a journal of nothing is removed."""
+        """Release the lock; remove the journal if it has no entry."""
         if self._descriptor < 0:
             return
         if self.identity is None and os.fstat(self._descriptor).st_size == 0:
@@ -162,7 +162,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _entry(raw: bytes) -> dict[str, Any] | None:
-    """Return what a line says; None where it is not as it was written."""
+    """Return the entry of a line; None if the line is damaged."""
     text, _, checksum = raw.rpartition(b"\t")
     if xxhash.xxh3_64_hexdigest(text).encode() != checksum:
         return None
@@ -174,11 +174,11 @@ def _entry(raw: bytes) -> dict[str, Any] | None:
 
 
 def _is_fit(entry: Mapping[str, Any], text: bytes) -> bool:
-    """Tell whether an entry has the form that this version writes; others may have written it."""
+    """Tell whether an entry has the form that this version writes; other versions may differ."""
     if b"\\ud" in text:
         try:
             json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a lone surrogate, which no name of ours has
+        except UnicodeEncodeError:  # a lone surrogate; no name that we write has one
             return False
     if "tensor" in entry and entry.keys() != _RESULT.keys():
         return False
@@ -187,7 +187,7 @@ def _is_fit(entry: Mapping[str, Any], text: bytes) -> bool:
 
 
 def _is_move(value: object) -> bool:
-    """Tell whether a value is that of `naming`: it moves nothing but what is in OUT.partial."""
+    """Tell whether a value is valid for `naming`: it may move only files in OUT.partial."""
     return (
         isinstance(value, dict)
         and value.keys() == {"source", "new", "old"}
@@ -230,7 +230,7 @@ _RESULT: dict[str, Callable[[Any], bool]] = {
 
 
 def _locked(path: Path, final: Path) -> int:
-    """Open and lock a journal; the file that has its name, not one that was removed meanwhile."""
+    """Open and lock a journal; open it again if the file was removed in between."""
     while True:
         descriptor = _opened(path)
         try:
@@ -278,7 +278,7 @@ def parts(final: Path) -> list[str]:
 
 
 def remove_parts(final: Path) -> None:
-    """Remove the journals of parts, for the process that holds the output's own.
+    """Remove the journals of parts; the caller holds the output's own journal.
 
     Raises:
         BusyError: another process is writing one.
@@ -288,13 +288,13 @@ def remove_parts(final: Path) -> None:
 
 
 def process(part: str = "") -> dict[str, Any]:
-    """Return what tells people which process holds a journal."""
+    """Return the description of this process that its journal shows to people."""
     of_part = {"part": part} if part else {}
     return {"pid": os.getpid(), "host": socket.gethostname(), "began": int(time.time())} | of_part
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """Return which process holds a journal, as far as it says."""
+    """Return the description of the process that holds a journal; may be empty."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         raw = file.read(_MOST_BYTES)
@@ -303,7 +303,7 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _told(holder: Mapping[str, Any]) -> str:
-    """Return who holds a journal, for a message."""
+    """Return a phrase for messages on who holds a journal."""
     try:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["began"]))
         part = f" of part {holder['part']}" if "part" in holder else ""

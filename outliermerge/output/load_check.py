@@ -1,7 +1,7 @@
-"""The proof that an output loads: transformers or diffusers builds its model and finds all.
+"""The proof that an output loads: transformers or diffusers builds the model and finds all tensors.
 
-They are asked in another process, which takes seconds, while the merge works: see load_worker.
-What the base itself lacks or has in excess is no fault of the merge, and is noted.
+They run in another process beside the merge, because this takes seconds: see load_worker.
+Tensors that the base itself lacks or has in excess are no fault of the merge; they are noted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outliermerge.checkpoint.config import counts_as_predicted, read_json
 from outliermerge.checkpoint.folders.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
-from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.errors import OutlierMergeError, argument, listing, shown
 from outliermerge.output.parted import find_parted, refuse_parted
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.sidecars import sidecar_contents
@@ -34,7 +34,7 @@ Findings: TypeAlias = Mapping[str, Any]
 _REFUSED = "the output does not load, as the base does not"
 _KINDS = ("missing", "unexpected", "mismatched")
 _TIMEOUT_SECONDS = 600
-# "" is the working directory, where a file of a model must not stand for a module.
+# "" is the working directory; a file of a model there must not be imported as a module.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from outliermerge.output.load_worker import main; main()"
@@ -50,18 +50,18 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of an output's loading.
+    """The result of the check whether an output loads.
 
     Attributes:
         status: `loads`, `does not load`, `does not load, as the base does not`, or `not checked`.
         by: the library, its version and the class, for each part that loads.
         problems: why it does not load.
-        notes: what was not checked, and what is as in the base.
-        as_base: by component's folder what is as in the base: names of tensors or the error.
-        checked: the components' folders whose class could be asked.
-        num_rows: by component's folder the rows of the input embeddings in the class.
-        tied: pairs of the output's tensors that the class makes one.
-        parted: those that the merge does not treat as one, in words.
+        notes: what was not checked, and problems that the base has as well.
+        as_base: by component's folder the problems that the base has as well: tensors or the error.
+        checked: the folders of the components whose class could be built.
+        num_rows: by component's folder the rows of the input embeddings that the class builds.
+        tied: pairs of the output's tensors that the class ties.
+        parted: those of them that the merge does not treat as one, in words.
     """
 
     status: str
@@ -92,17 +92,18 @@ class Verdict:
                 "the output would not load:\n"
                 + "\n".join(self.problems)
                 + "\nIts config.json and its tensors do not fit: `config_source` takes the config "
-                "of another model. Without this check (--no-load-check) it is written as it is."
+                f"of another model. Without this check ({argument('load_check', False)}) it is "
+                "written as it is."
             )
 
 
 @dataclass(frozen=True)
 class Part:
-    """A model of its own: the output, or one component of a pipeline.
+    """A model that is loaded by itself: the output, or one component of a pipeline.
 
     Attributes:
-        found_in_base: what its base was found to have, where that is known already.
-        base: the same part of the base, else.
+        found_in_base: the findings for the same part of the base, if they are known already.
+        base: otherwise the same part of the base, which is then checked, too.
     """
 
     folder: str
@@ -114,7 +115,7 @@ class Part:
     found_in_base: Findings | None = None
 
     def request(self) -> dict[str, Any]:
-        """Return it as load_worker.check_part takes it."""
+        """Return the part in the form that load_worker.check_part takes."""
         return {
             "library": self.library,
             "class": self.class_name,
@@ -126,13 +127,12 @@ class Part:
 def find_parts(
     shapes: Shapes, components: Sequence[str], read: Callable[[str], Mapping[str, Any]]
 ) -> tuple[dict[str, Part], list[str]]:
-    """Return the parts that name their class, by their folder, and why others are not checked.
+    """Return by folder the parts that name their class, and why others are not checked.
 
     Args:
-        shapes: of all tensors, by name.
-        components: their folders, "" for a model that is not a pipeline.
-        read: gives the JSON object that a file of the model holds, an empty one where there is
-            none.
+        shapes: the shapes of all tensors, by name.
+        components: the parts' folders; "" for a model that is not a pipeline.
+        read: returns the JSON object in a file of the model, an empty one if there is no file.
     """
     index = read(PIPELINE_NAME)
     parts, notes = {}, []
@@ -165,7 +165,7 @@ def _not_checked(folder: str, why: str) -> str:
 
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
-    """Return the parts of a plan's output, with the same parts of the reference."""
+    """Return the parts of a plan's output, each with the same part of the reference."""
     contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
@@ -187,9 +187,9 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
 
 
 def _stored_shapes(plan: Plan) -> Shapes:
-    """Return the reference's tensors as it stores them, none where that is not known.
+    """Return the shapes of the reference's stored tensors; empty if they are not known.
 
-    Those whose rows the merge changes are left out: their shapes in the plan are the output's.
+    Tensors whose rows the merge changes are left out: the plan has only their output shapes.
     """
     tensors = plan.inputs[0].checkpoint.tensors
     unchanged = {n: source for n, source in tensors.items() if n not in plan.proof.resized}
@@ -205,7 +205,7 @@ def _stored_shapes(plan: Plan) -> Shapes:
 
 
 class LoadCheck:
-    """A check that runs in another process, for outputs that are planned or written."""
+    """A check in another process, of outputs that are planned or written."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class LoadCheck:
 
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
-        """Start to check what plans would write."""
+        """Start to check the outputs that plans describe."""
         alone = "a single file has no config beside it: nothing says what loads it"
         outputs = [([], [alone]) if plan.is_one_file else _parts_of_plan(plan) for plan in plans]
         return cls(outputs, plans)
@@ -260,14 +260,14 @@ class LoadCheck:
         self._files.close()
 
     def raise_if_bad(self) -> None:
-        """Raise OutlierMergeError if it is known by now that an output does not load."""
+        """Raise OutlierMergeError if the check has already found that an output does not load."""
         if self._process is None or self._process.poll() is not None:
             for verdict in self.verdicts():
                 verdict.raise_if_bad()
 
     def verdicts(self) -> list[Verdict]:
-        """Wait, and return what is known of each output."""
-        with self._lock:  # any thread of a merge may ask first
+        """Wait for the check, and return the verdict on each output."""
+        with self._lock:  # several threads of a merge may ask at once
             if self._verdicts is None:
                 answers = self._answers()
                 self._verdicts = []
@@ -304,7 +304,7 @@ def _pair(part: Part) -> str:
 def _judge(
     found: Sequence[tuple[Part, Findings, Findings | None]], notes: Sequence[str]
 ) -> Verdict:
-    """Say what findings mean, beside those of the base."""
+    """Return the verdict for the findings on an output, compared with those on the base."""
     by, problems, said = [], [], list(notes)
     as_base: dict[str, Findings] = {}
     for part, ours, theirs in found:

@@ -1,8 +1,9 @@
-"""Asks transformers and diffusers, in a process of its own, what loading a model would find.
+"""A process that asks transformers and diffusers what loading a model would find.
 
-The model is built on torch's meta device and loaded from tensors that have shapes and no data, by
-the libraries' own from_pretrained: so names that they rename, tie, pack or ignore are theirs to
-know, and neither memory nor disk is taken. No code of a model is run (trust_remote_code).
+The model is built on torch's meta device. The libraries' own from_pretrained loads it from tensors
+that have shapes and no data. So the libraries themselves decide which names they rename, tie, pack
+or ignore, and no memory or disk space is needed. Code in a model's folder is never run
+(trust_remote_code is off).
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _MAX_WORDS = 400
 
 
 def main() -> None:
-    """Read a request from standard input and write what is found to standard output.
+    """Read a request from standard input and write the findings to standard output.
 
-    The request is a list of pairs of parts: one of an output, and the same of its base or None,
-    which is looked at only where the output's does not load clean. The answer has a pair of what
-    `check_part` returns for each.
+    The request is a list of pairs: a part of an output, and the same part of its base or None. The
+    base's part is checked only if the output's has problems. The answer has a pair of findings for
+    each, as `check_part` returns them.
     """
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print
+    os.dup2(2, 1)  # text that the libraries print goes to standard error
     pairs = json.load(sys.stdin)
     with answer:
         json.dump([check_pair(*pair) for pair in pairs], answer)
@@ -38,23 +39,23 @@ def main() -> None:
 def check_pair(
     output: Mapping[str, Any], base: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return what loading an output's part finds, and if that is not clean, the base's."""
+    """Return the findings on an output's part and, if it has problems, on the base's part."""
     found = check_part(output)
     clean = "by" in found and not (found["missing"] or found["unexpected"] or found["mismatched"])
     return found, None if clean or base is None else check_part(base)
 
 
 def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what from_pretrained finds in a model.
+    """Return what from_pretrained finds when it loads a model.
 
     Args:
-        part: its "library" and "class", its "config", and "tensors", shapes by name.
+        part: the model's "library" and "class", its "config", and "tensors", the shapes by name.
 
     Returns:
-        "by" (library and version), the "missing" and "unexpected" names, the "mismatched"
-        [name, found, expected], the "num_rows" of the input embeddings or None, and the "tied"
-        [name, other]; or
-        "unknown", why it cannot be told here; or "error", how the library fails.
+        A dict with "by" (library and version), the "missing" and "unexpected" names, the
+        "mismatched" [name, found, expected], the "num_rows" of the input embeddings or None, and
+        the "tied" [name, other]. Or a dict with "unknown", the reason why the model cannot be
+        checked here. Or a dict with "error", the message with which the library fails.
     """
     library, name = part["library"], part["class"]
     try:
@@ -63,17 +64,17 @@ def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
         return {"unknown": str(unknown)}
     except ImportError as error:
         return {"unknown": f"{name} cannot be imported: {_words(error)}"}
-    except Exception as error:  # from_pretrained may raise anything for a config that is wrong
+    except Exception as error:  # from_pretrained may raise anything for a wrong config
         return {"error": f"{type(error).__name__}: {_words(error)}"}
     return found
 
 
 class _Unknown(Exception):
-    """Why a model cannot be built here, whatever its weights."""
+    """A model cannot be built here, whatever its weights are; the text says why."""
 
 
 def _words(error: Exception) -> str:
-    """Return an error's text in one line, without what colours a terminal."""
+    """Return an error's text in one line, without the escape codes of terminal colours."""
     text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())
     return text if len(text) <= _MAX_WORDS else text[:_MAX_WORDS] + "…"
 
@@ -99,7 +100,7 @@ def _load(library: str, name: str, part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tied(model: Any, names: Mapping[str, Any]) -> list[list[str]]:
-    """Return the pairs of tensors that a class of transformers 5 ties, of those that are stored."""
+    """Return the pairs of stored tensors that a class of transformers 5 ties."""
     ties = getattr(model, "all_tied_weights_keys", None)
     pairs = ties.items() if isinstance(ties, dict) else ()
     return sorted([name, other] for name, other in pairs if {name, other} <= names.keys())
@@ -113,7 +114,7 @@ def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
         raise _Unknown(f"{wanted} must be installed")
     if library in ("transformers", "diffusers"):
         module: Any = import_module(library)
-    else:  # a folder of diffusers.pipelines, or a module of the pipeline's own
+    else:  # a subpackage of diffusers.pipelines, or a module in the pipeline's folder
         module = getattr(import_module("diffusers.pipelines"), library, None)
     found = getattr(module, name, None)
     if isinstance(found, type) and callable(getattr(found, "from_pretrained", None)):
@@ -126,7 +127,7 @@ def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _check_type(model_class: Any, config: Mapping[str, Any]) -> None:
-    """Refuse a model type that AutoConfig does not know, whatever the class makes of it."""
+    """Refuse a model type that AutoConfig does not know, even if the class accepts it."""
     kind = config.get("model_type")
     known = import_module("transformers").CONFIG_MAPPING
     own = getattr(getattr(model_class, "config_class", None), "model_type", None)
@@ -143,7 +144,8 @@ def _load_transformers(
     import torch
 
     if find_spec("accelerate") is None:
-        # All goes to one device, for which only accelerate's presence is asked.
+        # All tensors go to one device; for that, transformers only checks that accelerate is
+        # installed.
         for home in ("transformers.integrations.accelerate", "transformers.modeling_utils"):
             asks: Any = import_module(home)
             if hasattr(asks, "is_accelerate_available"):
@@ -166,7 +168,7 @@ def _load_transformers(
 def _load_diffusers(
     model_class: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Load from a file of tensors without data, as diffusers takes none from memory."""
+    """Load from a file of tensors without data: diffusers takes no tensors from memory."""
     import torch
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -185,7 +187,7 @@ def _load_diffusers(
 
 
 def _mismatch(entry: Any) -> list[Any]:
-    """Return name, found and expected shape; transformers 4 may tell the name alone."""
+    """Return name, found and expected shape; transformers 4 may give only the name."""
     if isinstance(entry, str):
         return [entry, [], []]
     name, found, expected = entry
@@ -193,7 +195,7 @@ def _mismatch(entry: Any) -> list[Any]:
 
 
 def _num_rows(model: Any) -> int | None:
-    """Return the rows of the input embeddings; None where a model has none for tokens."""
+    """Return the rows of the input embeddings; None if a model has no token embeddings."""
     from torch import nn
 
     try:

@@ -1,4 +1,4 @@
-"""What is written beside the weights (manifest, model card, configuration), and its proof."""
+"""The files beside the weights (manifest, model card, configuration), and their verification."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
 
 CARD_NAME = "README.md"
-# What git, the hub's client and desktops leave in a folder; no loader reads it.
+# Names that git, the hub's client and desktops leave in a folder; no loader reads them.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
              ".DS_Store"}  # fmt: skip
 
 
 def identity(plan: Plan, options: Options) -> dict[str, Any]:
-    """Return what must be the same for a killed run to be continued, by what a user calls it."""
+    """Return the facts that must be equal for a killed run to be continued, in user's words."""
     layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
     pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
     return {
         "the outliermerge version": version("outliermerge"),
         "the torch version": version("torch"),
         "the device": options.device.partition(":")[0],
-        "what computes (--no-kernels)": "kernels" if options.kernels else "torch",
+        "what computes (kernels or torch)": "kernels" if options.kernels else "torch",
         "the spec": plan.spec.as_dict(),
-        "the layout of the output (--shard-size, tensors)": layout,
+        "the layout of the output (the size of its files, tensors)": layout,
         "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
             xxhash.xxh3_128_hexdigest(repr(pairing).encode("utf-8", "surrogatepass"))
         ),
@@ -70,7 +70,7 @@ def write_sidecars(
     *,
     load_check: Verdict | None = None,
 ) -> dict[str, Any]:
-    """Write everything but the weights into an output, the manifest last, and return it."""
+    """Write everything but the weights into an output, the manifest last; return the manifest."""
     contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
     contents |= {name: text.encode() for name, text in indexes.items()}
@@ -159,20 +159,20 @@ def _manifest(
 
 
 def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
-    """Return a checksum of a file, or name it where it cannot be read."""
+    """Return the checksum of a file, or raise an error that names it."""
     with naming(path, "read"):
         return checksum(path)
 
 
 def _relative(path: Path, root: Path) -> str:
-    """Return a path as seen from a model's folder; whole where it is elsewhere, as a base is."""
+    """Return a path relative to a model's folder; the whole path if it is outside, as a base is."""
     if path == root or not path.is_relative_to(root):
         return str(path)
     return path.relative_to(root).as_posix()
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON values; infinite and NaN numbers become texts, empty entries are left out."""
+    """Return JSON values: infinite and NaN numbers become texts, empty entries are left out."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if v not in ({}, []) or k == "shape"}
     if isinstance(value, (list, tuple)):
@@ -218,7 +218,7 @@ def _model_card(plan: Plan) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a name from outside as Markdown code, out of which nothing in it can break."""
+    """Return a foreign name as Markdown code, escaped so that it stays inside the code."""
     text = shown(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -226,7 +226,7 @@ def _code(text: str) -> str:
 
 
 def _fenced(yaml: str) -> str:
-    """Return YAML as a block of Markdown, whatever backticks are in it."""
+    """Return YAML as a code block of Markdown, even if it contains backticks."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
     return f"{fence}yaml\n{yaml}{fence}"
 
@@ -321,9 +321,9 @@ def _differing_tensors(
 
 
 def card_notes(folder: Path) -> list[str]:
-    """Return a note where a folder's model card is no longer the one that was written.
+    """Return a note if a folder's model card has changed since it was written.
 
-    People edit it, and no loader reads it: it is no difference of the model.
+    People edit the card, and no loader reads it: this does not count as a difference.
     """
     entry = read_manifest(folder)["files"].get(CARD_NAME)
     path = folder / CARD_NAME

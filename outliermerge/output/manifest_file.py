@@ -11,14 +11,14 @@ from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
 MANIFEST_FORMAT = 1
-MAX_MANIFEST_VALUES = 10_000_000  # a manifest of 46,000 tensors and eight models has some 5 million
+MAX_MANIFEST_VALUES = 10_000_000  # 46,000 tensors of eight models give about 5 million
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of an output, a folder or a file.
 
     Raises:
-        OutlierMergeError: there is none, or it is not one of ours.
+        OutlierMergeError: there is no manifest, or outliermerge did not write it.
     """
     path = manifest_path(folder)
     data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)

@@ -1,4 +1,4 @@
-"""Where an output and what belongs to it lie."""
+"""The paths of an output and of the files that belong to it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _LONGEST = ".partial.journal"
 
 
 def partial_folder(final: Path) -> Path:
-    """Return where an output is written before it has its name."""
+    """Return the folder in which an output is written before it has its final name."""
     return final.with_name(final.name + ".partial")
 
 
 def journal_path(final: Path, part: str = "") -> Path:
-    """Return the file that says how far an output is, or a part of it; its lock says who writes."""
+    """Return the path of the journal of an output, or of a part of it."""
     return final.with_name(final.name + _LONGEST + (f".{part}" if part else ""))
 
 
 def replaced_path(final: Path) -> Path:
-    """Return where an old output is for a moment, on systems that cannot exchange two names."""
+    """Return where an old output is kept for a moment, if a system cannot exchange two names."""
     return final.with_name(final.name + ".replaced")
 
 
 def manifest_path(final: Path) -> Path:
-    """Return where the manifest of an output is: in its folder, or beside its file."""
+    """Return the path of an output's manifest: in its folder, or beside its file."""
     final = Path(os.path.realpath(final)) if final.is_symlink() else final
     if final.suffix == ".safetensors" and not final.is_dir():
         return final.with_name(f"{final.name}.{MANIFEST_NAME}")
@@ -36,15 +36,15 @@ def manifest_path(final: Path) -> Path:
 
 
 def shard_path(final: Path, file: str) -> Path:
-    """Return where a shard of an output is: in its folder, or the output itself."""
+    """Return the path of a shard: in the output's folder, or the output itself."""
     return final / file if final.is_dir() else final
 
 
 def real_output(named: Path) -> Path:
-    """Return where an output of a name is written: links are followed, which stay as they are.
+    """Return the path that an output's name leads to: links are followed, and stay.
 
     Raises:
-        OutlierMergeError: no output can have that name.
+        OutlierMergeError: an output cannot have that name.
     """
     real = Path(os.path.realpath(named))
     if os.path.lexists(named) and not named.exists():
@@ -70,7 +70,7 @@ def real_output(named: Path) -> Path:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Return the free space of the disk that a folder, perhaps not yet made, is on."""
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

@@ -1,8 +1,8 @@
-"""How a finished output takes its name, such that a kill at any moment loses nothing.
+"""Renames a finished output to its final name; a kill at any moment loses nothing.
 
-All that is written is on the disk before the first name changes, and the journal says what is
-moved where, by inode numbers. Old and new are exchanged at once where the system can
-do that. Whoever opens the journal next finishes what was begun.
+Before the first rename, all files are synced to disk, and the journal says by inode numbers what is
+moved where. Old and new output are exchanged in one step where the system can do that. The next
+process that opens the journal finishes an interrupted renaming.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from outliermerge.storage.system import exchange, inode, move_new, remove_files,
 
 @dataclass(frozen=True)
 class Move:
-    """What a name gets.
+    """One rename: the file or folder that gets a final name.
 
     Attributes:
-        source: as it is called within OUT.partial; empty for the folder itself.
-        new: the inode number of what is moved.
-        old: the inode number of what had the name before; None for nothing.
+        source: its name within OUT.partial; empty for the folder itself.
+        new: the inode number of the file or folder that is moved.
+        old: the inode number of the old holder of the name; None if the name is free.
     """
 
     source: str
@@ -36,11 +36,11 @@ class Move:
 
 
 def begin_naming(journal: Journal, *, shard: str | None, old: Sequence[int | None]) -> None:
-    """Say in the journal what is about to take its name; all of it is on the disk.
+    """Note in the journal what will be renamed; all of it is synced to disk.
 
     Args:
-        shard: the name of the one file, where the output is one.
-        old: what `old_inodes` gave at the start.
+        shard: the name of the file in OUT.partial, if the output is a single file.
+        old: the result of `old_inodes` at the start of the run.
     """
     sources = [""] if shard is None else [shard, MANIFEST_NAME]
     numbers = [inode(partial_folder(journal.final) / source) for source in sources]
@@ -54,12 +54,12 @@ def begin_naming(journal: Journal, *, shard: str | None, old: Sequence[int | Non
 
 
 def old_inodes(final: Path, *, is_one_file: bool) -> list[int | None]:
-    """Return the inode numbers of what has the names that an output will take."""
+    """Return the inode numbers of the files that now have an output's final names."""
     return [inode(final), *([inode(manifest_path(final))] if is_one_file else [])]
 
 
 def is_named(journal: Journal) -> bool:
-    """Tell whether an output has begun to take its name."""
+    """Tell whether the renaming of an output has begun."""
     replaced = inode(replaced_path(journal.final))
     return any(
         inode(_target(journal, move)) == move.new
@@ -69,14 +69,14 @@ def is_named(journal: Journal) -> bool:
 
 
 def finish_naming(journal: Journal) -> Path | None:
-    """Give an output its name, or what of it has not got its name yet, and remove the old one.
+    """Do the renames of an output that are still to be done, and remove the old output.
 
     Returns:
-        Where what somebody else put into the old output is left; None as a rule.
+        Where files are kept that somebody else put into the old output; usually None.
 
     Raises:
-        OutlierMergeError: something else has got the name meanwhile, or a call failed. What was
-            written stays, and the same command goes on.
+        OutlierMergeError: something else took the name meanwhile, or a call failed. The written
+            files stay, and the same command continues.
     """
     moves = _moves(journal)
     done: list[Move] = []
@@ -157,7 +157,7 @@ def _remove_old(journal: Journal, moves: Sequence[Move]) -> Path | None:
         if moves[0].old is None or inode(place) != moves[0].old:
             continue
         remove_files(place, owned_files(place))
-        if place.is_dir():  # the manifest last, so that a kill before leaves a list
+        if place.is_dir():  # the manifest goes last: after a kill it still lists our files
             remove_files(place, {MANIFEST_NAME})
         if place.is_dir():
             if place == partial:

@@ -1,4 +1,4 @@
-"""What may be replaced or removed: only what outliermerge itself wrote, told by its contents."""
+"""Decides what may be replaced or removed: only what outliermerge wrote, judged by contents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.errors import OutlierMergeError, argument, listing, shown
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import (
     journal_path,
@@ -24,15 +24,15 @@ from outliermerge.storage.system import files_in
 
 
 def check_apart(inputs: Sequence[Input], final: Path) -> None:
-    """Refuse an output that is, holds or is inside a model that is merged.
+    """Refuse an output path that is, contains or is inside a model of the merge.
 
     Raises:
-        OutlierMergeError: it would damage that model.
+        OutlierMergeError: the output would damage that model.
     """
     for entry in inputs:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
-        if entry.home != entry.checkpoint.root:  # an adapter, over the files of other folders
+        if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder
             roots |= {path.parent for path in files}
         for place in (final, partial_folder(final), replaced_path(final), journal_path(final)):
             resolved = place.resolve()
@@ -45,10 +45,11 @@ def check_apart(inputs: Sequence[Input], final: Path) -> None:
 
 
 def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
-    """Refuse a name that something has which may not be replaced.
+    """Refuse a path if what is there may not be replaced.
 
     Raises:
-        OutlierMergeError: it exists, and is not ours or may not be overwritten.
+        OutlierMergeError: it exists, and outliermerge did not write it or it may not be
+            overwritten.
     """
     manifest = manifest_path(final)
     there = [path for path in (final, manifest) if path.exists() or path.is_symlink()]
@@ -58,21 +59,21 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
         raise OutlierMergeError(f"{final}: is a folder, and a file is to be written")
     if not overwrite:
         raise OutlierMergeError(
-            f"{there[0]}: exists already. Use --overwrite to replace it when the merge is done, "
-            "or choose another --output."
+            f"{there[0]}: exists already. Use {argument('overwrite', True)} to replace it when the "
+            f"merge is done, or choose another {argument('output')}."
         )
     if not manifest.is_file():
         raise OutlierMergeError(
-            f"{final}: --overwrite replaces only outputs of outliermerge, and this has no "
-            f"{manifest.name}. Move it away."
+            f"{final}: {argument('overwrite', True)} replaces only outputs of outliermerge, and "
+            f"this has no {manifest.name}. Move it away."
         )
     found = read_manifest(final)
     if final.is_dir():
         foreign = sorted(set(files_in(final)) - _listed(found) - {MANIFEST_NAME})
         if foreign:
             raise OutlierMergeError(
-                f"{final}: --overwrite would remove what outliermerge did not write:\n"
-                f"{listing(foreign)}\nMove it away."
+                f"{final}: {argument('overwrite', True)} would remove what outliermerge did not "
+                f"write:\n{listing(foreign)}\nMove it away."
             )
         _check_removable(final)
     for name, shard in found["shards"].items():
@@ -89,18 +90,18 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
 
 
 def _check_removable(folder: Path) -> None:
-    """Refuse an old output that could not be removed when the new one has its name."""
+    """Refuse an old output that could not be removed after the exchange."""
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
             raise OutlierMergeError(
-                f"{root}: --overwrite removes the old output when the merge is done, and you have "
-                "no right to remove its files. Change its permissions (chmod u+w), or choose "
-                "another output."
+                f"{root}: {argument('overwrite', True)} removes the old output when the merge is "
+                "done, and you have no right to remove its files. Change its permissions (chmod "
+                "u+w), or choose another output."
             )
 
 
 def owned_files(folder: Path) -> set[str]:
-    """Return what an old output's manifest lists; nothing where it has none."""
+    """Return the files that an old output's manifest lists; empty if it has no manifest."""
     return _listed(read_manifest(folder)) if manifest_path(folder).is_file() else set()
 
 

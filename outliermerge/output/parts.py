@@ -1,7 +1,7 @@
-"""Plans carried out by several processes that share the plan and the output's folder.
+"""Several processes carry out one plan and write into one output folder.
 
-Each writes a part of the tensors into the same files, and may be started anywhere, in any order,
-at the same time or again. `run` then takes over what they have written and finishes the output.
+Each writes a part of the tensors into the same files. Parts may be started on any machine, in any
+order, at the same time, or again. `run` then takes over their tensors and finishes the output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
 from outliermerge.output.folder import OutputFolder
@@ -29,16 +29,18 @@ _PATIENCE_SECONDS, _POLL_SECONDS = 30, 0.05
 
 
 def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
-    """Return the jobs of a part: neighbours in the plan, of about the same bytes in each part.
+    """Return the jobs of a part: consecutive jobs of the plan, with about equal bytes per part.
 
     Args:
-        part: its number, from 1.
+        part: its number, counted from 1.
 
     Raises:
-        SpecError: there is no such part.
+        SpecError: there is no part of that number.
     """
     if not 1 <= part <= num_parts:
-        raise SpecError(f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}")
+        raise ArgumentError(
+            f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}"
+        )
     sizes = [plan.num_work_bytes(job) for job in plan.jobs]
     total = max(1, sum(sizes))
     middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
@@ -56,17 +58,17 @@ def run_part(
     overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> int:
-    """Write one part of an output, or what is left of it; return how many tensors were written.
+    """Write one part of an output, or the rest of it; return how many tensors were written.
 
     Args:
-        output: the folder or file that the whole gets as its name.
-        part: its number, from 1.
+        output: the final path of the whole output, a folder or a file.
+        part: its number, counted from 1.
         on_progress: called with the bytes just worked on, by any thread.
 
     Raises:
         BusyError: another process writes this part, or the whole output.
         SpecError: there is no such part, or the memory budget is too small.
-        OutlierMergeError: a model or the output folder is not fit for it.
+        OutlierMergeError: a model or the output folder cannot be used.
     """
     jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
     plan.peak_memory_bytes(options)
@@ -116,14 +118,14 @@ def run_part(
 
 
 def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bool) -> OutputFolder:
-    """Hold an output for the moment that it takes to begin it and to open a part of it.
+    """Lock an output while it is begun and a part of it is opened.
 
-    Another part may be doing the same; it is waited for.
+    If another part is doing the same, this waits for it.
     """
     began = time.monotonic()
     while True:
         try:
-            with watching(Watched()):  # an old output is no input
+            with watching(Watched()):  # files of an old output are not inputs: do not note them
                 return OutputFolder(
                     plan,
                     final,

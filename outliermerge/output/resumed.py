@@ -1,4 +1,4 @@
-"""What a run may take over of an earlier one whose inputs may have changed since."""
+"""Which tensors a run may take over from an earlier run whose inputs may have changed since."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
 
 
 def marks_of(plan: Plan) -> dict[str, list[int]]:
-    """Return what tells of each file whether it is the same, as JSON has it.
+    """Return for each file the numbers that show whether it is unchanged, as JSON values.
 
-    A model that was copied or fetched again with its times has others, though it is the same.
+    A model that was copied or fetched again has other numbers, even with the same bytes and times.
     """
     return {
         str(path): [stamp.device, stamp.inode, stamp.ctime_ns]
@@ -26,7 +26,7 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
 
 
 def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> list[str]:
-    """Return the names of tensors that were made of other bytes than the inputs hold now.
+    """Return the tensors that were made from other bytes than the inputs hold now.
 
     Raises:
         OutlierMergeError: an input cannot be read.
@@ -36,7 +36,7 @@ def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> li
 
 
 def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:
-    """Tell whether sources have the checksums that a result says; unread ones were equal."""
+    """Tell whether sources have the checksums in a result; unread sources were equal."""
     if not result.read:
         return False
     first = next(iter(result.read.values()))

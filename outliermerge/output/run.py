@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.execution.jobs import JobResult
-from outliermerge.execution.threads import Executor, Target, execute, groups_of
+from outliermerge.execution.threads import Target, groups_of
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import real_output
+from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import disk_bytes_read
@@ -82,31 +83,18 @@ class RunResult:
         }
 
 
-def run_plans(
-    plans: Sequence[tuple[Plan, Path]],
-    options: Options,
-    *,
-    overwrite: bool,
-    fresh: bool,
-    on_progress: Callable[[int], None],
-    load_check: bool = False,
-    on_waiting: Callable[[], None] = lambda: None,
-    executor: Executor = execute,
-) -> list[RunResult]:
+def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[RunResult]:
     """Carry out plans that read the same models, each into its own output, reading them once.
 
-    Args:
-        load_check: let transformers prove, beside the merge, that it loads what is written. An
-            output that does not load keeps the name of an unfinished one, and a run with a
-            corrected config goes on from there.
-        on_waiting: called when all is computed and only the proof is waited for.
-        executor: what runs the jobs.
+    With `load_check`, an output that would not load keeps the name of an unfinished one, and a
+    run with a corrected config goes on from there.
 
     Raises:
-        SpecError: the memory budget is too small.
+        ArgumentError: an option is wrong, or the memory budget is too small.
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
+    options, on_progress = chosen.on_this_machine(), chosen.on_progress
     for plan, _ in plans:
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
@@ -122,14 +110,14 @@ def run_plans(
                     real_output(final),
                     identity=identity(plan, options),
                     marks=marks_of(plan),
-                    fresh=fresh,
-                    overwrite=overwrite,
+                    fresh=chosen.fresh,
+                    overwrite=chosen.overwrite,
                     all_named=bool(folders) and folders[0].all_named,
                 )
             stack.callback(folder.close)
             folders.append(folder)
         check = None
-        if load_check:
+        if chosen.load_check:
             from outliermerge.output.load_check import LoadCheck
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
@@ -150,7 +138,7 @@ def run_plans(
                 check.raise_if_bad()
 
         try:
-            executor(targets, options, on_progress=on_block, folder=folders[0].final.parent)
+            chosen.executor(targets, options, on_progress=on_block, folder=folders[0].final.parent)
         except OutlierMergeError as error:
             for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()
@@ -159,7 +147,7 @@ def run_plans(
         work_seconds, disk_after = time.monotonic() - working, disk_bytes_read()
         verdicts: list[Verdict | None] = [None] * len(plans)
         if check is not None:
-            on_waiting()
+            chosen.on_waiting()
             verdicts = [*check.verdicts()]
             check.raise_if_bad()
         manifests = [
@@ -254,18 +242,20 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
     """
     named = output or planned.spec.document.output
     if named is None:
-        raise planned.spec.source.error((), "no output: give --output or `output:` in the spec")
+        raise planned.spec.source.error(
+            (), f"no output: give {argument('output')} or `output:` in the spec"
+        )
     try:
         path = as_path(named)
     except OutlierMergeError as error:
-        raise SpecError(f"output: {error}") from error
+        raise ArgumentError(f"output: {error}") from error
     if planned.is_one_file and path.suffix != ".safetensors":
-        raise SpecError(
+        raise ArgumentError(
             f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "
             f"name it {path.name}.safetensors"
         )
     if not planned.is_one_file and path.suffix == ".safetensors":
-        raise SpecError(f"output {path}: a folder is written: leave .safetensors away")
+        raise ArgumentError(f"output {path}: a folder is written: leave .safetensors away")
     if planned.is_one_file and len(planned.shards) > 1:
-        raise SpecError("--shard-size: the output is a single file: leave it away")
+        raise ArgumentError(f"{argument('shard_size')}: the output is a single file: leave it away")
     return path

@@ -1,4 +1,4 @@
-"""The proof that a finished output loads: its headers, configs and tokenizers, read anew."""
+"""The proof that a finished output loads, by reading its headers, configs and tokenizers again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from outliermerge.spec.settings import find_layers
 
 
 def check_folder(folder: Path) -> Verdict:
-    """Return whether a finished output loads, and whether its tokens have rows.
+    """Return whether a finished output loads, and whether all its tokens have embedding rows.
 
-    Where transformers (or diffusers) is installed, it is asked; else what its config says is
-    compared with names and shapes. What is as in the base is noted.
+    If transformers (or diffusers) is installed, it is asked. Otherwise the config is compared with
+    the tensors' names and shapes. Problems that the base has as well are only noted.
 
     Raises:
         OutlierMergeError: the folder has no manifest.
@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> Verdict:
     manifest = read_manifest(folder)
     try:
         return _check(folder, manifest)
-    except OutlierMergeError as error:  # a file beside the weights that no loader can read
+    except OutlierMergeError as error:  # no loader could read this file beside the weights
         return Verdict("does not load", problems=(str(error),))
 
 
@@ -80,7 +80,7 @@ def _check(folder: Path, manifest: Mapping[str, Any]) -> Verdict:
 
 @dataclass(frozen=True)
 class _Base:
-    """The base, where it is still where the merge read it; else nothing is known of it."""
+    """The base, if it is still where the merge read it; otherwise all fields are empty."""
 
     root: Path | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class _Base:
         root = Path(str(inputs[0].get("path", "")))
         try:
             base = open_checkpoint(root)
-        except OutlierMergeError:  # it is gone, or has changed since
+        except OutlierMergeError:  # the base is gone, or has changed since
             return cls()
         shapes = {name: source.shape for name, source in base.tensors.items()}
         return cls(root, shapes, tuple(base.components)) if root.is_dir() else cls()
@@ -121,7 +121,7 @@ def _in(folder: str, name: str) -> str:
 def _own(
     shapes: Mapping[str, tuple[int, ...]], home: str, components: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a component, by their names in it."""
+    """Return the tensors of a component, by their names inside it."""
     start = f"{home}/" if home else ""
     return {
         name.removeprefix(start): shape
@@ -131,7 +131,7 @@ def _own(
 
 
 def _index_problems(folder: Path, files: Mapping[str, Shapes]) -> Iterator[str]:
-    """Compare the indexes, by which loaders find tensors, with the headers."""
+    """Compare the indexes, which loaders use to find tensors, with the headers."""
     for path in sorted(folder.rglob("*.safetensors.index.json")):
         home = path.parent.relative_to(folder).as_posix()
         weight_map = read_json(path).get("weight_map")
@@ -161,7 +161,7 @@ def _index_problems(folder: Path, files: Mapping[str, Shapes]) -> Iterator[str]:
 def _config_problems(
     home: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Compare with names and shapes what a config says, where its class could not be asked."""
+    """Compare a config with names and shapes, if its class could not be built."""
     text = text_config(config)
     rows, size = vocabulary_rows(shapes), text.get("vocab_size")
     if isinstance(size, int) and rows and size not in rows:
@@ -169,7 +169,7 @@ def _config_problems(
         yield _named(home, f"config.json says vocab_size {size}, embeddings and head have {found}")
     depth = text.get("num_hidden_layers")
     stacks = {layer.stack: layer.num_layers for layer in find_layers(shapes).values()}
-    # More layers than that can be those that predict further tokens.
+    # Further layers can be those that predict more tokens.
     if isinstance(depth, int) and stacks and max(stacks.values()) < depth:
         found = ", ".join(f"{count} in {stack}*" for stack, count in stacks.items())
         yield _named(home, f"config.json says num_hidden_layers {depth}, the tensors have {found}")
@@ -189,7 +189,7 @@ def _named(home: str, text: str) -> str:
 def _token_problems(
     folder: Path, home: str, num_rows: int, base: _Base
 ) -> tuple[list[str], list[str]]:
-    """Return which ids of a tokenizer and of configs have no row, and notes."""
+    """Return the ids of tokenizers and configs that have no embedding row, and notes."""
     problems: list[str] = []
     notes: list[str] = []
 
@@ -207,7 +207,7 @@ def _token_problems(
         elif beyond:
             notes.append(_named(home, f"{what}: {len(beyond)} id(s) beyond {rows}, as in the base"))
 
-    # A pipeline's text_encoder_2 has the tokenizer of the folder tokenizer_2.
+    # The tokenizer of a pipeline's text_encoder_2 is in the folder tokenizer_2.
     place = home.replace("text_encoder", "tokenizer")
     if home == "" or place != home:
         try:
@@ -227,7 +227,7 @@ def _shown(tokens: Mapping[int, str]) -> dict[int, str]:
 
 
 def _keys_by_id(config: Mapping[str, Any]) -> dict[int, str]:
-    """Return the keys of ids that a config names, by id."""
+    """Return the config keys that name token ids, by id."""
     found: dict[int, list[str]] = {}
     for key, ids in named_ids(config).items():
         for id_ in ids:

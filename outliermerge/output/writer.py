@@ -1,4 +1,4 @@
-"""The weight files of an output, written by any process, and which tensors it has written."""
+"""The weight files of an output, and the record of which tensors are written."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from outliermerge.storage.system import (
 
 
 class OutputWriter:
-    """The planned files of an output, open for writing; a sink of merges.
+    """The planned files of an output, open for writing; merges write into it (a `Sink`).
 
-    Several processes may have the same files open, each for tensors of its own: the plan says
-    where every tensor's bytes go.
+    Several processes may have the same files open, each to write other tensors. The plan says where
+    every tensor's bytes go.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open nothing yet.
+        """Take the folder; `open` opens the files.
 
         Args:
-            folder: where the output is before it has its name.
+            folder: OUT.partial, where the output is before it has its final name.
         """
         self._folder = folder
         self._files: dict[str, int] = {}
@@ -48,10 +48,10 @@ class OutputWriter:
         """Open all files.
 
         Args:
-            make: make those that are missing and reserve their room; else all must be there.
+            make: make missing files and reserve their disk space; otherwise all files must exist.
 
         Raises:
-            OutlierMergeError: a file is missing, is not as planned, or may not be ours.
+            OutlierMergeError: a file is missing, differs from the plan, or may not be ours.
         """
         inputs = _inodes(plan)
         try:
@@ -94,7 +94,7 @@ class OutputWriter:
         return descriptor
 
     def _check(self, descriptor: int, shard: Shard) -> None:
-        """Refuse a file that was not made by this plan."""
+        """Raise an error if a file was not made by this plan."""
         header = bytearray(len(shard.header))
         num_bytes = os.fstat(descriptor).st_size
         if num_bytes == shard.num_bytes:
@@ -106,7 +106,7 @@ class OutputWriter:
             )
 
     def _open_direct(self, file: str) -> int:
-        """Open a shard once more for direct writes; -1 where that does not pay."""
+        """Open a shard a second time for direct writes; -1 if they would not be faster."""
         direct = open_direct(self._folder / file)
         if direct >= 0 and not os.path.samestat(os.fstat(direct), os.fstat(self._files[file])):
             os.close(direct)
@@ -129,12 +129,12 @@ class OutputWriter:
             read_exactly(*self.place(tensor, start)[:2], out)
 
     def checksum(self, tensor: OutputTensor) -> str:
-        """Return the checksum of what is written as a tensor."""
+        """Return the checksum of a tensor's written bytes."""
         with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
             return checksum_in_file(self._files[tensor.file], tensor)
 
     def sync(self) -> None:
-        """Have everything written reach the disk."""
+        """Sync everything that is written to disk."""
         with naming(self._folder, "brought to the disk"):
             for descriptor in self._files.values():
                 os.fsync(descriptor)
@@ -149,7 +149,7 @@ class OutputWriter:
 
 
 class Progress:
-    """Which tensors of an output are written, as journals have it.
+    """The record of which tensors of an output are written, from its journals.
 
     Attributes:
         done: results by tensor.
@@ -162,7 +162,7 @@ class Progress:
         self._marks = dict(marks)
 
     def take_over(self, journal: Journal) -> bool:
-        """Take over what a journal says is done; tell whether it says anything."""
+        """Take over the tensors that a journal lists as done; tell whether it lists any."""
         lines = [line for line in journal.lines if "tensor" in line]
         is_of_others = journal.last("marks") != self._marks
         for line in lines:
@@ -173,10 +173,10 @@ class Progress:
         return bool(lines)
 
     def forget_unfit(self, writer: OutputWriter, *, allow_non_finite: bool) -> None:
-        """Forget the tensors of an earlier run that this one may not take over.
+        """Forget the tensors of an earlier run that this run may not take over.
 
-        Their bytes are not what the journal says, or were made of other bytes than the inputs
-        have now, or have values that only that run allowed.
+        Their bytes differ from the journal's checksum, or were made from other bytes than the
+        inputs have now, or contain infinite or NaN values that only that run allowed.
         """
         for name, result in list(self.done.items()):
             job = self._jobs.get(name)
@@ -192,7 +192,7 @@ class Progress:
 
 
 def line_of(job: Job, result: JobResult) -> dict[str, object]:
-    """Return what a journal says of a tensor that is written."""
+    """Return the journal entry of a tensor that is written."""
     return {"tensor": job.name} | asdict(result)
 
 
@@ -201,7 +201,7 @@ def _inodes(plan: Plan) -> set[tuple[int, int]]:
     found = set()
     for entry in plan.inputs:
         for stamp in entry.checkpoint.weight_files:
-            with suppress(OSError):  # reading it says what is wrong
+            with suppress(OSError):  # a later read reports what is wrong
                 status = stamp.path.stat()
                 found.add((status.st_dev, status.st_ino))
     return found

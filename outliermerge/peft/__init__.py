@@ -3,10 +3,10 @@
     W' = (1 + s) · W + B·A     ScaledLoraConfig
     W' = W + s · N             NoiseConfig, N standard Gaussian noise that is made from a seed
 
-Both go where peft takes a config: `peft.get_peft_model(model, ScaledLoraConfig(r=8))`. Importing
-this package enters the two kinds in peft's tables, which is the only way that peft offers to have
-`get_peft_model` and `PeftModel.from_pretrained` know them; import it before an adapter is loaded.
-`outliermerge run` takes saved adapters as task models, without peft.
+peft takes both as configs: `peft.get_peft_model(model, ScaledLoraConfig(r=8))`. Importing this
+package registers the two kinds in peft's tables: peft has no other way to make `get_peft_model` and
+`PeftModel.from_pretrained` accept them. So import it before an adapter is loaded. `outliermerge
+run` takes saved adapters as task models, without peft.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user chooses of an adapter; saved as adapter_config.json."""
+"""The configs of the two kinds of adapters, saved as adapter_config.json."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class ScaledLoraConfig(PeftConfig):
 
     Attributes:
         r: the rank of A (r, inputs) and B (outputs, r).
-        lora_alpha: over r, the factor of B·A.
-        lora_dropout: the share of a layer's inputs that A does not see in training, in [0, 1).
+        lora_alpha: lora_alpha / r is the factor of B·A.
+        lora_dropout: the dropout rate of A's inputs in training, in [0, 1).
         target_modules: names, a regular expression or "all-linear", as LoraConfig takes them; the
             default is LoRA's for the model's architecture.
         exclude_modules: names or a regular expression of modules that are not targets.
         modules_to_save: names of modules that are trained and saved whole.
-        init: how A starts: "kaiming" (the paper's; uniform, as peft does it), "gaussian" (of
-            standard deviation 1 / r, as peft's of that name) or "gp_pareto" (`gp_pareto`).
-        seed: A is a function of it and of each layer's name; torch's generator is not used.
-        train_scale: False leaves s out, which is plain LoRA.
-        fan_in_fan_out: whether the layers store their weights (inputs, outputs), as GPT-2's do;
-            filled in when they are made.
+        init: the initial distribution of A: "kaiming" (as in the paper; uniform, as in peft),
+            "gaussian" (standard deviation 1 / r, as in peft) or "gp_pareto" (see `gp_pareto`).
+        seed: A is a function of the seed and of each layer's name; torch's generator is not used.
+        train_scale: False omits s, which gives plain LoRA.
+        fan_in_fan_out: whether the layers store their weights (inputs, outputs), as GPT-2's do; set
+            when the adapter's layers are made.
     """
 
     r: int = 8
@@ -71,11 +71,11 @@ class NoiseConfig(PeftConfig):
     W as the layer stores it: `rng.standard_normal(seed, name of the layer)`, never saved.
 
     Attributes:
-        target_modules: names, a regular expression or "all-linear", as LoraConfig takes them; the
-            default is LoRA's for the model's architecture. The paper takes Q, K, V, O, up and down.
+        target_modules: names, a regular expression or "all-linear", as in LoraConfig; the default
+            is LoRA's for the model's architecture. The paper uses Q, K, V, O, up and down.
         exclude_modules: names or a regular expression of modules that are not targets.
         modules_to_save: names of modules that are trained and saved whole.
-        seed: of the noise. With another seed, saved scales are worth nothing.
+        seed: the seed of the noise. With another seed, saved scales are useless.
     """
 
     target_modules: list[str] | str | None = None
@@ -96,7 +96,7 @@ def _is_number(value: object) -> bool:
 
 
 def _as_sets(config: ScaledLoraConfig | NoiseConfig) -> None:
-    """Make lists of names sets, as peft's own configs do, and check the seed."""
+    """Convert lists of names to sets, as peft's own configs do, and check the seed."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(names := getattr(config, key), list):
             setattr(config, key, set(names))

@@ -1,4 +1,4 @@
-"""How the factor A of a low-rank adapter starts; each a function of a seed and a layer's name."""
+"""Initial values of the factor A of a low-rank adapter, from a seed and a layer's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outliermerge.rng import standard_normal, uniform
 def kaiming(shape: tuple[int, int], *, seed: int, name: str) -> Tensor:
     """Return A (r, inputs), uniform within ±1 / √inputs, in float32.
 
-    It is what peft gives LoRA's A: Kaiming's uniform distribution with a = √5.
+    peft initialises LoRA's A in the same way: Kaiming's uniform distribution with a = √5.
     """
     rows, columns = shape
     values = uniform(seed, f"{name}/kaiming", 0, rows * columns)
@@ -42,16 +42,16 @@ def gp_pareto(
     exp(−(j − k)² / (2 · length_scale²)), τᵢ of a Pareto distribution, P(τ > x) = x^−alpha for
     x ≥ 1, and c such that the mean square of A is that of `kaiming`, 1 / (3 · inputs).
 
-    arXiv 2509.00046 says in its abstract (no more of it is known here) that distances between the
-    weights of layers follow a power law, and that LoRA is trained from weights that a generator
-    made of a Gaussian process and a Pareto distribution. The rest is our reading: that the process
-    runs along a row, its covariance, that the Pareto factor scales whole rows, the defaults, and c.
+    The abstract of arXiv 2509.00046 (the only part that was read) says that distances between the
+    weights of layers follow a power law, and that LoRA is trained from weights drawn from a
+    Gaussian process and a Pareto distribution. The rest is our reading: the process runs along a
+    row, its covariance, the Pareto factor of whole rows, the defaults, and c.
 
     Args:
         shape: r and the number of inputs.
-        seed, name: which random numbers.
-        length_scale: how far the smooth part is correlated, in columns; > 0.
-        alpha: how heavy the tail of the rows' scales is; 0.1 or more, heavier where smaller.
+        seed, name: these determine the random numbers.
+        length_scale: the correlation length of the Gaussian process, in columns; > 0.
+        alpha: the exponent of the Pareto distribution, 0.1 or more; smaller gives heavier tails.
     """
     if not (0 < length_scale < math.inf and 0.1 <= alpha < math.inf):
         raise OutlierMergeError(

@@ -1,4 +1,4 @@
-"""The layers that take the place of a model's linear layers while an adapter is on."""
+"""The layers that replace a model's linear layers while an adapter is active."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from outliermerge.peft.initial import INITIAL
 from outliermerge.rng import standard_normal
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Merging is done in float64, on so many elements at a time.
+# Merging is in float64, on this many elements at a time.
 _MERGED_ELEMENTS = 1 << 22
 
 
 class ScaledLayer(nn.Module, BaseTunerLayer):
-    """A linear layer whose weight an adapter changes; the forms of the change are subclasses.
+    """A linear layer whose weight an adapter changes; subclasses define the change.
 
     Attributes:
-        base_layer: the layer whose place it takes.
-        name: of that layer in the model.
+        base_layer: the layer that it replaces.
+        name: the name of that layer in the model.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, name: str) -> None:
@@ -46,12 +46,12 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def change(self, adapter: str, inputs: Tensor, without_bias: Tensor) -> Tensor:
-        """Return what the adapter adds to the layer's outputs.
+        """Return the term that the adapter adds to the layer's outputs.
 
         Args:
-            adapter: which one.
-            inputs: of the layer.
-            without_bias: what the layer makes of them, less its bias.
+            adapter: the adapter's name.
+            inputs: the layer's inputs.
+            without_bias: the layer's outputs for these inputs, minus its bias.
         """
 
     @abstractmethod
@@ -59,15 +59,15 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
         """Return rows first to last (excluded) of W', as stored, in float64."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the outputs of the changed layer, in the dtype of the base's."""
+        """Return the outputs of the changed layer, in the dtype of the base layer's outputs."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         outputs: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return outputs
         bias = self.base_layer.bias
-        # With s = 0 this adds exactly 0 to what the base gives, which (1 + s)·Wx + b, summed in
-        # another order, would not.
+        # With s = 0 this adds exactly 0 to the base's outputs. (1 + s)·Wx + b would not, because it
+        # is summed in another order.
         without_bias = outputs if bias is None else outputs - bias
         total = outputs
         for adapter in self._present(self.active_adapters):
@@ -75,10 +75,10 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
         return total.to(outputs.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W', rounded once to the weight's dtype, in the place of W, which is kept.
+        """Replace W by W', rounded once to the weight's dtype; W is kept for `unmerge`.
 
         Raises:
-            ValueError: safe_merge, and W' is not finite.
+            ValueError: safe_merge is set, and W' has values that are not finite.
         """
         for adapter in self._present(check_adapters_to_merge(self, adapter_names)):
             weight = self.base_layer.weight
@@ -87,7 +87,7 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
             for first in range(0, len(merged), step):
                 last = min(first + step, len(merged))
                 rows = self.merged_rows(adapter, weight.data, first, last)
-                # Through float32, as where `outliermerge run` reads the adapter.
+                # Round through float32, as `outliermerge run` does when it reads the adapter.
                 merged[first:last] = rows if merged.dtype == torch.float64 else rows.float()
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"{self.name}: the merged weight is not finite")
@@ -96,7 +96,7 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Put W back, the bits that it had."""
+        """Restore W, bit for bit."""
         if self._unmerged is not None:
             weight = self.base_layer.weight
             weight.data = self._unmerged.to(weight.device, weight.dtype)
@@ -121,7 +121,7 @@ class ScaledLayer(nn.Module, BaseTunerLayer):
 
 
 class ScaledLoraLinear(ScaledLayer):
-    """(1 + s) · W + scaling · B·A in the place of W (arXiv 2501.10661, eq. 6).
+    """(1 + s) · W + scaling · B·A in place of W (arXiv 2501.10661, eq. 6).
 
     Parameters, by adapter, in float32: scaled_lora_A (r, inputs), scaled_lora_B (outputs, r),
     scaled_lora_s (1,).
@@ -140,7 +140,7 @@ class ScaledLoraLinear(ScaledLayer):
         self.scaled_lora_A = nn.ParameterDict({adapter_name: nn.Parameter(initial)})
         zeros = torch.zeros(outputs, config.r)
         self.scaled_lora_B = nn.ParameterDict({adapter_name: nn.Parameter(zeros)})
-        # (1,), as FSDP does not shard parameters without dimensions.
+        # Shape (1,), because FSDP cannot shard parameters without dimensions.
         self.scaled_lora_s = nn.ParameterDict(
             {adapter_name: nn.Parameter(torch.zeros(1))} if config.train_scale else {}
         )
@@ -150,7 +150,7 @@ class ScaledLoraLinear(ScaledLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def change(self, adapter: str, inputs: Tensor, without_bias: Tensor) -> Tensor:
-        """Return s · Wx + scaling · B(A(dropped out x))."""
+        """Return s · Wx + scaling · B(A(dropout(x)))."""
         a, b = self.scaled_lora_A[adapter], self.scaled_lora_B[adapter]
         inner = functional.linear(self.dropout(inputs.to(a.dtype)), a)
         change = functional.linear(inner, b) * self.scaling[adapter]
@@ -169,7 +169,7 @@ class ScaledLoraLinear(ScaledLayer):
 
 
 class NoiseLinear(ScaledLayer):
-    """W + s · N in the place of W (arXiv 2501.10661, eq. 3); N is made from a seed and not saved.
+    """W + s · N in place of W (arXiv 2501.10661, eq. 3); N is made from a seed and not saved.
 
     Parameters, by adapter, in float32: scaled_noise_s (1,).
     """
@@ -218,7 +218,7 @@ def plain_layer(layer: nn.Module, name: str) -> nn.Linear | Conv1D:
     """Return a layer whose weight is a plain matrix of floats.
 
     Raises:
-        OutlierMergeError: it is another.
+        OutlierMergeError: the layer is of another kind.
     """
     # A subclass may pack its weight, or never call forward (nn.MultiheadAttention's out_proj).
     if type(layer) is not nn.Linear and type(layer) is not Conv1D:

@@ -21,7 +21,7 @@ from outliermerge.peft.layer import NoiseLinear, ScaledLayer, ScaledLoraLinear
 
 
 class _ScaledModel(BaseTuner):
-    """What both tuners share: one adapter at a time, on plain linear layers."""
+    """The common base of both tuners: one adapter at a time, on plain linear layers."""
 
     tuner_layer_cls = ScaledLayer
     target_module_mapping = {  # noqa: RUF012 # peft declares an attribute of instances
@@ -59,7 +59,7 @@ class _ScaledModel(BaseTuner):
 
     @abstractmethod
     def _layer(self, config: Any, adapter_name: str, target: nn.Module, name: str) -> ScaledLayer:
-        """Return what takes the place of a layer."""
+        """Return the layer that replaces a given layer."""
 
 
 class ScaledLoraModel(_ScaledModel):
@@ -71,7 +71,7 @@ class ScaledLoraModel(_ScaledModel):
         self, config: ScaledLoraConfig, adapter_name: str, target: nn.Module, name: str
     ) -> ScaledLayer:
         layer = ScaledLoraLinear(target, adapter_name, config, name)
-        # Saved, as the shape of a square weight does not tell it.
+        # Saved, because the shape of a square weight does not show it.
         if config.fan_in_fan_out not in (None, layer.transposed):
             raise OutlierMergeError(
                 f"fan_in_fan_out: found {config.fan_in_fan_out}, expected {layer.transposed}, as "
@@ -94,10 +94,10 @@ class NoiseModel(_ScaledModel):
 
 
 def register() -> None:
-    """Enter both kinds in peft's tables; again does no harm.
+    """Register both kinds in peft's tables; it may be called again.
 
     Raises:
-        OutlierMergeError: something else has taken a name.
+        OutlierMergeError: another adapter kind already has one of the names.
     """
     entries: list[tuple[str, type[PeftConfig], type[_ScaledModel]]] = [
         (SCALED_LORA, ScaledLoraConfig, ScaledLoraModel),
@@ -110,7 +110,7 @@ def register() -> None:
             (PEFT_TYPE_TO_PREFIX_MAPPING, tuner.prefix),
         ]
         for table, value in tables:
-            # Keys are members of an enumeration of strings, which are equal to plain strings.
+            # Keys are members of a string enumeration, which equal plain strings.
             if (found := table.setdefault(kind, value)) != value:
                 raise OutlierMergeError(
                     f"peft already has adapters of type {kind}, of {found!r}: this version of "

@@ -1,1 +1,1 @@
-"""From a spec and the checkpoints' headers to a plan; no tensor is read."""
+"""Makes a plan from a spec and the checkpoints' headers; no tensor is read."""

@@ -1,4 +1,4 @@
-"""What becomes of a head that is tied to the embeddings when an adapter changes one of the two."""
+"""Heads that are tied to the embeddings, when an adapter changes one of the two."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ADVICE = "Merge it with peft's merge_and_unload(), then save_pretrained()."
 
 @dataclass(frozen=True)
 class AdaptedHeads:
-    """What an adapter makes of heads that its base ties to the embeddings.
+    """A model with an adapter, whose base ties heads to the embeddings.
 
     Attributes:
-        tensors: of the model.
-        parted: the heads that it parts from the embeddings.
-        alike: heads, their embeddings, and what must be equal for the two to be one.
-        notes: what a person should know.
+        tensors: the tensors of the model.
+        parted: the heads that the adapter changes apart from the embeddings.
+        alike: heads, their embeddings, and two sources that must be equal for the two to stay tied.
+        notes: notes for the user.
     """
 
     tensors: Mapping[str, Source]
@@ -45,16 +45,17 @@ class AdaptedHeads:
 def settle_heads(
     folder: Path, under: Input, adapted: Checkpoint, *, unties: bool = False
 ) -> AdaptedHeads:
-    """Tell what an adapter makes of heads that its base ties to the embeddings.
+    """Decide for each head that a base ties whether it stays tied under an adapter.
 
     Args:
-        folder: of the adapter.
-        under: its base.
-        adapted: what the adapter makes of it.
-        unties: the output has a head of its own, so that it can hold what was trained.
+        folder: the adapter's folder.
+        under: the adapter's base.
+        adapted: the base's tensors as the adapter changes them.
+        unties: the output has a head of its own, which can take the trained head.
 
     Raises:
-        OutlierMergeError: it parts a head from the embeddings, and one's name cannot be told.
+        OutlierMergeError: head and embeddings become different tensors, and the name of one of them
+            cannot be determined.
     """
     config = read_json(folder / CONFIG_NAME)
     _refuse_unnamed(folder, config, under, adapted)
@@ -96,11 +97,11 @@ class _Settling:
         self.notes: list[str] = []
 
     def settle(self, head: str, original: str) -> None:
-        """Part a head from the embeddings, have it compared with them, or let it follow them.
+        """Separate a head from the embeddings, or keep it tied, or have the two compared.
 
-        `ensure_weight_tying` trains both as one: what the file holds of it for either is the same.
-        DoRA does so no more, as it has a norm for each token in the head and for each column in
-        the embeddings. What is saved whole under both names is compared when it is read.
+        `ensure_weight_tying` trains both as one tensor, so the file has the same change for both.
+        Not with DoRA: it has a norm for each token in the head, but for each column in the
+        embeddings. Tensors that are saved whole under both names are compared when they are read.
         """
         old = self.before.get(head, self.before[original])
         own, value = self.tensors.get(head, old), self.tensors[original]
@@ -109,7 +110,7 @@ class _Settling:
         if is_given and _is_whole(own) and (is_one or not _is_trained_whole(self.config, head)):
             if _is_whole(value):
                 return  # compared
-            is_given = False  # saved as it was before the adapter
+            is_given = False  # saved unchanged
         if is_given:
             same = _same_change(own, value) if is_one and not self.unties else None
             if same is None:
@@ -120,7 +121,8 @@ class _Settling:
         elif changes and _is_trained_whole(self.config, original) and not is_one:
             self._part(head, own)
         elif not changes or is_one or _is_whole(value) or isinstance(value, ReplacedRows):
-            # Embeddings saved untrained may have grown; peft trains tokens of both ends as one.
+            # Embeddings that are saved untrained may have grown. peft trains single tokens of
+            # embeddings and head as one.
             self._follow(head, original)
         elif self.unties:
             is_stored = head in self.before and own.shape == value.shape
@@ -159,13 +161,13 @@ def _is_whole(source: Source) -> bool:
 
 
 def _base_of(source: Source) -> Source:
-    """Return what an adapter's change of a tensor starts from."""
+    """Return the tensor that an adapter's change starts from."""
     changed = source.direction if isinstance(source, Rescaled) else source
     return changed.base if isinstance(changed, LowRankSum) else source
 
 
 def _same_change(head: Source, embeddings: Source) -> list[tuple[Source, Source]] | None:
-    """Return what must be equal for two changes to be one; None where they are not."""
+    """Return what must be equal for two changes to be the same; None if they differ."""
     if isinstance(head, ReplacedRows) and isinstance(embeddings, ReplacedRows):
         pairs: list[tuple[Source, Source]] = [(head.new, embeddings.new)]
         is_one = head.indices == embeddings.indices

@@ -1,4 +1,4 @@
-"""What to do where models do not hold the same tensors, without the loss of what was trained."""
+"""Advice for models with different tensors, so that no trained weights are lost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from outliermerge.planning.tied_names import head_beside, head_rename, is_head
 from outliermerge.spec.rename import find_rename
 from outliermerge.spec.rename_search import FoundRename
 
-# More tensors than these on both sides are a model in another layout, not a head or a buffer.
+# If more tensors than this are unpaired on both sides, the layouts differ: it is not only a head or
+# a buffer.
 _MANY = 8
-_MAX_SHOWN = 20  # pairs that are listed, and filters
+_MAX_SHOWN = 20  # the most pairs, and filters, that are listed
 _MISSING = (
     "`missing: base` in the spec takes a model as unchanged where it lacks a tensor (it needs a "
     "base_model)."
@@ -29,7 +30,7 @@ _EXTRA = "`extra: copy` in the spec copies such tensors, `extra: drop` leaves th
 _LOST = " What is left out is lost: these weights will not be in the output."
 
 
-# What a module is called by what it is, and a vector in it by its use.
+# Words in names that tell the kind of a module, and the use of a vector in it.
 _NAMED = (
     ("norm", re.compile(r"norm|(^|_)ln(_|\d|$)|^bn\d*$")),
     ("embedding", re.compile(r"embed|^w[tp]e$")),
@@ -43,7 +44,7 @@ _ROLES = {"weight": "weight", "gamma": "weight", "scale": "weight", "bias": "bia
 
 @dataclass
 class Unpaired:
-    """The names of one model that the spec says nothing of: in the base alone, in it alone."""
+    """Unpaired names of one model that no policy covers: those only in the base, and only in it."""
 
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -51,14 +52,15 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class _Sorted:
-    """What may be done with one model's unpaired tensors.
+    """The advice on one model's unpaired tensors.
 
     Attributes:
-        convert: what makes one layout of two, in words; then nothing else is offered.
-        rename: what pairs some of them, in words.
-        doubtful: what is likely the same under another name or in another form, a line each.
-        missing, extra: what has no counterpart; the latter under its names after the rename.
-        floats: which of extra hold numbers that may be trained.
+        convert: how to convert the layout, in words; if set, nothing else is offered.
+        rename: the rename that pairs some of them, in words.
+        doubtful: tensors that are probably the same under another name or in another form, a line
+            each.
+        missing, extra: tensors without a counterpart; `extra` by their names after the rename.
+        floats: those in `extra` that have a floating-point dtype, so may be trained.
     """
 
     convert: str
@@ -70,10 +72,10 @@ class _Sorted:
 
 
 def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[str]:
-    """Return what can be done, a paragraph each.
+    """Return the advice, a paragraph for each way out.
 
-    Policies are offered only for tensors that have no counterpart: `extra: drop` and `missing:
-    base` would lose what was trained in one that is only named otherwise.
+    Policies are offered only for tensors without a counterpart: for a tensor that only has another
+    name, `extra: drop` and `missing: base` would lose its trained weights.
     """
     reference = inputs[0]
     sorted_ = {n: _sort(inputs[n], reference, found) for n, found in unpaired.items()}
@@ -106,7 +108,7 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
 
 
 def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collection[int]) -> None:
-    """Raise OutlierMergeError if nothing of a model would come into the output."""
+    """Raise OutlierMergeError if the output would contain nothing of a model."""
     reference = inputs[0]
     for number in numbers:
         entry = inputs[number]
@@ -128,7 +130,7 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
 
 
 def overlooked(inputs: Sequence[Input], dropped: Collection[str]) -> Iterator[str]:
-    """Yield notes of renames that would pair what the spec's policies leave out."""
+    """Yield notes on renames that would pair tensors which the spec's policies leave out."""
     left_out = set(dropped)
     for entry in inputs[1:]:
         if left_out.isdisjoint(entry.checkpoint.tensors):
@@ -190,14 +192,14 @@ def _sort(entry: Input, reference: Input, unpaired: Unpaired) -> _Sorted:
 
 
 def _worth(found: FoundRename, ours: Collection[str], theirs: Collection[str]) -> bool:
-    """Tell whether a rename pairs at least half of what it could; others are of chance."""
+    """Tell whether a rename pairs at least half of the names; fewer pairs may be chance."""
     num_paired = sum(name in theirs for name in ours)
     could = min(len(ours), len(theirs)) - num_paired
     return 2 * (found.num_paired - num_paired) >= could
 
 
 def _alike(name: str, one: Source, other: Source) -> bool:
-    """Tell whether two tensors can be the same; rows of a vocabulary may have been added."""
+    """Tell whether two tensors can be the same by shape; vocabulary rows may have been added."""
     if one.dtype.is_float != other.dtype.is_float or len(one.shape) != len(other.shape):
         return False
     if one.shape == other.shape:
@@ -214,18 +216,18 @@ def _pairs(
     *,
     any_paired: bool,
 ) -> list[tuple[str, str]]:
-    """Return what may be the same: of one size, of one layer or module, or all of two layouts.
+    """Return pairs that may be the same tensor: of one size and one layer, or of two layouts.
 
-    The second name of a pair, or the first, is empty where it is unclear which it is.
+    A name of a pair is empty if several could stand there.
 
     Args:
-        misfits: names that both have for tensors of other shapes, of which one may be fused.
+        misfits: names that both models have, with different shapes; one of the two may be fused.
     """
     ours = {name: source for name, source in over.items() if source.dtype.is_float}
     theirs = {name: source for name, source in lacking.items() if source.dtype.is_float}
     twins: dict[Any, list[str]] = defaultdict(list)
     for name, source in theirs.items():
-        # By size, not shape: it may be transposed, or have dimensions of 1.
+        # By size, not shape: a tensor may be transposed, or have dimensions of 1.
         twins[source.num_elements].append(name)
         twins[source.num_elements, _numbers(name)].append(name)
     pairs: list[tuple[str, str]] = []
@@ -254,7 +256,7 @@ def _pairs(
 
 
 def _are_of_a_kind(one: str, other: str, source: Source) -> bool:
-    """Tell whether two tensors of one size can be the same, by what their names say they are."""
+    """Tell whether two tensors of one size can be the same, judged by the words in their names."""
     kinds = [_kind(name) for name in (one, other)]
     if None not in kinds and kinds[0] != kinds[1]:
         return False
@@ -265,7 +267,7 @@ def _are_of_a_kind(one: str, other: str, source: Source) -> bool:
 
 
 def _kind(name: str) -> str | None:
-    """Return what a tensor's module is by its name; None where that does not tell it."""
+    """Return the kind of a tensor's module by its name; None if the name does not tell."""
     module = name.rpartition(".")[0].rpartition(".")[2].lower()
     found = (kind for kind, pattern in _NAMED if pattern.search(module))
     return next(found, None)
@@ -276,7 +278,7 @@ def _numbers(name: str) -> tuple[str, ...]:
 
 
 def _place(name: str) -> str:
-    """Return the number of a tensor's layer; outside of layers the part that it is in, or ""."""
+    """Return the number of a tensor's layer; outside layers the part of the model, or ""."""
     return next(iter(_numbers(name)), ".".join(name.split(".")[:-2]))
 
 
@@ -300,7 +302,7 @@ def _rest(where: str, one: _Sorted, inputs: Sequence[Input]) -> str:
 
 
 def _filters(names: Sequence[str], others: Collection[str], word: str) -> str:
-    """Return entries of a policy whose filters are in these names and in no others."""
+    """Return policy entries with filters that match these names and no others."""
     all_others = "\n".join(others)
     filters: dict[str, None] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Tensors that a method takes beside those of the models: opened, and paired by name."""
+"""Opens a method's auxiliary tensors, and pairs them with the models' tensors by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Auxiliaries:
 
     Args:
         spec: the spec.
-        model_numbers: of the inputs that are merged, in the spec's order.
+        model_numbers: the numbers of the merged inputs, in the spec's order.
 
     Raises:
         OutlierMergeError: a folder or file cannot be read.
@@ -39,10 +39,10 @@ class Auxiliaries:
                 self._files[name, number] = reference
 
     def of(self, tensor: str, shape: tuple[int, ...], holders: Sequence[int]) -> tuple[Source, ...]:
-        """Return what belongs to a tensor: of all models for one name after the other.
+        """Return a tensor's auxiliary tensors: all models' of the first kind, then of the next.
 
         Raises:
-            OutlierMergeError: one is not there, or has another shape.
+            OutlierMergeError: an auxiliary tensor is missing, or has another shape.
         """
         found = []
         for name in self._names:

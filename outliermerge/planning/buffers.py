@@ -1,4 +1,4 @@
-"""Tensors that are buffers: copied, not merged, since a model has them as integers or booleans."""
+"""Buffers: tensors that are copied, not merged, as a model stores them as integers or booleans."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from outliermerge.checkpoint.sources import Source
 
-# A map by its name, which no length shows: the values are rows of another tensor, or of another
-# model (the tokens of a draft model in its target's vocabulary).
+# Names of maps. The length does not show what they are: the values are row numbers of another
+# tensor or of another model (such as a draft model's tokens in the target's vocabulary).
 _MAP = re.compile(r"(^|[._])([a-z]+2[a-z]+|\w*(map|mapping|remap|permutation|perm))$")
 _NO_MAP = re.compile(r"position|token_type|segment|count|mask|step|tracked")
 
 
 def is_computed(name: str, source: Source) -> bool:
-    """Tell whether a model class computes a tensor itself, so that a model may lack it.
+    """Tell whether model classes compute a tensor themselves; then a model may lack it.
 
-    Older versions of transformers stored RoPE's frequencies, positions and masks.
+    Older versions of transformers stored RoPE frequencies, positions and masks.
     """
     last, shape = name.rpartition("/")[2].split("."), source.shape
     if last[-1] == "inv_freq":
@@ -28,19 +28,19 @@ def is_computed(name: str, source: Source) -> bool:
 
 
 def is_frequencies(name: str, sources: Sequence[Source]) -> bool:
-    """Tell whether models hold RoPE's frequencies alike, whose mean would be of no model.
+    """Tell whether a tensor is RoPE frequencies, in one dtype; a mean would fit no model.
 
-    In another dtype they are rounded, so that they tell nothing.
+    In a smaller dtype they are rounded; then they cannot be compared.
     """
     is_rope = name.rpartition(".")[2] == "inv_freq" and is_computed(name, sources[0])
     return is_rope and len({(source.dtype, source.shape) for source in sources}) == 1
 
 
 def is_buffer(sources: Sequence[Source]) -> bool:
-    """Tell whether models hold a buffer in one shape; a float in one may be an integer in another.
+    """Tell whether a tensor is a buffer, of one shape in all models; some may store it as floats.
 
-    A matrix of single bytes in place of floats is none: these are codes of a quantised weight.
-    Complex numbers are buffers only where all models have them.
+    A matrix of bytes in one model and floats in another is no buffer: the bytes are codes of a
+    quantised weight. Complex numbers are buffers only if all models have them.
     """
     floats = [source for source in sources if source.dtype.is_float]
     others = [source for source in sources if not source.dtype.is_float]
@@ -54,16 +54,17 @@ def is_buffer(sources: Sequence[Source]) -> bool:
 
 
 def _looks_like_codes(source: Source) -> bool:
-    # Masks and position ids of one row for all inputs begin with a dimension of 1.
+    # Masks and position ids with one row for all inputs begin with a dimension of 1.
     shape = source.shape
     return source.dtype.name in ("int8", "uint8") and len(shape) > 1 and shape[0] > 1
 
 
 def maps_rows(name: str, source: Source, tensors: Mapping[str, Source]) -> bool:
-    """Tell whether a buffer says what the rows of weights stand for, as a draft's d2t and t2d do.
+    """Tell whether a buffer maps rows of weights to tokens, as a draft's d2t and t2d do.
 
-    It has an element for every row of a weight in the same model, or is called a map. Under another
-    model's map rows would stand for other tokens. Places in a sequence, counts and masks are none.
+    Such a buffer has an element for every row of a weight in the same model, or is named as a map.
+    With another model's map, rows would stand for other tokens. Positions, counts and masks are not
+    maps.
     """
     shape, dtype = source.shape, source.dtype.name
     is_kind = dtype == "bool" or "int" in dtype

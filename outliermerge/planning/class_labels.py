@@ -1,7 +1,7 @@
-"""The classes that a classification head has a row for: the same ones in all models, or refused.
+"""Checks that the rows of a classification head are for the same classes in all models.
 
-A row's class is told by the config alone (id2label), so that no shape shows that rows of other
-classes are added up.
+Only the config (id2label) tells the class of a row. Shapes do not show it if rows of different
+classes would be added up.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _UNNAMED = re.compile(r"(label|class)?[_ ]?\d+", re.IGNORECASE)
 
 
 def check_labels(spec: MergeSpec, inputs: Sequence[Input], jobs: Iterable[Job]) -> list[str]:
-    """Refuse heads whose rows stand for other classes in the models that are merged.
+    """Refuse heads whose rows stand for different classes in the merged models.
 
     Returns:
         Notes on classes that a model does not name, and on names that the output does not have.
 
     Raises:
-        OutlierMergeError: a row is of one class in a model and of another in the next.
+        OutlierMergeError: a row is for different classes in two models.
     """
     notes: list[str] = []
     jobs = tuple(jobs)
@@ -61,11 +61,11 @@ def check_labels(spec: MergeSpec, inputs: Sequence[Input], jobs: Iterable[Job]) 
 
 
 def _labels(entry: Input, folder: str) -> tuple[str, ...] | None:
-    """Return what a model's config calls its classes, in order; None where it names none."""
+    """Return the names of the classes in a model's config, in order; None if it has none."""
     config = read_json(entry.home / folder / "config.json")
     ids = config.get("label2id")
     inverse = {id_: label for label, id_ in ids.items()} if isinstance(ids, Mapping) else None
-    # The names that a loader shows first; the last are timm's.
+    # First the keys that loaders prefer; the last ones are timm's.
     for found in (config.get("id2label"), inverse, config.get("label_names")):
         if (named := _in_order(found)) is not None:
             return named
@@ -73,7 +73,7 @@ def _labels(entry: Input, folder: str) -> tuple[str, ...] | None:
 
 
 def _in_order(found: Any) -> tuple[str, ...] | None:
-    """Return the names of classes in their order; None where these are numbers, or no names."""
+    """Return the names of classes in order; None if they are only numbers, or not texts."""
     if isinstance(found, Mapping):
         try:
             by_id = {int(id_): label for id_, label in found.items()}
@@ -88,11 +88,11 @@ def _in_order(found: Any) -> tuple[str, ...] | None:
 def leave_out_heads(
     inputs: Sequence[Input], misfits: Iterable[tuple[str, int]], *, others: Iterable[str]
 ) -> list[str]:
-    """Return how heads that have other numbers of rows can be left out of a merge, a line a model.
+    """Return how to leave heads with other numbers of rows out of a merge, a line for each model.
 
     Args:
-        misfits: names of tensors that do not fit, and the input that has them in another shape.
-        others: all other tensors' names.
+        misfits: names of tensors whose shapes differ, and the number of the input that differs.
+        others: the names of all other tensors.
     """
     reference = inputs[0]
     heads: dict[int, list[str]] = {}
@@ -129,13 +129,13 @@ def _is_head(job: Job, labels: Mapping[str, tuple[str, ...] | None]) -> bool:
     sizes = {len(named) for named in labels.values() if named}
     by_name = _HEAD.search(job.name) is not None
     if by_name and source.shape[0] - 1 in sizes and "class" in job.name:
-        return True  # detectors have a row for "no object" behind the others
+        return True  # detectors have a last row for "no object"
     is_outer = job.name.endswith(("weight", "bias")) and not _INNER.search(job.name)
     return (by_name or is_outer) and source.shape[0] in sizes
 
 
 def _used(job: Job) -> list[int]:
-    """Return the numbers of the models that a tensor is made of; one of weight 0 has no part."""
+    """Return the numbers of the models whose weight in a tensor is not 0."""
     numbers = [number for number, _ in job.sources]
     if job.action == "copy":
         return numbers[:1]
@@ -153,7 +153,7 @@ def _check_head(
     owner: Input,
     labels: Mapping[str, tuple[str, ...] | None],
 ) -> list[str]:
-    """Return notes on the head that these tensors are, made of the models `used`."""
+    """Return notes on a head, given by its tensors, that is merged from the models `used`."""
     ours = labels[owner.reference]
     everyone = {owner.reference: ours, **used}
     named = {model: found for model, found in everyone.items() if found}

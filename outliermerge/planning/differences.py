@@ -15,7 +15,7 @@ from outliermerge.planning.owners import check_content, is_loaded, kind_of
 from outliermerge.storage.files import load_json, small_bytes
 from outliermerge.storage.stamps import same_bytes
 
-# One name for what layouts call differently; the last one is of LLaVA's original code.
+# One name for keys that layouts name differently; the last is from LLaVA's original code.
 _ALIASES = {
     "n_positions": "max_position_embeddings",
     "max_sequence_length": "max_position_embeddings",
@@ -41,7 +41,7 @@ _ALIASES = {
     "rotary_pct": "partial_rotary_factor",
     "mm_vision_select_layer": "vision_feature_layer",
 }
-# What says nothing of how the weights are used.
+# Keys that do not say how the weights are used.
 _IGNORED = {
     "_commit_hash",
     "_diffusers_version",
@@ -57,34 +57,35 @@ _IGNORED = {
     "transformers.js_config",
     "use_cache",
 }
-# These matter also where only one config has them.
+# These matter even if only one config has them.
 _OPTIONAL = ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints", "rope_scaling")
-# With other numbers of these the same shapes mean something else, or parts of a model are lost. A
-# diffusers U-Net's `attention_head_dim` is its number of heads, T5's `d_kv` a head's size. Layers
-# that predict further tokens are none of a model's own.
+# If these numbers differ, equal shapes mean different things, or parts of a model are lost. In a
+# diffusers U-Net `attention_head_dim` is the number of heads; in T5 `d_kv` is the size of a head.
+# Layers that predict further tokens do not count as layers of the model.
 _SENSELESS = re.compile(
     r"(^|_)heads$|(^|_)n(um)?_head(_kv)?$|(^|_)head_(dim|size)$|^(d_kv|d_head|kv_channels)$"
     r"|^(?!.*(mtp|predict))(.*_)?n(um)?_(\w+_)?(layers?|blocks)$|(^|_)(en|de)coder_layers$"
     r"|^(depths?|layers|num_stages)$"
 )
-# Newer configs keep all that RoPE is in one value, older ones in keys of their own.
+# Newer configs keep all parameters of RoPE in one value, older ones in separate keys.
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _TEMPLATE = re.compile(r"^chat_template\.(jinja|json)$")
 _ORIGIN = {"_from_model_config", "chat_template", "name_or_path", "special_tokens_map_file",
            "tokenizer_file", "transformers_version"}  # fmt: skip
-# How many values a note names of those that only one config has.
+# How many of the values that only one config has are named in a note.
 _NUM_SHOWN = 6
-_MAX_SHOWN = 80  # characters of a value
+_MAX_SHOWN = 80  # characters shown of a value
 _ABSENT = object()
 
 
 def compare_configs(
     models: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> tuple[list[str], list[str]]:
-    """Return how configs differ from the first one: what to know, and what forbids a merge.
+    """Return how configs differ from the first one: notes, and differences that forbid a merge.
 
-    Values are compared whatever a layout calls them. Where a config says nothing, or null, and
-    the other a value, the model type's default stands for it; what nobody can tell is named.
+    Values are compared under one name for all layouts. If one config lacks a value or has null, and
+    the other has a value, the model type's default is compared; if the default is unknown, a note
+    names the value.
 
     Args:
         models: name and config of each; a model without a config is {}.
@@ -101,13 +102,13 @@ def compare_configs(
             if said[0] == said[1]:
                 continue
             silent = any(value in (None, _ABSENT) for value in said)
-            # Scaling by kinds of layers has another form in newer configs.
+            # In newer configs, scaling that depends on the kind of layer has another form.
             unclear = any(isinstance(value, _Unclear) for value in said)
             if silent or unclear or key.endswith("rope_scaling"):
                 if None not in (pair[0].filled, pair[1].filled):
                     said = [side.effective(key) for side in pair]
                     if said[0] == said[1] or (_ABSENT in said and key not in _OPTIONAL):
-                        continue  # a key that the class does not know means nothing to it
+                        continue  # the class ignores a key that it does not know
                 elif silent and key not in _OPTIONAL:
                     unsaid[key] = None
                     continue
@@ -126,7 +127,7 @@ def compare_configs(
 
 
 def compare_sidecars(models: Sequence[tuple[str, Mapping[str, Path]]]) -> list[str]:
-    """Return which files beside the weights differ from the first model's, a line for those alike.
+    """Return which files beside the weights differ from the first model's, grouped in lines.
 
     Args:
         models: name of each, and its files by their names.
@@ -160,13 +161,13 @@ def compare_sidecars(models: Sequence[tuple[str, Mapping[str, Path]]]) -> list[s
 
 
 def _relation(ours: Path | None, theirs: Path | None) -> str | None:
-    """Return how a file of a model differs from the first model's; None where it does not."""
+    """Return how a file of a model differs from the first model's; None if it does not."""
     if ours is None or theirs is None:
         return "not in" if ours is None else "in"
     if ours == theirs or same_bytes(ours, theirs):
         return None
     if kind_of(ours.name) == "config" and not is_loaded(ours.name):
-        return "differs"  # what no loader reads may be anything
+        return "differs"  # a file that no loader reads may have any content
     check_content(ours)
     check_content(theirs)
     if ours.suffix == ".json" and _without_origin(ours) == _without_origin(theirs):
@@ -175,7 +176,7 @@ def _relation(ours: Path | None, theirs: Path | None) -> str | None:
 
 
 def _without_origin(path: Path) -> Any:
-    """Return a JSON file's value without what tells where it is from, and the chat template."""
+    """Return a JSON file's value without its keys of origin and without the chat template."""
     value = load_json(path)
     if not isinstance(value, dict):
         return value
@@ -194,7 +195,7 @@ def chat_template(files: Mapping[str, Path]) -> Any:
 
 
 class _Said:
-    """What one config says, and what it means where it is silent."""
+    """The values of one config, and the defaults for those that it lacks."""
 
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         self.name = name
@@ -203,14 +204,14 @@ class _Said:
 
     @cached_property
     def filled(self) -> dict[str, Any] | None:
-        """The facts with the defaults of the model type; None where they are not known."""
+        """The facts with the model type's defaults filled in; None if these are not known."""
         config = effective_config(self.config)
         if config is None:
             return None
         facts = _facts(config)
         for key in [key for key in facts if key.rpartition(".")[2] == "num_attention_heads"]:
             before, heads = key.removesuffix("num_attention_heads"), facts[key]
-            # What the code of transformers takes where a class has no such key.
+            # The values that transformers' code uses for classes without the key.
             if facts.get(f"{before}num_key_value_heads") is None:
                 facts[f"{before}num_key_value_heads"] = heads
             hidden = facts.get(f"{before}hidden_size")
@@ -222,7 +223,7 @@ class _Said:
         return (self.filled or {}).get(key, _ABSENT)
 
     def meant(self, key: str) -> Any:
-        """Return what it says, or else the default; None where nobody can tell."""
+        """Return its value, or else the default; None if neither is known."""
         if (value := self.facts.get(key)) is not None or key in _OPTIONAL:
             return value
         default = self.effective(key)
@@ -234,11 +235,11 @@ class _Said:
 
 
 class _Unclear(str):
-    """What a config says twice, by two names and with two values; its loader takes one of them."""
+    """Two values that a config gives for one key, under two names; the loader takes one of them."""
 
 
 def _is_senseless(key: str, value: Any) -> bool:
-    """Tell whether models that differ in this cannot be merged: a number, or one for each part."""
+    """Tell whether this difference forbids a merge: in a number, or in one for each part."""
     numbers = value if isinstance(value, list) else [value]
     if not isinstance(value, _Unclear) and not all(type(n) in (int, float) for n in numbers):
         return False
@@ -250,7 +251,7 @@ def _are_counts(*values: Any) -> bool:
 
 
 def _unsaid(pair: tuple[_Said, _Said], keys: Sequence[str]) -> list[str]:
-    """Return what only one of two configs says, a line for each of them."""
+    """Return the keys that only one of two configs has, a line for each config."""
     lines = []
     for side, other in (pair, pair[::-1]):
         said = [f"{k} {_shown(side.facts[k])}" for k in keys if side.facts.get(k) is not None]
@@ -262,14 +263,14 @@ def _unsaid(pair: tuple[_Said, _Said], keys: Sequence[str]) -> list[str]:
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what matters of a config, by the same keys in every layout."""
+    """Return the values of a config that matter, by the same keys for every layout."""
     text = text_config(config)
     facts = _flat({key: value for key, value in config.items() if value is not text})
     facts |= _flat(text)
     tied = [part.get("tie_word_embeddings") for part in (config, text)]
-    if tied[0] != tied[1] and None not in tied:  # versions of transformers go by one or the other
+    if tied[0] != tied[1] and None not in tied:  # the transformers version decides between them
         facts["tie_word_embeddings"] = f"{tied[0]} (in its text part {tied[1]})"
-    # Parts of one model have model types of their own in newer configs.
+    # In newer configs the parts of a model have their own model types.
     facts = {key: value for key, value in facts.items() if not key.endswith("model_type")}
     facts["model_type"] = config.get("model_type")
     return facts
@@ -282,7 +283,7 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         if name in _IGNORED or key in _ROPE:
             continue
         if value in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
-            value = float(value["__float__"])  # so transformers 5 writes them
+            value = float(value["__float__"])  # how transformers 5 writes infinite numbers
         if isinstance(value, dict):
             facts |= _flat(value, f"{before}{name}.")
         else:
@@ -293,7 +294,7 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _add(facts: dict[str, Any], key: str, value: Any) -> None:
-    """Add a value, or where another name for it says otherwise, both of them."""
+    """Add a value; if another name of it has a different value, keep both."""
     held = facts.get(key)
     if held is None:
         facts[key] = value
@@ -302,13 +303,13 @@ def _add(facts: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE's base and scaling, which transformers 5 writes as one `rope_parameters`."""
+    """Return RoPE's base and scaling; transformers 5 writes both into `rope_parameters`."""
     parameters = config.get("rope_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     scaling = config.get("rope_scaling")
     scaling = dict(scaling if isinstance(scaling, dict) else parameters)
     facts: dict[str, Any] = {}
-    # Newer configs can give each kind of layer its own; older ones have a key for local layers.
+    # Newer configs can have a base for each kind of layer; older ones have a key for local layers.
     whole, local = scaling.pop("full_attention", None), scaling.pop("sliding_attention", None)
     if isinstance(local, dict):
         facts["rope_local_base_freq"] = local.get("rope_theta")
@@ -328,7 +329,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what RoPE's parameters say beside its base; nothing where it is not scaled."""
+    """Return RoPE's parameters without its base; empty if RoPE is not scaled."""
     left = dict(parameters)
     for key in ("rope_theta", "partial_rotary_factor"):
         left.pop(key, None)
@@ -343,7 +344,7 @@ def _shown(value: Any) -> str:
 
 
 def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
-    """Return two values as texts that show where they differ."""
+    """Return two values as short texts that include the place where they differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [k for k in {**one, **other} if one.get(k, _ABSENT) != other.get(k, _ABSENT)]
         pairs = [(key, _shown_apart(one.get(key), other.get(key))) for key in keys[:_NUM_SHOWN]]

@@ -1,4 +1,4 @@
-"""States of modules (`_extra_state`) that no arithmetic can merge, as Transformer Engine's are."""
+"""Modules' own states (`_extra_state`), such as Transformer Engine's, which cannot be averaged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from outliermerge.planning.plan import Input
 
 
 def one_extra_state(inputs: Sequence[Input]) -> tuple[Input, ...]:
-    """Give all models the first one's states of modules, with a note: they are opaque bytes.
+    """Give all models the module states of the first one, with a note: they are opaque bytes.
 
-    PyTorch keeps under this name what `Module.get_extra_state` returns: of any size and kind.
+    PyTorch stores under this name the result of `Module.get_extra_state`, which can be of any kind
+    and size.
     """
     reference = inputs[0]
     own = {n: s for n, s in reference.checkpoint.tensors.items() if n.endswith(EXTRA_STATE)}

@@ -26,7 +26,7 @@ from outliermerge.storage.stamps import told_by_name
 
 
 def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
-    """Open every model once; return them and the numbers of those that are merged, in order.
+    """Open every model once; return all inputs, and the numbers of the merged ones in order.
 
     Raises:
         SpecError: a rule of a `rename` matches nothing, or gives two tensors one name.
@@ -84,18 +84,21 @@ def open_model(
     *,
     unties: bool = False,
 ) -> Input:
-    """Open a folder, a file, a hub id, an adapter over `base` or its own base, or `base+adapter`.
+    """Open a model: a folder, a file, a hub id, an adapter, or `base+adapter`.
+
+    An adapter without `base+` is applied to the merge's base, or else to the base that its config
+    names.
 
     Args:
-        reference: to the model.
-        rename: from its names to those of the other models.
-        role: in the merge.
-        base: of the merge.
+        reference: the model's name in the spec.
+        rename: the rename from its names to those of the other models.
+        role: the model's role in the merge.
+        base: the base model of the merge.
         unties: the spec gives the output a head of its own.
 
     Raises:
         SettingError: a rule of `rename` does not fit the names.
-        OutlierMergeError: it is absent or broken.
+        OutlierMergeError: the model is absent or broken.
     """
     if "+" in reference and not as_path(reference).exists():
         stem, last = _split(reference)
@@ -108,7 +111,7 @@ def open_model(
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Return what stands before the last `+` that does not belong to a name, and behind it."""
+    """Split at the last `+` that is not part of a name; return the text before and after."""
     parts = reference.split("+")
     splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(len(parts) - 1, 0, -1)]
     named = (pair for pair in splits if as_path(pair[1]).exists() or is_hub_id(pair[1]))
@@ -203,5 +206,5 @@ def _renamed(entry: Input, rename: Rename) -> Input:
 
 
 def _last(reference: str) -> str:
-    """Return the last part of a model's name, which a copy of it usually has too."""
+    """Return the last part of a model's name; copies of a model usually keep it."""
     return Path(reference.partition("@")[0]).name

@@ -1,4 +1,4 @@
-"""Layouts that no rename makes one of the other, and the programs that convert them."""
+"""Pairs of layouts that no rename can convert, and the programs that can."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 _APART = re.compile(r"(?<![^./])experts\.\d+\.")
 _FUSED = re.compile(r"(?<![^./])experts\.(?!\d)")
-# In diffusers' layout; a UNet of the original layout has transformer_blocks too.
+# Names in diffusers' layout only: a UNet in the original layout also has transformer_blocks.
 _DIFFUSERS = re.compile(
     r"^(?:unet|transformer\w*|vae|text_encoder\w*|prior|controlnet)/"
     r"|(?<![^./])(?:down_blocks\.\d|mid_block\.|(?:single_)?transformer_blocks\.\d)"
@@ -16,16 +16,17 @@ _ORIGINAL = re.compile(
     r"(?<![^./])(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner"
     r"|(?:input|output|double|single|joint)_blocks\.\d+|(?:encoder\.down|decoder\.up)\.\d+)\."
 )
-# Rotary embeddings turn neighbours in Meta's code and torchtune's, halves in transformers'.
+# Rotary embeddings rotate neighbouring elements in Meta's and torchtune's code, but the two halves
+# of a head in transformers.
 _TURNS_NEIGHBOURS = re.compile(r"(?<![^./])(?:w[qk]\.|sa_norm\.scale$)")
 _TURNS_HALVES = re.compile(r"(?<![^./])self_attn\.[qk]_proj\.")
 
 
 def how_to_convert(names: Collection[str], others: Collection[str], places: tuple[str, str]) -> str:
-    """Return what converts two models into one layout, "" where no known one is in the way.
+    """Return how to convert two models to one layout; "" if no known layouts are the reason.
 
     Args:
-        names, others: of the two models.
+        names, others: the tensor names of the two models.
         places: what the spec calls the two models.
     """
     experts = [_experts(set(names) - set(others)), _experts(set(others) - set(names))]
@@ -63,7 +64,7 @@ def how_to_convert(names: Collection[str], others: Collection[str], places: tupl
 
 
 def _experts(names: Collection[str]) -> str:
-    """Return the first name of an expert that is stored alone, or else with all others."""
+    """Return the first name of an expert that is stored singly, or else of stacked experts."""
     listed = sorted(names)
     return _first(_APART, listed) or _first(_FUSED, listed)
 

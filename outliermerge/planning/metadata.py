@@ -1,4 +1,4 @@
-"""What the output's headers say beside the tensors: the reference's, where it stays true."""
+"""The metadata in the output's headers: the reference's, as far as it stays true."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Mapping, Sequence
 from outliermerge.errors import listing
 from outliermerge.planning.plan import Input
 
-# Hashes and sizes of the file, its dtype, and how it was quantised: not those of the output.
+# Hashes and sizes of the file, its dtype and its quantisation: they do not hold for the output.
 _UNTRUE = re.compile(
     r"hash|^sshs_|quant|fp8|nf4|(^|[._])(dtype|precision|total_size)$", re.IGNORECASE
 )
-_TRAINING = "ss_"  # tells of the training; its hashes are those of other files
+_TRAINING = "ss_"  # keys about the training; hashes among them are of other files
 _QUANTISED = re.compile(r'"[^"]*quantiz|"quant_|"weight_dtype"|float8_e[45]m|"(nf4|fp4|fp8)"')
 _MEANING = re.compile(r"^modelspec\.(architecture|prediction_type|implementation|encoder_layer)$")
 _MAX_BYTES = 2**20
 
 
 def kept_metadata(inputs: Sequence[Input]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return, by component, what the output's headers say beside the tensors, and notes on it.
+    """Return the metadata of the output's headers, by component, and notes on it.
 
-    It is what the first model's files say (for an adapter, its base's), without what is of those
-    files alone. A header stays small: of what is long only as much is kept as fits a megabyte.
+    It is the metadata of the first model's files (for an adapter, of its base's files), without the
+    keys that hold only for those files. Headers stay small: of long values, only as many are kept
+    as fit into a megabyte.
     """
     first = inputs[0].checkpoint
     kept: dict[str, dict[str, str]] = {}
@@ -68,7 +69,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _differing(inputs: Sequence[Input]) -> list[str]:
-    """Return a note where headers say that the models' weights do not mean the same."""
+    """Return a note if the headers say that the models' weights have different meanings."""
     said: list[dict[str, str]] = []
     for entry in inputs:
         texts = [item for found in entry.checkpoint.metadata.values() for item in found.items()]

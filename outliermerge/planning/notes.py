@@ -1,4 +1,4 @@
-"""What a person should know of a merge before it starts."""
+"""Notes that the user should read before a merge starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def merge_notes(
     dropped: Sequence[str],
     lacking: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
-    """Yield what is unusual of the models and of the jobs, a note each.
+    """Yield a note for each unusual fact about the models and the jobs.
 
     Args:
         sidecars: files that are carried over.
         dropped: tensors that are left out.
-        lacking: by model the tensors that it lacks and another task model has.
+        lacking: by model the tensors that it lacks while another task model has them.
     """
     for entry in inputs:
         yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)

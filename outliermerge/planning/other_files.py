@@ -1,4 +1,4 @@
-"""Files of tensors beside the weights: refused where the spec does not leave them out."""
+"""Files of tensors beside the weights; they are refused unless the spec leaves them out."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def check_other_files(spec: MergeSpec, inputs: Sequence[Input]) -> None:
     """Refuse files of tensors that nothing reads, unless `other_files: drop` leaves them out.
 
     Raises:
-        SpecError: a filter is in no such file's name.
-        OutlierMergeError: files that the spec does not speak of; all are listed.
+        SpecError: a filter matches no such file's name.
+        OutlierMergeError: the spec does not mention some files; the message lists all of them.
     """
     found: dict[Path, Input] = {}
     for model in inputs:

@@ -1,4 +1,4 @@
-"""The names that the output's tensors are written under."""
+"""The names of the tensors in the output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def written_names(spec: MergeSpec, inputs: Sequence[Input], names: Sequence[str]
     Raises:
         SpecError: the output's `rename` fits no tensor, gives two one name, or leads out of a
             pipeline's component.
-        OutlierMergeError: a tensor is of no component of the first model.
+        OutlierMergeError: a tensor belongs to no component of the first model.
     """
     reference, components = inputs[0], inputs[0].checkpoint.components
     others = {part for entry in inputs for part in entry.checkpoint.components} - {*components}

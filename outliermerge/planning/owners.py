@@ -1,4 +1,4 @@
-"""The files beside a model's weights: which are its config's, its tokenizer's, its processor's."""
+"""The files beside a model's weights, by owner: its config, its tokenizer or its processor."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from outliermerge.storage.stamps import same_bytes
 Kind = Literal["config", "tokenizer", "processor"]
 KINDS: tuple[Kind, ...] = ("config", "tokenizer", "processor")
 
-# What tokenizers of transformers and mistral-common load, by the file's name: all that classes of
-# transformers 4 and 5 name in VOCAB_FILES_NAMES (Jukebox's are lists of its conditions), what
-# fairseq and pyctcdecode keep, and SentencePiece's model as sentence-transformers has it.
+# Names of the files that tokenizers load. They are from VOCAB_FILES_NAMES of all classes in
+# transformers 4 and 5 (Jukebox's files are lists of its conditions), and from mistral-common,
+# fairseq, pyctcdecode and sentence-transformers (which stores SentencePiece's model).
 _TOKENIZER = re.compile(
     r"tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|tekken|sentencepiece"
     r"|^(dict(\.[\w-]+)?\.txt|(byte_maps|emoji|normalizer|encoder|alphabet|unigram|artists|genres"
@@ -31,13 +31,13 @@ _PROCESSOR = re.compile(
     r"processor.*_config\.json$|processor\w*\.py$|^(\w+_)?processing_\w*\.py$"
     r"|^feature_extract\w*\.(py|json)$"
 )
-# Of the files beside a config those that loaders read; a model may lack the others.
+# The files beside a config that loaders read; a model may lack all others.
 _LOADED = re.compile(
     r"(^|/)((generation_|sentence_bert_)?config|config_sentence_transformers)\.json$|\.py$"
 )
-# Files of a tokenizer that make none by themselves.
+# Files of a tokenizer that are not enough for one by themselves.
 _NO_TOKENIZER = re.compile(r"\.(py|jinja)$|^chat_template\.json$|^special_tokens_map\.json$")
-# Where `auto_map` names code, and whose code it is by the class that it stands for.
+# The files with an `auto_map`, which names code, and the owner of the code by its class.
 _MAPS = re.compile(r"^(config|tokenizer_config|\w*processor_config)\.json$")
 _OBJECT = re.compile(
     r"^(((generation_|tokenizer_|adapter_|scheduler_|sentence_bert_|\w*processor_)?config"
@@ -50,7 +50,7 @@ _RELATIVE = re.compile(r"^\s*(?:from\s+\.([A-Za-z_]\w*)\s+import|import\s+\.([A-
 
 
 def kind_of(name: str) -> Kind:
-    """Return whose file one is by its name; those of no tokenizer or processor are the config's.
+    """Return the owner of a file by its name: tokenizer or processor, or else the config.
 
     >>> kind_of("additional_chat_templates/rag.jinja"), kind_of("1_Pooling/config.json")
     ('tokenizer', 'config')
@@ -70,12 +70,12 @@ def is_loaded(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Beside:
-    """What stands beside a model's weights.
+    """The files beside a model's weights.
 
     Attributes:
-        reference: the model as the spec names it.
-        files: by kind the files, by their names in an output.
-        code: by kind the names of the Python files that its loaders need, present or not.
+        reference: the model's name in the spec.
+        files: for each kind, the files by their names in an output.
+        code: for each kind, the Python files that loaders need, present or not.
     """
 
     reference: str
@@ -84,7 +84,7 @@ class Beside:
 
     @classmethod
     def of(cls, entry: Input) -> Beside:
-        """Find the files of a model; an adapter's are its base's, but for a tokenizer of its own.
+        """Find the files of a model; for an adapter its base's files, and its own tokenizer if any.
 
         Raises:
             OutlierMergeError: a config, or a file with an `auto_map`, is broken.
@@ -114,7 +114,7 @@ class Beside:
 
 
 def _code(files: Mapping[str, Path]) -> dict[Kind, set[str]]:
-    """Return by kind the names of code files that `auto_map` names, and those they import."""
+    """Return by kind the code files that `auto_map` names, and the files that these import."""
     needed: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
     for name, path in files.items():
         if not _MAPS.search(name):
@@ -131,8 +131,8 @@ def _code(files: Mapping[str, Path]) -> dict[Kind, set[str]]:
 
 
 def _auto_map(auto_map: Any) -> Iterator[tuple[str, str]]:
-    """Yield class and module of each entry; code in other repositories (`repo--`) is not here."""
-    if isinstance(auto_map, (str, list)):  # as old tokenizers have it
+    """Yield class and module of each entry, except code in other repositories (`repo--`)."""
+    if isinstance(auto_map, (str, list)):  # the form in old tokenizers
         auto_map = {"AutoTokenizer": auto_map}
     for auto_class, value in auto_map.items() if isinstance(auto_map, dict) else ():
         for entry in value if isinstance(value, list) else [value]:
@@ -151,10 +151,10 @@ def _add_imports(name: str, files: Mapping[str, Path], found: set[str]) -> None:
 
 
 def check_content(path: Path) -> None:
-    """Raise OutlierMergeError unless a small file can be what its name says.
+    """Raise OutlierMergeError if a small file's content cannot fit its name.
 
-    A Git LFS pointer or a web page in its place is refused whatever it is, JSON and text that no
-    loader could read by their names.
+    A Git LFS pointer or a web page is refused under any name. JSON and text that no loader could
+    read are refused in files with such names.
     """
     if path.suffix == ".json":
         if _OBJECT.search(path.name):
@@ -164,7 +164,7 @@ def check_content(path: Path) -> None:
         return
     data = small_bytes(path)
     try:
-        if path.suffix == ".py":  # Python passes over a byte order mark
+        if path.suffix == ".py":  # Python ignores a byte order mark
             data = data.removeprefix(b"\xef\xbb\xbf")
         if _TEXT.search(path.name):
             utf8_text(data)
@@ -176,7 +176,7 @@ def check_content(path: Path) -> None:
 
 
 def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
-    """Return the files of an output: each kind whole, and only from its source.
+    """Return the files of an output; all files of one kind come from one model.
 
     Raises:
         OutlierMergeError: a file is broken or links out of its folder, or the code of two sources
@@ -206,7 +206,7 @@ def choose_files(sources: Mapping[Kind, Beside]) -> dict[str, Path]:
 
 
 def missing_code(chosen: Mapping[str, Path]) -> Iterator[str]:
-    """Yield a note of the code that an output's files need and that is not among them."""
+    """Yield a note for code that an output's files need and that is not in the output."""
     lacking = sorted(set().union(*_code(chosen).values()) - chosen.keys())
     if lacking:
         yield (

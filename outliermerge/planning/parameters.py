@@ -16,12 +16,12 @@ from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 
 class Parameters:
-    """What the spec says of the method's parameters.
+    """The method's parameters as the spec sets them, for each tensor and model.
 
     Args:
         spec: the spec.
-        model_numbers: of the inputs that are merged, in the spec's order.
-        names: of all tensors.
+        model_numbers: the numbers of the merged inputs, in the spec's order.
+        names: the names of all tensors.
         reference: the tensors of the reference.
     """
 
@@ -49,7 +49,7 @@ class Parameters:
         """Return a tensor's parameters for the inputs that have it.
 
         Raises:
-            SpecError: they do not go together.
+            SpecError: the values contradict one another.
         """
         layer = self._layers.get(name)
         position = layer.position if layer else 0.0
@@ -85,7 +85,7 @@ class Parameters:
         return default
 
     def check_filters(self) -> None:
-        """Raise SpecError for a filter that no merged tensor has taken its value from."""
+        """Raise SpecError for a filter whose value no merged tensor has used."""
         if not self._any_resolved:
             return
         levels = [self._spec.settings, *(model.settings for model in self._spec.models)]
@@ -108,7 +108,7 @@ class Parameters:
     def gradients(
         self, jobs: tuple[Job, ...], names: Mapping[str, str]
     ) -> dict[str, dict[str, list[Any]]]:
-        """Return values by layer of what varies over a stack and is one value in each layer."""
+        """Return by layer the parameters that vary over a stack but not within a layer."""
         seen: dict[str, dict[str, dict[int, set[Any]]]] = {}
         for job in jobs:
             layer: Layer | None = self._layers.get(names[job.name])
@@ -129,7 +129,7 @@ class Parameters:
 
 
 def check_scopes(method: MergeMethod, jobs: Sequence[Job], num_models: int) -> None:
-    """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
+    """Raise OutlierMergeError if a method measures whole models and one lacks a tensor."""
     if all(scope_of(need) == "tensor" for need in method.needs.values()):
         return
     for job in jobs:

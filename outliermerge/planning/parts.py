@@ -1,4 +1,4 @@
-"""The parts of pipelines and of SentenceTransformers: how their lists and tokenizers differ."""
+"""How the parts of pipelines and SentenceTransformers differ: module lists and tokenizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outliermerge.storage.files import load_json
 
 
 def differing_parts(inputs: Sequence[Input]) -> list[str]:
-    """Return which tokenizers of parts, and lists of modules, are not the first's."""
+    """Return which parts' tokenizers, and lists of modules, differ from the first model's."""
     first = inputs[0]
     sidecars = first.checkpoint.sidecars
     if set(first.checkpoint.components) == {""} and MODULES_NAME not in sidecars:
@@ -32,7 +32,7 @@ def differing_parts(inputs: Sequence[Input]) -> list[str]:
 
 
 def _meaning(content: Any) -> Any:
-    """Return a modules.json without what differs between versions of the library."""
+    """Return a modules.json without the values that depend on the version of the library."""
     if not isinstance(content, list):
         return content
     entries = [entry for entry in content if isinstance(entry, dict)]

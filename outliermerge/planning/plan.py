@@ -11,7 +11,7 @@ from typing import Any, Literal
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.sources import DTYPES, Checkpoint, Source, TensorMeta
 from outliermerge.checkpoint.tokens import token_files
-from outliermerge.errors import SpecError
+from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, is_measured_by
@@ -259,10 +259,10 @@ class Plan:
         fits = options.memory_bytes // (options.threads * per_element)
         if fits < min(unit, job.num_elements):
             needed = options.threads * per_element * min(unit, job.num_elements)
-            raise SpecError(
-                f"--memory: {options.memory_bytes:,} bytes are too few for tensor {job.name!r}: "
-                f"{method.name} needs {needed:,} on {options.threads} threads to hold one {cut} "
-                "block. Give more memory or fewer threads."
+            raise ArgumentError(
+                f"{argument('memory')}: {options.memory_bytes:,} bytes are too few for tensor "
+                f"{job.name!r}: {method.name} needs {needed:,} on {options.threads} threads to "
+                f"hold one {cut} block. Give more memory or fewer threads."
             )
         where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
         most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS

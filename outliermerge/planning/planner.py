@@ -1,4 +1,4 @@
-"""From a spec and the checkpoints' headers to a plan; no tensor is read."""
+"""Makes a plan from a spec and the checkpoints' headers; no tensor is read."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
             is a single file.
 
     Raises:
-        SpecError: a filter or rule that no tensor matches, or parameters that do not go together.
+        SpecError: a filter or rule matches no tensor, or parameters contradict one another.
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
     with told_by_name(), watching(Watched()) as watched:
         plan = _Planner(spec).plan(shard_bytes)
-        for content in sidecar_contents(plan).values():  # what cannot be written is refused now
+        for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
                 open_file(content).close()
     for entry in plan.inputs:
@@ -173,7 +173,7 @@ class _Planner:
         )
 
     def _drafts(self) -> list[_Draft]:
-        """Return what becomes of each tensor; those that are tied are made in the same way."""
+        """Return the draft of each tensor; tied tensors get the same one."""
         drafts = {n: self._draft(n) for n in self.names if n not in self.tied.followers}
         for name, original in self.tied.followers.items():
             draft = drafts[original]
@@ -191,7 +191,7 @@ class _Planner:
         return [draft for name in self.names if (draft := drafts.get(name)) is not None]
 
     def _num_rows(self) -> int | None:
-        """Return the rows of the output's vocabulary where its config may say otherwise."""
+        """Return the number of vocabulary rows if the output's config may state another one."""
         rows = self.alignment.num_rows or grown_rows(self.inputs[0])
         if rows is None and self.spec.document.config_source is not None:
             rows = self.alignment.stored_rows
@@ -263,7 +263,7 @@ class _Planner:
                 f"{self.inputs[0].reference} if all have the same values (else `unequal` decides)"
             )
         action: Literal["copy", "equal"] = "equal" if len(sources) > 1 else "copy"
-        # In its own dtype: a narrower one would round what counts as an index.
+        # Keep its own dtype: a smaller one would round indices.
         return name, action, sources, {}, own[1].out_dtype, f"{kinds} buffer"
 
     def _draft_extra(self, name: str, holders: list[int]) -> _Draft | None:
@@ -369,7 +369,7 @@ _Draft = tuple[
 
 
 def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
-    """Align the rows of what the reference has too; what it lacks is no matter of rows."""
+    """Align the vocabulary rows of the tensors that the reference has as well."""
     reference = inputs[0].checkpoint.tensors
     models = [
         (

@@ -1,4 +1,4 @@
-"""What a spec says of tensors that not all models have, or that cannot be merged."""
+"""The spec's policies for tensors that not all models have, or that cannot be merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Policies:
     """The spec's `missing`, `extra` and `unequal`, by model and by tensor.
 
     Raises:
-        SpecError: a filter is in no tensor's name, or `base` stands where there is no base model.
+        SpecError: a filter matches no tensor's name, or the word is `base` without a base model.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Policies:
                     )
 
     def word(self, key: Key, name: str, number: int | None = None) -> str | None:
-        """Return what the spec says of a tensor, for an input's number where that matters."""
+        """Return the policy for a tensor, and for an input if models have their own policies."""
         levels = [getattr(self._spec, key)]
         if number in self._model_numbers:
             model = self._spec.models[self._model_numbers.index(number)]

@@ -1,4 +1,4 @@
-"""The proof, before a byte is written, that the output is a model that its config describes."""
+"""Proves, before a byte is written, that the output's tensors match its config."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def prove(
 
     Args:
         reference: the tensors that the base (or the first model) stores.
-        shapes: of the output's tensors, by their names in the merge.
-        config: that the output will have.
-        tie: whether the output ties its head, where the spec says so.
+        shapes: the shapes of the output's tensors, by their names in the merge.
+        config: the config of the output.
+        tie: whether the output ties its head, if the spec says so; else None.
 
     Raises:
         OutlierMergeError: the output would have parameters that its config does not know: a head
@@ -106,14 +106,14 @@ def prove(
 
 
 def _lacks_head(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config's class has a head that is not the embeddings."""
+    """Tell whether a config's class has, or may have, a head that is not tied."""
     return may_have_head(config) and ties_head(config) is False
 
 
 def _known_depths(config: Mapping[str, Any]) -> set[int]:
-    """Return the layers that a stack may have: without and with those that predict more tokens.
+    """Return the numbers of layers that a stack may have: without and with multi-token prediction.
 
-    DeepSeek-V3, GLM-4.5 and MiMo keep the latter behind the others, in the same stack.
+    DeepSeek-V3, GLM-4.5 and MiMo put the layers that predict further tokens last in the stack.
     """
     of_text = text_config(config)
     depth, more = of_text.get("num_hidden_layers"), of_text.get("num_nextn_predict_layers")

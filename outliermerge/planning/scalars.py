@@ -1,4 +1,4 @@
-"""Single numbers that models store in other shapes: a scale as [] in one, as [1] in another."""
+"""Single numbers that models store in different shapes: [] in one model, [1] in another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outliermerge.planning.plan import Input
 
 
 def in_shapes_of(reference: Mapping[str, Source], entry: Input) -> Input:
-    """Return an input whose single numbers have the reference's shapes, with a note of each."""
+    """Return an input whose single numbers have the reference's shapes, and a note for each."""
     changed: dict[str, Source] = {}
     notes = []
     for name, source in entry.checkpoint.tensors.items():

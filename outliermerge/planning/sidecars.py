@@ -1,4 +1,4 @@
-"""The files beside the weights: which model they are from, and what the merge changes in them."""
+"""The files beside the weights: which model they come from, and how the merge changes them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def choose_sidecars(
     """Return the files that the output takes over, and how the models' files differ.
 
     Raises:
-        SpecError: a `*_source` where the output is a single file.
-        OutlierMergeError: configs that make the merge senseless.
+        SpecError: the spec has a `*_source`, but the output is a single file.
+        OutlierMergeError: the configs differ so that a merge makes no sense.
     """
     document = spec.document
     if inputs[0].checkpoint.root.is_file():
@@ -72,7 +72,7 @@ def choose_sidecars(
 
 
 def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
-    """Refuse a `*_source` that has none of what it is asked for."""
+    """Refuse a `*_source` that has no file of the kind it is named for."""
     for kind, beside in owners.items():
         key = f"{kind}_source"
         has = beside.has_tokenizer if kind == "tokenizer" else bool(beside.files[kind])
@@ -86,7 +86,7 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
     """Return how the models' configs and files differ.
 
     Raises:
-        OutlierMergeError: configs that make the merge senseless.
+        OutlierMergeError: the configs differ so that a merge makes no sense.
     """
     differing: list[str] = []
     senseless: list[str] = []
@@ -109,9 +109,9 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
 
 
 def _compared(beside: Beside, all_: Sequence[Beside], but: Container[str]) -> dict[str, Path]:
-    """Return a model's files to compare, without those (`but`) that are compared by their values.
+    """Return a model's files to compare, except those in `but`, which are compared by values.
 
-    Files that no loader reads are compared only where all models have them.
+    Files that no loader reads are compared only if all models have them.
     """
     every = [{name for kind in KINDS for name in b.files[kind]} for b in all_]
     shared = set.intersection(*every)
@@ -124,7 +124,7 @@ def _compared(beside: Beside, all_: Sequence[Beside], but: Container[str]) -> di
 
 
 def _config_files(reference: Input) -> list[str]:
-    """Return the configs that models are compared by: the root's, and one for each part."""
+    """Return the configs to compare: the root's, and one for each part."""
     components, sidecars = reference.checkpoint.components, reference.checkpoint.sidecars
     if set(components) == {""} and "modules.json" not in sidecars:
         return ["config.json"]
@@ -139,7 +139,7 @@ def _config_files(reference: Input) -> list[str]:
 
 
 def _in(reference: str, file: str) -> str:
-    """Return how a model's config is named: with its folder where it is of a part."""
+    """Return the name of a model's config in messages: with its folder if it is a part's."""
     folder = file.rpartition("/")[0]
     return f"{reference}/{folder}" if folder else reference
 
@@ -149,9 +149,9 @@ def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
 
 
 def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
-    """Return what every file that is carried over holds: its bytes where the merge may change it.
+    """Return the content of every file that is carried over: bytes if the merge may change it.
 
-    Of the others the file itself, to be copied.
+    For the others the path of the file, which is copied.
     """
     files: dict[str, bytes | Path] = {sidecar.name: sidecar.path for sidecar in plan.sidecars}
     contents = {
@@ -170,7 +170,7 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
 
 
 def _changed_json(data: bytes, change: Any) -> bytes:
-    """Return JSON text after a change that tells whether it did anything; else the same bytes."""
+    """Return JSON text after a change; the same bytes if `change` says that nothing changed."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -181,7 +181,7 @@ def _changed_json(data: bytes, change: Any) -> bytes:
 
 
 def _stored_dtypes(plan: Plan, folder: str) -> list[str]:
-    """Return the floating-point dtypes of a component's tensors, that of most elements first."""
+    """Return the floating-point dtypes of a component's tensors, the most frequent first."""
     sizes: Counter[str] = Counter()
     for job in plan.jobs:
         in_it = component_of(job.name, plan.components) == folder
@@ -195,7 +195,7 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
     if not isinstance(config, dict):
         return False
     changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes)
-    changed = config.pop("transformers_weights", None) is not None or changed  # a file's name
+    changed = config.pop("transformers_weights", None) is not None or changed  # names a file
     if (tie := document.tie_word_embeddings) is not None:
         for path in language_levels(config):
             level = reached(config, path)
@@ -205,7 +205,7 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
 
 
 def _drop_quantization(config: Any) -> bool:
-    """Take out what says that weights are quantised, of the whole or of a part."""
+    """Remove the keys that say that weights are quantised, at all levels of a config."""
     if not isinstance(config, dict):
         return False
     dropped = any([config.pop(key, None) is not None for key in QUANTIZATION_KEYS])
@@ -215,9 +215,9 @@ def _drop_quantization(config: Any) -> bool:
 
 
 def _set_dtype(config: dict[str, Any], wanted: str | None, stored: Sequence[str]) -> bool:
-    """Let a config and its parts say the dtype of what is stored, which loaders go by.
+    """Set the dtype in a config and its parts to the stored dtype, because loaders use it.
 
-    Where tensors have several, one that says either of them is right.
+    If tensors have several dtypes, a config that names one of them is left as it is.
     """
     changed = False
     for key, value in config.items():

@@ -1,4 +1,4 @@
-"""Where a config and a tokenizer of two models disagree about the tokens that begin and end."""
+"""Special tokens for which one model's config and another model's tokenizer disagree."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WORDS = ("bos", "eos", "pad")
 
 
 def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]:
-    """Yield a note for each id in a config that is not what another model's tokenizer has for it.
+    """Yield a note for each token id in a config that another model's tokenizer does not confirm.
 
-    Generation begins, pads and stops by the ids of config.json and generation_config.json.
+    Generation uses the ids in config.json and generation_config.json to begin, pad and stop.
     """
     home = tokenizer.tokenizer_home
     if home == config.home or (tokens := read_tokens(home)) is None:
@@ -41,7 +41,7 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
 
 
 def _token(home: Path, key: str) -> str | None:
-    """Return a special token as a tokenizer's files name it."""
+    """Return the text of a special token in a tokenizer's files."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         value: Any = read_json(home / file).get(key)
         content = value.get("content") if isinstance(value, dict) else value

@@ -1,10 +1,11 @@
-"""What is tied: names under which a model uses one tensor, stored once, several times, or apart.
+"""Tied tensors: several names under which a model uses one tensor.
 
-An output head may be tied to the embeddings: its config's `tie_word_embeddings` says so, or the
-default of its model type. Encoder's and decoder's embeddings of one model are always one tensor,
-and so are the biases of a BERT's head. A model stores such a tensor under one of its names or under
-several. Here all models get the same names, and the plan learns which of the output's tensors are
-one: it writes them equal.
+A model may store such a tensor once, several times, or as separate tensors.
+
+An output head may be tied to the embeddings: `tie_word_embeddings` in the config says so, or the
+default of the model type. The embeddings of an encoder and its decoder are always one tensor, and
+so are the two biases of a BERT head. This module gives all models the same names for tied tensors.
+It also tells the plan which tensors of the output are tied, so that they are written equal.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ WAYS_OUT = (
 
 @dataclass(frozen=True)
 class TiedCopy:
-    """Two tensors of one model that the merge is only right for where they are equal.
+    """Two tensors of one model that must be equal for the merge to be right.
 
     Attributes:
-        number: of the input.
-        name: of the copy in the merge.
-        original: of what it is tied to.
-        sources: both, as the model stores them.
-        is_stray: the output has no such copy, so that it is extra, as `extra` says.
+        number: the number of the input.
+        name: the name of the copy in the merge.
+        original: the name of the tensor that it is tied to.
+        sources: the copy and the original, as the model stores them.
+        is_stray: the output has no such copy, so the policy `extra` applies to it.
     """
 
     number: int
@@ -60,9 +61,9 @@ class Tied:
 
     Attributes:
         inputs: the models.
-        followers: by name what an output's tensor is equal to, as its config ties them.
-        copies: what must be equal in a model.
-        notes: what a person should know.
+        followers: for each tied tensor of the output, the name of the tensor that it equals.
+        copies: pairs of tensors that must be equal in a model.
+        notes: notes for the user.
     """
 
     inputs: tuple[Input, ...]
@@ -72,7 +73,7 @@ class Tied:
 
 
 def grown_rows(entry: Input) -> int | None:
-    """Return the rows of embeddings that an adapter has changed the number of; else None."""
+    """Return the number of embedding rows if an adapter has changed it; else None."""
     if entry.home == entry.checkpoint.root:
         return None
     tensors = entry.checkpoint.tensors
@@ -82,12 +83,12 @@ def grown_rows(entry: Input) -> int | None:
 
 
 def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
-    """Return which heads a model ties, by name, with its embeddings.
+    """Return the heads that a model ties, each with the name of its embeddings.
 
     Args:
         entry: the model.
-        heads: that it stores or that an adapter has for it. Where there is none, the head that it
-            must have without storing one.
+        heads: the heads that the model stores or that its adapter has. If there are none, the name
+            of the head that the model must have is derived.
     """
     tensors, heads = entry.checkpoint.tensors, list(heads)
     if not heads and may_have_head(_config(entry)):
@@ -103,7 +104,7 @@ def tied_heads(entry: Input, heads: Iterable[str]) -> dict[str, str]:
 
 
 def with_embeddings(entry: Input) -> Input:
-    """Return a model with the one tensor that it keeps as its head under the embeddings' name."""
+    """Return a model; a tied tensor stored only as the head gets the embeddings' name."""
     tensors = entry.checkpoint.tensors
     head = _lone_head(entry)
     name = head and embeddings_of(head, tensors)
@@ -114,7 +115,7 @@ def with_embeddings(entry: Input) -> Input:
 
 
 def _lone_head(entry: Input) -> str | None:
-    """Return the head of a model that ties it to embeddings that it does not store."""
+    """Return the head of a model that ties the head to embeddings which it does not store."""
     tensors = entry.checkpoint.tensors
     heads = [name for name in tensors if is_head(name)]
     if len(heads) != 1 or original_of(heads[0], tensors):
@@ -123,7 +124,7 @@ def _lone_head(entry: Input) -> str | None:
 
 
 def unnamed_tie(entry: Input) -> str | None:
-    """Return what a model stores of embeddings and head, where the other's name cannot be told."""
+    """Return the one tensor that a model stores of a tied pair, if the other's name is unknown."""
     tensors = entry.checkpoint.tensors
     if head := _lone_head(entry):
         return head
@@ -134,21 +135,21 @@ def unnamed_tie(entry: Input) -> str | None:
 
 
 def lacks_tied_head(entry: Input, name: str) -> bool:
-    """Tell whether a tensor that a model lacks is a head that its config ties to something."""
+    """Tell whether a tensor that a model lacks is a head that its config ties."""
     return is_head(name) and ties_head(_config(entry)) is True
 
 
 def match_tied(inputs: tuple[Input, ...], *, config_of: Input, wanted: bool | None) -> Tied:
-    """Give every model the output's names of what is tied.
+    """Give the tied tensors of every model the output's names.
 
     Args:
         inputs: the models, the reference first.
         config_of: the model whose config the output has.
-        wanted: whether the output ties its head, where the spec says so.
+        wanted: whether the output ties its head, if the spec says so; else None.
 
     Raises:
-        OutlierMergeError: a model has trained a head apart from the embeddings that the output's
-            config ties it to, or the spec asks for what the models do not allow.
+        OutlierMergeError: a model has a separately trained head that the output's config ties to
+            the embeddings, or the models do not allow what the spec asks for.
     """
     matching = _Matching(inputs, config_of, wanted)
     for original, copies in _families(inputs, derive=wanted is False).items():
@@ -179,7 +180,7 @@ class _Matching:
         return Tied(inputs, self.followers, copies, tuple(self.notes))
 
     def _alike(self) -> list[TiedCopy]:
-        """Return what adapters need equal; where the spec ties the output, a head is left out."""
+        """Return what adapters need equal, without heads that the spec leaves out by tying."""
         known = {copy.sources for copy in self.copies}
         return [
             TiedCopy(number, *alike, is_stray=False)
@@ -189,9 +190,9 @@ class _Matching:
         ]
 
     def add(self, original: str, copies: Sequence[str]) -> None:
-        """Match what may be stored under an original's name and those of its copies."""
+        """Match the tensors that may be stored under an original's name or its copies' names."""
         if not any(name in self.tensors[0] for name in (original, *copies)):
-            return  # extra, or of no concern
+            return  # a policy applies to it, or it is not tied
         if self._are_untied_biases((original, *copies)):
             return
         heads = [name for name in copies if is_head(name)]
@@ -200,13 +201,14 @@ class _Matching:
         ties = {head: self._output_ties(head, is_own=head in own[0]) for head in heads}
         apart = [h for h in heads if not ties[h] and (h in self.tensors[0] or h not in own[0])]
         written = [name for name in (original, *copies) if name in self.tensors[0]]
-        if original not in written:  # transformers 4 reads no copy in its place
+        if original not in written:  # transformers 4 needs the original
             written = [original, *(name for name in written if name in apart)]
         written = list(dict.fromkeys((*written, *apart)))
         follows = [name for name in written if name not in (original, *apart)]
         self.followers |= dict.fromkeys(follows, original)
         for number, untied in enumerate(own):
-            # A head that the reference says it has, and does not store, is plainly extra.
+            # If the reference should have a head and does not store it, other models' heads are
+            # extra.
             heads = [head for head in heads if ties[head] or head in apart]
             tied = [name for name in (*embeddings, *heads) if name not in untied]
             untied &= set(heads)
@@ -224,17 +226,17 @@ class _Matching:
         )
 
     def _is_own(self, entry: Input, head: str, embeddings: Sequence[str]) -> bool:
-        """Tell whether a model's head is its own, or may be, where the spec unties the output."""
+        """Tell whether a model's head is its own, or may be if the spec unties the output."""
         tensors = entry.checkpoint.tensors
         stores_both = head in tensors and any(name in tensors for name in embeddings)
         return (self.wanted is False and stores_both) or not _ties(entry, head, embeddings)
 
     def _output_ties(self, head: str, *, is_own: bool) -> bool:
-        """Tell whether the output's head is its embeddings.
+        """Tell whether the output's head is tied to its embeddings.
 
         Args:
-            head: its name.
-            is_own: the reference does not tie it.
+            head: the head's name in the output.
+            is_own: the reference does not tie the head.
         """
         is_adapted = head in self.inputs[0].parted
         if self.wanted and is_own and head in self.tensors[0] and not is_adapted:
@@ -254,21 +256,21 @@ class _Matching:
         written: Sequence[str],
         follows: Sequence[str],
     ) -> None:
-        """Give a model the tied tensor under the names that the output has.
+        """Give a model its tied tensor under the output's names.
 
         Args:
-            number: of the model.
-            tied: names that it uses the tensor under.
-            untied: names of heads of its own.
-            written: names that the output has.
-            follows: those of them that the output ties to the original.
+            number: the model's number.
+            tied: the names under which the model uses the tensor.
+            untied: the names of heads that the model does not tie.
+            written: the names that the output has.
+            follows: those names in `written` that the output ties to the original.
         """
         held, reference = self.tensors[number], self.inputs[number].reference
         source = next((name for name in tied if name in held), None)
         if source is None:
             return
         value = held[source]
-        # Heads that the model's config or the spec calls tied or apart, whatever they hold.
+        # Heads for which the model's config or the spec decides, whatever their values are.
         chosen = {*untied, *(name for name in tied if self.wanted and is_head(name))}
         for name in written:
             own = held.get(name)
@@ -294,7 +296,7 @@ class _Matching:
     def _compare(
         self, number: int, name: str, original: str, value: Source, *, is_stray: bool = False
     ) -> None:
-        """Have two tensors of a model compared before the merge; shapes tell at once."""
+        """Register two tensors of a model to be compared before the merge; compare shapes now."""
         own = self.tensors[number][name]
         if own.shape == value.shape:
             self.copies.append(TiedCopy(number, name, original, (own, value), is_stray))
@@ -306,7 +308,7 @@ class _Matching:
             )
 
     def _may_follow(self, number: int, head: str) -> bool:
-        """Tell whether a model's own head may turn out to be the embeddings, as the output's is."""
+        """Tell whether a model's own head may equal its embeddings, as the output's head does."""
         entry = self.inputs[number]
         if self.wanted:
             self.notes.append(
@@ -320,10 +322,10 @@ class _Matching:
 
 
 def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
-    """Return by original's name the other names that some model may store it under.
+    """Return for each original the other names under which some model may store it.
 
     Args:
-        derive: name a head where no model stores one.
+        derive: derive the name of a head if no model stores one.
     """
     known: dict[str, Source] = {}
     for entry in inputs:
@@ -332,11 +334,11 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
     families: dict[str, list[str]] = {}
     heads = [name for name in known if is_head(name)]
     if len(heads) == 1 and original_of(heads[0], known) is None:
-        # Saved by safetensors' save_model, which may keep the head of the two.
+        # Saved by safetensors' save_model, which keeps one of the two and may choose the head.
         families |= {name: heads for name in [embeddings_of(heads[0], known)] if name}
     for name in known:
         if original := original_of(name, known):
-            # What copies a head follows it whether it is tied or not.
+            # A copy of a head equals the head, whether the head is tied or not.
             outer = None if is_head(original) else original_of(original, known)
             families.setdefault(outer or original, []).append(name)
     if derive and not any(map(is_head, known)):
@@ -352,7 +354,7 @@ def _families(inputs: Sequence[Input], *, derive: bool) -> dict[str, list[str]]:
 
 
 def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
-    """Tell whether a model's head is its embeddings.
+    """Tell whether a model's head is tied to its embeddings.
 
     Args:
         entry: the model.
@@ -364,7 +366,7 @@ def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
     tensors, config = entry.checkpoint.tensors, _config(entry)
     others = [name for name in tensors if name != head and component(name) == component(head)]
     if head in tensors:
-        # The embeddings may be there under a name that does not pair.
+        # The model may have the embeddings under a name that is not recognised.
         shape = tensors[head].shape
         is_alone = not any(name in tensors for name in embeddings)
         if is_alone and any(n.endswith(EMBEDDINGS) and tensors[n].shape == shape for n in others):
@@ -372,7 +374,8 @@ def _ties(entry: Input, head: str, embeddings: Sequence[str]) -> bool:
         return ties_head(config) is True
     if any(map(is_head, others)):
         return False
-    # Only the embeddings are stored: they are the head too, unless the config has it missing.
+    # Only the embeddings are stored: they are the head as well, unless the config says that it is
+    # not tied.
     return ties_head(config) is not False
 
 

@@ -1,4 +1,4 @@
-"""The names of what may be tied, and what a config says of it."""
+"""The names of tensors that may be tied, and whether a config ties them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ EMBEDDINGS = (
     "word_embedding.weight",
     "transformer.embeddings.weight",
 )
-# By the end of a tied tensor's name what it may be tied to, the likeliest first (transformers'
-# `_tied_weights_keys` of its model classes).
+# For the end of a tied tensor's name, the ends of names that it may be tied to, the likeliest first
+# (from `_tied_weights_keys` of transformers' model classes).
 _ORIGINALS = {
     "lm_head.weight": EMBEDDINGS,
     "predictions.decoder.weight": EMBEDDINGS,
@@ -46,41 +46,42 @@ _ORIGINALS = {
     "decoder.embed_tokens.weight": ("shared.weight",),
     "predictions.decoder.bias": ("predictions.bias",),
     "lm_head.decoder.bias": ("lm_head.bias",),
-    "shared_head.head.weight": ("lm_head.weight",),  # of a layer that predicts further tokens
+    "shared_head.head.weight": ("lm_head.weight",),  # in a layer for further tokens
 }
 _ENDS = tuple(_ORIGINALS)
-# The head of the original layout of Llama; its end is that of other tensors too.
+# The head in Llama's original layout; names of other tensors end like it, too.
 _OUTPUT = "output.weight"
-# Such a layer's own name of the embeddings.
+# The embeddings' name in such a layer.
 _EMBED_TOKENS = "embed_tokens.weight"
 _LAYER_EMBEDDINGS = re.compile(rf"(?P<stem>^|.*\.)layers\.\d+\.(?P<end>{_EMBED_TOKENS})$")
-# Classes with a head, by `architectures`; the embeddings of others are tied to nothing.
+# Classes with a head, by `architectures`; other classes have nothing to tie to the embeddings.
 _HEADED = re.compile(
     r"CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration|ImageTextToText|Seq2Seq"
     r"|DoubleHeads|WithLM|Generator"
 )
-# Types of language models that tie nothing by default, of which transformers need not be asked.
+# Types of language models that tie nothing by default, so that transformers need not be asked.
 _UNTIED = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
 def ties_head(config: Mapping[str, Any]) -> bool | None:
-    """Tell whether a config ties the head to the embeddings; None where it cannot be told.
+    """Tell whether a config ties the head to the embeddings; None if that is unclear.
 
-    Where the levels of a config that say it agree, so do loaders. A language model's own level
-    that unties what an outer one ties is read in both ways.
+    If all levels of a config that have the key agree, all loaders agree. If the language model's
+    level says False and an outer level says True, loaders differ.
 
     >>> ties_head({"tie_word_embeddings": True, "text_config": {}}), ties_head({})
     (True, None)
     >>> ties_head({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
     """
     if config.get("scale_decoder_outputs") is False:
-        return None  # a T5 whose head may be its own: transformers 5 writes True for all of them
+        return None  # transformers 5 writes True for every T5, even if its head is its own
     levels = [at_level(config, path) for path in language_levels(config)]
     said = {v for level in levels if isinstance(v := level.get("tie_word_embeddings"), bool)}
     text = levels[-1]
     inner = text.get("tie_word_embeddings")
     if said == {False} and inner is None and text is not config:
-        # transformers ties what the language model's type ties by default, whatever stands above.
+        # transformers takes the default of the language model's type, whatever the outer levels
+        # say.
         asked = text.get("model_type") not in _UNTIED and effective_config(config)
         return bool(asked and asked.get("tie_word_embeddings"))
     if len(said) == 1:
@@ -118,7 +119,7 @@ def head_rename(head: str, other: str) -> str:
 
 
 def may_have_head(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config's class has a head, or may have one as the config names no class."""
+    """Tell whether a config's class has a head; it may have one if the config names no class."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         return True
@@ -126,16 +127,17 @@ def may_have_head(config: Mapping[str, Any]) -> bool:
 
 
 def vocabulary_rows(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
-    """Return the numbers of rows that embeddings and heads have; one unless they differ."""
+    """Return the set of the numbers of rows of all embeddings and heads."""
     return {
         shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS) or is_head(name)
     }
 
 
 def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
-    """Return the name of what a tensor can be tied to; None where it is unclear.
+    """Return the name of the tensor that a tensor can be tied to; None if it is unclear.
 
-    Of several of the likeliest kind it is the one in the same part of the model, or the outermost.
+    Of several candidates of the likeliest kind, the one in the same part of the model is taken, or
+    else the outermost.
     """
     if name.endswith(_EMBED_TOKENS) and (layer := _LAYER_EMBEDDINGS.match(name)):
         outer = layer["stem"] + layer["end"]
@@ -157,14 +159,14 @@ def original_of(name: str, tensors: Mapping[str, Source]) -> str | None:
 
 
 def _distance(name: str, other: str) -> tuple[int, int]:
-    """Return how far apart two names are: parts that they do not share at the start; depth."""
+    """Return the distance of two names: how many parts follow the shared start, and the depth."""
     ours, theirs = name.split("."), other.split(".")
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
     return -len(list(shared)), len(theirs)
 
 
 def head_of(name: str) -> str | None:
-    """Return the name of the head that embeddings of a name are tied to, where none is stored.
+    """Return the name that a head tied to these embeddings has, if no head is stored.
 
     >>> head_of("model.embed_tokens.weight"), head_of("language_model.model.embed_tokens.weight")
     ('lm_head.weight', 'language_model.lm_head.weight')
@@ -180,7 +182,7 @@ def head_of(name: str) -> str | None:
 
 
 def embeddings_of(head: str, names: Iterable[str]) -> str | None:
-    """Return the name of the embeddings that a head is tied to, where none are stored.
+    """Return the name that the embeddings tied to a head have, if none are stored.
 
     >>> embeddings_of("lm_head.weight", ["model.layers.0.mlp.weight", "lm_head.weight"])
     'model.embed_tokens.weight'
@@ -196,16 +198,16 @@ def embeddings_of(head: str, names: Iterable[str]) -> str | None:
 
 
 def component(name: str) -> str:
-    """Return the folder of a pipeline's component that a tensor is of."""
+    """Return the folder of the pipeline's component that a tensor belongs to."""
     return name.rpartition("/")[0]
 
 
 def _originals(name: str) -> tuple[str, ...]:
-    """Return the ends of the names of what a tensor may be tied to."""
+    """Return the ends of the names of tensors that a tensor may be tied to."""
     last = name.rpartition("/")[2]
     if last == _OUTPUT:
         return EMBEDDINGS
     if not last.endswith(_ENDS):
-        return ()  # told at once, since a model may have many names
+        return ()  # a fast answer, since a model may have many names
     end = next((end for end in _ORIGINALS if last == end or last.endswith("." + end)), None)
     return _ORIGINALS[end] if end else ()

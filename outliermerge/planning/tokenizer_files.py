@@ -1,4 +1,4 @@
-"""The tokenizer's files in the output: what a vocabulary that grows adds to them."""
+"""The output's tokenizer files, and the tokens that a growing vocabulary adds to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def added_entries(root: Path) -> dict[str, dict[str, Any]]:
-    """Return the tokens that a tokenizer has whole, each with how text is searched for it."""
+    """Return the added tokens of a tokenizer, each with its entry: how text is searched for it."""
     decoder = read_json(root / "tokenizer_config.json").get("added_tokens_decoder") or {}
     entries = read_json(root / "tokenizer.json").get("added_tokens") or []
     found = {token: _entry(token) for token in read_json(root / "added_tokens.json")}
@@ -35,14 +35,15 @@ def _entry(content: str, **flags: Any) -> dict[str, Any]:
 
 
 def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return how each token is written, from the first tokenizer that has it whole.
+    """Return the entry of each token, from the first tokenizer that has it as an added token.
 
     Args:
-        tokens: each with the name of a model that has it.
-        roots: folders of all models' tokenizers.
+        tokens: the tokens, each with the name of a model that has it.
+        roots: the folders of all models' tokenizers.
 
     Raises:
-        OutlierMergeError: a token is a piece of a tokenizer's own model in all of them.
+        OutlierMergeError: in all tokenizers a token is a piece of the tokenizer's own model, not an
+            added token.
     """
     found: dict[str, dict[str, Any]] = {}
     for root in roots:
@@ -59,7 +60,7 @@ def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[
 
 
 def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
-    """Add the tokens of a vocabulary that grows to the tokenizer's files of an output."""
+    """Add the new tokens of a growing vocabulary to the tokenizer files of an output."""
     if not plan.added_tokens:
         return
     root = next(file.path.parent for file in plan.sidecars if file.name == "tokenizer.json")
@@ -75,7 +76,7 @@ def extend_files(contents: dict[str, bytes], plan: Plan) -> None:
 
 
 def read_files(root: Path) -> dict[str, bytes]:
-    """Return the contents of the files that tell a tokenizer's ids."""
+    """Return the contents of the files that define a tokenizer's ids."""
     return {path.name: small_bytes(path) for path in token_files(root)}
 
 
@@ -85,16 +86,16 @@ def extend(
     entries: Sequence[Mapping[str, Any]],
     before: Iterable[str],
 ) -> dict[str, bytes]:
-    """Return a tokenizer's files with tokens added to them, which all say the loader's ids.
+    """Return a tokenizer's files with added tokens; all files have the ids of a loader.
 
-    Tokens that it has in other files than tokenizer.json are written there too, before the new
-    ones, as a loader would number these first.
+    Tokens of other files are written into tokenizer.json as well, before the new ones, because a
+    loader numbers them in this order.
 
     Args:
-        files: its contents by name, with a tokenizer.json.
-        root: where it is from.
-        entries: of the tokens, none of which it has.
-        before: the tokens that it has, in the order of the loader's ids.
+        files: the contents of the tokenizer's files by name; tokenizer.json is one of them.
+        root: the folder of the tokenizer.
+        entries: the entries of the new tokens.
+        before: the tokens that the tokenizer has already, in the order of the loader's ids.
     """
     tokenizer = json.loads(files["tokenizer.json"])
     own = added_entries(root)
@@ -105,7 +106,7 @@ def extend(
     loaded = load_tokens({"tokenizer.json": json.dumps(tokenizer).encode()}, root)
     ids = {token: id_ for id_, token in loaded.items()}
     for entry in tokenizer["added_tokens"]:
-        entry["id"] = ids.get(entry["content"], entry["id"])  # an empty one is passed over
+        entry["id"] = ids.get(entry["content"], entry["id"])  # loaders skip an empty token
     tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
     changed = dict(files) | {"tokenizer.json": _dumped(tokenizer)}
     for name, change in _BESIDE.items():
@@ -117,7 +118,7 @@ def extend(
 
 
 def _held(tokenizer: Mapping[str, Any]) -> set[str]:
-    """Return the tokens that a tokenizer.json itself has; a Unigram model's are in pairs."""
+    """Return the tokens in a tokenizer.json; a Unigram model has pairs of token and score."""
     words = tokenizer["model"]["vocab"]
     added = (entry["content"] for entry in tokenizer.get("added_tokens") or [])
     return {*(words if isinstance(words, dict) else (word for word, _ in words)), *added}
@@ -144,7 +145,7 @@ def _renumber_list(
     tokens: dict[str, Any], entries: Sequence[Mapping[str, Any]], ids: Mapping[str, int]
 ) -> None:
     every = {token for token in (*tokens, *(entry["content"] for entry in entries)) if token in ids}
-    tokens.clear()  # a token that no loader knows is left out
+    tokens.clear()  # leave out tokens that no loader knows
     tokens |= {token: ids[token] for token in sorted(every, key=lambda token: ids[token])}
 
 

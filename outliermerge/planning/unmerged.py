@@ -1,4 +1,4 @@
-"""Refuses models whose weights are still to be made, of an adapter's factors or of a norm."""
+"""Refuses models that store weights as parts: an adapter's factors, or a norm and a direction."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from outliermerge.planning.plan import Input
 
 
 def refuse_unmerged(inputs: Sequence[Input]) -> list[str]:
-    """Return notes of models whose parts are merged apart, as all of them have the same.
+    """Return notes on models that all store the same parts, which are then merged separately.
 
     Raises:
-        OutlierMergeError: a model holds an adapter that is not merged, or keeps a weight as
-            factors that another has as it is. No policy can make one the other.
+        OutlierMergeError: a model contains an adapter that is not merged into it, or stores factors
+            of a weight that another model stores whole. No policy can convert one to the other.
     """
     notes = []
     for number, entry in enumerate(inputs):
         others = [other for other in inputs if other is not entry]
         names = entry.checkpoint.tensors
         parts = adapter_parts(names)
-        # An adapter that is a part of the model, as Phi-4-multimodal's are, all models have.
+        # If an adapter is a part of the architecture, as in Phi-4-multimodal, all models have it.
         alone = len(parts) == len(names) or any(".default" in name for name in parts)
         if parts and (alone or not _all_have(parts, others)):
             raise OutlierMergeError(

@@ -1,4 +1,4 @@
-"""Models whose vocabularies differ: what a policy makes of their embeddings and heads."""
+"""Models with different vocabularies: aligns the rows of embeddings and heads by a policy."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ class Alignment:
     """Models with the same rows in their vocabulary tensors.
 
     Attributes:
-        checkpoints: of the models, in the same order.
-        num_rows: of the output's vocabulary tensors; None where nothing was changed.
-        added_tokens: that the output's tokenizer has to be given: id, token, number of the first
-            model that has it.
-        notes: what a person should know.
-        stored_rows: of the first model's vocabulary tensors; None where it has none.
+        checkpoints: the models' checkpoints, in the given order.
+        num_rows: the number of rows of the output's vocabulary tensors; None if nothing was
+            changed.
+        added_tokens: the tokens to add to the output's tokenizer: id, token, and number of the
+            first model that has it.
+        notes: notes for the user.
+        stored_rows: the number of rows of the first model's vocabulary tensors; None if it has
+            none.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -73,17 +75,17 @@ def align_vocabulary(
 ) -> Alignment:
     """Give the vocabulary tensors (embeddings, heads) of all models the same rows.
 
-    A model that lacks a row of the first model is unchanged there: its tensor gives the first
-    model's row. By policy, rows that differ are refused (`error`), are the first model's (`base`),
-    are cut to those that all models have (`common`), or are the first model's and those that only
-    others have (`union`). The ids of tokens that the first model lacks are those that a loader of
-    the output's tokenizer gives, in rows that the first model has reserved or behind its rows; such
-    a row is the mean of the models that have it in every model that lacks it.
+    If a model lacks a row of the first model, it gets the first model's row, so its difference
+    there is zero. If rows differ, the policy decides. `error` refuses the merge, `base` takes the
+    first model's rows, `common` takes the rows that all models have, and `union` takes the first
+    model's rows and those that only other models have. Tokens that the first model lacks get the
+    ids that a loader of the output's tokenizer gives them: in reserved rows of the first model, or
+    after its rows. A model that lacks such a row gets the mean of the models that have it.
 
     Args:
-        models: each as the user names it, with its checkpoint, whose root has its tokenizer; the
-            first is the reference.
-        policy: what is done where vocabularies differ.
+        models: for each model its name in the spec and its checkpoint, whose root has the
+            tokenizer. The first model is the reference.
+        policy: the word that says what is done if vocabularies differ.
         homes: the folders of the models' configs; their roots by default.
         tokenizer, config: numbers of the models whose tokenizer and config the output has.
 
@@ -96,7 +98,7 @@ def align_vocabulary(
     homes = homes or [checkpoint.root for checkpoint in checkpoints]
     unchanged = Alignment(checkpoints, None, (), ())
     if any("" not in checkpoint.components for checkpoint in checkpoints):
-        return unchanged  # a pipeline's parts have tokenizers of their own
+        return unchanged  # each part of a pipeline has its own tokenizer
     configs = [read_json(home / "config.json") for home in homes]
     found = find_vocabulary_tensors(checkpoints, configs)
     same_rows = len(set(found.num_rows.values())) == 1
@@ -163,7 +165,7 @@ def align_vocabulary(
 def _lay_out(
     policy: str, members: Sequence[Model], written: Written, roots: Sequence[Path]
 ) -> tuple[Layout, Written]:
-    """Return the output's rows, and its tokenizer with the tokens that it is given for them."""
+    """Return the output's rows, and its tokenizer with the tokens that are added for them."""
     if policy == "union" and (missing := missing_tokens(members, written)):
         if not is_there(written.root / "tokenizer.json"):
             has = "no tokenizer.json" if written.tokens else "no tokenizer files"
@@ -202,7 +204,7 @@ def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> Mode
 
 
 def _clashes(members: Sequence[Model]) -> dict[int, str]:
-    """Return by a model's number how its ids differ from those of earlier models, in words."""
+    """Return for each model's number, in words, how its ids differ from those of earlier models."""
     seen: dict[int, tuple[str, str]] = {}
     places: dict[str, dict[int, str]] = {}
     clashes: dict[int, str] = {}
@@ -228,7 +230,7 @@ def _clashes(members: Sequence[Model]) -> dict[int, str]:
 def _check_named(
     members: Sequence[Model], layout: Layout, written: Written, model: Model, home: Path
 ) -> None:
-    """Refuse rows that the output's config names by an id and that would not be there any more."""
+    """Refuse to drop rows that the output's config names by an id."""
     wrong = []
     for file in ("config.json", "generation_config.json"):
         for key, ids in named_ids(read_json(home / file)).items():
@@ -241,7 +243,7 @@ def _check_named(
                     there
                     and id_ not in model.tokens
                     and any(other.tokens.get(id_) == new for other in members)
-                ):  # a model was trained with this token at this id
+                ):  # a model was trained with it at this id
                     continue
                 token = f" ({model.tokens[id_]!r})" if id_ in model.tokens else ""
                 what = f"is for {new!r}" if there and new else "it does not have"

@@ -1,4 +1,4 @@
-"""What configs say of the vocabulary: its number of rows, and tokens by their ids."""
+"""The vocabulary in configs: its number of rows, and the ids of special tokens."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def _sizes(
 
 
 def with_vocab_size(config: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
-    """Return a config whose language model has a number of rows, wherever a loader looks for it.
+    """Return a config with a new vocab_size at every place where a loader looks for it.
 
-    Where the language model's level is silent, its model type's default counts, and the key is
-    written unless that is the same. Levels above it that repeat the number are changed with it.
+    If the language model's level has no vocab_size, its model type's default applies, and the key
+    is written only if the default differs. Outer levels that repeat the old number are changed as
+    well.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
     levels = language_levels(config)
@@ -66,7 +67,7 @@ def with_vocab_size(config: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
 
 
 def reached(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Return a part of a config to change, made where it is missing."""
+    """Return a level of a config, to change it; a missing one is made."""
     for key in path:
         if not isinstance(config.get(key), dict):
             config[key] = {}
@@ -75,7 +76,7 @@ def reached(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def named_ids(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the ids that a config or generation config names tokens by, by key.
+    """Return the token ids in a config or generation config, by key.
 
     >>> named_ids({"eos_token_id": [2, 5], "vision_config": {"pad_token_id": 0}})
     {'eos_token_id': [2, 5]}
@@ -90,7 +91,7 @@ def named_ids(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def fit_config(contents: dict[str, bytes], num_rows: int | None) -> None:
-    """Write the number of rows of the output's vocabulary into its config, where it changes."""
+    """Write the number of vocabulary rows into the output's config if it changes."""
     try:
         config = json.loads(contents.get("config.json", b"null"))
     except ValueError:

@@ -1,9 +1,9 @@
-"""Which rows the models' vocabulary tensors get: by policy, which row of one is which of another.
+"""The rows of the output's vocabulary tensors, and the row of each model that matches each of them.
 
-A row is its token where the model's tokenizer has one for that id. Other rows are padding, or
-reserved; such a row is the one with the same index in another model, if that is padding too.
-The output's tokenizer tells which row a token has there: a reserved row that it has a token for is
-that token's.
+Rows match by token, if the tokenizers have a token for the row's id. Other rows are padding, or
+reserved; they match the row with the same index in another model, if that is padding as well. The
+output's tokenizer decides which row a token has in the output: a reserved row for which it has a
+token belongs to that token.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Model:
     """A model that has vocabulary tensors.
 
     Attributes:
-        number: its place among the models.
-        name: as the user wrote it.
-        num_rows: of its vocabulary tensors.
-        tokens: by id, those that have a row.
-        beyond: tokens that its tokenizer names but that have no row.
-        has_tokenizer: False where it is not known which rows are tokens.
+        number: the model's index among the models.
+        name: the name that the user wrote.
+        num_rows: the number of rows of its vocabulary tensors.
+        tokens: the tokens that have a row, by id.
+        beyond: tokens of its tokenizer that have no row.
+        has_tokenizer: False if it is not known which rows are tokens.
     """
 
     number: int
@@ -42,7 +42,7 @@ class Model:
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
-        """The rows that it has for tokens."""
+        """The id of each token that has a row."""
         return {token: id_ for id_, token in self.tokens.items()}
 
     def describe(self, rows: Iterable[int]) -> str:
@@ -64,10 +64,10 @@ class Written:
     """The tokenizer that the output has.
 
     Attributes:
-        name: of the model that it is taken from.
-        root: the folder that it is in.
-        tokens: by the id that a loader gives them, with those that the merge adds.
-        added: by the merge: id, token, number of the first model that has it.
+        name: the name of the model that it is taken from.
+        root: the folder of its files.
+        tokens: its tokens, with those that the merge adds, by the ids that a loader gives them.
+        added: the tokens that the merge adds: id, token, and number of the first model that has it.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Layout:
-    """The output's rows: by a model's number, which of its rows each is, or ABSENT."""
+    """The output's rows: for each model's number, which of its rows each one is, or ABSENT."""
 
     num_rows: int
     rows: Mapping[int, Sequence[int]]
@@ -88,7 +88,7 @@ class Layout:
 def missing_tokens(members: Sequence[Model], written: Written) -> dict[str, int]:
     """Return the tokens that the output's tokenizer lacks, each with the first model that has it.
 
-    Where it names none, tokens of the first model's rows are not asked for.
+    If the output's tokenizer has no tokens, those of the first model's rows are not missing.
     """
     known = set((written.tokens or _names(members)).values())
     found: dict[str, int] = {}
@@ -102,8 +102,8 @@ def missing_tokens(members: Sequence[Model], written: Written) -> dict[str, int]
 def _names(members: Sequence[Model]) -> Mapping[int, str]:
     """Return the tokens of the reference's rows.
 
-    Where it has no tokenizer its rows match other models' by index, so that the first tokenizer
-    of another one tells them.
+    If it has no tokenizer, its rows match other models' rows by index; then the tokens come from
+    the first other model that has a tokenizer.
     """
     reference = members[0]
     teller = next((model for model in members if model.has_tokenizer), reference)
@@ -111,7 +111,7 @@ def _names(members: Sequence[Model]) -> Mapping[int, str]:
 
 
 def _new_names(members: Sequence[Model], written: Written) -> Mapping[int, str]:
-    """Return the tokens, with a row in some model, of rows that are none of the reference's."""
+    """Return the tokens that have a row in some model and none in the reference."""
     known = _names(members)
     return {
         id_: token
@@ -123,7 +123,7 @@ def _new_names(members: Sequence[Model], written: Written) -> Mapping[int, str]:
 def _matched(
     model: Model, num_rows: int, known: Mapping[int, str], new: Mapping[int, str]
 ) -> list[int]:
-    """Return which of a model's rows each of the output's rows is."""
+    """Return for each row of the output the matching row of a model."""
     rows, names = [], {**new, **known}
     for row in range(num_rows):
         own = row if row < model.num_rows else ABSENT
@@ -167,7 +167,8 @@ def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
     """Return the first model's rows up to the last that all models have.
 
     Raises:
-        OutlierMergeError: they lack rows before that, or ones that the tokenizer names.
+        OutlierMergeError: some model lacks a row before that one, or the tokenizer names a token
+            whose row is cut off.
     """
     reference, base = members[0], lay_out_base(members, written)
     shared = [
@@ -196,10 +197,10 @@ def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
 
 
 def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
-    """Return the first model's rows, then those of tokens and last padding that only others have.
+    """Return the first model's rows, then rows of tokens and of padding that only others have.
 
     Raises:
-        OutlierMergeError: the tokenizer's ids leave rows between that no model has.
+        OutlierMergeError: the tokenizer's ids leave a gap of rows that no model has.
     """
     reference = members[0]
     num_rows = max([reference.num_rows, *(id_ + 1 for id_ in _new_names(members, written))])
@@ -227,13 +228,13 @@ def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
 
 
 def check_ids(members: Sequence[Model], written: Written, layout: Layout) -> list[str]:
-    """Prove that each id that the output's tokenizer gives leads to the row of its token.
+    """Prove that each id of the output's tokenizer is the number of its token's row.
 
     Returns:
         Notes on tokens that no model has a row for.
 
     Raises:
-        OutlierMergeError: it does not; the message lists tokens.
+        OutlierMergeError: an id leads to another row; the message lists the tokens.
     """
     known = _names(members)
     wrong: list[str] = []
@@ -265,7 +266,7 @@ def check_ids(members: Sequence[Model], written: Written, layout: Layout) -> lis
 
 
 def count(number: int, what: str) -> str:
-    """Return a number with its noun.
+    """Return a number with its noun, in the singular or plural.
 
     >>> count(1, "row"), count(2, "row")
     ('1 row', '2 rows')
@@ -280,7 +281,7 @@ def _shown(tokens: Sequence[tuple[int, str]]) -> str:
 
 
 def _ranges(rows: Iterable[int]) -> str:
-    """Return sorted numbers as ranges.
+    """Return sorted numbers as ranges, in words.
 
     >>> _ranges([3, 4, 5, 9])
     '3–5, 9'

@@ -1,7 +1,7 @@
-"""Which tensors have a row for every token, and such tensors with their rows rearranged.
+"""Finds the tensors that have a row for every token, and rearranges their rows.
 
-In a few, such as a bias of shape (1, V), tokens are along the last axis: their columns are meant
-wherever rows are spoken of.
+In a few tensors, such as a bias of shape (1, V), tokens are along the last axis: for them, "rows"
+means columns.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class VocabularyTensors:
     """The tensors whose rows are the vocabulary's.
 
     Attributes:
-        axes: by the tensors' names, along which axis they have a row for every token: 0 or -1.
-        num_rows: of a model's vocabulary tensors, by the model's number.
-        unclear: tensors of which neither name nor number of rows tells for sure.
+        axes: for each tensor's name, the axis along which it has a row for every token: 0 or -1.
+        num_rows: the number of rows of each model's vocabulary tensors, by the model's number.
+        unclear: tensors for which neither the name nor the number of rows decides it.
     """
 
     axes: Mapping[str, int]
@@ -48,11 +48,11 @@ class VocabularyTensors:
 def find_vocabulary_tensors(
     checkpoints: Sequence[Checkpoint], configs: Sequence[Mapping[str, Any]]
 ) -> VocabularyTensors:
-    """Find the tensors with a row for every token, by what the models' configs and names say.
+    """Find the tensors with a row for every token, by the models' configs and names.
 
-    These are tensors whose number of rows differs between models as their vocab_size does, and
-    those of an embedding's or a head's name. A tensor that only has as many rows as there are
-    tokens, in all models alike, may have them by chance: it is unclear.
+    These are tensors whose number of rows differs between models as vocab_size does, and tensors
+    named as embeddings or heads. Any other tensor with as many rows as tokens, the same in all
+    models, may have that number by chance: it is unclear.
     """
     sizes = [vocabulary_sizes(config) for config in configs]
     sure: dict[str, dict[int, int]] = {}
@@ -85,7 +85,7 @@ def find_vocabulary_tensors(
         found = [rows[number] for rows in sure.values() if number in rows]
         if found:
             num_rows[number] = size if size in found else found[0]
-    if not sure and unclear:  # told by the config alone
+    if not sure and unclear:  # only the config says so
         num_rows = {
             number: size
             for number, (size, _) in enumerate(sizes)
@@ -103,7 +103,7 @@ def find_vocabulary_tensors(
 def _axis(
     name: str, held: Mapping[int, Source], sizes: Sequence[tuple[int | None, set[int]]]
 ) -> int:
-    """Return the axis along which a tensor may have its tokens: the last one where rows are not."""
+    """Return the axis along which a tensor may have its tokens: the first, or else the last."""
     if any(len(source.shape) < 2 for source in held.values()):
         return 0
     if _KNOWN_LAST.search(name):
@@ -118,10 +118,10 @@ def _without(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Rows `start` to `stop` of a tensor: the mean of rows of one or several sources.
+    """Rows `start` to `stop` of a tensor, each the mean of rows of one or several sources.
 
     Attributes:
-        parts: numbers of sources, each with the row that `start` is there.
+        parts: the numbers of the sources, each with the source's row that goes to `start`.
     """
 
     start: int
@@ -131,7 +131,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class RearrangedRows(ComputedTensor):
-    """Rows taken from sources, or averaged over them, in runs that cover the tensor in order."""
+    """Rows copied from sources or averaged over them, in runs that cover the tensor in order."""
 
     sources: tuple[Source, ...]
     runs: tuple[Run, ...]
@@ -171,7 +171,7 @@ class RearrangedRows(ComputedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class RearrangedColumns(RearrangedRows):
-    """The same of a tensor (…, V): runs are of its last axis."""
+    """Like RearrangedRows, for a tensor (…, V): runs are along its last axis."""
 
     @property
     def num_rows(self) -> int:
@@ -206,13 +206,13 @@ def rearrange(
     cells: Sequence[tuple[tuple[int, int], ...]],
     axis: int = 0,
 ) -> Source:
-    """Return a model's tensor with given rows; its own source where these are its rows in order.
+    """Return a model's tensor with given rows; its own source if these are its own rows in order.
 
     Args:
         own: the model's number.
-        sources: the tensor in each model that has it, by the model's number.
-        cells: for every row, the models and their rows that it is the mean of.
-        axis: along which the rows are, 0 or -1.
+        sources: the tensor of each model that has it, by the model's number.
+        cells: for every row, the models and their rows whose mean it is.
+        axis: the axis of the rows, 0 or -1.
     """
     source = sources[own]
     spans = list(_spans(cells))

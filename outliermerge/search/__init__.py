@@ -1,4 +1,4 @@
 """Merges with several settings at once.
 
-It imports the library (`api`) and what is below; read `sweeps` first.
+It imports the library (`api`) and the layers below it; read `sweeps` first.
 """

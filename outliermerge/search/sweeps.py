@@ -6,17 +6,16 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outliermerge.api import plan
-from outliermerge.errors import SpecError, shown, suggest
-from outliermerge.execution.threads import choose_options
+from outliermerge.errors import ArgumentError, SpecError, argument, shown, suggest
+from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
-from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
 
@@ -49,7 +48,9 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
     except ValueError:
         values = None
     if not (key and equals and text and values) or None in values:
-        raise SpecError(f"--set {shown(option)}: write KEY=VALUE,VALUE,… such as t=2,2.5,3")
+        raise ArgumentError(
+            f"{argument('settings')} {shown(option)}: write KEY=VALUE,VALUE,… such as t=2,2.5,3"
+        )
     return key.strip(), values
 
 
@@ -72,11 +73,11 @@ def plan_sweep(
     """
     checked = load_spec(spec)
     if not settings:
-        raise SpecError("a sweep needs settings: give --set KEY=VALUE,VALUE,…")
+        raise ArgumentError(f"{argument('settings')}: a sweep needs some, such as t=2,2.5,3")
     if (number := math.prod(map(len, settings.values()))) > _MAX_OUTPUTS:
-        raise SpecError(
-            f"--set: {number:,} combinations, each a whole model, more than the {_MAX_OUTPUTS:,} "
-            "that one sweep may have"
+        raise ArgumentError(
+            f"{argument('settings')}: {number:,} combinations, each a whole model, more than "
+            f"the {_MAX_OUTPUTS:,} that one sweep may have"
         )
     variants: dict[str, Variant] = {}
     for values in itertools.product(*settings.values()):
@@ -88,11 +89,11 @@ def plan_sweep(
         try:
             planned = plan(document, shard_size=shard_size)
         except SpecError as error:
-            raise SpecError(f"{name}: {error}") from error
+            raise SpecError(f"{name}: {error.marked}") from error
         if planned.is_one_file:
             name += ".safetensors"
         if name in variants:
-            raise SpecError(f"--set: {name} is there twice")
+            raise ArgumentError(f"{argument('settings')}: {name} is there twice")
         variants[name] = Variant(chosen, planned, name)
     return list(variants.values())
 
@@ -102,17 +103,9 @@ def sweep(
     settings: Mapping[str, Sequence[Any]] | None = None,
     *,
     output: str | Path | None = None,
-    device: str = "cpu",
-    memory: int | str = DEFAULT_MEMORY_BYTES,
-    threads: int = 0,
     shard_size: int | str | None = None,
-    overwrite: bool = False,
-    fresh: bool = False,
-    kernels: bool = True,
-    allow_non_finite: bool = False,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
-    load_check: bool = False,
-    on_waiting: Callable[[], None] = lambda: None,
+    options: RunOptions | None = None,
+    **changes: Any,
 ) -> list[RunResult]:
     """Merge every combination of values, reading the models once and sharing statistics.
 
@@ -121,40 +114,28 @@ def sweep(
         settings: values by key, as plan_sweep takes them; not with its variants.
         output: the folder that gets a folder for each combination, such as `t=2`; the spec's
             `output` by default.
-        device, memory, threads, shard_size, overwrite, fresh, kernels, allow_non_finite,
-        on_progress, load_check, on_waiting: as for run.
+        shard_size: most bytes of a weight file, 5GB by default; not with variants.
+        options: how it is carried out, as for `run`.
+        **changes: single fields of `RunOptions`.
 
     Returns:
         A result for each combination, the last setting varying fastest.
 
     Raises:
-        SpecError: the spec, a setting or an argument is wrong.
+        SpecError: the spec is wrong.
+        ArgumentError: a setting or an argument is wrong.
         OutlierMergeError: a model or an output folder is not fit for it.
 
     Example:
         >>> import outliermerge
         >>> outliermerge.sweep("spec.yaml", {"t": [2, 3]}, output="merged")  # doctest: +SKIP
     """
+    chosen = (options or RunOptions()).changed(changes)
     if isinstance(spec, (str, Path, Mapping)):
         variants = plan_sweep(spec, settings or {}, shard_size=shard_size)
     else:
         variants = list(spec)
-    options = choose_options(
-        device=device,
-        memory=memory,
-        threads=threads,
-        kernels=kernels,
-        allow_non_finite=allow_non_finite,
-    )
-    return run_plans(
-        [(variant.plan, output_of(variant, output)) for variant in variants],
-        options,
-        overwrite=overwrite,
-        fresh=fresh,
-        on_progress=on_progress,
-        load_check=load_check,
-        on_waiting=on_waiting,
-    )
+    return run_plans([(each.plan, output_of(each, output)) for each in variants], chosen)
 
 
 def output_of(variant: Variant, output: str | Path | None) -> Path:
@@ -183,24 +164,26 @@ def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> N
     if of_model:
         number, name = int(of_model[1]), of_model[2]
         if not 1 <= number <= len(document["models"]):
-            raise SpecError(
-                f"--set {shown(key)}: there is no model {number}: the spec has models 1 to "
-                f"{len(document['models'])}"
+            raise ArgumentError(
+                f"{argument('settings')} {shown(key)}: there is no model {number}: "
+                f"the spec has models 1 to {len(document['models'])}"
             )
         document["models"][number - 1].setdefault("parameters", {})[name] = value
         return
     if not key.isidentifier():
         known = [*_KEYS, *spec.method.parameters, "models.1.weight"]
-        raise SpecError(f"--set {shown(key)}: is no setting of a spec. {suggest(key, known)}")
+        raise ArgumentError(
+            f"{argument('settings')} {shown(key)}: is no setting of a spec. {suggest(key, known)}"
+        )
     own = [
         number
         for number, model in enumerate(document["models"], start=1)
         if key in (model.get("parameters") or {})
     ]
     if own:
-        raise SpecError(
-            f"--set {shown(key)}: model {own[0]} has a {shown(key)} of its own in the spec, which "
-            "would win. "
+        raise ArgumentError(
+            f"{argument('settings')} {shown(key)}: model {own[0]} has a {shown(key)} of its own in "
+            "the spec, which would win. "
             f"Set models.{own[0]}.{key}, or leave it away there."
         )
     document.setdefault("parameters", {})[key] = value

@@ -1,1 +1,1 @@
-"""The YAML spec, the only place where YAML is known."""
+"""The YAML spec; no other room knows YAML."""

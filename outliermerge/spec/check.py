@@ -1,4 +1,4 @@
-"""The YAML spec: mergekit's vocabulary, read strictly. The only place where YAML is known."""
+"""Checks the YAML spec strictly; its vocabulary is mergekit's."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class ModelSpec:
     """A model of a spec.
 
     Attributes:
-        settings: of the method's parameters.
-        missing, extra: its own policies, which win over the spec's.
-        auxiliary: by name in the method, the folder or file.
+        settings: the settings of the method's parameters for this model.
+        missing, extra: the model's own policies, which take precedence over the spec's.
+        auxiliary: the folder or file of each auxiliary input, by its name in the method.
     """
 
     reference: str
@@ -60,16 +60,16 @@ class MergeSpec:
     """A spec that has been checked.
 
     Attributes:
-        document: the spec as written.
+        document: the spec as it was written.
         method: the merge method.
-        base: the base model, where there is one.
-        models: what is merged, in order; without the base for methods on task vectors.
+        base: the base model, or None.
+        models: the merged models, in order; without the base for methods on task vectors.
         settings: global parameter settings.
-        modifiers: of the merged task vector: names and resolved parameters.
-        rename: of the output.
+        modifiers: the modifiers of the merged task vector: names and resolved parameters.
+        rename: the rename for the output's tensors.
         missing, extra, unequal: policies for all models.
-        other_files: what becomes of files of tensors that are not read.
-        source: where it is from.
+        other_files: the policy for files of tensors that are not read.
+        source: the file and text of the spec, for messages.
     """
 
     document: SpecDocument
@@ -86,7 +86,7 @@ class MergeSpec:
     source: Source
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the spec as JSON values, without what it leaves at its default."""
+        """Return the spec as JSON values, without keys that have their default."""
         return self.document.model_dump(mode="json", exclude_defaults=True)
 
     def as_yaml(self) -> str:
@@ -102,8 +102,8 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
     """Read and check a spec from a YAML file or from a dict.
 
     Raises:
-        SpecError: it cannot be read, or anything in it is unknown, of a wrong type or out of
-            range; the message starts with file, line and column.
+        SpecError: the spec cannot be read, or something in it is unknown, has a wrong type or is
+            out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
         return _check(dict(spec), Source("spec"))
@@ -294,7 +294,7 @@ def _identity(reference: str) -> str:
     path = as_path(reference)
     try:
         return str(path.resolve()) if path.exists() else reference
-    except (OSError, RuntimeError):  # opening it says what is wrong
+    except (OSError, RuntimeError):  # opening the model later reports what is wrong
         return reference
 
 

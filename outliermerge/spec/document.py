@@ -1,4 +1,4 @@
-"""The keys of a YAML spec: their names, forms and descriptions."""
+"""The keys of a YAML spec: names, types and descriptions."""
 
 from __future__ import annotations
 
@@ -58,39 +58,39 @@ class _Strict(BaseModel):
 
 
 class BaseEntry(_Strict):
-    """The base model, where more is to be said of it than its name."""
+    """The base model, as a mapping: needed if it has more keys than its name."""
 
     model: str = Field(
         min_length=1, description="A folder, a file, or a hub id: org/name or org/name@revision."
     )
     rename: _RenameField = Field(
         default=None,
-        description="How its tensors' names become those of the merge: a map that ships, a rule "
-        "with `from` (a regular expression) and `to`, or a list of these.",
+        description="Changes its tensors' names to those of the merge: a built-in map, a rule with "
+        "`from` (a regular expression) and `to`, or a list of these.",
     )
 
 
 class ModelEntry(BaseEntry):
-    """A model to merge; base+adapter, or a PEFT adapter of the base model alone, is one too."""
+    """A model to merge: also base+adapter, or a PEFT adapter for the base model."""
 
     missing: Annotated[Any, _policy(MISSING)] = Field(
-        default=None, description="As the top-level `missing`, for this model; it wins."
+        default=None, description="Like the top-level `missing`, for this model; it replaces that."
     )
     extra: Annotated[Any, _policy(EXTRA)] = Field(
-        default=None, description="As the top-level `extra`, for this model; it wins."
+        default=None, description="Like the top-level `extra`, for this model; it replaces that."
     )
     parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Parameters of this model; they win over the global ones."
+        default_factory=dict, description="Parameters of this model; they replace the global ones."
     )
     auxiliary: dict[str, str] = Field(
         default_factory=dict,
-        description="Tensors that the method takes beside the model's own, by their name in the "
-        "method: a folder or file with the model's names and shapes.",
+        description="Further tensors of this model for the method, by their name in the method: "
+        "a folder or file whose tensors have the model's names and shapes.",
     )
 
 
 class ModifierEntry(_Strict):
-    """What is done to the merged task vector before the base is added."""
+    """A modifier: it changes the merged task vector before the base is added."""
 
     modifier: str = Field(min_length=1, description="Named as package.module:function.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Its parameters.")
@@ -100,7 +100,7 @@ _NAME_SCHEMA = {"type": "string", "minLength": 1}
 
 
 class _NameOrEntry:
-    """The JSON schema of what may be a name alone."""
+    """The JSON schema of a value that may be only a name."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
         return {"anyOf": [_NAME_SCHEMA, handler(core)]}
@@ -133,9 +133,9 @@ class SpecDocument(_Strict):
     )
     modifiers: list[ModifierEntry] = Field(
         default_factory=list,
-        description="What is done to the merged task vector, one after the other.",
+        description="Modifiers of the merged task vector, applied in this order.",
     )
-    seed: int = Field(default=0, description="Of methods that draw random numbers.")
+    seed: int = Field(default=0, description="The seed of methods that draw random numbers.")
     dtype: _DTypeName | None = Field(
         default=None,
         description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
@@ -145,12 +145,12 @@ class SpecDocument(_Strict):
         default=None, description="The output's dtype; the base model's own by default."
     )
     rename: _RenameField = Field(
-        default=None, description="How the names of the merge become those of the output."
+        default=None, description="Changes the names of the merge to those of the output."
     )
     missing: Annotated[Any, _policy(MISSING)] = Field(
         default=None,
-        description="A tensor that a model lacks: `error` (default), or `base`: the model is "
-        "taken as unchanged there. One word, or a list of filters.",
+        description="A tensor that a model lacks: `error` (default), or `base`: its task "
+        "vector is zero there. One word, or a list of filters.",
     )
     extra: Annotated[Any, _policy(EXTRA)] = Field(
         default=None,
@@ -175,27 +175,27 @@ class SpecDocument(_Strict):
     )
     tie_word_embeddings: bool | None = Field(
         default=None,
-        description="Whether the output's head is its embeddings: `true` ties them, `false` gives "
-        "it a head of its own; the output's config is made to say so. By default as it says.",
+        description="Whether the output's head is tied to its embeddings: `true` ties it, `false` "
+        "gives it its own head, and changes its config to match. By default as in the config.",
     )
     config_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose config is taken; `base` is default.",
+        description="The model whose config is used; default `base`.",
     )
     tokenizer_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose tokenizer and chat template are taken; `base` is default.",
+        description="The model whose tokenizer and chat template are used; default `base`.",
     )
     processor_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose image processor is taken; `base` is default.",
+        description="The model whose image processor is used; default `base`.",
     )
     output: str | None = Field(
         default=None,
         min_length=1,
         description="The folder to write, or a .safetensors file where the base model is a file; "
-        "--output wins over it.",
+        "an output that is given to the run replaces it.",
     )

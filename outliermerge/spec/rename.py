@@ -1,4 +1,4 @@
-"""Names of tensors changed on the way in and out: regular expressions, or a map that ships."""
+"""Renames tensors of inputs and of the output, by regular expressions or by built-in maps."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Rule:
     """One regular expression and its replacement, or one named map.
 
     Attributes:
-        label: as the user wrote it.
-        path: where it stands in the spec.
+        label: the rule as the user wrote it.
+        path: the keys that lead to it in the spec.
     """
 
     label: str
@@ -50,7 +50,7 @@ class Rule:
             raise self._too_slow(name) from error
 
     def matches(self, name: str) -> bool:
-        """Tell whether the rule has something to say of a name."""
+        """Tell whether the rule applies to a name."""
         if self.pattern is None:
             return self(name) != name
         try:
@@ -109,7 +109,7 @@ class Rename:
         return renamed
 
     def counts(self, names: Iterable[str]) -> dict[str, tuple[int, str, str]]:
-        """Return, by rule, how many names it changes, and one of them before and after."""
+        """Return for each rule how many names it changes, and one of them before and after."""
         result: dict[str, tuple[int, str, str]] = {}
         current = list(names)
         for rule in self.rules:
@@ -124,7 +124,7 @@ def parse_rename(raw: object, path: SpecPath) -> Rename:
     """Return the rules that a spec's `rename:` gives.
 
     Raises:
-        SettingError: the form is wrong, a map is unknown, or an expression is not valid.
+        SettingError: the value has a wrong form, a map is unknown, or an expression is not valid.
     """
     if raw is None:
         return Rename()
@@ -171,8 +171,8 @@ def _regex_rule(raw: Mapping[str, Any], path: SpecPath, budget: Budget) -> Rule:
     if len(raw["to"]) > MAX_PATTERN:
         what = f"has {len(raw['to']):,} characters, the limit is {MAX_PATTERN:,}"
         raise SettingError((*path, "to"), what)
-    try:  # a replacement that names a group which the expression lacks
-        re.compile(pattern.text + "|").sub(raw["to"], "")  # also matches the empty text
+    try:  # fails if the replacement names a group that the expression lacks
+        re.compile(pattern.text + "|").sub(raw["to"], "")  # the `|` lets it match an empty text
     except (re.error, IndexError) as error:
         raise SettingError((*path, "to"), f"{quoted(raw['to'])}: {shown(error)}") from error
     return Rule(raw["from"], path, pattern, raw["to"])

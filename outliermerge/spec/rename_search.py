@@ -1,4 +1,4 @@
-"""Finds the rename that makes a model's names those of another."""
+"""Finds a rename that turns a model's tensor names into those of another model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 
 Fits = Callable[[str, str], bool]
 _MAX_RULES = 5
-# Enough to see how names differ; a large model repeats itself in every layer.
+# This many names show how names differ; in a large model every layer repeats them.
 _MAX_SAMPLED, _MAX_COMPARED, _MAX_TRIED = 3000, 64, 12
 _PART = re.compile(r"[^./]*[./]|[^./]+$")
 _START = "(?<![^./])"  # where a part of a name begins
@@ -33,12 +33,12 @@ class _Step:
 
 @dataclass(frozen=True)
 class FoundRename:
-    """Rules that make names those of another model.
+    """Rules that turn names into those of another model.
 
     Attributes:
-        text: as YAML, for a spec's `rename`.
-        names: every name, and what it becomes.
-        num_paired: names that are then the other model's.
+        text: the rules as YAML, for a spec's `rename`.
+        names: for every name, the new name.
+        num_paired: how many new names are names of the other model.
     """
 
     text: str
@@ -47,9 +47,9 @@ class FoundRename:
 
 
 def best_rename(names: Iterable[str], wanted: Mapping[str, Any]) -> tuple[str, int] | None:
-    r"""Return the rename, as in YAML, that makes most names wanted ones, and how many.
+    r"""Return the rename, as YAML, that turns the most names into wanted ones, and how many.
 
-    None where nothing pairs more of them than their names do as they are.
+    None if no rename pairs more names than match already.
 
     >>> best_rename(["model.a.b", "model.c"], {"a.b": 1, "c": 1})
     ('[{from: "^model\\\\.", to: ""}]', 2)
@@ -61,13 +61,13 @@ def best_rename(names: Iterable[str], wanted: Mapping[str, Any]) -> tuple[str, i
 def find_rename(
     names: Iterable[str], wanted: Iterable[str], fits: Fits = lambda old, new: True
 ) -> FoundRename | None:
-    """Return the rules, or the map that ships, that make most names wanted ones.
+    """Return the rules, or the built-in map, that turn the most names into wanted ones.
 
-    Rules are told from how names differ that have the same numbers in them. None where nothing
-    pairs more names than are paired as they are.
+    Rules are derived from the differences between names with the same numbers in them. None if no
+    rename pairs more names than match already.
 
     Args:
-        fits: tells of a name and a wanted one whether their tensors can be the same.
+        fits: tells for a name and a wanted name whether their tensors can be the same.
     """
     names, wanted = list(names), set(wanted)
     current = {name: name for name in _sample(names)}
@@ -84,7 +84,7 @@ def find_rename(
             number = _num_paired(changed, wanted, fits)
             if number - count <= _num_misfits(current, changed, wanted, fits):
                 continue
-            # Of two that pair as many, the one that leaves more of the others as they are.
+            # If two pair equally many, take the one that changes fewer of the other names.
             lost = sum(new != current[old] and new not in wanted for old, new in changed.items())
             if number > best or (chosen and number == best and lost < num_lost):
                 chosen, best, num_lost = tried, number, lost
@@ -92,7 +92,7 @@ def find_rename(
             break
         for step in chosen:
             changed = _changed(current, [step])
-            if changed != current:  # a rule that matches nothing is refused in a spec
+            if changed != current:  # a spec may not have a rule that matches nothing
                 steps.append(step)
                 current = changed
         count = best
@@ -105,7 +105,7 @@ def find_rename(
 
 
 def _sample(names: Sequence[str]) -> Sequence[str]:
-    """Return names that show how all differ: those outside of layers, and some of the others."""
+    """Return names that show all differences: those outside layers, and some of the others."""
     if len(names) <= _MAX_SAMPLED:
         return names
     inside = [name for name in names if re.search(r"\d", name)]
@@ -120,7 +120,7 @@ def _num_paired(current: Mapping[str, str], wanted: set[str], fits: Fits) -> int
 def _num_misfits(
     before: Mapping[str, str], after: Mapping[str, str], wanted: set[str], fits: Fits
 ) -> int:
-    """Count names that become wanted ones of other tensors: a rule of chance makes some."""
+    """Count names that become wanted names of other tensors, as accidental rules do."""
     return sum(
         new in wanted and new != before[old] and not fits(old, new) for old, new in after.items()
     )
@@ -149,9 +149,9 @@ def _candidates(
 
 
 def _rule(pattern: str, new: str, groups: str = "") -> _Step:
-    """Return a rule that puts a text in the place of a pattern, behind its groups."""
+    """Return a rule that replaces a pattern by its groups and a text after them."""
     replacement = groups + new.replace("\\", "\\\\")
-    # A JSON text is one in YAML too.
+    # A JSON string is also a valid YAML string.
     text = f"{{from: {json.dumps(pattern)}, to: {json.dumps(replacement)}}}"
     replaces = bool(new) and not groups and pattern[:2] != "^(" and pattern != "^"
     return _Step(text, partial(re.compile(pattern).sub, replacement), replaces)
@@ -166,7 +166,7 @@ def _prefixes(names: Sequence[str]) -> list[str]:
 
 
 def _unless(names: Iterable[str]) -> str:
-    """Return what keeps a rule from names that begin like some, where a few words tell them."""
+    """Return a lookahead that excludes names with some beginnings, if a few words suffice."""
     parts = dict.fromkeys(parts[0] for name in names if (parts := _PART.findall(name)))
     return f"(?!{'|'.join(map(re.escape, parts))})" if 0 < len(parts) <= 4 else ""
 
@@ -174,7 +174,7 @@ def _unless(names: Iterable[str]) -> str:
 def _by_differences(
     current: Mapping[str, str], wanted: set[str], fits: Fits
 ) -> Iterator[Sequence[_Step]]:
-    """Yield what makes names wanted ones that are like them, the most frequent first."""
+    """Yield the steps that turn names into similar wanted names, the most frequent first."""
     lost = {old: new for old, new in current.items() if new not in wanted}
     taken = set(current.values())
     alike: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
@@ -205,7 +205,8 @@ def _by_differences(
                 found[key] = steps
                 for step in steps:
                     modules[step.text].add("".join(parts[:-1]))
-    # One word in place of another is a name of its own where only one module has it: a new head.
+    # If only one module differs in one word, the other name is a different module, such as a new
+    # head.
     trusted = (
         key
         for key, _ in seen.most_common()
@@ -220,12 +221,12 @@ def _is_guess(
     rivals: Iterable[Sequence[str]],
     others: Iterable[Sequence[str]],
 ) -> bool:
-    """Tell whether names that differ in other words would do as well, as gate's and up's do.
+    """Tell whether other names would fit equally well, as those of gate and up do.
 
     Args:
-        parts, other: of a name, and of that which it may become.
-        rivals: names that may become the same one, by their shapes.
-        others: what the name may become, by their shapes.
+        parts, other: the parts of a name, and of the name that it may become.
+        rivals: other names whose shapes allow them to become the same name.
+        others: other names that the name may become, by their shapes.
     """
     for kind, a, b, c, d in SequenceMatcher(None, parts, other, False).get_opcodes():
         if kind != "replace":
@@ -240,7 +241,7 @@ def _is_guess(
 
 
 def _between(name: Sequence[str], like: Sequence[str], start: int, stop: int) -> set[str]:
-    """Return the words of a name where it differs from one like it; none if it does elsewhere."""
+    """Return a name's words in place of parts of `like`; none if the two differ elsewhere."""
     rest = len(like) - stop
     end = len(name) - rest
     if name[:start] != like[:start] or end <= start or name[end:] != like[stop:]:
@@ -261,7 +262,7 @@ def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
-    """Return rules that make one name of another; none where they differ in numbers."""
+    """Return the rules that turn one name into another; none if their numbers differ."""
     steps = []
     for kind, a, b, c, d in SequenceMatcher(None, parts, other, False).get_opcodes():
         if kind == "equal":
@@ -278,12 +279,12 @@ def _steps(parts: Sequence[str], other: Sequence[str]) -> list[_Step]:
             text = re.escape("".join(old))
             elsewhere = any(list(parts[i : i + b - a]) == list(old) for i in range(a))
             if a and not new and elsewhere and not _numbers(parts[a - 1 : a]):
-                # Only behind what stands before it, since the same stands elsewhere too.
+                # Only after the same preceding text, because the pattern also occurs elsewhere.
                 steps.append(_rule(f"{_START}({re.escape(parts[a - 1])}){text}{end}", "", r"\1"))
             else:
                 steps.append(_rule(f"{start}{text}{end}", "".join(new)))
             continue
-        # Something is put in: where, what stands before it tells.
+        # Text is inserted: the preceding text gives the position.
         before = parts[max(0, a - 2) : a] if _numbers(parts[a - 1 : a]) else parts[a - 1 : a]
         where = "".join(
             r"\d+" + re.escape(p[-1]) if _numbers([p]) else re.escape(p) for p in before

@@ -16,7 +16,7 @@ _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a spec, for editors.
 
-    With a method of the table only its own parameters are valid.
+    For a method of the table only its own parameters are valid.
     """
     schema = SpecDocument.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"

@@ -1,8 +1,8 @@
-"""Parameter settings: scalars, gradients over layers, and filters on tensor names.
+"""Parameter settings: single values, gradients over layers, and filters on tensor names.
 
-The rules are mergekit's. A filter is a case-sensitive part of the tensor's name; the first entry
-that matches wins. A list of n numbers is a gradient: at position p from 0 (first layer) to 1
-(last) it is interpolated between its neighbours. Texts and booleans do not interpolate.
+The rules are mergekit's. A filter is a part of the tensor's name, case-sensitive; the first entry
+that matches wins. A list of n numbers is a gradient: at position p from 0 (first layer) to 1 (last)
+it is interpolated between its neighbours. Texts and booleans do not interpolate.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 from outliermerge.errors import quoted
 
-# More values of a gradient than any model has layers, and more filters than are told apart in time.
+# Limits: more values of a gradient than any model has layers, and as many filters as can be matched
+# in reasonable time.
 _MAX_GRADIENT, _MAX_ENTRIES = 1000, 10_000
 SpecPath = tuple[str | int, ...]
 
 
 class SettingError(ValueError):
-    """A wrong setting and where in the spec it stands."""
+    """A wrong setting, and the keys that lead to it in the spec."""
 
     def __init__(self, path: SpecPath, message: str, *, at_key: bool = False) -> None:
         super().__init__(message)
@@ -28,15 +29,15 @@ class SettingError(ValueError):
 
 
 class _Checked(Protocol):
-    """What a setting's values are checked by, such as a method's Parameter."""
+    """Checks the values of a setting; a method's Parameter is one."""
 
     def check(self, value: object) -> Any:
-        """Return a value in its type, or raise ValueError."""
+        """Return a value converted to its type, or raise ValueError."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One value of a setting, for the tensors whose name holds `filter` (None: all)."""
+    """One value of a setting, for the tensors whose name contains `filter` (None: all)."""
 
     filter: str | None
     values: tuple[Any, ...]
@@ -61,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a spec says of one parameter."""
+    """The entries of a spec for one parameter."""
 
     entries: tuple[Entry, ...] = ()
 
@@ -73,7 +74,7 @@ def parse_setting(raw: object, parameter: _Checked, path: SpecPath) -> Setting:
     """Return a setting whose values all have the parameter's type and range.
 
     Raises:
-        SettingError: the form, a type or a range is wrong.
+        SettingError: a value has a wrong form or type, or is out of range.
     """
     if isinstance(raw, Mapping):
         return Setting((_conditional(raw, parameter, path),))
@@ -133,7 +134,7 @@ def _check_number(items: Sequence[object], most: int, what: str, path: SpecPath)
 
 @dataclass(frozen=True)
 class _Choice:
-    """What `parse_setting` asks of a parameter, for a setting that is one of a few words."""
+    """Stands in for a parameter in `parse_setting`, for a setting that is one of a few words."""
 
     words: tuple[str, ...]
 
@@ -148,7 +149,7 @@ def parse_policy(raw: object, words: tuple[str, ...], path: SpecPath) -> Setting
     """Return a setting that is one of a few words, for all tensors or by filters.
 
     Raises:
-        SettingError: the form is wrong, or a word is not one of them.
+        SettingError: a value has a wrong form, or is not one of the words.
     """
     if raw is None:
         return Setting()
@@ -179,9 +180,9 @@ _LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)$")
 
 
 def find_layers(names: Iterable[str]) -> dict[str, Layer]:
-    """Return the layer of each tensor that is in one.
+    """Return the layer of each tensor that belongs to a layer.
 
-    The layer is the first whole number between dots in the name; its stack is what stands before.
+    The layer is the first whole number between dots in the name; its stack is the text before it.
     A number directly before the last part (`mm_projector.0.weight`) is a module of a sequence,
     not a layer. Tensors outside layers (embeddings, final norm, head) have position 0.
 

@@ -13,16 +13,16 @@ from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.spec.settings import SpecPath
 from outliermerge.storage.files import read_bytes
 
-# What a spec may hold. One with a filter for every layer of a hundred models has some 40,000 values
-# in 1 MB; YAML is read at some 40,000 values in a second, and aliases make of a few lines any
-# number of values, so that those are counted that they stand for.
+# Limits for a spec. A spec with a filter for every layer of a hundred models has about 40,000
+# values in 1 MB; YAML is read at about 40,000 values per second. Aliases can turn a few lines into
+# any number of values, so the values that they stand for are counted.
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2 << 20, 100_000, 50
-_MAX_NUMBER = 1000  # signs of a number or date, of which Python makes one in quadratic time
+_MAX_NUMBER = 1000  # characters of a number or date; Python parses them in quadratic time
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a spec is from, to point at its lines."""
+    """The file and text of a spec, for messages that point at its lines."""
 
     file: str
     keys: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ def read_text(path: Path, *, absent: str) -> str:
     """Return a file's text.
 
     Raises:
-        SpecError: it cannot be read; `absent` is what to say where there is none.
+        SpecError: the file cannot be read; `absent` is the message if there is no file.
     """
     try:
         data = read_bytes(path, max_bytes=MAX_BYTES)
@@ -59,10 +59,10 @@ def read_text(path: Path, *, absent: str) -> str:
 
 
 def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
-    """Return a YAML document's value and where its parts are.
+    """Return a YAML document's value and the positions of its parts.
 
     Raises:
-        SpecError: it is not valid YAML, holds too much, or a key stands twice or is not a text.
+        SpecError: it is not valid YAML, has too many values, or a key is duplicate or not a text.
     """
     keys: dict[SpecPath, tuple[int, int]] = {}
     values: dict[SpecPath, tuple[int, int]] = {}
@@ -91,7 +91,7 @@ def plain_yaml(text: str) -> Any:
     """Return the value of a short YAML text, such as an option's.
 
     Raises:
-        ValueError: it is not valid YAML, or holds too much.
+        ValueError: it is not valid YAML, or has too many values.
     """
     try:
         if len(text) > MAX_BYTES:
@@ -104,12 +104,12 @@ def plain_yaml(text: str) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """Counts values before they are made, and gives those that Python refuses their place."""
+    """Counts values before they are built, and adds the position to errors for single values."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._num_values = self._depth = 0
-        self._sizes: dict[str | None, int] = {}  # by anchor, how many values it stands for
+        self._sizes: dict[str | None, int] = {}  # for each anchor, how many values it stands for
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Files and byte ranges as the machine offers them, of whatever content.
+"""Access to files and byte ranges, whatever their content is.
 
-It imports only errors; read `files` first.
+Of the package it imports only `errors`; read `files` first.
 """

@@ -1,4 +1,4 @@
-"""What a person is told when a file cannot be read or written: which, why, and what to do."""
+"""Messages for files that cannot be read or written: which file, why, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, argument
 
 _ADVICE = {
     errno.EIO: "The disk, or what connects it, fails: the system's log (dmesg) says more. Copy "
@@ -22,11 +22,12 @@ _ADVICE = {
     errno.EPERM: "You have no right to it: ask its owner, or change its permissions.",
     errno.EROFS: "That disk can only be read: choose another.",
     errno.ENOENT: "It was there a moment ago: did something else remove it?",
-    errno.ENOMEM: "Memory is short: give a smaller --memory or fewer --threads.",
+    errno.ENOMEM: f"Memory is short: give a smaller {argument('memory')} or fewer "
+    f"{argument('threads')}.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
     errno.ENFILE: "Too many files are open on this machine: end other programs.",
     errno.EFBIG: "That file system, or a limit (ulimit -f), allows no file of that size: choose "
-    "another disk, raise the limit, or give a smaller --shard-size.",
+    f"another disk, raise the limit, or give a smaller {argument('shard_size')}.",
     errno.ENOLCK: "That file system gives no locks: choose another disk.",
     errno.ENOSYS: "That file system cannot do this: choose another disk.",
     errno.EOPNOTSUPP: "That file system cannot do this: choose another disk.",
@@ -42,13 +43,13 @@ _ADVICE = {
 def failure(
     path: Path, what: str, error: OSError | EOFError, *, tensor: str = "", needed_bytes: int = 0
 ) -> OutlierMergeError:
-    """Return the message of a call that failed.
+    """Return the message for a system call that failed.
 
     Args:
-        path: the file that it was on.
-        what: could not be done, as in `read` or `written`.
-        tensor: that was to be read or written.
-        needed_bytes: that are still to be written, where that is known.
+        path: the file of the call.
+        what: what could not be done, such as `read` or `written`.
+        tensor: the name of the tensor that was to be read or written.
+        needed_bytes: how many bytes are still to be written, if known.
 
     >>> print(failure(Path("a"), "locked", OSError(errno.ENOLCK, "No locks available")))
     a: cannot be locked: No locks available (ENOLCK). That file system gives no locks: choose \
@@ -78,7 +79,7 @@ def _no_room(path: Path, needed_bytes: int) -> str:
 
 @contextmanager
 def naming(path: Path, what: str, *, tensor: str = "", needed_bytes: int = 0) -> Iterator[None]:
-    """Tell the name of the file when a call on it fails; calls on descriptors do not know it.
+    """Name the file in errors of calls on a descriptor, which do not know the name.
 
     Raises:
         OutlierMergeError: instead of OSError and EOFError.

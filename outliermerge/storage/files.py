@@ -1,6 +1,6 @@
-"""Which files of a folder are read: regular ones that lie in it, not what links elsewhere.
+"""Which files of a folder may be read: regular files inside it, and no links that lead elsewhere.
 
-And how small files are read, within limits, and written: whole, or not at all.
+Also reads small files within size limits, and writes them whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from outliermerge.storage.json_text import MAX_VALUES, parse_json
 from outliermerge.storage.stamps import note_absent, open_file, refuse_text
 from outliermerge.storage.system import refuse_special
 
-# What a small file may hold, so that a hostile one costs no memory to speak of: a sparse file of
-# terabytes is made in a moment. The largest that are known: tokenizer.json 33 MB with 2.2 million
-# values (Gemma 3), an index of 9 MB (DeepSeek-V3), our own manifest of 46,000 tensors and eight
-# models 60 MB; a config with 21,000 labels is of 2 MB.
+# The most bytes in a small file, so that a hostile file does not fill the memory (a sparse file of
+# terabytes is made in a moment). The largest known files: a tokenizer.json of 33 MB with 2.2
+# million values (Gemma 3), an index of 9 MB (DeepSeek-V3), our manifest of 46,000 tensors and eight
+# models with 60 MB, a config of 2 MB with 21,000 labels.
 MAX_SMALL_BYTES, MAX_LARGE_BYTES, MAX_MANIFEST_BYTES = 16 << 20, 64 << 20, 256 << 20
 MAX_SMALL_VALUES = 1_000_000
 _LARGE = re.compile(
     r"\.index(\.\w+)?\.json$|^(tokenizer|vocab|encoder|tekken|added_tokens)\.json$"
     r"|\.(?!json|jinja|py)\w+$"
 )
-# Kinds of signs that a file of a model has no use for in its name: those that control a terminal
-# or the direction of text, halves of signs, breaks of lines.
+# Unicode categories that names of a model's files do not need: control and format characters,
+# surrogates, line and paragraph separators.
 _NO_SIGNS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def check_file(path: Path, folder: Path | None = None) -> None:
-    """Raise OutlierMergeError unless a path is a regular file that lies in a folder.
+    """Raise OutlierMergeError unless a path is a regular file inside a folder.
 
-    Links inside the folder are followed, and those into the hub's cache, which holds nothing but
-    what was fetched from it. A link elsewhere could give away a file that is no model's.
+    Links inside the folder are followed, and links into the hub's cache, which holds only files
+    fetched from the hub. A link to another place could copy a private file into the output.
     """
     try:
         mode = path.stat().st_mode
@@ -84,17 +84,18 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
     """Return a small file's bytes, or None where there is no such file.
 
     Args:
-        max_bytes: what it may hold; by default what files of its name may.
+        max_bytes: the most bytes it may have; by default the limit for files of its name.
 
     Raises:
-        OutlierMergeError: it is there and cannot be read, is no regular file, or is too large.
+        OutlierMergeError: the file exists and cannot be read, is not a regular file, or is too
+            large.
     """
     limit = max_bytes or _max_bytes(path)
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             _check_size(path, size, limit)
-            # What is read is counted too: files grow, and some have no size to tell.
+            # Count the bytes that are read as well: files grow, and some report no size.
             data = file.read(limit + 1)
             if len(data) < size:
                 raise OutlierMergeError(f"{path}: ends early, at byte {len(data):,} of {size:,}")
@@ -111,10 +112,10 @@ def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes | None:
 
 
 def small_bytes(path: Path) -> bytes:
-    """Return the bytes of a small file that has to be there.
+    """Return the bytes of a small file that must exist.
 
     Raises:
-        OutlierMergeError: as for read_bytes, or it is not there.
+        OutlierMergeError: as for read_bytes, or the file does not exist.
     """
     data = read_bytes(path)
     if data is None:
@@ -135,16 +136,17 @@ def _max_bytes(path: Path) -> int:
 
 
 def load_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is no such file.
+    """Return the value in a JSON file, or None if there is no such file.
 
     Raises:
-        OutlierMergeError: it is there and no JSON that loaders take: what was found, and where.
+        OutlierMergeError: the file is not JSON that loaders accept; the message says what was
+            found, and where.
     """
     data = read_bytes(path)
     if data is None:
         return None
     try:
-        # The tokenizers library reads this one; Python's parser the others.
+        # The tokenizers library reads this file; Python's parser reads the others.
         return parse_json(
             data,
             infinite=path.name != "tokenizer.json",
@@ -155,7 +157,7 @@ def load_json(path: Path) -> Any:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all; a link stays one to what is written.
+    """Write a file as a whole or not at all; a link stays, and its target is replaced.
 
     Raises:
         OutlierMergeError: there is no such folder.
@@ -164,7 +166,7 @@ def write_whole(path: Path, content: bytes) -> None:
     if not path.parent.is_dir():
         raise OutlierMergeError(f"{path}: cannot be written: there is no folder {path.parent}")
     path = path.resolve()
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+    if path.exists() and not path.is_file():  # write to a pipe or a device, do not replace it
         path.write_bytes(content)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""The hub's cache on disk: which files are its own, and what a repository holds beside them.
+"""The hub's cache on disk: which files belong to it, and the file list of a repository.
 
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache; the store that all repositories
 share is that of huggingface_hub 2.4 (utils/_shared_blobs.py).
@@ -14,10 +14,11 @@ _SHARED_MARKER = ".huggingface-shared-blobs"
 
 
 def is_cached(file: Path) -> bool:
-    """Tell whether a file, its links followed, is one that the hub's cache keeps of a model.
+    """Tell whether a file, with links resolved, is a model's file in the hub's cache.
 
-    That is `models--org--name/blobs/<hash>`, `models--org--name/snapshots/<revision>/…` where a
-    disk has no links, or `blobs/<two digits>/<hash>` of the marked store that all share.
+    Such paths are `models--org--name/blobs/<hash>`, `models--org--name/snapshots/<revision>/…` on
+    disks without links, and `blobs/<two digits>/<hash>` in the store that all repositories share,
+    which has a marker file.
     """
     if file.parent.name == "blobs":
         return file.parents[1].name.startswith("models--") and bool(_BLOB.fullmatch(file.name))
@@ -32,7 +33,7 @@ def is_cached(file: Path) -> bool:
 
 
 def blobs_of(folder: Path) -> tuple[Path, ...]:
-    """Return where the hub's cache keeps the files that a snapshot, or a part of it, links to."""
+    """Return the folders in the cache with the files that a snapshot, or a part of it, links to."""
     for revision in (folder, *folder.parents):
         repository = revision.parent.parent
         if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
@@ -41,10 +42,10 @@ def blobs_of(folder: Path) -> tuple[Path, ...]:
 
 
 def listed_files(snapshot: Path) -> list[str]:
-    """Return what a snapshot's repository holds, fetched or not; nothing where that is not known.
+    """Return all files of a snapshot's repository, fetched or not; empty if they are not known.
 
-    Only a part of a repository is fetched, so that its other files of tensors are known by the
-    listing that huggingface_hub keeps.
+    Only a part of a repository is fetched; its other files are known from the listing that
+    huggingface_hub keeps.
     """
     repository = snapshot.absolute().parent.parent
     if snapshot.absolute().parent.name != "snapshots" or not repository.name.startswith("models--"):

@@ -1,4 +1,4 @@
-"""JSON as the loaders of models take it; of text that is none, what is wrong and what to do."""
+"""JSON as model loaders accept it; for other text, the error says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from outliermerge.errors import quoted, shown
 from outliermerge.storage.lfs import LFS_POINTER, POINTER_ADVICE
 
-# A value takes some hundred bytes of memory, whatever its text takes. Gemma 3's tokenizer.json has
-# 2.2 million; no file of a model is nested deeper than ten.
+# A value takes about a hundred bytes of memory, however short its text is. Gemma 3's tokenizer.json
+# has 2.2 million values; no file of a model is nested more than ten levels deep.
 MAX_VALUES, MAX_DEPTH = 4_000_000, 100
 _WEB_PAGE = re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE)
 _END = re.compile(r"\s*\Z")
@@ -22,22 +22,23 @@ def parse_json(
 ) -> Any:
     """Return the value of a JSON text.
 
-    Python's parser takes more than others: UTF-16, NaN, a key that stands twice. What loaders
-    refuse or take differently is refused here.
+    Python's parser accepts more than others do: UTF-16, NaN, duplicate keys. This function refuses
+    text that some loaders refuse or read differently.
 
     Args:
         data: the file's bytes.
-        infinite: take `Infinity`, which transformers 4 writes into configs (Mamba 2).
-        max_values: how many values and names it may hold.
-        unique: refuse a key that stands twice in an object.
+        infinite: accept `Infinity`, which transformers 4 writes into configs (Mamba 2).
+        max_values: the largest number of values and names.
+        unique: refuse duplicate keys in an object.
 
     Raises:
-        ValueError: it is no such text; the message tells what was found, and what to do.
+        ValueError: the text is not valid; the message says what was found, and what to do.
     """
     text = utf8_text(data)
     if not text or text.isspace():
         raise ValueError("is empty. Fetch it again.")
-    # Before the parser makes objects of them. Signs in texts count too: few files have many.
+    # Count before the parser makes objects. Characters inside texts count as well: few files have
+    # many.
     if (num_values := sum(map(text.count, "{[,:"))) > max_values:
         raise ValueError(
             f"has some {num_values:,} values, more than the {max_values:,} that such a file may "
@@ -65,7 +66,7 @@ def parse_json(
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Tell whether lists and objects are deeper in one another than so many."""
+    """Tell whether lists and objects are nested deeper than a limit."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(depth):
         inner = (each.values() if isinstance(each, dict) else each for each in level)
@@ -77,7 +78,7 @@ def utf8_text(data: bytes) -> str:
     """Return the text of a file as transformers reads it.
 
     Raises:
-        ValueError: it is no UTF-8, or has a byte order mark, which would be part of the text.
+        ValueError: it is not UTF-8, or has a byte order mark, which would become part of the text.
     """
     refuse_other_content(data)
     encoding = json.detect_encoding(data)
@@ -99,7 +100,7 @@ def utf8_text(data: bytes) -> str:
 
 
 def refuse_other_content(data: bytes) -> None:
-    """Raise ValueError if bytes are not a file's, but what a download left in its place."""
+    """Raise ValueError if bytes are what a failed download leaves in place of a file."""
     if data.startswith(LFS_POINTER):
         raise ValueError(POINTER_ADVICE)
     if _WEB_PAGE.match(data):
@@ -119,7 +120,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _found(error: json.JSONDecodeError) -> str:
-    """Return what is wrong at the place where a parser stopped."""
+    """Return in words what is wrong at the position where a parser stopped."""
     text, position = error.doc, error.pos
     where = f"line {error.lineno} column {error.colno}"
     if text.startswith(("//", "/*", "#"), position):

@@ -1,4 +1,4 @@
-"""The text that Git LFS leaves in the place of a file that was not fetched."""
+"""The pointer text that Git LFS leaves in place of a file that was not fetched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.stamps import open_file
 
-# How it begins (its first draft named hawser).
+# The start of a pointer (hawser was the first name of Git LFS).
 LFS_POINTER = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/")
 POINTER_ADVICE = "a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
 

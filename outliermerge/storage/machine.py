@@ -1,7 +1,7 @@
-"""What the machine and this process are: processors, memory, what is counted, limits, endings.
+"""The machine and this process: processors, memory, disk counters, limits, and ending processes.
 
-What not every system has stands here, or in `system` where it is about files, each with a plain
-fallback: whether it is there is asked of it, never which system this is.
+Functions that not every system has are here (those on files in `system`), each with a plain
+fallback. The code asks whether a function exists, never which system this is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _NUM_WAITING = 2
 _CGROUP = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
 _KILLED = getattr(signal, "SIGKILL", 9)
-# Where the system gives no process limits, one that takes too long ends by itself: faulthandler's
-# thread does that even while `re` is at work. Memory has no limit then.
+# If the system cannot limit a process, the process ends itself after too long: faulthandler's
+# thread does that even while `re` is running. Then memory has no limit.
 _LIMITED = """
 import contextlib, time
 try:
@@ -49,7 +49,7 @@ def limited():
 
 
 def num_processors() -> int:
-    """Return how many processors this process may use: its affinity, and its container's quota."""
+    """Return how many processors this process may use, by its affinity and container quota."""
     if hasattr(os, "sched_getaffinity"):
         available = len(os.sched_getaffinity(0))
     else:
@@ -61,16 +61,16 @@ def num_processors() -> int:
 
 
 def num_threads(wanted: int) -> int:
-    """Return the number of worker threads for an option; 0 leaves it to the machine.
+    """Return the number of worker threads for an option; 0 chooses by the machine.
 
-    Some threads wait for a disk while the others compute. Two more than processors were the
-    fastest, or as fast as more, whether what is read was in the page cache or not.
+    Some threads wait for a disk while others compute. Two threads more than processors were
+    fastest, or as fast as more threads, with and without the inputs in the page cache.
     """
     return wanted or min(num_processors(), _MAX_PROCESSORS) + _NUM_WAITING
 
 
 def free_memory_bytes() -> int | None:
-    """Return the memory that files can be cached in; None where the system does not tell."""
+    """Return the free memory in bytes, page cache included; None if the system does not tell."""
     lines = _read(_PROC / "meminfo").splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit = _read(_CGROUP / "memory.max").strip()
@@ -80,17 +80,17 @@ def free_memory_bytes() -> int | None:
 
 
 def disk_bytes_read() -> int | None:
-    """Return what this process has read from disks so far; None where the system does not tell."""
+    """Return the bytes that this process has read from disks; None if the system does not tell."""
     lines = _read(_PROC / "self/io").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
 def mapped_files() -> list[tuple[int, int, int]]:
-    """Return what this process has mapped of files, as proc(5) lists it.
+    """Return where files are mapped into this process's memory, as proc(5) lists it.
 
     Returns:
-        Addresses (start, end), and what to add to one for the position in the file; nothing where
-        the system does not tell.
+        Addresses (start, end), and the number that added to an address gives the position in the
+        file. Empty if the system does not tell.
     """
     found = []
     for line in _read(_PROC / "self/maps").splitlines():
@@ -102,15 +102,15 @@ def mapped_files() -> list[tuple[int, int, int]]:
 
 
 def path_of(descriptor: int, path: Path) -> str:
-    """Return a path that leads to an open file whatever is put in its place, where there is one."""
+    """Return a path to an open file that stays right even if its name is given to another file."""
     own = _PROC / f"self/fd/{descriptor}"
     return str(own if own.exists() else path)
 
 
 def whole_pages(num_bytes: int) -> memoryview:
-    """Return memory of whole pages, large ones where the system has them."""
+    """Return page-aligned memory, with huge pages if the system has them."""
     pages = mmap.mmap(-1, max(num_bytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write is then of few parts
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a direct write then has few parts
         with suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(pages)
@@ -119,9 +119,9 @@ def whole_pages(num_bytes: int) -> memoryview:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel at every operation.
 
-    A block's intermediate results are then made in the pages of the last ones: measured 0.15
-    against 1.3 billion elements a second for float64 sums of 256 Ki elements by torch. No effect
-    on other C libraries.
+    Then the intermediate results of a block reuse the pages of the block before. Measured for
+    torch's float64 sums of 256 Ki elements: 1.3 billion elements per second, instead of 0.15. No
+    effect on other C libraries.
     """
     mallopt = getattr(c_library(), "mallopt", None)
     if mallopt is not None:
@@ -131,7 +131,7 @@ def keep_freed_memory() -> None:
 
 
 def c_library() -> Any | None:
-    """Return the functions of this process's C library; None where they cannot be called."""
+    """Return the functions of this process's C library; None if they cannot be called."""
     try:
         import ctypes
 
@@ -141,16 +141,17 @@ def c_library() -> Any | None:
 
 
 def limited_code(seconds: int, num_bytes: int) -> str:
-    """Return code that limits the process that begins with it, as far as the system can.
+    """Return Python code for the start of a process, which limits that process if the system can.
 
-    What may take long is to stand in its `with limited():`. The process ends where that takes more
-    seconds in all than it may; where it takes more memory, it ends or has a MemoryError.
+    Work that may take long goes into `with limited():`. If that work takes more than the allowed
+    seconds in total, the process ends. If it takes too much memory, the process ends or gets a
+    MemoryError.
     """
     return _LIMITED.format(seconds=seconds, num_bytes=num_bytes)
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads a session, and with it, where the system can, all of that."""
+    """Kill a session leader and, if the system can, all processes of the session."""
     if not hasattr(os, "killpg"):
         process.kill()
         return
@@ -159,7 +160,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def was_killed(returncode: int) -> bool:
-    """Tell whether a process was ended by a signal that it cannot stop."""
+    """Tell whether a process was ended by a signal that it cannot catch."""
     return returncode == -_KILLED
 
 

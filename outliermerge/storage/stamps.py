@@ -1,7 +1,7 @@
-"""Input files: opened so that nothing hangs, and stamped, so that a change is noticed.
+"""Opens input files without hanging, and stamps them, so that changes are noticed.
 
-What a plan read it keeps as stamps. A file is opened first and then asked what it is, so that
-nothing can be put in its place in between.
+A plan keeps the stamps of all files that it read. A file is first opened and then examined, so that
+it cannot be replaced in between.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.system import knowing, open_regular
 
-# Linux stamps by a clock that ticks every 1 to 10 ms: a file that was written in the present tick
-# can be written again without another time.
+# Linux takes times from a clock that ticks every 1 to 10 ms: a file written in the current tick can
+# be written again and keep the same time.
 _TICK_NS = 20_000_000
 _ADVICE = (
     "Nothing took the output's name. Run the same command again when no program writes to the "
@@ -29,22 +29,22 @@ _ADVICE = (
 
 
 class ChangedInputError(OutlierMergeError):
-    """An input is no longer what the plan was made with."""
+    """An input has changed since the plan was made."""
 
 
 class OtherBytesError(ChangedInputError):
-    """A second reading gave other bytes: what was made so far may be of two states."""
+    """A second reading gave other bytes: tensors made so far may mix two states of the input."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What tells whether a file is still the one that was planned with.
+    """The facts that show whether a file is still the one that the plan read.
 
     Attributes:
         device, inode: which file it is.
         num_bytes: its size.
-        mtime_ns: when its bytes were last written, as far as programs leave that as it is.
-        ctime_ns: when anything of it was changed, which no program can set.
+        mtime_ns: the time of the last write, which programs can set.
+        ctime_ns: the time of the last change of anything, which programs cannot set.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: Path) -> FileStamp:
-        """Return the stamp of the file that a path leads to; who watches notes it."""
+        """Return the stamp of the file at a path; the current watch notes it."""
         stamp = cls.of_status(path, path.stat())
         if (watched := _WATCHED.get()) is not None:
             watched.note(path, stamp)
@@ -64,7 +64,7 @@ class FileStamp:
 
     @classmethod
     def of_status(cls, path: Path, status: os.stat_result) -> FileStamp:
-        """Return the stamp of a file by what stat or fstat tells of it."""
+        """Return the stamp of a file from the result of stat or fstat."""
         return cls(
             path=path,
             num_bytes=status.st_size,
@@ -76,10 +76,11 @@ class FileStamp:
 
 
 class Watched:
-    """Files with their stamps: those that a plan reads, or those that a run must find again.
+    """Files with their stamps: the files that a plan reads, and that a run must find unchanged.
 
     Args:
-        stamps: of a plan; None for a file that was not there. What else is read is added.
+        stamps: the stamps of a plan; None for a file that did not exist. Files read later are
+            added.
 
     Raises:
         ChangedInputError: two stamps of one file differ.
@@ -97,19 +98,19 @@ class Watched:
         return tuple(self._stamps.items())
 
     def note(self, path: Path, stamp: FileStamp | None) -> None:
-        """Take in a file that is read, or that is not there.
+        """Note a file that is read, or that does not exist.
 
         Raises:
-            ChangedInputError: it is not what it was.
+            ChangedInputError: the file has changed.
         """
         before = self._stamps.setdefault(path, stamp)
-        if before is None and not self._is_planned:  # fetched since, by the plan itself
+        if before is None and not self._is_planned:  # the plan itself has fetched it since
             self._stamps[path] = stamp
         elif before != stamp:
             raise _changed(path, before, stamp)
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Raise ChangedInputError if files, or all, are no longer what they were."""
+        """Raise ChangedInputError if some of the given files, or of all files, have changed."""
         for path in self._stamps if paths is None else paths:
             if path in self._stamps:
                 self.note(path, _found(path))
@@ -119,7 +120,7 @@ _WATCHED: ContextVar[Watched | None] = ContextVar("_WATCHED", default=None)
 
 
 def current_watch() -> Watched | None:
-    """Return what notes the files that are read here, for other threads to note theirs in."""
+    """Return this thread's watch, so that other threads can note their files in it."""
     return _WATCHED.get()
 
 
@@ -136,14 +137,14 @@ def watching(watched: Watched) -> Iterator[Watched]:
 def open_input(path: Path, watched: Watched | None = None) -> int:
     """Return the descriptor of a regular file, opened for reading.
 
-    A pipe or a device is refused without waiting for what it gives.
+    A pipe or a device is refused without waiting for its data.
 
     Args:
-        watched: notes it; by default what watches this thread.
+        watched: the watch that notes the file; by default this thread's.
 
     Raises:
         OSError: it cannot be opened.
-        OutlierMergeError: it is no regular file, or not the one that was planned with.
+        OutlierMergeError: it is not a regular file, or not the file that the plan read.
     """
     descriptor = open_regular(path)
     try:
@@ -157,7 +158,7 @@ def open_input(path: Path, watched: Watched | None = None) -> int:
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Return a regular file, opened as `open_input` does; failures within its block name it."""
+    """Return a regular file, opened like `open_input`; errors inside the `with` block name it."""
     return _InputFile(path)
 
 
@@ -199,10 +200,10 @@ def same_bytes(path: Path, other: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether there is something of a name, even if it cannot be read.
+    """Tell whether a path exists, even if it cannot be read.
 
     Raises:
-        OutlierMergeError: that cannot be told.
+        OutlierMergeError: the system does not tell.
     """
     try:
         path.lstat()
@@ -215,17 +216,17 @@ def is_there(path: Path) -> bool:
 
 
 def note_absent(path: Path) -> None:
-    """Let who watches know that a file is not there."""
+    """Note in the current watch that a file does not exist."""
     if (watched := _WATCHED.get()) is not None:
         watched.note(path, None)
 
 
 @contextmanager
 def told_by_name() -> Iterator[None]:
-    """Turn a failure of the file system, wherever it is met, into an error that names the file.
+    """Turn errors of the file system inside the block into an error that names the file.
 
     Raises:
-        OutlierMergeError: what was raised, told.
+        OutlierMergeError: with the message for the original error.
     """
     try:
         yield
@@ -233,14 +234,14 @@ def told_by_name() -> Iterator[None]:
         if error.filename is None:
             raise
         raise OutlierMergeError(f"{error.filename}: cannot be read: {_reason(error)}") from error
-    except RuntimeError as error:  # of Path.resolve, before Python 3.13
+    except RuntimeError as error:  # from Path.resolve before Python 3.13
         if not str(error).startswith("Symlink loop"):
             raise
         raise OutlierMergeError(f"cannot be read: {error}") from error
 
 
 def refuse_text(path: Path) -> None:
-    """Raise OutlierMergeError if a path is no text in UTF-8, as an output's manifest is."""
+    """Raise OutlierMergeError if a path is not valid UTF-8, which a manifest needs."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -262,7 +263,7 @@ def _found(path: Path) -> FileStamp | None:
 
 
 def _settled(path: Path, ask: Callable[[], os.stat_result]) -> FileStamp:
-    """Return a stamp that any later change will differ from."""
+    """Return a stamp, after waiting until any later change would give another one."""
     status = ask()
     age_ns = time.time_ns() - status.st_ctime_ns
     if 0 <= age_ns < _TICK_NS:
@@ -288,7 +289,7 @@ def _changed(path: Path, before: FileStamp | None, after: FileStamp | None) -> C
 
 
 def other_bytes(paths: Iterable[Path], tensor: str) -> OtherBytesError:
-    """Return what to raise where a second reading of a tensor gives other bytes."""
+    """Return the error for a second reading of a tensor that gives other bytes."""
     files = " or ".join(map(str, paths))
     return OtherBytesError(
         f"{files}: tensor {tensor!r}: was written to during the merge: a second reading gave "

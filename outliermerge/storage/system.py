@@ -1,8 +1,8 @@
-"""What systems do with files in ways of their own, each with a plain fallback.
+"""File functions that differ between systems, each with a plain fallback.
 
-Here, and in `machine` for what is no file, stands all that not every system has: whether a
-function is there is asked of it, never which system this is. Files are opened so that nothing
-hangs, written only where nothing is, and their names change hands at once.
+Functions that not every system has are here (those not on files in `machine`). The code asks
+whether a function exists, never which system this is. Files are opened without hanging, new files
+never overwrite others, and renames are atomic.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ except ImportError:
     msvcrt = None  # type: ignore[assignment]
 
 _BLOCK_DEVICES = Path("/sys/dev/block")
-# Else some systems change the ends of lines.
+# Without this flag some systems change line ends.
 _BYTES = getattr(os, "O_BINARY", 0)
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
-# Where one byte is locked that no journal reaches: a lock of msvcrt keeps others from reading it.
+# The position of the one byte that is locked. No journal is that long: msvcrt's locks keep others
+# from reading the locked byte.
 _LOCKED_BYTE = 1 << 40
 _SEEKING = threading.Lock()
 _NOREPLACE, _EXCHANGE = 1, 2
 _AT_FDCWD = -100
-# What the kernel says where a file system, or it itself, cannot do that.
+# The errors with which the kernel says that it, or a file system, does not support a call.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
 def inode(path: Path) -> int | None:
-    """Return the inode number of what has a name, or of a link; None where nothing has it."""
+    """Return the inode number at a path, of a link itself; None if nothing is there."""
     try:
         return os.lstat(path).st_ino
     except (FileNotFoundError, NotADirectoryError):
@@ -49,10 +50,10 @@ def inode(path: Path) -> int | None:
 
 
 def move_new(source: Path, target: Path) -> None:
-    """Give a file or folder a name that nothing has.
+    """Rename a file or folder to a name that must be free.
 
     Raises:
-        FileExistsError: something has it.
+        FileExistsError: the name is taken.
         OSError: the system refuses.
     """
     if not _renameat2(source, target, _NOREPLACE):
@@ -62,16 +63,16 @@ def move_new(source: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Give two files or folders each other's name at once; False where the system cannot.
+    """Exchange the names of two files or folders atomically; False if the system cannot.
 
     Raises:
-        OSError: the system refuses, as where one of them is gone.
+        OSError: the system refuses, for example because one of them is gone.
     """
     return _renameat2(one, other, _EXCHANGE)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Rename as Linux' renameat2 does; False where there is none."""
+    """Rename with Linux's renameat2; False if the system has no such function."""
     library = c_library()
     call = getattr(library, "renameat2", None)
     if call is None:
@@ -89,7 +90,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Yield what a folder holds, but its folders, by name in it; links are not followed."""
+    """Yield the relative names of all files under a folder; links are not followed."""
     pending = [folder]
     while pending:
         here = pending.pop()
@@ -110,7 +111,7 @@ def refuse_special(path: Path, mode: int) -> None:
 
 @contextmanager
 def knowing(path: Path) -> Iterator[None]:
-    """Have failures of calls on a descriptor, which do not know their file, name it."""
+    """Name the file in errors of calls on a descriptor, which do not know the name."""
     try:
         yield
     except OSError as error:
@@ -122,11 +123,11 @@ def knowing(path: Path) -> Iterator[None]:
 def open_regular(path: Path) -> int:
     """Return the descriptor of a regular file, opened for reading.
 
-    A pipe or a device is refused without waiting for what it gives.
+    A pipe or a device is refused without waiting for its data.
 
     Raises:
         OSError: it cannot be opened.
-        OutlierMergeError: it is no regular file.
+        OutlierMergeError: it is not a regular file.
     """
     if not _AT_ONCE:  # opening it might wait
         refuse_special(path, path.stat().st_mode)
@@ -143,7 +144,7 @@ def open_regular(path: Path) -> int:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a file to read it and to write at its end, made where it is missing.
+    """Open a file to read it and to append to it; a missing file is made.
 
     Raises:
         OSError: it cannot be opened; ELOOP or EISDIR where it is a link or a folder.
@@ -152,7 +153,7 @@ def open_to_append(path: Path) -> int:
 
 
 def open_inside(folder: Path, name: str) -> int:
-    """Open a file of a folder, to read and write, by its name in it, no part of which is a link.
+    """Open a file of a folder to read and write, by its relative name; no part may be a link.
 
     Raises:
         OSError: it cannot be opened; ELOOP or ENOTDIR where a part is a link.
@@ -162,7 +163,7 @@ def open_inside(folder: Path, name: str) -> int:
 
 
 def make_inside(folder: Path, name: str) -> int:
-    """Make a file of a folder, and the folders in its name; what had the name is removed.
+    """Make a file of a folder, and the folders in its name; an old file is removed first.
 
     Raises:
         OSError: it cannot be made; ELOOP or ENOTDIR where a folder in the name is a link.
@@ -175,11 +176,11 @@ def make_inside(folder: Path, name: str) -> int:
 
 @contextmanager
 def _home(folder: Path, name: str) -> Iterator[tuple[int | None, str]]:
-    """Open the folder that a file is in, made where it is missing; no part of it is a link.
+    """Open the folder of a file; a missing folder is made, and no part may be a link.
 
     Yields:
-        The folder's descriptor and the file's name in it; None and its path where the system
-        opens nothing by a folder: then the parts are looked at, one after the other.
+        The folder's descriptor and the file's name in it. If the system cannot open files relative
+        to a descriptor: None and the file's path; then the parts are checked one after the other.
     """
     *parents, last = name.split("/")
     if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
@@ -208,7 +209,7 @@ def _home(folder: Path, name: str) -> Iterator[tuple[int | None, str]]:
 
 
 def _open_no_link(path: str | Path, flags: int, home: int | None = None) -> int:
-    """Open what is no link; where the system cannot say so, it is looked at before and after."""
+    """Open a file that is not a link; without O_NOFOLLOW it is checked before and after."""
     flags |= _BYTES | _AT_ONCE
     if hasattr(os, "O_NOFOLLOW"):
         return os.open(path, flags | os.O_NOFOLLOW, 0o644, dir_fd=home)
@@ -233,10 +234,10 @@ def _no_link(path: Path) -> os.stat_result:
 
 
 def open_direct(path: Path) -> int:
-    """Open a file on a local disk for writing past the page cache; -1 where that does not pay.
+    """Open a file on a local disk for direct writes; -1 if they would not be faster.
 
-    What is synced at the end has to reach the disk anyway: writing it there at once takes no
-    memory from the inputs, no copy, and no lock that the other threads wait for.
+    All output has to be synced to disk in the end. Direct writes take no page cache from the
+    inputs, need no copy, and hold no lock that other threads wait for.
     """
     if not hasattr(os, "O_DIRECT"):
         return -1
@@ -250,7 +251,7 @@ def open_direct(path: Path) -> int:
 
 
 def read_at(descriptor: int, position: int, out: memoryview) -> int:
-    """Read from a file at a position, by any number of threads; return how many bytes came."""
+    """Read from a file at a position, in any thread; return how many bytes were read."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [out], position)
     if hasattr(os, "pread"):
@@ -264,7 +265,7 @@ def read_at(descriptor: int, position: int, out: memoryview) -> int:
 
 
 def write_at(descriptor: int, position: int, data: memoryview) -> int:
-    """Write into a file at a position, by any number of threads; return how many bytes went."""
+    """Write into a file at a position, in any thread; return how many bytes were written."""
     if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, data, position)
     with _SEEKING:
@@ -273,41 +274,41 @@ def write_at(descriptor: int, position: int, data: memoryview) -> int:
 
 
 def reserve(descriptor: int, num_bytes: int) -> None:
-    """Give a file its size, and its room on the disk where the system can."""
+    """Set a file's size, and reserve its disk space if the system can."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
     os.ftruncate(descriptor, num_bytes)
 
 
 def reserved_bytes(status: os.stat_result) -> int:
-    """Return the room that a file has on the disk."""
+    """Return the bytes of disk space that a file has."""
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
 
 
 def will_need(descriptor: int, position: int, num_bytes: int) -> None:
-    """Have bytes of a file read from the disk soon, where the system can."""
+    """Ask the system to read bytes of a file into the page cache soon, if it can."""
     _advise(descriptor, position, num_bytes, "POSIX_FADV_WILLNEED")
 
 
 def forget(descriptor: int, position: int, num_bytes: int) -> None:
-    """Give up the room that bytes of a file take in the page cache, where the system can."""
+    """Drop bytes of a file from the page cache, if the system can."""
     _advise(descriptor, position, num_bytes, "POSIX_FADV_DONTNEED")
 
 
 def _advise(descriptor: int, position: int, num_bytes: int, name: str) -> None:
     advice: int | None = getattr(os, name, None)
     if advice is not None and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # reading it says what is wrong
+        with suppress(OSError):  # a later read reports what is wrong
             os.posix_fadvise(descriptor, position, num_bytes, advice)
 
 
 def lock(descriptor: int) -> bool:
     """Lock an open file until it is closed; False where another process holds it.
 
-    A system that can lock nothing leaves it to people that no two processes write one output.
+    On a system without locks, the user must not let two processes write one output.
 
     Raises:
-        OSError: the file system gives no locks.
+        OSError: the file system has no locks.
     """
     try:
         if fcntl is not None:
@@ -323,7 +324,7 @@ def lock(descriptor: int) -> bool:
 
 
 def remove_open(path: Path, close: Callable[[], None]) -> None:
-    """Remove a file that is open, and close it; before, where no open file can be removed."""
+    """Remove an open file and close it; closes first if the system needs that."""
     try:
         path.unlink(missing_ok=True)
     except PermissionError:
@@ -333,10 +334,10 @@ def remove_open(path: Path, close: Callable[[], None]) -> None:
 
 
 def check_own(descriptor: int, path: Path) -> os.stat_result:
-    """Return the status of an open file that only we write.
+    """Return the status of an open file that only this program may write.
 
     Raises:
-        OutlierMergeError: it is no regular file, or has a second name.
+        OutlierMergeError: it is not a regular file, or has a second name (hard link).
     """
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -346,7 +347,7 @@ def check_own(descriptor: int, path: Path) -> os.stat_result:
 
 
 def remove_files(folder: Path, names: set[str]) -> None:
-    """Remove files of a folder by their names in it, and folders that are empty then."""
+    """Remove files of a folder by their relative names, and folders that become empty."""
     for name in sorted(files_in(folder)):
         if name in names:
             (folder / name).unlink()
@@ -356,11 +357,11 @@ def remove_files(folder: Path, names: set[str]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder reach the disk, where the system opens folders."""
+    """Sync the names in a folder to disk, if the system can open folders."""
     if hasattr(os, "O_DIRECTORY"):
         try:
             descriptor = os.open(path, os.O_RDONLY)
-        except PermissionError:  # one may write in it, and not list it
+        except PermissionError:  # a folder may be writable but not readable
             os.sync()
             return
         try:

@@ -24,7 +24,7 @@ from outliermerge.analysis.report.data import Shown, payload
 from outliermerge.analysis.report.page import embedded_json, render_page
 from outliermerge.analysis.stats import stats_of_tensor, weight_stats
 from outliermerge.analysis.table import WeightStats
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError
 
 # Chromium calls home otherwise.
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
@@ -645,5 +645,5 @@ def test_missing_plotly_is_named(made, tmp_path, monkeypatch):
 
 
 def test_error_of_an_option_is_one_of_usage(made, tmp_path):
-    with pytest.raises(SpecError):
+    with pytest.raises(ArgumentError):
         build_report(made.names, output=tmp_path / "report.html", t=9.0)

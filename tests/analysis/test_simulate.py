@@ -24,7 +24,7 @@ from outliermerge.analysis.simulate import (
 )
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import Histogram
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError
 
 EVEN = (np.arange(200_000) + 0.5) / 200_000
 
@@ -218,14 +218,14 @@ def test_the_simulation_is_json_and_tells_its_progress():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_points": 999}, "--points: found 999, expected 1,000 or more"),
+        ({"num_points": 999}, "num_points: found 999, expected 1,000 or more"),
         ({"noises": [0.1, 0.0]}, "noises: found 0.0, expected a standard deviation above 0"),
         ({"noises": [math.nan]}, "noises: found nan"),
-        ({"seed": -1}, "--seed: found -1, expected 0 or more"),
+        ({"seed": -1}, "seed: found -1, expected 0 or more"),
     ],
 )
 def test_arguments_out_of_range_are_told(options, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         simulate(**options)
 
 

@@ -24,7 +24,7 @@ from outliermerge.analysis.spectra_fingerprint import (
 )
 from outliermerge.analysis.spectra_fit import Comparison, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 
@@ -227,9 +227,9 @@ def test_infinite_values_are_refused_with_the_tensors_name(tmp_path, bad):
 
 def test_arguments_out_of_range_are_told(tmp_path):
     folder = save(tmp_path / "m", layers_of((9, 9)))
-    with pytest.raises(SpecError, match="--values: found 1, expected 2 or more"):
+    with pytest.raises(ArgumentError, match="num_values: found 1, expected 2 or more"):
         layer_spectra(folder, num_values=1)
-    with pytest.raises(SpecError, match="--device: found 'tpu'"):
+    with pytest.raises(ArgumentError, match="device: found 'tpu'"):
         layer_spectra(folder, device="tpu")
 
 

@@ -17,7 +17,7 @@ from outliermerge.analysis.measure import _SPAN_ELEMENTS
 from outliermerge.analysis.stats import stats_of_tensor, weight_stats
 from outliermerge.analysis.table import BINS, HALF_WIDTH
 from outliermerge.cli.main import main
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError
 
 RNG = np.random.default_rng(7)
 NUM = 40_001  # no whole number of lanes, steps or pieces
@@ -302,12 +302,12 @@ def test_numbers_that_are_none_are_null_in_json(tmp_path, capsys):
     ("arguments", "code", "message"),
     [
         (["missing"], 1, "missing"),
-        (["m", "--filter", "-1"], 2, "--filter: found -1.0, expected a number of at least 0"),
-        (["m", "--small", "nan"], 2, "--small: found nan"),
+        (["m", "--filter", "-1"], 2, "filter: found -1.0, expected a number of at least 0"),
+        (["m", "--small", "nan"], 2, "small: found nan"),
         (["m", "--base", "other"], 1, "expected 'w'"),
         (["m", "--base", "m", "--rename", "nonsense"], 2, "--rename: there is no map 'nonsense'"),
         (["ints"], 1, "holds no tensor of floats"),
-        (["m", "--device", "gpu"], 2, "--device: found 'gpu'"),
+        (["m", "--device", "gpu"], 2, "device: found 'gpu'"),
         (["m", "--json", "nowhere/x.json"], 1, "there is no folder nowhere"),
     ],
 )
@@ -336,8 +336,8 @@ def test_what_is_too_large_to_be_squared_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (torch.ones(4), {"filter": -1.0}, "--filter: found -1.0"),
-        (torch.ones(4), {"small": math.nan}, "--small: found nan"),
+        (torch.ones(4), {"filter": -1.0}, "filter: found -1.0"),
+        (torch.ones(4), {"small": math.nan}, "small: found nan"),
         (torch.ones(4, dtype=torch.complex64), {}, "found torch.complex64, expected floats"),
         (torch.ones(4, dtype=torch.int32), {}, "found torch.int32, expected floats"),
     ],
@@ -356,5 +356,5 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1_000_000])
     with pytest.raises(OutlierMergeError, match=r"model.safetensors: tensor 'w': cannot be read"):
         weight_stats(subject)
-    with pytest.raises(SpecError):
+    with pytest.raises(ArgumentError):
         weight_stats(subject, filter=math.inf)

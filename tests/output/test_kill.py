@@ -472,7 +472,7 @@ class TestSmall:
 
     def test_a_changed_shard_size_is_refused(self, killed: Path) -> None:
         message = self._refusal(killed, "--shard-size", "10KB")
-        assert "--shard-size" in message
+        assert "the size of its files" in message
         assert "changed since" in message
 
         assert self._resume(killed, "--fresh", "--shard-size", "10KB")["num_resumed"] == 0

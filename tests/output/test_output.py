@@ -198,7 +198,7 @@ class TestTarget:
         output = tmp_path / "out"
         outliermerge.run(_spec(models), output=output, **CPU)
         before = _bytes(output)
-        with pytest.raises(outliermerge.OutlierMergeError, match=r"exists already.*--overwrite"):
+        with pytest.raises(outliermerge.OutlierMergeError, match=r"exists already.*overwrite=True"):
             outliermerge.run(_spec(models, parameters={"t": 3}), output=output, **CPU)
         assert _bytes(output) == before
         assert not (tmp_path / "out.partial").exists()

@@ -14,7 +14,7 @@ from checkpoints import save_tensors
 from waiting import LIMIT_SECONDS, stopped
 
 import outliermerge
-from outliermerge import OutlierMergeError, SpecError
+from outliermerge import ArgumentError, OutlierMergeError
 from outliermerge.execution.threads import choose_options
 from outliermerge.output.journal import parts
 from outliermerge.output.parts import part_of, run_part
@@ -237,7 +237,7 @@ def test_parts_are_of_all_jobs_and_of_about_the_same_bytes(planned: Plan) -> Non
 
 @pytest.mark.parametrize("part", [0, 4, -1])
 def test_a_part_that_is_not_there_is_refused(planned: Plan, part: int) -> None:
-    with pytest.raises(SpecError, match=f"part: found {part} of 3"):
+    with pytest.raises(ArgumentError, match=f"part: found {part} of 3"):
         part_of(planned, part, 3)
 
 

@@ -14,7 +14,7 @@ from outliermerge.analysis.report.merged import measure_merge
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
-from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.storage.files import write_whole
@@ -35,18 +35,19 @@ def build_report(
 ) -> Path:
     """Write one page that shows the distributions of models' weights, and needs no network.
 
-    A single output of a merge is shown with its manifest and its drift from its models.
+    If the only model is the output of a merge, the page also shows its manifest and its drift from
+    the merged models.
 
     Args:
-        models: as specs name them.
-        base: what task vectors are taken against; of a merge, its own base by default.
-        output: the page; it is there as a whole or not at all.
-        png: a folder for the figures of a paper.
-        t: the threshold that the view of min-σ starts with, 1 to 5.
-        filter: how many σ about the mean are kept before skewness and kurtosis are taken.
-        device, threads: as `weight_stats` takes them.
-        on_total: called with the bytes of each reading, before it begins.
-        on_progress: called with the bytes just read, by any thread.
+        models: the models, named as in a spec.
+        base: the base model of task vectors; for a merge, its own base by default.
+        output: the path of the page, which is written as a whole or not at all.
+        png: a folder for figures for a paper.
+        t: the initial threshold in the view of min-σ, 1 to 5.
+        filter: skewness and kurtosis are of the elements within this many σ of the mean.
+        device, threads: see `weight_stats`.
+        on_total: called before each reading with its number of bytes.
+        on_progress: called with the number of bytes just read, by any thread.
 
     Returns:
         The path of the page.
@@ -57,7 +58,7 @@ def build_report(
         OSError: the page cannot be written.
     """
     if not 1 <= t <= 5:
-        raise SpecError(f"--t: found {t}, expected a number from 1 to 5")
+        raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not models:
         raise OutlierMergeError("no model to report on")
     plotly_script()

@@ -1,4 +1,4 @@
-"""What the page of a report is drawn from, as values that JSON knows."""
+"""The data of a report's page, as JSON values."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ STATISTICS = {
     "l1_norm": "L1 norm",
     "l2_norm": "L2 norm",
 }
-"""The columns that a page shows, by what it calls them."""
+"""The columns that a page shows, by their names on the page."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The statistics of a model's weights or of a task vector, and what they are to the report.
+    """The statistics of a model's weights or task vector, with its title and role in the report.
 
     Attributes:
-        title: what the page calls the model.
-        role: `model`; of a merge `output` or `task`.
-        stats: of its tensors.
+        title: the model's name on the page.
+        role: `model`, or for a merge `output` or `task`.
+        stats: the statistics of its tensors.
     """
 
     title: str
@@ -52,13 +52,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a tensor is drawn.
+    """The place where a tensor is drawn.
 
     Attributes:
         part: the layers that it belongs to, numbers replaced by `*`; "" outside layers.
         layer: the number of its layer, such as `3` or `2.10`; "" outside layers.
-        depth: the place of that layer among the part's, from 0; None outside layers.
-        label: its type of module without the part.
+        depth: the index of that layer among the part's layers, from 0; None outside layers.
+        label: the type of module, without the part's name.
     """
 
     part: str
@@ -72,7 +72,7 @@ class Spot:
 
 
 def short_titles(models: Sequence[str]) -> list[str]:
-    """Return the last words of models' names, as many as tell them apart.
+    """Return the last parts of models' names, as many as make them different.
 
     >>> short_titles(["runs/a/model", "runs/b/model"])
     ['a/model', 'b/model']
@@ -85,7 +85,7 @@ def short_titles(models: Sequence[str]) -> list[str]:
 
 
 def find_spots(names: Sequence[str]) -> dict[str, Spot]:
-    """Return where each tensor is drawn.
+    """Return the place where each tensor is drawn.
 
     >>> find_spots(["a.layers.7.up.weight", "a.layers.9.up.weight"])["a.layers.9.up.weight"]
     Spot(part='a.layers.*', layer='9', depth=1, label='up')
@@ -112,13 +112,13 @@ def find_spots(names: Sequence[str]) -> dict[str, Spot]:
 
 
 def _part(place: Place) -> str:
-    """Return the first words of a module, as many as its layer's name has."""
+    """Return the first parts of a module's name, as many as its layer's name has."""
     assert place.layer is not None
     return ".".join(place.module.split(".")[: place.layer.count(".") + 1])
 
 
 def subject_payload(subject: Shown) -> dict[str, Any]:
-    """Return statistics by column, and histograms without their empty ends."""
+    """Return statistics by column, and histograms without empty bins at the ends."""
     stats = subject.stats
     spots = find_spots([tensor.name for tensor in stats.tensors])
     places = [spots[tensor.name] for tensor in stats.tensors]
@@ -175,7 +175,7 @@ def _trimmed(histogram: Histogram | None) -> dict[str, Any] | None:
 
 
 def merge_payload(manifest: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """Return what a manifest tells of each tensor: numbers of the merge, one a model or one."""
+    """Return a manifest's statistics of each tensor: one number, or one for each model."""
     tensors = manifest["tensors"]
     spots = find_spots(list(tensors))
     numbers = {name: _numbers(entry) for name, entry in tensors.items()}
@@ -204,7 +204,7 @@ def merge_payload(manifest: Mapping[str, Any], recipe: str) -> dict[str, Any]:
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the statistics of a merged tensor, counts of outliers as their share too."""
+    """Return the statistics of a merged tensor; counts of outliers also as shares."""
     found = {
         name: value
         for name, value in entry.get("statistics", {}).items()
@@ -223,12 +223,12 @@ def _as_list(value: Any) -> list[Any]:
 def drift_payload(
     comparison: Comparison, titles: Sequence[str], output: WeightStats
 ) -> dict[str, Any]:
-    """Return how far a merge's output is from each of its models, tensor by tensor.
+    """Return the distance of a merge's output from each of its models, tensor by tensor.
 
     Args:
-        comparison: of the output, its first model, with the models that went into it.
-        titles: what the page calls those.
-        output: of the output's weights.
+        comparison: the comparison of the output, which is its first model, with the merged models.
+        titles: the names of the merged models on the page.
+        output: the statistics of the output's weights.
     """
     norms = {tensor.name: tensor.l2_norm for tensor in output.tensors}
     pairs: dict[str, list[PairStats]] = {}
@@ -262,7 +262,7 @@ def payload(
     drift: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return all that a page is drawn from; numbers that JSON does not know become None."""
+    """Return all data of a page; numbers that JSON does not know become None."""
     found: dict[str, Any] = _known(
         {
             "t": t,
@@ -279,7 +279,7 @@ def payload(
 
 
 def _known(value: Any) -> Any:
-    """Return values with nine digits, which is more than is read off a screen."""
+    """Return values rounded to nine digits, which is more than a screen can show."""
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -30,10 +30,10 @@ _BELL = np.exp(-(_Z**2) / 2) / np.sqrt(2 * np.pi)
 
 
 def check_matplotlib() -> None:
-    """Refuse to go on without matplotlib.
+    """Check that matplotlib is installed.
 
     Raises:
-        OutlierMergeError: it is not installed.
+        OutlierMergeError: matplotlib is not installed.
     """
     require("matplotlib.figure", "a figure")
 
@@ -41,11 +41,11 @@ def check_matplotlib() -> None:
 def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
     """Write figures of each subject's layers: densities, QQ plots, σ against depth, heat maps.
 
-    Grids have types of module as rows and layers evenly sampled as columns. Only matrices are
-    drawn. Files are called after the figure, the model and the part of it.
+    Grids have types of module as rows and evenly sampled layers as columns. Only matrices are
+    drawn. Files are named after the figure, the model and its part.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         OutlierMergeError: matplotlib is not installed, or a file cannot be written.
@@ -70,7 +70,8 @@ def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
                 for kind, figure in figures.items():
                     path = _free_path(folder, f"{kind}_{_file_name(subject, part)}", written)
                     with warnings.catch_warnings():
-                        # Of names that its font lacks letters of, or that are very long.
+                        # Warnings on names with letters that the font lacks, and on very long
+                        # names.
                         warnings.simplefilter("ignore", UserWarning)
                         figure.savefig(path, dpi=DPI)
                     written.append(path)
@@ -80,7 +81,7 @@ def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
 
 
 def _free_path(folder: Path, stem: str, written: Sequence[Path]) -> Path:
-    """Return a path that no other figure has: two names may differ in what is left out of them."""
+    """Return a path that no other figure has: different names may become the same file name."""
     names = (f"{stem}_{number}" if number > 1 else stem for number in count(1))
     return next(path for name in names if (path := folder / f"{name}.png") not in written)
 
@@ -104,11 +105,11 @@ class _Cells:
             self._tensors.setdefault((spot.label, spot.depth), []).append(tensor)
 
     def first(self, module: str, depth: int) -> TensorStats | None:
-        """Return the tensor there; of experts the first."""
+        """Return the tensor of a cell; the first one if there are several experts."""
         return next(iter(self._tensors.get((module, depth), ())), None)
 
     def mean(self, module: str, depth: int, column: str) -> float:
-        """Return the mean of a column there, NaN where there is nothing."""
+        """Return the mean of a column over a cell's tensors, NaN if there are none."""
         values = [getattr(each, column) for each in self._tensors.get((module, depth), ())]
         scale = 100 if column.endswith("_ratio") else 1
         return scale * fmean(values) if values else float("nan")
@@ -126,7 +127,7 @@ def _parts(subject: Shown) -> dict[str, _Cells]:
 
 
 def _sampled(depths: Sequence[int]) -> list[int]:
-    """Return depths evenly spaced, the first and the last among them."""
+    """Return evenly spaced depths, with the first and the last."""
     num = min(_MAX_COLUMNS, len(depths))
     return [depths[round(place)] for place in np.linspace(0, len(depths) - 1, num)]
 
@@ -136,7 +137,7 @@ def _grid(cells: _Cells, draw: Callable[[Any, TensorStats], None], label: str) -
 
     columns = _sampled(cells.depths)
     width, height = 1.6 * len(columns) + 0.4, 1.25 * len(cells.modules) + 0.5
-    # Room is set by hand: matplotlib's own layout takes seconds for a grid like this.
+    # Margins are set by hand, because matplotlib's own layout takes seconds for such a grid.
     room = {"left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height}
     figure = Figure(figsize=(width, height))
     figure.supxlabel(label, fontsize=7, y=0.05 / height)
@@ -165,12 +166,12 @@ def _grid(cells: _Cells, draw: Callable[[Any, TensorStats], None], label: str) -
 
 
 def _broken(module: str) -> str:
-    """Return a name with its first words on a line of their own."""
+    """Return a name in two lines, with its first words on the first."""
     return "\n".join(filter(None, module.rpartition(".")[::2]))
 
 
 def densities(tensor: TensorStats) -> tuple[Any, Any]:
-    """Return edges in σ and densities per σ, bins joined as far as few elements need it."""
+    """Return bin edges in σ and densities per σ; for few elements, bins are joined."""
     assert tensor.histogram is not None
     num = tensor.num_elements - tensor.num_non_finite
     # Freedman and Diaconis (1981): for a Gaussian, bins of 2.7σ / N^(1/3).
@@ -226,7 +227,8 @@ def _draw_qq(axes: Axes, tensor: TensorStats) -> None:
 def quantile_pairs(tensor: TensorStats) -> tuple[list[float], list[float]]:
     """Return Gaussian quantiles and the tensor's own, both in σ from the mean.
 
-    A tensor's are interpolated in its histogram; beyond its outermost element there is none.
+    The tensor's quantiles are interpolated in its histogram; there are none beyond its outermost
+    elements.
     """
     assert tensor.histogram is not None
     counts = np.asarray(tensor.histogram.counts, np.float64)

@@ -1,4 +1,4 @@
-"""What a report shows of an output of a merge: its manifest, its inputs, its drift from them."""
+"""The data of a report on a merge's output: its manifest, its inputs, its drift from them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def measure_merge(
     measure: Callable[..., WeightStats],
     compare: Callable[..., Comparison],
 ) -> tuple[list[Shown], dict[str, Any]]:
-    """Return the statistics of an output and its task models, and what a page shows besides.
+    """Return the statistics of an output and its task models, and further data for the page.
 
-    An input that cannot be read any more is left out, and the notes say so.
+    An input that can no longer be read is left out, with a note.
 
     Args:
-        model: the output.
-        manifest: of the output.
-        base: taken in place of the manifest's own.
+        model: the output's name.
+        manifest: the output's manifest.
+        base: a base to use instead of the manifest's.
         measure: `weight_stats` with its options.
         compare: `compare_weights` with its options.
     """
@@ -81,10 +81,10 @@ def measure_merge(
 
 
 def _has_changed(entry: Mapping[str, Any], merged_at: float) -> bool:
-    """Tell whether a file of an input is newer than the merge, or of another size than then."""
+    """Tell whether a file of an input is newer than the merge, or has another size than then."""
     root = Path(entry["path"])
     for name, num_bytes in entry["files"].items():
-        path = root / name  # a whole path stands for itself
+        path = root / name  # an absolute path stays as it is
         if path.is_file():
             found = path.stat()
             if found.st_size != num_bytes or found.st_mtime > merged_at:
@@ -98,6 +98,6 @@ def _recipe(manifest: Mapping[str, Any]) -> str:
 
 
 def _reference(entry: Mapping[str, Any]) -> str:
-    """Return what opens an input: its place when it was merged, `base+adapter` as it was named."""
+    """Return the name to open an input by: its path at the merge, or `base+adapter` as given."""
     named, path = str(entry["model"]), str(entry["path"])
     return named if "+" in named and not Path(named).exists() else path

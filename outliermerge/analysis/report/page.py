@@ -1,4 +1,4 @@
-"""The page of a report: one file that needs no other and no network."""
+"""The page of a report: one file that needs no other files and no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPTS = (
 
 
 def plotly_script() -> str:
-    """Return plotly.js as the package plotly ships it.
+    """Return plotly.js from the package plotly.
 
     Raises:
         OutlierMergeError: plotly is not installed.
@@ -33,13 +33,13 @@ def plotly_script() -> str:
 
 
 def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
-    """Return the page that draws a payload.
+    """Return the HTML page that draws a payload.
 
-    The page runs only the scripts whose hashes it names, and asks for nothing else: a tensor's
-    name cannot become code, and no picture or font is fetched.
+    The page runs only scripts whose hashes it lists, and requests nothing else. So a tensor's name
+    cannot become code, and no picture or font is fetched.
     """
     scripts = [plotly_script(), "\n".join(_resource(name) for name in SCRIPTS)]
-    # plotly sets styles on what it draws, so that those cannot be named by hash.
+    # plotly sets styles on what it draws, so styles cannot be listed by hash.
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -54,12 +54,12 @@ def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
     }
     template = _resource("page.html")
     page = re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], template)
-    # File names may hold bytes that are no text.
+    # File names may contain bytes that are not valid text.
     return page.encode("utf-8", "replace")
 
 
 def embedded_json(payload: Mapping[str, Any]) -> str:
-    r"""Return JSON that no parser of HTML takes for an end of its script element.
+    r"""Return JSON that cannot end the HTML script element in which it is embedded.
 
     >>> embedded_json({"name": "</script>é"})
     '{"name":"\\u003c/script>\\u00e9"}'

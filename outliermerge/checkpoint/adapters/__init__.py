@@ -1,4 +1,4 @@
-"""Adapters of peft: their files, and the tensors that they make of a base model.
+"""PEFT adapters: their files, and the tensors of a base model as adapters change them.
 
 Read `adapter` first.
 """

@@ -1,4 +1,4 @@
-"""PEFT adapters as models: a base's tensors as the adapter changes them, nothing merged to disk.
+"""PEFT adapters as models: the base's tensors as the adapter changes them, computed when read.
 
 The file layout is that of peft 0.21's `get_peft_model_state_dict`.
 """
@@ -48,17 +48,17 @@ def open_adapter(
     rename: Callable[[str], str] = lambda name: name,
     tied: Callable[[str], str | None] = lambda name: None,
 ) -> Checkpoint:
-    """Return the model that an adapter makes of a base.
+    """Return the model that a base with an adapter is.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors or .bin.
-        base: the model that it changes.
-        rename: from the adapter's names of the base's tensors to the base's.
-        tied: from the name of a head that the base does not store to the embeddings that it is.
+        folder: the folder with adapter_config.json and adapter_model.safetensors or .bin.
+        base: the model that the adapter changes.
+        rename: maps the adapter's names for the base's tensors to the base's own names.
+        tied: maps the name of a tied head that the base does not store to its embeddings.
 
     Returns:
-        The base's tensors in their order, of which those that the adapter changes are computed
-        when they are read; then those that only the adapter has.
+        The base's tensors in their order, then tensors that only the adapter has. Tensors that the
+        adapter changes are computed when they are read.
 
     Raises:
         OutlierMergeError: an adapter of another kind than LoRA, one that cannot be merged, or one
@@ -113,7 +113,7 @@ class _Adapter:
         self.seen_transposed: set[bool] = set()
 
     def _add_whole(self, name: str, meta: TensorMeta) -> None:
-        # bias="all" saves a bias of modules_to_save twice.
+        # With bias="all", peft saves a bias of modules_to_save twice.
         other = self.whole.setdefault(name, meta)
         if other is not meta and ".modules_to_save." not in other.name + meta.name:
             raise self.refuse(f"{other.name!r} and {meta.name!r} are the same tensor of the base")
@@ -207,7 +207,7 @@ class _Adapter:
         )
 
     def _told_by_shapes(self, tensors: Mapping[str, Source]) -> set[bool]:
-        """Return which ways round the weights are stored whose shapes tell it."""
+        """Return whether weights are stored transposed, for those whose shapes show it."""
         ways = set()
         for module, found in self.modules.items():
             pair = self._pair(module, found)
@@ -278,8 +278,8 @@ class _Adapter:
     ) -> bool:
         """Tell whether a layer stores its weight (in, out), as GPT-2's Conv1D does.
 
-        The config's fan_in_fan_out is that of the layer that was adapted last, so shapes are
-        asked first.
+        The config's fan_in_fan_out holds for the layer that was adapted last, so shapes decide
+        first.
         """
         fits = makes(shape, pair, transposed=False), makes(shape, pair, transposed=True)
         if not any(fits):
@@ -310,7 +310,7 @@ class _Adapter:
         )
 
     def _names(self, module: str) -> list[str]:
-        """Return the names that a layer may go by: as in training, unwrapped, the base's."""
+        """Return the names that a layer may have: as in training, without wrappers, in the base."""
         renamed = self.rename(f"{module}.weight").removesuffix(".weight")
         return list(dict.fromkeys([module, without_wrappers(module), renamed]))
 
@@ -396,5 +396,5 @@ class _Adapter:
 
 
 def _as(source: Source) -> dict[str, Any]:
-    """Return what a computed tensor has of the one that it changes."""
+    """Return the attributes that a computed tensor takes from the tensor that it changes."""
     return {"name": source.name, "shape": source.shape, "out_dtype": source.out_dtype}

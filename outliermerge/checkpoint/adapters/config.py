@@ -1,4 +1,4 @@
-"""What a PEFT adapter's config says, and which adapters can be computed from their file."""
+"""Reads a PEFT adapter's config, and refuses adapters that cannot be computed from their file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
 PATTERNS = ("rank_pattern", "alpha_pattern")
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-# What a config may say: read here, or without a meaning for the merged weights.
+# Keys that a config may have: they are read here, or do not affect the merged weights.
 _READ = {
     "LORA": {
         "alpha_pattern",
@@ -39,11 +39,11 @@ _READ = {
         "use_dora",
         "use_rslora",
     },
-    # Those of outliermerge.peft.
+    # Keys of the adapters of outliermerge.peft.
     SCALED_LORA: {"fan_in_fan_out", "lora_alpha", "peft_type", "r", "train_scale"},
     SCALED_NOISE: {"peft_type", "seed"},
 }
-# Kinds that change what a model computes from its input, not its weights: nothing to merge.
+# Kinds of adapters that change a model's computation, not its weights: there is nothing to merge.
 _PROMPTS = "trains what is put before the input, and changes no weight of the model"
 _ROUTERS = "changes a layer's output by what its input is, and not its weights"
 _NEVER_MERGED = {
@@ -91,8 +91,8 @@ _WITHOUT_MEANING = {
     "task_type",
     "velora_config",
 }
-# Initialisations that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ,
-# LoRA-GA) take something out of them, which an adapter alone lacks.
+# Initialisations that leave the base's weights unchanged. Others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) subtract something from the base, which the adapter's file does not contain.
 _LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -102,7 +102,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """Return the model that an adapter was trained on, as its config names it."""
+    """Return the name of the model that an adapter was trained on, from its config."""
     config = read_json(folder / CONFIG_NAME)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
@@ -115,7 +115,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return an adapter's config after checking that the adapter can be computed.
 
     Raises:
-        OutlierMergeError: it is of another kind, or of one whose weights its file does not tell.
+        OutlierMergeError: the adapter is of an unsupported kind, or its file is not enough to
+            compute the weights.
     """
     path = folder / CONFIG_NAME
     check_file(path, folder)
@@ -211,7 +212,7 @@ def _are(fits: Callable[[object], bool]) -> Callable[[object], bool]:
 _TEXTS = ("a list of texts", _are_texts)
 _TEXT_OR_TEXTS = ("a text or a list of texts", _is_text_or_texts)
 _BOOL = ("true or false", _is_bool)
-# Settings whose type peft and we rely on; without a value they are null.
+# Settings with a type that peft and this code rely on; they may be null.
 _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "r": ("a count", _is_count),
     "lora_alpha": ("a number", _is_number),
@@ -238,14 +239,14 @@ _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 class LayerPatterns:
-    """Tells, as peft does, which layers a config's expressions mean.
+    """Tells which layers a config's expressions match, by peft's rules.
 
     Args:
-        path: the config, which errors name.
-        config: what it says.
+        path: the path of the config, for errors.
+        config: the contents of the config.
 
     Raises:
-        OutlierMergeError: one of its patterns is no regular expression.
+        OutlierMergeError: a pattern is not a valid regular expression.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
@@ -257,7 +258,8 @@ class LayerPatterns:
 
     def _add(self, key: str, pattern: str) -> None:
         try:
-            # With what stands before it, which refuses flags for the whole expression.
+            # Compiled with the text that peft puts before it, because then flags for the whole
+            # expression are errors.
             self._patterns[pattern] = Pattern(rf"\A(.*\.)?({pattern})$", self._budget)
         except PatternError as error:
             raise OutlierMergeError(
@@ -266,10 +268,10 @@ class LayerPatterns:
             ) from error
 
     def ends_with(self, module: str, pattern: str) -> bool:
-        """Tell whether a layer's name is, or ends with, what a regular expression matches.
+        """Tell whether a regular expression matches a layer's name, or its end after a dot.
 
         Raises:
-            OutlierMergeError: it takes too long to tell.
+            OutlierMergeError: matching takes too long.
         """
         if module == pattern:
             return True
@@ -288,7 +290,7 @@ class LayerPatterns:
         """Return the value of the first pattern that a layer's name ends with.
 
         Args:
-            names: that the layer may go by; of those that a pattern matches the first counts.
+            names: the names that the layer may have; the first one that a pattern matches counts.
         """
         if isinstance(patterns, Mapping):
             for name in names:
@@ -299,13 +301,13 @@ class LayerPatterns:
 
 
 def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:
-    """Tell whether peft saves a tensor that the base may lack or have in another shape."""
+    """Tell whether peft saves a tensor whole; the base may have another shape, or lack it."""
     modules = (*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head")
     return any(f".{module}." in f".{name}" for module in modules)
 
 
 def without_wrappers(module: str) -> str:
-    """Return a layer's name without what trainers' wrappers put into it.
+    """Return a layer's name without the parts that trainers' wrappers add.
 
     >>> without_wrappers("_fsdp_wrapped_module.model.layers.0._orig_mod.q_proj")
     'model.layers.0.q_proj'

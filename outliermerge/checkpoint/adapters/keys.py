@@ -1,4 +1,4 @@
-"""The names in a PEFT adapter's file, and what of them belongs to one layer."""
+"""The names in a PEFT adapter's file, grouped by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outliermerge.checkpoint.adapters.config import SCALED_LORA, SCALED_NOISE
 from outliermerge.checkpoint.sources import TensorMeta
 
 PREFIX = "base_model.model."
-# What peft puts around a layer that it wraps.
+# The names of the attributes in which peft keeps a layer that it wraps.
 WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.default)?\.")
 KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
@@ -22,12 +22,12 @@ OWN_PARTS = {SCALED_LORA: "scaled_lora_", SCALED_NOISE: "scaled_noise_"}
 
 @dataclass
 class LayerParts:
-    """What an adapter's file holds for one layer of the base."""
+    """The tensors in an adapter's file for one layer of the base."""
 
     parts: dict[str, TensorMeta] = field(default_factory=dict)
 
     def pair(self) -> tuple[TensorMeta, TensorMeta, bool] | None:
-        """Return A, B, and whether they are an embedding's; None where it has neither."""
+        """Return A, B, and whether they are an embedding's; None if the layer has neither."""
         for a, b, embedding in (
             ("lora_A.weight", "lora_B.weight", False),
             ("lora_embedding_A", "lora_embedding_B", True),

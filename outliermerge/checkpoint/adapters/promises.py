@@ -1,4 +1,4 @@
-"""Whether an adapter's file holds what its config says was trained."""
+"""Checks that an adapter's file contains everything that its config says was trained."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def broken_promises(
     whole: Mapping[str, Source],
     base: Mapping[str, Source],
 ) -> Iterator[str]:
-    """Yield what a config names and the file lacks, and what to do, a sentence or two each.
+    """Yield a message for each thing that the config names and the file lacks.
 
     Args:
-        layers: the names that each layer with factors may go by: the file's, without wrappers',
-            the base's.
-        patterns: tells which layers the config's expressions mean.
+        layers: for each layer with factors its possible names: in the file, without wrappers, in
+            the base.
+        patterns: tells which layers the config's expressions match.
         tokens: the layers with trained tokens.
         whole: the tensors stored whole, by the adapter's names.
         base: the tensors of the base.
@@ -36,7 +36,7 @@ def broken_promises(
 def notes_of(
     config: Mapping[str, Any], layers: Mapping[str, Sequence[str]], base: Collection[str]
 ) -> Iterator[str]:
-    """Yield which targets of the config the base has and the file holds nothing of."""
+    """Yield a note for targets of the config that the base has and the file has nothing for."""
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
@@ -76,7 +76,7 @@ def _saved_modules(
 ) -> Iterator[str]:
     named = [name for name in config.get("modules_to_save") or () if isinstance(name, str)]
     absent = [name for name in named if not any(f"{name}." in f"{key}." for key in whole)]
-    # peft names every head that a classifier may have, of which a model has one.
+    # peft lists all names that a classifier's head may have; a model has one of them.
     for name in absent:
         shapes = {s.shape for key, s in base.items() if f".{name}." in f".{key}"}
         stands_for_it = any(source.shape in shapes for source in whole.values())  # it is tied
@@ -101,7 +101,7 @@ def _trained_tokens(
         return
     found = {name: [layer for layer in tokens if patterns.ends_with(layer, name)] for name in said}
     for name, layers in found.items():
-        # Of tied layers with the same tokens the file holds one.
+        # If tied layers train the same tokens, the file has only one of them.
         tied = any(other and said[key] == said[name] for key, other in found.items())
         if not layers and not tied:
             has = f"; it has those of {', '.join(map(shown, tokens))}" if tokens else ""

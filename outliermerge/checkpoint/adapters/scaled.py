@@ -1,7 +1,7 @@
-"""Tensors as the adapters of outliermerge.peft change them, computed when they are read.
+"""The tensors that the adapters of outliermerge.peft change, computed when they are read.
 
-The sums are made in float64 and rounded once to float32, so that the merge of a model in training
-and a read in blocks of any size give the same.
+Sums are computed in float64 and rounded once to float32. So merging inside a model in training and
+reading blocks of any size give the same values.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def noise_sum(weight_RC: Tensor, s: float, noise_RC: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledSum(LowRankSum):
-    """(1 + s) · W + scale · BA, or with (BA)ᵀ where the layer stores its weight transposed.
+    """(1 + s) · W + scale · BA, or with (BA)ᵀ if the layer stores its weight transposed.
 
     Attributes:
-        s: one value; None where it was not trained, which is 0.
+        s: one value; None if it was not trained, which means 0.
     """
 
     s: TensorMeta | None
@@ -53,12 +53,13 @@ class ScaledSum(LowRankSum):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSum(ComputedTensor):
-    """W + s · N, with N standard Gaussian noise in the shape of W as it is stored.
+    """W + s · N, where N is standard Gaussian noise in the stored shape of W.
 
     Attributes:
         base: W, (R, …).
         s: one value.
-        seed, module: what N is made from; the adapter's name of the layer, whatever the base's is.
+        seed, module: N is a function of these; `module` is the layer's name in the adapter, not in
+            the base.
     """
 
     base: Source

@@ -1,4 +1,4 @@
-"""Tensors as a PEFT adapter changes them, computed from the base's and the adapter's when read."""
+"""Tensors that a PEFT adapter changes, computed from the base's and the adapter's when read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Larger factors (those of a large vocabulary) would push each other out of the reader's cache.
+# Larger factors (as for a large vocabulary) would evict one another from the reader's cache.
 _MAX_WHOLE_BYTES = 1 << 24
 
 
@@ -63,7 +63,7 @@ def _columns(reader: Reading, matrix: TensorMeta, first: int, last: int) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Transposed(ComputedTensor):
-    """A stored matrix (C, R) as (R, C); `dtype` is that of the matrix."""
+    """A stored matrix (C, R), read as (R, C); `dtype` is the matrix's dtype."""
 
     matrix: TensorMeta
 
@@ -78,7 +78,7 @@ class Transposed(ComputedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class InDType(ComputedTensor):
-    """A stored tensor as it is, of which an output is stored in the dtype of the base's."""
+    """A stored tensor, unchanged; an output stores it in the dtype of the base's tensor."""
 
     whole: TensorMeta
 
@@ -116,7 +116,7 @@ class ColumnNorms(ComputedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaled(ComputedTensor):
-    """DoRA (arXiv 2402.09353): m · V / ‖V‖, with V = W + s·BA and a norm for each output.
+    """DoRA (arXiv 2402.09353): m · V / ‖V‖, with V = W + s·BA and one norm for each output.
 
     Attributes:
         direction: V.
@@ -148,7 +148,7 @@ class Rescaled(ComputedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedBias(ComputedTensor):
-    """b + s·b_B: a bias whose layer's B has one of its own (`lora_bias`)."""
+    """b + s·b_B: the bias of a layer whose factor B also has a bias, b_B (`lora_bias`)."""
 
     base: Source
     change: TensorMeta
@@ -166,10 +166,10 @@ class ShiftedBias(ComputedTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacedRows(ComputedTensor):
-    """W with some rows replaced (`trainable_token_indices`); `dtype` is that of W.
+    """W with some rows replaced (`trainable_token_indices`); `dtype` is the dtype of W.
 
     Attributes:
-        new: the rows that stand in their place, (n, C).
+        new: the replacing rows, (n, C).
         indices: which rows of W they replace, in order.
     """
 
@@ -191,7 +191,7 @@ class ReplacedRows(ComputedTensor):
 
 
 def in_dtype_of(meta: TensorMeta, base: Source | None) -> Source:
-    """Return a tensor, which an output stores in the dtype of the base's."""
+    """Return a tensor that an output stores in the dtype of the base's tensor."""
     if base is None or meta.dtype == base.out_dtype:
         return meta
     return InDType(
@@ -202,7 +202,7 @@ def in_dtype_of(meta: TensorMeta, base: Source | None) -> Source:
 def makes(
     shape: tuple[int, ...], pair: tuple[TensorMeta, TensorMeta, bool], *, transposed: bool
 ) -> bool:
-    """Tell whether a pair of A and B makes a change of this shape."""
+    """Tell whether the product of A and B has this shape."""
     a, b = pair[0].shape, pair[1].shape
     if len(a) < 2 or len(b) < 2:
         return False

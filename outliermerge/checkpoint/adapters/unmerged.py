@@ -1,8 +1,8 @@
-"""Tells tensors that are not weights but what a weight is made of: factors, norms, masks.
+"""Detects tensors that are not weights but parts of one: factors, norms, masks.
 
-Told by what stands beside them, and by the names in use: an adapter's factors beside the layer
-that they change (peft, kohya's sd-scripts, LyCORIS, diffusers, torchtune), and what torch's
-parametrizations keep in a weight's place.
+They are detected by their neighbours and their names. Adapters' factors are next to the layer that
+they change (peft, kohya's sd-scripts, LyCORIS, diffusers, torchtune); torch's parametrizations
+store parts in place of a weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PEFT = (
 _FACTOR = re.compile(
     rf"(?:^|[./])(?:(?:{_DIFFUSERS}|{_KOHYA}|{_PEFT})(?=\.|$)|lora\.(?:down|up)\.)"
 )
-# Names that kohya's scripts and LyCORIS make of modules: all dots of a module as underscores.
+# kohya's scripts and LyCORIS name modules with underscores in place of all dots.
 _FLAT = re.compile(r"^(?:lora|lycoris|oft|loha|lokr)_(?:unet|te\d?|prior_\w+|transformer)_[^.]+\.")
 _WRAPPED = re.compile(r"^(?P<layer>.+\.)(?:base_layer|original_module)\.")
 _HINT = re.compile(
@@ -29,7 +29,7 @@ _HINT = re.compile(
 _MADE = re.compile(r"parametrizations\.|_(?:g|orig)$", re.MULTILINE)
 _OF_PIPELINE = re.compile(r"(?:unet|transformer|text_encoder\w*|diffusion_model)\.")
 _FOR_KOHYA = re.compile(rf"(?:^|[./])(?:{_KOHYA})(?=\.|$)")
-# Beside an original tensor, what torch makes the weight with.
+# The parts from which torch makes a weight, next to the original tensor.
 _COMPANIONS = {
     r"^(?P<stem>(?:.*\.)?)(?P<weight>weight\w*)_g$": ("_v",),
     r"^(?P<stem>(?:.*\.)?)(?P<weight>weight\w*|bias)_orig$": ("_mask", "_u"),
@@ -38,7 +38,7 @@ _PARAMETRIZED = re.compile(r"^(?P<stem>(?:.*\.)?)parametrizations\.(?P<weight>[^
 
 
 def adapter_parts(names: Collection[str]) -> list[str]:
-    """Return which names are of an adapter beside the weights that it changes.
+    """Return the names that belong to an adapter next to the weights that it changes.
 
     >>> adapter_parts(["q.base_layer.weight", "q.lora_A.default.weight", "norm.weight"])
     ['q.lora_A.default.weight']
@@ -46,7 +46,7 @@ def adapter_parts(names: Collection[str]) -> list[str]:
     ['q.some_new_kind.default']
     """
     if not _HINT.search("\n".join(names)):
-        return []  # told at once, since a model may have many names
+        return []  # a fast answer, since a model may have many names
     wrapped = [match["layer"] for name in names if (match := _WRAPPED.match(name))]
     layers = tuple(dict.fromkeys(wrapped))
     found = {
@@ -61,7 +61,7 @@ def adapter_parts(names: Collection[str]) -> list[str]:
 
 
 def how_to_merge(names: Iterable[str], parts: Collection[str]) -> str:
-    """Return what an unmerged adapter is, and how its weights are made."""
+    """Return what kind an unmerged adapter is, and how to merge it."""
     names = list(names)
     if len(names) > len(parts):
         return (
@@ -90,7 +90,7 @@ def how_to_merge(names: Iterable[str], parts: Collection[str]) -> str:
 
 
 def composed(names: Collection[str]) -> dict[str, str]:
-    """Return by name of a tensor that torch makes a weight from, the name of that weight.
+    """Return for each tensor that is a part of a weight the name of that weight.
 
     >>> composed(["conv.weight_g", "conv.weight_v", "conv.bias"])
     {'conv.weight_g': 'conv.weight', 'conv.weight_v': 'conv.weight'}

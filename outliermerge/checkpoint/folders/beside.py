@@ -1,4 +1,4 @@
-"""The files of a model's folder beside the weights that are read: what each of them is."""
+"""Classifies the files of a model's folder other than the weights that are read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRAINING_FOLDERS = re.compile(
     r"^(checkpoint[-_]\d+|global_step\d+|runs|wandb|logs|tensorboard|lightning_logs|mlruns"
     r"|optimizer_\d+|__pycache__)$"
 )
-# What exporters and other libraries store the same weights as.
+# Files in which exporters and other libraries store the same weights.
 _COPY_FOLDERS = re.compile(
     r"^(onnx|openvino|coreml|gguf|ggml|original|tflite|tensorrt|flax|mlc|mlx|ctranslate2|litert"
     r"|torchscript|executorch|neuron)([-_].*)?$|^(bf|fp|float)(8|16|32)$"
@@ -44,7 +44,7 @@ _COPIES = re.compile(
     r"\.(gguf|ggml|onnx|onnx_data|onnx\.data|h5|msgpack|ot|mlmodel|tflite|pb|engine|pte)$"
     r"|^consolidated[.-]|^openvino_.*\.(bin|xml)$|^ggml-.*\.bin$|^open_clip_(pytorch_)?model\."
 )
-# What is computed or recorded for a model's use and not trained with it, such as voices.
+# Files that were computed or recorded for use with a model, not trained with it, such as voices.
 _DATA_FOLDERS = re.compile(
     r"^(voices?|speakers?|(speaker|voice)_embeddings?|xvectors?|assets?|examples?|samples?|demos?"
     r"|docs?|images?|figures?|tests?)$"
@@ -62,7 +62,7 @@ Kind = Literal["sidecar", "tensors", "training", "copy", "data", "hidden", "othe
 
 
 def kind_of(name: str) -> Kind:
-    """Return what a file is by its path inside a model's folder.
+    """Return the kind of a file by its path inside a model's folder.
 
     >>> [kind_of(n) for n in ("config.json", "2_Dense/model.safetensors", "onnx/config.json")]
     ['sidecar', 'tensors', 'copy']
@@ -84,10 +84,10 @@ def kind_of(name: str) -> Kind:
 
 
 def sidecars_of(names: Iterable[str], components: Collection[str]) -> list[str]:
-    """Return the small files that belong to a model, of the files of its folder.
+    """Return those files of a model's folder that are small and belong to the model.
 
-    Those of a subfolder with weights of its own belong to another model, unless it is a component
-    of this one.
+    The files of a subfolder with weights belong to another model, unless the subfolder is a
+    component of this one.
     """
     names = sorted(names)
     folders = {name: name.rpartition("/")[0] for name in names}
@@ -106,7 +106,7 @@ def sidecars_of(names: Iterable[str], components: Collection[str]) -> list[str]:
 
 def files_in(root: Path) -> list[str]:
     """Return the paths of a model's files inside its folder, without hidden ones."""
-    # rglob does not go into folders that are links; a component can be one.
+    # rglob does not enter folders that are links; a component can be a link.
     found = []
     folders = [root]
     while folders:
@@ -118,7 +118,7 @@ def files_in(root: Path) -> list[str]:
                 continue
             if name.endswith(_FILE_ENDS) and kind_of(name) == "sidecar":
                 refuse_special(path, path.stat().st_mode)
-            # Not into links to folders, but for one that is a component.
+            # Do not enter links to folders, except those of components.
             if not path.is_symlink() or path.parent == root:
                 folders.append(path)
     return sorted(found)
@@ -141,15 +141,15 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def unread_tensors(root: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the files of tensors in a folder that nothing reads, and notes on those that are none.
+    """Return the files that hold unread tensors, and notes on others that hold only copies.
 
     Args:
         root: the model's folder.
-        known: files that are read, or passed over as their loader does.
+        known: the files that are read, and those that the loader ignores as well.
     """
     present = files_in(root)
     names = sorted({*present, *listed_files(root)} - {*known})
-    read = {os.path.realpath(root / name) for name in known}  # which others may link to
+    read = {os.path.realpath(root / name) for name in known}  # other files may link to these
     others = [
         name
         for name in names
@@ -177,7 +177,7 @@ def _holds_tensors(path: Path) -> bool:
 
 
 def _copies_note(names: Iterable[str]) -> list[str]:
-    """Return a note on older states and copies of the weights, which are not read."""
+    """Return a note on unread files with older states and copies of the weights."""
     suffixes = (*_TENSORS, ".onnx", ".gguf", ".h5", ".msgpack")
     found = {
         _place(name): None

@@ -1,4 +1,4 @@
-"""Files of tensors that nothing reads: which hold again what is read, and which hold more."""
+"""Unread files of tensors: which are copies of what is read, and which hold other tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import check_file, names_in
 
-# Trained beside the weights, under names that those may have too.
+# Tensors that are trained in addition to the weights, possibly under the same names.
 _TRAINED_BESIDE = re.compile(
     r"^(non_lora_(trainables|state_dict)|pytorch_(lora|custom_diffusion)_weights|adapter_model"
     r"|adapters?)\."
@@ -25,7 +25,7 @@ _WRAPPERS = re.compile(
     r"^(?:(?:module|model|base_model|transformer|_orig_mod|_forward_module|_fsdp_wrapped_module"
     r"|state_dict|ema|ema_model)\.)+"
 )
-_MIN_TENSORS = 8  # of a whole model in another layout
+_MIN_TENSORS = 8  # the fewest tensors of a whole model in another layout
 
 
 def files_beside(
@@ -36,15 +36,15 @@ def files_beside(
     components: Collection[str] = ("",),
     is_pipeline: bool = False,
 ) -> tuple[tuple[Path, ...], list[str]]:
-    """Return the files of tensors in a model's folder that may hold more than is read, and notes.
+    """Return the files in a model's folder that may hold further tensors, and notes.
 
-    A file is a copy, or another state, where its tensors have names and shapes of those that are
-    read, or nearly all have their shapes. Of a file that was not fetched only the name is known.
-    What a pipeline's model_index.json does not name, nothing loads with it.
+    A file is a copy, or another state, if its tensors have the names and shapes of tensors that are
+    read, or if nearly all have their shapes. Of a file that was not fetched, only the name is
+    known. Files that a pipeline's model_index.json does not name are not loaded with it.
 
     Args:
-        known: files that are read, or passed over as their loader does.
-        tensors: that are read.
+        known: the files that are read, and those that the loader ignores as well.
+        tensors: the tensors that are read.
         components: the folders that have weights.
     """
     others, notes = unread_tensors(root, known)
@@ -82,9 +82,9 @@ def beside_adapter(
 
     Args:
         file: the adapter's weights.
-        names: that an adapter's weights can have; like a whole model in its folder, those of the
-            other names are passed over by from_pretrained.
-        metas: of the adapter.
+        names: the names that an adapter's weight files can have. from_pretrained ignores those that
+            are not `file`, and whole models in the folder.
+        metas: the adapter's tensors.
     """
     folder = file.parent
     loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
@@ -96,7 +96,7 @@ def beside_adapter(
 
 
 class _Read:
-    """The names and shapes of what is read, as other files may have them."""
+    """The names and shapes of the tensors that are read, to compare with other files."""
 
     def __init__(self, tensors: Mapping[str, Source], components: Iterable[str]) -> None:
         prefixes = tuple(f"{folder}/" for folder in components if folder)
@@ -126,13 +126,13 @@ class _Read:
         return whole and shared.total() >= _MIN_TENSORS
 
     def has_part(self, name: str) -> bool:
-        """Tell whether a file that was not fetched has the name of a part of what is read."""
+        """Tell whether an unfetched file has the name of a component that is read."""
         path = PurePosixPath(name)
         return len(path.parts) == 1 and path.stem != "model" and path.stem in self.parts
 
 
 def _bare(name: str) -> str:
-    """Return a tensor's name without what wrappers put before it.
+    """Return a tensor's name without the prefixes of wrappers.
 
     >>> _bare("module.model.layers.0.weight")
     'layers.0.weight'

@@ -1,4 +1,4 @@
-"""What a model's path may be: a folder of weights, a pipeline of such folders, or one file."""
+"""Opens a model's path: a folder of weights, a pipeline of such folders, or one file."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ __all__ = [
 
 PIPELINE_NAME = "model_index.json"
 MODULES_NAME = "modules.json"  # of a SentenceTransformer
-# What DataParallel and torch.compile put before the names of the module that they wrap.
+# The prefixes of names that DataParallel and torch.compile add.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
     """Read the headers of a model: a folder of weights, a diffusers pipeline, or one file.
 
-    Of a folder those files are read that from_pretrained takes; the modules of a
-    SentenceTransformer that have weights are components, as those of a pipeline are. In one file,
-    a prefix that a wrapper put before all names is stripped.
+    In a folder, the files are read that from_pretrained would take. The modules of a
+    SentenceTransformer that have weights are components, like those of a pipeline. In a single
+    file, a wrapper's prefix before all names is removed.
 
     Raises:
-        OutlierMergeError: it is absent, holds no weights, or a file is missing, broken, dangerous
-            or a link out of the folder.
+        OutlierMergeError: the model is absent or has no weights, or a file is missing, broken,
+            dangerous, or a link out of the folder.
     """
     if root.is_file():
         return _open_file(root)
@@ -124,7 +124,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _wrapper_prefix(names: list[str]) -> str:
-    """Return what wrappers put before all names.
+    """Return the prefix that wrappers put before all names.
 
     >>> _wrapper_prefix(["module._orig_mod.a", "module._orig_mod.b"])
     'module._orig_mod.'
@@ -142,10 +142,10 @@ def _pipeline(root: Path) -> dict[str, Weights]:
     content = load_json(path)
     if not isinstance(content, dict):
         raise OutlierMergeError(f"{path}: not an index of a pipeline: no JSON object")
-    names = names_in(root)  # a name that is none of these could lead out of the folder
+    names = names_in(root)  # any other name could lead out of the folder
     components: dict[str, Weights] = {}
     for name, value in content.items():
-        # A component is [library, class]; one that the pipeline does without is [null, null].
+        # A component is [library, class]; an unused one is [null, null].
         if not isinstance(value, list) or len(value) != 2 or value[1] is None:
             continue
         folder = root / name
@@ -180,7 +180,7 @@ def _modules(root: Path) -> dict[str, Weights]:
     names: list[str] = []
     if is_there(path):
         check_file(path, root)
-        inside = names_in(root)  # a name that is none of these could lead out of the folder
+        inside = names_in(root)  # any other name could lead out of the folder
         names = [name for name in module_folders(load_json(path)) if name in ("", *inside)]
     modules = {
         name: weights
@@ -194,6 +194,6 @@ def _modules(root: Path) -> dict[str, Weights]:
 
 
 def _whole_components(root: Path, components: Iterable[str]) -> frozenset[str]:
-    """Return the modules of a SentenceTransformer that it loads itself, which knows no shards."""
+    """Return the modules that a SentenceTransformer loads itself: they must not be sharded."""
     configs = {folder: read_json(root / folder / "config.json") for folder in components}
     return frozenset(folder for folder, config in configs.items() if "model_type" not in config)

@@ -1,4 +1,4 @@
-"""What is no whole model: slices for one process of several, adapters of other libraries."""
+"""Refuses files that are not whole models: one process's slices, other libraries' adapters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import names_in
 
-# The number of a process in a file's or folder's name, as Megatron, DeepSpeed, FSDP and vLLM
-# write it, and Meta's.
+# The number of a process in the name of a file or folder, as Megatron, DeepSpeed, FSDP, vLLM and
+# Meta's code write it.
 _RANK = re.compile(
     r"(?:(?:^|[._-])(?:mp_|pp_|tp_|dp_|ep_)?rank[._-]?|(?:^|[._-])[tp]p[._-]?|^consolidated\.)"
     r"(?P<number>\d+)(?=[._-]|$)"
@@ -40,10 +40,10 @@ def refuse_foreign_adapter(folder: Path) -> None:
 
 
 def refuse_ungathered(metas: Iterable[TensorMeta]) -> None:
-    """Raise OutlierMergeError for float tensors [0]: what ZeRO-3 leaves of a parameter.
+    """Raise OutlierMergeError for float tensors of shape [0], which ZeRO-3 leaves of a parameter.
 
-    Bytes are left: a module's own state (_extra_state) may be empty. So are markers that belong to
-    no module, such as the v_pred of diffusion models.
+    Byte tensors are allowed: a module's own state (_extra_state) may be empty. Markers that belong
+    to no module, such as v_pred of diffusion models, are allowed, too.
     """
     empty = [m for m in metas if m.shape == (0,) and m.dtype.is_float and "." in m.name]
     if empty:
@@ -58,7 +58,7 @@ def refuse_ungathered(metas: Iterable[TensorMeta]) -> None:
 
 
 def refuse_part(path: Path) -> None:
-    """Raise OutlierMergeError if a file holds one process's slices of the tensors of a model."""
+    """Raise OutlierMergeError if a file holds only one process's slices of a model's tensors."""
     is_megatron = path.parent.name.startswith("mp_rank_")
     for place in (path, path.parent) if is_megatron else (path,):
         world = _WORLD.search(place.name)
@@ -75,7 +75,7 @@ def refuse_part(path: Path) -> None:
 
 
 def _others(place: Path, rank: re.Match[str]) -> list[str]:
-    """Return the other parts, of which one has the number 0: the rank of a LoRA never is 0."""
+    """Return the other parts, if one of them has the number 0, which no LoRA's rank has."""
     before, after = place.name[: rank.start("number")], place.name[rank.end("number") :]
     pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
     found = {n: int(match[1]) for n in names_in(place.parent) if (match := pattern.fullmatch(n))}

@@ -1,4 +1,4 @@
-"""From a model's name in a spec to a path: a local one, or a hub id through the hub's cache."""
+"""Resolves a model's name in a spec to a path: a local one, or a hub id through the hub's cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from outliermerge.storage.files import load_json
 
 _LOGGER = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
-_ADAPTER = r"adapter_model\.(bin|safetensors)"  # the latter is preferred
+_ADAPTER = r"adapter_model\.(bin|safetensors)"  # safetensors is preferred
 _NO_WEIGHTS = f"weights ({PATTERNS})"
 
 
 def is_hub_id(reference: str) -> bool:
-    """Tell whether a reference is written like org/name or org/name@revision.
+    """Tell whether a reference has the form org/name or org/name@revision.
 
     >>> is_hub_id("liuhaotian/llava-v1.5-13b@main"), is_hub_id("./models/base")
     (True, False)
@@ -32,14 +32,14 @@ def is_hub_id(reference: str) -> bool:
 
 
 def resolve(reference: str) -> Path:
-    """Return the folder or file of a model, fetching it from the hub where it is not local.
+    """Return the folder or file of a model, fetched from the hub if it is not local.
 
-    A local path wins over a hub id of the same name. Of a hub repository only those weights are
-    fetched that `open_checkpoint` reads, in one format, and the small files beside them. Where the
-    hub does not answer, a snapshot in its cache is used if it is complete.
+    A local path has precedence over a hub id of the same name. From a repository of the hub, only
+    the weights that `open_checkpoint` reads are fetched, in one format, and the small files beside
+    them. If the hub does not answer, a snapshot in its cache is used if it is complete.
 
     Raises:
-        OutlierMergeError: it is neither here nor to be had from the hub.
+        OutlierMergeError: the model is neither local nor available from the hub.
     """
     local = as_path(reference)
     if local.exists():
@@ -72,7 +72,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
         patterns = [glob.escape(name) for name in names]
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
-    # The client lets the exceptions of its network libraries through, which differ by version.
+    # The client does not catch the exceptions of its network libraries, which differ by version.
     try:
         info = hub.HfApi().model_info(
             repo_id, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
@@ -121,7 +121,7 @@ def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     present = {name for name, path in paths.items() if path.is_file()}
     names = present | {name for name, path in paths.items() if path.is_symlink()}
-    # Without a listing (of an older huggingface_hub, say) an index still names what it needs.
+    # Without a listing (with an older huggingface_hub, for example) an index still names its files.
     if hasattr(hub, "get_cached_repo_tree"):
         try:
             listed = hub.get_cached_repo_tree(repo_id, revision=folder.name)
@@ -142,7 +142,7 @@ def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
 
 
 def _parts(names: Collection[str], folder: Path) -> list[str]:
-    """Return the folders of a repository that a model has weights in, "" for its root."""
+    """Return the folders of a repository that contain a model's weights, "" for its root."""
     pipeline = load_json(folder / PIPELINE_NAME) if PIPELINE_NAME in names else None
     if isinstance(pipeline, dict):
         return [key for key, value in pipeline.items() if isinstance(value, list)]
@@ -151,7 +151,7 @@ def _parts(names: Collection[str], folder: Path) -> list[str]:
 
 
 def _is_guide(name: str, parts: Collection[str]) -> bool:
-    """Tell whether a file tells which weights are read."""
+    """Tell whether a file determines which weights are read."""
     part, _, file = name.rpartition("/")
     return part in parts and (file == "config.json" or ".index." in file)
 

@@ -1,7 +1,8 @@
-"""Which of a folder's weight files a loader takes: the order of from_pretrained.
+"""Which of a folder's weight files a loader reads, by the order of from_pretrained.
 
-That of transformers 4 and 5 (`_get_resolved_checkpoint_files`) is the single file, then the index,
-of safetensors before PyTorch; that of diffusers (`ModelMixin.from_pretrained`) the index first.
+transformers 4 and 5 (`_get_resolved_checkpoint_files`) look for the single file first, then for the
+index; for safetensors first, then for PyTorch. diffusers (`ModelMixin.from_pretrained`) looks for
+the index first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LOADED = {
     (_DIFFUSERS, "safetensors"),
     (_DIFFUSERS, "bin"),
 }
-# A variant, such as fp16, stands before the extension, before or behind a shard's number.
+# A variant, such as fp16, is before the extension, before or after a shard's number.
 _WEIGHTS = re.compile(
     r"^(?P<stem>\w+)(\.(?P<variant>[A-Za-z]\w*))?(?P<shard>-\d{5}-of-\d{5})?"
     r"(\.(?P<late_variant>[A-Za-z]\w*))?\.(?P<format>safetensors|bin)$"
@@ -36,12 +37,12 @@ _Kind = Literal["single", "index", "shards"]
 
 
 class OpenChoiceError(OutlierMergeError):
-    """It is open which of a folder's files are its weights."""
+    """It is unclear which of a folder's files are its weights."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class _Group:
-    """Files that a loader would take together."""
+    """Files that a loader would read together."""
 
     variant: str
     stem: str
@@ -51,14 +52,14 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The files that a loader takes.
+    """The files that a loader reads.
 
     Attributes:
-        stem: of their names.
-        files: their names, without those that only an index names.
-        index: the name of their index, where they have one.
-        variant: such as fp16, where there is nothing else.
-        offered: all files of names that a loader takes, where others are not there.
+        stem: the common stem of their names.
+        files: their names; files that only an index names are not included.
+        index: the name of their index, if they have one.
+        variant: a variant such as fp16, if the folder has only that.
+        offered: all files with names that a loader would take if others were missing.
     """
 
     stem: str
@@ -69,19 +70,19 @@ class Choice:
 
 
 def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> Choice | None:
-    """Return which of a folder's files are its weights; None where it has none.
+    """Return which of a folder's files are its weights; None if it has none.
 
-    Files without a variant are preferred to a variant, and what a loader finds by itself to
-    shards without an index.
+    Files without a variant are preferred to a variant. Files that a loader finds by itself are
+    preferred to shards without an index.
 
     Args:
-        names: of the files directly in the folder.
-        config: of the folder, which tells the loader, and can name the file.
-        loose: take files of any name where none has a name that transformers or diffusers loads.
+        names: the names of the files directly in the folder.
+        config: the config in the folder, which shows the loader and can name the file.
+        loose: take files of any name if none has a name that transformers or diffusers loads.
 
     Raises:
-        OpenChoiceError: it is open which files are meant; the message is to be finished.
-        OutlierMergeError: the config names a file that is not there or not weights.
+        OpenChoiceError: it is unclear which files are meant; the caller completes the message.
+        OutlierMergeError: the config names a file that is missing or is not weights.
     """
     names = sorted(names)
     if distributed := [name for name in names if _DISTRIBUTED.match(name)]:
@@ -115,7 +116,7 @@ def choose(names: Iterable[str], config: Mapping[str, Any], *, loose: bool) -> C
 
 
 def offered_files(names: Iterable[str]) -> list[str]:
-    """Return those of a folder's files that have a name which a loader takes."""
+    """Return those of a folder's files whose names a loader would take."""
     return [name for files in _groups(sorted(names)).values() for name in files]
 
 
@@ -135,7 +136,7 @@ def _groups(names: list[str]) -> dict[_Group, list[str]]:
 
 
 def _is_diffusers(groups: Iterable[_Group], config: Mapping[str, Any]) -> bool:
-    """Tell whether diffusers loads a folder, by its config, else by the names of its files."""
+    """Tell whether diffusers loads a folder, by its config or else by its file names."""
     found = {group.stem == _DIFFUSERS: group.stem for group in groups if not group.variant}
     if "_class_name" in config:
         return True
@@ -161,7 +162,7 @@ def _rank(group: _Group, is_diffusers: bool) -> tuple[object, ...]:
 
 
 def _said(said: object, names: list[str], offered: tuple[str, ...]) -> Choice:
-    """Return what `transformers_weights` of a config names."""
+    """Return the file that `transformers_weights` in a config names."""
     is_index = isinstance(said, str) and said.endswith(".safetensors.index.json")
     if not isinstance(said, str) or not (is_index or said.endswith(".safetensors")):
         raise OutlierMergeError(

@@ -1,4 +1,4 @@
-"""The weights of one folder: which of its files hold them, and what their headers say."""
+"""The weights of one folder: the files that hold them, and their headers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Weights:
     """The weights of one folder or file.
 
     Attributes:
-        stem: of the weight files that a merged model has in its place.
+        stem: the stem of the names of a merged model's weight files.
         metas: the tensors, in the order of the files.
         paths: the files that hold them.
-        passed_over: files that a loader takes where those above are not there.
-        metadata: what the files' headers say beside the tensors.
-        notes: what a person should know of how they were read.
+        passed_over: files that a loader would take if the files in `paths` were missing.
+        metadata: the metadata in the files' headers.
+        notes: notes for the user on how they were read.
     """
 
     stem: str
@@ -69,11 +69,11 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
 
     Args:
         folder: holds the files.
-        root: the model folder, which no file may link out of.
-        loose: as `choose` takes it.
+        root: the model's folder; links out of it are refused.
+        loose: see `choose`.
 
     Raises:
-        OutlierMergeError: a file is missing or broken, or it is open which files are meant.
+        OutlierMergeError: a file is missing or broken, or it is unclear which files are meant.
     """
     config = folder / "config.json"
     if is_there(config):
@@ -91,7 +91,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
     if index is None:
         paths = [folder / name for name in chosen.files]
         _check_shard_numbers(paths)
-        if not chosen.offered:  # their names are no loader's
+        if not chosen.offered:  # no loader takes files of these names
             refuse_foreign_adapter(folder)
             for path in paths:
                 refuse_part(path)
@@ -132,7 +132,7 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
 
 
 def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
-    """Return those files of a repository that a loader takes; not all of them are fetched."""
+    """Return the files of a repository that a loader would take; not all of them are fetched."""
     listed = listed_files(root)
     return [
         f"{prefix}{name}"
@@ -142,14 +142,14 @@ def offered_by_hub(root: Path, components: Iterable[str]) -> list[str]:
 
 
 def passed_over_note(folder: Path, taken: str, others: list[str]) -> str:
-    """Return a note on files that from_pretrained takes where another is not there."""
+    """Return a note on files that from_pretrained would take if another were missing."""
     return (
         f"{folder}: {taken} is read, as from_pretrained takes it; passed over:\n{listing(others)}"
     )
 
 
 def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) -> bool:
-    """Tell whether a file is the index that is read, or one that names only what is read."""
+    """Tell whether a file is the index that is read, or names only files that are read."""
     if path == index:
         return True
     if not path.name.endswith(".json"):
@@ -163,7 +163,7 @@ def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) 
 
 
 def _weight_map(index: Path) -> dict[str, Path]:
-    """Return the file of each tensor after checking that it is inside the folder."""
+    """Return the file of each tensor, after checking that the file is inside the folder."""
     content = load_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if weight_map is None:
@@ -192,10 +192,10 @@ def _weight_map(index: Path) -> dict[str, Path]:
 def _check_index(
     index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]
 ) -> Iterator[str]:
-    """Yield a note on what an index lists and no shard has, as from_pretrained passes it over.
+    """Yield a note on names that an index lists and no shard has; from_pretrained ignores them.
 
     Raises:
-        OutlierMergeError: the index and the shards are not of one model.
+        OutlierMergeError: the index and the shards do not belong to the same model.
     """
     files = {meta.name: meta.path for meta in metas}
     held: dict[str, tuple[int, ...]] = {}
@@ -211,7 +211,8 @@ def _check_index(
                 wrong.append(f"{said}, it is in {files[name].name}")
             continue
         place, numbers = _numbered(name)
-        # A hole among the layers; a tied head or a layer past the last may be rightly gone.
+        # A gap in the layers is an error; a tied head, or a layer after the last one, may be
+        # missing.
         if numbers and place in held and (numbers < held[place] or _layer(name) in layers):
             wrong.append(f"{said}, it is in no shard")
         absent.append(name)
@@ -225,7 +226,7 @@ def _check_index(
 
 
 def _numbered(name: str) -> tuple[str, tuple[int, ...]]:
-    """Return a tensor's name without the numbers of layers and experts, and these."""
+    """Return a tensor's name without the numbers of layers and experts, and these numbers."""
     return _NUMBER.sub(".#", name), tuple(int(found) for found in _NUMBER.findall(name))
 
 
@@ -250,7 +251,7 @@ def _check_shard_numbers(paths: list[Path]) -> None:
 
 
 def no_weights(folder: Path) -> str:
-    """Return what to say of a folder without weights that can be read."""
+    """Return the message for a folder without readable weights."""
     refuse_foreign_adapter(folder)
     names = names_in(folder)
     if "adapter_config.json" in names:

@@ -1,1 +1,1 @@
-"""Files of tensors: what their headers say, and where each tensor's bytes are."""
+"""File formats of tensors: their headers, and where each tensor's bytes are."""

@@ -1,7 +1,7 @@
 """PyTorch's pickled files (.bin, .pt, .pth, .ckpt): read without running code.
 
-torch maps the file and makes tensors of it. Only where they lie in the file is taken from them: to
-read them through the map would end the process by a signal where the file has become shorter.
+torch maps the file into memory and makes tensors of it. This module takes only their positions:
+reading through the map would kill the process by a signal if the file has become shorter.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from outliermerge.storage.system import knowing
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Under which training code keeps a model's state dict beside what else it saves.
+# Keys under which training code saves a model's state dict in a larger dict.
 _NESTED = ("state_dict", "model", "model_state_dict", "module", "params", "params_ema")
-# What a pickle may hold without its tensors' bytes: torch reads some megabyte in a second, an
-# ordinary one has 200 bytes for a tensor. Where the name of what it calls is longer, torch's own
-# regular expressions can take hours.
+# Limits of a pickle without its tensors' bytes: torch reads about a megabyte per second, and a
+# usual pickle has 200 bytes per tensor. If the name of a global is longer than the limit, torch's
+# own regular expressions can take hours.
 _MAX_PICKLE_BYTES, _MAX_CALLED = 3 << 20, 1000
-# By how much a tensor that was expanded, such as a buffer, may be larger than the whole file.
+# How many times larger than the file an expanded tensor, such as a buffer, may be.
 _MAX_EXPANDED_BYTES = 1 << 20
 _REWRITE = "Rewrite it once: torch.save(torch.load(path, weights_only=True), path)"
 
 
 @dataclass(frozen=True, slots=True)
 class Strided:
-    """Where a tensor's elements lie in a file: from `offset` on, `strides` apart.
+    """Where a tensor's elements are in a file: from `offset` on, `strides` apart.
 
     Attributes:
-        is_conjugate, is_negative: the values are these of what is stored.
+        is_conjugate, is_negative: the values are the conjugates, or negatives, of the stored ones.
     """
 
     offset: int
@@ -64,7 +64,7 @@ class Strided:
 
 
 def load_strided(path: Path, descriptor: int) -> dict[str, Strided]:
-    """Return where the tensors of an open file lie.
+    """Return where the tensors of an open file are.
 
     Raises:
         OutlierMergeError: as for read_file.
@@ -93,9 +93,9 @@ def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
 
 
 class _Mapped:
-    """Where in a file the memory is that torch has mapped of it.
+    """Translates addresses in the memory that torch has mapped to positions in the file.
 
-    torch does not ask how long a record is: a tensor that is longer would go on in the next one.
+    torch does not check the length of a record: a longer tensor would go on in the next record.
     """
 
     def __init__(self, path: Path, descriptor: int, content: object) -> None:
@@ -105,10 +105,10 @@ class _Mapped:
         self._ranges = mapped_files() or _mapped_records(path, descriptor, content)
 
     def place(self, name: str, tensor: Tensor) -> Strided:
-        """Return where a tensor lies in the file.
+        """Return where a tensor is in the file.
 
         Raises:
-            OutlierMergeError: it is not in the file as it is.
+            OutlierMergeError: its bytes are not inside one record of the file.
         """
         strides, size = tensor.stride(), tensor.element_size()
         if not tensor.numel():
@@ -146,7 +146,7 @@ def _records(path: Path, descriptor: int) -> list[tuple[int, int]]:
         with os.fdopen(os.dup(descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
             for record in archive.infolist():
                 file.seek(record.header_offset)
-                header = file.read(30)  # the lengths of name and extra field, which may differ here
+                header = file.read(30)  # lengths of name and extra field, which may differ here
                 start = record.header_offset + 30 + sum(struct.unpack("<26xHH", header))
                 found.append((start, start + record.file_size))
     except OSError as error:
@@ -159,10 +159,10 @@ def _records(path: Path, descriptor: int) -> list[tuple[int, int]]:
 
 
 def _mapped_records(path: Path, descriptor: int, content: object) -> list[tuple[int, int, int]]:
-    """Tell where a file is mapped by what torch has made of it, as `mapped_files` does.
+    """Tell where a file is mapped from the tensors that torch made, like `mapped_files`.
 
-    Each storage is one record of the archive, and all are moved by as much: the first is the first.
-    Nothing where that is not so, as where a record is not used.
+    Each storage is one record of the archive, at the same offset from its address: the first
+    storage is the first record. Empty if that does not hold, as when a record is unused.
     """
     storages = _storages(content)
     records = {}
@@ -182,7 +182,7 @@ def _mapped_records(path: Path, descriptor: int, content: object) -> list[tuple[
 
 
 def _storages(content: object) -> dict[int, int]:
-    """Return the addresses and sizes of all tensors' memory in what a pickle holds."""
+    """Return the addresses and sizes of the memory of all tensors in a pickle."""
     import torch
 
     found: dict[int, int] = {}
@@ -302,7 +302,7 @@ def _load(path: Path, descriptor: int) -> object:
 
     try:
         _check_archive(path, descriptor)
-        # Megatron keeps states of modules as such, which run no code.
+        # Megatron stores module states as BytesIO, which runs no code.
         with torch.serialization.safe_globals([io.BytesIO]):
             return torch.load(
                 path_of(descriptor, path), map_location="cpu", mmap=True, weights_only=True
@@ -325,7 +325,7 @@ def _load(path: Path, descriptor: int) -> object:
         ) from error
     except OSError as error:
         raise OutlierMergeError(f"{path}: cannot be read: {_first_line(error)}") from error
-    except Exception as error:  # a broken pickle can make torch stumble over anything
+    except Exception as error:  # a broken pickle can make torch raise anything
         if "mmap can only be used" in str(error):
             raise OutlierMergeError(
                 f"{path}: saved in the format before PyTorch 1.6, which cannot be read in pieces. "
@@ -370,12 +370,12 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo)
             "trust it."
         )
     if record.compress_type != zipfile.ZIP_STORED:
-        return  # which is refused
+        return  # torch refuses it
     data = archive.read(record)
     if not re.search(rb"c[^\n]{%d}" % _MAX_CALLED, data):
         return
     called = ""
-    with suppress(ValueError, LookupError):  # where it is broken, torch reads no further either
+    with suppress(ValueError, LookupError):  # torch stops at the same broken place
         for code, argument, _ in pickletools.genops(data):
             if code.name == "GLOBAL" and len(called := str(argument)) > _MAX_CALLED:
                 break

@@ -1,4 +1,4 @@
-"""The safetensors format: headers read and written by the published rules.
+"""Reads and writes headers of the safetensors format, by its published rules.
 
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
 then the tensors' bytes without holes).
@@ -23,7 +23,8 @@ from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import open_file
 
 MAX_HEADER_BYTES = 100_000_000
-# Fifteen for each of 260,000 tensors; models have up to 100,000. PyTorch's have up to 64 axes.
+# Fifteen values for each of 260,000 tensors; models have up to 100,000 tensors. Tensors of PyTorch
+# have up to 64 axes.
 MAX_HEADER_VALUES, MAX_AXES = 4_000_000, 64
 PAGE_BYTES = 4096
 
@@ -38,7 +39,7 @@ def read_header(path: Path) -> list[TensorMeta]:
 
 
 def read_header_and_metadata(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
-    """Return the tensors of a file in the order of their bytes, and its header's other texts.
+    """Return the tensors of a file in the order of their bytes, and its header's metadata.
 
     Raises:
         OutlierMergeError: as for read_header.
@@ -62,9 +63,9 @@ def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts that a file's header has beside its tensors; none where it cannot be read.
+    """Return the metadata of a file's header; empty if the header cannot be read.
 
-    `read_header` tells what is wrong with a file.
+    For such a file `read_header` raises an error that says what is wrong.
     """
     try:
         return read_header_and_metadata(path)[1]
@@ -93,7 +94,7 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
                 f"the file has {num_file_bytes}. Fetch it again."
             )
         raw = file.read(header_length)
-    # Each sign begins a value, which takes some hundred bytes of memory.
+    # Each of these characters begins a value, which takes about a hundred bytes of memory.
     if (num_values := sum(map(raw.count, (b"{", b"[", b",", b":")))) > MAX_HEADER_VALUES:
         raise OutlierMergeError(
             f"{path}: the header has some {num_values:,} values, more than the "
@@ -149,7 +150,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        # F4, F6_…, F8_E8M0 and other codes of which only quantised models are made.
+        # F4, F6_…, F8_E8M0 and other dtypes that only quantised models use.
         is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
         more = ". Name the model that it was quantised from instead" if is_code else ""
         what = " (exponents, the scales of quantised weights)" if code == "F8_E8M0" else ""
@@ -200,10 +201,10 @@ def make_header(
 ) -> tuple[bytes, list[int]]:
     """Return a file's first bytes and the absolute offset of each tensor.
 
-    The header is padded with spaces so that the data starts with a page.
+    The header is padded with spaces, so that the data starts at a page boundary.
 
     Args:
-        metadata: what the header says beside the tensors and the format.
+        metadata: the texts for the header's metadata, without the format.
     """
     position = 0
     starts: list[int] = []
@@ -224,7 +225,7 @@ def make_header(
 
 
 def duplicates(metas: Iterable[TensorMeta]) -> str | None:
-    """Return a listing of the names that two files hold, or None."""
+    """Return a listing of the tensors that two files both contain, or None."""
     seen: dict[str, Path] = {}
     twice: list[str] = []
     for meta in metas:

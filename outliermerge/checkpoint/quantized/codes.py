@@ -1,7 +1,7 @@
-"""Finds numbers that are codes: tensors that a companion beside them turns into weights.
+"""Finds tensors of quantisation codes, which a companion tensor turns into weights.
 
-It goes by structure, whatever the names: a tensor of float8 or of integers, and in its module (or
-under its own name) a tensor whose shape fits a scale, a zero point or a lookup table.
+It looks at the structure, not at names: a tensor of float8 or integers, and in the same module (or
+under the tensor's own name) a tensor whose shape fits a scale, a zero point or a lookup table.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from collections.abc import Collection, Iterator, Mapping
 from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 
-# Companions by name, which are taken for such whatever their shape: scales can be swizzled.
+# Names of companions. They count with any shape, because scales can be swizzled.
 _NAMED = re.compile(
     r"scales?(?![a-z])|absmax|amax|quant|qdata|codebook|centroid|exponent|factor"
     r"|(^|[._])(scb|luts?|zp|q?zeros?|zero_?points?)([._]|$)",
     re.IGNORECASE,
 )
-# A module that is only cast to float8 keeps its bias or norm in another dtype: a float16 bias (R,)
-# beside a float8 weight (R, C) has the shape of a scale per row. So the parameters that ordinary
-# modules have besides a matrix are no companions by their names; what else fits by shape is one.
+# A module that is only cast to float8 may keep its bias or norm in another dtype, and a float16
+# bias (R,) next to a float8 weight (R, C) has the shape of a scale per row. So tensors with these
+# names, which ordinary modules have besides a matrix, are not companions. Any other tensor that
+# fits by shape is one.
 _PLAIN = re.compile(
     r"bias(?!es)|gamma|beta|running|norm|embed|token|mask|freq|position|lora|hada|lokr|sinks?$"
     r"|proj_weight$|weight_[ih]h_|weight_[gv]$|original[01]$|^A_log$|^D$"
 )
-# Parameters of ordinary models that are called scales.
+# Parameters of ordinary models that have "scale" in their names.
 _OWN_SCALES = re.compile(r"(logit|layer|skip|embed|norm)_?scale|scale_(shift|mul)")
-# Integers that ordinary modules have: places, counts, masks, states and files as bytes.
+# Integer tensors of ordinary modules: positions, counts, masks, and states and files as bytes.
 _BUFFERS = re.compile(
     r"(_ids|_index|_indices|_tracked|_extra_state|_offsets?|_model)$|(^|_)bias$|mask"
 )
@@ -54,11 +55,12 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     """Refuse codes that a merge would average as if they were weights.
 
     Args:
-        tensors: of a component, as they are stored, by name.
-        read: those that a layout has explained; a weight's further companions are refused.
+        tensors: the stored tensors of a component, by name.
+        read: tensors that a known layout has read; further companions of a weight are refused.
 
     Raises:
-        OutlierMergeError: names the tensor, its companion, and what it looks like.
+        OutlierMergeError: there are codes; the message names the tensor, its companion, and what it
+            looks like.
     """
     codes = {
         name: meta
@@ -97,9 +99,9 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
 
 
 def are_plain(tensors: Mapping[str, TensorMeta]) -> bool:
-    """Tell whether nothing among a component's tensors is quantised: no codes and no companions.
+    """Tell whether a component has only plain tensors: no codes and no companions.
 
-    That is floats of two bytes or more and buffers, none of which is called a scale or the like.
+    Plain tensors are floats of two bytes or more, and buffers, without names of companions.
     """
     for name, meta in tensors.items():
         leaf = name.rpartition(".")[2]
@@ -116,16 +118,17 @@ def are_plain(tensors: Mapping[str, TensorMeta]) -> bool:
 def _are_codes(meta: TensorMeta) -> bool:
     if meta.dtype.is_float:
         return meta.dtype.num_bytes == 1
-    # Wider integers are codes only where they are packed into a matrix.
+    # Wider integers are codes only if they are packed into a matrix.
     return meta.dtype.name in ("int8", "uint8") or (
         "int" in meta.dtype.name and len(meta.shape) > 1
     )
 
 
 def _by_place(tensors: Collection[str]) -> Mapping[str, list[str]]:
-    """Return names by what they can belong to: scales.a.b_c.d to a.b_c.d, scales.a.b_c and others.
+    """Return names by their possible places: scales.a.b_c.d by a.b_c.d, scales.a.b_c and others.
 
-    That is what they are in, its parent, their beginnings, and what follows a word for scales.
+    These places are the module, its parent, beginnings of the name, and the name after a word for
+    scales.
     """
     places: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
@@ -139,7 +142,7 @@ def _by_place(tensors: Collection[str]) -> Mapping[str, list[str]]:
 
 
 def _beside(name: str, by_place: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Yield names that can be those of a tensor's companions, and the part that says what for."""
+    """Yield possible names of a tensor's companions, each with the part that tells its use."""
     module, _, leaf = name.rpartition(".")
     for other in dict.fromkeys((*by_place.get(name, ()), *by_place.get(module, ()))):
         if other == name:
@@ -151,13 +154,13 @@ def _beside(name: str, by_place: Mapping[str, list[str]]) -> Iterator[tuple[str,
         else:
             part = other[len(module) :].removeprefix(".")
             is_far = not module and re.split("[._:/]", part)[0] != re.split("[._:/]", leaf)[0]
-            # What a module in the module holds is of this tensor only where it is called so.
+            # A tensor in a submodule belongs to this tensor only if it is named as a companion.
             if not is_far and ("." not in part or _NAMED.search(part)):
                 yield other, part
 
 
 def _kind(name: str, codes: TensorMeta, companion: TensorMeta, part: str) -> str | None:
-    """Return what a tensor beside codes looks like, by the part of its name that differs; or None.
+    """Return what a tensor next to codes looks like, by the part of its name that differs, or None.
 
     >>> from pathlib import Path
     >>> from outliermerge.checkpoint.sources import DTYPES

@@ -1,4 +1,4 @@
-"""What the readers of quantised layouts share: one component's stored tensors and settings."""
+"""One component's stored tensors and settings, as all readers of quantised layouts take them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from outliermerge.checkpoint.computed import ComputedTensor
 from outliermerge.checkpoint.sources import DType, Reading, TensorMeta
 from outliermerge.errors import OutlierMergeError
 
-# What becomes of a stored tensor: a computed one, or nothing.
+# What replaces a stored tensor: a computed tensor, or nothing.
 Changes = dict[str, ComputedTensor | None]
 
 CODES = ("float8_e4m3fn", "float8_e5m2", "int8")
-# What is stored besides a weight: of its activations, of itself.
+# Tensors stored beside a weight: about its activations, and about the weight itself.
 ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_point",
                "output_scale", "output_zero_point", "scale_input")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Model:
-    """A component's stored tensors with what its config.json says of their quantisation."""
+    """A component's stored tensors, and the quantisation settings in its config.json."""
 
     home: Path
     settings: Mapping[str, Any]

@@ -1,10 +1,10 @@
-"""Quantised weights, which are computed in float32 from their codes and scales when they are read.
+"""Quantised weights, computed in float32 from codes and scales when they are read.
 
 Layouts that are read, as these libraries write them:
     fp8: transformers 5.23, integrations/finegrained_fp8.py (DeepSeek-V3's layout).
     compressed-tensors: compressed_tensors 0.20, compressors/naive_quantized/base.py.
     bitsandbytes: bitsandbytes 0.50, functional.py (QuantState) and nn/modules.py (Linear8bitLt).
-Those of quantized_scales.py too. What none of them explains, quantized_codes.py refuses.
+scales.py reads further layouts. codes.py refuses codes that no layout explains.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from outliermerge.checkpoint.sources import (
 )
 from outliermerge.errors import OutlierMergeError, listing
 
-# Keys of a config.json that say how its model is quantised; early compressed-tensors wrote the
-# second.
+# Keys of a config.json that say how its model is quantised; the second is from early versions of
+# compressed-tensors.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# Rows and columns that share a scale; None is all of them.
+# The number of rows and columns that share a scale; None is all of them.
 _Block = tuple[int | None, int | None]
 
 _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
-_MAX_STATE = 1 << 16  # bytes of a quant_state, which has some hundred
+_MAX_STATE = 1 << 16  # bytes of a quant_state; usual ones have a few hundred
 _CACHE = re.compile(r"(^|[./])(q|k|v|kv)_(scale|zero_point)$")
 _COMPANIONS = re.compile(
     r"(_scale_inv|weight_(scale|zero_point|shape|packed|g_idx|global_scale|format)|\.SCB"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+)$"
 )
-# Endings of two names that are only together in a quantised model.
+# Pairs of name endings that occur together only in quantised models.
 _EVIDENCE = (("SCB", "weight", "bitsandbytes"), ("quant_map", "absmax", "bitsandbytes"),
              ("qweight", "qzeros", "gptq or awq"), ("_blocks", "_scales", "mxfp4"),
              ("_packed", "_scale", "compressed-tensors"), ("", "_scale_inv", "fp8"),
              ("", "_scale", "compressed-tensors or fp8"))  # fmt: skip
 _MODELOPT_FILE = "hf_quant_config.json"
-# Beside a config.json, what says that a model is quantised: an output is not.
+# Files that, like a config.json, say that a model is quantised; an output is not quantised.
 _SETTINGS_FILES = (_MODELOPT_FILE, "quanto_qmap.json", "quantization_map.json",
                    "quantize_config.json", "quant_config.json")  # fmt: skip
-# Methods that always store codes; others may quantise plain weights whenever they run.
+# Methods that always store codes; others may store plain weights and quantise them when loading.
 _STORED = ("aqlm", "auto-round", "awq", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
            "fp8", "gptq", "higgs", "hqq", "modelopt", "mxfp4", "quark", "spqr", "torchao",
            "vptq")  # fmt: skip
@@ -75,18 +75,18 @@ _ADVICE = {
     "mxfp4": "Convert it with from_pretrained(…, quantization_config=Mxfp4Config("
     "dequantize=True)) of transformers, then save_pretrained().",
 }
-# bitsandbytes multiplies by this float instead of dividing by 127.
+# bitsandbytes multiplies by this number instead of dividing by 127.
 _INT8_STEP = 7.874015718698502e-3
-# bitsandbytes stores the weights of their Conv1D layers transposed.
+# Model types whose Conv1D weights bitsandbytes stores transposed.
 _CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 
 
 def dequantize(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose quantised weights are float32 when read; others as they are.
+    """Return a checkpoint whose quantised weights are read as float32; other tensors are unchanged.
 
     Raises:
-        OutlierMergeError: a method or layout that cannot be read, or tensors that are missing,
-            of a wrong shape or left over.
+        OutlierMergeError: the method or layout is not supported, or tensors are missing, left over,
+            or of a wrong shape.
     """
     changes: Changes = {}
     notes: list[str] = []
@@ -142,7 +142,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a component's files say of its quantisation, or None."""
+    """Return the quantisation settings in a component's files, or None."""
     levels = (config, text_config(config))
     named = (level.get(key) for key in QUANTIZATION_KEYS for level in levels)
     settings = next((s for s in named if s), None)
@@ -156,8 +156,8 @@ def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None
 
 
 def _is_stale(settings: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) -> bool:
-    """Tell whether a config was left to say that weights are quantised that no longer are."""
-    # Compressed-tensors can transform the inputs of plain weights as well.
+    """Tell whether a config still says that weights are quantised though they no longer are."""
+    # compressed-tensors can also transform the inputs of plain weights.
     method, transforms = settings.get("quant_method"), settings.get("transform_config")
     return method in _STORED and not transforms and are_plain(tensors)
 
@@ -170,7 +170,7 @@ def _named_dtype(config: Mapping[str, Any]) -> DType | None:
 
 
 def _with_dtype_of_others(changes: Changes, tensors: Mapping[str, TensorMeta]) -> Changes:
-    """Let weights be stored as the floats that are not quantised, where those agree."""
+    """Set the output dtype of weights to that of the plain floats, if these agree."""
     floats = {
         meta.dtype
         for name, meta in tensors.items()
@@ -264,7 +264,7 @@ def _compressed_tensors(model: Model) -> Changes:
 
 
 def _scaled(model: Model, blocks: Mapping[str, list[_Block]]) -> Changes:
-    """Read weights with a scale; blocks: what a scale may be for, by the end of its name."""
+    """Read weights with scales; `blocks` gives what a scale may cover, by the end of its name."""
     changes: Changes = {}
     for name, weight in model.tensors.items():
         end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
@@ -282,11 +282,11 @@ def _scaled_weight(
         model.broken(name, f"has a scale, but is no matrix: its shape is {weight.shape}")
     *stack, R, C = weight.shape
     sizes = {(min(rows or R, R), min(columns or C, C)) for rows, columns in blocks}
-    # Stacked experts keep a scale for each half, gate and up, where one block holds both.
+    # Stacked experts have a scale for each half, gate and up, even if one block covers both.
     if stack and R % 2 == 0:
         sizes |= {(R // 2, columns) for rows, columns in sizes if rows == R}
     grids = {size: (*stack, -(-R // size[0]), -(-C // size[1])) for size in sizes}
-    # A last 1 is left out, and a tensor's only scale is of any shape.
+    # A last dimension of 1 may be left out, and the only scale of a tensor may have any shape.
     fitting = [
         size
         for size, grid in grids.items()
@@ -349,7 +349,7 @@ def _four_bit(model: Model, name: str, state_name: str) -> Changes:
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         model.broken(state_name, f"not a quant_state of bitsandbytes: {error!r}")
     num_blocks = -(-math.prod(shape) // block)
-    # In bytes; the weight's are of any dtype.
+    # Counted in bytes, because the weight may be stored as any dtype.
     expected = {"": ("", -(-math.prod(shape) // 2)), ".quant_map": ("float32", 64)}
     expected[".absmax"] = ("uint8", num_blocks) if nested_block else ("float32", 4 * num_blocks)
     if nested_block:

@@ -1,4 +1,4 @@
-"""Layouts in which a weight is its codes × a scale of the tensor, of a row, or of a row's group.
+"""Layouts in which a weight is codes × scales, with a scale per tensor, row, or group of a row.
 
 They are read as these libraries write them:
     ComfyUI: QUANTIZATION.md and comfy/utils.py (convert_old_quants); musubi-tuner,
@@ -19,17 +19,17 @@ from outliermerge.checkpoint.quantized.tensors import RowScaledTensor
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 
 TAKE_ORIGINAL = "Name the model that it was quantised from instead."
-# ComfyUI's formats that are a product, and the dtype of their codes.
+# ComfyUI's formats of the form codes × scale, and the dtype of their codes.
 _COMFY_FORMATS = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2",
                   "float8_e4m3fn_rowwise": "float8_e4m3fn", "int8_tensorwise": "int8"}  # fmt: skip
-# How ComfyUI is to multiply; no matter for the weight itself.
+# Keys that say how ComfyUI multiplies; they do not change the weight.
 _COMFY_HARMLESS = ("format", "full_precision_matrix_mult", "orig_dtype")
 _SCALE_NAMES = ("weight_scale", "scale_weight")
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 def quanto(model: Model) -> Changes:
-    """Read optimum-quanto's 8 bits; its weights are without `._data` in what is returned."""
+    """Read optimum-quanto's 8-bit weights; the returned names do not end in `._data`."""
     changes: Changes = {}
     for name, weight in model.tensors.items():
         stem = name.removesuffix("._data")
@@ -46,7 +46,7 @@ def quanto(model: Model) -> Changes:
             model.broken(name, f"stored beside {stem}, the same weight. Fetch the model again.")
         changes |= scaled_rows(model, name, f"{stem}._scale")
     if changes:
-        # Layers that are not quantised themselves have scales of their activations too.
+        # Layers that are not quantised have scales of their activations as well.
         ends = (".input_scale", ".output_scale")
         changes |= {name: None for name in model.tensors if name.endswith(ends)}
     return changes
@@ -68,7 +68,7 @@ def modelopt(model: Model) -> Changes:
 
 
 def undeclared(model: Model) -> tuple[Changes, str]:
-    """Read layouts that no config.json declares; also return what to call them."""
+    """Read layouts that no config.json declares; also return the name of the layout."""
     if not any(
         meta.dtype.name in (*CODES, "uint8") or name.endswith(_SCALE_NAMES)
         for name, meta in model.tensors.items()
@@ -81,7 +81,7 @@ def undeclared(model: Model) -> tuple[Changes, str]:
     for module, (named_by, settings) in formats.items():
         changes |= _comfy_weight(model, module, named_by, settings)
     kind = "ComfyUI's layout" if formats else "fp8"
-    # An int8 weight may be rotated as well; only float8 is read without a word on its format.
+    # An int8 weight may also be rotated, so only float8 is read without a declared format.
     changes |= _named_scales(model, _SCALE_NAMES, CODES[:2], done=changes)
     markers = [name for name in model.tensors if name.rpartition(".")[2] == "scaled_fp8"]
     for name in markers:
@@ -92,14 +92,14 @@ def undeclared(model: Model) -> tuple[Changes, str]:
 
 
 def _comfy_formats(model: Model) -> dict[str, tuple[str, Any]]:
-    """Return what a file says of the format of each of its modules, and where it says so."""
+    """Return the declared format of each module of a file, and where it is declared."""
     formats: dict[str, tuple[str, Any]] = {}
     for name, meta in model.tensors.items():
         if name.endswith(".comfy_quant") and meta.dtype.name == "uint8":
             text = bytearray(meta.num_bytes)
             meta.read(model.reader, 0, meta.num_elements, memoryview(text))
             formats[name.removesuffix(".comfy_quant")] = name, _parsed(bytes(text))
-    # The header has the names as they are stored, without a wrapper's prefix or a component's.
+    # The header has the stored names, without the prefix of a wrapper or component.
     stored = {meta.name: name for name, meta in model.tensors.items()}
     paths = dict.fromkeys(meta.path for meta in model.tensors.values() if meta.offset is not None)
     for path in paths:
@@ -165,9 +165,9 @@ def _named_scales(
 
 
 def scaled_rows(model: Model, name: str, scale_name: str) -> Changes:
-    """Replace a weight's codes by their product with a scale of the tensor, its rows or groups.
+    """Replace a weight's codes by their product with scales of the tensor, its rows or groups.
 
-    A row's group is a scale of shape (R, G, 1) for a weight (R, C), as musubi-tuner stores it.
+    For groups, scales have the shape (R, G, 1) for a weight (R, C), as musubi-tuner stores them.
     """
     weight, scale = model.tensors[name], model.tensors[scale_name]
     groups = num_groups(weight.shape, scale.shape)
@@ -187,7 +187,7 @@ def scaled_rows(model: Model, name: str, scale_name: str) -> Changes:
 
 
 def num_groups(shape: tuple[int, ...], scale: tuple[int, ...]) -> int | None:
-    """Return how many scales a row has, 0 where all have one; None where the shapes do not fit.
+    """Return how many scales a row has; 0 for one scale of all rows; None if the shapes do not fit.
 
     >>> num_groups((6, 8), ()), num_groups((6, 8), (6, 1)), num_groups((6, 8), (6, 4, 1))
     (0, 1, 4)

@@ -1,7 +1,7 @@
 """Weights computed in float32 from codes and scales, a group of rows at a time.
 
-Looking a code up in a table is measured 3 to 5 times faster on a CPU than torch's cast of float8,
-and laying scales out with `expand` than gathering them by index.
+On a CPU, looking codes up in a table was measured 3 to 5 times faster than torch's cast of float8.
+Laying out scales with `expand` is as much faster than gathering them by index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _MatrixTensor(ComputedTensor):
-    """One whose rows are those of its matrices, also where many are stacked to (…, R, C)."""
+    """A tensor of matrices, also stacked (…, R, C); its rows are the rows of the matrices."""
 
     weight: TensorMeta
 
@@ -73,7 +73,7 @@ class ScaledTensor(_MatrixTensor):
 class RowScaledTensor(ComputedTensor):
     """code × scale for a weight (R, …): one scale for all, or num_groups for each row.
 
-    A row's scales stand in the order of its columns, each for C / num_groups of them.
+    The scales of a row are in the order of its columns; each is for C / num_groups columns.
     """
 
     weight: TensorMeta
@@ -108,7 +108,8 @@ def _as_float32(codes: Tensor) -> Tensor:
 class CodeTensor(_MatrixTensor):
     """bitsandbytes' nf4 and fp4: value of a code × greatest magnitude (absmax) of its block.
 
-    A block goes on from row to row. The first code of a byte is in its high bits; offset is added.
+    Blocks continue from one row to the next. The first code of a byte is in its high bits; `offset`
+    is added to absmax.
     """
 
     bits: int

@@ -1,4 +1,4 @@
-/* A block of several sources, from memory or from files, a piece at a time. */
+/* A block of several sources, read from memory or from files one piece at a time. */
 #ifndef OUTLIERMERGE_BLOCK_H
 #define OUTLIERMERGE_BLOCK_H
 
@@ -11,18 +11,19 @@
 #include "rows.h"
 #include "xxh3.h"
 
-/* A piece is what has one digest, and stays in a core's second cache. Rows are a step of it in
- * float32, in the first; they are apart by more than a page, so that none takes another's place. */
+/* A piece has one digest and fits in a core's L2 cache. A row holds one step of a piece in float32
+ * and fits in the L1 cache. Rows are more than a page apart, so that they do not evict one another
+ * from the cache. */
 enum { PIECE = 65536, STEP = 1024, ROW = STEP + 64, EXTRA_ROWS = 3, MAX_SOURCES = 4096 };
 
-/* What is written past the page cache: whole pages, if there are enough of them. */
+/* Direct writes, which bypass the page cache, write whole pages, and at least DIRECT_BYTES. */
 enum { PAGE = 4096, DIRECT_BYTES = 1 << 18 };
 
 /* Elements in memory or in a file. */
 typedef struct {
     char code;
     int file;   /* -1 for memory */
-    int direct; /* the same file, past the page cache; -1 where it is not open like that */
+    int direct; /* the same file, opened for direct writes; -1 where it is not */
     int64_t position;
     Py_buffer view;
 } Place;
@@ -30,13 +31,13 @@ typedef struct {
 typedef struct {
     Place *places;
     size_t num_sources, num_models, num_elements;
-    size_t failed; /* the number of the source that could not be read */
-    const char **data; /* of each source, where the current piece begins */
+    size_t failed; /* index of the source that could not be read */
+    const char **data; /* for each source, where the current piece begins */
     char *scratch;     /* pieces that are read from files */
-    Py_buffer digests; /* of each source's pieces (S, pieces); none where buf is NULL */
+    Py_buffer digests; /* of each source's pieces (S, pieces); not wanted if buf is NULL */
     void *memory;
-    float *base;  /* what is subtracted: zeros where there is no base */
-    float *added; /* what is added at the end: the base, or -0, which changes nothing */
+    float *base;  /* subtracted from the models: zeros where there is no base */
+    float *added; /* added at the end: the base, or -0, which changes no value */
     float *rows;  /* one for each model, and EXTRA_ROWS more */
 } Block;
 
@@ -44,8 +45,8 @@ INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 INLINE int is_known(int code) { return code == BFLOAT16 || code == FLOAT16 || code == FLOAT32; }
 
-/* Take a buffer, or a tuple (file descriptor, position[, descriptor for direct writes]), with room
- * for elements of a dtype. */
+/* Parse a buffer, or a tuple (file descriptor, position[, descriptor for direct writes]), that has
+ * room for num_elements elements of a dtype. */
 static int take_place(Place *place, PyObject *from, int code, size_t num_elements, int flags) {
     place->code = (char)code;
     place->file = place->direct = -1;
@@ -86,15 +87,15 @@ static void release_some(Block *block, size_t num_places) {
 
 static void release(Block *block) { release_some(block, block->num_sources); }
 
-/* What "O&" of PyArg_ParseTuple calls with (codes, sources, num_elements, is_delta
- * [, digests]). */
+/* The converter for "O&" of PyArg_ParseTuple. It parses (codes, sources, num_elements, is_delta [,
+ * digests]). */
 static int take(PyObject *tuple, void *target) {
     Block *block = target;
     const char *codes;
     Py_ssize_t num_codes, num_elements;
     PyObject *sources;
     int is_delta, has_files = 0;
-    if (tuple == NULL) { /* a later argument was wrong */
+    if (tuple == NULL) { /* called to clean up: a later argument was wrong */
         release(block);
         return 1;
     }
@@ -173,7 +174,7 @@ static int write_bytes(int file, const char *from, size_t left, int64_t position
         ssize_t put = pwrite(file, from, left, (off_t)position);
         if (put <= 0) {
             if (put < 0 && errno == EINTR) continue;
-            if (put == 0) errno = EIO; /* trying again might never end */
+            if (put == 0) errno = EIO; /* nothing was written, and trying again might never end */
             return 0;
         }
         from += put;
@@ -183,15 +184,15 @@ static int write_bytes(int file, const char *from, size_t left, int64_t position
     return 1;
 }
 
-/* Memory of the caller's for what is on its way to files. Whoever calls uses it again and again:
- * fresh pages take as long as the writes. */
+/* The caller's memory for outputs before they are written to files. The caller reuses it, because
+ * getting fresh pages from the system takes as long as writing them. */
 typedef struct {
     Py_buffer view;
     size_t used;
 } Scratch;
 
-/* Return room for a place's elements, or NULL. It begins as far behind a page's start as in the
- * file, so that whole pages can be written past the page cache. */
+/* Return memory for a place's elements, or NULL. Its offset within a page equals the offset in the
+ * file, so that direct writes can write whole pages. */
 static char *take_room(Scratch *scratch, const Place *place, size_t num) {
     size_t needed = piece_bytes(place, num) + 2 * PAGE;
     uintptr_t memory = (uintptr_t)scratch->view.buf + scratch->used;
@@ -204,7 +205,7 @@ static char *take_room(Scratch *scratch, const Place *place, size_t num) {
     return (char *)memory + place->position % PAGE;
 }
 
-/* Write all of a place's elements, from memory that is aligned like them. */
+/* Write all of a place's elements, from memory with the same offset within a page. */
 static int write_all(const Place *place, size_t num, const char *from) {
     size_t num_bytes = piece_bytes(place, num);
     size_t head = (size_t)((PAGE - place->position % PAGE) % PAGE);
@@ -213,13 +214,13 @@ static int write_all(const Place *place, size_t num, const char *from) {
     size_t whole = (num_bytes - head) / PAGE * PAGE, tail = num_bytes - head - whole;
     int64_t middle = place->position + (int64_t)head;
     int done = write_bytes(place->direct, from + head, whole, middle);
-    if (!done && errno == EINVAL) /* this file system wants more than whole pages */
+    if (!done && errno == EINVAL) /* this file system demands a larger alignment than a page */
         done = write_bytes(place->file, from + head, whole, middle);
     return done && write_bytes(place->file, from, head, place->position) &&
            write_bytes(place->file, from + head + whole, tail, middle + (int64_t)whole);
 }
 
-/* Bring a piece of one source to memory. */
+/* Read a piece of one source to memory. */
 static int fetch_source(Block *block, size_t source, size_t start, size_t num) {
     const Place *place = block->places + source;
     if (place->file < 0) {
@@ -255,7 +256,7 @@ static int fetch(Block *block, size_t start, size_t num) {
     return 1;
 }
 
-/* Raise what a failed read or write ended with: the last argument is the number of its place. */
+/* Raise the error of a failed read or write; its last argument is the index of the place. */
 static void raise_failure(int error, size_t place) {
     PyObject *type = error == 0 ? PyExc_EOFError : PyExc_OSError;
     PyObject *arguments = error == 0 ? Py_BuildValue("(sn)", "the file ends early", (Py_ssize_t)place)
@@ -264,7 +265,7 @@ static void raise_failure(int error, size_t place) {
     Py_XDECREF(arguments);
 }
 
-/* Release the block and what it gave, raising where a place failed. */
+/* Release the block and return `result`, or raise if a place failed. */
 static PyObject *finished(Block *block, PyObject *result, int failed, int error) {
     size_t place = block->failed;
     release(block);
@@ -283,7 +284,7 @@ static size_t source_of(const Block *block, size_t model) {
     return model + block->num_sources - block->num_models;
 }
 
-/* Elements are counted from where the piece begins. */
+/* `start` counts elements from the beginning of the piece. */
 static void load_base(const Block *block, size_t start, size_t num) {
     if (block->num_models < block->num_sources)
         load_row(block->places[0].code, at(block, 0, start), block->base, num);

@@ -1,6 +1,6 @@
 /* Values of storage dtypes as float32, exactly, and back with one rounding to nearest even.
  *
- * Everything here is one value at a time: the compiler makes vectors of it. */
+ * Every function here converts one value; the compiler vectorises the loops around it. */
 #ifndef OUTLIERMERGE_CONVERT_H
 #define OUTLIERMERGE_CONVERT_H
 
@@ -45,7 +45,8 @@ INLINE float load(char code, const void *from, size_t i) {
     return float_of((half < 0x0400 ? small : half < 0x7C00 ? normal : special) | sign);
 }
 
-/* Store a value; returns a magnitude that is at least `infinity_of(code)` if it is not finite. */
+/* Store a value and return the magnitude of its bits, which is at least `infinity_of(code)` if the
+ * stored value is not finite. */
 INLINE uint32_t store(char code, float value, void *to, size_t i) {
     uint32_t bits = bits_of(value), size = bits & MAGNITUDE;
     if (code == FLOAT32) {

@@ -1,7 +1,8 @@
-/* The distribution of one source's elements, or of their differences from a base's, in double.
+/* The distribution of one source's elements, or of their differences from the base, in double.
  *
- * Everything works on rows of values with weights: a weight is 1, 0 for what is left out, or how
- * often a value occurs. 16-bit values are counted by their bits first; there are only 65,536. */
+ * All functions work on rows of values with weights. A weight is 1, or 0 for a value that is left
+ * out, or the number of times that a value occurs: 16-bit values are first counted by their bits,
+ * because there are only 65,536 of them. */
 #ifndef OUTLIERMERGE_DISTRIBUTION_H
 #define OUTLIERMERGE_DISTRIBUTION_H
 
@@ -12,34 +13,35 @@ enum { PATTERNS = 65536, BINS = 512, COUNTS = BINS + 2, TABLES = 4 };
 
 typedef int64_t Longs __attribute__((vector_size(WIDTH * 8)));
 
-/* Values and weights, in whole lanes: behind the last one weights are 0. */
+/* Values and weights, padded to whole lanes with weights of 0. */
 typedef struct {
     double values[STEP], weights[STEP];
 } Row;
 
-/* Weight, mean, sums of powers 2 to 4 of what values are away from it, least and greatest. */
+/* Weight, mean, sums of the powers 2 to 4 of deviations from the mean, least and greatest value. */
 typedef struct {
     double weight, mean, m2, m3, m4, least, greatest;
 } Central;
 
 #define NOTHING {.least = INFINITY, .greatest = -INFINITY}
 
-/* What the first pass tells: all finite elements; those that are zero, small, not finite; Σ|x|. */
+/* Results of the first pass: moments of all finite elements; how many elements are zero, small or
+ * not finite; Σ|x|. */
 typedef struct {
     Central all;
     double num_zeros, num_small, num_non_finite, sum_of_magnitudes;
-    double shift; /* is not told */
+    double shift; /* not a result */
 } Tally;
 
-/* What is asked and told of the second pass: kept are elements between low and high. */
+/* Arguments and results of the second pass. Elements between low and high are kept. */
 typedef struct {
     double mean, low, high, deviation, small;
 } Limits;
 
 typedef struct {
     Central kept, without_small;
-    double num_outside[3]; /* 2, 3 and 4 deviations from the mean */
-    double kept_shift, without_small_shift; /* are not told */
+    double num_outside[3]; /* elements beyond 2, 3 and 4 standard deviations from the mean */
+    double kept_shift, without_small_shift; /* not results */
 } Filtered;
 
 INLINE Doubles doubles_at(const double *from) {
@@ -66,7 +68,7 @@ INLINE size_t whole_lanes(size_t num) { return (num + LANES - 1) / LANES * LANES
     for (size_t i = 0; i < whole_lanes(num); i += LANES)              \
         for (int part = 0, at = (int)i; part < VECTORS; part++, at += WIDTH)
 
-/* Take another sample in (Pébay, Sandia report SAND2008-6212, 2008). */
+/* Combine with the moments of another sample (Pébay, Sandia report SAND2008-6212, 2008). */
 static void combine(Central *into, Central other) {
     if (other.weight == 0) return;
     if (into->weight == 0) {
@@ -87,7 +89,7 @@ static void combine(Central *into, Central other) {
     into->greatest = other.greatest > into->greatest ? other.greatest : into->greatest;
 }
 
-/* A row's, with weights of its own; the mean is counted from shift. */
+/* The moments of a row with weights; its mean is relative to shift. */
 static Central central_of(const double *values, const double *weights, double shift, size_t num) {
     Lanes sums = {{{0}}}, totals = {{{0}}}, second = {{{0}}}, third = {{{0}}}, fourth = {{{0}}};
     Lanes low, high;
@@ -127,15 +129,15 @@ static Central central_of(const double *values, const double *weights, double sh
     return found;
 }
 
-/* Take in a row, counted from the mean of the first one that has weight: where means are large
- * against deviations, little of a double is lost by it. */
+/* Add a row. Values are taken relative to the mean of the first row that has weight: so little
+ * precision is lost where means are large compared with deviations. */
 static void add_sample(Central *into, double *shift, const double *values, const double *weights,
                        size_t num) {
     if (into->weight == 0) *shift = central_of(values, weights, 0, num).mean;
     combine(into, central_of(values, weights, *shift, num));
 }
 
-/* Leave out what is not finite. */
+/* Give values that are not finite a weight of 0. */
 static double drop_non_finite(Row *row, size_t num) {
     Lanes dropped = {{{0}}};
     FOR_LANES(num) {
@@ -164,14 +166,15 @@ static void tally_row(Tally *into, Row *row, double small, size_t num) {
     add_sample(&into->all, &into->shift, row->values, row->weights, num);
 }
 
-/* Count into several tables in turn: the same bin again would wait for the last count of it. */
+/* Count into several tables in turn: with one table, a value in the same bin as the value before
+ * would wait until that count is stored. */
 static void count_bins(const double *values, const double *weights, Limits limits,
                        uint64_t (*tables)[COUNTS], size_t num) {
     const double first = limits.mean - 8 * limits.deviation, per_bin = 32 / limits.deviation;
     int64_t bins[STEP], counts[STEP];
     FOR_LANES(num) {
         Doubles bin = (doubles_at(values + at) - first) * per_bin;
-        bin = where(bin >= 0, bin, (Doubles){0} - 1); /* so is what limits make NaN */
+        bin = where(bin >= 0, bin, (Doubles){0} - 1); /* also where the limits make it NaN */
         bin = where(bin <= BINS, bin, (Doubles){0} + BINS);
         Longs whole = __builtin_convertvector(bin + 1, Longs);
         Longs weight = __builtin_convertvector(doubles_at(weights + at), Longs);

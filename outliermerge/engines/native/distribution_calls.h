@@ -15,7 +15,7 @@ static PyObject *told_filtered(Filtered filtered) {
     return PyBytes_FromStringAndSize((const char *)&filtered, offsetof(Filtered, kept_shift));
 }
 
-/* Fill a row with a step of the source, less the base where there is one. */
+/* Fill a row with a step of the source, minus the base where there is one. */
 static void load_values(const Block *block, size_t start, size_t num, Row *row) {
     size_t source = block->num_sources - 1, whole = whole_lanes(num);
     const char *from = at(block, source, start);
@@ -32,7 +32,7 @@ static void load_values(const Block *block, size_t start, size_t num, Row *row) 
     }
 }
 
-/* Fill a row with bit patterns and how often they occur; tells whether any does. */
+/* Fill a row with bit patterns and how often each occurs; returns whether any occurs. */
 static int load_patterns(char code, const uint64_t *counts, size_t first, Row *row) {
     uint64_t any = 0;
     for (size_t i = 0; i < STEP; i++) any |= counts[first + i];
@@ -59,7 +59,7 @@ static int take_counts(Py_buffer *view, size_t num) {
     return 0;
 }
 
-/* Call a function with each row of a block; tells whether all could be read. */
+/* Call a function with each row of a block; returns whether all could be read. */
 INLINE int visit_rows(Block *block, void (*visit)(void *, Row *, size_t), void *into) {
     for (size_t start = 0; start < block->num_elements; start += PIECE) {
         size_t num = least(PIECE, block->num_elements - start);

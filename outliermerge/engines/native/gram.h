@@ -1,21 +1,22 @@
-/* Inner products of a block's models, in double: those of pieces of 65,536 elements.
+/* Inner products of a block's models, in double, for each piece of 65,536 elements.
  *
- * The product of two float32 values is exact in double. So a fused multiply-add gives the bits of
- * a product and a sum, and processors with and without one agree. */
+ * The product of two float32 values is exact in double. So a fused multiply-add gives the same bits
+ * as a product followed by a sum, and processors with and without it agree. */
 #ifndef OUTLIERMERGE_GRAM_H
 #define OUTLIERMERGE_GRAM_H
 
 #include "block.h"
 #include "statistics.h"
 
-/* Elements that are worked on at a time, so that a few models' stay in the first cache; and how
- * many rows by how many are multiplied at a time, so that sums stay in registers. */
+/* PART is the number of elements of each row that are worked on at a time, so that a few rows fit
+ * in the L1 cache. HIGH by WIDE rows are multiplied at a time, so that the sums stay in registers.
+ * */
 enum { PART = 256, HIGH = 2, WIDE = 4 };
 
 typedef struct {
     size_t num_rows;
     double *values; /* (R, PART) */
-    Lanes *sums;    /* (R, R), of which the upper triangle is used */
+    Lanes *sums;    /* (R, R), only the upper triangle is used */
     void *memory;
 } Products;
 
@@ -29,7 +30,8 @@ INLINE Doubles added_product(Doubles a, Doubles b, Doubles sum) {
 #endif
 }
 
-/* Add the products of `high` rows from i on with `wide` rows from j on; num is of whole lanes. */
+/* Add the products of `high` rows from i on with `wide` rows from j on. num is a multiple of the
+ * number of lanes. */
 INLINE void add_tile(const Products *to, size_t i, size_t j, size_t high, size_t wide, size_t num) {
     for (size_t part = 0; part < VECTORS; part++) {
         Doubles sums[HIGH][WIDE];
@@ -54,7 +56,8 @@ INLINE void add_tile(const Products *to, size_t i, size_t j, size_t high, size_t
     }
 }
 
-/* Add all products of some elements. Tiles' sizes are constants: their sums are registers. */
+/* Add all products of some elements. The tile sizes are constants, so that the compiler keeps the
+ * sums in registers. */
 static void add_products(const Products *to, size_t num) {
     size_t rows = to->num_rows;
     for (size_t i = 0; i < rows; i += HIGH)
@@ -73,7 +76,7 @@ static void add_products(const Products *to, size_t num) {
         }
 }
 
-/* Widen a part of a row; what is missing from whole lanes becomes 0. */
+/* Widen a part of a row to double, padded with 0 to whole lanes. */
 static void widen_row(const float *restrict row, double *restrict values, size_t num) {
     size_t i = 0;
     for (; i + WIDTH <= num; i += WIDTH) {
@@ -83,7 +86,7 @@ static void widen_row(const float *restrict row, double *restrict values, size_t
     for (; i < (num + LANES - 1) / LANES * LANES; i++) values[i] = i < num ? row[i] : 0;
 }
 
-/* Multiply a piece that has been fetched, and write the upper triangle of its products. */
+/* Multiply the rows of a piece that has been read, and write the upper triangle of the products. */
 static void multiply_piece(Block *block, const Products *with, size_t num, char *out) {
     const size_t rows = with->num_rows, num_base = rows - block->num_models;
     memset(with->sums, 0, rows * rows * sizeof *with->sums);

@@ -1,12 +1,13 @@
-/* Python's view of the kernels; the interpreter goes on meanwhile.
+/* The Python module of the kernels. They run without the GIL.
  *
  * A block is (codes, sources, num_elements, is_delta): for each source the code of its dtype (b
  * bfloat16, e float16, f float32), and a buffer or (file descriptor, position). With is_delta the
- * first source is the base, and the models are taken less it. A fifth entry, a writable buffer, gets
- * a digest of each source's pieces as they are read (S, pieces, 16 bytes). Failed reads and writes raise
- * OSError(errno, text, place) or EOFError(text, place): the number of the source, or the number of
- * sources and that of the output. What is interrupted or done in part is gone on with. setup.py
- * compiles this file for several generations of processors. */
+ * first source is the base, which is subtracted from the models. A fifth entry is optional: a
+ * writable buffer for the digests of each source's pieces (S, pieces, 16 bytes). Failed reads and
+ * writes raise OSError(errno, text, place) or EOFError(text, place); place is the index of the
+ * source, or the number of sources plus the index of the output. Reads and writes that are
+ * interrupted or done in part are continued. setup.py compiles this file for several generations of
+ * processors. */
 #include "distribution_calls.h"
 #include "gram.h"
 #include "measure.h"

@@ -5,7 +5,7 @@
 #include "block.h"
 #include "statistics.h"
 
-/* Room for two sums of each model in each piece. */
+/* Memory for two sums of each model in each piece. */
 static PyObject *sums_of_pieces(const Block *block) {
     size_t num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     return PyBytes_FromStringAndSize(
@@ -100,12 +100,12 @@ static PyObject *py_magnitudes(PyObject *module, PyObject *args) {
     return finished(&block, result, failed, error);
 }
 
-/* One model's magnitudes are counted by their bits: a bin for every 2^shift from low on, and a
- * last one for what lies above. */
+/* The histogram of one model's magnitudes by their bits: bins of 2^shift from `low` on, and a last
+ * bin for all magnitudes above. */
 typedef struct {
     Bins bins;
-    Py_buffer view; /* uint64, which threads share */
-    uint32_t *own;  /* of a wide window, added to the others at the end */
+    Py_buffer view; /* uint64 counts, shared by threads */
+    uint32_t *own;  /* this thread's counts for a wide window; added to `view` at the end */
     uint64_t num_above;
 } Histogram;
 

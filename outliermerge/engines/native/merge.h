@@ -1,21 +1,21 @@
-/* Merges of a block, in one or several ways, from its places to others. */
+/* Merges of a block, in one or several ways, into memory or files. */
 #ifndef OUTLIERMERGE_MERGE_H
 #define OUTLIERMERGE_MERGE_H
 
 #include "methods.h"
 
-/* A merge method with what it is called with, and where its output goes. */
+/* A merge method, its arguments, and where its output goes. */
 typedef struct {
     const Method *method;
     Call call;
     float *numbers; /* its scalars and vectors */
     int is_finite;
     Place out;
-    char *stored; /* the output: where it goes, or in scratch memory on its way to a file */
+    char *stored; /* the output: in the caller's buffer, or in scratch memory until written */
     PyObject *digests;
 } Variant;
 
-/* Find a method by its name, and check that it is given the numbers that it takes. */
+/* Find a method by its name, and check the count of its scalars and vectors. */
 static const Method *method_of(const char *name, size_t scalar_bytes, size_t vector_bytes,
                                size_t num_models) {
     const Method *method = find_method(name);
@@ -29,7 +29,7 @@ static const Method *method_of(const char *name, size_t scalar_bytes, size_t vec
     return NULL;
 }
 
-/* Take (method, scalars, vectors, code, out). */
+/* Parse (method, scalars, vectors, code, out). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
     const char *name, *scalars, *vectors;
     Py_ssize_t scalar_bytes, vector_bytes;
@@ -62,7 +62,7 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     return 1;
 }
 
-/* Merge a piece that has been fetched, and digest it. */
+/* Merge a piece that has been read, and compute the digest of the output. */
 static void merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
     const Place *out = &variant->out;
     char *stored = variant->stored + piece_bytes(out, start);

@@ -1,16 +1,16 @@
-/* What a merge method is: it turns rows of a block into a row of the output, as the torch function
- * of its name defines it.
+/* The contract of a merge method: it computes a row of the output from the rows of a block, with
+ * the same result as the torch function of the same name.
  *
- * A step of a block is worked on model by model; between models it stays in the first cache.
- * Numbers are float32, as in torch, and sums over models go in the models' order.
+ * A method works on a step of a block model by model; the sums stay in the L1 cache in between.
+ * Arithmetic is in float32, as in torch, and sums over models are in the models' order.
  *
- * To add one: a header like weighted_sum.h, and its name in methods.h. */
+ * To add a method, write a header like weighted_sum.h, and add its name to methods.h. */
 #ifndef OUTLIERMERGE_METHOD_H
 #define OUTLIERMERGE_METHOD_H
 
 #include "block.h"
 
-/* What a method is called with, for the whole tensor. */
+/* The arguments of a method; they are the same for the whole tensor. */
 typedef struct {
     const float *scalars;
     const float *vectors; /* (K, M) */
@@ -20,7 +20,8 @@ typedef struct {
 typedef struct {
     const char *name;
     size_t num_scalars, num_vectors;
-    /* Write a step's merged task vectors, or weights, to out; rows 1 and 2 behind it are free. */
+    /* Write a step's merged task vector, or weights, to out. The two rows that follow out are free
+     * for intermediate values. */
     void (*merge)(const Block *, const Call *, size_t start, size_t num, float *out);
 } Method;
 

@@ -1,4 +1,4 @@
-/* The table of merge methods: a new one has its header and its name here. */
+/* The table of merge methods: include the header of a new method and add its name here. */
 #ifndef OUTLIERMERGE_METHODS_H
 #define OUTLIERMERGE_METHODS_H
 

@@ -20,12 +20,13 @@ INLINE uint32_t min_sigma_row(char code, const void *from, const float *restrict
     return num_outliers;
 }
 
-/* out (+)= weight * (delta where it is an outlier, else delta / divisor); returns the outliers. */
+/* out (+)= weight * (delta if it is an outlier, else delta / divisor); returns how many are
+ * outliers. */
 static uint32_t add_min_sigma(char code, const void *from, const float *restrict base,
                               float threshold, float divisor, float weight, int is_first,
                               float *restrict out, size_t num) {
     int exponent;
-    int is_exact = frexpf(divisor, &exponent) == 0.5f; /* a power of two divides by multiplying */
+    int is_exact = frexpf(divisor, &exponent) == 0.5f; /* then multiplying is exact */
     uint32_t found = 0;
     FOR_DTYPE(code, {
         if (is_exact && is_first)

@@ -8,13 +8,13 @@ static void load_row(char code, const void *from, float *restrict row, size_t nu
     FOR_DTYPE(code, for (size_t i = 0; i < num; i++) row[i] = load(CODE, from, i));
 }
 
-/* A model's weights less the base's. */
+/* A model's weights minus the base's. */
 static void load_delta(char code, const void *from, const float *restrict base,
                        float *restrict row, size_t num) {
     FOR_DTYPE(code, for (size_t i = 0; i < num; i++) row[i] = load(CODE, from, i) - base[i]);
 }
 
-/* Add the base's weights, round and store; returns whether all is finite. */
+/* Add the base's weights, round and store; returns whether all stored values are finite. */
 static int store_row(char code, const float *restrict row, const float *restrict base,
                      void *restrict to, size_t num) {
     uint32_t most = 0;

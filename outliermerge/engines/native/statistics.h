@@ -1,5 +1,5 @@
-/* Statistics of a row of float32 values. Sums are float64 in sixteen lanes, whatever the
- * processor's registers hold, so that all processors give the same bits. */
+/* Statistics of a row of float32 values. Sums are float64 in sixteen lanes, whatever the size of
+ * the processor's registers, so that all processors give the same bits. */
 #ifndef OUTLIERMERGE_STATISTICS_H
 #define OUTLIERMERGE_STATISTICS_H
 
@@ -22,7 +22,8 @@ typedef struct {
 
 INLINE Doubles doubles_of(const float *from) {
 #if defined(__AVX512F__)
-    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from)); /* gcc 12 takes it apart */
+    /* For __builtin_convertvector gcc 12 does not emit this instruction. */
+    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from));
 #else
     typedef float Floats __attribute__((vector_size(WIDTH * 4)));
     Floats values;
@@ -38,7 +39,7 @@ INLINE double sum_of(Lanes lanes) {
     return total;
 }
 
-/* Sums of what a chunk's values are away from `shift`, and of its squares. */
+/* Sums of a chunk's deviations from `shift`, and of their squares. */
 typedef struct {
     double shift;
     Lanes sums, squares;
@@ -55,8 +56,8 @@ static void add_row(Lanes *into, const float *restrict row, size_t num) {
     *into = sums;
 }
 
-/* Take the mean of the first step as shift. Where it is far from that of the others, the deviation
- * is at least that distance over sqrt(steps), so that little of a double is lost by it. */
+/* Take the mean of the first step as shift. If it is far from the mean of the other steps, the
+ * standard deviation is at least that distance over sqrt(steps), so little precision is lost. */
 static void start_moments(Moments *moments, const float *row, size_t num) {
     Lanes first = {{{0}}};
     add_row(&first, row, num);
@@ -99,13 +100,13 @@ static void take_magnitudes(float *restrict row, float *restrict kept, float thr
     }
 }
 
-/* A histogram of magnitudes by their bits: bins of 2^shift from `low` on; the last one, num_bins,
- * is for what lies above. */
+/* A histogram of magnitudes by their bits: bins of 2^shift from `low` on; the last bin, num_bins,
+ * is for all magnitudes above. */
 typedef struct {
     uint32_t low, shift, num_bins;
 } Bins;
 
-/* Write what each value's bits are above low, and whether it is in the window. */
+/* For each value write its bits minus low, and whether it is in the window. */
 static uint32_t find_bins(const float *restrict row, Bins bins, uint32_t *restrict offsets,
                           uint8_t *restrict inside, size_t num) {
     const uint32_t low = bins.low, width = bins.num_bins << bins.shift;
@@ -119,21 +120,21 @@ static uint32_t find_bins(const float *restrict row, Bins bins, uint32_t *restri
     return num_above;
 }
 
-/* Count into bins that no other thread uses: for a window that most values are in. */
+/* Count into this thread's own bins: for a window that contains most values. */
 static void count_many(Bins bins, const uint32_t *restrict offsets, const uint8_t *restrict inside,
                        uint32_t *restrict counts, size_t num) {
     for (size_t i = 0; i < num; i++)
         if (inside[i]) counts[offsets[i] >> bins.shift]++;
 }
 
-/* Count into bins that threads share: for a window that few values are in. `inside` has room for
- * a multiple of eight, with zeros behind num. */
+/* Count into bins that threads share: for a window that contains few values. `inside` has room for
+ * a multiple of eight entries; those from num on are zero. */
 static void count_few(Bins bins, const uint32_t *restrict offsets, const uint8_t *restrict inside,
                       uint64_t *restrict counts, size_t num) {
     for (size_t i = 0; i < num; i += 8) {
         uint64_t left;
         memcpy(&left, inside + i, 8);
-        for (; left != 0; left &= left - 1) { /* one bit each is set */
+        for (; left != 0; left &= left - 1) { /* each turn handles one set bit */
             size_t at = i + (size_t)(__builtin_ctzll(left) >> 3);
             __atomic_fetch_add(counts + (offsets[at] >> bins.shift), 1, __ATOMIC_RELAXED);
         }

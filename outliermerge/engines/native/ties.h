@@ -1,6 +1,6 @@
-/* TIES: trim, elect a sign, merge what agrees. Scalars: lambda, whether to normalize.
- * Vectors: the weights; the largest magnitudes that are dropped; the weights times what brings
- * back the L1 norm. */
+/* TIES: trim, elect a sign, merge the elements that agree with it. Scalars: lambda, whether to
+ * normalize. Vectors: the weights; for each model the largest magnitude that is dropped; the
+ * weights times the factors that restore the L1 norm. */
 #ifndef OUTLIERMERGE_TIES_H
 #define OUTLIERMERGE_TIES_H
 
@@ -16,7 +16,8 @@ static void trim_row(float *restrict row, float *restrict votes, float largest_d
     }
 }
 
-/* Add what agrees with the elected sign, +1 where the votes are even, and the weights of it. */
+/* Add the elements that agree with the elected sign (+1 where the votes sum to 0), and their
+ * weights. */
 static void add_agreeing(const float *restrict row, const float *restrict votes, float weight,
                          int is_first, float *restrict out, float *restrict divisor, size_t num) {
     for (size_t i = 0; i < num; i++) {

@@ -1,4 +1,4 @@
-/* The sum of models, each times its weight. Vector 0: the weights. */
+/* The weighted sum of the models. Vector 0: the weights. */
 #ifndef OUTLIERMERGE_WEIGHTED_SUM_H
 #define OUTLIERMERGE_WEIGHTED_SUM_H
 

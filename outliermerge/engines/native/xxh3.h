@@ -1,4 +1,4 @@
-/* XXH3, 128 bits, seed 0, of inputs longer than 240 bytes, which shorter ones are not like.
+/* XXH3, 128 bits, seed 0, for inputs longer than 240 bytes; shorter inputs use other algorithms.
  *
  * Written from the algorithm's specification (github.com/Cyan4973/xxHash, doc/xxhash_spec.md),
  * whose constants these are; tested against the xxhash package. */
@@ -39,7 +39,7 @@ INLINE uint64_t read64(const uint8_t *from) {
     return value;
 }
 
-/* Eight accumulators, which a stripe's eight words are mixed into. */
+/* Eight accumulators; the eight words of a stripe are mixed into them. */
 #if defined(__AVX512F__)
 typedef struct {
     __m512i all;

@@ -1,4 +1,4 @@
-"""What a method may want to know of a whole tensor, measured block by block.
+"""The statistics of a whole tensor that methods may need, measured block by block.
 
 Read `base` first.
 """

@@ -2,13 +2,13 @@
 
 Shape suffixes: M models, E elements of a block, C elements of a chunk.
 
-A statistic is measured on blocks by any thread and added up in block order by one. Sums are
-float64 over fixed chunks of 65,536 elements and are then added exactly (`math.fsum`), so a result
-depends on neither block size nor thread count. Blocks start at multiples of a chunk.
+Any thread may measure a block; one thread adds the results up in block order. Sums are in float64
+over fixed chunks of 65,536 elements, and the sums of chunks are added exactly (`math.fsum`). So a
+result depends on neither block size nor thread count. Blocks start at multiples of a chunk.
 
-Each is measured by torch on float32 values; where a backend has kernels for it, by these on raw
-bytes. Selections agree bit for bit; the sums inside a chunk are taken in another order, so
-deviations agree to some 1e-15.
+torch measures statistics on float32 values; where a backend has kernels for a statistic, these
+measure it on raw bytes. Selections agree bit for bit. Sums inside a chunk are taken in another
+order, so standard deviations agree to about 1e-15.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS = 65_536
 
 Scope: TypeAlias = Literal["tensor", "model"]
-"""What a statistic is of: one tensor, or all merged tensors of a model together."""
+"""What a statistic describes: one tensor, or all merged tensors of a model together."""
 
 
 class Pass(Protocol):
     """One reading of a tensor's blocks.
 
-    One that has `with_base` set is given the sources (S, E), the base first, in place of (M, E).
+    A pass with `with_base` set gets the sources (S, E), the base first, in place of (M, E).
     """
 
     @property
     def chunks(self) -> Sequence[int] | None:
-        """The chunks that it reads, in order; None for all."""
+        """The numbers of the chunks to read, in order; None for all."""
 
     def measure(self, block_ME: Tensor) -> Any:
-        """Return a block's share; called by any thread."""
+        """Return what a block contributes; called by any thread."""
 
     def add(self, share: Any) -> None:
-        """Take in a block's share; called in block order by one thread."""
+        """Add what a block contributes; called in block order by one thread."""
 
     def finish(self) -> Pass | list[Any]:
         """Return the next pass, or the result as (nested) lists of numbers."""
 
 
 class RawPass(Pass, Protocol):
-    """A pass that a backend's kernels can measure, too.
+    """A pass that a backend's kernels can measure as well.
 
     Attributes:
         kernel: the function of the backend that `measure_raw` calls.
@@ -61,44 +61,44 @@ class RawPass(Pass, Protocol):
     kernel: str
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
-        """Return a block's share, computed by kernels; called by any thread."""
+        """Return what a block contributes, computed by kernels; called by any thread."""
 
 
 def raw_pass(state: Pass, kernels: Any) -> RawPass | None:
-    """Return a pass that kernels can measure as such, else None: torch measures it."""
+    """Return the pass if kernels can measure it, else None: then torch measures it."""
     kernel = getattr(state, "kernel", None)
     return cast(RawPass, state) if kernel and hasattr(kernels, kernel) else None
 
 
 class Statistic(Protocol):
-    """A declaration of what a method needs to know of a whole tensor.
+    """A declaration of one value that a method needs of a whole tensor.
 
-    One that kernels measure also has `kernels`, the names of the functions that its passes call;
-    one of a whole model has `scope = "model"`.
+    A statistic that kernels can measure also has `kernels`: the names of the kernel functions that
+    its passes call. A statistic of a whole model has `scope = "model"`.
 
     Attributes:
-        depends_on: the parameters of the method that it takes into account.
+        depends_on: names of the method's parameters that the statistic depends on.
     """
 
     @property
     def depends_on(self) -> tuple[str, ...]: ...
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        """Return how often the tensor is read as a rule."""
+        """Return how often the tensor is usually read."""
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
     ) -> Pass | list[Any]:
-        """Return the first pass, or the result where none is needed."""
+        """Return the first pass, or the result if no pass is needed."""
 
 
 def scope_of(need: Statistic) -> Scope:
-    """Return what a statistic is of."""
+    """Return whether a statistic describes one tensor or the whole model."""
     return cast(Scope, getattr(need, "scope", "tensor"))
 
 
 def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
-    """Tell whether a backend that has these functions measures a statistic without torch.
+    """Tell whether a backend with these functions can measure a statistic without torch.
 
     >>> is_measured_by(StandardDeviation(), {"moments"}), is_measured_by(StandardDeviation(), set())
     (True, False)
@@ -111,8 +111,8 @@ def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
 class StandardDeviation:
     """Population standard deviation of each model's elements, shape (M,).
 
-    Chunk means and squared deviations are combined by Chan's formula, which is safe where the
-    mean is large against σ.
+    Chunk means and squared deviations are combined by Chan's formula, which stays accurate if the
+    mean is large compared with σ.
     """
 
     depends_on: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The statistic of methods that combine models by their lengths and angles: inner products.
+"""Inner products of models, for methods that combine models by their norms and angles.
 
 Shape suffixes: M models, S sources (the base, then the models), R rows (M or S), E elements of a
 block, C elements of a chunk.
@@ -24,11 +24,11 @@ class Gram:
     """Inner products of the models' task vectors, or weights, shape (M, M).
 
     G = Δ Δᵀ of a whole tensor, so that ‖Δᵢ‖² is G[i, i] and the cosine of two models
-    G[i, j] / √(G[i, i] G[j, j]). NaN where a value is not finite.
+    G[i, j] / √(G[i, i] G[j, j]). An entry is NaN if a value is not finite.
 
     Attributes:
-        with_base: put the base's weights before the models, shape (S, S); for methods that get
-            task vectors.
+        with_base: include the base's weights as the first row, shape (S, S); for methods on task
+            vectors.
     """
 
     with_base: bool = False
@@ -46,7 +46,7 @@ class Gram:
 
 
 class _Products:
-    """Upper triangles of chunks' products."""
+    """The upper triangle of each chunk's inner products."""
 
     chunks = None
     kernel = "gram"
@@ -62,7 +62,8 @@ class _Products:
         found = []
         for start in range(0, block_RE.shape[1], CHUNK_ELEMENTS):
             chunk_RC = block_RE[:, start : start + CHUNK_ELEMENTS].double()
-            # Not a product of matrices: its bits may change with threads and addresses.
+            # No matrix product: its bits may change with the number of threads and with memory
+            # addresses.
             found += [(chunk_RC[row] * chunk_RC[row:]).sum(1) for row in range(self._num_rows)]
         return array("d", torch.cat(found).tolist())
 

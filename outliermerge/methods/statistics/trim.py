@@ -1,4 +1,4 @@
-"""The statistic of methods that keep the largest magnitudes: where to trim.
+"""The trim threshold, for methods that keep the largest magnitudes.
 
 Shape suffixes: M models, E elements of a block, C elements of a chunk.
 """
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DIGIT_BITS = 16
-_NUM_SAMPLED = 8  # chunks; of a tensor of at least four times as many
-_WINDOW_DIGITS = 3  # of 1/128 octave each: some 1% of the elements
+_NUM_SAMPLED = 8  # chunks, sampled if a tensor has at least four times as many
+_WINDOW_DIGITS = 3  # of 1/128 octave each: about 1% of the elements
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Trim:
     """Magnitude threshold and L1 rescaling of each model's elements, shape (2, M).
 
     Row 0 is the k-th largest magnitude with k = max(1, int(density·n)), found exactly by radix
-    selection: histograms of the magnitude's bits, 16 at a time. Keeping what is not below it keeps
-    every element tied with it. A density of 1 or more gives 0 (keep all), of 0 or less gives
-    infinity (keep none). Row 1 is Σ|x| / Σ|kept| where `rescale` is set, neither sum is below 1e-7,
-    and the first is finite, else 1.
+    selection: histograms of the magnitude's bits, 16 at a time. Methods keep every element that is
+    not below it, so all ties with it are kept. A density of 1 or more gives 0 (keep all), a density
+    of 0 or less gives infinity (keep none). Row 1 is Σ|x| / Σ|kept| where `rescale` is set, neither
+    sum is below 1e-7, and the first is finite, else 1.
 
-    Of a large tensor some chunks are looked at first: they tell a window of magnitudes that the
-    k-th is in as a rule, so that one more pass counts it out exactly. Where it is not in there,
-    the two passes of a whole selection follow.
+    In a large tensor some chunks are sampled first. They give a window of magnitudes that usually
+    contains the k-th, so that one more pass finds it exactly. If the window does not contain it,
+    the two passes of the full selection follow.
     """
 
     depends_on: tuple[str, ...] = ("density", "rescale")
@@ -68,16 +68,17 @@ class Trim:
 
 @dataclass(frozen=True)
 class _Search:
-    """What is looked for, and where.
+    """A search for the magnitudes of given ranks, one for each model.
 
     Attributes:
-        ranks: of the magnitude wanted, from the largest; None where there is none to find.
-        thresholds: of models without a rank.
-        lows: least bits that are counted, per model.
+        ranks: the rank of the magnitude to find, from the largest; None for a model with nothing to
+            find.
+        thresholds: the thresholds of models without a rank.
+        lows: for each model, the least magnitude bits that are counted.
         shift: bits per bin, or None for the highest 16 of the dtype.
         num_bins: how many bins.
-        chunks: what is read; None for all.
-        whole: for a sample, the search that follows.
+        chunks: the chunks that are read; None for all.
+        whole: for a sample, the search on the whole tensor that follows.
     """
 
     ranks: tuple[int | None, ...]
@@ -85,7 +86,7 @@ class _Search:
     rescale: bool
     lows: tuple[int, ...] = ()
     shift: int | None = None
-    num_bins: int = 1 << (_DIGIT_BITS - 1)  # the sign's bit is 0
+    num_bins: int = 1 << (_DIGIT_BITS - 1)  # the sign bit is always 0
     chunks: tuple[int, ...] | None = None
     whole: _Search | None = None
 
@@ -102,7 +103,7 @@ class _Select:
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
         self._num_bits = 32
-        # One more for what lies above the bins. Kernels count into these directly.
+        # One more bin counts all magnitudes above the others. Kernels count into these arrays.
         self._counts = [
             None if rank is None else numpy.zeros(search.num_bins + 1, numpy.uint64)
             for rank in search.ranks
@@ -148,7 +149,7 @@ class _Select:
                 return _Select(search.whole)
             return _Select(_window(search.whole, found))
         pairs = zip(found, search.ranks, strict=True)
-        if any(low is None and rank is not None for low, rank in pairs):  # not in the window
+        if any(low is None and rank is not None for low, rank in pairs):  # the window missed it
             return _Select(_Search(search.ranks, search.thresholds, search.rescale))
         if shift := self._shift():
             lows = tuple(low or 0 for low in found)
@@ -161,9 +162,9 @@ class _Select:
         return _KeptShare(thresholds) if search.rescale else [thresholds, [1.0] * len(thresholds)]
 
     def _find(self, model: int, rank: int) -> int | None:
-        """Return the least bits of the bin that a rank is in; None where it is in none."""
+        """Return the least bits of the bin that contains a rank; None if no bin does."""
         counts: Any = self._counts[model]
-        from_top = counts[::-1].cumsum()  # the first is what lies above
+        from_top = counts[::-1].cumsum()  # starts with those above all bins
         place = int(from_top.searchsorted(rank))
         if place in (0, len(counts)):
             return None
@@ -171,7 +172,7 @@ class _Select:
 
 
 def _window(whole: _Search, lows: Sequence[int | None]) -> _Search:
-    """Return the search among magnitudes around those that a sample showed."""
+    """Return the search in a window around the magnitudes that the sample gave."""
     digit, most = 1 << _DIGIT_BITS, (1 << 31) - (_WINDOW_DIGITS << _DIGIT_BITS)
     return replace(
         whole,

@@ -1,0 +1,152 @@
+"""Arguments of the library: one object of options, and errors that speak of them."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_tensors
+
+import outliermerge
+from outliermerge import ArgumentError, OutlierMergeError, RunOptions, SpecError
+from outliermerge.analysis.models import open_subject
+from outliermerge.cli.main import main
+from outliermerge.errors import argument
+
+SOURCES = sorted(Path(outliermerge.__file__).parent.rglob("*.py"))
+# Flags of other programs, in the advice of messages.
+OF_OTHERS = {"--revision", "--include", "--local-dir", "--model", "--adapter-path", "--save-path",
+             "--dequantize"}  # fmt: skip
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("base", "one", "two")):
+        save_tensors(Path(name), {"w": torch.arange(3000.0).view(30, 100) ** 0.5 * (1 + number)})
+    file = tmp_path / "spec.yaml"
+    file.write_text(
+        "merge_method: min_sigma\nbase_model: base\nmodels: [{model: one}, {model: two}]\n"
+    )
+    return file
+
+
+CALLS: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "device": (lambda: outliermerge.run("spec.yaml", output="out", device="tpu"), ["--device=tpu"]),
+    "memory": (
+        lambda: outliermerge.run("spec.yaml", output="out", memory=100),
+        ["--memory=100"],
+    ),
+    "shard_size": (
+        lambda: outliermerge.run("spec.yaml", output="out", shard_size="much"),
+        ["--shard-size=much"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_argument_is_named_as_where_it_was_given(
+    spec: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call, flags = CALLS[name]
+    with pytest.raises(ArgumentError, match=rf"^{name}: ") as raised:
+        call()
+    assert "--" not in str(raised.value)
+    assert not isinstance(raised.value, SpecError)
+    assert main(["run", "spec.yaml", "--output", "out", *flags]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: --{name.replace('_', '-')}: ")
+    assert (
+        printed.partition(": ")[2].partition(": ")[2].strip()
+        == (str(raised.value).partition(": ")[2])
+    )
+
+
+@pytest.mark.parametrize("points", [1, -5])
+def test_wrong_arguments_of_the_analysis_are_no_mistakes_of_a_spec(spec: Path, points: int) -> None:
+    models = [open_subject(n, base="base") for n in ("one", "two")]
+    for name, call in {
+        "t": lambda: outliermerge.compare_weights(models, t=-1),
+        "filter": lambda: outliermerge.weight_stats("one", filter=-1.0),
+        "small": lambda: outliermerge.weight_stats("one", small=-1.0),
+        "num_points": lambda: outliermerge.simulate(num_points=points),
+        "seed": lambda: outliermerge.simulate(seed=-1),
+        "num_values": lambda: outliermerge.layer_spectra("one", num_values=1),
+    }.items():
+        with pytest.raises(ArgumentError, match=rf"^{name}: found ") as raised:
+            call()
+        assert "--" not in str(raised.value)
+
+
+def test_advice_names_arguments_in_the_library_and_flags_on_the_command_line(
+    spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outliermerge.run("spec.yaml", output="out")
+    with pytest.raises(OutlierMergeError, match=r"Use overwrite=True to .* choose another output"):
+        outliermerge.run("spec.yaml", output="out")
+    assert main(["run", "spec.yaml", "--output", "out"]) == 1
+    assert re.search("Use --overwrite to .* choose another --output", capsys.readouterr().err)
+
+
+def test_run_and_sweep_share_their_options(spec: Path) -> None:
+    seen: list[int] = []
+    options = RunOptions(memory="64MiB", threads=1, kernels=False, on_progress=seen.append)
+    result = outliermerge.run("spec.yaml", output="out", options=options)
+    assert result.manifest["kernels"] is False
+    assert seen
+    results = outliermerge.sweep(
+        "spec.yaml", {"t": [1.0, 2.0]}, output="many", options=options, kernels=True
+    )
+    assert [result.manifest["kernels"] for result in results] == [True, True]
+    with pytest.raises(OutlierMergeError, match="exists already"):
+        outliermerge.run("spec.yaml", output="out", options=options)
+    outliermerge.run("spec.yaml", output="out", options=options, overwrite=True)
+
+
+@pytest.mark.parametrize("call", [outliermerge.run, outliermerge.sweep])
+def test_an_unknown_argument_is_answered_with_the_nearest(spec: Path, call: Callable) -> None:
+    settings = [] if call is outliermerge.run else [{"t": [1]}]
+    with pytest.raises(TypeError, match=r"unexpected argument 'memroy'. Did you mean 'memory'"):
+        call("spec.yaml", *settings, output="out", memroy="2GiB")
+
+
+def test_an_error_keeps_its_arguments_when_it_is_wrapped_and_when_it_travels() -> None:
+    error = ArgumentError(f"{argument('shard_size')}: {{x}} %s: use {argument('fresh', True)}")
+    wrapped = SpecError(f"t=2: {error.marked}")
+    for found in (wrapped, pickle.loads(pickle.dumps(wrapped))):
+        assert str(found) == "t=2: shard_size: {x} %s: use fresh=True"
+        assert found.text(lambda name, value: f"<{name} {value}>") == (
+            "t=2: <shard_size None>: {x} %s: use <fresh True>"
+        )
+
+
+def test_what_a_file_says_is_no_argument(tmp_path: Path) -> None:
+    assert "\0" not in str(OutlierMergeError("a\0b"))
+    assert str(OutlierMergeError("tensor 'a\0 b\0'")) == r"tensor 'a\x00 b\x00'"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.parent.name != "cli"], ids=lambda path: path.name
+)
+def test_no_message_of_the_library_names_a_flag(path: Path) -> None:
+    for node in ast.walk(tree := ast.parse(path.read_text())):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value)) - OF_OTHERS
+        assert not found or node.value in _docstrings(tree), (path, node.lineno, found)
+
+
+def _docstrings(tree: ast.AST) -> set[str]:
+    """Return the strings that stand as statements of their own."""
+    return {
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
