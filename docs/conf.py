@@ -43,6 +43,7 @@ html_show_sphinx = False
 html_copy_source = False
 autodoc_member_order = "alphabetical"
 autodoc_typehints = "none"
+napoleon_use_ivar = True  # attributes have their place in the text of their class
 autodoc_default_options = {"members": True, "show-inheritance": True}
 # One signature a line: the long ones have a dozen arguments.
 maximum_signature_line_length = 80
