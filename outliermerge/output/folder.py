@@ -128,13 +128,13 @@ class OutputFolder:
             if number is not None:
                 remove_files(self.path, ours)
             remove_parts(self.final)
-            self._journal.begin(identity, shards=self._shard_names, marks=self._marks)
+            self._journal.begin(identity, shards=self._shard_names)
         elif differing:
             raise OutlierMergeError(
                 f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
                 f"Use {argument('fresh', True)} to start over."
             )
-        self._journal.add({"process": process(self._part)})
+        self._journal.add({"process": process(self._part), "marks": self._marks})
         self._make()
 
     def _take_over(self) -> bool:

@@ -6,6 +6,7 @@ order, at the same time, or again. `run` then takes over their tensors and finis
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -90,11 +91,13 @@ def run_part(
         finally:
             folder.close()
         progress = Progress(plan, marks_of(plan))
-        progress.take_over(journal)
-        progress.forget_unfit(writer, allow_non_finite=options.allow_non_finite)
-        if journal.identity is None:
-            journal.begin(identity(plan, options), marks=marks_of(plan))
-        journal.add({"process": process(name)})
+        facts = json.loads(json.dumps(identity(plan, options)))
+        if journal.identity == facts:
+            progress.take_over(journal)
+            progress.forget_unfit(writer, allow_non_finite=options.allow_non_finite)
+        else:  # none, or of another merge
+            journal.begin(facts)
+        journal.add({"process": process(name), "marks": marks_of(plan)})
 
         def record(job: Job, result: JobResult) -> None:
             journal.add(line_of(job, result))

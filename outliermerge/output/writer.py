@@ -163,14 +163,18 @@ class Progress:
 
     def take_over(self, journal: Journal) -> bool:
         """Take over the tensors that a journal lists as done; tell whether it lists any."""
-        lines = [line for line in journal.lines if "tensor" in line]
-        is_of_others = journal.last("marks") != self._marks
-        for line in lines:
+        found, marks = False, None
+        for line in journal.lines:
+            marks = line.get("marks", marks)  # of the process that wrote the next lines
+            if "tensor" not in line:
+                continue
+            found = True
             result = {key: value for key, value in line.items() if key != "tensor"}
             result["read"] = {int(number): sum_ for number, sum_ in line["read"].items()}
             self.done[line["tensor"]] = JobResult(**result)
-            (self._of_others.add if is_of_others else self._of_others.discard)(line["tensor"])
-        return bool(lines)
+            is_same = marks == self._marks
+            (self._of_others.discard if is_same else self._of_others.add)(line["tensor"])
+        return found
 
     def forget_unfit(self, writer: OutputWriter, *, allow_non_finite: bool) -> None:
         """Forget the tensors of an earlier run that this run may not take over.

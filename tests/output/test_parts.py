@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from waiting import LIMIT_SECONDS, stopped
 import outliermerge
 from outliermerge import ArgumentError, OutlierMergeError
 from outliermerge.execution.threads import choose_options
-from outliermerge.output.journal import parts
+from outliermerge.output.journal import Journal, parts
 from outliermerge.output.parts import part_of, run_part
 from outliermerge.planning.plan import Plan
 
@@ -254,3 +257,63 @@ def test_a_finished_output_is_not_written_again(
     assert output.stat().st_ino == before
     outliermerge.run(planned, output=output, overwrite=True)
     assert output.stat().st_ino != before
+
+
+def _change(models: Path, name: str, content: Path) -> None:
+    """Let a model's name lead to other files; their sizes and times are equal."""
+    (models / name).unlink(missing_ok=True)
+    (models / name).symlink_to(content)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_inputs_that_changed_twice_are_compared_for_each_process_that_wrote(
+    models: Path, tmp_path: Path, in_parts: bool
+) -> None:
+    for name, other in [("first", "one"), ("second", "two")]:
+        shutil.copytree(models / other, tmp_path / name)
+        os.utime(tmp_path / name / "model.safetensors", (1_700_000_000, 1_700_000_000))
+    tuned = [{"model": str(tmp_path / "x")}, {"model": str(models / "two")}]
+    document = spec(models) | {"models": tuned}
+    for number, content in enumerate(("first", "second", "first"), 1):
+        _change(tmp_path, "x", tmp_path / content)
+        changing = outliermerge.plan(document, shard_size="300kB")
+        if number == 3:
+            break
+        with pytest.raises(KeyboardInterrupt):
+            _stop_after(4 * number, changing, tmp_path / "out", in_parts=in_parts)
+    outliermerge.run(changing, output=tmp_path / "out", load_check=False)
+    outliermerge.run(changing, output=tmp_path / "again", load_check=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def _stop_after(number: int, plan: Plan, output: Path, *, in_parts: bool) -> None:
+    written = itertools.count(1)
+
+    def stopping(record: Journal, entry: dict[str, object]) -> None:
+        add(record, entry)
+        if "tensor" in entry and next(written) == number:
+            raise KeyboardInterrupt
+
+    add = Journal.add
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Journal, "add", stopping)
+        if in_parts:
+            options = choose_options(device="cpu", memory="64MiB", threads=1, kernels=True)
+            run_part(plan, output, 1, 1, options)
+        else:
+            outliermerge.run(plan, output=output, load_check=False, threads=1)
+
+
+def test_a_part_starts_over_where_its_journal_is_of_another_merge(
+    planned: Plan, models: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    other = outliermerge.plan(spec(models, parameters={"t": 3.0}), shard_size="300kB")
+    run_part(other, tmp_path / "other", 1, 2, options)
+    run_part(planned, tmp_path / "out", 2, 2, options)
+    name = "{}.partial.journal.1-of-2"
+    shutil.copy(tmp_path / name.format("other"), tmp_path / name.format("out"))
+    assert run_part(planned, tmp_path / "out", 1, 2, options) > 0
+    result = outliermerge.run(planned, output=tmp_path / "out")
+    assert result.num_resumed == NUM_TENSORS
+    assert contents(tmp_path / "out") == expected
