@@ -12,18 +12,22 @@ from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
-from outliermerge.execution.in_memory import merge_in_memory
+from outliermerge.execution.in_memory import MemoryFeed, merge_in_memory
+from outliermerge.execution.passes import Measured, measure, needs_of
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import torch_threads
+from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
+from outliermerge.planning.parameters import context_of
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.spec.settings import find_layers
 from outliermerge.storage.machine import num_threads
 
 if TYPE_CHECKING:
@@ -117,6 +121,7 @@ def merge_state_dicts(
     *,
     base: Mapping[str, Tensor] | None = None,
     method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge dicts of tensors in memory.
@@ -125,6 +130,7 @@ def merge_state_dicts(
         models: the models' tensors, by name; on any devices.
         base: the base model's tensors; needed by methods on task vectors.
         method: a name from `outliermerge methods`, `package.module:function`, or a method.
+        seed: of methods that draw random numbers.
         **parameters: of the method; those of each model as a list of one value a model.
 
     Returns:
@@ -154,14 +160,16 @@ def merge_state_dicts(
                 f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
             )
     resolved = _resolved(found, len(models), base is not None, parameters)
+    layers = find_layers(reference)
     merges = {}
-    for name in reference:
+    for name, tensor in reference.items():
         try:
             merges[name] = _prepared(
                 [model[name] for model in models],
                 None if base is None else base[name],
                 found,
                 resolved,
+                context_of(name, tuple(tensor.shape), layers.get(name), seed),
             )
         except OutlierMergeError as error:
             raise OutlierMergeError(f"tensor {name!r}: {error}") from error
@@ -177,6 +185,7 @@ def merge_tensors(
     *,
     base: Tensor | None = None,
     method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor in memory.
@@ -185,6 +194,7 @@ def merge_tensors(
         models: the models' tensors, all of one shape; on any devices.
         base: the base model's tensor, for methods on task vectors.
         method: a name, `package.module:function`, or a method.
+        seed: of methods that draw random numbers.
         **parameters: of the method; those of each model as a list.
 
     Returns:
@@ -203,7 +213,8 @@ def merge_tensors(
     if not models:
         raise OutlierMergeError("no models to merge")
     resolved = _resolved(found, len(models), base is not None, parameters)
-    merge = _prepared(models, base, found, resolved)
+    context = Context(shape=tuple(models[0].shape), seed=seed)
+    merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
     _merge_all([merge])
@@ -221,6 +232,13 @@ def _resolved(
     method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     most = method.max_models
+    if method.space == "merged":
+        raise ArgumentError(f"{method.name} is a modifier of merges, expected a merge method")
+    if method.auxiliary:
+        raise ArgumentError(
+            f"{method.name} takes further tensors of each model ({', '.join(method.auxiliary)}), "
+            "which only a merge of files can be given: use outliermerge.run"
+        )
     if num_models < method.min_models or (most is not None and num_models > most):
         raise ArgumentError(f"{method.name} does not take {num_models} models")
     if method.uses_base and not has_base:
@@ -236,6 +254,7 @@ def _prepared(
     base: Tensor | None,
     method: MergeMethod,
     resolved: Mapping[str, Any],
+    context: Context,
 ) -> TensorMerge | Tensor:
     """Return the merge that is to be done, or what needs none."""
     import torch
@@ -263,6 +282,7 @@ def _prepared(
         if any(tensor.dtype == torch.float64 for tensor in sources)
         else "float32",
         shape=tuple(first.shape),
+        context=context,
     )
     result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
     return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
@@ -272,6 +292,7 @@ def _merge_all(merges: Sequence[TensorMerge]) -> None:
     """Fill the results: on a GPU many at once, else one after another."""
     import torch
 
+    known = _measured_over_all(merges)
     fitting = [merge for merge in merges if fits_gpu(merge)]
     differing = dict(zip(map(id, fitting), differ_early(fitting), strict=True))
     left = [m for m in merges if differing.get(id(m)) or not _keep_equal_models(m)]
@@ -285,7 +306,22 @@ def _merge_all(merges: Sequence[TensorMerge]) -> None:
                 alone = [merge for merge in alone if merge not in batch]
     if alone:
         with torch_threads() as prepare:
-            run_all(map(_steps, alone), threads=num_threads(0), prepare=prepare)
+            steps = (merge_in_memory(_feed(merge), known) for merge in alone)
+            run_all(steps, threads=num_threads(0), prepare=prepare)
+
+
+def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
+    """Return the statistics that the method needs of all tensors together."""
+    tasks, found = [merge.task for merge in merges], dict[Any, list[Any]]()
+    if not any(needs_of(task, "model") for task in tasks):
+        return found
+
+    def measured() -> Steps[None]:
+        found.update((yield from measure(tasks, [_feed(merge) for merge in merges], "model")))
+
+    with torch_threads() as prepare:
+        run_all([measured()], threads=num_threads(0), prepare=prepare)
+    return found
 
 
 def _keep_equal_models(merge: TensorMerge) -> bool:
@@ -304,8 +340,8 @@ def _keep_equal_models(merge: TensorMerge) -> bool:
     return same
 
 
-def _steps(merge: TensorMerge) -> Steps[None]:
+def _feed(merge: TensorMerge) -> MemoryFeed:
     tensors = (merge.result, *merge.sources)
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     kernels = find_kernels() if on_cpu else None
-    return merge_in_memory(merge.task, merge.sources, merge.result, kernels)
+    return MemoryFeed(merge.task, merge.sources, merge.result, kernels)

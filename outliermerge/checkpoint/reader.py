@@ -87,11 +87,14 @@ class Reader:
 
     def once(self, source: Source, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source; other threads that ask wait for the first."""
+        return self._made(source, lambda entry: make())
+
+    def _made(self, source: Source, make: Callable[[_Once], Any]) -> Any:
         with self._lock:
             entry = self._once.setdefault(source, _Once())
         with entry.lock:
             if not entry.is_made:
-                entry.value, entry.is_made = make(), True
+                entry.value, entry.is_made = make(entry), True
         return entry.value
 
     def held(
@@ -103,17 +106,16 @@ class Reader:
             OutlierMergeError: there is not enough room on the disk.
         """
 
-        def make() -> mmap.mmap:
+        def make(entry: _Once) -> mmap.mmap:
             with self._lock:
                 in_memory = num_bytes <= self._free_bytes
-                held_bytes = num_bytes if in_memory else 0
-                self._free_bytes -= held_bytes
-                self._once[source].held_bytes = held_bytes
+                entry.held_bytes = num_bytes if in_memory else 0
+                self._free_bytes -= entry.held_bytes
             pages = mmap.mmap(-1, num_bytes) if in_memory else self._file_pages(num_bytes)
             fill(memoryview(pages))
             return pages
 
-        return memoryview(self.once(source, make))
+        return memoryview(self._made(source, make))
 
     def _file_pages(self, num_bytes: int) -> mmap.mmap:
         with naming(self._folder or Path(tempfile.gettempdir()), "written", needed_bytes=num_bytes):
@@ -122,11 +124,14 @@ class Reader:
                 return mmap.mmap(file.fileno(), num_bytes)
 
     def release(self, sources: Iterable[tuple[int, Source]]) -> None:
-        """Free the results kept for sources that are not read again."""
-        for _, source in sources:
+        """Free the results kept for sources that are not read again, and for what they read."""
+        pending = [source for _, source in sources]
+        while pending:
+            source = pending.pop()
             with self._lock:
                 entry = self._once.pop(source, None)
                 self._free_bytes += entry.held_bytes if entry is not None else 0
+            pending += getattr(source, "sources", ())  # those of a merge
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Ask the system to read the beginnings of tensors while others are processed."""

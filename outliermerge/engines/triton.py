@@ -26,6 +26,7 @@ from outliermerge.methods.statistics.base import (
     StandardDeviation,
     Statistic,
     is_measured_by,
+    scope_of,
 )
 from outliermerge.methods.task import Task
 
@@ -69,6 +70,7 @@ def fits_gpu(merge: TensorMerge) -> bool:
     return (
         device.type == "cuda"
         and merge.task.fits_kernels(KERNELS)
+        and all(scope_of(need) == "tensor" for need in merge.task.method.needs.values())
         and len(set(models)) == 1
         and len(models) <= _MOST_MODELS
         and all(source.device == device and source.is_contiguous() for source in merge.sources)

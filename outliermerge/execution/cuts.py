@@ -42,7 +42,7 @@ class Work:
         job = jobs[0]
         self.job, self.engine, self.read_bytes = job, engine, 0
         self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
-        self.block_elements = plan.block_elements(job, options)
+        self.block_elements = min(plan.block_elements(each, options) for each in jobs)
         self.in_pieces = job.action != "merge" or job.task.cut == "element"
         self._threads = options.threads
         metas = [meta for _, meta in job.sources]

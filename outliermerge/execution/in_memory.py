@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import names
 from outliermerge.engines.torch import TensorEngine
-from outliermerge.execution.passes import NeedKey, Span, spans
+from outliermerge.execution.passes import Measured, NeedKey, Span, spans
 from outliermerge.execution.pipeline import merge_tensor
 from outliermerge.execution.rounds import Steps
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = {"cpu": 4 * CHUNK_ELEMENTS, "cuda": 64 * CHUNK_ELEMENTS}
 
 
-def merge_in_memory(
-    task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
-) -> Steps[None]:
-    """Fill a tensor with the merge of sources, in rounds that threads share."""
-    feed = MemoryFeed(task, sources, result, kernels if task.fits_kernels(names()) else None)
-    yield from merge_tensor([task], feed, feed.engine)
+def merge_in_memory(feed: MemoryFeed, known: Measured) -> Steps[None]:
+    """Fill a tensor with the merge of sources, in rounds that threads share.
+
+    Args:
+        known: the statistics that were measured over the whole model.
+    """
+    yield from merge_tensor([feed.task], feed, feed.engine, known=[known])
 
 
 class MemoryFeed:
@@ -35,7 +36,8 @@ class MemoryFeed:
     def __init__(
         self, task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
     ) -> None:
-        self._task, self._result_E = task, result.view(-1)
+        kernels = kernels if task.fits_kernels(names()) else None
+        self.task, self._result_E = task, result.view(-1)
         self._sources = [tensor.detach().reshape(-1) for tensor in sources]
         self.engine: KernelEngine | TensorEngine = (
             TensorEngine(result.device) if kernels is None else KernelEngine(kernels)
@@ -54,13 +56,13 @@ class MemoryFeed:
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
-        return self.engine.measure(self._task, passes, self._read(span), span[1] - span[0])
+        return self.engine.measure(self.task, passes, self._read(span), span[1] - span[0])
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> None:
         """Fill a span of the result."""
         start, stop = span
         out = self._part(self._result_E, span)
-        self.engine.merge(self._task, prepared[0], self._read(span), stop - start, out, start)
+        self.engine.merge(self.task, prepared[0], self._read(span), stop - start, out, start)
 
     def _read(self, span: Span) -> list[Any]:
         return [self._part(tensor, span) for tensor in self._sources]

@@ -34,7 +34,8 @@ class MergedSource:
     Attributes:
         name: for messages.
         task: how they are merged.
-        sources: the base, where the method uses one, then the models.
+        sources: the base, where the method uses one, then the models; then the method's auxiliary
+            tensors.
     """
 
     name: str
@@ -122,7 +123,8 @@ class _Feed:
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
-        return measure_block(self._merged.task, self._load(span), passes)
+        task = self._merged.task
+        return measure_block(task, self._load(span, len(task.dtypes)), passes)
 
     def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
         """Return the bytes of a merged span."""
@@ -135,10 +137,10 @@ class _Feed:
         array: Any = stored_E.view(torch.uint8).numpy()
         return memoryview(array)
 
-    def _load(self, span: Span) -> Tensor:
+    def _load(self, span: Span, num_sources: int | None = None) -> Tensor:
         import torch
 
-        sources: Sequence[Source] = self._merged.sources
+        sources: Sequence[Source] = self._merged.sources[:num_sources]
         dtype = getattr(torch, self._merged.task.compute_dtype)
         block_SE = torch.empty((len(sources), span[1] - span[0]), dtype=dtype)
         for row_E, source in zip(block_SE, sources, strict=True):

@@ -91,7 +91,8 @@ def _read(tensor: Readable, chunks: Sequence[int] | None) -> list[Span]:
         step = tensor.measured_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS
         found = spans(tensor.num_elements, max(CHUNK_ELEMENTS, step))
     else:
-        found = [(i * CHUNK_ELEMENTS, (i + 1) * CHUNK_ELEMENTS) for i in chunks]
+        every = spans(tensor.num_elements, CHUNK_ELEMENTS)
+        found = [every[number] for number in chunks if number < len(every)]
     tensor.count(sum(stop - start for start, stop in found))
     return found
 

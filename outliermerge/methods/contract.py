@@ -216,6 +216,8 @@ def merge_method(
                 raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
         if space == "merged" and (needs or auxiliary):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
+        if kernel is not None and (auxiliary or space == "merged"):
+            raise TypeError(f"{function.__name__}: a kernel takes only the models and the base")
         others = {name for wanted in given.values() for name in wanted} | {"context"}
         parameters = [
             declared(function, keyword) for keyword in keywords if keyword.name not in others

@@ -75,7 +75,7 @@ class OutputFolder:
             OutlierMergeError: something else has that name, or an unfinished output of another
                 merge is there.
         """
-        check_apart(plan.inputs, final)
+        check_apart(plan, final)
         self.final, self.path = final, partial_folder(final)
         self.writer = OutputWriter(self.path)
         self._plan, self._part = plan, part

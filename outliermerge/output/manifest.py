@@ -60,6 +60,11 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
             ]
             for entry in plan.inputs
         },
+        **{
+            f"the auxiliary tensors of {path}": [stamp.num_bytes, stamp.mtime_ns]
+            for path, stamp in plan.auxiliary_files.items()
+            if stamp is not None
+        },
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,26 @@ from outliermerge.output.names import (
     replaced_path,
     shard_path,
 )
-from outliermerge.planning.plan import Input, Plan
+from outliermerge.planning.plan import Plan
 from outliermerge.storage.failures import naming
 from outliermerge.storage.system import files_in
 
 
-def check_apart(inputs: Sequence[Input], final: Path) -> None:
+def check_apart(plan: Plan, final: Path) -> None:
     """Refuse an output path that is, contains or is inside a model of the merge.
 
+    It may not hold auxiliary tensors either.
+
     Raises:
-        OutlierMergeError: the output would damage that model.
+        OutlierMergeError: the output would damage them.
     """
-    for entry in inputs:
+    for path in plan.auxiliary_files:
+        if final.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutlierMergeError(
+                f"{final}: is or holds the auxiliary tensors {shown(str(path))}: "
+                "choose another output"
+            )
+    for entry in plan.inputs:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder

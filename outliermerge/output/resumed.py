@@ -8,6 +8,7 @@ from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tens
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.execution.jobs import JobResult
+from outliermerge.execution.passes import needs_of
 from outliermerge.planning.plan import Job, Plan
 
 _BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
@@ -36,8 +37,12 @@ def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> li
 
 
 def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:
-    """Tell whether sources have the checksums in a result; unread sources were equal."""
-    if not result.read:
+    """Tell whether sources have the checksums in a result; unread sources were equal.
+
+    Nothing tells it where other tensors take part, as no checksums of these are recorded.
+    """
+    of_others = job.auxiliary or (job.action == "merge" and needs_of(job.task, "model"))
+    if of_others or not result.read:
         return False
     first = next(iter(result.read.values()))
     return all(

@@ -187,7 +187,7 @@ def if_unchanged(
     """Return what records a tensor if it was made of what was planned with."""
 
     def record_checked(job: Job, result: JobResult) -> None:
-        watched.check({meta.path for _, source in job.sources for meta in source.stored})
+        watched.check({meta.path for meta in job.stored})
         record(job, result)
 
     return record_checked

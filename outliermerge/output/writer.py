@@ -202,10 +202,10 @@ def line_of(job: Job, result: JobResult) -> dict[str, object]:
 
 def _inodes(plan: Plan) -> set[tuple[int, int]]:
     """Return the devices and inode numbers of the files that the models are read from."""
+    paths = [s.path for entry in plan.inputs for s in entry.checkpoint.weight_files]
     found = set()
-    for entry in plan.inputs:
-        for stamp in entry.checkpoint.weight_files:
-            with suppress(OSError):  # a later read reports what is wrong
-                status = stamp.path.stat()
-                found.add((status.st_dev, status.st_ino))
+    for path in (*paths, *plan.auxiliary_files):
+        with suppress(OSError):  # a later read reports what is wrong
+            status = path.stat()
+            found.add((status.st_dev, status.st_ino))
     return found

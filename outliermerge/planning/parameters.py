@@ -15,6 +15,13 @@ from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
 
 
+def context_of(name: str, shape: tuple[int, ...], layer: Layer | None, seed: int) -> Context:
+    """Return a tensor's place in a merge, for methods that ask for it."""
+    if layer is None:
+        return Context(name, shape, seed=seed)
+    return Context(name, shape, layer.index, layer.num_layers, seed)
+
+
 class Parameters:
     """The method's parameters as the spec sets them, for each tensor and model.
 
@@ -40,10 +47,7 @@ class Parameters:
 
     def context(self, name: str, shape: tuple[int, ...], seed: int) -> Context:
         """Return a tensor's place in the merge."""
-        layer = self._layers.get(name)
-        if layer is None:
-            return Context(name, shape, seed=seed)
-        return Context(name, shape, layer.index, layer.num_layers, seed)
+        return context_of(name, shape, self._layers.get(name), seed)
 
     def of(self, name: str, holders: list[int]) -> dict[str, Any]:
         """Return a tensor's parameters for the inputs that have it.

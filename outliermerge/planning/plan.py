@@ -140,9 +140,14 @@ class Job:
         return not source.is_float or {source.name, output.name} <= CODES.keys()
 
     @property
-    def num_read_bytes(self) -> int:
+    def stored(self) -> frozenset[TensorMeta]:
+        """The stored tensors that it reads."""
         sources = (*(source for _, source in self.sources), *self.auxiliary)
-        return sum(meta.num_bytes for meta in {m for s in sources for m in s.stored})
+        return frozenset(meta for source in sources for meta in source.stored)
+
+    @property
+    def num_read_bytes(self) -> int:
+        return sum(meta.num_bytes for meta in self.stored)
 
     @property
     def num_written_bytes(self) -> int:
@@ -221,6 +226,14 @@ class Plan:
     def is_one_file(self) -> bool:
         """Whether the output is a single file, as the reference is."""
         return self.inputs[0].checkpoint.root.is_file()
+
+    @property
+    def auxiliary_files(self) -> dict[Path, FileStamp | None]:
+        """The files of the method's auxiliary tensors, with their stamps."""
+        stamps, found = dict(self.files), dict[Path, FileStamp | None]()
+        for source in (source for job in self.jobs for source in job.auxiliary):
+            found |= {meta.path: stamps.get(meta.path) for meta in source.stored}
+        return found
 
     @property
     def num_read_bytes(self) -> int:

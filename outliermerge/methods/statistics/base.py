@@ -39,7 +39,10 @@ class Pass(Protocol):
 
     @property
     def chunks(self) -> Sequence[int] | None:
-        """The numbers of the chunks to read, in order; None for all."""
+        """The numbers of the chunks to read of each tensor, in order; None for all.
+
+        The last chunk of a tensor may be shorter; numbers beyond the last are passed over.
+        """
 
     def measure(self, block_ME: Tensor) -> Any:
         """Return what a block contributes; called by any thread."""
