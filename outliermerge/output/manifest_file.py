@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.output.names import manifest_path
+from outliermerge.output.names import journal_path, manifest_path, partial_folder
 from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
@@ -23,7 +24,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = manifest_path(folder)
     data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
     if data is None:
-        raise OutlierMergeError(f"{folder}: no {path.name}: not an output of outliermerge")
+        what = "not an output of outliermerge"
+        if os.path.lexists(journal_path(folder)):
+            what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "
+            what += "same command again."
+        raise OutlierMergeError(f"{folder}: no {path.name}: {what}")
     try:
         manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)
     except ValueError as error:

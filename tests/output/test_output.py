@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors import safe_open
 import outliermerge
 from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.cli import main as cli
+from outliermerge.output.journal import Journal
 
 CPU = {"threads": 1}
 SHARD = "model.safetensors"
@@ -985,6 +987,15 @@ class TestVerify:
             assert printed.err.startswith(f"error: {output}")
             assert message in printed.err
             assert printed.err.count("\n") == 1
+
+    def test_an_unfinished_output_is_told_from_what_is_none(self, tmp_path: Path) -> None:
+        with closing(Journal(tmp_path / "out")) as journal:
+            journal.begin({})
+        self.capsys.readouterr()
+        assert cli.main(["verify", str(tmp_path / "out")]) == 1
+        assert f"not finished: it is written in {tmp_path / 'out.partial'}" in (
+            self.capsys.readouterr().err
+        )
 
     def test_no_folder_is_one_message(self, tmp_path: Path) -> None:
         assert cli.main(["verify", str(tmp_path / "absent")]) == 1
