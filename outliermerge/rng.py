@@ -27,8 +27,8 @@ _GAMMA, _MULTIPLY_1, _MULTIPLY_2 = (
     constant - (1 << 64)
     for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-# The intermediate values of this many elements fit in a core's cache.
-_GROUP_ELEMENTS = 65_536
+# The intermediate values of this many elements fit in a core's cache; results do not depend on it.
+_CACHED_ELEMENTS = 65_536
 _SIN_TERMS = [
     (-1) ** k * (math.pi / 2) ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(9)
 ]
@@ -90,7 +90,7 @@ def _in_groups(
     assert 0 <= start <= stop < 1 << 63
     keys = _keys(seed, name)
     out = torch.empty(stop - start, dtype=getattr(torch, dtype), device=device)
-    step = _GROUP_ELEMENTS if out.device.type == "cpu" else max(1, out.numel())
+    step = _CACHED_ELEMENTS if out.device.type == "cpu" else max(1, out.numel())
     for first in range(start, stop, step):
         last = min(first + step, stop)
         out[first - start : last - start] = convert(_bits(keys, first, last, out.device))

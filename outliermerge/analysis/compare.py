@@ -17,7 +17,7 @@ from outliermerge.analysis.compare_torch import (
     fold_sums,
 )
 from outliermerge.analysis.models import Subject, open_subject
-from outliermerge.analysis.places import Place, find_places
+from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import (
@@ -238,7 +238,7 @@ def compare_weights(
         )
     whole = fold_sums([finite[name] for name in tensors if name in finite], len(models))
     counts = fold_counts([found[name][1] for name in finite], len(models))
-    nowhere = Place(None, (), "")
+    nowhere = ModulePlace(None, (), "")
     return Comparison(
         tuple(subject.reference for subject in subjects),
         base,
@@ -333,7 +333,7 @@ def _broken(subjects: Sequence[Subject], sums: Sums) -> str:
 
 def _pair(
     name: str,
-    place: Place,
+    place: ModulePlace,
     shape: tuple[int, ...],
     pair: tuple[int, int],
     number: int,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPAN_ELEMENTS = 1 << 20
-_CHUNK_ELEMENTS = 1 << 16  # in float64 a few models' chunks fit in a CPU's caches
+_CACHED_ELEMENTS = 1 << 16  # in float64 a few models' chunks fit in a CPU's caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class PairMeasurer:
         values = {source: each.to(self.device) for source, each in values.items()}
         # A GPU takes longer to launch an operation than to run it on a chunk, so it gets larger
         # ones.
-        size = _CHUNK_ELEMENTS if self.device == "cpu" else SPAN_ELEMENTS
+        size = _CACHED_ELEMENTS if self.device == "cpu" else SPAN_ELEMENTS
         for start, stop in spans(num_elements, size):
             chunk_SC = torch.empty(
                 len(sources), stop - start, dtype=torch.float64, device=self.device

@@ -13,7 +13,7 @@ _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ModulePlace:
     """The layer and the type of module of a tensor.
 
     Attributes:
@@ -28,37 +28,39 @@ class Place:
     module: str
 
 
-def find_places(names: Iterable[str]) -> dict[str, Place]:
+def find_places(names: Iterable[str]) -> dict[str, ModulePlace]:
     """Return the place of each tensor.
 
     Layers are the same as for gradients in a spec. In stages (`stages.2.layers.10`) both numbers
     belong to the layer. All experts of a layer are one type of module.
 
     >>> find_places(["model.layers.3.mlp.up_proj.weight"])["model.layers.3.mlp.up_proj.weight"]
-    Place(layer='model.layers.3', depth=(3,), module='model.layers.*.mlp.up_proj')
+    ModulePlace(layer='model.layers.3', depth=(3,), module='model.layers.*.mlp.up_proj')
     >>> find_places(["experts.0.w1.weight"])["experts.0.w1.weight"]
-    Place(layer=None, depth=(), module='experts.*.w1')
+    ModulePlace(layer=None, depth=(), module='experts.*.w1')
     >>> find_places(["stages.2.layers.10.pwconv1.bias"])["stages.2.layers.10.pwconv1.bias"]
-    Place(layer='stages.2.layers.10', depth=(2, 10), module='stages.*.layers.*.pwconv1.bias')
+    ModulePlace(layer='stages.2.layers.10', depth=(2, 10), module='stages.*.layers.*.pwconv1.bias')
     """
     names = list(names)
     layers = find_layers(names)
     return {
-        name: _place(name) if name in layers else Place(None, (), name.removesuffix(".weight"))
+        name: _place(name)
+        if name in layers
+        else ModulePlace(None, (), name.removesuffix(".weight"))
         for name in names
     }
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> ModulePlace:
     shared = _EXPERT.sub("experts.*", name)
     numbers = list(_NUMBER.finditer(f".{shared}"))
     if not numbers:  # the only number is that of an expert
-        return Place(None, (), shared.removesuffix(".weight"))
+        return ModulePlace(None, (), shared.removesuffix(".weight"))
     last = numbers[-1]
     layer = f".{shared}"[1 : last.end() - 1]
     depth = tuple(int(match[1]) for match in numbers)
     module = _NUMBER.sub(".*.", f".{shared}")[1:].removesuffix(".weight")
-    return Place(layer, depth, module)
+    return ModulePlace(layer, depth, module)
 
 
 def short_names(modules: Iterable[str]) -> dict[str, str]:

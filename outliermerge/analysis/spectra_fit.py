@@ -23,7 +23,7 @@ _MOST_SIGMAS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class FitComparison:
     """The comparison of a power law with another law, on the distances of the fit.
 
     Attributes:
@@ -58,8 +58,8 @@ class PowerLawFit:
     alpha: float
     standard_error: float
     ks_distance: float
-    exponential: Comparison
-    lognormal: Comparison
+    exponential: FitComparison
+    lognormal: FitComparison
 
     @property
     def verdict(self) -> str:
@@ -80,7 +80,7 @@ class PowerLawFit:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def _is_sure(comparison: Comparison) -> bool:
+def _is_sure(comparison: FitComparison) -> bool:
     return comparison.p < SIGNIFICANCE
 
 
@@ -144,6 +144,6 @@ def fit_power_law(distances: Sequence[float]) -> PowerLawFit | None:
         alpha=alpha,
         standard_error=(alpha - 1) / math.sqrt(len(tail)),
         ks_distance=float(power_law.D),
-        exponential=Comparison(*map(float, compared["exponential"])),
-        lognormal=Comparison(*map(float, compared["lognormal"])),
+        exponential=FitComparison(*map(float, compared["exponential"])),
+        lognormal=FitComparison(*map(float, compared["lognormal"])),
     )

@@ -22,7 +22,7 @@ from outliermerge.analysis.measure import (
     measure_values,
 )
 from outliermerge.analysis.models import Subject, open_subject
-from outliermerge.analysis.places import Place, find_places
+from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
@@ -160,7 +160,9 @@ def _check_limits(filter: float, small: float) -> None:
             raise ArgumentError(f"{argument(name)}: found {value}, expected a number of at least 0")
 
 
-def _stats(name: str, place: Place, shape: tuple[int, ...], measured: Measured) -> TensorStats:
+def _stats(
+    name: str, place: ModulePlace, shape: tuple[int, ...], measured: Measured
+) -> TensorStats:
     tally, (kept, large, outside), counts = measured.tally, measured.filtered, measured.counts
     every = tally.all
 

@@ -17,6 +17,7 @@ from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import read_exactly
 
 PIECE_ELEMENTS = 65_536
+"""How many elements have one digest. PIECE in engines/native/block.h is the same number."""
 DIGEST_BYTES = 16
 
 

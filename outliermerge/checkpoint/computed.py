@@ -12,7 +12,9 @@ from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, Tens
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GROUP_ELEMENTS = 65_536
+GROUP_ELEMENTS = 65_536
+"""About how many elements are computed at a time. Another number may change the last bits of
+products, and so the values of adapted and quantised tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class ComputedTensor(ABC):
             return
         target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))
         columns = self.num_columns  # not 0, because nothing is read of an empty tensor
-        group = max(1, _GROUP_ELEMENTS // columns)
+        group = max(1, GROUP_ELEMENTS // columns)
         first = start // columns // group * group
         while first * columns < stop:
             last = min(first + group, self.num_rows)

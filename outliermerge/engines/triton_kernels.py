@@ -17,13 +17,15 @@ false.
 
 from __future__ import annotations
 
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
+
 try:
     import triton
     import triton.language as tl
 
     is_installed = True
     jit = triton.jit
-    PIECE = tl.constexpr(65_536)
+    PIECE = tl.constexpr(CHUNK_ELEMENTS)
     BLOCK = tl.constexpr(4_096)
 except ImportError:  # torch computes
     is_installed = False

@@ -21,7 +21,7 @@ from outliermerge.evaluation.model_types import (
     check_packages,
     model_arguments,
 )
-from outliermerge.evaluation.models import Model, find_models, merge_of
+from outliermerge.evaluation.models import EvaluatedModel, find_models, merge_of
 from outliermerge.evaluation.records import DamagedRecordError, Records
 from outliermerge.evaluation.scores import (
     SCORES_NAME,
@@ -115,7 +115,7 @@ def evaluate(
     with _alone_in(folder):
         fingerprints = Fingerprints(folder, listener.hashing)
         found = [
-            Model(name, reference, path, fingerprints.of_model(path), merge_of(path))
+            EvaluatedModel(name, reference, path, fingerprints.of_model(path), merge_of(path))
             for name, reference, path in paths
         ]
         records = Records(folder, suite, fingerprints, settings=settings, versions=installed)
@@ -153,7 +153,7 @@ class _Run:
     def __init__(
         self,
         suite: Suite,
-        models: Sequence[Model],
+        models: Sequence[EvaluatedModel],
         folder: Path,
         records: Records,
         listener: Listener,
@@ -185,7 +185,7 @@ class _Run:
                 raise
         return self._save()
 
-    def _evaluate_model(self, model: Model, device: str, threads: int) -> None:
+    def _evaluate_model(self, model: EvaluatedModel, device: str, threads: int) -> None:
         with self._turns[model.fingerprint]:
             pending = []
             for task in self._suite.document.tasks:
@@ -203,7 +203,7 @@ class _Run:
                 pending = self._run_worker(model, pending, device, threads)
 
     def _run_worker(
-        self, model: Model, pending: Sequence[SuiteTask], device: str, threads: int
+        self, model: EvaluatedModel, pending: Sequence[SuiteTask], device: str, threads: int
     ) -> list[SuiteTask]:
         """Run lmms-eval on some tasks; return the tasks that it did not reach."""
         left = {task.title: task for task in pending}
@@ -258,7 +258,9 @@ class _Run:
             self._finish(model, task, Failure(task.task, f"{reason} (log: {log})"))
         return [*left.values()]
 
-    def _request(self, model: Model, pending: Sequence[SuiteTask], device: str) -> dict[str, Any]:
+    def _request(
+        self, model: EvaluatedModel, pending: Sequence[SuiteTask], device: str
+    ) -> dict[str, Any]:
         suite = self._suite
         name, arguments = model_arguments(
             suite.document.model_type,
@@ -288,7 +290,7 @@ class _Run:
             ],
         }
 
-    def _finish(self, model: Model, task: SuiteTask, result: Score | Failure) -> None:
+    def _finish(self, model: EvaluatedModel, task: SuiteTask, result: Score | Failure) -> None:
         with self._lock:
             self._results[model.name, task.title] = result
             self._save()

@@ -40,7 +40,7 @@ MAX_NAME = 200
 LARGEST = 1e140
 
 
-class _Strict(BaseModel):
+class _FileEntry(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
@@ -53,7 +53,7 @@ _Positive = Annotated[float, Field(ge=0, le=LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
-class _ScoreNumbers(_Strict):
+class _ScoreNumbers(_FileEntry):
     """The values of a score that a record and scores.json share."""
 
     task: _Text
@@ -80,7 +80,7 @@ class ResultEntry(_ScoreNumbers):
         return self
 
 
-class IdentityEntry(_Strict):
+class IdentityEntry(_FileEntry):
     """The inputs of a record: `model` is the fingerprint of the model's files."""
 
     model_config = ConfigDict(extra="allow")
@@ -89,7 +89,7 @@ class IdentityEntry(_Strict):
     metric: _Text
 
 
-class RecordFile(_Strict):
+class RecordFile(_FileEntry):
     """The contents of a record: `answers` is the checksum of the file of answers beside it."""
 
     identity: IdentityEntry
@@ -117,14 +117,14 @@ class ScoreEntry(_ScoreNumbers):
     checksum: str = ""
 
 
-class FailureEntry(_Strict):
+class FailureEntry(_FileEntry):
     """Why a task has no score."""
 
     task: _Text
     error: str
 
 
-class MergeEntry(_Strict):
+class MergeEntry(_FileEntry):
     """The merge that made a model."""
 
     method: _Text
@@ -136,7 +136,7 @@ def _kind(entry: object) -> str:
     return "failed" if failed else "scored"
 
 
-class ModelEntry(_Strict):
+class ScoresEntry(_FileEntry):
     """A model with its tasks, by title."""
 
     name: _Name
@@ -152,7 +152,7 @@ class ModelEntry(_Strict):
     ]
 
 
-class SettingsEntry(_Strict):
+class SettingsEntry(_FileEntry):
     """The settings of an evaluation."""
 
     model_type: _Text | None = None
@@ -171,14 +171,14 @@ def _no_bool(value: object) -> object:
     return str(value) if isinstance(value, bool) else value  # True would be taken for 1
 
 
-class ScoresFile(_Strict):
+class ScoresFile(_FileEntry):
     """The contents of scores.json."""
 
     format: Annotated[Literal[1], BeforeValidator(_no_bool)]
     suite: _Text
     titles: list[_Name]
     settings: SettingsEntry
-    models: list[ModelEntry] = Field(min_length=1)
+    models: list[ScoresEntry] = Field(min_length=1)
     checksum: str | None = None
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ class ScoresFile(_Strict):
         return self
 
 
-class MergedSpec(_Strict):
+class MergedSpec(_FileEntry):
     """The keys of the spec in a model's manifest that say how it was made."""
 
     model_config = ConfigDict(extra="ignore")
@@ -201,7 +201,7 @@ class MergedSpec(_Strict):
     parameters: dict[str, Any] | None = None
 
 
-class ManifestFile(_Strict):
+class ManifestFile(_FileEntry):
     """The keys of a manifest that are used here."""
 
     model_config = ConfigDict(extra="ignore")

@@ -20,7 +20,7 @@ _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is calle
 
 
 @dataclass(frozen=True)
-class Model:
+class EvaluatedModel:
     """A model to evaluate: its name in tables, the given path or hub id, and its folder."""
 
     name: str

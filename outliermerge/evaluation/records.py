@@ -23,7 +23,7 @@ from outliermerge.evaluation.formats import (
     sealed,
     write_json,
 )
-from outliermerge.evaluation.models import Model
+from outliermerge.evaluation.models import EvaluatedModel
 from outliermerge.evaluation.scores import Score, load_record
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.task_files import task_files
@@ -69,7 +69,7 @@ class Records:
             for task in suite.document.tasks
         }
 
-    def find(self, model: Model, task: SuiteTask) -> Score | None:
+    def find(self, model: EvaluatedModel, task: SuiteTask) -> Score | None:
         """Return the score of a model on a task; None if there is none.
 
         Raises:
@@ -90,7 +90,7 @@ class Records:
             raise DamagedRecordError(str(error)) from error
 
     def keep(
-        self, model: Model, task: SuiteTask, result: Mapping[str, Any], image_backend: str
+        self, model: EvaluatedModel, task: SuiteTask, result: Mapping[str, Any], image_backend: str
     ) -> Score:
         """Write a worker's result as a record, and return it as a score."""
         path, identity = self._place(model, task)
@@ -113,11 +113,11 @@ class Records:
         write_json(path, content)
         return Score(**found, record=self._relative(path), checksum=content["checksum"])
 
-    def answers_path(self, model: Model, task: SuiteTask) -> Path:
+    def answers_path(self, model: EvaluatedModel, task: SuiteTask) -> Path:
         """Return the path for the worker's file of answers, beside the record."""
         return self._place(model, task)[0].with_suffix(".jsonl")
 
-    def _place(self, model: Model, task: SuiteTask) -> tuple[Path, dict[str, Any]]:
+    def _place(self, model: EvaluatedModel, task: SuiteTask) -> tuple[Path, dict[str, Any]]:
         identity = {**self._identities[task.title], "model": model.fingerprint}
         key = xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
         name = re.sub(r"[^\w.-]", "_", task.task)[:60]  # another name is another key

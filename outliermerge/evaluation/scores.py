@@ -16,9 +16,9 @@ from outliermerge.evaluation.formats import (
     FORMAT,
     MAX_NAME,
     FailureEntry,
-    ModelEntry,
     RecordFile,
     ScoreEntry,
+    ScoresEntry,
     check_seal,
     read_record,
     read_scores,
@@ -194,7 +194,7 @@ def unsealed(models: Sequence[ModelScores]) -> tuple[str, ...]:
     )
 
 
-def _model(entry: ModelEntry, file: Path) -> ModelScores:
+def _model(entry: ScoresEntry, file: Path) -> ModelScores:
     tasks = {
         title: Failure(result.task, result.error)
         if isinstance(result, FailureEntry)
@@ -205,7 +205,7 @@ def _model(entry: ModelEntry, file: Path) -> ModelScores:
     return ModelScores(entry.name, entry.path, entry.fingerprint, merge, tasks)
 
 
-def _score(entry: ScoreEntry, file: Path, model: ModelEntry, title: str) -> Score:
+def _score(entry: ScoreEntry, file: Path, model: ScoresEntry, title: str) -> Score:
     """Return the score of a record, whose numbers scores.json must repeat."""
     path = file.parent / entry.record
     record = read_record(path)

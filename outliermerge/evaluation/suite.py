@@ -15,7 +15,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, s
 from outliermerge.evaluation.formats import MAX_NAME
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.spec.settings import SpecPath
-from outliermerge.spec.text import Source, parse_yaml, read_text
+from outliermerge.spec.text import SpecText, parse_yaml, read_text
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
@@ -25,11 +25,11 @@ GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p"
 RESERVED = ("avg", "gain")
 
 
-class _Strict(BaseModel):
+class _SuiteEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-class SuiteTask(_Strict):
+class SuiteTask(_SuiteEntry):
     """One column of the table."""
 
     title: _Name = Field(description="the column's title")
@@ -40,7 +40,7 @@ class SuiteTask(_Strict):
     generation: dict[str, Any] = Field({}, description="generation settings, over the task's own")
 
 
-class SuiteDocument(_Strict):
+class SuiteDocument(_SuiteEntry):
     """The keys of a suite."""
 
     tasks: list[SuiteTask] = Field(min_length=1)
@@ -99,7 +99,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
         raise source.error((), "expected a mapping with `tasks`")
     _check_texts(raw, (), source)
     given = {key: value for key, value in overrides.items() if value is not None}
-    sources = dict.fromkeys(given, Source("command line"))
+    sources = dict.fromkeys(given, SpecText("command line"))
     document = _over(_validate(raw, source), given)
     _check(document, lambda key: sources.get(key, source))
     folders: dict[str, Path | None] = {}
@@ -115,7 +115,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
     return Suite(file.stem, document, folders["tasks_folder"], folders["data"])
 
 
-def _check_texts(value: object, path: SpecPath, source: Source) -> None:
+def _check_texts(value: object, path: SpecPath, source: SpecText) -> None:
     """Refuse lone surrogates, which YAML can escape but no file or terminal accepts."""
     if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
         raise source.error(path, f"found {quoted(value)}, which has half of a sign")
@@ -136,10 +136,10 @@ def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
     ]
     merged = {**given, "generation": {**document.generation, **generation}}
     plain = {**document.model_dump(), **merged, "tasks": [task.model_dump() for task in tasks]}
-    return _validate(plain, Source("command line"))
+    return _validate(plain, SpecText("command line"))
 
 
-def _validate(raw: Mapping[str, Any], source: Source) -> SuiteDocument:
+def _validate(raw: Mapping[str, Any], source: SpecText) -> SuiteDocument:
     try:
         return SuiteDocument.model_validate(raw)
     except ValidationError as error:
@@ -148,7 +148,7 @@ def _validate(raw: Mapping[str, Any], source: Source) -> SuiteDocument:
         ) from error
 
 
-def _explain(problem: Any, source: Source) -> SpecError:
+def _explain(problem: Any, source: SpecText) -> SpecError:
     path = tuple(problem["loc"])
     if problem["type"] == "extra_forbidden":
         fields = (SuiteTask if len(path) > 1 else SuiteDocument).model_fields
@@ -161,7 +161,7 @@ def _explain(problem: Any, source: Source) -> SpecError:
     return source.error(path, f"found {quoted(problem['input'])}: {problem['msg']}")
 
 
-def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
+def _check(document: SuiteDocument, source_of: Callable[[str], SpecText]) -> None:
     tasks = source_of("tasks")
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
@@ -204,7 +204,7 @@ def _check(document: SuiteDocument, source_of: Callable[[str], Source]) -> None:
 
 
 def _check_settings(
-    settings: Mapping[str, Any], known: Collection[str] | None, path: SpecPath, source: Source
+    settings: Mapping[str, Any], known: Collection[str] | None, path: SpecPath, source: SpecText
 ) -> None:
     for name, value in settings.items():
         if known is not None and name not in known:

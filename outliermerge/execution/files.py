@@ -22,7 +22,7 @@ from outliermerge.storage.failures import failure
 
 
 @dataclass
-class Written:
+class WrittenSpan:
     """The digests and checks of one span, as it was read and as it was written to one output.
 
     Attributes:
@@ -118,7 +118,7 @@ class FileFeed:
             source = work.job.sources[number if isinstance(number, int) else 0][1]
             raise failure(source.stored[0].path, "read", error, tensor=work.job.name) from error
 
-    def merge(self, span: Span, prepared: Sequence[Any]) -> list[Written]:
+    def merge(self, span: Span, prepared: Sequence[Any]) -> list[WrittenSpan]:
         """Merge a span for each task: from file to file where kernels can, else block by block."""
         work, kernels = self.work, self.engine
         if not work.fuses(span) or not isinstance(kernels, KernelEngine):
@@ -137,13 +137,13 @@ class FileFeed:
         self.on_progress((span[1] - span[0]) * work.moved_bytes)
         digests = [[pieces] for pieces in read]
         return [
-            Written(digests=digests, written=[pieces], reports=[report])
+            WrittenSpan(digests=digests, written=[pieces], reports=[report])
             for _, report, pieces in results
         ]
 
-    def _merge_blocks(self, span: Span, prepared: Sequence[Any]) -> list[Written]:
+    def _merge_blocks(self, span: Span, prepared: Sequence[Any]) -> list[WrittenSpan]:
         work = self.work
-        done = [Written(digests=[[] for _ in work.job.sources]) for _ in self.outputs]
+        done = [WrittenSpan(digests=[[] for _ in work.job.sources]) for _ in self.outputs]
         for block in work.split(span):
             raws = self.read_all(block)
             self.on_progress(sum(map(len, raws)))
@@ -176,13 +176,13 @@ class FileFeed:
                 self.write(job, sink, block, out, each)
         return done
 
-    def write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: Written) -> None:
+    def write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: WrittenSpan) -> None:
         """Write a block of an output, and record its digests."""
         done.written.append(piece_digests(out, job.output.dtype.num_bytes))
         sink.write(job.output, block[0], out)
         self.on_progress(len(out))
 
-    def refuse_non_finite(self, job: Job, items: list[Written]) -> None:
+    def refuse_non_finite(self, job: Job, items: list[WrittenSpan]) -> None:
         """Raise OutlierMergeError for infinite and NaN values, unless they are allowed."""
         places = self.non_finite(job, items)
         if places and not self._options.allow_non_finite:
@@ -192,7 +192,7 @@ class FileFeed:
                 f"{argument('allow_non_finite', True)} goes on and lists such tensors."
             )
 
-    def non_finite(self, job: Job, items: list[Written]) -> list[str]:
+    def non_finite(self, job: Job, items: list[WrittenSpan]) -> list[str]:
         """Return where values are infinite or NaN: in which sources, and in the output.
 
         The output is named if no source has such values, or if they are allowed.

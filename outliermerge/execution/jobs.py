@@ -15,7 +15,7 @@ from outliermerge.engines.cpu import KernelEngine
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.exact import are_whole, same_values
-from outliermerge.execution.files import FileFeed, Written
+from outliermerge.execution.files import FileFeed, WrittenSpan
 from outliermerge.execution.passes import Measured, Span, fold_reports, measure
 from outliermerge.execution.pipeline import merge_tensor
 from outliermerge.execution.rounds import Round, Steps
@@ -202,8 +202,8 @@ class JobRunner:
         number, meta = job.sources[0]
         converts = meta.dtype != job.output.dtype
 
-        def copy_blocks(span: Span) -> Written:
-            done = Written(digests=[[]])
+        def copy_blocks(span: Span) -> WrittenSpan:
+            done = WrittenSpan(digests=[[]])
             for block in feed.work.split(span):
                 raw = out = feed.read(meta, block, 0)
                 done.digests[0].append(piece_digests(raw, meta.dtype.num_bytes))
@@ -218,7 +218,7 @@ class JobRunner:
                 feed.write(job, sink, block, out, done)
             return done
 
-        def copy(span: Span) -> Written:
+        def copy(span: Span) -> WrittenSpan:
             kernels = feed.engine
             if not feed.work.fuses(span) or not isinstance(kernels, KernelEngine) or converts:
                 return copy_blocks(span)
@@ -232,10 +232,10 @@ class JobRunner:
             if not finite:
                 return copy_blocks(span)
             feed.on_progress(2 * meta.dtype.num_bytes * (span[1] - span[0]))
-            return Written(digests=[[digests]], written=[digests])
+            return WrittenSpan(digests=[[digests]], written=[digests])
 
         feed.work.count(job.num_elements, sources=1)
-        items: list[Written] = yield Round(copy, feed.work.spans())
+        items: list[WrittenSpan] = yield Round(copy, feed.work.spans())
         return JobResult(
             action="copy",
             checksum=tensor_checksum(piece for item in items for piece in item.written),

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from outliermerge.checkpoint.checksum import checksum_in_file, file_checksum, header_checksum
+from outliermerge.checkpoint.checksum import (
+    PIECE_ELEMENTS,
+    checksum_in_file,
+    file_checksum,
+    header_checksum,
+)
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.checkpoint.formats.safetensors_file import read_header
@@ -111,7 +116,8 @@ def _manifest(
         "device": options.device.partition(":")[0],
         "kernels": bool(options.kernels) and options.device == "cpu",
         "spec": plan.spec.as_dict(),
-        "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of 65536 elements; "
+        "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of "
+        f"{PIECE_ELEMENTS} elements; "
         "files: sha256; shards: xxh3_128 of the header; "
         "inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
         "inputs": [

@@ -22,8 +22,8 @@ from outliermerge.planning.vocabulary_rows import (
     ABSENT,
     NUM_SHOWN,
     Layout,
-    Model,
-    Written,
+    OutputTokenizer,
+    VocabularyModel,
     check_ids,
     count,
     lay_out_base,
@@ -36,7 +36,7 @@ from outliermerge.storage.stamps import is_there
 
 Policy = Literal["error", "base", "common", "union"]
 
-_LAYOUTS: dict[str, Callable[[Sequence[Model], Written], Layout]] = {
+_LAYOUTS: dict[str, Callable[[Sequence[VocabularyModel], OutputTokenizer], Layout]] = {
     "base": lay_out_base,
     "common": lay_out_common,
     "union": lay_out_union,
@@ -111,7 +111,7 @@ def align_vocabulary(
     members = [_open(number, *models[number], rows) for number, rows in found.num_rows.items()]
     roots = [checkpoint.root for checkpoint in checkpoints]
     root = roots[tokenizer]
-    written = Written(models[tokenizer][0], root, read_tokens(root) or {})
+    written = OutputTokenizer(models[tokenizer][0], root, read_tokens(root) or {})
     if policy == "error":
         clashes = _clashes(members)
         if not same_rows or clashes:
@@ -163,8 +163,8 @@ def align_vocabulary(
 
 
 def _lay_out(
-    policy: str, members: Sequence[Model], written: Written, roots: Sequence[Path]
-) -> tuple[Layout, Written]:
+    policy: str, members: Sequence[VocabularyModel], written: OutputTokenizer, roots: Sequence[Path]
+) -> tuple[Layout, OutputTokenizer]:
     """Return the output's rows, and its tokenizer with the tokens that are added for them."""
     if policy == "union" and (missing := missing_tokens(members, written)):
         if not is_there(written.root / "tokenizer.json"):
@@ -190,10 +190,10 @@ def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> bool:
     return all(same_token_files(roots[0], root) for root in roots[1:])
 
 
-def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> Model:
+def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> VocabularyModel:
     tokens = read_tokens(checkpoint.root)
     ordered = sorted((tokens or {}).items())
-    return Model(
+    return VocabularyModel(
         number=number,
         name=name,
         num_rows=num_rows,
@@ -203,7 +203,7 @@ def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> Mode
     )
 
 
-def _clashes(members: Sequence[Model]) -> dict[int, str]:
+def _clashes(members: Sequence[VocabularyModel]) -> dict[int, str]:
     """Return for each model's number, in words, how its ids differ from those of earlier models."""
     seen: dict[int, tuple[str, str]] = {}
     places: dict[str, dict[int, str]] = {}
@@ -228,7 +228,11 @@ def _clashes(members: Sequence[Model]) -> dict[int, str]:
 
 
 def _check_named(
-    members: Sequence[Model], layout: Layout, written: Written, model: Model, home: Path
+    members: Sequence[VocabularyModel],
+    layout: Layout,
+    written: OutputTokenizer,
+    model: VocabularyModel,
+    home: Path,
 ) -> None:
     """Refuse to drop rows that the output's config names by an id."""
     wrong = []
@@ -278,7 +282,7 @@ def _aligned(
     return rearrange(number, held, cells, axis)
 
 
-def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
+def _notes(members: Sequence[VocabularyModel], layout: Layout) -> list[str]:
     reference = members[0]
     notes = []
     for model in members:
@@ -306,7 +310,7 @@ def _notes(members: Sequence[Model], layout: Layout) -> list[str]:
     return notes
 
 
-def _unnamed_tokens(members: Sequence[Model], written: Written) -> list[str]:
+def _unnamed_tokens(members: Sequence[VocabularyModel], written: OutputTokenizer) -> list[str]:
     """Return notes on tokens whose rows are merged but that the output's tokenizer lacks."""
     return [
         f"the tokenizer of {written.name} does not name {model.describe(unnamed)} of "
@@ -318,9 +322,9 @@ def _unnamed_tokens(members: Sequence[Model], written: Written) -> list[str]:
 
 
 def _difference(
-    members: Sequence[Model], clashes: Mapping[int, str], lay_out: Callable[[str], Layout]
+    members: Sequence[VocabularyModel], clashes: Mapping[int, str], lay_out: Callable[[str], Layout]
 ) -> str:
-    reference, base = members[0], lay_out_base(members, Written("", Path(), {}))
+    reference, base = members[0], lay_out_base(members, OutputTokenizer("", Path(), {}))
     lines = [f"  {shown(reference.name)}: {count(reference.num_rows, 'row')}"]
     for model in members[1:]:
         rows = base.rows[model.number]

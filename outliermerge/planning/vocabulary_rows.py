@@ -21,7 +21,7 @@ NUM_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Model:
+class VocabularyModel:
     """A model that has vocabulary tensors.
 
     Attributes:
@@ -60,7 +60,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Written:
+class OutputTokenizer:
     """The tokenizer that the output has.
 
     Attributes:
@@ -85,7 +85,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def missing_tokens(members: Sequence[Model], written: Written) -> dict[str, int]:
+def missing_tokens(members: Sequence[VocabularyModel], written: OutputTokenizer) -> dict[str, int]:
     """Return the tokens that the output's tokenizer lacks, each with the first model that has it.
 
     If the output's tokenizer has no tokens, those of the first model's rows are not missing.
@@ -99,7 +99,7 @@ def missing_tokens(members: Sequence[Model], written: Written) -> dict[str, int]
     return found
 
 
-def _names(members: Sequence[Model]) -> Mapping[int, str]:
+def _names(members: Sequence[VocabularyModel]) -> Mapping[int, str]:
     """Return the tokens of the reference's rows.
 
     If it has no tokenizer, its rows match other models' rows by index; then the tokens come from
@@ -110,7 +110,7 @@ def _names(members: Sequence[Model]) -> Mapping[int, str]:
     return {id_: token for id_, token in teller.tokens.items() if id_ < reference.num_rows}
 
 
-def _new_names(members: Sequence[Model], written: Written) -> Mapping[int, str]:
+def _new_names(members: Sequence[VocabularyModel], written: OutputTokenizer) -> Mapping[int, str]:
     """Return the tokens that have a row in some model and none in the reference."""
     known = _names(members)
     return {
@@ -121,7 +121,7 @@ def _new_names(members: Sequence[Model], written: Written) -> Mapping[int, str]:
 
 
 def _matched(
-    model: Model, num_rows: int, known: Mapping[int, str], new: Mapping[int, str]
+    model: VocabularyModel, num_rows: int, known: Mapping[int, str], new: Mapping[int, str]
 ) -> list[int]:
     """Return for each row of the output the matching row of a model."""
     rows, names = [], {**new, **known}
@@ -137,7 +137,7 @@ def _matched(
     return rows
 
 
-def _lay_out(members: Sequence[Model], written: Written, num_rows: int) -> Layout:
+def _lay_out(members: Sequence[VocabularyModel], written: OutputTokenizer, num_rows: int) -> Layout:
     known, new = _names(members), _new_names(members, written)
     rows = {model.number: _matched(model, num_rows, known, new) for model in members}
     reference, notes = members[0], []
@@ -158,12 +158,12 @@ def _lay_out(members: Sequence[Model], written: Written, num_rows: int) -> Layou
     return Layout(num_rows, rows, tuple(notes))
 
 
-def lay_out_base(members: Sequence[Model], written: Written) -> Layout:
+def lay_out_base(members: Sequence[VocabularyModel], written: OutputTokenizer) -> Layout:
     """Return the first model's rows."""
     return _lay_out(members, written, members[0].num_rows)
 
 
-def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
+def lay_out_common(members: Sequence[VocabularyModel], written: OutputTokenizer) -> Layout:
     """Return the first model's rows up to the last that all models have.
 
     Raises:
@@ -196,7 +196,7 @@ def lay_out_common(members: Sequence[Model], written: Written) -> Layout:
     )
 
 
-def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
+def lay_out_union(members: Sequence[VocabularyModel], written: OutputTokenizer) -> Layout:
     """Return the first model's rows, then rows of tokens and of padding that only others have.
 
     Raises:
@@ -227,7 +227,9 @@ def lay_out_union(members: Sequence[Model], written: Written) -> Layout:
     return Layout(num_rows, layout.rows, (*layout.notes, note))
 
 
-def check_ids(members: Sequence[Model], written: Written, layout: Layout) -> list[str]:
+def check_ids(
+    members: Sequence[VocabularyModel], written: OutputTokenizer, layout: Layout
+) -> list[str]:
     """Prove that each id of the output's tokenizer is the number of its token's row.
 
     Returns:

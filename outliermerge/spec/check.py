@@ -24,7 +24,7 @@ from outliermerge.spec.document import (
 )
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
-from outliermerge.spec.text import Source, parse_yaml, read_text
+from outliermerge.spec.text import SpecText, parse_yaml, read_text
 
 _MAX_PROBLEMS = 10
 _NOT_YET = {
@@ -83,7 +83,7 @@ class MergeSpec:
     extra: Setting
     unequal: Setting
     other_files: Setting
-    source: Source
+    source: SpecText
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -106,7 +106,7 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
             out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
-        return _check(dict(spec), Source("spec"))
+        return _check(dict(spec), SpecText("spec"))
     path = Path(spec)
     return parse_spec(read_text(path, absent="no such spec file"), file=str(path))
 
@@ -123,7 +123,7 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     return _check(raw, source)
 
 
-def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
+def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
     for key in raw:
         if key in _NOT_YET:
             raise source.error(
@@ -169,7 +169,7 @@ def _check(raw: dict[str, Any], source: Source) -> MergeSpec:
         raise source.error(error.path, str(error), at_key=error.at_key) from error
 
 
-def _check_sources(document: SpecDocument, source: Source) -> None:
+def _check_sources(document: SpecDocument, source: SpecText) -> None:
     entries = [document.base_model] if document.base_model else []
     known = ["base", *(entry.model for entry in (*entries, *document.models))]
     for key in ("config_source", "tokenizer_source", "processor_source"):
@@ -182,7 +182,7 @@ def _check_sources(document: SpecDocument, source: Source) -> None:
             raise source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
 
 
-def _base(document: SpecDocument, source: Source) -> ModelSpec | None:
+def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:
     entry = document.base_model
     if entry is None:
         return None
@@ -194,7 +194,7 @@ def _base(document: SpecDocument, source: Source) -> ModelSpec | None:
     return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
 
 
-def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tuple[ModelSpec, ...]:
+def _models(document: SpecDocument, method: MergeMethod, source: SpecText) -> tuple[ModelSpec, ...]:
     models: list[ModelSpec] = []
     first_place: dict[str, int] = {}
     base = _identity(document.base_model.model) if document.base_model else None
@@ -239,7 +239,7 @@ def _models(document: SpecDocument, method: MergeMethod, source: Source) -> tupl
 
 
 def _modifiers(
-    document: SpecDocument, method: MergeMethod, source: Source
+    document: SpecDocument, method: MergeMethod, source: SpecText
 ) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     found = []
     for index, entry in enumerate(document.modifiers):
@@ -257,7 +257,7 @@ def _modifiers(
 
 
 def _auxiliary(
-    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source
+    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
 ) -> Mapping[str, str]:
     for name in entry.auxiliary:
         if name not in method.auxiliary:
@@ -274,7 +274,9 @@ def _auxiliary(
     return entry.auxiliary
 
 
-def _refuse_on_base(entry: ModelEntry, method: MergeMethod, path: SpecPath, source: Source) -> None:
+def _refuse_on_base(
+    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
+) -> None:
     if entry.parameters and method.uses_base:
         raise source.error(
             (*path, "parameters"),
@@ -327,7 +329,7 @@ def _describe(value: object) -> str:
     return kinds.get(type(value), quoted(value))
 
 
-def _explain(problem: Any, raw: dict[str, Any], source: Source) -> SpecError:
+def _explain(problem: Any, raw: dict[str, Any], source: SpecText) -> SpecError:
     path: SpecPath = tuple(problem["loc"])
     if path[0] == "base_model" and not isinstance(raw.get("base_model"), dict):
         path = path[:1]

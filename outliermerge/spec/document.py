@@ -53,11 +53,11 @@ _RenameField = Annotated[
 ]  # fmt: skip
 
 
-class _Strict(BaseModel):
+class _SpecEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class BaseEntry(_Strict):
+class BaseEntry(_SpecEntry):
     """The base model, as a mapping: needed if it has more keys than its name."""
 
     model: str = Field(
@@ -89,7 +89,7 @@ class ModelEntry(BaseEntry):
     )
 
 
-class ModifierEntry(_Strict):
+class ModifierEntry(_SpecEntry):
     """A modifier: it changes the merged task vector before the base is added."""
 
     modifier: str = Field(min_length=1, description="Named as package.module:function.")
@@ -116,7 +116,7 @@ _Base = Annotated[
 ]
 
 
-class SpecDocument(_Strict):
+class SpecDocument(_SpecEntry):
     """A merge: the method, the base model, the models, and how the output is stored."""
 
     merge_method: str = Field(

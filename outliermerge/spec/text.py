@@ -21,7 +21,7 @@ _MAX_NUMBER = 1000  # characters of a number or date; Python parses them in quad
 
 
 @dataclass(frozen=True)
-class Source:
+class SpecText:
     """The file and text of a spec, for messages that point at its lines."""
 
     file: str
@@ -58,7 +58,7 @@ def read_text(path: Path, *, absent: str) -> str:
         raise SpecError(f"{path}: cannot be read: {error}") from error
 
 
-def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
+def parse_yaml(text: str, *, file: str) -> tuple[Any, SpecText]:
     """Return a YAML document's value and the positions of its parts.
 
     Raises:
@@ -83,7 +83,7 @@ def parse_yaml(text: str, *, file: str) -> tuple[Any, Source]:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not valid YAML: {error}") from error
-    source = Source(file, keys, values)
+    source = SpecText(file, keys, values)
     return raw, source
 
 

@@ -22,7 +22,7 @@ from outliermerge.analysis.spectra_fingerprint import (
     fingerprint_distance,
     make_fingerprint,
 )
-from outliermerge.analysis.spectra_fit import Comparison, fit_power_law
+from outliermerge.analysis.spectra_fit import FitComparison, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances
 from outliermerge.errors import ArgumentError, OutlierMergeError
 
@@ -287,7 +287,7 @@ def test_a_uniform_is_called_an_exponential_rather_than_a_power_law():
     ],
 )
 def test_the_verdict_follows_from_the_comparisons(exponential, lognormal, verdict):
-    compared = {"exponential": Comparison(*exponential), "lognormal": Comparison(*lognormal)}
+    compared = {"exponential": FitComparison(*exponential), "lognormal": FitComparison(*lognormal)}
     assert replace(fit_power_law(pareto(2.5, 50)), **compared).verdict == verdict
 
 

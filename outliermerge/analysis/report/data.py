@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.analysis.places import Place, find_places
+from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.table import BINS, HALF_WIDTH, Group, Histogram, WeightStats
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def find_spots(names: Sequence[str]) -> dict[str, Spot]:
     return spots
 
 
-def _part(place: Place) -> str:
+def _part(place: ModulePlace) -> str:
     """Return the first parts of a module's name, as many as its layer's name has."""
     assert place.layer is not None
     return ".".join(place.module.split(".")[: place.layer.count(".") + 1])

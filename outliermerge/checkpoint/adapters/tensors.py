@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outliermerge.checkpoint.computed import ComputedTensor, read_rows
+from outliermerge.checkpoint.computed import GROUP_ELEMENTS, ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class ColumnNorms(ComputedTensor):
         import torch
 
         squares = torch.zeros(last - first, dtype=torch.float64)
-        step = max(1, 65_536 // self.matrix.num_columns)
+        step = max(1, GROUP_ELEMENTS // self.matrix.num_columns)
         for row in range(0, self.matrix.num_rows, step):
             end = min(row + step, self.matrix.num_rows)
             part = self.matrix.rows(reader, row, end)[:, first:last]

@@ -21,7 +21,7 @@ ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_
 
 
 @dataclass(frozen=True)
-class Model:
+class QuantizedModel:
     """A component's stored tensors, and the quantisation settings in its config.json."""
 
     home: Path

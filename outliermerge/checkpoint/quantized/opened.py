@@ -20,7 +20,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.quantized.codes import are_plain, refuse_codes
-from outliermerge.checkpoint.quantized.model import ACTIVATIONS, CODES, Changes, Model
+from outliermerge.checkpoint.quantized.model import ACTIVATIONS, CODES, Changes, QuantizedModel
 from outliermerge.checkpoint.quantized.scales import (
     TAKE_ORIGINAL,
     fbgemm,
@@ -102,7 +102,9 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         settings = _settings(home, config)
         out_dtype, is_stale = _named_dtype(config), False
         with Reader() as reader:
-            model = Model(home, settings or {}, tensors, out_dtype or DTYPES["bfloat16"], reader)
+            model = QuantizedModel(
+                home, settings or {}, tensors, out_dtype or DTYPES["bfloat16"], reader
+            )
             if settings is None:
                 found, kind = undeclared(model)
                 _refuse_undeclared(home, {n: m for n, m in tensors.items() if n not in found})
@@ -188,7 +190,7 @@ def _described(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('quant_method')}" + (f" ({bits} bits)" if bits else "")
 
 
-def _read(model: Model, model_type: object) -> Changes:
+def _read(model: QuantizedModel, model_type: object) -> Changes:
     method = str(model.settings.get("quant_method"))
     if method not in _READERS:
         model.refuse(
@@ -229,7 +231,7 @@ def _are_sizes(values: Sequence[object]) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
 
 
-def _fp8(model: Model) -> Changes:
+def _fp8(model: QuantizedModel) -> Changes:
     size = model.settings.get("weight_block_size", [128, 128])
     if size is not None and not (isinstance(size, list) and len(size) == 2 and _are_sizes(size)):
         model.refuse(f"weight_block_size is {size!r}, expected two whole numbers or null")
@@ -237,7 +239,7 @@ def _fp8(model: Model) -> Changes:
     return _scaled(model, {"_scale_inv": [block], "_scale": [(None, None), (1, None)]})
 
 
-def _compressed_tensors(model: Model) -> Changes:
+def _compressed_tensors(model: QuantizedModel) -> Changes:
     settings, blocks = model.settings, list[_Block]()
     try:
         schemes = [s for s in settings["config_groups"].values() if s.get("weights")]
@@ -263,7 +265,7 @@ def _compressed_tensors(model: Model) -> Changes:
     return _scaled(model, {"_scale": blocks})
 
 
-def _scaled(model: Model, blocks: Mapping[str, list[_Block]]) -> Changes:
+def _scaled(model: QuantizedModel, blocks: Mapping[str, list[_Block]]) -> Changes:
     """Read weights with scales; `blocks` gives what a scale may cover, by the end of its name."""
     changes: Changes = {}
     for name, weight in model.tensors.items():
@@ -274,7 +276,7 @@ def _scaled(model: Model, blocks: Mapping[str, list[_Block]]) -> Changes:
 
 
 def _scaled_weight(
-    model: Model, name: str, scale_name: str, blocks: list[_Block], factor: float = 1.0
+    model: QuantizedModel, name: str, scale_name: str, blocks: list[_Block], factor: float = 1.0
 ) -> Changes:
     weight, scale = model.tensors[name], model.tensors[scale_name]
     zero_point = model.tensors.get(f"{name}_zero_point")
@@ -318,7 +320,7 @@ def _scaled_weight(
     return {name: tensor, **{other: None for other in gone if other in model.tensors}}
 
 
-def _bnb(model: Model) -> Changes:
+def _bnb(model: QuantizedModel) -> Changes:
     changes: Changes = {}
     for name, weight in model.tensors.items():
         stem = name.removesuffix("weight")
@@ -335,7 +337,7 @@ def _bnb(model: Model) -> Changes:
     return changes
 
 
-def _four_bit(model: Model, name: str, state_name: str) -> Changes:
+def _four_bit(model: QuantizedModel, name: str, state_name: str) -> Changes:
     meta = model.tensors[state_name]
     try:
         if meta.num_elements > _MAX_STATE:
@@ -378,7 +380,7 @@ def _four_bit(model: Model, name: str, state_name: str) -> Changes:
     return {state_name: None, **{f"{name}{part}": None for part in expected}, name: tensor}
 
 
-_READERS: Mapping[str, tuple[Callable[[Model], Changes], str]] = {
+_READERS: Mapping[str, tuple[Callable[[QuantizedModel], Changes], str]] = {
     "bitsandbytes": (_bnb, "SCB or quant_state"),
     "compressed-tensors": (_compressed_tensors, "weight_scale"),
     "fbgemm_fp8": (fbgemm, "weight_scale"),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outliermerge.checkpoint.formats.safetensors_file import read_metadata
-from outliermerge.checkpoint.quantized.model import ACTIVATIONS, CODES, Changes, Model
+from outliermerge.checkpoint.quantized.model import ACTIVATIONS, CODES, Changes, QuantizedModel
 from outliermerge.checkpoint.quantized.tensors import RowScaledTensor
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 
@@ -28,7 +28,7 @@ _SCALE_NAMES = ("weight_scale", "scale_weight")
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
-def quanto(model: Model) -> Changes:
+def quanto(model: QuantizedModel) -> Changes:
     """Read optimum-quanto's 8-bit weights; the returned names do not end in `._data`."""
     changes: Changes = {}
     for name, weight in model.tensors.items():
@@ -52,12 +52,12 @@ def quanto(model: Model) -> Changes:
     return changes
 
 
-def fbgemm(model: Model) -> Changes:
+def fbgemm(model: QuantizedModel) -> Changes:
     """Read fbgemm_fp8: a scale per row."""
     return _named_scales(model, ("weight_scale",), CODES)
 
 
-def modelopt(model: Model) -> Changes:
+def modelopt(model: QuantizedModel) -> Changes:
     """Read modelopt's FP8: a scale per tensor or per row."""
     method = str(model.settings.get("quant_algo"))
     if method not in _MODELOPT:
@@ -67,7 +67,7 @@ def modelopt(model: Model) -> Changes:
     return _named_scales(model, ("weight_scale",), CODES)
 
 
-def undeclared(model: Model) -> tuple[Changes, str]:
+def undeclared(model: QuantizedModel) -> tuple[Changes, str]:
     """Read layouts that no config.json declares; also return the name of the layout."""
     if not any(
         meta.dtype.name in (*CODES, "uint8") or name.endswith(_SCALE_NAMES)
@@ -91,7 +91,7 @@ def undeclared(model: Model) -> tuple[Changes, str]:
     return changes, kind
 
 
-def _comfy_formats(model: Model) -> dict[str, tuple[str, Any]]:
+def _comfy_formats(model: QuantizedModel) -> dict[str, tuple[str, Any]]:
     """Return the declared format of each module of a file, and where it is declared."""
     formats: dict[str, tuple[str, Any]] = {}
     for name, meta in model.tensors.items():
@@ -124,7 +124,7 @@ def _parsed(text: str | bytes) -> Any:
         return None
 
 
-def _comfy_weight(model: Model, module: str, named_by: str, settings: Any) -> Changes:
+def _comfy_weight(model: QuantizedModel, module: str, named_by: str, settings: Any) -> Changes:
     name = f"{module}.weight"
     scale = next((n for end in _SCALE_NAMES if (n := f"{module}.{end}") in model.tensors), None)
     if not isinstance(settings, Mapping):
@@ -153,7 +153,11 @@ def _comfy_weight(model: Model, module: str, named_by: str, settings: Any) -> Ch
 
 
 def _named_scales(
-    model: Model, ends: tuple[str, ...], dtypes: tuple[str, ...], *, done: Changes | None = None
+    model: QuantizedModel,
+    ends: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    *,
+    done: Changes | None = None,
 ) -> Changes:
     changes: Changes = {}
     for name, weight in model.tensors.items():
@@ -164,7 +168,7 @@ def _named_scales(
     return changes
 
 
-def scaled_rows(model: Model, name: str, scale_name: str) -> Changes:
+def scaled_rows(model: QuantizedModel, name: str, scale_name: str) -> Changes:
     """Replace a weight's codes by their product with scales of the tensor, its rows or groups.
 
     For groups, scales have the shape (R, G, 1) for a weight (R, C), as musubi-tuner stores them.

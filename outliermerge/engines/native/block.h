@@ -11,7 +11,7 @@
 #include "rows.h"
 #include "xxh3.h"
 
-/* A piece has one digest and fits in a core's L2 cache. A row holds one step of a piece in float32
+/* A piece has one digest (its size is PIECE_ELEMENTS of checksum.py) and fits in a core's L2 cache. A row holds one step of a piece in float32
  * and fits in the L1 cache. Rows are more than a page apart, so that they do not evict one another
  * from the cache. */
 enum { PIECE = 65536, STEP = 1024, ROW = STEP + 64, EXTRA_ROWS = 3, MAX_SOURCES = 4096 };

@@ -20,12 +20,15 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
+from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
 from outliermerge.methods.kernel_call import RawBlock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_ELEMENTS = 65_536
+CHUNK_ELEMENTS = PIECE_ELEMENTS
+"""A chunk of sums is a piece of checksums, so that kernels compute both in one reading. Another
+number would change sums, and checksums of earlier outputs."""
 
 Scope: TypeAlias = Literal["tensor", "model"]
 """What a statistic describes: one tensor, or all merged tensors of a model together."""
