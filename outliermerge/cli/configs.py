@@ -43,13 +43,10 @@ def run(options: argparse.Namespace) -> int:
         )
         return EXIT_DONE
     console = open_console()
-    specs = plain_table("spec", "what it does", "models")
+    specs = plain_table("spec", "what it does")
     suites = plain_table("suite", "what it asks")
     for kind, name, path in found:
-        if kind == "spec":
-            specs.add_row(text(name), text(summary(path)), text(", ".join(_models(path))))
-        else:
-            suites.add_row(text(name), text(summary(path)))
+        (specs if kind == "spec" else suites).add_row(text(name), text(summary(path)))
     for table in (specs, suites):
         console.print(table)
         console.print()

@@ -53,7 +53,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_commands(self, commands: Mapping[str, Command]) -> None:
         """Add the parsers of commands."""
-        subparsers = self.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+        subparsers = self.add_subparsers(
+            dest="command", metavar="COMMAND", prog=self.prog, parser_class=Parser
+        )
         for name, command in commands.items():
             parser = subparsers.add_parser(
                 name,
