@@ -62,7 +62,7 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         here = f"the present folder cannot be used: {error.strerror}. Change to another (cd)."
         return _fail(here, EXIT_FAILED)
-    return _exit_code(commands[word], options, parser.of(word))
+    return _exit_code(commands[word], options)
 
 
 def _command_first(arguments: list[str]) -> list[str]:
@@ -108,16 +108,11 @@ def _needed(arguments: list[str]) -> Iterable[str]:
     return () if arguments == ["--version"] else COMMANDS
 
 
-def _exit_code(
-    command: Command, options: argparse.Namespace, parser: argparse.ArgumentParser
-) -> int:
+def _exit_code(command: Command, options: argparse.Namespace) -> int:
     """Run a command; print one message if an error stops it."""
     try:
         return command.run(options)
-    except ArgumentError as error:
-        say(usage_of(parser), file=sys.stderr)
-        return _fail(error, EXIT_USAGE)
-    except SpecError as error:
+    except (ArgumentError, SpecError) as error:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:
         return _fail(error, EXIT_FAILED)

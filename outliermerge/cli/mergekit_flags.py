@@ -40,9 +40,12 @@ WITHOUT_EFFECT = {
 """mergekit-yaml's flags that have no effect here, each with the reason."""
 
 # These ask for what is done anyway.
-_AS_HERE = ("--copy-tokenizer", "--write-model-card", "--safe-serialization", "--no-quiet",
-            "--no-cuda", *(f"--no-{flag[2:]}" for flag in WITHOUT_EFFECT
-                           if flag not in _WITH_VALUE and not flag.startswith("--no-")))  # fmt: skip
+_AS_HERE = (
+    *("--copy-tokenizer", "--write-model-card", "--safe-serialization", "--no-quiet", "--no-cuda"),
+    *("--no-allow-crimes", "--no-unsafe-truncate-embeddings", "--no-trust-remote-code"),
+    *("--no-low-cpu-memory", "--no-read-to-gpu", "--no-lazy-unpickle", "--no-multi-gpu"),
+    *("--no-async-write", "--no-clone-tensors"),
+)
 
 
 class _WithoutEffect(argparse.Action):

@@ -589,9 +589,10 @@ def test_a_number_of_threads_below_one_is_refused(threads, folder, capsys):
     code, message = _plan(folder, HEAD, capsys, f"--threads={threads}")
 
     assert code == 2
-    assert message.splitlines()[-1] == (
-        f"outliermerge plan: error: argument --threads: '{threads}' is not a number of at least 1"
-    )
+    assert message.splitlines() == [
+        "usage: outliermerge plan [option …] SPEC [DIR]",
+        f"error: argument --threads: '{threads}' is not a number of at least 1",
+    ]
 
 
 def test_a_run_without_an_output_is_refused_before_any_work(folder, capsys, monkeypatch):
