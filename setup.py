@@ -4,6 +4,7 @@ Where there is no C compiler the package installs without them and computes with
 """
 
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["_kernels_v4"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 FOLDER = Path("outliermerge/engines/native")
 
-# Files of the clone that the package ships, for `outliermerge configs`. What needs the small
-# family's own models and data stays out.
+# Files of the clone that the package ships, for `outliermerge configs`. What needs models or data
+# that only the clone can make stays out.
 SHIPPED = {"merge_configs": "specs", "evals": "suites"}
 PATTERNS = ("merge_configs/*.yaml", "evals/*.yaml", "evals/tasks/*/*", "evals/data/README.md")
 
@@ -33,7 +34,7 @@ class BuildPy(build_py):
             return
         for source in sorted(path for pattern in PATTERNS for path in Path().glob(pattern)):
             folder, *below = source.parts
-            if source.suffix in (".yaml", ".py", ".md") and not below[-1].startswith("tiny"):
+            if source.suffix in (".yaml", ".py", ".md") and not re.search("tiny|minilm", str(source)):
                 target = Path(self.build_lib, "outliermerge", "shipped", SHIPPED[folder], *below)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
