@@ -34,7 +34,7 @@ class BuildPy(build_py):
             return
         for source in sorted(path for pattern in PATTERNS for path in Path().glob(pattern)):
             folder, *below = source.parts
-            if source.suffix in (".yaml", ".py", ".md") and not re.search("tiny|minilm", str(source)):
+            if source.is_file() and not re.search("tiny|minilm", str(source)):
                 target = Path(self.build_lib, "outliermerge", "shipped", SHIPPED[folder], *below)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)

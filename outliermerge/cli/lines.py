@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections import deque
 from types import TracebackType
 
+INTERVAL_VARIABLE = "OUTLIERMERGE_PROGRESS_SECONDS"
 _INTERVAL_SECONDS = 5.0
 _NUM_SAMPLES = 6  # the speed is that of the last half minute
 
@@ -20,17 +22,20 @@ class ProgressLines:
 
     Args:
         counted: what the total is, in words.
+        interval_seconds: time from line to line; 0 for none.
     """
 
-    def __init__(self, *, counted: str = "", interval_seconds: float = _INTERVAL_SECONDS) -> None:
-        self._counted, self._interval_seconds = counted, interval_seconds
+    def __init__(self, *, counted: str = "", interval_seconds: float | None = None) -> None:
+        self._counted = counted
+        self._interval_seconds = _interval() if interval_seconds is None else interval_seconds
         self._description, self._total, self._done = "", 0.0, 0.0
         self._samples: deque[tuple[float, float]] = deque(maxlen=_NUM_SAMPLES)
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._print_lines, daemon=True)
 
     def __enter__(self) -> ProgressLines:
-        self._thread.start()
+        if self._interval_seconds:
+            self._thread.start()
         return self
 
     def __exit__(
@@ -40,7 +45,8 @@ class ProgressLines:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._interval_seconds:
+            self._thread.join()
 
     def add_task(self, description: str, total: float | None) -> int:
         """Begin; there is one task."""
@@ -89,3 +95,11 @@ class ProgressLines:
     def _print_lines(self) -> None:
         while not self._ended.wait(self._interval_seconds):
             print(self.line(time.monotonic()), file=sys.stderr, flush=True)
+
+
+def _interval() -> float:
+    """Return the interval that the environment sets, or the usual one."""
+    try:
+        return max(0.0, float(os.environ.get(INTERVAL_VARIABLE, _INTERVAL_SECONDS)))
+    except ValueError:
+        return _INTERVAL_SECONDS

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    arguments = _command_first(arguments)
+    arguments = command_first(arguments)
     word = arguments[0] if arguments else "--help"
     if word not in COMMANDS and not word.startswith("-"):
         return _no_command(word)
@@ -65,7 +65,7 @@ def _main(arguments: list[str]) -> int:
     return _exit_code(commands[word], options)
 
 
-def _command_first(arguments: list[str]) -> list[str]:
+def command_first(arguments: list[str]) -> list[str]:
     """Return a command line with its command first: `run` where it is `FILE DIR`.
 
     So mergekit-yaml is called; and -q and -v may stand before the command.

@@ -20,7 +20,8 @@ LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
 WAITING = "checking that transformers loads it"
 BAR_EXPLAINED = """\
 The progress counts the bytes of all passes: a tensor is read once to merge it, and once more for
-each pass that its method first measures it in; and it is written once.
+each pass that its method first measures it in; and it is written once. Without a terminal it is a
+line every 5 seconds; OUTLIERMERGE_PROGRESS_SECONDS sets another interval, and 0 none.
 """
 _MAX_NOTES = 50
 

@@ -140,7 +140,6 @@ class _Planner:
             gradients=self.parameters.gradients(jobs, {new: old for old, new in written.items()}),
             dropped=tuple(self.dropped),
             notes=(
-                *self.spec.notes,
                 *self.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
