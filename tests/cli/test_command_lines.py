@@ -66,7 +66,7 @@ class TestFileAndFolder:
     def test_the_spec_may_come_from_the_standard_input(
         self, place: Path, words: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        words = words.replace("--set t", "--set density=0.5,1")
+        words = words.replace("--set t", "--set lambda=0.5,1")
         text = (place / "merge.yml").read_bytes()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert cli.main(words.split()) == 0
@@ -121,6 +121,7 @@ class TestFileAndFolder:
 
 
 class TestFlagsOfMergekit:
+    @pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
     def test_all_of_them_are_taken(self, place: Path) -> None:
         from mergekit.options import MergeOptions
 
@@ -172,7 +173,9 @@ class TestFlagsOfMergekit:
         assert cli.main(["merge.yml", "out", *flags, "--allow-crimes", "--copy-tokenizer"]) == 0
         notes = capsys.readouterr().err.splitlines()
         [note] = [line for line in notes if "mergekit-yaml" in line]
-        assert all(note.count(f"{flag} (") + note.count(f"{flag}, ") == 1 for flag in WITHOUT_EFFECT)
+        assert all(
+            note.count(f"{flag} (") + note.count(f"{flag}, ") == 1 for flag in WITHOUT_EFFECT
+        )
         assert all(reason in note for reason in WITHOUT_EFFECT.values())
         assert "--copy-tokenizer" not in note.replace("--no-copy-tokenizer", "")
 
@@ -241,7 +244,7 @@ class TestWhatIsSaid:
         assert cli.main(["run", "merge.yml", "out", "-v"]) == 0
         assert capsys.readouterr().err.startswith("ties: task onto base; 2 tensors, reads ")
 
-    @pytest.mark.parametrize("words", ["run merge.yml out", "sweep merge.yml out --set density=1"])
+    @pytest.mark.parametrize("words", ["run merge.yml out", "sweep merge.yml out --set lambda=1"])
     def test_notes_come_once_and_after_the_result(self, place: Path, words: str) -> None:
         (place / "base" / "optimizer.pt").write_bytes(b"")
         done = subprocess.run(
@@ -257,7 +260,7 @@ class TestWhatIsSaid:
         assert note.startswith("note: files of the base model that are not carried over")
         assert file == "  optimizer.pt"
 
-    @pytest.mark.parametrize("words", ["run merge.yml out", "sweep merge.yml out --set density=1"])
+    @pytest.mark.parametrize("words", ["run merge.yml out", "sweep merge.yml out --set lambda=1"])
     def test_an_error_comes_without_notes(
         self, place: Path, words: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
