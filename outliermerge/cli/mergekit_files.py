@@ -256,12 +256,12 @@ def _kept(
     kept, theirs = {}, _DEFAULTS.get(method.name, {})
     for name, value in raw.items():
         parameter = method.parameters.get(name)
-        if parameter is not None and (parameter.per_model or not of_model):
+        if name in INERT_PARAMETERS:
+            found.left_out.append(f"{where}.{name}: no effect, {INERT_PARAMETERS[name]}")
+        elif parameter is not None and (parameter.per_model or not of_model):
             kept[name] = bool(value) if parameter.type is bool and value in (0, 1) else value
         elif parameter is not None:
             found.left_out.append(f"{where}.{name}: it is of the whole merge, not of one model")
-        elif name in INERT_PARAMETERS:
-            found.left_out.append(f"{where}.{name}: no effect, {INERT_PARAMETERS[name]}")
         elif name not in theirs:
             found.left_out.append(
                 f"{where}.{name}: mergekit passes over it{_near(name, method.parameters)}"

@@ -52,8 +52,9 @@ def test_what_is_already_in_our_form_stays_as_it_is():
         (TIES | {"models": [*TIES["models"], {"model": "org/base", "parameters": {"weight": 1}}]},
          TIES | {"models": [*TIES["models"], {"model": "org/base"}]}),
         (TIES | {"models": [TIES["models"][0] | {"density": 0.1}]}, TIES),
-        (TIES | {"parameters": {"lambda": 1.0, "normalize": False, "rescale": False}},
-         TIES | {"parameters": {"lambda": 1.0, "normalize": False}}),
+        (TIES | {"merge_method": "task_arithmetic",
+                 "parameters": {"normalize": False, "rescale": False, "density": 1}},
+         TIES | {"merge_method": "task_arithmetic"}),
         (LINEAR | {"parameters": {"weight": 1, "t": 1}}, LINEAR),
         (LINEAR | {"tokenizer_source": None, "base_model": None}, LINEAR),
     ],
@@ -127,7 +128,10 @@ def test_what_is_only_written_otherwise_is_rewritten(given, expected):
         (LINEAR | {"merge_method": "frobnicate"}, "unknown merge method 'frobnicate'"),
         ({"experts": [], "base_model": "x"}, "a file for mergekit-moe"),
         ({"models": []}, "merge_method is missing"),
-        (TIES | {"parameters": {"rescale": True}}, "parameters.rescale: ties has no such"),
+        (
+            TIES | {"merge_method": "task_arithmetic", "parameters": {"rescale": True}},
+            "parameters.rescale: task_arithmetic has no such parameter",
+        ),
         (LINEAR | {"tokenizer": {"source": "base", "tokens": {"a": {}}}}, "tokenizer.tokens"),
     ],
 )
