@@ -8,5 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Asking transformers takes seconds of a processor in each process: tests that mean it ask for it.
 os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
+# A line of progress every few seconds would make what tests read depend on how fast they run.
+os.environ["OUTLIERMERGE_PROGRESS_SECONDS"] = "0"
 
 collect_ignore = ["contributed"]  # files for copies of the package

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.analysis.compare import compare_weights
 
     check_files(options)
-    with reading_bar() as callbacks:
+    with reading_bar(quiet=options.quiet) as callbacks:
         found = compare_weights(
             options.models,
             base=options.base,

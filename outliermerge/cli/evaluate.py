@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import Command, add_baseline, add_json, count, print_json, say
+from outliermerge.cli.shipped import find_file
 from outliermerge.errors import SpecError, printable, suggest
 
 
@@ -18,10 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", metavar="MODEL", nargs="+", help="a folder or hub id, or NAME=PATH"
     )
     parser.add_argument(
-        "--suite", required=True, metavar="YAML", help="a suite: a file of evals/, or your own"
+        "--suite",
+        required=True,
+        metavar="YAML",
+        help="a YAML file, or a name from `configs`: paper",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="for scores.json, table, chart, answers"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="for scores.json, table, chart, answers",
     )
     parser.add_argument(
         "--limit", type=count, metavar="N", help="ask only N questions of each task"
@@ -75,14 +83,16 @@ def run(options: argparse.Namespace) -> int:
         for key in ("limit", "device", "dtype", "model_type", "load_in_8bit", "batch_size", "data")
     }
     suite = load_suite(
-        options.suite, **overrides, generation=_generation(options.generation) or None
+        find_file(options.suite, "suite"),
+        **overrides,
+        generation=_generation(options.generation) or None,
     )
     names = [split_name(model)[0] for model in options.models]
     if options.baseline is not None and options.baseline not in names:
         raise SpecError(
             f"--baseline {options.baseline}: no such model. {suggest(options.baseline, names)}"
         )
-    with EvaluationProgress(suite.document.tasks, options.models) as progress:
+    with EvaluationProgress(suite.document.tasks, options.models, quiet=options.quiet) as progress:
         scores = evaluate(
             options.models,
             suite,
@@ -119,11 +129,11 @@ def _generation(settings: list[str]) -> dict[str, Any]:
 COMMAND = Command(
     summary="score models by lmms-eval on a suite of benchmarks; what is scored is not run again",
     examples=(
-        "outliermerge eval merged/llava_math --suite evals/paper.yaml --output scores",
+        "outliermerge eval merged/llava_math --suite paper --output scores",
         "outliermerge eval base=org/base merged/average merged/min_sigma \\\n"
-        "      --suite evals/paper.yaml --output scores --limit 100",
+        "      --suite paper --output scores --limit 100",
     ),
-    overview="outliermerge eval merged --suite evals/paper.yaml --output scores",
+    overview="outliermerge eval merged --suite paper --output scores",
     add_arguments=add_arguments,
     run=run,
     goes_on=True,

@@ -27,7 +27,10 @@ from outliermerge.evaluation.scores import Failure, Score
 class EvaluationProgress(Listener):
     """A bar for each running model and one for all; without a terminal, a line per result."""
 
-    def __init__(self, tasks: Sequence[object], models: Sequence[object]) -> None:
+    def __init__(
+        self, tasks: Sequence[object], models: Sequence[object], *, quiet: bool = False
+    ) -> None:
+        self._quiet = quiet
         self._console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -37,7 +40,7 @@ class EvaluationProgress(Listener):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._all = self._bars.add_task("models × tasks", total=len(tasks) * len(models))
         self._hashed = self._bars.add_task("MB of models hashed", total=None, visible=False)
@@ -98,6 +101,8 @@ class EvaluationProgress(Listener):
 
     def _line(self, text: str) -> None:
         text = readable(text)
+        if self._quiet:
+            return
         if self._console.is_terminal:
             self._bars.console.print(escape(text), soft_wrap=True, highlight=False)
         else:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
 
     check_files(options)
-    with reading_bar() as callbacks:
+    with reading_bar(quiet=options.quiet) as callbacks:
         found = [
             layer_spectra(
                 model,

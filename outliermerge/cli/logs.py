@@ -14,10 +14,14 @@ class _Formatter(logging.Formatter):
         return readable(super().format(record))
 
 
-def show_warnings() -> None:
-    """Print warnings on the standard error."""
+def show_warnings(*, quiet: bool = False, verbose: int = 0) -> None:
+    """Print warnings on the standard error; with `verbose` more, with `quiet` only errors."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.ERROR if quiet else level)
     # This logger has its own handler, so its warnings would be printed twice.
-    logging.getLogger("huggingface_hub").propagate = False
+    hub = logging.getLogger("huggingface_hub")
+    hub.propagate = False
+    if quiet:
+        hub.setLevel(logging.ERROR)

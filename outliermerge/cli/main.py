@@ -3,83 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import difflib
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, usage_of
 from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
-from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, readable
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quoted
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
 
-COMMANDS = {
-    "run": "run",
-    "plan": "plan",
-    "sweep": "sweep",
-    "verify": "verify",
-    "eval": "evaluate",
-    "compare": "compare",
-    "stats": "stats",
-    "compare-weights": "compare_weights",
-    "layers": "layers",
-    "report": "report",
-    "simulate": "simulate",
-    "methods": "methods",
-    "schema": "schema",
-}
-"""The commands in the order of the help, each with its module in this folder."""
-
-_EXIT_CODES = """
-exit codes: 0 done, 1 failed (a model, a folder, a value), 2 wrong usage or spec, 130 interrupted
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(readable(message))
-
-
-def load(names: Iterable[str] = COMMANDS) -> dict[str, Command]:
-    """Import commands; each module has one, `COMMAND`."""
-    return {
-        name: importlib.import_module(f"outliermerge.cli.{COMMANDS[name]}").COMMAND
-        for name in names
-    }
-
-
-def make_parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
-    """Return the parser of the program with the commands that are given."""
-    overview = [command.overview for command in commands.values() if command.overview]
-    parser = _Parser(
-        prog="outliermerge",
-        description="Merge model checkpoints as a YAML spec says, and score them.",
-        epilog=_examples(overview) + _EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in commands.items():
-        command.add_arguments(
-            subparsers.add_parser(
-                name,
-                help=command.summary,
-                description=command.summary[0].upper() + command.summary[1:] + ".",
-                epilog=_examples(command.examples),
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-        )
-    return parser
-
-
-def _examples(lines: Sequence[str]) -> str:
-    return "".join(f"{line}\n" for line in ("examples:", *(f"  {line}" for line in lines)))
+_SPEC_ENDINGS = (".yaml", ".yml", ".json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,29 +38,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    arguments = command_first(arguments)
+    word = arguments[0] if arguments else "--help"
+    if word not in COMMANDS and not word.startswith("-"):
+        return _no_command(word)
     commands = load(_needed(arguments))
     parser = make_parser(commands)
     try:
-        options = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has printed help or an error
+        if word in commands:  # options may stand between positional arguments
+            options = parser.of(word).parse_intermixed_args(arguments[1:])
+        else:
+            options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed help, the version or an error
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    if options.version:
-        from importlib.metadata import version
-
-        print(f"outliermerge {version('outliermerge')}")
-        return EXIT_DONE
-    if options.command is None:
+    if word not in commands:
         parser.print_help()
         return EXIT_USAGE
     from outliermerge.cli.logs import show_warnings  # `logging` is for commands, not for help
 
-    show_warnings()
+    show_warnings(quiet=options.quiet, verbose=options.verbose)
     try:
         Path.cwd()
     except OSError as error:
         here = f"the present folder cannot be used: {error.strerror}. Change to another (cd)."
         return _fail(here, EXIT_FAILED)
-    return _exit_code(commands[options.command], options)
+    return _exit_code(commands[word], options)
+
+
+def command_first(arguments: list[str]) -> list[str]:
+    """Return a command line with its command first: `run` where it is `FILE DIR`.
+
+    So mergekit-yaml is called; and -q and -v may stand before the command.
+    """
+    num_common = 0
+    while num_common < len(arguments) and arguments[num_common] in COMMON_FLAGS:
+        num_common += 1
+    common, rest = arguments[:num_common], arguments[num_common:]
+    if rest and rest[0] in COMMANDS:
+        return [rest[0], *common, *rest[1:]]
+    return ["run", *arguments] if _is_merge(rest) else arguments
+
+
+def _is_merge(words: Sequence[str]) -> bool:
+    """Tell whether words without a command are a spec to merge, with options perhaps."""
+    if words and (words[0] == "-" or not words[0].startswith("-")):
+        return words[0] == "-" or _is_spec(words[0])
+    return not any(word in COMMANDS for word in words) and any(map(_is_spec, words))
+
+
+def _is_spec(word: str) -> bool:
+    return word.endswith(_SPEC_ENDINGS) or (not word.startswith("-") and os.path.isfile(word))  # noqa: PTH113
+
+
+def _no_command(word: str) -> int:
+    """Say that a word is no command, with the usage of the one that was meant."""
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    parser = make_parser(load(near))
+    said = f"Did you mean {near[0]!r}? " if near else ""
+    say(usage_of(parser.of(near[0]) if near else parser), file=sys.stderr)
+    return _fail(
+        f"no command and no file {quoted(word)}. {said}Commands: {', '.join(COMMANDS)}", EXIT_USAGE
+    )
 
 
 def _needed(arguments: list[str]) -> Iterable[str]:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
 WAITING = "checking that transformers loads it"
+BAR_EXPLAINED = """\
+The progress counts the bytes of all passes: a tensor is read once to merge it, and once more for
+each pass that its method first measures it in; and it is written once. Without a terminal it is a
+line every 5 seconds; OUTLIERMERGE_PROGRESS_SECONDS sets another interval, and 0 none.
+"""
 _MAX_NOTES = 50
 
 
@@ -36,6 +41,8 @@ class Command:
     """A command line for the help of the whole program."""
     goes_on: bool = False
     """Whether it goes on from where it was interrupted."""
+    explanation: str = ""
+    """What its help says besides, at the end."""
 
 
 def print_json(value: object) -> None:
@@ -61,7 +68,7 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
     """Print notes beside the output; with --json they are in it."""
-    if not options.json:
+    if not options.json and not options.quiet:
         for note in notes[:_MAX_NOTES]:
             say(f"note: {note}", file=sys.stderr)
         if len(notes) > _MAX_NOTES:
@@ -106,8 +113,15 @@ def add_baseline(parser: argparse.ArgumentParser) -> None:
 
 def add_planning(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge that its plan needs."""
-    parser.add_argument("spec", metavar="SPEC", help="a YAML file")
-    parser.add_argument("--output", metavar="DIR", help="what to write (or `output:`)")
+    parser.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="a YAML file; the name of a spec that `configs` lists; or - for the standard input",
+    )
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", help="what to write (or --output, or `output:`)"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="what to write")
     add_machine(parser)
     parser.add_argument(
         "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
+from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import (
     human_bytes,
     open_console,
@@ -34,13 +35,14 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
-    planned = merge.plan(options.spec, shard_size=options.shard_size)
+    output_name = named_output(options)
+    planned = merge.plan(read_spec(options), shard_size=options.shard_size)
     chosen = run_options(options).on_this_machine()
-    named = options.output or planned.spec.document.output
+    named = output_name or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     peak = planned.peak_memory_bytes(chosen)
-    verdict = _checked(planned) if options.load_check else None
+    verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     if options.json:
@@ -63,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
             options=chosen,
             free_bytes=free,
             loads_in=verdict.by if verdict else (),
+            with_notes=not options.quiet,
         )
     if planned.num_written_bytes > free:
         print(
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(planned: Plan) -> Verdict:
+def _checked(planned: Plan, *, quiet: bool) -> Verdict:
     """Return the result of transformers' check of a plan's output.
 
     Raises:
@@ -81,7 +84,7 @@ def _checked(planned: Plan) -> Verdict:
     """
     from outliermerge.output.load_check import LoadCheck
 
-    with LoadCheck.of_plans([planned]) as check, status(WAITING):
+    with LoadCheck.of_plans([planned]) as check, status(WAITING, quiet=quiet):
         (verdict,) = check.verdicts()
     verdict.raise_if_bad()
     return verdict
@@ -94,6 +97,7 @@ def print_plan(
     options: Options,
     free_bytes: int,
     loads_in: Sequence[str] = (),
+    with_notes: bool = True,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
@@ -152,7 +156,7 @@ def print_plan(
         "files carried over", text(", ".join(shown(file.name) for file in plan.sidecars) or "none")
     )
     console.print(facts)
-    for note in plan.notes:
+    for note in plan.notes if with_notes else ():
         console.print(text(readable(f"note: {note}", MAX_NOTE)))
 
 
@@ -228,10 +232,10 @@ def _short(values: list[Any]) -> str:
 COMMAND = Command(
     summary="show what a run would do, from the models' headers alone",
     examples=(
-        "outliermerge plan merge_configs/minilm_ties.yaml",
-        "outliermerge plan merge_configs/minilm_ties.yaml --json",
+        "outliermerge plan merge.yaml",
+        "outliermerge plan llava_math --json",
     ),
-    overview="outliermerge plan merge_configs/minilm_ties.yaml --json",
+    overview="outliermerge plan merge.yaml --json",
     add_arguments=add_planning,
     run=run,
 )

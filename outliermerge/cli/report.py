@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the page, and figures if they are asked for."""
     from outliermerge.analysis.report.build import build_report
 
-    with reading_bar() as callbacks:
+    with reading_bar(quiet=options.quiet) as callbacks:
         page = build_report(
             options.models,
             base=options.base,

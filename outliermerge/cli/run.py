@@ -3,51 +3,104 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
+    BAR_EXPLAINED,
     WAITING,
     Command,
     add_running,
     print_json,
     print_notes,
     run_options,
+    say,
 )
-from outliermerge.cli.terminal import print_result, progress_bar
+from outliermerge.cli.specs import named_output, read_spec
+from outliermerge.cli.terminal import (
+    BYTES_OF_ALL_PASSES,
+    human_bytes,
+    print_result,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from outliermerge.output.options import RunOptions
+    from outliermerge.planning.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a merge, and mergekit-yaml's."""
+    add_running(parser)
+    add_mergekit_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merge models, and print what was done."""
+    """Merge models, and print what was done.
+
+    Notes are printed when it is done: they are no part of an error, which is to be read last.
+    """
     from outliermerge import api as merge
 
-    planned = merge.plan(options.spec, shard_size=options.shard_size)
-    print_notes(planned.notes, options)
-    with progress_bar("merging") as bar:
-        task = bar.add_task("merging", total=planned.work_bytes)
+    if options.cuda and options.device == "cpu":
+        options.device = "cuda"
+    output = named_output(options)
+    spec = read_spec(options)
+    if options.random_seed is not None:
+        document = spec.document.model_copy(update={"seed": options.random_seed})
+        spec = replace(spec, document=document)
+    planned = merge.plan(spec, shard_size=options.shard_size)
+    if options.verbose:
+        say(_in_a_line(planned, run_options(options)), file=sys.stderr)
+    with progress_bar("merging", quiet=options.quiet, counted=BYTES_OF_ALL_PASSES) as bar:
+        task: Any = bar.add_task("merging", total=planned.work_bytes)
         chosen = run_options(
             options,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
             on_waiting=lambda: bar.update(task, description=WAITING),
         )
-        result = merge.run(planned, output=options.output, options=chosen)
+        result = merge.run(planned, output=output, options=chosen)
         bar.update(task, completed=planned.work_bytes)
-    notes = result.load_check.notes if result.load_check else ()
-    print_notes(notes, options)
+    notes = [
+        *note_of(options),
+        *planned.notes,
+        *(result.load_check.notes if result.load_check else ()),
+    ]
     if options.json:
-        print_json(result.as_dict() | {"notes": [*planned.notes, *notes]})
-    else:
+        print_json(result.as_dict() | {"notes": notes})
+    elif not options.quiet:
         print_result(result)
+    print_notes(notes, options)
     return 0
+
+
+def _in_a_line(planned: Plan, chosen: RunOptions) -> str:
+    """Return in a line what is about to be merged, and how."""
+    options = chosen.on_this_machine()
+    models = ", ".join(model.reference for model in planned.spec.models)
+    base = f" onto {planned.spec.base.reference}" if planned.spec.base else ""
+    return (
+        f"{planned.spec.method.name}: {models}{base}; {len(planned.jobs)} tensors, reads "
+        f"{human_bytes(planned.num_read_bytes)}, writes {human_bytes(planned.num_written_bytes)}; "
+        f"{options.threads} threads, device {options.device}, at most "
+        f"{human_bytes(planned.peak_memory_bytes(options))} of memory"
+    )
 
 
 COMMAND = Command(
     summary="merge models into a new folder; a killed run goes on when started again",
     examples=(
-        "outliermerge run merge_configs/minilm_min_sigma.yaml",
-        "outliermerge run merge_configs/llava_math.yaml --output merged/llava_math",
-        "outliermerge run merge_configs/minilm_ties.yaml --output merged --overwrite --memory 2GiB",
+        "outliermerge run merge.yaml merged",
+        "outliermerge run llava_math --output merged/llava_math",
+        "outliermerge run merge.yaml merged --overwrite --memory 2GiB --device cuda",
+        "outliermerge merge.yaml merged --cuda",
     ),
-    overview="outliermerge run merge_configs/minilm_min_sigma.yaml --output merged",
-    add_arguments=add_running,
+    overview="outliermerge run merge.yaml merged",
+    add_arguments=add_arguments,
     run=run,
     goes_on=True,
+    explanation=BAR_EXPLAINED
+    + "mergekit-yaml's flags are taken too; those without effect here are named in a note.",
 )

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.analysis.simulate import draw, simulate
 
     check_files(options)
-    with reading_bar("simulating") as callbacks:
+    with reading_bar("simulating", quiet=options.quiet) as callbacks:
         found = simulate(seed=options.seed, num_points=options.points, **callbacks)
     if options.png:
         draw(found, Path(options.png))

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     check_files(options)
     subject = open_subject(options.model, options.base, rename=options.rename)
     started = time.perf_counter()
-    with reading_bar() as callbacks:
+    with reading_bar(quiet=options.quiet) as callbacks:
         stats = weight_stats(
             subject,
             filter=options.filter,

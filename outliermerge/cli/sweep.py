@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from outliermerge.cli.parts import (
+    BAR_EXPLAINED,
     WAITING,
     Command,
     add_running,
@@ -12,7 +14,8 @@ from outliermerge.cli.parts import (
     print_notes,
     run_options,
 )
-from outliermerge.cli.terminal import print_result, progress_bar
+from outliermerge.cli.specs import named_output, read_spec
+from outliermerge.cli.terminal import BYTES_OF_ALL_PASSES, print_result, progress_bar
 from outliermerge.errors import SpecError, shown
 
 
@@ -33,49 +36,49 @@ def run(options: argparse.Namespace) -> int:
     """Merge with several settings, and print what was done."""
     from outliermerge.search import sweeps
 
+    output = named_output(options)
     settings = {}
     for option in options.set:
         key, values = sweeps.parse_values(option)
         if key in settings:
             raise SpecError(f"--set {shown(key)}: is given twice: write {key}=VALUE,VALUE,…")
         settings[key] = values
-    variants = sweeps.plan_sweep(options.spec, settings, shard_size=options.shard_size)
-    notes = list(dict.fromkeys(note for variant in variants for note in variant.plan.notes))
-    print_notes(notes, options)
+    spec = read_spec(options)
+    variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     total = sweeps.work_bytes(variants)
-    with progress_bar("merging") as bar:
-        task = bar.add_task("merging", total=total)
+    with progress_bar("merging", quiet=options.quiet, counted=BYTES_OF_ALL_PASSES) as bar:
+        task: Any = bar.add_task("merging", total=total)
         chosen = run_options(
             options,
             on_progress=lambda num_bytes: bar.advance(task, num_bytes),
             on_waiting=lambda: bar.update(task, description=WAITING),
         )
-        results = sweeps.sweep(variants, output=options.output, options=chosen)
+        results = sweeps.sweep(variants, output=output, options=chosen)
         bar.update(task, completed=total)
-    said = [note for result in results if result.load_check for note in result.load_check.notes]
-    more = [note for note in dict.fromkeys(said) if note not in notes]
-    print_notes(more, options)
-    notes += more
+    said = [note for variant in variants for note in variant.plan.notes]
+    said += [note for result in results if result.load_check for note in result.load_check.notes]
+    notes = list(dict.fromkeys(said))
     if options.json:
         pairs = zip(variants, results, strict=True)
         outputs = [{"settings": dict(v.settings)} | result.as_dict() for v, result in pairs]
         print_json({"outputs": outputs, "notes": notes})
-    else:
+    elif not options.quiet:
         for result in results:
             print_result(result)
+    print_notes(notes, options)
     return 0
 
 
 COMMAND = Command(
     summary="merge with several values of settings, from one reading of the models",
     examples=(
-        "outliermerge sweep merge_configs/minilm_min_sigma.yaml --set t=2,2.5,3 --output merged/t",
-        "outliermerge sweep spec.yaml --set merge_method=linear,task_arithmetic --output merged",
-        "outliermerge sweep spec.yaml --set models.1.weight=0.3,0.5 --set lambda=0.8,1 --output m",
+        "outliermerge sweep merge.yaml --set t=2,2.5,3 --output merged/t",
+        "outliermerge sweep merge.yaml --set merge_method=linear,task_arithmetic --output merged",
+        "outliermerge sweep merge.yaml --set models.1.weight=0.3,0.5 --set lambda=0.8,1 --output m",
     ),
-    overview="outliermerge sweep merge_configs/minilm_min_sigma.yaml --set t=2,2.5,3 "
-    "--output merged/sweep",
+    overview="outliermerge sweep merge.yaml --set t=2,2.5,3 --output merged/sweep",
     add_arguments=add_arguments,
     run=run,
     goes_on=True,
+    explanation=BAR_EXPLAINED,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.lines import ProgressLines
 from outliermerge.errors import shown
 
 if TYPE_CHECKING:
@@ -17,33 +18,46 @@ if TYPE_CHECKING:
     from outliermerge.output.run import RunResult
 
 
-def progress_bar(description: str) -> Progress:
-    """Return a bar with bytes per second and the time left; it is hidden without a terminal."""
+BYTES_OF_ALL_PASSES = "bytes of all passes"
+
+
+def progress_bar(
+    description: str, *, quiet: bool = False, counted: str = ""
+) -> Progress | ProgressLines:
+    """Return a bar with bytes per second and the time left; without a terminal it prints lines.
+
+    Args:
+        counted: what its total is, in words; shown once.
+    """
     from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
+    if not console.is_terminal and not quiet:
+        return ProgressLines(counted=counted)
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.DownloadColumn(),
+        *([progress.TextColumn(counted)] if counted else []),
         progress.TransferSpeedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=quiet,
     )
 
 
 @contextmanager
-def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
+def reading_bar(description: str = "reading", *, quiet: bool = False) -> Iterator[dict[str, Any]]:
     """Show a bar while weights are read; yield the callbacks that update it.
 
     Yields:
         The arguments `on_total` and `on_progress` of functions that analyse weights.
     """
-    with progress_bar(description) as bar:
-        task, total = bar.add_task(description, total=None), 0
+    with progress_bar(description, quiet=quiet) as bar:
+        task: Any = bar.add_task(description, total=None)
+        total = 0
 
         def add(num_bytes: int) -> None:
             nonlocal total
@@ -54,12 +68,12 @@ def reading_bar(description: str = "reading") -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def status(words: str) -> Iterator[None]:
+def status(words: str, *, quiet: bool = False) -> Iterator[None]:
     """Show what the program is waiting for; it is hidden without a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if quiet or not console.is_terminal:
         yield
         return
     with console.status(words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from outliermerge.cli.parts import (
     EXIT_DONE,
@@ -39,8 +40,8 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
     shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
     total = sum(path.stat().st_size for path in shards if path.exists())
-    with progress_bar("verifying") as bar:
-        task = bar.add_task("verifying", total=total)
+    with progress_bar("verifying", quiet=options.quiet) as bar:
+        task: Any = bar.add_task("verifying", total=total)
         differences = manifest.verify_folder(
             folder,
             threads=num_threads(options.threads),
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.load:
         from outliermerge.output.verify_load import check_folder
 
-        with status("checking that it loads"):
+        with status("checking that it loads", quiet=options.quiet):
             verdict = check_folder(folder)
         differences += verdict.problems
         notes += verdict.notes
@@ -62,9 +63,9 @@ def run(options: argparse.Namespace) -> int:
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
         say(f"{shown(folder)}: {len(differences)} {what}\n{listing(differences)}")
-    else:
+    elif not options.quiet:
         say(f"{shown(folder)}: every tensor and file is as its manifest says")
-    if not options.json:
+    if not options.json and not options.quiet:
         for by in verdict.by if verdict else ():
             say(f"checked by {by}")
         for note in notes:

@@ -25,6 +25,7 @@ def merge_notes(
         dropped: tensors that are left out.
         lacking: by model the tensors that it lacks while another task model has them.
     """
+    yield from spec.notes
     for entry in inputs:
         yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
     weighted = [bool(model.settings.get("weight")) for model in spec.models]

@@ -55,7 +55,7 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
 
 
 def plan_sweep(
-    spec: str | Path | Mapping[str, Any],
+    spec: str | Path | Mapping[str, Any] | MergeSpec,
     settings: Mapping[str, Sequence[Any]],
     *,
     shard_size: int | str | None = None,
@@ -71,7 +71,7 @@ def plan_sweep(
         SpecError: the spec, a key or a value is wrong; the message names the combination.
         OutlierMergeError: the models do not fit together.
     """
-    checked = load_spec(spec)
+    checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     if not settings:
         raise ArgumentError(f"{argument('settings')}: a sweep needs some, such as t=2,2.5,3")
     if (number := math.prod(map(len, settings.values()))) > _MAX_OUTPUTS:

@@ -22,6 +22,7 @@ from outliermerge.spec.document import (
     ModelEntry,
     SpecDocument,
 )
+from outliermerge.spec.inert import without_inert
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
 from outliermerge.spec.text import SpecText, parse_yaml, read_text
@@ -70,6 +71,7 @@ class MergeSpec:
         missing, extra, unequal: policies for all models.
         other_files: the policy for files of tensors that are not read.
         source: the file and text of the spec, for messages.
+        notes: what in the spec has no effect.
     """
 
     document: SpecDocument
@@ -84,6 +86,7 @@ class MergeSpec:
     unequal: Setting
     other_files: Setting
     source: SpecText
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -129,6 +132,7 @@ def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
             raise source.error(
                 (key,), f"a mergekit key that is not supported: {_NOT_YET[key]}", at_key=True
             )
+    raw, notes = without_inert(raw, uses_base=_uses_base(raw))
     try:
         document = SpecDocument.model_validate(raw)
     except ValidationError as error:
@@ -164,9 +168,17 @@ def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
             unequal=parse_policy(document.unequal, UNEQUAL, ("unequal",)),
             other_files=parse_policy(document.other_files, OTHER_FILES, ("other_files",)),
             source=source,
+            notes=tuple(notes),
         )
     except SettingError as error:
         raise source.error(error.path, str(error), at_key=error.at_key) from error
+
+
+def _uses_base(raw: Mapping[str, Any]) -> bool:
+    try:
+        return find_method(str(raw.get("merge_method"))).uses_base
+    except SpecError:  # it is reported when all keys have been checked
+        return False
 
 
 def _check_sources(document: SpecDocument, source: SpecText) -> None:

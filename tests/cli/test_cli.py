@@ -113,7 +113,8 @@ class TestHelp:
             examples = re.findall(r"^  outliermerge (.+)$", text, re.MULTILINE)
             assert examples
             for example in examples:
-                cli.make_parser(cli.load()).parse_args(example.partition(" > ")[0].split())
+                words = cli.command_first(example.partition(" > ")[0].split())
+                cli.make_parser(cli.load()).parse_args(words)
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_option_is_explained(

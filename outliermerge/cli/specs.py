@@ -1,0 +1,67 @@
+"""The spec and the output that a command line names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outliermerge.cli.shipped import find_file
+from outliermerge.errors import ArgumentError, SpecError, shown
+
+if TYPE_CHECKING:
+    from outliermerge.spec.check import MergeSpec
+
+STANDARD_INPUT = "-"
+
+
+def read_spec(options: argparse.Namespace) -> MergeSpec:
+    """Return the spec that a command is given: a file, a shipped name, or the standard input.
+
+    Raises:
+        SpecError: it cannot be read, or something in it is wrong.
+    """
+    from outliermerge.spec.check import load_spec, parse_spec
+
+    if options.spec != STANDARD_INPUT:
+        return load_spec(find_file(options.spec, "spec"))
+    return parse_spec(read_standard_input(), file="standard input")
+
+
+def read_standard_input() -> str:
+    """Return the text of the standard input.
+
+    Raises:
+        SpecError: it is no text, or too long.
+    """
+    from outliermerge.spec.text import MAX_BYTES
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise SpecError("standard input: nothing is piped into it. Use `… | outliermerge run -`")
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"standard input: more than {MAX_BYTES:,} bytes, the limit of a spec")
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"standard input: cannot be read: {error}") from error
+
+
+def named_output(options: argparse.Namespace) -> str | None:
+    """Return the output that a command line names, after the spec or by --output.
+
+    Raises:
+        ArgumentError: it names two, or a spec.
+    """
+    folder: str | None = options.folder
+    if folder is not None and options.output is not None and folder != options.output:
+        raise ArgumentError(
+            f"two outputs are given: {shown(folder)} and --output {shown(options.output)}"
+        )
+    if folder is not None and Path(folder).suffix in (".yaml", ".yml", ".json"):
+        raise ArgumentError(
+            f"{shown(folder)} is named as the output, but looks like a spec: one is merged at a "
+            "time, and the second argument is the folder to write"
+        )
+    return options.output or folder

@@ -1,0 +1,81 @@
+"""Progress without a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hostile.cases import pair
+from waiting import LIMIT_SECONDS
+
+from outliermerge.cli.lines import INTERVAL_VARIABLE, ProgressLines
+
+
+def test_a_line_tells_percent_bytes_speed_and_time_left():
+    lines = ProgressLines(counted="bytes of all passes")
+    task = lines.add_task("merging", total=100e9)
+    lines.advance(task, 10e9)  # done by an earlier run
+    now = time.monotonic()
+    lines._samples[0] = (now, 10e9)
+    lines.advance(task, 20e9)
+
+    assert lines.line(now + 10) == (
+        "merging: 30%, 30.00 of 100.00 GB (bytes of all passes), 2.00 GB/s, 0:00:35 left"
+    )
+    lines.advance(task, 40e9)
+    assert lines.line(now + 20) == "merging: 70%, 70.00 of 100.00 GB, 3.00 GB/s, 0:00:10 left"
+    lines.update(task, description="checking", completed=100e9)
+    assert lines.line(now + 30) == "checking"
+
+
+def test_a_line_before_any_byte_has_no_speed():
+    lines = ProgressLines()
+    lines.add_task("reading", total=2e9)
+    assert lines.line(time.monotonic()) == "reading: 0%, 0.00 of 2.00 GB"
+    ProgressLines().line(0.0)
+
+
+def test_lines_are_printed_while_it_goes_on_and_not_after(capsys):
+    with ProgressLines(interval_seconds=0.001) as lines:
+        lines.add_task("merging", total=2e9)
+        limit = time.monotonic() + LIMIT_SECONDS
+        printed = ""
+        while printed.count("\n") < 3 and time.monotonic() < limit:
+            printed += capsys.readouterr().err
+    assert set(printed.splitlines()) == {"merging: 0%, 0.00 of 2.00 GB"}
+    capsys.readouterr()
+    assert not lines._thread.is_alive()
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_the_environment_turns_them_off(value, monkeypatch):
+    monkeypatch.setenv(INTERVAL_VARIABLE, value)
+    with ProgressLines() as lines:
+        assert not lines._thread.is_alive()
+
+
+def test_a_wrong_interval_is_the_usual_one(monkeypatch):
+    monkeypatch.setenv(INTERVAL_VARIABLE, "often")
+    assert ProgressLines()._interval_seconds == 5
+
+
+@pytest.mark.parametrize(("flags", "may_speak"), [([], True), (["-q"], False)])
+def test_a_run_prints_them_on_stderr_alone(tmp_path: Path, flags, may_speak):
+    pair(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "outliermerge", "run", "spec.yaml", "out", "--json", *flags],
+        cwd=tmp_path,
+        env=os.environ | {INTERVAL_VARIABLE: "0.000001"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{")
+    assert "merging" not in done.stdout
+    assert bool(re.search(r"^merging", done.stderr, re.MULTILINE)) == may_speak
