@@ -10,7 +10,7 @@ from collections import deque
 from types import TracebackType
 
 INTERVAL_VARIABLE = "OUTLIERMERGE_PROGRESS_SECONDS"
-_INTERVAL_SECONDS = 5.0
+_INTERVAL_SECONDS, _MAX_INTERVAL_SECONDS = 5.0, 1e6
 _NUM_SAMPLES = 6  # the speed is that of the last half minute
 
 
@@ -96,7 +96,9 @@ class ProgressLines:
         before = ""
         while not self._ended.wait(self._interval_seconds):
             line = self.line(time.monotonic())
-            if line != before or line != self._description:  # what is waited for is said once
+            if line and (
+                line != before or line != self._description
+            ):  # what is waited for is said once
                 print(line, file=sys.stderr, flush=True)
             before = line
 
@@ -117,6 +119,6 @@ def human_bytes(num_bytes: float) -> str:
 def _interval() -> float:
     """Return the interval that the environment sets, or the usual one."""
     try:
-        return max(0.0, float(os.environ.get(INTERVAL_VARIABLE, _INTERVAL_SECONDS)))
-    except ValueError:
+        return min(max(0.0, float(os.environ[INTERVAL_VARIABLE])), _MAX_INTERVAL_SECONDS)
+    except (KeyError, ValueError):
         return _INTERVAL_SECONDS

@@ -66,7 +66,7 @@ def test_what_is_waited_for_is_said_once(capsys):
     assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", printed)
 
 
-@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
 def test_the_environment_turns_them_off(value, monkeypatch):
     monkeypatch.setenv(INTERVAL_VARIABLE, value)
     with ProgressLines() as lines:
