@@ -98,7 +98,7 @@ ADDITIONS = {
         "A command",
         ("tensors.py", f"{PACKAGE}/cli/tensors.py"),
         (
-            (f"{PACKAGE}/cli/main.py", '    "stats": "stats",\n', '    "tensors": "tensors",\n'),
+            (f"{PACKAGE}/cli/parser.py", '    "stats": "stats",\n', '    "tensors": "tensors",\n'),
             ("pyproject.toml", '"run | plan | sweep', " | tensors"),
         ),
     ),

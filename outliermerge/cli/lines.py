@@ -10,7 +10,7 @@ from collections import deque
 from types import TracebackType
 
 INTERVAL_VARIABLE = "OUTLIERMERGE_PROGRESS_SECONDS"
-_INTERVAL_SECONDS = 5.0
+_INTERVAL_SECONDS, _MAX_INTERVAL_SECONDS = 5.0, 1e6
 _NUM_SAMPLES = 6  # the speed is that of the last half minute
 
 
@@ -80,8 +80,8 @@ class ProgressLines:
             done, total = self._done, self._total
             if not total or done >= total:
                 return self._description
-            text = f"{self._description}: {100 * done / total:.0f}%, {done / 1e9:.2f} of "
-            text += f"{total / 1e9:.2f} GB{self._counted and f' ({self._counted})'}"
+            text = f"{self._description}: {100 * done / total:.0f}%, {human_bytes(done)} of "
+            text += human_bytes(total) + (f" ({self._counted})" if self._counted else "")
             self._counted = ""
             before, done_before = self._samples[0] if self._samples else (now, done)
             self._samples.append((now, done))
@@ -89,17 +89,36 @@ class ProgressLines:
             speed = (done - done_before) / (now - before)
             minutes, seconds = divmod(round((total - done) / speed), 60)
             hours, minutes = divmod(minutes, 60)
-            text += f", {speed / 1e9:.2f} GB/s, {hours}:{minutes:02}:{seconds:02} left"
+            text += f", {human_bytes(speed)}/s, {hours}:{minutes:02}:{seconds:02} left"
         return text
 
     def _print_lines(self) -> None:
+        before = ""
         while not self._ended.wait(self._interval_seconds):
-            print(self.line(time.monotonic()), file=sys.stderr, flush=True)
+            line = self.line(time.monotonic())
+            if line and (
+                line != before or line != self._description
+            ):  # what is waited for is said once
+                print(line, file=sys.stderr, flush=True)
+            before = line
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Return a size in decimal units, as the hub and --shard-size use them.
+
+    >>> human_bytes(1_020_000_000)
+    '1.02 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
 
 
 def _interval() -> float:
     """Return the interval that the environment sets, or the usual one."""
     try:
-        return max(0.0, float(os.environ.get(INTERVAL_VARIABLE, _INTERVAL_SECONDS)))
-    except ValueError:
+        return min(max(0.0, float(os.environ[INTERVAL_VARIABLE])), _MAX_INTERVAL_SECONDS)
+    except (KeyError, ValueError):
         return _INTERVAL_SECONDS

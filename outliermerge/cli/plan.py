@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import (
-    human_bytes,
     open_console,
     plain_table,
     status,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
@@ -21,7 +22,6 @@ from outliermerge.cli.parts import (
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import (
     BYTES_OF_ALL_PASSES,
-    human_bytes,
     print_result,
     progress_bar,
 )

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import Command, add_machine
-from outliermerge.cli.terminal import human_bytes, open_console, plain_table, reading_bar, text
+from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
 from outliermerge.cli.weights import (
     MOMENTS,
     NAME_WIDTH,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli.lines import ProgressLines
+from outliermerge.cli.lines import ProgressLines, human_bytes
 from outliermerge.errors import shown
 
 if TYPE_CHECKING:
@@ -78,19 +78,6 @@ def status(words: str, *, quiet: bool = False) -> Iterator[None]:
         return
     with console.status(words):
         yield
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Return a size in decimal units, as the hub and --shard-size use them.
-
-    >>> human_bytes(1_020_000_000)
-    '1.02 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
 
 
 def open_console(*, soft_wrap: bool = False) -> Console:

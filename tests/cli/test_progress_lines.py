@@ -25,10 +25,10 @@ def test_a_line_tells_percent_bytes_speed_and_time_left():
     lines.advance(task, 20e9)
 
     assert lines.line(now + 10) == (
-        "merging: 30%, 30.00 of 100.00 GB (bytes of all passes), 2.00 GB/s, 0:00:35 left"
+        "merging: 30%, 30 GB of 100 GB (bytes of all passes), 2 GB/s, 0:00:35 left"
     )
     lines.advance(task, 40e9)
-    assert lines.line(now + 20) == "merging: 70%, 70.00 of 100.00 GB, 3.00 GB/s, 0:00:10 left"
+    assert lines.line(now + 20) == "merging: 70%, 70 GB of 100 GB, 3 GB/s, 0:00:10 left"
     lines.update(task, description="checking", completed=100e9)
     assert lines.line(now + 30) == "checking"
 
@@ -36,7 +36,7 @@ def test_a_line_tells_percent_bytes_speed_and_time_left():
 def test_a_line_before_any_byte_has_no_speed():
     lines = ProgressLines()
     lines.add_task("reading", total=2e9)
-    assert lines.line(time.monotonic()) == "reading: 0%, 0.00 of 2.00 GB"
+    assert lines.line(time.monotonic()) == "reading: 0%, 0 B of 2 GB"
     ProgressLines().line(0.0)
 
 
@@ -47,12 +47,26 @@ def test_lines_are_printed_while_it_goes_on_and_not_after(capsys):
         printed = ""
         while printed.count("\n") < 3 and time.monotonic() < limit:
             printed += capsys.readouterr().err
-    assert set(printed.splitlines()) == {"merging: 0%, 0.00 of 2.00 GB"}
+    assert set(printed.splitlines()) == {"merging: 0%, 0 B of 2 GB"}
     capsys.readouterr()
     assert not lines._thread.is_alive()
 
 
-@pytest.mark.parametrize("value", ["0", "-1"])
+def test_what_is_waited_for_is_said_once(capsys):
+    with ProgressLines(interval_seconds=0.001) as lines:
+        task = lines.add_task("merging", total=2e9)
+        lines.update(task, description="checking", completed=2e9)
+        limit = time.monotonic() + LIMIT_SECONDS
+        printed = ""
+        while "checking" not in printed and time.monotonic() < limit:
+            printed += capsys.readouterr().err
+        lines.update(task, total=4e9)
+        while "50%" not in printed and time.monotonic() < limit:
+            printed += capsys.readouterr().err
+    assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", printed)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
 def test_the_environment_turns_them_off(value, monkeypatch):
     monkeypatch.setenv(INTERVAL_VARIABLE, value)
     with ProgressLines() as lines:
