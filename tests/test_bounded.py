@@ -13,7 +13,7 @@ import yaml
 from hostile.cases import NAMES, adapter, pair
 
 import outliermerge
-from outliermerge import OutlierMergeError, SpecError
+from outliermerge import ArgumentError, OutlierMergeError, SpecError
 from outliermerge.checkpoint import patterns
 from outliermerge.checkpoint.patterns import Budget, Pattern, TooSlowError
 from outliermerge.cli.main import main as cli
@@ -365,5 +365,5 @@ def test_a_value_that_its_kind_does_not_take_is_quoted_and_not_explained_by_pyth
 def test_an_output_that_is_no_path_is_a_wrong_usage(output, tmp_path, monkeypatch):
     pair(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpecError, match=r"output: .* cannot be a path"):
+    with pytest.raises(ArgumentError, match=r"output: .* cannot be a path"):
         outliermerge.run("spec.yaml", output=output)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import outliermerge
 from outliermerge.cli import main as cli
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
 from outliermerge.planning.tied import WAYS_OUT
 
 # Kinds whose output is sharded too.
@@ -1313,7 +1313,7 @@ def test_a_file_name_for_a_folder_is_refused(trio, tmp_path):
 
 def test_one_file_is_not_sharded(nets, tmp_path):
     base, models = nets
-    with pytest.raises(SpecError, match="--shard-size: the output is a single file"):
+    with pytest.raises(ArgumentError, match="shard_size: the output is a single file"):
         outliermerge.run(
             spec_of(base, models, unequal="base"),
             output=tmp_path / "net.safetensors",

@@ -21,7 +21,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from outliermerge import OutlierMergeError, SpecError
+from outliermerge import ArgumentError, OutlierMergeError, SpecError
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.formats.safetensors_file import make_header, read_header
 from outliermerge.checkpoint.layout import parse_bytes, plan_layout
@@ -276,9 +276,9 @@ def test_any_value_of_a_parameter_is_taken_only_if_every_number_in_it_is_in_rang
 @given(st.text(max_size=12) | st.from_regex(r"\s*[0-9.]{1,400}\s*[kKMGTi]{0,2}B?\s*"))
 def test_any_text_is_a_size_of_at_least_a_byte_or_refused(text):
     try:
-        size = parse_bytes(text, option="--memory")
-    except SpecError as error:
-        assert str(error).startswith("--memory: ")
+        size = parse_bytes(text, "memory")
+    except ArgumentError as error:
+        assert str(error).startswith("memory: ")
     else:
         assert isinstance(size, int)
         assert size >= 1

@@ -1008,7 +1008,7 @@ def test_a_tokenizer_that_moved_rows_since_a_kill_is_refused(tmp_path, monkeypat
     spec, name = vocabulary_case(tmp_path)
     kill(spec, tmp_path / name, monkeypatch)
     shutil.copy(tmp_path / "base/tokenizer.json", tmp_path / "task/tokenizer.json")
-    with pytest.raises(OutlierMergeError, match=r"tokenizers\) changed since\. Use --fresh"):
+    with pytest.raises(OutlierMergeError, match=r"tokenizers\) changed since\. Use fresh=True"):
         outliermerge.run(spec, output=tmp_path / name)
     result = outliermerge.run(spec, output=tmp_path / name, fresh=True)
     assert outliermerge.verify(result.output) == []
