@@ -30,6 +30,7 @@ class BusyError(OutlierMergeError):
 
     Attributes:
         is_beginning: it holds the output only for the moment in which it begins a part.
+        is_part: it is a part that is held, not the whole output.
     """
 
     def __init__(self, final: Path, holder: Mapping[str, Any], *, is_part: bool) -> None:
@@ -37,7 +38,7 @@ class BusyError(OutlierMergeError):
             f"{final}: another run{_told(holder)} is writing it. Wait until it is done, stop it, "
             "or choose another output."
         )
-        self.is_beginning = "part" in holder and not is_part
+        self.is_beginning, self.is_part = "part" in holder and not is_part, is_part
 
 
 class Journal:

@@ -138,6 +138,7 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
                     part=name,
                 )
         except BusyError as error:
-            if not error.is_beginning and time.monotonic() - began > _PATIENCE_SECONDS:
+            waited = time.monotonic() - began
+            if error.is_part or (not error.is_beginning and waited > _PATIENCE_SECONDS):
                 raise
         time.sleep(_POLL_SECONDS)
