@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
-from outliermerge.errors import ArgumentError
+from outliermerge.errors import ArgumentError, OutlierMergeError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
 from outliermerge.output.folder import OutputFolder
@@ -36,7 +36,7 @@ def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
         part: its number, counted from 1.
 
     Raises:
-        SpecError: there is no part of that number.
+        ArgumentError: there is no part of that number.
     """
     if not 1 <= part <= num_parts:
         raise ArgumentError(
@@ -68,7 +68,7 @@ def run_part(
 
     Raises:
         BusyError: another process writes this part, or the whole output.
-        SpecError: there is no such part, or the memory budget is too small.
+        ArgumentError: there is no such part, or the memory budget is too small.
         OutlierMergeError: a model or the output folder cannot be used.
     """
     jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
@@ -111,8 +111,10 @@ def run_part(
                 on_progress=on_progress,
                 folder=folder.final.parent,
             )
-        except OtherBytesError:
-            journal.clear()
+        except OutlierMergeError as error:
+            if isinstance(error, OtherBytesError):
+                journal.clear()
+            watched.check()  # a change explains what went wrong
             raise
         watched.check()
         writer.sync()
