@@ -45,6 +45,7 @@ def plan(
 
     Raises:
         SpecError: the spec is wrong.
+        ArgumentError: `shard_size` is no size.
         OutlierMergeError: a model is absent or broken, or the models do not fit together.
 
     Example:

@@ -140,7 +140,7 @@ class Comparison:
         the row's model.
 
         Raises:
-            SpecError: the column has no matrix; MATRIX_DIAGONAL lists those that have one.
+            ArgumentError: the column has no matrix; MATRIX_DIAGONAL lists those that have one.
         """
         if column not in MATRIX_DIAGONAL:
             raise ArgumentError(f"no matrix of {column!r}. {suggest(column, MATRIX_DIAGONAL)}")
@@ -192,7 +192,7 @@ def compare_weights(
         on_progress: called with the number of bytes just read, by any thread.
 
     Raises:
-        SpecError: an option is wrong, or a model is given twice.
+        ArgumentError: an option is wrong, or a model is given twice.
         OutlierMergeError: a model is absent or broken, or no tensor is in all models.
     """
     if len(models) < 2:

@@ -66,7 +66,7 @@ def open_subject(
         rename: from the model's tensor names to the base's: a named map, or rules as YAML.
 
     Raises:
-        SpecError: the rename is unknown or does not fit the names, or a base is given for a
+        ArgumentError: the rename is unknown or does not fit the names, or a base is given for a
             subject.
         OutlierMergeError: a model is absent or broken, or the two have no tensor in common.
     """

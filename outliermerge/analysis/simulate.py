@@ -109,7 +109,7 @@ def simulate(
         on_progress: called with the number of bytes of the points just measured.
 
     Raises:
-        SpecError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> [each.stats.label for each in simulate(num_points=100_000, noises=[0.01, 0.3]).weights]

@@ -133,7 +133,7 @@ def layer_spectra(
         on_progress: called with the number of bytes just processed, by any thread.
 
     Raises:
-        SpecError: an argument is wrong.
+        ArgumentError: an argument is wrong.
         OutlierMergeError: a model is absent or broken, has no such layers, or values that are
             infinite or NaN; `powerlaw` is not installed.
     """

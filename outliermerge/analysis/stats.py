@@ -78,7 +78,7 @@ def weight_stats(
         on_progress: called with the number of bytes just read, by any thread.
 
     Raises:
-        SpecError: an argument is wrong.
+        ArgumentError: an argument is wrong.
         OutlierMergeError: a model is absent or broken, or has no tensor in common with the base.
 
     Example:
@@ -139,7 +139,7 @@ def stats_of_tensor(
     """Measure the distribution of a tensor of floats in memory, of any shape, on any device.
 
     Raises:
-        SpecError: an argument is wrong.
+        ArgumentError: an argument is wrong.
         OutlierMergeError: the tensor does not contain floats.
 
     Example:

@@ -96,9 +96,8 @@ class ProgressLines:
         before = ""
         while not self._ended.wait(self._interval_seconds):
             line = self.line(time.monotonic())
-            if line and (
-                line != before or line != self._description
-            ):  # what is waited for is said once
+            is_new = line != before or line != self._description  # without figures: said once
+            if line and is_new:
                 print(line, file=sys.stderr, flush=True)
             before = line
 

@@ -32,7 +32,7 @@ def choose_device(name: str) -> str:
     """Return the device that an option names; `auto` becomes a device of this machine.
 
     Raises:
-        SpecError: it is unknown or not on this machine.
+        ArgumentError: it is unknown or not on this machine.
     """
     if name == "cpu":
         return name
@@ -64,7 +64,7 @@ def choose_options(
     """Return the options with which a plan is run on this machine.
 
     Raises:
-        SpecError: an option is wrong.
+        ArgumentError: an option is wrong.
     """
     return Options(
         device=choose_device(device),

@@ -14,7 +14,7 @@ from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a merge is carried out; none of it changes a byte of the output but `kernels`, `device`.
+    """How a merge is carried out, for `run` and `sweep`.
 
     Attributes:
         device: `cpu`, `cuda` (all GPUs), `cuda:N`, or `auto`.

@@ -238,7 +238,8 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
     """Return the folder or file that an argument or else the spec names.
 
     Raises:
-        SpecError: neither does, or a file is named where a folder is written or the reverse.
+        SpecError: neither names one.
+        ArgumentError: a file is named where a folder is written, or the reverse.
     """
     named = output or planned.spec.document.output
     if named is None:

@@ -262,7 +262,7 @@ class Plan:
         """Return how many elements of the job's tensor are worked on at a time.
 
         Raises:
-            SpecError: not even the smallest block fits the memory budget.
+            ArgumentError: not even the smallest block fits the memory budget.
         """
         method = find_method(job.method)
         cut = job.task.cut if job.action == "merge" else "element"

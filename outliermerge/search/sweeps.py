@@ -37,7 +37,7 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
     """Return the key and the values of an option such as `t=2,2.5,3`.
 
     Raises:
-        SpecError: it is of another form.
+        ArgumentError: it is of another form.
 
     >>> parse_values("density=0.2,[0.2,0.5]")
     ('density', [0.2, [0.2, 0.5]])
@@ -68,7 +68,8 @@ def plan_sweep(
             or `models.N.PARAMETER` for the N-th model's own, from 1.
 
     Raises:
-        SpecError: the spec, a key or a value is wrong; the message names the combination.
+        SpecError: the spec or a value is wrong; the message names the combination.
+        ArgumentError: a key is wrong, there are none, or there are too many combinations.
         OutlierMergeError: the models do not fit together.
     """
     checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
@@ -143,6 +144,7 @@ def output_of(variant: Variant, output: str | Path | None) -> Path:
 
     Raises:
         SpecError: neither the argument nor the spec names a folder.
+        ArgumentError: the argument cannot be the output.
     """
     folder = output or variant.plan.spec.document.output
     named = None if folder is None else Path(folder) / variant.name

@@ -53,7 +53,7 @@ def build_report(
         The path of the page.
 
     Raises:
-        SpecError: an option is wrong.
+        ArgumentError: an option is wrong.
         OutlierMergeError: a model is absent or broken, or a package is missing.
         OSError: the page cannot be written.
     """
