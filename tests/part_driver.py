@@ -12,8 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
-from outliermerge.execution.threads import choose_options
 from outliermerge.output.journal import Journal
+from outliermerge.output.options import RunOptions
 from outliermerge.output.parts import run_part
 
 
@@ -33,9 +33,7 @@ def main(plan, output, part, num_parts, number, when):
                 stop()
 
     Journal.add = held
-    options = choose_options(
-        device="cpu", memory="64MiB", threads=2, kernels="TORCH" not in os.environ
-    )
+    options = RunOptions(memory="64MiB", threads=2, kernels="TORCH" not in os.environ)
     planned = pickle.loads(Path(plan).read_bytes())
     print(run_part(planned, Path(output), int(part), int(num_parts), options))
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
 from outliermerge.errors import ArgumentError, OutlierMergeError
 from outliermerge.execution.jobs import JobResult
-from outliermerge.execution.threads import Target, execute
+from outliermerge.execution.threads import Target
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.journal import BusyError, Journal, process
 from outliermerge.output.manifest import identity
 from outliermerge.output.names import real_output
+from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
 from outliermerge.output.run import if_unchanged
 from outliermerge.output.writer import OutputWriter, Progress, line_of
@@ -54,17 +54,15 @@ def run_part(
     output: Path,
     part: int,
     num_parts: int,
-    options: Options,
-    *,
-    overwrite: bool = False,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    chosen: RunOptions,
 ) -> int:
     """Write one part of an output, or the rest of it; return how many tensors were written.
 
     Args:
         output: the final path of the whole output, a folder or a file.
         part: its number, counted from 1.
-        on_progress: called with the bytes just worked on, by any thread.
+        chosen: how it is carried out, as for `run`; `fresh` and `load_check` are for the `run` that
+            finishes the output.
 
     Raises:
         BusyError: another process writes this part, or the whole output.
@@ -72,12 +70,13 @@ def run_part(
         OutlierMergeError: a model or the output folder cannot be used.
     """
     jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
+    options, on_progress = chosen.on_this_machine(), chosen.on_progress
     plan.peak_memory_bytes(options)
     with ExitStack() as stack:
         stamps = dict.fromkeys(plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folder = _held(plan, real_output(output), options, name, overwrite=overwrite)
+        folder = _held(plan, real_output(output), options, name, overwrite=chosen.overwrite)
         try:
             if folder.is_finished:
                 folder.forget()
@@ -105,7 +104,7 @@ def run_part(
         left = [job for job in jobs if job.name not in by_run | progress.done.keys()]
         on_progress(sum(map(plan.num_work_bytes, jobs)) - sum(map(plan.num_work_bytes, left)))
         try:
-            execute(
+            chosen.executor(
                 [Target(plan, left, writer, if_unchanged(watched, record))],
                 options,
                 on_progress=on_progress,

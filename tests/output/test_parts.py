@@ -17,8 +17,7 @@ from checkpoints import save_tensors
 from waiting import LIMIT_SECONDS, stopped
 
 import outliermerge
-from outliermerge import ArgumentError, OutlierMergeError
-from outliermerge.execution.threads import choose_options
+from outliermerge import ArgumentError, OutlierMergeError, RunOptions
 from outliermerge.output.journal import Journal, parts
 from outliermerge.output.parts import part_of, run_part
 from outliermerge.planning.plan import Plan
@@ -181,10 +180,10 @@ def test_while_a_part_is_written_neither_a_run_nor_the_same_part_gets_in(
     for fresh in (False, True):
         with pytest.raises(OutlierMergeError, match=r"of part 2-of-3 \(process \d+ on"):
             outliermerge.run(planned, output=output, fresh=fresh)
-    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    options = RunOptions(memory="64MiB", threads=2, kernels=True)
     with pytest.raises(OutlierMergeError, match="of part 2-of-3"):
         run_part(planned, output, 2, 3, options)
-    other = choose_options(device="cpu", memory="64MiB", threads=2, kernels=False)
+    other = RunOptions(memory="64MiB", threads=2, kernels=False)
     with pytest.raises(OutlierMergeError, match="of part 2-of-3"):
         run_part(planned, output, 1, 3, other)
     assert parts(output) == ["2-of-3"]
@@ -200,7 +199,7 @@ def test_parts_of_another_merge_are_not_mixed_in(
     output = tmp_path / "out"
     ended(start(plan_file, output, 2))
     other = outliermerge.plan(spec(models, parameters={"t": 1.0}), shard_size="300kB")
-    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    options = RunOptions(memory="64MiB", threads=2, kernels=True)
     with pytest.raises(OutlierMergeError, match="begun by another merge: the spec changed"):
         run_part(other, output, 1, 3, options)
     with pytest.raises(OutlierMergeError, match="begun by another merge: the spec changed"):
@@ -219,7 +218,7 @@ def test_other_methods_and_one_file(models: Path, tmp_path: Path, method: str) -
         "models": [{"model": file["one"]}, {"model": file["two"]}],
     }
     planned = pickle.loads(pickle.dumps(outliermerge.plan(document)))
-    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    options = RunOptions(memory="64MiB", threads=2, kernels=True)
     for part in (4, 1, 3, 2):
         run_part(planned, tmp_path / "out.safetensors", part, 4, options)
     outliermerge.run(planned, output=tmp_path / "out.safetensors")
@@ -250,10 +249,10 @@ def test_a_finished_output_is_not_written_again(
     output = tmp_path / "out"
     outliermerge.run(planned, output=output)
     before = output.stat().st_ino
-    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    options = RunOptions(memory="64MiB", threads=2, kernels=True)
     with pytest.raises(OutlierMergeError, match="exists already"):
         run_part(planned, output, 1, 3, options)
-    run_part(planned, output, 1, 3, options, overwrite=True)
+    run_part(planned, output, 1, 3, options.changed({"overwrite": True}))
     assert output.stat().st_ino == before
     outliermerge.run(planned, output=output, overwrite=True)
     assert output.stat().st_ino != before
@@ -298,7 +297,7 @@ def _stop_after(number: int, plan: Plan, output: Path, *, in_parts: bool) -> Non
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Journal, "add", stopping)
         if in_parts:
-            options = choose_options(device="cpu", memory="64MiB", threads=1, kernels=True)
+            options = RunOptions(memory="64MiB", threads=1, kernels=True)
             run_part(plan, output, 1, 1, options)
         else:
             outliermerge.run(plan, output=output, load_check=False, threads=1)
@@ -307,7 +306,7 @@ def _stop_after(number: int, plan: Plan, output: Path, *, in_parts: bool) -> Non
 def test_a_part_starts_over_where_its_journal_is_of_another_merge(
     planned: Plan, models: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    options = choose_options(device="cpu", memory="64MiB", threads=2, kernels=True)
+    options = RunOptions(memory="64MiB", threads=2, kernels=True)
     other = outliermerge.plan(spec(models, parameters={"t": 3.0}), shard_size="300kB")
     run_part(other, tmp_path / "other", 1, 2, options)
     run_part(planned, tmp_path / "out", 2, 2, options)
