@@ -133,7 +133,7 @@ BAD = {
     # Methods.
     "unknown method": (
         _with_method("tiez"),
-        f"1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'? {YOUR_OWN}",
+        f"1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'? Valid: {METHODS}. {YOUR_OWN}",
     ),
     "unknown method like no other": (
         _with_method("zzzz"),
