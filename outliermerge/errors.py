@@ -44,7 +44,13 @@ class OutlierMergeError(ValueError):
 
 
 class SpecError(OutlierMergeError):
-    """A mistake in a spec (exit code 2)."""
+    """A mistake in a spec (exit code 2).
+
+    Attributes:
+        place: its line and column, where they are known.
+    """
+
+    place: tuple[int, int] = (0, 0)
 
 
 class ArgumentError(OutlierMergeError):

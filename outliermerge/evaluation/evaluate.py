@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.evaluation.early import check_data, check_models
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
 from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
@@ -87,7 +88,8 @@ def evaluate(
 
     Raises:
         SpecError: a judge is needed and none is named.
-        OutlierMergeError: a model or lmms-eval is missing, or two models have the same name.
+        OutlierMergeError: a model, local data or lmms-eval is missing, a model is of a type that
+            lmms-eval's model type does not load, or two models have the same name.
     """
     listener = listener or Listener()
     installed = versions()
@@ -99,6 +101,8 @@ def evaluate(
     if dtype == "auto" and device == "cpu" and kind.takes_dtype:
         dtype = "float32"
     paths = find_models(models)
+    check_models(suite.document.model_type, [(reference, path) for _, reference, path in paths])
+    check_data(suite)
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,8 @@ def find_method(name: str) -> MergeMethod:
         if said is None:
             near = nearest(name, METHODS)
             meant = f" Did you mean {near!r}?" if near else ""
-            said = f"unknown merge method {quoted(name)}.{meant} Valid: {', '.join(sorted(METHODS))}."
+            said = (
+                f"unknown merge method {quoted(name)}.{meant} Valid: {', '.join(sorted(METHODS))}."
+            )
         raise SpecError(f"{said} Your own is named package.module:function.")
     return METHODS[name]

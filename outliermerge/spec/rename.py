@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from outliermerge.checkpoint.patterns import (
@@ -19,7 +20,7 @@ from outliermerge.checkpoint.sources import is_name
 from outliermerge.errors import quoted, shown, suggest
 from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 from outliermerge.spec.rename_search import best_rename, find_rename
-from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.settings import SettingError, SpecPath, all_of
 
 __all__ = ["MAP_NAMES", "Rename", "Rule", "best_rename", "find_rename", "parse_rename"]
 
@@ -136,7 +137,9 @@ def parse_rename(raw: object, path: SpecPath) -> Rename:
             what = f"found {len(raw):,} rules, of which there may be {_MAX_RULES:,}"
             raise SettingError((*path, _MAX_RULES), what)
         rules = enumerate(raw)
-        return Rename(tuple(_rule(item, (*path, index), budget) for index, item in rules))
+        return Rename(
+            tuple(all_of(partial(_rule, item, (*path, index), budget) for index, item in rules))
+        )
     return Rename((_rule(raw, path, budget),))
 
 

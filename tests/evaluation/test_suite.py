@@ -140,9 +140,9 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("tasks:\n" + TASK + "limit: 3\nlimit: 4\n", "FILE:4:1: the key 'limit' stands twice, "
          "first in line 3"),
         ("tasks: [\n", "FILE:2:1: not valid YAML"),
-        ("- one\n- two\n", "FILE:1:1: expected a mapping with `tasks`"),
-        ("", "FILE: expected a mapping with `tasks`"),
-        ("tasks: []\n", "FILE:1:8: tasks: found []"),
+        ("- one\n- two\n", "FILE:1:1: found a list, expected a mapping with `tasks`"),
+        ("", "FILE: found nothing, expected a mapping with `tasks`"),
+        ("tasks: []\n", "FILE:1:8: tasks: must not be empty"),
         ("tasks: mmstar\n", "FILE:1:8: tasks: found 'mmstar'"),
         ("tasks: [mmstar]\n", "FILE:1:9: tasks[0]: found 'mmstar'"),
         ("limit: 0\ntasks:\n" + TASK, "FILE:1:8: limit: found 0"),
@@ -155,9 +155,11 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("dtype: float8\ntasks:\n" + TASK, "FILE:1:8: dtype: found 'float8'"),
         ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: found 'llava'"),
         ("generation: 4\ntasks:\n" + TASK, "FILE:1:13: generation: found 4"),
-        ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found None"),
-        ("data: ''\ntasks:\n" + TASK, "FILE:1:7: data: found ''"),
-        ("tasks:\n- {title: '', task: a, metric: m}\n", "FILE:2:11: tasks[0].title: found ''"),
+        ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found nothing, "
+         "expected a mapping"),
+        ("data: ''\ntasks:\n" + TASK, "FILE:1:7: data: must not be empty"),
+        ("tasks:\n- {title: '', task: a, metric: m}\n", "FILE:2:11: tasks[0].title: "
+         "must not be empty"),
         ("tasks:\n- {title: A, task: a, metric: m, scale: 10}\n", "FILE:2:41: tasks[0].scale: "
          "found 10"),
         ("tasks:\n- {title: A, task: a, metric: m}\n- {title: B, task: a, metric: n}\n",
@@ -283,7 +285,7 @@ def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
-        ours = task_files._ours(suite.tasks_folder, suite.data)
+        ours = task_files.own_files(suite.tasks_folder, suite.data)
         definition = task_files.definition_of(task.task, ours)
         config, _ = task_files._keys(definition.file, None, ())
         metrics = {entry["metric"] for entry in config["metric_list"][0]}
