@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.errors import OutlierMergeError, argument, listing, quoted, shown
+from outliermerge.errors import OutlierMergeError, argument, quoted, shown
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.evaluation.suite import Suite
 from outliermerge.evaluation.task_files import definition_of, lacking_data, own_files
@@ -43,29 +43,23 @@ def check_models(model_type: str, models: Iterable[tuple[str, Path]]) -> None:
         raise OutlierMergeError("\n".join([*wrong, f"The model type {model_type} takes {takes}."]))
 
 
-def check_data(suite: Suite) -> None:
-    """Refuse a suite with tasks whose local data files are not there.
-
-    Raises:
-        OutlierMergeError: files are missing; the message says of each how it is made, where the
-            task's file says it.
-    """
+def lacking_by_task(suite: Suite) -> dict[str, str]:
+    """Return by task why it cannot be asked, where its local data files are not there."""
     ours = own_files(suite.tasks_folder, suite.data)
-    rows, commands = [], dict[str, None]()
+    reasons = {}
     for task in suite.document.tasks:
         definition = definition_of(task.task, ours, suite.data)
         if definition is None or not (lacking := lacking_data(definition, suite.data)):
             continue
-        rows += [f"{task.task}: {name}" for name in lacking]
-        commands |= dict.fromkeys(_commands(definition.parts))
-    if rows:
-        where = suite.data or "no folder: the suite names none as `data`"
-        makes = f"To make them:\n{listing(commands)}" if commands else (
-            f"Put them there, or name another folder by {argument('data')}."
-        )  # fmt: skip
-        raise OutlierMergeError(f"data of tasks is not in {where}:\n{listing(rows)}\n{makes}")
+        files = ", ".join(map(shown, lacking))
+        where = (
+            f"not in {suite.data}" if suite.data else "nowhere: the suite names no `data` folder"
+        )
+        commands = [c for part in definition.parts for c in _COMMAND.findall(_text(part))]
+        make = f". To make it: {commands[0]}" if commands else ""
+        reasons[task.task] = f"its data {files} is {where}{make}"
+    return reasons
 
 
-def _commands(files: Iterable[Path]) -> Iterator[str]:
-    for file in files:
-        yield from _COMMAND.findall(small_bytes(file).decode("utf-8"))
+def _text(file: Path) -> str:
+    return small_bytes(file).decode("utf-8")

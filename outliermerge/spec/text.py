@@ -69,16 +69,14 @@ class Mistakes:
             self.found.append(error)
         return default
 
-    def refuse(self) -> None:
-        """Raise SpecError if something is wrong."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            in_order = sorted(self.found, key=lambda error: error.place)
-            messages = list(dict.fromkeys(str(error) for error in in_order))
-            if (more := len(messages) - MAX_MISTAKES) > 0:
-                messages[MAX_MISTAKES:] = [f"… and {more} more"]
-            raise SpecError("\n".join(messages))
+    def refuse(self, kind: type[OutlierMergeError] = SpecError) -> None:
+        """Raise an error, of one kind or another, if something is wrong."""
+        in_order = sorted(self.found, key=lambda error: error.place)
+        messages = list(dict.fromkeys(error.marked for error in in_order))
+        if (more := len(messages) - MAX_MISTAKES) > 0:
+            messages[MAX_MISTAKES:] = [f"… and {more} more"]
+        if messages:
+            raise kind("\n".join(messages))
 
 
 def read_text(path: Path, *, absent: str) -> str:
