@@ -10,7 +10,7 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.errors import OutlierMergeError, argument, quoted, shown
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.evaluation.suite import Suite
-from outliermerge.evaluation.task_files import definition_of, lacking_data, own_files
+from outliermerge.evaluation.task_files import lacking_data, own_files
 from outliermerge.storage.files import small_bytes
 
 # How a task file's comments name the command that makes its data.
@@ -44,12 +44,13 @@ def check_models(model_type: str, models: Iterable[tuple[str, Path]]) -> None:
 
 
 def lacking_by_task(suite: Suite) -> dict[str, str]:
-    """Return by task why it cannot be asked, where its local data files are not there."""
-    ours = own_files(suite.tasks_folder, suite.data)
+    """Return by task why it cannot be asked, where local data of ours is not there."""
     reasons = {}
-    for task in suite.document.tasks:
-        definition = definition_of(task.task, ours, suite.data)
-        if definition is None or not (lacking := lacking_data(definition, suite.data)):
+    wanted = {task.task for task in suite.document.tasks}
+    for definition in own_files(suite.tasks_folder, suite.data):
+        if wanted.isdisjoint(definition.names):
+            continue
+        if not (lacking := lacking_data(definition, suite.data)):
             continue
         files = ", ".join(map(shown, lacking))
         where = (
@@ -57,7 +58,7 @@ def lacking_by_task(suite: Suite) -> dict[str, str]:
         )
         commands = [c for part in definition.parts for c in _COMMAND.findall(_text(part))]
         make = f". To make it: {commands[0]}" if commands else ""
-        reasons[task.task] = f"its data {files} is {where}{make}"
+        reasons |= dict.fromkeys(definition.names, f"its data {files} is {where}{make}")
     return reasons
 
 

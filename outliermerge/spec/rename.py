@@ -21,6 +21,7 @@ from outliermerge.errors import quoted, shown, suggest
 from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 from outliermerge.spec.rename_search import best_rename, find_rename
 from outliermerge.spec.settings import SettingError, SpecPath, all_of
+from outliermerge.spec.similar import part_meant
 
 __all__ = ["MAP_NAMES", "Rename", "Rule", "best_rename", "find_rename", "parse_rename"]
 
@@ -88,10 +89,13 @@ class Rename:
         for rule in self.rules:
             if check and not any(rule.matches(name) for name in renamed.values()):
                 example = next(iter(renamed.values()), "")
+                near = "" if rule.pattern is None else (
+                    " " + part_meant(rule.label, renamed.values(), is_pattern=True)
+                )  # fmt: skip
                 raise SettingError(
                     rule.path,
                     f"{quoted(rule.label)} matches no tensor; there is for example "
-                    f"{quoted(example)}",
+                    f"{quoted(example)}.{near}",
                 )
             renamed = {old: rule(new) for old, new in renamed.items()}
             origin: dict[str, str] = {}

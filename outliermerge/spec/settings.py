@@ -71,6 +71,10 @@ class Entry:
     is_gradient: bool
     path: SpecPath
 
+    @property
+    def filter_path(self) -> SpecPath:
+        return (*self.path[:-1], "filter")
+
     def matches(self, tensor_name: str) -> bool:
         return self.filter is None or self.filter in tensor_name
 

@@ -78,7 +78,8 @@ def _make(root: Path) -> None:
     for name, content in TASKS.items():
         (root / "tasks" / name).write_text(yaml.safe_dump(content, sort_keys=False))
     (root / "suite.yaml").write_text(yaml.safe_dump(SUITE, sort_keys=False))
-    (root / "sets" / "questions.jsonl").write_text("{}\n")
+    for name in ("questions.jsonl", "more.jsonl"):
+        (root / "sets" / name).write_text("{}\n")
     (root / "model" / "config.json").write_text("{}")
     (root / "model" / "model.safetensors").write_bytes(b"weights")
     (root / "model" / "outliermerge.json").write_text(json.dumps(MANIFEST))

@@ -314,19 +314,22 @@ BAD = {
     ),
     "filter that no tensor matches": (
         _with_parameters("density:", "  - filter: emded", "    value: 0.3", "  - value: 1"),
-        "9:14: parameters.density[0].value: the filter 'emded' is in no merged tensor's name",
+        "8:15: parameters.density[0].filter: the filter 'emded' is in no merged tensor's name. "
+        "Did you mean 'embed'?",
     ),
     "filter of another case": (
         _with_parameters("density:", "  - filter: Embed", "    value: 0.3", "  - value: 1"),
-        "9:14: parameters.density[0].value: the filter 'Embed' is in no merged tensor's name",
+        "8:15: parameters.density[0].filter: the filter 'Embed' is in no merged tensor's name. "
+        "Did you mean 'embed'?",
     ),
     "only filter, which no tensor matches": (
         _with_parameters("density:", "  - filter: emded", "    value: 0.3"),
-        "9:14: parameters.density[0].value: the filter 'emded' is in no merged tensor's name",
+        "8:15: parameters.density[0].filter: the filter 'emded' is in no merged tensor's name. "
+        "Did you mean 'embed'?",
     ),
     "filter below one that takes all": (
         _with_parameters("density:", "  - value: 0.3", "  - filter: embed", "    value: 1"),
-        "10:14: parameters.density[1].value: the filter 'embed' is never reached: entries above "
+        "9:15: parameters.density[1].filter: the filter 'embed' is never reached: entries above "
         "take all of its tensors",
     ),
     "filter below one that takes its tensors": (
@@ -337,7 +340,7 @@ BAD = {
             "  - filter: layers.0",
             "    value: 1",
         ),
-        "11:14: parameters.density[1].value: the filter 'layers.0' is never reached: entries "
+        "10:15: parameters.density[1].filter: the filter 'layers.0' is never reached: entries "
         "above take all of its tensors",
     ),
     # Models.
