@@ -45,7 +45,7 @@ def check_models(model_type: str, models: Iterable[tuple[str, Path]]) -> None:
 
 def lacking_by_task(suite: Suite) -> dict[str, str]:
     """Return by task why it cannot be asked, where local data of ours is not there."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     wanted = {task.task for task in suite.document.tasks}
     for definition in own_files(suite.tasks_folder, suite.data):
         if wanted.isdisjoint(definition.names):
