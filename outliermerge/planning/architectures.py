@@ -24,7 +24,7 @@ def compare_architectures(inputs: Sequence[Input], numbers: Iterable[int]) -> li
     return [
         f"{shown(other.reference)} is {_said(other)}; {shown(first.reference)} is {_said(first)}."
         for other in others
-        if _said(other) != _said(first)
+        if _kind(other) != _kind(first) or differ_in_size(other, first)
     ]
 
 
@@ -48,17 +48,22 @@ def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     )
 
 
-def _said(entry: Input) -> str:
-    """Return a model's architecture, layers and size in words."""
-    config, facts = _config(entry), _facts(entry)
+def _kind(entry: Input) -> str:
+    config = _config(entry)
     named = config.get("architectures")
     kind = named[0] if isinstance(named, list) and named else config.get("model_type")
+    return shown(kind) if kind else "of no known architecture"
+
+
+def _said(entry: Input) -> str:
+    """Return a model's architecture, layers and size in words."""
+    facts = _facts(entry)
     number = sum(source.num_elements for source in entry.checkpoint.tensors.values())
     unit, sign = next(((unit, sign) for unit, sign in _UNITS if number >= unit), (1, ""))
     sizes = (("num_hidden_layers", "{} layers"), ("hidden_size", "hidden size {}"))
     parts = [text.format(shown(facts[key])) for key, text in sizes if facts.get(key) is not None]
     parts.append(f"{number / unit:.3g}{sign} parameters")
-    return f"{shown(kind) if kind else 'of no known architecture'} ({', '.join(parts)})"
+    return f"{_kind(entry)} ({', '.join(parts)})"
 
 
 def _config(entry: Input) -> dict[str, Any]:
