@@ -103,6 +103,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     signature = inspect.signature(function)
     known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     is_needed = {p.name: p.default is p.empty for p in signature.parameters.values()}
+    by_place = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     takes_more = len(known) < len(signature.parameters)
 
     @functools.wraps(function)
@@ -110,6 +111,12 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         for name in keywords if not takes_more else ():
             if name not in known:
                 raise unexpected(function.__name__, name, known)
+        if len(positional) > len(by_place):
+            raise TypeError(
+                f"{function.__name__}() takes {len(by_place)} argument(s) without a name "
+                f"({', '.join(by_place)}), found {len(positional)}: name the others, such as "
+                f"{known[len(by_place)]}=…"
+            )
         try:
             given = signature.bind(*positional, **keywords).arguments
         except TypeError as error:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from outliermerge.checkpoint.folders.absent import path_meant
 from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.yaml_words import in_words
@@ -88,9 +89,12 @@ def read_text(path: Path, *, absent: str) -> str:
     try:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except OutlierMergeError as error:
-        raise SpecError(str(error)) from error
+        what = f"{path}: is a folder, expected a YAML file" if path.is_dir() else error.marked
+        raise SpecError(what) from error
     if data is None:
-        raise SpecError(f"{path}: {absent}")
+        meant = path_meant(path)
+        near = f". Did you mean {quoted(str(meant))}?" if meant is not None else ""
+        raise SpecError(f"{path}: {absent}{near}")
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

@@ -38,6 +38,9 @@ def in_words(error: yaml.MarkedYAMLError, text: str) -> tuple[tuple[int, int], s
         return place, _indentation(problem, began.line + 1)
     if problem == "found unexpected end of stream" and began is not None:
         return (began.line + 1, began.column + 1), "the quote that opens here is never closed"
+    first = next((n for n, line in enumerate(lines) if _has_content(line)), 0)
+    if "'<document start>'" in problem and not re.search(r":(\s|$)", lines[first]):
+        return _place_in(lines, first), _no_colon(lines[first])
     for pattern, words in _WORDS:
         if found := re.search(pattern, f"{context} {problem}"):
             return place, words.format(*map(quoted, found.groups()))

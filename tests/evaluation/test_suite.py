@@ -180,6 +180,30 @@ def test_all_mistakes_of_a_suite_are_told_at_once(tmp_path):
     assert sorted(places) == ["FILE:1:8", "FILE:2:13", "FILE:4:3"]
 
 
+def test_mistakes_of_types_hide_none_beyond_them(tmp_path):
+    text = """\
+    limit: 0
+    tasks:
+    - {title: avg, task: a, metric: m}
+    - {title: B, task: a, metrics: m}
+    - {title: C, task: c, metric: m, generation: {max_tokens: 4}}
+    device: tpu
+    data: nowhere
+    limit: 3
+    dtype: bf16
+    """
+    told = _refusal(tmp_path, text).splitlines()
+    assert [line.split(": ")[0] for line in told] == [
+        "FILE:3:11", "FILE:4:3", "FILE:4:20", "FILE:5:47", "FILE:6:9", "FILE:7:7", "FILE:8:1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("bf16", "bfloat16"), ("FP16", "float16")])
+def test_a_dtype_is_taken_in_its_usual_spellings(tmp_path, text, dtype):
+    assert _load(tmp_path, f"dtype: {text}\ntasks:\n" + TASK).document.dtype == dtype
+    assert _load(tmp_path, "tasks:\n" + TASK, dtype=text).document.dtype == dtype
+
+
 @pytest.mark.parametrize("title", ["avg", "gain"])
 def test_a_title_that_the_table_has_already_is_refused(tmp_path, title):
     # Hours later the table would refuse it.
@@ -198,7 +222,7 @@ def test_a_setting_that_json_cannot_hold_is_refused(tmp_path, key, value):
 def test_a_suite_that_is_not_there_or_not_text_is_told(tmp_path):
     with pytest.raises(SpecError, match=r"absent\.yaml: no such suite"):
         load_suite(tmp_path / "absent.yaml")
-    with pytest.raises(SpecError, match="is a folder, expected a regular file"):
+    with pytest.raises(SpecError, match="is a folder, expected a YAML file"):
         load_suite(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"tasks: \xff\xfe")
     with pytest.raises(SpecError, match=r"binary\.yaml: cannot be read"):

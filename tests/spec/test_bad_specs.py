@@ -641,7 +641,7 @@ def test_a_folder_in_place_of_a_spec_is_named_once(folder, capsys):
 
     assert code == 2
     message = capsys.readouterr().err.replace(str(folder), "DIR")
-    assert message == "error: DIR: is a folder, expected a regular file\n"
+    assert message == "error: DIR: is a folder, expected a YAML file\n"
 
 
 def test_a_spec_from_a_dict_is_checked_alike_and_named_without_lines():

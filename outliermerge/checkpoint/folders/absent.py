@@ -47,7 +47,13 @@ def path_meant(path: Path) -> Path | None:
     if present is None:
         return None
     name, *rest = path.relative_to(present).parts
-    near = nearest(name, names_of(present), cutoff=0.7)
+    # An ending that two names share says nothing of how like they are.
+    ending = Path(name).suffix
+    others = names_of(present)
+    stems = {o.removesuffix(ending): o for o in others if ending and o.endswith(ending)}
+    stem = nearest(name.removesuffix(ending), stems, cutoff=0.7)
+    left = [other for other in others if other not in stems.values()]
+    near = stems[stem] if stem is not None else nearest(name, left, cutoff=0.7)
     found = present.joinpath(near, *rest) if near is not None else None
     return found if found is not None and found.exists() else None
 
