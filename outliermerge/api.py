@@ -256,12 +256,13 @@ def _resolved(
         )
     if num_models < method.min_models or (most is not None and num_models > most):
         raise ArgumentError(f"{method.name} does not take {num_models} models")
-    if method.uses_base and not has_base:
-        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
     try:
-        return method.resolve(num_models, parameters)
+        resolved = method.resolve(num_models, parameters)
     except SpecError as error:
         raise ArgumentError(error.marked) from error
+    if method.uses_base and not has_base:
+        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
+    return resolved
 
 
 def _prepared(

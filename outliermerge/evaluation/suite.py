@@ -122,7 +122,8 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
         over = Mistakes(SpecText("command line"))
         document = _over(document, given, over) or document
         mistakes.found += over.found
-        for error in _wrong(document, is_whole=not mistakes.found):
+        own = given.get("generation", {})  # told once, not of each task
+        for error in _wrong(document, is_whole=not mistakes.found, but=own):
             said = sources.get(str(error.path[0]), source)
             mistakes.found.append(said.error(error.path, str(error), at_key=error.at_key))
     folders: dict[str, Path | None] = {}
@@ -189,11 +190,14 @@ def _validated(raw: Mapping[str, Any], mistakes: Mistakes) -> SuiteDocument | No
     return document
 
 
-def _wrong(document: SuiteDocument, *, is_whole: bool) -> Iterator[SettingError]:
+def _wrong(
+    document: SuiteDocument, *, is_whole: bool, but: Collection[str] = ()
+) -> Iterator[SettingError]:
     """Yield what is wrong beyond the types of single values.
 
     Args:
         is_whole: nothing has been left out of it, so that its model type can be the cause.
+        but: generation settings of tasks that are passed over.
     """
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
@@ -206,7 +210,8 @@ def _wrong(document: SuiteDocument, *, is_whole: bool) -> Iterator[SettingError]
             if earlier != index and value != _STAND_IN:
                 said = f"{quoted(value)} stands twice, first in tasks[{earlier}]"
                 yield SettingError(("tasks", index, key), said)
-        yield from _wrong_settings(task.generation, GENERATION, ("tasks", index, "generation"))
+        kept = {key: value for key, value in task.generation.items() if key not in but}
+        yield from _wrong_settings(kept, GENERATION, ("tasks", index, "generation"))
     yield from _wrong_settings(document.generation, GENERATION, ("generation",))
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", document.device):
         said = f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,7 @@ def _check(
         settings = mistakes.attempt(read, settings)
     if method is not None and not problems:
         mistakes.attempt(partial(_check_base, document, method, source), None)
-        mistakes.attempt(partial(_check_sources, document, source), None)
+        mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
     mistakes.refuse()
     assert method is not None
@@ -221,7 +221,7 @@ def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -
         )
 
 
-def _check_sources(document: SpecDocument, source: SpecText) -> None:
+def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
     entries = [document.base_model] if document.base_model else []
     known = ["base", *(entry.model for entry in (*entries, *document.models))]
     for key in ("config_source", "tokenizer_source", "processor_source"):
@@ -231,7 +231,7 @@ def _check_sources(document: SpecDocument, source: SpecText) -> None:
             advice = (
                 ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
             )
-            raise source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
+            yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
 
 
 def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:

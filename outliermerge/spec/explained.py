@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from outliermerge.errors import SpecError, quoted, suggest
+from outliermerge.errors import SpecError, nearest, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
 from outliermerge.spec.settings import SpecPath
@@ -48,8 +48,11 @@ def _explained(
             fields = kind.model_fields
             name = str(path[-1])
             advice = suggest(name, fields)
+            near = nearest(name, method.parameters) if method is not None else None
             if method is not None and name in method.parameters:
                 advice = f"It is a parameter of {method.name}: put it under `parameters`."
+            elif near is not None and nearest(name, fields) is None:
+                advice = f"Did you mean the parameter {near!r}? Put it under `parameters`."
             return source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
         case "missing":
             return source.error(path[:-1], f"`{path[-1]}` is missing")

@@ -91,6 +91,8 @@ def in_words(problem: Any) -> str:
 def how_to_write(problem: Any) -> str:
     """Return how an item of a list is written that was found as a bare text, or without a dash."""
     path, value = problem["loc"], problem["input"]
+    if problem["type"] == "dict_type" and isinstance(value, list):
+        return ": write its keys without dashes and brackets"
     name = {"models": "model", "modifiers": "modifier"}.get(str(path[0]))
     if name is None or len(path) > 2 or not isinstance(path[-1], (str, int)):
         return ""
@@ -100,6 +102,8 @@ def how_to_write(problem: Any) -> str:
         return f": write a space after the dash, `- {name}: {shown(value[f'-{name}'])}`"
     if not isinstance(value, str):
         return ""
+    if "," in value:
+        return f": write `- {name}: …` for each, in a line of its own"
     bare = re.sub(rf"^{name}(: *| +)(?=.)", "", value)
     colon = ", with a colon and a space" if bare != value else ""
     return f": write `- {name}: {shown(bare)}`{colon}"

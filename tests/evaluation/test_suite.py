@@ -185,7 +185,7 @@ def test_mistakes_of_types_hide_none_beyond_them(tmp_path):
     limit: 0
     tasks:
     - {title: avg, task: a, metric: m}
-    - {title: B, task: a, metrics: m}
+    - {title: B, task: b, metrics: m}
     - {title: C, task: c, metric: m, generation: {max_tokens: 4}}
     device: tpu
     data: nowhere
@@ -194,7 +194,7 @@ def test_mistakes_of_types_hide_none_beyond_them(tmp_path):
     """
     told = _refusal(tmp_path, text).splitlines()
     assert [line.split(": ")[0] for line in told] == [
-        "FILE:3:11", "FILE:4:20", "FILE:5:47", "FILE:6:9", "FILE:7:7", "FILE:8:1"
+        "FILE:3:11", "FILE:4:23", "FILE:5:47", "FILE:6:9", "FILE:7:7", "FILE:8:1"
     ]  # fmt: skip
 
 

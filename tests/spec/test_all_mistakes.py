@@ -115,6 +115,7 @@ def test_a_misspelt_key_is_one_mistake_not_two():
         ("\n  - model a", "write `- model: a`, with a colon and a space"),
         ("\n  - model:a", "write `- model: a`, with a colon and a space"),
         (" a", "write `- model: a`"),
+        (" a, b", "write `- model: …` for each, in a line of its own"),
         ("\n  model: a", "write a dash before each, `- model: a`"),
         ("\n  -model: a", "write a space after the dash, `- model: a`"),
     ],
@@ -123,6 +124,23 @@ def test_a_model_that_is_no_mapping_is_told_how_to_be_written(models, said):
     with pytest.raises(SpecError) as raised:
         parse_spec(f"merge_method: linear\nmodels:{models}\n")
     assert str(raised.value).endswith(said)
+
+
+@pytest.mark.parametrize("name", ["wieght", "weigth", "densitty"])
+def test_a_misspelt_parameter_beside_a_model_is_told_where_it_belongs(name):
+    model = {"model": "a", name: 1}
+    with pytest.raises(SpecError) as raised:
+        load_spec({"merge_method": "ties", "base_model": "b", "models": [model]})
+    assert "Did you mean the parameter '" in str(raised.value)
+    assert str(raised.value).endswith("Put it under `parameters`.")
+
+
+def test_all_sources_that_are_none_of_the_models_are_told():
+    keys = ("config_source", "tokenizer_source", "processor_source")
+    spec = {"merge_method": "linear", "models": [{"model": "a"}]} | dict.fromkeys(keys, "c")
+    with pytest.raises(SpecError) as raised:
+        load_spec(spec)
+    assert [line.split(": ")[1] for line in str(raised.value).split("\n")] == [*keys]
 
 
 SPELLINGS = {"float16": "float16", "bfloat16": "bfloat16", "float64": "float64"}

@@ -226,7 +226,8 @@ BAD = {
     ),
     "list for parameters": (
         HEAD + "parameters:\n  - weight: 1\n",
-        "7:3: parameters: found a list, expected a mapping",
+        "7:3: parameters: found a list, expected a mapping: write its keys without dashes and "
+        "brackets",
     ),
     "unknown dtype": (HEAD + "dtype: fp8\n", f"6:8: dtype: found 'fp8', expected {DTYPES}"),
     "integer dtype": (
