@@ -202,6 +202,15 @@ def test_what_is_no_tensor_is_named(models: list, said: str) -> None:
         outliermerge.merge_state_dicts(models, method="linear")
 
 
+@pytest.mark.parametrize("given", [{"space": "task"}, {"space": "delta", "cut": "column"}])
+def test_a_method_of_no_known_space_or_cut_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"rule: found '(task|column)', expected (delta|element), "):
+
+        @outliermerge.merge_method(**given)
+        def rule(deltas_ME: torch.Tensor) -> torch.Tensor:
+            return deltas_ME.sum(0)
+
+
 def test_settings_are_given_once(spec: Path) -> None:
     variants = plan_sweep("spec.yaml", {"t": [1, 2]})
     with pytest.raises(ArgumentError, match="settings: the variants have theirs"):
