@@ -70,5 +70,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'outliermerge' has no attribute {name!r}")
+        from outliermerge.errors import nearest
+
+        near = nearest(name, __all__)
+        meant = f". Did you mean {near!r}?" if near else ""
+        raise AttributeError(f"module 'outliermerge' has no attribute {name!r}{meant}")
     return getattr(importlib.import_module(f"outliermerge.{_HOMES.get(name, 'api')}"), name)

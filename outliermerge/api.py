@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@checked
 def plan(
     spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str | None = None
 ) -> Plan:
@@ -52,12 +54,15 @@ def plan(
         >>> import outliermerge
         >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
     """
-    checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    if not isinstance(spec, (str, Path, Mapping, MergeSpec)):
+        raise wrong("spec", spec, "a YAML file or a dict")
+    loaded = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     if shard_size is None:
-        return make_plan(checked)
-    return make_plan(checked, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
+        return make_plan(loaded)
+    return make_plan(loaded, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
+@checked
 def run(
     spec: str | Path | Mapping[str, Any] | Plan,
     *,
@@ -88,7 +93,7 @@ def run(
         >>> import outliermerge
         >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
     """
-    chosen = (options or RunOptions()).changed(changes)
+    chosen = RunOptions.of(options, changes, "run")
     if isinstance(spec, Plan):
         if shard_size is not None:
             raise ArgumentError("shard_size: the plan has its shards already; give it to plan()")
@@ -99,6 +104,7 @@ def run(
     return result
 
 
+@checked
 def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[str]:
     """Recompute every checksum of an output; return what differs from its manifest.
 
@@ -117,6 +123,7 @@ def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[
     return differences
 
 
+@checked
 def merge_state_dicts(
     models: Sequence[Mapping[str, Tensor]],
     *,
@@ -152,6 +159,10 @@ def merge_state_dicts(
     found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
+    for name, each in [*(("models", model) for model in models), ("base", base)]:
+        if not isinstance(each, Mapping) and each is not None:
+            hint = ": give its state_dict()" if hasattr(each, "state_dict") else ""
+            raise wrong(name, type(each).__name__, f"tensors by name{hint}")
     reference = models[0] if base is None else base
     for number, model in enumerate(models):
         differing = sorted(set(reference) ^ set(model))
@@ -170,10 +181,10 @@ def merge_state_dicts(
                 None if base is None else base[name],
                 found,
                 resolved,
-                context_of(name, tuple(tensor.shape), layers.get(name), seed),
+                context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
             )
         except OutlierMergeError as error:
-            raise OutlierMergeError(f"tensor {name!r}: {error}") from error
+            raise type(error)(f"tensor {name!r}: {error.marked}") from error
     _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
     return {
         name: merge.result if isinstance(merge, TensorMerge) else merge
@@ -181,6 +192,7 @@ def merge_state_dicts(
     }
 
 
+@checked
 def merge_tensors(
     models: Sequence[Tensor],
     *,
@@ -214,7 +226,7 @@ def merge_tensors(
     if not models:
         raise OutlierMergeError("no models to merge")
     resolved = _resolved(found, len(models), base is not None, parameters)
-    context = Context(shape=tuple(models[0].shape), seed=seed)
+    context = Context(shape=tuple(getattr(models[0], "shape", ())), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
@@ -223,6 +235,8 @@ def merge_tensors(
 
 
 def _method(method: str | MergeMethod) -> MergeMethod:
+    if not isinstance(method, (str, MergeMethod)):
+        raise wrong("method", method, "a name, or a function decorated with @merge_method")
     try:
         return find_method(method) if isinstance(method, str) else method
     except SpecError as error:
@@ -242,12 +256,13 @@ def _resolved(
         )
     if num_models < method.min_models or (most is not None and num_models > most):
         raise ArgumentError(f"{method.name} does not take {num_models} models")
-    if method.uses_base and not has_base:
-        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
     try:
-        return method.resolve(num_models, parameters)
+        resolved = method.resolve(num_models, parameters)
     except SpecError as error:
         raise ArgumentError(error.marked) from error
+    if method.uses_base and not has_base:
+        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
+    return resolved
 
 
 def _prepared(
@@ -260,6 +275,9 @@ def _prepared(
     """Return the merge that is to be done, or what needs none."""
     import torch
 
+    for each in (base, *models):
+        if each is not None and not isinstance(each, torch.Tensor):
+            raise ArgumentError(f"found {type(each).__name__}, expected a tensor")
     first = models[0] if base is None else base
     for number, tensor in enumerate(models):
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():

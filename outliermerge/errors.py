@@ -44,7 +44,13 @@ class OutlierMergeError(ValueError):
 
 
 class SpecError(OutlierMergeError):
-    """A mistake in a spec (exit code 2)."""
+    """A mistake in a spec (exit code 2).
+
+    Attributes:
+        place: its line and column, where they are known.
+    """
+
+    place: tuple[int, int] = (0, 0)
 
 
 class ArgumentError(OutlierMergeError):
@@ -171,6 +177,23 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the valid name that is most like another one; None if none is like it.
+
+    >>> nearest("Base-Model", ["base_model", "models"])
+    'base_model'
+    """
+    choices = {_plain(choice): choice for choice in valid}
+    if len(choices) > _MAX_CHOICES or len(str(name)) > _MAX_WORD:
+        return None
+    close = difflib.get_close_matches(_plain(str(name)), choices, n=1, cutoff=cutoff)
+    return choices[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("-", "_")
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return a sentence that names the nearest valid name, or all valid names.
 
@@ -180,10 +203,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     'Valid: density, weight.'
     """
     choices = sorted(valid)
-    few = choices if len(choices) <= _MAX_CHOICES and len(str(name)) <= _MAX_WORD else []
-    close = difflib.get_close_matches(str(name), few, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean {quoted(close[0])}?"
+    if close := nearest(name, choices):
+        return f"Did you mean {quoted(close)}?"
     if not choices:
         return "None is valid here."
     more = ", …" if len(choices) > 20 else ""

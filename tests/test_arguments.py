@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from outliermerge import ArgumentError, OutlierMergeError, RunOptions, SpecError
 from outliermerge.analysis.models import open_subject
 from outliermerge.cli.main import main
 from outliermerge.errors import argument
+from outliermerge.search.sweeps import plan_sweep
 
 SOURCES = sorted(Path(outliermerge.__file__).parent.rglob("*.py"))
 # Flags of other programs, in the advice of messages.
@@ -111,8 +113,110 @@ def test_run_and_sweep_share_their_options(spec: Path) -> None:
 @pytest.mark.parametrize("call", [outliermerge.run, outliermerge.sweep])
 def test_an_unknown_argument_is_answered_with_the_nearest(spec: Path, call: Callable) -> None:
     settings = [] if call is outliermerge.run else [{"t": [1]}]
-    with pytest.raises(TypeError, match=r"unexpected argument 'memroy'. Did you mean 'memory'"):
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'memroy'. Did you mean 'memory'"
+    ):
         call("spec.yaml", *settings, output="out", memroy="2GiB")
+
+
+ANALYSIS = {"device": "tpu", "threads": -1, "on_total": 5, "on_progress": 5}
+RUN = {
+    "device": "tpu", "memory": "lots", "threads": "2", "kernels": "no", "overwrite": 1,
+    "fresh": "yes", "allow_non_finite": None, "load_check": "no", "on_progress": 5,
+    "on_waiting": "x", "executor": 5,
+}  # fmt: skip
+OF_SPEC = {"spec": 5, "shard_size": "huge"}
+# By function a wrong value for each of its arguments.
+WRONG: dict[str, dict[str, Any]] = {
+    "build_report": {"models": "one", "output": None, "png": 5, "t": "x", "filter": "x"} | ANALYSIS,
+    "compare_weights": {"models": "one", "t": "2", "rename": 5} | ANALYSIS,
+    "layer_spectra": {"num_values": "many", "rename": 5} | ANALYSIS,
+    "merge_state_dicts": {"models": "one", "base": 5, "method": 5, "seed": "x"},
+    "merge_tensors": {"models": 5, "method": 5, "seed": 0.5},
+    "plan": OF_SPEC,
+    "run": OF_SPEC | RUN | {"output": 5, "options": {"threads": 2}},
+    "simulate": {"seed": "x", "num_points": "many", "noises": [None], "on_total": 5,
+                 "on_progress": 5},
+    "stats_of_tensor": {"name": 5, "filter": "x", "small": None},
+    "sweep": OF_SPEC | RUN | {"output": 5, "settings": {"t": 2}},
+    "verify": {"folder": 5, "threads": 0.5, "load": "yes"},
+    "weight_stats": {"rename": 5, "filter": "x", "small": True, "kernels": 1} | ANALYSIS,
+}  # fmt: skip
+CASES = [(function, name) for function, values in WRONG.items() for name in values]
+
+
+def _right(function: str) -> dict[str, Any]:
+    """Return what a function must be given, all of it right."""
+    tensor = torch.ones(2)
+    return {
+        "build_report": {"models": ["one"], "output": "page.html"},
+        "compare_weights": {"models": ["one", "two"]},
+        "layer_spectra": {"model": "one"},
+        "merge_state_dicts": {"models": [{"w": tensor}] * 2, "method": "linear"},
+        "merge_tensors": {"models": [tensor] * 2, "method": "linear"},
+        "plan": {"spec": "spec.yaml"},
+        "run": {"spec": "spec.yaml", "output": "out"},
+        "simulate": {"num_points": 1000},
+        "stats_of_tensor": {"values": tensor},
+        "sweep": {"spec": "spec.yaml", "settings": {"t": [2]}, "output": "out"},
+        "verify": {"folder": "one"},
+        "weight_stats": {"model": "one"},
+    }[function]
+
+
+@pytest.mark.parametrize(("function", "name"), CASES)
+def test_an_argument_of_a_wrong_kind_is_refused_by_its_name(
+    spec: Path, function: str, name: str
+) -> None:
+    before = sorted(spec.parent.rglob("*"))
+    with pytest.raises(ArgumentError, match=rf"^(t=2: )?{name}: ") as raised:
+        getattr(outliermerge, function)(**_right(function) | {name: WRONG[function][name]})
+    assert not isinstance(raised.value, SpecError)
+    assert sorted(spec.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_options_of_a_wrong_kind_are_refused_when_they_are_made(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: "):
+        RunOptions(**{name: RUN[name]})
+
+
+@pytest.mark.parametrize("function", ["plan", "compare_weights", "simulate", "verify"])
+def test_an_unknown_keyword_of_any_function_is_answered_with_the_nearest(function: str) -> None:
+    known = {"plan": "shard_size", "compare_weights": "threads", "simulate": "seed",
+             "verify": "load"}[function]  # fmt: skip
+    said = rf"{function}\(\) got an unexpected keyword argument '{known}s'. .*'{known}'"
+    with pytest.raises(TypeError, match=said):
+        getattr(outliermerge, function)(**_right(function), **{f"{known}s": 1})
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ([torch.nn.Linear(2, 2)], "models: found 'Linear', expected tensors by name: give its st"),
+        ([{"w": [1.0]}], "tensor 'w': found list, expected a tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(models: list, said: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{said}"):
+        outliermerge.merge_state_dicts(models, method="linear")
+
+
+@pytest.mark.parametrize("given", [{"space": "task"}, {"space": "delta", "cut": "column"}])
+def test_a_method_of_no_known_space_or_cut_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"rule: found '(task|column)', expected (delta|element), "):
+
+        @outliermerge.merge_method(**given)
+        def rule(deltas_ME: torch.Tensor) -> torch.Tensor:
+            return deltas_ME.sum(0)
+
+
+def test_settings_are_given_once(spec: Path) -> None:
+    variants = plan_sweep("spec.yaml", {"t": [1, 2]})
+    with pytest.raises(ArgumentError, match="settings: the variants have theirs"):
+        outliermerge.sweep(variants, {"t": [3]}, output="out")
+    with pytest.raises(ArgumentError, match="settings t: has no values"):
+        outliermerge.sweep("spec.yaml", {"t": []}, output="out")
 
 
 def test_an_error_keeps_its_arguments_when_it_is_wrapped_and_when_it_travels() -> None:

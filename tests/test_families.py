@@ -981,9 +981,10 @@ WORDS = {
         ("{filters: a.w, value: keep}", ".filters",
          "unknown key 'filters'. Valid: filter, value."),
         ("[{filter: a.w, value: error}, error]", "[1]", "found 'error', expected a filter entry"),
-        ("{filter: zzz, value: error}", ".value", "the filter 'zzz' is in no tensor's name"),
-        ("[{filter: a.w, value: error}, {filter: zzz, value: error}]", "[1].value",
-         "the filter 'zzz' is in no tensor's name"),
+        ("{filter: zzz, value: error}", ".filter",
+         "the filter 'zzz' is in no tensor's name. Parts of names are: a, weight, b."),
+        ("[{filter: a.w, value: error}, {filter: a.wieght, value: error}]", "[1].filter",
+         "the filter 'a.wieght' is in no tensor's name. Did you mean 'a.weight'?"),
     ],
 )  # fmt: skip
 def test_a_wrong_policy_is_pointed_out(key, raw, place, message, trio, tmp_path):

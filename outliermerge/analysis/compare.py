@@ -18,6 +18,7 @@ from outliermerge.analysis.compare_torch import (
 )
 from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import ModulePlace, find_places
+from outliermerge.arguments import checked
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import (
@@ -163,6 +164,7 @@ class Comparison:
         }
 
 
+@checked
 def compare_weights(
     models: Sequence[str | Subject],
     *,

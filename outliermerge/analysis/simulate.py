@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.analysis.extras import require
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
+from outliermerge.arguments import checked
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.storage.files import write_whole
 
@@ -82,6 +83,7 @@ class Simulation:
         }
 
 
+@checked
 def simulate(
     *,
     seed: int = 42,

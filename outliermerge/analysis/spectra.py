@@ -22,6 +22,7 @@ from outliermerge.analysis.places import find_places, short_names
 from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
 from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
+from outliermerge.arguments import checked
 from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
@@ -99,6 +100,7 @@ class LayerSpectra:
         }
 
 
+@checked
 def layer_spectra(
     model: str | Subject,
     *,

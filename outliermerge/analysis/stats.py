@@ -24,6 +24,7 @@ from outliermerge.analysis.measure import (
 from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
+from outliermerge.arguments import checked
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
@@ -43,6 +44,7 @@ DEFAULT_FILTER = 3.0
 DEFAULT_SMALL = 1e-3
 
 
+@checked
 def weight_stats(
     model: str | Subject,
     *,
@@ -129,6 +131,7 @@ def weight_stats(
     )
 
 
+@checked
 def stats_of_tensor(
     values: Tensor,
     *,

@@ -13,7 +13,7 @@ from typing import Any
 
 from outliermerge.errors import SpecError
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import METHODS, find_method
+from outliermerge.methods.table import find_method
 from outliermerge.spec.document import ModelEntry, SpecDocument
 from outliermerge.spec.inert import INERT_PARAMETERS
 
@@ -44,14 +44,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """mergekit's methods and their parameters, with their defaults."""
 
-# What of ours comes nearest to a method of mergekit's that is not here.
-_NEAREST = {
-    "dare_linear": "task_arithmetic", "dare_ties": "ties", "breadcrumbs": "task_arithmetic",
-    "breadcrumbs_ties": "ties", "della": "ties", "della_linear": "task_arithmetic",
-    "slerp": "linear", "nuslerp": "linear", "multislerp": "linear", "karcher": "linear",
-    "nearswap": "linear", "model_stock": "linear", "sce": "ties", "arcee_fusion": "ties",
-    "ram": "task_arithmetic", "ramplus_tl": "task_arithmetic",
-}  # fmt: skip
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 _TOP_KEYS = ("slices", "modules", "tokenizer", "chat_template", "name", *SpecDocument.model_fields)
 
@@ -217,12 +209,7 @@ def _method(found: Converted) -> MergeMethod | None:
     try:
         return find_method(str(name))
     except SpecError as error:
-        nearest = _NEAREST.get(str(name))
-        found.obstacles.append(
-            f"merge_method: mergekit's {name} is not here; the nearest is {nearest}"
-            if nearest in METHODS
-            else f"merge_method: {error}"
-        )
+        found.obstacles.append(f"merge_method: {error}")
         return None
 
 

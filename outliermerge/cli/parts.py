@@ -67,12 +67,13 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 
 def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
-    """Print notes beside the output; with --json they are in it."""
+    """Print notes beside the output, each once; with --json they are in it."""
     if not options.json and not options.quiet:
-        for note in notes[:_MAX_NOTES]:
+        said = list(dict.fromkeys(notes))
+        for note in said[:_MAX_NOTES]:
             say(f"note: {note}", file=sys.stderr)
-        if len(notes) > _MAX_NOTES:
-            say(f"note: {len(notes) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
+        if len(said) > _MAX_NOTES:
+            say(f"note: {len(said) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
 
 
 def count(text: str) -> int:

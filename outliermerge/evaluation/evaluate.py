@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.evaluation.early import check_models, lacking_by_task
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
 from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
@@ -87,7 +88,8 @@ def evaluate(
 
     Raises:
         SpecError: a judge is needed and none is named.
-        OutlierMergeError: a model or lmms-eval is missing, or two models have the same name.
+        OutlierMergeError: a model or lmms-eval is missing, a model is of a type that lmms-eval's
+            model type does not load, or two models have the same name.
     """
     listener = listener or Listener()
     installed = versions()
@@ -99,6 +101,7 @@ def evaluate(
     if dtype == "auto" and device == "cpu" and kind.takes_dtype:
         dtype = "float32"
     paths = find_models(models)
+    check_models(suite.document.model_type, [(reference, path) for _, reference, path in paths])
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -161,6 +164,7 @@ class _Run:
     ) -> None:
         self._suite, self._models, self._folder = suite, models, folder
         self._records, self._listener, self._settings = records, listener, settings
+        self._lacking = lacking_by_task(suite)
         self._results: dict[tuple[str, str], Score | Failure] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -194,7 +198,9 @@ class _Run:
                 except DamagedRecordError as error:
                     self._listener.damaged(model.name, task.title, str(error))
                     score = None
-                if score is None:
+                if score is None and (reason := self._lacking.get(task.task)):
+                    self._finish(model, task, Failure(task.task, reason))
+                elif score is None:
                     pending.append(task)
                 else:
                     self._results[model.name, task.title] = score

@@ -20,6 +20,7 @@ class ModelType:
         one_at_a_time: whether it refuses batches.
         model_8bit: the model type that loads it in 8 bit, if there is one.
         packages: the packages that it imports besides transformers.
+        architectures: the `model_type` of the configs that it loads; empty if it loads all.
     """
 
     path_argument: str
@@ -28,14 +29,22 @@ class ModelType:
     one_at_a_time: bool = False
     model_8bit: str | None = None
     packages: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
 
 
 MODEL_TYPES = {
     "llava_hf": ModelType(
-        "pretrained", one_at_a_time=True, model_8bit="llava_hf_8bit", packages=("decord",)
+        "pretrained",
+        one_at_a_time=True,
+        model_8bit="llava_hf_8bit",
+        packages=("decord",),
+        architectures=("llava", "llava_next", "llava_onevision"),
     ),
     "qwen2_5_vl": ModelType(
-        "pretrained", takes_dtype=False, packages=("qwen_vl_utils", "torchvision")
+        "pretrained",
+        takes_dtype=False,
+        packages=("qwen_vl_utils", "torchvision"),
+        architectures=("qwen2_5_vl",),
     ),
     "vllm": ModelType("model", takes_device=False, packages=("vllm",)),
 }

@@ -58,7 +58,9 @@ def split_name(model: str) -> tuple[str, str]:
 def _find(reference: str) -> Path:
     path = resolve(reference)
     if not path.is_dir():
-        raise OutlierMergeError(f"model {quoted(reference)}: a file, expected a model folder")
+        raise OutlierMergeError(
+            f"model {quoted(reference)}: a file, expected a model folder, such as {path.parent}"
+        )
     refuse_text(path)
     return path
 

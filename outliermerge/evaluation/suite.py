@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
 from outliermerge.evaluation.formats import MAX_NAME
 from outliermerge.evaluation.model_types import MODEL_TYPES
-from outliermerge.spec.settings import SpecPath
-from outliermerge.spec.text import SpecText, parse_yaml, read_text
+from outliermerge.spec.document import dtype_name
+from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
+from outliermerge.spec.validation import (
+    describe,
+    how_to_write,
+    in_words,
+    validated,
+    without_consequences,
+)
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
@@ -23,6 +32,9 @@ _Count = Annotated[int, Field(ge=1, le=10**9)]
 # Settings that lmms-eval's model types read; they silently ignore all others.
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "until")
 RESERVED = ("avg", "gain")
+# What stands for a required value that is wrong, so that the rest of the suite can be checked.
+_STAND_IN = "?"
+_STAND_INS = {"title": _STAND_IN, "task": _STAND_IN, "metric": _STAND_IN}
 
 
 class _SuiteEntry(BaseModel):
@@ -51,7 +63,9 @@ class SuiteDocument(_SuiteEntry):
     model_type: Literal["llava_hf", "qwen2_5_vl", "vllm"] = "llava_hf"
     model_args: dict[str, Any] = Field({}, description="for the model type, besides ours")
     device: _Text = Field("auto", description="cpu, cuda, cuda:N, or auto")
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float16", "bfloat16", "float32"], BeforeValidator(dtype_name)
+    ] = "auto"
     load_in_8bit: bool = False
     batch_size: _Count = 1
     limit: _Count | None = Field(None, description="questions a task, where it says nothing")
@@ -90,42 +104,62 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
 
     Raises:
         SpecError: the suite cannot be read, or something in it is unknown, has a wrong type or is
-            out of range. The message starts with file, line and column.
+            out of range. Each line of the message starts with file, line and column.
     """
     file = Path(path)
     text = read_text(file, absent="no such suite. The project's own are in evals/")
-    raw, source = parse_yaml(text, file=str(file))
+    duplicates: list[SpecError] = []
+    raw, source = parse_yaml(text, file=str(file), mistakes=duplicates)
     if not isinstance(raw, dict):
-        raise source.error((), "expected a mapping with `tasks`")
-    _check_texts(raw, (), source)
+        raise source.error((), f"found {describe(raw)}, expected a mapping with `tasks`")
+    mistakes = Mistakes(source)
+    mistakes.found += duplicates
+    mistakes.attempt(partial(_check_texts, raw, ()), None)
     given = {key: value for key, value in overrides.items() if value is not None}
     sources = dict.fromkeys(given, SpecText("command line"))
-    document = _over(_validate(raw, source), given)
-    _check(document, lambda key: sources.get(key, source))
+    document = _validated(raw, mistakes)
+    if document is not None:
+        over = Mistakes(SpecText("command line"))
+        document = _over(document, given, over) or document
+        mistakes.found += over.found
+        own = given.get("generation", {})  # told once, not of each task
+        for error in _wrong(document, is_whole=not mistakes.found, but=own):
+            said = sources.get(str(error.path[0]), source)
+            mistakes.found.append(said.error(error.path, str(error), at_key=error.at_key))
     folders: dict[str, Path | None] = {}
-    for key in ("tasks_folder", "data"):
-        named = getattr(document, key)
+    for key in ("tasks_folder", "data") if document is not None else ():
         place = Path.cwd() if key in given else file.parent
         try:
-            folders[key] = (place / as_path(named)).absolute() if named else None
+            folders[key] = _folder(getattr(document, key), place)
         except OutlierMergeError as error:
-            raise sources.get(key, source).error((key,), str(error)) from error
-        if (found := folders[key]) is not None and not found.is_dir():
-            raise sources.get(key, source).error((key,), f"no such folder: {found}")
+            mistakes.found.append(sources.get(key, source).error((key,), str(error)))
+    mistakes.refuse()
+    assert document is not None
     return Suite(file.stem, document, folders["tasks_folder"], folders["data"])
 
 
-def _check_texts(value: object, path: SpecPath, source: SpecText) -> None:
+def _folder(named: str | None, place: Path) -> Path | None:
+    if named is None:
+        return None
+    folder = (place / as_path(named)).absolute()
+    if not folder.is_dir():
+        raise OutlierMergeError(f"no such folder: {folder}")
+    return folder
+
+
+def _check_texts(value: object, path: SpecPath) -> None:
     """Refuse lone surrogates, which YAML can escape but no file or terminal accepts."""
     if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
-        raise source.error(path, f"found {quoted(value)}, which has half of a sign")
+        raise SettingError(path, f"found {quoted(value)}, which has half of a sign")
     entries = value.items() if isinstance(value, dict) else ()
     for key, inner in enumerate(value) if isinstance(value, list) else entries:
-        _check_texts(key, path, source)
-        _check_texts(inner, (*path, key), source)
+        _check_texts(key, path)
+        _check_texts(inner, (*path, key))
 
 
-def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
+def _over(
+    document: SuiteDocument, given: Mapping[str, Any], mistakes: Mistakes
+) -> SuiteDocument | None:
     """Return a suite with the command's settings, which also replace those of single tasks."""
     limit, generation = given.get("limit"), given.get("generation", {})
     tasks = [
@@ -136,85 +170,76 @@ def _over(document: SuiteDocument, given: Mapping[str, Any]) -> SuiteDocument:
     ]
     merged = {**given, "generation": {**document.generation, **generation}}
     plain = {**document.model_dump(), **merged, "tasks": [task.model_dump() for task in tasks]}
-    return _validate(plain, SpecText("command line"))
+    return _validated(plain, mistakes)
 
 
-def _validate(raw: Mapping[str, Any], source: SpecText) -> SuiteDocument:
-    try:
-        return SuiteDocument.model_validate(raw)
-    except ValidationError as error:
-        raise SpecError(
-            "\n".join(str(_explain(problem, source)) for problem in error.errors())
-        ) from error
+def _validated(raw: Mapping[str, Any], mistakes: Mistakes) -> SuiteDocument | None:
+    document, problems = validated(SuiteDocument, raw, _STAND_INS)
+    for problem in without_consequences(problems):
+        path = tuple(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            fields = (SuiteTask if len(path) > 1 else SuiteDocument).model_fields
+            name = str(path[-1])
+            said = f"unknown key {quoted(name)}. {suggest(name, fields)}"
+            error = mistakes.source.error(path, said, at_key=True)
+        elif problem["type"] == "missing":
+            error = mistakes.source.error(path[:-1], f"`{path[-1]}` is missing")
+        else:
+            error = mistakes.source.error(path, in_words(problem) + how_to_write(problem))
+        mistakes.found.append(error)
+    return document
 
 
-def _explain(problem: Any, source: SpecText) -> SpecError:
-    path = tuple(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        fields = (SuiteTask if len(path) > 1 else SuiteDocument).model_fields
-        name = str(path[-1])
-        return source.error(
-            path, f"unknown key {quoted(name)}. {suggest(name, fields)}", at_key=True
-        )
-    if problem["type"] == "missing":
-        return source.error(path[:-1], f"`{path[-1]}` is missing")
-    return source.error(path, f"found {quoted(problem['input'])}: {problem['msg']}")
+def _wrong(
+    document: SuiteDocument, *, is_whole: bool, but: Collection[str] = ()
+) -> Iterator[SettingError]:
+    """Yield what is wrong beyond the types of single values.
 
-
-def _check(document: SuiteDocument, source_of: Callable[[str], SpecText]) -> None:
-    tasks = source_of("tasks")
+    Args:
+        is_whole: nothing has been left out of it, so that its model type can be the cause.
+        but: generation settings of tasks that are passed over.
+    """
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
         if task.title in RESERVED:
-            raise tasks.error(
-                ("tasks", index, "title"), f"{quoted(task.title)} is a column that the table adds"
-            )
+            said = f"{quoted(task.title)} is a column that the table adds"
+            yield SettingError(("tasks", index, "title"), said)
         for key in ("title", "task"):
-            earlier = first.setdefault((key, getattr(task, key)), index)
-            if earlier != index:
-                raise tasks.error(
-                    ("tasks", index, key),
-                    f"{quoted(getattr(task, key))} stands twice, first in tasks[{earlier}]",
-                )
-        _check_settings(task.generation, GENERATION, ("tasks", index, "generation"), tasks)
-    _check_settings(document.generation, GENERATION, ("generation",), source_of("generation"))
+            value = getattr(task, key)
+            earlier = first.setdefault((key, value), index)
+            if earlier != index and value != _STAND_IN:
+                said = f"{quoted(value)} stands twice, first in tasks[{earlier}]"
+                yield SettingError(("tasks", index, key), said)
+        kept = {key: value for key, value in task.generation.items() if key not in but}
+        yield from _wrong_settings(kept, GENERATION, ("tasks", index, "generation"))
+    yield from _wrong_settings(document.generation, GENERATION, ("generation",))
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", document.device):
-        raise source_of("device").error(
-            ("device",), f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"
-        )
-    _check_settings(document.model_args, None, ("model_args",), source_of("model_args"))
-    kind = MODEL_TYPES[document.model_type]
+        said = f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"
+        yield SettingError(("device",), said)
+    yield from _wrong_settings(document.model_args, None, ("model_args",))
+    if not is_whole:
+        return
+    name, kind = document.model_type, MODEL_TYPES[document.model_type]
     if document.load_in_8bit and kind.model_8bit is None:
-        raise source_of("load_in_8bit").error(
-            ("load_in_8bit",), f"{document.model_type} cannot load in 8 bit here"
-        )
+        yield SettingError(("load_in_8bit",), f"{name} cannot load in 8 bit here")
     if document.dtype != "auto" and not kind.takes_dtype:
-        raise source_of("dtype").error(
-            ("dtype",), f"{document.model_type} takes the checkpoint's dtype: leave it at auto"
-        )
+        yield SettingError(("dtype",), f"{name} takes the checkpoint's dtype: leave it at auto")
     if document.batch_size > 1 and kind.one_at_a_time:
-        raise source_of("batch_size").error(
-            ("batch_size",), f"{document.model_type} takes one question at a time"
-        )
-    for name in document.model_args:
-        if name in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
-            raise source_of("model_args").error(
-                ("model_args", name), f"{quoted(name)} is set by the command", at_key=True
-            )
+        yield SettingError(("batch_size",), f"{name} takes one question at a time")
+    for key in document.model_args:
+        if key in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
+            said = f"{quoted(key)} is set by the command"
+            yield SettingError(("model_args", key), said, at_key=True)
 
 
-def _check_settings(
-    settings: Mapping[str, Any], known: Collection[str] | None, path: SpecPath, source: SpecText
-) -> None:
+def _wrong_settings(
+    settings: Mapping[str, Any], known: Collection[str] | None, path: SpecPath
+) -> Iterator[SettingError]:
     for name, value in settings.items():
         if known is not None and name not in known:
-            raise source.error(
-                (*path, name), f"no generation setting {quoted(name)}. {suggest(name, known)}",
-                at_key=True,
-            )  # fmt: skip
+            said = f"no generation setting {quoted(name)}. {suggest(name, known)}"
+            yield SettingError((*path, name), said, at_key=True)
         try:
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise source.error(
-                (*path, name), f"found {quoted(value)}, expected plain values"
-            ) from error
+        except (TypeError, ValueError):
+            yield SettingError((*path, name), f"found {quoted(value)}, expected plain values")

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from outliermerge.errors import OutlierMergeError, SpecError, quoted
-from outliermerge.spec.text import Loader
+from outliermerge.spec.text import Loader, error_at
+from outliermerge.spec.yaml_words import in_words
 from outliermerge.storage.files import small_bytes
 
 # Names of readers that `datasets` takes instead of a hub id.
@@ -63,7 +64,7 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
         SpecError: a file of the tasks folder cannot be read, includes a missing file or itself; or
             a group contains itself.
     """
-    ours = _ours(tasks_folder, data)
+    ours = own_files(tasks_folder, data)
     found: set[Path] = set()
     done: set[str] = set()
 
@@ -111,7 +112,12 @@ def definition_of(
     return None
 
 
-def _ours(folder: Path | None, data: Path | None) -> tuple[TaskFile, ...]:
+def own_files(folder: Path | None, data: Path | None) -> tuple[TaskFile, ...]:
+    """Return what the task files of a tasks folder say.
+
+    Raises:
+        SpecError: one cannot be read.
+    """
     files = folder.rglob("*.yaml") if folder is not None else ()
     return tuple(_read(file, data) for file in sorted(files) if not file.is_dir())
 
@@ -187,13 +193,13 @@ def _keys(
 
 def _mapping(file: Path) -> dict[str, Any]:
     try:
-        content = _Loader(small_bytes(file).decode("utf-8")).get_single_data()
+        text = small_bytes(file).decode("utf-8")
+        content = _Loader(text).get_single_data()
     except OutlierMergeError as error:
         raise SpecError(str(error)) from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        raise SpecError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+        place, problem = in_words(error, text)
+        raise error_at(str(file), place, f"not valid YAML: {problem}") from error
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise SpecError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -229,9 +235,25 @@ def _local_data(task: TaskFile, data: Path | None) -> Iterator[Path]:
         if place is None or not _is_folder(place):
             continue
         for pattern in task.patterns or ([] if generic else ["**/*"]):
-            for name in glob.glob(str(place / pattern), recursive=True):  # noqa: PTH207  absolute ones too
-                if Path(name).is_file():
-                    yield Path(name)
+            yield from _matching(place, pattern)
+
+
+def lacking_data(task: TaskFile, data: Path | None) -> list[str]:
+    """Return the names of a task's local data files that are not there."""
+    if task.source not in _BUILDERS:
+        return []
+    places = [place for place in (task.file.parent, data) if place is not None]
+    local = [pattern for pattern in task.patterns if "://" not in pattern]
+    return [
+        name
+        for name in local
+        if not any(file for place in places for file in _matching(place, name))
+    ]
+
+
+def _matching(place: Path, pattern: str) -> Iterator[Path]:
+    names = glob.iglob(str(place / pattern), recursive=True)  # noqa: PTH207  absolute ones too
+    return (Path(name) for name in names if Path(name).is_file())
 
 
 def _is_folder(path: Path) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.kernel_call import Kernel
@@ -214,6 +214,9 @@ def merge_method(
         for name, need in (needs or {}).items():
             if space == "weight" and getattr(need, "with_base", False):
                 raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
+        for word, kinds in ((space, get_args(Space)), (cut, get_args(Cut))):
+            if word not in kinds:
+                raise TypeError(f"{function.__name__}: found {word!r}, expected {', '.join(kinds)}")
         if space == "merged" and (needs or auxiliary):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
         if kernel is not None and (auxiliary or space == "merged"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from outliermerge.errors import SpecError, suggest
+from outliermerge.errors import SpecError, nearest, quoted
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
+from outliermerge.methods.elsewhere import known_elsewhere
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
@@ -32,8 +33,12 @@ def find_method(name: str) -> MergeMethod:
     if ":" in name:
         return import_method(name)
     if name not in METHODS:
-        raise SpecError(
-            f"unknown merge method {name!r}. {suggest(name, METHODS)} "
-            "Your own is named package.module:function."
-        )
+        said = known_elsewhere(name, METHODS)
+        if said is None:
+            near = nearest(name, METHODS)
+            meant = f" Did you mean {near!r}?" if near else ""
+            said = (
+                f"unknown merge method {quoted(name)}.{meant} Valid: {', '.join(sorted(METHODS))}."
+            )
+        raise SpecError(f"{said} Your own is named package.module:function.")
     return METHODS[name]

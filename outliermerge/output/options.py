@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from outliermerge.errors import suggest
+from outliermerge.arguments import check_arguments, unexpected, wrong
+from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.execution.threads import Executor, choose_options, execute
 from outliermerge.planning.plan import Options
 from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
@@ -30,6 +31,15 @@ class RunOptions:
         on_progress: called with the bytes just worked on, by any thread.
         on_waiting: called when all is computed and only the proof of loading is waited for.
         executor: what runs the plan's jobs: threads, or a function that is called like theirs.
+
+    Raises:
+        ArgumentError: a value is wrong.
+
+    >>> RunOptions(memory="lots")
+    Traceback (most recent call last):
+    ...
+    outliermerge.errors.ArgumentError: memory: 'lots' is not a size. Write for example 5GB, 500MB \
+or 1GiB.
     """
 
     device: str = "cpu"
@@ -44,17 +54,26 @@ class RunOptions:
     on_waiting: Callable[[], None] = lambda: None
     executor: Executor = execute
 
-    def changed(self, changes: Mapping[str, Any]) -> RunOptions:
-        """Return the options with some of them changed.
+    def __post_init__(self) -> None:
+        check_arguments({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        parse_bytes(str(self.memory), "memory")
+
+    @staticmethod
+    def of(options: object, changes: Mapping[str, Any], function: str) -> RunOptions:
+        """Return options, the default where there are none, with some of them changed.
 
         Raises:
+            ArgumentError: a value is wrong, or the options are none.
             TypeError: there is no such option.
         """
-        known = [field.name for field in dataclasses.fields(self)]
+        chosen = RunOptions() if options is None else options
+        if not isinstance(chosen, RunOptions):
+            raise wrong("options", options, "RunOptions(…)")
+        known = [field.name for field in dataclasses.fields(RunOptions)]
         for name in changes:
             if name not in known:
-                raise TypeError(f"unexpected argument {name!r}. {suggest(name, known)}")
-        return dataclasses.replace(self, **changes)
+                raise unexpected(function, name, ["output", "shard_size", "options", *known])
+        return dataclasses.replace(chosen, **changes)
 
     def on_this_machine(self) -> Options:
         """Return the options of the plan, with the device, the memory and the threads resolved.

@@ -12,6 +12,7 @@ from typing import Any
 
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.planning.architectures import CANNOT, differ_in_kind, differ_in_size
 from outliermerge.planning.layouts import how_to_convert
 from outliermerge.planning.plan import Input
 from outliermerge.planning.tied_names import head_beside, head_rename, is_head
@@ -79,7 +80,8 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
     """
     reference = inputs[0]
     sorted_ = {n: _sort(inputs[n], reference, found) for n, found in unpaired.items()}
-    paragraphs = []
+    sorted_ = {n: one for n, one in sorted_.items() if not _is_other(inputs[n], reference, one)}
+    paragraphs = [] if len(sorted_) == len(unpaired) else [CANNOT]
     safe = not any(one.convert or one.rename or one.doubtful for one in sorted_.values())
     if safe and any(one.missing for one in sorted_.values()):
         paragraphs.append(_MISSING)
@@ -105,6 +107,14 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
         if not safe and (one.missing or one.extra):
             paragraphs.append(_rest(where, one, inputs))
     return paragraphs
+
+
+def _is_other(entry: Input, reference: Input, one: _Sorted) -> bool:
+    """Tell whether a model is of another architecture or size, for which there is no advice."""
+    if differ_in_size(entry, reference):
+        return True
+    known = one.convert or one.rename or not one.doubtful
+    return not known and differ_in_kind(entry, reference)
 
 
 def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collection[int]) -> None:

@@ -117,10 +117,10 @@ def compare_configs(
                 f"{value}{side.why(key)} in {side.name}"
                 for side, value in zip(pair, shown, strict=True)
             )
-            senseless = any(_is_senseless(key, value) for value in said)
+            senseless = any(is_senseless(key, value) for value in said)
             (problems if senseless else notes).append(f"{key}: {text}")
         by_weight = sorted(
-            unsaid, key=lambda key: not any(_is_senseless(key, s.facts.get(key)) for s in pair)
+            unsaid, key=lambda key: not any(is_senseless(key, s.facts.get(key)) for s in pair)
         )
         notes += _unsaid(pair, by_weight)
     return notes, problems
@@ -200,7 +200,7 @@ class _Said:
     def __init__(self, name: str, config: Mapping[str, Any]) -> None:
         self.name = name
         self.config = config
-        self.facts = _facts(config)
+        self.facts = facts_of(config)
 
     @cached_property
     def filled(self) -> dict[str, Any] | None:
@@ -208,7 +208,7 @@ class _Said:
         config = effective_config(self.config)
         if config is None:
             return None
-        facts = _facts(config)
+        facts = facts_of(config)
         for key in [key for key in facts if key.rpartition(".")[2] == "num_attention_heads"]:
             before, heads = key.removesuffix("num_attention_heads"), facts[key]
             # The values that transformers' code uses for classes without the key.
@@ -238,7 +238,7 @@ class _Unclear(str):
     """Two values that a config gives for one key, under two names; the loader takes one of them."""
 
 
-def _is_senseless(key: str, value: Any) -> bool:
+def is_senseless(key: str, value: Any) -> bool:
     """Tell whether this difference forbids a merge: in a number, or in one for each part."""
     numbers = value if isinstance(value, list) else [value]
     if not isinstance(value, _Unclear) and not all(type(n) in (int, float) for n in numbers):
@@ -262,7 +262,7 @@ def _unsaid(pair: tuple[_Said, _Said], keys: Sequence[str]) -> list[str]:
     return lines
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config that matter, by the same keys for every layout."""
     text = text_config(config)
     facts = _flat({key: value for key, value in config.items() if value is not text})

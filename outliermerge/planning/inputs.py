@@ -10,7 +10,7 @@ from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
-from outliermerge.checkpoint.folders.hub import is_hub_id, resolve
+from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, shown
@@ -22,6 +22,7 @@ from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.spec.check import MergeSpec, ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
+from outliermerge.spec.text import Mistakes
 from outliermerge.storage.stamps import told_by_name
 
 
@@ -32,6 +33,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
         SpecError: a rule of a `rename` matches nothing, or gives two tensors one name.
         OutlierMergeError: a model is absent or broken; the message starts with the spec's line.
     """
+    _refuse_absent(spec)
     inputs: list[Input] = []
     unties = spec.document.tie_word_embeddings is False
 
@@ -65,6 +67,34 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     first, *others = one_extra_state(inputs)
     tensors = first.checkpoint.tensors
     return (first, *(in_shapes_of(tensors, entry) for entry in others)), numbers
+
+
+def _refuse_absent(spec: MergeSpec) -> None:
+    """Refuse all models at once that are certainly not there, before the hub is asked for others.
+
+    Raises:
+        OutlierMergeError: there are such models.
+    """
+    mistakes, folder = Mistakes(spec.source), Path(spec.source.file).parent
+    beside = folder if Path(spec.source.file).is_file() else None
+    for model in (spec.base, *spec.models) if spec.base else spec.models:
+        at = model.path if model is spec.base else (*model.path, "model")
+        named = [(at, part) for part in _parts(model.reference)]
+        named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
+        for path, reference in named:
+            try:
+                refuse_absent(reference, beside=beside)
+            except OutlierMergeError as error:
+                mistakes.found.append(spec.source.error(path, error.marked))
+    mistakes.refuse(OutlierMergeError)
+
+
+def _parts(reference: str) -> list[str]:
+    """Return the models that a reference names: one, or a base and its adapters."""
+    if "+" not in reference or as_path(reference).exists():
+        return [reference]
+    stem, last = _split(reference)
+    return [*_parts(stem), last]
 
 
 def _same(entry: Input, other: Input) -> bool:

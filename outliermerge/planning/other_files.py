@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.plan import Input
 from outliermerge.spec.check import MergeSpec
 
@@ -44,10 +44,13 @@ def check_other_files(spec: MergeSpec, inputs: Sequence[Input]) -> None:
     names = {path: _shown(path, model) for path, model in found.items()}
     for entry in spec.other_files.entries:
         if entry.filter is not None and not any(map(entry.matches, names.values())):
+            held = f"There are: {', '.join(map(shown, names.values()))}." if names else (
+                "There are no such files."
+            )  # fmt: skip
             raise spec.source.error(
-                entry.path,
+                entry.filter_path,
                 f"the filter {entry.filter!r} is in the name of no file of tensors that would be "
-                "left out",
+                f"left out. {held}",
             )
     refused = []
     for path, name in names.items():

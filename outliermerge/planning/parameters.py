@@ -13,6 +13,10 @@ from outliermerge.methods.statistics.base import scope_of
 from outliermerge.planning.plan import Job
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Layer, SpecPath, find_layers
+from outliermerge.spec.similar import part_meant
+from outliermerge.spec.text import Mistakes
+
+_UNREACHED = "is never reached: entries above take all of its tensors"
 
 
 def context_of(name: str, shape: tuple[int, ...], layer: Layer | None, seed: int) -> Context:
@@ -89,25 +93,27 @@ class Parameters:
         return default
 
     def check_filters(self) -> None:
-        """Raise SpecError for a filter whose value no merged tensor has used."""
+        """Raise SpecError for filters whose value no merged tensor has used."""
         if not self._any_resolved:
             return
+        mistakes = Mistakes(self._spec.source)
         levels = [self._spec.settings, *(model.settings for model in self._spec.models)]
-        for settings in levels:
-            for setting in settings.values():
-                takes_all = False
-                for entry in setting.entries:
-                    unused = entry.filter is not None and entry.path not in self._used_filters
-                    if unused or takes_all:
-                        shadowed = any(entry.matches(name) for name in self._reference)
-                        why = (
-                            "is never reached: entries above take all of its tensors"
-                            if shadowed
-                            else "is in no merged tensor's name"
-                        )
-                        what = f"the filter {entry.filter!r}" if entry.filter else "this entry"
-                        raise self._spec.source.error(entry.path, f"{what} {why}")
-                    takes_all = takes_all or entry.filter is None
+        for setting in (setting for level in levels for setting in level.values()):
+            takes_all = False
+            for entry in setting.entries:
+                if entry.filter is None and takes_all:
+                    said = f"this entry {_UNREACHED}"
+                    mistakes.found.append(self._spec.source.error(entry.path, said))
+                elif entry.filter is not None and entry.path not in self._used_filters:
+                    shadowed = any(entry.matches(name) for name in self._reference)
+                    what = _UNREACHED if shadowed else (
+                        "is in no merged tensor's name. "
+                        + part_meant(entry.filter, self._reference)
+                    )  # fmt: skip
+                    said = f"the filter {entry.filter!r} {what}"
+                    mistakes.found.append(self._spec.source.error(entry.filter_path, said))
+                takes_all = takes_all or entry.filter is None
+        mistakes.refuse()
 
     def gradients(
         self, jobs: tuple[Job, ...], names: Mapping[str, str]

@@ -12,6 +12,7 @@ from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
+from outliermerge.planning.architectures import CANNOT, compare_architectures
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
 from outliermerge.planning.class_labels import check_labels, leave_out_heads
@@ -278,10 +279,8 @@ class _Planner:
             elif word is None and is_computed(name, self.inputs[number].checkpoint.tensors[name]):
                 continue
             elif word != "drop":
-                where = self.inputs[number].reference
-                self._problem(
-                    "extra", f"{shown(name)}: in {where}, not in {self.inputs[0].reference}"
-                )
+                where, first = self.inputs[number].reference, self.inputs[0].reference
+                self._problem("extra", f"{shown(name)}: in {where}, not in {first}")
                 self.unpaired.setdefault(number, Unpaired()).extra.append(name)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
         if not found:
@@ -290,8 +289,8 @@ class _Planner:
             return None
         held = [source for _, source in found]
         if len({(source.shape, source.dtype) for source in held}) > 1 and not is_buffer(held):
-            where = ", ".join(self.inputs[n].reference for n in copied)
-            self._problem(_MISFIT, f"{name}: differs between {where}")
+            places = ", ".join(self.inputs[n].reference for n in copied)
+            self._problem(_MISFIT, f"{name}: differs between {places}")
             return None
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
         dtype = held[0].out_dtype if is_buffer(held) else self._stored(held[0])
@@ -344,16 +343,16 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        parts = [
-            f"{len(items)} tensor(s) {kind}:\n{listing(items)}"
-            for kind, items in self.problems.items()
-        ]
+        parts = compare_architectures(self.inputs, {n for _, n in self.misfits} | {*self.unpaired})
+        for kind, items in self.problems.items():
+            parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=10)}")
+        advice = advise(self.inputs, self.unpaired)
         if _MISFIT in self.problems:
-            parts.append("Such models cannot be merged as they are.")
-            misfits = {name for name, _ in self.misfits}
+            parts += [] if CANNOT in advice else ["Such models cannot be merged as they are."]
+            misfits = dict(self.misfits)
             others = [name for name in self.names if name not in misfits]
             parts += leave_out_heads(self.inputs, self.misfits, others=others)
-        parts += advise(self.inputs, self.unpaired)
+        parts += advice
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
 

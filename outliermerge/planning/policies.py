@@ -7,6 +7,8 @@ from typing import Literal
 
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import Setting
+from outliermerge.spec.similar import part_meant
+from outliermerge.spec.text import Mistakes
 
 Key = Literal["missing", "extra", "unequal"]
 
@@ -35,16 +37,17 @@ class Policies:
             *(("missing", model.missing) for model in spec.models),
             *(("extra", model.extra) for model in spec.models),
         ]  # fmt: skip
+        mistakes = Mistakes(spec.source)
         for key, setting in levels:
             for entry in setting.entries:
-                if not any(entry.matches(name) for name in listed):
-                    raise spec.source.error(
-                        entry.path, f"the filter {entry.filter!r} is in no tensor's name"
-                    )
+                if entry.filter and not any(entry.matches(name) for name in listed):
+                    near = part_meant(entry.filter, listed)
+                    said = f"the filter {entry.filter!r} is in no tensor's name. {near}"
+                    mistakes.found.append(spec.source.error(entry.filter_path, said))
                 if entry.at(0) == "base" and not has_base:
-                    raise spec.source.error(
-                        entry.path, f"`{key}: base` needs a `base_model`", at_key=True
-                    )
+                    said = f"`{key}: base` needs a `base_model`"
+                    mistakes.found.append(spec.source.error(entry.path, said, at_key=True))
+        mistakes.refuse()
 
     def word(self, key: Key, name: str, number: int | None = None) -> str | None:
         """Return the policy for a tensor, and for an input if models have their own policies."""

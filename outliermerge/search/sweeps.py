@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.api import plan
+from outliermerge.arguments import checked, wrong
 from outliermerge.errors import ArgumentError, SpecError, argument, shown, suggest
 from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
@@ -54,6 +55,7 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
     return key.strip(), values
 
 
+@checked
 def plan_sweep(
     spec: str | Path | Mapping[str, Any] | MergeSpec,
     settings: Mapping[str, Sequence[Any]],
@@ -72,9 +74,11 @@ def plan_sweep(
         ArgumentError: a key is wrong, there are none, or there are too many combinations.
         OutlierMergeError: the models do not fit together.
     """
-    checked = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    loaded = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     if not settings:
         raise ArgumentError(f"{argument('settings')}: a sweep needs some, such as t=2,2.5,3")
+    if empty := [key for key, values in settings.items() if not values]:
+        raise ArgumentError(f"{argument('settings')} {shown(empty[0])}: has no values")
     if (number := math.prod(map(len, settings.values()))) > _MAX_OUTPUTS:
         raise ArgumentError(
             f"{argument('settings')}: {number:,} combinations, each a whole model, more than "
@@ -84,9 +88,9 @@ def plan_sweep(
     for values in itertools.product(*settings.values()):
         chosen = dict(zip(settings, values, strict=True))
         name = ",".join(f"{key}={_text(value)}" for key, value in chosen.items())
-        document = copy.deepcopy(checked.as_dict())
+        document = copy.deepcopy(loaded.as_dict())
         for key, value in chosen.items():
-            _apply(document, key, value, checked)
+            _apply(document, key, value, loaded)
         try:
             planned = plan(document, shard_size=shard_size)
         except SpecError as error:
@@ -99,6 +103,7 @@ def plan_sweep(
     return list(variants.values())
 
 
+@checked
 def sweep(
     spec: str | Path | Mapping[str, Any] | Sequence[Variant],
     settings: Mapping[str, Sequence[Any]] | None = None,
@@ -131,11 +136,20 @@ def sweep(
         >>> import outliermerge
         >>> outliermerge.sweep("spec.yaml", {"t": [2, 3]}, output="merged")  # doctest: +SKIP
     """
-    chosen = (options or RunOptions()).changed(changes)
+    chosen = RunOptions.of(options, changes, "sweep")
     if isinstance(spec, (str, Path, Mapping)):
         variants = plan_sweep(spec, settings or {}, shard_size=shard_size)
+    elif (
+        isinstance(spec, str)
+        or not isinstance(spec, Sequence)
+        or not all(isinstance(each, Variant) for each in spec)
+    ):
+        raise wrong("spec", spec, "a YAML file, a dict, or what plan_sweep returned")
+    elif settings is not None or shard_size is not None:
+        name = "settings" if settings is not None else "shard_size"
+        raise ArgumentError(f"{argument(name)}: the variants have theirs: give it to plan_sweep()")
     else:
-        variants = list(spec)
+        variants = [each for each in spec if isinstance(each, Variant)]
     return run_plans([(each.plan, output_of(each, output)) for each in variants], chosen)
 
 

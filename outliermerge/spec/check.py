@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
+from outliermerge.errors import (
+    OutlierMergeError,
+    SpecError,
+    as_path,
+    quoted,
+    suggest,
+)
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
@@ -18,16 +24,26 @@ from outliermerge.spec.document import (
     MISSING,
     OTHER_FILES,
     UNEQUAL,
-    BaseEntry,
     ModelEntry,
     SpecDocument,
 )
+from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
+from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
-from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
-from outliermerge.spec.text import SpecText, parse_yaml, read_text
+from outliermerge.spec.settings import (
+    Setting,
+    SpecPath,
+    parse_policy,
+)
+from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
+from outliermerge.spec.validation import describe, validated
 
-_MAX_PROBLEMS = 10
+_POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
+# What stands for a required value that is wrong, so that the rest of the file can be checked.
+_STAND_IN = "?"
+_STAND_INS = {"merge_method": "", "model": _STAND_IN, "models": [{"model": _STAND_IN}],
+              "modifier": _STAND_IN}  # fmt: skip
 _NOT_YET = {
     "slices": "give whole `models`",
     "modules": "give whole `models`",
@@ -120,68 +136,92 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     Raises:
         SpecError: as for load_spec.
     """
-    raw, source = parse_yaml(text, file=file)
+    duplicates: list[SpecError] = []
+    raw, source = parse_yaml(text, file=file, mistakes=duplicates)
     if not isinstance(raw, dict):
-        raise source.error((), f"found {_describe(raw)}, expected a mapping with `merge_method`")
-    return _check(raw, source)
+        raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+    return _check(raw, source, duplicates)
 
 
-def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
-    for key in raw:
-        if key in _NOT_YET:
-            raise source.error(
-                (key,), f"a mergekit key that is not supported: {_NOT_YET[key]}", at_key=True
-            )
-    raw, notes = without_inert(raw, uses_base=_uses_base(raw))
+def _check(
+    raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
+) -> MergeSpec:
+    mistakes = Mistakes(source)
+    mistakes.found += duplicates
+    for key in [key for key in raw if key in _NOT_YET]:
+        said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
+        mistakes.found.append(source.error((key,), said, at_key=True))
+    method = mistakes.attempt(partial(_method, raw, source), None)
+    raw, notes = without_inert(raw, uses_base=method is not None and method.uses_base)
+    known = {key: value for key, value in raw.items() if key not in _NOT_YET}
+    if "slices" in raw:
+        known.setdefault("models", _STAND_INS["models"])
+    document, problems = validated(SpecDocument, known, _STAND_INS)
+    mistakes.found += explained(problems, raw, source, method)
+    if document is None:
+        mistakes.refuse()
+        raise AssertionError("a document that is not valid has problems")
+    rename = mistakes.attempt(partial(parse_rename, document.rename, ("rename",)), Rename())
+    policies = {
+        key: mistakes.attempt(
+            partial(parse_policy, getattr(document, key), words, (key,)), Setting()
+        )
+        for key, words in _POLICIES.items()
+    }
+    base = mistakes.attempt(partial(_base, document, source), None)
+    models: tuple[ModelSpec, ...] = ()
+    settings: Mapping[str, Setting] = {}
+    modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    if method is not None:
+        models = _models(document, method, mistakes, are_all=not problems)
+        read = partial(
+            parameter_settings, document.parameters, method, ("parameters",), of_model=False
+        )
+        settings = mistakes.attempt(read, settings)
+    if method is not None and not problems:
+        mistakes.attempt(partial(_check_base, document, method, source), None)
+        mistakes.found += _wrong_sources(document, source)
+        modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
+    mistakes.refuse()
+    assert method is not None
+    return MergeSpec(
+        document=document,
+        method=method,
+        base=base,
+        models=models,
+        settings=settings,
+        modifiers=modifiers,
+        rename=rename,
+        source=source,
+        notes=tuple(notes),
+        **policies,
+    )
+
+
+def _method(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
+    """Return the method; None where there is no name, which is told with the keys."""
+    name = raw.get("merge_method")
+    if not isinstance(name, str):
+        return None
     try:
-        document = SpecDocument.model_validate(raw)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        messages = [str(_explain(problem, raw, source)) for problem in problems[:_MAX_PROBLEMS]]
-        if (more := len(problems) - len(messages)) > 0:
-            messages.append(f"… and {more} more")
-        raise SpecError("\n".join(messages)) from error
-    try:
-        method = find_method(document.merge_method)
+        method = find_method(name)
     except SpecError as error:
         raise source.error(("merge_method",), str(error)) from error
     if method.space == "merged":
         raise source.error(
             ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
         )
+    return method
+
+
+def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -> None:
     if method.uses_base and document.base_model is None:
         raise source.error(
             (), f"`base_model` is missing: {method.name} works on differences from a base model"
         )
-    _check_sources(document, source)
-    try:
-        return MergeSpec(
-            document=document,
-            method=method,
-            base=_base(document, source),
-            models=_models(document, method, source),
-            settings=_settings(document.parameters, method, ("parameters",), of_model=False),
-            modifiers=_modifiers(document, method, source),
-            rename=parse_rename(document.rename, ("rename",)),
-            missing=parse_policy(document.missing, MISSING, ("missing",)),
-            extra=parse_policy(document.extra, EXTRA, ("extra",)),
-            unequal=parse_policy(document.unequal, UNEQUAL, ("unequal",)),
-            other_files=parse_policy(document.other_files, OTHER_FILES, ("other_files",)),
-            source=source,
-            notes=tuple(notes),
-        )
-    except SettingError as error:
-        raise source.error(error.path, str(error), at_key=error.at_key) from error
 
 
-def _uses_base(raw: Mapping[str, Any]) -> bool:
-    try:
-        return find_method(str(raw.get("merge_method"))).uses_base
-    except SpecError:  # it is reported when all keys have been checked
-        return False
-
-
-def _check_sources(document: SpecDocument, source: SpecText) -> None:
+def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
     entries = [document.base_model] if document.base_model else []
     known = ["base", *(entry.model for entry in (*entries, *document.models))]
     for key in ("config_source", "tokenizer_source", "processor_source"):
@@ -191,7 +231,7 @@ def _check_sources(document: SpecDocument, source: SpecText) -> None:
             advice = (
                 ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
             )
-            raise source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
+            yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
 
 
 def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:
@@ -206,48 +246,83 @@ def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:
     return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
 
 
-def _models(document: SpecDocument, method: MergeMethod, source: SpecText) -> tuple[ModelSpec, ...]:
+def _models(
+    document: SpecDocument, method: MergeMethod, mistakes: Mistakes, *, are_all: bool
+) -> tuple[ModelSpec, ...]:
+    """Return the merged models.
+
+    Args:
+        are_all: no entry of the spec is wrong, so that their number can be.
+    """
+    source = mistakes.source
     models: list[ModelSpec] = []
-    first_place: dict[str, int] = {}
+    places: dict[str, int] = {}
     base = _identity(document.base_model.model) if document.base_model else None
     for index, entry in enumerate(document.models):
         path: SpecPath = ("models", index)
-        try:
-            identity = _identity(entry.model)
-        except OutlierMergeError as error:
-            raise source.error((*path, "model"), str(error)) from error
-        if identity in first_place:
-            raise source.error(
-                (*path, "model"),
-                f"{quoted(entry.model)} stands twice, first as models[{first_place[identity]}]",
-            )
-        first_place[identity] = index
-        if identity == base:
-            _refuse_on_base(entry, method, path, source)
+        is_base = False
+        if entry.model != _STAND_IN:
+            one = partial(_is_base, entry, base, places, path, source)
+            is_base = mistakes.attempt(one, False)
+        if is_base:
+            mistakes.attempt(partial(_refuse_on_base, entry, method, path, source), None)
             if method.uses_base:
                 continue
+        read = partial(
+            parameter_settings, entry.parameters, method, (*path, "parameters"), of_model=True
+        )
         models.append(
             ModelSpec(
                 reference=entry.model,
                 path=path,
-                rename=parse_rename(entry.rename, (*path, "rename")),
-                settings=_settings(entry.parameters, method, (*path, "parameters"), of_model=True),
-                missing=parse_policy(entry.missing, MISSING, (*path, "missing")),
-                extra=parse_policy(entry.extra, EXTRA, (*path, "extra")),
-                auxiliary=_auxiliary(entry, method, path, source),
+                rename=mistakes.attempt(
+                    partial(parse_rename, entry.rename, (*path, "rename")), Rename()
+                ),
+                settings=mistakes.attempt(read, {}),
+                missing=mistakes.attempt(
+                    partial(parse_policy, entry.missing, MISSING, (*path, "missing")), Setting()
+                ),
+                extra=mistakes.attempt(
+                    partial(parse_policy, entry.extra, EXTRA, (*path, "extra")), Setting()
+                ),
+                auxiliary=mistakes.attempt(partial(_auxiliary, entry, method, path, source), {}),
             )
         )
-    most = method.max_models
-    if len(models) < method.min_models or (most is not None and len(models) > most):
-        wanted = str(method.min_models) if most == method.min_models else (
-            f"{method.min_models} to {most}" if most is not None else
-            f"at least {method.min_models}"
-        )  # fmt: skip
-        besides = " besides the base model" if method.uses_base else ""
-        raise source.error(
-            ("models",), f"{method.name} takes {wanted} model(s){besides}, found {len(models)}"
-        )
+    if are_all:
+        mistakes.attempt(partial(_check_number, len(models), method, source), None)
     return tuple(models)
+
+
+def _is_base(
+    entry: ModelEntry,
+    base: str | None,
+    places: dict[str, int],
+    path: SpecPath,
+    source: SpecText,
+) -> bool:
+    """Tell whether an entry is the base model; note it among those that there are."""
+    try:
+        identity = _identity(entry.model)
+    except OutlierMergeError as error:
+        raise source.error((*path, "model"), str(error)) from error
+    index = int(path[-1])
+    if (first := places.setdefault(identity, index)) != index:
+        raise source.error(
+            (*path, "model"), f"{quoted(entry.model)} stands twice, first as models[{first}]"
+        )
+    return identity == base
+
+
+def _check_number(number: int, method: MergeMethod, source: SpecText) -> None:
+    least, most = method.min_models, method.max_models
+    if number >= least and (most is None or number <= most):
+        return
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    wanted = str(least) if most == least else wanted
+    besides = " besides the base model" if method.uses_base else ""
+    raise source.error(
+        ("models",), f"{method.name} takes {wanted} model(s){besides}, found {number}"
+    )
 
 
 def _modifiers(
@@ -310,69 +385,3 @@ def _identity(reference: str) -> str:
         return str(path.resolve()) if path.exists() else reference
     except (OSError, RuntimeError):  # opening the model later reports what is wrong
         return reference
-
-
-def _settings(
-    raw: Mapping[str, Any], method: MergeMethod, path: SpecPath, *, of_model: bool
-) -> dict[str, Setting]:
-    settings = {}
-    for name, value in raw.items():
-        parameter = method.parameters.get(name)
-        if parameter is None:
-            known = [p.name for p in method.parameters.values() if p.per_model or not of_model]
-            raise SettingError(
-                (*path, name),
-                f"{method.name} has no parameter {quoted(name)}. {suggest(name, known)}",
-                at_key=True,
-            )
-        if of_model and not parameter.per_model:
-            raise SettingError(
-                (*path, name),
-                f"{name!r} is of the whole merge, not of one model: "
-                "move it to the top-level `parameters`",
-                at_key=True,
-            )
-        settings[name] = parse_setting(value, parameter, (*path, name))
-    return settings
-
-
-def _describe(value: object) -> str:
-    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return kinds.get(type(value), quoted(value))
-
-
-def _explain(problem: Any, raw: dict[str, Any], source: SpecText) -> SpecError:
-    path: SpecPath = tuple(problem["loc"])
-    if path[0] == "base_model" and not isinstance(raw.get("base_model"), dict):
-        path = path[:1]
-    found = _describe(problem["input"])
-    match problem["type"]:
-        case "extra_forbidden":
-            fields = {"models": ModelEntry, "base_model": BaseEntry}.get(
-                str(path[0]) if len(path) > 1 else "", SpecDocument
-            ).model_fields
-            name = str(path[-1])
-            advice = suggest(name, fields)
-            try:
-                method = find_method(str(raw.get("merge_method")))
-            except SpecError:
-                method = None
-            if method is not None and name in method.parameters:
-                advice = f"It is a parameter of {method.name}: put it under `parameters`."
-            return source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
-        case "missing":
-            return source.error(path[:-1], f"`{path[-1]}` is missing")
-        case "literal_error":
-            return source.error(path, f"found {found}, expected {problem['ctx']['expected']}")
-        case "too_short" | "string_too_short":
-            return source.error(path, "must not be empty")
-        case "string_type":
-            return source.error(path, f"found {found}, expected a text")
-        case "list_type":
-            return source.error(path, f"found {found}, expected a list")
-        case "model_type" if path == ("base_model",):
-            return source.error(path, f"found {found}, expected a text or a mapping")
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return source.error(path, f"found {found}, expected a mapping")
-        case _:
-            return source.error(path, f"found {found}: {problem['msg']}")

@@ -12,9 +12,29 @@ MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
 UNEQUAL = ("error", "base")
 OTHER_FILES = ("error", "drop")
+DTYPE_ABBREVIATIONS = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64", "f16": "float16",
+    "f32": "float32", "f64": "float64", "half": "float16", "float": "float32", "single": "float32",
+    "double": "float64",
+}  # fmt: skip
+"""What PyTorch and trainers call dtypes besides."""
+
+
+def dtype_name(value: Any) -> Any:
+    """Return the full name of a dtype that is written in one of its usual ways.
+
+    >>> [dtype_name(name) for name in ("bf16", "torch.float16", "FP32", "int8")]
+    ['bfloat16', 'float16', 'float32', 'int8']
+    """
+    if not isinstance(value, str):
+        return value
+    plain = value.lower().removeprefix("torch.")
+    name = DTYPE_ABBREVIATIONS.get(plain, plain)
+    return name if name in DTYPE_ABBREVIATIONS.values() else value
+
+
 _DTypeName = Annotated[
-    Literal["float16", "bfloat16", "float32", "float64"],
-    BeforeValidator(lambda v: v.removeprefix("torch.") if isinstance(v, str) else v),
+    Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(dtype_name)
 ]
 
 

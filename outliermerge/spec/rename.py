@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from outliermerge.checkpoint.patterns import (
@@ -19,7 +20,8 @@ from outliermerge.checkpoint.sources import is_name
 from outliermerge.errors import quoted, shown, suggest
 from outliermerge.spec.rename_maps import MAP_NAMES, by_map
 from outliermerge.spec.rename_search import best_rename, find_rename
-from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.settings import SettingError, SpecPath, all_of
+from outliermerge.spec.similar import part_meant
 
 __all__ = ["MAP_NAMES", "Rename", "Rule", "best_rename", "find_rename", "parse_rename"]
 
@@ -87,10 +89,13 @@ class Rename:
         for rule in self.rules:
             if check and not any(rule.matches(name) for name in renamed.values()):
                 example = next(iter(renamed.values()), "")
+                near = "" if rule.pattern is None else (
+                    " " + part_meant(rule.label, renamed.values(), is_pattern=True)
+                )  # fmt: skip
                 raise SettingError(
                     rule.path,
                     f"{quoted(rule.label)} matches no tensor; there is for example "
-                    f"{quoted(example)}",
+                    f"{quoted(example)}.{near}",
                 )
             renamed = {old: rule(new) for old, new in renamed.items()}
             origin: dict[str, str] = {}
@@ -136,7 +141,9 @@ def parse_rename(raw: object, path: SpecPath) -> Rename:
             what = f"found {len(raw):,} rules, of which there may be {_MAX_RULES:,}"
             raise SettingError((*path, _MAX_RULES), what)
         rules = enumerate(raw)
-        return Rename(tuple(_rule(item, (*path, index), budget) for index, item in rules))
+        return Rename(
+            tuple(all_of(partial(_rule, item, (*path, index), budget) for index, item in rules))
+        )
     return Rename((_rule(raw, path, budget),))
 
 

@@ -8,7 +8,7 @@ from outliermerge.checkpoint.sources import FLOAT_DTYPES
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
-from outliermerge.spec.document import SpecDocument, by_filters
+from outliermerge.spec.document import DTYPE_ABBREVIATIONS, SpecDocument, by_filters
 from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
@@ -33,7 +33,8 @@ def json_schema() -> dict[str, Any]:
     for entry in (schema, schema["$defs"]["ModelEntry"]):
         field = entry["properties"]["parameters"]
         field["anyOf"] = [{"type": field.pop("type")}, {"type": "null"}]
-    dtypes = {"enum": [*FLOAT_DTYPES, *(f"torch.{name}" for name in FLOAT_DTYPES)]}
+    names = [*FLOAT_DTYPES, *DTYPE_ABBREVIATIONS]
+    dtypes = {"enum": [*names, *(f"torch.{name}" for name in names)]}
     for name in ("dtype", "out_dtype"):
         schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
     schema["allOf"] = [

@@ -8,9 +8,10 @@ it is interpolated between its neighbours. Texts and booleans do not interpolate
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from outliermerge.errors import quoted
 
@@ -20,12 +21,38 @@ _MAX_GRADIENT, _MAX_ENTRIES = 1000, 10_000
 SpecPath = tuple[str | int, ...]
 
 
+_T = TypeVar("_T")
+
+
 class SettingError(ValueError):
-    """A wrong setting, and the keys that lead to it in the spec."""
+    """A wrong setting, and the keys that lead to it in the spec.
+
+    Attributes:
+        all: this one, and those that were found with it.
+    """
 
     def __init__(self, path: SpecPath, message: str, *, at_key: bool = False) -> None:
         super().__init__(message)
         self.path, self.at_key = path, at_key
+        self.all: tuple[SettingError, ...] = (self,)
+
+
+def all_of(calls: Iterable[Callable[[], _T]]) -> list[_T]:
+    """Return what each call returns.
+
+    Raises:
+        SettingError: some of them raise one; it holds those of all.
+    """
+    results, errors = [], list[SettingError]()
+    for call in calls:
+        try:
+            results.append(call())
+        except SettingError as error:
+            errors += error.all
+    if errors:
+        errors[0].all = tuple(errors)
+        raise errors[0]
+    return results
 
 
 class _Checked(Protocol):
@@ -43,6 +70,10 @@ class Entry:
     values: tuple[Any, ...]
     is_gradient: bool
     path: SpecPath
+
+    @property
+    def filter_path(self) -> SpecPath:
+        return (*self.path[:-1], "filter")
 
     def matches(self, tensor_name: str) -> bool:
         return self.filter is None or self.filter in tensor_name
@@ -80,16 +111,16 @@ def parse_setting(raw: object, parameter: _Checked, path: SpecPath) -> Setting:
         return Setting((_conditional(raw, parameter, path),))
     if isinstance(raw, list) and raw and isinstance(raw[0], Mapping):
         _check_number(raw, _MAX_ENTRIES, "entries", path)
-        for index, item in enumerate(raw):
-            if not isinstance(item, Mapping):
-                raise SettingError((*path, index), f"found {quoted(item)}, expected a filter entry")
-        return Setting(
-            tuple(_conditional(item, parameter, (*path, index)) for index, item in enumerate(raw))
+        entries = all_of(
+            partial(_conditional, item, parameter, (*path, index)) for index, item in enumerate(raw)
         )
+        return Setting(tuple(entries))
     return Setting((_entry(raw, parameter, None, path),))
 
 
-def _conditional(raw: Mapping[str, Any], parameter: _Checked, path: SpecPath) -> Entry:
+def _conditional(raw: object, parameter: _Checked, path: SpecPath) -> Entry:
+    if not isinstance(raw, Mapping):
+        raise SettingError(path, f"found {quoted(raw)}, expected a filter entry")
     for key in raw:
         if key not in ("filter", "value"):
             raise SettingError(
@@ -110,19 +141,23 @@ def _entry(raw: object, parameter: _Checked, name: str | None, path: SpecPath) -
     if not items:
         raise SettingError(path, "found an empty list, expected at least one value")
     _check_number(items, _MAX_GRADIENT, "values", path)
-    values = []
-    for index, item in enumerate(items):
-        place = (*path, index) if is_gradient else path
-        if isinstance(item, (list, Mapping)) or item is None:
-            found = "nothing" if item is None else quoted(item)
-            raise SettingError(
-                place, f"found {found}, expected a value, a list of values or filter entries"
-            )
-        try:
-            values.append(parameter.check(item))
-        except ValueError as error:
-            raise SettingError(place, str(error)) from error
+    values = all_of(
+        partial(_value, item, parameter, (*path, index) if is_gradient else path)
+        for index, item in enumerate(items)
+    )
     return Entry(name, tuple(values), is_gradient, path)
+
+
+def _value(item: object, parameter: _Checked, path: SpecPath) -> Any:
+    if isinstance(item, (list, Mapping)) or item is None:
+        found = "nothing" if item is None else quoted(item)
+        raise SettingError(
+            path, f"found {found}, expected a value, a list of values or filter entries"
+        )
+    try:
+        return parameter.check(item)
+    except ValueError as error:
+        raise SettingError(path, str(error)) from error
 
 
 def _check_number(items: Sequence[object], most: int, what: str, path: SpecPath) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from outliermerge.checkpoint.folders.absent import path_meant
 from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
-from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.yaml_words import in_words
 from outliermerge.storage.files import read_bytes
 
 # Limits for a spec. A spec with a filter for every layer of a hundred models has about 40,000
 # values in 1 MB; YAML is read at about 40,000 values per second. Aliases can turn a few lines into
 # any number of values, so the values that they stand for are counted.
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2 << 20, 100_000, 50
+MAX_MISTAKES = 10  # of a file, that are told at once
 _MAX_NUMBER = 1000  # characters of a number or date; Python parses them in quadratic time
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,54 @@ class SpecText:
     """The file and text of a spec, for messages that point at its lines."""
 
     file: str
-    keys: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
-    values: Mapping[SpecPath, tuple[int, int]] = field(default_factory=dict)
+    keys: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
+    values: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
 
     def error(self, path: SpecPath, message: str, *, at_key: bool = False) -> SpecError:
         """Return an error that starts with file, line, column and the key's path."""
         marks = self.keys if at_key else self.values
-        place = self.file
-        for end in range(len(path), -1, -1):
-            if mark := marks.get(path[:end]) or self.keys.get(path[:end]):
-                place = f"{self.file}:{mark[0]}:{mark[1]}"
-                break
+        ends = range(len(path), -1, -1)
+        found = (marks.get(path[:end]) or self.keys.get(path[:end]) for end in ends)
         name = "".join(f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in path)
-        return SpecError(f"{place}: {name.lstrip('.') + ': ' if name else ''}{message}")
+        said = f"{name.lstrip('.') + ': ' if name else ''}{message}"
+        return error_at(self.file, next(filter(None, found), (0, 0)), said)
+
+
+def error_at(file: str, place: tuple[int, int], message: str) -> SpecError:
+    """Return an error that starts with its file, and with line and column where they are known."""
+    error = SpecError(f"{file}:{place[0]}:{place[1]}: {message}" if any(place) else
+                      f"{file}: {message}")  # fmt: skip
+    error.place = place
+    return error
+
+
+class Mistakes:
+    """Gathers what is wrong with a file, so that all of it is told at once, by its lines."""
+
+    def __init__(self, source: SpecText) -> None:
+        self.source = source
+        self.found: list[SpecError] = []
+
+    def attempt(self, call: Callable[[], _T], default: _T) -> _T:
+        """Return what a call returns; what is wrong is gathered."""
+        try:
+            return call()
+        except SettingError as error:
+            self.found += [
+                self.source.error(each.path, str(each), at_key=each.at_key) for each in error.all
+            ]
+        except SpecError as error:
+            self.found.append(error)
+        return default
+
+    def refuse(self, kind: type[OutlierMergeError] = SpecError) -> None:
+        """Raise an error, of one kind or another, if something is wrong."""
+        in_order = sorted(self.found, key=lambda error: error.place)
+        messages = list(dict.fromkeys(error.marked for error in in_order))
+        if (more := len(messages) - MAX_MISTAKES) > 0:
+            messages[MAX_MISTAKES:] = [f"… and {more} more"]
+        if messages:
+            raise kind("\n".join(messages))
 
 
 def read_text(path: Path, *, absent: str) -> str:
@@ -49,41 +89,43 @@ def read_text(path: Path, *, absent: str) -> str:
     try:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except OutlierMergeError as error:
-        raise SpecError(str(error)) from error
+        what = f"{path}: is a folder, expected a YAML file" if path.is_dir() else error.marked
+        raise SpecError(what) from error
     if data is None:
-        raise SpecError(f"{path}: {absent}")
+        meant = path_meant(path)
+        near = f". Did you mean {quoted(str(meant))}?" if meant is not None else ""
+        raise SpecError(f"{path}: {absent}{near}")
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
 
 
-def parse_yaml(text: str, *, file: str) -> tuple[Any, SpecText]:
+def parse_yaml(
+    text: str, *, file: str, mistakes: list[SpecError] | None = None
+) -> tuple[Any, SpecText]:
     """Return a YAML document's value and the positions of its parts.
+
+    Args:
+        mistakes: takes up the duplicate keys; without it the first is raised.
 
     Raises:
         SpecError: it is not valid YAML, has too many values, or a key is duplicate or not a text.
     """
-    keys: dict[SpecPath, tuple[int, int]] = {}
-    values: dict[SpecPath, tuple[int, int]] = {}
+    source = SpecText(file, {}, {})
     _check_characters(text, file)
     loader = Loader(text)
     try:
         node = loader.get_single_node()
-        _record_marks(node, (), keys, values, file, parents=())
+        _record_marks(node, (), source, [] if mistakes is None else mistakes, parents=())
         raw = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        problem = error.problem or error.context or "cannot be read"
-        if problem.startswith("but ") and error.context:
-            problem = f"{error.context} {problem}"
-        raise SpecError(f"{place}: not valid YAML: {problem}") from error
+        place, problem = in_words(error, text)
+        raise error_at(file, place, f"not valid YAML: {problem}") from error
     except SpecError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not valid YAML: {error}") from error
-    source = SpecText(file, keys, values)
     return raw, source
 
 
@@ -98,7 +140,7 @@ def plain_yaml(text: str) -> Any:
             raise ValueError(f"it has {len(text):,} characters, the limit is {MAX_BYTES:,}")
         return Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
-        raise ValueError(error.problem or error.context or "cannot be read") from error
+        raise ValueError(in_words(error, text)[1]) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
@@ -163,36 +205,43 @@ def _check_characters(text: str, file: str) -> None:
 def _record_marks(
     node: Any,
     path: SpecPath,
-    keys: dict[SpecPath, tuple[int, int]],
-    values: dict[SpecPath, tuple[int, int]],
-    file: str,
+    source: SpecText,
+    mistakes: list[SpecError],
     parents: tuple[int, ...],
 ) -> None:
     if node is None:
         return
     if id(node) in parents:
-        mark = node.start_mark
-        raise SpecError(
-            f"{file}:{mark.line + 1}:{mark.column + 1}: not valid YAML: it contains itself"
-        )
+        raise error_at(source.file, _place(node), "not valid YAML: it contains itself")
     parents = (*parents, id(node))
-    values[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+    source.values[path] = _place(node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            mark = (key.start_mark.line + 1, key.start_mark.column + 1)
-            if key.tag != "tag:yaml.org,2002:merge":
-                if key.tag != "tag:yaml.org,2002:str":
-                    raise SpecError(
-                        f"{file}:{mark[0]}:{mark[1]}: found a key that is not a text. "
-                        "Put it in quotes if it is meant."
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.tag != "tag:yaml.org,2002:str":
+                raise error_at(
+                    source.file,
+                    _place(key),
+                    "found a key that is not a text. Put it in quotes if it is meant.",
+                )
+            inner = (*path, key.value)
+            if inner in source.keys:
+                mistakes.append(
+                    error_at(
+                        source.file,
+                        _place(key),
+                        f"the key {quoted(key.value)} stands twice, first in line "
+                        f"{source.keys[inner][0]}. Remove one of them.",
                     )
-                if (*path, key.value) in keys:
-                    raise SpecError(
-                        f"{file}:{mark[0]}:{mark[1]}: the key {quoted(key.value)} stands twice, "
-                        f"first in line {keys[(*path, key.value)][0]}"
-                    )
-                keys[(*path, key.value)] = mark
-                _record_marks(value, (*path, key.value), keys, values, file, parents)
+                )
+                continue
+            source.keys[inner] = _place(key)
+            _record_marks(value, inner, source, mistakes, parents)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _record_marks(item, (*path, index), keys, values, file, parents)
+            _record_marks(item, (*path, index), source, mistakes, parents)
+
+
+def _place(node: Any) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1

@@ -78,7 +78,8 @@ def _make(root: Path) -> None:
     for name, content in TASKS.items():
         (root / "tasks" / name).write_text(yaml.safe_dump(content, sort_keys=False))
     (root / "suite.yaml").write_text(yaml.safe_dump(SUITE, sort_keys=False))
-    (root / "sets" / "questions.jsonl").write_text("{}\n")
+    for name in ("questions.jsonl", "more.jsonl"):
+        (root / "sets" / name).write_text("{}\n")
     (root / "model" / "config.json").write_text("{}")
     (root / "model" / "model.safetensors").write_bytes(b"weights")
     (root / "model" / "outliermerge.json").write_text(json.dumps(MANIFEST))
@@ -241,6 +242,10 @@ def test_eval_refuses_a_damaged_file_by_its_name_or_goes_on(tree, capsys, way, n
     said = Said(_eval(tree), capsys)
     if said.refused:
         assert file.name in said.err
+    elif name.startswith("sets/") and not file.is_file():
+        assert [failure.reason for failure in _scores(tree, "A")] == [
+            f"its data {file.name} is not in {file.parent}"
+        ]
     else:
         assert [score.score for score in _scores(tree, "A")] == [50.0]
         assert Said(_compare(tree), capsys).code == 0

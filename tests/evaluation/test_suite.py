@@ -140,9 +140,9 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("tasks:\n" + TASK + "limit: 3\nlimit: 4\n", "FILE:4:1: the key 'limit' stands twice, "
          "first in line 3"),
         ("tasks: [\n", "FILE:2:1: not valid YAML"),
-        ("- one\n- two\n", "FILE:1:1: expected a mapping with `tasks`"),
-        ("", "FILE: expected a mapping with `tasks`"),
-        ("tasks: []\n", "FILE:1:8: tasks: found []"),
+        ("- one\n- two\n", "FILE:1:1: found a list, expected a mapping with `tasks`"),
+        ("", "FILE: found nothing, expected a mapping with `tasks`"),
+        ("tasks: []\n", "FILE:1:8: tasks: must not be empty"),
         ("tasks: mmstar\n", "FILE:1:8: tasks: found 'mmstar'"),
         ("tasks: [mmstar]\n", "FILE:1:9: tasks[0]: found 'mmstar'"),
         ("limit: 0\ntasks:\n" + TASK, "FILE:1:8: limit: found 0"),
@@ -155,9 +155,11 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("dtype: float8\ntasks:\n" + TASK, "FILE:1:8: dtype: found 'float8'"),
         ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: found 'llava'"),
         ("generation: 4\ntasks:\n" + TASK, "FILE:1:13: generation: found 4"),
-        ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found None"),
-        ("data: ''\ntasks:\n" + TASK, "FILE:1:7: data: found ''"),
-        ("tasks:\n- {title: '', task: a, metric: m}\n", "FILE:2:11: tasks[0].title: found ''"),
+        ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found nothing, "
+         "expected a mapping"),
+        ("data: ''\ntasks:\n" + TASK, "FILE:1:7: data: must not be empty"),
+        ("tasks:\n- {title: '', task: a, metric: m}\n", "FILE:2:11: tasks[0].title: "
+         "must not be empty"),
         ("tasks:\n- {title: A, task: a, metric: m, scale: 10}\n", "FILE:2:41: tasks[0].scale: "
          "found 10"),
         ("tasks:\n- {title: A, task: a, metric: m}\n- {title: B, task: a, metric: n}\n",
@@ -178,6 +180,30 @@ def test_all_mistakes_of_a_suite_are_told_at_once(tmp_path):
     assert sorted(places) == ["FILE:1:8", "FILE:2:13", "FILE:4:3"]
 
 
+def test_mistakes_of_types_hide_none_beyond_them(tmp_path):
+    text = """\
+    limit: 0
+    tasks:
+    - {title: avg, task: a, metric: m}
+    - {title: B, task: b, metrics: m}
+    - {title: C, task: c, metric: m, generation: {max_tokens: 4}}
+    device: tpu
+    data: nowhere
+    limit: 3
+    dtype: bf16
+    """
+    told = _refusal(tmp_path, text).splitlines()
+    assert [line.split(": ")[0] for line in told] == [
+        "FILE:3:11", "FILE:4:23", "FILE:5:47", "FILE:6:9", "FILE:7:7", "FILE:8:1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "dtype"), [("bf16", "bfloat16"), ("FP16", "float16")])
+def test_a_dtype_is_taken_in_its_usual_spellings(tmp_path, text, dtype):
+    assert _load(tmp_path, f"dtype: {text}\ntasks:\n" + TASK).document.dtype == dtype
+    assert _load(tmp_path, "tasks:\n" + TASK, dtype=text).document.dtype == dtype
+
+
 @pytest.mark.parametrize("title", ["avg", "gain"])
 def test_a_title_that_the_table_has_already_is_refused(tmp_path, title):
     # Hours later the table would refuse it.
@@ -196,7 +222,7 @@ def test_a_setting_that_json_cannot_hold_is_refused(tmp_path, key, value):
 def test_a_suite_that_is_not_there_or_not_text_is_told(tmp_path):
     with pytest.raises(SpecError, match=r"absent\.yaml: no such suite"):
         load_suite(tmp_path / "absent.yaml")
-    with pytest.raises(SpecError, match="is a folder, expected a regular file"):
+    with pytest.raises(SpecError, match="is a folder, expected a YAML file"):
         load_suite(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"tasks: \xff\xfe")
     with pytest.raises(SpecError, match=r"binary\.yaml: cannot be read"):
@@ -283,7 +309,7 @@ def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
-        ours = task_files._ours(suite.tasks_folder, suite.data)
+        ours = task_files.own_files(suite.tasks_folder, suite.data)
         definition = task_files.definition_of(task.task, ours)
         config, _ = task_files._keys(definition.file, None, ())
         metrics = {entry["metric"] for entry in config["metric_list"][0]}

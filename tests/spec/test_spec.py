@@ -554,7 +554,7 @@ BAD = {
     "unknown key in a filter entry": HEAD
     | {"parameters": {"density": [{"filtr": "mlp", "value": 1}]}},
     "empty filter": HEAD | {"parameters": {"density": [{"filter": "", "value": 1}]}},
-    "unknown dtype": HEAD | {"dtype": "fp16"},
+    "unknown dtype": HEAD | {"dtype": "fp8"},
     "integer dtype": HEAD | {"out_dtype": "int8"},
     "unknown policy": HEAD | {"missing": "skip"},
     "slices": HEAD | {"slices": []},

@@ -14,18 +14,20 @@ from outliermerge.analysis.report.merged import measure_merge
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
+from outliermerge.arguments import checked
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.storage.files import write_whole
 
 
+@checked
 def build_report(
     models: Sequence[str],
     *,
     base: str | None = None,
-    output: Path,
-    png: Path | None = None,
+    output: str | Path,
+    png: str | Path | None = None,
     t: float = 2.0,
     filter: float = 3.0,
     device: str = "cpu",
@@ -57,6 +59,7 @@ def build_report(
         OutlierMergeError: a model is absent or broken, or a package is missing.
         OSError: the page cannot be written.
     """
+    output, png = Path(output), None if png is None else Path(png)
     if not 1 <= t <= 5:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not models:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.folders.absent import is_model
 from outliermerge.checkpoint.folders.beside import (
     MANIFEST_NAME,
     files_in,
@@ -95,9 +96,10 @@ def _open_file(path: Path) -> Checkpoint:
         for pattern, kind, advice in OTHER_FORMATS:
             if re.search(pattern, path.name):
                 raise OutlierMergeError(f"{path}: is {kind}. {advice}")
+        folder = f". Name its folder: {path.parent}" if is_model(path.parent) else ""
         raise OutlierMergeError(
             f"{path}: is a file, expected a model folder or a file of weights "
-            f"({', '.join(SUFFIXES)})"
+            f"({', '.join(SUFFIXES)}){folder}"
         )
     if (shard := SHARD.match(path.name)) and int(shard["total"]) > 1:
         raise OutlierMergeError(

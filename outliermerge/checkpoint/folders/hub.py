@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.folders.absent import (
+    hub_id_of,
+    is_model,
+    is_slip,
+    names_of,
+    path_meant,
+)
 from outliermerge.checkpoint.folders.beside import sidecars_of
 from outliermerge.checkpoint.folders.folder import MODULES_NAME, PIPELINE_NAME, module_folders
 from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose
 from outliermerge.checkpoint.formats.table import PATTERNS
-from outliermerge.errors import OutlierMergeError, as_path, listing
+from outliermerge.errors import OutlierMergeError, as_path, listing, quoted, shown
 from outliermerge.storage.files import load_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,12 +52,9 @@ def resolve(reference: str) -> Path:
     local = as_path(reference)
     if local.exists():
         return local.absolute()
+    refuse_absent(reference)
     match = _HUB_ID.match(reference)
-    if match is None or not is_hub_id(reference):
-        raise OutlierMergeError(
-            f"model {reference!r}: no such file or folder ({local.absolute()}), and not a hub id "
-            "(org/name or org/name@revision)"
-        )
+    assert match is not None
     repo_id, revision = match["id"], match["revision"]
     try:
         return _fetch(repo_id, revision)
@@ -58,10 +63,56 @@ def resolve(reference: str) -> Path:
 
         command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
         asked = "" if constants.HF_HUB_OFFLINE else f", then at {constants.ENDPOINT}"
+        here = names_of(local.absolute().parent)
+        has = f"\nThe folder {local.parent} has: {shown(', '.join(here))}" if here else ""
         raise OutlierMergeError(
-            f"model {reference!r}: {error}\nLooked for {local.absolute()}, then in the hub's cache "
-            f"{constants.HF_HUB_CACHE}{asked}.\nTo fetch it: {command}"
+            f"model {quoted(reference)}: {error}\nLooked for {local.absolute()}, then in the hub's "
+            f"cache {constants.HF_HUB_CACHE}{asked}.\nTo fetch it: {command}{has}"
         ) from error
+
+
+def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
+    """Refuse a model that is neither local nor can be on the hub, without asking the hub.
+
+    A path that a slip of the keys separates from a local model is no hub id.
+
+    Args:
+        beside: the folder of the file that names the model, where it may be meant to be.
+
+    Raises:
+        OutlierMergeError: there is no such model; the message says where it was looked for, and
+            what may have been meant.
+    """
+    local = as_path(reference)
+    if local.exists():
+        return
+    absent = f"model {quoted(reference)}: no such file or folder ({shown(local.absolute())})"
+    meant = path_meant(local)
+    could_be_hub = is_hub_id(reference)
+    if beside is not None and not local.is_absolute() and (beside / local).exists():
+        raise OutlierMergeError(
+            f"{absent}. Paths start from the folder where the command runs, and it is beside the "
+            f"file that names it: write {quoted(os.path.relpath(beside / local))}"
+        )
+    if could_be_hub:
+        slip = meant is not None and is_slip(str(local), str(meant)) and is_model(meant)
+        if not slip or "@" in reference or _is_in_cache(reference):
+            return
+        raise OutlierMergeError(
+            f"{absent}. Did you mean {quoted(str(meant))}? Where a model of the hub is meant, name "
+            f"its revision as well: {quoted(reference + '@main')}"
+        )
+    if page := hub_id_of(reference):
+        raise OutlierMergeError(f"model {quoted(reference)}: is an address, write {quoted(page)}")
+    if meant is not None:
+        raise OutlierMergeError(f"{absent}. Did you mean {quoted(str(meant))}?")
+    raise OutlierMergeError(f"{absent}, and not a hub id (org/name or org/name@revision)")
+
+
+def _is_in_cache(repo_id: str) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}").is_dir()
 
 
 def _fetch(repo_id: str, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.folders.absent import models_in
 from outliermerge.checkpoint.folders.foreign import (
     refuse_foreign_adapter,
     refuse_part,
@@ -264,4 +265,6 @@ def no_weights(folder: Path) -> str:
         if files:
             return f"{folder}: no weights that can be read, only {kind}: {files[0]}. {advice}"
     found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
-    return f"{folder}: no weights ({PATTERNS}): {found}"
+    inside = models_in(folder)
+    meant = f"\nModels are in it: did you mean {inside[-1]}?" if inside else ""
+    return f"{folder}: no weights ({PATTERNS}): {found}{meant}"

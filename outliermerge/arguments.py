@@ -1,0 +1,130 @@
+"""Checks of what the library's functions are given, before they read anything."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from outliermerge.errors import ArgumentError, argument, nearest, quoted
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_DEVICE = re.compile(r"cpu|auto|cuda(:[0-9]{1,9})?")
+_Kind = tuple[Callable[[Any], bool], str]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_settings(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return all(isinstance(key, str) and _is_list(each) for key, each in value.items())
+
+
+_SWITCH: _Kind = lambda value: isinstance(value, bool), "True or False"
+_FUNCTION: _Kind = callable, "a function"
+_PATH: _Kind = lambda value: value is None or isinstance(value, (str, Path)), "a path"
+_NUMBER: _Kind = (
+    lambda value: isinstance(value, Real) and not isinstance(value, bool),
+    "a number",
+)
+_WHOLE: _Kind = (
+    lambda value: isinstance(value, Integral) and not isinstance(value, bool),
+    "a whole number",
+)
+_COUNT: _Kind = lambda value: _WHOLE[0](value) and value >= 0, "a whole number of 0 or more"
+# An argument of one name is of one kind in all functions.
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(
+        ("kernels", "overwrite", "fresh", "allow_non_finite", "load_check", "load"), _SWITCH
+    ),
+    **dict.fromkeys(("on_progress", "on_waiting", "on_total", "executor"), _FUNCTION),
+    **dict.fromkeys(("output", "folder", "png"), _PATH),
+    **dict.fromkeys(("t", "filter", "small"), _NUMBER),
+    **dict.fromkeys(("seed", "num_points", "num_values"), _WHOLE),
+    "threads": _COUNT,
+    "device": (
+        lambda value: isinstance(value, str) and _DEVICE.fullmatch(value) is not None,
+        "cpu, cuda, cuda:N or auto",
+    ),
+    "memory": (lambda value: isinstance(value, (int, float, str)), 'a size such as "2GiB"'),
+    "models": (_is_list, "a list"),
+    "noises": (lambda value: _is_list(value) and all(map(_NUMBER[0], value)), "a list of numbers"),
+    "rename": (lambda value: value is None or isinstance(value, str), "a text"),
+    "name": (lambda value: isinstance(value, str), "a text"),
+    "settings": (
+        lambda value: value is None or _is_settings(value),
+        'lists of values by key, such as {"t": [2, 3]}',
+    ),
+}
+
+
+def wrong(name: str, value: object, expected: str) -> ArgumentError:
+    """Return the error of an argument that is not what is expected.
+
+    >>> print(wrong("threads", "2", "a whole number of 0 or more"))
+    threads: found '2', expected a whole number of 0 or more
+    """
+    return ArgumentError(f"{argument(name)}: found {quoted(value)}, expected {expected}")
+
+
+def check_arguments(given: Mapping[str, object]) -> None:
+    """Refuse arguments, by name, that are of a wrong kind.
+
+    Raises:
+        ArgumentError: one is.
+    """
+    for name, value in given.items():
+        is_right, expected = _KINDS.get(name, (lambda value: True, ""))
+        if not is_right(value):
+            raise wrong(name, value, expected)
+
+
+def unexpected(function: str, name: str, known: Sequence[str]) -> TypeError:
+    """Return the error of a keyword that a function does not have, as Python says it.
+
+    >>> print(unexpected("run", "memroy", ["memory", "threads"]))
+    run() got an unexpected keyword argument 'memroy'. Did you mean 'memory'?
+    """
+    near = nearest(name, known)
+    meant = f"Did you mean {near!r}?" if near else f"It takes {', '.join(known)}."
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}. {meant}")
+
+
+def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function refuse arguments of a wrong kind, and name the nearest to an unknown one."""
+    signature = inspect.signature(function)
+    known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    is_needed = {p.name: p.default is p.empty for p in signature.parameters.values()}
+    by_place = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    takes_more = len(known) < len(signature.parameters)
+
+    @functools.wraps(function)
+    def call(*positional: _P.args, **keywords: _P.kwargs) -> _R:
+        for name in keywords if not takes_more else ():
+            if name not in known:
+                raise unexpected(function.__name__, name, known)
+        if len(positional) > len(by_place):
+            raise TypeError(
+                f"{function.__name__}() takes {len(by_place)} argument(s) without a name "
+                f"({', '.join(by_place)}), found {len(positional)}: name the others, such as "
+                f"{known[len(by_place)]}=…"
+            )
+        try:
+            given = signature.bind(*positional, **keywords).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
+        for name, value in given.items():
+            if value is None and name in _KINDS and is_needed[name]:
+                raise wrong(name, value, _KINDS[name][1])
+        check_arguments(given)
+        return function(*positional, **keywords)
+
+    return call

@@ -1,0 +1,64 @@
+"""What is wrong with the keys of a spec, with lines and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from outliermerge.errors import SpecError, nearest, quoted, suggest
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
+from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.text import SpecText
+from outliermerge.spec.validation import how_to_write, in_words, without_consequences
+
+_ENTRIES: dict[str, type[BaseModel]] = {
+    "models": ModelEntry,
+    "base_model": BaseEntry,
+    "modifiers": ModifierEntry,
+}
+
+
+def explained(
+    problems: Sequence[Any],
+    raw: Mapping[str, Any],
+    source: SpecText,
+    method: MergeMethod | None,
+) -> Iterator[SpecError]:
+    """Yield an error for each of pydantic's problems with a spec.
+
+    Args:
+        method: the spec's method, where it names one.
+    """
+    for problem in without_consequences(problems):
+        yield _explained(problem, raw, source, method)
+
+
+def _explained(
+    problem: Any, raw: Mapping[str, Any], source: SpecText, method: MergeMethod | None
+) -> SpecError:
+    path: SpecPath = tuple(problem["loc"])
+    if path[0] == "base_model" and not isinstance(raw.get("base_model"), dict):
+        path = path[:1]
+    match problem["type"]:
+        case "extra_forbidden":
+            kind = _ENTRIES.get(str(path[0]), SpecDocument) if len(path) > 1 else SpecDocument
+            fields = kind.model_fields
+            name = str(path[-1])
+            advice = suggest(name, fields)
+            near = nearest(name, method.parameters) if method is not None else None
+            if method is not None and name in method.parameters:
+                advice = f"It is a parameter of {method.name}: put it under `parameters`."
+            elif near is not None and nearest(name, fields) is None:
+                advice = f"Did you mean the parameter {near!r}? Put it under `parameters`."
+            return source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
+        case "missing":
+            return source.error(path[:-1], f"`{path[-1]}` is missing")
+        case "model_type" if path == ("base_model",):
+            return source.error(
+                path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
+            )
+        case _:
+            return source.error(path, in_words(problem) + how_to_write(problem))
