@@ -8,11 +8,10 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
-from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
+from outliermerge.storage.files import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
 MANIFEST_FORMAT = 1
-MAX_MANIFEST_VALUES = 10_000_000  # 46,000 tensors of eight models give about 5 million
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

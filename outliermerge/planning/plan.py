@@ -204,6 +204,7 @@ class Plan:
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         files: what was read of the models, with stamps; None for what was looked for and absent.
+        shard_bytes: most bytes of a weight file, if it is not the default.
     """
 
     spec: MergeSpec
@@ -221,6 +222,7 @@ class Plan:
     added_tokens: tuple[tuple[int, str, int], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
+    shard_bytes: int | None = None
 
     @property
     def is_one_file(self) -> bool:

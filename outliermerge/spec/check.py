@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
@@ -24,8 +23,9 @@ from outliermerge.spec.document import (
 )
 from outliermerge.spec.inert import without_inert
 from outliermerge.spec.rename import Rename, parse_rename
+from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SettingError, SpecPath, parse_policy, parse_setting
-from outliermerge.spec.text import SpecText, parse_yaml, read_text
+from outliermerge.spec.text import SpecText, as_yaml, parse_yaml, read_text
 
 _MAX_PROBLEMS = 10
 _NOT_YET = {
@@ -72,6 +72,7 @@ class MergeSpec:
         other_files: the policy for files of tensors that are not read.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
+        repeated: the merge that this one repeats, if the spec is a manifest.
     """
 
     document: SpecDocument
@@ -87,6 +88,7 @@ class MergeSpec:
     other_files: Setting
     source: SpecText
     notes: tuple[str, ...] = ()
+    repeated: Repeated | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -94,15 +96,11 @@ class MergeSpec:
 
     def as_yaml(self) -> str:
         """Return the spec as YAML."""
-        document = self.as_dict()
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        if yaml.safe_load(text) == document:
-            return text
-        return yaml.safe_dump(document, sort_keys=False)  # some line breaks need escapes
+        return as_yaml(self.as_dict())
 
 
 def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
-    """Read and check a spec from a YAML file or from a dict.
+    """Read and check a spec from a YAML file, from a dict, or from an output's manifest.
 
     Raises:
         SpecError: the spec cannot be read, or something in it is unknown, has a wrong type or is
@@ -111,6 +109,8 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
     if isinstance(spec, Mapping):
         return _check(dict(spec), SpecText("spec"))
     path = Path(spec)
+    if repeated := read_repeated(path):
+        return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
     return parse_spec(read_text(path, absent="no such spec file"), file=str(path))
 
 

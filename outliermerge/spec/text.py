@@ -58,6 +58,15 @@ def read_text(path: Path, *, absent: str) -> str:
         raise SpecError(f"{path}: cannot be read: {error}") from error
 
 
+def as_yaml(document: Mapping[str, Any]) -> str:
+    """Return a document as YAML, which reads back as the same document."""
+    text: str = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) == document:
+        return text
+    escaped: str = yaml.safe_dump(dict(document), sort_keys=False)  # for some line breaks
+    return escaped
+
+
 def parse_yaml(text: str, *, file: str) -> tuple[Any, SpecText]:
     """Return a YAML document's value and the positions of its parts.
 
