@@ -17,9 +17,19 @@ from outliermerge.spec.text import as_yaml
 
 MERGEKIT_NAME = "mergekit_config.yml"
 _METHODS = ("linear", "task_arithmetic", "ties", "passthrough")
-# Keys for what mergekit does otherwise, or not at all.
-_OTHERWISE = ("modifiers", "rename", "missing", "extra", "unequal", "other_files", "vocabulary",
-              "tie_word_embeddings", "config_source", "tokenizer_source")  # fmt: skip
+# Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
+_OTHERWISE = {
+    "modifiers": [],
+    "rename": None,
+    "missing": "error",
+    "extra": "error",
+    "unequal": "error",
+    "other_files": "error",
+    "vocabulary": "error",
+    "tie_word_embeddings": None,
+    "config_source": "base",
+    "tokenizer_source": "base",
+}
 
 
 def mergekit_text(plan: Plan) -> str | None:
@@ -41,7 +51,7 @@ def _document(plan: Plan) -> dict[str, Any] | None:
     spec, recipe = plan.spec, recipe_of(plan)
     if spec.method.name not in _METHODS or not _is_plain(plan):
         return None
-    if any(recipe.get(key) not in (None, "base", "error", []) for key in _OTHERWISE):
+    if any(recipe.get(key, plain) != plain for key, plain in _OTHERWISE.items()):
         return None
     base, models = recipe.get("base_model"), []
     for model in spec.models:
