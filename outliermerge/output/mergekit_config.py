@@ -18,7 +18,7 @@ from outliermerge.spec.text import as_yaml
 MERGEKIT_NAME = "mergekit_config.yml"
 _METHODS = ("linear", "task_arithmetic", "ties", "passthrough")
 # Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
-_OTHERWISE = {
+_OTHERWISE: dict[str, Any] = {
     "modifiers": [],
     "rename": None,
     "missing": "error",

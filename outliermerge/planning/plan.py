@@ -291,6 +291,22 @@ class Plan:
             peak = max(peak, block * self._bytes_per_element(job, options))
         return options.threads * peak
 
+    def block_memory_bytes(self, options: Options) -> int:
+        """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.
+
+        Kernels hold a block of the output, and only pieces of the sources.
+        """
+        peak = 0
+        for job in self.jobs:
+            block = min(self.block_elements(job, options), job.num_elements)
+            whole = block * self._bytes_per_element(job, options)
+            if not options.uses_torch(job) and not job.auxiliary:
+                sources = sum(source.dtype.num_bytes for _, source in job.sources)
+                piece = min(CHUNK_ELEMENTS, job.num_elements)
+                whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
+            peak = max(peak, whole)
+        return options.threads * peak
+
     def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
@@ -307,8 +323,8 @@ class Plan:
         workspaces += [find_method(name).workspace(1) for name, _ in job.modifiers]
         return raw + compute * (rows + max(workspaces))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
+    def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:
+        """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
         return {
             "spec": self.spec.as_dict(),
             "method": self.spec.method.name,
@@ -350,20 +366,20 @@ class Plan:
                 {"id": number, "token": token, "from": self.inputs[model].reference}
                 for number, token, model in self.added_tokens
             ],
-            "tensors": [
-                {
-                    "name": job.name,
-                    "action": job.action,
-                    "reason": job.reason,
-                    "shape": list(job.output.shape),
-                    "dtype": job.output.dtype.name,
-                    "file": job.output.file,
-                    "sources": [self.inputs[index].reference for index, _ in job.sources],
-                    "stored_names": [source.name for _, source in job.sources],
-                    "parameters": dict(job.parameters),
-                }
-                for job in self.jobs
-            ],
+            **({"tensors": list(map(self._job_as_dict, self.jobs))} if tensors else {}),
+        }
+
+    def _job_as_dict(self, job: Job) -> dict[str, Any]:
+        return {
+            "name": job.name,
+            "action": job.action,
+            "reason": job.reason,
+            "shape": list(job.output.shape),
+            "dtype": job.output.dtype.name,
+            "file": job.output.file,
+            "sources": [self.inputs[index].reference for index, _ in job.sources],
+            "stored_names": [source.name for _, source in job.sources],
+            "parameters": dict(job.parameters),
         }
 
 
