@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from outliermerge.analysis.places import short_names
+from outliermerge.analysis.places import natural, short_names
 
 BINS = 512
 """The bins of a histogram: from -8σ to 8σ about the mean, each σ/32 wide."""
@@ -185,8 +185,9 @@ class WeightStats:
 
     @property
     def layers(self) -> list[Group]:
-        """A group for each layer."""
-        return self._groups(lambda tensor: tensor.layer)
+        """A group for each layer, in the order of their numbers."""
+        groups = self._groups(lambda tensor: tensor.layer)
+        return sorted(groups, key=lambda group: natural(group.name))
 
     @property
     def whole(self) -> Group:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
 from outliermerge.cli.specs import named_output, read_spec
-from outliermerge.cli.tables import NamedTable, print_facts, short_references
+from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
 from outliermerge.cli.terminal import open_console, status, text
 from outliermerge.errors import MAX_NOTE, as_path, readable, shown
 
@@ -144,7 +144,7 @@ def print_plan(
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
     method = plan.spec.method
-    console.print(text(f"{method.name}: {method.summary}", style="bold"))
+    print_words(console, f"{method.name}: {method.summary}", "bold")
     _print_models(console, plan)
     _print_pairing(console, plan)
     _print_actions(console, plan)
@@ -168,7 +168,7 @@ def print_plan(
         console.print()
         _print_tensors(console, plan)
     for note in plan.notes if with_notes else ():
-        console.print(text(readable(f"note: {note}", MAX_NOTE)))
+        print_words(console, readable(f"note: {note}", MAX_NOTE))
 
 
 def _print_models(console: Console, plan: Plan) -> None:

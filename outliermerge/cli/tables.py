@@ -85,6 +85,20 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
             console.print(text(f"{start:<{labels}}{line}"), soft_wrap=True)
 
 
+def print_words(console: Console, words: str, style: str = "") -> None:
+    """Print sentences and listings; lines end between words only, so that names stay whole."""
+    for line in words.split("\n"):
+        wrapped = textwrap.wrap(
+            line,
+            console.width,
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=" " * (len(line) - len(line.lstrip())),
+        )
+        for part in wrapped or [""]:
+            console.print(text(part, style), soft_wrap=True)
+
+
 def short_references(references: Sequence[str]) -> dict[str, str]:
     """Return for each model the last parts of its name, as many as tell all of them apart.
 
