@@ -117,12 +117,12 @@ def test_the_drift_is_near_that_of_all_elements(models, tmp_path, method):
     moved = _flat(load_file(tmp_path / "out" / "model.safetensors"), models["base"])
     tasks = [_flat(models[name], models["base"]) for name in "ab"]
     size = float(moved.norm() / _flat(models["base"]).norm())
-    assert drift["relative_size"] == pytest.approx(size, rel=0.02)
+    assert drift["relative_size"] == pytest.approx(size, rel=0.05)
     for name, task in zip("ab", tasks, strict=True):
         cosine = float(moved @ task / moved.norm() / task.norm())
-        assert drift["cosines"][str(tmp_path / name)] == pytest.approx(cosine, abs=0.02)
+        assert drift["cosines"][str(tmp_path / name)] == pytest.approx(cosine, abs=0.05)
     length = float(moved.norm() / (tasks[0].norm() + tasks[1].norm()) * 2)
-    assert drift["length"] == pytest.approx(length, rel=0.02)
+    assert drift["length"] == pytest.approx(length, rel=0.05)
     assert drift["num_sampled"] < drift["num_elements"] == len(moved)
     assert ("outliers_kept" in drift) == (method == "min_sigma")
     card = (tmp_path / "out" / "README.md").read_text()
