@@ -22,6 +22,7 @@ from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.verdict import verdict_of
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
+from outliermerge.display import html_table, html_words, short_repr
 from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
@@ -86,6 +87,33 @@ class Comparison:
             if column == "relative_distance":
                 found[pair.b][pair.a] = _ratio(pair.distance, pair.norm_b)
         return found
+
+    def __repr__(self) -> str:
+        against = "" if self.base is None else f", against {self.base}"
+        cosines = ", ".join(f"{pair.cosine:.4f}" for pair in self.pairs[:10])
+        return short_repr(
+            self,
+            f"{', '.join(self.models)}{against}",
+            f"{len(self.pairs)} pair(s), cosine {cosines}",
+            ".verdict says what will conflict in a merge",
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the pairs of whole models as a table in a notebook."""
+        rows = [
+            (
+                self.models[pair.a],
+                self.models[pair.b],
+                f"{pair.cosine:.4f}",
+                f"{pair.distance:.3g}",
+                f"{pair.sign_agreement:.1%}",
+                f"{pair.outlier_overlap:.1%}",
+                f"{pair.conflict_ratio:.3%}",
+            )
+            for pair in self.pairs
+        ]
+        columns = ("model", "and", "cosine", "distance", "equal signs", "shared outliers")
+        return html_table((*columns, "conflicts"), rows) + html_words(self.verdict)
 
     @property
     def verdict(self) -> str:

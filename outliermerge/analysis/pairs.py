@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from outliermerge.display import short_repr
+
 
 @dataclass(frozen=True, slots=True)
 class PairStats:
@@ -65,6 +67,14 @@ class PairStats:
     outlier_ratio_b: float
     both_outliers_ratio: float
     conflict_ratio: float
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            f"models {self.a} and {self.b}, {self.name or 'whole'}, {self.num_elements:,} elements",
+            f"cosine {self.cosine:.4f}, equal signs {self.sign_agreement:.1%}, shared outliers "
+            f"{self.outlier_overlap:.1%}, conflicts {self.conflict_ratio:.3%}",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the columns by name, NaNs as they are."""

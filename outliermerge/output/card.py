@@ -156,10 +156,10 @@ def _config(contents: Mapping[str, bytes | Path]) -> dict[str, Any]:
 
 def _drift(drift: Mapping[str, Any]) -> str:
     cosines = ", ".join(
-        f"{value:.3g} with {_code(name)}" for name, value in drift["cosines"].items()
+        f"{value:.2g} with {_code(name)}" for name, value in drift["cosines"].items()
     )
     lines = [
-        f"- size: the change is {drift['relative_size']:.2%} of the base's weights (L2 norms)",
+        f"- size: the change is {100 * drift['relative_size']:.2g}% of the base, in L2 norm",
         f"- direction: cosine {cosines}",
     ]
     if kept := drift.get("outliers_kept"):
@@ -167,7 +167,7 @@ def _drift(drift: Mapping[str, Any]) -> str:
         lines.append(f"- outliers kept whole: {shares}")
     else:
         lines.append(
-            f"- length: {drift['length']:.3g} times the mean length of the models' own changes"
+            f"- length: {drift['length']:.2g} times the mean length of the models' own changes"
         )
     share = (
         "all"

@@ -21,7 +21,8 @@ from outliermerge.planning.plan import Job, Plan
 # 65,536 elements, which take about 30 ms, and of small models so few that reading them again does
 # not matter beside the merge.
 _MAX_TENSORS, _MAX_ELEMENTS, _MIN_ELEMENTS, _MIN_SHARE = 256, 1 << 16, 1 << 13, 1 / 64
-_LEAST_ELEMENTS, _NUM_RUNS = 128, 2  # of a tensor
+_LEAST_ELEMENTS = 128  # of a tensor
+_MIN_RUNS, _MAX_RUNS, _NUM_RUNS = 2, 16, 512  # of a tensor, and of all: a disk may seek for each
 _KNOWN_SHARE = 0.5  # of the merged elements, below which nothing is said
 
 
@@ -78,10 +79,11 @@ def measure_drift(
     sample = min(_MAX_ELEMENTS, max(_MIN_ELEMENTS, round(total * _MIN_SHARE)))
     sums = [0.0] * (2 + 2 * num_models)
     num_sampled = 0
+    num_runs = min(_MAX_RUNS, max(_MIN_RUNS, _NUM_RUNS // len(chosen)))
     with Reader() as reader:
         for job in chosen:
             wanted = max(_LEAST_ELEMENTS, sample * job.num_elements // total)
-            spans = _spans(job.num_elements, wanted)
+            spans = _spans(job.num_elements, wanted, num_runs)
             sampled = sum(stop - start for start, stop in spans)
             num_sampled += sampled
             for span in spans:
@@ -119,13 +121,13 @@ def _can_be_sampled(job: Job) -> bool:
     )
 
 
-def _spans(num_elements: int, wanted: int) -> list[tuple[int, int]]:
+def _spans(num_elements: int, wanted: int, num_runs: int) -> list[tuple[int, int]]:
     """Return runs of elements, evenly placed; the whole tensor if it is small."""
     if num_elements <= wanted:
         return [(0, num_elements)] if num_elements else []
-    length = wanted // _NUM_RUNS
+    length = wanted // num_runs
     room = num_elements - length
-    starts = [room * (2 * number + 1) // (2 * _NUM_RUNS) for number in range(_NUM_RUNS)]
+    starts = [room * (2 * number + 1) // (2 * num_runs) for number in range(num_runs)]
     return [(start, start + length) for start in starts]
 
 

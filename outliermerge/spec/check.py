@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
@@ -89,6 +90,17 @@ class MergeSpec:
     source: SpecText
     notes: tuple[str, ...] = ()
     repeated: Repeated | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, self.in_a_line)
+
+    @property
+    def in_a_line(self) -> str:
+        """The method and the models, for a person."""
+        models = ", ".join(model.reference for model in self.models)
+        return f"{self.method.name} of {models}" + (
+            f" onto {self.base.reference}" if self.base else ""
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""

@@ -126,7 +126,7 @@ def test_the_drift_is_near_that_of_all_elements(models, tmp_path, method):
     assert drift["num_sampled"] < drift["num_elements"] == len(moved)
     assert ("outliers_kept" in drift) == (method == "min_sigma")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"the change is {drift['relative_size']:.2%} of the base" in card
+    assert f"the change is {100 * drift['relative_size']:.2g}% of the base" in card
 
 
 def test_the_share_of_outliers_is_that_of_all_elements(models, tmp_path):
