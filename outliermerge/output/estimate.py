@@ -27,6 +27,7 @@ _LEAST_SHARE = 0.5  # of the work, below which the trial tells nothing of the re
 _ALIGNMENT = 4096
 # Measured on Linux: what importing torch takes, and what a thread takes besides its blocks.
 _TORCH_BYTES, _THREAD_BYTES = 218 * 10**6, 800_000
+_RUN_BYTES = 2_000_000  # what a run takes besides what its plan has taken
 # Measured: the files beside the weights, checksums of them, the names.
 _FIXED_SECONDS = 0.1
 
@@ -85,7 +86,7 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
     program = resident_bytes()
     if program is not None and needs_torch and not has_torch:
         program += _TORCH_BYTES
-    blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES
+    blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES + _RUN_BYTES
     speed, basis = None, ""
     if needs_torch and not has_torch:
         basis = "not tried, since torch computes a part of it"
