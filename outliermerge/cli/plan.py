@@ -197,9 +197,7 @@ def _print_pairing(console: Console, plan: Plan) -> None:
     for entry in plan.inputs:
         for rule, (count, before, after) in entry.renamed.items():
             words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
-            print_facts(console, [(words, "")])
-            print_facts(console, [("", shown(before)), ("  to", shown(after))])
-            console.print()
+            print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
 
 
 def _print_actions(console: Console, plan: Plan) -> None:
