@@ -18,6 +18,7 @@ METHODS: dict[str, MergeMethod] = {
         passthrough,
     )
 }
+"""The merge methods by name."""
 
 
 def find_method(name: str) -> MergeMethod:
