@@ -9,38 +9,71 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from outliermerge.analysis.compare import compare_weights
+    from outliermerge.analysis.compare import Comparison, compare_weights
     from outliermerge.analysis.report.build import build_report
-    from outliermerge.analysis.simulate import simulate
-    from outliermerge.analysis.spectra import layer_spectra
+    from outliermerge.analysis.simulate import Simulation, simulate
+    from outliermerge.analysis.spectra import LayerSpectra, layer_spectra
+    from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
-    from outliermerge.api import merge_state_dicts, merge_tensors, plan, run, verify
+    from outliermerge.analysis.table import TensorStats, WeightStats
+    from outliermerge.api import estimate, merge_state_dicts, merge_tensors, plan, run, verify
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
-    from outliermerge.methods.contract import merge_method
+    from outliermerge.methods.context import Context
+    from outliermerge.methods.contract import MergeMethod, merge_method
     from outliermerge.methods.parameter import PerModel
     from outliermerge.methods.statistics.base import StandardDeviation
     from outliermerge.methods.statistics.gram import Gram
     from outliermerge.methods.statistics.trim import Trim
+    from outliermerge.methods.table import METHODS, find_method
+    from outliermerge.output.estimate import Estimate
+    from outliermerge.output.manifest_file import Manifest, read_manifest
     from outliermerge.output.options import RunOptions
-    from outliermerge.search.sweeps import sweep
+    from outliermerge.output.parts import run_part
+    from outliermerge.output.run import RunResult
+    from outliermerge.planning.plan import Plan
+    from outliermerge.search.sweeps import Variant, plan_sweep, sweep
+    from outliermerge.spec.check import MergeSpec, load_spec
+
+    __version__: str
 
 __all__ = [
+    "METHODS",
     "ArgumentError",
+    "Comparison",
+    "Context",
+    "Estimate",
     "Gram",
+    "LayerSpectra",
+    "Manifest",
+    "MergeMethod",
+    "MergeSpec",
     "OutlierMergeError",
     "PerModel",
+    "Plan",
     "RunOptions",
+    "RunResult",
+    "Simulation",
     "SpecError",
     "StandardDeviation",
+    "TensorStats",
     "Trim",
+    "Variant",
+    "WeightStats",
     "build_report",
     "compare_weights",
+    "estimate",
+    "find_method",
+    "fingerprint_distance",
     "layer_spectra",
+    "load_spec",
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
+    "plan_sweep",
+    "read_manifest",
     "run",
+    "run_part",
     "simulate",
     "stats_of_tensor",
     "sweep",
@@ -50,29 +83,63 @@ __all__ = [
 
 _HOMES = {
     "ArgumentError": "errors",
+    "Comparison": "analysis.compare",
+    "Context": "methods.context",
+    "Estimate": "output.estimate",
     "Gram": "methods.statistics.gram",
+    "LayerSpectra": "analysis.spectra",
+    "METHODS": "methods.table",
+    "Manifest": "output.manifest_file",
+    "MergeMethod": "methods.contract",
+    "MergeSpec": "spec.check",
     "OutlierMergeError": "errors",
     "PerModel": "methods.parameter",
+    "Plan": "planning.plan",
     "RunOptions": "output.options",
+    "RunResult": "output.run",
+    "Simulation": "analysis.simulate",
     "SpecError": "errors",
     "StandardDeviation": "methods.statistics.base",
+    "TensorStats": "analysis.table",
     "Trim": "methods.statistics.trim",
+    "Variant": "search.sweeps",
+    "WeightStats": "analysis.table",
     "build_report": "analysis.report.build",
     "compare_weights": "analysis.compare",
+    "estimate": "api",
+    "find_method": "methods.table",
+    "fingerprint_distance": "analysis.spectra_fingerprint",
     "layer_spectra": "analysis.spectra",
+    "load_spec": "spec.check",
     "merge_method": "methods.contract",
+    "merge_state_dicts": "api",
+    "merge_tensors": "api",
+    "plan": "api",
+    "plan_sweep": "search.sweeps",
+    "read_manifest": "output.manifest_file",
+    "run": "api",
+    "run_part": "output.parts",
     "simulate": "analysis.simulate",
     "stats_of_tensor": "analysis.stats",
     "sweep": "search.sweeps",
+    "verify": "api",
     "weight_stats": "analysis.stats",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("outliermerge")
+    if name not in _HOMES:
         from outliermerge.errors import nearest
 
-        near = nearest(name, __all__)
-        meant = f". Did you mean {near!r}?" if near else ""
-        raise AttributeError(f"module 'outliermerge' has no attribute {name!r}{meant}")
-    return getattr(importlib.import_module(f"outliermerge.{_HOMES.get(name, 'api')}"), name)
+        near = nearest(name, _HOMES)
+        said = f"Did you mean {near!r}?" if near else "dir(outliermerge) lists all names."
+        raise AttributeError(f"module 'outliermerge' has no attribute {name!r}. {said}")
+    return getattr(importlib.import_module(f"outliermerge.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})

@@ -12,7 +12,7 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
-from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, as_path, listing
 from outliermerge.execution.in_memory import MemoryFeed, merge_in_memory
 from outliermerge.execution.passes import Measured, measure, needs_of
 from outliermerge.execution.rounds import Steps, run_all
@@ -21,6 +21,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
+from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
@@ -42,7 +43,8 @@ def plan(
     """Plan a merge without reading a tensor.
 
     Args:
-        spec: a YAML file, or the same as a dict.
+        spec: a YAML file, the same as a dict, or the manifest of an output, whose merge is planned
+            again.
         shard_size: most bytes of a weight file, such as "5GB", the default.
 
     Raises:
@@ -74,10 +76,11 @@ def run(
     """Merge checkpoints on disk into a new model folder.
 
     A run that was killed goes on where it stopped when it is started again, and gives the same
-    bytes. The output has its name only when it is complete.
+    bytes. The output has its name only when it is complete. In a notebook a bar shows how far it
+    is.
 
     Args:
-        spec: a YAML file, the same as a dict, or a plan.
+        spec: a YAML file, the same as a dict, the manifest of an output, or a plan.
         output: the folder or .safetensors file to write; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         options: how it is carried out.
@@ -102,6 +105,38 @@ def run(
         planned = plan(spec, shard_size=shard_size)
     (result,) = run_plans([(planned, output_path(planned, output))], chosen)
     return result
+
+
+@checked
+def estimate(
+    planned: Plan,
+    *,
+    output: str | Path | None = None,
+    options: RunOptions | None = None,
+    **changes: Any,
+) -> Estimate:
+    """Estimate how long a run of a plan takes, and how much memory the process needs for it.
+
+    A few megabytes of the models are merged into an unnamed file on the output's disk, which takes
+    a fraction of a second. What torch computes is tried only where torch is imported already.
+
+    Args:
+        planned: what `plan` returned.
+        output: what would be written; the spec's `output` by default.
+        options: how the plan would be carried out.
+        **changes: single fields of `RunOptions`.
+
+    Raises:
+        ArgumentError: an option is wrong.
+
+    Example:
+        >>> import outliermerge
+        >>> plan = outliermerge.plan("merge_configs/tiny_ties.yaml")  # doctest: +SKIP
+        >>> outliermerge.estimate(plan).seconds  # doctest: +SKIP
+    """
+    chosen = RunOptions.of(options, changes, "estimate").on_this_machine()
+    named = output or planned.spec.document.output
+    return estimate_run(planned, chosen, None if named is None else as_path(named))
 
 
 @checked

@@ -291,7 +291,7 @@ def test_the_siblings_merge_the_same_models():
 def test_n_counts_the_models_that_have_the_tower(own_world, capsys, tower, action, sources):
     shutil.rmtree(own_world / MATHS)
     save_maths(own_world / MATHS, tower=tower)
-    assert cli.main(["plan", str(SPECS / "llava_math.yaml"), "--json"]) == 0
+    assert cli.main(["plan", str(SPECS / "llava_math.yaml"), "--json", "--tensors"]) == 0
     jobs = json.loads(capsys.readouterr().out)["tensors"]
     of_tower = [job for job in jobs if job["name"].startswith(TOWER)]
     assert len(of_tower) == 55

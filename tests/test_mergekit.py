@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import family, load_folder
 from torch import Tensor
 
@@ -200,3 +201,48 @@ def test_ties_of_bfloat16_keeps_what_mergekit_keeps_and_the_ties(
         assert (delta[extra].abs() == delta[kept].abs().min()).all(), name
         more += int(extra.sum())
     assert more > 0
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_what_an_output_says_in_mergekits_form_gives_its_values(
+    case, families, merge_by_mergekit, tmp_path
+):
+    base, models = families["fp32"]
+    spec = spec_of(case, base, models)
+    del spec["dtype"]  # the output's own is written out
+
+    output = outliermerge.run(spec, output=tmp_path / "ours", overwrite=True).output
+    written = yaml.safe_load((output / "mergekit_config.yml").read_text("utf-8"))
+    theirs = merge_by_mergekit(written, tmp_path / "theirs")
+
+    ours = load_folder(output)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"merge_method": "min_sigma"},
+        {"models": [{"model": "{a}", "missing": "base"}]},
+        {"extra": "drop"},
+        {"unequal": "base"},
+        {"rename": {"from": "^model", "to": "model"}},
+        {"vocabulary": "common"},
+        {"modifiers": [{"modifier": "test_open_contract:centred"}]},
+    ],
+    ids=str,
+)
+def test_what_mergekit_does_not_do_is_not_said_in_its_form(change, families, tmp_path):
+    base, (a, b, _) = families["fp32"]
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(a)}, {"model": str(b)}],
+    }
+    spec |= yaml.safe_load(yaml.safe_dump(change).replace("{a}", str(a)))
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+    assert not (output / "mergekit_config.yml").exists()
+    assert (output / "recipe.yaml").exists()

@@ -17,10 +17,13 @@ from outliermerge.analysis.compare_torch import (
     fold_sums,
 )
 from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.pairs import PairStats as PairStats
 from outliermerge.analysis.places import ModulePlace, find_places
+from outliermerge.analysis.verdict import verdict_of
 from outliermerge.arguments import checked
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
+from outliermerge.display import html_table, html_words, short_repr
 from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
@@ -44,72 +47,6 @@ MATRIX_DIAGONAL = {
     "conflict_ratio": 0.0,
 }
 """The columns that have a matrix, and the value of a model compared with itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class PairStats:
-    """The comparison of one tensor in two models, a and b, or of the two whole models.
-
-    A vector is a model's task vector, or its weights if there is no base. An outlier is an element
-    with |x| > tσ; one of exactly ±tσ is not. Undefined values are NaN, and so are all measures of a
-    pair that contains an infinite value or NaN.
-
-    Attributes:
-        name: the tensor's name; "" for whole models.
-        layer: the layer's name, such as `model.layers.3`; None outside layers, and for whole
-            models.
-        module: the name with layers' numbers replaced by `*`; "" for whole models.
-        shape: the tensor's shape; () for whole models.
-        num_elements: how many elements are compared.
-        a, b: the numbers of the models, a < b.
-        cosine: the cosine of the angle between the vectors; NaN if one is zero.
-        distance: L2 norm of a - b.
-        relative_distance: the distance divided by the norm of a; NaN if that is zero.
-        norm_a, norm_b: L2 norms of the vectors.
-        std_a, std_b: population standard deviations.
-        std_difference: |σ_a - σ_b|, a similarity that needs no evaluation of the models (arXiv
-            2501.10661, Table 7).
-        sign_agreement: the share of equal signs among the elements that are non-zero in both.
-        sign_conflict_ratio: the share of all elements whose signs are opposite.
-        outlier_overlap: the Jaccard index of the positions of outliers, by each model's own σ: the
-            number of elements with |a| > tσ_a and |b| > tσ_b, divided by the number with at least
-            one of the two.
-        outlier_ratio_a, outlier_ratio_b: the share of elements that min-σ keeps whole: |x| > tσ,
-            where σ is the smallest of this tensor's σ among all compared models. For whole models,
-            each tensor has its own threshold.
-        both_outliers_ratio: the share of elements that min-σ keeps whole in both models, and adds
-            up.
-        conflict_ratio: the share of all elements that are outliers in both models with opposite
-            signs. In a merge they cancel out, while those with equal signs add up.
-    """
-
-    name: str
-    layer: str | None
-    module: str
-    shape: tuple[int, ...]
-    num_elements: int
-    a: int
-    b: int
-    cosine: float
-    distance: float
-    relative_distance: float
-    norm_a: float
-    norm_b: float
-    std_a: float
-    std_b: float
-    std_difference: float
-    sign_agreement: float
-    sign_conflict_ratio: float
-    outlier_overlap: float
-    outlier_ratio_a: float
-    outlier_ratio_b: float
-    both_outliers_ratio: float
-    conflict_ratio: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the columns by name, NaNs as they are."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return named | {"shape": list(self.shape)}
 
 
 _MEASURED = [field.name for field in fields(PairStats)][7:]
@@ -152,12 +89,45 @@ class Comparison:
                 found[pair.b][pair.a] = _ratio(pair.distance, pair.norm_b)
         return found
 
+    def __repr__(self) -> str:
+        against = "" if self.base is None else f", against {self.base}"
+        cosines = ", ".join(f"{pair.cosine:.4f}" for pair in self.pairs[:10])
+        return short_repr(
+            self,
+            f"{', '.join(self.models)}{against}",
+            f"{len(self.pairs)} pair(s), cosine {cosines}",
+            ".verdict says what will conflict in a merge",
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the pairs of whole models as a table in a notebook."""
+        rows = [
+            (
+                self.models[pair.a],
+                self.models[pair.b],
+                f"{pair.cosine:.4f}",
+                f"{pair.distance:.3g}",
+                f"{pair.sign_agreement:.1%}",
+                f"{pair.outlier_overlap:.1%}",
+                f"{pair.conflict_ratio:.3%}",
+            )
+            for pair in self.pairs
+        ]
+        columns = ("model", "and", "cosine", "distance", "equal signs", "shared outliers")
+        return html_table((*columns, "conflicts"), rows) + html_words(self.verdict)
+
+    @property
+    def verdict(self) -> str:
+        """What a merge has to expect, in a sentence: what will conflict, and where."""
+        return verdict_of(self.models, self.pairs, self.tensors, has_base=self.base is not None)
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the matrices, which repeat the pairs; NaN stays NaN."""
         return {
             "models": list(self.models),
             "base": self.base,
             "t": self.t,
+            "verdict": self.verdict,
             "pairs": [pair.as_dict() for pair in self.pairs],
             "tensors": [pair.as_dict() for pair in self.tensors],
             "notes": list(self.notes),

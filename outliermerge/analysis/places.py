@@ -63,6 +63,16 @@ def _place(name: str) -> ModulePlace:
     return ModulePlace(layer, depth, module)
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names with their numbers as numbers.
+
+    >>> sorted(["layers.10", "layers.9", "head"], key=natural)
+    ['head', 'layers.9', 'layers.10']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
 def short_names(modules: Iterable[str]) -> dict[str, str]:
     """Return for each type of module the text after the layer's number, if it is unique.
 

@@ -12,6 +12,7 @@ from outliermerge.analysis.extras import require
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
 from outliermerge.arguments import checked
+from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.storage.files import write_whole
 
@@ -68,6 +69,12 @@ class Simulation:
     num_non_zero: int
     num_outliers: int
     weights: tuple[SimulatedWeights, ...]
+
+    def __repr__(self) -> str:
+        labels = ", ".join(f"{each.noise:g} {each.stats.label or '–'}" for each in self.weights)
+        return short_repr(
+            self, f"{self.num_points:,} points, seed {self.seed}", f"by noise: {labels}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the histograms."""

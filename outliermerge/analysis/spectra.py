@@ -23,6 +23,7 @@ from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, mak
 from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
 from outliermerge.arguments import checked
+from outliermerge.display import short_repr
 from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
@@ -60,6 +61,12 @@ class ModuleSpectra:
     distances: tuple[float, ...]
     fit: PowerLawFit | None
 
+    def __repr__(self) -> str:
+        verdict = self.fit.verdict if self.fit else "no fit"
+        return short_repr(
+            self, f"{self.module} {list(self.shape)}, {len(self.layers)} layers, {verdict}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return all by name."""
         return asdict(self) | {"fit": self.fit.as_dict() if self.fit else None}
@@ -86,6 +93,14 @@ class LayerSpectra:
     fit: PowerLawFit | None
     fingerprint: Fingerprint
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        what = self.model if self.base is None else f"{self.model} − {self.base}"
+        return short_repr(
+            self,
+            f"{what}: {self.num_values} singular values of {len(self.modules)} types of module",
+            f"all distances: {self.fit.verdict if self.fit else 'no fit'}",
+        )
 
     @property
     def short_names(self) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from outliermerge.analysis.places import short_names
+from outliermerge.analysis.places import natural, short_names
+from outliermerge.display import html_table, html_words, short_repr
 
 BINS = 512
 """The bins of a histogram: from -8σ to 8σ about the mean, each σ/32 wide."""
@@ -43,6 +44,10 @@ class Histogram:
     counts: tuple[int, ...]
     num_below: int
     num_above: int
+
+    def __repr__(self) -> str:
+        num = self.num_below + sum(self.counts) + self.num_above
+        return short_repr(self, f"{num:,} elements in {len(self.counts)} bins, from -8σ to 8σ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,16 @@ class TensorStats:
     label: str | None
     histogram: Histogram | None
 
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            f"{self.name} {list(self.shape)}, {self.label or 'no label'}",
+            f"mean {self.mean:.3g}, std {self.std:.3g}, from {self.minimum:.3g} to "
+            f"{self.maximum:.3g}",
+            f"kept {self.kept_ratio:.2%}, of these skewness {self.skewness:.2f}, kurtosis "
+            f"{self.kurtosis:.2f}",
+        )
+
     @property
     def is_matrix(self) -> bool:
         """Whether at least two of its dimensions are longer than 1."""
@@ -141,6 +156,16 @@ class Group:
     labels: Mapping[str, int]
     spreads: Mapping[str, Spread]
 
+    def __repr__(self) -> str:
+        labels = ", ".join(f"{label} ×{num}" for label, num in self.labels.items())
+        return short_repr(
+            self,
+            f"{self.name or 'all matrices'}: {self.num_tensors} matrices, {self.num_elements:,} "
+            "elements",
+            f"std {self.spreads['std'].mean:.3g}, kurtosis {self.spreads['kurtosis'].mean:.2f}",
+            labels,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return numbers by name, a spread as a `_mean` and a `_std` of its column."""
         found: dict[str, Any] = {
@@ -173,6 +198,30 @@ class WeightStats:
     tensors: tuple[TensorStats, ...]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return short_repr(self, *self._said)
+
+    def _repr_html_(self) -> str:
+        """Show the types of module as a table in a notebook."""
+        names = self.short_names
+        rows = [(names[group.name], *_cells(group)) for group in self.modules]
+        rows.append(("all matrices", *_cells(self.whole)))
+        columns = ("module", "matrices", "σ", "kept", "skewness", "kurtosis", "labels")
+        return (
+            html_words("; ".join(self._said))
+            + html_table(columns, rows)
+            + "".join(html_words(f"note: {note}") for note in self.notes)
+        )
+
+    @property
+    def _said(self) -> list[str]:
+        what = self.model if self.base is None else f"{self.model} − {self.base}"
+        num = sum(tensor.num_elements for tensor in self.tensors)
+        return [
+            f"{what}: {len(self.tensors)} tensors, {num:,} elements",
+            f"kept within {self.filter:g}σ, small below {self.small:g}",
+        ]
+
     @property
     def matrices(self) -> list[TensorStats]:
         """The tensors that groups count, as in Tables 1 and 6: matrices that are not constant."""
@@ -185,8 +234,9 @@ class WeightStats:
 
     @property
     def layers(self) -> list[Group]:
-        """A group for each layer."""
-        return self._groups(lambda tensor: tensor.layer)
+        """A group for each layer, in the order of their numbers."""
+        groups = self._groups(lambda tensor: tensor.layer)
+        return sorted(groups, key=lambda group: natural(group.name))
 
     @property
     def whole(self) -> Group:
@@ -221,6 +271,19 @@ class WeightStats:
             if name is not None:
                 members.setdefault(name, []).append(tensor)
         return [_group(name, tensors) for name, tensors in members.items()]
+
+
+def _cells(group: Group) -> tuple[object, ...]:
+    means = {name: each.mean for name, each in group.spreads.items()}
+    labels = ", ".join(f"{label} ×{num}" for label, num in group.labels.items())
+    return (
+        group.num_tensors,
+        f"{means['std']:.3g}",
+        f"{means['kept_ratio']:.2%}",
+        f"{means['skewness']:.2f}",
+        f"{means['kurtosis']:.2f}",
+        labels,
+    )
 
 
 def _group(name: str, tensors: list[TensorStats]) -> Group:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from outliermerge.display import short_repr
 from outliermerge.storage.stamps import FileStamp
 
 if TYPE_CHECKING:
@@ -182,3 +183,7 @@ class Checkpoint:
     other_files: tuple[Path, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        files = f"{len(self.tensors)} tensors in {len(self.weight_files)} file(s)"
+        return short_repr(self, f"{self.root}, {files}")

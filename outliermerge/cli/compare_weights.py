@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, add_machine
-from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
+from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
     add_base,
     add_rename,
@@ -19,9 +20,8 @@ from outliermerge.cli.weights import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from outliermerge.analysis.compare import Comparison, PairStats
+    from outliermerge.analysis.compare import Comparison
+    from outliermerge.analysis.pairs import PairStats
 
 _PAIR_COLUMNS = (
     ("cosine", "cosine", "{:.4f}"),
@@ -77,40 +77,40 @@ def print_comparison(found: Comparison, *, by: str) -> None:
     """Print how models compare: pairs of whole models, or by module, layer or tensor."""
     console = open_console()
     what = "weights" if found.base is None else f"task vectors against {found.base}"
-    console.print(text(f"{what} of:", "bold"))
+    print_words(console, f"{what} of:", "bold")
     letters = letters_of(len(found.models))
     for letter, model in zip(letters, found.models, strict=True):
-        console.print(text(f"  {letter}  {model}"))
+        print_words(console, f"  {letter}  {model}")
     if by == "model" and len(found.models) > 2:
         for title, column, form in _PAIR_COLUMNS:
-            console.print(_matrix_table(found, title, column, form, letters))
+            _matrix_table(found, title, column, form, letters).print(console)
     else:
-        console.print(_pair_table(found, by, letters))
-    console.print(
+        _pair_table(found, by, letters).print(console)
+    print_words(
+        console,
         f"sign: the same in both. Of outliers beyond {found.t:g}σ, shared: at the same places; "
         "conflict: share of all elements where both are kept whole by min-σ, and cancel.",
-        style="dim",
+        "dim",
     )
     for note in found.notes:
-        console.print(text(f"note: {note}"))
+        print_words(console, f"note: {note}")
+    print_words(console, found.verdict, "bold")
 
 
-def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> Table:
+def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> NamedTable:
     from outliermerge.analysis.table import spread
 
     several = by == "model" or len(found.pairs) > 1
-    first = [*(["models"] if several else []), *([] if by == "model" else [by])]
-    table = plain_table(*first, *(title for title, _, _ in _PAIR_COLUMNS))
-    for column in table.columns[len(first) :]:
-        column.justify, column.no_wrap = "right", True
+    first = [*([] if by == "model" else [by]), *(["models"] if several else [])]
+    table = NamedTable(*first, *(title for title, _, _ in _PAIR_COLUMNS)).left(*first)
     for name, (a, b), rows in _pair_groups(found, by):
         cells = (
             number_text(spread(getattr(row, column) for row in rows).mean, form)
             for _, column, form in _PAIR_COLUMNS
         )
-        named = [] if by == "model" else [text(name)]
+        named = [] if by == "model" else [name]
         pair = [f"{letters[a]} {letters[b]}"] if several else []
-        table.add_row(*pair, *named, *cells)
+        table.add_row(*named, *pair, *cells)
     return table
 
 
@@ -118,7 +118,7 @@ def _pair_groups(
     found: Comparison, by: str
 ) -> Iterator[tuple[str, tuple[int, int], Sequence[PairStats]]]:
     """Yield groups of rows: a name, a pair of models, and the rows to average."""
-    from outliermerge.analysis.places import short_names
+    from outliermerge.analysis.places import natural, short_names
 
     groups: dict[tuple[str, tuple[int, int]], list[PairStats]] = {}
     for row in found.pairs if by == "model" else found.tensors:
@@ -126,14 +126,15 @@ def _pair_groups(
         if name is not None:
             groups.setdefault((name, (row.a, row.b)), []).append(row)
     short = short_names(name for name, _ in groups) if by == "module" else {}
-    for (name, pair), rows in groups.items():
+    order = natural if by in ("layer", "tensor") else lambda name: 0
+    for (name, pair), rows in sorted(groups.items(), key=lambda item: order(item[0][0])):
         yield short.get(name, name), pair, rows
 
 
 def _matrix_table(
     found: Comparison, title: str, column: str, form: str, letters: Sequence[str]
-) -> Table:
-    table = plain_table(title, *letters)
+) -> NamedTable:
+    table = NamedTable(title, *letters, justify="left")
     for letter, row in zip(letters, found.matrix(column), strict=True):
         table.add_row(letter, *(number_text(value, form) for value in row))
     return table

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, add_machine, count
-from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
+from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
-    NAME_WIDTH,
     WIDE,
     add_base,
     add_json_file,
@@ -77,41 +77,43 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
     console = open_console()
     for spectra in found:
         what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"
-        console.print(text(f"{what}: {spectra.num_values} singular values of a layer", "bold"))
+        print_words(console, f"{what}: {spectra.num_values} singular values of a layer", "bold")
         is_wide = console.width >= WIDE
         against = ("against exponential", "against log-normal") if is_wide else ()
-        table = plain_table("module", "of", "distance", "alpha", *against, "verdict")
-        for column in table.columns[1:]:
-            column.justify, column.no_wrap = "right", True
-        table.columns[0].min_width = NAME_WIDTH
+        table = NamedTable("module", "layers", "distance", "alpha", *against, "verdict")
         names = spectra.short_names
         for module in spectra.modules:
             table.add_row(
-                text(names[module.module]),
+                names[module.module],
                 str(len(module.layers)),
                 *_fit_cells(module.distances, module.fit, is_wide),
             )
         together = [distance for module in spectra.modules for distance in module.distances]
-        table.add_section()
         table.add_row("all types together", "", *_fit_cells(together, spectra.fit, is_wide))
-        console.print(table)
+        table.print(console)
         for note in spectra.notes:
-            console.print(text(f"note: {note}"))
-    console.print(
-        "distance: the median of 1 - cos between two layers' singular values; alpha: of a power "
-        "law; verdict: against an exponential and a log-normal, as if distances were independent, "
-        "which those of the same layers are not. Our reading of arXiv 2509.00046's abstract.",
-        style="dim",
+            print_words(console, f"note: {note}")
+    print_words(
+        console,
+        "distance: how differently the singular values of two layers fall off, from 0 for the same "
+        "curve to 1; the median over all pairs of layers. alpha: how steep a power law fits these "
+        "distances. verdict: which curve describes them best, a power law, an exponential or a "
+        "log-normal; undecided if none is clearly better, no fit if there are too few distances or "
+        "all are alike. Pairs share layers, so that a verdict looks surer than it is. We read the "
+        "abstract of arXiv 2509.00046 so; the paper itself was not at hand.",
+        "dim",
     )
     if len(found) > 1:
         letters = letters_of(len(found))
-        console.print(text("distance of σ fingerprints (0: alike but for scale)", style="bold"))
+        print_words(
+            console, "distance between the models' σ over their layers (0: the same curve)", "bold"
+        )
         for letter, spectra in zip(letters, found, strict=True):
-            console.print(text(f"  {letter}  {spectra.model}"))
-        table = plain_table("", *letters)
+            print_words(console, f"  {letter}  {spectra.model}")
+        table = NamedTable("", *letters, justify="left")
         for letter, row in zip(letters, distances, strict=True):
             table.add_row(letter, *(number_text(value, "{:.4f}") for value in row))
-        console.print(table)
+        table.print(console)
 
 
 def _fit_cells(distances: Sequence[float], fit: PowerLawFit | None, is_wide: bool) -> list[str]:

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from types import TracebackType
 
+from outliermerge.display import human_bytes as human_bytes
+
 INTERVAL_VARIABLE = "OUTLIERMERGE_PROGRESS_SECONDS"
 _INTERVAL_SECONDS, _MAX_INTERVAL_SECONDS = 5.0, 1e6
 _NUM_SAMPLES = 6  # the speed is that of the last half minute
@@ -100,19 +102,6 @@ class ProgressLines:
             if line and is_new:
                 print(line, file=sys.stderr, flush=True)
             before = line
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Return a size in decimal units, as the hub and --shard-size use them.
-
-    >>> human_bytes(1_020_000_000)
-    '1.02 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
 
 
 def _interval() -> float:

@@ -13,25 +13,30 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
 from outliermerge.cli.specs import named_output, read_spec
-from outliermerge.cli.terminal import (
-    open_console,
-    plain_table,
-    status,
-    text,
-    value_text,
-)
-from outliermerge.errors import MAX_NOTE, readable, shown
+from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
+from outliermerge.cli.terminal import open_console, status, text
+from outliermerge.errors import MAX_NOTE, as_path, readable, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from outliermerge.output.estimate import Estimate
     from outliermerge.output.load_check import Verdict
     from outliermerge.planning.plan import Input, Options, Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a merge, and what is to be printed of its plan."""
+    add_planning(parser)
+    parser.add_argument(
+        "--tensors", action="store_true", help="list every tensor too, and what happens to it"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
+    from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
@@ -41,31 +46,23 @@ def run(options: argparse.Namespace) -> int:
     named = output_name or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
-    peak = planned.peak_memory_bytes(chosen)
+    planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
+    estimate = estimate_run(planned, chosen, output)
     verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     if options.json:
-        print_json(
-            planned.as_dict()
-            | ({"load_check": verdict.as_dict()} if verdict else {})
-            | {
-                "output": named,
-                "threads": chosen.threads,
-                "device": chosen.device,
-                "kernels": bool(chosen.kernels),
-                "peak_memory_bytes": peak,
-                "free_disk_bytes": free,
-            }
-        )
+        print_json(_as_json(planned, named, chosen, estimate, free, verdict, options.tensors))
     else:
         print_plan(
             planned,
             output=output,
             options=chosen,
+            estimate=estimate,
             free_bytes=free,
             loads_in=verdict.by if verdict else (),
             with_notes=not options.quiet,
+            with_tensors=options.tensors,
         )
     if planned.num_written_bytes > free:
         print(
@@ -74,6 +71,49 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _as_json(
+    plan: Plan,
+    output: str | None,
+    options: Options,
+    estimate: Estimate,
+    free_bytes: int,
+    verdict: Verdict | None,
+    with_tensors: bool,
+) -> dict[str, Any]:
+    """Return a plan as JSON values: what a person asks first, then the rest."""
+    from outliermerge.planning.settings_used import used_settings
+
+    details = plan.as_dict(tensors=with_tensors)
+    summary = {
+        "method": plan.spec.method.name,
+        "base": plan.spec.base.reference if plan.spec.base else None,
+        "models": [model.reference for model in plan.spec.models],
+        "output": output,
+        "num_tensors": len(plan.jobs),
+        "num_parameters": plan.num_parameters,
+        "actions": details["actions"],
+        "input_bytes": plan.num_read_bytes,
+        "write_bytes": plan.num_written_bytes,
+        "free_disk_bytes": free_bytes,
+        "seconds": estimate.as_dict()["seconds"],
+        "process_memory_bytes": estimate.process_bytes,
+        "num_notes": len(plan.notes),
+    }
+    return {
+        "summary": summary,
+        "output": output,
+        "threads": options.threads,
+        "device": options.device,
+        "kernels": bool(options.kernels),
+        "estimate": estimate.as_dict(),
+        "peak_memory_bytes": plan.peak_memory_bytes(options),
+        "free_disk_bytes": free_bytes,
+        "settings": [setting.as_dict() for setting in used_settings(plan)],
+        **({"load_check": verdict.as_dict()} if verdict else {}),
+        **details,
+    }
 
 
 def _checked(planned: Plan, *, quiet: bool) -> Verdict:
@@ -95,80 +135,152 @@ def print_plan(
     *,
     output: Path | None,
     options: Options,
+    estimate: Estimate,
     free_bytes: int,
     loads_in: Sequence[str] = (),
     with_notes: bool = True,
+    with_tensors: bool = False,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
     method = plan.spec.method
-    console.print(text(f"{method.name}: {method.summary}", style="bold"))
-    models = plain_table("model", "role", "tensors", "size", "dtypes loaded", "from")
+    print_words(console, f"{method.name}: {method.summary}", "bold")
+    _print_models(console, plan)
+    _print_pairing(console, plan)
+    _print_actions(console, plan)
+    _print_parameters(console, plan)
+    facts = [
+        ("reads", human_bytes(plan.num_read_bytes)),
+        (
+            "writes",
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
+            f"{human_bytes(free_bytes)} free on the disk",
+        ),
+        ("parameters", _proof(plan)),
+        *([("loads in", "; ".join(loads_in))] if loads_in else []),
+        ("time", _time(estimate)),
+        ("peak memory", _memory(estimate, options)),
+        ("output", str(output) if output else "not named yet: give --output"),
+        ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
+    ]
+    print_facts(console, facts)
+    if with_tensors:
+        console.print()
+        _print_tensors(console, plan)
+    for note in plan.notes if with_notes else ():
+        print_words(console, readable(f"note: {note}", MAX_NOTE))
+
+
+def _print_models(console: Console, plan: Plan) -> None:
+    table = NamedTable("model", "role", "tensors", "size", "dtypes loaded", "from", justify="left")
+    places = []
     for entry in plan.inputs:
-        metas = entry.stored
-        models.add_row(
-            text(entry.reference),
+        metas, root = entry.stored, entry.checkpoint.root
+        table.add_row(
+            entry.reference,
             _role(plan, entry),
             str(len(entry.checkpoint.tensors)),
             human_bytes(sum(meta.num_bytes for meta in metas)),
             _counts(meta.dtype.name for meta in metas),
-            text(_format(entry)),
+            _format(entry),
         )
-    console.print(models)
+        if not as_path(entry.reference).exists():
+            places.append((entry.reference, root))
+    table.print(console)
+    for reference, root in places:
+        console.print(text(f"{shown(reference)} is in {shown(str(root))}"), soft_wrap=True)
     console.print()
-    _print_pairing(console, plan)
-    actions = plain_table("what happens", "tensors", "parameters", "loaded", "computed", "stored")
-    groups: dict[str, list[Any]] = {}
-    for job in plan.jobs:
-        what = {"merge": f"merged by {method.name}", "copy": "copied", "equal": "copied if equal"}
-        reason = f" ({job.reason})" if job.reason else ""
-        groups.setdefault(what[job.action] + reason, []).append(job)
-    for what_happens, jobs in groups.items():
-        merged = jobs[0].action == "merge"
-        actions.add_row(
-            text(what_happens),
-            str(len(jobs)),
-            f"{sum(job.num_elements for job in jobs):,}",
-            ", ".join(
-                sorted({m.dtype.name for job in jobs for _, s in job.sources for m in s.stored})
-            ),
-            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "–",
-            ", ".join(sorted({job.output.dtype.name for job in jobs})),
-        )
-    console.print(actions)
-    console.print()
-    _print_parameters(console, plan)
-    peak = human_bytes(plan.peak_memory_bytes(options))
-    facts = plain_table("", "")
-    facts.show_header = False
-    facts.add_row("reads", human_bytes(plan.num_read_bytes))
-    facts.add_row(
-        "writes",
-        f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
-        f"{human_bytes(free_bytes)} free on the disk",
-    )
-    facts.add_row("parameters", text(_proof(plan)))
-    if loads_in:
-        facts.add_row("loads in", text("; ".join(loads_in)))
-    facts.add_row("peak memory", f"{peak} on {options.threads} threads, device {options.device}")
-    facts.add_row("output", text(str(output) if output else "not named yet: give --output"))
-    facts.add_row(
-        "files carried over", text(", ".join(shown(file.name) for file in plan.sidecars) or "none")
-    )
-    console.print(facts)
-    for note in plan.notes if with_notes else ():
-        console.print(text(readable(f"note: {note}", MAX_NOTE)))
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:
     """Print how names are changed, if they are."""
-    table = plain_table("renamed in", "rule", "tensors", "for example", "becomes")
     for entry in plan.inputs:
         for rule, (count, before, after) in entry.renamed.items():
-            table.add_row(text(entry.reference), text(rule), str(count), text(before), text(after))
-    if table.row_count:
-        console.print(table)
-        console.print()
+            words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
+            print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
+
+
+def _print_actions(console: Console, plan: Plan) -> None:
+    table = NamedTable(
+        "what happens", "tensors", "parameters", "loaded", "computed", "stored", justify="left"
+    )
+    groups: dict[str, list[Any]] = {}
+    for job in plan.jobs:
+        what = {"merge": f"merged by {plan.spec.method.name}", "copy": "copied"}
+        reason = f" ({job.reason})" if job.reason else ""
+        groups.setdefault(what.get(job.action, "copied if equal") + reason, []).append(job)
+    for what_happens, jobs in groups.items():
+        merged = jobs[0].action == "merge"
+        stored = {m.dtype.name for job in jobs for _, s in job.sources for m in s.stored}
+        table.add_row(
+            what_happens,
+            str(len(jobs)),
+            f"{sum(job.num_elements for job in jobs):,}",
+            ", ".join(sorted(stored)),
+            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "–",
+            ", ".join(sorted({job.output.dtype.name for job in jobs})),
+        )
+    table.print(console)
+    console.print()
+
+
+def _print_parameters(console: Console, plan: Plan) -> None:
+    """Print a row for each parameter, model and filter."""
+    from outliermerge.planning.settings_used import used_settings
+
+    if not any(job.action == "merge" for job in plan.jobs):
+        return
+    table = NamedTable("parameter", "value", "tensors", "model", "filter", justify="left")
+    short = short_references([model.reference for model in plan.spec.models])
+    filtered = set()
+    for setting in used_settings(plan):
+        own = setting.parameter, setting.models
+        otherwise = "all others" if own in filtered else "–"
+        if setting.filter is not None:
+            filtered.add(own)
+        models = ", ".join(short[reference] for reference in setting.models)
+        table.add_row(
+            setting.parameter,
+            setting.text + (" over the layers" if len(setting.values) > 1 else ""),
+            str(setting.num_tensors),
+            "every model" if len(setting.models) == len(short) > 1 else models or "–",
+            otherwise if setting.filter is None else setting.filter,
+        )
+    table.print(console)
+    console.print()
+
+
+def _print_tensors(console: Console, plan: Plan) -> None:
+    table = NamedTable("tensor", "what", "dtype", "shape", "file", justify="left")
+    for job in plan.jobs:
+        shape = "×".join(map(str, job.output.shape)) or "scalar"
+        table.add_row(job.name, job.action, job.output.dtype.name, shape, job.output.file)
+    table.print(console)
+
+
+def _time(estimate: Estimate) -> str:
+    """Return the time that a run will take, and what that rests on."""
+    if estimate.seconds is None:
+        return f"not known: {estimate.basis}"
+    minutes, seconds = divmod(round(estimate.seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours or minutes >= 10:
+        about = f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
+    elif minutes:
+        about = f"about {minutes} min {seconds} s"
+    else:
+        about = f"about {estimate.seconds:.2g} s" if estimate.seconds >= 1 else "less than a second"
+    return f"{about} ({estimate.basis})"
+
+
+def _memory(estimate: Estimate, options: Options) -> str:
+    """Return the memory that the whole process will take."""
+    blocks = f"{human_bytes(estimate.block_bytes)} for {options.threads} threads, device "
+    blocks += options.device
+    if estimate.process_bytes is None or estimate.program_bytes is None:
+        return f"about {blocks}, besides the program"
+    whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
+    return f"about {whole} for the whole process: {program} for the program, {blocks}"
 
 
 def _proof(plan: Plan) -> str:
@@ -198,44 +310,17 @@ def _counts(names: Iterable[str]) -> str:
 
 def _format(entry: Input) -> str:
     files = entry.checkpoint.weight_files
-    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}, {entry.checkpoint.root}"
-
-
-def _print_parameters(console: Console, plan: Plan) -> None:
-    merged = [job for job in plan.jobs if job.action == "merge"]
-    if not merged:
-        return
-    table = plain_table("parameter", "where", "values", title="parameters as resolved")
-    for name in merged[0].parameters:
-        stacks = plan.gradients.get(name, {})
-        for stack, values in stacks.items():
-            table.add_row(name, text(f"{stack}0–{len(values) - 1}"), text(_short(values)))
-        counts = Counter(
-            job.parameters[name]
-            for job in merged
-            if not any(job.name.startswith(stack) for stack in stacks)
-        )
-        for value, count in counts.most_common(6):
-            where = "every tensor" if count == len(merged) else f"{count} tensors"
-            table.add_row(name, where, text(value_text(value)))
-    console.print(table)
-    console.print()
-
-
-def _short(values: list[Any]) -> str:
-    texts = [value_text(value) for value in values]
-    if len(texts) > 16:
-        texts = [*texts[:8], "…", *texts[-7:]]
-    return "  ".join(texts)
+    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}"
 
 
 COMMAND = Command(
-    summary="show what a run would do, from the models' headers alone",
+    summary="show what a run would do and take, from the models' headers and a trial of a moment",
     examples=(
         "outliermerge plan merge.yaml",
         "outliermerge plan llava_math --json",
+        "outliermerge plan merge.yaml --json --tensors",
     ),
     overview="outliermerge plan merge.yaml --json",
-    add_arguments=add_planning,
+    add_arguments=add_arguments,
     run=run,
 )

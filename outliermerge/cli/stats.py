@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import Command, add_machine
-from outliermerge.cli.terminal import open_console, plain_table, reading_bar, text
+from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
     MOMENTS,
-    NAME_WIDTH,
     WIDE,
     add_base,
     add_filter,
@@ -87,39 +87,36 @@ def run(options: argparse.Namespace) -> int:
 
 def print_stats(stats: WeightStats, *, by: str) -> None:
     """Print the statistics of a model: by type of module, by layer, or tensor by tensor."""
+    from outliermerge.analysis.places import natural
+
     console = open_console()
     what = stats.model if stats.base is None else f"{stats.model} − {stats.base}"
     num_elements = sum(tensor.num_elements for tensor in stats.tensors)
-    console.print(text(f"{what}: {len(stats.tensors)} tensors, {num_elements:,} elements", "bold"))
+    print_words(console, f"{what}: {len(stats.tensors)} tensors, {num_elements:,} elements", "bold")
     columns = _WIDE_COLUMNS if console.width >= WIDE else MOMENTS
     first = ("tensor", "shape") if by == "tensor" else (by, "of")
-    table = plain_table(*first, *(title for title, _, _ in columns), "label")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    table.columns[0].min_width = NAME_WIDTH
-    table.columns[-1].justify = "left"
+    table = NamedTable(*first, *(title for title, _, _ in columns), "label").left("label")
     if by == "tensor":
-        for tensor in stats.tensors:
+        for tensor in sorted(stats.tensors, key=lambda tensor: natural(tensor.name)):
             cells = (number_text(getattr(tensor, name), form) for _, name, form in columns)
-            table.add_row(
-                text(tensor.name), "×".join(map(str, tensor.shape)), *cells, tensor.label or "–"
-            )
+            shape = "×".join(map(str, tensor.shape))
+            table.add_row(tensor.name, shape, *cells, tensor.label or "–")
     else:
         names = stats.short_names
         for group in stats.modules if by == "module" else stats.layers:
             shown = names.get(group.name, group.name)
-            table.add_row(text(shown), str(group.num_tensors), *_group_cells(group, columns))
+            table.add_row(shown, str(group.num_tensors), *_group_cells(group, columns))
         whole = stats.whole
-        table.add_section()
         table.add_row("all matrices", str(whole.num_tensors), *_group_cells(whole, columns))
-    console.print(table)
-    console.print(
+    table.print(console)
+    print_words(
+        console,
         f"mean±deviation over matrices; kept within {stats.filter:g}σ; small: below "
         f"{stats.small:g}. An exact Gaussian by 3σ: 99.73% kept, kurtosis 2.83.",
-        style="dim",
+        "dim",
     )
     for note in stats.notes:
-        console.print(text(f"note: {note}"))
+        print_words(console, f"note: {note}")
 
 
 def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -130,8 +127,7 @@ def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[
         if "kurtosis" in name and group.num_tensors > 1:
             cells[-1] += f"±{number_text(spread.std, form)}"
     most = max(group.labels, key=lambda label: group.labels[label], default=None)
-    # rich cuts off the last character of a table without edges if the table has to shrink.
-    return [*cells, f"{most} {group.labels[most]}/{group.num_tensors} " if most else "–"]
+    return [*cells, f"{most} {group.labels[most]}/{group.num_tensors}" if most else "–"]
 
 
 COMMAND = Command(

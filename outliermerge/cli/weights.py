@@ -19,7 +19,7 @@ MOMENTS = (
     ("kurtosis", "kurtosis", "{:.2f}"),
 )
 """Columns of a table: the title, the attribute, the format."""
-WIDE, NAME_WIDTH = 130, 18  # widths in characters: of the terminal, and of the first column
+WIDE = 130  # characters of a terminal that has room for all columns
 
 
 def add_filter(parser: argparse.ArgumentParser) -> None:

@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
-from outliermerge.output.manifest_file import MAX_MANIFEST_VALUES
 from outliermerge.storage.files import (
     MAX_LARGE_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_MANIFEST_VALUES,
     read_bytes,
     write_whole,
 )

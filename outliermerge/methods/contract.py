@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.kernel_call import Kernel
 from outliermerge.methods.parameter import Parameter, declared
@@ -66,6 +67,13 @@ class MergeMethod:
     max_models: int | None
     paper: str
     kernel: Kernel | None
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            f"{self.name}: {self.summary}",
+            f"parameters: {', '.join(self.parameters) or 'none'}",
+        )
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
         return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)

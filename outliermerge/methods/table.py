@@ -19,6 +19,7 @@ METHODS: dict[str, MergeMethod] = {
         passthrough,
     )
 }
+"""The merge methods by name."""
 
 
 def find_method(name: str) -> MergeMethod:

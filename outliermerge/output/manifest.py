@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -22,15 +21,19 @@ from outliermerge.checkpoint.checksum import (
     header_checksum,
 )
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
+from outliermerge.output.card import CARD_NAME, model_card
+from outliermerge.output.drift import measure_drift
 from outliermerge.output.folder import OutputFolder, finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
+from outliermerge.output.mergekit_config import MERGEKIT_NAME, mergekit_text
 from outliermerge.output.names import real_output, shard_path
+from outliermerge.output.recipe import RECIPE_NAME, command, recipe_of, recipe_text
 from outliermerge.planning.plan import Options, Plan
+from outliermerge.planning.repeated import check_inputs, relative_to
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
 from outliermerge.storage.system import open_regular
@@ -38,7 +41,6 @@ from outliermerge.storage.system import open_regular
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
 
-CARD_NAME = "README.md"
 # Names that git, the hub's client and desktops leave in a folder; no loader reads them.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
              ".DS_Store"}  # fmt: skip
@@ -80,14 +82,27 @@ def write_sidecars(
     *,
     load_check: Verdict | None = None,
 ) -> dict[str, Any]:
-    """Write everything but the weights into an output, the manifest last; return the manifest."""
+    """Write everything but the weights into an output, the manifest last; return the manifest.
+
+    Raises:
+        OutlierMergeError: a file cannot be written, or the merge is to repeat an earlier one and
+            has read other values.
+    """
+    inputs = _inputs(plan, folder.done)
+    check_inputs(plan, inputs)
+    drift = measure_drift(plan, folder.done, folder.writer)
     contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)
     contents |= {name: text.encode() for name, text in indexes.items()}
     if not plan.is_one_file:
-        contents[CARD_NAME] = _model_card(plan).encode()
+        contents[RECIPE_NAME] = recipe_text(plan, options, folder.done).encode()
+        if (text := mergekit_text(plan)) is not None:
+            contents[MERGEKIT_NAME] = text.encode()
+        again = command(plan, options, folder.done)
+        contents[CARD_NAME] = model_card(plan, contents, drift, again).encode()
     folder.write_files(contents)
     manifest = _manifest(plan, folder.done, folder.path, sorted(contents), options)
+    manifest |= {"inputs": inputs, **({"drift": drift} if drift else {})}
     if load_check is not None:
         manifest["load_check"] = load_check.as_dict()
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -102,10 +117,6 @@ def _manifest(
     names: list[str],
     options: Options,
 ) -> dict[str, Any]:
-    read: dict[int, list[str]] = {number: [] for number in range(len(plan.inputs))}
-    for job in plan.jobs:
-        for number, checksum in results[job.name].read.items():
-            read[number].append(f"{job.name} {checksum}\n")
     return {
         "format": MANIFEST_FORMAT,
         "versions": {
@@ -116,23 +127,12 @@ def _manifest(
         "device": options.device.partition(":")[0],
         "kernels": bool(options.kernels) and options.device == "cpu",
         "spec": plan.spec.as_dict(),
+        "recipe": recipe_of(plan),
+        **({"shard_bytes": plan.shard_bytes} if plan.shard_bytes is not None else {}),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of "
         f"{PIECE_ELEMENTS} elements; "
         "files: sha256; shards: xxh3_128 of the header; "
         "inputs: xxh3_128 of the lines 'tensor checksum' of what was read",
-        "inputs": [
-            {
-                "model": entry.reference,
-                "role": entry.role,
-                "path": str(entry.checkpoint.root),
-                "files": {
-                    _relative(stamp.path, entry.checkpoint.root): stamp.num_bytes
-                    for stamp in entry.checkpoint.weight_files
-                },
-                "checksum": xxhash.xxh3_128_hexdigest("".join(read[number]).encode()),
-            }
-            for number, entry in enumerate(plan.inputs)
-        ],
         "shards": {
             shard.file: {
                 "num_bytes": shard.num_bytes,
@@ -169,17 +169,31 @@ def _manifest(
     }
 
 
+def _inputs(plan: Plan, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
+    """Return what was read of each model."""
+    read: dict[int, list[str]] = {number: [] for number in range(len(plan.inputs))}
+    for job in plan.jobs:
+        for number, checksum in results[job.name].read.items():
+            read[number].append(f"{job.name} {checksum}\n")
+    return [
+        {
+            "model": entry.reference,
+            "role": entry.role,
+            "path": str(entry.checkpoint.root),
+            "files": {
+                relative_to(stamp.path, entry.checkpoint.root): stamp.num_bytes
+                for stamp in entry.checkpoint.weight_files
+            },
+            "checksum": xxhash.xxh3_128_hexdigest("".join(read[number]).encode()),
+        }
+        for number, entry in enumerate(plan.inputs)
+    ]
+
+
 def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
     """Return the checksum of a file, or raise an error that names it."""
     with naming(path, "read"):
         return checksum(path)
-
-
-def _relative(path: Path, root: Path) -> str:
-    """Return a path relative to a model's folder; the whole path if it is outside, as a base is."""
-    if path == root or not path.is_relative_to(root):
-        return str(path)
-    return path.relative_to(root).as_posix()
 
 
 def _plain(value: Any) -> Any:
@@ -191,55 +205,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _model_card(plan: Plan) -> str:
-    """Return the output's README: the front matter that the hub reads, and the recipe."""
-    on_hub = [
-        entry.reference.partition("@")[0]
-        for entry in plan.inputs
-        if is_hub_id(entry.reference) and Path(entry.reference).absolute() != entry.checkpoint.root
-    ]
-    sidecars = {sidecar.name for sidecar in plan.sidecars}
-    front = ["---"]
-    if on_hub:
-        front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
-        front += ["base_model_relation: merge"]
-    if "model_index.json" in sidecars:
-        front += ["library_name: diffusers"]
-    elif "modules.json" in sidecars:
-        front += ["library_name: sentence-transformers"]
-    elif "config.json" in sidecars:
-        front += ["library_name: transformers"]
-    front += ["tags:", "- merge", "- outliermerge", "---"]
-    method = plan.spec.method
-    models = "\n".join(
-        f"- {_code(entry.reference)}" + (" (base)" if entry.role == "base" else "")
-        for entry in plan.inputs
-    )
-    paper = f" ({method.paper})" if method.paper else ""
-    return (
-        "\n".join(front)
-        + f"\n\n# Merged model\n\nMade by outliermerge {version('outliermerge')} with "
-        + f"{_code(method.name)}{paper}: {method.summary}\n\n## Models\n\n{models}\n\n"
-        + f"## Recipe\n\n{_fenced(plan.spec.as_yaml())}\n\n"
-        + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
-        + "`outliermerge verify` proves this folder against it.\n"
-    )
-
-
-def _code(text: str) -> str:
-    """Return a foreign name as Markdown code, escaped so that it stays inside the code."""
-    text = shown(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def _fenced(yaml: str) -> str:
-    """Return YAML as a code block of Markdown, even if it contains backticks."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
-    return f"{fence}yaml\n{yaml}{fence}"
 
 
 def verify_folder(

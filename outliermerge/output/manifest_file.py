@@ -6,16 +6,29 @@ import os
 from pathlib import Path
 from typing import Any
 
+from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
-from outliermerge.storage.files import MAX_MANIFEST_BYTES, read_bytes
+from outliermerge.storage.files import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
 MANIFEST_FORMAT = 1
-MAX_MANIFEST_VALUES = 10_000_000  # 46,000 tensors of eight models give about 5 million
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class Manifest(dict[str, Any]):
+    """The contents of a manifest: a dict whose repr does not list every tensor."""
+
+    def __repr__(self) -> str:
+        spec = self.get("spec") or {}
+        return short_repr(
+            self,
+            f"{spec.get('merge_method')} of {len(spec.get('models', []))} models, "
+            f"{len(self.get('tensors', {}))} tensors in {len(self.get('shards', {}))} file(s)",
+            f"keys: {', '.join(map(str, self))}",
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of an output, a folder or a file.
 
     Raises:
@@ -46,5 +59,4 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not valid:
         raise OutlierMergeError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
-    checked: dict[str, Any] = manifest
-    return checked
+    return Manifest(manifest)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
+from outliermerge.notebook import NotebookBar, in_notebook
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
-from outliermerge.output.manifest_file import read_manifest
+from outliermerge.output.manifest_file import Manifest, read_manifest
 from outliermerge.output.names import real_output
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
@@ -56,6 +58,20 @@ class RunResult:
     seconds: float
     load_check: Verdict | None = None
     left_behind: Path | None = None
+
+    def __repr__(self) -> str:
+        drift = self.manifest.get("drift", {}).get("relative_size")
+        loads = "; ".join(self.load_check.by) if self.load_check else ""
+        return short_repr(
+            self,
+            str(self.output),
+            f"{len(self.manifest['tensors'])} tensors, {self.manifest['num_parameters']:,} "
+            f"parameters, {self.seconds:.1f} s"
+            + (f", {self.num_resumed} tensors of an earlier run" if self.num_resumed else ""),
+            f"the change is {100 * drift:.2g}% of the base, in L2 norm" if drift else "",
+            f"loads in {loads}" if loads else "",
+            f"infinite or NaN values in {len(self.non_finite)} tensors" if self.non_finite else "",
+        )
 
     @property
     def non_finite(self) -> dict[str, list[str]]:
@@ -99,6 +115,10 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
     with ExitStack() as stack:
+        if on_progress is RunOptions.on_progress and in_notebook():
+            first, *others = (plan for plan, _ in plans)
+            total = first.work_bytes + sum(plan.num_written_bytes for plan in others)
+            on_progress = stack.enter_context(NotebookBar("the merge", total)).advance
         stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
@@ -164,7 +184,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
     return [
         RunResult(
             output=final,
-            manifest=manifest,
+            manifest=Manifest(manifest),
             num_resumed=len(plan.jobs) - len(target.jobs),
             input_bytes=sum(job.num_read_bytes for job in target.jobs),
             written_bytes=sum(job.num_written_bytes for job in target.jobs),

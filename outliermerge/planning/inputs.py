@@ -93,7 +93,7 @@ def _parts(reference: str) -> list[str]:
     """Return the models that a reference names: one, or a base and its adapters."""
     if "+" not in reference or as_path(reference).exists():
         return [reference]
-    stem, last = _split(reference)
+    stem, last = split_reference(reference)
     return [*_parts(stem), last]
 
 
@@ -131,7 +131,7 @@ def open_model(
         OutlierMergeError: the model is absent or broken.
     """
     if "+" in reference and not as_path(reference).exists():
-        stem, last = _split(reference)
+        stem, last = split_reference(reference)
         return _open_adapter(reference, resolve(last), rename, role, base, stem, unties)
     root = resolve(reference)
     if root.is_dir() and is_adapter(root):
@@ -140,7 +140,7 @@ def open_model(
     return _renamed(Input(reference, role, checkpoint, home=root), rename)
 
 
-def _split(reference: str) -> tuple[str, str]:
+def split_reference(reference: str) -> tuple[str, str]:
     """Split at the last `+` that is not part of a name; return the text before and after."""
     parts = reference.split("+")
     splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(len(parts) - 1, 0, -1)]

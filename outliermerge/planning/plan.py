@@ -3,186 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.sources import DTYPES, Checkpoint, Source, TensorMeta
-from outliermerge.checkpoint.tokens import token_files
+from outliermerge.checkpoint.layout import Shard
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import ArgumentError, argument
-from outliermerge.methods.context import Context
-from outliermerge.methods.kernel_call import CODES
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, is_measured_by
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.table import find_method
-from outliermerge.methods.task import Task
+from outliermerge.planning.job import Input as Input
+from outliermerge.planning.job import Job as Job
+from outliermerge.planning.job import Options as Options
+from outliermerge.planning.job import Proof as Proof
+from outliermerge.planning.job import Sidecar as Sidecar
+from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
 
 _MAX_BLOCK_CHUNKS = {"kernels": 16, "cpu": 4, "cuda": 64}
-
-
-@dataclass(frozen=True)
-class Input:
-    """A model that the merge reads.
-
-    Attributes:
-        reference: as the spec names it.
-        home: where its config and tokenizer are: its own folder, for an adapter its base's.
-        renamed: by rule of its `rename`, how many names it changes, and one before and after.
-        parted: heads that an adapter trained apart from the embeddings that its base ties them to.
-        alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
-    """
-
-    reference: str
-    role: Literal["base", "model"]
-    checkpoint: Checkpoint
-    home: Path
-    renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
-    parted: tuple[str, ...] = ()
-    alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
-
-    @property
-    def stored(self) -> list[TensorMeta]:
-        """The tensors of its own files that the merge may read."""
-        files = {stamp.path for stamp in self.checkpoint.weight_files}
-        metas = {m: None for s in self.checkpoint.tensors.values() for m in s.stored}
-        return [meta for meta in metas if meta.path in files]
-
-    @property
-    def tokenizer_home(self) -> Path:
-        """Where its tokenizer is: an adapter saved with added tokens has one of its own."""
-        root = self.checkpoint.root
-        return root if root.is_dir() and token_files(root) else self.home
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """A file carried over beside the weights: its name in the output, and where it is from."""
-
-    name: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How the output's tensors compare with the reference's (the base, or the first model).
-
-    Attributes:
-        num_reference_parameters: stored by the reference.
-        added, removed: names of tensors that only one of them has.
-        resized: names of tensors whose number of rows differs.
-    """
-
-    num_reference_parameters: int
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    resized: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One output tensor.
-
-    Attributes:
-        action: `merge` computes it; `copy` takes the first source's tensor; `equal` does so
-            after checking that all sources hold the same values.
-        sources: which input (its number in the plan) and which of its tensors; for a merge of
-            task vectors the base's comes first.
-        parameters: resolved for this tensor, per-model ones as tuples; empty unless merged.
-        compute_dtype: of the arithmetic; float64 if the spec asks for it or a source is float64.
-        reason: why it is not merged, in words.
-        context: the tensor's place in the merge.
-        auxiliary: the method's auxiliary tensors, of all models for one after the other.
-        modifiers: what is done to the merged task vector: names and resolved parameters.
-    """
-
-    action: Literal["merge", "copy", "equal"]
-    method: str
-    parameters: Mapping[str, Any]
-    sources: tuple[tuple[int, Source], ...]
-    output: OutputTensor
-    compute_dtype: str = "float32"
-    reason: str = ""
-    context: Context = field(default_factory=Context)
-    auxiliary: tuple[Source, ...] = ()
-    modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def num_elements(self) -> int:
-        return self.sources[0][1].num_elements
-
-    @property
-    def task(self) -> Task:
-        """How it is merged."""
-        return Task(
-            method=find_method(self.method),
-            parameters=self.parameters,
-            dtypes=tuple(source.dtype for _, source in self.sources),
-            out_dtype=self.output.dtype,
-            compute_dtype=self.compute_dtype,
-            shape=self.output.shape,
-            context=self.context,
-            auxiliary=tuple(source.dtype for source in self.auxiliary),
-            modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
-        )
-
-    def fits_kernels(self, names: Container[str]) -> bool:
-        """Tell whether the CPU kernels, which know methods of these names, can do it."""
-        if self.action == "merge":
-            return self.task.fits_kernels(names)
-        source, output = self.sources[0][1].dtype, self.output.dtype
-        return not source.is_float or {source.name, output.name} <= CODES.keys()
-
-    @property
-    def stored(self) -> frozenset[TensorMeta]:
-        """The stored tensors that it reads."""
-        sources = (*(source for _, source in self.sources), *self.auxiliary)
-        return frozenset(meta for source in sources for meta in source.stored)
-
-    @property
-    def num_read_bytes(self) -> int:
-        return sum(meta.num_bytes for meta in self.stored)
-
-    @property
-    def num_written_bytes(self) -> int:
-        return self.num_elements * self.output.dtype.num_bytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is run.
-
-    Attributes:
-        device: `cpu`, `cuda` (all GPUs) or `cuda:N`.
-        threads: worker threads.
-        memory_bytes: budget for blocks and intermediate results.
-        kernels: names of the fused CPU kernels; none where torch is to compute all.
-        statistics: names of the functions that measure beside them.
-        allow_non_finite: go on where values are infinite or NaN, and list them.
-    """
-
-    device: str
-    threads: int
-    memory_bytes: int
-    kernels: frozenset[str] = frozenset()
-    statistics: frozenset[str] = frozenset()
-    allow_non_finite: bool = False
-
-    def uses_kernels(self, job: Job) -> bool:
-        return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)
-
-    def uses_torch(self, job: Job) -> bool:
-        """Tell whether torch computes a job, or measures what a kernel needs to know."""
-        if job.action != "merge" or not self.uses_kernels(job):
-            return not self.uses_kernels(job)
-        needs = job.task.method.needs.values()
-        return not all(is_measured_by(need, self.statistics) for need in needs)
 
 
 @dataclass(frozen=True)
@@ -204,6 +45,7 @@ class Plan:
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         files: what was read of the models, with stamps; None for what was looked for and absent.
+        shard_bytes: most bytes of a weight file, if it is not the default.
     """
 
     spec: MergeSpec
@@ -221,6 +63,21 @@ class Plan:
     added_tokens: tuple[tuple[int, str, int], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
+    shard_bytes: int | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            self.spec.in_a_line,
+            f"{len(self.jobs)} tensors, {self.num_parameters:,} parameters",
+            f"reads {human_bytes(self.num_read_bytes)}, writes "
+            f"{human_bytes(self.num_written_bytes)} in {len(self.shards)} file(s)",
+            f"{len(self.notes)} note(s) in .notes" if self.notes else "",
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the plan as tables in a notebook."""
+        return plan_as_html(self)
 
     @property
     def is_one_file(self) -> bool:
@@ -289,6 +146,22 @@ class Plan:
             peak = max(peak, block * self._bytes_per_element(job, options))
         return options.threads * peak
 
+    def block_memory_bytes(self, options: Options) -> int:
+        """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.
+
+        Kernels hold a block of the output, and only pieces of the sources.
+        """
+        peak = 0
+        for job in self.jobs:
+            block = min(self.block_elements(job, options), job.num_elements)
+            whole = block * self._bytes_per_element(job, options)
+            if not options.uses_torch(job) and not job.auxiliary:
+                sources = sum(source.dtype.num_bytes for _, source in job.sources)
+                piece = min(CHUNK_ELEMENTS, job.num_elements)
+                whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
+            peak = max(peak, whole)
+        return options.threads * peak
+
     def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
@@ -305,8 +178,8 @@ class Plan:
         workspaces += [find_method(name).workspace(1) for name, _ in job.modifiers]
         return raw + compute * (rows + max(workspaces))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
+    def as_dict(self, *, tensors: bool = True) -> dict[str, Any]:
+        """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
         return {
             "spec": self.spec.as_dict(),
             "method": self.spec.method.name,
@@ -348,20 +221,20 @@ class Plan:
                 {"id": number, "token": token, "from": self.inputs[model].reference}
                 for number, token, model in self.added_tokens
             ],
-            "tensors": [
-                {
-                    "name": job.name,
-                    "action": job.action,
-                    "reason": job.reason,
-                    "shape": list(job.output.shape),
-                    "dtype": job.output.dtype.name,
-                    "file": job.output.file,
-                    "sources": [self.inputs[index].reference for index, _ in job.sources],
-                    "stored_names": [source.name for _, source in job.sources],
-                    "parameters": dict(job.parameters),
-                }
-                for job in self.jobs
-            ],
+            **({"tensors": list(map(self._job_as_dict, self.jobs))} if tensors else {}),
+        }
+
+    def _job_as_dict(self, job: Job) -> dict[str, Any]:
+        return {
+            "name": job.name,
+            "action": job.action,
+            "reason": job.reason,
+            "shape": list(job.output.shape),
+            "dtype": job.output.dtype.name,
+            "file": job.output.file,
+            "sources": [self.inputs[index].reference for index, _ in job.sources],
+            "stored_names": [source.name for _, source in job.sources],
+            "parameters": dict(job.parameters),
         }
 
 

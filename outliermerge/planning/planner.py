@@ -25,6 +25,7 @@ from outliermerge.planning.parameters import Parameters, check_scopes
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
+from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
 from outliermerge.planning.tied import TiedCopy, grown_rows, lacks_tied_head, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
@@ -49,6 +50,8 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         OutlierMergeError: a model is absent or broken, or the models do not fit together; the
             message lists the tensors.
     """
+    if shard_bytes is None and spec.repeated is not None:
+        shard_bytes = spec.repeated.shard_bytes
     with told_by_name(), watching(Watched()) as watched:
         plan = _Planner(spec).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
@@ -56,7 +59,8 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
                 open_file(content).close()
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
-    return replace(plan, files=watched.stamps)
+    check_sizes(plan)
+    return replace(plan, files=watched.stamps, shard_bytes=shard_bytes)
 
 
 class _Planner:
@@ -357,14 +361,8 @@ class _Planner:
 
 
 _Numbered = tuple[int, Source]
-_Draft = tuple[
-    str,
-    Literal["merge", "copy", "equal"],
-    tuple[_Numbered, ...],
-    dict[str, Any],
-    DType,
-    str,
-]
+_Action = Literal["merge", "copy", "equal"]
+_Draft = tuple[str, _Action, tuple[_Numbered, ...], dict[str, Any], DType, str]
 
 
 def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from outliermerge.errors import (
-    OutlierMergeError,
-    SpecError,
-    as_path,
-    quoted,
-    suggest,
-)
+from outliermerge.display import short_repr
+from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
@@ -31,12 +24,9 @@ from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
 from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
-from outliermerge.spec.settings import (
-    Setting,
-    SpecPath,
-    parse_policy,
-)
-from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
+from outliermerge.spec.repeated import Repeated, read_repeated
+from outliermerge.spec.settings import Setting, SpecPath, parse_policy
+from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_yaml, read_text
 from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
@@ -88,6 +78,7 @@ class MergeSpec:
         other_files: the policy for files of tensors that are not read.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
+        repeated: the merge that this one repeats, if the spec is a manifest.
     """
 
     document: SpecDocument
@@ -103,6 +94,18 @@ class MergeSpec:
     other_files: Setting
     source: SpecText
     notes: tuple[str, ...] = ()
+    repeated: Repeated | None = None
+
+    def __repr__(self) -> str:
+        return short_repr(self, self.in_a_line)
+
+    @property
+    def in_a_line(self) -> str:
+        """The method and the models, for a person."""
+        models = ", ".join(model.reference for model in self.models)
+        return f"{self.method.name} of {models}" + (
+            f" onto {self.base.reference}" if self.base else ""
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -110,15 +113,11 @@ class MergeSpec:
 
     def as_yaml(self) -> str:
         """Return the spec as YAML."""
-        document = self.as_dict()
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-        if yaml.safe_load(text) == document:
-            return text
-        return yaml.safe_dump(document, sort_keys=False)  # some line breaks need escapes
+        return as_yaml(self.as_dict())
 
 
 def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
-    """Read and check a spec from a YAML file or from a dict.
+    """Read and check a spec from a YAML file, from a dict, or from an output's manifest.
 
     Raises:
         SpecError: the spec cannot be read, or something in it is unknown, has a wrong type or is
@@ -127,6 +126,8 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
     if isinstance(spec, Mapping):
         return _check(dict(spec), SpecText("spec"))
     path = Path(spec)
+    if repeated := read_repeated(path):
+        return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
     return parse_spec(read_text(path, absent="no such spec file"), file=str(path))
 
 
@@ -194,7 +195,10 @@ def _check(
         rename=rename,
         source=source,
         notes=tuple(notes),
-        **policies,
+        missing=policies["missing"],
+        extra=policies["extra"],
+        unequal=policies["unequal"],
+        other_files=policies["other_files"],
     )
 
 

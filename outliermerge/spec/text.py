@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,6 +99,15 @@ def read_text(path: Path, *, absent: str) -> str:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
+
+
+def as_yaml(document: Mapping[str, Any]) -> str:
+    """Return a document as YAML, which reads back as the same document."""
+    text: str = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) == document:
+        return text
+    escaped: str = yaml.safe_dump(dict(document), sort_keys=False)  # for some line breaks
+    return escaped
 
 
 def parse_yaml(

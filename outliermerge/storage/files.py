@@ -23,6 +23,7 @@ from outliermerge.storage.system import refuse_special
 # models with 60 MB, a config of 2 MB with 21,000 labels.
 MAX_SMALL_BYTES, MAX_LARGE_BYTES, MAX_MANIFEST_BYTES = 16 << 20, 64 << 20, 256 << 20
 MAX_SMALL_VALUES = 1_000_000
+MAX_MANIFEST_VALUES = 10_000_000  # 46,000 tensors of eight models give about 5 million
 _LARGE = re.compile(
     r"\.index(\.\w+)?\.json$|^(tokenizer|vocab|encoder|tekken|added_tokens)\.json$"
     r"|\.(?!json|jinja|py)\w+$"

@@ -79,6 +79,12 @@ def free_memory_bytes() -> int | None:
     return min(found, default=None)
 
 
+def resident_bytes() -> int | None:
+    """Return the memory that this process takes now; None if the system does not tell."""
+    lines = _read(_PROC / "self/status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+
 def disk_bytes_read() -> int | None:
     """Return the bytes that this process has read from disks; None if the system does not tell."""
     lines = _read(_PROC / "self/io").splitlines()

@@ -828,7 +828,7 @@ def test_the_plan_as_json(home, tmp_path, capsys):
     spec = tmp_path / "spec.yaml"
     chain = f"{home}/base+{home}/one"
     spec.write_text(json.dumps(_spec(home / "base", home / "two", chain)))  # JSON is YAML
-    assert cli.main(["plan", str(spec), "--json"]) == 0
+    assert cli.main(["plan", str(spec), "--json", "--tensors"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in plan["inputs"]] == [
         str(home / name) for name in ("base", "two", "one")

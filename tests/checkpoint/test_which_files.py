@@ -603,6 +603,7 @@ def test_the_modules_of_a_sentence_transformer_are_merged(layout, files, tmp_pat
     prefix = f"{layout}/" if layout else ""
     assert found == {
         "README.md",
+        "recipe.yaml",
         "outliermerge.json",
         "modules.json",
         "sentence_bert_config.json",

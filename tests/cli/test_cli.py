@@ -310,11 +310,12 @@ class TestPlan:
         line(f"{place}/task2", "model", " 6 ", "float32 ×4")
         line("merged by ties", " 5 ", "520")
         line("copied if equal (int64 buffer)", " 1 ", " 3 ")
-        line("density", "model.layers.0–3", "(0.25, 1)  (0.5, 1)  (0.75, 1)  (1, 1)")
-        line("lambda", "every tensor", "0.5")
+        line("density", "0.25→1 over the layers", " 5 ", "task1")
+        line("lambda", "0.5", " 5 ")
         line("reads", "6.26 kB")
         line("writes", "1 file(s)", "free on the disk")
-        line("peak memory", "threads, device cpu")
+        line("time", "merging", "of the work in")
+        line("peak memory", "for the whole process", "threads, device cpu")
         line("output", f"{place}/out")
         line("files carried over", "config.json")
         line("note: files of the base model that are not carried over:")
@@ -340,7 +341,7 @@ class TestPlan:
         output = place / "out"
         options = [str(place / "spec.yaml"), "--output", str(output)]
         options += ["--shard-size", "1kB", "--threads", "2", "--json"]
-        assert cli.main(["plan", *options]) == 0
+        assert cli.main(["plan", *options, "--tensors"]) == 0
         planned = json.loads(capsys.readouterr().out)
         assert cli.main(["run", *options]) == 0
         printed = capsys.readouterr()
@@ -384,7 +385,7 @@ class TestPlan:
         self, place: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = [str(place / "spec.yaml"), "--output", str(place / "out"), "--json"]
-        assert cli.main(["plan", *options]) == 0
+        assert cli.main(["plan", *options, "--tensors"]) == 0
         planned = json.loads(capsys.readouterr().out)
         assert cli.main(["run", *options]) == 0
         manifest = json.loads((place / "out" / "outliermerge.json").read_text())

@@ -64,7 +64,7 @@ def test_compare_weights_prints_rows_by_what_is_asked_for(models, capsys, by):
 def test_layers_prints_spectra_and_fingerprint_distances(models, capsys):
     assert main(["layers", models["a"], models["b"], "--values", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "mlp.gate_proj" in shown and "distance of σ fingerprints" in shown
+    assert "mlp.gate_proj" in shown and "distance between the models' σ" in shown
     assert main(["layers", models["a"], "--values", "4", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     wanted = layer_spectra(models["a"], num_values=4)

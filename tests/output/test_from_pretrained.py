@@ -162,7 +162,7 @@ def test_files_of_the_base_are_carried_byte_for_byte(kind, families, tmp_path):
     assert {"chat_template.jinja", "tokenizer.json", "config.json"} <= carried
     for name in carried:
         assert (output / name).read_bytes() == (base / name).read_bytes(), name
-    own = {"model.safetensors", "outliermerge.json", "README.md"}
+    own = {"model.safetensors", "outliermerge.json", "README.md", "recipe.yaml"}
     assert {path.name for path in output.iterdir()} == carried | own
 
 

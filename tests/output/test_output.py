@@ -90,7 +90,9 @@ class TestLayout:
     def test_one_file_has_no_index(self, models: dict[str, Path], tmp_path: Path) -> None:
         outliermerge.run(_spec(models), output=tmp_path / "out", **CPU)
         names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert names == ["README.md", "config.json", "model.safetensors", "outliermerge.json"]
+        assert names == [
+            "README.md", "config.json", "model.safetensors", "outliermerge.json", "recipe.yaml",
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("shard_size", [1, 100, 4_000, 4_044, 8_300, 12_345, 16_000, 20_000])
     def test_shards_keep_to_the_shard_size_and_the_index_matches(
@@ -554,7 +556,7 @@ class TestSidecars:
         assert sorted(file.name for file in self.planned.sidecars) == sorted(self.carried)
 
     def test_nothing_else_is_there(self, output: Path) -> None:
-        ours = {"README.md", "model.safetensors", "outliermerge.json"}
+        ours = {"README.md", "model.safetensors", "outliermerge.json", "recipe.yaml"}
         assert set(_bytes(output)) == set(self.carried) | ours
         assert b"base's own" not in (output / "README.md").read_bytes()
 
@@ -565,7 +567,7 @@ class TestSidecars:
 
     def test_every_file_is_in_the_manifest_with_its_sha256(self, output: Path) -> None:
         files = _manifest(output)["files"]
-        assert set(files) == set(self.carried) | {"README.md"}
+        assert set(files) == set(self.carried) | {"README.md", "recipe.yaml"}
         for name, entry in files.items():
             data = (output / name).read_bytes()
             assert entry == {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

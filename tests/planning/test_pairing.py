@@ -1048,7 +1048,7 @@ def test_the_command_line_plans_runs_and_verifies_a_spec_with_everything(tmp_pat
     )
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
-    assert cli.main(["plan", str(path), "--json"]) == 0
+    assert cli.main(["plan", str(path), "--json", "--tensors"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["dropped"] == ["loss"]
     sources = {tensor["name"]: tensor["stored_names"] for tensor in planned["tensors"]}

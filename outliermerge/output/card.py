@@ -1,0 +1,215 @@
+"""The model card of an output: what it is, how it is used, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.hub import is_hub_id
+from outliermerge.errors import shown
+from outliermerge.output.recipe import RECIPE_NAME
+from outliermerge.planning.plan import Input, Plan
+
+CARD_NAME = "README.md"
+_HERE = '"path/to/this/folder"'
+_PROMPT = '"The capital of France is"'
+_TEXT = "A sentence."
+
+
+def model_card(
+    plan: Plan, contents: Mapping[str, bytes | Path], drift: Mapping[str, Any], command: str
+) -> str:
+    """Return the output's README: the front matter that the hub reads, and the recipe.
+
+    Args:
+        contents: the files beside the weights.
+        drift: what `measure_drift` returned.
+        command: makes the output again.
+    """
+    sidecars = {sidecar.name for sidecar in plan.sidecars}
+    on_hub = [_repository(entry) for entry in plan.inputs if _is_on_hub(entry)]
+    front = ["---"]
+    if on_hub:
+        front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
+        front += ["base_model_relation: merge"]
+    if "model_index.json" in sidecars:
+        front += ["library_name: diffusers"]
+    elif "modules.json" in sidecars:
+        front += ["library_name: sentence-transformers"]
+    elif "config.json" in sidecars:
+        front += ["library_name: transformers"]
+    front += ["tags:", "- merge", "- outliermerge", "---"]
+    method = plan.spec.method
+    paper = f" ({method.paper})" if method.paper else ""
+    parts = [
+        "\n".join(front),
+        "# Merged model",
+        f"Made by outliermerge {version('outliermerge')} with {_code(method.name)}{paper}: "
+        f"{method.summary}",
+    ]
+    if snippet := usage(contents, sidecars):
+        parts += ["## Use", f"```python\n{snippet}\n```"]
+    parts += ["## Models", "\n".join(_parent(entry) for entry in plan.inputs)]
+    if drift:
+        parts += ["## Drift from the base", _drift(drift)]
+    return (
+        "\n\n".join(parts)
+        + f"\n\n## Recipe\n\n{_fenced(plan.spec.as_yaml())}\n\n"
+        + f"`{RECIPE_NAME}` is the same with models that any folder finds. It gives this folder "
+        + f"again:\n\n```sh\n{command}\n```\n\n"
+        + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
+        + "`outliermerge verify` proves this folder against it.\n"
+    )
+
+
+def usage(contents: Mapping[str, bytes | Path], sidecars: set[str]) -> str:
+    """Return Python code that loads a model of the output's kind; empty if that is not known."""
+    if "model_index.json" in sidecars:
+        return _loading("diffusers", "DiffusionPipeline", "pipeline")
+    if "modules.json" in sidecars:
+        return (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            f"model = SentenceTransformer({_HERE})\nprint(model.encode([{_quote(_TEXT)}]).shape)"
+        )
+    if "adapter_config.json" in sidecars and "config.json" not in sidecars:
+        return _loading("peft", "AutoPeftModel")
+    config = _config(contents)
+    component = config.get("_class_name")
+    if isinstance(component, str) and component.isidentifier():
+        return _loading("diffusers", component)
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    if not isinstance(first, str) or not (config.get("model_type") or first):
+        return ""
+    has_tokenizer = any(name.startswith(("tokenizer", "vocab", "spiece")) for name in sidecars)
+    own_code = ", trust_remote_code=True" if "auto_map" in config else ""
+    return _of_transformers(config, first, sidecars, has_tokenizer, own_code)
+
+
+def _of_transformers(
+    config: Mapping[str, Any], architecture: str, sidecars: set[str], has_tokenizer: bool, code: str
+) -> str:
+    head = re.search(r"For([A-Z]\w+)$", architecture)
+    kind = head[1] if head else ""
+    is_text = kind == "CausalLM" or architecture.endswith("LMHeadModel")
+    is_vision = "vision_config" in config or "vision_tower" in config
+    if is_text and not is_vision:
+        return _text_model("AutoModelForCausalLM", _PROMPT, has_tokenizer, code)
+    if is_vision and kind in ("ConditionalGeneration", "CausalLM"):
+        loaded = _loading("transformers", "AutoModelForImageTextToText", code=code)
+        if not sidecars & {"processor_config.json", "preprocessor_config.json"}:
+            return loaded
+        first, _, rest = loaded.partition("\n")
+        processor = f"processor = AutoProcessor.from_pretrained({_HERE}{code})"
+        return f"{first}, AutoProcessor\n{rest}\n{processor}"
+    if kind == "ConditionalGeneration":
+        if config.get("model_type") in ("whisper", "speech_to_text", "moonshine"):
+            return _loading("transformers", "AutoModelForSpeechSeq2Seq", code=code)
+        return _text_model("AutoModelForSeq2SeqLM", _quote(_TEXT), has_tokenizer, code)
+    if kind in ("SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering"):
+        return _encoder(f"AutoModelFor{kind}", "logits", has_tokenizer, code)
+    if kind == "ImageClassification":
+        return _loading("transformers", "AutoModelForImageClassification", code=code)
+    return _encoder("AutoModel", "last_hidden_state", has_tokenizer and not is_vision, code)
+
+
+def _loading(library: str, name: str, variable: str = "model", *, code: str = "") -> str:
+    return f"from {library} import {name}\n\n{variable} = {name}.from_pretrained({_HERE}{code})"
+
+
+def _text_model(name: str, prompt: str, has_tokenizer: bool, code: str) -> str:
+    if not has_tokenizer:
+        return _loading("transformers", name, code=code)
+    return (
+        f"from transformers import {name}, AutoTokenizer\n\n"
+        f"model = {name}.from_pretrained({_HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f'tokens = tokenizer({prompt}, return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=20)[0]))"
+    )
+
+
+def _encoder(name: str, result: str, has_tokenizer: bool, code: str) -> str:
+    if not has_tokenizer:
+        return _loading("transformers", name, code=code)
+    return (
+        f"from transformers import {name}, AutoTokenizer\n\n"
+        f"model = {name}.from_pretrained({_HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f'print(model(**tokenizer({_quote(_TEXT)}, return_tensors="pt")).{result}.shape)'
+    )
+
+
+def _config(contents: Mapping[str, bytes | Path]) -> dict[str, Any]:
+    data = contents.get("config.json")
+    try:
+        config = json.loads(data) if isinstance(data, bytes) else {}
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _drift(drift: Mapping[str, Any]) -> str:
+    cosines = ", ".join(
+        f"{value:.2g} with {_code(name)}" for name, value in drift["cosines"].items()
+    )
+    lines = [
+        f"- size: the change is {100 * drift['relative_size']:.2g}% of the base, in L2 norm",
+        f"- direction: cosine {cosines}",
+    ]
+    if kept := drift.get("outliers_kept"):
+        shares = ", ".join(f"{value:.2%} of {_code(name)}" for name, value in kept.items())
+        lines.append(f"- outliers kept whole: {shares}")
+    else:
+        lines.append(
+            f"- length: {drift['length']:.2g} times the mean length of the models' own changes"
+        )
+    share = (
+        "all"
+        if drift["num_sampled"] >= drift["num_elements"]
+        else f"a sample of {drift['num_sampled']:,} of the {drift['num_elements']:,}"
+    )
+    return (
+        "\n".join(lines)
+        + f"\n\nSize, direction and length are measured on {share} merged elements."
+    )
+
+
+def _parent(entry: Input) -> str:
+    role = " (base)" if entry.role == "base" else ""
+    if not _is_on_hub(entry):
+        return f"- {_code(entry.reference)}{role}"
+    repository = _repository(entry)
+    return f"- [{_code(entry.reference)}](https://huggingface.co/{repository}){role}"
+
+
+def _is_on_hub(entry: Input) -> bool:
+    is_local = Path(entry.reference).absolute() == entry.checkpoint.root
+    return is_hub_id(entry.reference) and not is_local
+
+
+def _repository(entry: Input) -> str:
+    return entry.reference.partition("@")[0]
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text)
+
+
+def _code(text: str) -> str:
+    """Return a foreign name as Markdown code, escaped so that it stays inside the code."""
+    text = shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _fenced(yaml: str) -> str:
+    """Return YAML as a code block of Markdown, even if it contains backticks."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("^ *(`+)", yaml, re.MULTILINE)), default=0))
+    return f"{fence}yaml\n{yaml}{fence}"

@@ -1,0 +1,193 @@
+"""The parts of a plan: what it reads, what it does to each tensor, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
+from outliermerge.checkpoint.tokens import token_files
+from outliermerge.display import short_repr
+from outliermerge.methods.context import Context
+from outliermerge.methods.kernel_call import CODES
+from outliermerge.methods.statistics.base import is_measured_by
+from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model that the merge reads.
+
+    Attributes:
+        reference: as the spec names it.
+        home: where its config and tokenizer are: its own folder, for an adapter its base's.
+        renamed: by rule of its `rename`, how many names it changes, and one before and after.
+        parted: heads that an adapter trained apart from the embeddings that its base ties them to.
+        alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
+    """
+
+    reference: str
+    role: Literal["base", "model"]
+    checkpoint: Checkpoint
+    home: Path
+    renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
+    parted: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
+
+    def __repr__(self) -> str:
+        num = len(self.checkpoint.tensors)
+        return short_repr(self, f"{self.reference} ({self.role}), {num} tensors")
+
+    @property
+    def stored(self) -> list[TensorMeta]:
+        """The tensors of its own files that the merge may read."""
+        files = {stamp.path for stamp in self.checkpoint.weight_files}
+        metas = {m: None for s in self.checkpoint.tensors.values() for m in s.stored}
+        return [meta for meta in metas if meta.path in files]
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """Where its tokenizer is: an adapter saved with added tokens has one of its own."""
+        root = self.checkpoint.root
+        return root if root.is_dir() and token_files(root) else self.home
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A file carried over beside the weights: its name in the output, and where it is from."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the output's tensors compare with the reference's (the base, or the first model).
+
+    Attributes:
+        num_reference_parameters: stored by the reference.
+        added, removed: names of tensors that only one of them has.
+        resized: names of tensors whose number of rows differs.
+    """
+
+    num_reference_parameters: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    resized: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output tensor.
+
+    Attributes:
+        action: `merge` computes it; `copy` takes the first source's tensor; `equal` does so
+            after checking that all sources hold the same values.
+        sources: which input (its number in the plan) and which of its tensors; for a merge of
+            task vectors the base's comes first.
+        parameters: resolved for this tensor, per-model ones as tuples; empty unless merged.
+        compute_dtype: of the arithmetic; float64 if the spec asks for it or a source is float64.
+        reason: why it is not merged, in words.
+        context: the tensor's place in the merge.
+        auxiliary: the method's auxiliary tensors, of all models for one after the other.
+        modifiers: what is done to the merged task vector: names and resolved parameters.
+    """
+
+    action: Literal["merge", "copy", "equal"]
+    method: str
+    parameters: Mapping[str, Any]
+    sources: tuple[tuple[int, Source], ...]
+    output: OutputTensor
+    compute_dtype: str = "float32"
+    reason: str = ""
+    context: Context = field(default_factory=Context)
+    auxiliary: tuple[Source, ...] = ()
+    modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def __repr__(self) -> str:
+        shape, what = list(self.output.shape), f"{self.action} by {self.method}"
+        return short_repr(
+            self,
+            f"{self.name} {shape} {self.output.dtype.name}",
+            what if self.action == "merge" else f"{self.action}: {self.reason}",
+            ", ".join(f"{name}={value}" for name, value in self.parameters.items()),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def num_elements(self) -> int:
+        return self.sources[0][1].num_elements
+
+    @property
+    def task(self) -> Task:
+        """How it is merged."""
+        return Task(
+            method=find_method(self.method),
+            parameters=self.parameters,
+            dtypes=tuple(source.dtype for _, source in self.sources),
+            out_dtype=self.output.dtype,
+            compute_dtype=self.compute_dtype,
+            shape=self.output.shape,
+            context=self.context,
+            auxiliary=tuple(source.dtype for source in self.auxiliary),
+            modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
+        )
+
+    def fits_kernels(self, names: Container[str]) -> bool:
+        """Tell whether the CPU kernels, which know methods of these names, can do it."""
+        if self.action == "merge":
+            return self.task.fits_kernels(names)
+        source, output = self.sources[0][1].dtype, self.output.dtype
+        return not source.is_float or {source.name, output.name} <= CODES.keys()
+
+    @property
+    def stored(self) -> frozenset[TensorMeta]:
+        """The stored tensors that it reads."""
+        sources = (*(source for _, source in self.sources), *self.auxiliary)
+        return frozenset(meta for source in sources for meta in source.stored)
+
+    @property
+    def num_read_bytes(self) -> int:
+        return sum(meta.num_bytes for meta in self.stored)
+
+    @property
+    def num_written_bytes(self) -> int:
+        return self.num_elements * self.output.dtype.num_bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is run.
+
+    Attributes:
+        device: `cpu`, `cuda` (all GPUs) or `cuda:N`.
+        threads: worker threads.
+        memory_bytes: budget for blocks and intermediate results.
+        kernels: names of the fused CPU kernels; none where torch is to compute all.
+        statistics: names of the functions that measure beside them.
+        allow_non_finite: go on where values are infinite or NaN, and list them.
+    """
+
+    device: str
+    threads: int
+    memory_bytes: int
+    kernels: frozenset[str] = frozenset()
+    statistics: frozenset[str] = frozenset()
+    allow_non_finite: bool = False
+
+    def uses_kernels(self, job: Job) -> bool:
+        return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)
+
+    def uses_torch(self, job: Job) -> bool:
+        """Tell whether torch computes a job, or measures what a kernel needs to know."""
+        if job.action != "merge" or not self.uses_kernels(job):
+            return not self.uses_kernels(job)
+        needs = job.task.method.needs.values()
+        return not all(is_measured_by(need, self.statistics) for need in needs)
