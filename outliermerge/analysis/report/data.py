@@ -35,6 +35,13 @@ STATISTICS = {
 """The columns that a page shows, by their names on the page."""
 
 
+LEAST_SPAN = {"skewness": 1.0, "skewness_before": 1.0}
+"""The least range of colours for a statistic, where it is not a share of the values."""
+
+LEAST_SHARE = 0.25
+"""The least range of colours for other statistics, as a share of the largest magnitude."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """The statistics of a model's weights or task vector, with its title and role in the report.
@@ -69,6 +76,21 @@ class Spot:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
         return asdict(self)
+
+
+def colour_range(values: Sequence[float], column: str) -> tuple[float, float]:
+    """Return the ends of a scale of colours that values are shown in.
+
+    It is not so narrow that chance differences between values would look large.
+
+    >>> colour_range([0.0198, 0.0202], "std")
+    (0.0174..., 0.0225...)
+    """
+    known = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(known), max(known)
+    least = LEAST_SPAN.get(column, LEAST_SHARE * max(abs(low), abs(high)))
+    room = max(0.0, least - (high - low)) / 2
+    return low - room, high + room
 
 
 def short_titles(models: Sequence[str]) -> list[str]:
