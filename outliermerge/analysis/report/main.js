@@ -6,7 +6,7 @@ const state = {
   subject: 0, tensor: null, vectors: false, log: false, gallery: 'layer', picture: 'density',
   depthModule: '', depthScale: 'zero', statistic: 'std', vector: 0, t: DATA.t, count: 2,
   series: Object.keys(DATA.merge?.series ?? {})[0], mergeModule: '',
-  driftMeasure: DATA.drift?.has_base ? 'kept' : 'distance',
+  driftMeasure: DATA.drift && driftMeasures()[0]?.[0],
   driftModel: 0, table: 'model', sorted: null, ascending: true, filter: '', allRows: false,
 };
 
@@ -23,8 +23,8 @@ const SECTIONS = {
   tables: [drawTable, ['subject', 'table', 'sorted', 'ascending', 'filter', 'allRows']],
 };
 // A section that would be empty is not there.
-const HAS = { merge: DATA.merge, drift: DATA.drift, depth: hasDepth(),
-  minsigma: !DATA.merge || merged().length > 0 };
+const HAS = { merge: DATA.merge, drift: DATA.drift && driftMeasures().length,
+  depth: hasDepth(), minsigma: hasNoise() };
 for (const [name, has] of Object.entries(HAS)) {
   if (has) continue;
   delete SECTIONS[name];
@@ -249,9 +249,10 @@ function showCues() {
     const rest = box.scrollWidth - box.clientWidth - box.scrollLeft;
     const isWide = box.scrollWidth > box.clientWidth + 1;
     box.classList.toggle('more', rest > 1);
-    box.dataset.wide = isWide ? 'yes' : '';
     if (isWide || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
     else box.removeAttribute('tabindex');
+    box.setAttribute('role', 'group');
+    box.setAttribute('aria-label', `Table: ${box.querySelector('caption').textContent}`);
   }
 }
 
@@ -261,10 +262,6 @@ function connectCues() {
     cue.className = 'cue';
     box.before(cue);
     box.addEventListener('scroll', showCues, { passive: true });
-    if (!box.hasAttribute('role')) {
-      box.setAttribute('role', 'group');
-      box.setAttribute('aria-label', box.querySelector('caption').textContent);
-    }
   }
   window.addEventListener('resize', showCues);
 }

@@ -67,12 +67,16 @@ function drawModels() {
   const hasKept = kept.some(value => value !== null);
   if (hasKept) rows.forEach((row, i) => row.push(percent(kept[i], 1)));
   byId('merge-table').hidden = columns.length === 0 && !hasKept;
+  byId('merge-table').caption.textContent = hasKept
+    ? 'What was asked of each model, and what was kept of it' : 'What was asked of each model';
   fillTable(byId('merge-table'),
     ['model', ...columns, ...(hasKept ? ['kept of its change'] : [])], rows);
 }
 
+// Returns the measures that have a value: of models that are the base some have none.
 function driftMeasures() {
-  return DATA.drift.has_base ? [
+  const { has_base: hasBase, tensors, models } = DATA.drift;
+  const all = hasBase ? [
     ['kept', 'kept ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²'],
     ['distance', 'distance ‖W* − Wᵢ‖ / ‖ΔWᵢ‖'], ['cosine', 'cosine of ΔW* and ΔWᵢ'],
     ['length', 'length ‖ΔW*‖ / ‖ΔWᵢ‖'], ['base', 'from the base, ‖ΔW*‖ / ‖W*‖'],
@@ -80,6 +84,8 @@ function driftMeasures() {
     ['distance', 'distance ‖W* − Wᵢ‖ / ‖Wᵢ‖'], ['cosine', 'cosine of W* and Wᵢ'],
     ['length', 'length ‖W*‖ / ‖Wᵢ‖'],
   ];
+  return all.filter(([measure]) =>
+    models.some((_, model) => drift(tensors, measure, model) !== null));
 }
 
 function drawDrift() {

@@ -222,7 +222,7 @@ function valueAxis(title, values, scale) {
 // lines: [{name, look, points: [[depth, value, hover text]…]}]; look numbers colour and symbol.
 function plotLines(element, lines, labels, yTitle, options = {}) {
   offerLines(element, lines.length, () => plotLines(element, lines, labels, yTitle, options));
-  if (!lines.some(line => line.points.length)) {
+  if (!lines.some(line => line.points.some(point => point[1] !== null))) {
     return showNothing(element, options.nothing ?? 'There are no layers to draw.');
   }
   const drawn = withAllLines.has(element) ? lines : lines.slice(0, MAX_LINES);
@@ -254,7 +254,9 @@ function plotLines(element, lines, labels, yTitle, options = {}) {
 
 // cells: value and text by [module][layer]. Layers go down on a phone, where they would not fit.
 function plotHeat(element, cells, layers, modules, title, least) {
-  if (!modules.length) return showNothing(element, 'There are no tensors to draw here.');
+  if (!cells.flat().some(cell => Number.isFinite(cell?.value))) {
+    return showNothing(element, 'There are no values to draw here.');
+  }
   const upright = isNarrow() && layers.length > modules.length;
   const turn = key => upright
     ? layers.map((_, l) => modules.map((_, m) => cells[m][l]?.[key] ?? null))

@@ -31,9 +31,11 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
     given: dict[str, dict[str, Lines]] = {}
     for name, entry in tensors.items():
         sources = [titles.get(source, source) for source in entry.get("sources", ())]
-        has_base = base is not None and sources[:1] == [titles.get(base, base)]
-        numbers[name] = _measured(entry, method, sources, has_base)
-        given[name] = _series(entry.get("parameters", {}), method, sources, has_base)
+        # A method on weights gets the base like another model; others get differences from it.
+        if base is not None and not (method and method.space == "weight"):
+            sources = sources[sources[:1] == [titles.get(base, base)] :]
+        numbers[name] = _measured(entry, method, sources)
+        given[name] = _series(entry.get("parameters", {}), method, sources)
     series = _varying(numbers.values()) + _varying(given.values())
     spots = find_spots(list(tensors))
     actions = [entry.get("action", "") for entry in tensors.values()]
@@ -66,10 +68,10 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
 
 
 def _measured(
-    entry: Mapping[str, Any], method: MergeMethod | None, sources: Sequence[str], has_base: bool
+    entry: Mapping[str, Any], method: MergeMethod | None, models: Sequence[str]
 ) -> dict[str, Lines]:
     """Return the statistics of a merged tensor; counts of outliers also as shares."""
-    found = _series(entry.get("statistics", {}), method, sources, has_base)
+    found = _series(entry.get("statistics", {}), method, models)
     num_elements = math.prod(entry["shape"])
     if "outliers" in found and num_elements:
         found["kept whole, %"] = {
@@ -80,7 +82,7 @@ def _measured(
 
 
 def _series(
-    values: Mapping[str, Any], method: MergeMethod | None, sources: Sequence[str], has_base: bool
+    values: Mapping[str, Any], method: MergeMethod | None, models: Sequence[str]
 ) -> dict[str, Lines]:
     """Return numbers by their name, and by line; of a matrix each row has a name."""
     found: dict[str, Lines] = {}
@@ -88,10 +90,10 @@ def _series(
         if not isinstance(value, list):
             found[name] = {"": _number(value)}
         elif not any(isinstance(each, list) for each in value):
-            found[name] = _lines(value, sources, has_base)
+            found[name] = _lines(value, models)
         elif all(isinstance(each, list) for each in value):
-            for row, label in zip(value, _row_names(name, value, method, sources), strict=True):
-                found[label] = _lines(row, sources, has_base)
+            for row, label in zip(value, _row_names(name, value, method), strict=True):
+                found[label] = _lines(row, models)
     return {
         name: lines
         for name, lines in found.items()
@@ -99,18 +101,15 @@ def _series(
     }
 
 
-def _lines(values: Sequence[Any], sources: Sequence[str], has_base: bool) -> Lines:
-    """Name numbers after models, if there are as many, else by their place."""
-    models = sources[1:] if has_base else sources
-    names = next((each for each in (models, sources) if len(each) == len(values)), ())
-    if len(set(names)) != len(values):
+def _lines(values: Sequence[Any], models: Sequence[str]) -> Lines:
+    """Name numbers after the models, if there are as many, else by their place."""
+    names = models
+    if len(set(models)) != len(models) or len(models) != len(values):
         names = [str(place) for place in range(1, len(values) + 1)]
     return dict(zip(names, map(_number, values), strict=True))
 
 
-def _row_names(
-    name: str, rows: Sequence[Any], method: MergeMethod | None, sources: Sequence[str]
-) -> list[str]:
+def _row_names(name: str, rows: Sequence[Any], method: MergeMethod | None) -> list[str]:
     need = method.needs.get(name) if method else None
     known: Sequence[str] = getattr(need, "rows", ())
     if len(known) != len(rows):

@@ -127,7 +127,7 @@ function drawTable() {
     return made;
   }));
   byId('num-rows').textContent = some.length < rows.length
-    ? `${some.length} of ${rows.length} rows` : `${rows.length} rows`;
+    ? `${some.length} of ${rows.length} rows` : `${rows.length} ${rows.length === 1 ? 'row' : 'rows'}`;
   byId('all-rows').hidden = some.length === rows.length;
   const { filter } = SUBJECTS[state.subject];
   byId('tables-text').textContent = `Ratio is the share inside ${filter}σ; skewness and kurtosis `

@@ -270,6 +270,12 @@ function vectorSubjects() {
   return merged().length ? merged() : SUBJECTS;
 }
 
+// Whether min-σ has something to do; a merge is of task vectors, or the question does not arise.
+function hasNoise() {
+  return (DATA.merge ? merged() : vectorSubjects()).some(({ tensors }) =>
+    tensors.some(each => each.std > 0));
+}
+
 // Returns for each tensor of a subject the least σ of all models, and how many models have it.
 function thresholds(subject) {
   const others = merged().length ? merged() : [subject];
