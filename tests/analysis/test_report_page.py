@@ -15,6 +15,8 @@ import outliermerge
 from outliermerge.analysis.report.build import build_report
 from outliermerge.methods.table import METHODS
 
+pytest_plugins = ("report_pages",)  # fixtures
+
 WIDTHS = (1280, 375)
 
 

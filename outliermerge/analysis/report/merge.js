@@ -56,8 +56,9 @@ function actionsText() {
 // A row for each model: its own settings, and what was kept.
 function drawModels() {
   const { by_model: settings, inputs } = DATA.merge;
-  const columns = Object.keys(settings).filter(name => Object.keys(settings[name]).length);
   const titles = inputs.filter(each => each.role !== 'base').map(each => each.title);
+  const columns = Object.keys(settings).filter(name =>
+    titles.some(title => settings[name][title]));
   const text = value => String(Number(value.toPrecision(4)));
   const range = ([low, high]) => (low === high ? text(low) : `${text(low)} to ${text(high)}`);
   const rows = titles.map(title => [title, ...columns.map(name =>

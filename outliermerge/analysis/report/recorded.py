@@ -30,12 +30,13 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
     numbers: dict[str, dict[str, Lines]] = {}
     given: dict[str, dict[str, Lines]] = {}
     for name, entry in tensors.items():
-        sources = [titles.get(source, source) for source in entry.get("sources", ())]
+        sources = list(entry.get("sources", ()))
         # A method on weights gets the base like another model; others get differences from it.
-        if base is not None and not (method and method.space == "weight"):
-            sources = sources[sources[:1] == [titles.get(base, base)] :]
-        numbers[name] = _measured(entry, method, sources)
-        given[name] = _series(entry.get("parameters", {}), method, sources)
+        if sources[:1] == [base] and not (method and method.space == "weight"):
+            del sources[0]
+        models = [titles.get(source, source) for source in sources]
+        numbers[name] = _measured(entry, method, models)
+        given[name] = _series(entry.get("parameters", {}), method, models)
     series = _varying(numbers.values()) + _varying(given.values())
     spots = find_spots(list(tensors))
     actions = [entry.get("action", "") for entry in tensors.values()]
