@@ -1,11 +1,10 @@
-"""Pages of `outliermerge report` in headless Chromium: the fixtures and helpers of their tests."""
+"""Pages of `outliermerge report` in headless Chromium: helpers of their tests."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,19 +123,3 @@ def number(text):
 
 def column(page, table, index):
     return page.locator(f"#{table} tbody td:nth-child({index})").all_inner_texts()
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    return Made(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture(scope="module")
-def tab():
-    with open_tab() as page:
-        yield page
-
-
-@pytest.fixture
-def visit(tab):
-    return partial(visited, tab)

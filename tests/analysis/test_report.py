@@ -25,7 +25,7 @@ from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import ArgumentError, OutlierMergeError
 
-pytest_plugins = ("report_pages",)  # fixtures
+pytest_plugins = ("report_fixtures",)
 
 VISION = "vision_tower.encoder.layers.*"
 HOSTILE = "model.layers.0.</script><b id='evil'>ü</b>.weight"
