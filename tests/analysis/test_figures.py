@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from outliermerge.analysis.report.data import Shown
+from outliermerge.analysis.report.data import LEAST_SHARE, Shown, colour_range
 from outliermerge.analysis.report.figures import densities, draw_figures, quantile_pairs
+from outliermerge.analysis.report.grid import Grid, Line, decades, round_ticks
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError
@@ -63,6 +64,69 @@ def test_models_whose_names_differ_in_signs_alone_have_figures_each(tmp_path):
 
 def test_model_without_layers_has_no_figures(tmp_path):
     assert draw_figures([subject({"w": gaussian(8, 8)})], tmp_path) == []
+
+
+@pytest.mark.parametrize("num", [1, 7, 8, 15])
+def test_figure_of_depth_has_at_most_seven_lines_a_plot_and_starts_at_0(tmp_path, num, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self)
+    )
+    draw_figures(
+        [subject({f"layers.{n}.m{m}.weight": gaussian(8, 8) for n in (0, 1) for m in range(num)})],
+        tmp_path,
+    )
+    (plots,) = [figure.axes for figure in figures if "σ" == figure.axes[0].get_ylabel()]
+    lines = [line for plot in plots for line in plot.get_lines()]
+    assert len(lines) == num and all(len(plot.get_lines()) <= 7 for plot in plots)
+    assert all(plot.get_ylim()[0] == 0 for plot in plots)
+
+
+@pytest.mark.parametrize(
+    ("values", "column", "span"),
+    [
+        ([0.0198, 0.0202], "std", LEAST_SHARE * 0.0202),
+        ([0.01, 0.02], "std", 0.01),
+        ([-0.03, 0.02], "skewness", 1.0),
+        ([-3.0, 2.0], "skewness", 5.0),
+        ([3.0, float("nan")], "kurtosis", LEAST_SHARE * 3),
+        ([float("nan")], "kurtosis", 0.0),
+        ([], "kurtosis", 0.0),
+    ],
+)
+def test_colours_do_not_make_small_differences_large(values, column, span):
+    low, high = colour_range(values, column)
+    assert high - low == pytest.approx(span)
+    assert all(low <= value <= high for value in values if value == value)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 0.003, 1.0, 7e8])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.2, 9.7), (-8.3, -1.1)])
+def test_ticks_are_round_and_inside_and_two_to_five(low, high, scale):
+    ticks = round_ticks(low * scale, high * scale)
+    assert 2 <= len(ticks) <= 5 and low * scale <= ticks[0] < ticks[-1] <= high * scale
+    assert all(len(f"{tick:.12g}".strip("-0.").partition("e")[0]) <= 2 for tick in ticks)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, 90.0), (1e-7, 3.0), (1e-300, 1e300)])
+def test_decades_are_inside_and_few(low, high):
+    found = decades(low, high, 4)
+    assert 1 <= len(found) <= 4 and low <= found[0] and found[-1] <= high
+
+
+def test_nothing_is_drawn_outside_its_plot():
+    grid = Grid(["a", "b"], ["0", "1"], "weight")
+    place = grid.place(1, 1, (-1.0, 1.0), (0.1, 10.0), is_log=True)
+    x = np.linspace(-3, 3, 50)
+    grid.draw_line(place, x, 10**x, Line("red"))
+    grid.draw_area(place, x, np.full(49, 99.0), "blue")
+    axes = grid.figure().axes[0]
+    for drawn in axes.collections:
+        for path in drawn.get_paths():
+            inside = path.vertices[np.isfinite(path.vertices).all(1)]
+            corner = np.array([place.left, place.bottom])
+            assert (inside >= corner - 1e-9).all()
+            assert (inside <= corner + place.at(1.0, 10.0) - place.at(-1.0, 0.1) + 1e-9).all()
 
 
 @pytest.mark.parametrize("num", [64, 4096])

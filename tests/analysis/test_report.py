@@ -7,142 +7,28 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import family, load_folder, save_tensors
-from playwright.sync_api import sync_playwright
+from checkpoints import load_folder, save_tensors
+from report_pages import choose, column, facts, go_to, number, plotted
 
 import outliermerge
 from outliermerge.analysis.report import build as report_module
 from outliermerge.analysis.report.build import build_report
 from outliermerge.analysis.report.data import Shown, payload
 from outliermerge.analysis.report.page import embedded_json, render_page
-from outliermerge.analysis.stats import stats_of_tensor, weight_stats
+from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import ArgumentError, OutlierMergeError
 
-# Chromium calls home otherwise.
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-           "--disable-component-update", "--disable-sync"]  # fmt: skip
+pytest_plugins = ("report_fixtures",)
+
 VISION = "vision_tower.encoder.layers.*"
 HOSTILE = "model.layers.0.</script><b id='evil'>ü</b>.weight"
-
-
-class Made:
-    """A family, its merge, and the pages of both."""
-
-    def __init__(self, folder: Path) -> None:
-        self.base, self.models = family("llava", folder)
-        spec = {
-            "merge_method": "min_sigma",
-            "base_model": str(self.base),
-            "models": [{"model": str(model)} for model in self.models],
-        }
-        self.output = outliermerge.run(spec, output=folder / "merged", threads=1).output
-        self.names = [str(model) for model in self.models]
-        self.pair = build_report(
-            self.names, base=str(self.base), output=folder / "pair.html", threads=1
-        )
-        self.merge = build_report([str(self.output)], output=folder / "merge.html", threads=1)
-
-    def stats(self, number: int, *, base: bool) -> WeightStats:
-        return weight_stats(self.names[number], base=str(self.base) if base else None, threads=1)
-
-    def deltas(self, folder: Path) -> dict[str, np.ndarray]:
-        base = load_folder(self.base)
-        return {
-            name: tensor.double().numpy() - base[name].double().numpy()
-            for name, tensor in load_folder(folder).items()
-        }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return Made(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture(scope="module")
-def tab():
-    """One tab for all tests: a page that is loaded again is ready much sooner."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.fail("Chromium is not on the PATH: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(600_000)  # milliseconds
-        page.heard = []
-        page.on("console", lambda message: page.heard.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: page.heard.append(str(error)))
-        page.on("dialog", lambda dialog: page.heard.append(dialog.message))
-        page.on("request", lambda request: page.heard.append(request.url))
-        yield page
-        browser.close()
-
-
-@pytest.fixture
-def visit(tab):
-    """Open a page, and afterwards refuse errors, messages and requests for anything else."""
-
-    @contextmanager
-    def opened(path, *, width=1280, scheme="light"):
-        tab.heard.clear()
-        tab.set_viewport_size({"width": width, "height": 800})
-        tab.emulate_media(color_scheme=scheme)
-        if tab.url == path.as_uri():
-            tab.evaluate("history.scrollRestoration = 'manual'")
-            tab.reload()
-        else:
-            tab.goto(path.as_uri())
-        wait_for(tab, "distribution")
-        yield tab
-        assert tab.heard == [path.as_uri()]
-
-    return opened
-
-
-def go_to(page, section):
-    """Scroll to a section and wait until it is drawn."""
-    page.evaluate("name => document.getElementById(name).scrollIntoView()", section)
-    wait_for(page, section)
-
-
-def wait_for(page, section):
-    # Not by a function: the page's policy refuses those that playwright makes from texts.
-    page.locator(f"#{section}[aria-busy=false]").wait_for()
-
-
-def choose(page, section, control, value):
-    """Choose what a section shows, and wait until it does."""
-    page.select_option(f"#{control}", value)
-    go_to(page, section)
-
-
-def plotted(page, plot, key):
-    """Return a list for each trace of what a figure was drawn from."""
-    return page.evaluate(
-        "([plot, key]) => document.getElementById(plot)._fullData.map(trace => "
-        "Array.from(trace[key], value => value && value.length ? Array.from(value) : value))",
-        [plot, key],
-    )
-
-
-def facts(page):
-    names, values = page.locator("dt").all_inner_texts(), page.locator("dd").all_inner_texts()
-    return dict(zip(names, values, strict=True))
-
-
-def number(text):
-    return float(text.replace(",", "").removesuffix("%"))
-
-
-def column(page, table, index):
-    return page.locator(f"#{table} tbody td:nth-child({index})").all_inner_texts()
 
 
 @pytest.mark.parametrize("width", [1280, 375])
@@ -154,7 +40,7 @@ def test_all_sections_are_drawn_without_errors_requests_or_sideways_scrolling(
         sections = [each.get_attribute("id") for each in page.locator("section:visible").all()]
         for section in sections:
             go_to(page, section)
-            for plot in page.locator(f"#{section} .plot").all():
+            for plot in page.locator(f"#{section} .plot:visible").all():
                 assert plot.locator("svg.main-svg").count() > 0
         assert ("drift" in sections) == ("merge" in sections) == (which == "merge")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -274,7 +160,7 @@ def test_depth_shows_sigma_of_weights_and_of_task_vectors(made, visit):
         choose(page, "depth", "depth-module", "self_attn.v_proj")
         for plot, base in enumerate((False, True)):
             lines = page.evaluate(
-                "plot => document.getElementById('depth-plots').children[plot].data"
+                "plot => document.querySelectorAll('#depth-plots .plot')[plot].data"
                 ".map(trace => [trace.name, trace.y])",
                 plot,
             )
@@ -401,10 +287,11 @@ def test_merge_shows_its_manifest_and_its_drift(made, visit):
                 return np.sqrt(sum((vector**2).sum() for vector in vectors.values()))
 
             product = sum((output[key] * task[key]).sum() for key in base)
-            shown = rows.nth(number_).locator("td").all_inner_texts()
+            shown = rows.nth(number_).locator("th, td").all_inner_texts()
             assert shown[0] == folder.name
             assert [number(text) for text in shown[1:]] == pytest.approx(
                 [
+                    product / length(task) ** 2,
                     length({key: output[key] - task[key] for key in base}) / length(task),
                     product / length(output) / length(task),
                     length(output) / length(task),
@@ -566,7 +453,8 @@ def test_page_without_base_and_task_models_says_so(made, visit, tmp_path):
         assert "without task vectors" in page.inner_text("#notes")
         go_to(page, "merge")
         assert page.locator("#merge-plot svg.main-svg").count() > 0
-        assert page.is_hidden("#drift") and page.locator("nav .drift").is_hidden()
+        for absent in ("drift", "minsigma"):
+            assert page.is_hidden(f"#{absent}") and page.is_hidden(f"nav a[href='#{absent}']")
 
 
 def test_merge_of_weights_has_no_numbers_and_its_drift_is_that_of_weights(made, visit, tmp_path):
@@ -577,10 +465,9 @@ def test_merge_of_weights_has_no_numbers_and_its_drift_is_that_of_weights(made, 
     norm = sum(tensor.double().square().sum() for tensor in first.values())
     page_path = build_report([str(output)], output=tmp_path / "page.html", threads=1)
     with visit(page_path) as page:
-        go_to(page, "merge")
-        assert page.inner_text("#merge-plot").startswith("The manifest has no such number")
+        assert page.is_hidden("#recorded") and page.is_hidden("#minsigma")
         go_to(page, "drift")
-        row = page.locator("#drift-table tbody tr").first.locator("td").all_inner_texts()
+        row = page.locator("#drift-table tbody tr").first.locator("th, td").all_inner_texts()
         assert row[0] == "task0" and len(row) == 4
         half = (change / norm).sqrt().item() / 2
         assert number(row[1]) == pytest.approx(half, rel=1e-3)
@@ -589,9 +476,9 @@ def test_merge_of_weights_has_no_numbers_and_its_drift_is_that_of_weights(made, 
 def test_model_without_layers_has_a_page(visit, tmp_path):
     model = save_tensors(tmp_path / "flat", {"a": torch.randn(8, 8), "b": torch.randn(3)})
     with visit(build_report([str(model)], output=tmp_path / "page.html", threads=1)) as page:
-        for section in ("gallery", "depth", "heat", "minsigma"):
+        for section in ("gallery", "heat", "minsigma"):
             go_to(page, section)
-        assert page.inner_text("#depth-plots").strip() == "There are no layers to draw."
+        assert page.is_hidden("#depth") and page.is_hidden("nav a[href='#depth']")
         assert page.inner_text("#tensor-name") == "a"
 
 

@@ -20,6 +20,8 @@ from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.storage.files import write_whole
 
+_MAX_TITLES = 5
+
 
 @checked
 def build_report(
@@ -83,8 +85,14 @@ def build_report(
         subjects, extra = measure_merge(models[0], read_manifest(merged), base, measure, compare)
     else:
         subjects, extra = _measure(models, base, measure), {}
-    titles = dict.fromkeys(subject.title for subject in subjects if subject.role != "task")
-    page = render_page(", ".join(titles), payload(subjects, t=t, **extra))
+    titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
+    if len(titles) > _MAX_TITLES:
+        titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]
+    page = render_page(
+        ", ".join(titles),
+        payload(subjects, t=t, **extra),
+        kind="The merge" if "merge" in extra else "Weights of",
+    )
     if png is not None:
         draw_figures(subjects, png)
     write_whole(output, page)

@@ -35,6 +35,13 @@ STATISTICS = {
 """The columns that a page shows, by their names on the page."""
 
 
+LEAST_SPAN = {"skewness": 1.0, "skewness_before": 1.0}
+"""The least range of colours for a statistic, where it is not a share of the values."""
+
+LEAST_SHARE = 0.25
+"""The least range of colours for other statistics, as a share of the largest magnitude."""
+
+
 @dataclass(frozen=True)
 class Shown:
     """The statistics of a model's weights or task vector, with its title and role in the report.
@@ -69,6 +76,21 @@ class Spot:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
         return asdict(self)
+
+
+def colour_range(values: Sequence[float], column: str) -> tuple[float, float]:
+    """Return the ends of a scale of colours that values are shown in.
+
+    It is not so narrow that chance differences between values would look large.
+
+    >>> colour_range([0.0198, 0.0202], "std")
+    (0.0174..., 0.0225...)
+    """
+    known = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(known), max(known)
+    least = LEAST_SPAN.get(column, LEAST_SHARE * max(abs(low), abs(high)))
+    room = max(0.0, least - (high - low)) / 2
+    return low - room, high + room
 
 
 def short_titles(models: Sequence[str]) -> list[str]:
@@ -174,52 +196,6 @@ def _trimmed(histogram: Histogram | None) -> dict[str, Any] | None:
     }
 
 
-def merge_payload(manifest: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """Return a manifest's statistics of each tensor: one number, or one for each model."""
-    tensors = manifest["tensors"]
-    spots = find_spots(list(tensors))
-    numbers = {name: _numbers(entry) for name, entry in tensors.items()}
-    columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
-    actions = [entry.get("action", "") for entry in tensors.values()]
-    return {
-        "recipe": recipe,
-        "versions": manifest.get("versions", {}),
-        "inputs": [
-            {key: entry.get(key) for key in ("model", "role", "path")}
-            for entry in manifest.get("inputs", ())
-        ],
-        "actions": {action: actions.count(action) for action in dict.fromkeys(actions)},
-        "statistics": columns,
-        "tensors": [
-            {
-                "name": name,
-                **spots[name].as_dict(),
-                "action": tensors[name].get("action", ""),
-                "num_elements": math.prod(tensors[name]["shape"]),
-                "numbers": row,
-            }
-            for name, row in numbers.items()
-        ],
-    }
-
-
-def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the statistics of a merged tensor; counts of outliers also as shares."""
-    found = {
-        name: value
-        for name, value in entry.get("statistics", {}).items()
-        if all(isinstance(each, (int, float)) for each in _as_list(value))
-    }
-    num_elements = math.prod(entry["shape"])
-    if "outliers" in found and num_elements:
-        found["outliers, %"] = [100 * count / num_elements for count in _as_list(found["outliers"])]
-    return found
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def drift_payload(
     comparison: Comparison, titles: Sequence[str], output: WeightStats
 ) -> dict[str, Any]:
@@ -269,6 +245,8 @@ def payload(
             "bins": BINS,
             "half_width": HALF_WIDTH,
             "statistics": STATISTICS,
+            "least_span": LEAST_SPAN,
+            "least_share": LEAST_SHARE,
             "subjects": [subject_payload(subject) for subject in subjects],
             "merge": merge,
             "drift": drift,

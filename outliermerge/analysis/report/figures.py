@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outliermerge.analysis.extras import require
-from outliermerge.analysis.report.data import STATISTICS, Shown, Spot, find_spots
+from outliermerge.analysis.report.data import STATISTICS, Shown, Spot, colour_range, find_spots
+from outliermerge.analysis.report.grid import Grid, Line, Place, decades, round_ticks
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
 from outliermerge.errors import OutlierMergeError
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 DPI = 300
 _MAX_COLUMNS = 6
-_FILL, _FIT, _LIMIT, _POINTS = "#a9c4dd", "#c2410c", "#71767b", "#0b62a3"
+_MAX_LINES = 7
+_FILL, _POINTS = "#a9c4dd", "#0b62a3"
+_FIT, _LIMITS = Line("#c2410c"), {2: Line("#71767b", "--", 0.5), 3: Line("#71767b", ":", 0.5)}
 _EDGES = np.linspace(-HALF_WIDTH, HALF_WIDTH, BINS + 1)
 _Z = np.linspace(-5, 5, 201)
 _BELL = np.exp(-(_Z**2) / 2) / np.sqrt(2 * np.pi)
@@ -70,10 +73,9 @@ def draw_figures(subjects: Sequence[Shown], folder: Path) -> list[Path]:
                 for kind, figure in figures.items():
                     path = _free_path(folder, f"{kind}_{_file_name(subject, part)}", written)
                     with warnings.catch_warnings():
-                        # Warnings on names with letters that the font lacks, and on very long
-                        # names.
+                        # Of names with letters that the font lacks, and of very long names.
                         warnings.simplefilter("ignore", UserWarning)
-                        figure.savefig(path, dpi=DPI)
+                        figure.savefig(path, dpi=DPI, pil_kwargs={"compress_level": 3})
                     written.append(path)
     except OSError as error:
         raise OutlierMergeError(f"{folder}: cannot be written: {error}") from error
@@ -132,42 +134,16 @@ def _sampled(depths: Sequence[int]) -> list[int]:
     return [depths[round(place)] for place in np.linspace(0, len(depths) - 1, num)]
 
 
-def _grid(cells: _Cells, draw: Callable[[Any, TensorStats], None], label: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    columns = _sampled(cells.depths)
-    width, height = 1.6 * len(columns) + 0.4, 1.25 * len(cells.modules) + 0.5
-    # Margins are set by hand, because matplotlib's own layout takes seconds for such a grid.
-    room = {"left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height}
-    figure = Figure(figsize=(width, height))
-    figure.supxlabel(label, fontsize=7, y=0.05 / height)
-    axes = figure.subplots(
-        len(cells.modules),
-        len(columns),
-        squeeze=False,
-        gridspec_kw={**room, "top": 1 - 0.25 / height, "wspace": 0.25, "hspace": 0.4},
-    )
+def _grid(cells: _Cells, draw: Callable[[Grid, int, int, TensorStats], None], label: str) -> Figure:
+    depths = _sampled(cells.depths)
+    names = [cells.layers[cells.depths.index(depth)] for depth in depths]
+    grid = Grid(cells.modules, names, label)
     for row, module in enumerate(cells.modules):
-        for column, depth in enumerate(columns):
-            here: Axes = axes[row, column]
-            here.tick_params(labelsize=5, length=2, width=0.5, pad=1.5)
-            here.spines[["top", "right"]].set_visible(False)
-            here.spines[["left", "bottom"]].set_linewidth(0.5)
-            if row == 0:
-                here.set_title(f"layer {cells.layers[cells.depths.index(depth)]}", fontsize=7)
-            if column == 0:
-                here.set_ylabel(_broken(module), fontsize=6)
+        for column, depth in enumerate(depths):
             tensor = cells.first(module, depth)
-            if tensor is None or tensor.histogram is None:
-                here.set_axis_off()
-            else:
-                draw(here, tensor)
-    return figure
-
-
-def _broken(module: str) -> str:
-    """Return a name in two lines, with its first words on the first."""
-    return "\n".join(filter(None, module.rpartition(".")[::2]))
+            if tensor is not None and tensor.histogram is not None:
+                draw(grid, row, column, tensor)
+    return grid.figure()
 
 
 def densities(tensor: TensorStats) -> tuple[Any, Any]:
@@ -182,46 +158,46 @@ def densities(tensor: TensorStats) -> tuple[Any, Any]:
     return edges, counts / (num * (edges[1] - edges[0]))
 
 
-def _draw_density(axes: Axes, tensor: TensorStats) -> None:
+def _draw_density(grid: Grid, row: int, column: int, tensor: TensorStats) -> None:
     edges, density = densities(tensor)
-    _draw_stairs(axes, tensor, edges, density, 0.0)
-    axes.set_xlim(tensor.mean - 5 * tensor.std, tensor.mean + 5 * tensor.std)
-    axes.set_ylim(0, None)
-    axes.set_yticks([])
+    peak = max(density.max(), _BELL.max()) / tensor.std
+    place = grid.place(row, column, _ends(tensor, 5), (0, 1.05 * peak))
+    _draw_histogram(grid, place, tensor, edges, density)
+    grid.draw_axes(place, round_ticks(*place.x), [])
 
 
-def _draw_log_density(axes: Axes, tensor: TensorStats) -> None:
+def _draw_log_density(grid: Grid, row: int, column: int, tensor: TensorStats) -> None:
     edges, density = densities(tensor)
-    floor = density[density > 0].min() / 2
-    _draw_stairs(axes, tensor, edges, np.maximum(density, floor), floor / tensor.std)
-    axes.set_yscale("log")
-    axes.set_ylim(floor / tensor.std, 2 * density.max() / tensor.std)
-    axes.minorticks_off()
     filled = np.flatnonzero(density)
     reach = max(4.2, -edges[filled[0]], edges[filled[-1] + 1])
-    axes.set_xlim(tensor.mean - reach * tensor.std, tensor.mean + reach * tensor.std)
+    ends = density[filled].min() / 2 / tensor.std, 2 * density.max() / tensor.std
+    place = grid.place(row, column, _ends(tensor, reach), ends, is_log=True)
+    _draw_histogram(grid, place, tensor, edges, np.maximum(density, ends[0] * tensor.std))
+    grid.draw_axes(place, round_ticks(*place.x), decades(*place.y, 4))
 
 
-def _draw_stairs(axes: Axes, tensor: TensorStats, edges: Any, density: Any, floor: float) -> None:
+def _ends(tensor: TensorStats, sigmas: float) -> tuple[float, float]:
+    return tensor.mean - sigmas * tensor.std, tensor.mean + sigmas * tensor.std
+
+
+def _draw_histogram(grid: Grid, place: Place, tensor: TensorStats, edges: Any, shares: Any) -> None:
     at, scale = tensor.mean, tensor.std
-    axes.stairs(density / scale, at + scale * edges, fill=True, color=_FILL, baseline=floor or 0.0)
-    axes.plot(at + scale * _Z, _BELL / scale, color=_FIT, linewidth=0.7)
-    for sigmas, style in ((2, "--"), (3, ":")):
+    grid.draw_area(place, at + scale * edges, shares / scale, _FILL)
+    grid.draw_line(place, at + scale * _Z, _BELL / scale, _FIT)
+    for sigmas, line in _LIMITS.items():
         for sign in (-1, 1):
-            axes.axvline(at + sign * sigmas * scale, color=_LIMIT, linestyle=style, linewidth=0.5)
-    axes.locator_params(axis="x", nbins=3)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
-    axes.xaxis.get_offset_text().set_fontsize(5)
+            x = at + sign * sigmas * scale
+            grid.draw_line(place, np.array([x, x]), np.array(place.y), line)
 
 
-def _draw_qq(axes: Axes, tensor: TensorStats) -> None:
+def _draw_qq(grid: Grid, row: int, column: int, tensor: TensorStats) -> None:
     gaussian, own = quantile_pairs(tensor)
-    axes.plot([-5, 5], [-5, 5], color=_FIT, linewidth=0.7)
-    axes.plot(gaussian, own, ".", color=_POINTS, markersize=1.5)
-    axes.set_xlim(-4.8, 4.8)
-    reach = max(4.8, *(abs(value) for value in own))
-    axes.set_ylim(-reach, reach)
-    axes.locator_params(nbins=5)
+    reach = max(4.8, *map(abs, own)) if own else 4.8
+    place = grid.place(row, column, (-4.8, 4.8), (-reach, reach))
+    grid.draw_line(place, np.array([-4.8, 4.8]), np.array([-4.8, 4.8]), _FIT)
+    if own:
+        grid.draw_points(place, gaussian, own, _POINTS)
+    grid.draw_axes(place, [-4, -2, 0, 2, 4], round_ticks(-reach, reach))
 
 
 def quantile_pairs(tensor: TensorStats) -> tuple[list[float], list[float]]:
@@ -246,19 +222,24 @@ def quantile_pairs(tensor: TensorStats) -> tuple[list[float], list[float]]:
 
 
 def _depth(cells: _Cells) -> Figure:
+    """Return a figure of σ against depth, with a plot for every seven types of module."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for number, module in enumerate(cells.modules):
-        sigmas = [cells.mean(module, depth, "std") for depth in cells.depths]
-        axes.plot(cells.depths, sigmas, marker="os^Dv"[number // 10 % 5], markersize=2.5,
-                  linewidth=0.9, label=module)  # fmt: skip
-    _name_layers(axes, cells)
-    axes.set_ylabel("σ")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=7)
-    figure.legend(loc="outside right center", fontsize=6, frameon=False)
+    num = -(-len(cells.modules) // _MAX_LINES)
+    figure = Figure(figsize=(5.6, 2.4 * num + 0.4), layout="constrained")
+    panels = figure.subplots(num, 1, squeeze=False, sharex=True)[:, 0]
+    for number, axes in enumerate(panels):
+        for module in cells.modules[number * _MAX_LINES :][:_MAX_LINES]:
+            sigmas = [cells.mean(module, depth, "std") for depth in cells.depths]
+            axes.plot(cells.depths, sigmas, marker="o", markersize=2.5, linewidth=0.9, label=module)
+        # From 0, or differences of a few percent would look like cliffs.
+        axes.margins(y=0.1)
+        axes.set_ylim(0, None)
+        axes.set_ylabel("σ")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6, frameon=False)
+    _name_layers(panels[-1], cells)
     return figure
 
 
@@ -277,7 +258,8 @@ def _heat(cells: _Cells, column: str) -> Figure:
     figure = Figure(figsize=(width, 1.0 + 0.24 * len(cells.modules)), layout="constrained")
     axes = figure.subplots()
     ends = (-0.5, len(cells.depths) - 0.5, len(cells.modules) - 0.5, -0.5)
-    image = axes.imshow(values, aspect="auto", cmap="viridis", extent=ends)
+    low, high = colour_range([value for row in values for value in row], column)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", extent=ends, vmin=low, vmax=high)
     axes.set_yticks(range(len(cells.modules)), cells.modules)
     step = -(-len(cells.depths) // 16)
     axes.set_xticks(range(0, len(cells.depths), step), cells.layers[::step])

@@ -4,25 +4,33 @@
 
 const state = {
   subject: 0, tensor: null, vectors: false, log: false, gallery: 'layer', picture: 'density',
-  depthModule: '', depthLog: false, statistic: 'std', vector: 0, t: DATA.t, count: 2,
-  mergeStatistic: DATA.merge?.statistics[0], mergeModule: '', driftMeasure: 'distance',
+  depthModule: '', depthScale: 'zero', statistic: 'std', vector: 0, t: DATA.t, count: 2,
+  series: Object.keys(DATA.merge?.series ?? {})[0], mergeModule: '',
+  driftMeasure: DATA.drift && driftMeasures()[0]?.[0],
   driftModel: 0, table: 'model', sorted: null, ascending: true, filter: '', allRows: false,
 };
 
 // A section is drawn again when what it depends on changed and it is in sight.
 const OF_TENSOR = ['subject', 'tensor', 'vectors'];
 const SECTIONS = {
+  merge: [drawMerge, ['tensor', 'series', 'mergeModule']],
+  drift: [drawDrift, [...OF_TENSOR, 'driftMeasure', 'driftModel']],
   distribution: [drawDistribution, ['subject', 'tensor', 'log']],
   gallery: [drawGallery, [...OF_TENSOR, 'log', 'gallery', 'picture']],
-  depth: [drawDepth, [...OF_TENSOR, 'depthModule', 'depthLog']],
+  depth: [drawDepth, [...OF_TENSOR, 'depthModule', 'depthScale']],
   heat: [drawHeat, [...OF_TENSOR, 'statistic']],
   minsigma: [drawMinSigma, ['tensor', 'vectors', 'vector', 't', 'count']],
-  merge: [drawMerge, ['tensor', 'mergeStatistic', 'mergeModule']],
-  drift: [drawDrift, [...OF_TENSOR, 'driftMeasure', 'driftModel']],
   tables: [drawTable, ['subject', 'table', 'sorted', 'ascending', 'filter', 'allRows']],
 };
-if (!DATA.merge) delete SECTIONS.merge;
-if (!DATA.drift) delete SECTIONS.drift;
+// A section that would be empty is not there.
+const HAS = { merge: DATA.merge, drift: DATA.drift && driftMeasures().length,
+  depth: hasDepth(), minsigma: hasNoise() };
+for (const [name, has] of Object.entries(HAS)) {
+  if (has) continue;
+  delete SECTIONS[name];
+  byId(name).hidden = true;
+  document.querySelector(`nav a[href="#${name}"]`).hidden = true;
+}
 
 const stale = new Set(), inSight = new Set();
 
@@ -34,10 +42,15 @@ function markStale(name) {
 function drawStale() {
   for (const name of [...stale]) {
     if (!inSight.has(name)) continue;
-    stale.delete(name);
-    SECTIONS[name][0]();
-    byId(name).setAttribute('aria-busy', 'false');
+    draw(name);
   }
+}
+
+function draw(name) {
+  stale.delete(name);
+  SECTIONS[name][0]();
+  byId(name).setAttribute('aria-busy', 'false');
+  showCues();
 }
 
 const sectionObserver = new IntersectionObserver(entries => {
@@ -65,12 +78,14 @@ function redrawAll() {
 
 function select(name, isFar = false) {
   update({ tensor: name });
-  if (isFar) byId('distribution').scrollIntoView();
+  if (isFar) goTo('distribution');
 }
 
+// What leaves no choice is hidden.
 function fill(chooser, options, chosen) {
   chooser.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
   chooser.value = String(chosen);
+  chooser.closest('label').hidden = options.length < 2;
 }
 
 // Returns the tensor nearest to what was chosen: the part counts most, then the other two.
@@ -95,7 +110,6 @@ function fillChoosers() {
   const labels = distinct(inPart.map(each => each.label));
   fill(byId('module'), labels.map(label => [label, label]), tensor.label);
   const members = inPart.filter(each => each.layer === tensor.layer && each.label === tensor.label);
-  byId('member-label').hidden = members.length < 2;
   fill(byId('member'), members.map(each => [each.name, each.name]), tensor.name);
   if (!labels.includes(state.depthModule)) state.depthModule = '';
   fill(byId('depth-module'), [['', 'all'], ...labels.map(label => [label, label])],
@@ -134,7 +148,7 @@ function connectControls() {
   onRadio('gallery', value => ({ gallery: value }));
   onRadio('picture', value => ({ picture: value }));
   onChange('depth-module', target => ({ depthModule: target.value }));
-  onRadio('depth-scale', value => ({ depthLog: value === 'log' }));
+  onRadio('depth-scale', value => ({ depthScale: value }));
   onChange('statistic', target => ({ statistic: target.value }));
   onChange('t', target => ({ t: Number(target.value) }));
   onChange('vector', target => ({ vector: Number(target.value) }));
@@ -143,9 +157,8 @@ function connectControls() {
   onChange('filter', target => ({ filter: target.value }));
   byId('all-rows').addEventListener('click', () => update({ allRows: true }));
   if (DATA.merge) {
-    fill(byId('merge-statistic'), DATA.merge.statistics.map(key => [key, key]),
-      state.mergeStatistic);
-    onChange('merge-statistic', target => ({ mergeStatistic: target.value }));
+    fill(byId('series'), Object.keys(DATA.merge.series).map(key => [key, key]), state.series);
+    onChange('series', target => ({ series: target.value }));
     onChange('merge-module', target => ({ mergeModule: target.value }));
   }
   if (DATA.drift) {
@@ -187,30 +200,87 @@ function connectTheme() {
   });
 }
 
-function showHead() {
-  const subject = SUBJECTS[0], matrices = subject.tensors.filter(each => each.is_matrix).length;
-  const total = subject.tensors.reduce((sum, each) => sum + each.num_elements, 0);
-  const bases = distinct(SUBJECTS.map(each => each.base).filter(each => each !== null));
-  byId('summary').textContent = `${shown(total)} elements in ${shown(subject.tensors.length)} `
-    + `tensors, ${shown(matrices)} of them matrices`
-    + (bases.length ? `; ΔW against ${bases.join(', ')}` : '');
-  const notes = distinct([...DATA.notes, ...SUBJECTS.flatMap(each => each.notes)]);
-  byId('notes').hidden = notes.length === 0;
-  byId('notes').replaceChildren(...notes.map(note => element('li', note)));
-  for (const name of ['merge', 'drift']) {
-    for (const each of document.querySelectorAll(`.${name}`)) each.hidden = !DATA[name];
+// Draws what is above a section first, so that the section stays where a link has led.
+function goTo(name) {
+  for (const each of Object.keys(SECTIONS)) {
+    if (stale.has(each)) draw(each);
+    if (each === name) break;
+  }
+  byId(name)?.scrollIntoView();
+}
+
+// Marks the section that is read in the bar of links, which stays in sight.
+function markSection() {
+  const top = document.documentElement.scrollTop
+    + parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop) + 2;
+  const here = Object.keys(SECTIONS).findLast(name => byId(name).offsetTop <= top);
+  if (!here) document.querySelector('nav').scrollLeft = 0;
+  for (const link of document.querySelectorAll('nav a')) {
+    const isHere = link.hash === `#${here}`;
+    if (isHere === link.hasAttribute('aria-current')) continue;
+    link.toggleAttribute('aria-current', isHere);
+    if (!isHere) continue;
+    link.setAttribute('aria-current', 'true');
+    const nav = link.parentElement;
+    nav.scrollLeft = link.offsetLeft - (nav.clientWidth - link.offsetWidth) / 2;
   }
 }
 
+function connectLinks() {
+  const bar = byId('top');
+  const measure = () => {
+    const stuck = isNarrow() ? bar.querySelector('nav') : bar;
+    document.documentElement.style.scrollPaddingTop = `${stuck.offsetHeight + 8}px`;
+    markSection();
+  };
+  new ResizeObserver(measure).observe(bar);
+  measure();
+  for (const link of document.querySelectorAll('nav a')) {
+    link.addEventListener('click', () => goTo(link.hash.slice(1)));
+  }
+  window.addEventListener('scroll', () => requestAnimationFrame(markSection), { passive: true });
+  window.addEventListener('hashchange', () => goTo(location.hash.slice(1)));
+  if (location.hash) goTo(location.hash.slice(1));
+}
+
+// A table that goes on to the right fades there, and can be scrolled by keys.
+function showCues() {
+  for (const box of document.querySelectorAll('.scroll')) {
+    const rest = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    const isWide = box.scrollWidth > box.clientWidth + 1;
+    box.classList.toggle('more', rest > 1);
+    if (isWide || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+    else box.removeAttribute('tabindex');
+    box.setAttribute('role', 'group');
+    box.setAttribute('aria-label', `Table: ${box.querySelector('caption').textContent}`);
+  }
+}
+
+function connectCues() {
+  for (const box of document.querySelectorAll('.scroll')) {
+    const cue = element('p', 'Scroll sideways for more columns →');
+    cue.className = 'cue';
+    box.before(cue);
+    box.addEventListener('scroll', showCues, { passive: true });
+  }
+  window.addEventListener('resize', showCues);
+}
+
 connectTheme();
-showHead();
+showLead();
 state.tensor = firstTensor(SUBJECTS[0]);
 connectControls();
 fillChoosers();
+byId('vectors').closest('label').hidden = SUBJECTS.every(({ tensors }) =>
+  tensors.every(each => each.is_matrix));
+byId('minsigma-title').textContent = DATA.merge?.method === 'min_sigma' ? 'What min-σ keeps'
+  : 'What min-σ would keep';
+connectCues();
 for (const name of Object.keys(SECTIONS)) {
   markStale(name);
   sectionObserver.observe(byId(name));
 }
+connectLinks();
 // A turned phone changes which way heat maps lie.
 let wasNarrow = isNarrow();
 window.addEventListener('resize', () => {

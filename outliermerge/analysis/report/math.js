@@ -143,9 +143,28 @@ function drift(tensors, measure, model) {
   }
   const product = tensors.reduce((total, each) =>
     total + (each.cosine[model] ?? 0) * each.change_norm * each.model_norm[model], 0);
-  return ratio(product, change * norm);
+  return measure === 'kept' ? ratio(product, norm ** 2) : ratio(product, change * norm);
 }
 
 function ratio(above, below) {
   return below > 0 ? above / below : null;
+}
+
+// Returns the ends of a scale of colours, not so near that chance would look large.
+function colourRange(values, least, leastShare) {
+  const known = values.filter(value => value !== null && Number.isFinite(value));
+  if (!known.length) return [0, 1];
+  const low = known.reduce((a, b) => Math.min(a, b)), high = known.reduce((a, b) => Math.max(a, b));
+  const wanted = least ?? leastShare * Math.max(Math.abs(low), Math.abs(high));
+  const room = Math.max(0, wanted - (high - low)) / 2;
+  return [low - room, high + room];
+}
+
+// Returns the powers of ten that a log axis shows: at least one decade, for the same reason.
+function logRange(values) {
+  const known = values.filter(value => value > 0).map(Math.log10);
+  if (!known.length) return [-1, 1];
+  const low = known.reduce((a, b) => Math.min(a, b)), high = known.reduce((a, b) => Math.max(a, b));
+  const room = Math.max(0.05, (1 - (high - low)) / 2);
+  return [low - room, high + room];
 }

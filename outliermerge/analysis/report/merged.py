@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from outliermerge.analysis.compare import Comparison
 from outliermerge.analysis.models import Subject, open_subject
-from outliermerge.analysis.report.data import Shown, drift_payload, merge_payload, short_titles
+from outliermerge.analysis.report.data import Shown, drift_payload, short_titles
+from outliermerge.analysis.report.recorded import merge_payload
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError
 from outliermerge.output.names import manifest_path
@@ -68,7 +67,8 @@ def measure_merge(
             notes.append(f"{name} is not shown, since it cannot be read: {error}")
         else:
             tasks.append((opened, shown))
-    extra: dict[str, Any] = {"merge": merge_payload(manifest, _recipe(manifest)), "notes": notes}
+    named = {entry["model"]: name for entry, name in zip(inputs, titles, strict=True)}
+    extra: dict[str, Any] = {"merge": merge_payload(manifest, named), "notes": notes}
     if tasks:
         try:
             comparison = compare([open_subject(model, base), *(opened for opened, _ in tasks)])
@@ -90,11 +90,6 @@ def _has_changed(entry: Mapping[str, Any], merged_at: float) -> bool:
             if found.st_size != num_bytes or found.st_mtime > merged_at:
                 return True
     return False
-
-
-def _recipe(manifest: Mapping[str, Any]) -> str:
-    recipe: str = yaml.safe_dump(manifest["spec"], sort_keys=False, allow_unicode=True)
-    return recipe
 
 
 def _reference(entry: Mapping[str, Any]) -> str:

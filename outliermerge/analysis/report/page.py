@@ -17,7 +17,9 @@ SCRIPTS = (
     "math.js",
     "plots.js",
     "views.js",
+    "merge.js",
     "tables.js",
+    "lead.js",
     "main.js",
 )
 
@@ -32,8 +34,8 @@ def plotly_script() -> str:
     return script
 
 
-def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
-    """Return the HTML page that draws a payload.
+def render_page(title: str, payload: Mapping[str, Any], *, kind: str = "Weights of") -> bytes:
+    """Return the HTML page that draws a payload; `kind` says of what, before the title.
 
     The page runs only scripts whose hashes it lists, and requests nothing else. So a tensor's name
     cannot become code, and no picture or font is fetched.
@@ -45,6 +47,7 @@ def render_page(title: str, payload: Mapping[str, Any]) -> bytes:
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     parts = {
+        "KIND": html.escape(kind),
         "TITLE": html.escape(title),
         "POLICY": policy,
         "STYLE": _resource("page.css"),

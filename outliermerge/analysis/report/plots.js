@@ -2,11 +2,10 @@
 
 // Draws with Plotly; colours come from the style sheet so that figures follow the theme.
 
-// Okabe and Ito, "Color Universal Design" (2008), without black and yellow, which one of the themes
-// would swallow; symbols tell apart what comes round again.
-const PALETTE = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#8c8c8c'];
-const SYMBOLS = ['circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'];
-const DASHES = ['solid', 'dash', 'dot', 'dashdot'];
+// A plot of more lines than these shows the first, and the others on demand.
+const MAX_LINES = 7;
+// Colours are `--line-1` to `--line-7` of the style sheet; symbols tell lines apart without them.
+const SYMBOLS = ['circle', 'square', 'diamond', 'triangle-up', 'x', 'star', 'triangle-down'];
 // A finger that draws a box cannot scroll the page, and buttons would cover a small plot.
 const IS_TOUCHED = window.matchMedia('(pointer: coarse)').matches;
 const CONFIG = {
@@ -18,6 +17,10 @@ const CONFIG = {
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+}
+
+function lineColour(look) {
+  return colour(`line-${look % MAX_LINES + 1}`);
 }
 
 function isNarrow() {
@@ -62,7 +65,12 @@ function show(element, traces, figure, label) {
   element.classList.remove('empty');
   if (!element.classList.contains('js-plotly-plot')) element.textContent = '';
   element.setAttribute('aria-label', label);
-  return Plotly.react(element, traces, figure, CONFIG);
+  const drawn = Plotly.react(element, traces, figure, CONFIG);
+  // The label says what the picture shows; its ticks, read one by one, would not.
+  for (const picture of element.querySelectorAll('.main-svg')) {
+    picture.setAttribute('aria-hidden', 'true');
+  }
+  return drawn;
 }
 
 function showNothing(element, text) {
@@ -133,7 +141,8 @@ function plotDensity(element, tensor, grid, isLog) {
   });
   figure.margin.t = 46;
   figure.legend.y = 1.07;
-  return show(element, found.traces, figure, `Density of ${tensor.name}`);
+  return show(element, found.traces, figure, `Density of ${tensor.name}: mean `
+    + `${shown(tensor.mean)}, σ ${shown(tensor.std)}, kurtosis ${shown(tensor.kurtosis_before)}`);
 }
 
 function qqTraces(tensor, grid) {
@@ -150,8 +159,9 @@ function qqTraces(tensor, grid) {
 function plotQq(element, tensor, grid) {
   if (!tensor.histogram) return showNothing(element, 'No quantiles: all elements are equal.');
   const figure = layout(axis('Gaussian quantile, σ', { range: [-4.8, 4.8], dtick: 2, tick0: 0 }),
-    axis('quantile of the weights, σ'), { showlegend: false });
-  return show(element, qqTraces(tensor, grid), figure, `Quantiles of ${tensor.name}`);
+    axis('quantile of the weights, σ', { rangemode: 'tozero' }), { showlegend: false });
+  return show(element, qqTraces(tensor, grid), figure,
+    `Quantiles of ${tensor.name} against those of a Gaussian`);
 }
 
 // Small multiples have no axes' names, buttons or hovering: they are there to be compared.
@@ -170,53 +180,92 @@ function plotSmall(element, tensor, grid, picture, isLog) {
   return Plotly.react(element, found.traces, figure, { staticPlot: true, responsive: true });
 }
 
-// lines: [{name, look, dash, points: [[depth, value, hover text]…], isNamed}]; look numbers the
-// colour, null is none; a line without points only explains its dashes in the legend.
+const withAllLines = new Set();  // the plots of which more than seven lines are shown
+
+// Offers the lines that a plot leaves out, below it.
+function offerLines(element, num, redraw) {
+  let button = element.nextElementSibling;
+  if (!button?.classList.contains('more-lines')) {
+    button = document.createElement('button');
+    button.type = 'button';
+    button.className = 'more-lines';
+    element.after(button);
+  }
+  button.hidden = num <= MAX_LINES;
+  const isAll = withAllLines.has(element);
+  button.textContent = isAll ? `Show ${MAX_LINES} of ${num} lines` : `Show all ${num} lines`;
+  button.onclick = () => {
+    if (isAll) withAllLines.delete(element);
+    else withAllLines.add(element);
+    redraw();
+  };
+}
+
+// Returns what a line shows, for those who cannot see it.
+function spoken({ name, points }) {
+  const values = points.map(point => point[1]).filter(value => value !== null);
+  if (!values.length) return `${name}: no values`;
+  return `${name}: ${shown(values[0])} to ${shown(values.at(-1))}, `
+    + `from ${shown(Math.min(...values))} up to ${shown(Math.max(...values))}`;
+}
+
+// Linear axes start at 0 unless a reader looks closer, so that noise does not look like a finding.
+function valueAxis(title, values, scale) {
+  if (scale === 'log') {
+    const range = logRange(values);
+    // Two digits of each decade, or a narrow range would have few ticks.
+    return axis(title, { type: 'log', range, dtick: range[1] - range[0] > 2 ? 1 : 'D2' });
+  }
+  return axis(title, { rangemode: scale === 'close' ? 'normal' : 'tozero' });
+}
+
+// lines: [{name, look, points: [[depth, value, hover text]…]}]; look numbers colour and symbol.
 function plotLines(element, lines, labels, yTitle, options = {}) {
-  if (!lines.some(line => line.points.length)) {
+  offerLines(element, lines.length, () => plotLines(element, lines, labels, yTitle, options));
+  if (!lines.some(line => line.points.some(point => point[1] !== null))) {
     return showNothing(element, options.nothing ?? 'There are no layers to draw.');
   }
-  const traces = lines.map(line => ({
-    name: line.name,
-    x: line.points.length ? line.points.map(point => point[0]) : [null],
-    y: line.points.length ? line.points.map(point => point[1]) : [null],
-    text: line.points.map(point => point[2]),
+  const drawn = withAllLines.has(element) ? lines : lines.slice(0, MAX_LINES);
+  const traces = drawn.map(({ name, look, points }) => ({
+    name,
+    x: points.map(point => point[0]),
+    y: points.map(point => point[1]),
+    text: points.map(point => point[2]),
     hovertemplate: '%{text}: %{y:.4g}<extra></extra>',
-    mode: line.look === null ? 'lines' : 'lines+markers',
-    showlegend: line.isNamed ?? true,
-    line: { color: line.look === null ? colour('soft') : PALETTE[line.look % PALETTE.length],
-      width: 1.5, dash: DASHES[(line.dash ?? 0) % DASHES.length] },
-    marker: { size: 5, symbol: SYMBOLS[Math.floor(line.look / PALETTE.length) % SYMBOLS.length] },
+    mode: 'lines+markers',
+    line: { color: lineColour(look), width: 2 },
+    marker: { size: 6, symbol: SYMBOLS[look % SYMBOLS.length] },
   }));
   const step = Math.max(1, Math.ceil(labels.length / (isNarrow() ? 8 : 20)));
   const ticks = labels.map((_, i) => i).filter(i => i % step === 0);
   const figure = layout(
     axis('layer', { tickvals: ticks, ticktext: ticks.map(i => labels[i]), showgrid: false,
       zeroline: false }),
-    axis(yTitle, { type: options.isLog ? 'log' : 'linear', rangemode: options.fromZero ?? 'normal',
-      // Two digits of each decade, or a narrow range would have no tick.
-      ...(options.isLog ? { dtick: 'D2' } : {}) }),
+    valueAxis(yTitle, traces.flatMap(trace => trace.y), options.scale),
     { showlegend: lines.length > 1 });
   // Names of many lines need more room than a margin on top: they stand below the plot.
-  const numNames = lines.filter(line => line.isNamed ?? true).length;
-  if (numNames > 3 || isNarrow()) {
+  if (drawn.length > 3 || isNarrow()) {
     figure.legend = { ...figure.legend, y: -0.2, yanchor: 'top' };
-    const perRow = isNarrow() ? 2 : 5;
-    figure.height = 340 + 22 * Math.ceil(numNames / perRow);
+    figure.height = 340 + 22 * Math.ceil(drawn.length / (isNarrow() ? 2 : 5));
   }
-  return show(element, traces, figure, `${yTitle} against depth`);
+  return show(element, traces, figure,
+    `${yTitle} against depth. ${drawn.map(spoken).join('; ')}`);
 }
 
 // cells: value and text by [module][layer]. Layers go down on a phone, where they would not fit.
-function plotHeat(element, cells, layers, modules, title) {
-  if (!modules.length) return showNothing(element, 'There are no tensors to draw here.');
+function plotHeat(element, cells, layers, modules, title, least) {
+  if (!cells.flat().some(cell => Number.isFinite(cell?.value))) {
+    return showNothing(element, 'There are no values to draw here.');
+  }
   const upright = isNarrow() && layers.length > modules.length;
   const turn = key => upright
     ? layers.map((_, l) => modules.map((_, m) => cells[m][l]?.[key] ?? null))
     : cells.map(row => row.map(cell => cell?.[key] ?? null));
   const names = upright ? modules : layers, downward = upright ? layers : modules;
+  const values = cells.flat().map(cell => cell?.value ?? null);
+  const [zmin, zmax] = colourRange(values, least, DATA.least_share);
   const trace = {
-    type: 'heatmap', z: turn('value'), text: turn('text'), customdata: turn('name'),
+    type: 'heatmap', zmin, zmax, z: turn('value'), text: turn('text'), customdata: turn('name'),
     hovertemplate: '%{text}: %{z:.5g}<extra></extra>', hoverongaps: false,
     colorscale: 'Viridis', xgap: 1, ygap: 1,
     colorbar: { thickness: 12, outlinewidth: 0,
@@ -229,10 +278,14 @@ function plotHeat(element, cells, layers, modules, title) {
       zeroline: false };
   };
   const figure = layout(
-    axis(upright ? '' : 'layer', { ...ticks(names), ...(upright ? { tickangle: -60 } : {}) }),
+    axis(upright ? '' : 'layer', { ...ticks(names), ...(upright ? { tickangle: -60 } : {}),
+      // Plotly draws the title over the ticks where the scale of colours is on top.
+      ...(isNarrow() && !upright ? { title: { text: 'layer', standoff: 24 } } : {}) }),
     axis(upright ? 'layer' : '', { ...ticks(downward), autorange: 'reversed' }),
     { height: Math.max(200, (upright ? 210 : 120) + downward.length * (upright ? 14 : 24)) });
   // The buttons that come up when the mouse is over a plot stand above it.
   figure.margin.t = isNarrow() ? 56 : 32;
-  return show(element, [trace], figure, `${title} by layer and module`);
+  const known = values.filter(value => value !== null);
+  return show(element, [trace], figure, `${title} by layer and module`
+    + (known.length ? `, from ${shown(Math.min(...known))} to ${shown(Math.max(...known))}` : ''));
 }

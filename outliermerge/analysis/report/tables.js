@@ -1,20 +1,8 @@
 'use strict';
 
-// Tables, and what a merge's manifest and its drift show.
+// Tables of all rows, to be sorted and filtered.
 
 const ROWS_AT_ONCE = 300;
-
-function element(tag, text) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function tableRow(cells) {
-  const row = element('tr');
-  row.append(...cells.map(cell => element('td', cell)));
-  return row;
-}
 
 const column = (title, value, text = shown) => ({ title, value, text });
 const share = (title, key) =>
@@ -60,18 +48,12 @@ function groupColumns(name) {
   ];
 }
 
-function modelNames() {
-  return DATA.merge.inputs.filter(each => each.role === 'model')
-    .map(each => each.model.split('/').filter(Boolean).pop());
-}
-
 function mergeColumns() {
   const columns = [column('tensor', row => row.name), column('action', row => row.action)];
-  for (const key of DATA.merge.statistics) {
-    const width = Math.max(1, ...DATA.merge.tensors.map(each => [each.numbers[key]].flat().length));
-    for (let i = 0; i < width; i++) {
-      const suffix = width > 1 ? `, ${modelNames()[i] ?? i + 1}` : '';
-      columns.push(column(key + suffix, row => [row.numbers[key] ?? null].flat()[i] ?? null));
+  for (const series of Object.keys(DATA.merge.series)) {
+    for (const line of linesOfSeries(series)) {
+      columns.push(column(line ? `${series}, ${line}` : series,
+        row => row.numbers[series]?.[line] ?? null));
     }
   }
   return columns;
@@ -127,11 +109,12 @@ function headOf(columns) {
 }
 
 function drawTable() {
-  const [, makeColumns, makeRows] = TABLES[state.table];
+  const [title, makeColumns, makeRows] = TABLES[state.table];
   const columns = makeColumns(), wanted = state.filter.toLowerCase();
   const all = makeRows().filter(row => row.name.toLowerCase().includes(wanted));
   const rows = state.sorted === null ? all : sortRows(all, columns[state.sorted]);
   const some = state.allRows ? rows : rows.slice(0, ROWS_AT_ONCE);
+  byId('statistics').caption.textContent = title;
   byId('statistics').tHead.replaceChildren(headOf(columns));
   byId('statistics').tBodies[0].replaceChildren(...some.map(row => {
     const made = tableRow(columns.map(({ value, text }) => text(value(row) ?? null, row)));
@@ -144,77 +127,11 @@ function drawTable() {
     return made;
   }));
   byId('num-rows').textContent = some.length < rows.length
-    ? `${some.length} of ${rows.length} rows` : `${rows.length} rows`;
+    ? `${some.length} of ${rows.length} rows` : `${rows.length} ${rows.length === 1 ? 'row' : 'rows'}`;
   byId('all-rows').hidden = some.length === rows.length;
   const { filter } = SUBJECTS[state.subject];
   byId('tables-text').textContent = `Ratio is the share inside ${filter}σ; skewness and kurtosis `
     + 'are of that share. Groups are of matrices, mean ± standard deviation. An exact Gaussian '
     + 'inside 3σ has ratio 99.73% and kurtosis 2.83, not 3.';
-}
-
-function drawMerge() {
-  const { merge } = DATA;
-  const actions = Object.entries(merge.actions).map(([name, num]) => `${name} ${num}`).join(', ');
-  const inputs = merge.inputs.map(each => `${each.model} (${each.role})`).join(', ');
-  byId('merge-text').textContent = `From ${inputs}; tensors: ${actions}. `
-    + `Made by outliermerge ${merge.versions.outliermerge ?? ''}.`;
-  byId('recipe').textContent = merge.recipe;
-  const { part } = currentTensor();
-  const labels = distinct(merge.tensors.filter(each => each.part === part)
-    .map(each => each.label));
-  const wanted = labels.includes(state.mergeModule) ? state.mergeModule : currentTensor().label;
-  fill(byId('merge-module'), labels.map(label => [label, label]), wanted);
-  const tensors = merge.tensors.filter(each => each.part === part && each.label === wanted
-    && each.numbers[state.mergeStatistic] !== undefined);
-  const values = tensor => [tensor.numbers[state.mergeStatistic]].flat();
-  const width = Math.max(0, ...tensors.map(each => values(each).length));
-  const lines = Array.from({ length: width }, (_, i) => ({
-    ...(linesOf(tensors, tensor => values(tensor)[i] ?? null, [])[0] ?? { points: [] }),
-    name: width > 1 ? modelNames()[i] ?? String(i + 1) : state.mergeStatistic, look: i,
-  }));
-  plotLines(byId('merge-plot'), lines, layersOf(tensors), state.mergeStatistic ?? '',
-    { nothing: 'The manifest has no such number of layers here.' });
-}
-
-function driftMeasures() {
-  return DATA.drift.has_base ? [
-    ['distance', 'distance ‖W* − Wᵢ‖ / ‖ΔWᵢ‖'], ['cosine', 'cosine of ΔW* and ΔWᵢ'],
-    ['length', 'length ‖ΔW*‖ / ‖ΔWᵢ‖'], ['base', 'from the base, ‖ΔW*‖ / ‖W*‖'],
-  ] : [
-    ['distance', 'distance ‖W* − Wᵢ‖ / ‖Wᵢ‖'], ['cosine', 'cosine of W* and Wᵢ'],
-    ['length', 'length ‖W*‖ / ‖Wᵢ‖'],
-  ];
-}
-
-function drawDrift() {
-  const names = DATA.drift.models, measures = driftMeasures(), all = DATA.drift.tensors;
-  byId('drift-text').textContent = DATA.drift.has_base
-    ? 'W* is the output, ΔW* its difference from the base, Wᵢ and ΔWᵢ those of a task model. '
-      + 'At distance 0 and cosine 1 the output is the task model. All tensors together:'
-    : 'W* is the output, Wᵢ a model that went into it. All tensors together:';
-  byId('drift-table').tHead.replaceChildren(tableRow(['', ...measures.map(each => each[1])]));
-  byId('drift-table').tBodies[0].replaceChildren(...names.map((name, model) =>
-    tableRow([name, ...measures.map(([measure]) => shown(drift(all, measure, model)))])));
-  const { part } = currentTensor();
-  const isShown = each => each.part === part
-    && (state.vectors || SUBJECTS[state.subject].byName.get(each.name)?.is_matrix);
-  const tensors = all.filter(isShown), layers = layersOf(tensors);
-  const modules = distinct(tensors.map(each => each.label));
-  const title = measures.find(([measure]) => measure === state.driftMeasure)[1];
-  const value = members => drift(members, state.driftMeasure, state.driftModel);
-  const name = state.driftMeasure === 'base' ? '' : `, ${names[state.driftModel]}`;
-  plotHeat(byId('drift-plot'), cellsOf(tensors, value, modules, layers.length), layers, modules,
-    title + name);
-  onCell(byId('drift-plot'));
-  drawDriftDepth(tensors, layers, title, names);
-}
-
-function drawDriftDepth(tensors, layers, title, names) {
-  const shownNames = state.driftMeasure === 'base' ? ['output'] : names;
-  const lines = shownNames.map((name, model) => ({ name, look: model, points: layers
-    .map((layer, depth) => [depth, tensors.filter(each => each.depth === depth), layer])
-    .filter(([, members]) => members.length)
-    .map(([depth, members, layer]) =>
-      [depth, drift(members, state.driftMeasure, model), `${name}, layer ${layer}`]) }));
-  plotLines(byId('drift-depth-plot'), lines, layers, title);
+  showCues();
 }

@@ -46,6 +46,14 @@ function distinct(values) {
   return [...new Set(values)];
 }
 
+// Returns names as a sentence has them; of many names the first.
+function listed(names, most = Infinity) {
+  if (names.length > most) {
+    return `${names.slice(0, most - 1).join(', ')} and ${names.length - most + 1} more`;
+  }
+  return names.length < 2 ? names.join('') : `${names.slice(0, -1).join(', ')} and ${names.at(-1)}`;
+}
+
 function partName(part) {
   return part || 'outside layers';
 }
@@ -64,6 +72,35 @@ function layersOf(tensors) {
 
 function currentTensor() {
   return SUBJECTS[state.subject].byName.get(state.tensor);
+}
+
+function element(tag, text) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function tableRow(cells) {
+  const row = element('tr');
+  row.append(...cells.map(cell => element('td', cell)));
+  return row;
+}
+
+// Fills a small table, whose first column names its rows.
+function fillTable(table, titles, rows) {
+  const head = element('tr');
+  head.append(...titles.map(title => {
+    const cell = element(title ? 'th' : 'td', title);
+    if (title) cell.scope = 'col';
+    return cell;
+  }));
+  table.tHead.replaceChildren(head);
+  table.tBodies[0].replaceChildren(...rows.map(([name, ...cells]) => {
+    const row = tableRow(cells), first = element('th', name);
+    first.scope = 'row';
+    row.prepend(first);
+    return row;
+  }));
 }
 
 function drawDistribution() {
@@ -107,6 +144,7 @@ const galleryObserver = new IntersectionObserver(entries => {
 function drawGallery() {
   const tensor = currentTensor();
   const key = state.gallery === 'layer' ? 'layer' : 'label';
+  byId('gallery-of').hidden = tensor.part === '';
   const members = tensorsOf(SUBJECTS[state.subject], tensor.part)
     .filter(each => each.part === '' || each[key] === tensor[key]);
   galleryObserver.disconnect();
@@ -129,8 +167,8 @@ function drawGallery() {
 }
 
 // Returns a line for each type of module: mean of a value over its tensors at each depth.
-function linesOf(tensors, value, looks, suffix = '') {
-  return distinct(tensors.map(each => each.label)).map(label => {
+function linesOf(tensors, value, suffix = '') {
+  return distinct(tensors.map(each => each.label)).map((label, look) => {
     const cells = new Map();
     for (const each of tensors) {
       if (each.label !== label || each.depth === null) continue;
@@ -139,44 +177,56 @@ function linesOf(tensors, value, looks, suffix = '') {
     }
     const points = [...cells].sort((a, b) => a[0] - b[0]).map(([depth, members]) =>
       [depth, mean(members.map(value)), `${label}, layer ${members[0].layer}${suffix}`]);
-    if (!looks.includes(label)) looks.push(label);
-    return { name: label, look: looks.indexOf(label), points };
+    return { name: label, look, points };
   });
 }
 
+// Whether there is anything to draw against depth.
+function hasDepth() {
+  return SUBJECTS.some(({ tensors }) => tensors.some(each => each.depth > 0));
+}
+
+// Without a module each line is a type of module of one model; with one, each line is a model.
 function drawDepth() {
-  const { part } = currentTensor(), looks = [];
-  const plots = distinct(SUBJECTS.map(kind)).map(each => {
+  const { part } = currentTensor(), module = state.depthModule;
+  const kinds = distinct(SUBJECTS.map(kind));
+  const plots = kinds.map(each => {
     const subjects = SUBJECTS.filter(subject => kind(subject) === each);
-    const several = subjects.length > 1;
-    const lines = [], all = [];
-    subjects.forEach((subject, dash) => {
-      const tensors = tensorsOf(subject, part)
-        .filter(tensor => !state.depthModule || tensor.label === state.depthModule);
-      all.push(...tensors);
-      const suffix = several ? `, ${subject.title}` : '';
-      for (const line of linesOf(tensors, tensor => tensor.std, looks, suffix)) {
-        // One module of several models: colours tell the models apart better than dashes do.
-        lines.push(state.depthModule ? { ...line, look: dash, name: subject.title }
-          : { ...line, dash, isNamed: dash === 0 });
-      }
-    });
-    if (several && !state.depthModule) {
-      subjects.forEach(({ title }, dash) => lines.push({ name: title, look: null, dash,
-        points: [] }));
+    if (module) {
+      const tensors = subjects.map(subject =>
+        tensorsOf(subject, part).filter(tensor => tensor.label === module));
+      const lines = subjects.map(({ title }, look) => ({
+        points: [], ...linesOf(tensors[look], tensor => tensor.std, `, ${title}`)[0],
+        name: title, look }));
+      return { title: `σ of ${each}, ${module}`, lines, labels: layersOf(tensors.flat()) };
     }
-    return { each, lines, labels: layersOf(all) };
-  });
+    const { title } = SUBJECTS[state.subject];
+    const subject = subjects.find(one => one.title === title);
+    if (!subject) return null;
+    const tensors = tensorsOf(subject, part);
+    return { title: `σ of ${subjectTitle(subject)}`, labels: layersOf(tensors),
+      lines: linesOf(tensors, tensor => tensor.std) };
+  }).filter(Boolean);
+  const several = kinds.some(each =>
+    SUBJECTS.filter(subject => kind(subject) === each).length > 1);
+  byId('depth-text').textContent = (module ? 'Each line is a model.'
+    : 'Each line is a type of module.') + (several && !module
+    ? ' Choose one module to see the models side by side.' : '');
   const place = byId('depth-plots');
-  while (place.children.length > plots.length) place.lastChild.remove();
-  while (place.children.length < plots.length) {
+  for (const old of place.querySelectorAll('.plot')) {
+    if (place.querySelectorAll('.plot').length <= plots.length) break;
+    if (old.nextElementSibling?.classList.contains('more-lines')) old.nextElementSibling.remove();
+    old.remove();
+  }
+  while (place.querySelectorAll('.plot').length < plots.length) {
     const plot = element('div');
     plot.className = 'plot';
-    plot.setAttribute('role', 'img');
+    plot.setAttribute('role', 'figure');
     place.append(plot);
   }
-  plots.forEach(({ each, lines, labels }, i) =>
-    plotLines(place.children[i], lines, labels, `σ of ${each}`, { isLog: state.depthLog }));
+  const places = place.querySelectorAll('.plot');
+  plots.forEach(({ title, lines, labels }, i) =>
+    plotLines(places[i], lines, labels, title, { scale: state.depthScale }));
 }
 
 function cellsOf(tensors, value, modules, numLayers) {
@@ -193,8 +243,11 @@ function drawHeat() {
   const tensors = tensorsOf(SUBJECTS[state.subject], currentTensor().part);
   const modules = distinct(tensors.map(each => each.label)), layers = layersOf(tensors);
   const value = members => mean(members.map(each => statistic(each, state.statistic)));
+  // A mean near 0 is small beside σ, however its digits differ.
+  const least = state.statistic === 'mean' ? 0.2 * mean(tensors.map(each => each.std))
+    : DATA.least_span[state.statistic];
   plotHeat(byId('heat-plot'), cellsOf(tensors, value, modules, layers.length), layers, modules,
-    DATA.statistics[state.statistic]);
+    DATA.statistics[state.statistic], least);
   onCell(byId('heat-plot'));
 }
 
@@ -217,6 +270,12 @@ function vectorSubjects() {
   return merged().length ? merged() : SUBJECTS;
 }
 
+// Whether min-σ has something to do; a merge is of task vectors, or the question does not arise.
+function hasNoise() {
+  return (DATA.merge ? merged() : vectorSubjects()).some(({ tensors }) =>
+    tensors.some(each => each.std > 0));
+}
+
 // Returns for each tensor of a subject the least σ of all models, and how many models have it.
 function thresholds(subject) {
   const others = merged().length ? merged() : [subject];
@@ -233,21 +292,25 @@ function drawMinSigma() {
   const several = merged().length > 1;
   const { part } = currentTensor();
   byId('t-value').textContent = state.t.toFixed(1);
-  byId('count-label').hidden = several;
+  byId('count').closest('label').hidden = several;
   byId('minsigma-text').textContent = minSigmaText(subject, several);
   const nums = limits.map(each => each.num);
   const shares = minSigmaShares(subject.tensors, limits.map(each => state.t * each.sigma), nums,
     GRID);
   const rows = [['elements', shares.count], ['Σ|δ|', shares.sum], ['Σδ²', shares.squares]];
-  byId('shares').tBodies[0].replaceChildren(...rows.map(([name, found]) =>
-    tableRow([name, percent(found.whole), percent(found.left), percent(found.away)])));
+  fillTable(byId('shares'), ['share of', 'kept whole', 'left in the average', 'averaged away'],
+    rows.map(([name, found]) =>
+      [name, percent(found.whole), percent(found.left), percent(found.away)]));
   drawThresholds(subject, limits);
   const limitOf = new Map(subject.tensors.map((each, i) => [each.name, limits[i]]));
   const share = tensor => 100 * (1 - inside(tensor, state.t * limitOf.get(tensor.name).sigma, GRID)
     .count / numFinite(tensor));
   const tensors = tensorsOf(subject, part);
-  plotLines(byId('outlier-plot'), linesOf(tensors, share, []), layersOf(tensors),
-    `kept whole at t = ${state.t.toFixed(1)}, %`, { fromZero: 'tozero' });
+  byId('outlier-plot').hidden = !hasDepth();
+  if (hasDepth()) {
+    plotLines(byId('outlier-plot'), linesOf(tensors, share), layersOf(tensors),
+      `kept whole at t = ${state.t.toFixed(1)}, %`);
+  }
 }
 
 function minSigmaText(subject, several) {
@@ -264,10 +327,11 @@ function minSigmaText(subject, several) {
 
 function drawThresholds(subject, limits) {
   const ts = Array.from({ length: 41 }, (_, i) => 1 + i / 10);
+  const total = subject.tensors.reduce((sum, each) => sum + numFinite(each), 0);
   subject.curve ??= ts.map(t => {
-    const count = subject.tensors.reduce((total, each, i) =>
-      total + inside(each, t * limits[i].sigma, GRID).count, 0);
-    return 100 * (1 - count / subject.tensors.reduce((total, each) => total + numFinite(each), 0));
+    const kept = total - subject.tensors.reduce((sum, each, i) =>
+      sum + inside(each, t * limits[i].sigma, GRID).count, 0);
+    return kept >= 1 ? 100 * kept / total : null;  // less than an element is rounding
   });
   const line = (name, y, style) => ({ name, x: ts, y, mode: 'lines', line: style,
     hovertemplate: `t = %{x:.1f}: %{y:.3g}%<extra>${name}</extra>` });

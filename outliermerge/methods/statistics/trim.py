@@ -41,6 +41,7 @@ class Trim:
     depends_on: tuple[str, ...] = ("density", "rescale")
     scope: Scope = "tensor"
     kernels: ClassVar = ("histogram", "magnitudes")
+    rows: ClassVar = ("least magnitude kept", "rescaling factor")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         selects = any(0 < density < 1 for density in parameters["density"])

@@ -1,0 +1,169 @@
+'use strict';
+
+// What a page opens with: a sentence and three numbers.
+
+const MAX_VALUES = 4;
+const GAUSSIAN_BEYOND_3 = 0.0026997960632601866;
+
+// Returns a value for each of some models; of many, only the least and the greatest.
+function valuesOf(titles, values, text) {
+  const known = titles.map((title, i) => [title, values[i]])
+    .filter(([, value]) => value !== null && Number.isFinite(value));
+  if (titles.length === 1) return known.map(([, value]) => ['', text(value)]);
+  if (known.length <= MAX_VALUES) return known.map(([title, value]) => [title, text(value)]);
+  known.sort((a, b) => a[1] - b[1]);
+  const [least, most] = [known[0], known.at(-1)];
+  return [[`least, ${least[0]}`, text(least[1])], [`most, ${most[0]}`, text(most[1])]];
+}
+
+// Returns the titles of the least and the greatest value; null where they are about the same.
+function extremes(titles, values) {
+  const known = values.map((value, i) => [value, titles[i]])
+    .filter(([value]) => value !== null && Number.isFinite(value)).sort((a, b) => a[0] - b[0]);
+  if (known.length < 2) return null;
+  const [least, most] = [known[0], known.at(-1)];
+  return most[0] - least[0] < 0.05 * Math.abs(most[0]) ? null
+    : { least: least[1], most: most[1] };
+}
+
+function shareText(value) {
+  return percent(value, value > 0 && value < 0.001 ? 3 : 1);
+}
+
+function sizesOf(subject) {
+  return { elements: subject.tensors.reduce((sum, each) => sum + each.num_elements, 0),
+    norm: Math.sqrt(squareSum(subject.tensors.map(each => each.l2_norm))) };
+}
+
+function weightsOf({ title }) {
+  return SUBJECTS.find(each => each.base === null && each.title === title);
+}
+
+function sizeNumber(subject) {
+  const matrices = subject.tensors.filter(each => each.is_matrix).length;
+  return { title: 'Parameters', values: [['', shown(sizesOf(subject).elements)]],
+    note: `in ${shown(subject.tensors.length)} tensors, ${shown(matrices)} of them matrices` };
+}
+
+function groupValues(subjects, key) {
+  return subjects.map(each => each.groups.model[0][key]);
+}
+
+// The lead of models without a base: how large, how Gaussian, how wide.
+function leadOfWeights(subjects) {
+  const titles = subjects.map(each => each.title);
+  const inside = groupValues(subjects, 'kept_ratio_mean');
+  const [first] = subjects, { labels } = first.groups.model[0];
+  const { filter } = first;
+  const forms = labels ? ` Its matrices by form: ${labels}.` : '';
+  const among = inside.filter(value => value !== null);
+  const text = among.length
+    ? `Of a matrix’s elements ${spanText(among, 2)} lie within ${filter}σ of the mean`
+      + `${filter === 3 ? ', where an exact Gaussian has 99.73%' : ''}.` : '';
+  return {
+    sentence: subjects.length === 1 ? `${text}${forms}`
+      : `The weights of ${subjects.length} models. ${text}`,
+    numbers: [
+      sizeNumber(first),
+      { title: `Within ${filter}σ`, values: valuesOf(titles, inside, value => percent(value)),
+        note: 'of the elements of a matrix, on average' },
+      { title: 'σ', values: valuesOf(titles, groupValues(subjects, 'std_mean'), shown),
+        note: 'of a matrix, on average' },
+    ],
+  };
+}
+
+function spanText(values, digits) {
+  const [low, high] = [Math.min(...values), Math.max(...values)].map(each => percent(each, digits));
+  return low === high ? low : `${low} to ${high}`;
+}
+
+// The lead of task vectors: how far from the base, how many outliers, how much unchanged.
+function leadOfChanges(subjects) {
+  const titles = subjects.map(each => each.title);
+  const moved = subjects.map(each =>
+    ratio(sizesOf(each).norm, sizesOf(weightsOf(each) ?? each).norm));
+  const beyond = groupValues(subjects, 'outside_3_ratio_mean');
+  const same = subjects.map(each => ratio(each.tensors.reduce((sum, tensor) =>
+    sum + (tensor.zero_ratio ?? 0) * numFinite(tensor), 0),
+  each.tensors.reduce((sum, tensor) => sum + numFinite(tensor), 0)));
+  const base = subjects[0].base.split('/').filter(Boolean).pop();
+  const far = extremes(titles, moved);
+  const times = distinct(beyond.filter(value => value !== null)
+    .map(value => (value / GAUSSIAN_BEYOND_3).toFixed(1)).sort((x, y) => x - y));
+  const outliers = times.length ? ` Beyond 3σ are ${times[0]}`
+    + `${times.length > 1 ? ` to ${times.at(-1)}` : ''} times as many changes as in a Gaussian.` : '';
+  const who = subjects.length === 1 ? `${titles[0]} is ${base}, changed by `
+    + `${shareText(moved[0])} of its size.` : far
+    ? `Against ${base}, ${far.most} changed most and ${far.least} least.`
+    : `Against ${base}, all ${subjects.length} models changed about as much.`;
+  return {
+    sentence: `${who}${outliers}`,
+    numbers: [
+      { title: 'Change from the base', values: valuesOf(titles, moved, shareText),
+        note: '‖ΔW‖ / ‖W‖' },
+      { title: 'Outliers', values: valuesOf(titles, beyond, shareText),
+        note: 'of a matrix’s changes, beyond 3σ; 0.27% of a Gaussian’s' },
+      { title: 'Unchanged', values: valuesOf(titles, same, shareText), note: 'of all elements' },
+      sizeNumber(subjects[0]),
+    ],
+  };
+}
+
+// The lead of a merge: what was kept of the models, and how far the output moved.
+function leadOfMerge() {
+  const numbers = [];
+  let where = '';
+  if (DATA.drift) {
+    const { models, tensors, has_base: hasBase } = DATA.drift;
+    const values = measure => models.map((_, model) => drift(tensors, measure, model));
+    if (hasBase) {
+      const kept = extremes(models, values('kept'));
+      where = kept ? ` It kept most of ${kept.most} and least of ${kept.least}.` : '';
+      numbers.push(
+        { title: 'Kept of each change', values: valuesOf(models, values('kept'), shareText),
+          note: 'how much of ΔWᵢ the output has: ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²' },
+        { title: 'Moved from the base',
+          values: valuesOf([''], [drift(tensors, 'base', 0)], shareText),
+          note: '‖ΔW*‖ / ‖W*‖' });
+    } else {
+      const far = extremes(models, values('distance'));
+      where = far ? ` It is nearest to ${far.least} and farthest from ${far.most}.` : '';
+    }
+    numbers.push({ title: 'Distance from each model',
+      values: valuesOf(models, values('distance'), hasBase ? shown : shareText),
+      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0 is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
+  }
+  const whole = Object.entries(DATA.merge.by_model['kept whole, %'] ?? {});
+  numbers.push({ title: 'Kept whole', note: 'of each model’s changes',
+    values: valuesOf(whole.map(each => each[0]), whole.map(each => each[1][0] / 100),
+      shareText) });
+  numbers.push({ title: 'Tensors', values: Object.entries(DATA.merge.actions)
+    .map(([action, num]) => [DONE[action] ?? action, shown(num)]), note: '' });
+  return { sentence: `${inputsText()}${where}`, numbers: [...numbers, sizeNumber(SUBJECTS[0])] };
+}
+
+function showLead() {
+  const changes = SUBJECTS.filter(each => each.base !== null);
+  const { sentence, numbers } = DATA.merge ? leadOfMerge()
+    : changes.length ? leadOfChanges(changes) : leadOfWeights(SUBJECTS);
+  byId('sentence').textContent = sentence;
+  const three = numbers.filter(each => each.values.length).slice(0, 3);
+  byId('numbers').replaceChildren(...three.map(({ title, values, note }) => {
+    const card = element('div');
+    card.append(element('dt', title), ...values.map(([name, text]) => {
+      const value = element('dd', text);
+      if (name) value.append(element('span', name));
+      return value;
+    }));
+    if (note) {
+      const explained = element('dd', note);
+      explained.className = 'note';
+      card.append(explained);
+    }
+    return card;
+  }));
+  const notes = distinct([...DATA.notes, ...SUBJECTS.flatMap(each => each.notes)]);
+  byId('notes').hidden = notes.length === 0;
+  byId('notes').replaceChildren(...notes.map(note => element('li', note)));
+}

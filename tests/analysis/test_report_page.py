@@ -1,0 +1,349 @@
+"""How a report's page opens, reads and can be used: in both themes, on a phone, by keys alone."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from checkpoints import load_folder, save_tensors
+from report_pages import choose, column, go_to, number, plotted
+
+import outliermerge
+from outliermerge.analysis.report.build import build_report
+from outliermerge.methods.table import METHODS
+
+pytest_plugins = ("report_fixtures",)
+
+WIDTHS = (1280, 375)
+
+
+def cards(page):
+    """Return what stands on each card of the lead: its title, and values by name."""
+    found = {}
+    for card in page.locator("#numbers > div").all():
+        values = card.locator("dd:not(.note)").all()
+        names = [value.locator("span").all_inner_texts() for value in values]
+        texts = [value.evaluate("node => node.firstChild.textContent") for value in values]
+        found[card.locator("dt").inner_text()] = {
+            (name or [""])[0]: text for name, text in zip(names, texts, strict=True)
+        }
+    return found
+
+
+def draw_all(page):
+    sections = [each.get_attribute("id") for each in page.locator("section:visible").all()]
+    for section in sections:
+        go_to(page, section)
+    return sections
+
+
+def made_model(folder, *, layers, modules=1, seed=0, like=None):
+    """Save a model of small matrices; `like` is a model that it is a fine-tune of."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"layers.{n}.m{m}.weight" for n in range(layers) for m in range(modules)]
+    tensors = {
+        name: torch.randn(8, 8, generator=generator) * (0.01 if like else 1)
+        + (load_folder(like)[name] if like else 0)
+        for name in (names or ["w"])
+    }
+    return save_tensors(folder, tensors)
+
+
+def made_merge(folder, method, *, layers=2, num=2, modules=1, same=False):
+    """Return the output of a merge of small models by any method of the table."""
+    base = made_model(folder / "base", layers=layers, modules=modules)
+    num = 1 if METHODS[method].max_models == 1 else max(num, METHODS[method].min_models)
+    num = min(num, METHODS[method].max_models or num)
+    models = [
+        made_model(folder / f"task{n}", layers=layers, modules=modules, seed=0 if same else n + 1,
+                   like=None if same else base)
+        for n in range(num)
+    ]  # fmt: skip
+    if getattr(METHODS[method], "base_as", "") == "first":  # the base is one of the models
+        models = models[1:]
+    spec = {"merge_method": method, "models": [{"model": str(model)} for model in models]}
+    if "density" in METHODS[method].parameters:
+        spec["parameters"] = {"density": 0.5}
+    # Some methods that work on weights need a base, too.
+    if getattr(METHODS[method], "needs_base", METHODS[method].uses_base):
+        spec["base_model"] = str(base)
+    return outliermerge.run(spec, output=folder / "merged", threads=1).output
+
+
+def report(folder, models, **options):
+    return build_report([str(each) for each in models], output=folder / "p.html", threads=1,
+                        **options)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "same"),
+    [(name, 3, False) for name, method in METHODS.items() if not method.auxiliary]
+    + [(name, layers, False) for name in ("min_sigma", "ties") for layers in (0, 1)]
+    + [(name, 3, True) for name in ("min_sigma", "linear", "passthrough")],
+)
+def test_page_of_any_merge_has_three_numbers_and_nothing_empty(
+    visit, tmp_path, method, layers, same
+):
+    with visit(report(tmp_path, [made_merge(tmp_path, method, layers=layers, same=same)])) as page:
+        assert page.inner_text("h1") == "The merge merged"
+        assert page.inner_text("#sentence").startswith(f"A merge by {method}")
+        assert len(cards(page)) == 3 and all(cards(page).values())
+        sections = draw_all(page)
+        assert sections[0] == "merge" and ("depth" in sections) == (layers > 1)
+        assert page.locator(".plot.empty:visible").count() == 0
+        for chooser in page.locator("select:visible").all():
+            assert chooser.locator("option").count() > 1, chooser.get_attribute("id")
+        for table in page.locator("table:visible").all():
+            assert table.locator("tbody tr").count() > 0, table.get_attribute("id")
+
+
+def test_merge_opens_on_what_was_kept_and_how_far_it_moved(made, visit):
+    output, base = made.deltas(made.output), load_folder(made.base)
+    weights = load_folder(made.output)
+
+    def size(tensors):
+        return np.sqrt(sum((np.asarray(each, np.float64) ** 2).sum() for each in tensors))
+
+    with visit(made.merge) as page:
+        shown = cards(page)
+        assert list(shown) == ["Kept of each change", "Moved from the base",
+                               "Distance from each model"]  # fmt: skip
+        kept = []
+        for folder in made.models:
+            task = made.deltas(folder)
+            product = sum((output[key] * task[key]).sum() for key in base)
+            kept.append(100 * product / size(task.values()) ** 2)
+            assert number(shown["Kept of each change"][folder.name]) == pytest.approx(
+                kept[-1], abs=0.06
+            )
+            apart = size([output[key] - task[key] for key in base]) / size(task.values())
+            assert number(shown["Distance from each model"][folder.name]) == pytest.approx(
+                apart, rel=1e-3
+            )
+        moved = size(output.values()) / size([each.double().numpy() for each in weights.values()])
+        assert number(shown["Moved from the base"][""]) == pytest.approx(100 * moved, abs=0.06)
+        # The same, beside what was asked of each model.
+        table = page.locator("#merge-table tbody tr").all_inner_texts()
+        assert [number(row.split()[-1]) for row in table] == pytest.approx(kept, abs=0.06)
+        assert page.locator("#recipe").is_visible()
+
+
+def test_models_open_on_their_change_from_the_base(made, visit):
+    with visit(made.pair) as page:
+        shown = cards(page)
+        assert list(shown) == ["Change from the base", "Outliers", "Unchanged"]
+        for place, folder in enumerate(made.models):
+            change, weights = made.stats(place, base=True), made.stats(place, base=False)
+            sizes = [np.linalg.norm([t.l2_norm for t in s.tensors]) for s in (change, weights)]
+            assert number(shown["Change from the base"][folder.name]) == pytest.approx(
+                100 * sizes[0] / sizes[1], abs=0.06
+            )
+            assert number(shown["Outliers"][folder.name]) == pytest.approx(
+                100 * change.whole.spreads["outside_3_ratio"].mean, abs=0.06
+            )
+
+
+@pytest.mark.parametrize("num", [1, 2, 7])
+def test_models_without_a_base_open_on_their_weights(visit, tmp_path, num):
+    models = [made_model(tmp_path / f"model{n}", layers=2, seed=n) for n in range(num)]
+    with visit(report(tmp_path, models)) as page:
+        shown = cards(page)
+        assert list(shown) == ["Parameters", "Within 3σ", "σ"]
+        assert number(shown["Parameters"][""]) == 128
+        assert len(shown["σ"]) == min(num, 2)  # of many, the least and the most
+        assert page.inner_text("h1").count("model") == min(num, 4)
+        assert ("3 more" in page.inner_text("h1")) == (num == 7)
+
+
+@pytest.mark.parametrize("modules", [7, 8, 12])
+def test_a_plot_has_seven_lines_and_the_others_on_demand(visit, tmp_path, modules):
+    model = made_model(tmp_path / "model", layers=2, modules=modules)
+    lines = "document.querySelector('#depth-plots .plot').data.length"
+    with visit(report(tmp_path, [model])) as page:
+        go_to(page, "depth")
+        assert page.evaluate(lines) == 7
+        more = page.locator("#depth-plots .more-lines")
+        assert more.is_visible() == (modules > 7)
+        if modules == 7:
+            return
+        more.focus()
+        for shown in (modules, 7, modules):
+            page.keyboard.press("Enter")
+            assert page.evaluate(lines) == shown
+            assert str(7 if shown == modules else modules) in more.inner_text()
+        # What is then drawn anew keeps them.
+        page.check("input[name=depth-scale][value=log]")
+        go_to(page, "depth")
+        assert page.evaluate(lines) == modules
+
+
+def test_many_models_are_seven_lines_in_every_plot(visit, tmp_path):
+    output = made_merge(tmp_path, "min_sigma", num=9)
+    with visit(report(tmp_path, [output])) as page:
+        draw_all(page)
+        choose(page, "depth", "depth-module", "m0")
+        for plot in page.locator(".plot.js-plotly-plot:visible").all():
+            assert plot.evaluate("plot => plot.data.length") <= 7
+        choose(page, "merge", "series", "sigma")
+        assert len(plotted(page, "merge-plot", "y")) == 7
+        page.locator("#merge-plot + .more-lines").click()
+        assert len(plotted(page, "merge-plot", "y")) == 9
+
+
+def test_axes_start_at_0_and_show_noise_only_to_who_looks_closer(visit, tmp_path):
+    model = made_model(tmp_path / "model", layers=4)
+    axis = "document.querySelector('#depth-plots .plot')._fullLayout.yaxis.range"
+    with visit(report(tmp_path, [model])) as page:
+        go_to(page, "depth")
+        sigmas = page.evaluate("document.querySelector('#depth-plots .plot').data[0].y")
+        assert max(sigmas) / min(sigmas) < 2
+        assert page.evaluate(axis)[0] == 0
+        page.check("input[name=depth-scale][value=close]")
+        assert 0 < page.evaluate(axis)[0] < min(sigmas)
+        page.check("input[name=depth-scale][value=log]")
+        low, high = page.evaluate(axis)
+        assert high - low >= 1 and low < np.log10(min(sigmas)) < np.log10(max(sigmas)) < high
+
+
+def test_every_plot_of_lines_starts_at_0(made, visit):
+    with visit(made.merge) as page:
+        draw_all(page)
+        for plot in page.locator("#merge-plot, #drift-depth-plot, #outlier-plot").all():
+            low, high = plot.evaluate("plot => plot._fullLayout.yaxis.range")
+            assert low <= 0 <= high
+
+
+def test_colours_of_a_heat_map_do_not_make_small_differences_large(made, visit):
+    with visit(made.pair) as page:
+        for statistic, least in (("std", None), ("skewness", 1.0), ("kept_ratio", None)):
+            choose(page, "heat", "statistic", statistic)
+            low, high, values = page.evaluate(
+                "(({zmin, zmax, z}) => [zmin, zmax, z.flat()])"
+                "(document.getElementById('heat-plot')._fullData[0])"
+            )
+            assert low <= min(values) and max(values) <= high
+            wanted = least or 0.25 * max(map(abs, values))
+            assert high - low >= wanted * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_links_lead_to_their_sections_and_stay_in_sight(made, visit, width):
+    def top(section):
+        return page.evaluate(
+            "name => document.getElementById(name).getBoundingClientRect().top", section
+        )
+
+    with visit(made.merge, width=width) as page:
+        links = [link.get_attribute("href") for link in page.locator("nav a:visible").all()]
+        assert links[0] == "#merge" and len(links) == 8
+        for href in reversed(links):
+            page.click(f"nav a[href='{href}']")
+            page.locator(f"section{href}[aria-busy=false]").wait_for()
+            page.locator(f"nav a[href='{href}'][aria-current=true]").wait_for()
+            bar = page.evaluate(
+                "document.querySelector(innerWidth < 704 ? 'nav' : '#top').offsetHeight"
+            )
+            assert bar <= top(href[1:]) <= bar + 30
+            assert page.locator("nav a[aria-current]").count() == 1
+            assert page.locator("nav").bounding_box()["y"] == 0
+            link = page.locator(f"nav a[href='{href}']").bounding_box()
+            assert 0 <= link["x"] and link["x"] + link["width"] <= width
+
+
+def test_address_of_a_section_opens_there(made, visit):
+    with visit(made.merge) as page:
+        page.evaluate("location.hash = '#heat'")
+        page.locator("nav a[href='#heat'][aria-current=true]").wait_for()
+        assert page.locator("#heat[aria-busy=false]").count() == 1
+
+
+def contrast(first, second):
+    """Return the contrast of two colours by WCAG 2.2."""
+    lights = []
+    for colour in (first, second):
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        lights.append(np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05)
+    return max(lights) / min(lights)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_lines_can_be_told_from_the_paper_and_from_each_other(made, visit, scheme):
+    with visit(made.pair, scheme=scheme) as page:
+        names = [*(f"line-{place}" for place in range(1, 8)), "fit", "limit", "accent"]
+        colours = {name: page.evaluate("name => colour(name)", name) for name in names}
+        for paper in ("paper", "card"):
+            behind = page.evaluate("name => colour(name)", paper)
+            for name, own in colours.items():
+                assert contrast(own, behind) >= 3 + (name.startswith("line")), name
+        assert len(set(colours[name] for name in names[:7])) == 7
+        go_to(page, "depth")
+        look = "document.querySelector('#depth-plots .plot').data.map(t => t.marker.symbol)"
+        assert len(set(page.evaluate(look))) == 7
+
+
+def test_wide_tables_say_on_a_phone_that_they_go_on(made, visit):
+    with visit(made.merge, width=375) as page:
+        go_to(page, "tables")
+        box = page.locator(".scroll.tall")
+        cue = page.locator(".cue", has=page.locator("xpath=following-sibling::*[1]")).last
+        assert "more" in box.get_attribute("class") and cue.is_visible()
+        names = page.locator("#statistics tbody td:first-child").first
+        before = names.bounding_box()["x"]
+        box.focus()
+        page.keyboard.press("End")
+        box.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+        page.locator(".scroll.tall:not(.more)").wait_for()
+        assert cue.is_hidden()
+        assert names.bounding_box()["x"] == pytest.approx(before, abs=20)  # its name stays
+
+
+@pytest.mark.parametrize(
+    ("which", "width", "scheme"),
+    [("merge", width, scheme) for width in WIDTHS for scheme in ("light", "dark")]
+    + [("pair", 1280, "light"), ("pair", 375, "dark")],
+)
+def test_no_rule_of_accessibility_is_broken(made, visit, which, width, scheme):
+    with visit(getattr(made, which), width=width, scheme=scheme) as page:
+        draw_all(page)
+        found = Axe().run(page).response
+        assert len(found["passes"]) > 30
+        assert [(each["id"], [node["html"] for node in each["nodes"]])
+                for each in found["violations"]] == []  # fmt: skip
+
+
+def test_all_controls_are_reached_and_named_without_a_mouse(made, visit):
+    wanted = "a[href], button, select, input, summary, [tabindex='0']"
+    with visit(made.merge) as page:
+        draw_all(page)
+        page.evaluate("scrollTo(0, 0)")
+        usable = page.evaluate(
+            "wanted => [...document.querySelectorAll(wanted)].filter(each => each.offsetParent"
+            " && !(each.type === 'radio' && !each.checked)).length",
+            wanted,
+        )
+        page.locator("#theme").focus()
+        reached = 1
+        while reached < usable:
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement === document.body"):
+                break
+            assert page.evaluate(
+                "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+                " || document.activeElement.matches('.modebar *')"
+            )
+            reached += 1
+        assert reached == usable
+
+
+def test_what_a_picture_shows_is_said_in_words(made, visit):
+    with visit(made.merge) as page:
+        draw_all(page)
+        labels = [plot.get_attribute("aria-label") for plot in page.locator(".plot:visible").all()]
+        assert len(labels) > 6 and all(labels)
+        lines = page.locator("#drift-depth-plot").get_attribute("aria-label")
+        assert re.search(r"task0: [\d.]+ to [\d.]+, from [\d.]+ up to [\d.]+; task1: ", lines)
+        assert column(page, "statistics", 1)
