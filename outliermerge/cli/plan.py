@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
+from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options, say
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import (
     open_console,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
+    from outliermerge.execution.computing import slowness_note, why_none
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
@@ -45,6 +46,10 @@ def run(options: argparse.Namespace) -> int:
     verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
+    why_not = why_none(planned, chosen)
+    slow = slowness_note(chosen, kernels=not options.no_kernels)
+    if slow and not why_not:
+        planned = replace(planned, notes=(*planned.notes, slow))
     if options.json:
         print_json(
             planned.as_dict()
@@ -67,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
             loads_in=verdict.by if verdict else (),
             with_notes=not options.quiet,
         )
+    if why_not:
+        say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
     if planned.num_written_bytes > free:
         print(
             f"warning: the disk has {free:,} bytes free, the output needs "

@@ -27,6 +27,7 @@ from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.jobs import JobResult
+from outliermerge.optional import installed_version
 from outliermerge.output.folder import OutputFolder, finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
 from outliermerge.output.names import real_output, shard_path
@@ -50,7 +51,7 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
     pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
     return {
         "the outliermerge version": version("outliermerge"),
-        "the torch version": version("torch"),
+        "the torch version": installed_version("torch"),
         "the device": options.device.partition(":")[0],
         "what computes (kernels or torch)": "kernels" if options.kernels else "torch",
         "the spec": plan.spec.as_dict(),
@@ -110,7 +111,7 @@ def _manifest(
         "format": MANIFEST_FORMAT,
         "versions": {
             "outliermerge": version("outliermerge"),
-            "torch": version("torch"),
+            "torch": installed_version("torch"),
             "python": platform.python_version(),
         },
         "device": options.device.partition(":")[0],

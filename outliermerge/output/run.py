@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
+from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
 from outliermerge.output.folder import OutputFolder
@@ -96,6 +97,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
     """
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     for plan, _ in plans:
+        require_engines(plan, options)
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
     with ExitStack() as stack:
