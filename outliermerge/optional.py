@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from outliermerge.errors import OutlierMergeError
 
 INSTALL_TORCH = (
-    "Install it: pip install 'outliermerge[torch]'; where there is no GPU, first "
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu, which is much smaller."
+    "Install it: pip install torch --index-url https://download.pytorch.org/whl/cpu "
+    "(for a GPU: pip install torch)"
 )
 
 

@@ -87,7 +87,8 @@ def weight_stats(
     subject = open_subject(model, base, rename=rename).changed()
     device = choose_device(device)
     if _needs_torch(subject, _kernels(device, kernels)):
-        require_torch(f"measuring {shown(subject.reference)}")
+        how = "" if _kernels(device, kernels) else " without the C kernels"
+        require_torch(f"measuring {shown(subject.reference)}{how}")
     on_total(_work_bytes(subject, _kernels(device, kernels)))
     places = find_places(subject.tensors)
     found: dict[str, TensorStats] = {}
