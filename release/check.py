@@ -103,6 +103,7 @@ def try_in_new_environment(folder: Path, python: str, package: Path) -> str:
         shutil.rmtree(folder)
     assert torch == "None", f"torch was installed: {torch}"
     assert script in said, f"bin/outliermerge says {script!r}"
+    assert f" in {folder}" in said, f"another outliermerge was tried: {said}"
     return f"{package.name}: {said}; {size} MB without torch"
 
 
@@ -145,7 +146,7 @@ def check(options: argparse.Namespace, folder: Path) -> int:
         report.tell(contents.foreign_paths(wheel | sdist, paths))
     with report.check("metadata"):
         run(sys.executable, "-m", "twine", "check", "--strict", *files.values())
-        if not re.search(r"-manylinux_2_(17|28)_x86_64", files["wheel"].name):
+        if not re.search(r"[-.]manylinux_2_(17|28)_x86_64", files["wheel"].name):
             report.tell([f"{files['wheel'].name}: expected a tag of manylinux_2_17 or 2_28"])
     tries = [(sys.executable, files["wheel"]), *((p, files["sdist"]) for p in options.python)]
     tries += [(sys.executable, files["sdist"])]

@@ -89,11 +89,11 @@ def table(
 
 def _brought(package: str, extra: str, find: Callable[[str], Distribution]) -> set[str]:
     """Return the names of all packages that must be installed for a package, one level or more."""
-    seen: set[tuple[str, str]] = set()
-    names: set[str] = set()
+    seen, names = set[tuple[str, str]](), set[str]()
     pending = [(package, extra)]
     while pending:
-        at = pending.pop()
+        name, wanted = pending.pop()
+        at = canonicalize_name(name), wanted
         if at in seen:
             continue
         seen.add(at)
@@ -101,10 +101,10 @@ def _brought(package: str, extra: str, find: Callable[[str], Distribution]) -> s
             needs = find(at[0]).requires or []
         except PackageNotFoundError:
             continue  # not of this system, or of an extra that is not installed
-        names.add(canonicalize_name(at[0]))
+        names.add(at[0])
         for need in map(Requirement, needs):
             if need.marker is None or need.marker.evaluate({"extra": at[1]}):
-                pending += [(need.name, wanted) for wanted in ("", *need.extras)]
+                pending += [(need.name, more) for more in ("", *need.extras)]
     return names - {canonicalize_name(package)}
 
 

@@ -91,13 +91,18 @@ def call(
     return done
 
 
-def levels(folder: Path) -> list[tuple[str, ...]]:
-    """Return for each level of the kernels that can run here, the modules to refuse for it."""
-    text = "from outliermerge.engines.kernels import find_kernels as f; print(f().__name__)"
+def best_kernels(folder: Path) -> Path:
+    """Return the file of the kernels that are used on this processor."""
+    text = "from outliermerge.engines.kernels import find_kernels as f; print(f().__file__)"
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, check=True
     )
-    best = LEVELS.index(done.stdout.strip().rpartition(".")[2])
+    return Path(done.stdout.strip())
+
+
+def levels(best_level: str) -> list[tuple[str, ...]]:
+    """Return for the best level of the kernels and each below, the modules to refuse for it."""
+    best = LEVELS.index(best_level)
     names = [f"outliermerge.engines.{level}" for level in LEVELS]
     return [tuple(names[number + 1 :]) for number in range(best, -1, -1)]
 
@@ -114,19 +119,20 @@ def check(folder: Path, refused: Sequence[str]) -> str:
     version = call(folder, "--version", refused=refused).stdout.strip()
     for words in ("methods --json", "configs --json", "schema", "completion bash"):
         assert call(folder, *words.split(), refused=refused).stdout.strip(), words
-    found = levels(folder)
+    call(folder, "plan", "ties.json", refused=refused)
+    call(folder, "convert-config", "ties.json", refused=refused)
+    kernels = best_kernels(folder)
+    found = levels(kernels.name.partition(".")[0])
     for method in METHODS:
         spec, outputs = f"{method}.json", []
-        call(folder, "plan", spec, refused=refused)
-        call(folder, "convert-config", spec, refused=refused)
         for number, others in enumerate(found):
             output = f"merged/{method}-{number}"
             call(folder, "run", spec, output, refused=(*refused, *others))
-            call(folder, "verify", output, "--load", refused=refused)
             manifest = json.loads((folder / output / "outliermerge.json").read_text())
             assert manifest["kernels"], "torch computed, and not the kernels"
             outputs.append(checksums(folder / output))
         assert all(output == outputs[0] for output in outputs), f"{method}: levels differ"
+        call(folder, "verify", f"merged/{method}-0", "--load", refused=refused)
     mean = struct.unpack("<64f", tensor_bytes(folder / "merged/linear-0", "layers.1.a.weight"))
     models = [tensor_bytes(folder / "models" / name, "layers.1.a.weight") for name in "ab"]
     pairs = zip(*(struct.unpack("<64f", data) for data in models), strict=True)
@@ -136,7 +142,8 @@ def check(folder: Path, refused: Sequence[str]) -> str:
     if "torch" in refused or find_spec("torch") is None:
         done = call(folder, "compare-weights", "models/a", "models/b", refused=refused, code=1)
         assert "needs torch" in done.stderr, done.stderr
-    return f"{version}, Python {sys.version.split()[0]}, {len(found)} levels of kernels: works"
+    package, python = kernels.parents[2], sys.version.split()[0]
+    return f"{version} in {package}, Python {python}, {len(found)} levels of kernels: works"
 
 
 def tensor_bytes(folder: Path, name: str) -> bytes:
