@@ -10,11 +10,13 @@ FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
 	docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(VENV)/.package ## the package alone, without torch: .venv/bin/outliermerge merges, verifies, measures
 
 demo: $(VENV)/.eval ## the paper in five minutes: merge a small LLaVA family, score all, show the table
 	@$(IN_VENV) $(BIN)/python evals/demo.py
@@ -83,6 +85,11 @@ clean: ## remove the virtual environment and what demo wrote
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) (once)"
+	@$(INSTALL) -e .
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) (once)"
