@@ -32,7 +32,7 @@ class Format:
 
 FORMATS = (
     Format("safetensors_file", (".safetensors",)),
-    Format("pytorch_file", (".bin", ".pt", ".pth"), alone=(".ckpt",), needs_torch=True),
+    Format("pytorch_file", (".bin", ".pt", ".pth"), needs_torch=True, alone=(".ckpt",)),
 )
 """The formats, the preferred one first."""
 
