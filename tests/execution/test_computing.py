@@ -155,6 +155,16 @@ def test_what_needs_no_torch_runs_without_it(models, no_torch, capsys, words):
     assert "torch" not in capsys.readouterr().err
 
 
+def test_a_method_of_one_s_own_that_imports_torch_is_told_how_to_have_it(
+    models, no_torch, monkeypatch
+):
+    Path("with_torch.py").write_text("import torch\n")
+    monkeypatch.syspath_prepend(models)
+    with pytest.raises(OutlierMergeError, match=r"no module 'torch' can be imported") as caught:
+        outliermerge.plan(spec("a", "b", method="with_torch:mine"))
+    assert LINE in str(caught.value)
+
+
 def test_torch_that_is_missed_anywhere_is_told_in_one_message(
     models, no_torch, monkeypatch, capsys
 ):
