@@ -69,13 +69,10 @@ def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     ).stdout
 
 
-def build(folder: Path, tracked: Sequence[str], epoch: str) -> dict[str, Path]:
-    """Copy the clone, and build its sdist, the wheel of that, and the wheel with its true tag."""
+def build(folder: Path, source: Path, epoch: str) -> dict[str, Path]:
+    """Copy the sources, and build their sdist, the wheel of that, and the wheel with its true tag."""
     clone, built, final = folder / "clone", folder / "built", folder / "final"
-    for name in tracked:
-        target = clone / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
+    shutil.copytree(source, clone)
     pins = str(ROOT / "constraints.txt")
     here = {"SOURCE_DATE_EPOCH": epoch, "PIP_CONSTRAINT": pins}
     run(sys.executable, "-m", "build", "--outdir", built, clone, cwd=folder, **here)
@@ -125,10 +122,14 @@ def check(options: argparse.Namespace, folder: Path) -> int:
         report.tell(licences.wrong_licences(rows))
     files: dict[str, Path] = {}
     with report.check(f"two builds with SOURCE_DATE_EPOCH={epoch}"):
+        source = folder / "source"  # copied once: somebody may be editing the clone
+        for name in tracked:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
         (folder / "a").mkdir()
         (folder / "b" / "elsewhere").mkdir(parents=True)
-        files = build(folder / "a", tracked, epoch)
-        again = build(folder / "b" / "elsewhere", tracked, epoch)
+        files = build(folder / "a", source, epoch)
+        again = build(folder / "b" / "elsewhere", source, epoch)
         report.tell(
             [
                 f"{files[kind].name} has other bytes when it is built again"
