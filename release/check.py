@@ -70,7 +70,7 @@ def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def build(folder: Path, source: Path, epoch: str) -> dict[str, Path]:
-    """Copy the sources, and build their sdist, the wheel of that, and the wheel with its true tag."""
+    """Build the sdist of sources, the wheel of that, and the wheel with its true tag."""
     clone, built, final = folder / "clone", folder / "built", folder / "final"
     shutil.copytree(source, clone)
     pins = str(ROOT / "constraints.txt")
