@@ -10,11 +10,13 @@ FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
-	docs bench bench-check bench-gpu clean
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
+	docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(VENV)/.package ## the package alone, without torch: .venv/bin/outliermerge merges, verifies, measures
 
 demo: $(VENV)/.eval ## the paper in five minutes: merge a small LLaVA family, score all, show the table
 	@$(IN_VENV) $(BIN)/python evals/demo.py
@@ -61,6 +63,9 @@ docs: $(VENV)/.docs ## build the documents as a site in docs/_build, from the pa
 	@$(BIN)/python -m sphinx -E -q -W --keep-going -b html docs docs/_build
 	@echo "open docs/_build/index.html"
 
+release-check: docs $(VENV)/.dev $(VENV)/.eval $(VENV)/.release ## build and try what a release has, into dist/ [RELEASE=--final]
+	@$(BIN)/python release/check.py $(RELEASE)
+
 bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26 GB of disk, about an hour)
 	@$(IN_VENV) $(BIN)/python benchmarks/suite.py
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
@@ -76,10 +81,15 @@ bench-gpu: $(VENV)/.dev ## measure on a CUDA device: from disk, on the device, a
 	@$(IN_VENV) $(BIN)/python benchmarks/gpu.py
 
 clean: ## remove the virtual environment and what demo wrote
-	rm -rf $(VENV) models merged scores evals/data/tiny docs/_build
+	rm -rf $(VENV) models merged scores evals/data/tiny docs/_build dist
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) (once)"
+	@$(INSTALL) -e .
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) (once)"
@@ -89,7 +99,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 # lmms-eval's own list of needs brings a torchvision that a CPU build of torch cannot load.
 $(VENV)/.eval: pyproject.toml constraints.txt evals/requirements-cpu.txt | $(BIN)/python
 	@echo "setting up $(VENV) for evaluations (once)"
-	@$(INSTALL) -e '.[family]' -r evals/requirements-cpu.txt
+	@$(INSTALL) -e '.[family,torch]' -r evals/requirements-cpu.txt
 	@$(INSTALL) --no-deps lmms-eval==0.7.3
 	@touch $@
 
@@ -107,6 +117,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) for development (once)"
 	@$(INSTALL) -e '.[demo,dev,docs]'
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.release: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) for releases (once)"
+	@$(INSTALL) -e '.[release]'
+	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) for the documents (once)"

@@ -25,6 +25,7 @@ PAGES = {
     ROOT / "README.md": DOCS / "index.md",
     ROOT / "CHANGELOG.md": DOCS / "changelog.md",
     ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
+    ROOT / "SECURITY.md": DOCS / "security.md",
     **{
         ROOT / "evals" / name / "README.md": DOCS / "studies" / f"{name}.md"
         for name in ("family", "weights", "peft")

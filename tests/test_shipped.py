@@ -111,6 +111,7 @@ def test_min_sigma_of_two_real_task_models_follows_the_rule(real_models, tmp_pat
 
 def test_the_make_targets_exist():
     for target in (
+        "install",
         "demo",
         "demo-minilm",
         "study",
@@ -120,6 +121,7 @@ def test_the_make_targets_exist():
         "test",
         "check",
         "docs",
+        "release-check",
         "bench",
     ):
         done = subprocess.run(

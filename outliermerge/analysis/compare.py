@@ -33,6 +33,7 @@ from outliermerge.errors import (
 )
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, torch_threads
+from outliermerge.optional import require_torch
 from outliermerge.spec.rename import best_rename
 from outliermerge.storage.machine import keep_freed_memory, num_threads
 
@@ -171,6 +172,7 @@ def compare_weights(
         raise ArgumentError(f"found {len(models)} model(s) to compare, expected two or more")
     if not 0 <= t < math.inf:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number of 0 or more")
+    require_torch("a comparison of weights")
     device = choose_device(device)
     subjects = [
         open_subject(model, base, rename=rename if base is not None or number else None)

@@ -14,6 +14,7 @@ from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
 from outliermerge.arguments import checked
 from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument
+from outliermerge.optional import require_torch
 from outliermerge.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def simulate(
         raise ArgumentError(f"noises: found {wrong[0]}, expected a standard deviation above 0")
     if seed < 0:
         raise ArgumentError(f"{argument('seed')}: found {seed}, expected 0 or more")
+    require_torch("a simulation")
     on_total((len(noises) + 1) * num_points * np.dtype(np.float64).itemsize)
     generator = np.random.default_rng(seed)
     optimal_E = _optimal_weights(generator, num_points)

@@ -32,6 +32,7 @@ from outliermerge.errors import (
     shown,
 )
 from outliermerge.execution.threads import choose_device
+from outliermerge.optional import require_torch
 
 DEFAULT_NUM_VALUES = 16
 FEWEST_LAYERS = 3
@@ -159,6 +160,7 @@ def layer_spectra(
             f"{argument('num_values')}: found {num_values}, expected 2 or more: one has no angle"
         )
     require("powerlaw", "fitting a power law")
+    require_torch("singular values")
     subject = open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)
     names = [member.name for members in groups.values() for member in members]

@@ -28,13 +28,10 @@ from outliermerge.arguments import checked
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
+from outliermerge.execution.computing import reads_by_torch
 from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.execution.threads import (
-    choose_device,
-    exceeds_memory,
-    reads_by_torch,
-    torch_threads,
-)
+from outliermerge.execution.threads import choose_device, exceeds_memory, torch_threads
+from outliermerge.optional import require_torch
 from outliermerge.storage.machine import keep_freed_memory, num_threads
 
 if TYPE_CHECKING:
@@ -91,6 +88,9 @@ def weight_stats(
     _check_limits(filter, small)
     subject = open_subject(model, base, rename=rename).changed()
     device = choose_device(device)
+    if _needs_torch(subject, _kernels(device, kernels)):
+        how = "" if _kernels(device, kernels) else " without the C kernels"
+        require_torch(f"measuring {shown(subject.reference)}{how}")
     on_total(_work_bytes(subject, _kernels(device, kernels)))
     places = find_places(subject.tensors)
     found: dict[str, TensorStats] = {}

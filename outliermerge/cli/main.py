@@ -13,6 +13,7 @@ from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, u
 from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quoted
+from outliermerge.optional import INSTALL_TORCH
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
@@ -124,6 +125,10 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
         return _fail(failure(Path(str(error.filename)), "used", error), EXIT_FAILED)
     except MemoryError:
         return _fail("out of memory: give a smaller --memory or fewer --threads", EXIT_FAILED)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _fail(f"this needs torch, which is not installed. {INSTALL_TORCH}", EXIT_FAILED)
     except RuntimeError as error:  # errors of the device: torch has no single class for them
         if not type(error).__module__.startswith("torch") and "CUDA" not in str(error):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options
+from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options, say
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
 from outliermerge.cli.terminal import open_console, status, text
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
+    from outliermerge.execution.computing import slowness_note, why_none
     from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
@@ -51,6 +52,10 @@ def run(options: argparse.Namespace) -> int:
     verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
+    why_not = why_none(planned, chosen)
+    slow = slowness_note(chosen, kernels=not options.no_kernels)
+    if slow and not why_not:
+        planned = replace(planned, notes=(*planned.notes, slow))
     if options.json:
         print_json(_as_json(planned, named, chosen, estimate, free, verdict, options.tensors))
     else:
@@ -64,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
             with_notes=not options.quiet,
             with_tensors=options.tensors,
         )
+    if why_not:
+        say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
     if planned.num_written_bytes > free:
         print(
             f"warning: the disk has {free:,} bytes free, the output needs "

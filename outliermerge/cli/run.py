@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     Notes are printed when it is done: they are no part of an error, which is to be read last.
     """
     from outliermerge import api as merge
+    from outliermerge.execution.computing import slowness_note
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
@@ -63,8 +64,10 @@ def run(options: argparse.Namespace) -> int:
         )
         result = merge.run(planned, output=output, options=chosen)
         bar.update(task, completed=planned.work_bytes)
+    slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
     notes = [
         *note_of(options),
+        *([slow] if slow else []),
         *planned.notes,
         *(result.load_check.notes if result.load_check else ()),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,16 +12,17 @@ from typing import Protocol
 
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import find_kernels, names, statistics
 from outliermerge.engines.torch import TorchEngine
 from outliermerge.errors import ArgumentError, argument
+from outliermerge.execution.computing import reads_by_torch
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.jobs import JobResult, JobRunner
 from outliermerge.execution.passes import Measured, needs_of
 from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
 
@@ -33,9 +34,11 @@ def choose_device(name: str) -> str:
 
     Raises:
         ArgumentError: it is unknown or not on this machine.
+        OutlierMergeError: it needs torch, which is not installed.
     """
-    if name == "cpu":
-        return name
+    if name == "cpu" or (name == "auto" and not is_installed("torch")):
+        return "cpu"
+    require_torch(f"{argument('device', name)}")
     import torch
 
     if name == "auto":
@@ -203,14 +206,6 @@ def exceeds_memory(num_bytes: int) -> bool:
 
 def _nothing() -> None:
     return None
-
-
-def reads_by_torch(sources: Iterable[Source]) -> bool:
-    """Tell whether torch reads a source, because it is computed from other tensors or pickled."""
-    return any(
-        source.stored != (source,) or any(meta.offset is None for meta in source.stored)
-        for source in sources
-    )
 
 
 def devices(name: str) -> list[str]:

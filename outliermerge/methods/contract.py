@@ -13,6 +13,7 @@ from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.kernel_call import Kernel
 from outliermerge.methods.parameter import Parameter, declared
 from outliermerge.methods.statistics.base import Statistic
+from outliermerge.optional import INSTALL_TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -264,7 +265,10 @@ def import_method(path: str) -> MergeMethod:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        raise SpecError(f"method {path!r}: no module {error.name!r} can be imported") from error
+        way_out = f". {INSTALL_TORCH}" if error.name == "torch" else ""
+        raise SpecError(
+            f"method {path!r}: no module {error.name!r} can be imported{way_out}"
+        ) from error
     except AttributeError as error:
         raise SpecError(f"method {path!r}: {module_name} has no {attribute!r}") from error
     except Exception as error:

@@ -25,6 +25,7 @@ from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
+from outliermerge.optional import installed_version
 from outliermerge.output.card import CARD_NAME, model_card
 from outliermerge.output.drift import measure_drift
 from outliermerge.output.folder import OutputFolder, finish_interrupted
@@ -52,7 +53,7 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
     pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
     return {
         "the outliermerge version": version("outliermerge"),
-        "the torch version": version("torch"),
+        "the torch version": installed_version("torch"),
         "the device": options.device.partition(":")[0],
         "what computes (kernels or torch)": "kernels" if options.kernels else "torch",
         "the spec": plan.spec.as_dict(),
@@ -121,7 +122,7 @@ def _manifest(
         "format": MANIFEST_FORMAT,
         "versions": {
             "outliermerge": version("outliermerge"),
-            "torch": version("torch"),
+            "torch": installed_version("torch"),
             "python": platform.python_version(),
         },
         "device": options.device.partition(":")[0],

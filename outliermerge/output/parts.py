@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from outliermerge.errors import ArgumentError, OutlierMergeError
+from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target
 from outliermerge.output.folder import OutputFolder
@@ -71,6 +72,7 @@ def run_part(
     """
     jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
+    require_engines(plan, options)
     plan.peak_memory_bytes(options)
     with ExitStack() as stack:
         stamps = dict.fromkeys(plan.files)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
+from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
 from outliermerge.notebook import NotebookBar, in_notebook
@@ -112,6 +113,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
     """
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     for plan, _ in plans:
+        require_engines(plan, options)
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.sources import TensorMeta
+from outliermerge.optional import require_torch
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,18 @@ class Format:
         suffixes: of its files. Of a folder without a file that a loader knows by its name, those
             of one format are read.
         alone: suffixes of files that are read only where a file is named itself as a model.
+        needs_torch: whether torch reads them.
     """
 
     module: str
     suffixes: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    needs_torch: bool = False
 
 
 FORMATS = (
     Format("safetensors_file", (".safetensors",)),
-    Format("pytorch_file", (".bin", ".pt", ".pth"), alone=(".ckpt",)),
+    Format("pytorch_file", (".bin", ".pt", ".pth"), needs_torch=True, alone=(".ckpt",)),
 )
 """The formats, the preferred one first."""
 
@@ -44,11 +47,12 @@ def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
     A file of another suffix, which an index may name, is read as the first format.
 
     Raises:
-        OutlierMergeError: the file is broken or dangerous.
+        OutlierMergeError: the file is broken or dangerous, or needs torch, which is not installed.
     """
     fitting = (known for known in FORMATS if path.suffix in (*known.suffixes, *known.alone))
-    module: Any = importlib.import_module(
-        f"outliermerge.checkpoint.formats.{next(fitting, FORMATS[0]).module}"
-    )
+    format = next(fitting, FORMATS[0])
+    if format.needs_torch:
+        require_torch(f"reading {path}")
+    module: Any = importlib.import_module(f"outliermerge.checkpoint.formats.{format.module}")
     found: tuple[list[TensorMeta], list[str], dict[str, str]] = module.read_file(path)
     return found

@@ -1,0 +1,42 @@
+"""Whether packages are installed that only some of the work needs, and what to say if not."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from outliermerge.errors import OutlierMergeError
+
+INSTALL_TORCH = (
+    "Install it: pip install torch --index-url https://download.pytorch.org/whl/cpu "
+    "(for a GPU: pip install torch)"
+)
+
+
+def is_installed(module: str) -> bool:
+    """Tell whether a module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def require_torch(what: str) -> None:
+    """Refuse what needs torch, before it begins.
+
+    Args:
+        what: what needs torch, for the message.
+
+    Raises:
+        OutlierMergeError: torch is not installed.
+    """
+    if not is_installed("torch"):
+        raise OutlierMergeError(f"{what} needs torch, which is not installed. {INSTALL_TORCH}")
