@@ -131,7 +131,7 @@ def exact_merge(
         threshold = np.float32(parameters["t"] * min(needs["sigma"]))
         kept_ME = np.where(abs(values_ME) > threshold, values_ME, values_ME / len(values_ME))
     elif method == "ties":
-        threshold_M1, scale_M1 = (np.array(row)[:, None] for row in needs["trim"])
+        threshold_M1, scale_M1 = (np.array(row)[:, None] for row in needs["limits"])
         voting_ME = np.where(abs(values_ME) >= threshold_M1, values_ME * scale_M1, 0) * weight_M1
         votes_E = voting_ME.sum(0)
         is_open_E = abs(votes_E) < 2 * len(values_ME) * ULP * abs(voting_ME).sum(0)
@@ -236,7 +236,7 @@ def test_ties_keeps_what_is_at_the_threshold_and_trims_the_next_float_below(thre
     below = at.nextafter(torch.zeros(2))
     sources = [torch.zeros(4), torch.cat([at, below])]
     method = find_method("ties")
-    needs = {"trim": [[at[0].item()], [1.0]]}
+    needs = {"limits": [[at[0].item()], [1.0]]}
     call = method.kernel(method.resolve(1, {"density": 0.5}), needs)
     for module in MODULES:
         out, _, _ = merged_by(module, call, block_of("ff", sources, is_delta=True), "f")

@@ -20,9 +20,14 @@ class Engine(Protocol):
         """Return what `merge` needs to know of a whole tensor."""
 
     def measure(
-        self, task: Task, passes: Mapping[Any, Pass], sources: Sequence[Any], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[Any, Pass],
+        sources: Sequence[Any],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[Any, Any]:
-        """Return a block's share in each statistic's pass."""
+        """Return a block's share in each statistic's pass; `start` is its first element."""
 
     def merge(
         self,

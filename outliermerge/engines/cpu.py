@@ -46,7 +46,12 @@ class KernelEngine:
         return call, call.arguments()
 
     def measure(
-        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[memoryview], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        sources: Sequence[memoryview],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
         block = _block(task, sources, num_elements)
@@ -58,7 +63,7 @@ class KernelEngine:
         }
         others = {name: state for name, state in passes.items() if raw[name] is None}
         if others:
-            shares |= self._torch.measure(task, others, sources, num_elements)
+            shares |= self._torch.measure(task, others, sources, num_elements, start)
         return shares
 
     def measure_places(
@@ -68,6 +73,7 @@ class KernelEngine:
         places: Sequence[Place],
         num_elements: int,
         on_digests: Callable[[list[bytes]], None],
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass, each of which reads it.
 
@@ -83,7 +89,7 @@ class KernelEngine:
         if None in raw.values():
             raws, read = self._read(task, places, num_elements)
             on_digests(read)
-            return self.measure(task, passes, raws, num_elements)
+            return self.measure(task, passes, raws, num_elements, start)
         shares = {}
         length = -(-num_elements // PIECE_ELEMENTS) * DIGEST_BYTES
         for name, state in raw.items():

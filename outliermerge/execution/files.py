@@ -105,11 +105,11 @@ class FileFeed:
             raws = self.read_all(span)
             for row, raw in enumerate(raws):
                 work.note_raw(row, span, raw)
-            return self.engine.measure(self.tasks[0], passes, raws, num_elements)
+            return self.engine.measure(self.tasks[0], passes, raws, num_elements, span[0])
         try:
             note = partial(self._note_all, span)
             return kernels.measure_places(
-                self.tasks[0], passes, self.places(span), num_elements, note
+                self.tasks[0], passes, self.places(span), num_elements, note, span[0]
             )
         except (OSError, EOFError) as error:
             self.read_all(span)  # says where, if it fails again

@@ -98,10 +98,15 @@ class MergedSource:
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Return blocks that hold a range of elements; of whole rows for methods on rows."""
         if self.task.cut == "element":
-            return spans(stop, _BLOCK_ELEMENTS, start=start)
-        row = row_elements(self.shape)
-        step = max(row, _BLOCK_ELEMENTS // row * row)
+            return spans(stop, self.block_elements, start=start)
+        row, step = row_elements(self.shape), self.block_elements
         return spans(min(self.num_elements, -(-stop // row) * row), step, start=start // row * row)
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of a block; whole rows for methods on rows."""
+        row = row_elements(self.shape) if self.task.cut == "row" else 1
+        return max(row, _BLOCK_ELEMENTS // row * row)
 
 
 class _Feed:
@@ -109,7 +114,7 @@ class _Feed:
 
     def __init__(self, merged: MergedSource, reader: Reading) -> None:
         self._merged, self._reader = merged, reader
-        self.num_elements, self.measured_elements = merged.num_elements, _BLOCK_ELEMENTS
+        self.num_elements, self.measured_elements = merged.num_elements, merged.block_elements
 
     def needs(self) -> dict[str, list[Any]]:
         """Measure what the method needs to know, in this thread."""
@@ -121,7 +126,7 @@ class _Feed:
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return a span's share in each of some passes."""
-        return measure_block(self._merged.task, self._load(span), passes)
+        return measure_block(self._merged.task, self._load(span), passes, span[0])
 
     def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
         """Return the bytes of a span."""

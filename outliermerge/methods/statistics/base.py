@@ -35,6 +35,8 @@ class Pass(Protocol):
     """One reading of a tensor's blocks.
 
     One that has `with_base` set is given the sources (S, E), the base first, in place of (M, E).
+    One that has `with_start` set is given the block's first element, too. One that has `by_row`
+    set reads blocks of whole rows, for methods that merge by rows.
     """
 
     @property
@@ -74,7 +76,9 @@ class Statistic(Protocol):
     """A declaration of what a method needs to know of a whole tensor.
 
     One that kernels measure also has `kernels`, the names of the functions that its passes call;
-    one of a whole model has `scope = "model"`.
+    one of a whole model has `scope = "model"`, and one whose scope is a parameter of the method has
+    that parameter's name as `scope_parameter`. One that has `with_context` set is started with the
+    tensor's context as a keyword.
 
     Attributes:
         depends_on: the parameters of the method that it takes into account.
@@ -92,9 +96,10 @@ class Statistic(Protocol):
         """Return the first pass, or the result where none is needed."""
 
 
-def scope_of(need: Statistic) -> Scope:
-    """Return what a statistic is of."""
-    return cast(Scope, getattr(need, "scope", "tensor"))
+def scope_of(need: Statistic, parameters: Mapping[str, Any]) -> Scope:
+    """Return what a statistic is of, for a method's resolved parameters."""
+    named = getattr(need, "scope_parameter", "")
+    return cast(Scope, parameters[named] if named else getattr(need, "scope", "tensor"))
 
 
 def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
