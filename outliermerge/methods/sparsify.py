@@ -59,7 +59,8 @@ def drawn(
             continue
         chance = probability(own, context, density[model], epsilon[model])
         kept = own * (context.uniform(own, model=model) < chance)
-        out[model] = kept / chance if divide else kept
+        # Not a division by a number: on a GPU that is a product with its reciprocal.
+        out[model] = kept * (1 / chance) if divide else kept
     return out
 
 

@@ -6,6 +6,8 @@ from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.ram import ram, ramplus_tl
+from outliermerge.methods.sce import sce
 from outliermerge.methods.sparse import (
     breadcrumbs,
     breadcrumbs_ties,
@@ -30,6 +32,9 @@ METHODS: dict[str, MergeMethod] = {
         breadcrumbs_ties,
         della,
         della_linear,
+        sce,
+        ram,
+        ramplus_tl,
     )
 }
 

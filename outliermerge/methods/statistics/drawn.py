@@ -73,7 +73,7 @@ class _Norms:
         self._before = [array("d") for _ in density]
         self._after = [array("d") for _ in density]
 
-    def measure(self, block_ME: Tensor, start: int) -> list[tuple[array[float], array[float]]]:
+    def measure(self, block_ME: Tensor, start: int = 0) -> list[tuple[array[float], array[float]]]:
         context = replace(self._context, start=start)
         # As methods get them: rounded to the block's dtype.
         density, epsilon = (

@@ -63,9 +63,7 @@ class Trim:
         thresholds = [0.0 if density > 0 else math.inf for density in parameters["density"]]
         if num_elements == 0 or not any(ranks):
             return [thresholds, [1.0] * num_models]
-        whole = _Search(
-            num_models, tuple(ranks), tuple(thresholds), bool(parameters.get("rescale"))
-        )
+        whole = Search(num_models, tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
         sampled = scope_of(self, parameters) == "tensor"
         return _start(whole, num_elements, sampled=sampled)
 
@@ -106,22 +104,22 @@ class Middle:
         ranks = (*least, *most)
         if not any(ranks):
             return [lows, highs, [1.0] * num_models]
-        search = _Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
+        search = Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
         return _start(search, num_elements)
 
 
-def _start(whole: _Search, num_elements: int, *, sampled: bool = True) -> Pass:
+def _start(whole: Search, num_elements: int, *, sampled: bool = True) -> Pass:
     num_chunks = num_elements // CHUNK_ELEMENTS
     if num_chunks < 4 * _NUM_SAMPLED or not sampled:
-        return _Select(whole)
+        return Select(whole)
     chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
     share = len(chunks) * CHUNK_ELEMENTS / num_elements
     ranks = tuple(rank and max(1, round(rank * share)) for rank in whole.ranks)
-    return _Select(replace(whole, ranks=ranks, chunks=chunks, whole=whole))
+    return Select(replace(whole, ranks=ranks, chunks=chunks, whole=whole))
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """What is looked for, and where.
 
     Attributes:
@@ -139,23 +137,23 @@ class _Search:
     num_models: int
     ranks: tuple[int | None, ...]
     thresholds: tuple[float, ...]
-    rescale: bool
+    rescale: bool = False
     lows: tuple[int, ...] = ()
     shift: int | None = None
     num_bins: int = 1 << (_DIGIT_BITS - 1)  # the sign's bit is 0
     chunks: tuple[int, ...] | None = None
-    whole: _Search | None = None
+    whole: Search | None = None
 
 
-class _Select:
+class Select:
     """Counts magnitudes by their bits, to find those of given ranks."""
 
     kernel = "histogram"
 
-    def __init__(self, search: _Search) -> None:
+    def __init__(self, search: Search) -> None:
         import numpy
 
-        self._search = search
+        self.search = search
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
         self._num_bits = 32
@@ -166,7 +164,7 @@ class _Select:
         ]
 
     def _shift(self) -> int:
-        shift = self._search.shift
+        shift = self.search.shift
         return self._num_bits - _DIGIT_BITS if shift is None else shift
 
     def measure(self, block_ME: Tensor) -> list[numpy.ndarray[Any, Any] | None]:
@@ -174,13 +172,13 @@ class _Select:
 
         self._num_bits = 8 * block_ME.element_size()
         integer = torch.int32 if self._num_bits == 32 else torch.int64
-        num_bins, shift = self._search.num_bins, self._shift()
+        num_bins, shift = self.search.num_bins, self._shift()
         shares: list[numpy.ndarray[Any, Any] | None] = []
-        for place, rank in enumerate(self._search.ranks):
+        for place, rank in enumerate(self.search.ranks):
             if rank is None:
                 shares.append(None)
                 continue
-            magnitude_E = block_ME[place % self._search.num_models].abs()
+            magnitude_E = block_ME[place % self.search.num_models].abs()
             offset_E = magnitude_E.view(integer) - self._lows[place]
             bin_E = (offset_E[offset_E >= 0] >> shift).clamp_(max=num_bins)
             counts: Any = bin_E.bincount(minlength=num_bins + 1).cpu().numpy()
@@ -188,7 +186,7 @@ class _Select:
         return shares
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> None:
-        for group in _groups(self._search.num_models, len(self._counts)):
+        for group in _groups(self.search.num_models, len(self._counts)):
             counts = tuple(self._counts[group])
             if any(own is not None for own in counts):
                 kernels.histogram(block, self._lows[group], self._shift(), counts)
@@ -198,24 +196,28 @@ class _Select:
             if total is not None and counts is not None:
                 total += counts
 
+    def again(self, search: Search) -> Select:
+        """Return the pass that goes on with a search."""
+        return Select(search)
+
     def finish(self) -> Pass | list[Any]:
         found = [
             None if rank is None else self._find(place, rank)
-            for place, rank in enumerate(self._search.ranks)
+            for place, rank in enumerate(self.search.ranks)
         ]
-        search = self._search
+        search = self.search
         if search.whole is not None:
             if self._num_bits != 32:
-                return _Select(search.whole)
-            return _Select(_window(search.whole, found))
+                return self.again(search.whole)
+            return self.again(_window(search.whole, found))
         pairs = zip(found, search.ranks, strict=True)
         if any(low is None and rank is not None for low, rank in pairs):  # not in the window
-            whole = _Search(search.num_models, search.ranks, search.thresholds, search.rescale)
-            return _Select(whole)
+            whole = Search(search.num_models, search.ranks, search.thresholds, search.rescale)
+            return self.again(whole)
         if shift := self._shift():
             lows = tuple(low or 0 for low in found)
             finer = replace(search, lows=lows, shift=shift - _DIGIT_BITS, num_bins=1 << _DIGIT_BITS)
-            return _Select(finer)
+            return self.again(finer)
         thresholds = [
             threshold if low is None else _float_of_bits(low, self._num_bits)
             for low, threshold in zip(found, search.thresholds, strict=True)
@@ -237,7 +239,7 @@ def _groups(num_models: int, size: int) -> list[slice]:
     return [slice(start, start + num_models) for start in range(0, size, num_models)]
 
 
-def _window(whole: _Search, lows: Sequence[int | None]) -> _Search:
+def _window(whole: Search, lows: Sequence[int | None]) -> Search:
     """Return the search among magnitudes around those that a sample showed."""
     digit, most = 1 << _DIGIT_BITS, (1 << 31) - (_WINDOW_DIGITS << _DIGIT_BITS)
     return replace(
