@@ -197,6 +197,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "passthrough": {"scale": 0.5},
     "task_arithmetic": {"weight": 0.4, "lambda": 0.9},
     "ties": {"density": 0.3, "lambda": 0.7},
+    "breadcrumbs_ties": {"density": 0.3, "lambda": 0.7},
 }
 
 

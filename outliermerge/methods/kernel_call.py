@@ -79,3 +79,19 @@ def to_float32(value: float) -> float:
     except OverflowError:
         return math.copysign(math.inf, value)
     return rounded
+
+
+def products(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    """Return products of numbers that are rounded to float32."""
+    return [to_float32(a) * to_float32(b) for a, b in zip(left, right, strict=True)]
+
+
+def next_below(threshold: float) -> float:
+    """Return the largest float32 below a magnitude, which is rounded to float32; 0 for 0.
+
+    >>> next_below(1.0), next_below(0.0)
+    (0.9999999403953552, 0.0)
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", to_float32(threshold)))
+    (below,) = struct.unpack("<f", struct.pack("<i", max(bits - 1, 0)))
+    return float(below)

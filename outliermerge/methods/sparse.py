@@ -7,13 +7,16 @@ Shape suffixes: M models, E elements, R rows, C columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
+from outliermerge.methods.averaging import sum_of
 from outliermerge.methods.consensus import Consensus, combined, returns_equal_models
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall, next_below, products
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.sparsify import (
     RescaleBy,
@@ -28,6 +31,24 @@ from outliermerge.methods.statistics.trim import Middle
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ELECTIONS = (None, "sum", "count")  # as the kernel counts them
+
+
+def _middle_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    least, most, scales = needs["limits"]
+    weights, normalize = parameters["weight"], parameters["normalize"]
+    total = sum_of(weights)
+    return KernelCall(
+        "breadcrumbs",
+        scalars=(
+            parameters["lambda"],
+            float(normalize),
+            float(_ELECTIONS.index(parameters.get("consensus"))),
+            total if normalize and abs(total) >= 1e-8 else 1.0,
+        ),
+        vectors=(weights, [next_below(x) for x in least], most, products(weights, scales)),
+    )
 
 
 def _by_probability(rescale: bool, rescale_by: str) -> bool:
@@ -141,6 +162,7 @@ def dare_ties(
     needs={"limits": Middle()},
     idempotent=returns_equal_models,
     paper="arXiv 2312.06795",
+    kernel=Kernel("breadcrumbs", _middle_kernel),
 )
 def breadcrumbs(
     deltas_ME: Tensor,
@@ -185,6 +207,7 @@ def breadcrumbs(
     needs={"limits": Middle()},
     idempotent=returns_equal_models,
     paper="arXiv 2312.06795",
+    kernel=Kernel("breadcrumbs", _middle_kernel),
 )
 def breadcrumbs_ties(
     deltas_ME: Tensor,

@@ -5,7 +5,6 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from annotated_types import Interval
 from outliermerge.methods.averaging import normalized, sum_of, weighted_sum
 from outliermerge.methods.consensus import combined, returns_equal_models
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
+from outliermerge.methods.kernel_call import Kernel, KernelCall, next_below, products, to_float32
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.sparsify import trimmed
 from outliermerge.methods.statistics.trim import Trim
@@ -32,27 +31,12 @@ def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> Kern
 
 def _ties_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     thresholds, scales = needs["limits"]
-    largest_dropped = [_next_below(to_float32(threshold)) for threshold in thresholds]
-    scaled = [
-        to_float32(weight) * to_float32(scale)
-        for weight, scale in zip(parameters["weight"], scales, strict=True)
-    ]
+    largest_dropped = [next_below(threshold) for threshold in thresholds]
     return KernelCall(
         "ties",
         scalars=(parameters["lambda"], float(parameters["normalize"])),
-        vectors=(parameters["weight"], largest_dropped, scaled),
+        vectors=(parameters["weight"], largest_dropped, products(parameters["weight"], scales)),
     )
-
-
-def _next_below(threshold: float) -> float:
-    """Return the largest float32 below a magnitude; 0 for 0.
-
-    >>> _next_below(1.0), _next_below(0.0)
-    (0.9999999403953552, 0.0)
-    """
-    (bits,) = struct.unpack("<i", struct.pack("<f", threshold))
-    (below,) = struct.unpack("<f", struct.pack("<i", max(bits - 1, 0)))
-    return float(below)
 
 
 @merge_method(
