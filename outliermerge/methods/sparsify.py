@@ -5,6 +5,7 @@ Shape suffixes: M models, E elements, R rows, C columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -31,9 +32,13 @@ def trimmed(deltas_ME: Tensor, threshold_M: Tensor) -> Tensor:
 
 
 def middle(deltas_ME: Tensor, least_M: Tensor, most_M: Tensor) -> Tensor:
-    """Return task vectors with 0 where a magnitude is below the least or above the most."""
+    """Return task vectors with 0 where a magnitude is below the least or above the most.
+
+    Infinities and NaN stay.
+    """
     kept_ME = trimmed(deltas_ME, least_M)
-    return kept_ME.masked_fill_(kept_ME.abs() > most_M[:, None], 0)
+    size_ME = kept_ME.abs()
+    return kept_ME.masked_fill_((size_ME > most_M[:, None]) & (size_ME < math.inf), 0)
 
 
 def drawn(

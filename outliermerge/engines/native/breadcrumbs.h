@@ -9,8 +9,12 @@
 
 enum { NO_ELECTION, BY_SUM, BY_COUNT };
 
+/* Infinities and NaN stay, so that a run notices them. */
 static void drop_large(float *restrict row, float largest_kept, size_t num) {
-    for (size_t i = 0; i < num; i++) row[i] = fabsf(row[i]) > largest_kept ? 0.0f : row[i];
+    for (size_t i = 0; i < num; i++) {
+        float size = fabsf(row[i]);
+        row[i] = (size > largest_kept) & (size < INFINITY) ? 0.0f : row[i];
+    }
 }
 
 /* Let every model have one vote. NaN votes for nothing. */
