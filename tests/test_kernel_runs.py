@@ -198,6 +198,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": 0.4, "lambda": 0.9},
     "ties": {"density": 0.3, "lambda": 0.7},
     "breadcrumbs_ties": {"density": 0.3, "lambda": 0.7},
+    "dare_ties": {"density": 0.3, "lambda": 0.7},
 }
 
 

@@ -412,6 +412,32 @@ def test_bytes_depend_on_neither_threads_blocks_kernels_nor_resuming(
     assert digest("stopped", threads=1) == first
 
 
+@pytest.mark.parametrize("method", [*DARE, *CRUMBS])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"density": [0.0, 1.0], "weight": [0.3, -0.7]},
+        {"density": [0.25, 1e-9], "normalize": True},
+        {"density": [0.7, 0.3], "rescale": False, "consensus": "count"},
+        {"density": [0.7, 0.3], "weight": [1.0, -1.0], "normalize": True, "rescale_by": "l1"},
+    ],
+    ids=str,
+)
+def test_kernels_give_the_bytes_of_torch(parameters, method, models, tmp_path):
+    known = METHODS[method].parameters
+    spec = spec_of(models, "ram") | {"merge_method": method, "parameters": {}}
+    for name, value in parameters.items():
+        if isinstance(value, list):
+            for entry, own in zip(spec["models"], value, strict=True):
+                entry.setdefault("parameters", {})[name] = own
+        elif name in known:
+            spec["parameters"][name] = value
+    for kernels in (True, False):
+        outliermerge.run(spec, output=tmp_path / str(kernels), kernels=kernels)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("True", "False")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("case", [case for case in RUNS if "model" not in case])
 def test_memory_gives_what_files_give(case, models, tmp_path):
     method, parameters = RUNS[case]

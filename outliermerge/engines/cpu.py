@@ -42,7 +42,7 @@ class KernelEngine:
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
         """Return the kernel's call, and its arguments."""
         assert task.method.kernel is not None
-        call = task.method.kernel(task.parameters, needs)
+        call = task.method.kernel(task.parameters, needs, task.context)
         return call, call.arguments()
 
     def measure(
@@ -128,7 +128,7 @@ class KernelEngine:
     ) -> tuple[bool, bool, dict[str, Any]]:
         """Fill out with a block's merged weights. No kernel loses what is not finite."""
         _, ((is_finite, report, _),) = self.merge_places(
-            [(task, prepared, out)], raws, num_elements
+            [(task, prepared, out)], raws, num_elements, start
         )
         return is_finite, is_finite, report
 
@@ -137,11 +137,13 @@ class KernelEngine:
         variants: Sequence[tuple[Task, Any, Place]],
         sources: Sequence[Place],
         num_elements: int,
+        start: int = 0,
     ) -> tuple[list[bytes], list[tuple[bool, dict[str, Any], bytes]]]:
         """Merge the same sources in several ways, reading and digesting them once.
 
         Args:
             variants: how, what `prepare` gave, and where to.
+            start: the first element.
 
         Returns:
             The digests of each source's pieces, and for each variant whether its output is
@@ -154,8 +156,8 @@ class KernelEngine:
         digests, results = self._kernels.merge(
             _block(first, sources, num_elements),
             tuple(
-                (*arguments, CODES[task.out_dtype.name], place)
-                for task, (_, arguments), place in variants
+                (*arguments, CODES[task.out_dtype.name], place, call.packed_keys(), start)
+                for task, (call, arguments), place in variants
             ),
             self._scratch([task.out_dtype for task, _, _ in variants], num_elements),
         )

@@ -128,7 +128,9 @@ class FileFeed:
                 (task, made, sink.place(job.output, span[0]))
                 for task, made, (job, sink) in zip(self.tasks, prepared, self.outputs, strict=True)
             ]
-            read, results = kernels.merge_places(variants, self.places(span), span[1] - span[0])
+            read, results = kernels.merge_places(
+                variants, self.places(span), span[1] - span[0], span[0]
+            )
         except (OSError, EOFError):
             return self._merge_blocks(span, prepared)  # says where
         self._note_all(span, read)

@@ -32,6 +32,7 @@ class KernelCall:
         scalars: what it takes once.
         vectors: what it takes for each model, (K, M).
         report: values of the whole tensor for the manifest.
+        keys: of random numbers, two 64-bit ones for each model; none where the kernel draws none.
         counts: the name under which the kernel's counts are reported; empty where it has none.
     """
 
@@ -40,6 +41,11 @@ class KernelCall:
     vectors: tuple[Sequence[float], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     counts: str = ""
+    keys: Sequence[tuple[int, int]] = ()
+
+    def packed_keys(self) -> bytes:
+        """Return the keys as the CPU's kernels take them."""
+        return b"".join(struct.pack("2q", *pair) for pair in self.keys)
 
     def arguments(self) -> tuple[str, bytes, bytes]:
         """Return the kernel's name, scalars and vectors as the CPU's takes them."""
@@ -53,13 +59,18 @@ class Kernel:
     Attributes:
         name: in the tables of backends; where one does not have it, torch computes.
         function: returns the call for resolved parameters and measured needs.
+        with_context: whether the function is given the tensor's context, too, as a keyword.
     """
 
     name: str
-    function: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall]
+    function: Callable[..., KernelCall]
+    with_context: bool = False
 
-    def __call__(self, parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
-        call = self.function(parameters, needs)
+    def __call__(
+        self, parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Any = None
+    ) -> KernelCall:
+        more = {"context": context} if self.with_context else {}
+        call = self.function(parameters, needs, **more)
         assert call.name == self.name, f"{call.name} is called where {self.name} is declared"
         return call
 

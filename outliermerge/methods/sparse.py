@@ -16,7 +16,7 @@ from outliermerge.methods.averaging import sum_of
 from outliermerge.methods.consensus import Consensus, combined, returns_equal_models
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import Kernel, KernelCall, next_below, products
+from outliermerge.methods.kernel_call import Kernel, KernelCall, next_below, products, to_float32
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.sparsify import (
     RescaleBy,
@@ -35,19 +35,38 @@ if TYPE_CHECKING:
 _ELECTIONS = (None, "sum", "count")  # as the kernel counts them
 
 
+def _scalars(parameters: Mapping[str, Any]) -> tuple[float, ...]:
+    total, normalize = sum_of(parameters["weight"]), parameters["normalize"]
+    return (
+        parameters["lambda"],
+        float(normalize),
+        float(_ELECTIONS.index(parameters.get("consensus"))),
+        total if normalize and abs(total) >= 1e-8 else 1.0,
+    )
+
+
 def _middle_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
     least, most, scales = needs["limits"]
-    weights, normalize = parameters["weight"], parameters["normalize"]
-    total = sum_of(weights)
+    weights = parameters["weight"]
     return KernelCall(
         "breadcrumbs",
-        scalars=(
-            parameters["lambda"],
-            float(normalize),
-            float(_ELECTIONS.index(parameters.get("consensus"))),
-            total if normalize and abs(total) >= 1e-8 else 1.0,
-        ),
+        scalars=_scalars(parameters),
         vectors=(weights, [next_below(x) for x in least], most, products(weights, scales)),
+    )
+
+
+def _dare_kernel(
+    parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Context
+) -> KernelCall:
+    weights = parameters["weight"]
+    chances = [to_float32(density) for density in parameters["density"]]
+    divide = _by_probability(parameters["rescale"], parameters["rescale_by"])
+    factors = [1 / chance if divide and chance else 1.0 for chance in chances]
+    return KernelCall(
+        "dare",
+        scalars=_scalars(parameters),
+        vectors=(weights, chances, factors, products(weights, needs["scale"])),
+        keys=[context.keys(model) for model in range(len(weights))],
     )
 
 
@@ -64,6 +83,7 @@ def _della_workspace(num_sources: int) -> int:
     needs={"scale": DrawnScale(by_density)},
     idempotent=returns_equal_models,
     paper="arXiv 2311.03099",
+    kernel=Kernel("dare", _dare_kernel, with_context=True),
 )
 def dare_linear(
     deltas_ME: Tensor,
@@ -111,6 +131,7 @@ def dare_linear(
     needs={"scale": DrawnScale(by_density)},
     idempotent=returns_equal_models,
     paper="arXiv 2311.03099",
+    kernel=Kernel("dare", _dare_kernel, with_context=True),
 )
 def dare_ties(
     deltas_ME: Tensor,

@@ -26,19 +26,12 @@ static void count_votes(const float *restrict row, float *restrict votes, int is
     }
 }
 
-static void merge_breadcrumbs(const Block *block, const Call *call, size_t start, size_t num,
-                              float *out) {
+/* Merge rows that are weighted and added up as votes, the row behind the output's. */
+static void put_together(const Block *block, const Call *call, size_t num, float *out) {
     const size_t models = block->num_models;
     const float lambda = call->scalars[0], normalize = call->scalars[1], total = call->scalars[3];
     const int election = (int)call->scalars[2];
-    const float *weights = call->vectors, *dropped = weights + models;
-    const float *kept = dropped + models, *scaled = kept + models;
     float *votes = out + ROW, *divisor = out + 2 * ROW;
-    for (size_t model = 0; model < models; model++) {
-        float *row = load_model(block, model, start, num);
-        drop_large(row, kept[model], num);
-        trim_row(row, votes, dropped[model], scaled[model], model == 0, num);
-    }
     if (election == NO_ELECTION) {
         for (size_t i = 0; i < num; i++) out[i] = votes[i] / total * lambda;
         return;
@@ -46,9 +39,22 @@ static void merge_breadcrumbs(const Block *block, const Call *call, size_t start
     for (size_t model = 0; model < models && election == BY_COUNT; model++)
         count_votes(block->rows + model * ROW, votes, model == 0, num);
     for (size_t model = 0; model < models; model++)
-        add_agreeing(block->rows + model * ROW, votes, weights[model], model == 0, out, divisor,
-                     num);
+        add_agreeing(block->rows + model * ROW, votes, call->vectors[model], model == 0, out,
+                     divisor, num);
     finish_ties(out, votes, divisor, normalize != 0, lambda, num);
+}
+
+static void merge_breadcrumbs(const Block *block, const Call *call, size_t start, size_t num,
+                              float *out) {
+    const size_t models = block->num_models;
+    const float *dropped = call->vectors + models, *kept = dropped + models;
+    const float *scaled = kept + models;
+    for (size_t model = 0; model < models; model++) {
+        float *row = load_model(block, model, start, num);
+        drop_large(row, kept[model], num);
+        trim_row(row, out + ROW, dropped[model], scaled[model], model == 0, num);
+    }
+    put_together(block, call, num, out);
 }
 
 static const Method breadcrumbs = {"breadcrumbs", 4, 4, merge_breadcrumbs};
