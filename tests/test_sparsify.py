@@ -19,6 +19,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.statistics.trim import Middle
 from outliermerge.methods.table import METHODS
+from outliermerge.spec.schema import json_schema
 
 DARE, CRUMBS, DELLA = (
     ("dare_linear", "dare_ties"),
@@ -318,6 +319,15 @@ def test_probabilities_beyond_0_and_1_are_refused(density, epsilon):
 def test_a_text_that_is_no_choice_is_refused():
     with pytest.raises(SpecError, match="'rescale_by': found 'l2', expected probability or l1"):
         merged("dare_ties", drawn((4,)), rescale_by="l2")
+
+
+def test_editors_are_told_the_choices():
+    (of_ties,) = (
+        each["then"]["properties"]["parameters"]["properties"]
+        for each in json_schema()["allOf"]
+        if each["if"]["properties"]["merge_method"]["const"] == "ties"
+    )
+    assert "'enum': ['tensor', 'model']" in str(of_ties["trim"])
 
 
 # Which magnitudes are kept, found by counting.
