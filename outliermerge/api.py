@@ -15,7 +15,9 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, lis
 from outliermerge.execution.in_memory import merge_in_memory
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import torch_threads
+from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.statistics.base import scope_of
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.output.manifest import verify_folder
@@ -117,6 +119,7 @@ def merge_state_dicts(
     *,
     base: Mapping[str, Tensor] | None = None,
     method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge dicts of tensors in memory.
@@ -125,6 +128,7 @@ def merge_state_dicts(
         models: the models' tensors, by name; on any devices.
         base: the base model's tensors; needed by methods on task vectors.
         method: a name from `outliermerge methods`, `package.module:function`, or a method.
+        seed: of methods that draw random numbers, which depend on the tensor's name, too.
         **parameters: of the method; those of each model as a list of one value a model.
 
     Returns:
@@ -162,6 +166,7 @@ def merge_state_dicts(
                 None if base is None else base[name],
                 found,
                 resolved,
+                Context(name, tuple(reference[name].shape), seed=seed),
             )
         except OutlierMergeError as error:
             raise OutlierMergeError(f"tensor {name!r}: {error}") from error
@@ -177,6 +182,7 @@ def merge_tensors(
     *,
     base: Tensor | None = None,
     method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor in memory.
@@ -185,6 +191,7 @@ def merge_tensors(
         models: the models' tensors, all of one shape; on any devices.
         base: the base model's tensor, for methods on task vectors.
         method: a name, `package.module:function`, or a method.
+        seed: of methods that draw random numbers.
         **parameters: of the method; those of each model as a list.
 
     Returns:
@@ -203,7 +210,8 @@ def merge_tensors(
     if not models:
         raise OutlierMergeError("no models to merge")
     resolved = _resolved(found, len(models), base is not None, parameters)
-    merge = _prepared(models, base, found, resolved)
+    context = Context("", tuple(models[0].shape), seed=seed)
+    merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
     _merge_all([merge])
@@ -226,9 +234,12 @@ def _resolved(
     if method.uses_base and not has_base:
         raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
     try:
-        return method.resolve(num_models, parameters)
+        resolved = method.resolve(num_models, parameters)
     except SpecError as error:
         raise ArgumentError(error.marked) from error
+    if any(scope_of(need, resolved) == "model" for need in method.needs.values()):
+        raise ArgumentError(f"{method.name} measures whole models with these parameters: use `run`")
+    return resolved
 
 
 def _prepared(
@@ -236,6 +247,7 @@ def _prepared(
     base: Tensor | None,
     method: MergeMethod,
     resolved: Mapping[str, Any],
+    context: Context,
 ) -> TensorMerge | Tensor:
     """Return the merge that is to be done, or what needs none."""
     import torch
@@ -263,6 +275,7 @@ def _prepared(
         if any(tensor.dtype == torch.float64 for tensor in sources)
         else "float32",
         shape=tuple(first.shape),
+        context=context,
     )
     result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
     return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
