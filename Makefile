@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
-	bench bench-check bench-gpu clean
+	docs bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -56,11 +56,16 @@ check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of import
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+docs: $(VENV)/.docs ## build the documents as a site in docs/_build, from the pages in docs/ and the code
+	@$(BIN)/python docs/reference.py --write
+	@$(BIN)/python -m sphinx -E -q -W --keep-going -b html docs docs/_build
+	@echo "open docs/_build/index.html"
+
 bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26 GB of disk, about an hour)
 	@$(IN_VENV) $(BIN)/python benchmarks/suite.py
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
 	@$(IN_VENV) $(BIN)/python benchmarks/looking.py
-	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write-readme
+	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write
 
 bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && \
@@ -71,7 +76,7 @@ bench-gpu: $(VENV)/.dev ## measure on a CUDA device: from disk, on the device, a
 	@$(IN_VENV) $(BIN)/python benchmarks/gpu.py
 
 clean: ## remove the virtual environment and what demo wrote
-	rm -rf $(VENV) models merged scores evals/data/tiny
+	rm -rf $(VENV) models merged scores evals/data/tiny docs/_build
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -100,5 +105,10 @@ $(VENV)/.browser: | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV) for development (once)"
-	@$(INSTALL) -e '.[demo,dev]'
-	@touch $@ $(VENV)/.demo
+	@$(INSTALL) -e '.[demo,dev,docs]'
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV) for the documents (once)"
+	@$(INSTALL) -e '.[docs]'
+	@touch $@

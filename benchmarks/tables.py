@@ -1,9 +1,9 @@
-"""The results as Markdown, each table between its markers in the README, and as plots.
+"""The results as Markdown, each table between its markers in the documents, and as plots.
 
-    python benchmarks/tables.py                   # print all
-    python benchmarks/tables.py --write-readme    # put them into README.md, draw results/*.png
+    python benchmarks/tables.py            # print all
+    python benchmarks/tables.py --write    # put them into README.md and docs/, draw results/*.png
 
-A table's place in the README is `<!-- bench:NAME -->` … `<!-- /bench -->`.
+A table's place in a document is `<!-- bench:NAME -->` … `<!-- /bench -->`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,34 @@ def mergekit(report: Report) -> str:
     ]  # fmt: skip
     header = ["merge", "wall s", "CPU s", "memory MB", "mergekit wall s", "CPU s", "MB"]
     return markdown([*header, "wall ratio"], rows)
+
+
+def payoff(report: Report) -> str:
+    """What a reader sees first: two task models of 1.5B by both programs."""
+    rows = []
+    for method in METHODS:
+        case = report.find(method, "1.5B")
+        ours, theirs = (
+            [median(case, tool, key) for key in ("wall_seconds", PEAK)]
+            for tool in ("outliermerge", "mergekit")
+        )
+        if None in (*ours, *theirs):
+            continue
+        times = number(ratio(case, "mergekit", "outliermerge", "wall_seconds"))
+        seconds, megabytes = (list(map(number, pair)) for pair in zip(ours, theirs, strict=True))
+        rows.append(
+            [f"`{method}`", f"{seconds[0]} s", f"{seconds[1]} s", f"{times} times"]
+            + [f"{value} MB" for value in megabytes]
+        )
+    header = [
+        "two models of 1.5B onto a base",
+        "time",
+        "of mergekit",
+        "faster",
+        "memory",
+        "of mergekit",
+    ]
+    return markdown(header, rows)
 
 
 def memory(report: Report) -> str:
@@ -247,6 +275,7 @@ def looking(content: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[Report], str]] = {
     "machine": machine,
+    "payoff": payoff,
     "work": work,
     "mergekit": mergekit,
     "memory": memory,
@@ -259,7 +288,7 @@ SECTIONS: dict[str, Callable[[Report], str]] = {
 
 
 def sections(results: Path = RESULTS) -> dict[str, str]:
-    """Return what stands between the README's markers, for the results that are there."""
+    """Return what stands between the markers, for the results that are there."""
     found = {}
     if (results / "speed.json").is_file():
         report = Report.load(results / "speed.json")
@@ -269,6 +298,11 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
     if (results / "looking.json").is_file():
         found["looking"] = looking(json.loads((results / "looking.json").read_text()))
     return {name: text for name, text in found.items() if text}
+
+
+def documents() -> list[Path]:
+    """Return the documents that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str, by_name: dict[str, str]) -> str:
@@ -281,7 +315,7 @@ def filled(text: str, by_name: dict[str, str]) -> str:
     def replaced(match: re.Match[str]) -> str:
         if match[1] not in by_name:
             names = ", ".join(by_name) or "nothing"
-            raise SystemExit(f"README.md: bench:{match[1]} is not measured; there is: {names}")
+            raise SystemExit(f"bench:{match[1]} is not measured; there is: {names}")
         return f"<!-- bench:{match[1]} -->\n{by_name[match[1]]}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench:(\S+) -->\n.*?<!-- /bench -->", replaced, text, flags=re.S)
@@ -290,16 +324,18 @@ def filled(text: str, by_name: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--write-readme", action="store_true", help="and draw the plots")
+    parser.add_argument("--write", action="store_true", help="write documents, draw the plots")
     options = parser.parse_args()
     by_name = sections(options.results)
-    if not options.write_readme:
+    if not options.write:
         print("\n\n".join(f"<!-- bench:{name} -->\n{text}" for name, text in by_name.items()))
         return
     from plots import draw
 
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), by_name))
+    for document in documents():
+        text = document.read_text()
+        if (new := filled(text, by_name)) != text:
+            document.write_text(new)
     draw(Report.load(options.results / "speed.json"), options.results)
 
 

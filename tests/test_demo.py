@@ -97,14 +97,14 @@ def test_make_eval_wants_a_model():
     assert "make eval MODEL=" in done.stderr
 
 
-def test_the_readme_shows_the_committed_results_of_the_small_family():
-    readme = (ROOT / "README.md").read_text()
+def test_the_documents_show_the_committed_results_of_the_small_family():
+    page = (ROOT / "docs" / "evidence.md").read_text()
     family = ROOT / "evals" / "family"
     table, facts = (family / "scores.md").read_text().split("\n\n")[:2]
-    assert table in readme and facts.splitlines()[0] in readme
-    assert "(evals/family/scores.png)" in readme
+    assert table in page and facts.splitlines()[0] in page
+    assert "(../evals/family/scores.png)" in page
     assert (family / "scores.png").read_bytes().startswith(b"\x89PNG")
-    assert (family / "study.md").read_text().strip() in readme
+    assert (family / "study.md").read_text().strip() in page
     study = json.loads((family / "study.json").read_text())
     assert len(study["seeds"]) == 5
     monkey = pytest.MonkeyPatch()

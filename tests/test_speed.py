@@ -247,20 +247,27 @@ def test_markers_take_the_tables_and_nothing_else_changes():
         tables.filled(text, {"work": "| w |"})
 
 
-def test_the_readme_and_the_plots_are_written_by_one_command(tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("# x\n<!-- bench:start-up -->\n<!-- /bench -->\n")
+def test_the_documents_and_the_plots_are_written_by_one_command(tmp_path, monkeypatch):
+    written = (tmp_path / "README.md", tmp_path / "docs" / "measurements.md")
+    written[1].parent.mkdir()
+    for document in written:
+        document.write_text("# x\n<!-- bench:start-up -->\n<!-- /bench -->\n")
     (tmp_path / "speed.json").write_text(json.dumps(made_up()))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["", "--results", str(tmp_path), "--write-readme"])
+    monkeypatch.setattr(sys, "argv", ["", "--results", str(tmp_path), "--write"])
     tables.main()
-    assert "| `--help` | 0.25 | 5.0 |" in (tmp_path / "README.md").read_text()
+    assert all("| `--help` | 0.25 | 5.0 |" in document.read_text() for document in written)
     assert (tmp_path / "time_by_size.png").is_file()
 
 
-def test_the_readme_shows_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    assert tables.filled(readme, tables.sections()) == readme
-    assert ("<!-- bench:work -->" in readme) == suite.RESULT.is_file()
+def test_the_documents_show_the_committed_results():
+    shown = ""
+    for document in tables.documents():
+        text = document.read_text()
+        assert tables.filled(text, tables.sections()) == text, document
+        shown += text
+    assert all(f"<!-- bench:{name} -->" in shown for name in tables.sections())
+    assert suite.RESULT.is_file()
 
 
 def test_plots_are_drawn_of_what_was_measured(report, tmp_path):
