@@ -18,6 +18,7 @@ from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import torch_threads
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.statistics.base import scope_of
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.output.manifest import verify_folder
@@ -131,7 +132,7 @@ def merge_state_dicts(
         models: the models' tensors, by name; on any devices.
         base: the base model's tensors; needed by methods on task vectors.
         method: a name from `outliermerge methods`, `package.module:function`, or a method.
-        seed: of methods that draw random numbers.
+        seed: of methods that draw random numbers, which depend on the tensor's name, too.
         **parameters: of the method; those of each model as a list of one value a model.
 
     Returns:
@@ -245,9 +246,12 @@ def _resolved(
     if method.uses_base and not has_base:
         raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
     try:
-        return method.resolve(num_models, parameters)
+        resolved = method.resolve(num_models, parameters)
     except SpecError as error:
         raise ArgumentError(error.marked) from error
+    if any(scope_of(need, resolved) == "model" for need in method.needs.values()):
+        raise ArgumentError(f"{method.name} measures whole models with these parameters: use `run`")
+    return resolved
 
 
 def _prepared(

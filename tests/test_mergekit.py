@@ -14,6 +14,7 @@ from checkpoints import family, load_folder
 from torch import Tensor
 
 import outliermerge
+from outliermerge.methods.table import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,42 @@ SPECS: dict[str, dict[str, Any]] = {
         "parameters": {"density": {"filter": "mlp", "value": 0}, "weight": 1},
         "own": [{}, {}, {"weight": 0.4, "density": 0.5}],
     },
+    "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.6}, "own": WEIGHTS},
+    "breadcrumbs-rescale": {
+        "method": "breadcrumbs",
+        "parameters": {"density": 0.4, "rescale": True, "gamma": GRADIENT, "normalize": True},
+        "own": WEIGHTS,
+    },
+    "breadcrumbs-wide": {
+        "method": "breadcrumbs",
+        "parameters": {"density": 0.7, "gamma": 0.5, "lambda": -1.5},
+        "own": WEIGHTS,
+    },
+    "breadcrumbs_ties": {
+        "method": "breadcrumbs_ties",
+        "parameters": {"weight": 0.5, "gamma": 0.05},
+        "own": [{"density": 0.2}, {"density": filtered(0, 1, GRADIENT)}, {"gamma": 0.2}],
+    },
+    "dare_linear-whole": {"method": "dare_linear", "own": WEIGHTS},
+    "dare_ties-whole": {"method": "dare_ties", "parameters": {"lambda": 1.2}, "own": WEIGHTS},
+    "dare_linear-none": {"method": "dare_linear", "parameters": {"density": 0}, "own": WEIGHTS},
+    "della-whole": {"method": "della", "own": WEIGHTS},
+    "della_linear-whole": {
+        "method": "della_linear",
+        "parameters": {"epsilon": 0.3, "normalize": True},
+        "own": WEIGHTS,
+    },
+    "sce": {"method": "sce", "own": [{}, {}, {}]},
+    "sce-select": {"method": "sce", "parameters": {"select_topk": GRADIENT}, "own": [{}, {}, {}]},
+    "sce-none": {"method": "sce", "parameters": {"select_topk": 0}, "own": [{}, {}, {}]},
+    "ram": {"method": "ram", "own": [{}, {}, {}]},
+    "ram-epsilon": {"method": "ram", "parameters": {"epsilon": 0.01}, "own": [{}, {}, {}]},
+    "ramplus_tl": {"method": "ramplus_tl", "own": [{}, {}, {}]},
+    "ramplus_tl-most": {
+        "method": "ramplus_tl",
+        "parameters": {"epsilon": 0.015, "r": 0.5, "alpha": [0.1, 3]},
+        "own": [{}, {}, {}],
+    },
     "passthrough": {"method": "passthrough", "own": [{}]},
     "passthrough-scale": {
         "method": "passthrough",
@@ -136,14 +173,16 @@ def spec_of(case: str, base: Path, models: list[Path]) -> dict[str, Any]:
         "parameters": given.get("parameters", {}),
         "dtype": "float32",
     }
-    if given["method"] in ("task_arithmetic", "ties"):
+    if METHODS[given["method"]].uses_base:
         spec["base_model"] = str(base)
     return copy.deepcopy(spec)
 
 
 def tied(case: str) -> bool:
-    """Tell whether bfloat16 magnitudes are trimmed: we keep all ties, mergekit some."""
-    return SPECS[case]["method"] == "ties" and case != "ties-whole"
+    """Tell whether elements are ranked: of equal ones in bfloat16 we keep all, mergekit some."""
+    method = SPECS[case]["method"]
+    ranks = method in ("ties", "breadcrumbs", "breadcrumbs_ties") or case == "sce-select"
+    return ranks and case != "ties-whole"
 
 
 @pytest.mark.parametrize(

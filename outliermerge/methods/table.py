@@ -6,6 +6,16 @@ from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.ram import ram, ramplus_tl
+from outliermerge.methods.sce import sce
+from outliermerge.methods.sparse import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+)
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
 METHODS: dict[str, MergeMethod] = {
@@ -16,6 +26,15 @@ METHODS: dict[str, MergeMethod] = {
         task_arithmetic,
         ties,
         passthrough,
+        dare_linear,
+        dare_ties,
+        breadcrumbs,
+        breadcrumbs_ties,
+        della,
+        della_linear,
+        sce,
+        ram,
+        ramplus_tl,
     )
 }
 

@@ -70,6 +70,8 @@ def _setting_schema(parameter: Parameter) -> dict[str, Any]:
     for bound, keyword in limits.items():
         if (limit := getattr(parameter.bounds, bound)) is not None:
             scalar[keyword] = limit
+    if parameter.choices:
+        scalar["enum"] = list(parameter.choices)
     if parameter.type in (float, int):
         scalar = {"anyOf": [scalar, {"type": "string", "pattern": _NUMBER}]}
     value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}

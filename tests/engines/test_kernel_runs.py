@@ -198,6 +198,8 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in WITH_KERNELS} | {
     "passthrough": {"scale": 0.5},
     "task_arithmetic": {"weight": 0.4, "lambda": 0.9},
     "ties": {"density": 0.3, "lambda": 0.7},
+    "breadcrumbs_ties": {"density": 0.3, "lambda": 0.7},
+    "dare_ties": {"density": 0.3, "lambda": 0.7},
 }
 
 
@@ -237,7 +239,7 @@ def test_a_run_by_kernels_gives_the_values_of_one_by_torch(method, llamas, tmp_p
         assert found.keys() == expected.keys()
         for key, value in found.items():
             rel = 1e-12 if key in ("sigma", "threshold") else 0
-            flat, same = (np.ravel(each).tolist() for each in (value, expected[key]))
+            flat, same = ([*map(float, np.ravel(each))] for each in (value, expected[key]))
             assert flat == pytest.approx(same, rel=rel or 1e-14, abs=0), (name, key)
             assert key != "outliers" or value == expected[key]
     assert outliermerge.verify(tmp_path / "kernels") == []
