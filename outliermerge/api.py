@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.sources import DTYPES
@@ -27,6 +27,8 @@ from outliermerge.storage.machine import num_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def plan(
@@ -183,7 +185,8 @@ def merge_state_dicts(
                 f"models[{number}] does not hold the same tensors as "
                 f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
             )
-    resolved = _resolved(found, len(models), base is not None, parameters)
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
     merges = {}
     for name in reference:
         try:
@@ -232,7 +235,8 @@ def merge_tensors(
     found = find_method(method) if isinstance(method, str) else method
     if not models:
         raise OutlierMergeError("no models to merge")
-    resolved = _resolved(found, len(models), base is not None, parameters)
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
     merge = _prepared(models, base, found, resolved)
     if not isinstance(merge, TensorMerge):
         return merge
@@ -240,14 +244,26 @@ def merge_tensors(
     return merge.result
 
 
+def _with_base(
+    method: MergeMethod, models: Sequence[T], base: T | None
+) -> tuple[MergeMethod, Sequence[T]]:
+    """Return the method and the models as they are where there is a base, or none."""
+    if base is None and method.needs_base:
+        raise SpecError(f"{method.name} works on differences from a base: give `base`")
+    if base is None:
+        return method, models
+    method = method.with_base or method
+    if method.base_as == "first":
+        return method, [base, *models]
+    return method, [*models, base] if method.base_as == "model" else models
+
+
 def _resolved(
-    method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
+    method: MergeMethod, num_models: int, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     most = method.max_models
     if num_models < method.min_models or (most is not None and num_models > most):
         raise SpecError(f"{method.name} does not take {num_models} models")
-    if method.uses_base and not has_base:
-        raise SpecError(f"{method.name} works on differences from a base: give `base`")
     return method.resolve(num_models, parameters)
 
 
@@ -275,7 +291,7 @@ def _prepared(
         return models[0].detach().to(first.device, first.dtype, copy=True)
     sources = [base, *models] if method.uses_base and base is not None else list(models)
     task = Task(
-        method=method,
+        method=method.of(resolved),
         parameters=resolved,
         dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
         out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Space: TypeAlias = Literal["delta", "weight", "both", "merged"]
 Cut: TypeAlias = Literal["element", "row", "tensor"]
+BaseAs: TypeAlias = Literal["reference", "first", "model"]
 COARSEST_FIRST: tuple[Cut, ...] = ("tensor", "row", "element")
 
 
@@ -46,6 +47,12 @@ class MergeMethod:
         min_models, max_models: how many models it takes.
         paper: where it is from.
         kernel: a fused kernel that computes the same, on backends that have it, or None.
+        base_as: what a spec's base model is to a method on weights. `reference`: nothing but the
+            reference for names and shapes. `first`: needed, and the first model. `model`: one of
+            the models, whether the spec lists it among them or not.
+        with_base: the method that takes its place where there is a base model, or None.
+        variant: returns the method that takes its place for resolved parameters, or None; it
+            gets those that it declares.
     """
 
     name: str
@@ -63,14 +70,31 @@ class MergeMethod:
     max_models: int | None
     paper: str
     kernel: Kernel | None
+    base_as: BaseAs
+    with_base: MergeMethod | None
+    variant: Callable[[Mapping[str, Any]], MergeMethod | None]
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
-        return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
+        return import_method, (self.path,)
+
+    @property
+    def path(self) -> str:
+        """Where it can be imported from: `package.module:function`."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
 
     @property
     def uses_base(self) -> bool:
         """Whether it works on differences from a base model."""
         return self.space in ("delta", "both")
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether there must be a base model."""
+        return self.uses_base or self.base_as == "first"
+
+    def of(self, parameters: Mapping[str, Any]) -> MergeMethod:
+        """Return the method that merges a tensor with these resolved parameters."""
+        return self.variant(parameters) or self
 
     @property
     def summary(self) -> str:
@@ -147,6 +171,10 @@ def _accept(parameters: Mapping[str, Any]) -> None:
     return None
 
 
+def _itself(parameters: Mapping[str, Any]) -> MergeMethod | None:
+    return None
+
+
 def _usual_workspace(num_sources: int) -> int:
     return 5 * num_sources + 4  # as methods of this package were measured
 
@@ -164,6 +192,10 @@ def merge_method(
     max_models: int | None = None,
     paper: str = "",
     kernel: Kernel | None = None,
+    name: str = "",
+    base_as: BaseAs = "reference",
+    with_base: MergeMethod | None = None,
+    variant: Callable[[Mapping[str, Any]], MergeMethod | None] = _itself,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method of a function on blocks.
 
@@ -184,6 +216,10 @@ def merge_method(
         max_models: the most models it takes, or None.
         paper: where it is from.
         kernel: a fused kernel that computes the same; torch computes where there is none.
+        name: as in a spec; the function's by default.
+        base_as: what a base model is to a method on weights; see MergeMethod.
+        with_base: the method that takes its place where there is a base model.
+        variant: returns the method that takes its place for resolved parameters, or None.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -202,22 +238,22 @@ def merge_method(
         given = {"need": [*(needs or {})], "auxiliary tensor": [*auxiliary]}
         given |= {"base": ["base"]} if space == "both" else {}
         for kind, wanted in given.items():
-            for name in wanted:
-                if name not in names:
+            for one in wanted:
+                if one not in names:
                     raise TypeError(
-                        f"{function.__name__}: the {kind} {name!r} is not a keyword of it"
+                        f"{function.__name__}: the {kind} {one!r} is not a keyword of it"
                     )
-        for name, need in (needs or {}).items():
+        for one, need in (needs or {}).items():
             if space == "weight" and getattr(need, "with_base", False):
-                raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
+                raise TypeError(f"{function.__name__}: {one!r} needs a base; weights have none")
         if space == "merged" and (needs or auxiliary):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
-        others = {name for wanted in given.values() for name in wanted} | {"context"}
+        others = {one for wanted in given.values() for one in wanted} | {"context"}
         parameters = [
             declared(function, keyword) for keyword in keywords if keyword.name not in others
         ]
         return MergeMethod(
-            name=function.__name__,
+            name=name or function.__name__,
             function=function,
             space=space,
             cut=cut,
@@ -232,6 +268,9 @@ def merge_method(
             max_models=max_models,
             paper=paper,
             kernel=kernel,
+            base_as=base_as,
+            with_base=with_base,
+            variant=variant,
         )
 
     return decorate

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from outliermerge.errors import SpecError, suggest
+from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.model_stock import model_stock
+from outliermerge.methods.nearswap import nearswap
+from outliermerge.methods.nuslerp import nuslerp
+from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
 METHODS: dict[str, MergeMethod] = {
-    method.name: method for method in (min_sigma, linear, task_arithmetic, ties, passthrough)
+    method.name: method
+    for method in (
+        min_sigma,
+        linear,
+        task_arithmetic,
+        ties,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        model_stock,
+        nearswap,
+        arcee_fusion,
+        passthrough,
+    )
 }
 
 
