@@ -264,7 +264,7 @@ def karcher(weights_ME: Tensor, *, gram: Tensor, max_iter: int = 10, tol: float 
     shorter than `tol`; W* = m · mean of ‖Wᵢ‖.
 
     A base model is one of the models. What is not longer than `tol` counts for the mean length
-    alone.
+    alone; of tensors that are all so short, the mean is 0.
 
     Args:
         weights_ME: the models' weights.
