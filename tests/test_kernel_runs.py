@@ -305,7 +305,7 @@ BAD = [(0, math.nan), (SIZE // 2, math.inf), (SIZE - 1, -math.inf)]
 @pytest.mark.parametrize("method", METHODS)
 def test_a_value_that_is_not_finite_stops_a_run(method, dtype, tmp_path):
     last = len(as_many_as(method.partition(" ")[0], [1, 2]))
-    rows = (0, last) if has_base(method) else (1, last)
+    rows = {0 if has_base(method) else 1, last}
     for row in rows:
         for number, (place, value) in enumerate(BAD):
             folder = tmp_path / f"{row}-{number}"
