@@ -86,8 +86,9 @@ class MergeSpec:
     source: Source
 
     def method_for(self, parameters: Mapping[str, Any]) -> str:
-        """Return what `find_method` finds the method of a tensor by."""
-        method, written = self.method.of(parameters), self.document.merge_method
+        """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
+        method = self.method.of(parameters) if parameters else self.method
+        written = self.document.merge_method
         return written if method is find_method(written) else method.path
 
     def as_dict(self) -> dict[str, Any]:
