@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.sources import DTYPES
@@ -33,6 +33,8 @@ from outliermerge.storage.machine import num_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def plan(
@@ -161,7 +163,8 @@ def merge_state_dicts(
                 f"models[{number}] does not hold the same tensors as "
                 f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
             )
-    resolved = _resolved(found, len(models), base is not None, parameters)
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
     layers = find_layers(reference)
     merges = {}
     for name, tensor in reference.items():
@@ -214,7 +217,8 @@ def merge_tensors(
     found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
-    resolved = _resolved(found, len(models), base is not None, parameters)
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
     context = Context(shape=tuple(models[0].shape), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
@@ -230,8 +234,22 @@ def _method(method: str | MergeMethod) -> MergeMethod:
         raise ArgumentError(error.marked) from error
 
 
+def _with_base(
+    method: MergeMethod, models: Sequence[T], base: T | None
+) -> tuple[MergeMethod, Sequence[T]]:
+    """Return the method that merges with or without a base, and the models that it merges."""
+    if base is None and method.needs_base:
+        raise ArgumentError(f"{method.name} needs a base model: give `base`")
+    if base is None:
+        return method, models
+    method = method.with_base or method
+    if method.base_as == "first":
+        return method, [base, *models]
+    return method, [*models, base] if method.base_as == "model" else models
+
+
 def _resolved(
-    method: MergeMethod, num_models: int, has_base: bool, parameters: Mapping[str, Any]
+    method: MergeMethod, num_models: int, parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     most = method.max_models
     if method.space == "merged":
@@ -243,13 +261,12 @@ def _resolved(
         )
     if num_models < method.min_models or (most is not None and num_models > most):
         raise ArgumentError(f"{method.name} does not take {num_models} models")
-    if method.uses_base and not has_base:
-        raise ArgumentError(f"{method.name} works on differences from a base: give `base`")
     try:
         resolved = method.resolve(num_models, parameters)
     except SpecError as error:
         raise ArgumentError(error.marked) from error
-    if any(scope_of(need, resolved) == "model" for need in method.needs.values()):
+    needs = method.of(resolved).needs.values()
+    if any(scope_of(need, resolved) == "model" for need in needs):
         raise ArgumentError(f"{method.name} measures whole models with these parameters: use `run`")
     return resolved
 
@@ -279,7 +296,7 @@ def _prepared(
         return models[0].detach().to(first.device, first.dtype, copy=True)
     sources = [base, *models] if method.uses_base and base is not None else list(models)
     task = Task(
-        method=method,
+        method=method.of(resolved),
         parameters=resolved,
         dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
         out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],

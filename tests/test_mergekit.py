@@ -158,6 +158,73 @@ SPECS: dict[str, dict[str, Any]] = {
         "parameters": {"scale": filtered(GRADIENT, 0.5, 2)},
         "own": [{}],
     },
+    "slerp": {"method": "slerp", "base": "base", "parameters": {"t": 0.3}, "own": [{}]},
+    "slerp-of-two": {"method": "slerp", "base": 1, "parameters": {"t": 0.3}, "own": [{}, {}]},
+    "slerp-of-two-first": {
+        "method": "slerp",
+        "base": 0,
+        "parameters": {"t": filtered([0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0], 0.5)},
+        "own": [{}, {}],
+    },
+    "nuslerp": {"method": "nuslerp", "own": WEIGHTS[:2]},
+    "nuslerp-of-deltas": {
+        "method": "nuslerp",
+        "base": "base",
+        "own": [{"weight": GRADIENT}, {"weight": filtered(0.2, GRADIENT, 0.6)}],
+    },
+    "nuslerp-by-vectors": {
+        "method": "nuslerp",
+        "base": "base",
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": filtered(True, False, False)},
+        "own": WEIGHTS[:2],
+    },
+    "multislerp": {"method": "multislerp", "own": WEIGHTS},
+    "multislerp-of-deltas": {
+        "method": "multislerp",
+        "base": "base",
+        "parameters": {"normalize_weights": False},
+        "own": [{"weight": GRADIENT}, {"weight": 0.7}, {"weight": [0.2, 0.3]}],
+    },
+    "karcher": {"method": "karcher", "own": [{}, {}, {}]},
+    "karcher-with-base": {
+        "method": "karcher",
+        "base": "base",
+        "parameters": {"max_iter": 4, "tol": 1e-4},
+        "own": [{}, {}],
+    },
+    "karcher-base-among": {"method": "karcher", "base": 1, "own": [{}, {}]},
+    "model_stock": {"method": "model_stock", "base": "base", "own": [{}, {}, {}]},
+    "model_stock-filter-wise": {
+        "method": "model_stock",
+        "base": "base",
+        "parameters": {"filter_wise": filtered(True, False, True)},
+        "own": [{}, {}],
+    },
+    "model_stock-base-among": {"method": "model_stock", "base": 0, "own": [{}, {}, {}]},
+    "nearswap": {
+        "method": "nearswap",
+        "base": "base",
+        "parameters": {"t": filtered([1e-3, 1e-2], 1e-4, 0.1)},
+        "own": [{}],
+    },
+    "nearswap-of-two": {
+        "method": "nearswap",
+        "base": 0,
+        "parameters": {"t": 0.01},
+        "own": [{}, {}],
+    },
+    "arcee_fusion": {
+        "method": "arcee_fusion",
+        "base": "base",
+        "parameters": {"compat": "mergekit"},  # of small changes; it knows no such parameter
+        "own": [{}],
+    },
+    "arcee_fusion-of-two": {
+        "method": "arcee_fusion",
+        "base": 1,
+        "parameters": {"compat": "mergekit"},
+        "own": [{}, {}],
+    },
 }
 
 
@@ -173,8 +240,10 @@ def spec_of(case: str, base: Path, models: list[Path]) -> dict[str, Any]:
         "parameters": given.get("parameters", {}),
         "dtype": "float32",
     }
-    if METHODS[given["method"]].uses_base:
+    if METHODS[given["method"]].uses_base or given.get("base") == "base":
         spec["base_model"] = str(base)
+    elif "base" in given:
+        spec["base_model"] = str(models[given["base"]])
     return copy.deepcopy(spec)
 
 

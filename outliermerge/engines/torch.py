@@ -233,7 +233,7 @@ def merge_block(
     block_SE = block_SE[:num_sources]
     if method.space == "both":
         more["base"] = view_for(method.cut, block_SE[:1], task.shape)[0]
-    context = replace(task.context, start=start)
+    context = replace(task.context, shape=task.shape, start=start)
     if method.takes_context:
         more["context"] = context
     block_ME = to_deltas(block_SE) if task.is_delta else block_SE

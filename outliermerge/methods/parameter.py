@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
@@ -87,6 +87,12 @@ class Parameter:
         if low or high:
             raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")
         return converted
+
+
+def check_compat(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a method's `compat` names what it can be like."""
+    if parameters["compat"] not in ("none", "mergekit"):
+        raise ValueError(f"compat: found {parameters['compat']!r}, expected 'none' or 'mergekit'")
 
 
 def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parameter:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from outliermerge.errors import SpecError, suggest
+from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.model_stock import model_stock
+from outliermerge.methods.nearswap import nearswap
+from outliermerge.methods.nuslerp import nuslerp
 from outliermerge.methods.ram import ram, ramplus_tl
 from outliermerge.methods.sce import sce
 from outliermerge.methods.sparse import (
@@ -16,6 +20,7 @@ from outliermerge.methods.sparse import (
     della,
     della_linear,
 )
+from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
 METHODS: dict[str, MergeMethod] = {
@@ -25,7 +30,6 @@ METHODS: dict[str, MergeMethod] = {
         linear,
         task_arithmetic,
         ties,
-        passthrough,
         dare_linear,
         dare_ties,
         breadcrumbs,
@@ -35,6 +39,14 @@ METHODS: dict[str, MergeMethod] = {
         sce,
         ram,
         ramplus_tl,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        model_stock,
+        nearswap,
+        arcee_fusion,
+        passthrough,
     )
 }
 

@@ -55,7 +55,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
         number_of(spec.base, "base")
     numbers: list[int] = []
     for model in spec.models:
-        number = number_of(model, "model")
+        number = 0 if model is spec.base else number_of(model, "model")
         if number in numbers or (number == 0 and spec.base and spec.method.uses_base):
             other = inputs[number].reference
             raise spec.source.error(

@@ -62,7 +62,7 @@ class MergeSpec:
 
     Attributes:
         document: the spec as it was written.
-        method: the merge method.
+        method: the merge method; the one that takes its place if there is a base model.
         base: the base model, or None.
         models: the merged models, in order; without the base for methods on task vectors.
         settings: global parameter settings.
@@ -87,6 +87,12 @@ class MergeSpec:
     other_files: Setting
     source: SpecText
     notes: tuple[str, ...] = ()
+
+    def method_for(self, parameters: Mapping[str, Any]) -> str:
+        """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
+        method = self.method.of(parameters) if parameters else self.method
+        written = self.document.merge_method
+        return written if method is find_method(written) else method.path
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -149,17 +155,21 @@ def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
         raise source.error(
             ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
         )
-    if method.uses_base and document.base_model is None:
-        raise source.error(
-            (), f"`base_model` is missing: {method.name} works on differences from a base model"
-        )
+    if document.base_model is None and method.needs_base:
+        why = "works on differences from a base model" if method.uses_base else (
+            "merges a model with a base model"
+        )  # fmt: skip
+        raise source.error((), f"`base_model` is missing: {method.name} {why}")
+    if document.base_model is not None and method.with_base is not None:
+        method = method.with_base
     _check_sources(document, source)
     try:
+        base = _base(document, source)
         return MergeSpec(
             document=document,
             method=method,
-            base=_base(document, source),
-            models=_models(document, method, source),
+            base=base,
+            models=_models(document, method, base, source),
             settings=_settings(document.parameters, method, ("parameters",), of_model=False),
             modifiers=_modifiers(document, method, source),
             rename=parse_rename(document.rename, ("rename",)),
@@ -206,10 +216,12 @@ def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:
     return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
 
 
-def _models(document: SpecDocument, method: MergeMethod, source: SpecText) -> tuple[ModelSpec, ...]:
+def _models(
+    document: SpecDocument, method: MergeMethod, base: ModelSpec | None, source: SpecText
+) -> tuple[ModelSpec, ...]:
     models: list[ModelSpec] = []
     first_place: dict[str, int] = {}
-    base = _identity(document.base_model.model) if document.base_model else None
+    base_identity = _identity(base.reference) if base else None
     for index, entry in enumerate(document.models):
         path: SpecPath = ("models", index)
         try:
@@ -222,9 +234,9 @@ def _models(document: SpecDocument, method: MergeMethod, source: SpecText) -> tu
                 f"{quoted(entry.model)} stands twice, first as models[{first_place[identity]}]",
             )
         first_place[identity] = index
-        if identity == base:
+        if identity == base_identity:
             _refuse_on_base(entry, method, path, source)
-            if method.uses_base:
+            if method.uses_base or method.base_as == "first":
                 continue
         models.append(
             ModelSpec(
@@ -237,13 +249,19 @@ def _models(document: SpecDocument, method: MergeMethod, source: SpecText) -> tu
                 auxiliary=_auxiliary(entry, method, path, source),
             )
         )
+    if base is not None and method.base_as == "first":
+        models.insert(0, base)
+    elif base is not None and method.base_as == "model" and base_identity not in first_place:
+        models.append(base)
     most = method.max_models
     if len(models) < method.min_models or (most is not None and len(models) > most):
         wanted = str(method.min_models) if most == method.min_models else (
             f"{method.min_models} to {most}" if most is not None else
             f"at least {method.min_models}"
         )  # fmt: skip
-        besides = " besides the base model" if method.uses_base else ""
+        besides = " besides the base model" if method.uses_base else (
+            ", the base model among them" if method.base_as == "first" else ""
+        )  # fmt: skip
         raise source.error(
             ("models",), f"{method.name} takes {wanted} model(s){besides}, found {len(models)}"
         )
@@ -289,11 +307,12 @@ def _auxiliary(
 def _refuse_on_base(
     entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
 ) -> None:
-    if entry.parameters and method.uses_base:
+    if entry.parameters and (method.uses_base or method.base_as == "first"):
         raise source.error(
             (*path, "parameters"),
-            f"{quoted(entry.model)} is the base model: it has no task vector, "
-            "so its parameters have no effect. Remove them.",
+            f"{quoted(entry.model)} is the base model: "
+            + ("it has no task vector, so its" if method.uses_base else f"for {method.name} its")
+            + " parameters have no effect. Remove them.",
             at_key=True,
         )
     for key in ("rename", "missing", "extra", "auxiliary"):

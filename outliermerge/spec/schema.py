@@ -35,9 +35,9 @@ def json_schema() -> dict[str, Any]:
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
-                "required": ["base_model"] if method.uses_base else [],
+                "required": ["base_model"] if method.needs_base else [],
                 "properties": (
-                    {"base_model": {"not": {"type": "null"}}} if method.uses_base else {}
+                    {"base_model": {"not": {"type": "null"}}} if method.needs_base else {}
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),
