@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 INERT_PARAMETERS = {"int8_mask": "it sets how mergekit stores masks in memory"}
-_LABEL = "name"
+LABEL = "name"
 
 
 def without_inert(raw: dict[str, Any], *, uses_base: bool) -> tuple[dict[str, Any], list[str]]:
@@ -21,9 +21,9 @@ stores masks in memory)'])
     """
     left_out: dict[str, str] = {}
     document = dict(raw)
-    if isinstance(document.get(_LABEL), str):
-        del document[_LABEL]
-        left_out[_LABEL] = "a label"
+    if isinstance(document.get(LABEL), str):
+        del document[LABEL]
+        left_out[LABEL] = "a label"
     document = _pruned(document, left_out)
     if isinstance(document.get("models"), list):
         document["models"] = [

@@ -9,6 +9,7 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import SpecDocument, by_filters
+from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
@@ -28,6 +29,10 @@ def json_schema() -> dict[str, Any]:
             {"type": "string", "pattern": r"^[\w.]+:\w+$"},
         ],
     }
+    schema["properties"][LABEL] = {"type": "string", "description": "A label, without effect."}
+    for entry in (schema, schema["$defs"]["ModelEntry"]):
+        field = entry["properties"]["parameters"]
+        field["anyOf"] = [{"type": field.pop("type")}, {"type": "null"}]
     dtypes = {"enum": [*FLOAT_DTYPES, *(f"torch.{name}" for name in FLOAT_DTYPES)]}
     for name in ("dtype", "out_dtype"):
         schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
@@ -60,7 +65,15 @@ def _parameters_schema(method: MergeMethod, *, of_model: bool) -> dict[str, Any]
         for parameter in method.parameters.values()
         if parameter.per_model or not of_model
     }
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    inert = {
+        name: {"description": f"Without effect: {reason}."}
+        for name, reason in INERT_PARAMETERS.items()
+    }
+    return {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": inert | properties,
+    }
 
 
 def _setting_schema(parameter: Parameter) -> dict[str, Any]:

@@ -507,6 +507,22 @@ def test_good_specs_are_valid_by_the_schema(name, folder, validator):
 
 
 HEAD = {"merge_method": "ties", "base_model": "base", "models": [{"model": "a"}]}
+INERT = {
+    "a label": HEAD | {"name": "mine"},
+    "no parameters": HEAD | {"parameters": None},
+    "no parameters of a model": HEAD | {"models": [{"model": "a", "parameters": None}]},
+    "a mask's dtype": HEAD | {"parameters": {"int8_mask": True}},
+    "a mask's dtype of a model": HEAD
+    | {"models": [{"model": "a", "parameters": {"int8_mask": True}}]},
+}
+
+
+@pytest.mark.parametrize("name", INERT)
+def test_what_has_no_effect_is_taken_and_valid_by_the_schema(name, validator):
+    load_spec(INERT[name])
+    validator.validate(INERT[name])
+
+
 BAD = {
     "unknown key": HEAD | {"dtpe": "float32"},
     "unknown key of a model": HEAD | {"models": [{"model": "a", "weight": 1}]},
