@@ -240,10 +240,9 @@ def spec_of(case: str, base: Path, models: list[Path]) -> dict[str, Any]:
         "parameters": given.get("parameters", {}),
         "dtype": "float32",
     }
-    if METHODS[given["method"]].uses_base or given.get("base") == "base":
-        spec["base_model"] = str(base)
-    elif "base" in given:
-        spec["base_model"] = str(models[given["base"]])
+    chosen = given.get("base", "base" if METHODS[given["method"]].needs_base else None)
+    if chosen is not None:
+        spec["base_model"] = str(base if chosen == "base" else models[chosen])
     return copy.deepcopy(spec)
 
 

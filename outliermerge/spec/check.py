@@ -138,7 +138,7 @@ def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
             raise source.error(
                 (key,), f"a mergekit key that is not supported: {_NOT_YET[key]}", at_key=True
             )
-    raw, notes = without_inert(raw, uses_base=_uses_base(raw))
+    raw, notes = without_inert(raw, needs_base=_needs_base(raw))
     try:
         document = SpecDocument.model_validate(raw)
     except ValidationError as error:
@@ -184,9 +184,9 @@ def _check(raw: dict[str, Any], source: SpecText) -> MergeSpec:
         raise source.error(error.path, str(error), at_key=error.at_key) from error
 
 
-def _uses_base(raw: Mapping[str, Any]) -> bool:
+def _needs_base(raw: Mapping[str, Any]) -> bool:
     try:
-        return find_method(str(raw.get("merge_method"))).uses_base
+        return find_method(str(raw.get("merge_method"))).needs_base
     except SpecError:  # it is reported when all keys have been checked
         return False
 

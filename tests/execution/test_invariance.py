@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import as_many_as, family, load_folder, save_tensors
-from every_method import OF_DELTAS, SEVERAL
+from every_method import NEEDS_BASE, SEVERAL
 from torch import Tensor
 
 import outliermerge
@@ -181,7 +181,7 @@ def test_a_run_repeated_gives_the_same_files(large, tmp_path):
 @pytest.mark.parametrize("method", SEVERAL)
 def test_shard_size_changes_no_tensor(method, tmp_path):
     base, models = family("llama", tmp_path, dtype=torch.bfloat16, shard_size="40KB")
-    spec = spec_of(method, base if method in OF_DELTAS else None, models)
+    spec = spec_of(method, base if method in NEEDS_BASE else None, models)
     outputs = {
         size: outliermerge.run(spec, output=tmp_path / size, shard_size=size).output
         for size in ("5GB", "30KB", "9KB")
@@ -289,7 +289,7 @@ def test_tensors_equal_in_all_models_are_copied(method, tmp_path):
     for model in models:
         tensors = load_folder(model) | {name: original[name] for name in frozen}
         save_tensors(model, {k: v.contiguous() for k, v in tensors.items()})
-    spec = spec_of(method, base if method in OF_DELTAS else None, models)
+    spec = spec_of(method, base if method in NEEDS_BASE else None, models)
     result = outliermerge.run(spec, output=tmp_path / "out")
     merged = load_folder(result.output)
     actions = {name: entry["action"] for name, entry in result.manifest["tensors"].items()}
