@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.parameter import check_compat
+from outliermerge.methods.parameter import Compat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +22,12 @@ _ROWS_ELEMENTS = 1 << 20  # whose divergences are computed at a time, in float64
     base_as="first",
     cut="tensor",
     idempotent=lambda parameters: True,
-    check=check_compat,
     workspace=lambda num_sources: 6,
     min_models=2,
     max_models=2,
     paper="https://arcee.ai",
 )
-def arcee_fusion(weights: Tensor, *, compat: str = "none") -> Tensor:
+def arcee_fusion(weights: Tensor, *, compat: Compat = "none") -> Tensor:
     """Take the most important changes of one model into the base, whole.
 
     sᵢ = |W₁ᵢ − Wᵢ| · KL(softmax W₁ ‖ softmax W), softmax along the last dimension, 1e-8 added to

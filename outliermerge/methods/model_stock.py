@@ -14,8 +14,8 @@ from outliermerge.methods.averaging import weighted_sum
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.kernel_call import Kernel, KernelCall
-from outliermerge.methods.parameter import check_compat
-from outliermerge.methods.spherical import Products, are_finite, combined, lengths_of
+from outliermerge.methods.parameter import Compat
+from outliermerge.methods.spherical import Products, are_finite, lengths_of, summed
 from outliermerge.methods.statistics.gram import Gram
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCa
 
 
 @merge_method(space="delta", name="model_stock", cut="row", min_models=2)
-def by_filters(deltas_MRC: Tensor, *, context: Context, compat: str = "none") -> Tensor:
+def by_filters(deltas_MRC: Tensor, *, context: Context, compat: Compat = "none") -> Tensor:
     """Merge every row of the last dimension by its own angles; see model_stock."""
     num_models, shape = len(deltas_MRC), context.shape
     columns = shape[-1] if len(shape) > 1 else deltas_MRC.shape[2]
@@ -69,13 +69,12 @@ def by_filters(deltas_MRC: Tensor, *, context: Context, compat: str = "none") ->
     space="delta",
     variant=lambda parameters: by_filters if parameters["filter_wise"] else None,
     needs={"gram": Gram()},
-    check=check_compat,
     min_models=2,
     paper="arXiv 2403.19522",
     kernel=Kernel("weighted_sum", _kernel),
 )
 def model_stock(
-    deltas_ME: Tensor, *, gram: Tensor, filter_wise: bool = False, compat: str = "none"
+    deltas_ME: Tensor, *, gram: Tensor, filter_wise: bool = False, compat: Compat = "none"
 ) -> Tensor:
     """Model Stock: the mean of the models, drawn to the base by how much they differ from it.
 
@@ -93,4 +92,4 @@ def model_stock(
         filter_wise: take every row of the last dimension as a vector of its own.
         compat: `mergekit` divides as mergekit does.
     """
-    return combined(deltas_ME, _weights(gram.tolist(), compat))
+    return summed(deltas_ME, _weights(gram.tolist(), compat))

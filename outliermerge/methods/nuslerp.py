@@ -17,9 +17,9 @@ from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.spherical import (
     Products,
     are_finite,
-    combined,
     lengths_of,
     pair_weights,
+    summed,
 )
 from outliermerge.methods.statistics.gram import Gram
 
@@ -150,7 +150,7 @@ def nuslerp_of_deltas(
     nuslerp_row_wise: bool = False,
 ) -> Tensor:
     """Spherical interpolation of two task vectors; see nuslerp."""
-    return combined(deltas_ME, _weights(gram.tolist(), weight.tolist()))
+    return summed(deltas_ME, _weights(gram.tolist(), weight.tolist()))
 
 
 @merge_method(
@@ -184,4 +184,4 @@ def nuslerp(
             its dimensions, each with its own θ.
         nuslerp_row_wise: that dimension is the first; else the last.
     """
-    return combined(weights_ME, _weights(gram.tolist(), weight.tolist()))
+    return summed(weights_ME, _weights(gram.tolist(), weight.tolist()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
@@ -14,6 +14,9 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 _PER_MODEL = "one value per model"
 PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
 """Annotates a parameter that each model may set for itself; the function gets shape (M,)."""
+
+Compat: TypeAlias = Literal["none", "mergekit"]
+"""Whether a method computes what is right, or what mergekit computes in its place."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,6 @@ class Parameter:
         if low or high:
             raise ValueError(f"found {value!r}, expected {kind[self.type]} {self.range}")
         return converted
-
-
-def check_compat(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a method's `compat` names what it can be like."""
-    if parameters["compat"] not in ("none", "mergekit"):
-        raise ValueError(f"compat: found {parameters['compat']!r}, expected 'none' or 'mergekit'")
 
 
 def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parameter:

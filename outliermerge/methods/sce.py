@@ -6,11 +6,12 @@ Shape suffixes: M models, E elements.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.parameter import Compat
 from outliermerge.methods.statistics.spread import Spread, variance
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ def sce(
     *,
     selected: Tensor,
     select_topk: Annotated[float, Interval(ge=0, le=1)] = 1.0,
-    compat: Literal["none", "mergekit"] = "none",
-    int8_mask: bool = False,
+    compat: Compat = "none",
 ) -> Tensor:
     """SCE: select elements that differ between models, weigh models by size, erase minorities.
 
@@ -51,7 +51,6 @@ def sce(
         selected: the least variance selected, and each model's weight, (1 + M,).
         select_topk: share of elements selected; 1 selects all, also where models agree.
         compat: `mergekit` for its weights where task vectors are small.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     least, *weights = selected.tolist()
     if least > 0:

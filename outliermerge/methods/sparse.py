@@ -96,7 +96,6 @@ def dare_linear(
     rescale: bool = True,
     rescale_by: RescaleBy = "probability",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """DARE: drop elements at random, rescale the others, add them up.
 
@@ -118,7 +117,6 @@ def dare_linear(
         rescale_by: `probability`: divide each element by its probability to be kept; `l1`: bring
             the tensor back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     divide = _by_probability(rescale, rescale_by)
     kept = drawn(deltas_ME, context, by_density, density, divide=divide)
@@ -145,7 +143,6 @@ def dare_ties(
     rescale: bool = True,
     rescale_by: RescaleBy = "probability",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """DARE with the consensus of TIES: drop at random, elect a sign, merge what agrees.
 
@@ -168,7 +165,6 @@ def dare_ties(
         rescale_by: `probability`: divide each element by its probability to be kept; `l1`: bring
             the tensor back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     divide = _by_probability(rescale, rescale_by)
     kept = drawn(deltas_ME, context, by_density, density, divide=divide)
@@ -195,7 +191,6 @@ def breadcrumbs(
     normalize: bool = False,
     rescale: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """Model Breadcrumbs: drop the largest and the smallest elements, add up the others.
 
@@ -216,7 +211,6 @@ def breadcrumbs(
         normalize: divide by the weights of what was added up.
         rescale: bring the sparse task vector back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     least_M, most_M, scale_M = limits.to(deltas_ME.dtype)
     kept = middle(deltas_ME, least_M, most_M)
@@ -241,7 +235,6 @@ def breadcrumbs_ties(
     normalize: bool = False,
     rescale: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """Model Breadcrumbs with the consensus of TIES.
 
@@ -263,7 +256,6 @@ def breadcrumbs_ties(
         normalize: divide by the weights of what was added up.
         rescale: bring the sparse task vector back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     least_M, most_M, scale_M = limits.to(deltas_ME.dtype)
     kept = middle(deltas_ME, least_M, most_M)
@@ -294,7 +286,6 @@ def della(
     rescale: bool = True,
     rescale_by: RescaleBy = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """DELLA: drop at random, small elements rather, elect a sign, merge what agrees.
 
@@ -319,7 +310,6 @@ def della(
         rescale_by: `probability`: divide each element by its probability to be kept; `l1`: bring
             the tensor back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     divide = _by_probability(rescale, rescale_by)
     kept = drawn(deltas_MRC, context, by_rank, density, epsilon, divide=divide)
@@ -350,7 +340,6 @@ def della_linear(
     rescale: bool = True,
     rescale_by: RescaleBy = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """DELLA without the election: drop at random, small elements rather, add up the others.
 
@@ -374,7 +363,6 @@ def della_linear(
         rescale_by: `probability`: divide each element by its probability to be kept; `l1`: bring
             the tensor back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     divide = _by_probability(rescale, rescale_by)
     kept = drawn(deltas_MRC, context, by_rank, density, epsilon, divide=divide)

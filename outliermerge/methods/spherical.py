@@ -26,7 +26,7 @@ _NEARLY_PARALLEL = 0.9995
 _ROUNDING = 1e-7  # of float32: a sum of unit vectors that is shorter has no direction
 
 
-def combined(block_ME: Tensor, weights: Sequence[float]) -> Tensor:
+def summed(block_ME: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the sum of models, each times its weight, as the kernel `weighted_sum` adds up."""
     merged_E: Tensor = (block_ME * block_ME.new_tensor(weights)[:, None]).sum(0)
     return merged_E
@@ -91,7 +91,7 @@ def slerp(weights_ME: Tensor, *, gram: Tensor, t: float = 0.5) -> Tensor:
         gram: their inner products, (2, 2).
         t: the way from the base to the other model.
     """
-    return combined(weights_ME, _slerp_weights(gram.tolist(), t))
+    return summed(weights_ME, _slerp_weights(gram.tolist(), t))
 
 
 def _multislerp_weights(
@@ -155,7 +155,7 @@ def multislerp_of_deltas(
 ) -> Tensor:
     """Barycentre of task vectors on a sphere around the base model; see multislerp."""
     weights = weight.tolist()
-    return combined(deltas_ME, _multislerp_weights(gram.tolist(), weights, normalize_weights, eps))
+    return summed(deltas_ME, _multislerp_weights(gram.tolist(), weights, normalize_weights, eps))
 
 
 @merge_method(
@@ -192,7 +192,7 @@ def multislerp(
         eps: added to norms; where m is shorter it has no direction.
     """
     weights = weight.tolist()
-    return combined(weights_ME, _multislerp_weights(gram.tolist(), weights, normalize_weights, eps))
+    return summed(weights_ME, _multislerp_weights(gram.tolist(), weights, normalize_weights, eps))
 
 
 def _karcher_weights(gram: Products, max_iter: int, tol: float) -> list[float]:
@@ -272,4 +272,4 @@ def karcher(weights_ME: Tensor, *, gram: Tensor, max_iter: int = 10, tol: float 
         max_iter: the most steps.
         tol: the least length, angle and step that count.
     """
-    return combined(weights_ME, _karcher_weights(gram.tolist(), max_iter, tol))
+    return summed(weights_ME, _karcher_weights(gram.tolist(), max_iter, tol))

@@ -51,7 +51,6 @@ def task_arithmetic(
     weight: PerModel = 1.0,
     normalize: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """Weighted sum of task vectors.
 
@@ -62,7 +61,6 @@ def task_arithmetic(
         weight: wᵢ.
         normalize: divide by Σ wᵢ.
         lambda_: λ, scales the sum of task vectors.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     total = weight.sum()
     if normalize and total.abs() >= 1e-8:
@@ -88,7 +86,6 @@ def ties(
     normalize: bool = True,
     rescale: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """TIES: trim small elements, elect a sign, merge the elements that agree with it.
 
@@ -109,7 +106,6 @@ def ties(
         normalize: divide by the weights of the elements kept.
         rescale: bring the trimmed task vector back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     threshold_M, scale_M = limits.to(deltas_ME.dtype)
     kept_ME = trimmed(deltas_ME, threshold_M)

@@ -478,7 +478,7 @@ def test_ties_trims_each_tensor_or_the_whole_model(models, tmp_path):
         torch.testing.assert_close(
             found[name].double(), before.double() + wanted, rtol=1e-6, atol=1e-6
         )
-    with pytest.raises(ArgumentError, match="measures whole models .*: use `run`"):
+    with pytest.raises(ArgumentError, match=r"measures whole models .*: use `run`"):
         outliermerge.merge_state_dicts([x, y], base=base, method="ties", trim="model")
 
 

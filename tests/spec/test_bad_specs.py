@@ -92,7 +92,7 @@ BAD = {
     "parameter of another method": (
         _with_parameters("t: 2"),
         "7:3: parameters.t: ties has no parameter 't'. "
-        "Valid: density, int8_mask, lambda, normalize, rescale, trim, weight.",
+        "Valid: density, lambda, normalize, rescale, trim, weight.",
     ),
     "parameter beside model": (
         HEAD + "    weight: 0.5\n",
