@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.analysis.table import TensorStats, WeightStats
-    from outliermerge.api import estimate, merge_state_dicts, merge_tensors, plan, run, verify
+    from outliermerge.api import estimate, plan, run, verify
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from outliermerge.planning.plan import Plan
     from outliermerge.search.sweeps import Variant, plan_sweep, sweep
     from outliermerge.spec.check import MergeSpec, load_spec
+    from outliermerge.tensors import merge_state_dicts, merge_tensors
 
     __version__: str
 
@@ -112,8 +113,8 @@ _HOMES = {
     "layer_spectra": "analysis.spectra",
     "load_spec": "spec.check",
     "merge_method": "methods.contract",
-    "merge_state_dicts": "api",
-    "merge_tensors": "api",
+    "merge_state_dicts": "tensors",
+    "merge_tensors": "tensors",
     "plan": "api",
     "plan_sweep": "search.sweeps",
     "read_manifest": "output.manifest_file",

@@ -207,8 +207,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
         return f"Did you mean {quoted(close)}?"
     if not choices:
         return "None is valid here."
-    more = ", …" if len(choices) > 20 else ""
-    return f"Valid: {', '.join(map(shown, choices[:20]))}{more}."
+    more = ", …" if len(choices) > 40 else ""
+    return f"Valid: {', '.join(map(shown, choices[:40]))}{more}."
 
 
 def listing(items: Iterable[str], *, limit: int = 20) -> str:

@@ -88,7 +88,7 @@ def _in_groups(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OutlierMergeError(f"seed: found {seed!r}, expected an integer")
     assert 0 <= start <= stop < 1 << 63
-    keys = _keys(seed, name)
+    keys = stream_keys(seed, name)
     out = torch.empty(stop - start, dtype=getattr(torch, dtype), device=device)
     step = _CACHED_ELEMENTS if out.device.type == "cpu" else max(1, out.numel())
     for first in range(start, stop, step):
@@ -97,7 +97,8 @@ def _in_groups(
     return out
 
 
-def _keys(seed: int, name: str) -> tuple[int, int]:
+def stream_keys(seed: int, name: str) -> tuple[int, int]:
+    """Return the two signed 64-bit numbers that a stream's numbers are made of."""
     digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
     first, second = (int.from_bytes(digest[at : at + 8], "little", signed=True) for at in (0, 8))
     return first, second

@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from outliermerge.methods.table import METHODS
+
 KINDS = ("llama", "qwen2_vl", "llava", "mixtral", "bert")
 
 
@@ -171,3 +173,11 @@ def small_unet() -> Any:
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
+
+
+def as_many_as(method: str, models: list[Any]) -> list[Any]:
+    """Return the first of some models: as many as a method takes beside a base."""
+    most = METHODS[method].max_models
+    if most is not None and METHODS[method].base_as == "first":
+        most -= 1
+    return models[:most]

@@ -15,6 +15,7 @@ from checkpoints import family, load_folder
 from torch import Tensor
 
 import outliermerge
+from outliermerge.methods.table import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +117,114 @@ SPECS: dict[str, dict[str, Any]] = {
         "parameters": {"density": {"filter": "mlp", "value": 0}, "weight": 1},
         "own": [{}, {}, {"weight": 0.4, "density": 0.5}],
     },
+    "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.6}, "own": WEIGHTS},
+    "breadcrumbs-rescale": {
+        "method": "breadcrumbs",
+        "parameters": {"density": 0.4, "rescale": True, "gamma": GRADIENT, "normalize": True},
+        "own": WEIGHTS,
+    },
+    "breadcrumbs-wide": {
+        "method": "breadcrumbs",
+        "parameters": {"density": 0.7, "gamma": 0.5, "lambda": -1.5},
+        "own": WEIGHTS,
+    },
+    "breadcrumbs_ties": {
+        "method": "breadcrumbs_ties",
+        "parameters": {"weight": 0.5, "gamma": 0.05},
+        "own": [{"density": 0.2}, {"density": filtered(0, 1, GRADIENT)}, {"gamma": 0.2}],
+    },
+    "dare_linear-whole": {"method": "dare_linear", "own": WEIGHTS},
+    "dare_ties-whole": {"method": "dare_ties", "parameters": {"lambda": 1.2}, "own": WEIGHTS},
+    "dare_linear-none": {"method": "dare_linear", "parameters": {"density": 0}, "own": WEIGHTS},
+    "della-whole": {"method": "della", "own": WEIGHTS},
+    "della_linear-whole": {
+        "method": "della_linear",
+        "parameters": {"epsilon": 0.3, "normalize": True},
+        "own": WEIGHTS,
+    },
+    "sce": {"method": "sce", "own": [{}, {}, {}]},
+    "sce-select": {"method": "sce", "parameters": {"select_topk": GRADIENT}, "own": [{}, {}, {}]},
+    "sce-none": {"method": "sce", "parameters": {"select_topk": 0}, "own": [{}, {}, {}]},
+    "ram": {"method": "ram", "own": [{}, {}, {}]},
+    "ram-epsilon": {"method": "ram", "parameters": {"epsilon": 0.01}, "own": [{}, {}, {}]},
+    "ramplus_tl": {"method": "ramplus_tl", "own": [{}, {}, {}]},
+    "ramplus_tl-most": {
+        "method": "ramplus_tl",
+        "parameters": {"epsilon": 0.015, "r": 0.5, "alpha": [0.1, 3]},
+        "own": [{}, {}, {}],
+    },
     "passthrough": {"method": "passthrough", "own": [{}]},
     "passthrough-scale": {
         "method": "passthrough",
         "parameters": {"scale": filtered(GRADIENT, 0.5, 2)},
         "own": [{}],
+    },
+    "slerp": {"method": "slerp", "base": "base", "parameters": {"t": 0.3}, "own": [{}]},
+    "slerp-of-two": {"method": "slerp", "base": 1, "parameters": {"t": 0.3}, "own": [{}, {}]},
+    "slerp-of-two-first": {
+        "method": "slerp",
+        "base": 0,
+        "parameters": {"t": filtered([0, 0.5, 0.3, 0.7, 1], [1, 0.5, 0.7, 0.3, 0], 0.5)},
+        "own": [{}, {}],
+    },
+    "nuslerp": {"method": "nuslerp", "own": WEIGHTS[:2]},
+    "nuslerp-of-deltas": {
+        "method": "nuslerp",
+        "base": "base",
+        "own": [{"weight": GRADIENT}, {"weight": filtered(0.2, GRADIENT, 0.6)}],
+    },
+    "nuslerp-by-vectors": {
+        "method": "nuslerp",
+        "base": "base",
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": filtered(True, False, False)},
+        "own": WEIGHTS[:2],
+    },
+    "multislerp": {"method": "multislerp", "own": WEIGHTS},
+    "multislerp-of-deltas": {
+        "method": "multislerp",
+        "base": "base",
+        "parameters": {"normalize_weights": False},
+        "own": [{"weight": GRADIENT}, {"weight": 0.7}, {"weight": [0.2, 0.3]}],
+    },
+    "karcher": {"method": "karcher", "own": [{}, {}, {}]},
+    "karcher-with-base": {
+        "method": "karcher",
+        "base": "base",
+        "parameters": {"max_iter": 4, "tol": 1e-4},
+        "own": [{}, {}],
+    },
+    "karcher-base-among": {"method": "karcher", "base": 1, "own": [{}, {}]},
+    "model_stock": {"method": "model_stock", "base": "base", "own": [{}, {}, {}]},
+    "model_stock-filter-wise": {
+        "method": "model_stock",
+        "base": "base",
+        "parameters": {"filter_wise": filtered(True, False, True)},
+        "own": [{}, {}],
+    },
+    "model_stock-base-among": {"method": "model_stock", "base": 0, "own": [{}, {}, {}]},
+    "nearswap": {
+        "method": "nearswap",
+        "base": "base",
+        "parameters": {"t": filtered([1e-3, 1e-2], 1e-4, 0.1)},
+        "own": [{}],
+    },
+    "nearswap-of-two": {
+        "method": "nearswap",
+        "base": 0,
+        "parameters": {"t": 0.01},
+        "own": [{}, {}],
+    },
+    "arcee_fusion": {
+        "method": "arcee_fusion",
+        "base": "base",
+        "parameters": {"compat": "mergekit"},  # of small changes; it knows no such parameter
+        "own": [{}],
+    },
+    "arcee_fusion-of-two": {
+        "method": "arcee_fusion",
+        "base": 1,
+        "parameters": {"compat": "mergekit"},
+        "own": [{}, {}],
     },
 }
 
@@ -137,14 +241,17 @@ def spec_of(case: str, base: Path, models: list[Path]) -> dict[str, Any]:
         "parameters": given.get("parameters", {}),
         "dtype": "float32",
     }
-    if given["method"] in ("task_arithmetic", "ties"):
-        spec["base_model"] = str(base)
+    chosen = given.get("base", "base" if METHODS[given["method"]].needs_base else None)
+    if chosen is not None:
+        spec["base_model"] = str(base if chosen == "base" else models[chosen])
     return copy.deepcopy(spec)
 
 
 def tied(case: str) -> bool:
-    """Tell whether bfloat16 magnitudes are trimmed: we keep all ties, mergekit some."""
-    return SPECS[case]["method"] == "ties" and case != "ties-whole"
+    """Tell whether elements are ranked: of equal ones in bfloat16 we keep all, mergekit some."""
+    method = SPECS[case]["method"]
+    ranks = method in ("ties", "breadcrumbs", "breadcrumbs_ties") or case == "sce-select"
+    return ranks and case != "ties-whole"
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def expected(models: Path, case: str) -> dict[str, Tensor]:
                 change = (along * own)[0] if flat else along * own
             case _:
                 change = find_method("ties").function(
-                    delta.flatten(1), trim=torch.zeros(2, 2).add(torch.tensor([[0.0], [1.0]])),
+                    delta.flatten(1), limits=torch.zeros(2, 2).add(torch.tensor([[0.0], [1.0]])),
                     weight=torch.ones(2, dtype=torch.float64),
                 ).view(base[name].shape)  # fmt: skip
         least = 0.5 if "centred" in case else 0.25

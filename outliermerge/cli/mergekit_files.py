@@ -224,7 +224,7 @@ def _convert_parameters(found: Converted, method: MergeMethod) -> None:
             continue
         where, raw = f"{place}parameters", entry["parameters"]
         if isinstance(raw, dict) and not (
-            method.uses_base and entry is not document and entry.get("model") == base
+            method.needs_base and entry is not document and entry.get("model") == base
         ):
             entry["parameters"] = _kept(raw, method, where, found, of_model=entry is not document)
         elif raw:

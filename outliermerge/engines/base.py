@@ -20,9 +20,14 @@ class Engine(Protocol):
         """Return what `merge` takes as `prepared`, once for a whole tensor."""
 
     def measure(
-        self, task: Task, passes: Mapping[Any, Pass], sources: Sequence[Any], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[Any, Pass],
+        sources: Sequence[Any],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[Any, Any]:
-        """Return what a block contributes to each of some statistics' passes."""
+        """Return what a block, which begins at element `start`, contributes to each pass."""
 
     def merge(
         self,

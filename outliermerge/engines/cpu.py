@@ -42,11 +42,16 @@ class KernelEngine:
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
         """Return the kernel's call, and its arguments."""
         assert task.method.kernel is not None
-        call = task.method.kernel(task.parameters, needs)
+        call = task.method.kernel(task.parameters, needs, task.context)
         return call, call.arguments()
 
     def measure(
-        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[memoryview], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        sources: Sequence[memoryview],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
         block = _block(task, sources, num_elements)
@@ -58,7 +63,7 @@ class KernelEngine:
         }
         others = {name: state for name, state in passes.items() if raw[name] is None}
         if others:
-            shares |= self._torch.measure(task, others, sources, num_elements)
+            shares |= self._torch.measure(task, others, sources, num_elements, start)
         return shares
 
     def measure_places(
@@ -68,6 +73,7 @@ class KernelEngine:
         places: Sequence[Place],
         num_elements: int,
         on_digests: Callable[[list[bytes]], None],
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return what a block contributes to each statistic's pass; each pass reads the block.
 
@@ -83,7 +89,7 @@ class KernelEngine:
         if None in raw.values():
             raws, read = self._read(task, places, num_elements)
             on_digests(read)
-            return self.measure(task, passes, raws, num_elements)
+            return self.measure(task, passes, raws, num_elements, start)
         shares = {}
         length = -(-num_elements // PIECE_ELEMENTS) * DIGEST_BYTES
         for name, state in raw.items():
@@ -122,7 +128,7 @@ class KernelEngine:
     ) -> tuple[bool, bool, dict[str, Any]]:
         """Write a block's merged weights to `out`. Kernels pass infinities and NaN through."""
         _, ((is_finite, report, _),) = self.merge_places(
-            [(task, prepared, out)], raws, num_elements
+            [(task, prepared, out)], raws, num_elements, start
         )
         return is_finite, is_finite, report
 
@@ -131,12 +137,14 @@ class KernelEngine:
         variants: Sequence[tuple[Task, Any, Place]],
         sources: Sequence[Place],
         num_elements: int,
+        start: int = 0,
     ) -> tuple[list[bytes], list[tuple[bool, dict[str, Any], bytes]]]:
         """Merge the same sources in several ways, reading and digesting them once.
 
         Args:
             variants: for each way, the task, what `prepare` returned for it, and where its output
                 goes.
+            start: the block's first element in the tensor.
 
         Returns:
             The digests of each source's pieces, and for each variant whether its output is
@@ -149,8 +157,8 @@ class KernelEngine:
         digests, results = self._kernels.merge(
             _block(first, sources, num_elements),
             tuple(
-                (*arguments, CODES[task.out_dtype.name], place)
-                for task, (_, arguments), place in variants
+                (*arguments, CODES[task.out_dtype.name], place, call.packed_keys(), start)
+                for task, (call, arguments), place in variants
             ),
             self._scratch([task.out_dtype for task, _, _ in variants], num_elements),
         )

@@ -53,12 +53,17 @@ class TorchEngine:
         return needs
 
     def measure(
-        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[memoryview], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        sources: Sequence[memoryview],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
         with self._own.stream():
             block_SE = self._load(task, sources, num_elements)
-            return measure_block(task, block_SE, passes)
+            return measure_block(task, block_SE, passes, start)
 
     def merge(
         self,
@@ -128,10 +133,15 @@ class TensorEngine:
         return needs
 
     def measure(
-        self, task: Task, passes: Mapping[T, Pass], sources: Sequence[Tensor], num_elements: int
+        self,
+        task: Task,
+        passes: Mapping[T, Pass],
+        sources: Sequence[Tensor],
+        num_elements: int,
+        start: int = 0,
     ) -> dict[T, Any]:
         """Return a block's share in each statistic's pass."""
-        return measure_block(task, self._load(task, sources, num_elements), passes)
+        return measure_block(task, self._load(task, sources, num_elements), passes, start)
 
     def merge(
         self,
@@ -186,17 +196,22 @@ def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[s
     }
 
 
-def measure_block(task: Task, block_SE: Tensor, passes: Mapping[T, Pass]) -> dict[T, Any]:
+def measure_block(
+    task: Task, block_SE: Tensor, passes: Mapping[T, Pass], start: int = 0
+) -> dict[T, Any]:
     """Return a block's share in each statistic's pass.
 
     Args:
         block_SE: the sources; overwritten.
+        start: the block's first element.
     """
     block_ME = to_deltas(block_SE) if task.is_delta else block_SE
-    return {
-        name: state.measure(block_SE if getattr(state, "with_base", False) else block_ME)
-        for name, state in passes.items()
-    }
+    shares: dict[T, Any] = {}
+    for name, state in passes.items():
+        block = block_SE if getattr(state, "with_base", False) else block_ME
+        more = {"start": start} if getattr(state, "with_start", False) else {}
+        shares[name] = state.measure(block, **more)
+    return shares
 
 
 def merge_block(
@@ -218,7 +233,7 @@ def merge_block(
     block_SE = block_SE[:num_sources]
     if method.space == "both":
         more["base"] = view_for(method.cut, block_SE[:1], task.shape)[0]
-    context = replace(task.context, start=start)
+    context = replace(task.context, shape=task.shape, start=start)
     if method.takes_context:
         more["context"] = context
     block_ME = to_deltas(block_SE) if task.is_delta else block_SE

@@ -70,7 +70,10 @@ def fits_gpu(merge: TensorMerge) -> bool:
     return (
         device.type == "cuda"
         and merge.task.fits_kernels(KERNELS)
-        and all(scope_of(need) == "tensor" for need in merge.task.method.needs.values())
+        and all(
+            scope_of(need, merge.task.parameters) == "tensor"
+            for need in merge.task.method.needs.values()
+        )
         and len(set(models)) == 1
         and len(models) <= _MOST_MODELS
         and all(source.device == device and source.is_contiguous() for source in merge.sources)
@@ -117,7 +120,7 @@ def merge_on_gpu(merges: Sequence[TensorMerge]) -> None:
             assert method.kernel is not None
             batch.merge(
                 [
-                    method.kernel(merge.task.parameters, own)
+                    method.kernel(merge.task.parameters, own, merge.task.context)
                     for merge, own in zip(batch.merges, needs, strict=True)
                 ]
             )

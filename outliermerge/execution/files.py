@@ -105,11 +105,11 @@ class FileFeed:
             raws = self.read_all(span)
             for row, raw in enumerate(raws):
                 work.note_raw(row, span, raw)
-            return self.engine.measure(self.tasks[0], passes, raws, num_elements)
+            return self.engine.measure(self.tasks[0], passes, raws, num_elements, span[0])
         try:
             note = partial(self._note_all, span)
             return kernels.measure_places(
-                self.tasks[0], passes, self.places(span), num_elements, note
+                self.tasks[0], passes, self.places(span), num_elements, note, span[0]
             )
         except (OSError, EOFError) as error:
             self.read_all(span)  # if it fails again, the error names the file and the tensor
@@ -128,7 +128,9 @@ class FileFeed:
                 (task, made, sink.place(job.output, span[0]))
                 for task, made, (job, sink) in zip(self.tasks, prepared, self.outputs, strict=True)
             ]
-            read, results = kernels.merge_places(variants, self.places(span), span[1] - span[0])
+            read, results = kernels.merge_places(
+                variants, self.places(span), span[1] - span[0], span[0]
+            )
         except (OSError, EOFError):
             return self._merge_blocks(span, prepared)  # its error names the file and the tensor
         self._note_all(span, read)

@@ -56,7 +56,8 @@ class MemoryFeed:
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
-        return self.engine.measure(self.task, passes, self._read(span), span[1] - span[0])
+        start, stop = span
+        return self.engine.measure(self.task, passes, self._read(span), stop - start, start)
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> None:
         """Fill a span of the result."""

@@ -100,10 +100,15 @@ class MergedSource:
     def _spans(self, start: int, stop: int) -> list[Span]:
         """Return blocks that cover a range of elements; methods on rows get whole rows."""
         if self.task.cut == "element":
-            return spans(stop, _BLOCK_ELEMENTS, start=start)
-        row = row_elements(self.shape)
-        step = max(row, _BLOCK_ELEMENTS // row * row)
+            return spans(stop, self.block_elements, start=start)
+        row, step = row_elements(self.shape), self.block_elements
         return spans(min(self.num_elements, -(-stop // row) * row), step, start=start // row * row)
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of a block; whole rows for methods on rows."""
+        row = row_elements(self.shape) if self.task.cut == "row" else 1
+        return max(row, _BLOCK_ELEMENTS // row * row)
 
 
 class _Feed:
@@ -111,7 +116,7 @@ class _Feed:
 
     def __init__(self, merged: MergedSource, reader: Reading) -> None:
         self._merged, self._reader = merged, reader
-        self.num_elements, self.measured_elements = merged.num_elements, _BLOCK_ELEMENTS
+        self.num_elements, self.measured_elements = merged.num_elements, merged.block_elements
 
     def needs(self) -> dict[str, list[Any]]:
         """Measure the statistics that the method needs, in this thread."""
@@ -124,7 +129,8 @@ class _Feed:
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
         task = self._merged.task
-        return measure_block(task, self._load(span, len(task.dtypes)), passes)
+        block_SE = self._load(span, len(task.dtypes))
+        return measure_block(task, block_SE, passes, span[0])
 
     def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
         """Return the bytes of a merged span."""

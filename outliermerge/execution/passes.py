@@ -12,7 +12,7 @@ from outliermerge.methods.task import Task
 
 Span: TypeAlias = tuple[int, int]
 NeedKey: TypeAlias = tuple[Statistic, tuple[Any, ...]]
-"""A statistic with the values of the parameters that it depends on."""
+"""A statistic with the values of the parameters, and of the context, that it depends on."""
 Measured: TypeAlias = Mapping[NeedKey, list[Any]]
 """Results of statistics, as (nested) lists of numbers."""
 
@@ -24,7 +24,7 @@ class Readable(Protocol):
 
     Attributes:
         num_elements: how many elements the tensor has.
-        measured_elements: how many are measured at a time.
+        measured_elements: how many are measured at a time; whole rows if it is merged by rows.
     """
 
     @property
@@ -53,10 +53,24 @@ def spans(num_elements: int, block_elements: int, *, start: int = 0) -> list[Spa
 def needs_of(task: Task, scope: str) -> dict[str, NeedKey]:
     """Return the statistics that a task's method needs of a whole tensor, or of the whole model."""
     return {
-        name: (need, tuple(task.parameters.get(key) for key in need.depends_on))
+        name: (
+            need,
+            (
+                *(task.parameters.get(key) for key in need.depends_on),
+                *((task.context,) if getattr(need, "with_context", False) else ()),
+            ),
+        )
         for name, need in task.method.needs.items()
-        if scope_of(need) == scope
+        if scope_of(need, task.parameters) == scope
     }
+
+
+def start(need: Statistic, task: Task, num_elements: int) -> Any:
+    """Return a statistic's first pass, or its result where none is needed."""
+    more: dict[str, Any] = {}
+    if getattr(need, "with_context", False):
+        more["context"] = task.context
+    return need.start(task.num_models, num_elements, task.parameters, **more)
 
 
 def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> Steps[Measured]:
@@ -69,15 +83,15 @@ def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> S
     """
     num_elements = sum(tensor.num_elements for tensor in tensors)
     states: dict[NeedKey, Any] = {
-        key: key[0].start(task.num_models, num_elements, task.parameters)
+        key: start(key[0], task, num_elements)
         for task in tasks
         for key in needs_of(task, scope).values()
     }
     while waiting := {k: state for k, state in states.items() if not isinstance(state, list)}:
-        chunks = next(iter(waiting.values())).chunks
-        active = {key: state for key, state in waiting.items() if state.chunks == chunks}
+        first = next(iter(waiting.values()))
+        active = {key: state for key, state in waiting.items() if _reads(state) == _reads(first)}
         for tensor in tensors:
-            shares = yield Round(partial(tensor.measure, passes=active), _read(tensor, chunks))
+            shares = yield Round(partial(tensor.measure, passes=active), _read(tensor, first))
             for share in shares:
                 for key, state in active.items():
                     state.add(share[key])
@@ -85,9 +99,16 @@ def measure(tasks: Sequence[Task], tensors: Sequence[Readable], scope: str) -> S
     return states
 
 
-def _read(tensor: Readable, chunks: Sequence[int] | None) -> list[Span]:
-    """Return the spans of a pass: the whole tensor, or the given chunks of it."""
-    if chunks is None:
+def _reads(state: Pass) -> tuple[Sequence[int] | None, bool]:
+    return state.chunks, getattr(state, "by_row", False)
+
+
+def _read(tensor: Readable, state: Pass) -> list[Span]:
+    """Return the spans of a pass: the whole tensor, or some chunks of it."""
+    chunks, by_row = _reads(state)
+    if by_row:
+        found = spans(tensor.num_elements, tensor.measured_elements)
+    elif chunks is None:
         step = tensor.measured_elements // CHUNK_ELEMENTS * CHUNK_ELEMENTS
         found = spans(tensor.num_elements, max(CHUNK_ELEMENTS, step))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outliermerge.rng import uniform
+from outliermerge.rng import stream_keys, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,13 @@ class Context:
         >>> Context("w", start=1).uniform(torch.empty(3)).equal(whole[1:])
         True
         """
-        stream = f"merge\n{self.name}\n{model}\n{purpose}"
+        stream = self._stream(model, purpose)
         numbers = uniform(self.seed, stream, self.start, self.start + like.numel(), like.device)
         return numbers.view(like.shape)
+
+    def keys(self, model: int = 0, purpose: str = "") -> tuple[int, int]:
+        """Return what kernels make the numbers of `uniform` of, with an element's place."""
+        return stream_keys(self.seed, self._stream(model, purpose))
+
+    def _stream(self, model: int, purpose: str) -> str:
+        return f"merge\n{self.name}\n{model}\n{purpose}"

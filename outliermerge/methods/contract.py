@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Space: TypeAlias = Literal["delta", "weight", "both", "merged"]
 Cut: TypeAlias = Literal["element", "row", "tensor"]
+BaseAs: TypeAlias = Literal["reference", "first", "model"]
 COARSEST_FIRST: tuple[Cut, ...] = ("tensor", "row", "element")
 
 
@@ -51,6 +52,12 @@ class MergeMethod:
         min_models, max_models: the least and greatest number of models it takes; None is no limit.
         paper: the source of the method, such as an arXiv id.
         kernel: a fused kernel that computes the same on backends that have it, or None.
+        base_as: what a spec's base model is to a method on weights. `reference`: only the reference
+            for names and shapes. `first`: needed, and the first model. `model`: one of the models,
+            whether the spec lists it among them or not.
+        with_base: the method that takes its place if there is a base model, or None.
+        variant: returns the method that takes its place for some resolved parameters, or None. That
+            method gets the parameters that it declares.
     """
 
     name: str
@@ -68,6 +75,9 @@ class MergeMethod:
     max_models: int | None
     paper: str
     kernel: Kernel | None
+    base_as: BaseAs
+    with_base: MergeMethod | None
+    variant: Callable[[Mapping[str, Any]], MergeMethod | None]
 
     def __repr__(self) -> str:
         return short_repr(
@@ -77,12 +87,26 @@ class MergeMethod:
         )
 
     def __reduce__(self) -> tuple[Callable[[str], MergeMethod], tuple[str]]:
-        return import_method, (f"{self.function.__module__}:{self.function.__qualname__}",)
+        return import_method, (self.path,)
+
+    @property
+    def path(self) -> str:
+        """Where it can be imported from: `package.module:function`."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
 
     @property
     def uses_base(self) -> bool:
         """Whether the method works on differences from a base model."""
         return self.space in ("delta", "both")
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether there must be a base model."""
+        return self.uses_base or self.base_as == "first"
+
+    def of(self, parameters: Mapping[str, Any]) -> MergeMethod:
+        """Return the method that merges a tensor with these resolved parameters."""
+        return self.variant(parameters) or self
 
     @property
     def summary(self) -> str:
@@ -159,6 +183,10 @@ def _accept(parameters: Mapping[str, Any]) -> None:
     return None
 
 
+def _itself(parameters: Mapping[str, Any]) -> MergeMethod | None:
+    return None
+
+
 def _usual_workspace(num_sources: int) -> int:
     return 5 * num_sources + 4  # measured for the methods of this package
 
@@ -176,6 +204,10 @@ def merge_method(
     max_models: int | None = None,
     paper: str = "",
     kernel: Kernel | None = None,
+    name: str = "",
+    base_as: BaseAs = "reference",
+    with_base: MergeMethod | None = None,
+    variant: Callable[[Mapping[str, Any]], MergeMethod | None] = _itself,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method from a function on blocks.
 
@@ -197,6 +229,10 @@ def merge_method(
         max_models: the most models it takes, or None.
         paper: the source of the method, such as an arXiv id.
         kernel: a fused kernel that computes the same; torch computes where there is none.
+        name: as in a spec; the function's by default.
+        base_as: what a base model is to a method on weights; see MergeMethod.
+        with_base: the method that takes its place where there is a base model.
+        variant: returns the method that takes its place for resolved parameters, or None.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -215,14 +251,14 @@ def merge_method(
         given = {"need": [*(needs or {})], "auxiliary tensor": [*auxiliary]}
         given |= {"base": ["base"]} if space == "both" else {}
         for kind, wanted in given.items():
-            for name in wanted:
-                if name not in names:
+            for one in wanted:
+                if one not in names:
                     raise TypeError(
-                        f"{function.__name__}: the {kind} {name!r} is not a keyword of it"
+                        f"{function.__name__}: the {kind} {one!r} is not a keyword of it"
                     )
-        for name, need in (needs or {}).items():
+        for one, need in (needs or {}).items():
             if space == "weight" and getattr(need, "with_base", False):
-                raise TypeError(f"{function.__name__}: {name!r} needs a base; weights have none")
+                raise TypeError(f"{function.__name__}: {one!r} needs a base; weights have none")
         for word, kinds in ((space, get_args(Space)), (cut, get_args(Cut))):
             if word not in kinds:
                 raise TypeError(f"{function.__name__}: found {word!r}, expected {', '.join(kinds)}")
@@ -230,12 +266,12 @@ def merge_method(
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
         if kernel is not None and (auxiliary or space == "merged"):
             raise TypeError(f"{function.__name__}: a kernel takes only the models and the base")
-        others = {name for wanted in given.values() for name in wanted} | {"context"}
+        others = {one for wanted in given.values() for one in wanted} | {"context"}
         parameters = [
             declared(function, keyword) for keyword in keywords if keyword.name not in others
         ]
         return MergeMethod(
-            name=function.__name__,
+            name=name or function.__name__,
             function=function,
             space=space,
             cut=cut,
@@ -250,6 +286,9 @@ def merge_method(
             max_models=max_models,
             paper=paper,
             kernel=kernel,
+            base_as=base_as,
+            with_base=with_base,
+            variant=variant,
         )
 
     return decorate

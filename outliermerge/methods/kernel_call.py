@@ -33,6 +33,7 @@ class KernelCall:
         scalars: numbers for the whole tensor.
         vectors: K numbers for each model, (K, M).
         report: values for the manifest that describe the whole tensor.
+        keys: two 64-bit keys of random numbers for each model; none if the kernel draws none.
         counts: the name under which the kernel's counts are reported; empty if it counts nothing.
     """
 
@@ -41,6 +42,11 @@ class KernelCall:
     vectors: tuple[Sequence[float], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     counts: str = ""
+    keys: Sequence[tuple[int, int]] = ()
+
+    def packed_keys(self) -> bytes:
+        """Return the keys as the CPU's kernels take them."""
+        return b"".join(struct.pack("2q", *pair) for pair in self.keys)
 
     def arguments(self) -> tuple[str, bytes, bytes]:
         """Return the kernel's name, scalars and vectors as the CPU kernels take them."""
@@ -54,13 +60,18 @@ class Kernel:
     Attributes:
         name: the name in the tables of backends; torch computes for a backend without it.
         function: returns the call for resolved parameters and measured needs.
+        with_context: whether the function also gets the tensor's context, as a keyword.
     """
 
     name: str
-    function: Callable[[Mapping[str, Any], Mapping[str, Any]], KernelCall]
+    function: Callable[..., KernelCall]
+    with_context: bool = False
 
-    def __call__(self, parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
-        call = self.function(parameters, needs)
+    def __call__(
+        self, parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Any = None
+    ) -> KernelCall:
+        more = {"context": context} if self.with_context else {}
+        call = self.function(parameters, needs, **more)
         assert call.name == self.name, f"{call.name} is called where {self.name} is declared"
         return call
 
@@ -80,3 +91,19 @@ def to_float32(value: float) -> float:
     except OverflowError:
         return math.copysign(math.inf, value)
     return rounded
+
+
+def products(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    """Return products of numbers that are rounded to float32."""
+    return [to_float32(a) * to_float32(b) for a, b in zip(left, right, strict=True)]
+
+
+def next_below(threshold: float) -> float:
+    """Return the largest float32 below a magnitude, which is rounded to float32; 0 for 0.
+
+    >>> next_below(1.0), next_below(0.0)
+    (0.9999999403953552, 0.0)
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", to_float32(threshold)))
+    (below,) = struct.unpack("<f", struct.pack("<i", max(bits - 1, 0)))
+    return float(below)

@@ -7,13 +7,16 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 _PER_MODEL = "one value per model"
 PerModel: TypeAlias = Annotated[Any, _PER_MODEL]
 """Annotates a parameter that each model may set for itself; the function gets shape (M,)."""
+
+Compat: TypeAlias = Literal["none", "mergekit"]
+"""Whether a method computes what is right, or what mergekit computes in its place."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Parameter:
         default: the value if the spec gives none.
         per_model: whether each model may have its own.
         bounds: the range of valid values.
+        choices: the valid texts; empty where every text is valid.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Parameter:
     default: Any
     per_model: bool
     bounds: Interval
+    choices: tuple[str, ...] = ()
 
     @property
     def python_name(self) -> str:
@@ -41,6 +46,8 @@ class Parameter:
     @property
     def range(self) -> str:
         """The range in words, empty where every value is valid."""
+        if self.choices:
+            return " or ".join(self.choices)
         limits = (
             ("≥", self.bounds.ge), (">", self.bounds.gt),
             ("≤", self.bounds.le), ("<", self.bounds.lt),
@@ -69,6 +76,8 @@ class Parameter:
             converted = int(converted)
         if type(converted) is not self.type:
             raise ValueError(f"found {value!r}, expected {kind[self.type]}")
+        if self.choices and converted not in self.choices:
+            raise ValueError(f"found {value!r}, expected {self.range}")
         number: Any = converted
         if self.type is float and not math.isfinite(number):
             raise ValueError(f"found {value!r}, expected a finite number")
@@ -100,9 +109,12 @@ def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parame
         annotation, *more = get_args(annotation)
         metadata += tuple(more)
     per_model = _PER_MODEL in metadata
-    kind = type(keyword.default) if per_model else annotation
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    kind = type(keyword.default) if per_model or choices else annotation
     if kind not in (float, int, bool, str) or type(keyword.default) is not kind:
-        raise TypeError(f"{where} must be float, int, bool, str or PerModel, like its default")
+        raise TypeError(
+            f"{where} must be float, int, bool, str, a Literal or PerModel, like its default"
+        )
     bounds: dict[str, Any] = {}
     for item in metadata:
         for bound, kinds in (("ge", (Ge, Interval)), ("gt", (Gt, Interval)),
@@ -115,4 +127,5 @@ def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parame
         default=keyword.default,
         per_model=per_model,
         bounds=Interval(**bounds),
+        choices=choices,
     )

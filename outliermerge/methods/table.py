@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from outliermerge.errors import SpecError, nearest, quoted
+from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.elsewhere import known_elsewhere
 from outliermerge.methods.min_sigma import min_sigma
+from outliermerge.methods.model_stock import model_stock
+from outliermerge.methods.nearswap import nearswap
+from outliermerge.methods.nuslerp import nuslerp
+from outliermerge.methods.ram import ram, ramplus_tl
+from outliermerge.methods.sce import sce
+from outliermerge.methods.sparse import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+)
+from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
 METHODS: dict[str, MergeMethod] = {
@@ -16,6 +31,22 @@ METHODS: dict[str, MergeMethod] = {
         linear,
         task_arithmetic,
         ties,
+        dare_linear,
+        dare_ties,
+        breadcrumbs,
+        breadcrumbs_ties,
+        della,
+        della_linear,
+        sce,
+        ram,
+        ramplus_tl,
+        slerp,
+        nuslerp,
+        multislerp,
+        karcher,
+        model_stock,
+        nearswap,
+        arcee_fusion,
         passthrough,
     )
 }

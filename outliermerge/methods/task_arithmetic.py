@@ -5,29 +5,21 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from outliermerge.methods.averaging import normalized, sum_of, weighted_sum
+from outliermerge.methods.consensus import combined, returns_equal_models
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
+from outliermerge.methods.kernel_call import Kernel, KernelCall, next_below, products, to_float32
 from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.sparsify import trimmed
 from outliermerge.methods.statistics.trim import Trim
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _returns_equal_models(parameters: Mapping[str, Any]) -> bool:
-    weights = parameters["weight"]
-    total = math.fsum(weights)
-    scaled_by_one = total == 1 or (parameters["normalize"] and abs(total) >= 1e-8)
-    whole = all(density >= 1 for density in parameters.get("density", ()))
-    return bool(scaled_by_one and whole and parameters["lambda"] == 1 and min(weights) >= 0)
 
 
 def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
@@ -38,33 +30,18 @@ def _sum_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> Kern
 
 
 def _ties_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
-    thresholds, scales = needs["trim"]
-    largest_dropped = [_next_below(to_float32(threshold)) for threshold in thresholds]
-    scaled = [
-        to_float32(weight) * to_float32(scale)
-        for weight, scale in zip(parameters["weight"], scales, strict=True)
-    ]
+    thresholds, scales = needs["limits"]
+    largest_dropped = [next_below(threshold) for threshold in thresholds]
     return KernelCall(
         "ties",
         scalars=(parameters["lambda"], float(parameters["normalize"])),
-        vectors=(parameters["weight"], largest_dropped, scaled),
+        vectors=(parameters["weight"], largest_dropped, products(parameters["weight"], scales)),
     )
-
-
-def _next_below(threshold: float) -> float:
-    """Return the largest float32 below a magnitude; 0 for 0.
-
-    >>> _next_below(1.0), _next_below(0.0)
-    (0.9999999403953552, 0.0)
-    """
-    (bits,) = struct.unpack("<i", struct.pack("<f", threshold))
-    (below,) = struct.unpack("<f", struct.pack("<i", max(bits - 1, 0)))
-    return float(below)
 
 
 @merge_method(
     space="delta",
-    idempotent=_returns_equal_models,
+    idempotent=returns_equal_models,
     paper="arXiv 2212.04089",
     kernel=Kernel("weighted_sum", _sum_kernel),
 )
@@ -74,7 +51,6 @@ def task_arithmetic(
     weight: PerModel = 1.0,
     normalize: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """Weighted sum of task vectors.
 
@@ -85,7 +61,6 @@ def task_arithmetic(
         weight: wᵢ.
         normalize: divide by Σ wᵢ.
         lambda_: λ, scales the sum of task vectors.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
     total = weight.sum()
     if normalize and total.abs() >= 1e-8:
@@ -96,55 +71,42 @@ def task_arithmetic(
 
 @merge_method(
     space="delta",
-    needs={"trim": Trim()},
-    idempotent=_returns_equal_models,
+    needs={"limits": Trim(scope_parameter="trim")},
+    idempotent=returns_equal_models,
     paper="arXiv 2306.01708",
     kernel=Kernel("ties", _ties_kernel),
 )
 def ties(
     deltas_ME: Tensor,
     *,
-    trim: Tensor,
+    limits: Tensor,
     weight: PerModel = 1.0,
     density: Annotated[PerModel, Interval(ge=0, le=1)] = 1.0,
+    trim: Literal["tensor", "model"] = "tensor",
     normalize: bool = True,
     rescale: bool = False,
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Tensor:
     """TIES: trim small elements, elect a sign, merge the elements that agree with it.
 
     mᵢ = wᵢ · trim(ΔWᵢ); s = +1 where Σ mᵢ ≥ 0, else −1;
     W* = W + λ Σ{mᵢ : sign mᵢ = s}, divided by Σ{wᵢ : sign mᵢ = s} if `normalize`.
 
-    trim keeps the k = max(1, int(density·n)) largest magnitudes of a tensor of n elements. The
+    trim keeps the k = max(1, int(density·n)) largest magnitudes of n elements. The
     k-th is found exactly, and every element tied with it is kept: in bfloat16 many are, so
     somewhat more than k can stay (mergekit keeps k, an arbitrary choice among equals).
 
     Args:
         deltas_ME: task vectors.
-        trim: magnitude thresholds and rescaling factors, (2, M).
+        limits: magnitude thresholds and rescaling factors, (2, M).
         weight: wᵢ.
         density: share of elements kept; 0 keeps none.
+        trim: whether the largest are kept of each tensor, as in mergekit, or of all tensors that
+            are merged together, as in the paper.
         normalize: divide by the weights of the elements kept.
         rescale: bring the trimmed task vector back to its L1 norm.
         lambda_: λ, scales the merged task vector.
-        int8_mask: taken from mergekit files; there a matter of storage, without effect here.
     """
-    import torch
-
-    # Arithmetic instead of boolean masks, because masks take torch's CPU kernels 5 to 15 times
-    # longer.
-    threshold_M, scale_M = trim.to(deltas_ME.dtype)
-    largest_dropped_M = threshold_M.nextafter(torch.zeros_like(threshold_M))
-    trimmed_ME = torch.stack(
-        [row.hardshrink(float(x)) for row, x in zip(deltas_ME, largest_dropped_M, strict=True)]
-    )
-    weighted_ME = trimmed_ME * (weight * scale_M)[:, None]
-    sign_E = (weighted_ME.sum(0).sign() + 0.5).sign()  # +1 where the sum is 0
-    agreeing_ME = (weighted_ME * sign_E).relu()  # |mᵢ| if mᵢ has that sign, else 0
-    merged_E: Tensor = agreeing_ME.sum(0) * sign_E
-    if normalize:
-        divisor_E = (agreeing_ME.sign() * weight[:, None]).sum(0)
-        merged_E = merged_E / (divisor_E + (1 - divisor_E.abs().sign()))  # 0 becomes 1
-    return merged_E * lambda_
+    threshold_M, scale_M = limits.to(deltas_ME.dtype)
+    kept_ME = trimmed(deltas_ME, threshold_M)
+    return combined(kept_ME, weight, scale_M, consensus="sum", normalize=normalize, lambda_=lambda_)

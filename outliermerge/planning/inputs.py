@@ -19,7 +19,8 @@ from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.plan import Input
 from outliermerge.planning.scalars import in_shapes_of
 from outliermerge.planning.tied import tied_heads, with_embeddings
-from outliermerge.spec.check import MergeSpec, ModelSpec
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError
 from outliermerge.spec.text import Mistakes
@@ -57,7 +58,7 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
         number_of(spec.base, "base")
     numbers: list[int] = []
     for model in spec.models:
-        number = number_of(model, "model")
+        number = 0 if model is spec.base else number_of(model, "model")
         if number in numbers or (number == 0 and spec.base and spec.method.uses_base):
             other = inputs[number].reference
             raise spec.source.error(

@@ -139,11 +139,13 @@ class Parameters:
 
 
 def check_scopes(method: MergeMethod, jobs: Sequence[Job], num_models: int) -> None:
-    """Raise OutlierMergeError if a method measures whole models and one lacks a tensor."""
-    if all(scope_of(need) == "tensor" for need in method.needs.values()):
+    """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
+    merges = [job for job in jobs if job.action == "merge"]
+    needs = method.needs.values()
+    if all(scope_of(need, job.parameters) == "tensor" for job in merges for need in needs):
         return
-    for job in jobs:
-        if job.action == "merge" and job.task.num_models < num_models:
+    for job in merges:
+        if job.task.num_models < num_models:
             raise OutlierMergeError(
                 f"{shown(job.name)} is not in all models, and {method.name} measures whole models "
                 "together: with `missing: error` a plan says where it is not"

@@ -164,7 +164,7 @@ class _Planner:
 
     def _job(self, draft: _Draft, output: OutputTensor) -> Job:
         name, action, sources, parameters, _, why = draft
-        method, dtype = self.spec.document.merge_method, self._compute_dtype(sources)
+        method, dtype = self.spec.method_for(parameters), self._compute_dtype(sources)
         job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":
             return job

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from outliermerge.planning.plan import Plan
-from outliermerge.spec.check import ModelSpec
 from outliermerge.spec.inert import INERT_PARAMETERS
+from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.settings import Entry
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outliermerge.display import short_repr
-from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
+from outliermerge.errors import SpecError, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
@@ -17,11 +17,11 @@ from outliermerge.spec.document import (
     MISSING,
     OTHER_FILES,
     UNEQUAL,
-    ModelEntry,
     SpecDocument,
 )
 from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
+from outliermerge.spec.models import STAND_IN, ModelSpec, base_of, models_of
 from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
@@ -31,9 +31,8 @@ from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
-_STAND_IN = "?"
-_STAND_INS = {"merge_method": "", "model": _STAND_IN, "models": [{"model": _STAND_IN}],
-              "modifier": _STAND_IN}  # fmt: skip
+_STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
+              "modifier": STAND_IN}  # fmt: skip
 _NOT_YET = {
     "slices": "give whole `models`",
     "modules": "give whole `models`",
@@ -44,31 +43,12 @@ _NOT_YET = {
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """A model of a spec.
-
-    Attributes:
-        settings: the settings of the method's parameters for this model.
-        missing, extra: the model's own policies, which take precedence over the spec's.
-        auxiliary: the folder or file of each auxiliary input, by its name in the method.
-    """
-
-    reference: str
-    path: SpecPath
-    rename: Rename = field(default_factory=Rename)
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    missing: Setting = field(default_factory=Setting)
-    extra: Setting = field(default_factory=Setting)
-    auxiliary: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class MergeSpec:
     """A spec that has been checked.
 
     Attributes:
         document: the spec as it was written.
-        method: the merge method.
+        method: the merge method; the one that takes its place if there is a base model.
         base: the base model, or None.
         models: the merged models, in order; without the base for methods on task vectors.
         settings: global parameter settings.
@@ -106,6 +86,12 @@ class MergeSpec:
         return f"{self.method.name} of {models}" + (
             f" onto {self.base.reference}" if self.base else ""
         )
+
+    def method_for(self, parameters: Mapping[str, Any]) -> str:
+        """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
+        method = self.method.of(parameters) if parameters else self.method
+        written = self.document.merge_method
+        return written if method is find_method(written) else method.path
 
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
@@ -153,7 +139,7 @@ def _check(
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
-    raw, notes = without_inert(raw, uses_base=method is not None and method.uses_base)
+    raw, notes = without_inert(raw, needs_base=method is not None and method.needs_base)
     known = {key: value for key, value in raw.items() if key not in _NOT_YET}
     if "slices" in raw:
         known.setdefault("models", _STAND_INS["models"])
@@ -169,12 +155,14 @@ def _check(
         )
         for key, words in _POLICIES.items()
     }
-    base = mistakes.attempt(partial(_base, document, source), None)
+    base = mistakes.attempt(partial(base_of, document, source), None)
+    if method is not None and document.base_model is not None:
+        method = method.with_base or method
     models: tuple[ModelSpec, ...] = ()
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
-        models = _models(document, method, mistakes, are_all=not problems)
+        models = models_of(document, method, base, mistakes, are_all=not problems)
         read = partial(
             parameter_settings, document.parameters, method, ("parameters",), of_model=False
         )
@@ -219,10 +207,9 @@ def _method(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
 
 
 def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -> None:
-    if method.uses_base and document.base_model is None:
-        raise source.error(
-            (), f"`base_model` is missing: {method.name} works on differences from a base model"
-        )
+    if method.needs_base and document.base_model is None:
+        why = "works on differences from" if method.uses_base else "merges a model with"
+        raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
 
 
 def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
@@ -236,97 +223,6 @@ def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecErr
                 ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
             )
             yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
-
-
-def _base(document: SpecDocument, source: SpecText) -> ModelSpec | None:
-    entry = document.base_model
-    if entry is None:
-        return None
-    path: SpecPath = ("base_model",)
-    try:
-        _identity(entry.model)
-    except OutlierMergeError as error:
-        raise source.error(path, str(error)) from error
-    return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
-
-
-def _models(
-    document: SpecDocument, method: MergeMethod, mistakes: Mistakes, *, are_all: bool
-) -> tuple[ModelSpec, ...]:
-    """Return the merged models.
-
-    Args:
-        are_all: no entry of the spec is wrong, so that their number can be.
-    """
-    source = mistakes.source
-    models: list[ModelSpec] = []
-    places: dict[str, int] = {}
-    base = _identity(document.base_model.model) if document.base_model else None
-    for index, entry in enumerate(document.models):
-        path: SpecPath = ("models", index)
-        is_base = False
-        if entry.model != _STAND_IN:
-            one = partial(_is_base, entry, base, places, path, source)
-            is_base = mistakes.attempt(one, False)
-        if is_base:
-            mistakes.attempt(partial(_refuse_on_base, entry, method, path, source), None)
-            if method.uses_base:
-                continue
-        read = partial(
-            parameter_settings, entry.parameters, method, (*path, "parameters"), of_model=True
-        )
-        models.append(
-            ModelSpec(
-                reference=entry.model,
-                path=path,
-                rename=mistakes.attempt(
-                    partial(parse_rename, entry.rename, (*path, "rename")), Rename()
-                ),
-                settings=mistakes.attempt(read, {}),
-                missing=mistakes.attempt(
-                    partial(parse_policy, entry.missing, MISSING, (*path, "missing")), Setting()
-                ),
-                extra=mistakes.attempt(
-                    partial(parse_policy, entry.extra, EXTRA, (*path, "extra")), Setting()
-                ),
-                auxiliary=mistakes.attempt(partial(_auxiliary, entry, method, path, source), {}),
-            )
-        )
-    if are_all:
-        mistakes.attempt(partial(_check_number, len(models), method, source), None)
-    return tuple(models)
-
-
-def _is_base(
-    entry: ModelEntry,
-    base: str | None,
-    places: dict[str, int],
-    path: SpecPath,
-    source: SpecText,
-) -> bool:
-    """Tell whether an entry is the base model; note it among those that there are."""
-    try:
-        identity = _identity(entry.model)
-    except OutlierMergeError as error:
-        raise source.error((*path, "model"), str(error)) from error
-    index = int(path[-1])
-    if (first := places.setdefault(identity, index)) != index:
-        raise source.error(
-            (*path, "model"), f"{quoted(entry.model)} stands twice, first as models[{first}]"
-        )
-    return identity == base
-
-
-def _check_number(number: int, method: MergeMethod, source: SpecText) -> None:
-    least, most = method.min_models, method.max_models
-    if number >= least and (most is None or number <= most):
-        return
-    wanted = f"at least {least}" if most is None else f"{least} to {most}"
-    wanted = str(least) if most == least else wanted
-    besides = " besides the base model" if method.uses_base else ""
-    raise source.error(
-        ("models",), f"{method.name} takes {wanted} model(s){besides}, found {number}"
-    )
 
 
 def _modifiers(
@@ -345,47 +241,3 @@ def _modifiers(
         except SpecError as error:
             raise source.error(path, str(error)) from error
     return tuple(found)
-
-
-def _auxiliary(
-    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
-) -> Mapping[str, str]:
-    for name in entry.auxiliary:
-        if name not in method.auxiliary:
-            raise source.error(
-                (*path, "auxiliary", name),
-                f"{method.name} takes no {quoted(name)}. {suggest(name, method.auxiliary)}",
-                at_key=True,
-            )
-    for name in method.auxiliary:
-        if name not in entry.auxiliary:
-            raise source.error(
-                path, f"{method.name} needs {name!r} of each model: `auxiliary: {{{name}: FILE}}`"
-            )
-    return entry.auxiliary
-
-
-def _refuse_on_base(
-    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
-) -> None:
-    if entry.parameters and method.uses_base:
-        raise source.error(
-            (*path, "parameters"),
-            f"{quoted(entry.model)} is the base model: it has no task vector, "
-            "so its parameters have no effect. Remove them.",
-            at_key=True,
-        )
-    for key in ("rename", "missing", "extra", "auxiliary"):
-        if getattr(entry, key) not in (None, {}):
-            where = " Write it under `base_model`." if key == "rename" else " Remove it."
-            raise source.error(
-                (*path, key), f"{quoted(entry.model)} is the base model.{where}", at_key=True
-            )
-
-
-def _identity(reference: str) -> str:
-    path = as_path(reference)
-    try:
-        return str(path.resolve()) if path.exists() else reference
-    except (OSError, RuntimeError):  # opening the model later reports what is wrong
-        return reference

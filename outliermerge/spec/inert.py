@@ -8,14 +8,14 @@ INERT_PARAMETERS = {"int8_mask": "it sets how mergekit stores masks in memory"}
 LABEL = "name"
 
 
-def without_inert(raw: dict[str, Any], *, uses_base: bool) -> tuple[dict[str, Any], list[str]]:
+def without_inert(raw: dict[str, Any], *, needs_base: bool) -> tuple[dict[str, Any], list[str]]:
     """Return a spec without keys that have no effect, and a note on those that were there.
 
     Args:
-        uses_base: whether the method works on differences from the base model, which has none of
-            its own: its parameters, where it is among the models, have no effect.
+        needs_base: whether the method needs a base model. If that is among the models, too, its
+            parameters there have no effect.
 
-    >>> without_inert({"name": "mine", "parameters": {"int8_mask": True}}, uses_base=True)
+    >>> without_inert({"name": "mine", "parameters": {"int8_mask": True}}, needs_base=True)
     ({'parameters': {}}, ['without effect: name (a label); int8_mask (it sets how mergekit \
 stores masks in memory)'])
     """
@@ -31,10 +31,10 @@ stores masks in memory)'])
             for entry in document["models"]
         ]
         base = document.get("base_model")
-        for entry in document["models"] if uses_base and isinstance(base, str) else ():
+        for entry in document["models"] if needs_base and isinstance(base, str) else ():
             if isinstance(entry, dict) and entry.get("model") == base and entry.get("parameters"):
                 del entry["parameters"]
-                left_out["parameters of the base model"] = "it has no task vector"
+                left_out["parameters of the base model"] = "the method has none for it"
     said = "; ".join(f"{key} ({reason})" for key, reason in left_out.items())
     return document, [f"without effect: {said}"] if said else []
 

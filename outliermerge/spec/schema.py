@@ -41,9 +41,9 @@ def json_schema() -> dict[str, Any]:
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
-                "required": ["base_model"] if method.uses_base else [],
+                "required": ["base_model"] if method.needs_base else [],
                 "properties": (
-                    {"base_model": {"not": {"type": "null"}}} if method.uses_base else {}
+                    {"base_model": {"not": {"type": "null"}}} if method.needs_base else {}
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),
@@ -84,6 +84,8 @@ def _setting_schema(parameter: Parameter) -> dict[str, Any]:
     for bound, keyword in limits.items():
         if (limit := getattr(parameter.bounds, bound)) is not None:
             scalar[keyword] = limit
+    if parameter.choices:
+        scalar["enum"] = list(parameter.choices)
     if parameter.type in (float, int):
         scalar = {"anyOf": [scalar, {"type": "string", "pattern": _NUMBER}]}
     value = {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from adapted import ATTENTION, MODELS, llama
-from checkpoints import load_folder
+from checkpoints import as_many_as, load_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -240,7 +240,7 @@ def test_adapters_merge_as_the_models_that_peft_makes_of_them(method, two, tmp_p
         spec = {
             "merge_method": method,
             "base_model": str(two["base"]),
-            "models": [{"model": str(two[f"{kind}{n}"])} for n in (1, 2)],
+            "models": [{"model": str(two[f"{kind}{n}"])} for n in as_many_as(method, [1, 2])],
         }
         if method == "ties":  # ranks of equal magnitudes would turn on the last bit
             spec["parameters"] = {"density": 1.0}

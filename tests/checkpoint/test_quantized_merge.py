@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import family, load_folder
+from checkpoints import as_many_as, family, load_folder
 from quantizing import METHODS_OF_QUANTISING, dequantised, quantise
 
 import outliermerge
@@ -33,7 +33,7 @@ def test_quantised_task_models_merge_as_their_dequantised_selves(method, models,
         spec = {
             "merge_method": method,
             "base_model": str(models["base"]),
-            "models": [{"model": str(models[name])} for name in names],
+            "models": [{"model": str(models[name])} for name in as_many_as(method, names)],
         }
         output = outliermerge.run(spec, output=tmp_path / f"out{suffix}").output
         assert outliermerge.verify(output) == []

@@ -254,7 +254,8 @@ def test_a_run_takes_them_with_a_note(noted):
 def test_parameters_of_the_base_model_have_no_effect_and_a_note():
     base = {"model": "org/base", "parameters": {"weight": 1}}
     spec = load_spec(TIES | {"models": [*TIES["models"], base]})
-    assert spec.notes == ("without effect: parameters of the base model (it has no task vector)",)
+    (note,) = spec.notes
+    assert note == "without effect: parameters of the base model (the method has none for it)"
     assert [model.reference for model in spec.models] == ["org/a"]
     spec = load_spec(LINEAR | {"base_model": "org/a"})
     assert len(spec.models) == 2

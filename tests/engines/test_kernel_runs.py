@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import family, load_folder, save_tensors
-from every_method import OF_DELTAS, WITH_KERNELS
+from checkpoints import as_many_as, family, load_folder, save_tensors
+from every_method import WITH_KERNELS
 from kernel_blocks import MODULES, block_of, draw, raw
 
 import outliermerge
@@ -198,18 +198,38 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in WITH_KERNELS} | {
     "passthrough": {"scale": 0.5},
     "task_arithmetic": {"weight": 0.4, "lambda": 0.9},
     "ties": {"density": 0.3, "lambda": 0.7},
+    "breadcrumbs_ties": {"density": 0.3, "lambda": 0.7},
+    "dare_ties": {"density": 0.3, "lambda": 0.7},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.7},
+    "nuslerp by rows": {"nuslerp_flatten": False},
+    "nuslerp by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "multislerp": {"weight": 0.7},
+    "multislerp of weights": {"weight": 0.7},
+    "nuslerp of weights": {"weight": 0.7},
+    "nuslerp of weights by rows": {"nuslerp_flatten": False},
+    "nuslerp of weights by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "karcher": {"tol": 1e-7},
+    "model_stock": {},
+    "model_stock by rows": {"filter_wise": True},
+    "nearswap": {"t": 0.01},
+    "arcee_fusion": {},
 }
 
 
 def spec_of(method: str, base: Path, models: list[Path]) -> dict[str, Any]:
-    models = models[:1] if method == "passthrough" else models
+    name = method.partition(" ")[0]
+    models = as_many_as(name, models)
     spec = {
-        "merge_method": method,
+        "merge_method": name,
         "models": [{"model": str(model)} for model in models],
         "parameters": METHODS[method],
     }
-    needs_base = method in OF_DELTAS
-    return spec | ({"base_model": str(base)} if needs_base else {})
+    return spec | ({"base_model": str(base)} if has_base(method) else {})
+
+
+def has_base(method: str) -> bool:
+    return method not in ("linear", "passthrough") and "of weights" not in method
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +257,7 @@ def test_a_run_by_kernels_gives_the_values_of_one_by_torch(method, llamas, tmp_p
         assert found.keys() == expected.keys()
         for key, value in found.items():
             rel = 1e-12 if key in ("sigma", "threshold") else 0
-            flat, same = (np.ravel(each).tolist() for each in (value, expected[key]))
+            flat, same = ([*map(float, np.ravel(each))] for each in (value, expected[key]))
             assert flat == pytest.approx(same, rel=rel or 1e-14, abs=0), (name, key)
             assert key != "outliers" or value == expected[key]
     assert outliermerge.verify(tmp_path / "kernels") == []
@@ -287,7 +307,8 @@ BAD = [(0, math.nan), (SIZE // 2, math.inf), (SIZE - 1, -math.inf)]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_value_that_is_not_finite_stops_a_run(method, dtype, tmp_path):
-    rows = {"linear": (1, 2), "passthrough": (1,)}.get(method, (0, 2))
+    last = len(as_many_as(method.partition(" ")[0], [1, 2]))
+    rows = {0 if has_base(method) else 1, last}
     for row in rows:
         for number, (place, value) in enumerate(BAD):
             folder = tmp_path / f"{row}-{number}"
@@ -308,7 +329,7 @@ def test_a_value_that_is_not_finite_stops_a_run(method, dtype, tmp_path):
 def test_values_that_are_allowed_not_to_be_finite_are_listed_alike(method, tmp_path):
     def spoil(tensors: list[torch.Tensor]) -> None:
         tensors[1][SIZE - 1] = math.nan
-        if method not in ("linear", "passthrough"):
+        if has_base(method):
             tensors[0][0] = math.inf
 
     base, models = large_models(tmp_path, torch.float16, spoil)
@@ -372,7 +393,9 @@ def test_where_kernels_are_not_compiled_torch_computes(method, tmp_path, monkeyp
     base, models = large_models(tmp_path, torch.bfloat16)
     spec = spec_of(method, base, models)
     states = [load_folder(folder) for folder in (base, *models[: len(spec["models"])])]
-    needs = {"base": states[0], "method": method, **METHODS[method]}
+    needs = {"method": method.partition(" ")[0], **METHODS[method]}
+    if has_base(method) or method in ("linear", "passthrough"):
+        needs["base"] = states[0]
     by_kernels = outliermerge.merge_state_dicts(states[1:], **needs)
 
     hide(monkeypatch, [module.__name__ for module in MODULES])

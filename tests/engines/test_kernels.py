@@ -41,6 +41,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ties weighted": ("ties", {"density": 0.4, "weight": WEIGHTS, "rescale": True}),
     "ties sum": ("ties", {"density": 0.6, "weight": WEIGHTS, "normalize": False}),
     "ties none": ("ties", {"density": 0.0}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.4, "gamma": 0.1}),
+    "breadcrumbs weighted": (
+        "breadcrumbs",
+        {"density": 0.6, "weight": WEIGHTS, "rescale": True, "normalize": True, "lambda": -0.7},
+    ),
+    "breadcrumbs elected": ("breadcrumbs_ties", {"density": 0.6, "gamma": 0.2, "rescale": True}),
+    "breadcrumbs counted": (
+        "breadcrumbs_ties",
+        {"density": 0.5, "weight": WEIGHTS, "normalize": True, "consensus": "count"},
+    ),
 }
 SIZES = [1, 15, 16, 17, 1023, 1025, CHUNK_ELEMENTS + 77]
 
@@ -93,12 +103,24 @@ def exact_merge(
     if method == "min_sigma":
         threshold = np.float32(parameters["t"] * min(needs["sigma"]))
         kept_ME = np.where(abs(values_ME) > threshold, values_ME, values_ME / len(values_ME))
-    elif method == "ties":
-        threshold_M1, scale_M1 = (np.array(row)[:, None] for row in needs["trim"])
-        voting_ME = np.where(abs(values_ME) >= threshold_M1, values_ME * scale_M1, 0) * weight_M1
+    elif method == "breadcrumbs":
+        least_M1, most_M1, scale_M1 = (np.array(row)[:, None] for row in needs["limits"])
+        is_kept_ME = (abs(values_ME) >= least_M1) & (abs(values_ME) <= most_M1)
+        kept_ME = np.where(is_kept_ME, values_ME * scale_M1, 0)
+        if parameters["normalize"]:
+            divisor_E = weight_M1.sum(0)
+            loss = abs(weight_M1).sum() / abs(weight_M1.sum())
+    elif method in ("ties", "breadcrumbs_ties"):
+        least_M1, *most, scale_M1 = (np.array(row)[:, None] for row in needs["limits"])
+        is_kept_ME = abs(values_ME) >= least_M1
+        for most_M1 in most:
+            is_kept_ME &= abs(values_ME) <= most_M1
+        voting_ME = np.where(is_kept_ME, values_ME * scale_M1, 0) * weight_M1
         votes_E = voting_ME.sum(0)
         is_open_E = abs(votes_E) < 2 * len(values_ME) * ULP * abs(voting_ME).sum(0)
         is_open_E &= (votes_E != 0) | (weight_M1 != weight_M1[0]).any()
+        if parameters.get("consensus") == "count":  # these votes are exact
+            votes_E, is_open_E = np.sign(voting_ME).sum(0), np.zeros_like(is_open_E)
         agrees_ME = np.sign(voting_ME) == np.where(votes_E >= 0, 1, -1)
         kept_ME = np.where(agrees_ME, np.where(is_open_E, np.nan, scale_M1), 0) * values_ME
         if parameters["normalize"]:
@@ -199,7 +221,7 @@ def test_ties_keeps_what_is_at_the_threshold_and_trims_the_next_float_below(thre
     below = at.nextafter(torch.zeros(2))
     sources = [torch.zeros(4), torch.cat([at, below])]
     method = find_method("ties")
-    needs = {"trim": [[at[0].item()], [1.0]]}
+    needs = {"limits": [[at[0].item()], [1.0]]}
     call = method.kernel(method.resolve(1, {"density": 0.5}), needs)
     for module in MODULES:
         out, _, _ = merged_by(module, call, block_of("ff", sources, is_delta=True), "f")

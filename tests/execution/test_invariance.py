@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import family, load_folder, save_tensors
-from every_method import OF_DELTAS, SEVERAL
+from checkpoints import as_many_as, family, load_folder, save_tensors
+from every_method import NEEDS_BASE, SEVERAL
 from torch import Tensor
 
 import outliermerge
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import METHODS as TABLE
-from outliermerge.methods.table import find_method
 from outliermerge.planning.plan import Options
 
 SHAPES = {
@@ -114,6 +113,20 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
     "ties": {"density": 0.3, "weight": 0.7, "rescale": True},
     "passthrough": {"scale": 0.3},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.7},
+    "nuslerp by rows": {"nuslerp_flatten": False},
+    "nuslerp by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "multislerp": {"weight": 0.7},
+    "multislerp of weights": {"weight": 0.7},
+    "nuslerp of weights": {"weight": 0.7},
+    "nuslerp of weights by rows": {"nuslerp_flatten": False},
+    "nuslerp of weights by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "karcher": {"tol": 1e-7},
+    "model_stock": {},
+    "model_stock by rows": {"filter_wise": True},
+    "nearswap": {"t": 0.01},
+    "arcee_fusion": {},
     "test_invariance:row_peak": {"share": 0.4},
     "test_invariance:row_scaled": {"weight": 0.7},
     "test_invariance:tensor_reversed": {"scale": 0.3},
@@ -126,15 +139,18 @@ TENSOR_BUDGETS = [(1, "43MB"), (1, "1GB"), (2, "1GB"), (4, "200MB")]
 
 def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
     base, models = large
-    if method == "passthrough":
-        models = models[:1]
-    needs_base = find_method(method).space == "delta"
-    return spec_of(method, base if needs_base else None, models, parameters=METHODS[method])
+    if ":" not in method:
+        models = as_many_as(method.partition(" ")[0], models)
+    needs_base = method not in ("linear", "passthrough", "test_invariance:row_scaled")
+    needs_base = needs_base and "of weights" not in method
+    name = method.partition(" ")[0]
+    return spec_of(name, base if needs_base else None, models, parameters=METHODS[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
-    by_row, whole = "row_" in method, "tensor_" in method
+    by_row = "row_" in method or "by rows" in method
+    whole = "tensor_" in method or "by columns" in method or method == "arcee_fusion"
     planned = outliermerge.plan(large_spec(method, matrices if by_row else large))
     wide = next(job for job in planned.jobs if job.name == "wide.weight")
     blocks, digests, statistics = set(), [], []
@@ -165,7 +181,7 @@ def test_a_run_repeated_gives_the_same_files(large, tmp_path):
 @pytest.mark.parametrize("method", SEVERAL)
 def test_shard_size_changes_no_tensor(method, tmp_path):
     base, models = family("llama", tmp_path, dtype=torch.bfloat16, shard_size="40KB")
-    spec = spec_of(method, base if method in OF_DELTAS else None, models)
+    spec = spec_of(method, base if method in NEEDS_BASE else None, models)
     outputs = {
         size: outliermerge.run(spec, output=tmp_path / size, shard_size=size).output
         for size in ("5GB", "30KB", "9KB")
@@ -273,7 +289,7 @@ def test_tensors_equal_in_all_models_are_copied(method, tmp_path):
     for model in models:
         tensors = load_folder(model) | {name: original[name] for name in frozen}
         save_tensors(model, {k: v.contiguous() for k, v in tensors.items()})
-    spec = spec_of(method, base if method in OF_DELTAS else None, models)
+    spec = spec_of(method, base if method in NEEDS_BASE else None, models)
     result = outliermerge.run(spec, output=tmp_path / "out")
     merged = load_folder(result.output)
     actions = {name: entry["action"] for name, entry in result.manifest["tensors"].items()}

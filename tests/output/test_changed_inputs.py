@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_lora
-from every_method import OF_DELTAS, SEVERAL
+from every_method import NEEDS_BASE, SEVERAL
 from safetensors.torch import save_file
 
 import outliermerge
@@ -121,7 +121,7 @@ def _models(folder: Path, kind: str) -> Path:
 
 
 def _spec(folder: Path, method: str) -> dict:
-    needs_base = method in OF_DELTAS
+    needs_base = method in NEEDS_BASE
     first = folder / "first"
     if (first / "adapter_config.json").exists():
         first = f"{folder / 'base'}+{first}"
@@ -270,7 +270,7 @@ def _at(moment: str, change: Callable[[], None], patch: pytest.MonkeyPatch) -> N
 def _assert_noticed(case: tuple, folder: Path) -> None:
     way, moment, kind, method, kernels = case
     path = _models(folder, kind)
-    if method in OF_DELTAS:
+    if method in NEEDS_BASE:
         assert (folder / "base").is_dir()
     else:  # the first model is the reference: its files are those that are carried over
         path = folder / "first" / path.name if kind != "adapter's config" else path

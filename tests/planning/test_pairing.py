@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from checkpoints import load_folder, save_tensors
+from checkpoints import as_many_as, load_folder, save_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import ORIGINAL_TO_HF
@@ -249,9 +249,8 @@ def test_scalars_empty_complex_and_bool_tensors_go_through_a_rename(method, tmp_
         model(tmp_path / f"m{seed}", {f"x.{k}": v for k, v in odd_tensors(seed).items()})
         for seed in (1, 2)
     ]
-    if method == "passthrough":
-        tuned = tuned[:1]
-    has_base = METHODS[method].space == "delta"
+    tuned = as_many_as(method, tuned)
+    has_base = METHODS[method].needs_base
     spec = spec_of(
         base if has_base else None,
         *(named(path, rule(r"^x\.", "")) for path in tuned),

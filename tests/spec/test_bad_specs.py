@@ -10,6 +10,7 @@ from checkpoints import save_tensors
 
 from outliermerge import SpecError
 from outliermerge.cli import main as cli
+from outliermerge.methods.table import METHODS
 from outliermerge.spec.check import load_spec
 
 NAMES = ("embed.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight")
@@ -46,7 +47,7 @@ NO_MODELS = "merge_method: ties\nbase_model: DIR/base\n"
 OF_MODEL = NO_MODELS + "models:\n  - model: DIR/a\n    parameters:\n"
 LINEAR = HEAD.replace("ties\nbase_model: DIR/base", "linear")
 DTYPES = "'float16', 'bfloat16', 'float32' or 'float64'"
-METHODS = "linear, min_sigma, passthrough, task_arithmetic, ties"
+ALL_METHODS = ", ".join(sorted(METHODS))
 YOUR_OWN = "Your own is named package.module:function."
 A_VALUE = "expected a value, a list of values or filter entries"
 
@@ -91,7 +92,7 @@ BAD = {
     "parameter of another method": (
         _with_parameters("t: 2"),
         "7:3: parameters.t: ties has no parameter 't'. "
-        "Valid: density, int8_mask, lambda, normalize, rescale, weight.",
+        "Valid: density, lambda, normalize, rescale, trim, weight.",
     ),
     "parameter beside model": (
         HEAD + "    weight: 0.5\n",
@@ -138,7 +139,7 @@ BAD = {
     ),
     "unknown method like no other": (
         _with_method("zzzz"),
-        f"1:15: merge_method: unknown merge method 'zzzz'. Valid: {METHODS}. {YOUR_OWN}",
+        f"1:15: merge_method: unknown merge method 'zzzz'. Valid: {ALL_METHODS}. {YOUR_OWN}",
     ),
     "method that cannot be imported": (
         _with_method("no_such_package.module:rule"),

@@ -9,6 +9,8 @@ typedef struct {
     const Method *method;
     Call call;
     float *numbers; /* its scalars and vectors */
+    uint64_t *keys;
+    uint64_t first; /* the block's first element in the tensor */
     int is_finite;
     Place out;
     char *stored; /* the output: in the caller's buffer, or in scratch memory until written */
@@ -29,27 +31,30 @@ static const Method *method_of(const char *name, size_t scalar_bytes, size_t vec
     return NULL;
 }
 
-/* Parse (method, scalars, vectors, code, out). */
+/* Parse (method, scalars, vectors, code, out[, keys, start]). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
-    const char *name, *scalars, *vectors;
-    Py_ssize_t scalar_bytes, vector_bytes;
+    const char *name, *scalars, *vectors, *keys = NULL;
+    Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0;
+    unsigned long long first = 0;
     PyObject *out;
     int code;
     size_t models = block->num_models, num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     variant->is_finite = 1;
-    if (!PyArg_ParseTuple(tuple, "sy#y#CO", &name, &scalars, &scalar_bytes, &vectors,
-                          &vector_bytes, &code, &out))
+    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#K", &name, &scalars, &scalar_bytes, &vectors,
+                          &vector_bytes, &code, &out, &keys, &key_bytes, &first))
         return 0;
     variant->method = method_of(name, (size_t)scalar_bytes, (size_t)vector_bytes, models);
     if (variant->method == NULL) return 0;
     if (!take_place(&variant->out, out, code, block->num_elements, PyBUF_WRITABLE)) return 0;
+    variant->first = first;
+    variant->keys = PyMem_RawCalloc(2 * models, sizeof(uint64_t));
     variant->numbers = PyMem_RawMalloc((size_t)(scalar_bytes + vector_bytes) + 1);
     variant->call.counts = PyMem_RawCalloc(models, sizeof(uint64_t));
     variant->stored = variant->out.file < 0 ? variant->out.view.buf
                                             : take_room(scratch, &variant->out, block->num_elements);
     variant->digests =
         PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(num_pieces * DIGEST_BYTES));
-    if (variant->numbers == NULL || variant->call.counts == NULL || variant->stored == NULL ||
+    if (variant->keys == NULL || variant->numbers == NULL || variant->call.counts == NULL || variant->stored == NULL ||
         variant->digests == NULL) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         release_place(&variant->out);
@@ -57,6 +62,9 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     }
     memcpy(variant->numbers, scalars, (size_t)scalar_bytes);
     memcpy((char *)variant->numbers + scalar_bytes, vectors, (size_t)vector_bytes);
+    if (keys != NULL)
+        memcpy(variant->keys, keys, least((size_t)key_bytes, 2 * models * sizeof(uint64_t)));
+    variant->call.keys = variant->keys;
     variant->call.scalars = variant->numbers;
     variant->call.vectors = variant->numbers + variant->method->num_scalars;
     return 1;
@@ -70,6 +78,7 @@ static void merge_piece(Block *block, Variant *variant, size_t start, size_t num
     for (size_t i = 0; i < num; i += STEP) {
         size_t step = least(STEP, num - i);
         load_base(block, i, step);
+        variant->call.place = variant->first + start + i;
         variant->method->merge(block, &variant->call, i, step, merged_row);
         variant->is_finite &=
             store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
@@ -88,7 +97,9 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
 
 PyDoc_STRVAR(merge_doc,
              "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
-             "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out):\n"
+             "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out\n"
+             "[, keys, start]): keys are two uint64 for each model, which random numbers are made\n"
+             "of, and start is the block's first element in the tensor;\n"
              "scalars and vectors are bytes of float32, as many scalars, and as many vectors of a\n"
              "number for each model, as methods() tells; out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
              "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"
@@ -143,6 +154,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
     }
     for (size_t i = 0; variants != NULL && i < num_variants; i++) {
         if (i < num_taken) release_place(&variants[i].out);
+        PyMem_RawFree(variants[i].keys);
         PyMem_RawFree(variants[i].numbers);
         PyMem_RawFree(variants[i].call.counts);
         Py_XDECREF(variants[i].digests);

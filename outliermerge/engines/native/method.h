@@ -15,6 +15,8 @@ typedef struct {
     const float *scalars;
     const float *vectors; /* (K, M) */
     uint64_t *counts;     /* (M,), added to */
+    uint64_t place;       /* of the step's first element in the tensor */
+    const uint64_t *keys; /* of random numbers, (M, 2) */
 } Call;
 
 typedef struct {

@@ -2,11 +2,12 @@
 #ifndef OUTLIERMERGE_METHODS_H
 #define OUTLIERMERGE_METHODS_H
 
+#include "dare.h"
 #include "min_sigma.h"
 #include "ties.h"
 #include "weighted_sum.h"
 
-static const Method *const METHODS[] = {&min_sigma, &ties, &weighted_sum};
+static const Method *const METHODS[] = {&breadcrumbs, &dare, &min_sigma, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
 
 static const Method *find_method(const char *name) {

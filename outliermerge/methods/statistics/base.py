@@ -37,7 +37,9 @@ Scope: TypeAlias = Literal["tensor", "model"]
 class Pass(Protocol):
     """One reading of a tensor's blocks.
 
-    A pass with `with_base` set gets the sources (S, E), the base first, in place of (M, E).
+    A pass with `with_base` set gets the sources (S, E), the base first, in place of (M, E). A pass
+    with `with_start` set also gets the number of the block's first element. A pass with `by_row`
+    set reads blocks of whole rows, for methods that merge by rows.
     """
 
     @property
@@ -80,7 +82,9 @@ class Statistic(Protocol):
     """A declaration of one value that a method needs of a whole tensor.
 
     A statistic that kernels can measure also has `kernels`: the names of the kernel functions that
-    its passes call. A statistic of a whole model has `scope = "model"`.
+    its passes call. A statistic of a whole model has `scope = "model"`; if a parameter of the
+    method says so, `scope_parameter` is its name. If `with_context` is set, `start` gets the
+    tensor's context as a keyword.
 
     Attributes:
         depends_on: names of the method's parameters that the statistic depends on.
@@ -98,9 +102,10 @@ class Statistic(Protocol):
         """Return the first pass, or the result if no pass is needed."""
 
 
-def scope_of(need: Statistic) -> Scope:
+def scope_of(need: Statistic, parameters: Mapping[str, Any]) -> Scope:
     """Return whether a statistic describes one tensor or the whole model."""
-    return cast(Scope, getattr(need, "scope", "tensor"))
+    named = getattr(need, "scope_parameter", "")
+    return cast(Scope, parameters[named] if named else getattr(need, "scope", "tensor"))
 
 
 def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:

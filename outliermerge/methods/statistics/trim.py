@@ -1,4 +1,6 @@
-"""The trim threshold, for methods that keep the largest magnitudes.
+"""The statistics of methods that keep magnitudes by their rank: where to trim.
+
+A search looks for one magnitude in each model or, in groups of M searches, for several.
 
 Shape suffixes: M models, E elements of a block, C elements of a chunk.
 """
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.kernel_call import RawBlock
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope, scope_of
 
 if TYPE_CHECKING:
     import numpy
@@ -36,10 +38,15 @@ class Trim:
     In a large tensor some chunks are sampled first. They give a window of magnitudes that usually
     contains the k-th, so that one more pass finds it exactly. If the window does not contain it,
     the two passes of the full selection follow.
+
+    Attributes:
+        scope_parameter: the method's parameter that says whether n counts one tensor or all merged
+            tensors of a model; empty if `scope` says so.
     """
 
     depends_on: tuple[str, ...] = ("density", "rescale")
     scope: Scope = "tensor"
+    scope_parameter: str = ""
     kernels: ClassVar = ("histogram", "magnitudes")
     rows: ClassVar = ("least magnitude kept", "rescaling factor")
 
@@ -57,50 +64,97 @@ class Trim:
         thresholds = [0.0 if density > 0 else math.inf for density in parameters["density"]]
         if num_elements == 0 or not any(ranks):
             return [thresholds, [1.0] * num_models]
-        whole = _Search(tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
-        num_chunks = num_elements // CHUNK_ELEMENTS
-        if num_chunks < 4 * _NUM_SAMPLED or self.scope == "model":
-            return _Select(whole)
-        chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
-        share = len(chunks) * CHUNK_ELEMENTS / num_elements
-        sampled = tuple(rank and max(1, round(rank * share)) for rank in ranks)
-        return _Select(replace(whole, ranks=sampled, chunks=chunks, whole=whole))
+        whole = Search(num_models, tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
+        sampled = scope_of(self, parameters) == "tensor"
+        return _start(whole, num_elements, sampled=sampled)
 
 
 @dataclass(frozen=True)
-class _Search:
-    """A search for the magnitudes of given ranks, one for each model.
+class Middle:
+    """Least and largest magnitude that each model keeps, and L1 rescaling, shape (3, M).
+
+    Of n elements the int(gamma·n) largest are dropped and of the rest the int(density·n) largest
+    kept; where the rest is fewer, less is dropped from the top. Both magnitudes are found exactly,
+    as by `Trim`, and every element tied with one of them is kept. A density of 1 or more keeps
+    all, and none is kept where int(density·n) is 0.
+    """
+
+    depends_on: tuple[str, ...] = ("density", "gamma", "rescale")
+    scope: Scope = "tensor"
+    kernels: ClassVar = ("histogram", "magnitudes")
+
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        selects = any(0 < density < 1 for density in parameters["density"])
+        return selects * (1 + bool(parameters["rescale"]))
+
+    def start(
+        self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
+    ) -> Pass | list[Any]:
+        n = num_elements
+        least: list[int | None] = []  # ranks from the largest
+        most: list[int | None] = []
+        lows, highs = [0.0] * num_models, [math.inf] * num_models
+        pairs = zip(parameters["density"], parameters["gamma"], strict=True)
+        for model, (density, gamma) in enumerate(pairs):
+            kept, top = int(density * n), int(gamma * n)
+            bottom, selects = max(0, n - kept - top), density < 1 and kept > 0
+            least.append(n - bottom if selects and bottom else None)
+            most.append(n - bottom - kept + 1 if selects and bottom + kept < n else None)
+            if density < 1 and not kept:
+                lows[model] = math.inf
+        ranks = (*least, *most)
+        if not any(ranks):
+            return [lows, highs, [1.0] * num_models]
+        search = Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
+        return _start(search, num_elements)
+
+
+def _start(whole: Search, num_elements: int, *, sampled: bool = True) -> Pass:
+    num_chunks = num_elements // CHUNK_ELEMENTS
+    if num_chunks < 4 * _NUM_SAMPLED or not sampled:
+        return Select(whole)
+    chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
+    share = len(chunks) * CHUNK_ELEMENTS / num_elements
+    ranks = tuple(rank and max(1, round(rank * share)) for rank in whole.ranks)
+    return Select(replace(whole, ranks=ranks, chunks=chunks, whole=whole))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for, and where.
 
     Attributes:
-        ranks: the rank of the magnitude to find, from the largest; None for a model with nothing to
-            find.
-        thresholds: the thresholds of models without a rank.
-        lows: for each model, the least magnitude bits that are counted.
+        ranks: of the magnitudes wanted, from the largest, M for each group; None where there is
+            none to find.
+        thresholds: where there is no rank.
+        rescale: whether L1 norms are wanted, too.
+        lows: least bits that are counted, for each rank.
         shift: bits per bin, or None for the highest 16 of the dtype.
         num_bins: how many bins.
         chunks: the chunks that are read; None for all.
         whole: for a sample, the search on the whole tensor that follows.
     """
 
+    num_models: int
     ranks: tuple[int | None, ...]
     thresholds: tuple[float, ...]
-    rescale: bool
+    rescale: bool = False
     lows: tuple[int, ...] = ()
     shift: int | None = None
     num_bins: int = 1 << (_DIGIT_BITS - 1)  # the sign bit is always 0
     chunks: tuple[int, ...] | None = None
-    whole: _Search | None = None
+    whole: Search | None = None
 
 
-class _Select:
+class Select:
     """Counts magnitudes by their bits, to find those of given ranks."""
 
     kernel = "histogram"
 
-    def __init__(self, search: _Search) -> None:
+    def __init__(self, search: Search) -> None:
         import numpy
 
-        self._search = search
+        self.search = search
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
         self._num_bits = 32
@@ -111,7 +165,7 @@ class _Select:
         ]
 
     def _shift(self) -> int:
-        shift = self._search.shift
+        shift = self.search.shift
         return self._num_bits - _DIGIT_BITS if shift is None else shift
 
     def measure(self, block_ME: Tensor) -> list[numpy.ndarray[Any, Any] | None]:
@@ -119,61 +173,75 @@ class _Select:
 
         self._num_bits = 8 * block_ME.element_size()
         integer = torch.int32 if self._num_bits == 32 else torch.int64
-        num_bins, shift = self._search.num_bins, self._shift()
+        num_bins, shift = self.search.num_bins, self._shift()
         shares: list[numpy.ndarray[Any, Any] | None] = []
-        for model, rank in enumerate(self._search.ranks):
+        for place, rank in enumerate(self.search.ranks):
             if rank is None:
                 shares.append(None)
                 continue
-            offset_E = block_ME[model].abs().view(integer) - self._lows[model]
+            magnitude_E = block_ME[place % self.search.num_models].abs()
+            offset_E = magnitude_E.view(integer) - self._lows[place]
             bin_E = (offset_E[offset_E >= 0] >> shift).clamp_(max=num_bins)
             counts: Any = bin_E.bincount(minlength=num_bins + 1).cpu().numpy()
             shares.append(counts.astype("uint64"))
         return shares
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> None:
-        kernels.histogram(block, self._lows, self._shift(), tuple(self._counts))
+        for group in _groups(self.search.num_models, len(self._counts)):
+            counts = tuple(self._counts[group])
+            if any(own is not None for own in counts):
+                kernels.histogram(block, self._lows[group], self._shift(), counts)
 
     def add(self, share: list[numpy.ndarray[Any, Any] | None] | None) -> None:
         for total, counts in zip(self._counts, share or (), strict=bool(share)):
             if total is not None and counts is not None:
                 total += counts
 
+    def again(self, search: Search) -> Select:
+        """Return the pass that goes on with a search."""
+        return Select(search)
+
     def finish(self) -> Pass | list[Any]:
         found = [
-            None if rank is None else self._find(model, rank)
-            for model, rank in enumerate(self._search.ranks)
+            None if rank is None else self._find(place, rank)
+            for place, rank in enumerate(self.search.ranks)
         ]
-        search = self._search
+        search = self.search
         if search.whole is not None:
             if self._num_bits != 32:
-                return _Select(search.whole)
-            return _Select(_window(search.whole, found))
+                return self.again(search.whole)
+            return self.again(_window(search.whole, found))
         pairs = zip(found, search.ranks, strict=True)
         if any(low is None and rank is not None for low, rank in pairs):  # the window missed it
-            return _Select(_Search(search.ranks, search.thresholds, search.rescale))
+            whole = Search(search.num_models, search.ranks, search.thresholds, search.rescale)
+            return self.again(whole)
         if shift := self._shift():
             lows = tuple(low or 0 for low in found)
             finer = replace(search, lows=lows, shift=shift - _DIGIT_BITS, num_bins=1 << _DIGIT_BITS)
-            return _Select(finer)
+            return self.again(finer)
         thresholds = [
             threshold if low is None else _float_of_bits(low, self._num_bits)
             for low, threshold in zip(found, search.thresholds, strict=True)
         ]
-        return _KeptShare(thresholds) if search.rescale else [thresholds, [1.0] * len(thresholds)]
+        limits = [thresholds[group] for group in _groups(search.num_models, len(thresholds))]
+        return _KeptShare(limits) if search.rescale else [*limits, [1.0] * search.num_models]
 
-    def _find(self, model: int, rank: int) -> int | None:
+    def _find(self, place: int, rank: int) -> int | None:
         """Return the least bits of the bin that contains a rank; None if no bin does."""
-        counts: Any = self._counts[model]
+        counts: Any = self._counts[place]
         from_top = counts[::-1].cumsum()  # starts with those above all bins
-        place = int(from_top.searchsorted(rank))
-        if place in (0, len(counts)):
+        bin_ = int(from_top.searchsorted(rank))
+        if bin_ in (0, len(counts)):
             return None
-        return self._lows[model] + ((len(counts) - 1 - place) << self._shift())
+        return self._lows[place] + ((len(counts) - 1 - bin_) << self._shift())
 
 
-def _window(whole: _Search, lows: Sequence[int | None]) -> _Search:
-    """Return the search in a window around the magnitudes that the sample gave."""
+def _groups(num_models: int, size: int) -> list[slice]:
+    return [slice(start, start + num_models) for start in range(0, size, num_models)]
+
+
+def _window(whole: Search, lows: Sequence[int | None]) -> Search:
+    """Return the search among magnitudes around those that a sample showed."""
     digit, most = 1 << _DIGIT_BITS, (1 << 31) - (_WINDOW_DIGITS << _DIGIT_BITS)
     return replace(
         whole,
@@ -184,42 +252,63 @@ def _window(whole: _Search, lows: Sequence[int | None]) -> _Search:
 
 
 class _KeptShare:
-    """L1 norms before and after trimming."""
+    """L1 norms before and after trimming.
+
+    Args:
+        limits: least magnitudes kept and, where there is an upper limit, the largest ones.
+    """
 
     chunks = None
     kernel = "magnitudes"
 
-    def __init__(self, thresholds: list[float]) -> None:
-        self._thresholds = thresholds
-        self._sums: list[tuple[list[float], list[float]]] = []
+    def __init__(self, limits: list[list[float]]) -> None:
+        self._limits = limits
+        self._sums: list[list[list[float]]] = []  # of chunks: all, from least on, above largest
 
-    def measure(self, block_ME: Tensor) -> list[tuple[list[float], list[float]]]:
-        thresholds_M1 = block_ME.new_tensor(self._thresholds)[:, None]
+    def measure(self, block_ME: Tensor) -> list[list[list[float]]]:
+        least_M1, *largest_M1 = (block_ME.new_tensor(row)[:, None] for row in self._limits)
         shares = []
         for start in range(0, block_ME.shape[1], CHUNK_ELEMENTS):
             magnitude_MC = block_ME[:, start : start + CHUNK_ELEMENTS].abs()
-            kept_MC = magnitude_MC * (magnitude_MC >= thresholds_M1)
-            shares.append((magnitude_MC.double().sum(1).tolist(), kept_MC.double().sum(1).tolist()))
+            masks = [magnitude_MC >= least_M1, *(magnitude_MC > limit for limit in largest_M1)]
+            rows = [magnitude_MC, *(magnitude_MC * mask_MC for mask_MC in masks)]
+            shares.append([row_MC.double().sum(1).tolist() for row_MC in rows])
         return shares
 
-    def measure_raw(self, kernels: Any, block: RawBlock) -> list[tuple[list[float], list[float]]]:
-        num_models = len(self._thresholds)
-        thresholds = struct.pack(f"{num_models}f", *self._thresholds)
-        sums = kernels.magnitudes(block, thresholds)
-        chunks = struct.iter_unpack(f"{2 * num_models}d", sums)
-        return [(list(values[::2]), list(values[1::2])) for values in chunks]
+    def measure_raw(self, kernels: Any, block: RawBlock) -> list[list[list[float]]]:
+        least, *largest = self._limits
+        starts = [least, *([_next_above(limit) for limit in row] for row in largest)]
+        packed = [struct.pack(f"{len(row)}f", *row) for row in starts]
+        sums = [
+            list(struct.iter_unpack(f"{2 * len(least)}d", kernels.magnitudes(block, row)))
+            for row in packed
+        ]
+        return [
+            [list(chunk[0][::2]), *(list(values[1::2]) for values in chunk)]
+            for chunk in zip(*sums, strict=True)
+        ]
 
-    def add(self, share: list[tuple[list[float], list[float]]]) -> None:
+    def add(self, share: list[list[list[float]]]) -> None:
         self._sums += share
 
     def finish(self) -> list[Any]:
         scales = []
-        for model in range(len(self._thresholds)):
-            before = math.fsum(whole[model] for whole, _ in self._sums)
-            after = math.fsum(kept[model] for _, kept in self._sums)
-            known = 1e-7 <= after and 1e-7 <= before < math.inf
-            scales.append(before / after if known else 1.0)
-        return [self._thresholds, scales]
+        for model in range(len(self._limits[0])):
+            rows = zip(*([row[model] for row in chunk] for chunk in self._sums), strict=True)
+            before, after, *above = map(math.fsum, rows)
+            scales.append(l1_scale(before, after - sum(above)))
+        return [*self._limits, scales]
+
+
+def l1_scale(before: float, after: float) -> float:
+    """Return what brings what is kept back to its L1 norm; 1 where a norm is below 1e-7."""
+    return before / after if 1e-7 <= after and 1e-7 <= before < math.inf else 1.0
+
+
+def _next_above(x: float) -> float:
+    """Return the least float32 above a magnitude that is one."""
+    bits = struct.unpack("<i", struct.pack("<f", x))[0]
+    return _float_of_bits(bits + 1, 32) if math.isfinite(x) else math.inf
 
 
 def _float_of_bits(bits: int, num_bits: int) -> float:

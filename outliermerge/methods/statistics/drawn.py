@@ -1,0 +1,118 @@
+"""The statistic of methods that drop elements at random: what is left of the L1 norm.
+
+Shape suffixes: M models, E elements of a block, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from outliermerge.methods.context import Context
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
+from outliermerge.methods.statistics.trim import l1_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Probability: TypeAlias = Callable[..., Any]
+"""Returns the probability to keep each element of a model's block, or one for all.
+
+Args: the block, its context, and the model's density and epsilon."""
+
+
+@dataclass(frozen=True)
+class DrawnScale:
+    """Σ|x| / Σ|kept| of each model whose elements are kept at random, shape (M,).
+
+    1 where `rescale` is off or not by L1 norm, where all are kept, and where a sum is below 1e-7.
+
+    Attributes:
+        probability: of keeping an element.
+        by_row: whether it is of the ranks in a row.
+    """
+
+    probability: Probability
+    by_row: bool = False
+    depends_on: tuple[str, ...] = ("density", "epsilon", "rescale", "rescale_by")
+    scope: Scope = "tensor"
+    with_context: bool = True
+
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        drops = any(0 < density < 1 for density in parameters["density"])
+        return int(drops and parameters["rescale"] and parameters["rescale_by"] == "l1")
+
+    def start(
+        self,
+        num_models: int,
+        num_elements: int,
+        parameters: Mapping[str, Any],
+        *,
+        context: Context | None = None,
+    ) -> Pass | list[Any]:
+        if not self.num_passes(parameters):
+            return [1.0] * num_models
+        assert context is not None
+        epsilon = parameters.get("epsilon", [0.0] * num_models)
+        return _Norms(self, context, parameters["density"], epsilon)
+
+
+class _Norms:
+    """L1 norms of all elements and of those kept."""
+
+    chunks = None
+    with_start = True
+
+    def __init__(self, need: DrawnScale, context: Context, density: Any, epsilon: Any) -> None:
+        self.by_row = need.by_row
+        self._probability, self._context = need.probability, context
+        self._density, self._epsilon = density, epsilon
+        self._before = [array("d") for _ in density]
+        self._after = [array("d") for _ in density]
+
+    def measure(self, block_ME: Tensor, start: int = 0) -> list[tuple[array[float], array[float]]]:
+        context = replace(self._context, start=start)
+        # As methods get them: rounded to the block's dtype.
+        density, epsilon = (
+            block_ME.new_tensor(values).tolist() for values in (self._density, self._epsilon)
+        )
+        if self.by_row:
+            block_ME = block_ME.view(len(block_ME), -1, row_size(context, block_ME.shape[1]))
+        shares = []
+        for model, own in enumerate(block_ME):
+            chance = self._probability(own, context, density[model], epsilon[model])
+            kept = own * (context.uniform(own, model=model) < chance)
+            shares.append((self._sums(own), self._sums(kept)))
+        return shares
+
+    def _sums(self, values: Tensor) -> array[float]:
+        """Return sums over pieces that do not depend on blocks: a chunk's, or a row's."""
+        rows_RC = values if self.by_row else values[None]
+        found = array("d")
+        for first in range(0, rows_RC.shape[1], CHUNK_ELEMENTS):
+            piece_RC = rows_RC[:, first : first + CHUNK_ELEMENTS]
+            found.extend(piece_RC.abs().double().sum(1).tolist())
+        return found
+
+    def add(self, share: list[tuple[array[float], array[float]]]) -> None:
+        for model, (before, after) in enumerate(share):
+            self._before[model] += before
+            self._after[model] += after
+
+    def finish(self) -> list[float]:
+        return [
+            l1_scale(math.fsum(before), math.fsum(after))
+            for before, after in zip(self._before, self._after, strict=True)
+        ]
+
+
+def row_size(context: Context, num_elements: int) -> int:
+    """Return the elements of one row of a context's tensor; a vector is one row.
+
+    >>> row_size(Context(shape=(4, 3, 2)), 24)
+    6
+    """
+    return math.prod(context.shape[1:]) if len(context.shape) > 1 else num_elements

@@ -1,0 +1,185 @@
+"""The models of a spec: the base model, those that are merged, and what each says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from outliermerge.errors import OutlierMergeError, as_path, quoted, suggest
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.spec.document import EXTRA, MISSING, ModelEntry, SpecDocument
+from outliermerge.spec.parameters import parameter_settings
+from outliermerge.spec.rename import Rename, parse_rename
+from outliermerge.spec.settings import Setting, SpecPath, parse_policy
+from outliermerge.spec.text import Mistakes, SpecText
+
+STAND_IN = "?"
+"""Stands for a model's name that is wrong, so that the rest of the file can be checked."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of a spec.
+
+    Attributes:
+        settings: the settings of the method's parameters for this model.
+        missing, extra: the model's own policies, which take precedence over the spec's.
+        auxiliary: the folder or file of each auxiliary input, by its name in the method.
+    """
+
+    reference: str
+    path: SpecPath
+    rename: Rename = field(default_factory=Rename)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    missing: Setting = field(default_factory=Setting)
+    extra: Setting = field(default_factory=Setting)
+    auxiliary: Mapping[str, str] = field(default_factory=dict)
+
+
+def base_of(document: SpecDocument, source: SpecText) -> ModelSpec | None:
+    """Return the base model, or None."""
+    entry = document.base_model
+    if entry is None:
+        return None
+    path: SpecPath = ("base_model",)
+    try:
+        _identity(entry.model)
+    except OutlierMergeError as error:
+        raise source.error(path, str(error)) from error
+    return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
+
+
+def models_of(
+    document: SpecDocument,
+    method: MergeMethod,
+    base: ModelSpec | None,
+    mistakes: Mistakes,
+    *,
+    are_all: bool,
+) -> tuple[ModelSpec, ...]:
+    """Return the merged models.
+
+    Args:
+        are_all: no entry of the spec is wrong, so that their number can be.
+    """
+    source = mistakes.source
+    models: list[ModelSpec] = []
+    places: dict[str, int] = {}
+    base_identity = _identity(base.reference) if base else None
+    for index, entry in enumerate(document.models):
+        path: SpecPath = ("models", index)
+        is_base = False
+        if entry.model != STAND_IN:
+            one = partial(_is_base, entry, base_identity, places, path, source)
+            is_base = mistakes.attempt(one, False)
+        if is_base:
+            mistakes.attempt(partial(_refuse_on_base, entry, method, path, source), None)
+            if method.needs_base:
+                continue
+        read = partial(
+            parameter_settings, entry.parameters, method, (*path, "parameters"), of_model=True
+        )
+        models.append(
+            ModelSpec(
+                reference=entry.model,
+                path=path,
+                rename=mistakes.attempt(
+                    partial(parse_rename, entry.rename, (*path, "rename")), Rename()
+                ),
+                settings=mistakes.attempt(read, {}),
+                missing=mistakes.attempt(
+                    partial(parse_policy, entry.missing, MISSING, (*path, "missing")), Setting()
+                ),
+                extra=mistakes.attempt(
+                    partial(parse_policy, entry.extra, EXTRA, (*path, "extra")), Setting()
+                ),
+                auxiliary=mistakes.attempt(partial(_auxiliary, entry, method, path, source), {}),
+            )
+        )
+    if base is not None and method.base_as == "first":
+        models.insert(0, base)
+    elif base is not None and method.base_as == "model" and base_identity not in places:
+        models.append(base)
+    if are_all:
+        mistakes.attempt(partial(_check_number, len(models), method, source), None)
+    return tuple(models)
+
+
+def _is_base(
+    entry: ModelEntry,
+    base: str | None,
+    places: dict[str, int],
+    path: SpecPath,
+    source: SpecText,
+) -> bool:
+    """Tell whether an entry is the base model; note it among those that there are."""
+    try:
+        identity = _identity(entry.model)
+    except OutlierMergeError as error:
+        raise source.error((*path, "model"), str(error)) from error
+    index = int(path[-1])
+    if (first := places.setdefault(identity, index)) != index:
+        raise source.error(
+            (*path, "model"), f"{quoted(entry.model)} stands twice, first as models[{first}]"
+        )
+    return identity == base
+
+
+def _check_number(number: int, method: MergeMethod, source: SpecText) -> None:
+    least, most = method.min_models, method.max_models
+    if number >= least and (most is None or number <= most):
+        return
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    wanted = str(least) if most == least else wanted
+    besides = " besides the base model" if method.uses_base else (
+        ", the base model among them" if method.base_as == "first" else ""
+    )  # fmt: skip
+    raise source.error(
+        ("models",), f"{method.name} takes {wanted} model(s){besides}, found {number}"
+    )
+
+
+def _auxiliary(
+    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
+) -> Mapping[str, str]:
+    for name in entry.auxiliary:
+        if name not in method.auxiliary:
+            raise source.error(
+                (*path, "auxiliary", name),
+                f"{method.name} takes no {quoted(name)}. {suggest(name, method.auxiliary)}",
+                at_key=True,
+            )
+    for name in method.auxiliary:
+        if name not in entry.auxiliary:
+            raise source.error(
+                path, f"{method.name} needs {name!r} of each model: `auxiliary: {{{name}: FILE}}`"
+            )
+    return entry.auxiliary
+
+
+def _refuse_on_base(
+    entry: ModelEntry, method: MergeMethod, path: SpecPath, source: SpecText
+) -> None:
+    if entry.parameters and (method.uses_base or method.base_as == "first"):
+        raise source.error(
+            (*path, "parameters"),
+            f"{quoted(entry.model)} is the base model: "
+            + ("it has no task vector, so its" if method.uses_base else f"for {method.name} its")
+            + " parameters have no effect. Remove them.",
+            at_key=True,
+        )
+    for key in ("rename", "missing", "extra", "auxiliary"):
+        if getattr(entry, key) not in (None, {}):
+            where = " Write it under `base_model`." if key == "rename" else " Remove it."
+            raise source.error(
+                (*path, key), f"{quoted(entry.model)} is the base model.{where}", at_key=True
+            )
+
+
+def _identity(reference: str) -> str:
+    path = as_path(reference)
+    try:
+        return str(path.resolve()) if path.exists() else reference
+    except (OSError, RuntimeError):  # opening the model later reports what is wrong
+        return reference

@@ -1,0 +1,286 @@
+"""The library: merges of tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from outliermerge.arguments import checked, wrong
+from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.engines.batched import batches, merge_batch
+from outliermerge.engines.kernels import find_kernels
+from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
+from outliermerge.execution.in_memory import MemoryFeed, merge_in_memory
+from outliermerge.execution.passes import Measured, measure, needs_of
+from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.execution.threads import torch_threads
+from outliermerge.methods.context import Context
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import find_method
+from outliermerge.methods.task import Task
+from outliermerge.planning.parameters import context_of
+from outliermerge.spec.settings import find_layers
+from outliermerge.storage.machine import num_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@checked
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge dicts of tensors in memory.
+
+    Args:
+        models: the models' tensors, by name; on any devices.
+        base: the base model's tensors; needed by methods on task vectors.
+        method: a name from `outliermerge methods`, `package.module:function`, or a method.
+        seed: of methods that draw random numbers, which depend on the tensor's name, too.
+        **parameters: of the method; those of each model as a list of one value a model.
+
+    Returns:
+        The merged tensors, with the names, dtypes and devices of the base (of the first model
+        where there is no base). Tensors that are not floating-point must be equal and are copied.
+
+    Raises:
+        OutlierMergeError: names, shapes or non-float tensors differ.
+        ArgumentError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> base = {"w": torch.zeros(4)}
+        >>> tuned = [{"w": torch.tensor([1.0, 0, 0, 0])}, {"w": torch.tensor([0, 0.2, 0, 0])}]
+        >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
+        {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
+    """
+    found = _method(method)
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    for name, each in [*(("models", model) for model in models), ("base", base)]:
+        if not isinstance(each, Mapping) and each is not None:
+            hint = ": give its state_dict()" if hasattr(each, "state_dict") else ""
+            raise wrong(name, type(each).__name__, f"tensors by name{hint}")
+    reference = models[0] if base is None else base
+    for number, model in enumerate(models):
+        differing = sorted(set(reference) ^ set(model))
+        if differing:
+            raise OutlierMergeError(
+                f"models[{number}] does not hold the same tensors as "
+                f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
+            )
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
+    layers = find_layers(reference)
+    merges = {}
+    for name, tensor in reference.items():
+        try:
+            merges[name] = _prepared(
+                [model[name] for model in models],
+                None if base is None else base[name],
+                found,
+                resolved,
+                context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
+            )
+        except OutlierMergeError as error:
+            raise type(error)(f"tensor {name!r}: {error.marked}") from error
+    _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
+    return {
+        name: merge.result if isinstance(merge, TensorMerge) else merge
+        for name, merge in merges.items()
+    }
+
+
+@checked
+def merge_tensors(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor | None = None,
+    method: str | MergeMethod = "min_sigma",
+    seed: int = 0,
+    **parameters: Any,
+) -> Tensor:
+    """Merge one tensor in memory.
+
+    Args:
+        models: the models' tensors, all of one shape; on any devices.
+        base: the base model's tensor, for methods on task vectors.
+        method: a name, `package.module:function`, or a method.
+        seed: of methods that draw random numbers.
+        **parameters: of the method; those of each model as a list.
+
+    Returns:
+        A tensor of the shape, dtype and device of the base (of the first model without one).
+
+    Raises:
+        OutlierMergeError: shapes differ, or tensors that are not floating-point differ.
+        ArgumentError: an unknown method or parameter, or a value out of range.
+
+    Example:
+        >>> import torch, outliermerge
+        >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
+        tensor([0.5000, 0.5000])
+    """
+    found = _method(method)
+    if not models:
+        raise OutlierMergeError("no models to merge")
+    found, models = _with_base(found, models, base)
+    resolved = _resolved(found, len(models), parameters)
+    context = Context(shape=tuple(getattr(models[0], "shape", ())), seed=seed)
+    merge = _prepared(models, base, found, resolved, context)
+    if not isinstance(merge, TensorMerge):
+        return merge
+    _merge_all([merge])
+    return merge.result
+
+
+def _method(method: str | MergeMethod) -> MergeMethod:
+    if not isinstance(method, (str, MergeMethod)):
+        raise wrong("method", method, "a name, or a function decorated with @merge_method")
+    try:
+        return find_method(method) if isinstance(method, str) else method
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
+
+
+def _with_base(
+    method: MergeMethod, models: Sequence[T], base: T | None
+) -> tuple[MergeMethod, Sequence[T]]:
+    """Return the method that merges with or without a base, and the models that it merges."""
+    if base is None and method.needs_base:
+        raise ArgumentError(f"{method.name} needs a base model: give `base`")
+    if base is None:
+        return method, models
+    method = method.with_base or method
+    if method.base_as == "first":
+        return method, [base, *models]
+    return method, [*models, base] if method.base_as == "model" else models
+
+
+def _resolved(
+    method: MergeMethod, num_models: int, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    most = method.max_models
+    if method.space == "merged":
+        raise ArgumentError(f"{method.name} is a modifier of merges, expected a merge method")
+    if method.auxiliary:
+        raise ArgumentError(
+            f"{method.name} takes further tensors of each model ({', '.join(method.auxiliary)}), "
+            "which only a merge of files can be given: use outliermerge.run"
+        )
+    if num_models < method.min_models or (most is not None and num_models > most):
+        raise ArgumentError(f"{method.name} does not take {num_models} models")
+    try:
+        resolved = method.resolve(num_models, parameters)
+    except SpecError as error:
+        raise ArgumentError(error.marked) from error
+    return resolved
+
+
+def _prepared(
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    method: MergeMethod,
+    resolved: Mapping[str, Any],
+    context: Context,
+) -> TensorMerge | Tensor:
+    """Return the merge that is to be done, or what needs none."""
+    import torch
+
+    for each in (base, *models):
+        if each is not None and not isinstance(each, torch.Tensor):
+            raise ArgumentError(f"found {type(each).__name__}, expected a tensor")
+    first = models[0] if base is None else base
+    for number, tensor in enumerate(models):
+        if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
+            raise OutlierMergeError(
+                f"models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {first.dtype} {list(first.shape)}"
+            )
+    if not first.is_floating_point():
+        if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
+            raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
+        return first.detach().clone()
+    if len(models) == 1 and method.idempotent(resolved):
+        return models[0].detach().to(first.device, first.dtype, copy=True)
+    sources = [base, *models] if method.uses_base and base is not None else list(models)
+    task = Task(
+        method=method.of(resolved),
+        parameters=resolved,
+        dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
+        out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],
+        compute_dtype="float64"
+        if any(tensor.dtype == torch.float64 for tensor in sources)
+        else "float32",
+        shape=tuple(first.shape),
+        context=context,
+    )
+    result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
+    return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
+
+
+def _merge_all(merges: Sequence[TensorMerge]) -> None:
+    """Fill the results: on a GPU many at once, else one after another."""
+    import torch
+
+    known = _measured_over_all(merges)
+    fitting = [merge for merge in merges if fits_gpu(merge)]
+    differing = dict(zip(map(id, fitting), differ_early(fitting), strict=True))
+    left = [m for m in merges if differing.get(id(m)) or not _keep_equal_models(m)]
+    merge_on_gpu([merge for merge in left if id(merge) in differing])
+    alone = [merge for merge in left if id(merge) not in differing]
+    on_gpu = [merge for merge in alone if merge.result.device.type == "cuda"]
+    if on_gpu:
+        free_bytes, _ = torch.cuda.mem_get_info(on_gpu[0].result.device)
+        for batch in batches(on_gpu, memory_bytes=free_bytes // 2):
+            if len(batch) > 1 and merge_batch(batch):
+                alone = [merge for merge in alone if merge not in batch]
+    if alone:
+        with torch_threads() as prepare:
+            steps = (merge_in_memory(_feed(merge), known) for merge in alone)
+            run_all(steps, threads=num_threads(0), prepare=prepare)
+
+
+def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
+    """Return the statistics that the method needs of all tensors together."""
+    tasks, found = [merge.task for merge in merges], dict[Any, list[Any]]()
+    if not any(needs_of(task, "model") for task in tasks):
+        return found
+
+    def measured() -> Steps[None]:
+        found.update((yield from measure(tasks, [_feed(merge) for merge in merges], "model")))
+
+    with torch_threads() as prepare:
+        run_all([measured()], threads=num_threads(0), prepare=prepare)
+    return found
+
+
+def _keep_equal_models(merge: TensorMerge) -> bool:
+    """Fill the result where all sources are equal and come back as they are."""
+    import torch
+
+    first, method = merge.sources[0], merge.task.method
+    if method.space == "weight" and not method.idempotent(merge.task.parameters):
+        return False
+    same = all(
+        tensor.dtype == first.dtype and torch.equal(first, tensor.to(first.device))
+        for tensor in merge.sources[1:]
+    )
+    if same:
+        merge.result.copy_(first)
+    return same
+
+
+def _feed(merge: TensorMerge) -> MemoryFeed:
+    tensors = (merge.result, *merge.sources)
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    kernels = find_kernels() if on_cpu else None
+    return MemoryFeed(merge.task, merge.sources, merge.result, kernels)
