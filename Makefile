@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
+.PHONY: help demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz parity check \
 	docs bench bench-check bench-gpu clean
 
 help: ## list the targets
@@ -49,6 +49,9 @@ faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which 
 
 fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
 	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
+
+parity: $(VENV)/.dev ## merge 500 random specs by mergekit, too, and write docs/studies/parity.md (15 minutes)
+	@$(IN_VENV) $(BIN)/python tests/parity/report.py
 
 check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/ruff check .
