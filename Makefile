@@ -10,8 +10,8 @@ FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz check \
-	docs release-check bench bench-check bench-gpu clean
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz parity \
+	check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -51,6 +51,9 @@ faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which 
 
 fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
 	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)
+
+parity: $(VENV)/.dev ## merge 500 random specs by mergekit, too, and write docs/studies/parity.md (15 minutes)
+	@$(IN_VENV) $(BIN)/python tests/parity/report.py
 
 check: $(VENV)/.dev $(VENV)/.eval ## ruff, mypy strict, and the layers of imports
 	@$(BIN)/ruff check .

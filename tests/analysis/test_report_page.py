@@ -62,13 +62,13 @@ def made_merge(folder, method, *, layers=2, num=2, modules=1, same=False):
                    like=None if same else base)
         for n in range(num)
     ]  # fmt: skip
-    if getattr(METHODS[method], "base_as", "") == "first":  # the base is one of the models
+    if METHODS[method].base_as == "first":  # the base is one of the models
         models = models[1:]
     spec = {"merge_method": method, "models": [{"model": str(model)} for model in models]}
     if "density" in METHODS[method].parameters:
         spec["parameters"] = {"density": 0.5}
     # Some methods that work on weights need a base, too.
-    if getattr(METHODS[method], "needs_base", METHODS[method].uses_base):
+    if METHODS[method].needs_base:
         spec["base_model"] = str(base)
     return outliermerge.run(spec, output=folder / "merged", threads=1).output
 

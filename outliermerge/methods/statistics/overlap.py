@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.statistics.base import Pass, Scope
 
@@ -21,6 +21,7 @@ class Overlap:
 
     depends_on: tuple[str, ...] = ("epsilon",)
     scope: Scope = "tensor"
+    rows: ClassVar = ("elements changed alone", "elements changed with others")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 1

@@ -82,6 +82,7 @@ class Middle:
     depends_on: tuple[str, ...] = ("density", "gamma", "rescale")
     scope: Scope = "tensor"
     kernels: ClassVar = ("histogram", "magnitudes")
+    rows: ClassVar = ("least magnitude kept", "largest magnitude kept", "rescaling factor")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         selects = any(0 < density < 1 for density in parameters["density"])
