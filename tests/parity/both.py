@@ -88,7 +88,8 @@ def compare(spec: dict[str, Any], models: Path, folder: Path) -> Comparison:
         size = max(float(x.abs().max()) for x in (mine, other, *(t[name] for t in inputs)))
         error = (mine.double() - other.double()).abs() / max(size, 1e-30)
         found.num_elements += mine.numel()
-        if num := int((error > 16 * ROUNDING).sum()):
+        limit = 512 if spec["merge_method"] == "nuslerp" else 16
+        if num := int((error > limit * ROUNDING).sum()):
             found.differing[name] = num
         if any(name.startswith(prefix) for prefix in PLACED_OTHERWISE.get(kind, ())):
             found.placed_otherwise |= {name: found.differing.pop(name, 0)}

@@ -74,7 +74,7 @@ def table(rows: dict[str, Found]) -> str:
     lines = [
         f"mergekit {version('mergekit')}, outliermerge {version('outliermerge')}:",
         "",
-        "| method | specs | elements | largest difference | elements beyond 16 ε |",
+        "| method | specs | elements | largest difference | elements beyond the limit |",
         "|---|--:|--:|--:|--:|",
     ]
     for method, found in rows.items():
