@@ -190,6 +190,7 @@ def merge_tensors(
     *,
     base: Tensor | None = None,
     method: str | MergeMethod = "min_sigma",
+    name: str = "",
     seed: int = 0,
     **parameters: Any,
 ) -> Tensor:
@@ -199,6 +200,8 @@ def merge_tensors(
         models: the models' tensors, all of one shape; on any devices.
         base: the base model's tensor, for methods on task vectors.
         method: a name, `package.module:function`, or a method.
+        name: the tensor's name in its model; methods that draw random numbers draw others for
+            another name.
         seed: of methods that draw random numbers.
         **parameters: of the method; those of each model as a list.
 
@@ -219,7 +222,7 @@ def merge_tensors(
         raise OutlierMergeError("no models to merge")
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
-    context = Context(shape=tuple(models[0].shape), seed=seed)
+    context = Context(name, tuple(models[0].shape), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
