@@ -168,16 +168,13 @@ def merge_state_dicts(
     layers = find_layers(reference)
     merges = {}
     for name, tensor in reference.items():
-        try:
-            merges[name] = _prepared(
-                [model[name] for model in models],
-                None if base is None else base[name],
-                found,
-                resolved,
-                context_of(name, tuple(tensor.shape), layers.get(name), seed),
-            )
-        except OutlierMergeError as error:
-            raise OutlierMergeError(f"tensor {name!r}: {error}") from error
+        merges[name] = _prepared(
+            [model[name] for model in models],
+            None if base is None else base[name],
+            found,
+            resolved,
+            context_of(name, tuple(tensor.shape), layers.get(name), seed),
+        )
     _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
     return {
         name: merge.result if isinstance(merge, TensorMerge) else merge
@@ -285,15 +282,18 @@ def _prepared(
     import torch
 
     first = models[0] if base is None else base
+    where = f"tensor {context.name!r}: " if context.name else ""
     for number, tensor in enumerate(models):
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
             raise OutlierMergeError(
-                f"models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
+                f"{where}models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
                 f"expected {first.dtype} {list(first.shape)}"
             )
     if not first.is_floating_point():
         if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
-            raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
+            raise OutlierMergeError(
+                f"{where}{first.dtype} tensors cannot be merged, and they differ"
+            )
         return first.detach().clone()
     if len(models) == 1 and method.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)

@@ -77,8 +77,10 @@ def _plain(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _state(model: Module | LazyStateDict) -> Mapping[str, Tensor]:
     """Return a model's tensors; of a module, those that FusionBench is to merge."""
-    lazy = isinstance(model, LazyStateDict)
-    state: Mapping[str, Tensor] = model if lazy else get_target_state_dict(model)
+    if isinstance(model, LazyStateDict):
+        state: Mapping[str, Tensor] = model
+    else:
+        state = get_target_state_dict(model)
     return state
 
 
