@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown, suggest
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    SpecError,
+    quoted,
+    shown,
+    suggest,
+)
 from outliermerge.spec.inert import INERT_PARAMETERS
 
 
@@ -26,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.main(arguments, prog_name="outliermerge-mergekit")
     except OutlierMergeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SpecError) else 1
+        return 2 if isinstance(error, (SpecError, ArgumentError)) else 1
     return 0
 
 

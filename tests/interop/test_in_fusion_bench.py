@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import yaml
 from checkpoints import family, load_folder
+from documents import ROOT, blocks
 from interop_cases import PARAMETERS, assert_same, every_method, models_of, run_here, with_base
 
 import outliermerge
 from outliermerge.errors import ArgumentError, OutlierMergeError
 
 pytestmark = pytest.mark.interop
-CONFIGS = "pkg://outliermerge.interop.fusion_bench_config"
+PAGE = ROOT / "docs" / "howto" / "other_tools.md"
 
 
 @pytest.fixture(scope="module")
@@ -157,32 +157,51 @@ def test_methods_on_task_vectors_need_a_pretrained_model(tool, llamas):
         tool.OutlierMergeAlgorithm().run(pool_of(None, llamas[1][:2]))
 
 
-def test_the_program_finds_the_shipped_config(llamas, tmp_path):
-    base, models = llamas[0], llamas[1][:2]
-    (tmp_path / "modelpool").mkdir()
-    pool = {
-        "_target_": "fusion_bench.modelpool.CausalLMPool",
-        "_recursive_": False,
-        "models": {"_pretrained_": str(base)} | {model.name: str(model) for model in models},
-        "model_kwargs": {},
-        "tokenizer": None,
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the models and the pool that the page names."""
+    folder = tmp_path_factory.mktemp("place")
+    base, models = family("llama", folder / "models")
+    for model, name in zip(models, ("chat", "maths"), strict=True):
+        model.rename(base.parent / name)
+    (pool,) = (block.text for block in blocks(PAGE, "text"))
+    name, _, text = pool.removeprefix("# ").partition("\n")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_expects(place) -> dict[str, torch.Tensor]:
+    models = place / "models"
+    own = [{"weight": 0.8}, {"weight": 1}]
+    folders = [models / "chat", models / "maths"]
+    return run_here("min_sigma", models / "base", folders, place / "own", own=own, t=2.5)
+
+
+def test_the_program_finds_the_shipped_config(place, page_expects):
+    (command,) = (block.text for block in blocks(PAGE, "bash"))
+    program = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.pathsep.join([program, os.environ["PATH"]]),
     }
-    (tmp_path / "modelpool" / "llamas.yaml").write_text(yaml.safe_dump(pool))
-    command = [
-        Path(sys.executable).parent / "fusion_bench",
-        f"hydra.searchpath=[{CONFIGS},file://{tmp_path}]",
-        "method=outliermerge",
-        "method.name=ties",
-        "+method.parameters={density: 0.25, weight: [0.3, 0.5]}",
-        "modelpool=llamas",
-        "merged_model_save_path=merged",
-    ]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        command,
+        shell=True,
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    own = [{"weight": 0.3}, {"weight": 0.5}]
-    expected = run_here("ties", base, models, tmp_path / "own", own=own, density=0.25)
-    assert_same(load_folder(tmp_path / "merged"), expected)
+    assert_same(load_folder(place / "merged" / "in_fusion_bench"), page_expects)
+
+
+def test_the_python_of_the_page_gives_the_same(tool, place, page_expects, monkeypatch):
+    monkeypatch.chdir(place)
+    (text,) = (block.text for block in blocks(PAGE, "py"))
+    space: dict[str, Any] = {}
+    exec(compile(text, str(PAGE), "exec", dont_inherit=True), space)
+    assert_same(space["model"].state_dict(), page_expects)

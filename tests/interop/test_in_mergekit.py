@@ -189,6 +189,23 @@ def test_wrong_models_are_refused_before_anything_is_read(
     assert said in refused(config(name, base, llamas[1][:num_models]), tmp_path, capsys)
 
 
+@pytest.mark.parametrize(
+    "name, parameters, said",
+    [
+        ("outliermerge_ties", {"trim": "model"}, "ties measures whole models"),
+        ("outliermerge_della", {"density": 0.5, "epsilon": 0.6}, "Choose a smaller epsilon"),
+    ],
+)
+def test_what_only_resolved_parameters_tell_is_one_message(
+    name, parameters, said, llamas, tmp_path, capsys
+):
+    document = config(name, llamas[0], llamas[1][:2], **parameters)
+    assert run_mergekit(document, tmp_path) in (1, 2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_a_parameter_that_has_no_effect_in_mergekit_is_let_through(llamas, tmp_path):
     document = config("min_sigma", llamas[0], llamas[1][:2], int8_mask=True)
     assert run_mergekit(document, tmp_path) == 0
