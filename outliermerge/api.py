@@ -330,9 +330,11 @@ def _merge_all(merges: Sequence[TensorMerge]) -> None:
             if len(batch) > 1 and merge_batch(batch):
                 alone = [merge for merge in alone if merge not in batch]
     if alone:
+        _wait_for_gpus(alone)
         with torch_threads() as prepare:
             steps = (merge_in_memory(_feed(merge), known) for merge in alone)
             run_all(steps, threads=num_threads(0), prepare=prepare)
+        _wait_for_gpus(alone)
 
 
 def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
@@ -344,9 +346,19 @@ def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
     def measured() -> Steps[None]:
         found.update((yield from measure(tasks, [_feed(merge) for merge in merges], "model")))
 
+    _wait_for_gpus(merges)
     with torch_threads() as prepare:
         run_all([measured()], threads=num_threads(0), prepare=prepare)
     return found
+
+
+def _wait_for_gpus(merges: Sequence[TensorMerge]) -> None:
+    """Wait for what is queued on GPUs, because threads do not use the stream of their caller."""
+    import torch
+
+    for device in {merge.result.device for merge in merges}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _keep_equal_models(merge: TensorMerge) -> bool:
