@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INTEROP ?= .venv-interop
 IN_VENV = PATH=$(abspath $(BIN)):$$PATH
 SUITE ?= evals/paper.yaml
 OUTPUT ?= scores/eval
@@ -10,8 +11,8 @@ FUZZ_SECONDS ?= 600
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu faults fuzz parity \
-	check docs release-check bench bench-check bench-gpu clean
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu test-interop \
+	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -45,6 +46,9 @@ test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
+
+test-interop: $(INTEROP)/.ready ## run the tests inside FusionBench, in an environment of its own
+	@$(INTEROP)/bin/python -m pytest -m interop tests/interop
 
 faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
 	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
@@ -83,8 +87,8 @@ bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio beca
 bench-gpu: $(VENV)/.dev ## measure on a CUDA device: from disk, on the device, against mergekit --cuda
 	@$(IN_VENV) $(BIN)/python benchmarks/gpu.py
 
-clean: ## remove the virtual environment and what demo wrote
-	rm -rf $(VENV) models merged scores evals/data/tiny docs/_build dist
+clean: ## remove the virtual environments and what demo wrote
+	rm -rf $(VENV) $(INTEROP) models merged scores evals/data/tiny docs/_build dist
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
@@ -104,6 +108,15 @@ $(VENV)/.eval: pyproject.toml constraints.txt evals/requirements-cpu.txt | $(BIN
 	@echo "setting up $(VENV) for evaluations (once)"
 	@$(INSTALL) -e '.[family,torch]' -r evals/requirements-cpu.txt
 	@$(INSTALL) --no-deps lmms-eval==0.7.3
+	@touch $@
+
+# The evaluations and FusionBench cannot share an environment: constraints-interop.txt says why.
+$(INTEROP)/.ready: pyproject.toml constraints.txt constraints-interop.txt
+	@echo "setting up $(INTEROP) (once)"
+	@$(PYTHON) -m venv $(INTEROP)
+	@grep -v '^antlr4' constraints.txt | cat - constraints-interop.txt >$(INTEROP)/constraints.txt
+	@$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c $(INTEROP)/constraints.txt -e '.[interop]'
 	@touch $@
 
 # The report's tests open it in Chromium.

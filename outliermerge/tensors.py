@@ -82,16 +82,13 @@ def merge_state_dicts(
     layers = find_layers(reference)
     merges = {}
     for name, tensor in reference.items():
-        try:
-            merges[name] = _prepared(
-                [model[name] for model in models],
-                None if base is None else base[name],
-                found,
-                resolved,
-                context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
-            )
-        except OutlierMergeError as error:
-            raise type(error)(f"tensor {name!r}: {error.marked}") from error
+        merges[name] = _prepared(
+            [model[name] for model in models],
+            None if base is None else base[name],
+            found,
+            resolved,
+            context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
+        )
     _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
     return {
         name: merge.result if isinstance(merge, TensorMerge) else merge
@@ -105,6 +102,7 @@ def merge_tensors(
     *,
     base: Tensor | None = None,
     method: str | MergeMethod = "min_sigma",
+    name: str = "",
     seed: int = 0,
     **parameters: Any,
 ) -> Tensor:
@@ -114,6 +112,8 @@ def merge_tensors(
         models: the models' tensors, all of one shape; on any devices.
         base: the base model's tensor, for methods on task vectors.
         method: a name, `package.module:function`, or a method.
+        name: the tensor's name in its model; methods that draw random numbers draw others for
+            another name.
         seed: of methods that draw random numbers.
         **parameters: of the method; those of each model as a list.
 
@@ -134,7 +134,7 @@ def merge_tensors(
         raise OutlierMergeError("no models to merge")
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
-    context = Context(shape=tuple(getattr(models[0], "shape", ())), seed=seed)
+    context = Context(name, tuple(getattr(models[0], "shape", ())), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
@@ -195,19 +195,22 @@ def _prepared(
     """Return the merge that is to be done, or what needs none."""
     import torch
 
+    where = f"tensor {context.name!r}: " if context.name else ""
     for each in (base, *models):
         if each is not None and not isinstance(each, torch.Tensor):
-            raise ArgumentError(f"found {type(each).__name__}, expected a tensor")
+            raise ArgumentError(f"{where}found {type(each).__name__}, expected a tensor")
     first = models[0] if base is None else base
     for number, tensor in enumerate(models):
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
             raise OutlierMergeError(
-                f"models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
+                f"{where}models[{number}] is {tensor.dtype} {list(tensor.shape)}, "
                 f"expected {first.dtype} {list(first.shape)}"
             )
     if not first.is_floating_point():
         if not all(torch.equal(first, tensor.to(first.device)) for tensor in models):
-            raise OutlierMergeError(f"{first.dtype} tensors cannot be merged, and they differ")
+            raise OutlierMergeError(
+                f"{where}{first.dtype} tensors cannot be merged, and they differ"
+            )
         return first.detach().clone()
     if len(models) == 1 and method.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)
@@ -244,9 +247,11 @@ def _merge_all(merges: Sequence[TensorMerge]) -> None:
             if len(batch) > 1 and merge_batch(batch):
                 alone = [merge for merge in alone if merge not in batch]
     if alone:
+        _wait_for_gpus(alone)
         with torch_threads() as prepare:
             steps = (merge_in_memory(_feed(merge), known) for merge in alone)
             run_all(steps, threads=num_threads(0), prepare=prepare)
+        _wait_for_gpus(alone)
 
 
 def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
@@ -258,9 +263,19 @@ def _measured_over_all(merges: Sequence[TensorMerge]) -> Measured:
     def measured() -> Steps[None]:
         found.update((yield from measure(tasks, [_feed(merge) for merge in merges], "model")))
 
+    _wait_for_gpus(merges)
     with torch_threads() as prepare:
         run_all([measured()], threads=num_threads(0), prepare=prepare)
     return found
+
+
+def _wait_for_gpus(merges: Sequence[TensorMerge]) -> None:
+    """Wait for what is queued on GPUs, because threads do not use the stream of their caller."""
+    import torch
+
+    for device in {merge.result.device for merge in merges}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _keep_equal_models(merge: TensorMerge) -> bool:

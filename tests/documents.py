@@ -58,7 +58,7 @@ def make_place(folder: Path) -> Path:
     """Make a folder with the models and files that the pages name, the models small.
 
     Returns:
-        A folder with the program `outliermerge`.
+        A folder with the programs `outliermerge` and `outliermerge-mergekit`.
     """
     import llava_replicas
     import torch
@@ -86,11 +86,16 @@ def make_place(folder: Path) -> Path:
         for block in blocks(page, "yaml", "python"):
             if block.file:
                 (folder / block.file).write_text(block.text)
-    program = folder / "bin" / "outliermerge"
-    program.parent.mkdir()
-    program.write_text(
-        f"#!/bin/sh\nexport PYTHONPATH={json.dumps(str(ROOT))}:$PYTHONPATH\n"
-        f'exec {json.dumps(sys.executable)} -m outliermerge "$@"\n'
-    )
-    program.chmod(0o755)
-    return program.parent
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    for name, module in (
+        ("outliermerge", "outliermerge"),
+        ("outliermerge-mergekit", "outliermerge.interop.mergekit_yaml"),
+    ):
+        program = bin_folder / name
+        program.write_text(
+            f"#!/bin/sh\nexport PYTHONPATH={json.dumps(str(ROOT))}:$PYTHONPATH\n"
+            f'exec {json.dumps(sys.executable)} -m {module} "$@"\n'
+        )
+        program.chmod(0o755)
+    return bin_folder
