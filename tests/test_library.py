@@ -351,9 +351,7 @@ class TestStateDicts:
 
     def test_a_method_on_task_vectors_needs_a_base(self) -> None:
         _, models = _family()
-        with pytest.raises(
-            outliermerge.ArgumentError, match="differences from a base: give `base`"
-        ):
+        with pytest.raises(outliermerge.ArgumentError, match="needs a base model: give `base`"):
             outliermerge.merge_state_dicts(models)
 
     @pytest.mark.parametrize("base", [None, {"w": torch.ones(1)}])
@@ -446,7 +444,7 @@ class TestTensors:
             merged[clear], (base + kept.sum(0))[clear], rtol=1e-12, atol=1e-12
         )
 
-    @pytest.mark.parametrize("method", OF_DELTAS)
+    @pytest.mark.parametrize("method", [name for name in OF_DELTAS if name in SEVERAL])
     def test_models_equal_to_the_base_give_the_base(self, method: str) -> None:
         base = torch.tensor([0.1, -0.0, 3e-41, 1e30])
         merged = outliermerge.merge_tensors([base.clone()] * 3, base=base, method=method)

@@ -15,6 +15,7 @@ from every_method import SEVERAL
 from safetensors.torch import save_file
 
 from outliermerge.cli import main as cli
+from outliermerge.methods.table import METHODS
 
 GOOD = {"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3)}
 SIZES = "BOOL, U8, I8, U16, I16, U32, I32, U64, I64, C64, F8_E4M3, F8_E5M2, F16, BF16, F32, F64"
@@ -584,6 +585,14 @@ models:
 parameters:
   weight: 0.5
 """
+
+
+def _task(method: str) -> str:
+    """Return the spec for another method, without a weight where it takes none."""
+    text = TASK.replace("task_arithmetic", method)
+    return text if "weight" in METHODS[method].parameters else text.partition("parameters:")[0]
+
+
 BASE = {
     "w.weight": torch.zeros(2, 2),
     "x.weight": torch.zeros(3),
@@ -783,7 +792,7 @@ def test_a_value_that_is_not_finite_is_told_by_tensor_and_model(value, method, t
     broken[1, 0] = value
     _save(tmp_path, a=A | {"w.weight": broken})
 
-    assert _run(tmp_path, capsys, TASK.replace("task_arithmetic", method)) == (
+    assert _run(tmp_path, capsys, _task(method)) == (
         1,
         "error: tensor 'w.weight' has values that are infinite or NaN in DIR/a. " + NON_FINITE,
     )
@@ -842,7 +851,7 @@ def test_allow_non_finite_goes_on_and_lists_such_tensors(method, tmp_path, capsy
     broken = A["w.weight"].clone()
     broken[1, 0] = float("nan")
     _save(tmp_path, a=A | {"w.weight": broken})
-    spec = _spec(tmp_path, TASK.replace("task_arithmetic", method))
+    spec = _spec(tmp_path, _task(method))
     arguments = ["run", str(spec), "--output", str(tmp_path / "out")]
 
     assert cli.main([*arguments, "--allow-non-finite", "--json"]) == 0
