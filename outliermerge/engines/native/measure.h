@@ -109,11 +109,10 @@ typedef struct {
     uint64_t num_above;
 } Histogram;
 
-static void count_step(const Block *block, size_t model, size_t i, size_t num, Histogram *into) {
+static void count_row(const float *row, size_t num, Histogram *into) {
     uint32_t offsets[STEP];
     uint8_t inside[STEP];
     if (num < STEP) memset(inside, 0, sizeof inside);
-    float *row = load_model(block, model, i, num);
     into->num_above += find_bins(row, into->bins, offsets, inside, num);
     if (into->own != NULL)
         count_many(into->bins, offsets, inside, into->own, num);
@@ -185,7 +184,7 @@ static PyObject *py_histogram(PyObject *module, PyObject *args) {
                 load_base(&block, i, step);
                 for (size_t model = 0; model < models; model++)
                     if (all[model].bins.num_bins)
-                        count_step(&block, model, i, step, all + model);
+                        count_row(load_model(&block, model, i, step), step, all + model);
             }
         }
         for (size_t i = 0; i < models && !failed; i++)

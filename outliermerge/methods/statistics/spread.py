@@ -6,10 +6,12 @@ Shape suffixes: M models, E elements of a block, C elements of a chunk.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
 from outliermerge.methods.statistics.trim import Search, Select
 
@@ -48,6 +50,7 @@ class Spread:
 
     depends_on: tuple[str, ...] = ("select_topk", "compat")
     scope: Scope = "tensor"
+    kernels: ClassVar = ("variances", "squares")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 3 if 0 < parameters["select_topk"] < 1 else 1
@@ -65,7 +68,7 @@ class Spread:
 class _Variances(Select):
     """Counts variances by their bits; the rank wanted follows from how many are not 0."""
 
-    kernel = ""  # torch measures
+    kernel = "variances"
 
     def __init__(self, search: Search, num_models: int, share: float, least: float) -> None:
         super().__init__(search)
@@ -75,6 +78,10 @@ class _Variances(Select):
     def measure(self, block_ME: Tensor) -> Any:
         variance_E = variance(block_ME)
         return int(variance_E.count_nonzero()), super().measure(variance_E[None])
+
+    def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> Any:
+        counted = kernels.variances(block, self._lows[0], self._shift(), self._counts[0])
+        return counted, None
 
     def add(self, share: Any) -> None:
         num_nonzero, counts = share
@@ -99,6 +106,7 @@ class _Squares:
     """Sums of squares of what is kept."""
 
     chunks = None
+    kernel = "squares"
 
     def __init__(self, num_models: int, threshold: float, least: float) -> None:
         self._threshold, self._least = threshold, least
@@ -111,6 +119,10 @@ class _Squares:
         for start in range(0, block_ME.shape[1], CHUNK_ELEMENTS):
             shares.append(block_ME[:, start : start + CHUNK_ELEMENTS].double().square_().sum(1))
         return [share_M.tolist() for share_M in shares]
+
+    def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> list[list[float]]:
+        values, step = array("d", kernels.squares(block, self._threshold)).tolist(), len(self._sums)
+        return [values[at : at + step] for at in range(0, len(values), step)]
 
     def add(self, share: list[list[float]]) -> None:
         for chunk in share:
