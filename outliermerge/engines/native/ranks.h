@@ -24,7 +24,7 @@ typedef struct {
     size_t length;
     double least, range;   /* the probability of rank 0, and how much larger the last one's is */
     uint32_t *sizes;       /* magnitudes' bits */
-    uint32_t *other;       /* magnitudes by bin, or an order */
+    uint32_t *other;       /* bounds, then magnitudes by bin, or an order */
     uint32_t *unsure, *at; /* elements whose rank is to be counted, and where they are by bin */
     uint16_t *bins, *tops; /* the first 16 random bits */
     uint8_t *kept, *open;
@@ -123,9 +123,11 @@ static void bound_bins(const Ranked *row, size_t num_bins) {
 static void decide(const Ranked *row) {
     const uint16_t *restrict bins = row->bins, *restrict tops = row->tops;
     const uint32_t *restrict limits = row->limits;
+    uint32_t *restrict bounds = row->other;
     uint8_t *restrict kept = row->kept, *restrict open = row->open;
-    for (size_t i = 0; i < row->length; i++) {
-        uint32_t both = limits[bins[i]], top = tops[i];
+    for (size_t i = 0; i < row->length; i++) bounds[i] = limits[bins[i]];
+    for (size_t i = 0; i < row->length; i++) { /* apart, so that it is vectorised */
+        uint32_t both = bounds[i], top = tops[i];
         kept[i] = top < both >> 16;
         open[i] = (top >= both >> 16) & (top <= (both & 0xFFFF));
     }
