@@ -1,4 +1,4 @@
-"""What kernels keep at random: DELLA's choice by rank, and the norms of what DARE and DELLA keep."""
+"""What kernels keep at random: DELLA's choice by rank, and norms before and after dropping."""
 
 from __future__ import annotations
 
