@@ -156,15 +156,8 @@ def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     planned = outliermerge.plan(large_spec(method, matrices if by_row else large))
     wide = next(job for job in planned.jobs if job.name == "wide.weight")
     blocks, digests, statistics = set(), [], []
-    budgets = (
-        RANK_BUDGETS
-        if "della" in method
-        else ROW_BUDGETS
-        if by_row
-        else TENSOR_BUDGETS
-        if whole
-        else BUDGETS
-    )
+    budgets = ROW_BUDGETS if by_row else TENSOR_BUDGETS if whole else BUDGETS
+    budgets = RANK_BUDGETS if "della" in method else budgets
     for threads, memory in budgets:
         num_bytes = int(memory[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[memory[-2:]]
         options = Options(device="cpu", threads=threads, memory_bytes=num_bytes)
