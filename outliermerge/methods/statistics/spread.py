@@ -45,7 +45,8 @@ class Spread:
 
     Of the elements whose variance over the models is not 0 the int(select_topk·number) of largest
     variance are kept, and those tied with the last; infinity where none are, 0 where select_topk
-    is 1 or more. A weight is Σx² of what is kept, divided by that of all models.
+    is 1 or more. A weight is Σx² of what is kept, divided by that of all models; all are alike
+    where that is 0 or not finite.
     """
 
     depends_on: tuple[str, ...] = ("select_topk", "compat")
@@ -132,6 +133,6 @@ class _Squares:
     def finish(self) -> list[float]:
         squares = [math.fsum(values) for values in self._sums]
         total = math.fsum(squares)
-        if total <= self._least:
+        if not self._least < total < math.inf:  # infinite or NaN: a merge names whose value is
             return [self._threshold, *([1 / len(squares)] * len(squares))]
         return [self._threshold, *(square / total for square in squares)]
