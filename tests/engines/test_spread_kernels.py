@@ -127,8 +127,19 @@ def test_what_is_not_finite_is_seen_in_any_source(case, value):
             assert not is_finite
 
 
+SAMPLED = 32 * CHUNK_ELEMENTS + 77  # of so many elements some are looked at first
+
+
 def large_sources(kind: str) -> list[Tensor]:
-    sources = draw("fbef", 2 * CHUNK_ELEMENTS + 1001)
+    sources = draw("fbef", SAMPLED if "sample" in kind else 2 * CHUNK_ELEMENTS + 1001)
+    if kind == "a misleading sample":
+        seen = torch.arange(SAMPLED).div(CHUNK_ELEMENTS, rounding_mode="floor") % 4 == 0
+        for source in sources[1:]:
+            moved = sources[0] + 0.001 * (source.float() - sources[0])
+            source[seen] = moved[seen].to(source.dtype)
+    elif kind == "a sample alike":
+        for source in sources[1:]:
+            source[: 29 * CHUNK_ELEMENTS] = 1
     if kind == "alike":
         sources[2:] = [sources[1].clone() for _ in sources[2:]]
     elif kind == "ties":
@@ -136,9 +147,13 @@ def large_sources(kind: str) -> list[Tensor]:
     return sources
 
 
-@pytest.mark.parametrize("kind", ["drawn", "ties", "alike"])
-@pytest.mark.parametrize("select_topk", [0.0, 1e-9, 0.1, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("compat", ["none", "mergekit"])
+@pytest.mark.parametrize(
+    "kind", ["drawn", "ties", "alike", "a fair sample", "a misleading sample", "a sample alike"]
+)
+@pytest.mark.parametrize(
+    ("select_topk", "compat"),
+    [(0.0, "none"), (1e-9, "none"), (0.1, "none"), (0.1, "mergekit"), (0.9, "none"), (1.0, "none")],
+)
 def test_sce_selects_and_weighs_the_same_by_kernels_as_by_torch(compat, select_topk, kind):
     sources = large_sources(kind)
     codes = "fbef" if kind != "alike" else "fbbb"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
-from outliermerge.methods.statistics.trim import Search, Select
+from outliermerge.methods.statistics.trim import Search, Select, sampled_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class Spread:
     kernels: ClassVar = ("variances", "squares")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 3 if 0 < parameters["select_topk"] < 1 else 1
+        return 2 if 0 < parameters["select_topk"] < 1 else 1
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
@@ -63,7 +63,8 @@ class Spread:
         least_mean = 1e-6 * num_elements if clamps else 0.0
         if not 0 < share < 1:
             return _Squares(num_models, 0.0 if share > 0 else math.inf, least_mean)
-        return _Variances(Search(1, (1,), (math.inf,)), num_models, share, least_mean)
+        search = sampled_first(Search(1, (1,), (math.inf,)), num_elements)
+        return _Variances(search, num_models, share, least_mean)
 
 
 class _Variances(Select):
@@ -94,9 +95,9 @@ class _Variances(Select):
 
     def finish(self) -> Pass | list[Any]:
         rank = int(self._share * self._num_nonzero)
-        if rank == 0:
+        if rank == 0 and self.search.whole is None:
             return _Squares(self._num_models, math.inf, self._least)
-        self.search = replace(self.search, ranks=(rank,))
+        self.search = replace(self.search, ranks=(max(1, rank),))
         found: Any = super().finish()
         if isinstance(found, list):
             return _Squares(self._num_models, found[0][0], self._least)

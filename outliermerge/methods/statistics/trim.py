@@ -65,7 +65,7 @@ class Trim:
             return [thresholds, [1.0] * num_models]
         whole = Search(num_models, tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
         sampled = scope_of(self, parameters) == "tensor"
-        return _start(whole, num_elements, sampled=sampled)
+        return Select(sampled_first(whole, num_elements) if sampled else whole)
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,18 @@ class Middle:
         if not any(ranks):
             return [lows, highs, [1.0] * num_models]
         search = Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
-        return _start(search, num_elements)
+        return Select(sampled_first(search, num_elements))
 
 
-def _start(whole: Search, num_elements: int, *, sampled: bool = True) -> Pass:
+def sampled_first(whole: Search, num_elements: int) -> Search:
+    """Return the search that looks at a sample of a large tensor first."""
     num_chunks = num_elements // CHUNK_ELEMENTS
-    if num_chunks < 4 * _NUM_SAMPLED or not sampled:
-        return Select(whole)
+    if num_chunks < 4 * _NUM_SAMPLED:
+        return whole
     chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
     share = len(chunks) * CHUNK_ELEMENTS / num_elements
     ranks = tuple(rank and max(1, round(rank * share)) for rank in whole.ranks)
-    return Select(replace(whole, ranks=ranks, chunks=chunks, whole=whole))
+    return replace(whole, ranks=ranks, chunks=chunks, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,7 @@ class Select:
         return shares
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> None:
-        for group in _groups(self.search.num_models, len(self._counts)):
-            counts = tuple(self._counts[group])
-            if any(own is not None for own in counts):
-                kernels.histogram(block, self._lows[group], self._shift(), counts)
+        kernels.histogram(block, self._lows, self._shift(), tuple(self._counts))
 
     def add(self, share: list[numpy.ndarray[Any, Any] | None] | None) -> None:
         for total, counts in zip(self._counts, share or (), strict=bool(share)):
