@@ -6,6 +6,7 @@ Shape suffixes: M models (2), E elements of a block, R rows along the last dimen
 from __future__ import annotations
 
 import struct
+import threading
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,9 @@ class _Ranked:
         self._found = array("d")
         self._num_left, self._num_bits = num_left, 32
         self._counts = numpy.zeros((len(prefixes) or 1, _NUM_BINS), numpy.int64)
+        self._lock = threading.Lock()
 
-    def measure(self, block_ME: Tensor, start: int = 0) -> tuple[list[float], list[Any]]:
+    def measure(self, block_ME: Tensor, start: int = 0) -> list[float]:
         block_MRC = by_last_dimension(block_ME, self._context)
         _, num_rows, columns = block_MRC.shape
         found = []
@@ -125,13 +127,14 @@ class _Ranked:
             bins = [
                 (key_E[above_E == prefix] >> shift) & (_NUM_BINS - 1) for prefix in self._prefixes
             ]
-        return found, [each.bincount(minlength=_NUM_BINS).cpu().numpy() for each in bins]
+        counts = [each.bincount(minlength=_NUM_BINS).cpu().numpy() for each in bins]
+        with self._lock:  # here and not in `add`, so that the counts of all blocks need not be held
+            for total, own in zip(self._counts, counts, strict=True):
+                total += own
+        return found
 
-    def add(self, share: tuple[list[float], list[Any]]) -> None:
-        found, counts = share
-        self._found.extend(found)
-        for total, own in zip(self._counts, counts, strict=True):
-            total += own
+    def add(self, share: list[float]) -> None:
+        self._found.extend(share)
 
     def finish(self) -> Pass | list[float]:
         ranks, prefixes = [], []

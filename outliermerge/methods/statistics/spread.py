@@ -79,16 +79,14 @@ class _Variances(Select):
 
     def measure(self, block_ME: Tensor) -> Any:
         variance_E = variance(block_ME)
-        return int(variance_E.count_nonzero()), super().measure(variance_E[None])
+        super().measure(variance_E[None])
+        return int(variance_E.count_nonzero())
 
     def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> Any:
-        counted = kernels.variances(block, self._lows[0], self._shift(), self._counts[0])
-        return counted, None
+        return kernels.variances(block, self._lows[0], self._shift(), self._counts[0])
 
     def add(self, share: Any) -> None:
-        num_nonzero, counts = share
-        self._num_nonzero += num_nonzero
-        super().add(counts)
+        self._num_nonzero += share
 
     def again(self, search: Search) -> Select:
         return _Variances(search, self._num_models, self._share, self._least)
