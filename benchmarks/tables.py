@@ -214,8 +214,8 @@ def extras(report: Report) -> str:
 def goals(report: Report) -> str:
     """What was aimed at, and what came out."""
     rows: list[tuple[str, float | None, float, bool]] = []
-    limits = {"linear": 1.3, "task_arithmetic": 1.3, "ties": 2.5}
-    limits |= dict.fromkeys(("min_sigma", "slerp", "model_stock", "dare_linear", "dare_ties"), 1.6)
+    limits = {"linear": 1.3, "task_arithmetic": 1.3, "min_sigma": 1.6, "ties": 2.5}
+    limits |= dict.fromkeys(("slerp", "model_stock", "dare_linear", "dare_ties"), 1.6)
     limits |= dict.fromkeys(("breadcrumbs", "della", "sce"), 2.5)
     for method, limit in limits.items():
         for size in ("0.5B", "1.5B"):

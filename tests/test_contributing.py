@@ -56,7 +56,7 @@ ADDITIONS = {
                 "from outliermerge.methods.magmax import magmax\n",
             ),
             (f"{PACKAGE}/methods/table.py", "        passthrough,\n", "        magmax,\n"),
-            ("pyproject.toml", '"min_sigma | task_arithmetic', " | magmax"),
+            ("pyproject.toml", '"arcee_fusion | min_sigma', " | magmax"),
         ),
     ),
     "kernel": Addition(

@@ -11,9 +11,8 @@
 #include "ties.h"
 #include "weighted_sum.h"
 
-static const Method *const METHODS[] = {&breadcrumbs, &dare,    &della, &min_sigma,
-                                       &nearswap,    &ram,     &ramplus, &sce,
-                                       &ties,        &weighted_sum};
+static const Method *const METHODS[] = {&breadcrumbs, &dare, &della, &min_sigma, &nearswap,
+                                       &ram, &ramplus, &sce, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
 
 static const Method *find_method(const char *name) {
