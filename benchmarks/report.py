@@ -11,6 +11,7 @@ from typing import Any
 
 SIZES = ("tiny", "0.1B", "0.5B", "1.5B", "3B", "7B")
 START_UP = "start-up"
+ALONE = ("passthrough", "slerp")  # they take one task model
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Report:
         return sorted(cases, key=lambda case: SIZES.index(case["size"]))
 
     def find(self, method: str, size: str, num_models: int = 2) -> dict[str, Any] | None:
-        return self.named(f"{method}-{size}-{1 if method == 'passthrough' else num_models}")
+        return self.named(f"{method}-{size}-{1 if method in ALONE else num_models}")
 
     def named(self, name: str) -> dict[str, Any] | None:
         return next((case for case in self.content["cases"] if case["name"] == name), None)

@@ -21,6 +21,7 @@ from typing import Any
 
 from build_checkpoints import FILE, SHAPES, build, num_model_bytes, num_parameters
 from measure import FailedCommand, alternate, measure, progress, script, surroundings
+from report import ALONE, START_UP
 
 RESULT = Path(__file__).parent / "results" / "speed.json"
 PARAMETERS: dict[str, dict[str, float]] = {
@@ -29,12 +30,22 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "task_arithmetic": {"weight": 0.5},
     "min_sigma": {},
     "ties": {"weight": 0.5, "density": 0.2},
+    "slerp": {"t": 0.5},
+    "model_stock": {},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs": {"weight": 0.5, "density": 0.9},
+    "della": {"weight": 0.5, "density": 0.5},
+    "sce": {"select_topk": 0.1},
 }
+OF_THE_MERGE = ("t", "select_topk")  # parameters that a model cannot set for itself
+WITHOUT_PEER = ("passthrough", "min_sigma")
 MEMORY = "64MB"
 SWEEP = "t=2,2.5,3"
 NOTE = (
     "whole processes, page cache warm, bfloat16 checkpoints, two task models unless a case says "
-    "otherwise; outliermerge computes in float32, mergekit in bfloat16; ties keeps 20%; copy reads "
+    "otherwise; outliermerge computes in float32, mergekit in bfloat16; ties keeps 20%, dare and "
+    "della half, breadcrumbs 90%, sce 10%; slerp merges the base and one model; copy reads "
     "what the merge reads once and writes what it writes; a round's runs follow each other"
 )
 
@@ -69,13 +80,13 @@ def merges(size: str) -> list[Case]:
     cases = []
     for method in PARAMETERS:
         tools = ["copy", "direct copy", "outliermerge", f"outliermerge --memory {MEMORY}"]
-        if method in ("linear", "task_arithmetic", "ties") and size not in ("3B", "7B"):
+        if method not in WITHOUT_PEER and size not in ("3B", "7B"):
             tools.append("mergekit")
-        if size in ("tiny", "0.5B") and method in ("min_sigma", "ties"):
+        if size in ("tiny", "0.5B") and method in ("min_sigma", "ties", "della", "sce"):
             tools.append("outliermerge --no-kernels")
         if size in ("tiny", "0.5B") and method == "min_sigma":
             tools.append("sweep")
-        cases.append(Case(method, size, 1 if method == "passthrough" else 2, tuple(tools)))
+        cases.append(Case(method, size, 1 if method in ALONE else 2, tuple(tools)))
     if size == "0.5B":
         for num_models in (3, 5, 8):
             cases += [
@@ -85,21 +96,26 @@ def merges(size: str) -> list[Case]:
     return cases
 
 
-START_UP = "start-up"
 CASES = [case for size in ("0.1B", "0.5B", "1.5B", "3B") for case in merges(size)]
 
 
 def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list[str]]:
     """Write the case's spec and return its commands, which all write folder/out."""
     base, *tasks = models
+    if case.method == "slerp":
+        tasks = [base, *tasks]
+    given = PARAMETERS[case.method]
+    of_merge = {name: value for name, value in given.items() if name in OF_THE_MERGE}
+    own = {name: value for name, value in given.items() if name not in of_merge}
     spec: dict[str, Any] = {
         "merge_method": case.method,
-        "models": [{"model": str(p), "parameters": PARAMETERS[case.method]} for p in tasks],
+        "models": [{"model": str(path), "parameters": own} for path in tasks],
+        "parameters": of_merge,
         "dtype": "bfloat16",
     }
     if case.method not in ("linear", "passthrough"):
         spec["base_model"] = str(base)
-        tasks = [base, *tasks]
+        tasks = list(dict.fromkeys([base, *tasks]))
     path, out = folder / "spec.yaml", folder / "out"
     path.write_text(json.dumps(spec))
     ours = [

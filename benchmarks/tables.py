@@ -25,7 +25,10 @@ COPIES = {"copy": "plain copy", "direct copy": "copy past the page cache"}
 LOW_MEMORY = "outliermerge --memory 64MB"
 TORCH = "outliermerge --no-kernels"
 PEAK = "peak_anonymous_megabytes"
-METHODS = ("linear", "task_arithmetic", "min_sigma", "ties", "passthrough")
+METHODS = (
+    "linear", "task_arithmetic", "min_sigma", "ties", "slerp", "model_stock", "dare_linear",
+    "dare_ties", "breadcrumbs", "della", "sce", "passthrough",
+)  # fmt: skip
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -212,12 +215,16 @@ def goals(report: Report) -> str:
     """What was aimed at, and what came out."""
     rows: list[tuple[str, float | None, float, bool]] = []
     limits = {"linear": 1.3, "task_arithmetic": 1.3, "min_sigma": 1.6, "ties": 2.5}
+    limits |= dict.fromkeys(("slerp", "model_stock", "dare_linear", "dare_ties"), 1.6)
+    limits |= dict.fromkeys(("breadcrumbs", "della", "sce"), 2.5)
     for method, limit in limits.items():
         for size in ("0.5B", "1.5B"):
             for copy, name in COPIES.items():
                 found = ratio(report.find(method, size), "outliermerge", copy, "work_seconds")
                 rows.append((f"{method}, {size}: work over a {name}", found, limit, False))
-    for method, limit in {"linear": 8, "task_arithmetic": 8, "ties": 20}.items():
+    times = {"linear": 8, "task_arithmetic": 8, "ties": 20, "slerp": 10}
+    times |= {"dare_linear": 15, "dare_ties": 15, "breadcrumbs": 40, "della": 40}
+    for method, limit in times.items():
         found = ratio(report.find(method, "1.5B"), "mergekit", "outliermerge", "wall_seconds")
         rows.append((f"{method}, 1.5B: times as fast as mergekit", found, limit, True))
     for tool, limit in {"outliermerge": 400, LOW_MEMORY: 150}.items():

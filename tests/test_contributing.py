@@ -56,7 +56,7 @@ ADDITIONS = {
                 "from outliermerge.methods.magmax import magmax\n",
             ),
             (f"{PACKAGE}/methods/table.py", "        passthrough,\n", "        magmax,\n"),
-            ("pyproject.toml", "sparse | spherical | task_arithmetic", " | magmax"),
+            ("pyproject.toml", '"arcee_fusion | min_sigma', " | magmax"),
         ),
     ),
     "kernel": Addition(
@@ -242,7 +242,7 @@ def test_a_kernel_gives_the_bytes_of_torch_and_is_called(houses, models, states,
 from outliermerge.engines.cpu import KernelEngine
 merge = KernelEngine.merge_places
 def merged(self, variants, sources, num_elements, start=0):
-    called.update(arguments[0] for _, (_, arguments), _ in variants)
+    called.update(arguments[0] for _, (_, arguments, _), _ in variants)
     return merge(self, variants, sources, num_elements, start)
 called = set()
 KernelEngine.merge_places = merged

@@ -357,11 +357,11 @@ def test_the_suite_says_what_disk_it_needs_and_starts_nothing_without_it(
 def test_cases_have_names_of_their_own_and_a_wrong_one_is_answered_with_them():
     names = suite.chosen_names([], suite.CASES)
     assert len(set(names)) == len(names)
-    assert suite.chosen_names(["ties-0", "start"], suite.CASES) == [
-        "start-up", "ties-0.1B-2", "ties-0.5B-2",
+    assert suite.chosen_names(["model_stock-0", "start"], suite.CASES) == [
+        "start-up", "model_stock-0.1B-2", "model_stock-0.5B-2",
     ]  # fmt: skip
-    with pytest.raises(SystemExit, match=r"--only slerp: no case .* min_sigma-0.5B-8"):
-        suite.chosen_names(["slerp"], suite.CASES)
+    with pytest.raises(SystemExit, match=r"--only karcher: no case .* min_sigma-0.5B-8"):
+        suite.chosen_names(["karcher"], suite.CASES)
 
 
 def test_only_results_of_the_same_machine_are_completed(tmp_path):
@@ -386,23 +386,29 @@ def test_the_suite_measures_writes_cleans_up_and_goes_on_where_it_stopped(tmp_pa
             text=True,
         )  # fmt: skip
 
-    first = suite_of("--only", "linear")
+    first = suite_of("--only", "task_arithmetic")
     assert first.returncode == 0, first.stderr
-    assert "needs 0.0 GB of disk" in first.stderr and "linear-tiny-2, 1/1: copy" in first.stderr
-    then = suite_of("--resume", "--only", "linear", "--only", "min_sigma")
+    assert (
+        "needs 0.0 GB of disk" in first.stderr
+        and "task_arithmetic-tiny-2, 1/1: copy" in first.stderr
+    )
+    then = suite_of("--resume", "--only", "task_arithmetic", "--only", "min_sigma")
     assert then.returncode == 0, then.stderr
-    assert "linear-tiny-2" not in then.stderr and "min_sigma-tiny-2, 1/1: sweep" in then.stderr
+    assert (
+        "task_arithmetic-tiny-2" not in then.stderr
+        and "min_sigma-tiny-2, 1/1: sweep" in then.stderr
+    )
     assert list((tmp_path / "build").iterdir()) == []
 
     report = Report.load(results)
-    linear, min_sigma = report.cases
-    assert [linear["name"], min_sigma["name"]] == ["linear-tiny-2", "min_sigma-tiny-2"]
+    summed, min_sigma = report.cases
+    assert [summed["name"], min_sigma["name"]] == ["task_arithmetic-tiny-2", "min_sigma-tiny-2"]
     copies = list(tables.COPIES)
-    assert list(linear["runs"]) == [*copies, "outliermerge", tables.LOW_MEMORY, "mergekit"]
+    assert list(summed["runs"]) == [*copies, "outliermerge", tables.LOW_MEMORY, "mergekit"]
     assert list(min_sigma["runs"])[4:] == [tables.TORCH, "sweep"]
-    for (figures,) in (*linear["runs"].values(), *min_sigma["runs"].values()):
+    for (figures,) in (*summed["runs"].values(), *min_sigma["runs"].values()):
         assert all(math.isfinite(value) for value in figures.values())
         assert figures["wall_seconds"] > 0 and figures["peak_anonymous_megabytes"] > 1
     assert all(value > 0 for _, value in all_ratios(report))
-    assert "linear, tiny" in cells(tables.mergekit(report))
+    assert "task_arithmetic, tiny" in cells(tables.mergekit(report))
     assert {"hardware", "versions", "date", "load_before"} <= set(report.content)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.sources import DType
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.methods.kernel_call import CODES, KernelCall, Place
+from outliermerge.methods.kernel_call import CODES, KernelCall, Place, packed_keys
 from outliermerge.methods.statistics.base import Pass, raw_pass
 from outliermerge.methods.task import Task
 from outliermerge.storage.machine import PAGE_BYTES, whole_pages
@@ -40,16 +40,16 @@ class KernelEngine:
         return found[:num_bytes]
 
     def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return the kernel's call, and its arguments."""
+        """Return the kernel's call, its arguments and its keys."""
         assert task.method.kernel is not None
         call = task.method.kernel(task.parameters, needs, task.context)
-        return call, call.arguments()
+        return call, call.arguments(), packed_keys(call.keys)
 
     def measure(
         self,
         task: Task,
         passes: Mapping[T, Pass],
-        sources: Sequence[memoryview],
+        sources: Sequence[Any],
         num_elements: int,
         start: int = 0,
     ) -> dict[T, Any]:
@@ -57,7 +57,7 @@ class KernelEngine:
         block = _block(task, sources, num_elements)
         raw = {name: raw_pass(state, self._kernels) for name, state in passes.items()}
         shares = {
-            name: state.measure_raw(self._kernels, block)
+            name: state.measure_raw(self._kernels, block, **_where(state, start))
             for name, state in raw.items()
             if state is not None
         }
@@ -96,7 +96,7 @@ class KernelEngine:
             assert state is not None
             digests = bytearray(len(places) * length)
             block = (*_block(task, places, num_elements), digests)
-            shares[name] = state.measure_raw(self._kernels, block)
+            shares[name] = state.measure_raw(self._kernels, block, **_where(state, start))
             on_digests([bytes(digests[at : at + length]) for at in range(0, len(digests), length)])
         return shares
 
@@ -121,7 +121,7 @@ class KernelEngine:
         self,
         task: Task,
         prepared: Any,
-        raws: list[memoryview],
+        raws: Sequence[Place],
         num_elements: int,
         out: memoryview,
         start: int = 0,
@@ -157,13 +157,13 @@ class KernelEngine:
         digests, results = self._kernels.merge(
             _block(first, sources, num_elements),
             tuple(
-                (*arguments, CODES[task.out_dtype.name], place, call.packed_keys(), start)
-                for task, (call, arguments), place in variants
+                (*arguments, CODES[task.out_dtype.name], place, keys, start, *call.rows)
+                for task, (call, arguments, keys), place in variants
             ),
             self._scratch([task.out_dtype for task, _, _ in variants], num_elements),
         )
         done = []
-        for (_, (call, _), _), (is_finite, counts, pieces) in zip(variants, results, strict=True):
+        for (_, (call, *_), _), (is_finite, counts, pieces) in zip(variants, results, strict=True):
             report = dict(call.report) | ({call.counts: list(counts)} if call.counts else {})
             done.append((is_finite, report, pieces))
         return list(digests), done
@@ -209,6 +209,10 @@ def _block(
 ) -> tuple[bytes, tuple[Place, ...], int, bool]:
     codes = "".join(CODES[dtype.name] for dtype in task.dtypes).encode()
     return codes, tuple(sources), num_elements, task.is_delta
+
+
+def _where(state: Pass, start: int) -> dict[str, int]:
+    return {"start": start} if getattr(state, "with_start", False) else {}
 
 
 class _Buffers(threading.local):

@@ -336,8 +336,15 @@ class _Measures:
         shift: int,
         counts: tuple[numpy.ndarray[Any, Any] | None, ...],
     ) -> None:
-        """Add to the counts of the models for which counts are wanted."""
+        """Add to the counts of the models for which counts are wanted, M at a time."""
         batch, pieces = block
+        num_models = batch.task.num_models
+        for start in range(0, len(counts) - num_models, num_models):
+            stop = start + num_models
+            _Measures.histogram(block, lows[start:stop], shift, counts[start:stop])
+        lows, counts = lows[-num_models:], counts[-num_models:]
+        if all(own is None for own in counts):
+            return
         num_bins = next(len(own) for own in counts if own is not None) - 1
         found = batch.empty((len(counts), num_bins + 1), "int32").zero_()
         wanted = [_LEFT_OUT if own is None else low for low, own in zip(lows, counts, strict=True)]

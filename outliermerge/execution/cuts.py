@@ -12,10 +12,11 @@ from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.execution.passes import Span, spans
-from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.planning.plan import Job, Options, Plan, row_elements
 from outliermerge.storage.stamps import other_bytes
 
 _SHORT_BYTES = 240  # kernels compute no digest of a piece this short
+_ROW_ELEMENTS = 1 << 18  # of a longer row a kernel would read too much twice
 
 
 class Sink(Protocol):
@@ -36,6 +37,10 @@ class Work:
 
     A thread works on one span at a time. Kernels work through it piece by piece, from file to
     file; other engines block by block.
+
+    Attributes:
+        in_pieces: whether spans begin where pieces begin, and not where rows do.
+        completes_rows: whether kernels read what is lacking of the rows that spans cut.
     """
 
     def __init__(self, jobs: Sequence[Job], engine: Engine, plan: Plan, options: Options) -> None:
@@ -43,21 +48,24 @@ class Work:
         self.job, self.engine, self.read_bytes = job, engine, 0
         self._seen: list[dict[int, bytes]] = [{} for _ in job.sources]
         self.block_elements = min(plan.block_elements(each, options) for each in jobs)
-        self.in_pieces = job.action != "merge" or job.task.cut == "element"
         self._threads = options.threads
         metas = [meta for _, meta in job.sources]
         self.element_bytes = sum(meta.dtype.num_bytes for meta in metas)
         stored = [*(meta.dtype for meta in metas), *(job.output.dtype for job in jobs)]
         self._smallest = min(dtype.num_bytes for dtype in stored)
         self.moved_bytes = self.element_bytes + sum(job.output.dtype.num_bytes for job in jobs)
+        by_element = job.action != "merge" or job.task.cut == "element"
+        self.completes_rows = not by_element and _completes_rows(jobs, options)
         self._fuses = (
-            self.in_pieces
+            (by_element or self.completes_rows)
             and isinstance(engine, KernelEngine)
             and all(
                 isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
                 for meta in metas
             )
         )
+        self.completes_rows &= self._fuses
+        self.in_pieces = by_element or self.completes_rows
 
     def count(self, num_elements: int, *, sources: int | None = None) -> None:
         """Count the bytes that a round reads of all sources, or of the first ones only."""
@@ -163,3 +171,14 @@ class Work:
 
     def _aligned(self) -> int:
         return max(PIECE_ELEMENTS, self.block_elements // PIECE_ELEMENTS * PIECE_ELEMENTS)
+
+
+def _completes_rows(jobs: Sequence[Job], options: Options) -> bool:
+    """Tell whether kernels merge by rows, and read what is lacking of the rows that a span cuts."""
+    return all(
+        job.task.cut == "row"
+        and options.uses_kernels(job)
+        and not options.uses_torch(job)
+        and row_elements(job.output.shape) <= _ROW_ELEMENTS
+        for job in jobs
+    )

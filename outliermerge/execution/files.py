@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from outliermerge.checkpoint.checksum import piece_digests
@@ -17,6 +16,7 @@ from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.cuts import Sink, Work
 from outliermerge.execution.passes import NeedKey, Span
 from outliermerge.methods.statistics.base import Pass
+from outliermerge.methods.task import Task
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.failures import failure
 
@@ -101,22 +101,26 @@ class FileFeed:
         """Return what a span contributes to each of some passes."""
         work, kernels, num_elements = self.work, self.engine, span[1] - span[0]
         self.on_progress(num_elements * work.element_bytes)
-        if not work.fuses(span) or not isinstance(kernels, KernelEngine):
+        is_fused = work.fuses(span)
+        if not is_fused:
             raws = self.read_all(span)
             for row, raw in enumerate(raws):
                 work.note_raw(row, span, raw)
+        if not (is_fused or work.completes_rows) or not isinstance(kernels, KernelEngine):
             return self.engine.measure(self.tasks[0], passes, raws, num_elements, span[0])
+
+        def note(digests: Sequence[bytes]) -> None:
+            if is_fused:  # those of short pieces are undefined
+                self._note_all(span, digests)
+
         try:
-            note = partial(self._note_all, span)
             return kernels.measure_places(
                 self.tasks[0], passes, self.places(span), num_elements, note, span[0]
             )
         except (OSError, EOFError) as error:
             self.read_all(span)  # if it fails again, the error names the file and the tensor
             # The passes may have counted a part of the span: it must not be measured twice.
-            number = error.filename if isinstance(error, OSError) else error.args[1]
-            source = work.job.sources[number if isinstance(number, int) else 0][1]
-            raise failure(source.stored[0].path, "read", error, tensor=work.job.name) from error
+            raise self._unread(error) from error
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> list[WrittenSpan]:
         """Merge a span for each task: from file to file where kernels can, else block by block."""
@@ -167,9 +171,7 @@ class FileFeed:
                 for digests, piece in zip(each.digests, pieces, strict=False):
                     digests.append(piece)
                 out = work.out(job, block)
-                finite, fits, report = self.engine.merge(
-                    task, made, [*raws, *others], block[1] - block[0], out, block[0]
-                )
+                finite, fits, report = self._computed(block, task, made, [*raws, *others], out)
                 if not finite:
                     each.bad |= work.not_finite(raws)
                 each.fits = each.fits and fits
@@ -177,6 +179,24 @@ class FileFeed:
                 self.refuse_non_finite(job, [each])
                 self.write(job, sink, block, out, each)
         return done
+
+    def _computed(
+        self, block: Span, task: Task, made: Any, raws: list[memoryview], out: memoryview
+    ) -> tuple[bool, bool, dict[str, Any]]:
+        """Merge a block that has been read; what lacks of rows that it cuts, kernels read."""
+        num_elements, kernels = block[1] - block[0], self.engine
+        if not self.work.completes_rows or not isinstance(kernels, KernelEngine):
+            return kernels.merge(task, made, raws, num_elements, out, block[0])
+        try:
+            return kernels.merge(task, made, self.places(block), num_elements, out, block[0])
+        except (OSError, EOFError) as error:
+            raise self._unread(error) from error
+
+    def _unread(self, error: OSError | EOFError) -> Exception:
+        """Return the error of a source that kernels could not read."""
+        number = error.filename if isinstance(error, OSError) else error.args[1]
+        source = self.work.job.sources[number if isinstance(number, int) else 0][1]
+        return failure(source.stored[0].path, "read", error, tensor=self.work.job.name)
 
     def write(self, job: Job, sink: Sink, block: Span, out: memoryview, done: WrittenSpan) -> None:
         """Write a block of an output, and record its digests."""

@@ -34,6 +34,8 @@ class KernelCall:
         vectors: K numbers for each model, (K, M).
         report: values for the manifest that describe the whole tensor.
         keys: two 64-bit keys of random numbers for each model; none if the kernel draws none.
+        rows: the elements of a row, and how many of them are ranked together, for a kernel that
+            goes by rows.
         counts: the name under which the kernel's counts are reported; empty if it counts nothing.
     """
 
@@ -43,14 +45,11 @@ class KernelCall:
     report: Mapping[str, Any] = field(default_factory=dict)
     counts: str = ""
     keys: Sequence[tuple[int, int]] = ()
-
-    def packed_keys(self) -> bytes:
-        """Return the keys as the CPU's kernels take them."""
-        return b"".join(struct.pack("2q", *pair) for pair in self.keys)
+    rows: tuple[int, int] = (0, 0)
 
     def arguments(self) -> tuple[str, bytes, bytes]:
         """Return the kernel's name, scalars and vectors as the CPU kernels take them."""
-        return self.name, _packed(self.scalars), b"".join(map(_packed, self.vectors))
+        return self.name, packed(self.scalars), b"".join(map(packed, self.vectors))
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,14 @@ class Kernel:
         return call
 
 
-def _packed(numbers: Sequence[float]) -> bytes:
+def packed(numbers: Sequence[float]) -> bytes:
+    """Return numbers as float32, as the CPU kernels take them."""
     return struct.pack(f"{len(numbers)}f", *map(to_float32, numbers))
+
+
+def packed_keys(keys: Sequence[tuple[int, int]]) -> bytes:
+    """Return keys of random numbers as the CPU kernels take them."""
+    return b"".join(struct.pack("2q", *pair) for pair in keys)
 
 
 def to_float32(value: float) -> float:

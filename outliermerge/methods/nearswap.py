@@ -5,18 +5,25 @@ Shape suffixes: M models (1), E elements.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    return KernelCall("nearswap", scalars=(parameters["t"],))
 
 
 @merge_method(
     space="delta",
     max_models=1,
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    kernel=Kernel("nearswap", _kernel),
 )
 def nearswap(deltas_ME: Tensor, *, t: float = 0.0001) -> Tensor:
     """Take from a model what is near the base's weight, and go towards the rest by t at most.

@@ -5,12 +5,13 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.statistics.overlap import Overlap
 
 if TYPE_CHECKING:
@@ -27,7 +28,27 @@ def _active(deltas_ME: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return deltas_ME * active_ME, active_ME.sum(0)
 
 
-@merge_method(space="delta", idempotent=_keeps_all, paper="arXiv 2601.13572")
+def _factors(overlap: Sequence[Sequence[float]], r: float, alpha: float) -> list[float]:
+    """Return what the elements that a model changes alone are multiplied by."""
+    pairs = zip(*overlap, strict=True)
+    return [1 + r * min(shared / max(unique, 1), alpha) for unique, shared in pairs]
+
+
+def _ram_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    return KernelCall("ram", scalars=(parameters["epsilon"],))
+
+
+def _ramplus_kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    factors = _factors(needs["overlap"], parameters["r"], parameters["alpha"])
+    return KernelCall("ramplus", scalars=(parameters["epsilon"],), vectors=(factors,))
+
+
+@merge_method(
+    space="delta",
+    idempotent=_keeps_all,
+    paper="arXiv 2601.13572",
+    kernel=Kernel("ram", _ram_kernel),
+)
 def ram(deltas_ME: Tensor, *, epsilon: Annotated[float, Ge(0)] = 1e-5) -> Tensor:
     """RAM: the mean over the models that change an element, so that one alone is kept whole.
 
@@ -47,6 +68,7 @@ def ram(deltas_ME: Tensor, *, epsilon: Annotated[float, Ge(0)] = 1e-5) -> Tensor
     needs={"overlap": Overlap()},
     idempotent=_keeps_all,
     paper="arXiv 2601.13572",
+    kernel=Kernel("ramplus", _ramplus_kernel),
 )
 def ramplus_tl(
     deltas_ME: Tensor,
@@ -72,8 +94,6 @@ def ramplus_tl(
     import torch
 
     kept_ME, count_E = _active(deltas_ME, epsilon)
-    unique_M, shared_M = overlap
-    rho_M = (shared_M / unique_M.clamp(min=1)).clamp(max=alpha)
-    factor_M1 = (1 + r * rho_M).to(deltas_ME.dtype)[:, None]
+    factor_M1 = deltas_ME.new_tensor(_factors(overlap.tolist(), r, alpha))[:, None]
     mean_E = kept_ME.sum(0) / count_E.clamp(min=1)
     return torch.where(count_E == 1, (kept_ME * factor_M1).sum(0), mean_E)

@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Interval
 
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.parameter import Compat
 from outliermerge.methods.statistics.spread import Spread, variance
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_CLAMPED = 1e-6  # the least divisor of mergekit
+
+
+def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCall:
+    least, *weights = needs["selected"]
+    least_divisor = _CLAMPED if parameters["compat"] == "mergekit" else 0.0
+    return KernelCall("sce", scalars=(least, least_divisor), vectors=(weights,))
 
 
 def _keeps_all(parameters: Mapping[str, Any]) -> bool:
@@ -27,6 +36,7 @@ def _keeps_all(parameters: Mapping[str, Any]) -> bool:
     needs={"selected": Spread()},
     idempotent=_keeps_all,
     paper="arXiv 2408.07990",
+    kernel=Kernel("sce", _kernel),
 )
 def sce(
     deltas_ME: Tensor,
@@ -60,7 +70,7 @@ def sce(
     agreeing_ME = (deltas_ME * sign_E).relu()  # |xᵢ| where it has that sign, else 0
     divisor_E = (agreeing_ME.sign() * weight_M1).sum(0)
     if compat == "mergekit":
-        divisor_E = divisor_E.clamp(min=1e-6)
+        divisor_E = divisor_E.clamp(min=_CLAMPED)
     else:
         divisor_E = divisor_E + (1 - divisor_E.sign())  # 0 becomes 1
     return (agreeing_ME * weight_M1).sum(0) * sign_E / divisor_E

@@ -26,7 +26,7 @@ from outliermerge.methods.sparsify import (
     drawn,
     middle,
 )
-from outliermerge.methods.statistics.drawn import DrawnScale
+from outliermerge.methods.statistics.drawn import DrawnScale, ranked_rows
 from outliermerge.methods.statistics.trim import Middle
 
 if TYPE_CHECKING:
@@ -67,6 +67,25 @@ def _dare_kernel(
         scalars=_scalars(parameters),
         vectors=(weights, chances, factors, products(weights, needs["scale"])),
         keys=[context.keys(model) for model in range(len(weights))],
+    )
+
+
+def _della_kernel(
+    parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Context
+) -> KernelCall:
+    weights = parameters["weight"]
+    divide = _by_probability(parameters["rescale"], parameters["rescale_by"])
+    return KernelCall(
+        "della",
+        scalars=(*_scalars(parameters), float(divide)),
+        vectors=(
+            weights,
+            parameters["density"],
+            parameters["epsilon"],
+            products(weights, needs["scale"]),
+        ),
+        keys=[context.keys(model) for model in range(len(weights))],
+        rows=ranked_rows(context),
     )
 
 
@@ -272,6 +291,7 @@ def breadcrumbs_ties(
     idempotent=returns_equal_models,
     check=check_epsilon,
     paper="arXiv 2406.11617",
+    kernel=Kernel("della", _della_kernel, with_context=True),
 )
 def della(
     deltas_MRC: Tensor,
@@ -327,6 +347,7 @@ def della(
     idempotent=returns_equal_models,
     check=check_epsilon,
     paper="arXiv 2406.11617",
+    kernel=Kernel("della", _della_kernel, with_context=True),
 )
 def della_linear(
     deltas_MRC: Tensor,

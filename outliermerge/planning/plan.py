@@ -170,6 +170,8 @@ class Plan:
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
         if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
             raw += 48  # their values in 64 bits, which are compared
+        if job.action == "merge" and job.task.cut == "row" and options.uses_kernels(job):
+            raw += 4 * num_sources + 26  # a row of each source in float32, and its ranks
         if job.action != "merge" or not options.uses_torch(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes

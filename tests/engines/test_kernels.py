@@ -369,6 +369,23 @@ def test_histograms_count_bits_in_a_window_from_several_threads(low, shift, num_
     assert counts.tolist() == (8 * np.bincount(bins, minlength=num_bins + 1)).tolist()
 
 
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_several_windows_of_each_model_are_counted_in_one_reading(module):
+    sources = draw("bff", CHUNK_ELEMENTS + 1003)
+    block = block_of("bff", sources, is_delta=True)
+    lows, shift = (0x3C000000, 0x3B000000, 0x3D000000, 0), 4
+    together = np.zeros((4, 1 << 15), np.uint64)
+    module.histogram(block, lows, shift, (together[0], None, *together[2:]))
+    apart = np.zeros_like(together)
+    module.histogram(block, lows[:2], shift, (apart[0], None))
+    module.histogram(block, lows[2:], shift, tuple(apart[2:]))
+    assert together.any(axis=1).tolist() == [True, False, True, True]
+    assert (together == apart).all()
+    for wrong in (3, 0):
+        with pytest.raises(ValueError, match="counts for each model"):
+            module.histogram(block, lows[:wrong], shift, tuple(together[:wrong]))
+
+
 LARGE = 32 * CHUNK_ELEMENTS + 77
 SAMPLED = torch.arange(LARGE).div(CHUNK_ELEMENTS, rounding_mode="floor") % 4 == 0
 

@@ -132,8 +132,10 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "test_invariance:tensor_reversed": {"scale": 0.3},
 }
 BUDGETS = [(1, "7MB"), (1, "14MB"), (2, "21MB"), (2, "1GB"), (4, "28MB"), (4, "1GB")]
+BY_ROW = ("arcee_fusion", "della", "della_linear")
 # The first holds one row of 521 elements and little more.
 ROW_BUDGETS = [(1, "60KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
+RANK_BUDGETS = [(1, "100KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
 TENSOR_BUDGETS = [(1, "43MB"), (1, "1GB"), (2, "1GB"), (4, "200MB")]
 
 
@@ -149,12 +151,13 @@ def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
-    by_row = "row_" in method or "by rows" in method
-    whole = "tensor_" in method or "by columns" in method or method == "arcee_fusion"
+    by_row = "row_" in method or "by rows" in method or method in BY_ROW
+    whole = "tensor_" in method or "by columns" in method
     planned = outliermerge.plan(large_spec(method, matrices if by_row else large))
     wide = next(job for job in planned.jobs if job.name == "wide.weight")
     blocks, digests, statistics = set(), [], []
     budgets = ROW_BUDGETS if by_row else TENSOR_BUDGETS if whole else BUDGETS
+    budgets = RANK_BUDGETS if "della" in method else budgets
     for threads, memory in budgets:
         num_bytes = int(memory[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[memory[-2:]]
         options = Options(device="cpu", threads=threads, memory_bytes=num_bytes)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from peer import SHAPES, assert_close, drawn, merged_by_mergekit
 from torch import Tensor
 
 import outliermerge
+from outliermerge.methods.context import Context
+from outliermerge.methods.statistics.importance import Quartiles, divergences, scores
 
 
 @pytest.mark.parametrize("t", [0.0, -1.0, 1e-7, 0.01, 0.5, 3.0])
@@ -80,6 +84,47 @@ def test_a_large_tensors_quartiles_are_exact():
     taken, margin = fused(base, other)
     clear = margin > 1e-5
     assert torch.equal(found[clear], other.where(taken, base)[clear])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("compat", ["none", "mergekit"])
+@pytest.mark.parametrize("kind", ["drawn", "near", "ties", "some alike", "huge"])
+@pytest.mark.parametrize("shape", [(7,), (1, 9), (6, 33), (5, 1), (2, 4, 5, 6)], ids=str)
+def test_quartiles_are_those_of_sorted_scores_wherever_blocks_are_cut(shape, kind, compat, dtype):
+    base, other = (tensor.to(dtype) for tensor in drawn(shape, 2))
+    if kind == "near":  # in float32 divergences are below 0, too
+        other = base + 1e-5 * other
+    elif kind == "ties":
+        base, other = base.round(), other.round()
+    elif kind == "some alike":
+        other = torch.where(torch.rand((*shape[:-1], 1)) < 0.6, base, other)
+    elif kind == "huge":
+        base, other = base * 1e18, other * 1e18
+    context, num = Context(shape=shape), base.numel()
+    rows_MRC = torch.stack([base, other]).view(2, -1, shape[-1])
+    ranked = scores(rows_MRC, divergences(rows_MRC, compat)).flatten().sort().values
+    wanted = [float(ranked[quarter * (num - 1) // 4]) for quarter in (1, 2, 3)]
+    row = num if len(shape) < 2 else num // shape[0]
+    for step in (row, num):
+        state = Quartiles().start(2, num, {"compat": compat}, context=context)
+        num_passes = 0
+        while not isinstance(state, list):
+            for start in range(0, num, step):
+                block = rows_MRC.view(2, num)[:, start : start + step]
+                state.add(state.measure(block, start))
+            state, num_passes = state.finish(), num_passes + 1
+        assert state == wanted
+        assert num_passes == {torch.float32: 2, torch.float64: 4}[dtype]
+
+
+def test_quartiles_of_scores_that_are_not_numbers_are_found_as_by_sorting():
+    block = torch.zeros((2, 8))
+    block[1] = torch.tensor([float("nan"), 1.0, -1.0, 2.0, 3.0, float("inf"), 0.0, 5.0])
+    state = Quartiles().start(2, 8, {"compat": "none"}, context=Context(shape=(8,)))
+    while not isinstance(state, list):
+        state.add(state.measure(block))
+        state = state.finish()
+    assert all(math.isnan(value) for value in state)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3)], ids=str)

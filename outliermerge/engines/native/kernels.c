@@ -9,9 +9,11 @@
  * interrupted or done in part are continued. setup.py compiles this file for several generations of
  * processors. */
 #include "distribution_calls.h"
+#include "drawn_calls.h"
 #include "gram.h"
 #include "measure.h"
 #include "merge.h"
+#include "spread.h"
 
 static int are_finite(char code, const void *values, size_t num) {
     uint32_t most = 0;
@@ -140,6 +142,10 @@ static PyMethodDef functions[] = {
     {"moments", py_moments, METH_VARARGS, moments_doc},
     {"magnitudes", py_magnitudes, METH_VARARGS, magnitudes_doc},
     {"histogram", py_histogram, METH_VARARGS, histogram_doc},
+    {"drawn", py_drawn, METH_VARARGS, drawn_doc},
+    {"variances", py_variances, METH_VARARGS, variances_doc},
+    {"squares", py_squares, METH_VARARGS, squares_doc},
+    {"overlap", py_overlap, METH_VARARGS, overlap_doc},
     {"gram", py_gram, METH_VARARGS, gram_doc},
     {"tally", py_tally, METH_VARARGS, tally_doc},
     {"filtered", py_filtered, METH_VARARGS, filtered_doc},

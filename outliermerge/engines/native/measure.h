@@ -109,11 +109,10 @@ typedef struct {
     uint64_t num_above;
 } Histogram;
 
-static void count_step(const Block *block, size_t model, size_t i, size_t num, Histogram *into) {
+static void count_row(const float *row, size_t num, Histogram *into) {
     uint32_t offsets[STEP];
     uint8_t inside[STEP];
     if (num < STEP) memset(inside, 0, sizeof inside);
-    float *row = load_model(block, model, i, num);
     into->num_above += find_bins(row, into->bins, offsets, inside, num);
     if (into->own != NULL)
         count_many(into->bins, offsets, inside, into->own, num);
@@ -149,8 +148,9 @@ PyDoc_STRVAR(histogram_doc,
              "histogram(block, lows, shift, counts)\n\n"
              "Count each model's magnitudes by their float32 bits: counts, a tuple of writable "
              "buffers of uint64, or None for a model that is left out, have a bin for every "
-             "2^shift bits from the model's low on, and a last one for what lies above. Any "
-             "threads may add to the same counts at once.");
+             "2^shift bits from the model's low on, and a last one for what lies above. With "
+             "several times as many lows and counts as models, each model is counted as often, in "
+             "the order of the models. Any threads may add to the same counts at once.");
 
 static PyObject *py_histogram(PyObject *module, PyObject *args) {
     Block block;
@@ -160,15 +160,15 @@ static PyObject *py_histogram(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O&O!IO!", take, &block, &PyTuple_Type, &lows, &shift,
                           &PyTuple_Type, &counts))
         return NULL;
-    size_t models = block.num_models;
-    Histogram *all = PyMem_RawCalloc(models, sizeof *all);
+    size_t models = block.num_models, num = (size_t)PyTuple_GET_SIZE(counts);
+    Histogram *all = PyMem_RawCalloc(num + 1, sizeof *all);
     if (all == NULL) {
         PyErr_NoMemory();
-    } else if ((size_t)PyTuple_GET_SIZE(lows) != models ||
-               (size_t)PyTuple_GET_SIZE(counts) != models || block.num_elements > UINT32_MAX) {
+    } else if ((size_t)PyTuple_GET_SIZE(lows) != num || num == 0 || num % models ||
+               block.num_elements > UINT32_MAX) {
         PyErr_SetString(PyExc_ValueError, "counts for each model are needed");
     } else {
-        for (size_t i = 0; i < models && !PyErr_Occurred(); i++) {
+        for (size_t i = 0; i < num && !PyErr_Occurred(); i++) {
             PyObject *buffer = PyTuple_GET_ITEM(counts, (Py_ssize_t)i);
             if (buffer != Py_None)
                 take_histogram(all + i, buffer, PyTuple_GET_ITEM(lows, (Py_ssize_t)i), shift);
@@ -177,22 +177,27 @@ static PyObject *py_histogram(PyObject *module, PyObject *args) {
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
-            size_t num = least(PIECE, block.num_elements - start);
-            failed = !fetch(&block, start, num);
+            size_t length = least(PIECE, block.num_elements - start);
+            failed = !fetch(&block, start, length);
             error = errno;
-            for (size_t i = 0; i < num && !failed; i += STEP) {
-                size_t step = least(STEP, num - i);
+            for (size_t i = 0; i < length && !failed; i += STEP) {
+                size_t step = least(STEP, length - i);
                 load_base(&block, i, step);
-                for (size_t model = 0; model < models; model++)
-                    if (all[model].bins.num_bins)
-                        count_step(&block, model, i, step, all + model);
+                for (size_t model = 0; model < models; model++) {
+                    const float *row = NULL;
+                    for (size_t k = model; k < num; k += models) {
+                        if (all[k].bins.num_bins == 0) continue;
+                        if (row == NULL) row = load_model(&block, model, i, step);
+                        count_row(row, step, all + k);
+                    }
+                }
             }
         }
-        for (size_t i = 0; i < models && !failed; i++)
+        for (size_t i = 0; i < num && !failed; i++)
             if (all[i].bins.num_bins) finish_counts(all + i);
         Py_END_ALLOW_THREADS;
     }
-    for (size_t i = 0; all != NULL && i < models; i++)
+    for (size_t i = 0; all != NULL && i < num; i++)
         if (all[i].bins.num_bins) {
             PyBuffer_Release(&all[i].view);
             PyMem_RawFree(all[i].own);

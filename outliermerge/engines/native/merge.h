@@ -10,6 +10,7 @@ typedef struct {
     Call call;
     float *numbers; /* its scalars and vectors */
     uint64_t *keys;
+    Rows rows;
     uint64_t first; /* the block's first element in the tensor */
     int is_finite;
     Place out;
@@ -31,17 +32,18 @@ static const Method *method_of(const char *name, size_t scalar_bytes, size_t vec
     return NULL;
 }
 
-/* Parse (method, scalars, vectors, code, out[, keys, start]). */
+/* Parse (method, scalars, vectors, code, out[, keys, start, row, length]). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
     const char *name, *scalars, *vectors, *keys = NULL;
-    Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0;
+    Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0, row = 0, length = 0;
     unsigned long long first = 0;
     PyObject *out;
     int code;
     size_t models = block->num_models, num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     variant->is_finite = 1;
-    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#K", &name, &scalars, &scalar_bytes, &vectors,
-                          &vector_bytes, &code, &out, &keys, &key_bytes, &first))
+    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#Knn", &name, &scalars, &scalar_bytes, &vectors,
+                          &vector_bytes, &code, &out, &keys, &key_bytes, &first,
+                          &row, &length))
         return 0;
     variant->method = method_of(name, (size_t)scalar_bytes, (size_t)vector_bytes, models);
     if (variant->method == NULL) return 0;
@@ -60,6 +62,13 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
         release_place(&variant->out);
         return 0;
     }
+    if (variant->method->prepare != NULL) {
+        if (!take_rows(&variant->rows, block, (size_t)row, (size_t)length, first)) {
+            release_place(&variant->out);
+            return 0;
+        }
+        variant->call.rows = &variant->rows;
+    }
     memcpy(variant->numbers, scalars, (size_t)scalar_bytes);
     memcpy((char *)variant->numbers + scalar_bytes, vectors, (size_t)vector_bytes);
     if (keys != NULL)
@@ -70,11 +79,13 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     return 1;
 }
 
-/* Merge a piece that has been read, and compute the digest of the output. */
-static void merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
+/* Merge a piece that has been read, and compute the digest of the output. Returns 0 if more had to
+ * be read and could not. */
+static int merge_piece(Block *block, Variant *variant, size_t start, size_t num) {
     const Place *out = &variant->out;
     char *stored = variant->stored + piece_bytes(out, start);
     float *merged_row = block->rows + block->num_models * ROW;
+    if (variant->call.rows && !variant->method->prepare(block, &variant->call, start, num)) return 0;
     for (size_t i = 0; i < num; i += STEP) {
         size_t step = least(STEP, num - i);
         load_base(block, i, step);
@@ -84,6 +95,7 @@ static void merge_piece(Block *block, Variant *variant, size_t start, size_t num
             store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
     }
     digest(out, stored, num, digest_in(variant->digests, start / PIECE));
+    return 1;
 }
 
 /* (is_finite, counts, digests) */
@@ -98,8 +110,9 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
 PyDoc_STRVAR(merge_doc,
              "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
              "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out\n"
-             "[, keys, start]): keys are two uint64 for each model, which random numbers are made\n"
-             "of, and start is the block's first element in the tensor;\n"
+             "[, keys, start, row, length]): keys are two uint64 for each model, which random numbers\n"
+             "are made of, and start is the block's first element in the tensor; row and length are\n"
+             "as of drawn, for a method that goes by rows;\n"
              "scalars and vectors are bytes of float32, as many scalars, and as many vectors of a\n"
              "number for each model, as methods() tells; out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
              "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"
@@ -135,9 +148,9 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
             for (size_t i = 0; i < block.num_sources && !failed; i++)
                 digest(block.places + i, block.data[i], num,
                        digest_in(PyTuple_GET_ITEM(digests, (Py_ssize_t)i), start / PIECE));
-            error = errno;
             for (size_t i = 0; i < num_variants && !failed; i++)
-                merge_piece(&block, variants + i, start, num);
+                failed = !merge_piece(&block, variants + i, start, num);
+            error = errno;
         }
         for (size_t i = 0; i < num_variants && !failed; i++) {
             const Variant *variant = variants + i;
@@ -154,6 +167,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
     }
     for (size_t i = 0; variants != NULL && i < num_variants; i++) {
         if (i < num_taken) release_place(&variants[i].out);
+        free_rows(&variants[i].rows);
         PyMem_RawFree(variants[i].keys);
         PyMem_RawFree(variants[i].numbers);
         PyMem_RawFree(variants[i].call.counts);

@@ -8,7 +8,7 @@
 #ifndef OUTLIERMERGE_METHOD_H
 #define OUTLIERMERGE_METHOD_H
 
-#include "block.h"
+#include "drawn.h"
 
 /* The arguments of a method; they are the same for the whole tensor. */
 typedef struct {
@@ -17,6 +17,7 @@ typedef struct {
     uint64_t *counts;     /* (M,), added to */
     uint64_t place;       /* of the step's first element in the tensor */
     const uint64_t *keys; /* of random numbers, (M, 2) */
+    Rows *rows;           /* for a method that prepares pieces; else NULL */
 } Call;
 
 typedef struct {
@@ -25,6 +26,9 @@ typedef struct {
     /* Write a step's merged task vector, or weights, to out. The two rows that follow out are free
      * for intermediate values. */
     void (*merge)(const Block *, const Call *, size_t start, size_t num, float *out);
+    /* Look at a piece and the rows that it cuts before its steps are merged, or NULL. Returns 0 if
+     * a source cannot be read. */
+    int (*prepare)(Block *, Call *, size_t piece, size_t num);
 } Method;
 
 #endif

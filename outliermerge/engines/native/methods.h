@@ -3,11 +3,16 @@
 #define OUTLIERMERGE_METHODS_H
 
 #include "dare.h"
+#include "della.h"
 #include "min_sigma.h"
+#include "nearswap.h"
+#include "ram.h"
+#include "sce.h"
 #include "ties.h"
 #include "weighted_sum.h"
 
-static const Method *const METHODS[] = {&breadcrumbs, &dare, &min_sigma, &ties, &weighted_sum};
+static const Method *const METHODS[] = {&breadcrumbs, &dare, &della, &min_sigma, &nearswap,
+                                       &ram, &ramplus, &sce, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
 
 static const Method *find_method(const char *name) {

@@ -68,8 +68,11 @@ class RawPass(Pass, Protocol):
 
     kernel: str
 
-    def measure_raw(self, kernels: Any, block: RawBlock) -> Any:
-        """Return what a block contributes, computed by kernels; called by any thread."""
+    def measure_raw(self, kernels: Any, block: RawBlock, **where: int) -> Any:
+        """Return what a block contributes, computed by kernels; called by any thread.
+
+        A pass with `with_start` set gets the number of the block's first element as `start`.
+        """
 
 
 def raw_pass(state: Pass, kernels: Any) -> RawPass | None:

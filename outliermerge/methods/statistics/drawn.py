@@ -9,9 +9,10 @@ import math
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from outliermerge.methods.context import Context
+from outliermerge.methods.kernel_call import RawBlock, packed, packed_keys
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
 from outliermerge.methods.statistics.trim import l1_scale
 
@@ -40,6 +41,7 @@ class DrawnScale:
     depends_on: tuple[str, ...] = ("density", "epsilon", "rescale", "rescale_by")
     scope: Scope = "tensor"
     with_context: bool = True
+    kernels: ClassVar = ("drawn",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         drops = any(0 < density < 1 for density in parameters["density"])
@@ -64,6 +66,7 @@ class _Norms:
     """L1 norms of all elements and of those kept."""
 
     chunks = None
+    kernel = "drawn"
     with_start = True
 
     def __init__(self, need: DrawnScale, context: Context, density: Any, epsilon: Any) -> None:
@@ -87,6 +90,18 @@ class _Norms:
             kept = own * (context.uniform(own, model=model) < chance)
             shares.append((self._sums(own), self._sums(kept)))
         return shares
+
+    def measure_raw(
+        self, kernels: Any, block: RawBlock, start: int = 0
+    ) -> list[tuple[array[float], array[float]]]:
+        num_models, context = len(self._before), self._context
+        keys = packed_keys([context.keys(model) for model in range(num_models)])
+        rows = ranked_rows(context) if self.by_row else ()
+        sums = array("d", kernels.drawn(
+            block, start, packed(self._density), packed(self._epsilon), keys, *rows
+        ))  # fmt: skip
+        step = 2 * num_models
+        return [(sums[at::step], sums[at + 1 :: step]) for at in range(0, step, 2)]
 
     def _sums(self, values: Tensor) -> array[float]:
         """Return sums over pieces that do not depend on blocks: a chunk's, or a row's."""
@@ -116,3 +131,15 @@ def row_size(context: Context, num_elements: int) -> int:
     6
     """
     return math.prod(context.shape[1:]) if len(context.shape) > 1 else num_elements
+
+
+def ranked_rows(context: Context) -> tuple[int, int]:
+    """Return the elements of a row of a context's tensor, and how many are ranked together.
+
+    Of a tensor of more than two dimensions these are along the second one, as in mergekit.
+
+    >>> ranked_rows(Context(shape=(4, 3, 2))), ranked_rows(Context(shape=(4,)))
+    ((6, 3), (4, 4))
+    """
+    elements = row_size(context, math.prod(context.shape))
+    return elements, context.shape[1] if len(context.shape) > 2 else elements

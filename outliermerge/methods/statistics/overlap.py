@@ -5,10 +5,12 @@ Shape suffixes: M models, E elements of a block.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.methods.kernel_call import RawBlock, to_float32
 from outliermerge.methods.statistics.base import Pass, Scope
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ class Overlap:
     depends_on: tuple[str, ...] = ("epsilon",)
     scope: Scope = "tensor"
     rows: ClassVar = ("elements changed alone", "elements changed with others")
+    kernels: ClassVar = ("overlap",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 1
@@ -34,6 +37,7 @@ class Overlap:
 
 class _Counts:
     chunks = None
+    kernel = "overlap"
 
     def __init__(self, num_models: int, epsilon: float) -> None:
         self._epsilon = epsilon
@@ -44,6 +48,10 @@ class _Counts:
         alone_ME = active_ME & (active_ME.sum(0) == 1)
         unique_M = alone_ME.sum(1)
         return [unique_M.tolist(), (active_ME.sum(1) - unique_M).tolist()]
+
+    def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> list[list[int]]:
+        found = array("Q", kernels.overlap(block, to_float32(self._epsilon))).tolist()
+        return [found[: len(found) // 2], found[len(found) // 2 :]]
 
     def add(self, share: list[list[int]]) -> None:
         for total, counts in zip(self._counts, share, strict=True):

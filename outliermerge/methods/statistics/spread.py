@@ -6,12 +6,14 @@ Shape suffixes: M models, E elements of a block, C elements of a chunk.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
-from outliermerge.methods.statistics.trim import Search, Select
+from outliermerge.methods.statistics.trim import Search, Select, sampled_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,14 +45,16 @@ class Spread:
 
     Of the elements whose variance over the models is not 0 the int(select_topk·number) of largest
     variance are kept, and those tied with the last; infinity where none are, 0 where select_topk
-    is 1 or more. A weight is Σx² of what is kept, divided by that of all models.
+    is 1 or more. A weight is Σx² of what is kept, divided by that of all models; all are alike
+    where that is 0 or not finite.
     """
 
     depends_on: tuple[str, ...] = ("select_topk", "compat")
     scope: Scope = "tensor"
+    kernels: ClassVar = ("variances", "squares")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 3 if 0 < parameters["select_topk"] < 1 else 1
+        return 2 if 0 < parameters["select_topk"] < 1 else 1
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
@@ -59,13 +63,14 @@ class Spread:
         least_mean = 1e-6 * num_elements if clamps else 0.0
         if not 0 < share < 1:
             return _Squares(num_models, 0.0 if share > 0 else math.inf, least_mean)
-        return _Variances(Search(1, (1,), (math.inf,)), num_models, share, least_mean)
+        search = sampled_first(Search(1, (1,), (math.inf,)), num_elements)
+        return _Variances(search, num_models, share, least_mean)
 
 
 class _Variances(Select):
     """Counts variances by their bits; the rank wanted follows from how many are not 0."""
 
-    kernel = ""  # torch measures
+    kernel = "variances"
 
     def __init__(self, search: Search, num_models: int, share: float, least: float) -> None:
         super().__init__(search)
@@ -74,21 +79,23 @@ class _Variances(Select):
 
     def measure(self, block_ME: Tensor) -> Any:
         variance_E = variance(block_ME)
-        return int(variance_E.count_nonzero()), super().measure(variance_E[None])
+        super().measure(variance_E[None])
+        return int(variance_E.count_nonzero())
+
+    def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> Any:
+        return kernels.variances(block, self._lows[0], self._shift(), self._counts[0])
 
     def add(self, share: Any) -> None:
-        num_nonzero, counts = share
-        self._num_nonzero += num_nonzero
-        super().add(counts)
+        self._num_nonzero += share
 
     def again(self, search: Search) -> Select:
         return _Variances(search, self._num_models, self._share, self._least)
 
     def finish(self) -> Pass | list[Any]:
         rank = int(self._share * self._num_nonzero)
-        if rank == 0:
+        if rank == 0 and self.search.whole is None:
             return _Squares(self._num_models, math.inf, self._least)
-        self.search = replace(self.search, ranks=(rank,))
+        self.search = replace(self.search, ranks=(max(1, rank),))
         found: Any = super().finish()
         if isinstance(found, list):
             return _Squares(self._num_models, found[0][0], self._least)
@@ -99,6 +106,7 @@ class _Squares:
     """Sums of squares of what is kept."""
 
     chunks = None
+    kernel = "squares"
 
     def __init__(self, num_models: int, threshold: float, least: float) -> None:
         self._threshold, self._least = threshold, least
@@ -112,6 +120,10 @@ class _Squares:
             shares.append(block_ME[:, start : start + CHUNK_ELEMENTS].double().square_().sum(1))
         return [share_M.tolist() for share_M in shares]
 
+    def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> list[list[float]]:
+        values, step = array("d", kernels.squares(block, self._threshold)).tolist(), len(self._sums)
+        return [values[at : at + step] for at in range(0, len(values), step)]
+
     def add(self, share: list[list[float]]) -> None:
         for chunk in share:
             for total, value in zip(self._sums, chunk, strict=True):
@@ -120,6 +132,6 @@ class _Squares:
     def finish(self) -> list[float]:
         squares = [math.fsum(values) for values in self._sums]
         total = math.fsum(squares)
-        if total <= self._least:
+        if not self._least < total < math.inf:  # infinite or NaN: a merge names whose value is
             return [self._threshold, *([1 / len(squares)] * len(squares))]
         return [self._threshold, *(square / total for square in squares)]

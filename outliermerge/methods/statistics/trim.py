@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,7 +67,7 @@ class Trim:
             return [thresholds, [1.0] * num_models]
         whole = Search(num_models, tuple(ranks), tuple(thresholds), bool(parameters.get("rescale")))
         sampled = scope_of(self, parameters) == "tensor"
-        return _start(whole, num_elements, sampled=sampled)
+        return Select(sampled_first(whole, num_elements) if sampled else whole)
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,18 @@ class Middle:
         if not any(ranks):
             return [lows, highs, [1.0] * num_models]
         search = Search(num_models, ranks, (*lows, *highs), bool(parameters["rescale"]))
-        return _start(search, num_elements)
+        return Select(sampled_first(search, num_elements))
 
 
-def _start(whole: Search, num_elements: int, *, sampled: bool = True) -> Pass:
+def sampled_first(whole: Search, num_elements: int) -> Search:
+    """Return the search that looks at a sample of a large tensor first."""
     num_chunks = num_elements // CHUNK_ELEMENTS
-    if num_chunks < 4 * _NUM_SAMPLED or not sampled:
-        return Select(whole)
+    if num_chunks < 4 * _NUM_SAMPLED:
+        return whole
     chunks = tuple(i * num_chunks // _NUM_SAMPLED for i in range(_NUM_SAMPLED))
     share = len(chunks) * CHUNK_ELEMENTS / num_elements
     ranks = tuple(rank and max(1, round(rank * share)) for rank in whole.ranks)
-    return Select(replace(whole, ranks=ranks, chunks=chunks, whole=whole))
+    return replace(whole, ranks=ranks, chunks=chunks, whole=whole)
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,9 @@ class Select:
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
         self._num_bits = 32
+        self._lock = threading.Lock()
         # One more bin counts all magnitudes above the others. Kernels count into these arrays.
-        self._counts = [
+        self._counts: list[numpy.ndarray[Any, Any] | None] = [
             None if rank is None else numpy.zeros(search.num_bins + 1, numpy.uint64)
             for rank in search.ranks
         ]
@@ -169,34 +172,27 @@ class Select:
         shift = self.search.shift
         return self._num_bits - _DIGIT_BITS if shift is None else shift
 
-    def measure(self, block_ME: Tensor) -> list[numpy.ndarray[Any, Any] | None]:
+    def measure(self, block_ME: Tensor) -> None:
         import torch
 
         self._num_bits = 8 * block_ME.element_size()
         integer = torch.int32 if self._num_bits == 32 else torch.int64
         num_bins, shift = self.search.num_bins, self._shift()
-        shares: list[numpy.ndarray[Any, Any] | None] = []
-        for place, rank in enumerate(self.search.ranks):
-            if rank is None:
-                shares.append(None)
+        for place, total in enumerate(self._counts):
+            if total is None:
                 continue
             magnitude_E = block_ME[place % self.search.num_models].abs()
             offset_E = magnitude_E.view(integer) - self._lows[place]
             bin_E = (offset_E[offset_E >= 0] >> shift).clamp_(max=num_bins)
             counts: Any = bin_E.bincount(minlength=num_bins + 1).cpu().numpy()
-            shares.append(counts.astype("uint64"))
-        return shares
+            with self._lock:  # here and not in `add`: the counts of all blocks need not be held
+                total += counts.astype("uint64")
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> None:
-        for group in _groups(self.search.num_models, len(self._counts)):
-            counts = tuple(self._counts[group])
-            if any(own is not None for own in counts):
-                kernels.histogram(block, self._lows[group], self._shift(), counts)
+        kernels.histogram(block, self._lows, self._shift(), tuple(self._counts))
 
-    def add(self, share: list[numpy.ndarray[Any, Any] | None] | None) -> None:
-        for total, counts in zip(self._counts, share or (), strict=bool(share)):
-            if total is not None and counts is not None:
-                total += counts
+    def add(self, share: None) -> None:
+        """Do nothing: blocks are counted as they are measured."""
 
     def again(self, search: Search) -> Select:
         """Return the pass that goes on with a search."""

@@ -1,0 +1,83 @@
+/* SCE: select what differs most between models, elect a sign, merge what agrees by weights.
+ * Scalars: the least variance selected, 0 for all; the least divisor. Vector: the weights. */
+#ifndef OUTLIERMERGE_SCE_H
+#define OUTLIERMERGE_SCE_H
+
+#include "ties.h"
+
+static void add_deviations(const float *restrict row, const float *restrict means, int is_first,
+                           float *restrict sums, size_t num) {
+    for (size_t i = 0; i < num; i++) {
+        float away = row[i] - means[i];
+        sums[i] = is_first ? away * away : sums[i] + away * away;
+    }
+}
+
+static void sum_rows(const Block *block, float *restrict sums, size_t num) {
+    memcpy(sums, block->rows, num * sizeof *sums);
+    for (size_t model = 1; model < block->num_models; model++) {
+        const float *restrict row = block->rows + model * ROW;
+        for (size_t i = 0; i < num; i++) sums[i] += row[i];
+    }
+}
+
+/* Write the variance over the models of each element of the rows that have been loaded, one
+ * operation after the other as `variance` of spread.py. */
+static void find_variances(const Block *block, float *restrict means, float *restrict variances,
+                           size_t num) {
+    const float share = (float)(1.0 / (double)block->num_models);
+    sum_rows(block, means, num);
+    scale_row(means, share, num);
+    for (size_t model = 0; model < block->num_models; model++)
+        add_deviations(block->rows + model * ROW, means, model == 0, variances, num);
+    scale_row(variances, share, num);
+}
+
+/* Infinities and NaN that are not selected become NaN, so that a run notices them. */
+static void keep_selected(float *restrict row, const float *restrict variances, float least,
+                          size_t num) {
+    for (size_t i = 0; i < num; i++) row[i] *= variances[i] >= least ? 1.0f : 0.0f;
+}
+
+/* Load the rows of all models, and drop what is not selected. The two rows are overwritten. */
+static void load_selected(const Block *block, size_t start, size_t num, float least, float *means,
+                          float *variances) {
+    for (size_t model = 0; model < block->num_models; model++)
+        load_model(block, model, start, num);
+    if (!(least > 0)) return;
+    find_variances(block, means, variances, num);
+    for (size_t model = 0; model < block->num_models; model++)
+        keep_selected(block->rows + model * ROW, variances, least, num);
+}
+
+static void add_weighted_agreeing(const float *restrict row, const float *restrict votes,
+                                  float weight, int is_first, float *restrict out,
+                                  float *restrict divisor, size_t num) {
+    for (size_t i = 0; i < num; i++) {
+        float agreeing = votes[i] < 0 ? -row[i] : row[i];
+        agreeing = agreeing <= 0 ? 0.0f : agreeing;
+        float share = agreeing > 0 ? weight : 0.0f;
+        out[i] = is_first ? agreeing * weight : out[i] + agreeing * weight;
+        divisor[i] = is_first ? share : divisor[i] + share;
+    }
+}
+
+static void merge_sce(const Block *block, const Call *call, size_t start, size_t num,
+                      float *restrict out) {
+    const float least_divisor = call->scalars[1];
+    float *restrict votes = out + ROW, *restrict divisor = out + 2 * ROW;
+    load_selected(block, start, num, call->scalars[0], votes, divisor);
+    sum_rows(block, votes, num);
+    for (size_t model = 0; model < block->num_models; model++)
+        add_weighted_agreeing(block->rows + model * ROW, votes, call->vectors[model], model == 0,
+                              out, divisor, num);
+    for (size_t i = 0; i < num; i++) {
+        float by = divisor[i] == 0 ? 1.0f : divisor[i];
+        by = divisor[i] < least_divisor ? least_divisor : by;
+        out[i] = (votes[i] < 0 ? -out[i] : out[i]) / by;
+    }
+}
+
+static const Method sce = {"sce", 2, 1, merge_sce};
+
+#endif
