@@ -16,7 +16,18 @@ from outliermerge.spec.inert import INERT_PARAMETERS
 from outliermerge.spec.text import as_yaml
 
 MERGEKIT_NAME = "mergekit_config.yml"
-_METHODS = ("linear", "task_arithmetic", "ties", "passthrough")
+METHODS = (
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "ram",
+    "ramplus_tl",
+    "passthrough",
+)
+# Parameters that mergekit does not have, with what it does in their place.
+_OF_OURS = {"trim": "tensor", "consensus": "sum"}
 # Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
 _OTHERWISE: dict[str, Any] = {
     "modifiers": [],
@@ -41,15 +52,21 @@ def mergekit_text(plan: Plan) -> str | None:
     document = _document(plan)
     if document is None:
         return None
+    ranks = "density" in plan.spec.method.parameters
     return (
-        f"# The recipe of this folder in mergekit's form; merged by outliermerge "
-        f"{version('outliermerge')}.\n" + as_yaml(document)
+        "# The recipe of this folder in mergekit's form; merged by outliermerge "
+        f"{version('outliermerge')}.\n"
+        + ("# Of elements that tie with the last one kept, mergekit keeps some, we all.\n" * ranks)
+        + as_yaml(document)
     )
 
 
 def _document(plan: Plan) -> dict[str, Any] | None:
     spec, recipe = plan.spec, recipe_of(plan)
-    if spec.method.name not in _METHODS or not _is_plain(plan):
+    if spec.method.name not in METHODS or not _is_plain(plan):
+        return None
+    given = recipe.get("parameters", {})
+    if any(given.get(name, theirs) != theirs for name, theirs in _OF_OURS.items()):
         return None
     if any(recipe.get(key, plain) != plain for key, plain in _OTHERWISE.items()):
         return None
@@ -74,7 +91,7 @@ def _document(plan: Plan) -> dict[str, Any] | None:
         # Of other methods the base only gives the layout; mergekit would average it in.
         **({"base_model": base} if uses_base else {}),
         "models": models,
-        "parameters": _parameters(plan, recipe.get("parameters", {})),
+        "parameters": _parameters(plan, given),
         "dtype": compute_dtype,
         "out_dtype": out_dtype,
     }
@@ -112,7 +129,7 @@ def _parameters(plan: Plan, given: dict[str, Any]) -> dict[str, Any]:
     """
     found = dict[str, Any]()
     for name, parameter in plan.spec.method.parameters.items():
-        if name in INERT_PARAMETERS:
+        if name in INERT_PARAMETERS or name in _OF_OURS:
             continue
         default = parameter.default
         setting = given.get(name, default)

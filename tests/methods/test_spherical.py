@@ -11,7 +11,7 @@ from peer import SHAPES, assert_close, drawn, merged_by_mergekit
 from torch import Tensor
 
 import outliermerge
-from outliermerge import SpecError
+from outliermerge import ArgumentError
 from outliermerge.methods.table import find_method
 
 # Oracles: plain, on vectors in float64.
@@ -180,7 +180,7 @@ def test_multislerp_of_models_that_cancel_each_other_out_adds_them_up():
 
 
 def test_multislerp_refuses_to_normalise_weights_that_add_up_to_0():
-    with pytest.raises(SpecError, match=r"add up to 0.*normalize_weights: false"):
+    with pytest.raises(ArgumentError, match=r"add up to 0.*normalize_weights: false"):
         outliermerge.merge_tensors(drawn((3,), 2), method="multislerp", weight=[1.0, -1.0])
 
 

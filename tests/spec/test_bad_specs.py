@@ -134,7 +134,8 @@ BAD = {
     # Methods.
     "unknown method": (
         _with_method("tiez"),
-        f"1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'? Valid: {METHODS}. "
+        f"1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'? "
+        f"Valid: {ALL_METHODS}. "
         f"{YOUR_OWN}",
     ),
     "unknown method like no other": (
