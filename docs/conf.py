@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ["COLUMNS"] = "100"  # the width of the commands' help
 
 import reference
 

@@ -1,19 +1,20 @@
 """What documents say of the code, read from the code: spec keys, methods and commands.
 
     python docs/reference.py            # print all
-    python docs/reference.py --write    # put the short tables into README.md
+    python docs/reference.py --write    # put it into README.md and the pages of docs/reference/
 
-A page of `docs/reference/` names what it takes as `<!-- reference:NAME -->`, and gets it when the
-site is built. The README's tables stand between such a marker and `<!-- /reference -->`.
+What a page takes stands between `<!-- reference:NAME -->` and `<!-- /reference -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from outliermerge.cli.main import load, make_parser
 from outliermerge.cli.terminal import value_text
@@ -23,7 +24,8 @@ from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.schema import json_schema
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent
+PAGES = (DOCS.parent / "README.md", *sorted((DOCS / "reference").glob("*.md")))
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -145,7 +147,8 @@ def commands() -> str:
         for action in make_parser(loaded)._actions
         if isinstance(action, argparse._SubParsersAction)
     )
-    helps = {name: subparsers.choices[name].format_help().strip() for name in loaded}
+    with mock.patch.dict(os.environ, COLUMNS="100"):  # the width of the texts
+        helps = {name: subparsers.choices[name].format_help().strip() for name in loaded}
     return "\n\n".join(
         f"## `outliermerge {name}`\n\n```text\n{text}\n```" for name, text in helps.items()
     )
@@ -187,13 +190,14 @@ def inserted(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--write", action="store_true", help="write the README's tables")
+    parser.add_argument("--write", action="store_true", help="write it into the pages")
     if not parser.parse_args().write:
         print("\n\n".join(part() for part in PARTS.values()))
         return
-    text = README.read_text()
-    if (new := inserted(text)) != text:
-        README.write_text(new)
+    for page in PAGES:
+        text = page.read_text()
+        if (new := inserted(text)) != text:
+            page.write_text(new)
 
 
 if __name__ == "__main__":

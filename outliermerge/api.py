@@ -117,6 +117,8 @@ def estimate(
         >>> plan = outliermerge.plan("merge_configs/tiny_ties.yaml")  # doctest: +SKIP
         >>> outliermerge.estimate(plan).seconds  # doctest: +SKIP
     """
+    if not isinstance(planned, Plan):
+        raise wrong("planned", planned, "what plan() returned")
     chosen = RunOptions.of(options, changes, "estimate").on_this_machine()
     named = output or planned.spec.document.output
     return estimate_run(planned, chosen, None if named is None else as_path(named))

@@ -177,7 +177,8 @@ def _resolved(
             "which only a merge of files can be given: use outliermerge.run"
         )
     if num_models < method.min_models or (most is not None and num_models > most):
-        raise ArgumentError(f"{method.name} does not take {num_models} models")
+        among = ", the base among them" if method.base_as == "first" else ""
+        raise ArgumentError(f"{method.name} does not take {num_models} models{among}")
     try:
         resolved = method.resolve(num_models, parameters)
     except SpecError as error:
@@ -200,7 +201,8 @@ def _prepared(
         if each is not None and not isinstance(each, torch.Tensor):
             raise ArgumentError(f"{where}found {type(each).__name__}, expected a tensor")
     first = models[0] if base is None else base
-    for number, tensor in enumerate(models):
+    given = models[1:] if base is not None and method.base_as == "first" else models
+    for number, tensor in enumerate(given):
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
             raise OutlierMergeError(
                 f"{where}models[{number}] is {tensor.dtype} {list(tensor.shape)}, "

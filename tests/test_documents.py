@@ -132,9 +132,13 @@ def test_the_readme_is_short_and_begins_with_a_merge():
     assert {"make demo", "make test"} <= set(commands(README))
 
 
-def test_the_readmes_tables_are_those_of_the_code():
-    text = README.read_text()
+@pytest.mark.parametrize("page", reference.PAGES, ids=lambda page: page.name)
+def test_what_a_page_says_of_the_code_is_so(page):
+    text = page.read_text()
     assert reference.inserted(text) == text, "run: python docs/reference.py --write"
+
+
+def test_the_examples_of_the_reference_are_right():
     assert doctest.testmod(reference).failed == 0
 
 

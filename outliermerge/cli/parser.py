@@ -128,7 +128,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes; -q and -v may also stand before it."""
     parser.add_argument(
         "-q", "--quiet", action="store_true",
-        help="print results and errors only: no progress, no notes, no warnings",
+        help="no progress, notes or warnings; run prints only errors",
     )  # fmt: skip
     parser.add_argument(
         "-v", "--verbose", action="count", default=0,

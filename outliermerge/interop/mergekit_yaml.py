@@ -84,7 +84,7 @@ def _check_names(path: Path) -> None:
     elif name not in names():
         raise SpecError(
             f"{shown(path)}: unknown merge method {quoted(name)}. {suggest(name, names())} "
-            "Your own is named package.module:function."
+            "A method of your own is named package.module:function."
         )
     spec = registry.get(name).spec
     if isinstance(registry.get(name), MethodInMergekit):

@@ -55,4 +55,5 @@ def arcee_fusion(
     block_MRC = by_last_dimension(weights_MRC, context)
     score_RC = scores(block_MRC, divergences(block_MRC, compat))
     low, median, high = quartiles.to(score_RC.dtype)
-    return torch.where(score_RC >= median + 1.5 * (high - low), block_MRC[1], block_MRC[0])
+    # A score that is NaN is of values that are, which must not be hidden.
+    return torch.where(score_RC < median + 1.5 * (high - low), block_MRC[0], block_MRC[1])

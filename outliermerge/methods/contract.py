@@ -135,6 +135,7 @@ class MergeMethod:
         resolved: dict[str, Any] = {}
         for name, parameter in self.parameters.items():
             value = values.get(name, parameter.default)
+            value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
             several = isinstance(value, (list, tuple)) and parameter.per_model
             try:
                 if several and len(value) != num_models:

@@ -72,5 +72,5 @@ def find_method(name: str) -> MergeMethod:
             said = (
                 f"unknown merge method {quoted(name)}.{meant} Valid: {', '.join(sorted(METHODS))}."
             )
-        raise SpecError(f"{said} Your own is named package.module:function.")
+        raise SpecError(f"{said} A method of your own is named package.module:function.")
     return METHODS[name]

@@ -347,16 +347,18 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        parts = compare_architectures(self.inputs, {n for _, n in self.misfits} | {*self.unpaired})
+        advice = advise(self.inputs, self.unpaired)
+        cannot = CANNOT in advice  # it is the first
+        unfit = {number for _, number in self.misfits} | {*self.unpaired}
+        parts = [*advice[:cannot], *compare_architectures(self.inputs, unfit)]
         for kind, items in self.problems.items():
             parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=10)}")
-        advice = advise(self.inputs, self.unpaired)
         if _MISFIT in self.problems:
-            parts += [] if CANNOT in advice else ["Such models cannot be merged as they are."]
+            parts += [] if cannot else ["Such models cannot be merged as they are."]
             misfits = dict(self.misfits)
             others = [name for name in self.names if name not in misfits]
             parts += leave_out_heads(self.inputs, self.misfits, others=others)
-        parts += advice
+        parts += advice[cannot:]
         raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
 
 

@@ -34,7 +34,8 @@ _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_file
 _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
               "modifier": STAND_IN}  # fmt: skip
 _NOT_YET = {
-    "slices": "give whole `models`",
+    "slices": "give whole `models`; `outliermerge convert-config FILE` writes slices over all "
+    "layers as models",
     "modules": "give whole `models`",
     "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
     "what becomes of rows that differ",

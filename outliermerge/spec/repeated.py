@@ -55,7 +55,7 @@ def read_repeated(path: Path) -> Repeated | None:
         not isinstance(recipe, dict)
         or not isinstance(inputs, list)
         or not all(isinstance(e, dict) and isinstance(e.get("files"), dict) for e in inputs)
-        or not isinstance(shard_bytes, int | None)
+        or not (shard_bytes is None or (type(shard_bytes) is int and shard_bytes > 0))
     ):
         raise SpecError(f"{path}: has the name of a manifest, but outliermerge did not write it")
     return Repeated(path, recipe, tuple(inputs), shard_bytes)

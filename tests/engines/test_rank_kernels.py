@@ -116,7 +116,7 @@ def span_of(sources: list[Tensor], files: list[int], start: int, stop: int) -> A
 
 
 @pytest.mark.parametrize(
-    "need", [DrawnScale(by_density), DrawnScale(by_rank, by_row=True)], ids=str
+    "need", [DrawnScale(by_density), DrawnScale(by_rank, by_row=True)], ids=["density", "rank"]
 )
 def test_norms_are_those_of_torch_wherever_blocks_are_cut(need, stored):
     context, sources, files = stored

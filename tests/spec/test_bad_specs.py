@@ -48,7 +48,7 @@ OF_MODEL = NO_MODELS + "models:\n  - model: DIR/a\n    parameters:\n"
 LINEAR = HEAD.replace("ties\nbase_model: DIR/base", "linear")
 DTYPES = "'float16', 'bfloat16', 'float32' or 'float64'"
 ALL_METHODS = ", ".join(sorted(METHODS))
-YOUR_OWN = "Your own is named package.module:function."
+YOUR_OWN = "A method of your own is named package.module:function."
 A_VALUE = "expected a value, a list of values or filter entries"
 
 
@@ -111,7 +111,8 @@ BAD = {
     ),
     "slices": (
         "merge_method: passthrough\nslices:\n  - sources: []\n",
-        "2:1: slices: a mergekit key that is not supported: give whole `models`",
+        "2:1: slices: a mergekit key that is not supported: give whole `models`; `outliermerge "
+        "convert-config FILE` writes slices over all layers as models",
     ),
     "modules": (
         HEAD + "modules: {}\n",
