@@ -124,11 +124,13 @@ def print_result(result: RunResult) -> None:
     console.print(
         f"wrote {result.output}: {len(result.manifest['tensors'])} tensors, "
         f"{result.manifest['num_parameters']:,} parameters, "
-        f"{result.seconds:.1f} s, {speed}/s{from_disk}",
+        f"{result.work_seconds + result.sync_seconds:.1f} s, {speed}/s{from_disk}",
         markup=False,
     )
     for by in result.load_check.by if result.load_check else ():
-        console.print(f"loads in {by}", markup=False)
+        console.print(
+            f"loads in {by}: asked meanwhile, {result.seconds:.1f} s in all", markup=False
+        )
     if result.num_resumed:
         console.print(f"{result.num_resumed} tensors were there from an earlier run")
     if result.left_behind:
