@@ -17,6 +17,7 @@ from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import torch_threads
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.statistics.base import scope_of
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.planning.parameters import context_of
@@ -134,6 +135,11 @@ def merge_tensors(
         raise OutlierMergeError("no models to merge")
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
+    if any(scope_of(need, resolved) == "model" for need in found.of(resolved).needs.values()):
+        raise ArgumentError(
+            f"{found.name} measures whole models with these parameters: "
+            "use merge_state_dicts or run"
+        )
     context = Context(name, tuple(getattr(models[0], "shape", ())), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):

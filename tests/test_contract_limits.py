@@ -153,10 +153,14 @@ def test_tensors_in_memory_are_merged_as_files_are(method, folder):
     states = [load_folder(folder / name) for name in ("base", "a", "b")]
     found = outliermerge.merge_state_dicts(states[1:], base=states[0], method=method, seed=5)
     assert all(found[name].equal(tensor) for name, tensor in merged.items())
-    alone = outliermerge.merge_tensors(
-        [state["one"] for state in states[1:]], base=states[0]["one"], method=method, seed=5
-    )
+
+
+def test_of_one_tensor_no_whole_model_is_measured(folder):
+    states = [load_folder(folder / name)["one"] for name in ("base", "a", "b")]
+    alone = outliermerge.merge_tensors(states[1:], base=states[0], method=dropping, seed=5)
     assert alone.shape == ()
+    with pytest.raises(ArgumentError, match=r"measures whole models .*: use merge_state_dicts"):
+        outliermerge.merge_tensors(states[1:], base=states[0], method=trimming)
 
 
 @pytest.mark.parametrize(

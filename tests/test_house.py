@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
-HELPERS = {"contributed", "hostile"}  # folders of tests/ that no room of the package has
+HELPERS = {"contributed", "hostile", "parity"}  # folders of tests/ that no room of the package has
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def validated(
 
 def _leave_out(raw: Any, problem: Any, stand_ins: Mapping[str, Any]) -> None:
     *parents, last = problem["loc"]
+    if last == "[key]":  # the key itself is wrong
+        last = parents.pop()
     for key in parents:
         inner = raw[key] if isinstance(raw, list) else raw.get(key)
         if not isinstance(inner, (dict, list)):  # a union's own name for one of its kinds
@@ -51,7 +53,8 @@ def _leave_out(raw: Any, problem: Any, stand_ins: Mapping[str, Any]) -> None:
     elif problem["type"] == "missing":
         raw[last] = copy.deepcopy(stand_ins.get(last))
     else:
-        raw.pop(last, None)
+        for key in [key for key in raw if str(key) == str(last)]:  # told as a text, whatever it is
+            del raw[key]
 
 
 def describe(value: object) -> str:

@@ -104,10 +104,10 @@ def test_outliers_are_also_shares_of_each_tensor_and_of_all():
 
 
 def test_rows_and_numbers_are_explained_by_the_methods_own_documentation():
-    trim = [{"trim": [[low, low], [scale, scale]]} for low, scale in ((0.1, 1.0), (0.2, 1.5))]
+    trim = [{"limits": [[low, low], [scale, scale]]} for low, scale in ((0.1, 1.0), (0.2, 1.5))]
     sources = ["org/base", "org/a", "org/b"]
     found = merge_payload(manifest(*trim, method="ties", sources=sources), TITLES)
-    assert list(found["series"]) == ["trim: least magnitude kept", "trim: rescaling factor"]
+    assert list(found["series"]) == ["limits: least magnitude kept", "limits: rescaling factor"]
     sigma = [{"sigma": [0.1, 0.2, 0.3]}, {"sigma": [0.2, 0.3, 0.4]}]
     found = merge_payload(manifest(*sigma, method="min_sigma"), TITLES)
     assert found["series"] == {"sigma": "standard deviation of each task vector."}

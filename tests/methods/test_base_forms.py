@@ -11,7 +11,7 @@ import torch
 from checkpoints import load_folder, save_tensors
 
 import outliermerge
-from outliermerge import SpecError
+from outliermerge import ArgumentError, SpecError
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.schema import json_schema
 
@@ -78,9 +78,11 @@ def test_models_that_do_not_fit_are_refused(method, models, base, message, folde
         outliermerge.plan(spec_of(folder, method, models, base))
 
 
-def test_parameters_of_the_base_have_no_effect_and_are_refused(folder):
+def test_parameters_of_the_base_have_no_effect_which_a_note_says(folder):
     spec = spec_of(folder, "slerp", "ab", "a")
     spec["models"][0]["parameters"] = {"t": 0.4}
+    assert any("parameters of the base model" in note for note in outliermerge.plan(spec).notes)
+    spec["base_model"] = {"model": spec["base_model"]}
     with pytest.raises(SpecError, match="is the base model: for slerp its parameters have no"):
         outliermerge.plan(spec)
 
@@ -90,7 +92,7 @@ def test_in_memory_a_base_is_the_first_model_too(folder, tmp_path):
     on_disk = merged(spec_of(folder, "slerp", "b", "a", parameters={"t": 0.2}), tmp_path / "out")
     in_memory = outliermerge.merge_state_dicts([other], base=base, method="slerp", t=0.2)
     assert all(torch.equal(in_memory[name], on_disk[name]) for name in on_disk)
-    with pytest.raises(SpecError, match="give `base`"):
+    with pytest.raises(ArgumentError, match="give `base`"):
         outliermerge.merge_state_dicts([base, other], method="slerp")
 
 

@@ -10,7 +10,7 @@ from peer import SHAPES, assert_close, drawn, merged_by_mergekit
 from torch import Tensor
 
 import outliermerge
-from outliermerge import SpecError
+from outliermerge import ArgumentError
 from outliermerge.methods.table import find_method
 
 
@@ -81,7 +81,7 @@ def test_short_task_vectors_are_merged_by_their_angle_and_as_mergekit_does_where
 
 
 def test_an_unknown_compat_is_refused():
-    with pytest.raises(SpecError, match="compat: found 'mergkit', expected 'none' or 'mergekit'"):
+    with pytest.raises(ArgumentError, match="'compat': found 'mergkit', expected none or mergekit"):
         outliermerge.merge_tensors(
             drawn((3,), 2), base=torch.zeros(3), method="model_stock", compat="mergkit"
         )

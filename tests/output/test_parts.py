@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -252,7 +253,7 @@ def test_a_finished_output_is_not_written_again(
     options = RunOptions(memory="64MiB", threads=2, kernels=True)
     with pytest.raises(OutlierMergeError, match="exists already"):
         run_part(planned, output, 1, 3, options)
-    run_part(planned, output, 1, 3, options.changed({"overwrite": True}))
+    run_part(planned, output, 1, 3, replace(options, overwrite=True))
     assert output.stat().st_ino == before
     outliermerge.run(planned, output=output, overwrite=True)
     assert output.stat().st_ino != before
