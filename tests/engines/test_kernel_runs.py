@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import as_many_as, family, load_folder, save_tensors
-from every_method import WITH_KERNELS
+from every_method import BY_ANGLES, WITH_KERNELS
 from kernel_blocks import MODULES, block_of, draw, raw
 
 import outliermerge
@@ -200,20 +200,7 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in WITH_KERNELS} | {
     "ties": {"density": 0.3, "lambda": 0.7},
     "breadcrumbs_ties": {"density": 0.3, "lambda": 0.7},
     "dare_ties": {"density": 0.3, "lambda": 0.7},
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weight": 0.7},
-    "nuslerp by rows": {"nuslerp_flatten": False},
-    "nuslerp by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
-    "multislerp": {"weight": 0.7},
-    "multislerp of weights": {"weight": 0.7},
-    "nuslerp of weights": {"weight": 0.7},
-    "nuslerp of weights by rows": {"nuslerp_flatten": False},
-    "nuslerp of weights by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
-    "karcher": {"tol": 1e-7},
-    "model_stock": {},
-    "model_stock by rows": {"filter_wise": True},
-    "nearswap": {"t": 0.01},
-    "arcee_fusion": {},
+    **BY_ANGLES,
 }
 
 

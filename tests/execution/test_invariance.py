@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import as_many_as, family, load_folder, save_tensors
-from every_method import NEEDS_BASE, SEVERAL
+from every_method import BY_ANGLES, NEEDS_BASE, SEVERAL
 from torch import Tensor
 
 import outliermerge
@@ -113,23 +113,10 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
     "ties": {"density": 0.3, "weight": 0.7, "rescale": True},
     "passthrough": {"scale": 0.3},
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weight": 0.7},
-    "nuslerp by rows": {"nuslerp_flatten": False},
-    "nuslerp by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
-    "multislerp": {"weight": 0.7},
-    "multislerp of weights": {"weight": 0.7},
-    "nuslerp of weights": {"weight": 0.7},
-    "nuslerp of weights by rows": {"nuslerp_flatten": False},
-    "nuslerp of weights by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
-    "karcher": {"tol": 1e-7},
-    "model_stock": {},
-    "model_stock by rows": {"filter_wise": True},
-    "nearswap": {"t": 0.01},
-    "arcee_fusion": {},
     "test_invariance:row_peak": {"share": 0.4},
     "test_invariance:row_scaled": {"weight": 0.7},
     "test_invariance:tensor_reversed": {"scale": 0.3},
+    **BY_ANGLES,
 }
 BUDGETS = [(1, "7MB"), (1, "14MB"), (2, "21MB"), (2, "1GB"), (4, "28MB"), (4, "1GB")]
 BY_ROW = ("arcee_fusion", "della", "della_linear")
