@@ -20,6 +20,7 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.statistics.base import scope_of
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
+from outliermerge.optional import require_torch
 from outliermerge.planning.parameters import context_of
 from outliermerge.spec.settings import find_layers
 from outliermerge.storage.machine import num_threads
@@ -63,6 +64,7 @@ def merge_state_dicts(
         >>> outliermerge.merge_state_dicts(tuned, base=base, method="task_arithmetic", weight=0.5)
         {'w': tensor([0.5000, 0.1000, 0.0000, 0.0000])}
     """
+    require_torch("a merge of tensors in memory")
     found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")
@@ -130,6 +132,7 @@ def merge_tensors(
         >>> outliermerge.merge_tensors([torch.ones(2), torch.zeros(2)], method="linear")
         tensor([0.5000, 0.5000])
     """
+    require_torch("a merge of tensors in memory")
     found = _method(method)
     if not models:
         raise OutlierMergeError("no models to merge")

@@ -160,7 +160,7 @@ def layer_spectra(
             f"{argument('num_values')}: found {num_values}, expected 2 or more: one has no angle"
         )
     require("powerlaw", "fitting a power law")
-    require_torch("singular values")
+    require_torch("a table of singular values")
     subject = open_subject(model, base, rename=rename)
     groups, notes = _groups(subject)
     names = [member.name for members in groups.values() for member in members]

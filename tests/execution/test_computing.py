@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_lora, save_tensors
+from checkpoints import as_many_as, save_lora, save_tensors
 
 import outliermerge
 from outliermerge import OutlierMergeError
 from outliermerge.cli import main as cli
 from outliermerge.engines.kernels import find_kernels
+from outliermerge.methods.table import METHODS
 from outliermerge.output.parts import run_part
 
 KERNELS = "outliermerge.engines._kernels"
@@ -77,11 +78,14 @@ def save_spec(document: dict[str, Any]) -> str:
     return "spec.json"
 
 
-@pytest.mark.parametrize("method", ["min_sigma", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "arcee_fusion"])
 def test_without_torch_kernels_merge_to_the_same_bytes(models, monkeypatch, method):
-    outliermerge.run(spec("a", "b", method=method), output="with")
+    drops = "density" in METHODS[method].parameters
+    document = spec(*as_many_as(method, ["a", "b"]), method=method)
+    document["parameters"] = {"density": 0.5} if drops else {}
+    outliermerge.run(document, output="with")
     monkeypatch.setitem(sys.modules, "torch", None)
-    result = outliermerge.run(spec("a", "b", method=method), output="without")
+    result = outliermerge.run(document, output="without")
     assert outliermerge.verify("without") == []
     files = [models / folder / "model.safetensors" for folder in ("with", "without")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -153,6 +157,14 @@ def test_what_needs_no_torch_runs_without_it(models, no_torch, capsys, words):
     save_spec(spec("a", "b"))
     assert cli.main(words.split()) == 0
     assert "torch" not in capsys.readouterr().err
+
+
+def test_a_merge_in_memory_says_that_it_needs_torch(no_torch):
+    with pytest.raises(OutlierMergeError, match="a merge of tensors in memory needs torch") as told:
+        outliermerge.merge_tensors([1, 2], method="linear")
+    assert LINE in str(told.value)
+    with pytest.raises(OutlierMergeError, match="a merge of tensors in memory needs torch"):
+        outliermerge.merge_state_dicts([{}], method="linear")
 
 
 def test_a_method_of_one_s_own_that_imports_torch_is_told_how_to_have_it(
