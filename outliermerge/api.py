@@ -39,8 +39,6 @@ def plan(
         >>> import outliermerge
         >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
     """
-    if not isinstance(spec, (str, Path, Mapping, MergeSpec)):
-        raise wrong("spec", spec, "a YAML file or a dict")
     loaded = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     if shard_size is None:
         return make_plan(loaded)

@@ -74,11 +74,14 @@ def merge_state_dicts(
             raise wrong(name, type(each).__name__, f"tensors by name{hint}")
     reference = models[0] if base is None else base
     for number, model in enumerate(models):
-        differing = sorted(set(reference) ^ set(model))
-        if differing:
+        if set(reference) != set(model):
             raise OutlierMergeError(
                 f"models[{number}] does not hold the same tensors as "
-                f"{'models[0]' if base is None else 'the base'}:\n{listing(differing)}"
+                f"{'models[0]' if base is None else 'the base'}:\n"
+                + listing(
+                    f"{name}: {'extra' if name in model else 'missing'}"
+                    for name in sorted(set(reference) ^ set(model))
+                )
             )
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)

@@ -293,7 +293,8 @@ class TestStateDicts:
         whose = "the base" if with_base else "models[0]"
         assert message.startswith(f"models[1] does not hold the same tensors as {whose}:")
         suffix = "2" if change == "extra" else ""
-        assert message.splitlines()[1:] == [f"  half{suffix}", f"  mask{suffix}"]
+        rows = [f"  {name}{suffix}: {change}" for name in ("half", "mask")]
+        assert message.splitlines()[1:] == rows
 
     @pytest.mark.parametrize("with_base", [True, False])
     def test_another_shape_is_refused_by_name(self, with_base: bool) -> None:

@@ -137,9 +137,9 @@ class Comparison:
 
 @checked
 def compare_weights(
-    models: Sequence[str | Subject],
+    models: Sequence[str | Path | Subject],
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     t: float = 2.0,
     rename: str | None = None,
     device: str = "cpu",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from outliermerge.arguments import wrong
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import (
     ArgumentError,
@@ -56,7 +58,7 @@ class Subject:
 
 
 def open_subject(
-    model: str | Subject, base: str | None = None, *, rename: str | None = None
+    model: str | Path | Subject, base: str | Path | None = None, *, rename: str | None = None
 ) -> Subject:
     """Open a model as specs name one: a folder, a file, a hub id, an adapter, `base+adapter`.
 
@@ -76,6 +78,11 @@ def open_subject(
                 f"{shown(model.reference)}: is open already: give its base to open_subject"
             )
         return model
+    for name, given in (("model", model), ("base", base)):
+        if not isinstance(given, (str, Path)) and (given is not None or name == "model"):
+            raise wrong(name, given, "a folder, a file or a hub id")
+    model = str(model)
+    base = None if base is None else str(base)
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from outliermerge.analysis.extras import require
@@ -118,10 +119,10 @@ class LayerSpectra:
 
 @checked
 def layer_spectra(
-    model: str | Subject,
+    model: str | Path | Subject,
     *,
     num_values: int = DEFAULT_NUM_VALUES,
-    base: str | None = None,
+    base: str | Path | None = None,
     rename: str | None = None,
     device: str = "cpu",
     threads: int = 0,

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from outliermerge.arguments import wrong
+
 NUM_POINTS = 32
 """The depths that a profile is resampled to, so that models of any depths can be compared."""
 
@@ -113,6 +115,9 @@ def fingerprint_distance(a: Fingerprint, b: Fingerprint) -> float:
         >>> round(fingerprint_distance(a, b), 12)
         0.0
     """
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, Fingerprint):
+            raise wrong(name, given, "the `fingerprint` of what layer_spectra() returns")
     common = [name for name in a.profiles if name in b.profiles]
     ratios = [
         math.log(ours / theirs)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.analysis.labels import label_of
@@ -24,7 +25,7 @@ from outliermerge.analysis.measure import (
 from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
-from outliermerge.arguments import checked
+from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
@@ -43,9 +44,9 @@ DEFAULT_SMALL = 1e-3
 
 @checked
 def weight_stats(
-    model: str | Subject,
+    model: str | Path | Subject,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     rename: str | None = None,
     filter: float = DEFAULT_FILTER,
     small: float = DEFAULT_SMALL,
@@ -151,6 +152,8 @@ def stats_of_tensor(
         1.64
     """
     _check_limits(filter, small)
+    if not hasattr(values, "is_floating_point"):
+        raise wrong("values", values, "a tensor")
     if not values.is_floating_point():
         raise OutlierMergeError(f"{shown(name)}: found {values.dtype}, expected floats")
     measured = measure_values(values, filter=filter, small=small)

@@ -47,7 +47,9 @@ def _main(arguments: list[str]) -> int:
     parser = make_parser(commands)
     try:
         if word in commands:  # options may stand between positional arguments
-            options = parser.of(word).parse_intermixed_args(arguments[1:])
+            options, unknown = parser.of(word).parse_known_intermixed_args(arguments[1:])
+            if unknown:
+                parser.of(word).refuse(unknown)
         else:
             options = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed help, the version or an error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from outliermerge.cli.parts import EXIT_USAGE, Command
-from outliermerge.errors import readable
+from outliermerge.errors import nearest, quoted, readable
 
 COMMANDS = {
     "run": "run",
@@ -68,6 +68,16 @@ class Parser(argparse.ArgumentParser):
             _add_common(parser)
             parser.usage = usage_of(parser).removeprefix("usage: ").replace("%", "%%")
         self._commands = subparsers.choices
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Print the usage, and what was given that the command does not take."""
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        near = nearest(flags[0], known)
+        meant = f"Did you mean {near}?" if near else f"{self.prog} --help lists all."
+        self.error(f"no option {quoted(flags[0])}. {meant}")
 
     def error(self, message: str) -> NoReturn:
         """Print the usage of the command that was meant, and the error."""

@@ -35,7 +35,7 @@ def read_standard_input() -> str:
     Raises:
         SpecError: it is no text, or too long.
     """
-    from outliermerge.spec.text import MAX_BYTES
+    from outliermerge.spec.text import MAX_BYTES, not_utf8
 
     if sys.stdin is None or sys.stdin.isatty():
         raise SpecError("standard input: nothing is piped into it. Use `… | outliermerge run -`")
@@ -45,7 +45,7 @@ def read_standard_input() -> str:
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise SpecError(f"standard input: cannot be read: {error}") from error
+        raise SpecError(f"standard input: {not_utf8(data, error)}") from error
 
 
 def named_output(options: argparse.Namespace) -> str | None:

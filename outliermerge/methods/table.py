@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outliermerge.arguments import wrong
 from outliermerge.errors import SpecError, nearest, quoted
 from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
@@ -62,6 +63,8 @@ def find_method(name: str) -> MergeMethod:
     >>> find_method("min_sigma").space
     'delta'
     """
+    if not isinstance(name, str):
+        raise wrong("name", name, "a text")
     if ":" in name:
         return import_method(name)
     if name not in METHODS:

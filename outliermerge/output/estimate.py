@@ -14,6 +14,7 @@ from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.checkpoint.sources import Source, TensorMeta
+from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.threads import Target, execute
 from outliermerge.planning.plan import Job, Options, Plan
@@ -51,6 +52,18 @@ class Estimate:
     basis: str
     program_bytes: int | None
     block_bytes: int
+
+    def __repr__(self) -> str:
+        speed = self.bytes_per_second
+        memory = self.process_bytes
+        return short_repr(
+            self,
+            f"about {self.seconds:.3g} s" if self.seconds is not None else "time not known",
+            f"{human_bytes(speed)}/s, {self.basis}" if speed is not None else self.basis,
+            "memory of the process not known"
+            if memory is None
+            else f"{human_bytes(memory)} of memory",
+        )
 
     @property
     def process_bytes(self) -> int | None:

@@ -90,7 +90,7 @@ def write_sidecars(
             has read other values.
     """
     inputs = _inputs(plan, folder.done)
-    check_inputs(plan, inputs)
+    check_inputs(plan, inputs, folder.path)
     drift = measure_drift(plan, folder.done, folder.writer)
     contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
 from outliermerge.storage.files import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, read_bytes
 from outliermerge.storage.json_text import parse_json
@@ -28,12 +29,15 @@ class Manifest(dict[str, Any]):
         )
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of an output, a folder or a file.
 
     Raises:
         OutlierMergeError: there is no manifest, or outliermerge did not write it.
     """
+    if not isinstance(folder, (str, Path)):
+        raise wrong("folder", folder, "a path")
+    folder = as_path(folder)
     path = manifest_path(folder)
     data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
     if data is None:

@@ -39,11 +39,12 @@ def check_sizes(plan: Plan) -> None:
     _refuse(plan, changed)
 
 
-def check_inputs(plan: Plan, inputs: Sequence[Mapping[str, Any]]) -> None:
+def check_inputs(plan: Plan, inputs: Sequence[Mapping[str, Any]], written: Path) -> None:
     """Refuse to finish a repeated merge if other values were read than then.
 
     Args:
         inputs: the entries of the new manifest.
+        written: the folder of the unfinished output.
 
     Raises:
         OutlierMergeError: the message lists the models.
@@ -58,6 +59,7 @@ def check_inputs(plan: Plan, inputs: Sequence[Mapping[str, Any]]) -> None:
             for now, then in pairs
             if now["checksum"] != then.get("checksum")
         ],
+        f" {written} holds what was made of the present values: it can be removed.",
     )
 
 
@@ -68,7 +70,7 @@ def relative_to(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _refuse(plan: Plan, changed: Sequence[str]) -> None:
+def _refuse(plan: Plan, changed: Sequence[str], written: str = "") -> None:
     if not changed or plan.spec.repeated is None:
         return
     file = plan.spec.repeated.file
@@ -76,5 +78,5 @@ def _refuse(plan: Plan, changed: Sequence[str]) -> None:
     way_out = f" To merge what is there now: {beside}." if beside.is_file() else ""
     raise OutlierMergeError(
         f"{file}: this merge cannot be repeated, since models have changed:\n{listing(changed)}\n"
-        f"Bring back what was merged.{way_out}"
+        f"Bring back what was merged.{way_out}{written}"
     )

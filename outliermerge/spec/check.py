@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
-from outliermerge.errors import SpecError, quoted, suggest
+from outliermerge.errors import SpecError, as_path, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
@@ -112,7 +113,9 @@ def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
     """
     if isinstance(spec, Mapping):
         return _check(dict(spec), SpecText("spec"))
-    path = Path(spec)
+    if not isinstance(spec, (str, Path)):
+        raise wrong("spec", spec, "a YAML file or a dict")
+    path = as_path(spec)
     if repeated := read_repeated(path):
         return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
     return parse_spec(read_text(path, absent="no such spec file"), file=str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,17 @@ def read_text(path: Path, *, absent: str) -> str:
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
+        raise SpecError(f"{path}: {not_utf8(data, error)}") from error
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    """Return what is wrong with a text that is not UTF-8, and what to do."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is UTF-16, as Windows programs save it: save it as UTF-8"
+    line = data.count(b"\n", 0, error.start) + 1
+    return (
+        f"is no UTF-8 text: found byte 0x{data[error.start]:02x} in line {line}. Save it as UTF-8"
+    )
 
 
 def as_yaml(document: Mapping[str, Any]) -> str:

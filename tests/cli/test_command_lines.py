@@ -77,7 +77,7 @@ class TestFileAndFolder:
         [
             (b"merge_method: [", "error: standard input:1:16: not valid YAML"),
             (b"", "error: standard input: found nothing"),
-            (b"\xff", "error: standard input: cannot be read"),
+            (b"\xff", "error: standard input: is no UTF-8 text"),
             (b" " * 3_000_000, "error: standard input: more than"),
         ],
         ids=["no YAML", "nothing", "no text", "too long"],
@@ -101,6 +101,9 @@ class TestFileAndFolder:
             ("merge.yml a.yml", "a.yml is named as the output, but looks like a spec"),
             ("plan merge.yml a -o b", "two outputs are given"),
             ("merge.yml a b", "unrecognized arguments: b"),
+            ("run merge.yml a --memroy 2GiB", "no option '--memroy'. Did you mean --memory?"),
+            ("merge.yml a --overwrit=yes", "no option '--overwrit'. Did you mean --overwrite?"),
+            ("plan merge.yml -z", "no option '-z'. outliermerge plan --help lists all."),
             ("absent.yaml out", "absent.yaml: no such spec file"),
             ("run absent out", "absent: no such file, and no spec of that name ships"),
         ],

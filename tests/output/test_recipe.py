@@ -131,6 +131,7 @@ def test_a_manifest_is_not_run_on_other_models(place, change, message):
     with pytest.raises(OutlierMergeError, match=message) as caught:
         outliermerge.run("first/outliermerge.json", output="again")
     assert not Path("again").exists()
+    assert ("again.partial holds" in str(caught.value)) == Path("again.partial").exists()
     if change is not shutil.rmtree:
         assert "first/recipe.yaml" in str(caught.value)
         outliermerge.run("first/recipe.yaml", output="now")

@@ -488,14 +488,21 @@ def test_a_deeply_nested_spec_is_refused(folder, capsys):
     assert message.startswith("error: DIR/spec.yaml")
 
 
-def test_bytes_that_are_not_utf8_are_refused(folder, capsys):
-    code, message = _plan(folder, b"merge_method: ti\xe9s\n", capsys)
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"t: 2\nmerge_method: ti\xe9s\n", "is no UTF-8 text: found byte 0xe9 in line 2. Save it"),
+        (
+            "merge_method: ties\n".encode("utf-16"),
+            "is UTF-16, as Windows programs save it: save it",
+        ),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_refused(folder, data, said, capsys):
+    code, message = _plan(folder, data, capsys)
 
     assert code == 2
-    assert message == (
-        "error: DIR/spec.yaml: cannot be read: 'utf-8' codec can't decode byte 0xe9 in position "
-        "16: invalid continuation byte\n"
-    )
+    assert message == f"error: DIR/spec.yaml: {said} as UTF-8\n"
 
 
 def test_no_control_character_of_a_spec_reaches_the_terminal(folder, capsys):
