@@ -11,6 +11,7 @@ from outliermerge.cli.shipped import Kind, shipped, summary
 from outliermerge.cli.terminal import open_console, plain_table, text
 from outliermerge.errors import SpecError, quoted, suggest
 
+_IN_A_CLONE = ("models/", "evals/")
 _KINDS: tuple[Kind, ...] = ("spec", "suite")
 
 
@@ -50,6 +51,15 @@ def run(options: argparse.Namespace) -> int:
     for table in (specs, suites):
         console.print(table)
         console.print()
+    of_a_clone = [
+        name
+        for kind, name, path in found
+        if kind == "spec" and any(model.startswith(_IN_A_CLONE) for model in _models(path))
+    ]
+    console.print(
+        f"{', '.join(of_a_clone)} merge models of a clone: run them in its folder, the minilm_… "
+        "after `make demo-minilm`. The other specs fetch theirs from the hub."
+    )
     console.print("`outliermerge run NAME` and `eval --suite NAME` take them from any folder;")
     console.print("`outliermerge configs NAME > merge.yaml` makes a copy of one to change.")
     return EXIT_DONE

@@ -93,6 +93,8 @@ def test_the_list_has_all_of_them(capsys, monkeypatch):
     for kind in ("spec", "suite"):
         for name in shipped(kind):
             assert re.search(rf"^{name} +\w", printed, re.MULTILINE)
+    assert "tiny_ties merge models of a clone" in printed
+    assert "llava_math, " not in printed
 
 
 @pytest.mark.parametrize(
