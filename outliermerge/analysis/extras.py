@@ -22,6 +22,4 @@ def require(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise OutlierMergeError(
-            f"{what} needs {package}: pip install 'outliermerge[weights]'"
-        ) from error
+        raise OutlierMergeError(f"{what} needs {package}: pip install {package}") from error

@@ -26,9 +26,7 @@ def draw(table: Table, path: Path) -> None:
         # The object interface: pyplot would choose a backend and keep every figure.
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OutlierMergeError(
-            "a chart needs matplotlib: pip install 'outliermerge[eval]'"
-        ) from error
+        raise OutlierMergeError("a chart needs matplotlib: pip install matplotlib") from error
     columns = [*table.titles, *([AVG] if table.averaged else [])]
     bar = 0.84 / len(table.rows)
     # 0.13 inch is the narrowest bar whose error bar can still be read.

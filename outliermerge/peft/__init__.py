@@ -18,8 +18,7 @@ try:
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise OutlierMergeError(
-        f"outliermerge.peft needs {error.name}, which is not installed: "
-        "pip install 'outliermerge[peft]'"
+        f"outliermerge.peft needs {error.name}, which is not installed: pip install {error.name}"
     ) from error
 
 from outliermerge.peft.config import NoiseConfig, ScaledLoraConfig
