@@ -152,7 +152,7 @@ def test_quantiles_are_those_of_the_elements_to_a_bin():
 
 def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OutlierMergeError, match=r"pip install 'outliermerge\[weights\]'"):
+    with pytest.raises(OutlierMergeError, match=r"pip install matplotlib"):
         draw_figures([subject({"w": gaussian(8, 8)})], tmp_path)
 
 

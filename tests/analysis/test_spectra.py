@@ -235,7 +235,7 @@ def test_arguments_out_of_range_are_told(tmp_path):
 
 def test_a_missing_powerlaw_is_told_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "powerlaw", None)
-    with pytest.raises(OutlierMergeError, match=r"pip install 'outliermerge\[weights\]'"):
+    with pytest.raises(OutlierMergeError, match=r"pip install powerlaw"):
         fit_power_law(range(1, 50))
 
 

@@ -225,7 +225,7 @@ def test_a_suite_that_is_not_there_or_not_text_is_told(tmp_path):
     with pytest.raises(SpecError, match="is a folder, expected a YAML file"):
         load_suite(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"tasks: \xff\xfe")
-    with pytest.raises(SpecError, match=r"binary\.yaml: cannot be read"):
+    with pytest.raises(SpecError, match=r"binary\.yaml: is no UTF-8 text"):
         load_suite(tmp_path / "binary.yaml")
 
 
