@@ -596,6 +596,19 @@ class TestMethods:
         for parameter in METHODS[name].parameters:
             assert re.search(rf"^{parameter} ", text, re.MULTILINE)
 
+    @pytest.mark.parametrize("name", METHODS)
+    def test_one_method_is_told_in_the_words_of_a_spec(
+        self, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        method = METHODS[name]
+        assert cli.main(["methods", name]) == 0
+        text = capsys.readouterr().out
+        told = re.findall(r"^ {4}(\S+): ", text, re.MULTILINE)
+        assert sorted(told) == sorted(method.parameters)
+        # No argument of the function that no spec can set, and no shape of one.
+        assert not re.search(r"\b\w+_[A-Z]{1,3}\b|\b[a-z]\w*_\b|\(.*\bM\b.*\)|Args:", text)
+        assert not any(re.search(rf"^ +{need}: ", text, re.MULTILINE) for need in method.needs)
+
     def test_json_describes_the_parameters(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["methods", "--json"]) == 0
         listed = json.loads(capsys.readouterr().out)
