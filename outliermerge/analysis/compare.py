@@ -110,12 +110,15 @@ class Comparison:
                 f"{pair.distance:.3g}",
                 f"{pair.sign_agreement:.1%}",
                 f"{pair.outlier_overlap:.1%}",
-                f"{pair.conflict_ratio:.3%}",
+                # Of weights nothing conflicts: they are not added up.
+                *([f"{pair.conflict_ratio:.3%}"] if self.base is not None else []),
             )
             for pair in self.pairs
         ]
-        columns = ("model", "and", "cosine", "distance", "equal signs", "shared outliers")
-        return html_table((*columns, "conflicts"), rows) + html_words(self.verdict)
+        columns = ["model", "and", "cosine", "distance", "equal signs", "shared outliers"]
+        if self.base is not None:
+            columns.append("conflicts")
+        return html_table(columns, rows) + html_words(self.verdict)
 
     @property
     def verdict(self) -> str:
@@ -331,7 +334,7 @@ def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[st
     if cosine > 0.5:  # for nearly equal vectors only the difference is accurate
         apart = _ratio(distance, norm_a) * _ratio(distance, norm_b)
         cosine = 1 - (apart - (norm_a - norm_b) ** 2 / norm_a / norm_b) / 2
-    both, own = counts.outliers[a][b], counts.own_outliers
+    both, own = counts.both_outliers[a][b], counts.own_outliers
     disagreeing = (counts.non_zero[a][b] - counts.signs[a][b]) // 2
     return {
         "cosine": min(max(cosine, -1.0), 1.0),
@@ -345,8 +348,8 @@ def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[st
         "sign_agreement": _ratio(counts.non_zero[a][b] - disagreeing, counts.non_zero[a][b]),
         "sign_conflict_ratio": disagreeing / num,
         "outlier_overlap": _ratio(own[a][b], own[a][a] + own[b][b] - own[a][b]),
-        "outlier_ratio_a": counts.outliers[a][a] / num,
-        "outlier_ratio_b": counts.outliers[b][b] / num,
+        "outlier_ratio_a": counts.outliers[a][b] / num,
+        "outlier_ratio_b": counts.outliers[b][a] / num,
         "both_outliers_ratio": both / num,
         "conflict_ratio": (both - counts.outlier_signs[a][b]) / 2 / num,
     }
