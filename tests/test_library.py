@@ -646,7 +646,6 @@ class TestImport:
             ("weightstats", "WeightStats"),
             ("mege_tensors", "merge_tensors"),
             ("plans", "plan"),
-            ("methods", "METHODS"),
         ],
     )
     def test_an_unknown_name_gets_the_one_that_has_its_word(self, asked: str, meant: str) -> None:
