@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
-WAITING = "checking that transformers loads it"
 BAR_EXPLAINED = """\
 The progress counts the bytes of all passes: a tensor is read once to merge it, and once more for
 each pass that its method first measures it in; and it is written once. Without a terminal it is a

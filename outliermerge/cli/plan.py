@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import (
-    WAITING,
     Command,
     add_planning,
     print_json,
@@ -22,7 +21,7 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
-from outliermerge.cli.terminal import open_console, status, text
+from outliermerge.cli.terminal import WAITING, open_console, status, text
 from outliermerge.errors import as_path, shown
 
 if TYPE_CHECKING:

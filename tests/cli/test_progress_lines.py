@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from hostile.cases import pair
+from rich.console import Console
 from waiting import LIMIT_SECONDS
 
 from outliermerge.cli.lines import INTERVAL_VARIABLE, ProgressLines
+from outliermerge.cli.terminal import MergeBar
 
 
 def test_a_line_tells_percent_bytes_speed_and_time_left():
@@ -93,3 +96,31 @@ def test_a_run_prints_them_on_stderr_alone(tmp_path: Path, flags, may_speak):
     assert done.stdout.startswith("{")
     assert "merging" not in done.stdout
     assert bool(re.search(r"^merging", done.stderr, re.MULTILINE)) == may_speak
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_percent(
+    monkeypatch, num, is_terminal
+):
+    monkeypatch.setattr("rich.console.Console.is_terminal", is_terminal)
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+    wanted = {1: "merged; checking that transformers loads it",
+              3: "all 3 outputs merged; checking that transformers loads each of them"}[num]  # fmt: skip
+
+    def shown(bar):
+        if not is_terminal:
+            return bar._bar.line(time.monotonic())
+        console = Console(width=300, file=io.StringIO())
+        console.print(bar._bar.get_renderable())
+        return console.file.getvalue()
+
+    with MergeBar(1000, num, quiet=False) as bar:
+        bar.advance(500)
+        assert "50" in shown(bar)
+        bar.advance(500)
+        bar.wait()
+        waiting = shown(bar)
+        assert wanted in waiting and "100" not in waiting and "left" not in waiting
+        bar.done()
+        assert not is_terminal or ("merged" in shown(bar) and "checking" not in shown(bar))
