@@ -55,18 +55,19 @@ def test_lines_are_printed_while_it_goes_on_and_not_after(capsys):
     assert not lines._thread.is_alive()
 
 
-def test_what_is_waited_for_is_said_once(capsys):
+def test_what_is_waited_for_is_said_once(monkeypatch):
+    said = io.StringIO()  # capsys could lose what is printed while it is read
+    monkeypatch.setattr(sys, "stderr", said)
     with ProgressLines(interval_seconds=0.001) as lines:
         task = lines.add_task("merging", total=2e9)
         lines.update(task, description="checking", completed=2e9)
         limit = time.monotonic() + LIMIT_SECONDS
-        printed = ""
-        while "checking" not in printed and time.monotonic() < limit:
-            printed += capsys.readouterr().err
+        while "checking" not in said.getvalue() and time.monotonic() < limit:
+            pass
         lines.update(task, total=4e9)
-        while "50%" not in printed and time.monotonic() < limit:
-            printed += capsys.readouterr().err
-    assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", printed)
+        while "50%" not in said.getvalue() and time.monotonic() < limit:
+            pass
+    assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", said.getvalue())
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan"])
@@ -105,8 +106,9 @@ def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_per
 ):
     monkeypatch.setattr("rich.console.Console.is_terminal", is_terminal)
     monkeypatch.setenv(INTERVAL_VARIABLE, "0")
-    wanted = {1: "merged; checking that transformers loads it",
-              3: "all 3 outputs merged; checking that transformers loads each of them"}[num]  # fmt: skip
+    wanted = "merged; checking that transformers loads it"
+    if num == 3:
+        wanted = "all 3 outputs merged; checking that transformers loads each of them"
 
     def shown(bar):
         if not is_terminal:
@@ -117,10 +119,10 @@ def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_per
 
     with MergeBar(1000, num, quiet=False) as bar:
         bar.advance(500)
-        assert "50" in shown(bar)
+        assert "0.5" in shown(bar) or "50%" in shown(bar)
         bar.advance(500)
         bar.wait()
         waiting = shown(bar)
-        assert wanted in waiting and "100" not in waiting and "left" not in waiting
+        assert wanted in waiting and "left" not in waiting and "━" not in waiting
         bar.done()
         assert not is_terminal or ("merged" in shown(bar) and "checking" not in shown(bar))

@@ -999,6 +999,28 @@ class TestVerify:
             self.capsys.readouterr().err
         )
 
+    @pytest.mark.parametrize(
+        "words",
+        ["verify OUT", "verify OUT --load", "stats OUT", "layers OUT", "report OUT -o page.html",
+         "compare-weights OUT base", "stats base --base OUT", "plan spec.yaml", "run spec.yaml to"],
+    )  # fmt: skip
+    def test_an_unfinished_output_is_no_model(
+        self, tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("base", "out.partial"):
+            save_tensors(tmp_path / name, {"layers.0.w": torch.ones(4, 4)})
+        spec = "merge_method: linear\nmodels: [{model: base}, {model: out.partial}]\n"
+        (tmp_path / "spec.yaml").write_text(spec)
+        with closing(Journal(tmp_path / "out")) as journal:
+            journal.begin({})
+        before = sorted(path.name for path in tmp_path.iterdir())
+        assert cli.main(words.replace("OUT", "out.partial").split()) != 0
+        said = self.capsys.readouterr().err
+        assert "out.partial: is an output that is not finished" in said
+        assert "start the same command again" in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
     def test_no_folder_is_one_message(self, tmp_path: Path) -> None:
         assert cli.main(["verify", str(tmp_path / "absent")]) == 1
         assert "absent: no outliermerge.json" in self.capsys.readouterr().err
