@@ -33,6 +33,7 @@ from outliermerge.errors import (
 )
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, torch_threads
+from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
 from outliermerge.spec.rename import best_rename
 from outliermerge.storage.machine import keep_freed_memory, num_threads
@@ -139,6 +140,7 @@ class Comparison:
 
 
 @checked
+@with_bar("the comparison")
 def compare_weights(
     models: Sequence[str | Path | Subject],
     *,
@@ -165,7 +167,8 @@ def compare_weights(
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: worker threads; 0 chooses by the machine.
         on_total: called once, before reading, with the number of bytes to read.
-        on_progress: called with the number of bytes just read, by any thread.
+        on_progress: called with the number of bytes just read, by any thread. In a notebook a bar
+            shows both if neither is given.
 
     Raises:
         ArgumentError: an option is wrong, or a model is given twice.
