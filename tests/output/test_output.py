@@ -829,7 +829,7 @@ class TestVerify:
         card.write_text(card.read_text() + "More of it.\n")
         assert self._differences(output) == []
         assert cli.main(["verify", str(output)]) == 0
-        assert "note: README.md is another; no loader reads it" in capsys.readouterr().out
+        assert "note: README.md is another; no loader reads it" in capsys.readouterr().err
         card.unlink()
         assert cli.main(["verify", str(output), "--json"]) == 0
         assert "README.md is missing" in json.loads(capsys.readouterr().out)["notes"][0]
