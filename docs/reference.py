@@ -9,7 +9,6 @@ What a page takes stands between `<!-- reference:NAME -->` and `<!-- /reference 
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import re
 from pathlib import Path
@@ -85,7 +84,7 @@ def _method(method: MergeMethod) -> str:
     ]
     parts = [
         f"## `{method.name}`",
-        f"```text\n{inspect.cleandoc(method.documentation)}\n```",
+        f"```text\n{method.spec_documentation}\n```",
         _table(["parameter", "default", "range", "of"], *rows) if rows else "",
         f"From {_linked(method.paper)}." if method.paper else "",
     ]

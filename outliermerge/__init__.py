@@ -136,7 +136,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from outliermerge.errors import nearest
 
-        near = nearest(name, _HOMES)
+        near = nearest(name, _HOMES, by_word=True)
         said = f"Did you mean {near!r}?" if near else "dir(outliermerge) lists all names."
         raise AttributeError(f"module 'outliermerge' has no attribute {name!r}. {said}")
     return getattr(importlib.import_module(f"outliermerge.{_HOMES[name]}"), name)

@@ -17,6 +17,7 @@ _MAX_ROW = 900  # of a listing
 _MORE = re.compile(r"  … and (\d{1,9}) more")
 # Of more choices, or for a longer name, nobody looks for the nearest.
 _MAX_CHOICES, _MAX_WORD = 2000, 200
+_TYPO = 0.8  # names so alike are one name with a slip of the pen
 
 
 # What stands around the arguments that a message names: no file's name can have it.
@@ -177,16 +178,28 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def nearest(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+def nearest(
+    name: str, valid: Iterable[str], *, cutoff: float = 0.6, by_word: bool = False
+) -> str | None:
     """Return the valid name that is most like another one; None if none is like it.
+
+    Args:
+        cutoff: how alike they must be, 0 to 1.
+        by_word: prefer names that have it as one of their words to those that are only alike.
 
     >>> nearest("Base-Model", ["base_model", "models"])
     'base_model'
+    >>> nearest("stats", ["WeightStats", "weight_stats"], by_word=True)
+    'weight_stats'
     """
     choices = {_plain(choice): choice for choice in valid}
     if len(choices) > _MAX_CHOICES or len(str(name)) > _MAX_WORD:
         return None
-    close = difflib.get_close_matches(_plain(str(name)), choices, n=1, cutoff=cutoff)
+    wanted = _plain(str(name))
+    close = difflib.get_close_matches(wanted, choices, n=1, cutoff=cutoff)
+    if by_word and not difflib.get_close_matches(wanted, close, cutoff=max(cutoff, _TYPO)):
+        having = [choice for choice in choices if wanted in choice.split("_")]
+        close = difflib.get_close_matches(wanted, having, n=1, cutoff=0) or close
     return choices[close[0]] if close else None
 
 
@@ -203,7 +216,7 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     'Valid: density, weight.'
     """
     choices = sorted(valid)
-    if close := nearest(name, choices):
+    if close := nearest(name, choices, by_word=True):
         return f"Did you mean {quoted(close)}?"
     if not choices:
         return "None is valid here."

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from outliermerge.display import html_words, human_bytes
 
 _INTERVAL_SECONDS = 0.5
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def in_notebook() -> bool:
@@ -21,7 +25,7 @@ def in_notebook() -> bool:
 
 
 class NotebookBar:
-    """Shows a bar while a merge runs, without widgets.
+    """Shows a bar while something is done, without widgets.
 
     Args:
         what: is being done.
@@ -48,6 +52,12 @@ class NotebookBar:
         self._what += " stopped" if kind else " is done"
         self._update()
 
+    def add_total(self, num_bytes: int) -> None:
+        """Count bytes that are still to be worked on."""
+        with self._lock:
+            self._total += num_bytes
+        self._update()
+
     def advance(self, num_bytes: int) -> None:
         """Count bytes; called by any thread."""
         now = time.monotonic()
@@ -67,6 +77,29 @@ class NotebookBar:
         words = f"{self._what}: {human_bytes(done)} of {human_bytes(self._total)}, {seconds:.0f} s"
         bar = f'<progress value="{done}" max="{max(1, self._total)}"></progress>'
         return _Html(bar + html_words(words), words)
+
+
+def with_bar(what: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Let a function with `on_total` and `on_progress` show a bar in a notebook.
+
+    A caller who gives one of the two shows progress in another way, and gets no bar.
+
+    Args:
+        what: the function does.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def call(*positional: _P.args, **keywords: _P.kwargs) -> _R:
+            if not in_notebook() or keywords.keys() & {"on_total", "on_progress"}:
+                return function(*positional, **keywords)
+            with NotebookBar(what, 0) as bar:
+                keywords["on_total"], keywords["on_progress"] = bar.add_total, bar.advance
+                return function(*positional, **keywords)
+
+        return call
+
+    return decorate
 
 
 class _Html:

@@ -635,6 +635,23 @@ class TestImport:
             outliermerge.mege  # noqa: B018
         assert not hasattr(outliermerge, "importlib_not_there")
 
+    @pytest.mark.parametrize(
+        ("asked", "meant"),
+        [
+            ("stats", "weight_stats"),
+            ("compare", "compare_weights"),
+            ("spectra", "layer_spectra"),
+            ("report", "build_report"),
+            ("weights_stats", "weight_stats"),
+            ("weightstats", "WeightStats"),
+            ("mege_tensors", "merge_tensors"),
+            ("plans", "plan"),
+        ],
+    )
+    def test_an_unknown_name_gets_the_one_that_has_its_word(self, asked: str, meant: str) -> None:
+        with pytest.raises(AttributeError, match=f"Did you mean '{meant}'"):
+            getattr(outliermerge, asked)
+
     def test_the_caller_s_threads_are_left_as_they_are(self, tmp_path: Path) -> None:
         """In a new process: torch's settings are of the process."""
         _save(tmp_path, *_family())

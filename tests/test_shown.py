@@ -189,6 +189,39 @@ def test_where_bytes_are_counted_already_no_bar_is_shown(made, notebook, tmp_pat
     assert seen and notebook == []
 
 
+def _looks(made, tmp_path):
+    models = [model.reference for model in made["plan"].spec.models]
+    return {
+        "weight_stats": lambda **more: outliermerge.weight_stats(models[0], **more),
+        "compare_weights": lambda **more: outliermerge.compare_weights(models, **more),
+        "layer_spectra": lambda **more: outliermerge.layer_spectra(models[0], num_values=4, **more),
+        "simulate": lambda **more: outliermerge.simulate(num_points=1000, **more),
+        "build_report": lambda **more: outliermerge.build_report(
+            models[:1], output=tmp_path / "page.html", **more
+        ),
+    }
+
+
+LOOKS = ("weight_stats", "compare_weights", "layer_spectra", "simulate", "build_report")
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_what_reads_weights_shows_one_bar_in_a_notebook(made, notebook, tmp_path, name):
+    _looks(made, tmp_path)[name]()
+    done = repr(notebook[-1])
+    found = re.fullmatch(r"the [\w ]+ is done: ([\d.]+ \w?B) of \1, \d+ s", done)
+    assert found and found[1] != "0 B", done
+    assert sum("is done" in repr(each) for each in notebook) == 1
+
+
+@pytest.mark.parametrize("name", LOOKS)
+@pytest.mark.parametrize("given", ["on_total", "on_progress"])
+def test_who_counts_bytes_gets_no_bar(made, notebook, tmp_path, name, given):
+    seen = []
+    _looks(made, tmp_path)[name](**{given: seen.append})
+    assert seen and notebook == []
+
+
 @pytest.mark.parametrize("shell", [None, types.SimpleNamespace()], ids=["none", "a terminal"])
 def test_a_terminal_is_no_notebook(monkeypatch, shell):
     fake = types.ModuleType("IPython")

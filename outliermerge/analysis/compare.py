@@ -33,6 +33,7 @@ from outliermerge.errors import (
 )
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, torch_threads
+from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
 from outliermerge.spec.rename import best_rename
 from outliermerge.storage.machine import keep_freed_memory, num_threads
@@ -110,12 +111,15 @@ class Comparison:
                 f"{pair.distance:.3g}",
                 f"{pair.sign_agreement:.1%}",
                 f"{pair.outlier_overlap:.1%}",
-                f"{pair.conflict_ratio:.3%}",
+                # Of weights nothing conflicts: they are not added up.
+                *([f"{pair.conflict_ratio:.3%}"] if self.base is not None else []),
             )
             for pair in self.pairs
         ]
-        columns = ("model", "and", "cosine", "distance", "equal signs", "shared outliers")
-        return html_table((*columns, "conflicts"), rows) + html_words(self.verdict)
+        columns = ["model", "and", "cosine", "distance", "equal signs", "shared outliers"]
+        if self.base is not None:
+            columns.append("conflicts")
+        return html_table(columns, rows) + html_words(self.verdict)
 
     @property
     def verdict(self) -> str:
@@ -136,6 +140,7 @@ class Comparison:
 
 
 @checked
+@with_bar("the comparison")
 def compare_weights(
     models: Sequence[str | Path | Subject],
     *,
@@ -162,7 +167,8 @@ def compare_weights(
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: worker threads; 0 chooses by the machine.
         on_total: called once, before reading, with the number of bytes to read.
-        on_progress: called with the number of bytes just read, by any thread.
+        on_progress: called with the number of bytes just read, by any thread. In a notebook a bar
+            shows both if neither is given.
 
     Raises:
         ArgumentError: an option is wrong, or a model is given twice.
@@ -331,7 +337,7 @@ def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[st
     if cosine > 0.5:  # for nearly equal vectors only the difference is accurate
         apart = _ratio(distance, norm_a) * _ratio(distance, norm_b)
         cosine = 1 - (apart - (norm_a - norm_b) ** 2 / norm_a / norm_b) / 2
-    both, own = counts.outliers[a][b], counts.own_outliers
+    both, own = counts.both_outliers[a][b], counts.own_outliers
     disagreeing = (counts.non_zero[a][b] - counts.signs[a][b]) // 2
     return {
         "cosine": min(max(cosine, -1.0), 1.0),
@@ -345,8 +351,8 @@ def _columns(a: int, b: int, number: int, sums: Sums, counts: Counts) -> dict[st
         "sign_agreement": _ratio(counts.non_zero[a][b] - disagreeing, counts.non_zero[a][b]),
         "sign_conflict_ratio": disagreeing / num,
         "outlier_overlap": _ratio(own[a][b], own[a][a] + own[b][b] - own[a][b]),
-        "outlier_ratio_a": counts.outliers[a][a] / num,
-        "outlier_ratio_b": counts.outliers[b][b] / num,
+        "outlier_ratio_a": counts.outliers[a][b] / num,
+        "outlier_ratio_b": counts.outliers[b][a] / num,
         "both_outliers_ratio": both / num,
         "conflict_ratio": (both - counts.outlier_signs[a][b]) / 2 / num,
     }

@@ -63,7 +63,9 @@ class Counts:
     Attributes:
         non_zero: elements that are non-zero in both.
         signs: the number of equal signs minus that of opposite signs among the elements above.
-        outliers: elements above min-σ's threshold in both.
+        outliers: elements of the first beyond tσ, where σ is the smaller one of the two models:
+            what min-σ keeps whole of it in a merge of the two.
+        both_outliers: elements that are outliers so in both.
         outlier_signs: among these, the number of equal signs minus the number of opposite signs.
         own_outliers: elements that are outliers in both, by each model's own σ.
     """
@@ -71,6 +73,7 @@ class Counts:
     non_zero: tuple[tuple[int, ...], ...]
     signs: tuple[tuple[int, ...], ...]
     outliers: tuple[tuple[int, ...], ...]
+    both_outliers: tuple[tuple[int, ...], ...]
     outlier_signs: tuple[tuple[int, ...], ...]
     own_outliers: tuple[tuple[int, ...], ...]
 
@@ -207,8 +210,9 @@ def _counts(chunk_SC: Tensor, has_base: bool, own: Sequence[float]) -> Counts:
     """Return the counts of a chunk, which is overwritten.
 
     Args:
-        own: the threshold from each model's σ; the lowest is min-σ's. It is infinite for a model
-            whose values are not all finite, and the counts of that model have no meaning.
+        own: the threshold from each model's σ; min-σ takes the lower one of a pair. It is infinite
+            for a model whose values are not all finite, and the counts of that model have no
+            meaning.
     """
     import torch
 
@@ -218,16 +222,23 @@ def _counts(chunk_SC: Tensor, has_base: bool, own: Sequence[float]) -> Counts:
     # Arithmetic instead of boolean masks, because masks take torch's CPU kernels several times
     # longer. The sums of signs are exact in float32, because a span has fewer than 2²⁴ elements.
     signs_MC = vectors_MC.sign().float()
-    outliers_MC = vectors_MC.hardshrink(min(own)).sign_().float()  # 0 where |x| ≤ tσ
-    own_MC = torch.stack(
-        [
-            outlier_C if limit == min(own) else row_C.hardshrink(limit).sign_().float()
-            for row_C, outlier_C, limit in zip(vectors_MC, outliers_MC, own, strict=True)
-        ]
-    ).abs_()
-    products = [_gram(signs_MC), _gram(outliers_MC)]
-    non_zero, outliers = _gram(signs_MC.abs_()), _gram(outliers_MC.abs_())
-    found = torch.stack([non_zero, products[0], outliers, products[1], _gram(own_MC)])
+    signs_MM = _gram(signs_MC)
+    non_zero_MM = _gram(signs_MC.abs_())
+    own_MC, outliers_MM = torch.empty_like(signs_MC), torch.zeros_like(signs_MM)
+    both_MM, outlier_signs_MM = torch.zeros_like(signs_MM), torch.zeros_like(signs_MM)
+    order = sorted(range(len(own)), key=own.__getitem__)
+    for number, low in enumerate(order):  # the pairs in which this model's σ is the smaller one
+        pair = order[number:]
+        found_MC = torch.stack([vectors_MC[m].hardshrink(own[low]) for m in pair])
+        found_MC = found_MC.sign_().float()  # 0 where |x| ≤ tσ
+        outlier_signs_MM[low, pair] = outlier_signs_MM[pair, low] = found_MC @ found_MC[0]
+        own_MC[low] = found_MC.abs_()[0]
+        both_MM[low, pair] = both_MM[pair, low] = found_MC @ found_MC[0]
+        outliers_MM[low, pair] = found_MC[0].sum()
+        outliers_MM[pair, low] = found_MC.sum(1)
+    found = torch.stack(
+        [non_zero_MM, signs_MM, outliers_MM, both_MM, outlier_signs_MM, _gram(own_MC)]
+    )
     return Counts(*(tuple(map(tuple, table)) for table in found.long().tolist()))
 
 

@@ -36,13 +36,14 @@ class PairStats:
         outlier_overlap: the Jaccard index of the positions of outliers, by each model's own σ: the
             number of elements with |a| > tσ_a and |b| > tσ_b, divided by the number with at least
             one of the two.
-        outlier_ratio_a, outlier_ratio_b: the share of elements that min-σ keeps whole: |x| > tσ,
-            where σ is the smallest of this tensor's σ among all compared models. For whole models,
-            each tensor has its own threshold.
+        outlier_ratio_a, outlier_ratio_b: the share of elements that min-σ keeps whole in a merge
+            of these two: |x| > tσ, where σ is the smaller one of this tensor's two. For whole
+            models, each tensor has its own threshold.
         both_outliers_ratio: the share of elements that min-σ keeps whole in both models, and adds
             up.
         conflict_ratio: the share of all elements that are outliers in both models with opposite
-            signs. In a merge they cancel out, while those with equal signs add up.
+            signs. In a merge they cancel out, while those with equal signs add up. Only of task
+            vectors does it mean something.
     """
 
     name: str

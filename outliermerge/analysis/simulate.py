@@ -14,6 +14,7 @@ from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
 from outliermerge.arguments import checked
 from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument
+from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
 from outliermerge.storage.files import write_whole
 
@@ -92,6 +93,7 @@ class Simulation:
 
 
 @checked
+@with_bar("the simulation")
 def simulate(
     *,
     seed: int = 42,

@@ -33,6 +33,7 @@ from outliermerge.errors import (
     shown,
 )
 from outliermerge.execution.threads import choose_device
+from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
 
 DEFAULT_NUM_VALUES = 16
@@ -118,6 +119,7 @@ class LayerSpectra:
 
 
 @checked
+@with_bar("the reading of spectra")
 def layer_spectra(
     model: str | Path | Subject,
     *,

@@ -32,6 +32,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, show
 from outliermerge.execution.computing import reads_by_torch
 from outliermerge.execution.rounds import Steps, run_all
 from outliermerge.execution.threads import choose_device, exceeds_memory, torch_threads
+from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
 from outliermerge.storage.machine import keep_freed_memory, num_threads
 
@@ -43,6 +44,7 @@ DEFAULT_SMALL = 1e-3
 
 
 @checked
+@with_bar("the reading of weights")
 def weight_stats(
     model: str | Path | Subject,
     *,
@@ -75,7 +77,8 @@ def weight_stats(
         threads: worker threads; 0 chooses by the number of processors.
         kernels: use the fused kernels on the CPU; False uses torch.
         on_total: called once, before reading, with the number of bytes of all readings.
-        on_progress: called with the number of bytes just read, by any thread.
+        on_progress: called with the number of bytes just read, by any thread. In a notebook a bar
+            shows both if neither is given.
 
     Raises:
         ArgumentError: an argument is wrong.

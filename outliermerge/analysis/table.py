@@ -219,7 +219,7 @@ class WeightStats:
         num = sum(tensor.num_elements for tensor in self.tensors)
         return [
             f"{what}: {len(self.tensors)} tensors, {num:,} elements",
-            f"kept within {self.filter:g}σ, small below {self.small:g}",
+            f"kept within {self.filter:g}σ, small where |x| < {self.small:g}",
         ]
 
     @property

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from outliermerge.cli.parts import Command, add_machine
+from outliermerge.cli.parts import Command, add_machine, print_notes
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if write_files(options, found.as_dict(), [pair.as_dict() for pair in found.tensors]):
         print_comparison(found, by=options.by)
+    print_notes(found.notes, options)
     return 0
 
 
@@ -78,35 +79,36 @@ def print_comparison(found: Comparison, *, by: str) -> None:
     console = open_console()
     what = "weights" if found.base is None else f"task vectors against {found.base}"
     print_words(console, f"{what} of:", "bold")
+    columns = _PAIR_COLUMNS if found.base is not None else _PAIR_COLUMNS[:-1]
     letters = letters_of(len(found.models))
     for letter, model in zip(letters, found.models, strict=True):
         print_words(console, f"  {letter}  {model}")
     if by == "model" and len(found.models) > 2:
-        for title, column, form in _PAIR_COLUMNS:
+        for title, column, form in columns:
             _matrix_table(found, title, column, form, letters).print(console)
     else:
-        _pair_table(found, by, letters).print(console)
-    print_words(
-        console,
-        f"sign: the same in both. Of outliers beyond {found.t:g}σ, shared: at the same places; "
-        "conflict: share of all elements where both are kept whole by min-σ, and cancel.",
-        "dim",
-    )
-    for note in found.notes:
-        print_words(console, f"note: {note}")
+        _pair_table(found, by, letters, columns).print(console)
+    words = f"sign: the same in both. shared: of the outliers beyond {found.t:g}σ, those at the "
+    words += "same places."
+    if found.base is not None:
+        words += " conflict: share of all elements that min-σ would keep whole of both in a merge "
+        words += "of these two alone, with opposite signs, so that they cancel."
+    print_words(console, words, "dim")
     print_words(console, found.verdict, "bold")
 
 
-def _pair_table(found: Comparison, by: str, letters: Sequence[str]) -> NamedTable:
+def _pair_table(
+    found: Comparison, by: str, letters: Sequence[str], columns: Sequence[tuple[str, str, str]]
+) -> NamedTable:
     from outliermerge.analysis.table import spread
 
     several = by == "model" or len(found.pairs) > 1
     first = [*([] if by == "model" else [by]), *(["models"] if several else [])]
-    table = NamedTable(*first, *(title for title, _, _ in _PAIR_COLUMNS)).left(*first)
+    table = NamedTable(*first, *(title for title, _, _ in columns)).left(*first)
     for name, (a, b), rows in _pair_groups(found, by):
         cells = (
             number_text(spread(getattr(row, column) for row in rows).mean, form)
-            for _, column, form in _PAIR_COLUMNS
+            for _, column, form in columns
         )
         named = [] if by == "model" else [name]
         pair = [f"{letters[a]} {letters[b]}"] if several else []

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from outliermerge.cli.parts import Command, add_machine, count
+from outliermerge.cli.parts import Command, add_machine, count, print_notes
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if write_files(options, table, []):
         print_layers(found, distances)
+    print_notes([note for spectra in found for note in spectra.notes], options)
     return 0
 
 
@@ -91,8 +92,6 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
         together = [distance for module in spectra.modules for distance in module.distances]
         table.add_row("all types together", "", *_fit_cells(together, spectra.fit, is_wide))
         table.print(console)
-        for note in spectra.notes:
-            print_words(console, f"note: {note}")
     print_words(
         console,
         "distance: how differently the singular values of two layers fall off, from 0 for the same "

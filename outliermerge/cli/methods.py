@@ -40,7 +40,7 @@ def _describe(method: MergeMethod) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,
-        "documentation": method.documentation,
+        "documentation": method.spec_documentation,
         "paper": method.paper,
         "space": method.space,
         "cut": method.cut,
@@ -87,7 +87,7 @@ def print_method(method: MergeMethod) -> None:
     """Print a method's documentation."""
     console = open_console(soft_wrap=True)
     console.print(text(method.name, style="bold"))
-    console.print(text(method.documentation))
+    console.print(text(method.spec_documentation))
     console.print()
     console.print(_parameter_table(method))
     if method.paper:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from outliermerge.errors import quoted, readable
+from outliermerge.errors import MAX_NOTE, quoted, readable
 
 if TYPE_CHECKING:
     from outliermerge.output.options import RunOptions
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 LOAD_CHECK_VARIABLE = "OUTLIERMERGE_LOAD_CHECK"
-WAITING = "checking that transformers loads it"
 BAR_EXPLAINED = """\
 The progress counts the bytes of all passes: a tensor is read once to merge it, and once more for
 each pass that its method first measures it in; and it is written once. Without a terminal it is a
@@ -67,11 +66,12 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 
 def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
-    """Print notes beside the output, each once; with --json they are in it."""
-    if not options.json and not options.quiet:
+    """Print notes after the output, each once; JSON on the standard output has them in it."""
+    if options.json not in (True, "-") and not options.quiet:
+        sys.stdout.flush()  # where both go to one file, the notes stand below
         said = list(dict.fromkeys(notes))
         for note in said[:_MAX_NOTES]:
-            say(f"note: {note}", file=sys.stderr)
+            print(readable(f"note: {note}", MAX_NOTE), file=sys.stderr)
         if len(said) > _MAX_NOTES:
             say(f"note: {len(said) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
 

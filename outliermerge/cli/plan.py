@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options, say
+from outliermerge.cli.parts import (
+    Command,
+    add_planning,
+    print_json,
+    print_notes,
+    run_options,
+    say,
+)
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
-from outliermerge.cli.terminal import open_console, status, text
-from outliermerge.errors import MAX_NOTE, as_path, readable, shown
+from outliermerge.cli.terminal import WAITING, open_console, status, text
+from outliermerge.errors import as_path, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
             estimate=estimate,
             free_bytes=free,
             loads_in=verdict.by if verdict else (),
-            with_notes=not options.quiet,
             with_tensors=options.tensors,
         )
+    print_notes(planned.notes, options)
     if why_not:
         say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
     if planned.num_written_bytes > free:
@@ -148,7 +155,6 @@ def print_plan(
     estimate: Estimate,
     free_bytes: int,
     loads_in: Sequence[str] = (),
-    with_notes: bool = True,
     with_tensors: bool = False,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
@@ -177,8 +183,6 @@ def print_plan(
     if with_tensors:
         console.print()
         _print_tensors(console, plan)
-    for note in plan.notes if with_notes else ():
-        print_words(console, readable(f"note: {note}", MAX_NOTE))
 
 
 def _print_models(console: Console, plan: Plan) -> None:

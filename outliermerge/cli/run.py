@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
-    WAITING,
     Command,
     add_running,
     print_json,
@@ -20,11 +19,7 @@ from outliermerge.cli.parts import (
     say,
 )
 from outliermerge.cli.specs import named_output, read_spec
-from outliermerge.cli.terminal import (
-    BYTES_OF_ALL_PASSES,
-    print_result,
-    progress_bar,
-)
+from outliermerge.cli.terminal import MergeBar, print_result
 
 if TYPE_CHECKING:
     from outliermerge.output.options import RunOptions
@@ -55,15 +50,10 @@ def run(options: argparse.Namespace) -> int:
     planned = merge.plan(spec, shard_size=options.shard_size)
     if options.verbose:
         say(_in_a_line(planned, run_options(options)), file=sys.stderr)
-    with progress_bar("merging", quiet=options.quiet, counted=BYTES_OF_ALL_PASSES) as bar:
-        task: Any = bar.add_task("merging", total=planned.work_bytes)
-        chosen = run_options(
-            options,
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
-            on_waiting=lambda: bar.update(task, description=WAITING),
-        )
+    with MergeBar(planned.work_bytes, 1, quiet=options.quiet) as bar:
+        chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         result = merge.run(planned, output=output, options=chosen)
-        bar.update(task, completed=planned.work_bytes)
+        bar.done()
     slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
     notes = [
         *note_of(options),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import Command, add_machine
+from outliermerge.cli.parts import Command, add_machine, print_notes
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         print_stats(stats, by=options.by)
         read = human_bytes(subject.num_bytes)
         print(f"{read} in {seconds:.2f} s")
+    print_notes(stats.notes, options)
     return 0
 
 
@@ -109,14 +110,20 @@ def print_stats(stats: WeightStats, *, by: str) -> None:
         whole = stats.whole
         table.add_row("all matrices", str(whole.num_tensors), *_group_cells(whole, columns))
     table.print(console)
-    print_words(
-        console,
-        f"mean±deviation over matrices; kept within {stats.filter:g}σ; small: below "
-        f"{stats.small:g}. An exact Gaussian by 3σ: 99.73% kept, kurtosis 2.83.",
-        "dim",
-    )
-    for note in stats.notes:
-        print_words(console, f"note: {note}")
+    print_words(console, _footnote(stats, by=by, is_wide=columns is _WIDE_COLUMNS), "dim")
+
+
+def _footnote(stats: WeightStats, *, by: str, is_wide: bool) -> str:
+    """Say what stands in the columns that are printed."""
+    words = f"kept: within {stats.filter:g}σ of the mean; skew and kurtosis are of these. "
+    if is_wide:
+        words += (
+            f"small: elements with |x| < {stats.small:g}, of all; kurtosis without: of the kept "
+            "elements without the small ones. "
+        )
+    if by != "tensor":
+        words = "mean±deviation over matrices. " + words
+    return words + "An exact Gaussian by 3σ: 99.73% kept, kurtosis 2.83."
 
 
 def _group_cells(group: Group, columns: Sequence[tuple[str, str, str]]) -> list[str]:

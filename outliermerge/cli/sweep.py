@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
-    WAITING,
     Command,
     add_running,
     print_json,
@@ -15,7 +13,7 @@ from outliermerge.cli.parts import (
     run_options,
 )
 from outliermerge.cli.specs import named_output, read_spec
-from outliermerge.cli.terminal import BYTES_OF_ALL_PASSES, print_result, progress_bar
+from outliermerge.cli.terminal import MergeBar, print_result
 from outliermerge.errors import SpecError, shown
 
 
@@ -46,15 +44,10 @@ def run(options: argparse.Namespace) -> int:
     spec = read_spec(options)
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     total = sweeps.work_bytes(variants)
-    with progress_bar("merging", quiet=options.quiet, counted=BYTES_OF_ALL_PASSES) as bar:
-        task: Any = bar.add_task("merging", total=total)
-        chosen = run_options(
-            options,
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
-            on_waiting=lambda: bar.update(task, description=WAITING),
-        )
+    with MergeBar(total, len(variants), quiet=options.quiet) as bar:
+        chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         results = sweeps.sweep(variants, output=output, options=chosen)
-        bar.update(task, completed=total)
+        bar.done()
     said = [note for variant in variants for note in variant.plan.notes]
     said += [note for result in results if result.load_check for note in result.load_check.notes]
     notes = list(dict.fromkeys(said))

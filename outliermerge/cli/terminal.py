@@ -11,7 +11,7 @@ from outliermerge.errors import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
     from rich.table import Table
     from rich.text import Text
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 BYTES_OF_ALL_PASSES = "bytes of all passes"
+WAITING = "checking that transformers loads it"
 
 
 def progress_bar(
@@ -35,7 +36,13 @@ def progress_bar(
     console = Console(stderr=True)
     if not console.is_terminal and not quiet:
         return ProgressLines(counted=counted)
-    return progress.Progress(
+    return progress.Progress(*_columns(counted), console=console, disable=quiet)
+
+
+def _columns(counted: str) -> list[ProgressColumn]:
+    from rich import progress
+
+    return [
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.DownloadColumn(),
@@ -43,9 +50,52 @@ def progress_bar(
         progress.TransferSpeedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
-        console=console,
-        disable=quiet,
-    )
+    ]
+
+
+class MergeBar:
+    """The progress of merges: bytes, then what is waited for, in place of a bar at 100%.
+
+    Args:
+        total_bytes: of all passes.
+        num_outputs: that are made together.
+    """
+
+    def __init__(self, total_bytes: int, num_outputs: int, *, quiet: bool) -> None:
+        self._total, self._num = total_bytes, num_outputs
+        self._bar: Any = progress_bar("merging", quiet=quiet, counted=BYTES_OF_ALL_PASSES)
+        self._task: Any = self._bar.add_task("merging", total=total_bytes)
+
+    def __enter__(self) -> MergeBar:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes; called by any thread."""
+        self._bar.advance(self._task, num_bytes)
+
+    def wait(self) -> None:
+        """Say what is waited for; one process checks all outputs and answers once."""
+        from rich import progress
+
+        words = f"merged; {WAITING}"
+        if self._num > 1:
+            words = f"all {self._num} outputs merged; checking that transformers loads each of them"
+        if isinstance(self._bar, progress.Progress):
+            words_alone = progress.TextColumn("{task.description}")
+            self._bar.columns = (progress.SpinnerColumn(), words_alone)
+        self._bar.update(self._task, description=words, completed=self._total)
+
+    def done(self) -> None:
+        """Show the whole bar again."""
+        from rich import progress
+
+        if isinstance(self._bar, progress.Progress):
+            self._bar.columns = tuple(_columns(BYTES_OF_ALL_PASSES))
+            self._bar.update(self._task, description="merged", completed=self._total)
 
 
 @contextmanager

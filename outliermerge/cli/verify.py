@@ -13,6 +13,7 @@ from outliermerge.cli.parts import (
     add_json,
     add_threads,
     print_json,
+    print_notes,
     say,
 )
 from outliermerge.cli.terminal import progress_bar, status
@@ -68,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.json and not options.quiet:
         for by in verdict.by if verdict else ():
             say(f"checked by {by}")
-        for note in notes:
-            say(f"note: {note}")
+    print_notes(notes, options)
     return EXIT_FAILED if differences else EXIT_DONE
 
 

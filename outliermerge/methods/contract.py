@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -115,6 +116,16 @@ class MergeMethod:
     @property
     def documentation(self) -> str:
         return inspect.cleandoc(self.function.__doc__ or self.name)
+
+    @property
+    def spec_documentation(self) -> str:
+        """The documentation for authors of specs: of the arguments only what a spec can set."""
+        text, _, arguments = self.documentation.partition("\n\nArgs:\n")
+        arguments, _, rest = arguments.partition("\n\n")
+        entries = re.findall(r"^ {4}(\w+?)_?: (.+(?:\n {5,}.+)*)", arguments, re.MULTILINE)
+        lines = [f"    {name}: {words}" for name, words in entries if name in self.parameters]
+        parts = [text, "\n".join(["Parameters:", *lines]) if lines else "", rest]
+        return "\n\n".join(filter(None, parts))
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         """Return how often a tensor is usually read, for resolved parameters."""

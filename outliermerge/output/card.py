@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -155,11 +156,14 @@ def _config(contents: Mapping[str, bytes | Path]) -> dict[str, Any]:
 
 
 def _drift(drift: Mapping[str, Any]) -> str:
+    errors = drift["standard_errors"]
     cosines = ", ".join(
-        f"{value:.2g} with {_code(name)}" for name, value in drift["cosines"].items()
+        f"{with_error(value, errors['cosines'][name])} with {_code(name)}"
+        for name, value in drift["cosines"].items()
     )
+    size = with_error(100 * drift["relative_size"], 100 * errors["relative_size"])
     lines = [
-        f"- size: the change is {100 * drift['relative_size']:.2g}% of the base, in L2 norm",
+        f"- size: the change is {size}% of the base, in L2 norm",
         f"- direction: cosine {cosines}",
     ]
     if kept := drift.get("outliers_kept"):
@@ -167,17 +171,35 @@ def _drift(drift: Mapping[str, Any]) -> str:
         lines.append(f"- outliers kept whole: {shares}")
     else:
         lines.append(
-            f"- length: {drift['length']:.2g} times the mean length of the models' own changes"
+            f"- length: {with_error(drift['length'], errors['length'])} times the mean length of "
+            "the models' own changes"
         )
     share = (
         "all"
         if drift["num_sampled"] >= drift["num_elements"]
         else f"a sample of {drift['num_sampled']:,} of the {drift['num_elements']:,}"
     )
-    return (
-        "\n".join(lines)
-        + f"\n\nSize, direction and length are measured on {share} merged elements."
-    )
+    note = f"Size, direction and length are measured on {share} merged elements."
+    if drift["num_sampled"] < drift["num_elements"]:
+        note += " ± is the standard error of the sample."
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a measured value with the digits that its standard error leaves, at most three.
+
+    >>> with_error(0.4137, 0.023), with_error(12.34, 0.0012), with_error(0.4137, 0.0)
+    ('0.41 ± 0.02', '12.3', '0.414')
+    """
+    most = 2 - (math.floor(math.log10(abs(value))) if value else 0)
+    digits = most
+    if error > 0:
+        digits = -math.floor(math.log10(error))
+        if round(error * 10**digits) == 1:  # of 1.4 a digit alone would leave too little
+            digits += 1
+    digits = max(0, min(digits, most))
+    doubt = f"{error:.{digits}f}"
+    return f"{value:.{digits}f}" + (f" ± {doubt}" if float(doubt) else "")
 
 
 def _parent(entry: Input) -> str:

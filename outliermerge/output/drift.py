@@ -56,7 +56,8 @@ def measure_drift(
     Returns:
         `relative_size`: |merged − base| / |base|; `cosines`: of the angle between the merged task
         vector and each model's; `length`: |merged − base| over the mean length of the models' task
-        vectors; `num_sampled` of `num_elements` merged elements that these rest on. For min-σ also
+        vectors; `standard_errors` of these three, 0 where all was read; `num_sampled` of
+        `num_elements` merged elements that these rest on. For min-σ also
         `outliers_kept`: the share of elements that were kept whole of each model, exactly. Empty
         if the method has no base, or if too few tensors can be sampled.
 
@@ -77,7 +78,7 @@ def measure_drift(
     chosen = fitting[::step]
     total = sum(job.num_elements for job in chosen)
     sample = min(_MAX_ELEMENTS, max(_MIN_ELEMENTS, round(total * _MIN_SHARE)))
-    sums = [0.0] * (2 + 2 * num_models)
+    strata: list[_Stratum] = []
     num_sampled = 0
     num_runs = min(_MAX_RUNS, max(_MIN_RUNS, _NUM_RUNS // len(chosen)))
     with Reader() as reader:
@@ -86,30 +87,91 @@ def measure_drift(
             spans = _spans(job.num_elements, wanted, num_runs)
             sampled = sum(stop - start for start, stop in spans)
             num_sampled += sampled
-            for span in spans:
-                found = _sums(_values(job, span, reader, writer))
-                scaled = found.scaled(job.num_elements / sampled)
-                sums = [a + b for a, b in zip(sums, scaled, strict=True)]
-    base, moved, *rest = sums
-    tasks, dots = rest[:num_models], rest[num_models:]
+            factor = job.num_elements / sampled
+            found = [_sums(_values(job, span, reader, writer)).scaled(factor) for span in spans]
+            strata.append(_Stratum(found, sampled / job.num_elements))
+    sums = [sum(each) for each in zip(*(row for s in strata for row in s.rows), strict=True)]
+    base, _, *rest = sums
     names = [plan.inputs[number].reference for number, _ in chosen[0].sources[1:]]
-    if not all(map(math.isfinite, sums)) or not base or not all(tasks):
+    if not all(map(math.isfinite, sums)) or not base or not all(rest[:num_models]):
         return {}
-    cosines = [
-        dot / math.sqrt(moved * task) if moved else 0.0
-        for dot, task in zip(dots, tasks, strict=True)
-    ]
-    mean_length = sum(map(math.sqrt, tasks)) / num_models
+    size, length, *cosines = _ratios(sums)
+    errors = _standard_errors(strata, sums, len(chosen) / len(fitting))
+    size_error, length_error, *cosine_errors = map(_rounded, errors)
     found_drift = {
-        "relative_size": _rounded(math.sqrt(moved / base)),
+        "relative_size": _rounded(size),
         "cosines": dict(zip(names, map(_rounded, cosines), strict=True)),
-        "length": _rounded(math.sqrt(moved) / mean_length),
+        "length": _rounded(length),
+        "standard_errors": {
+            "relative_size": size_error,
+            "cosines": dict(zip(names, cosine_errors, strict=True)),
+            "length": length_error,
+        },
         "num_sampled": num_sampled,
         "num_elements": num_elements,
     }
     if shares := _outliers(plan, whole, results):
         found_drift["outliers_kept"] = dict(zip(names, shares, strict=True))
     return found_drift
+
+
+@dataclass(frozen=True)
+class _Stratum:
+    """What was read of one tensor.
+
+    Attributes:
+        rows: the scaled sums of each run of elements.
+        share: of the tensor's elements that was read.
+    """
+
+    rows: list[list[float]]
+    share: float
+
+
+def _ratios(sums: Sequence[float]) -> list[float]:
+    """Return the relative size, the length and the cosines that follow from sums."""
+    base, moved, *rest = sums
+    tasks, dots = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    mean_length = sum(map(math.sqrt, tasks)) / len(tasks)
+    cosines = [
+        dot / math.sqrt(moved * task) if moved else 0.0
+        for dot, task in zip(dots, tasks, strict=True)
+    ]
+    return [math.sqrt(moved / base), math.sqrt(moved) / mean_length, *cosines]
+
+
+def _standard_errors(
+    strata: Sequence[_Stratum], sums: Sequence[float], share: float
+) -> list[float]:
+    """Return the standard errors of the ratios, by linearisation in two stages.
+
+    Elements that lie together are alike, so the runs are what was drawn, not their elements.
+
+    Args:
+        strata: the tensors that were read; share is theirs of those that could be.
+        sums: over all of them.
+    """
+    step = 1e-3  # small enough for the ratios to be straight, large enough for float64
+    ratios = _ratios(sums)
+
+    def influence(row: Sequence[float]) -> list[float]:
+        moved = _ratios([a + step * b for a, b in zip(sums, row, strict=True)])
+        return [(a - b) / step for a, b in zip(moved, ratios, strict=True)]
+
+    within, totals = [0.0] * len(ratios), []
+    for stratum in strata:
+        found = [*zip(*map(influence, stratum.rows), strict=True)]
+        totals.append([sum(each) for each in found])
+        rest = max(0.0, 1 - stratum.share)
+        within = [a + rest * _spread(each) for a, each in zip(within, found, strict=True)]
+    between = [(1 - share) * _spread(each) for each in zip(*totals, strict=True)]
+    return [math.sqrt(a + share * b) for a, b in zip(between, within, strict=True)]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the variance of a sum of values that were drawn, without the share not drawn."""
+    num, mean = len(values), sum(values) / len(values)
+    return num / (num - 1) * sum((value - mean) ** 2 for value in values) if num > 1 else 0.0
 
 
 def _can_be_sampled(job: Job) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import wrong
+from outliermerge.checkpoint.folders.folder import refuse_unfinished
 from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
@@ -41,6 +42,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = manifest_path(folder)
     data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
     if data is None:
+        refuse_unfinished(folder)
         what = "not an output of outliermerge"
         if os.path.lexists(journal_path(folder)):
             what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "

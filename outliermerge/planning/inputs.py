@@ -8,7 +8,7 @@ from typing import Literal
 
 from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
-from outliermerge.checkpoint.folders.folder import open_checkpoint
+from outliermerge.checkpoint.folders.folder import open_checkpoint, refuse_unfinished
 from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
 from outliermerge.checkpoint.quantized.opened import dequantize
@@ -135,6 +135,7 @@ def open_model(
         stem, last = split_reference(reference)
         return _open_adapter(reference, resolve(last), rename, role, base, stem, unties)
     root = resolve(reference)
+    refuse_unfinished(root)
     if root.is_dir() and is_adapter(root):
         return _open_adapter(reference, root, rename, role, base, None, unties)
     checkpoint = dequantize(open_checkpoint(root))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -112,7 +113,6 @@ def _check(found: Comparison, vectors: dict[str, list[np.ndarray]], t: float) ->
         name: [np.full(row.size, t * row.std() if row.size else 0.0) for row in rows]
         for name, rows in vectors.items()
     }
-    lowest = {name: np.minimum.reduce(rows) for name, rows in limits.items()}
     pairs = list(combinations(range(num_models), 2))
     assert [(s.name, s.a, s.b) for s in found.tensors] == [
         (name, a, b) for name in vectors for a, b in pairs
@@ -122,17 +122,16 @@ def _check(found: Comparison, vectors: dict[str, list[np.ndarray]], t: float) ->
         assert stats.num_elements == rows[0].size == math.prod(stats.shape)
         if rows[0].size:
             a, b = stats.a, stats.b
-            _close(stats, _expected(rows[a], rows[b], own[a], own[b], lowest[stats.name]))
+            _close(stats, _expected(rows[a], rows[b], own[a], own[b], np.minimum(own[a], own[b])))
         else:
             assert math.isnan(stats.cosine) and math.isnan(stats.conflict_ratio)
     joined = [np.concatenate([rows[m] for rows in vectors.values()]) for m in range(num_models)]
     own = [np.concatenate([rows[m] for rows in limits.values()]) for m in range(num_models)]
-    low = np.concatenate(list(lowest.values()))
     assert [(pair.a, pair.b) for pair in found.pairs] == pairs
     for pair in found.pairs:
         a, b = pair.a, pair.b
         assert pair.num_elements == joined[0].size
-        _close(pair, _expected(joined[a], joined[b], own[a], own[b], low))
+        _close(pair, _expected(joined[a], joined[b], own[a], own[b], np.minimum(own[a], own[b])))
 
 
 def _close(stats: PairStats, expected: dict[str, float]) -> None:
@@ -216,18 +215,26 @@ def test_opposite_task_vectors_conflict_in_everything(tmp_path):
     assert 0.1 < pair.conflict_ratio == pair.both_outliers_ratio == pair.outlier_ratio_a
 
 
-def test_outliers_are_those_of_a_merge(tmp_path):
+def test_outliers_are_those_of_a_merge_of_the_two(tmp_path):
     base, *models = _models(tmp_path)
     found = compare_weights(models, base=base, t=2)
     for name, rows in _vectors(models, base).items():
         deltas = torch.from_numpy(np.stack(rows))
         if not deltas.numel():
             continue
-        _, report = min_sigma(deltas, sigma=deltas.std(1, correction=0), t=2)
-        ours = [s for s in found.tensors if s.name == name]
-        counts = [round(ours[0].outlier_ratio_a * deltas.shape[1])]
-        counts += [round(stats.outlier_ratio_b * deltas.shape[1]) for stats in ours[:2]]
-        assert counts == report["outliers"].tolist()
+        for stats in [each for each in found.tensors if each.name == name]:
+            pair = deltas[[stats.a, stats.b]]
+            _, report = min_sigma(pair, sigma=pair.std(1, correction=0), t=2)
+            shares = [stats.outlier_ratio_a, stats.outlier_ratio_b]
+            assert [round(s * pair.shape[1]) for s in shares] == report["outliers"].tolist()
+
+
+def test_a_pair_is_the_same_whatever_models_are_beside_it(tmp_path):
+    base, *models = _models(tmp_path)
+    found = compare_weights(models, base=base, t=2)
+    for pair in found.pairs:
+        (alone,) = compare_weights([models[pair.a], models[pair.b]], base=base, t=2).pairs
+        assert replace(alone, a=pair.a, b=pair.b) == pair
 
 
 def test_an_element_at_the_threshold_is_noise(tmp_path):

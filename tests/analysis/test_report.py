@@ -46,10 +46,62 @@ def test_all_sections_are_drawn_without_errors_requests_or_sideways_scrolling(
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_only_what_is_in_sight_is_drawn(made, visit):
+@pytest.mark.parametrize("which", ["pair", "merge"])
+def test_a_page_that_nobody_scrolls_becomes_complete(made, visit, which):
+    with visit(getattr(made, which)) as page:
+        page.locator("#tables[aria-busy=false]").wait_for()
+        page.locator("#gallery-grid button:last-child svg.main-svg").first.wait_for()
+        assert page.evaluate("scrollY") == 0
+        assert page.locator("section[aria-busy=true]:visible").count() == 0
+        for plot in page.locator(".plot:visible, #gallery-grid .small").all():
+            assert plot.locator("svg.main-svg").count() > 0
+
+
+def test_what_is_in_sight_is_drawn_before_the_rest(made, visit):
     with visit(made.pair) as page:
-        assert page.locator("section[aria-busy=true]").count() > 2
-        assert page.locator("#heat-plot svg").count() == 0
+        # In one turn of the browser, in which nothing can be idle.
+        busy = page.evaluate(
+            "(() => { redrawAll(); return ['distribution', 'tables'].map(name =>"
+            " document.getElementById(name).getAttribute('aria-busy')); })()"
+        )
+        assert busy == ["false", "true"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("which", ["pair", "merge"])
+def test_a_page_is_printed_whole_in_light_colours_and_as_wide_as_paper(
+    made, visit, which, width, scheme
+):
+    paper = "getComputedStyle(document.body).backgroundColor"
+    with visit(getattr(made, which), width=width, scheme=scheme) as page:
+        before = page.evaluate(paper)
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.emulate_media(media="print")
+        assert page.locator("section[aria-busy=true]:visible").count() == 0
+        for plot in page.locator(".plot:visible, #gallery-grid .small:visible").all():
+            assert plot.locator("svg.main-svg").count() > 0
+            box = plot.locator("svg.main-svg").first.bounding_box()
+            assert box["x"] + box["width"] <= 701
+        assert page.evaluate(paper) == "rgb(252, 252, 250)"
+        assert page.locator("nav:visible, #theme:visible, .modebar:visible").count() == 0
+        page.emulate_media(media="screen")
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.evaluate(paper) == before
+        go_to(page, "heat")
+        page.locator("#heat-plot svg.main-svg").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_browser_tells_the_page_of_its_printing(made, visit):
+    with visit(made.pair) as page:
+        page.evaluate(
+            "() => addEventListener('beforeprint', () => { window.pictures ="
+            " document.querySelectorAll('.printed .plot svg.main-svg').length; })"
+        )
+        assert page.pdf().startswith(b"%PDF")
+        assert page.evaluate("window.pictures") > 6
+        page.locator("html:not(.printed)").wait_for()
 
 
 def test_theme_follows_the_system_and_the_toggle(made, visit):
@@ -98,6 +150,7 @@ def test_density_is_that_of_the_elements_and_log_is_chosen(made, visit):
     name = "language_model.model.layers.1.self_attn.q_proj.weight"
     values = load_folder(made.models[0])[name].double().numpy().ravel()
     with visit(made.pair) as page:
+        page.select_option("#subject", "0")
         page.evaluate("name => select(name)", name)
         (middles, fitted_at), (density, fitted) = (plotted(page, "density-plot", k) for k in "xy")
         width = middles[1] - middles[0]
@@ -126,6 +179,7 @@ def test_quantiles_are_those_of_the_elements(made, visit):
     values = np.sort(load_folder(made.models[0])[name].double().numpy().ravel())
     scaled = (values - values.mean()) / values.std()
     with visit(made.pair) as page:
+        page.select_option("#subject", "0")
         page.evaluate("name => select(name)", name)
         (_, gaussian), (_, own) = (plotted(page, "qq-plot", key) for key in "xy")
     ranks = torch.special.ndtr(torch.tensor(gaussian).double()).numpy() * len(scaled)
@@ -137,6 +191,7 @@ def test_quantiles_are_those_of_the_elements(made, visit):
 
 def test_gallery_shows_a_layer_or_a_module_and_opens_what_is_chosen(made, visit):
     with visit(made.pair) as page:
+        page.select_option("#subject", "0")
         go_to(page, "gallery")
         names = page.locator("#gallery-grid .small").evaluate_all(
             "all => all.map(a => a.dataset.name)"
@@ -176,6 +231,7 @@ def test_depth_shows_sigma_of_weights_and_of_task_vectors(made, visit):
 def test_heat_map_shows_any_statistic_and_opens_a_cell(made, visit):
     stats = {tensor.name: tensor for tensor in made.stats(0, base=False).tensors}
     with visit(made.pair) as page:
+        page.select_option("#subject", "0")
         go_to(page, "heat")
         for key, scale in (("std", 1), ("kurtosis", 1), ("outside_3_ratio", 100)):
             choose(page, "heat", "statistic", key)
@@ -231,6 +287,7 @@ def test_min_sigma_view_gives_what_the_rule_does_to_the_elements(made, visit, t)
 def test_tables_have_the_numbers_and_sort_and_filter(made, visit):
     stats = made.stats(0, base=False)
     with visit(made.pair) as page:
+        page.select_option("#subject", "0")
         go_to(page, "tables")
         whole = stats.whole.spreads
         row = page.locator("#statistics tbody tr").first.locator("td").all_inner_texts()

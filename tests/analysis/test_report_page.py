@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -144,6 +145,62 @@ def test_models_open_on_their_change_from_the_base(made, visit):
             assert number(shown["Outliers"][folder.name]) == pytest.approx(
                 100 * change.whole.spreads["outside_3_ratio"].mean, abs=0.06
             )
+
+
+def scaled_merge(folder, weights):
+    """Return a merge of which each model's change has a part of its own size."""
+    base = made_model(folder / "base", layers=3)
+    names = [f"task{place}" for place in range(len(weights))]
+    models = [
+        made_model(folder / name, layers=3, seed=place + 1, like=base)
+        for place, name in enumerate(names)
+    ]
+    spec = {"merge_method": "task_arithmetic", "base_model": str(base),
+            "models": [{"model": str(model), "parameters": {"weight": weight}}
+                       for model, weight in zip(models, weights, strict=True)]}  # fmt: skip
+    return outliermerge.run(spec, output=folder / "merged", threads=1).output
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ((0.4, 0.3), r"It kept 4[\d.]+% of the change of task0, and 3[\d.]+% of that of task1\."),
+        ((0.3, 0.4, 0.1), r"kept from [\d.]+% \(task2\) to [\d.]+% \(task1\)\."),
+        ((1,), r"of task0 on base\.$"),
+    ],
+)
+def test_the_sentence_of_a_merge_tells_shares_and_not_most_of_a_model(
+    visit, tmp_path, weights, said
+):
+    with visit(report(tmp_path, [scaled_merge(tmp_path, weights)])) as page:
+        sentence = page.inner_text("#sentence")
+        assert re.search(said, sentence), sentence
+        assert "most of" not in sentence and "least of" not in sentence
+
+
+def test_a_difference_is_told_only_where_there_is_one(made, visit):
+    with visit(made.merge) as page:
+        kept = sorted(map(number, cards(page)["Kept of each change"].values()))
+        assert kept[1] - kept[0] < 0.1 * kept[1]
+        assert "It kept about as much of each model’s change" in page.inner_text("#sentence")
+    with visit(made.pair) as page:
+        assert "both models changed about as much" in page.inner_text("#sentence")
+
+
+def test_a_page_opens_on_changes_where_a_base_is_known(made, visit, tmp_path):
+    def title(page):
+        return page.evaluate("subjectTitle(SUBJECTS[state.subject])")
+
+    for path, wanted in ((made.pair, "ΔW of task0"), (made.merge, "ΔW of merged")):
+        with visit(path) as page:
+            assert title(page) == wanted
+            assert page.locator("#subject option:checked").inner_text() == wanted
+    plain = report(tmp_path, made.names[:1])
+    same = build_report(made.names[:1], base=str(shutil.copytree(made.names[0], tmp_path / "same")),
+                        output=tmp_path / "same.html", threads=1)  # fmt: skip
+    for path in (plain, same):  # nothing changed from a copy of it
+        with visit(path) as page:
+            assert title(page) == "W of task0"
 
 
 @pytest.mark.parametrize("num", [1, 2, 7])

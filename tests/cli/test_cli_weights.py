@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import stat
 import sys
 import threading
@@ -48,6 +49,21 @@ def test_compare_weights_prints_a_matrix_of_three_models(models, capsys):
     at = rows.index(["cosine", "A", "B", "C"])
     matrix = wanted.matrix("cosine")
     assert rows[at + 1] == ["A", *(f"{value:.4f}" for value in matrix[0])]
+
+
+@pytest.mark.parametrize("by", ["model", "module"])
+@pytest.mark.parametrize("num", [2, 3])
+def test_conflicts_are_told_of_task_vectors_only(models, tmp_path, capsys, by, num):
+    third = tmp_path / "third"
+    shutil.copytree(models["a"], third)
+    given = [models["a"], models["b"], str(third)][:num]
+    for base, has in (([], False), (["--base", models["base"]], True)):
+        assert main(["compare-weights", *given, *base, "--by", by]) == 0
+        table = capsys.readouterr().out.rpartition("sign:")[0]
+        assert ("conflict %" in table) is has
+    for base, has in ((None, False), (models["base"], True)):
+        table = compare_weights(given, base=base)._repr_html_()
+        assert (">conflicts<" in table) is has
 
 
 @pytest.mark.parametrize("by", ["layer", "module", "tensor"])
@@ -171,3 +187,33 @@ def test_a_pipe_and_a_link_are_written_through(models, tmp_path):
     reader.join()
     assert got[0].startswith("name,layer,module") and stat.S_ISFIFO(pipe.stat().st_mode)
     assert link.is_symlink() and json.loads(real.read_text())["model"] == models["a"]
+
+
+@pytest.mark.parametrize("by", ["module", "layer", "tensor"])
+@pytest.mark.parametrize("width", [100, 200])
+def test_the_footnote_of_stats_says_what_each_column_is(models, monkeypatch, capsys, by, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["stats", models["a"], "--by", by, "--small", "0.0123"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    head, _, footnote = shown.rpartition("kept: within 3σ")
+    assert footnote and ("|x| < 0.0123" in footnote) is ("small %" in head) is (width == 200)
+    assert ("mean±deviation" in head) is (by != "tensor")
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+@pytest.mark.parametrize("json_to", [None, "file", "-"])
+@pytest.mark.parametrize("command", ["stats", "layers", "compare-weights"])
+def test_notes_come_once_and_after_the_output(
+    models, tmp_path, capfd, monkeypatch, command, json_to, quiet
+):
+    save_tensors(tmp_path / "c", {**{f"layers.{n}.up.weight": torch.randn(9, 9) for n in range(4)},
+                                  "number": torch.zeros(3, dtype=torch.int64)})  # fmt: skip
+    shutil.copytree(tmp_path / "c", tmp_path / "d")
+    given = ["c", "d"] if command != "stats" else ["c"]
+    to = [] if json_to is None else ["--json", "x.json" if json_to == "file" else "-"]
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *given, *to, *quiet]) == 0
+    out, err = capfd.readouterr()
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "note: " not in out
+    assert len(notes) == (not quiet and json_to != "-")

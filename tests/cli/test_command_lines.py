@@ -263,6 +263,16 @@ class TestWhatIsSaid:
         assert note.startswith("note: files of the base model that are not carried over")
         assert file == "  optimizer.pt"
 
+    def test_notes_of_a_plan_come_once_and_after_it(
+        self, place: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (place / "base" / "optimizer.pt").write_bytes(b"")
+        for more, num in (["-q"], 0), (["--json"], 0), ([], 1):
+            assert cli.main(["plan", "merge.yml", "out", "--no-load-check", *more]) == 0
+            printed = capfd.readouterr()
+            assert "note: " not in printed.out and printed.err.count("note: ") == num
+        assert printed.err.startswith("note: files of the base model that are not carried over")
+
     @pytest.mark.parametrize("words", ["run merge.yml out", "sweep merge.yml out --set lambda=1"])
     def test_an_error_comes_without_notes(
         self, place: Path, words: str, capsys: pytest.CaptureFixture[str]

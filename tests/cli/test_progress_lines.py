@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from hostile.cases import pair
+from rich.console import Console
 from waiting import LIMIT_SECONDS
 
 from outliermerge.cli.lines import INTERVAL_VARIABLE, ProgressLines
+from outliermerge.cli.terminal import MergeBar
 
 
 def test_a_line_tells_percent_bytes_speed_and_time_left():
@@ -52,18 +55,19 @@ def test_lines_are_printed_while_it_goes_on_and_not_after(capsys):
     assert not lines._thread.is_alive()
 
 
-def test_what_is_waited_for_is_said_once(capsys):
+def test_what_is_waited_for_is_said_once(monkeypatch):
+    said = io.StringIO()  # capsys could lose what is printed while it is read
+    monkeypatch.setattr(sys, "stderr", said)
     with ProgressLines(interval_seconds=0.001) as lines:
         task = lines.add_task("merging", total=2e9)
         lines.update(task, description="checking", completed=2e9)
         limit = time.monotonic() + LIMIT_SECONDS
-        printed = ""
-        while "checking" not in printed and time.monotonic() < limit:
-            printed += capsys.readouterr().err
+        while "checking" not in said.getvalue() and time.monotonic() < limit:
+            pass
         lines.update(task, total=4e9)
-        while "50%" not in printed and time.monotonic() < limit:
-            printed += capsys.readouterr().err
-    assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", printed)
+        while "50%" not in said.getvalue() and time.monotonic() < limit:
+            pass
+    assert re.fullmatch(r"(merging: .*\n)*checking\n(checking: 50%.*\n)+", said.getvalue())
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan"])
@@ -93,3 +97,32 @@ def test_a_run_prints_them_on_stderr_alone(tmp_path: Path, flags, may_speak):
     assert done.stdout.startswith("{")
     assert "merging" not in done.stdout
     assert bool(re.search(r"^merging", done.stderr, re.MULTILINE)) == may_speak
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_percent(
+    monkeypatch, num, is_terminal
+):
+    monkeypatch.setattr("rich.console.Console.is_terminal", is_terminal)
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+    wanted = "merged; checking that transformers loads it"
+    if num == 3:
+        wanted = "all 3 outputs merged; checking that transformers loads each of them"
+
+    def shown(bar):
+        if not is_terminal:
+            return bar._bar.line(time.monotonic())
+        console = Console(width=300, file=io.StringIO())
+        console.print(bar._bar.get_renderable())
+        return console.file.getvalue()
+
+    with MergeBar(1000, num, quiet=False) as bar:
+        bar.advance(500)
+        assert "0.5" in shown(bar) or "50%" in shown(bar)
+        bar.advance(500)
+        bar.wait()
+        waiting = shown(bar)
+        assert wanted in waiting and "left" not in waiting and "━" not in waiting
+        bar.done()
+        assert not is_terminal or ("merged" in shown(bar) and "checking" not in shown(bar))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,29 @@ def test_a_list_keeps_its_decimals() -> None:
 def test_each_question_counts_for_its_task_too() -> None:
     result = utils.process_results(question("14", "integer"), ["14"])
     assert result == {"accuracy": 1.0, "accuracy_math_word_problem": 1.0}
+
+
+def test_the_nearest_choice_is_by_the_distance_of_the_published_scoring() -> None:
+    """Levenshtein's, which the published scoring calls by the package of that name."""
+
+    def edits(a: str, b: str) -> int:
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            before, row[0] = row[0], i
+            for j, y in enumerate(b, 1):
+                before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+        return row[-1]
+
+    draw = random.Random(0)
+
+    def text() -> str:
+        return "".join(draw.choices("abAB 0.°π∠", k=draw.randrange(9)))
+
+    for _ in range(3000):
+        a, b, c = text(), text(), text()
+        assert utils.Levenshtein.distance(a, b) == edits(a, b)
+        wanted = b if edits(a, b) <= edits(a, c) else c
+        assert utils.nearest_choice(a, {"X": b, "Y": c}) == wanted
 
 
 def test_the_prompt_names_an_unusual_precision() -> None:

@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from checkpoints import save_tensors
+from checkpoints import load_folder, save_tensors
 
 import outliermerge
-from outliermerge.output.card import usage
+from outliermerge.output.card import usage, with_error
 
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor_config.json"
 
@@ -125,8 +125,59 @@ def test_the_drift_is_near_that_of_all_elements(models, tmp_path, method):
     assert drift["length"] == pytest.approx(length, rel=0.05)
     assert drift["num_sampled"] < drift["num_elements"] == len(moved)
     assert ("outliers_kept" in drift) == (method == "min_sigma")
+    errors = drift["standard_errors"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"the change is {100 * drift['relative_size']:.2g}% of the base" in card
+    shown = with_error(100 * drift["relative_size"], 100 * errors["relative_size"])
+    assert f"the change is {shown}% of the base" in card and "± is the standard error" in card
+
+
+@pytest.mark.parametrize("num_tensors", [1, 3, 300])  # of 300, every second is read
+@pytest.mark.parametrize("is_even", [True, False])
+def test_the_drift_is_as_near_as_its_standard_errors_say(tmp_path, num_tensors, is_even):
+    generator = torch.Generator().manual_seed(num_tensors)
+
+    def draw(shape):
+        rows = torch.randn(shape, generator=generator)
+        # Some rows changed more than others: a sample sees more or fewer of these.
+        return rows if is_even else rows * (torch.rand(shape[0], 1, generator=generator) + 0.5)
+
+    shape = (400, 900 // min(num_tensors, 30))
+    base = {f"layers.{n}.w.weight": draw(shape) for n in range(num_tensors)}
+    tasks = [{name: 0.1 * draw(shape) for name in base} for _ in "ab"]
+    save_tensors(tmp_path / "base", base)
+    for name, task in zip("ab", tasks, strict=True):
+        save_tensors(tmp_path / name, {key: base[key] + task[key] for key in base})
+    result = outliermerge.run(_spec(tmp_path, "min_sigma"), output=tmp_path / "out")
+    drift = result.manifest["drift"]
+    moved = _flat(load_folder(tmp_path / "out"), base)
+    exact = {"relative_size": float(moved.norm() / _flat(base).norm())}
+    exact["length"] = float(2 * moved.norm() / sum(_flat(task).norm() for task in tasks))
+    found = {key: (drift[key], drift["standard_errors"][key]) for key in exact}
+    for name, task in zip("ab", map(_flat, tasks), strict=True):
+        exact[name] = float(moved @ task / moved.norm() / task.norm())
+        found[name] = [each["cosines"][str(tmp_path / name)]
+                       for each in (drift, drift["standard_errors"])]  # fmt: skip
+    for key, (value, error) in found.items():
+        assert 0 < error < 0.15 * exact[key]
+        assert abs(value - exact[key]) < 4 * error + 0.005 * exact[key], key
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.41371, 0.0231, "0.41 ± 0.02"),
+        (0.41371, 0.0144, "0.414 ± 0.014"),
+        (0.41371, 0.31, "0.4 ± 0.3"),
+        (12.345, 0.0001, "12.3"),
+        (1234.5, 80.0, "1234 ± 80"),
+        (-0.0021, 0.004, "-0.002 ± 0.004"),
+        (0.0, 0.0, "0.00"),
+        (0.99999, 0.0, "1.000"),
+        (0.0, 0.02, "0.00 ± 0.02"),
+    ],
+)
+def test_a_measured_value_has_the_digits_that_its_error_leaves(value, error, text):
+    assert with_error(value, error) == text
 
 
 def test_the_share_of_outliers_is_that_of_all_elements(models, tmp_path):
@@ -146,6 +197,11 @@ def test_small_models_are_measured_whole(tmp_path):
         "relative_size": 3.0,
         "cosines": {str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 1.0},
         "length": 2.0,
+        "standard_errors": {
+            "relative_size": 0.0,
+            "cosines": {str(tmp_path / "a"): 0.0, str(tmp_path / "b"): 0.0},
+            "length": 0.0,
+        },
         "num_sampled": 32,
         "num_elements": 32,
     }

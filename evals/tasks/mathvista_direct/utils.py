@@ -33,7 +33,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from Levenshtein import distance
+from rapidfuzz.distance import Levenshtein
 
 NUMBER = re.compile(r"(?<![\w.^/])[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?![0-9/^])(?!\.[0-9])")
 THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
@@ -190,4 +190,4 @@ def nearest_choice(extraction: str, choices: Mapping[str, str]) -> str:
     """The choice of a letter, otherwise the one fewest edits away (of equals, the first)."""
     if extraction in choices:
         return choices[extraction]
-    return min(choices.values(), key=lambda choice: distance(extraction, choice))
+    return min(choices.values(), key=lambda choice: Levenshtein.distance(extraction, choice))

@@ -16,6 +16,7 @@ from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
 from outliermerge.arguments import checked
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
+from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
 from outliermerge.storage.files import write_whole
@@ -24,6 +25,7 @@ _MAX_TITLES = 5
 
 
 @checked
+@with_bar("the report")
 def build_report(
     models: Sequence[str],
     *,
@@ -51,7 +53,8 @@ def build_report(
         filter: skewness and kurtosis are of the elements within this many σ of the mean.
         device, threads: see `weight_stats`.
         on_total: called before each reading with its number of bytes.
-        on_progress: called with the number of bytes just read, by any thread.
+        on_progress: called with the number of bytes just read, by any thread. In a notebook a bar
+            shows both if neither is given.
 
     Returns:
         The path of the page.

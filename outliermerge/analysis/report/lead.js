@@ -16,14 +16,19 @@ function valuesOf(titles, values, text) {
   return [[`least, ${least[0]}`, text(least[1])], [`most, ${most[0]}`, text(most[1])]];
 }
 
-// Returns the titles of the least and the greatest value; null where they are about the same.
-function extremes(titles, values) {
+// Values that differ by less than this share of the larger one are about the same.
+const SAME_WITHIN = 0.1;
+
+// Returns the least and the greatest value with their titles, as [text, title]; `same` if they are
+// about the same, and null if there are no two.
+function extremes(titles, values, text) {
   const known = values.map((value, i) => [value, titles[i]])
     .filter(([value]) => value !== null && Number.isFinite(value)).sort((a, b) => a[0] - b[0]);
   if (known.length < 2) return null;
   const [least, most] = [known[0], known.at(-1)];
-  return most[0] - least[0] < 0.05 * Math.abs(most[0]) ? null
-    : { least: least[1], most: most[1] };
+  const same = most[0] - least[0] <= SAME_WITHIN * Math.max(Math.abs(most[0]), Math.abs(least[0]));
+  return { same, least: [text(least[0]), least[1]], most: [text(most[0]), most[1]],
+    num: known.length };
 }
 
 function shareText(value) {
@@ -88,15 +93,17 @@ function leadOfChanges(subjects) {
     sum + (tensor.zero_ratio ?? 0) * numFinite(tensor), 0),
   each.tensors.reduce((sum, tensor) => sum + numFinite(tensor), 0)));
   const base = subjects[0].base.split('/').filter(Boolean).pop();
-  const far = extremes(titles, moved);
+  const far = extremes(titles, moved, shareText);
   const times = distinct(beyond.filter(value => value !== null)
     .map(value => (value / GAUSSIAN_BEYOND_3).toFixed(1)).sort((x, y) => x - y));
   const outliers = times.length ? ` Beyond 3σ are ${times[0]}`
     + `${times.length > 1 ? ` to ${times.at(-1)}` : ''} times as many changes as in a Gaussian.` : '';
   const who = subjects.length === 1 ? `${titles[0]} is ${base}, changed by `
-    + `${shareText(moved[0])} of its size.` : far
-    ? `Against ${base}, ${far.most} changed most and ${far.least} least.`
-    : `Against ${base}, all ${subjects.length} models changed about as much.`;
+    + `${shareText(moved[0])} of its size.` : far && !far.same
+    ? `Against ${base}, ${far.most[1]} changed ${far.num > 2 ? 'most' : 'more'} `
+      + `(${far.most[0]}), ${far.least[1]} ${far.num > 2 ? 'least' : 'less'} (${far.least[0]}).`
+    : `Against ${base}, ${subjects.length === 2 ? 'both' : `all ${subjects.length}`} models changed `
+      + 'about as much.';
   return {
     sentence: `${who}${outliers}`,
     numbers: [
@@ -110,6 +117,14 @@ function leadOfChanges(subjects) {
   };
 }
 
+function keptText({ same, least, most, num }) {
+  if (same) return ` It kept about as much of each model’s change, ${least[0]} to ${most[0]}.`;
+  if (num === 2) {
+    return ` It kept ${most[0]} of the change of ${most[1]}, and ${least[0]} of that of ${least[1]}.`;
+  }
+  return ` Of the models’ changes it kept from ${least[0]} (${least[1]}) to ${most[0]} (${most[1]}).`;
+}
+
 // The lead of a merge: what was kept of the models, and how far the output moved.
 function leadOfMerge() {
   const numbers = [];
@@ -118,8 +133,8 @@ function leadOfMerge() {
     const { models, tensors, has_base: hasBase } = DATA.drift;
     const values = measure => models.map((_, model) => drift(tensors, measure, model));
     if (hasBase) {
-      const kept = extremes(models, values('kept'));
-      where = kept ? ` It kept most of ${kept.most} and least of ${kept.least}.` : '';
+      const kept = extremes(models, values('kept'), shareText);
+      where = kept ? keptText(kept) : '';
       numbers.push(
         { title: 'Kept of each change', values: valuesOf(models, values('kept'), shareText),
           note: 'how much of ΔWᵢ the output has: ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²' },
@@ -127,8 +142,9 @@ function leadOfMerge() {
           values: valuesOf([''], [drift(tensors, 'base', 0)], shareText),
           note: '‖ΔW*‖ / ‖W*‖' });
     } else {
-      const far = extremes(models, values('distance'));
-      where = far ? ` It is nearest to ${far.least} and farthest from ${far.most}.` : '';
+      const far = extremes(models, values('distance'), shareText);
+      where = !far ? '' : far.same ? ' It is about as far from each of them.'
+        : ` It is nearest to ${far.least[1]} and farthest from ${far.most[1]}.`;
     }
     numbers.push({ title: 'Distance from each model',
       values: valuesOf(models, values('distance'), hasBase ? shown : shareText),

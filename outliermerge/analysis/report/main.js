@@ -3,7 +3,7 @@
 // The state of the page, its controls, and when what is drawn.
 
 const state = {
-  subject: 0, tensor: null, vectors: false, log: false, gallery: 'layer', picture: 'density',
+  subject: firstSubject(), tensor: null, vectors: false, log: false, gallery: 'layer', picture: 'density',
   depthModule: '', depthScale: 'zero', statistic: 'std', vector: 0, t: DATA.t, count: 2,
   series: Object.keys(DATA.merge?.series ?? {})[0], mergeModule: '',
   driftMeasure: DATA.drift && driftMeasures()[0]?.[0],
@@ -44,6 +44,25 @@ function drawStale() {
     if (!inSight.has(name)) continue;
     draw(name);
   }
+  drawLater();
+}
+
+const whenIdle = window.requestIdleCallback
+  ? work => window.requestIdleCallback(work, { timeout: 1000 }) : work => setTimeout(work, 50);
+let isAsked = false;
+
+// Draws what is out of sight, piece by piece, when the browser has nothing else to do. So a page
+// that is photographed whole is complete, and scrolling waits for nothing.
+function drawLater() {
+  if (isAsked) return;
+  isAsked = true;
+  whenIdle(() => {
+    isAsked = false;
+    const [name] = stale;
+    if (name) draw(name);
+    else if (!drawPictures(1)) return;
+    drawLater();
+  });
 }
 
 function draw(name) {
@@ -127,7 +146,8 @@ function onRadio(name, changes) {
 }
 
 function connectControls() {
-  fill(byId('subject'), SUBJECTS.map((each, i) => [i, subjectTitle(each)]), 0);
+  fill(byId('subject'), SUBJECTS.map((each, i) => [i, subjectTitle(each)]),
+    state.subject);
   fill(byId('statistic'), Object.entries(DATA.statistics), state.statistic);
   fill(byId('vector'), vectorSubjects().map((each, i) => [i, subjectTitle(each)]), 0);
   fill(byId('count'), [1, 2, 3, 4, 5, 6, 7, 8].map(num => [num, num]), state.count);
@@ -169,6 +189,12 @@ function connectControls() {
   }
 }
 
+// Who names a base wants to see the changes. Where nothing changed, there are only the weights.
+function firstSubject() {
+  return Math.max(0, SUBJECTS.findIndex(({ base, tensors }) =>
+    base !== null && tensors.some(each => each.std > 0)));
+}
+
 // The part with most elements is what people come for: a model's layers, not its embeddings.
 function firstTensor({ tensors }) {
   const sizes = new Map();
@@ -191,13 +217,48 @@ function connectTheme() {
   const system = window.matchMedia('(prefers-color-scheme: dark)');
   setTheme(system.matches ? 'dark' : 'light');
   system.addEventListener('change', event => {
-    setTheme(event.matches ? 'dark' : 'light');
+    themeOfScreen = event.matches ? 'dark' : 'light';
+    if (isPrinted()) return;  // paper stays light
+    setTheme(themeOfScreen);
     redrawAll();
   });
   byId('theme').addEventListener('click', () => {
     setTheme(document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark');
     redrawAll();
   });
+}
+
+// A printed page is drawn whole, in light colours and as wide as paper; `page.css` has that width.
+let themeOfScreen;
+
+function isPrinted() {
+  return document.documentElement.classList.contains('printed');
+}
+
+function connectPrinting() {
+  window.addEventListener('beforeprint', () => {
+    if (isPrinted()) return;
+    themeOfScreen = document.documentElement.dataset.theme;
+    document.documentElement.classList.add('printed');
+    setTheme('light');
+    forgetPlots();
+    for (const name of Object.keys(SECTIONS)) draw(name);
+    drawPictures(Infinity);
+  });
+  window.addEventListener('afterprint', () => {
+    document.documentElement.classList.remove('printed');
+    setTheme(themeOfScreen);
+    forgetPlots();
+    redrawAll();
+  });
+}
+
+// A plot that is drawn again keeps its width; a new one is as wide as its place.
+function forgetPlots() {
+  for (const plot of document.querySelectorAll('.js-plotly-plot')) {
+    Plotly.purge(plot);
+    delete plot.dataset.bound;
+  }
 }
 
 // Draws what is above a section first, so that the section stays where a link has led.
@@ -268,7 +329,7 @@ function connectCues() {
 
 connectTheme();
 showLead();
-state.tensor = firstTensor(SUBJECTS[0]);
+state.tensor = firstTensor(SUBJECTS[state.subject]);
 connectControls();
 fillChoosers();
 byId('vectors').closest('label').hidden = SUBJECTS.every(({ tensors }) =>
@@ -281,6 +342,7 @@ for (const name of Object.keys(SECTIONS)) {
   sectionObserver.observe(byId(name));
 }
 connectLinks();
+connectPrinting();
 // A turned phone changes which way heat maps lie.
 let wasNarrow = isNarrow();
 window.addEventListener('resize', () => {

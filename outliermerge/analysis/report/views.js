@@ -131,15 +131,25 @@ function drawDistribution() {
   }));
 }
 
-// Only what is scrolled to is drawn: a large model has hundreds of matrices.
+// A large model has hundreds of matrices: of so many only what is scrolled to is drawn.
+const MAX_UNSEEN_PICTURES = 60;
 const galleryObserver = new IntersectionObserver(entries => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    galleryObserver.unobserve(entry.target);
-    const tensor = SUBJECTS[state.subject].byName.get(entry.target.dataset.name);
-    if (tensor) plotSmall(entry.target, tensor, GRID, state.picture, state.log);
-  }
+  for (const entry of entries) if (entry.isIntersecting) drawPicture(entry.target);
 }, { rootMargin: '200px' });
+
+function drawPicture(picture) {
+  galleryObserver.unobserve(picture);
+  const tensor = SUBJECTS[state.subject].byName.get(picture.dataset.name);
+  if (tensor) plotSmall(picture, tensor, GRID, state.picture, state.log);
+}
+
+// Draws so many of the gallery's first pictures that were not scrolled to; tells how many.
+function drawPictures(num) {
+  const all = [...byId('gallery-grid').querySelectorAll('.small')].slice(0, MAX_UNSEEN_PICTURES);
+  const left = all.filter(each => !each.hasChildNodes()).slice(0, num);
+  left.forEach(drawPicture);
+  return left.length;
+}
 
 function drawGallery() {
   const tensor = currentTensor();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
@@ -35,12 +36,26 @@ __all__ = [
     "PIPELINE_NAME",
     "module_folders",
     "open_checkpoint",
+    "refuse_unfinished",
 ]
 
 PIPELINE_NAME = "model_index.json"
 MODULES_NAME = "modules.json"  # of a SentenceTransformer
 # The prefixes of names that DataParallel and torch.compile add.
 _WRAPPERS = ("module.", "_orig_mod.")
+
+
+def refuse_unfinished(root: Path) -> None:
+    """Refuse the folder in which an output is being written: not all its weights are there.
+
+    Raises:
+        OutlierMergeError: it is one.
+    """
+    if root.name.endswith(".partial") and any(root.parent.glob(f"{escape(root.name)}.journal*")):
+        raise OutlierMergeError(
+            f"{root}: is an output that is not finished: its weights are not all written. To go "
+            "on, start the same command again; it gets its name when it is complete."
+        )
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
