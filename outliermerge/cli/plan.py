@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import WAITING, Command, add_planning, print_json, run_options, say
+from outliermerge.cli.parts import (
+    WAITING,
+    Command,
+    add_lenient,
+    add_planning,
+    print_json,
+    run_options,
+    say,
+)
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
 from outliermerge.cli.terminal import open_console, status, text
-from outliermerge.errors import MAX_NOTE, as_path, readable, shown
+from outliermerge.errors import MAX_NOTE, as_path, noted, readable, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +39,7 @@ _ASKED = " (a run asks it again meanwhile: some 5 s and 0.5 GB more; --no-load-c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and what is to be printed of its plan."""
     add_planning(parser)
+    add_lenient(parser)
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor too, and what happens to it"
     )
@@ -178,7 +187,7 @@ def print_plan(
         console.print()
         _print_tensors(console, plan)
     for note in plan.notes if with_notes else ():
-        print_words(console, readable(f"note: {note}", MAX_NOTE))
+        print_words(console, readable(noted(note), MAX_NOTE))
 
 
 def _print_models(console: Console, plan: Plan) -> None:

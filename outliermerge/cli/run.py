@@ -13,6 +13,7 @@ from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     WAITING,
     Command,
+    add_lenient,
     add_running,
     print_json,
     print_notes,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
+    add_lenient(parser)
     add_mergekit_flags(parser)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -77,9 +77,7 @@ def models_of(
             mistakes.attempt(partial(_refuse_on_base, entry, method, path, source), None)
             if method.needs_base:
                 continue
-        read = partial(
-            parameter_settings, entry.parameters, method, (*path, "parameters"), of_model=True
-        )
+        where = (*path, "parameters")
         models.append(
             ModelSpec(
                 reference=entry.model,
@@ -87,7 +85,9 @@ def models_of(
                 rename=mistakes.attempt(
                     partial(parse_rename, entry.rename, (*path, "rename")), Rename()
                 ),
-                settings=mistakes.attempt(read, {}),
+                settings=parameter_settings(
+                    entry.parameters, method, where, mistakes, of_model=True
+                ),
                 missing=mistakes.attempt(
                     partial(parse_policy, entry.missing, MISSING, (*path, "missing")), Setting()
                 ),
@@ -104,6 +104,23 @@ def models_of(
     if are_all:
         mistakes.attempt(partial(_check_number, len(models), method, source), None)
     return tuple(models)
+
+
+def check_required(
+    method: MergeMethod,
+    settings: Mapping[str, Setting],
+    models: Sequence[ModelSpec],
+    mistakes: Mistakes,
+) -> None:
+    """Refuse what was passed over if mergekit would miss a parameter without it.
+
+    Where it takes a misspelt or misplaced `weight` for none, it refuses the file.
+    """
+    for name in method.parameters if mistakes.warnings else ():
+        if name in settings or (models and all(name in model.settings for model in models)):
+            continue
+        if name == "weight" or (name == "t" and method.name in ("slerp", "nearswap")):
+            mistakes.found += [error for error in mistakes.warnings if error.meant == name]
 
 
 def _is_base(
