@@ -178,7 +178,7 @@ def _check(
         settings = parameter_settings(
             document.parameters, method, ("parameters",), mistakes, of_model=False
         )
-        check_required(method, settings, models, mistakes)
+        notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:
         mistakes.attempt(partial(_check_base, document, method, source), None)
         mistakes.found += _wrong_sources(document, source)

@@ -17,6 +17,15 @@ from outliermerge.spec.text import Mistakes, SpecText
 STAND_IN = "?"
 """Stands for a model's name that is wrong, so that the rest of the file can be checked."""
 
+_REQUIRED = {
+    "weight": (
+        *("linear", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+        *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
+    ),
+    "t": ("slerp", "nearswap"),
+}
+"""The parameters that mergekit refuses a file without, and its methods that have them."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -111,16 +120,23 @@ def check_required(
     settings: Mapping[str, Setting],
     models: Sequence[ModelSpec],
     mistakes: Mistakes,
-) -> None:
-    """Refuse what was passed over if mergekit would miss a parameter without it.
+) -> list[str]:
+    """Return a note on a parameter that mergekit requires, and that nothing gives.
 
-    Where it takes a misspelt or misplaced `weight` for none, it refuses the file.
+    Where the parameter is misspelt or misplaced, what was passed over becomes an error again:
+    mergekit takes it for none, and refuses the file.
     """
-    for name in method.parameters if mistakes.warnings else ():
-        if name in settings or (models and all(name in model.settings for model in models)):
+    notes = []
+    for name, methods in _REQUIRED.items() if mistakes.source.lenient else ():
+        given = name in settings or any(name in model.settings for model in models)
+        if given or method.name not in methods:
             continue
-        if name == "weight" or (name == "t" and method.name in ("slerp", "nearswap")):
-            mistakes.found += [error for error in mistakes.warnings if error.meant == name]
+        meant = [error for error in mistakes.warnings if error.meant == name]
+        mistakes.found += meant
+        if not meant:
+            default = method.parameters[name].default
+            notes.append(f"no `{name}` is given: {default:g} is used; mergekit refuses such a file")
+    return notes
 
 
 def _is_base(
