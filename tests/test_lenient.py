@@ -381,7 +381,7 @@ def test_commands_read_leniently_with_a_flag_and_in_mergekits_form(models, tmp_p
     assert command_first([str(file), "out"])[:2] == ["run", "--lenient"]
 
 
-def test_standard_input_and_dicts_are_read_leniently_too(models, tmp_path, monkeypatch):
+def test_dicts_are_read_leniently_too(models):
     text = PASSED_OVER["several"][0].replace("DIR", str(models))
     plan = outliermerge.plan(yaml.safe_load(text), lenient=True)
     assert "spec: dype: unknown key" in warnings_of(plan)[0]
