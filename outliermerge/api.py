@@ -21,7 +21,10 @@ from outliermerge.storage.machine import num_threads
 
 @checked
 def plan(
-    spec: str | Path | Mapping[str, Any] | MergeSpec, *, shard_size: int | str | None = None
+    spec: str | Path | Mapping[str, Any] | MergeSpec,
+    *,
+    shard_size: int | str | None = None,
+    lenient: bool = False,
 ) -> Plan:
     """Plan a merge without reading a tensor.
 
@@ -29,6 +32,8 @@ def plan(
         spec: a YAML file, the same as a dict, or the manifest of an output, whose merge is planned
             again.
         shard_size: most bytes of a weight file, such as "5GB", the default.
+        lenient: go on without what mergekit passes over in silence, such as unknown keys and
+            filters that no tensor matches, and warn of it in the plan's notes.
 
     Raises:
         SpecError: the spec is wrong.
@@ -39,7 +44,7 @@ def plan(
         >>> import outliermerge
         >>> outliermerge.plan("merge_configs/minilm_ties.yaml").jobs  # doctest: +SKIP
     """
-    loaded = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    loaded = spec if isinstance(spec, MergeSpec) else load_spec(spec, lenient=lenient)
     if shard_size is None:
         return make_plan(loaded)
     return make_plan(loaded, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
@@ -51,6 +56,7 @@ def run(
     *,
     output: str | Path | None = None,
     shard_size: int | str | None = None,
+    lenient: bool = False,
     options: RunOptions | None = None,
     **changes: Any,
 ) -> RunResult:
@@ -64,6 +70,7 @@ def run(
         spec: a YAML file, the same as a dict, the manifest of an output, or a plan.
         output: the folder or .safetensors file to write; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
+        lenient: as for `plan`; it changes nothing about a plan.
         options: how it is carried out.
         **changes: single fields of `RunOptions`, such as `memory="2GiB"` or `overwrite=True`.
 
@@ -83,7 +90,7 @@ def run(
             raise ArgumentError("shard_size: the plan has its shards already; give it to plan()")
         planned = spec
     else:
-        planned = plan(spec, shard_size=shard_size)
+        planned = plan(spec, shard_size=shard_size, lenient=lenient)
     (result,) = run_plans([(planned, output_path(planned, output))], chosen)
     return result
 

@@ -12,6 +12,7 @@ from pathlib import Path
 # What a person reads of one name, and of one message; callers of the library get twice that.
 # Names and values come from files that others wrote, where one can have megabytes.
 MAX_NAME, MAX_MESSAGE = 120, 1900
+WARNING = "warning: "  # so begins a note on what was probably not meant
 MAX_NOTE = 6000  # of a plan: it lists what differs between models
 _MAX_ROW = 900  # of a listing
 _MORE = re.compile(r"  … and (\d{1,9}) more")
@@ -49,9 +50,13 @@ class SpecError(OutlierMergeError):
 
     Attributes:
         place: its line and column, where they are known.
+        passed_over: the keys that lead to what mergekit goes on without, in silence; else None.
+        meant: the parameter that was meant by a key which is passed over.
     """
 
     place: tuple[int, int] = (0, 0)
+    passed_over: tuple[str | int, ...] | None = None
+    meant: str | None = None
 
 
 class ArgumentError(OutlierMergeError):
@@ -119,6 +124,11 @@ def readable(text: str, limit: int = MAX_MESSAGE) -> str:
         if len(text) > limit:
             text = _folded(text, most)
     return _cut(text, limit)
+
+
+def noted(note: str) -> str:
+    """Return a note with what it is before it."""
+    return note if note.startswith(WARNING) else f"note: {note}"
 
 
 def shown(value: object, limit: int = MAX_NAME) -> str:

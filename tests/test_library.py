@@ -336,7 +336,7 @@ class TestStateDicts:
             ({"method": "ties", "density": [0.5]}, "found 1 values, expected 2"),
             ({"method": "ties", "density": [0.5] * 3}, "found 3 values, expected 2"),
             ({"method": "ties", "density": "half"}, "found 'half', expected a number"),
-            ({"method": "ties", "normalize": 1}, "found 1, expected true or false"),
+            ({"method": "ties", "normalize": 2}, "found 2, expected true or false"),
             ({"method": "ties", "lambda_": [1.0, 2.0]}, "expected a number"),
             ({"method": "min_sigma", "t": -1}, "found -1, expected a number ≥ 0"),
             ({"method": "min_sigma", "t": float("nan")}, "finite"),

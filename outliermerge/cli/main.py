@@ -69,9 +69,9 @@ def _main(arguments: list[str]) -> int:
 
 
 def command_first(arguments: list[str]) -> list[str]:
-    """Return a command line with its command first: `run` where it is `FILE DIR`.
+    """Return a command line with its command first: `run --lenient` where it is `FILE DIR`.
 
-    So mergekit-yaml is called; and -q and -v may stand before the command.
+    So mergekit-yaml is called, and read; and -q and -v may stand before the command.
     """
     num_common = 0
     while num_common < len(arguments) and arguments[num_common] in COMMON_FLAGS:
@@ -79,7 +79,7 @@ def command_first(arguments: list[str]) -> list[str]:
     common, rest = arguments[:num_common], arguments[num_common:]
     if rest and rest[0] in COMMANDS:
         return [rest[0], *common, *rest[1:]]
-    return ["run", *arguments] if _is_merge(rest) else arguments
+    return ["run", "--lenient", *arguments] if _is_merge(rest) else arguments
 
 
 def _is_merge(words: Sequence[str]) -> bool:

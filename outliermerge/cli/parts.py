@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from outliermerge.errors import MAX_NOTE, quoted, readable
+from outliermerge.errors import MAX_NOTE, noted, quoted, readable
 
 if TYPE_CHECKING:
     from outliermerge.output.options import RunOptions
@@ -71,7 +71,7 @@ def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
         sys.stdout.flush()  # where both go to one file, the notes stand below
         said = list(dict.fromkeys(notes))
         for note in said[:_MAX_NOTES]:
-            print(readable(f"note: {note}", MAX_NOTE), file=sys.stderr)
+            print(readable(noted(note), MAX_NOTE), file=sys.stderr)
         if len(said) > _MAX_NOTES:
             say(f"note: {len(said) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
 
@@ -139,6 +139,16 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         f"(default, unless {LOAD_CHECK_VARIABLE}=0)",
     )
     add_json(parser)
+
+
+def add_lenient(parser: argparse.ArgumentParser) -> None:
+    """Add --lenient."""
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="go on without what mergekit passes over in silence (unknown keys, filters that match "
+        "nothing), and warn of it; so does a command line of only FILE and DIR",
+    )
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import (
     Command,
+    add_lenient,
     add_planning,
     print_json,
     print_notes,
@@ -38,6 +39,7 @@ _ASKED = " (a run asks it again meanwhile: some 5 s and 0.5 GB more; --no-load-c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and what is to be printed of its plan."""
     add_planning(parser)
+    add_lenient(parser)
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor too, and what happens to it"
     )

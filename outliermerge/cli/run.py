@@ -12,6 +12,7 @@ from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
+    add_lenient,
     add_running,
     print_json,
     print_notes,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
+    add_lenient(parser)
     add_mergekit_flags(parser)
 
 

@@ -24,9 +24,10 @@ def read_spec(options: argparse.Namespace) -> MergeSpec:
     """
     from outliermerge.spec.check import load_spec, parse_spec
 
+    lenient = getattr(options, "lenient", False)  # a sweep is strict
     if options.spec != STANDARD_INPUT:
-        return load_spec(find_file(options.spec, "spec"))
-    return parse_spec(read_standard_input(), file="standard input")
+        return load_spec(find_file(options.spec, "spec"), lenient=lenient)
+    return parse_spec(read_standard_input(), file="standard input", lenient=lenient)
 
 
 def read_standard_input() -> str:

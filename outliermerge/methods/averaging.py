@@ -80,11 +80,11 @@ def linear(weights_ME: Tensor, *, weight: PerModel = 1.0, normalize: bool = True
 
 @merge_method(
     space="weight",
-    idempotent=lambda parameters: bool(parameters["scale"] == 1),
+    idempotent=lambda parameters: bool(parameters["scale"] == (1,)),
     max_models=1,
-    kernel=Kernel("weighted_sum", lambda parameters, needs: weighted_sum([parameters["scale"]])),
+    kernel=Kernel("weighted_sum", lambda parameters, needs: weighted_sum(parameters["scale"])),
 )
-def passthrough(weights_ME: Tensor, *, scale: float = 1.0) -> Tensor:
+def passthrough(weights_ME: Tensor, *, scale: PerModel = 1.0) -> Tensor:
     """One model's weights as they are, times `scale`.
 
     W* = scale · W₁
@@ -93,4 +93,5 @@ def passthrough(weights_ME: Tensor, *, scale: float = 1.0) -> Tensor:
         weights_ME: the one model's weights.
         scale: the factor; 1 copies the bytes.
     """
-    return weights_ME[0] * scale
+    scaled_E: Tensor = weights_ME[0] * scale[0]
+    return scaled_E

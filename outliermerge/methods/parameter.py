@@ -74,6 +74,8 @@ class Parameter:
                 converted = math.inf
         if self.type is int and isinstance(converted, float) and converted.is_integer():
             converted = int(converted)
+        if self.type is bool and type(value) in (int, float) and value in (0, 1):
+            converted = bool(value)  # as mergekit takes it
         if type(converted) is not self.type:
             raise ValueError(f"found {value!r}, expected {kind[self.type]}")
         if self.choices and converted not in self.choices:

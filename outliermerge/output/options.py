@@ -72,7 +72,9 @@ or 1GiB.
         known = [field.name for field in dataclasses.fields(RunOptions)]
         for name in changes:
             if name not in known:
-                raise unexpected(function, name, ["output", "shard_size", "options", *known])
+                raise unexpected(
+                    function, name, ["output", "shard_size", "lenient", "options", *known]
+                )
         return dataclasses.replace(chosen, **changes)
 
     def on_this_machine(self) -> Options:

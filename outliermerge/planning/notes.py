@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from outliermerge.errors import listing
+from outliermerge.errors import WARNING, listing
 from outliermerge.planning.plan import Input, Job, Sidecar
 from outliermerge.spec.check import MergeSpec
+
+_MAX_WARNINGS = 20
 
 
 def merge_notes(
@@ -25,6 +27,9 @@ def merge_notes(
         dropped: tensors that are left out.
         lacking: by model the tensors that it lacks while another task model has them.
     """
+    if spec.warnings:
+        rows = listing(spec.warnings, limit=_MAX_WARNINGS)
+        yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
     yield from spec.notes
     for entry in inputs:
         yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)

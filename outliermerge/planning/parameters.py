@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from outliermerge.checkpoint.sources import Source
@@ -92,18 +93,22 @@ class Parameters:
                 return entry.at(position)
         return default
 
-    def check_filters(self) -> None:
-        """Raise SpecError for filters whose value no merged tensor has used."""
-        if not self._any_resolved:
-            return
+    def without_unused_filters(self) -> MergeSpec:
+        """Return the spec without filters whose value no merged tensor has used, but with warnings.
+
+        So the recipe of a merge runs strictly, too.
+
+        Raises:
+            SpecError: there are such filters, and the spec is read strictly.
+        """
         mistakes = Mistakes(self._spec.source)
         levels = [self._spec.settings, *(model.settings for model in self._spec.models)]
-        for setting in (setting for level in levels for setting in level.values()):
+        settings = (setting for level in levels for setting in level.values())
+        for setting in settings if self._any_resolved else ():
             takes_all = False
             for entry in setting.entries:
                 if entry.filter is None and takes_all:
-                    said = f"this entry {_UNREACHED}"
-                    mistakes.found.append(self._spec.source.error(entry.path, said))
+                    mistakes.add(self._unused(entry.path, f"this entry {_UNREACHED}"))
                 elif entry.filter is not None and entry.path not in self._used_filters:
                     shadowed = any(entry.matches(name) for name in self._reference)
                     what = _UNREACHED if shadowed else (
@@ -111,9 +116,17 @@ class Parameters:
                         + part_meant(entry.filter, self._reference)
                     )  # fmt: skip
                     said = f"the filter {entry.filter!r} {what}"
-                    mistakes.found.append(self._spec.source.error(entry.filter_path, said))
+                    mistakes.add(self._unused(entry.filter_path, said))
                 takes_all = takes_all or entry.filter is None
         mistakes.refuse()
+        return replace(
+            self._spec,
+            document=self._spec.document.without(mistakes.passed_over()),
+            warnings=(*self._spec.warnings, *mistakes.warned()),
+        )
+
+    def _unused(self, path: SpecPath, message: str) -> SpecError:
+        return self._spec.source.error(path, message, passed_over=path[:-1])
 
     def gradients(
         self, jobs: tuple[Job, ...], names: Mapping[str, str]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from outliermerge.display import html_table, html_words, human_bytes
+from outliermerge.errors import noted
 from outliermerge.planning.job import Input, Job
 from outliermerge.spec.check import MergeSpec
 
@@ -62,7 +63,7 @@ def plan_as_html(plan: Shown) -> str:
         + html_table(("model", "role", "tensors", "size", "dtypes"), models)
         + html_table(("what happens", "why", "tensors", "parameters", "stored as"), actions)
         + f"<pre>{html.escape(plan.spec.as_yaml())}</pre>"
-        + "".join(html_words(f"note: {note}") for note in plan.notes)
+        + "".join(html_words(noted(note)) for note in plan.notes)
     )
 
 

@@ -113,7 +113,7 @@ class _Planner:
             )
         used = {number for _, _, sources, *_ in drafts for number, _ in sources}
         refuse_unused(self.inputs, self.model_numbers, used)
-        self.parameters.check_filters()
+        self.spec = self.parameters.without_unused_filters()
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():

@@ -22,7 +22,7 @@ from outliermerge.spec.document import (
 )
 from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
-from outliermerge.spec.models import STAND_IN, ModelSpec, base_of, models_of
+from outliermerge.spec.models import STAND_IN, ModelSpec, base_of, check_required, models_of
 from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
@@ -60,6 +60,7 @@ class MergeSpec:
         other_files: the policy for files of tensors that are not read.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
+        warnings: what has no effect, as mergekit passes over it: where, and what was meant.
         repeated: the merge that this one repeats, if the spec is a manifest.
     """
 
@@ -76,6 +77,7 @@ class MergeSpec:
     other_files: Setting
     source: SpecText
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     repeated: Repeated | None = None
 
     def __repr__(self) -> str:
@@ -104,24 +106,29 @@ class MergeSpec:
         return as_yaml(self.as_dict())
 
 
-def load_spec(spec: str | Path | Mapping[str, Any]) -> MergeSpec:
+def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) -> MergeSpec:
     """Read and check a spec from a YAML file, from a dict, or from an output's manifest.
+
+    Args:
+        lenient: go on without what mergekit passes over in silence, such as unknown keys, and warn
+            of it.
 
     Raises:
         SpecError: the spec cannot be read, or something in it is unknown, has a wrong type or is
             out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
-        return _check(dict(spec), SpecText("spec"))
+        return _check(dict(spec), SpecText("spec", lenient=lenient))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
     path = as_path(spec)
     if repeated := read_repeated(path):
         return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
-    return parse_spec(read_text(path, absent="no such spec file"), file=str(path))
+    text = read_text(path, absent="no such spec file")
+    return parse_spec(text, file=str(path), lenient=lenient)
 
 
-def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
+def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> MergeSpec:
     """Read and check a spec from YAML text.
 
     Raises:
@@ -131,24 +138,28 @@ def parse_spec(text: str, *, file: str = "spec") -> MergeSpec:
     raw, source = parse_yaml(text, file=file, mistakes=duplicates)
     if not isinstance(raw, dict):
         raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
-    return _check(raw, source, duplicates)
+    return _check(raw, replace(source, lenient=lenient), duplicates)
 
 
 def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
     mistakes = Mistakes(source)
-    mistakes.found += duplicates
+    for duplicate in duplicates:
+        mistakes.add(duplicate)
     for key in [key for key in raw if key in _NOT_YET]:
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
-    raw, notes = without_inert(raw, needs_base=method is not None and method.needs_base)
+    raw, notes = without_inert(raw, method, averages_base=source.lenient)
     known = {key: value for key, value in raw.items() if key not in _NOT_YET}
     if "slices" in raw:
         known.setdefault("models", _STAND_INS["models"])
     document, problems = validated(SpecDocument, known, _STAND_INS)
-    mistakes.found += explained(problems, raw, source, method)
+    num_others = len(mistakes.found)
+    for problem in explained(problems, raw, source, method):
+        mistakes.add(problem)
+    is_whole = len(mistakes.found) == num_others
     if document is None:
         mistakes.refuse()
         raise AssertionError("a document that is not valid has problems")
@@ -166,19 +177,19 @@ def _check(
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
-        models = models_of(document, method, base, mistakes, are_all=not problems)
-        read = partial(
-            parameter_settings, document.parameters, method, ("parameters",), of_model=False
+        models = models_of(document, method, base, mistakes, are_all=is_whole)
+        settings = parameter_settings(
+            document.parameters, method, ("parameters",), mistakes, of_model=False
         )
-        settings = mistakes.attempt(read, settings)
-    if method is not None and not problems:
+        notes += check_required(method, settings, models, mistakes)
+    if method is not None and is_whole:
         mistakes.attempt(partial(_check_base, document, method, source), None)
         mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(
-        document=document,
+        document=document.without(mistakes.passed_over()),
         method=method,
         base=base,
         models=models,
@@ -187,6 +198,7 @@ def _check(
         rename=rename,
         source=source,
         notes=tuple(notes),
+        warnings=mistakes.warned(),
         missing=policies["missing"],
         extra=policies["extra"],
         unequal=policies["unequal"],

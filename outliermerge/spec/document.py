@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from outliermerge.spec.rename import MAP_NAMES
+from outliermerge.spec.settings import SpecPath
 
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
@@ -219,3 +221,25 @@ class SpecDocument(_SpecEntry):
         description="The folder to write, or a .safetensors file where the base model is a file; "
         "an output that is given to the run replaces it.",
     )
+
+    def without(self, paths: Sequence[SpecPath]) -> SpecDocument:
+        """Return the document without what has no effect."""
+        if not paths:
+            return self
+        raw = self.model_dump(exclude_defaults=True)
+        for path in sorted(paths, key=_by_place, reverse=True):  # the last of a list first
+            *parents, last = path
+            holders: list[Any] = [raw]
+            try:
+                for key in parents:
+                    holders.append(holders[-1][key])
+                del holders[-1][last]
+            except (LookupError, TypeError):  # it has been left out before
+                continue
+            if holders[-1] == []:
+                del holders[-2][parents[-1]]
+        return SpecDocument.model_validate(raw)
+
+
+def _by_place(path: SpecPath) -> list[str]:
+    return [str(part).zfill(6) for part in path]

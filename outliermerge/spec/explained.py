@@ -12,7 +12,7 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
-from outliermerge.spec.validation import how_to_write, in_words, without_consequences
+from outliermerge.spec.validation import how_to_write, in_words, is_meant, without_consequences
 
 _ENTRIES: dict[str, type[BaseModel]] = {
     "models": ModelEntry,
@@ -33,7 +33,12 @@ def explained(
         method: the spec's method, where it names one.
     """
     for problem in without_consequences(problems):
-        yield _explained(problem, raw, source, method)
+        error = _explained(problem, raw, source, method)
+        if problem["type"] == "extra_forbidden" and problem["loc"][0] != "modifiers":
+            # mergekit, too, refuses a file in which a required key is misspelt.
+            if not any(is_meant(other, problem["loc"]) for other in problems):
+                error.passed_over = tuple(problem["loc"])
+        yield error
 
 
 def _explained(
@@ -53,7 +58,9 @@ def _explained(
                 advice = f"It is a parameter of {method.name}: put it under `parameters`."
             elif near is not None and nearest(name, fields) is None:
                 advice = f"Did you mean the parameter {near!r}? Put it under `parameters`."
-            return source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
+            error = source.error(path, f"unknown key {quoted(name)}. {advice}", at_key=True)
+            error.meant = near
+            return error
         case "missing":
             return source.error(path[:-1], f"`{path[-1]}` is missing")
         case "model_type" if path == ("base_model",):

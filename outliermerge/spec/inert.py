@@ -1,42 +1,49 @@
-"""Keys of mergekit's files that change nothing: they are left out, with a note."""
+"""Keys of mergekit's files that change nothing here: they are left out, with a note."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from outliermerge.errors import quoted
+from outliermerge.methods.contract import MergeMethod
 
 INERT_PARAMETERS = {"int8_mask": "it sets how mergekit stores masks in memory"}
 LABEL = "name"
 
 
-def without_inert(raw: dict[str, Any], *, needs_base: bool) -> tuple[dict[str, Any], list[str]]:
-    """Return a spec without keys that have no effect, and a note on those that were there.
+def without_inert(
+    raw: Mapping[str, Any], method: MergeMethod | None, *, averages_base: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a spec without keys that have no effect, and notes on those that were there.
 
     Args:
-        needs_base: whether the method needs a base model. If that is among the models, too, its
-            parameters there have no effect.
+        method: the spec's method. Most have no parameters for a base model that is among the
+            models, too.
+        averages_base: whether `linear` averages a base model that is not among the models, as in
+            mergekit.
 
-    >>> without_inert({"name": "mine", "parameters": {"int8_mask": True}}, needs_base=True)
+    >>> without_inert({"name": "mine", "parameters": {"int8_mask": True}}, None, averages_base=True)
     ({'parameters': {}}, ['without effect: name (a label); int8_mask (it sets how mergekit \
 stores masks in memory)'])
     """
     left_out: dict[str, str] = {}
     document = dict(raw)
-    if isinstance(document.get(LABEL), str):
+    if LABEL in document:
         del document[LABEL]
         left_out[LABEL] = "a label"
     document = _pruned(document, left_out)
+    notes: list[str] = []
     if isinstance(document.get("models"), list):
         document["models"] = [
             _pruned(entry, left_out) if isinstance(entry, dict) else entry
             for entry in document["models"]
         ]
-        base = document.get("base_model")
-        for entry in document["models"] if needs_base and isinstance(base, str) else ():
-            if isinstance(entry, dict) and entry.get("model") == base and entry.get("parameters"):
-                del entry["parameters"]
-                left_out["parameters of the base model"] = "the method has none for it"
+        if method is not None and document.get("base_model") is not None:
+            _without_parameters_of_base(document, method, left_out)
+            notes += _base_of_linear(document, method, averaged=averages_base)
     said = "; ".join(f"{key} ({reason})" for key, reason in left_out.items())
-    return document, [f"without effect: {said}"] if said else []
+    return document, [*([f"without effect: {said}"] if said else []), *notes]
 
 
 def _pruned(entry: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
@@ -49,3 +56,43 @@ def _pruned(entry: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
     left_out |= {name: why for name, why in INERT_PARAMETERS.items() if name in parameters}
     kept = {name: value for name, value in parameters.items() if name not in INERT_PARAMETERS}
     return entry | {"parameters": kept}
+
+
+def _without_parameters_of_base(
+    document: dict[str, Any], method: MergeMethod, left_out: dict[str, str]
+) -> None:
+    if not (method.with_base or method).needs_base:
+        return
+    for entry in _entries_of_base(document):
+        if entry.pop("parameters", None):
+            left_out["parameters of the base model"] = "the method has none for it"
+
+
+def _base_of_linear(document: dict[str, Any], method: MergeMethod, *, averaged: bool) -> list[str]:
+    """Return a note on a base model that mergekit averages in; list it if that is done here."""
+    shared = document.get("parameters")
+    if (
+        method.name != "linear"
+        or not isinstance(shared, dict)
+        or "weight" not in shared
+        or _entries_of_base(document)
+    ):
+        return []
+    name = _name_of_base(document)
+    if averaged:
+        document["models"] = [*document["models"], {"model": name}]
+        return [f"linear averages the base model {quoted(name)} in, as mergekit does"]
+    return [
+        f"linear averages the `models`; the base model {quoted(name)} is none of them, and gives "
+        "only names and shapes. mergekit would average it in"
+    ]
+
+
+def _name_of_base(document: Mapping[str, Any]) -> Any:
+    base = document["base_model"]
+    return base.get("model") if isinstance(base, dict) else base
+
+
+def _entries_of_base(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name = _name_of_base(document)
+    return [e for e in document["models"] if isinstance(e, dict) and e.get("model") == name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,15 @@ from outliermerge.spec.text import Mistakes, SpecText
 
 STAND_IN = "?"
 """Stands for a model's name that is wrong, so that the rest of the file can be checked."""
+
+_REQUIRED = {
+    "weight": (
+        *("linear", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
+        *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear"),
+    ),
+    "t": ("slerp", "nearswap"),
+}
+"""The parameters that mergekit refuses a file without, and its methods that have them."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,7 @@ def models_of(
             mistakes.attempt(partial(_refuse_on_base, entry, method, path, source), None)
             if method.needs_base:
                 continue
-        read = partial(
-            parameter_settings, entry.parameters, method, (*path, "parameters"), of_model=True
-        )
+        where = (*path, "parameters")
         models.append(
             ModelSpec(
                 reference=entry.model,
@@ -87,7 +94,9 @@ def models_of(
                 rename=mistakes.attempt(
                     partial(parse_rename, entry.rename, (*path, "rename")), Rename()
                 ),
-                settings=mistakes.attempt(read, {}),
+                settings=parameter_settings(
+                    entry.parameters, method, where, mistakes, of_model=True
+                ),
                 missing=mistakes.attempt(
                     partial(parse_policy, entry.missing, MISSING, (*path, "missing")), Setting()
                 ),
@@ -104,6 +113,30 @@ def models_of(
     if are_all:
         mistakes.attempt(partial(_check_number, len(models), method, source), None)
     return tuple(models)
+
+
+def check_required(
+    method: MergeMethod,
+    settings: Mapping[str, Setting],
+    models: Sequence[ModelSpec],
+    mistakes: Mistakes,
+) -> list[str]:
+    """Return a note on a parameter that mergekit requires, and that nothing gives.
+
+    Where the parameter is misspelt or misplaced, what was passed over becomes an error again:
+    mergekit takes it for none, and refuses the file.
+    """
+    notes = []
+    for name, methods in _REQUIRED.items() if mistakes.source.lenient else ():
+        given = name in settings or any(name in model.settings for model in models)
+        if given or method.name not in methods:
+            continue
+        meant = [error for error in mistakes.warnings if error.meant == name]
+        mistakes.found += meant
+        if not meant:
+            default = method.parameters[name].default
+            notes.append(f"no `{name}` is given: {default:g} is used; mergekit refuses such a file")
+    return notes
 
 
 def _is_base(

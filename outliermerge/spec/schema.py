@@ -84,6 +84,8 @@ def _setting_schema(parameter: Parameter) -> dict[str, Any]:
     for bound, keyword in limits.items():
         if (limit := getattr(parameter.bounds, bound)) is not None:
             scalar[keyword] = limit
+    if parameter.type is bool:
+        scalar = {"anyOf": [scalar, {"enum": [0, 1]}]}
     if parameter.choices:
         scalar["enum"] = list(parameter.choices)
     if parameter.type in (float, int):

@@ -29,11 +29,21 @@ class SettingError(ValueError):
 
     Attributes:
         all: this one, and those that were found with it.
+        passed_over, meant: as those of SpecError.
     """
 
-    def __init__(self, path: SpecPath, message: str, *, at_key: bool = False) -> None:
+    def __init__(
+        self,
+        path: SpecPath,
+        message: str,
+        *,
+        at_key: bool = False,
+        passed_over: SpecPath | None = None,
+        meant: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.path, self.at_key = path, at_key
+        self.passed_over, self.meant = passed_over, meant
         self.all: tuple[SettingError, ...] = (self,)
 
 
@@ -101,31 +111,48 @@ class Setting:
         return next((entry for entry in self.entries if entry.matches(tensor_name)), None)
 
 
-def parse_setting(raw: object, parameter: _Checked, path: SpecPath) -> Setting:
+def _raise(error: SettingError) -> None:
+    raise error
+
+
+def parse_setting(
+    raw: object,
+    parameter: _Checked,
+    path: SpecPath,
+    pass_over: Callable[[SettingError], None] = _raise,
+) -> Setting:
     """Return a setting whose values all have the parameter's type and range.
+
+    Args:
+        pass_over: called with an unknown key of an entry.
 
     Raises:
         SettingError: a value has a wrong form or type, or is out of range.
     """
     if isinstance(raw, Mapping):
-        return Setting((_conditional(raw, parameter, path),))
+        return Setting((_conditional(raw, parameter, path, pass_over),))
     if isinstance(raw, list) and raw and isinstance(raw[0], Mapping):
         _check_number(raw, _MAX_ENTRIES, "entries", path)
         entries = all_of(
-            partial(_conditional, item, parameter, (*path, index)) for index, item in enumerate(raw)
+            partial(_conditional, item, parameter, (*path, index), pass_over)
+            for index, item in enumerate(raw)
         )
         return Setting(tuple(entries))
     return Setting((_entry(raw, parameter, None, path),))
 
 
-def _conditional(raw: object, parameter: _Checked, path: SpecPath) -> Entry:
+def _conditional(
+    raw: object, parameter: _Checked, path: SpecPath, pass_over: Callable[[SettingError], None]
+) -> Entry:
     if not isinstance(raw, Mapping):
         raise SettingError(path, f"found {quoted(raw)}, expected a filter entry")
     for key in raw:
         if key not in ("filter", "value"):
-            raise SettingError(
-                (*path, key), f"unknown key {quoted(key)}. Valid: filter, value.", at_key=True
-            )
+            said = f"unknown key {quoted(key)}. Valid: filter, value."
+            where = (*path, key)
+            if "value" not in raw:  # it may be meant, so mergekit refuses it, too
+                raise SettingError(where, said, at_key=True)
+            pass_over(SettingError(where, said, at_key=True, passed_over=where))
     if "value" not in raw:
         raise SettingError(path, "an entry with a filter needs a `value`")
     name = raw.get("filter")

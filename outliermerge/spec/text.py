@@ -28,20 +28,34 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class SpecText:
-    """The file and text of a spec, for messages that point at its lines."""
+    """The file and text of a spec, for messages that point at its lines.
+
+    Attributes:
+        lenient: what mergekit passes over in silence is no error, but a warning.
+    """
 
     file: str
     keys: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     values: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
+    lenient: bool = False
 
-    def error(self, path: SpecPath, message: str, *, at_key: bool = False) -> SpecError:
+    def error(
+        self,
+        path: SpecPath,
+        message: str,
+        *,
+        at_key: bool = False,
+        passed_over: SpecPath | None = None,
+    ) -> SpecError:
         """Return an error that starts with file, line, column and the key's path."""
         marks = self.keys if at_key else self.values
         ends = range(len(path), -1, -1)
         found = (marks.get(path[:end]) or self.keys.get(path[:end]) for end in ends)
         name = "".join(f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in path)
         said = f"{name.lstrip('.') + ': ' if name else ''}{message}"
-        return error_at(self.file, next(filter(None, found), (0, 0)), said)
+        error = error_at(self.file, next(filter(None, found), (0, 0)), said)
+        error.passed_over = passed_over
+        return error
 
 
 def error_at(file: str, place: tuple[int, int], message: str) -> SpecError:
@@ -53,23 +67,45 @@ def error_at(file: str, place: tuple[int, int], message: str) -> SpecError:
 
 
 class Mistakes:
-    """Gathers what is wrong with a file, so that all of it is told at once, by its lines."""
+    """Gathers what is wrong with a file, so that all of it is told at once, by its lines.
+
+    Attributes:
+        found: the errors.
+        warnings: what mergekit passes over, if the file is read leniently.
+    """
 
     def __init__(self, source: SpecText) -> None:
         self.source = source
         self.found: list[SpecError] = []
+        self.warnings: list[SpecError] = []
+
+    def add(self, error: SpecError | SettingError) -> None:
+        """Take up what is wrong: an error, or a warning if mergekit would pass over it."""
+        if isinstance(error, SettingError):
+            setting, at_key = error, error.at_key
+            error = self.source.error(setting.path, str(setting), at_key=at_key)
+            error.passed_over, error.meant = setting.passed_over, setting.meant
+        is_warning = self.source.lenient and error.passed_over is not None
+        (self.warnings if is_warning else self.found).append(error)
 
     def attempt(self, call: Callable[[], _T], default: _T) -> _T:
         """Return what a call returns; what is wrong is gathered."""
         try:
             return call()
         except SettingError as error:
-            self.found += [
-                self.source.error(each.path, str(each), at_key=each.at_key) for each in error.all
-            ]
+            for each in error.all:
+                self.add(each)
         except SpecError as error:
-            self.found.append(error)
+            self.add(error)
         return default
+
+    def warned(self) -> tuple[str, ...]:
+        """Return the warnings, by their lines."""
+        return tuple(str(error) for error in sorted(self.warnings, key=lambda error: error.place))
+
+    def passed_over(self) -> list[SpecPath]:
+        """Return the keys that lead to what the warnings are about."""
+        return [error.passed_over for error in self.warnings if error.passed_over]
 
     def refuse(self, kind: type[OutlierMergeError] = SpecError) -> None:
         """Raise an error, of one kind or another, if something is wrong."""
@@ -247,14 +283,14 @@ def _record_marks(
                 )
             inner = (*path, key.value)
             if inner in source.keys:
-                mistakes.append(
-                    error_at(
-                        source.file,
-                        _place(key),
-                        f"the key {quoted(key.value)} stands twice, first in line "
-                        f"{source.keys[inner][0]}. Remove one of them.",
-                    )
+                twice = error_at(
+                    source.file,
+                    _place(key),
+                    f"the key {quoted(key.value)} stands twice, first in line "
+                    f"{source.keys[inner][0]}. Remove one of them.",
                 )
+                twice.passed_over = ()  # the last one counts
+                mistakes.append(twice)
                 continue
             source.keys[inner] = _place(key)
             _record_marks(value, inner, source, mistakes, parents)

@@ -116,7 +116,12 @@ def without_consequences(problems: Sequence[Any]) -> Iterator[Any]:
     """Yield what is wrong, without keys that are missing because they are misspelt."""
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
     for problem in problems:
-        *place, name = problem["loc"]
-        beside = [str(key) for *other, key in unknown if other == place]
-        if problem["type"] != "missing" or nearest(name, beside) is None:
+        if not any(is_meant(problem, path) for path in unknown):
             yield problem
+
+
+def is_meant(problem: Any, unknown: Sequence[Any]) -> bool:
+    """Tell whether a problem is a missing key, which was meant by an unknown one beside it."""
+    *place, name = problem["loc"]
+    *other, key = unknown
+    return problem["type"] == "missing" and place == other and nearest(name, [str(key)]) is not None

@@ -97,7 +97,7 @@ def exact_merge(
 
     The merge is NaN where the votes for a sign are even but for rounding.
     """
-    weight_M1 = np.array(parameters.get("weight", [parameters.get("scale")]))[:, None]
+    weight_M1 = np.array(parameters.get("weight", parameters.get("scale")))[:, None]
     lambda_, kept_ME, divisor_E = parameters.get("lambda", 1.0), values_ME, np.array(1.0)
     loss = 1.0
     if method == "min_sigma":

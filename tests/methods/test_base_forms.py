@@ -83,6 +83,8 @@ def test_parameters_of_the_base_have_no_effect_which_a_note_says(folder):
     spec["models"][0]["parameters"] = {"t": 0.4}
     assert any("parameters of the base model" in note for note in outliermerge.plan(spec).notes)
     spec["base_model"] = {"model": spec["base_model"]}
+    assert any("parameters of the base model" in note for note in outliermerge.plan(spec).notes)
+    spec["base_model"]["model"] += "/"
     with pytest.raises(SpecError, match="is the base model: for slerp its parameters have no"):
         outliermerge.plan(spec)
 

@@ -204,8 +204,8 @@ BAD = {
         "7:18: parameters.density[1]: found False, expected a number",
     ),
     "number for a bool": (
-        _with_parameters("normalize: 1"),
-        "7:14: parameters.normalize: found 1, expected true or false",
+        _with_parameters("normalize: 2"),
+        "7:14: parameters.normalize: found 2, expected true or false",
     ),
     "text for a bool": (
         _with_parameters("normalize: 'true'"),

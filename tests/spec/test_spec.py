@@ -545,7 +545,7 @@ BAD = {
     | {"parameters": {"density": [{"filter": "mlp", "value": 2}]}},
     "out of range of a model": HEAD | {"models": [{"model": "a", "parameters": {"density": 2}}]},
     "text for a number": HEAD | {"parameters": {"density": "high"}},
-    "number for a bool": HEAD | {"parameters": {"normalize": 1}},
+    "number for a bool": HEAD | {"parameters": {"normalize": 2}},
     "bool for a number": HEAD | {"parameters": {"density": True}},
     "null for a value": HEAD | {"parameters": {"density": None}},
     "empty gradient": HEAD | {"parameters": {"density": []}},
