@@ -72,7 +72,7 @@ static uint32_t take_sizes(const float *restrict values, size_t stride, uint32_t
 static void take_tops(uint64_t counter, uint64_t step, uint64_t second_key,
                       uint16_t *restrict tops, size_t num) {
     for (size_t i = 0; i < num; i++) {
-        tops[i] = (uint16_t)(random_bits(counter, second_key) >> 48);
+        tops[i] = (uint16_t)(first_bits(counter, second_key) >> 48);
         counter += step;
     }
 }
