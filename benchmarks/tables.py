@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from methods_table import methods
 from report import START_UP, Report, fit, median, overheads, ratio, round_ratios
 
 ROOT = Path(__file__).parent.parent
@@ -304,6 +305,8 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
         found["inputs"] = inputs(json.loads((results / "inputs.json").read_text()))
     if (results / "looking.json").is_file():
         found["looking"] = looking(json.loads((results / "looking.json").read_text()))
+    if (results / "methods.json").is_file():
+        found["methods"] = methods(json.loads((results / "methods.json").read_text()))
     return {name: text for name, text in found.items() if text}
 
 
