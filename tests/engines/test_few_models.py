@@ -1,4 +1,4 @@
-"""Blocks of few models, which kernels merge in registers, and random numbers by their first bits."""
+"""Blocks of few models, merged in registers, and random numbers by their first bits."""
 
 from __future__ import annotations
 
