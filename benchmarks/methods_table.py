@@ -76,7 +76,7 @@ def methods(content: dict[str, Any]) -> str:
         given = case["parameters"] if case else {}
         lines.append(
             [
-                f"[`{name}`](#{name.replace('_', '-')})",
+                f"[`{name}`](#{name})",
                 _source(method.paper),
                 ", ".join(f"`{parameter}`" for parameter in method.parameters) or "–",
                 str(num_readings(method, given)),
