@@ -49,7 +49,7 @@ static void put_together(const Block *block, const Call *call, size_t num, float
     finish_ties(out, votes, divisor, normalize != 0, lambda, num);
 }
 
-/* Scalars: as of breadcrumbs. A count of signs is taken of rows. */
+/* Votes by number are counted row by row, also of few models. */
 static int is_by_count(const Call *call) { return (int)call->scalars[2] == BY_COUNT; }
 
 static Agreement agreement_of_call(const Block *block, const Call *call) {
