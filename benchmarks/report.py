@@ -11,7 +11,7 @@ from typing import Any
 
 SIZES = ("tiny", "0.1B", "0.5B", "1.5B", "3B", "7B")
 START_UP = "start-up"
-ALONE = ("passthrough", "slerp")  # they take one task model
+ALONE = ("passthrough", "slerp", "nearswap", "arcee_fusion")  # they take one task model
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,18 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "della": {"weight": 0.5, "density": 0.5},
     "sce": {"select_topk": 0.1},
 }
+# Measured by methods.py alone.
+OTHERS: dict[str, dict[str, float]] = {
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "nearswap": {"t": 0.001},
+    "arcee_fusion": {},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.9},
+    "della_linear": {"weight": 0.5, "density": 0.5},
+    "ram": {},
+    "ramplus_tl": {},
+}
 OF_THE_MERGE = ("t", "select_topk")  # parameters that a model cannot set for itself
 WITHOUT_PEER = ("passthrough", "min_sigma")
 MEMORY = "64MB"
@@ -104,7 +116,7 @@ def commands(case: Case, folder: Path, models: Sequence[Path]) -> dict[str, list
     base, *tasks = models
     if case.method == "slerp":
         tasks = [base, *tasks]
-    given = PARAMETERS[case.method]
+    given = (PARAMETERS | OTHERS)[case.method]
     of_merge = {name: value for name, value in given.items() if name in OF_THE_MERGE}
     own = {name: value for name, value in given.items() if name not in of_merge}
     spec: dict[str, Any] = {
@@ -153,7 +165,7 @@ def run_merge(case: Case, folder: Path, models: Sequence[Path], num_runs: int) -
     runs, failed = alternate(todo, num_runs, before=clear, label=case.name)
     clear()
     about: dict[str, Any] = {"name": case.name, "method": case.method, "size": case.size}
-    about |= {"num_models": case.num_models, "parameters": PARAMETERS[case.method]}
+    about |= {"num_models": case.num_models, "parameters": (PARAMETERS | OTHERS)[case.method]}
     return about | {"runs": runs} | ({"failed": failed} if failed else {})
 
 

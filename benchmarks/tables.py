@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from methods_table import methods
 from report import START_UP, Report, fit, median, overheads, ratio, round_ratios
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +281,18 @@ def looking(content: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def kernels(content: dict[str, Any]) -> str:
+    """What kernels cost, from the JSON that kernels.py writes."""
+    keys = ("nanoseconds", "nanoseconds before")
+    return markdown(
+        ["ns of one core for an element", "now", "before"],
+        (
+            [name, *(f"{case[key]:.2f}" if key in case else "–" for key in keys)]
+            for name, case in content["cases"].items()
+        ),
+    )
+
+
 SECTIONS: dict[str, Callable[[Report], str]] = {
     "machine": machine,
     "payoff": payoff,
@@ -304,6 +317,10 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
         found["inputs"] = inputs(json.loads((results / "inputs.json").read_text()))
     if (results / "looking.json").is_file():
         found["looking"] = looking(json.loads((results / "looking.json").read_text()))
+    if (results / "kernels.json").is_file():
+        found["kernels"] = kernels(json.loads((results / "kernels.json").read_text()))
+    if (results / "methods.json").is_file():
+        found["methods"] = methods(json.loads((results / "methods.json").read_text()))
     return {name: text for name, text in found.items() if text}
 
 

@@ -74,17 +74,17 @@ INLINE uint32_t infinity_of(char code) {
 }
 
 /* Compile a statement for each dtype: in it, CODE is a constant. */
-#define FOR_DTYPE(code, statement)                                        \
+#define FOR_DTYPE(code, ...)                                              \
     do {                                                                  \
         if ((code) == BFLOAT16) {                                         \
             enum { CODE = BFLOAT16 };                                     \
-            statement;                                                    \
+            __VA_ARGS__;                                                    \
         } else if ((code) == FLOAT16) {                                   \
             enum { CODE = FLOAT16 };                                      \
-            statement;                                                    \
+            __VA_ARGS__;                                                    \
         } else {                                                          \
             enum { CODE = FLOAT32 };                                      \
-            statement;                                                    \
+            __VA_ARGS__;                                                    \
         }                                                                 \
     } while (0)
 

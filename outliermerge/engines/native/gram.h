@@ -76,6 +76,40 @@ static void add_products(const Products *to, size_t num) {
         }
 }
 
+/* Add the products of a group of lanes of few rows. */
+INLINE void add_lanes(Lanes *sums, const float *const *from, size_t rows) {
+    for (int part = 0; part < VECTORS; part++) {
+        Doubles values[3];
+        for (size_t row = 0; row < rows; row++) values[row] = doubles_of(from[row] + part * WIDTH);
+        for (size_t i = 0, k = 0; i < rows; i++)
+            for (size_t j = i; j < rows; j++, k++)
+                sums[k].parts[part] = added_product(values[i], values[j], sums[k].parts[part]);
+    }
+}
+
+/* Add all products of two or three rows, which need not be widened before. */
+INLINE void add_few(const Products *to, const float *const *rows, size_t num_rows, size_t num) {
+    const float *from[3];
+    float last[3][LANES] = {{0}};
+    Lanes sums[6];
+    for (size_t i = 0, k = 0; i < num_rows; i++)
+        for (size_t j = i; j < num_rows; j++) sums[k++] = to->sums[i * num_rows + j];
+    size_t at = 0;
+    for (; at + LANES <= num; at += LANES) {
+        for (size_t row = 0; row < num_rows; row++) from[row] = rows[row] + at;
+        add_lanes(sums, from, num_rows);
+    }
+    if (at < num) {
+        for (size_t row = 0; row < num_rows; row++) {
+            memcpy(last[row], rows[row] + at, (num - at) * sizeof(float));
+            from[row] = last[row];
+        }
+        add_lanes(sums, from, num_rows);
+    }
+    for (size_t i = 0, k = 0; i < num_rows; i++)
+        for (size_t j = i; j < num_rows; j++) to->sums[i * num_rows + j] = sums[k++];
+}
+
 /* Widen a part of a row to double, padded with 0 to whole lanes. */
 static void widen_row(const float *restrict row, double *restrict values, size_t num) {
     size_t i = 0;
@@ -94,6 +128,12 @@ static void multiply_piece(Block *block, const Products *with, size_t num, char 
         size_t step = least(STEP, num - i);
         load_base(block, i, step);
         for (size_t model = 0; model < block->num_models; model++) load_model(block, model, i, step);
+        const float *few[3];
+        for (size_t row = 0; row < rows && rows <= 3; row++)
+            few[row] = row < num_base ? block->base : block->rows + (row - num_base) * ROW;
+        if (rows == 2) add_few(with, few, 2, step);
+        if (rows == 3) add_few(with, few, 3, step);
+        if (rows == 2 || rows == 3) continue;
         for (size_t k = 0; k < step; k += PART) {
             size_t some = least(PART, step - k);
             for (size_t row = 0; row < rows; row++)

@@ -109,7 +109,39 @@ typedef struct {
     uint64_t num_above;
 } Histogram;
 
+#if defined(__AVX512F__)
+/* Count into bins that threads share: what is in the window is picked out first. */
+static void count_picked(const float *restrict row, size_t num, Histogram *into) {
+    uint32_t picked[STEP + 16];
+    const uint32_t width = into->bins.num_bins << into->bins.shift;
+    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE), one = _mm512_set1_epi32(1);
+    const __m512i low = _mm512_set1_epi32((int)into->bins.low), end = _mm512_set1_epi32((int)width);
+    __m512i num_above = _mm512_setzero_si512();
+    size_t num_picked = 0;
+    for (size_t i = 0; i < num; i += 16) {
+        __mmask16 valid = num - i >= 16 ? 0xFFFF : (__mmask16)((1u << (num - i)) - 1);
+        __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, row + i), magnitude);
+        __m512i offsets = _mm512_sub_epi32(bits, low);
+        __mmask16 inside = _mm512_mask_cmplt_epu32_mask(valid, offsets, end);
+        __mmask16 from_low = _mm512_mask_cmpge_epu32_mask(valid, bits, low);
+        num_above = _mm512_mask_add_epi32(num_above, from_low & (__mmask16)~inside, num_above, one);
+        _mm512_storeu_si512(picked + num_picked, _mm512_maskz_compress_epi32(inside, offsets));
+        num_picked += (size_t)__builtin_popcount(inside);
+    }
+    into->num_above += (uint32_t)_mm512_reduce_add_epi32(num_above);
+    uint64_t *counts = into->view.buf;
+    for (size_t i = 0; i < num_picked; i++)
+        __atomic_fetch_add(counts + (picked[i] >> into->bins.shift), 1, __ATOMIC_RELAXED);
+}
+#endif
+
 static void count_row(const float *row, size_t num, Histogram *into) {
+#if defined(__AVX512F__)
+    if (into->own == NULL) {
+        count_picked(row, num, into);
+        return;
+    }
+#endif
     uint32_t offsets[STEP];
     uint8_t inside[STEP];
     if (num < STEP) memset(inside, 0, sizeof inside);

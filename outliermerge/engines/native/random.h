@@ -6,15 +6,25 @@
 
 #define GAMMA 0x9E3779B97F4A7C15u
 
-INLINE uint64_t mix(uint64_t bits) {
+/* `mix` without its last step, which changes none of the first 31 bits. */
+INLINE uint64_t mix_first(uint64_t bits) {
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
+    return (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
+}
+
+INLINE uint64_t mix(uint64_t bits) {
+    bits = mix_first(bits);
     return bits ^ (bits >> 31);
 }
 
 /* A number in [0, 1) is the first 53 of these bits. `counter` is (place + 1) * GAMMA + keys[0]. */
 INLINE uint64_t random_bits(uint64_t counter, uint64_t second_key) {
     return mix(mix(counter) ^ second_key);
+}
+
+/* The same in the first 31 bits, for less. */
+INLINE uint64_t first_bits(uint64_t counter, uint64_t second_key) {
+    return mix_first(mix(counter) ^ second_key);
 }
 
 INLINE uint64_t counter_of(uint64_t place, const uint64_t *keys) {
@@ -26,17 +36,29 @@ INLINE uint64_t limit_of(double chance) {
     return chance <= 0 ? 0 : (uint64_t)ceil((chance > 1 ? 1.0 : chance) * 0x1p53);
 }
 
+/* Whether the first 31 bits tell all: those of most limits that are made of a float32 do. */
+INLINE int is_told_by_first(uint64_t limit) {
+    return limit < (uint64_t)1 << 53 && (limit << 11 & 0x1FFFFFFFFu) == 0;
+}
+
 /* Multiply what is kept by the factor, and the rest by 0: infinity becomes NaN, so that a run
  * notices it. */
 static void keep_at_random(float *restrict row, const uint64_t *keys, uint64_t place,
                            uint64_t limit, float factor, size_t num) {
-    const uint64_t second = keys[1];
+    const uint64_t second = keys[1], below = limit << 11;
     uint64_t counter = counter_of(place, keys);
-    for (size_t i = 0; i < num; i++) {
-        float kept = (random_bits(counter, second) >> 11) < limit ? 1.0f : 0.0f;
-        row[i] = row[i] * kept * factor;
-        counter += GAMMA;
-    }
+    if (is_told_by_first(limit))
+        for (size_t i = 0; i < num; i++) {
+            float kept = first_bits(counter, second) < below ? 1.0f : 0.0f;
+            row[i] = row[i] * kept * factor;
+            counter += GAMMA;
+        }
+    else
+        for (size_t i = 0; i < num; i++) {
+            float kept = random_bits(counter, second) >> 11 < limit ? 1.0f : 0.0f;
+            row[i] = row[i] * kept * factor;
+            counter += GAMMA;
+        }
 }
 
 #endif

@@ -72,7 +72,7 @@ static uint32_t take_sizes(const float *restrict values, size_t stride, uint32_t
 static void take_tops(uint64_t counter, uint64_t step, uint64_t second_key,
                       uint16_t *restrict tops, size_t num) {
     for (size_t i = 0; i < num; i++) {
-        tops[i] = (uint16_t)(random_bits(counter, second_key) >> 48);
+        tops[i] = (uint16_t)(first_bits(counter, second_key) >> 48);
         counter += step;
     }
 }
@@ -86,13 +86,15 @@ static size_t count_sizes(const Ranked *row, uint32_t most) {
     while (((size_t)2 << digits) <= row->length && 1 << digits < MOST_BINS) digits++;
     const uint32_t num_bins = 1u << digits, shift = 23 - (digits - 4); /* OCTAVES is 2^4 */
     const uint32_t span = num_bins << shift, low = most >= span ? most + 1 - span : 0;
-    for (size_t i = 0; i < row->length; i++) {
+    const size_t length = row->length;
+    for (size_t i = 0; i < length; i++) {
         uint32_t above = sizes[i] > low ? (sizes[i] - low) >> shift : 0;
         uint32_t bin = sizes[i] == 0 ? (uint32_t)i % ZEROS : ZEROS + above;
         bins[i] = (uint16_t)bin;
     }
     memset(counts, 0, (ZEROS + num_bins) * sizeof *counts);
-    for (size_t i = 0; i < row->length; i++) counts[bins[i]]++;
+#pragma GCC unroll 4
+    for (size_t i = 0; i < length; i++) counts[bins[i]]++;
     return ZEROS + num_bins;
 }
 
@@ -100,10 +102,12 @@ static size_t count_sizes(const Ranked *row, uint32_t most) {
  * The bounds are a quarter of a step apart from those that rounding could give. */
 static void bound_bins(const Ranked *row, size_t num_bins) {
     uint32_t *restrict starts = row->starts, *restrict limits = row->limits;
+    const uint32_t *restrict counts = row->counts;
     uint32_t rank = 0;
+#pragma GCC unroll 8
     for (size_t bin = 0; bin < num_bins; bin++) {
         starts[bin] = rank;
-        rank += row->counts[bin];
+        rank += counts[bin];
     }
     starts[num_bins] = rank;
     const float least = (float)(row->least * 65536);
@@ -119,28 +123,53 @@ static void bound_bins(const Ranked *row, size_t num_bins) {
     }
 }
 
-/* Decide by the bounds; mark what they leave open. */
-static void decide(const Ranked *row) {
-    const uint16_t *restrict bins = row->bins, *restrict tops = row->tops;
-    const uint32_t *restrict limits = row->limits;
-    uint32_t *restrict bounds = row->other;
-    uint8_t *restrict kept = row->kept, *restrict open = row->open;
-    for (size_t i = 0; i < row->length; i++) bounds[i] = limits[bins[i]];
-    for (size_t i = 0; i < row->length; i++) { /* apart, so that it is vectorised */
-        uint32_t both = bounds[i], top = tops[i];
-        kept[i] = top < both >> 16;
-        open[i] = (top >= both >> 16) & (top <= (both & 0xFFFF));
+/* Decide what the random number alone tells, and list the others: they are in row->unsure, and what
+ * their number is in row->at. Returns how many there are. */
+static size_t decide_by_tops(const Ranked *row, size_t num_bins) {
+    const uint32_t first = row->limits[0], last = row->limits[num_bins - 1];
+    const uint32_t one = first >> 16, other = last >> 16;
+    const uint32_t low = one < other ? one : other;
+    const uint32_t top_of_first = first & 0xFFFF, top_of_last = last & 0xFFFF;
+    const uint32_t high = top_of_first > top_of_last ? top_of_first : top_of_last;
+    const uint16_t *restrict tops = row->tops;
+    uint8_t *restrict kept = row->kept;
+    uint32_t *restrict unsure = row->unsure;
+    const size_t length = row->length; /* a copy: bytes that are written might be any memory */
+    size_t num = 0;
+    for (size_t i = 0; i < length; i++) kept[i] = tops[i] < low;
+#if defined(__AVX512F__)
+    const __m512i from = _mm512_set1_epi32((int)low), span = _mm512_set1_epi32((int)(high - low));
+    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (size_t i = 0; i < length; i += 16) { /* tops are zero, or old, behind the row's end */
+        __mmask16 valid = length - i >= 16 ? 0xFFFF : (__mmask16)((1u << (length - i)) - 1);
+        __m512i top = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(tops + i)));
+        __mmask16 open = _mm512_mask_cmple_epu32_mask(valid, _mm512_sub_epi32(top, from), span);
+        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32(open, at));
+        num += (size_t)__builtin_popcount(open);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
     }
+#else
+    for (size_t i = 0; i < length; i++) {
+        unsure[num] = (uint32_t)i;
+        num += (uint32_t)tops[i] - low <= high - low;
+    }
+#endif
+    return num;
 }
 
-/* List what is open; `open` is zero from the row's end on, to a multiple of eight entries. */
-static size_t list_open(const Ranked *row) {
+/* Decide the listed elements by the bounds of their bins; list again what they leave open, and mark
+ * it. */
+static size_t decide_by_bins(const Ranked *row, size_t num_listed) {
+    const uint16_t *restrict bins = row->bins, *restrict tops = row->tops;
+    const uint32_t *restrict limits = row->limits;
+    uint8_t *restrict kept = row->kept;
+    uint32_t *unsure = row->unsure;
     size_t num = 0;
-    for (size_t i = 0; i < row->length; i += 8) {
-        uint64_t left;
-        memcpy(&left, row->open + i, 8);
-        for (; left != 0; left &= left - 1)
-            row->unsure[num++] = (uint32_t)i + (uint32_t)(__builtin_ctzll(left) >> 3);
+    for (size_t k = 0; k < num_listed; k++) {
+        uint32_t i = unsure[k], both = limits[bins[i]], top = tops[i];
+        kept[i] = top < both >> 16;
+        unsure[num] = i;
+        num += (top >= both >> 16) & (top <= (both & 0xFFFF));
     }
     return num;
 }
@@ -198,8 +227,9 @@ INLINE uint8_t is_kept(const Ranked *row, uint32_t rank, uint64_t counter, uint6
 }
 
 /* Count the ranks that bounds leave open, each in the whole row, or in its bin, or all by sorting. */
-static void settle(const Ranked *row, uint64_t counter, uint64_t step, uint64_t second_key) {
-    size_t num = list_open(row), work = 0;
+static void settle(const Ranked *row, size_t num, uint64_t counter, uint64_t step,
+                   uint64_t second_key) {
+    size_t work = 0;
     if (num <= FEW) {
         for (size_t k = 0; k < num; k++) {
             uint32_t i = row->unsure[k], rank = rank_among(row->sizes, row->length, i);
@@ -209,12 +239,16 @@ static void settle(const Ranked *row, uint64_t counter, uint64_t step, uint64_t 
     }
     for (size_t k = 0; k < num; k++) work += row->counts[row->bins[row->unsure[k]]];
     if (work > PATIENCE * row->length) {
+        memset(row->open, 0, row->length);
+        for (size_t k = 0; k < num; k++) row->open[row->unsure[k]] = 1; /* sorting needs the list */
         find_ranks(row);
         for (size_t i = 0; i < row->length; i++)
             if (row->open[i])
                 row->kept[i] = is_kept(row, row->at[i], counter + i * step, second_key);
         return;
     }
+    memset(row->open, 0, row->length);
+    for (size_t k = 0; k < num; k++) row->open[row->unsure[k]] = 1;
     group_by_bin(row);
     for (size_t k = 0; k < num; k++) {
         uint32_t i = row->unsure[k], bin = row->bins[i], count = row->counts[bin];
@@ -248,9 +282,9 @@ static void keep_by_rank(const Ranked *row, float *values, size_t stride, const 
         return;
     }
     take_tops(counter, step, keys[1], row->tops, row->length);
-    bound_bins(row, count_sizes(row, most));
-    decide(row);
-    settle(row, counter, step, keys[1]);
+    const size_t num_bins = count_sizes(row, most);
+    bound_bins(row, num_bins);
+    settle(row, decide_by_bins(row, decide_by_tops(row, num_bins)), counter, step, keys[1]);
     apply_kept(row->kept, values, stride, row->length);
 }
 

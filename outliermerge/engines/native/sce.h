@@ -62,9 +62,54 @@ static void add_weighted_agreeing(const float *restrict row, const float *restri
     }
 }
 
+/* The variance of few values, with the operations of find_variances. */
+INLINE float variance_of(const float *values, size_t models) {
+    const float share = (float)(1.0 / (double)models);
+    float mean = values[0], sum = 0;
+    for (size_t model = 1; model < models; model++) mean += values[model];
+    mean *= share;
+    for (size_t model = 0; model < models; model++) {
+        float away = values[model] - mean;
+        sum = model ? sum + away * away : away * away;
+    }
+    return sum * share;
+}
+
+INLINE void merge_few_sce(const Block *block, const Call *call, size_t start, size_t num,
+                          float *restrict out, char code, size_t models, int selects) {
+    const Few few = few_of(block, start);
+    const float *restrict base = block->base;
+    const float least = call->scalars[0], least_divisor = call->scalars[1];
+    float weights[3];
+    memcpy(weights, call->vectors, models * sizeof *weights);
+    for (size_t i = 0; i < num; i++) {
+        float values[3], votes = 0, sum = 0, divisor = 0;
+        for (size_t model = 0; model < models; model++)
+            values[model] = load(code, few.from[model], i) - base[i];
+        if (selects) {
+            float selected = variance_of(values, models) >= least ? 1.0f : 0.0f;
+            for (size_t model = 0; model < models; model++) values[model] *= selected;
+        }
+        for (size_t model = 0; model < models; model++)
+            votes = model ? votes + values[model] : values[model];
+        for (size_t model = 0; model < models; model++) {
+            float agreeing = agreeing_with(votes, values[model]), part = agreeing * weights[model];
+            float share = weight_if(agreeing, weights[model]);
+            sum = model ? sum + part : part;
+            divisor = model ? divisor + share : share;
+        }
+        float by = divisor == 0 ? 1.0f : divisor;
+        by = divisor < least_divisor ? least_divisor : by;
+        out[i] = negated_if(votes < 0, sum) / by;
+    }
+}
+
 static void merge_sce(const Block *block, const Call *call, size_t start, size_t num,
                       float *restrict out) {
     const float least_divisor = call->scalars[1];
+    if (call->scalars[0] > 0)
+        RETURN_FOR_FEW(block, merge_few_sce(block, call, start, num, out, CODE, MODELS, 1));
+    RETURN_FOR_FEW(block, merge_few_sce(block, call, start, num, out, CODE, MODELS, 0));
     float *restrict votes = out + ROW, *restrict divisor = out + 2 * ROW;
     load_selected(block, start, num, call->scalars[0], votes, divisor);
     sum_rows(block, votes, num);

@@ -1,0 +1,90 @@
+"""The table of methods and that of kernels: what the code says, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from outliermerge.methods.table import METHODS
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import methods_table  # noqa: E402
+import suite  # noqa: E402
+import tables  # noqa: E402
+from build_checkpoints import build  # noqa: E402
+
+ABOUT = {
+    "date": "2026-01-02", "hardware": "2 cores", "load_before": 0.5, "note": "as said",
+    "num_parameters": {"0.1B": 1},
+}  # fmt: skip
+
+
+def measured(method: str, wall: float, theirs: float) -> dict:
+    ours = {"wall_seconds": wall, "work_seconds": wall, "cpu_seconds": wall}
+    peer = {"wall_seconds": theirs, "cpu_seconds": 2 * theirs}
+    return {
+        "name": f"{method}-0.1B-2", "method": method, "size": "0.1B", "parameters": {},
+        "runs": {
+            "direct copy": [ours | {"work_seconds": wall / 2}],
+            "outliermerge": [ours | {"peak_anonymous_megabytes": 33.3}],
+            "mergekit": [peer],
+        },
+    }  # fmt: skip
+
+
+def test_every_method_has_a_row_and_a_word_on_mergekit():
+    text = methods_table.methods(ABOUT | {"cases": [measured("linear", 2, 30)]})
+    rows = [line for line in text.splitlines() if line.startswith("| [`")]
+    assert len(rows) == len(METHODS) == len(methods_table.AGREES)
+    assert set(METHODS) == set(methods_table.AGREES) == set(suite.PARAMETERS | suite.OTHERS)
+    cells = next(row for row in rows if "`linear`" in row).strip("| ").split(" | ")
+    assert cells[3:] == ["1", "2.0", "33", "15", "30", "yes"]
+    unmeasured = next(row for row in rows if "`ties`" in row)
+    assert unmeasured.count(" – ") == 4
+    assert text.endswith("as said.")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        ("linear", {}, 1),
+        ("slerp", {}, 2),
+        ("ties", {"density": 0.2}, 2),
+        ("ties", {"density": 1.0}, 1),
+        ("ties", {"density": 0.2, "rescale": True}, 3),
+        ("dare_ties", {"density": 0.5}, 1),
+        ("dare_ties", {"density": 0.5, "rescale_by": "l1"}, 2),
+        ("sce", {"select_topk": 0.1}, 3),
+        ("nearswap", {}, 1),
+    ],
+)
+def test_readings_are_those_of_statistics_and_of_the_merge(name, given, wanted):
+    assert methods_table.num_readings(METHODS[name], given) == wanted
+
+
+def test_links_of_the_table_are_headings_of_the_page():
+    page = (ROOT / "docs" / "reference" / "methods.md").read_text()
+    for name in METHODS:
+        assert f"## `{name}`" in page
+
+
+def test_specs_of_every_measured_method_can_be_planned(tmp_path):
+    import outliermerge
+
+    models = build("tiny", tmp_path / "models")
+    for method in suite.PARAMETERS | suite.OTHERS:
+        case = suite.Case(method, "tiny", 1 if method in suite.ALONE else 2, ("outliermerge",))
+        suite.commands(case, tmp_path, models[: 1 + case.num_models])
+        spec = json.loads((tmp_path / "spec.yaml").read_text())
+        assert outliermerge.plan(spec).jobs, method
+
+
+def test_kernels_without_an_earlier_measurement_have_no_figure_before():
+    case = {"nanoseconds": 0.5, "nanoseconds before": 1.25}
+    text = tables.kernels({"cases": {"both": case, "now": {"nanoseconds": 0.125}}})
+    assert text.splitlines()[2:] == ["| both | 0.50 | 1.25 |", "| now | 0.12 | – |"]
