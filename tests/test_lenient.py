@@ -371,7 +371,7 @@ def test_commands_read_leniently_with_a_flag_and_in_mergekits_form(models, tmp_p
     assert not (tmp_path / "strict").exists()
     capsys.readouterr()
     assert main(["plan", str(file), "--lenient", "--no-load-check"]) == 0
-    assert "warning: without effect, as mergekit passes" in capsys.readouterr().out
+    assert "warning: without effect, as mergekit passes" in capsys.readouterr().err
     for words, name in ((["run", "--lenient"], "a"), ([], "b")):
         assert main([*words, str(file), str(tmp_path / name), "--no-load-check"]) == 0
         said = capsys.readouterr().err

@@ -69,10 +69,10 @@ def measure_drift(
     whole = [job for job in merged if len(job.sources) == 1 + num_models]
     if not plan.spec.method.uses_base or not whole:
         return {}
-    fitting = [job for job in whole if _can_be_sampled(job)]
+    fitting = [job for job in whole if job.num_elements and _can_be_sampled(job)]
     num_elements = sum(job.num_elements for job in merged)
     num_fitting = sum(job.num_elements for job in fitting)
-    if num_fitting < _KNOWN_SHARE * num_elements:
+    if not fitting or num_fitting < _KNOWN_SHARE * num_elements:
         return {}
     step = -(-len(fitting) // _MAX_TENSORS)
     chosen = fitting[::step]
