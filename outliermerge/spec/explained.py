@@ -32,11 +32,12 @@ def explained(
     Args:
         method: the spec's method, where it names one.
     """
+    missing = [problem for problem in problems if problem["type"] == "missing"]
     for problem in without_consequences(problems):
         error = _explained(problem, raw, source, method)
         if problem["type"] == "extra_forbidden" and problem["loc"][0] != "modifiers":
             # mergekit, too, refuses a file in which a required key is misspelt.
-            if not any(is_meant(other, problem["loc"]) for other in problems):
+            if not any(is_meant(other, problem["loc"]) for other in missing):
                 error.passed_over = tuple(problem["loc"])
         yield error
 

@@ -116,12 +116,13 @@ def without_consequences(problems: Sequence[Any]) -> Iterator[Any]:
     """Yield what is wrong, without keys that are missing because they are misspelt."""
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
     for problem in problems:
-        if not any(is_meant(problem, path) for path in unknown):
+        is_missing = problem["type"] == "missing"
+        if not (is_missing and any(is_meant(problem, path) for path in unknown)):
             yield problem
 
 
 def is_meant(problem: Any, unknown: Sequence[Any]) -> bool:
-    """Tell whether a problem is a missing key, which was meant by an unknown one beside it."""
+    """Tell whether a missing key was meant by an unknown one beside it."""
     *place, name = problem["loc"]
     *other, key = unknown
-    return problem["type"] == "missing" and place == other and nearest(name, [str(key)]) is not None
+    return place == other and nearest(name, [str(key)]) is not None
