@@ -52,8 +52,10 @@ def _leave_out(raw: Any, problem: Any, stand_ins: Mapping[str, Any]) -> None:
         raw[last] = {}
     elif problem["type"] == "missing":
         raw[last] = copy.deepcopy(stand_ins.get(last))
-    else:
-        for key in [key for key in raw if str(key) == str(last)]:  # told as a text, whatever it is
+    elif last in raw:
+        del raw[last]
+    else:  # a key of another type, which the problem tells as a text
+        for key in [key for key in raw if str(key) == str(last)]:
             del raw[key]
 
 
