@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -12,3 +15,14 @@ os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
 os.environ["OUTLIERMERGE_PROGRESS_SECONDS"] = "0"
 
 collect_ignore = ["contributed"]  # files for copies of the package
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let torch compute by one thread: blocks are small, and another test may run beside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -49,7 +49,7 @@ class _AnyValue:
 def _no_parameter(
     name: str, value: object, method: MergeMethod, path: SpecPath, *, of_model: bool
 ) -> SettingError:
-    """Return the error for a parameter that the method has not, or not of a single model.
+    """Return the error for a parameter that the method does not have, or not for one model.
 
     mergekit passes over it if its value has the form of a setting.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ from outliermerge.methods.kernel_call import packed_keys
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The first is told by 31 bits, the second is not, and the others are of no chance at all.
 DENSITIES = (0.3, 0.0011, 1.0, 0.0, 0.5)
 WEIGHTS = ([1.0, 1.0, 2.0], [0.5, 0.5, 0.5], [0.7, -0.3, 0.4], [2.0, 0.0, 1.0])
@@ -26,14 +27,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "elected mean": ("dare_ties", {"normalize": True, "rescale": False}),
     "counted": ("dare_ties", {"consensus": "count", "normalize": True}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("densities", [(d,) * 3 for d in DENSITIES] + [DENSITIES[:3]], ids=str)

@@ -23,6 +23,8 @@ from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ULP = 2.0**-24  # most that rounding to float32 changes, of 1
 
 WEIGHTS = [0.7, -0.3, 0.0, 1.1, -0.25, 0.4, 0.45, 0.61, 0.93]
@@ -53,14 +55,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SIZES = [1, 15, 16, 17, 1023, 1025, CHUNK_ELEMENTS + 77]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from outliermerge.methods.statistics.spread import Spread, variance
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [1, 15, 17, 1023, 1025, CHUNK_ELEMENTS + 77]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sce": ("sce", {}),
@@ -35,14 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nearswap far": ("nearswap", {"t": 0.02}),
     "nearswap back": ("nearswap", {"t": -0.5}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(need: Any, parameters: Any, sources: list[Tensor], codes: str, module: Any) -> Any:
