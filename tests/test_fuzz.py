@@ -265,7 +265,8 @@ def test_any_value_of_a_parameter_is_taken_only_if_every_number_in_it_is_in_rang
     if taken:
         for leaf in leaves(value):
             if name == "normalize":
-                assert isinstance(leaf, bool)
+                assert isinstance(leaf, (bool, int, float))
+                assert leaf in (0, 1)
             else:
                 assert not isinstance(leaf, bool)
                 assert math.isfinite(float(leaf))

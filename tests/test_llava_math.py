@@ -479,7 +479,8 @@ def test_without_the_policy_the_error_names_the_missing_tower(world, monkeypatch
 def test_the_plan_shows_what_differs_between_the_published_models(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     assert cli.main(["plan", str(SPECS / "llava_math.yaml")]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    shown = " ".join(f"{printed.out} {printed.err}".split())
     for difference in (
         f"image_aspect_ratio: not given in {HF_BASE}, anyres in {INSTRUCT}",
         f"image_aspect_ratio: not given in {HF_BASE}, pad in {MATHS}",
