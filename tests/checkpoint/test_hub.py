@@ -205,12 +205,16 @@ class TestFetching:
         assert merged.keys() == expected.keys()
         assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
-        assert _call(tmp_path, hub.environment(tmp_path / "home"), *names) == (0, "")
+        note = (
+            "note: the models' files differ; the output has the config of org/a, tokenizer of "
+            "org/a, processor of org/a:\n  tokenizer.json: in org/sharded, not in org/a"
+        )
+        assert _call(tmp_path, hub.environment(tmp_path / "home"), *names) == (0, note)
         assert hub.fetched() == []
 
         (tmp_path / "home").rename(tmp_path / "moved")
         offline = hub.environment(tmp_path / "moved", HF_HUB_OFFLINE="1")
-        assert _call(tmp_path, offline, *names) == (0, "")
+        assert _call(tmp_path, offline, *names) == (0, note)
         assert hub.requests == []
 
     def test_a_token_opens_gated_and_private_repositories_and_an_old_name_leads_to_the_new(
