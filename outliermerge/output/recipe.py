@@ -14,6 +14,7 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.spec.text import as_yaml
+from outliermerge.spec.tokenizer import plain_reference
 
 RECIPE_NAME = "recipe.yaml"
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
@@ -48,9 +49,30 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
             entry["auxiliary"] = {k: lasting(place) for k, place in entry["auxiliary"].items()}
         models.append(entry)
     document["models"] = models
-    return document | {
-        key: names.get(document[key], document[key]) for key in _SOURCES if key in document
-    }
+    if isinstance(tokenizer := document.get("tokenizer"), dict):
+        document["tokenizer"] = _named(tokenizer, names)
+    return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return a model's lasting name; it may stand with mergekit's `model:` before it."""
+    return names.get(plain_reference(name) or "", name)
+
+
+def _named(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a spec says of the tokenizer, with models by their lasting names."""
+    tokens: dict[str, Any] = {}
+    for token, entry in (tokenizer.get("tokens") or {}).items():
+        source = entry.get("source")
+        if isinstance(source, str):
+            entry = entry | {"source": _renamed(source, names)}
+        elif isinstance(source, dict) and "model" in source:
+            entry = entry | {"source": source | {"model": _renamed(source["model"], names)}}
+        tokens[token] = entry
+    changed: dict[str, Any] = {"tokens": tokens} if tokens else {}
+    if "source" in tokenizer:
+        changed["source"] = _renamed(tokenizer["source"], names)
+    return tokenizer | changed
 
 
 def recipe_text(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> str:

@@ -15,6 +15,7 @@ from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_un
 from outliermerge.planning.architectures import CANNOT, compare_architectures
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
+from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels, leave_out_heads
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
@@ -22,14 +23,14 @@ from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
 from outliermerge.planning.parameters import Parameters, check_scopes
-from outliermerge.planning.plan import Input, Job, Plan
+from outliermerge.planning.plan import Job, Plan
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
 from outliermerge.planning.tied import TiedCopy, grown_rows, lacks_tied_head, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
-from outliermerge.planning.vocabulary import Alignment, align_vocabulary
+from outliermerge.planning.vocabulary_by_token import align_inputs
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
 
@@ -76,7 +77,7 @@ class _Planner:
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
-        self.alignment = _align(self.tied.inputs, spec)
+        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers)
         self.inputs = tuple(
             replace(
                 e,
@@ -128,7 +129,9 @@ class _Planner:
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers))
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
+        tokenizer = self.alignment.tokenizer
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer)
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         proof, doubts = prove(
             self.stored_reference,
@@ -148,6 +151,7 @@ class _Planner:
                 *self.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *template_notes,
                 *metadata_notes,
                 *doubts,
                 *check_labels(self.spec, self.inputs, jobs),
@@ -159,6 +163,8 @@ class _Planner:
             components=checkpoint.components,
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
+            tokenizer=tokenizer,
+            chat_template=template,
             tied=self.tied.followers,
         )
 
@@ -365,34 +371,6 @@ class _Planner:
 _Numbered = tuple[int, Source]
 _Action = Literal["merge", "copy", "equal"]
 _Draft = tuple[str, _Action, tuple[_Numbered, ...], dict[str, Any], DType, str]
-
-
-def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
-    """Align the vocabulary rows of the tensors that the reference has as well."""
-    reference = inputs[0].checkpoint.tensors
-    models = [
-        (
-            entry.reference,
-            replace(
-                entry.checkpoint,
-                root=entry.tokenizer_home,
-                tensors={n: s for n, s in entry.checkpoint.tensors.items() if n in reference},
-            ),
-        )
-        for entry in inputs
-    ]
-    references = [entry.reference for entry in inputs]
-
-    def number(wanted: str | None) -> int:
-        return references.index(wanted) if wanted in references else 0
-
-    return align_vocabulary(
-        models,
-        spec.document.vocabulary,
-        homes=[entry.home for entry in inputs],
-        tokenizer=number(spec.document.tokenizer_source),
-        config=number(spec.document.config_source),
-    )
 
 
 def _describe(source: Source) -> str:

@@ -13,11 +13,13 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
+from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
     MISSING,
     OTHER_FILES,
     UNEQUAL,
+    BaseEntry,
     SpecDocument,
 )
 from outliermerge.spec.explained import explained
@@ -28,6 +30,7 @@ from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SpecPath, parse_policy
 from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_yaml, read_text
+from outliermerge.spec.tokenizer import TokenizerRequest, plain_reference, tokenizer_request
 from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
@@ -38,9 +41,6 @@ _NOT_YET = {
     "slices": "give whole `models`; `outliermerge convert-config FILE` writes slices over all "
     "layers as models",
     "modules": "give whole `models`",
-    "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
-    "what becomes of rows that differ",
-    "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
 
 
@@ -58,6 +58,7 @@ class MergeSpec:
         rename: the rename for the output's tensors.
         missing, extra, unequal: policies for all models.
         other_files: the policy for files of tensors that are not read.
+        tokenizer: the tokenizer whose tokens decide which rows the output has, or None.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
         warnings: what has no effect, as mergekit passes over it: where, and what was meant.
@@ -75,6 +76,7 @@ class MergeSpec:
     extra: Setting
     unequal: Setting
     other_files: Setting
+    tokenizer: TokenizerRequest | None
     source: SpecText
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -90,6 +92,13 @@ class MergeSpec:
         return f"{self.method.name} of {models}" + (
             f" onto {self.base.reference}" if self.base else ""
         )
+
+    @property
+    def tokenizer_owner(self) -> str | None:
+        """The model whose tokenizer files the output has; None for the base."""
+        if self.tokenizer is None:
+            return plain_reference(self.document.tokenizer_source)
+        return None if self.tokenizer.is_union else self.tokenizer.source
 
     def method_for(self, parameters: Mapping[str, Any]) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
@@ -174,6 +183,7 @@ def _check(
     if method is not None and document.base_model is not None:
         method = method.with_base or method
     models: tuple[ModelSpec, ...] = ()
+    tokenizer: TokenizerRequest | None = None
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
@@ -186,6 +196,14 @@ def _check(
         mistakes.attempt(partial(_check_base, document, method, source), None)
         mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
+    if is_whole:
+        names = [entry.model for entry in _entries(document)]
+        one = partial(
+            tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
+            names,
+        )  # fmt: skip
+        tokenizer = mistakes.attempt(one, None)
+        mistakes.attempt(partial(check_template_name, document.chat_template), None)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(
@@ -196,6 +214,7 @@ def _check(
         settings=settings,
         modifiers=modifiers,
         rename=rename,
+        tokenizer=tokenizer,
         source=source,
         notes=tuple(notes),
         warnings=mistakes.warned(),
@@ -228,17 +247,17 @@ def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -
         raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
 
 
+def _entries(document: SpecDocument) -> list[BaseEntry]:
+    return [*([document.base_model] if document.base_model else []), *document.models]
+
+
 def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
-    entries = [document.base_model] if document.base_model else []
-    known = ["base", *(entry.model for entry in (*entries, *document.models))]
-    for key in ("config_source", "tokenizer_source", "processor_source"):
+    known = ["base", *(entry.model for entry in _entries(document))]
+    for key in ("config_source", "processor_source"):
         wanted = getattr(document, key)
         if wanted is not None and wanted not in known:
-            is_union = (key, wanted) == ("tokenizer_source", "union")
-            advice = (
-                ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
-            )
-            yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
+            said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
+            yield source.error((key,), said)
 
 
 def _modifiers(

@@ -12,12 +12,14 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
+from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
 from outliermerge.spec.validation import how_to_write, in_words, is_meant, without_consequences
 
 _ENTRIES: dict[str, type[BaseModel]] = {
     "models": ModelEntry,
     "base_model": BaseEntry,
     "modifiers": ModifierEntry,
+    "tokenizer": TokenizerEntry,
 }
 
 
@@ -51,7 +53,7 @@ def _explained(
     match problem["type"]:
         case "extra_forbidden":
             kind = _ENTRIES.get(str(path[0]), SpecDocument) if len(path) > 1 else SpecDocument
-            fields = kind.model_fields
+            fields = (TokenEntry if path[:2] == ("tokenizer", "tokens") else kind).model_fields
             name = str(path[-1])
             advice = suggest(name, fields)
             near = nearest(name, method.parameters) if method is not None else None
