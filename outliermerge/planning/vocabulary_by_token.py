@@ -111,12 +111,12 @@ def _by_token(
     configs = [read_json(home / "config.json") for home in models.homes]
     found = find_vocabulary_tensors(checkpoints, configs)
     owner = 0 if request.source in (BASE, UNION) else number_of(request.source)
-    own = read_tokens(models.root(owner))
     nothing = Alignment(checkpoints, None, (), (), found.num_rows.get(0))
     if any("" not in c.components for c in checkpoints) or 0 not in found.num_rows:
         if request.path == ("tokenizer_source",):
             return nothing
         raise SettingError(request.path, "no tensor is known to have a row for every token")
+    own = _tokens(models.root(owner))
     if own is None:
         if request.path == ("tokenizer_source",) and not request.is_union:
             if all(read_tokens(c.root) is None for c in checkpoints):
@@ -149,6 +149,20 @@ def _by_token(
     return Alignment(
         tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan
     )
+
+
+def _tokens(root: Path) -> dict[int, str] | None:
+    """Return the tokens of a folder's tokenizer files; None if it has none.
+
+    Raises:
+        OutlierMergeError: a file is broken; the message says where.
+    """
+    try:
+        return read_tokens(root)
+    except OutlierMergeError:
+        for path in token_files(root):
+            check_content(path)
+        raise
 
 
 def _open(models: _Models, found: VocabularyTensors) -> tuple[list[VocabularyModel], list[str]]:

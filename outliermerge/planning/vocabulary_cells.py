@@ -48,6 +48,8 @@ class TokenRows:
         self.members = {model.number: model for model in members}
         self.tokens, self.num_rows, self.has_base = tokens, num_rows, has_base
         self.request = request
+        self._known = frozenset(tokens.values())
+        self._named_rows = [tokens.get(row) for row in range(num_rows)]
         self._said: dict[str, Cell] = {}
         self._forced: set[str] = set()
         for token, row in request.tokens.items():
@@ -97,9 +99,7 @@ class TokenRows:
                         f"{shown(lacking[0])} lacks one of the vocabulary tensors",
                     )
             ids = {number: self.members[number].ids for number in sorted(key)}
-            self._defaults[key] = [
-                self._default(self.tokens.get(row), ids) for row in range(self.num_rows)
-            ]
+            self._defaults[key] = [self._default(token, ids) for token in self._named_rows]
         return self._defaults[key]
 
     def _default(self, token: str | None, ids: Mapping[int, Mapping[str, int]]) -> Cell:
@@ -114,21 +114,21 @@ class TokenRows:
 
     def cells(self, number: int, held: Collection[int]) -> Iterator[Cell]:
         """Yield the cells of a model's rows."""
-        ids, defaults = self.members[number].ids, self.defaults(held)
-        for row in range(self.num_rows):
-            token = self.tokens.get(row)
-            own = ids.get(token) if token is not None and token not in self._forced else None
-            yield defaults[row] if own is None else ((number, own),)
+        ids = {t: id_ for t, id_ in self.members[number].ids.items() if t not in self._forced}
+        for token, default in zip(self._named_rows, self.defaults(held), strict=True):
+            own = ids.get(token) if token is not None else None
+            yield default if own is None else ((number, own),)
 
     def counts(self, number: int) -> ModelRows:
         """Return what becomes of a model's rows."""
         model = self.members[number]
         own = moved = taken = averaged = zero = 0
+        ids = model.ids
         for row, cell in enumerate(self.cells(number, self.members)):
-            token = self.tokens.get(row)
+            token = self._named_rows[row]
             if token is None:
                 continue
-            if cell == ((number, model.ids.get(token)),):
+            if len(cell) == 1 and cell[0][0] == number and ids.get(token) == cell[0][1]:
                 own += 1
                 moved += cell[0][1] != row
             elif not cell:
@@ -139,7 +139,7 @@ class TokenRows:
         found = ModelRows(model.name, model.num_rows, own, moved, taken, averaged, zero)
         return replace(
             found,
-            dropped=len(model.ids.keys() - set(self.tokens.values())),
+            dropped=sum(token not in self._known for token in ids),
             reserved=model.num_rows - len(model.tokens),
         )
 

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from outliermerge.checkpoint.computed import GROUP_ELEMENTS, ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
@@ -119,15 +119,25 @@ class RearrangedRows(ComputedTensor):
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
         import torch
 
-        result = torch.empty(last - first, self.num_columns, dtype=getattr(torch, self.dtype.name))
+        columns, width = self.num_columns, self.dtype.num_bytes
+        result = torch.empty(last - first, columns, dtype=getattr(torch, self.dtype.name))
+        # Rows go straight to their place: each may be read by itself.
+        array: Any = result.view(torch.uint8).numpy()
+        raw = memoryview(array).cast("B") if columns else memoryview(b"")
         index = self.runs.at(first)
         position = first
         while position < last:
             run = self.runs[index]
             stop = min(last, run.stop)
-            result[position - first : stop - first] = self._part(
-                reader, run.parts, position - run.start, stop - run.start
-            )
+            low, high = position - run.start, stop - run.start
+            if len(run.parts) == 1 and self.sources[run.parts[0][0]].dtype == self.dtype:
+                number, row = run.parts[0]
+                place = raw[(position - first) * columns * width : (stop - first) * columns * width]
+                span = (row + low) * columns, (row + high) * columns
+                self.sources[number].read(reader, *span, place)
+            else:
+                rows = self._part(reader, run.parts, low, high)
+                result[position - first : stop - first] = rows
             position, index = stop, index + 1
         return result
 
