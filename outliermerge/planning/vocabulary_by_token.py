@@ -9,8 +9,9 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.sources import Checkpoint
-from outliermerge.checkpoint.tokens import load_tokens, read_tokens
+from outliermerge.checkpoint.tokens import load_tokens, read_tokens, token_files
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
+from outliermerge.planning.owners import check_content
 from outliermerge.planning.plan import Input
 from outliermerge.planning.tokenizer_files import (
     added_entries,
