@@ -185,7 +185,8 @@ def tokenizer_request(
 
 def _check_model(name: str, known: Sequence[str], path: SpecPath) -> None:
     if plain_reference(name) not in known:
-        raise SettingError(path, f"{quoted(name)} is none of the models. {suggest(name, known)}")
+        advice = suggest(name, dict.fromkeys(known))
+        raise SettingError(path, f"{quoted(name)} is none of the models. {advice}")
 
 
 def _token_row(token: str, entry: TokenEntry, known: Sequence[str]) -> TokenRow:
