@@ -200,7 +200,7 @@ def _check(
         names = [entry.model for entry in _entries(document)]
         one = partial(
             tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
-            names,
+            names, mistakes.add,
         )  # fmt: skip
         tokenizer = mistakes.attempt(one, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from vocabularies import save_model
 
 from outliermerge.cli import main as cli
+from outliermerge.spec.check import load_spec, parse_spec
+from outliermerge.spec.schema import json_schema
 
 HEAD = """\
 merge_method: task_arithmetic
@@ -65,6 +69,10 @@ BAD = {
     "a row of an unknown kind": (
         ROW + "{kind: mean}\n",
         f"9:15: tokenizer.tokens.<x>.source: found kind 'mean', {FORMS}",
+    ),
+    "unknown key of a row": (
+        ROW + "{kind: zero, modle: chat}\n",
+        "9:28: tokenizer.tokens.<x>.source.modle: unknown key 'modle'. Valid: kind.",
     ),
     "a row of neither": (
         ROW + "{kind: model_token, model: chat}\n",
@@ -168,3 +176,46 @@ def test_a_bad_spec_is_refused_with_this_message(case, folder, capsys, monkeypat
     rows = json.loads(Path("chat/config.json").read_text())["vocab_size"]
     expected = expected.replace("ROWS", str(rows))
     assert (code, capsys.readouterr().err) == (2, f"error: spec.yaml:{expected}\n")
+
+
+LENIENT = """\
+tokenizer:
+  sorce: base
+  tokens:
+    <x>:
+      forse: true
+      source: {kind: zero, modle: chat}
+"""
+
+
+def test_unknown_keys_that_mergekit_passes_over_are_warnings_when_read_leniently(
+    folder, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    spec = parse_spec(HEAD + LENIENT, lenient=True)
+    assert [warning.split(": ")[1] for warning in spec.warnings] == [
+        "tokenizer.sorce", "tokenizer.tokens.<x>.forse", "tokenizer.tokens.<x>.source.modle"
+    ]  # fmt: skip
+    assert spec.tokenizer is not None and spec.tokenizer.source == "union"
+    assert spec.as_dict()["tokenizer"] == {"tokens": {"<x>": {"source": {"kind": "zero"}}}}
+    assert load_spec(spec.as_dict()).tokenizer == spec.tokenizer
+
+
+def test_the_schema_takes_what_the_checks_take(folder):
+    validator = jsonschema.Draft202012Validator(json_schema())
+    good = [
+        {},
+        {"source": "chat", "pad_to_multiple_of": None, "tokens": None},
+        {"tokens": {"<x>": {}, "<y>": {"source": {"kind": "zero"}, "force": True}}},
+        {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "a", "token_id": 3}}}},
+    ]
+    bad = [
+        {"pad_to_multiple_of": 0},
+        {"tokens": {"<x>": {"source": {"kind": "mean"}}}},
+        {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "a"}}}},
+        {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "a", "token": "b",
+                                       "token_id": 3}}}},
+    ]  # fmt: skip
+    spec = yaml.safe_load(HEAD)
+    assert all(validator.is_valid(spec | {"tokenizer": value}) for value in good)
+    assert not any(validator.is_valid(spec | {"tokenizer": value}) for value in bad)
