@@ -59,7 +59,8 @@ def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[
         raise OutlierMergeError(
             "vocabulary: union can only add tokens that were added to a tokenizer whole; these "
             f"are pieces of the tokenizer's own model:\n{listing(ordinary, limit=5)}\n"
-            "`vocabulary: base` leaves them out; `tokenizer_source` takes a tokenizer that has all."
+            "`vocabulary: base` leaves them out; `tokenizer: {source: union}` in its place joins "
+            "the tokenizers' models."
         )
     return [found[token] for token in tokens]
 
