@@ -31,6 +31,7 @@ _OF_OURS = {"trim": "tensor", "consensus": "sum"}
 # Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
 _OTHERWISE: dict[str, Any] = {
     "modifiers": [],
+    "stages": [],
     "rename": None,
     "missing": "error",
     "extra": "error",

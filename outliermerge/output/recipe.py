@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from outliermerge.errors import as_path
 from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
+from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
 
 RECIPE_NAME = "recipe.yaml"
@@ -25,21 +26,32 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
     It names no output, so that it does not replace the one that it is in.
     """
-    commits = _commits(plan)
-    has_base = plan.spec.base is not None
+    commits, document = _commits(plan), plan.spec.as_dict()
+    document.pop("output", None)
+    stages = document.get(STAGES, [])
+    names = {stage[NAME] for stage in stages}
+    found = _lasting_names(document, commits, names)
+    if stages:
+        found[STAGES] = [_lasting_names(stage, commits, names) for stage in stages]
+    return found
+
+
+def _lasting_names(
+    document: dict[str, Any], commits: Mapping[str, set[str]], stages: Container[str]
+) -> dict[str, Any]:
+    """Return a merge with models that any folder finds."""
+    has_base = document.get("base_model") is not None
 
     def lasting(reference: str) -> str:
-        return _lasting(reference, commits, has_base=has_base)
+        return _lasting(reference, commits, stages, has_base=has_base)
 
-    document = plan.spec.as_dict()
-    document.pop("output", None)
     names = {}
     base = document.get("base_model")
     if isinstance(base, dict):
-        names[base["model"]] = _lasting(base["model"], commits, has_base=False)
+        names[base["model"]] = _lasting(base["model"], commits, stages, has_base=False)
         document["base_model"] = base | {"model": names[base["model"]]}
     elif base is not None:
-        document["base_model"] = names[base] = _lasting(base, commits, has_base=False)
+        document["base_model"] = names[base] = _lasting(base, commits, stages, has_base=False)
     models = []
     for entry in document["models"]:
         names.setdefault(entry["model"], lasting(entry["model"]))
@@ -85,20 +97,24 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
 def _commits(plan: Plan) -> dict[str, set[str]]:
     """Return by repository of the hub the commits whose files were read."""
     found: dict[str, set[str]] = {}
-    roots = [entry.checkpoint.root / "-" for entry in plan.inputs]
+    roots = [model.checkpoint.root / "-" for entry in plan.inputs for model in entry.models]
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])
     return found
 
 
-def _lasting(reference: str, commits: Mapping[str, set[str]], *, has_base: bool) -> str:
+def _lasting(
+    reference: str, commits: Mapping[str, set[str]], stages: Container[str], *, has_base: bool
+) -> str:
     """Return a reference that means the same model in any folder, at any time."""
+    if reference in stages:
+        return reference
     path = as_path(reference)
     if "+" in reference and not path.exists():
         stem, adapter = split_reference(reference)
         # With the model before the `+`, the adapter's own base does not matter.
-        stem, adapter = (_lasting(part, commits, has_base=True) for part in (stem, adapter))
+        stem, adapter = (_lasting(part, commits, stages, has_base=True) for part in (stem, adapter))
         return f"{stem}+{adapter}"
     if not path.exists():
         repository, _, revision = reference.partition("@")
@@ -110,7 +126,7 @@ def _lasting(reference: str, commits: Mapping[str, set[str]], *, has_base: bool)
     own_base = None if has_base or not _is_adapter(path) else base_of_adapter(path)
     if own_base is None:
         return str(path)
-    return f"{_lasting(own_base, commits, has_base=False)}+{path}"
+    return f"{_lasting(own_base, commits, stages, has_base=False)}+{path}"
 
 
 def _is_adapter(path: Path) -> bool:

@@ -27,6 +27,7 @@ from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
+from outliermerge.planning.stages import as_input
 from outliermerge.planning.tied import TiedCopy, grown_rows, lacks_tied_head, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
@@ -53,7 +54,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     if shard_bytes is None and spec.repeated is not None:
         shard_bytes = spec.repeated.shard_bytes
     with told_by_name(), watching(Watched()) as watched:
-        plan = _Planner(spec).plan(shard_bytes)
+        plan = _Planner(spec, {}).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
                 open_file(content).close()
@@ -64,10 +65,11 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
 
 
 class _Planner:
-    def __init__(self, spec: MergeSpec) -> None:
+    def __init__(self, spec: MergeSpec, stages: dict[str, Input]) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
-        opened, self.model_numbers = open_inputs(spec)
+        self.stages, self.stage_notes = stages, list[str]()
+        opened, self.model_numbers = open_inputs(spec, self._open_stage)
         check_other_files(spec, opened)
         apart = refuse_unmerged(opened)
         wanted = spec.document.config_source
@@ -94,14 +96,27 @@ class _Planner:
         self.dropped: list[str] = []
         self.lacking: dict[str, list[str]] = {}
         self.computed: dict[str, None] = {}
-        self.notes = [*apart, *self.tied.notes]
+        self.notes = [*self.stage_notes, *apart, *self.tied.notes]
         self.checks = [self._check_tied(copy) for copy in self.tied.copies if not copy.is_stray]
+        self.checks += [
+            replace(check, sources=tuple((number, source) for _, source in check.sources))
+            for number, entry in enumerate(self.inputs)
+            for check in entry.checks
+        ]
         self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
         self.policies = Policies(
             spec, self.model_numbers, names=self.names, has_base=self.inputs[0].role == "base"
         )
         self.parameters = Parameters(spec, self.model_numbers, self.names, self.reference)
         self.auxiliaries = Auxiliaries(spec, self.model_numbers)
+
+    def _open_stage(self, name: str) -> Input:
+        """Return a stage as a model; each is planned once for all merges that use it."""
+        if name not in self.stages:
+            plan = _Planner(self.spec.stages[name], self.stages).plan(None)
+            self.stages[name] = as_input(name, plan)
+            self.stage_notes += [f"stage {shown(name)}: {note}" for note in plan.notes]
+        return self.stages[name]
 
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()

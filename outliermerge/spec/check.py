@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
-from outliermerge.errors import SpecError, as_path, quoted, suggest
+from outliermerge.errors import SpecError, as_path, quoted, shown, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import (
@@ -27,7 +27,8 @@ from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SpecPath, parse_policy
-from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_yaml, read_text
+from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
+from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
 from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
@@ -62,6 +63,7 @@ class MergeSpec:
         notes: what in the spec has no effect.
         warnings: what has no effect, as mergekit passes over it: where, and what was meant.
         repeated: the merge that this one repeats, if the spec is a manifest.
+        stages: by name the merges of this file that models of this one name.
     """
 
     document: SpecDocument
@@ -79,6 +81,7 @@ class MergeSpec:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     repeated: Repeated | None = None
+    stages: Mapping[str, MergeSpec] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return short_repr(self, self.in_a_line)
@@ -118,12 +121,12 @@ def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) ->
             out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
-        return _check(dict(spec), SpecText("spec", lenient=lenient))
+        return _check(*one_document([(dict(spec), SpecText("spec", lenient=lenient))]))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
     path = as_path(spec)
     if repeated := read_repeated(path):
-        return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
+        return replace(_check(dict(repeated.recipe), SpecText(str(path))), repeated=repeated)
     text = read_text(path, absent="no such spec file")
     return parse_spec(text, file=str(path), lenient=lenient)
 
@@ -135,18 +138,51 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
         SpecError: as for load_spec.
     """
     duplicates: list[SpecError] = []
-    raw, source = parse_yaml(text, file=file, mistakes=duplicates)
-    if not isinstance(raw, dict):
-        raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+    documents = parse_documents(text, file=file, mistakes=duplicates)
+    for raw, source in documents or [(None, SpecText(file))]:
+        if not isinstance(raw, dict):
+            raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+    raw, source = one_document(documents)
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
 
 def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
+    """Check a merge and its stages."""
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
+    stages: dict[str, MergeSpec] = {}
+    for name, index in in_order(raw, mistakes):
+        entry, path = dict(raw[STAGES][index]), (STAGES, index)
+        del entry[NAME]
+        for key in ("output", STAGES):
+            if entry.pop(key, None) is not None:
+                said = f"a stage has no `{key}`: it belongs to the merge of the output"
+                mistakes.add(source.error((*path, key), said, at_key=True))
+        try:
+            of_stage = source.part(path, said=f"stage {shown(name)}: ")
+            stages[name] = _check_merge(entry, Mistakes(of_stage), stages)
+        except SpecError as error:
+            mistakes.found += error.all or [error]
+    own = {key: value for key, value in raw.items() if key != STAGES}
+    spec = _check_merge(own, mistakes, stages)
+    written = [{NAME: name} | stage.as_dict() for name, stage in stages.items()]
+    return replace(
+        spec,
+        document=spec.document.model_copy(update={STAGES: written}),
+        notes=(*(n for s in stages.values() for n in s.notes), *spec.notes),
+        warnings=(*(w for s in stages.values() for w in s.warnings), *spec.warnings),
+    )
+
+
+def _check_merge(
+    raw: dict[str, Any], mistakes: Mistakes, stages: Mapping[str, MergeSpec]
+) -> MergeSpec:
+    source = mistakes.source
+    used = {stage_of(reference, stages) for _, reference in models_named(raw)}
+    stages = {name: stage for name, stage in stages.items() if name in used}
     for key in [key for key in raw if key in _NOT_YET]:
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
@@ -197,12 +233,13 @@ def _check(
         modifiers=modifiers,
         rename=rename,
         source=source,
-        notes=tuple(notes),
+        notes=tuple(source.said + note for note in notes),
         warnings=mistakes.warned(),
         missing=policies["missing"],
         extra=policies["extra"],
         unequal=policies["unequal"],
         other_files=policies["other_files"],
+        stages=stages,
     )
 
 
