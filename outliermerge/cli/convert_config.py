@@ -31,17 +31,21 @@ def run(options: argparse.Namespace) -> int:
     """
     from outliermerge.cli.mergekit_files import convert
     from outliermerge.spec.check import parse_spec
-    from outliermerge.spec.text import parse_yaml, read_text
+    from outliermerge.spec.stages import one_document
+    from outliermerge.spec.text import SpecText, parse_documents, read_text
 
     if options.file == STANDARD_INPUT:
         name, text = "standard input", read_standard_input()
     else:
         name, text = options.file, read_text(Path(options.file), absent="no such file")
-    raw, source = parse_yaml(text, file=name)
-    if not isinstance(raw, dict):
-        raise source.error((), "expected a mapping with `merge_method`")
+    documents = parse_documents(text, file=name)
+    for raw, source in documents or [(None, SpecText(name))]:
+        if not isinstance(raw, dict):
+            raise source.error((), "expected a mapping with `merge_method`")
+    raw, _ = one_document(documents)
     found = convert(raw)
-    written = as_yaml(found.document, raw, text)
+    # Of stages only the values are kept, without comments.
+    written = as_yaml(found.document, raw, text if len(documents) == 1 else "")
     if not found.obstacles:
         try:
             parse_spec(written, file="converted")

@@ -16,6 +16,7 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import ModelEntry, SpecDocument
 from outliermerge.spec.inert import INERT_PARAMETERS
+from outliermerge.spec.stages import NAME, STAGES
 
 _REQUIRED = object()
 _SPARSE = {"weight": _REQUIRED, "density": 1.0, "lambda": 1.0, "normalize": False,
@@ -65,12 +66,27 @@ class Converted:
     obstacles: list[str] = field(default_factory=list)
 
 
+def _of_stage(raw: Any, found: Converted) -> Any:
+    """Return a stage in our form, and note of it what is noted of whole files."""
+    if not isinstance(raw, dict):
+        return raw
+    label = {NAME: raw[NAME]} if NAME in raw else {}
+    stage = convert({key: value for key, value in raw.items() if key != NAME})
+    said = f"stage {raw.get(NAME, '?')}: "
+    found.left_out += [said + line for line in stage.left_out]
+    found.differences += [said + line for line in stage.differences]
+    found.obstacles += [said + line for line in stage.obstacles]
+    return label | stage.document
+
+
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
     found = Converted(copy.deepcopy(dict(raw)))
     if "experts" in raw and "merge_method" not in raw:
         found.obstacles.append("experts: a file for mergekit-moe; no mixtures are made here")
         return found
+    if isinstance(raw.get(STAGES), list):
+        found.document = {STAGES: [_of_stage(e, found) for e in raw[STAGES]]} | found.document
     _convert_slices(found)
     _convert_keys(found)
     _convert_tokenizer(found)

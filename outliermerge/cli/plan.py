@@ -190,19 +190,25 @@ def print_plan(
 def _print_models(console: Console, plan: Plan) -> None:
     table = NamedTable("model", "role", "tensors", "size", "dtypes loaded", "from", justify="left")
     places = []
-    for entry in plan.inputs:
+    rows = [(entry, _role(plan, entry)) for entry in plan.inputs]
+    for entry, role in rows:
         metas, root = entry.stored, entry.checkpoint.root
         table.add_row(
             entry.reference,
-            _role(plan, entry),
+            role,
             str(len(entry.checkpoint.tensors)),
-            human_bytes(sum(meta.num_bytes for meta in metas)),
-            _counts(meta.dtype.name for meta in metas),
-            _format(entry),
+            "–" if entry.made_of else human_bytes(sum(meta.num_bytes for meta in metas)),
+            "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
+            "a stage" if entry.made_of else _format(entry),
         )
+        rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+        if entry.made_of:
+            continue
         if not as_path(entry.reference).exists():
             places.append((entry.reference, root))
     table.print(console)
+    for name, stage in plan.spec.all_stages.items():
+        print_words(console, f"stage {shown(name)}: {stage.in_a_line}")
     for reference, root in places:
         console.print(text(f"{shown(reference)} is in {shown(str(root))}"), soft_wrap=True)
     console.print()

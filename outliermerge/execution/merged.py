@@ -22,10 +22,8 @@ from outliermerge.execution.passes import NeedKey, Span, measure, needs_of, span
 from outliermerge.execution.rounds import run_here
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
 from outliermerge.methods.task import Task
+from outliermerge.planning.job import row_elements
 from outliermerge.planning.merged import MergedSource
-from outliermerge.planning.plan import row_elements
-
-_BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
 
 
 class Merges:
@@ -100,7 +98,7 @@ class _Feed:
 
     @property
     def measured_elements(self) -> int:
-        return _block_elements(self.merged)
+        return self.merged.block_elements
 
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
         """Return this thread's buffer for a slot."""
@@ -171,14 +169,8 @@ class _Feed:
 
 def _spans(merged: MergedSource, start: int, stop: int) -> list[Span]:
     """Return blocks that cover a range of elements; methods on rows get whole rows."""
-    step = _block_elements(merged)
+    step = merged.block_elements
     if merged.task.cut == "element":
         return spans(stop, step, start=start)
     row = row_elements(merged.shape)
     return spans(min(merged.num_elements, -(-stop // row) * row), step, start=start // row * row)
-
-
-def _block_elements(merged: MergedSource) -> int:
-    """Return the elements of a block; whole rows for methods on rows."""
-    row = row_elements(merged.shape) if merged.task.cut == "row" else 1
-    return max(row, _BLOCK_ELEMENTS // row * row)

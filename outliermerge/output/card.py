@@ -33,7 +33,8 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    on_hub = [_repository(entry) for entry in plan.inputs if _is_on_hub(entry)]
+    models = {m.reference: m for entry in plan.inputs for m in entry.models}.values()
+    on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
     front = ["---"]
     if on_hub:
         front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
@@ -55,7 +56,7 @@ def model_card(
     ]
     if snippet := usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
-    parts += ["## Models", "\n".join(_parent(entry) for entry in plan.inputs)]
+    parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
     if drift:
         parts += ["## Drift from the base", _drift(drift)]
     return (

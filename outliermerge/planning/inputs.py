@@ -15,7 +15,7 @@ from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
-from outliermerge.errors import OutlierMergeError, as_path, shown
+from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.plan import Input
@@ -100,7 +100,9 @@ def _refuse_absent(spec: MergeSpec) -> None:
             try:
                 refuse_absent(reference, beside=beside)
             except OutlierMergeError as error:
-                mistakes.found.append(spec.source.error(path, error.marked))
+                near = nearest(reference, spec.stages)
+                meant = f" Did you mean the stage {quoted(near)}?" if near is not None else ""
+                mistakes.found.append(spec.source.error(path, error.marked + meant))
     mistakes.refuse(OutlierMergeError)
 
 

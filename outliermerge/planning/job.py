@@ -209,3 +209,13 @@ class Options:
             return not self.uses_kernels(job)
         needs = job.task.method.needs.values()
         return not all(is_measured_by(need, self.statistics) for need in needs)
+
+
+def row_elements(shape: tuple[int, ...]) -> int:
+    """Return the elements of one row; a vector or a scalar is one row."""
+    if len(shape) < 2:
+        return max(1, shape[0] if shape else 1)
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    return max(1, elements)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from outliermerge.checkpoint.sources import DType, Reading, Source, TensorMeta
-from outliermerge.methods.statistics.base import scope_of
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, scope_of
 from outliermerge.methods.task import Task
+from outliermerge.planning.job import row_elements
+
+_BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,6 +69,28 @@ class MergedSource:
         """The stored tensors that it is computed from, each once."""
         return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
 
+    @property
+    def block_elements(self) -> int:
+        """How many elements are merged at a time; whole rows for methods on rows."""
+        row = row_elements(self.shape) if self.task.cut == "row" else 1
+        return max(row, _BLOCK_ELEMENTS // row * row)
+
+    @property
+    def work_bytes(self) -> int:
+        """The memory that a thread needs to merge a block, with those of merges in its sources.
+
+        A method on whole tensors needs it for the whole tensor.
+        """
+        task, sizes = self.task, [source.dtype.num_bytes for source in self.sources]
+        compute = DTYPES[task.compute_dtype].num_bytes
+        workspace = [
+            task.method.workspace(len(sizes)),
+            *(m.workspace(1) for m, _ in task.modifiers),
+        ]
+        elements = self.num_elements if task.cut == "tensor" else self.block_elements
+        per_element = sum(sizes) + self.dtype.num_bytes + compute * (len(sizes) + max(workspace))
+        return min(elements, self.num_elements) * per_element + bytes_of_merges(self.sources)
+
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop, in `dtype`.
 
@@ -113,3 +139,20 @@ class Restored:
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop, in `dtype`."""
         self.source.read(reader, start, stop, out)
+
+
+def bytes_of_merges(sources: Iterable[Source]) -> int:
+    """Return the memory that a thread needs for the sources that are merges of others.
+
+    They are read one after the other, but buffers are kept.
+    """
+    return max(
+        (
+            source.work_bytes
+            if isinstance(source, MergedSource)
+            else bytes_of_merges(source.sources)
+            for source in sources
+            if isinstance(source, (MergedSource, Restored))
+        ),
+        default=0,
+    )

@@ -19,6 +19,8 @@ from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import Options as Options
 from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
+from outliermerge.planning.job import row_elements as row_elements
+from outliermerge.planning.merged import bytes_of_merges
 from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
@@ -143,7 +145,8 @@ class Plan:
         peak = 0
         for job in self.jobs:
             block = min(self.block_elements(job, options), job.num_elements)
-            peak = max(peak, block * self._bytes_per_element(job, options))
+            stages = bytes_of_merges(source for _, source in job.sources)
+            peak = max(peak, block * self._bytes_per_element(job, options) + stages)
         return options.threads * peak
 
     def block_memory_bytes(self, options: Options) -> int:
@@ -159,7 +162,7 @@ class Plan:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
-            peak = max(peak, whole)
+            peak = max(peak, whole + bytes_of_merges(source for _, source in job.sources))
         return options.threads * peak
 
     def _bytes_per_element(self, job: Job, options: Options) -> int:
@@ -190,6 +193,7 @@ class Plan:
                 {
                     "model": entry.reference,
                     "role": entry.role,
+                    **({"made_of": [m.reference for m in entry.made_of]} if entry.made_of else {}),
                     "path": str(entry.checkpoint.root),
                     "num_tensors": len(entry.checkpoint.tensors),
                     "num_bytes": sum(meta.num_bytes for meta in entry.stored),
@@ -238,13 +242,3 @@ class Plan:
             "stored_names": [source.name for _, source in job.sources],
             "parameters": dict(job.parameters),
         }
-
-
-def row_elements(shape: tuple[int, ...]) -> int:
-    """Return the elements of one row; a vector or a scalar is one row."""
-    if len(shape) < 2:
-        return max(1, shape[0] if shape else 1)
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
-    return max(1, elements)

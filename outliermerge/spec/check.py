@@ -100,8 +100,21 @@ class MergeSpec:
         written = self.document.merge_method
         return written if method is find_method(written) else method.path
 
+    @property
+    def all_stages(self) -> dict[str, MergeSpec]:
+        """The stages that this merge is made of, each after those that it uses."""
+        found: dict[str, MergeSpec] = {}
+        for name, stage in self.stages.items():
+            found |= stage.all_stages
+            found[name] = stage
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
+        stages = [{NAME: name} | stage._own() for name, stage in self.all_stages.items()]
+        return ({STAGES: stages} if stages else {}) | self._own()
+
+    def _own(self) -> dict[str, Any]:
         return self.document.model_dump(mode="json", exclude_defaults=True)
 
     def as_yaml(self) -> str:
@@ -168,10 +181,8 @@ def _check(
             mistakes.found += error.all or [error]
     own = {key: value for key, value in raw.items() if key != STAGES}
     spec = _check_merge(own, mistakes, stages)
-    written = [{NAME: name} | stage.as_dict() for name, stage in stages.items()]
     return replace(
         spec,
-        document=spec.document.model_copy(update={STAGES: written}),
         notes=(*(n for s in stages.values() for n in s.notes), *spec.notes),
         warnings=(*(w for s in stages.values() for w in s.warnings), *spec.warnings),
     )

@@ -138,12 +138,6 @@ _Base = Annotated[
 ]
 
 
-_STAGES_SCHEMA = {
-    "type": "array",
-    "items": {"allOf": [{"$ref": "#"}, {"required": ["name"]}]},
-}
-
-
 class SpecDocument(_SpecEntry):
     """A merge: the method, the base model, the models, and how the output is stored."""
 
@@ -221,7 +215,7 @@ class SpecDocument(_SpecEntry):
         min_length=1,
         description="The model whose image processor is used; default `base`.",
     )
-    stages: Annotated[list[dict[str, Any]], WithJsonSchema(_STAGES_SCHEMA)] = Field(
+    stages: list[dict[str, Any]] = Field(
         default_factory=list,
         description="Merges that come before this one, each with a `name`, by which `models` and "
         "`base_model` of the others use it. Nothing of them is stored.",

@@ -30,6 +30,9 @@ def json_schema() -> dict[str, Any]:
         ],
     }
     schema["properties"][LABEL] = {"type": "string", "description": "A label, without effect."}
+    # A stage is written as a whole spec is, with its name.
+    stage = {"allOf": [{"$ref": "#"}, {"required": [LABEL]}], "not": {"required": ["output"]}}
+    schema["properties"]["stages"]["items"] = stage
     for entry in (schema, schema["$defs"]["ModelEntry"]):
         field = entry["properties"]["parameters"]
         field["anyOf"] = [{"type": field.pop("type")}, {"type": "null"}]

@@ -58,8 +58,8 @@ def _output_of(merges: Sequence[tuple[dict[str, Any], SpecText]]) -> int:
     """Return the number of the merge that has no name, or else of the only one that none uses."""
     unnamed = [index for index, (raw, _) in enumerate(merges) if NAME not in raw]
     if len(unnamed) > 1:
-        raise merges[unnamed[0]][1].error(
-            (), "a merge without a `name`, and not the only one: only the output's needs none"
+        raise merges[unnamed[1]][1].error(
+            (), "a second merge without a `name`: name each but that of the output"
         )
     if unnamed:
         return unnamed[0]

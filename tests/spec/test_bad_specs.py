@@ -70,7 +70,7 @@ BAD = {
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
         "merge_method, missing, models, modifiers, other_files, out_dtype, output, parameters, "
-        "processor_source, rename, seed, tie_word_embeddings, tokenizer_source, unequal, "
+        "processor_source, rename, seed, stages, tie_word_embeddings, tokenizer_source, unequal, "
         "vocabulary.",
     ),
     "unknown key of a model": (
@@ -399,8 +399,7 @@ BAD = {
     ),
     "two documents": (
         HEAD + "---\n" + HEAD,
-        "6:1: not valid YAML: a second document begins here. A file holds one: remove the line "
-        "---.",
+        "7:1: a second merge without a `name`: name each but that of the output",
     ),
     "windows line ends": (
         (HEAD + "dtpe: x\n").replace("\n", "\r\n"),
