@@ -285,15 +285,27 @@ def test_the_output_may_not_be_a_model_of_a_stage(models, tmp_path):
         outliermerge.run(chain(models), output=models / "task1", overwrite=True)
 
 
+def test_a_sweep_over_stages_gives_what_single_runs_give(models, tmp_path):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(chain(models)))
+    command = ["sweep", str(tmp_path / "spec.yaml"), "--set", "lambda=0.5,0.7"]
+    assert main([*command, "--output", str(tmp_path / "sweep")]) == 0
+    for value in (0.5, 0.7):
+        alone = chain(models, parameters={"lambda": value})
+        outliermerge.run(alone, output=tmp_path / f"alone{value}")
+        expected = load_folder(tmp_path / f"alone{value}")
+        found = load_folder(tmp_path / "sweep" / f"lambda={value}")
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
 MULTI = """\
 name: first
-merge_method: ties
+merge_method: task_arithmetic
 base_model: DIR/base
 models:
   - model: DIR/task0
-    parameters: {weight: 0.5, density: 0.6}
+    parameters: {weight: 0.5}
   - model: DIR/task1
-    parameters: {weight: 0.5, density: 0.6}
+    parameters: {weight: 0.5}
 dtype: float32
 ---
 name: second
