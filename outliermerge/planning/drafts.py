@@ -16,6 +16,7 @@ from outliermerge.planning.class_labels import leave_out_heads
 from outliermerge.planning.parameters import Parameters
 from outliermerge.planning.plan import Input, Job
 from outliermerge.planning.policies import Policies
+from outliermerge.planning.slices import Part
 from outliermerge.planning.tied import Tied, TiedCopy, lacks_tied_head
 from outliermerge.spec.check import MergeSpec
 
@@ -79,9 +80,7 @@ class Drafter:
 
     Args:
         spec: the spec.
-        inputs: the models.
-        numbers: the numbers of the merged inputs, in order.
-        first: the number of the reference: the base, or the first model.
+        part: the models, and which tensors of the output they are merged into.
         tied: what is tied in the output and in the models.
         policies, parameters: as the spec sets them for these models.
         found: takes up what is found.
@@ -90,18 +89,16 @@ class Drafter:
     def __init__(
         self,
         spec: MergeSpec,
-        inputs: Sequence[Input],
-        numbers: Sequence[int],
+        part: Part,
         *,
-        first: int,
         tied: Tied,
         policies: Policies,
         parameters: Parameters,
         found: Findings,
     ) -> None:
-        self.spec, self.method, self.inputs = spec, spec.method, inputs
-        self.model_numbers, self.first = list(numbers), first
-        self.reference: Mapping[str, Source] = inputs[first].checkpoint.tensors
+        self.spec, self.method, self.part, self.inputs = spec, spec.method, part, part.inputs
+        self.model_numbers, self.first = list(part.numbers), part.first
+        self.reference: Mapping[str, Source] = part.inputs[part.first].checkpoint.tensors
         self.tied, self.policies, self.parameters, self.found = tied, policies, parameters, found
 
     def draft(self, name: str) -> Draft | None:
@@ -130,8 +127,8 @@ class Drafter:
                 self.found.misfits.append((name, number))
                 self.found.problem(
                     _MISFIT,
-                    f"{shown(name)}: {_describe(first)} in {self.inputs[self.first].reference}, "
-                    f"{_describe(source)} in {self.inputs[number].reference}",
+                    f"{shown(name)}: {_describe(first)} in {self._place(name, self.first)}, "
+                    f"{_describe(source)} in {self._place(name, number)}",
                 )
                 return None
         if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
@@ -187,9 +184,10 @@ class Drafter:
             elif word is None and is_computed(name, self.inputs[number].checkpoint.tensors[name]):
                 continue
             elif word != "drop":
-                where, first = self.inputs[number].reference, self.inputs[self.first].reference
+                where, first = self._place(name, number), self.inputs[self.first].reference
+                own = self.part.own_name(number, name)
                 self.found.problem("extra", f"{shown(name)}: in {where}, not in {first}")
-                self.found.unpaired.setdefault(number, Unpaired()).extra.append(name)
+                self.found.unpaired.setdefault(number, Unpaired()).extra.append(own)
         found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in copied)
         if not found:
             if holders:
@@ -211,8 +209,9 @@ class Drafter:
             if word is None and is_computed(name, self.reference[name]):
                 self.found.computed[name] = None
             elif word != "base":
+                own = self.part.own_name(self.first, name)
                 self.found.problem("missing", f"{name}: not in {self.inputs[number].reference}")
-                self.found.unpaired.setdefault(number, Unpaired()).missing.append(name)
+                self.found.unpaired.setdefault(number, Unpaired()).missing.append(own)
                 allowed = False
             elif lacks_tied_head(self.inputs[number], name):
                 raise OutlierMergeError(
@@ -223,6 +222,11 @@ class Drafter:
             elif len(lacking) < len(self.model_numbers):
                 self.found.lacking.setdefault(self.inputs[number].reference, []).append(name)
         return allowed
+
+    def _place(self, name: str, number: int) -> str:
+        """Return a model, with the tensor's name there if the output has another one."""
+        own, reference = self.part.own_name(number, name), self.inputs[number].reference
+        return reference if own == name else f"{reference} (there {shown(own)})"
 
     def _stored(self, meta: Source) -> DType:
         document = self.spec.document

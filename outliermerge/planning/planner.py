@@ -19,16 +19,30 @@ from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
-from outliermerge.planning.parameters import Parameters, check_scopes
-from outliermerge.planning.plan import Input, Job, Plan
+from outliermerge.planning.parameters import (
+    Parameters,
+    check_scopes,
+    context_of,
+    gradients_of,
+    without_unused_filters,
+)
+from outliermerge.planning.plan import Input, Job, Plan, Stacked
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
-from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
+from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents, with_layers
+from outliermerge.planning.slices import (
+    at_ends,
+    parts_of,
+    stack_slices,
+    stacked_reference,
+    whole,
+)
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
 from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.settings import SpecPath, find_layers
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -67,9 +81,10 @@ class _Planner:
         opened, self.model_numbers = open_inputs(spec)
         check_other_files(spec, opened)
         apart = refuse_unmerged(opened)
+        self.stacked = stack_slices(spec, opened, self.model_numbers)
         wanted = spec.document.config_source
         self.tied = match_tied(
-            opened,
+            at_ends(self.stacked, opened) if self.stacked else opened,
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
@@ -83,28 +98,36 @@ class _Planner:
             )
             for e, aligned in zip(self.tied.inputs, self.alignment.checkpoints, strict=True)
         )
-        self.stored_reference = opened[0].checkpoint.tensors
         self.reference = self.inputs[0].checkpoint.tensors
         self.found = Findings(notes=[*apart, *self.tied.notes])
         self.found.checks += (
             check_tied(spec, self.inputs, copy) for copy in self.tied.copies if not copy.is_stray
         )
-        self.names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
-        self.policies = Policies(
-            spec, self.model_numbers, names=self.names, has_base=self.inputs[0].role == "base"
+        self.parts = [whole(spec, self.inputs, self.model_numbers)]
+        self.stored_reference = opened[0].checkpoint.tensors
+        if self.stacked is not None:
+            self.parts = parts_of(spec, self.stacked, self.inputs)
+            self.stored_reference = stacked_reference(self.parts)
+        self.names = dict.fromkeys(name for part in self.parts for name in part.names)
+        names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
+        self.filtered_names = {**names, **self.names} if self.stacked else {**self.reference}
+        policies = Policies(
+            spec, self.model_numbers, names=names, has_base=self.inputs[0].role == "base"
         )
-        self.parameters = Parameters(spec, self.model_numbers, self.names, self.reference)
+        self.layers = find_layers(self.names)
+        self.used_settings: set[SpecPath] = set()
         self.auxiliaries = Auxiliaries(spec, self.model_numbers)
-        self.drafter = Drafter(
-            spec,
-            self.inputs,
-            self.model_numbers,
-            first=0,
-            tied=self.tied,
-            policies=self.policies,
-            parameters=self.parameters,
-            found=self.found,
-        )
+        self.drafters = [
+            Drafter(
+                spec,
+                part,
+                tied=self.tied,
+                policies=policies,
+                parameters=Parameters(spec, part, self.used_settings),
+                found=self.found,
+            )
+            for part in self.parts
+        ]
 
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()
@@ -116,7 +139,8 @@ class _Planner:
             )
         used = {number for _, _, sources, *_ in drafts for number, _ in sources}
         refuse_unused(self.inputs, self.model_numbers, used)
-        self.spec = self.parameters.without_unused_filters()
+        if any(drafter.parameters.any_resolved for drafter in self.drafters):
+            self.spec = without_unused_filters(self.spec, self.used_settings, self.filtered_names)
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
         if shard_bytes is None and checkpoint.root.is_dir():
@@ -130,13 +154,16 @@ class _Planner:
             whole=checkpoint.whole,
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
-        check_scopes(self.method, jobs, len(self.model_numbers))
+        check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
         config = next((file for file in sidecars if file.name == "config.json"), None)
+        said = read_json(config.path) if config else {}
+        if self.stacked is not None:
+            said = with_layers(said, self.spec, self.inputs, self.stacked)
         proof, doubts = prove(
             self.stored_reference,
             {name: sources[0][1].shape for name, _, sources, *_ in drafts},
-            read_json(config.path) if config else {},
+            said,
             self.spec.document.tie_word_embeddings,
         )
         return Plan(
@@ -145,7 +172,7 @@ class _Planner:
             jobs=jobs,
             shards=tuple(shards),
             sidecars=sidecars,
-            gradients=self.parameters.gradients(jobs, {new: old for old, new in written.items()}),
+            gradients=gradients_of(jobs, {new: old for old, new in written.items()}, self.layers),
             dropped=tuple(self.found.dropped),
             notes=(
                 *self.found.notes,
@@ -165,6 +192,7 @@ class _Planner:
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
             tied=self.tied.followers,
+            stacked=self._stacked(),
         )
 
     def _job(self, draft: Draft, output: OutputTensor) -> Job:
@@ -177,14 +205,21 @@ class _Planner:
         holders = [number for number, _ in sources if number in self.model_numbers]
         return replace(
             job,
-            context=self.parameters.context(original, output.shape, self.spec.document.seed),
+            context=context_of(
+                original, output.shape, self.layers.get(original), self.spec.document.seed
+            ),
             auxiliary=self.auxiliaries.of(original, output.shape, holders),
             modifiers=self.spec.modifiers,
         )
 
     def _drafts(self) -> list[Draft]:
         """Return the draft of each tensor; tied tensors get the same one."""
-        drafts = {n: self.drafter.draft(n) for n in self.names if n not in self.tied.followers}
+        drafts: dict[str, Draft | None] = {}
+        drafter_of: dict[str, Drafter] = {}
+        for drafter in self.drafters:
+            for name in drafter.part.names:
+                if name not in self.tied.followers:
+                    drafts[name], drafter_of[name] = drafter.draft(name), drafter
         for name, original in self.tied.followers.items():
             draft = drafts[original]
             if draft is None:
@@ -192,13 +227,21 @@ class _Planner:
             drafts[name] = (name, *draft[1:])
             numbers = [number for number, _ in draft[2] if number in self.model_numbers]
             if draft[4].is_float and numbers:
-                ours, its = (self.parameters.of(n, numbers) for n in (name, original))
+                ours, its = (
+                    drafter_of[original].parameters.of(n, numbers) for n in (name, original)
+                )
                 if ours != its:
                     self.found.notes.append(
                         f"{shown(name)} is tied to {shown(original)} in the output, and takes its "
                         "parameters"
                     )
         return [draft for name in self.names if (draft := drafts.get(name)) is not None]
+
+    def _stacked(self) -> Stacked | None:
+        if self.stacked is None:
+            return None
+        behind = (n for n in self.parts[-1].names if not n.startswith(self.stacked.prefix))
+        return replace(self.stacked, after=frozenset(behind))
 
     def _num_rows(self) -> int | None:
         """Return the number of vocabulary rows if the output's config may state another one."""
