@@ -165,6 +165,7 @@ def print_plan(
     print_words(console, f"{method.name}: {method.summary}", "bold")
     _print_models(console, plan)
     _print_pairing(console, plan)
+    _print_layers(console, plan)
     _print_actions(console, plan)
     _print_parameters(console, plan)
     facts = [
@@ -220,6 +221,23 @@ def _print_pairing(console: Console, plan: Plan) -> None:
         for rule, (count, before, after) in entry.renamed.items():
             words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
             print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
+
+
+def _print_layers(console: Console, plan: Plan) -> None:
+    """Print which layers of which models the output's layers are from, if the spec has slices."""
+    if plan.stacked is None:
+        return
+    table = NamedTable("layers of the output", "from", "layers", justify="left")
+    for one in plan.stacked.slices:
+        for row, (number, layers) in enumerate(one.ranges.items()):
+            ours = "" if row else _layers(one.start, one.stop)
+            table.add_row(ours, plan.inputs[number].reference, _layers(*layers))
+    table.print(console)
+    console.print()
+
+
+def _layers(start: int, stop: int) -> str:
+    return f"{start}–{stop - 1}" if stop - start > 1 else str(start)
 
 
 def _print_actions(console: Console, plan: Plan) -> None:
@@ -315,7 +333,8 @@ def _proof(plan: Plan) -> str:
         )
         if names
     ]  # fmt: skip
-    same = f"the tensors of {reference}" + (": " + "; ".join(parts) if parts else ", all of them")
+    same = "the tensors of the slices" if plan.stacked else f"the tensors of {reference}"
+    same += ": " + "; ".join(parts) if parts else ", all of them"
     difference = plan.num_parameters - proof.num_reference_parameters
     change = f" ({difference:+,})" if difference else ""
     return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors: {same}"

@@ -103,6 +103,7 @@ def _is_plain(plan: Plan) -> bool:
     sources = [source for job in plan.jobs for _, source in job.sources]
     return (
         not plan.is_one_file
+        and plan.stacked is None
         and set(plan.components) == {""}
         and not (plan.tied or plan.dropped or plan.checks or plan.num_rows or plan.added_tokens)
         and not any(entry.renamed for entry in plan.inputs)

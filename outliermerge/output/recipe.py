@@ -53,13 +53,17 @@ def _lasting_names(
     elif base is not None:
         document["base_model"] = names[base] = _lasting(base, commits, stages, has_base=False)
     models = []
-    for entry in document["models"]:
+    for entry in document.get("models", ()):
         names.setdefault(entry["model"], lasting(entry["model"]))
         entry = entry | {"model": names[entry["model"]]}
         if "auxiliary" in entry:
             entry["auxiliary"] = {k: lasting(place) for k, place in entry["auxiliary"].items()}
         models.append(entry)
-    document["models"] = models
+    if models:
+        document["models"] = models
+    for one in document.get("slices", ()):
+        for source in one["sources"]:
+            source["model"] = names.setdefault(source["model"], lasting(source["model"]))
     return document | {
         key: names.get(document[key], document[key]) for key in _SOURCES if key in document
     }

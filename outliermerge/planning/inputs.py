@@ -71,7 +71,8 @@ def open_inputs(
     numbers: list[int] = []
     for model in spec.models:
         number = 0 if model is spec.base else number_of(model, "model")
-        if number in numbers or (number == 0 and spec.base and spec.method.uses_base):
+        is_twice = number in numbers or (number == 0 and spec.base and spec.method.uses_base)
+        if is_twice and not spec.slices:  # of slices each is looked at by itself
             other = inputs[number].reference
             raise spec.source.error(
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,65 @@ class Proof:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     resized: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayersFrom:
+    """Where some of the output's layers are from: a slice of the spec.
+
+    Attributes:
+        start, stop: the layers of the output.
+        first: the number of the input that gives names and shapes.
+        numbers: the numbers of the merged inputs, in order.
+        ranges: by number of an input its layers; the base's too.
+    """
+
+    start: int
+    stop: int
+    first: int
+    numbers: tuple[int, ...]
+    ranges: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The layers of an output that are from slices.
+
+    Attributes:
+        name: what the spec may call the stack of layers.
+        kind: what the layers are: `text`, `vision`, `audio`, `encoder` or `decoder`.
+        prefix: the start of their tensors' names.
+        slices: where they are from.
+        depths: by input how many layers it has.
+        after: the tensors behind the layers, which are of the last slice.
+    """
+
+    name: str
+    kind: str
+    prefix: str
+    slices: tuple[LayersFrom, ...]
+    depths: tuple[int, ...]
+    after: frozenset[str] = frozenset()
+
+    @property
+    def num_layers(self) -> int:
+        return self.slices[-1].stop
+
+    def slice_of(self, name: str) -> int:
+        """Return the number of the slice that a tensor of the merge is of."""
+        index = name.removeprefix(self.prefix).partition(".")[0]
+        if name.startswith(self.prefix) and index.isdecimal():
+            starts = [one.start for one in self.slices]
+            return bisect_right(starts, int(index)) - 1
+        return len(self.slices) - 1 if name in self.after else 0
+
+    def own_name(self, name: str, number: int) -> str:
+        """Return the name of a tensor of the merge in an input that its slice takes."""
+        index, dot, rest = name.removeprefix(self.prefix).partition(".")
+        one = self.slices[self.slice_of(name)]
+        if not (name.startswith(self.prefix) and index.isdecimal()) or number not in one.ranges:
+            return name
+        return f"{self.prefix}{int(index) - one.start + one.ranges[number][0]}{dot}{rest}"
 
 
 @dataclass(frozen=True, slots=True)

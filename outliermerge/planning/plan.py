@@ -16,9 +16,11 @@ from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.table import find_method
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
+from outliermerge.planning.job import LayersFrom as LayersFrom
 from outliermerge.planning.job import Options as Options
 from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
+from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
 from outliermerge.planning.merged import bytes_of_merges
 from outliermerge.planning.plan_html import plan_as_html
@@ -46,6 +48,7 @@ class Plan:
         num_rows: of the vocabulary, where the merge changes it.
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
+        stacked: where the layers are from, if the spec has slices.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
     """
@@ -64,6 +67,7 @@ class Plan:
     num_rows: int | None = None
     added_tokens: tuple[tuple[int, str, int], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    stacked: Stacked | None = None
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
 
@@ -209,6 +213,7 @@ class Plan:
             "write_bytes": self.num_written_bytes,
             "num_parameters": self.num_parameters,
             "actions": dict(Counter(job.action for job in self.jobs)),
+            **({"layers": self._layers_as_dict(self.stacked)} if self.stacked else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
             "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},
@@ -228,6 +233,23 @@ class Plan:
                 for number, token, model in self.added_tokens
             ],
             **({"tensors": list(map(self._job_as_dict, self.jobs))} if tensors else {}),
+        }
+
+    def _layers_as_dict(self, stacked: Stacked) -> dict[str, Any]:
+        return {
+            "stack": stacked.name,
+            "prefix": stacked.prefix,
+            "num_layers": stacked.num_layers,
+            "slices": [
+                {
+                    "layers": [one.start, one.stop],
+                    "sources": [
+                        {"model": self.inputs[number].reference, "layer_range": list(layers)}
+                        for number, layers in one.ranges.items()
+                    ],
+                }
+                for one in stacked.slices
+            ],
         }
 
     def _job_as_dict(self, job: Job) -> dict[str, Any]:

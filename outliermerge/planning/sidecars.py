@@ -28,7 +28,8 @@ from outliermerge.planning.owners import (
     missing_code,
 )
 from outliermerge.planning.parts import differing_parts
-from outliermerge.planning.plan import Input, Plan, Sidecar
+from outliermerge.planning.plan import Input, Plan, Sidecar, Stacked
+from outliermerge.planning.slice_config import stacked_config
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.vocabulary_config import fit_config, reached
@@ -194,7 +195,12 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
     document = plan.spec.document
     if not isinstance(config, dict):
         return False
-    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes)
+    changed = False
+    if plan.stacked is not None:
+        fitted = with_layers(config, plan.spec, plan.inputs, plan.stacked)
+        changed = fitted != config
+        config |= fitted
+    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes) or changed
     changed = config.pop("transformers_weights", None) is not None or changed  # names a file
     if (tie := document.tie_word_embeddings) is not None:
         for path in language_levels(config):
@@ -202,6 +208,15 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
+
+
+def with_layers(
+    config: Mapping[str, Any], spec: MergeSpec, inputs: Sequence[Input], stacked: Stacked
+) -> dict[str, Any]:
+    """Return the config of an output of slices, from that of the config's source."""
+    owner = _source(inputs, spec.document.config_source)
+    number = next(n for n, entry in enumerate(inputs) if entry is owner)
+    return stacked_config(config, stacked, inputs, number)
 
 
 def _drop_quantization(config: Any) -> bool:

@@ -18,7 +18,9 @@ from outliermerge.spec.document import (
     MISSING,
     OTHER_FILES,
     UNEQUAL,
+    SlicedDocument,
     SpecDocument,
+    references,
 )
 from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
@@ -27,6 +29,7 @@ from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SpecPath, parse_policy
+from outliermerge.spec.slices import SliceSpec, models_of_slices, slices_of, with_base_of_slices
 from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
 from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
 from outliermerge.spec.validation import describe, validated
@@ -34,10 +37,9 @@ from outliermerge.spec.validation import describe, validated
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
 _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
-              "modifier": STAND_IN}  # fmt: skip
+              "modifier": STAND_IN, "layer_range": [0, 1],
+              "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _NOT_YET = {
-    "slices": "give whole `models`; `outliermerge convert-config FILE` writes slices over all "
-    "layers as models",
     "modules": "give whole `models`",
     "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
     "what becomes of rows that differ",
@@ -54,6 +56,8 @@ class MergeSpec:
         method: the merge method; the one that takes its place if there is a base model.
         base: the base model, or None.
         models: the merged models, in order; without the base for methods on task vectors.
+            Of slices each model once.
+        slices: the slices, if layers are merged instead of whole models.
         settings: global parameter settings.
         modifiers: the modifiers of the merged task vector: names and resolved parameters.
         rename: the rename for the output's tensors.
@@ -78,6 +82,7 @@ class MergeSpec:
     unequal: Setting
     other_files: Setting
     source: SpecText
+    slices: tuple[SliceSpec, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     repeated: Repeated | None = None
@@ -198,11 +203,15 @@ def _check_merge(
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
+    raw = mistakes.attempt(partial(with_base_of_slices, raw, source), raw)
     raw, notes = without_inert(raw, method, averages_base=source.lenient)
     known = {key: value for key, value in raw.items() if key not in _NOT_YET}
-    if "slices" in raw:
-        known.setdefault("models", _STAND_INS["models"])
-    document, problems = validated(SpecDocument, known, _STAND_INS)
+    is_sliced = "slices" in known
+    if is_sliced and known.pop("models", None) is not None:
+        said = "`slices` and `models` stand beside each other, expected one of the two"
+        mistakes.found.append(source.error(("slices",), said, at_key=True))
+    kind = SlicedDocument if is_sliced else SpecDocument
+    document, problems = validated(kind, known, _STAND_INS)
     num_others = len(mistakes.found)
     for problem in explained(problems, raw, source, method):
         mistakes.add(problem)
@@ -221,16 +230,27 @@ def _check_merge(
     if method is not None and document.base_model is not None:
         method = method.with_base or method
     models: tuple[ModelSpec, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
-        models = models_of(document, method, base, mistakes, are_all=is_whole)
+        if is_sliced:
+            slices = slices_of(document, method, base, mistakes, are_all=is_whole)
+            models = models_of_slices(slices)
+        else:
+            models = models_of(document.models, method, base, mistakes, are_all=is_whole)
         settings = parameter_settings(
             document.parameters, method, ("parameters",), mistakes, of_model=False
         )
-        notes += check_required(method, settings, models, mistakes)
+        for one in slices:
+            notes += check_required(method, {**one.settings, **settings}, one.models, mistakes)
+        if not is_sliced:
+            notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:
         mistakes.attempt(partial(_check_base, document, method, source), None)
+        if document.stack is not None and not is_sliced:
+            said = "`stack` names the layers that `slices` are of; without them it has no effect"
+            mistakes.found.append(source.error(("stack",), said, at_key=True))
         mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
     mistakes.refuse()
@@ -244,7 +264,8 @@ def _check_merge(
         modifiers=modifiers,
         rename=rename,
         source=source,
-        notes=tuple(source.said + note for note in notes),
+        slices=slices,
+        notes=tuple(dict.fromkeys(source.said + note for note in notes)),
         warnings=mistakes.warned(),
         missing=policies["missing"],
         extra=policies["extra"],
@@ -278,7 +299,7 @@ def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -
 
 def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
     entries = [document.base_model] if document.base_model else []
-    known = ["base", *(entry.model for entry in (*entries, *document.models))]
+    known = ["base", *(entry.model for entry in entries), *references(document.model_dump())]
     for key in ("config_source", "tokenizer_source", "processor_source"):
         wanted = getattr(document, key)
         if wanted is not None and wanted not in known:

@@ -9,7 +9,14 @@ from pydantic import BaseModel
 
 from outliermerge.errors import SpecError, nearest, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
+from outliermerge.spec.document import (
+    BaseEntry,
+    ModelEntry,
+    ModifierEntry,
+    SliceEntry,
+    SourceEntry,
+    SpecDocument,
+)
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
 from outliermerge.spec.validation import how_to_write, in_words, is_meant, without_consequences
@@ -18,6 +25,8 @@ _ENTRIES: dict[str, type[BaseModel]] = {
     "models": ModelEntry,
     "base_model": BaseEntry,
     "modifiers": ModifierEntry,
+    "slices": SliceEntry,
+    "sources": SourceEntry,
 }
 
 
@@ -50,7 +59,8 @@ def _explained(
         path = path[:1]
     match problem["type"]:
         case "extra_forbidden":
-            kind = _ENTRIES.get(str(path[0]), SpecDocument) if len(path) > 1 else SpecDocument
+            named = [str(key) for key in path[:-1] if key in _ENTRIES]
+            kind = _ENTRIES[named[-1]] if named else SpecDocument
             fields = kind.model_fields
             name = str(path[-1])
             advice = suggest(name, fields)

@@ -33,13 +33,18 @@ def json_schema() -> dict[str, Any]:
     # A stage is written as a whole spec is, with its name.
     stage = {"allOf": [{"$ref": "#"}, {"required": [LABEL]}], "not": {"required": ["output"]}}
     schema["properties"]["stages"]["items"] = stage
-    for entry in (schema, schema["$defs"]["ModelEntry"]):
+    defined = schema["$defs"]
+    for entry in (schema, *(defined[name] for name in ("ModelEntry", "SliceEntry", "SourceEntry"))):
         field = entry["properties"]["parameters"]
         field["anyOf"] = [{"type": field.pop("type")}, {"type": "null"}]
     names = [*FLOAT_DTYPES, *DTYPE_ABBREVIATIONS]
     dtypes = {"enum": [*names, *(f"torch.{name}" for name in names)]}
     for name in ("dtype", "out_dtype"):
         schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
+    schema["required"].remove("models")
+    schema["oneOf"] = [{"required": ["models"]}, {"required": ["slices"]}]
+    schema["properties"]["slices"]["minItems"] = 1
+    schema["dependentRequired"] = {"stack": ["slices"]}
     schema["allOf"] = [
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
@@ -50,9 +55,13 @@ def json_schema() -> dict[str, Any]:
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),
-                    "models": {
+                    "models": _models_schema(method),
+                    "slices": {
                         "items": {
-                            "properties": {"parameters": _parameters_schema(method, of_model=True)}
+                            "properties": {
+                                "parameters": _parameters_schema(method, of_model=False),
+                                "sources": _models_schema(method),
+                            }
                         }
                     },
                 },
@@ -61,6 +70,10 @@ def json_schema() -> dict[str, Any]:
         for method in METHODS.values()
     ]
     return schema
+
+
+def _models_schema(method: MergeMethod) -> dict[str, Any]:
+    return {"items": {"properties": {"parameters": _parameters_schema(method, of_model=True)}}}
 
 
 def _parameters_schema(method: MergeMethod, *, of_model: bool) -> dict[str, Any]:

@@ -80,14 +80,21 @@ def _output_of(merges: Sequence[tuple[dict[str, Any], SpecText]]) -> int:
 
 def models_named(raw: Mapping[str, Any]) -> Iterator[tuple[SpecPath, str]]:
     """Yield the models that a merge names, and where."""
-    base, models = raw.get("base_model"), raw.get("models")
+    base, slices = raw.get("base_model"), raw.get("slices")
     if isinstance(base, str):
         yield ("base_model",), base
     elif isinstance(base, dict) and isinstance(base.get("model"), str):
         yield ("base_model", "model"), base["model"]
-    for index, entry in enumerate(models if isinstance(models, list) else ()):
-        if isinstance(entry, dict) and isinstance(entry.get("model"), str):
-            yield ("models", index, "model"), entry["model"]
+    lists: list[tuple[SpecPath, Any]] = [(("models",), raw.get("models"))]
+    for index, entry in enumerate(slices if isinstance(slices, list) else ()):
+        if isinstance(entry, dict):
+            lists.append((("slices", index, "sources"), entry.get("sources")))
+            if isinstance(entry.get("base_model"), str):
+                yield ("slices", index, "base_model"), entry["base_model"]
+    for path, entries in lists:
+        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, dict) and isinstance(entry.get("model"), str):
+                yield (*path, index, "model"), entry["model"]
 
 
 def stage_of(reference: str, names: Mapping[str, Any]) -> str | None:

@@ -29,14 +29,20 @@ LINEAR: dict[str, Any] = {
 }
 
 
-def sliced(**first: Any) -> dict[str, Any]:
-    sources = [{"model": f"org/{name}", "layer_range": [0, 32]} for name in "ab"]
-    rest = {key: value for key, value in LINEAR.items() if key != "models"}
-    return rest | {"slices": [{"sources": sources} | first]}
+def slice_of(names: str, **more: Any) -> dict[str, Any]:
+    return {"sources": [{"model": f"org/{n}", "layer_range": [0, 32]} | more for n in names]}
+
+
+SLICED: dict[str, Any] = {
+    "merge_method": "slerp",
+    "base_model": "org/a",
+    "slices": [slice_of("ab") | {"parameters": {"t": 0.5}}],
+    "dtype": "float32",
+}
 
 
 def test_what_is_already_in_our_form_stays_as_it_is():
-    for document in (TIES, LINEAR, TIES | {"seed": 3, "vocabulary": "base"}):
+    for document in (TIES, LINEAR, SLICED, TIES | {"seed": 3, "vocabulary": "base"}):
         found = convert(document)
         assert found.document == document
         assert (found.left_out, found.differences, found.obstacles) == ([], [], [])
@@ -46,6 +52,14 @@ def test_what_is_already_in_our_form_stays_as_it_is():
     ("given", "expected"),
     [
         (TIES | {"name": "mine"}, TIES),
+        (
+            SLICED | {"slices": [SLICED["slices"][0] | {"merge_method": "slerp", "u": 1}]},
+            SLICED,
+        ),
+        (
+            SLICED | {"slices": [slice_of("ab", w=1) | {"parameters": {"t": 0.5, "x": 2}}]},
+            SLICED,
+        ),
         (TIES | {"parameters": {"int8_mask": True, "normalize": 0.0}}, TIES),
         (TIES | {"parameters": {"nomalize": True, "normalize": False}}, TIES),
         (TIES | {"dype": "float16"}, TIES),
@@ -69,9 +83,6 @@ def test_what_has_no_effect_is_left_out(given, expected):
 @pytest.mark.parametrize(
     ("given", "expected", "said"),
     [
-        (sliced(), LINEAR, "slices: the one slice is written as whole `models`: right if they "
-         "have 32 layers"),
-        (sliced(parameters={"weight": 0.5}), LINEAR | {"parameters": {"weight": 0.5}}, "slices"),
         (LINEAR | {"chat_template": "auto"}, LINEAR, "chat_template: it comes with"),
         (LINEAR | {"tokenizer": {"source": "org/b"}}, LINEAR | {"tokenizer_source": "org/b"},
          "`vocabulary` says"),
@@ -108,6 +119,8 @@ def test_what_behaves_differently_is_told(given, expected, said):
         (LINEAR | {"models": [{"model": {"model": {"path": "org/a"}, "lora": {"path": "org/l"}}},
                               {"model": "org/b"}]},
          LINEAR | {"models": [{"model": "org/a+org/l"}, {"model": "org/b"}]}),
+        ({key: value for key, value in SLICED.items() if key != "base_model"}
+         | {"slices": [SLICED["slices"][0] | {"base_model": "org/a"}]}, SLICED),
     ],
 )  # fmt: skip
 def test_what_is_only_written_otherwise_is_rewritten(given, expected):
@@ -120,10 +133,16 @@ def test_what_is_only_written_otherwise_is_rewritten(given, expected):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (sliced(sources=[{"model": "a", "layer_range": [0, 8]}, {"model": "b"}]), "ranges of"),
-        (sliced(sources=[{"model": "a", "layer_range": [4, 8]}]), "ranges of layers"),
-        (LINEAR | {"slices": [{"sources": []}, {"sources": []}]}, "slices: models of stacked"),
-        (LINEAR | {"slices": "all"}, "slices"),
+        (
+            {
+                "merge_method": "slerp",
+                "slices": [
+                    slice_of("ab") | {"base_model": "org/a"},
+                    slice_of("ab") | {"base_model": "org/b"},
+                ],
+            },
+            "slices[1].base_model: found 'org/b', but another base model is 'org/a'",
+        ),
         (LINEAR | {"modules": {}}, "modules"),
         (LINEAR | {"merge_method": "frobnicate"}, "unknown merge method 'frobnicate'"),
         ({"experts": [], "base_model": "x"}, "a file for mergekit-moe"),

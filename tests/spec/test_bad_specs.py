@@ -70,8 +70,8 @@ BAD = {
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
         "merge_method, missing, models, modifiers, other_files, out_dtype, output, parameters, "
-        "processor_source, rename, seed, stages, tie_word_embeddings, tokenizer_source, unequal, "
-        "vocabulary.",
+        "processor_source, rename, seed, slices, stack, stages, tie_word_embeddings, "
+        "tokenizer_source, unequal, vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",
@@ -108,11 +108,6 @@ BAD = {
         OF_MODEL + "      lambda: 1\n",
         "6:7: models[0].parameters.lambda: 'lambda' is of the whole merge, not of one model: "
         "move it to the top-level `parameters`",
-    ),
-    "slices": (
-        "merge_method: passthrough\nslices:\n  - sources: []\n",
-        "2:1: slices: a mergekit key that is not supported: give whole `models`; `outliermerge "
-        "convert-config FILE` writes slices over all layers as models",
     ),
     "modules": (
         HEAD + "modules: {}\n",

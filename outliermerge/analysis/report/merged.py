@@ -52,7 +52,7 @@ def measure_merge(
         except OutlierMergeError as error:
             notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
             base = None
-    renames = {each["model"]: each.get("rename") for each in manifest["spec"]["models"]}
+    renames = {each["model"]: each.get("rename") for each in manifest["spec"].get("models", ())}
     tasks: list[tuple[Subject, Shown]] = []
     for entry, name in zip(inputs, titles, strict=True):
         if entry["role"] == "base":
