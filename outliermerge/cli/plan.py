@@ -168,6 +168,7 @@ def print_plan(
     _print_layers(console, plan)
     _print_actions(console, plan)
     _print_parameters(console, plan)
+    _print_rows(console, plan)
     facts = [
         ("reads", human_bytes(plan.num_read_bytes)),
         (
@@ -176,6 +177,8 @@ def print_plan(
             f"{human_bytes(free_bytes)} free on the disk",
         ),
         ("parameters", _proof(plan)),
+        *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
+        *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
         *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
         ("time", _time(estimate)),
         ("peak memory", _memory(estimate, options)),
@@ -286,6 +289,18 @@ def _print_parameters(console: Console, plan: Plan) -> None:
             "every model" if len(setting.models) == len(short) > 1 else models or "–",
             otherwise if setting.filter is None else setting.filter,
         )
+    table.print(console)
+    console.print()
+
+
+def _print_rows(console: Console, plan: Plan) -> None:
+    """Print what becomes of each model's rows, if they go by the tokens of the output."""
+    if plan.tokenizer is None:
+        return
+    table = NamedTable("vocabulary of", "rows", "rows of the output", justify="left")
+    for model in plan.tokenizer.models:
+        follows = f" (by the tokens of {model.follows})" if model.follows else ""
+        table.add_row(model.reference, f"{model.num_rows:,}", model.in_words() + follows)
     table.print(console)
     console.print()
 

@@ -38,6 +38,8 @@ _OTHERWISE: dict[str, Any] = {
     "unequal": "error",
     "other_files": "error",
     "vocabulary": "error",
+    "tokenizer": None,
+    "chat_template": None,
     "tie_word_embeddings": None,
     "config_source": "base",
     "tokenizer_source": "base",

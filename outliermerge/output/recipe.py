@@ -15,6 +15,7 @@ from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
+from outliermerge.spec.tokenizer import plain_reference
 
 RECIPE_NAME = "recipe.yaml"
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
@@ -64,9 +65,30 @@ def _lasting_names(
     for one in document.get("slices", ()):
         for source in one["sources"]:
             source["model"] = names.setdefault(source["model"], lasting(source["model"]))
-    return document | {
-        key: names.get(document[key], document[key]) for key in _SOURCES if key in document
-    }
+    if isinstance(tokenizer := document.get("tokenizer"), dict):
+        document["tokenizer"] = _named(tokenizer, names)
+    return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return a model's lasting name; it may stand with mergekit's `model:` before it."""
+    return names.get(plain_reference(name) or "", name)
+
+
+def _named(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a spec says of the tokenizer, with models by their lasting names."""
+    tokens: dict[str, Any] = {}
+    for token, entry in (tokenizer.get("tokens") or {}).items():
+        source = entry.get("source")
+        if isinstance(source, str):
+            entry = entry | {"source": _renamed(source, names)}
+        elif isinstance(source, dict) and "model" in source:
+            entry = entry | {"source": source | {"model": _renamed(source["model"], names)}}
+        tokens[token] = entry
+    changed: dict[str, Any] = {"tokens": tokens} if tokens else {}
+    if "source" in tokenizer:
+        changed["source"] = _renamed(tokenizer["source"], names)
+    return tokenizer | changed
 
 
 def recipe_text(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> str:

@@ -24,6 +24,7 @@ from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
 from outliermerge.planning.merged import bytes_of_merges
 from outliermerge.planning.plan_html import plan_as_html
+from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
 
@@ -47,6 +48,8 @@ class Plan:
         components: by component's folder the stem of its weight files.
         num_rows: of the vocabulary, where the merge changes it.
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
+        tokenizer: the output's tokenizer, where its tokens decide which rows there are.
+        chat_template: the output's chat template, where the spec gives one.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         stacked: where the layers are from, if the spec has slices.
         files: what was read of the models, with stamps; None for what was looked for and absent.
@@ -66,6 +69,8 @@ class Plan:
     components: Mapping[str, str]
     num_rows: int | None = None
     added_tokens: tuple[tuple[int, str, int], ...] = ()
+    tokenizer: TokenizerPlan | None = None
+    chat_template: ChatTemplate | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     stacked: Stacked | None = None
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
@@ -227,6 +232,8 @@ class Plan:
                 "removed": list(self.proof.removed),
                 "resized": list(self.proof.resized),
             },
+            "tokenizer": self.tokenizer.as_dict() if self.tokenizer else None,
+            "chat_template": self.chat_template.as_dict() if self.chat_template else None,
             "num_rows": self.num_rows,
             "added_tokens": [
                 {"id": number, "token": token, "from": self.inputs[model].reference}

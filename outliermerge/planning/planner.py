@@ -12,6 +12,7 @@ from outliermerge.errors import listing, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.advice import overlooked, refuse_unused
 from outliermerge.planning.auxiliary import Auxiliaries
+from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs
@@ -41,7 +42,7 @@ from outliermerge.planning.slices import (
 from outliermerge.planning.stages import as_input
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
-from outliermerge.planning.vocabulary import Alignment, align_vocabulary
+from outliermerge.planning.vocabulary_by_token import align_inputs
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SpecPath, find_layers
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
@@ -90,7 +91,7 @@ class _Planner:
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
-        self.alignment = _align(self.tied.inputs, spec)
+        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers)
         self.inputs = tuple(
             replace(
                 e,
@@ -170,7 +171,9 @@ class _Planner:
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
+        tokenizer = self.alignment.tokenizer
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer)
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
         if self.stacked is not None:
@@ -193,6 +196,7 @@ class _Planner:
                 *self.found.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *template_notes,
                 *metadata_notes,
                 *doubts,
                 *check_labels(self.spec, self.inputs, jobs),
@@ -206,6 +210,8 @@ class _Planner:
             components=checkpoint.components,
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
+            tokenizer=tokenizer,
+            chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),
         )
@@ -268,31 +274,3 @@ class _Planner:
     def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
         wide = any(meta.dtype.name == "float64" for _, meta in sources)
         return "float64" if wide or self.spec.document.dtype == "float64" else "float32"
-
-
-def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
-    """Align the vocabulary rows of the tensors that the reference has as well."""
-    reference = inputs[0].checkpoint.tensors
-    models = [
-        (
-            entry.reference,
-            replace(
-                entry.checkpoint,
-                root=entry.tokenizer_home,
-                tensors={n: s for n, s in entry.checkpoint.tensors.items() if n in reference},
-            ),
-        )
-        for entry in inputs
-    ]
-    references = [entry.reference for entry in inputs]
-
-    def number(wanted: str | None) -> int:
-        return references.index(wanted) if wanted in references else 0
-
-    return align_vocabulary(
-        models,
-        spec.document.vocabulary,
-        homes=[entry.home for entry in inputs],
-        tokenizer=number(spec.document.tokenizer_source),
-        config=number(spec.document.config_source),
-    )

@@ -13,6 +13,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, quoted, shown, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
+from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
     MISSING,
@@ -32,6 +33,7 @@ from outliermerge.spec.settings import Setting, SpecPath, parse_policy
 from outliermerge.spec.slices import SliceSpec, models_of_slices, slices_of, with_base_of_slices
 from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
 from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
+from outliermerge.spec.tokenizer import TokenizerRequest, plain_reference, tokenizer_request
 from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
@@ -41,9 +43,6 @@ _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _NOT_YET = {
     "modules": "give whole `models`",
-    "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
-    "what becomes of rows that differ",
-    "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
 
 
@@ -63,6 +62,7 @@ class MergeSpec:
         rename: the rename for the output's tensors.
         missing, extra, unequal: policies for all models.
         other_files: the policy for files of tensors that are not read.
+        tokenizer: the tokenizer whose tokens decide which rows the output has, or None.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
         warnings: what has no effect, as mergekit passes over it: where, and what was meant.
@@ -81,6 +81,7 @@ class MergeSpec:
     extra: Setting
     unequal: Setting
     other_files: Setting
+    tokenizer: TokenizerRequest | None
     source: SpecText
     slices: tuple[SliceSpec, ...] = ()
     notes: tuple[str, ...] = ()
@@ -98,6 +99,13 @@ class MergeSpec:
         return f"{self.method.name} of {models}" + (
             f" onto {self.base.reference}" if self.base else ""
         )
+
+    @property
+    def tokenizer_owner(self) -> str | None:
+        """The model whose tokenizer files the output has; None for the base."""
+        if self.tokenizer is None:
+            return plain_reference(self.document.tokenizer_source)
+        return None if self.tokenizer.is_union else self.tokenizer.source
 
     def method_for(self, parameters: Mapping[str, Any]) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
@@ -231,6 +239,7 @@ def _check_merge(
         method = method.with_base or method
     models: tuple[ModelSpec, ...] = ()
     slices: tuple[SliceSpec, ...] = ()
+    tokenizer: TokenizerRequest | None = None
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
@@ -253,6 +262,13 @@ def _check_merge(
             mistakes.found.append(source.error(("stack",), said, at_key=True))
         mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
+    if is_whole:
+        request = partial(
+            tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
+            _names(document),
+        )  # fmt: skip
+        tokenizer = mistakes.attempt(request, None)
+        mistakes.attempt(partial(check_template_name, document.chat_template), None)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(
@@ -263,6 +279,7 @@ def _check_merge(
         settings=settings,
         modifiers=modifiers,
         rename=rename,
+        tokenizer=tokenizer,
         source=source,
         slices=slices,
         notes=tuple(dict.fromkeys(source.said + note for note in notes)),
@@ -297,17 +314,18 @@ def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -
         raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
 
 
+def _names(document: SpecDocument) -> list[str]:
+    base = [document.base_model.model] if document.base_model else []
+    return [*base, *references(document.model_dump())]
+
+
 def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
-    entries = [document.base_model] if document.base_model else []
-    known = ["base", *(entry.model for entry in entries), *references(document.model_dump())]
-    for key in ("config_source", "tokenizer_source", "processor_source"):
+    known = ["base", *_names(document)]
+    for key in ("config_source", "processor_source"):
         wanted = getattr(document, key)
         if wanted is not None and wanted not in known:
-            is_union = (key, wanted) == ("tokenizer_source", "union")
-            advice = (
-                ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
-            )
-            yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
+            said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
+            yield source.error((key,), said)
 
 
 def _modifiers(

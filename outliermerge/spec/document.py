@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from outliermerge.spec.rename import MAP_NAMES
 from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.tokenizer import TokenizerEntry
 
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
@@ -229,10 +230,16 @@ class SpecDocument(_SpecEntry):
         "head's: `error` (default), or `drop`: it is left out. One word, or a list of filters "
         "on file names.",
     )
-    vocabulary: Literal["error", "base", "common", "union"] = Field(
-        default="error",
-        description="Rows of embeddings and head that differ: `error`; `base` keeps the base "
-        "model's rows, `common` those that all models have, `union` those that any has.",
+    vocabulary: Literal["error", "base", "common", "union"] | None = Field(
+        default=None,
+        description="Rows of embeddings and head that differ: `error` (default); `base` keeps the "
+        "base model's rows, `common` those that all models have, `union` those that any has. "
+        "Reserved rows are kept.",
+    )
+    tokenizer: TokenizerEntry | None = Field(
+        default=None,
+        description="The output's tokenizer, as in mergekit: embeddings and head get a row for "
+        "each of its tokens. A mapping with `source`, `tokens` and `pad_to_multiple_of`.",
     )
     tie_word_embeddings: bool | None = Field(
         default=None,
@@ -247,7 +254,14 @@ class SpecDocument(_SpecEntry):
     tokenizer_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose tokenizer and chat template are used; default `base`.",
+        description="Short for `tokenizer: {source: …}`. With `vocabulary` it only says whose "
+        "tokenizer and chat template are taken; default `base`.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The output's chat template: `auto` (the one that most models have), the name "
+        "of a format such as `chatml`, or Jinja. By default that of the tokenizer.",
     )
     processor_source: str | None = Field(
         default=None,

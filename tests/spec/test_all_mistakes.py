@@ -140,7 +140,7 @@ def test_all_sources_that_are_none_of_the_models_are_told():
     spec = {"merge_method": "linear", "models": [{"model": "a"}]} | dict.fromkeys(keys, "c")
     with pytest.raises(SpecError) as raised:
         load_spec(spec)
-    assert [line.split(": ")[1] for line in str(raised.value).split("\n")] == [*keys]
+    assert {line.split(": ")[1] for line in str(raised.value).split("\n")} == {*keys}
 
 
 SPELLINGS = {"float16": "float16", "bfloat16": "bfloat16", "float64": "float64"}

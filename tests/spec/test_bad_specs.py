@@ -68,10 +68,10 @@ BAD = {
     ),
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
-        "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
-        "merge_method, missing, models, modifiers, other_files, out_dtype, output, parameters, "
-        "processor_source, rename, seed, slices, stack, stages, tie_word_embeddings, "
-        "tokenizer_source, unequal, vocabulary.",
+        "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, dtype, "
+        "extra, merge_method, missing, models, modifiers, other_files, out_dtype, output, "
+        "parameters, processor_source, rename, seed, slices, stack, stages, tie_word_embeddings, "
+        "tokenizer, tokenizer_source, unequal, vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",
@@ -113,19 +113,9 @@ BAD = {
         HEAD + "modules: {}\n",
         "6:1: modules: a mergekit key that is not supported: give whole `models`",
     ),
-    "tokenizer": (
-        HEAD + "tokenizer: {source: base}\n",
-        "6:1: tokenizer: a mergekit key that is not supported: `tokenizer_source` names the "
-        "model whose tokenizer is taken, `vocabulary` says what becomes of rows that differ",
-    ),
-    "chat_template": (
-        HEAD + "chat_template: auto\n",
-        "6:1: chat_template: a mergekit key that is not supported: it is taken with the "
-        "tokenizer, from `tokenizer_source`",
-    ),
     "tokenizer_source": (
-        HEAD + "tokenizer_source: union\n",
-        "6:19: tokenizer_source: 'union' is none of the models: here it is `vocabulary: union`",
+        HEAD + "tokenizer_source: unoin\n",
+        "6:19: tokenizer_source: 'unoin' is none of the models. Did you mean 'union'?",
     ),
     # Methods.
     "unknown method": (
