@@ -18,11 +18,14 @@ _KINDS = (
     ("decoder", re.compile(r"decoder\.")),
     ("encoder", re.compile(r"(^|\.)encoder\.")),
 )
-_EMBEDS = re.compile(r"(^|\.)(\w*(embed|embd)\w*|w[tp]e|relative_pe|rotary\w*)(\.|$)", re.I)
-# Modules that models have after their layers, by the part of the name that tells them.
+# Modules that models have before their layers, and behind them, by the names of the modules.
+_BEFORE = re.compile(
+    r"\w*(embed|embd)\w*(?<!embed_out)|w[tp]e|relative_pe|rotary\w*|pre_\w*norm|ln_pre|\w*norm_pre",
+    re.I,
+)
 _AFTER = re.compile(
-    r"(^|\.)(\w*norm\w*|ln_?f|ln|pooler|\w*head\w*|\w*score\w*|\w*classifier|cls|output\w*"
-    r"|embed_out|vocab_\w+|\w*_outputs|final\w*)(\.|$)",
+    r"\w*norm\w*|ln_?f|ln|pooler|\w*head\w*|\w*score\w*|\w*classifier|cls|output\w*|embed_out"
+    r"|vocab_\w+|\w*_outputs|final\w*",
     re.I,
 )
 
@@ -54,14 +57,14 @@ class Stack:
         >>> llama.is_after("model.norm.weight"), llama.is_after("model.embed_tokens.weight")
         (True, False)
         """
-        if name.startswith(self.region):
-            inner = name.removeprefix(self.region)
-            if is_head(name):
-                return self.is_main
-            embeds = _EMBEDS.search(inner)
-            before = embeds is not None and embeds[2] != "embed_out"
-            return not before and _AFTER.search(inner) is not None
-        return self.is_main and is_head(name)
+        if is_head(name):
+            return self.is_main
+        if not name.startswith(self.region):
+            return False
+        # The module beside the layers, or beside one of the modules that they are in.
+        parts = zip(name.split("."), self.prefix.split("."), strict=False)
+        module = next((ours for ours, theirs in parts if ours != theirs), "")
+        return not _BEFORE.fullmatch(module) and _AFTER.fullmatch(module) is not None
 
 
 def stacks_of(names: Iterable[str]) -> list[Stack]:

@@ -172,13 +172,14 @@ def check_scopes(
         return
     orders = {job.name: [number for number, _ in job.sources] for job in merges}
     for job in merges:
-        if slices and orders[job.name] != orders[merges[0].name]:
+        lacks = job.task.num_models < num_models
+        if slices and (lacks or orders[job.name] != orders[merges[0].name]):
             raise OutlierMergeError(
-                f"{shown(job.name)} is merged of other models than {shown(merges[0].name)}, or in "
-                f"another order, and {method.name} measures whole models together: list the same "
-                "sources in every slice"
+                f"{shown(job.name)} is not merged of all models in the same order, and "
+                f"{method.name} measures whole models together: list the same sources in every "
+                "slice"
             )
-        if job.task.num_models < num_models:
+        if lacks:
             raise OutlierMergeError(
                 f"{shown(job.name)} is not in all models, and {method.name} measures whole models "
                 "together: with `missing: error` a plan says where it is not"

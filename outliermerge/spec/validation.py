@@ -71,6 +71,9 @@ def in_words(problem: Any) -> str:
     match problem["type"]:
         case "literal_error":
             return f"{found}{limits['expected']}"
+        case "too_short" | "too_long" if limits["actual_length"]:
+            wanted = limits.get("min_length", limits.get("max_length"))
+            return f"found {limits['actual_length']:,} value(s), expected {wanted:,}"
         case "too_short" | "string_too_short":
             return "must not be empty"
         case "string_too_long":
