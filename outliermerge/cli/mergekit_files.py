@@ -68,8 +68,10 @@ class Converted:
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
     found = Converted(copy.deepcopy(dict(raw)))
-    if "experts" in raw and "merge_method" not in raw:
-        found.obstacles.append("experts: a file for mergekit-moe; no mixtures are made here")
+    if "experts" in raw and raw.get("merge_method", "moe") == "moe":
+        found.obstacles.append(
+            "experts: a file for mergekit-moe: give it as it is to `outliermerge moe`"
+        )
         return found
     _convert_slices(found)
     _convert_keys(found)

@@ -13,6 +13,7 @@ from outliermerge.errors import as_path
 from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
+from outliermerge.spec.moe import MoeSpec
 from outliermerge.spec.text import as_yaml
 
 RECIPE_NAME = "recipe.yaml"
@@ -31,6 +32,10 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     def lasting(reference: str) -> str:
         return _lasting(reference, commits, has_base=has_base)
 
+    if isinstance(plan.spec, MoeSpec):
+        document = plan.spec.lasting(lasting)
+        document.pop("output", None)
+        return document
     document = plan.spec.as_dict()
     document.pop("output", None)
     names = {}
@@ -70,7 +75,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
     Args:
         results: of the output's tensors; they tell which flags were needed.
     """
-    words = ["outliermerge", "run", RECIPE_NAME, "DIR"]
+    words = ["outliermerge", plan.spec.command, RECIPE_NAME, "DIR"]
     if plan.shard_bytes is not None:
         words.append(f"--shard-size {plan.shard_bytes}")
     if options.device != "cpu":

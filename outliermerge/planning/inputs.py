@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,8 @@ from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
-from outliermerge.spec.settings import SettingError
-from outliermerge.spec.text import Mistakes
+from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.storage.stamps import told_by_name
 
 
@@ -71,22 +72,32 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
 
 
 def _refuse_absent(spec: MergeSpec) -> None:
+    """Refuse all models of a merge at once that are certainly not there."""
+    named: list[tuple[SpecPath, str]] = []
+    for model in (spec.base, *spec.models) if spec.base else spec.models:
+        at = model.path if model is spec.base else (*model.path, "model")
+        named.append((at, model.reference))
+        named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
+    refuse_absent_models(spec.source, named)
+
+
+def refuse_absent_models(source: SpecText, named: Iterable[tuple[SpecPath, str]]) -> None:
     """Refuse all models at once that are certainly not there, before the hub is asked for others.
+
+    Args:
+        named: the models, each with its place in the file.
 
     Raises:
         OutlierMergeError: there are such models.
     """
-    mistakes, folder = Mistakes(spec.source), Path(spec.source.file).parent
-    beside = folder if Path(spec.source.file).is_file() else None
-    for model in (spec.base, *spec.models) if spec.base else spec.models:
-        at = model.path if model is spec.base else (*model.path, "model")
-        named = [(at, part) for part in _parts(model.reference)]
-        named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
-        for path, reference in named:
+    mistakes, folder = Mistakes(source), Path(source.file).parent
+    beside = folder if Path(source.file).is_file() else None
+    for path, whole in named:
+        for reference in _parts(whole):
             try:
                 refuse_absent(reference, beside=beside)
             except OutlierMergeError as error:
-                mistakes.found.append(spec.source.error(path, error.marked))
+                mistakes.found.append(source.error(path, error.marked))
     mistakes.refuse(OutlierMergeError)
 
 

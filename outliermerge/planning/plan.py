@@ -46,6 +46,7 @@ class Plan:
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
+        config: the output's config, where it is not the reference's.
     """
 
     spec: MergeSpec
@@ -64,6 +65,7 @@ class Plan:
     tied: Mapping[str, str] = field(default_factory=dict)
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
+    config: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         return short_repr(

@@ -42,6 +42,15 @@ _NOT_YET = {
     "what becomes of rows that differ",
     "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
+_OTHER_COMMANDS = {
+    "experts": ("a file for mergekit-moe", "run it with `outliermerge moe FILE DIR`"),
+    "genome": (
+        "a file for mergekit-evolve",
+        "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "
+        "its parameters, and `outliermerge eval` scores the models",
+    ),
+}
+"""By a key that no merge has: what a file with it is, and what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,16 @@ class MergeSpec:
 
     def __repr__(self) -> str:
         return short_repr(self, self.in_a_line)
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        return "run"
+
+    @property
+    def summary(self) -> str:
+        """What its method does, in a line."""
+        return self.method.summary
 
     @property
     def in_a_line(self) -> str:
@@ -144,6 +163,9 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
 def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
+    for key, command in _OTHER_COMMANDS.items():
+        if key in raw and raw.get("merge_method", "moe") == "moe":
+            raise source.error((key,), f"{command[0]}: {command[1]}", at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
