@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ALIKE = 0.99  # the cosine above which two routers send tokens to the same places
+_IDLE = 0.01  # the share of tokens below which an expert is said to be idle
 _TINY = 1e-8
 
 
@@ -140,6 +141,7 @@ def add_routers(
             routing = _pass(mixture, prompts, rows, reader, device)
         watched.check()
     notes += _alike(mixture, rows) if needs_prompts else []
+    notes += _idle(routing) if routing is not None else []
     made = mixture.with_routers([row.float().cpu().contiguous().numpy() for row in rows], notes)
     return made, routing if show_routing else None
 
@@ -205,18 +207,38 @@ def _mean(values_PTK: Tensor, places: Sequence[tuple[int, int]]) -> list[float]:
 
 
 def _alike(mixture: Mixture, rows: Sequence[Tensor]) -> list[str]:
-    """Return a note on experts whose routers are alike."""
-    found = []
-    num_routed = len(mixture.spec.moe.experts)
+    """Return notes on routers that are zero, and on those that are alike."""
+    notes, found = [], []
+    num_routed, num_layers = len(mixture.spec.moe.experts), len(rows)
+    zero = [sum(float(row[k].norm()) < 0.5 for row in rows) for k in range(num_routed)]
+    if any(zero):
+        of_each = [f"expert {k}: {n} of {num_layers} layers" for k, n in enumerate(zero) if n]
+        notes.append(
+            "routers are zero, since the positive and the negative prompts of an expert come to "
+            f"the same there; give it other prompts (counted from 0):\n{listing(of_each)}"
+        )
     for one in range(num_routed):
         for other in range(one + 1, num_routed):
             number = sum(float(row[one] @ row[other]) > _ALIKE for row in rows)
             if number:
-                of_all = f"{number} of {len(rows)} layers"
-                found.append(f"experts {one} and {other} (counted from 0): {of_all}")
-    if not found:
+                found.append(f"experts {one} and {other}: {number} of {num_layers} layers")
+    if found:
+        notes.append(
+            f"routers are alike (cosine above {_ALIKE}), so that such experts get the same tokens; "
+            f"give them prompts that differ more (counted from 0):\n{listing(found)}"
+        )
+    return notes
+
+
+def _idle(routing: Routing) -> list[str]:
+    """Return a note on experts that hardly a token of any prompts is sent to."""
+    layers, every = len(routing.tokens), range(len(routing.num_tokens))
+    share = [sum(la[i][k] for la in routing.tokens for i in every) for k in every]
+    idle = [k for k in every if share[k] / (layers * len(every)) < _IDLE]
+    if not idle:
         return []
+    numbers = ", ".join(map(str, idle))
     return [
-        f"routers are alike (cosine above {_ALIKE}), so that such experts get the same tokens; "
-        f"give them prompts that differ more:\n{listing(found)}"
+        f"expert(s) {numbers} (counted from 0) get less than {_IDLE:.0%} of the tokens of all "
+        "prompts, and have hardly an effect"
     ]
