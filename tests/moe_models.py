@@ -76,6 +76,16 @@ def _pieces() -> Tokenizer:
     return tokenizer
 
 
+def save_words(folder: Path, *, pieces: bool = False) -> None:
+    """Save a tokenizer of words, or of bytes."""
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_pieces() if pieces else _words(),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    ).save_pretrained(folder)
+
+
 def save_dense(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Save a model of a kind, drawn anew, with a tokenizer of words."""
     config_class, model_class, more = _KINDS[kind]
@@ -85,10 +95,7 @@ def save_dense(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) -
         for parameter in model.parameters():  # else norms are 1, biases 0, activations tiny
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_pieces() if kind == "qwen2" else _words(),
-        unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-    ).save_pretrained(folder)  # fmt: skip
+    save_words(folder, pieces=kind == "qwen2")
     return folder
 
 

@@ -24,6 +24,7 @@ from outliermerge.planning.moe_architectures import (
     choose_architecture,
     mixture_config,
 )
+from outliermerge.planning.notes import reading_notes
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
@@ -331,7 +332,7 @@ class _Planner:
 
     def _notes(self, architecture: MoeArchitecture) -> list[str]:
         """Return what a person should know of the mixture before it is made."""
-        notes, experts = [*self.spec.warnings], self.moe.experts
+        notes, experts = [*reading_notes(self.spec, self.inputs)], self.moe.experts
         if len({self.numbers[e.source_model] for e in experts}) == 1 and not any(
             e.noise_scale for e in experts
         ):

@@ -12,6 +12,16 @@ from outliermerge.spec.check import MergeSpec
 _MAX_WARNINGS = 20
 
 
+def reading_notes(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield what was passed over in a file, and how its models were read."""
+    if spec.warnings:
+        rows = listing(spec.warnings, limit=_MAX_WARNINGS)
+        yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
+    yield from spec.notes
+    for entry in inputs:
+        yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
+
+
 def merge_notes(
     spec: MergeSpec,
     inputs: Sequence[Input],
@@ -27,12 +37,7 @@ def merge_notes(
         dropped: tensors that are left out.
         lacking: by model the tensors that it lacks while another task model has them.
     """
-    if spec.warnings:
-        rows = listing(spec.warnings, limit=_MAX_WARNINGS)
-        yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
-    yield from spec.notes
-    for entry in inputs:
-        yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
+    yield from reading_notes(spec, inputs)
     weighted = [bool(model.settings.get("weight")) for model in spec.models]
     if any(weighted) and not all(weighted) and "weight" not in spec.settings:
         names = [m.reference for m, own in zip(spec.models, weighted, strict=True) if not own]

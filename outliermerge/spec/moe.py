@@ -68,7 +68,7 @@ class MoeDocument(_Entry):
     gate_mode: Literal["hidden", "cheap_embed", "random", "uniform_random"] = Field(
         default="hidden",
         description="What the routers are made of: the base's `hidden` states of the prompts, "
-        "layer by layer; the mean of the prompts' embeddings (`cheap_embed`), for all layers; "
+        "layer by layer; their embeddings (`cheap_embed`), the same for all layers; "
         "normal (`random`) or uniform (`uniform_random`) numbers.",
     )
     dtype: DTypeName | None = Field(
