@@ -9,7 +9,7 @@ Legend: P texts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.checkpoint.computed import read_rows
@@ -112,8 +112,9 @@ def forward(
         model: Any = build(config, dtype=torch.float32).eval()
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     model.norm = torch.nn.Identity()
+    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
     for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
-        _read_when_called(layer, entry.checkpoint.tensors, start, reader, device)
+        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
         layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
         layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
     known = sorted({token for own in tokens for token in own})
@@ -133,18 +134,22 @@ def _calling(call: OnLayer, number: int) -> Any:
 
 
 def _read_when_called(
-    layer: Any, tensors: dict[str, Source] | Any, start: str, reader: Reader, device: str
+    layer: Any, tensors: Mapping[str, Source], start: str, reader: Reader, held: dict[str, Any]
 ) -> None:
-    """Let a layer read its weights before it is called, and forget them afterwards."""
+    """Let a layer read its weights before it is called, and forget them afterwards.
+
+    Args:
+        held: the memory for them by name, which all layers share; freed and taken again for each
+            layer, it would grow.
+    """
 
     def load(module: Any, given: Any) -> None:
-        state = {}
         for name, parameter in module.named_parameters():
             source = tensors[start + name]
             values = reader.values(source, 0, source.num_elements).view(source.shape)
             assert values.shape == parameter.shape
-            state[name] = values.float().to(device)
-        module.load_state_dict(state, assign=True)
+            held[name].copy_(values)
+        module.load_state_dict(held, assign=True)
 
     def forget(module: Any, given: Any, result: Any) -> None:
         module.to("meta")

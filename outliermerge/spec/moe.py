@@ -21,7 +21,6 @@ from outliermerge.spec.settings import Setting, SpecPath
 from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
 from outliermerge.spec.validation import describe, in_words, validated, without_consequences
 
-GATE_MODES = ("hidden", "cheap_embed", "random", "uniform_random")
 ARCHITECTURES = ("mixtral", "qwen", "qwen3", "deepseek")
 _EXPERTS = ("experts", "shared_experts")
 _STAND_INS = {"base_model": "?", "experts": [{"source_model": "?"}], "source_model": "?"}
