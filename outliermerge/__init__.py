@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.analysis.table import TensorStats, WeightStats
-    from outliermerge.api import estimate, plan, run, verify
+    from outliermerge.api import MoeResult, estimate, moe, plan, run, verify
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
@@ -48,6 +48,7 @@ __all__ = [
     "Manifest",
     "MergeMethod",
     "MergeSpec",
+    "MoeResult",
     "OutlierMergeError",
     "PerModel",
     "Plan",
@@ -70,6 +71,7 @@ __all__ = [
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
+    "moe",
     "plan",
     "plan_sweep",
     "read_manifest",
@@ -93,6 +95,7 @@ _HOMES = {
     "Manifest": "output.manifest_file",
     "MergeMethod": "methods.contract",
     "MergeSpec": "spec.check",
+    "MoeResult": "api",
     "OutlierMergeError": "errors",
     "PerModel": "methods.parameter",
     "Plan": "planning.plan",
@@ -115,6 +118,7 @@ _HOMES = {
     "merge_method": "methods.contract",
     "merge_state_dicts": "tensors",
     "merge_tensors": "tensors",
+    "moe": "api",
     "plan": "api",
     "plan_sweep": "search.sweeps",
     "read_manifest": "output.manifest_file",

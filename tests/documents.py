@@ -63,12 +63,14 @@ def make_place(folder: Path) -> Path:
     import llava_replicas
     import torch
     from checkpoints import fine_tune, load_folder, save_lora, save_model
+    from moe_models import save_words
     from quantizing import quantise
 
     link_the_project(folder)
     llava_replicas.save_all(folder)
     models = folder / "models"
     save_model("llama", models / "base", dtype=torch.float32)
+    save_words(models / "base")
     for seed, name in enumerate(("chat", "maths"), start=1):
         fine_tune(models / "base", models / name, seed=seed)
     quantise(models / "chat", models / "chat-nf4", "nf4")

@@ -87,8 +87,10 @@ def _of_stage(raw: Any, found: Converted) -> Any:
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
     found = Converted(copy.deepcopy(dict(raw)))
-    if "experts" in raw and "merge_method" not in raw:
-        found.obstacles.append("experts: a file for mergekit-moe; no mixtures are made here")
+    if "experts" in raw and raw.get("merge_method", "moe") == "moe":
+        found.obstacles.append(
+            "experts: a file for mergekit-moe: give it as it is to `outliermerge moe`"
+        )
         return found
     if isinstance(raw.get(STAGES), list):
         found.document = {STAGES: [_of_stage(e, found) for e in raw[STAGES]]} | found.document

@@ -13,6 +13,7 @@ from outliermerge.errors import nearest, quoted, readable
 COMMANDS = {
     "run": "run",
     "plan": "plan",
+    "moe": "moe",
     "sweep": "sweep",
     "verify": "verify",
     "eval": "evaluate",

@@ -52,7 +52,7 @@ def model_card(
         "\n".join(front),
         "# Merged model",
         f"Made by outliermerge {version('outliermerge')} with {_code(method.name)}{paper}: "
-        f"{method.summary}",
+        f"{plan.spec.summary}",
     ]
     if snippet := usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from outliermerge.errors import as_path
 from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
+from outliermerge.spec.moe import MoeSpec
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
 from outliermerge.spec.tokenizer import plain_reference
@@ -27,7 +29,12 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
     It names no output, so that it does not replace the one that it is in.
     """
-    commits, document = _commits(plan), plan.spec.as_dict()
+    commits = _commits(plan)
+    if isinstance(plan.spec, MoeSpec):
+        document = plan.spec.lasting(partial(_lasting, commits=commits, stages=(), has_base=True))
+        document.pop("output", None)
+        return document
+    document = plan.spec.as_dict()
     document.pop("output", None)
     stages = document.get(STAGES, [])
     names = {stage[NAME] for stage in stages}
@@ -108,7 +115,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
     Args:
         results: of the output's tensors; they tell which flags were needed.
     """
-    words = ["outliermerge", "run", RECIPE_NAME, "DIR"]
+    words = ["outliermerge", plan.spec.command, RECIPE_NAME, "DIR"]
     if plan.shard_bytes is not None:
         words.append(f"--shard-size {plan.shard_bytes}")
     if options.device != "cpu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from outliermerge.planning.tied import tied_heads, with_embeddings
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
-from outliermerge.spec.settings import SettingError
-from outliermerge.spec.text import Mistakes
+from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.storage.stamps import told_by_name
 
 _NO_STAGES: Mapping[str, Callable[[], Input]] = {}
@@ -84,26 +84,39 @@ def open_inputs(
 
 
 def _refuse_absent(spec: MergeSpec) -> None:
+    """Refuse all models of a merge at once that are certainly not there."""
+    named: list[tuple[SpecPath, str]] = []
+    for model in (spec.base, *spec.models) if spec.base else spec.models:
+        at = model.path if model is spec.base else (*model.path, "model")
+        named.append((at, model.reference))
+        named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
+    refuse_absent_models(spec.source, named, stages=spec.stages)
+
+
+def refuse_absent_models(
+    source: SpecText, named: Iterable[tuple[SpecPath, str]], *, stages: Collection[str] = ()
+) -> None:
     """Refuse all models at once that are certainly not there, before the hub is asked for others.
+
+    Args:
+        named: the models, each with its place in the file.
+        stages: the names of the file's other merges.
 
     Raises:
         OutlierMergeError: there are such models.
     """
-    mistakes, folder = Mistakes(spec.source), Path(spec.source.file).parent
-    beside = folder if Path(spec.source.file).is_file() else None
-    for model in (spec.base, *spec.models) if spec.base else spec.models:
-        at = model.path if model is spec.base else (*model.path, "model")
-        named = [(at, part) for part in _parts(model.reference)]
-        named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
-        for path, reference in named:
-            if reference in spec.stages:
+    mistakes, folder = Mistakes(source), Path(source.file).parent
+    beside = folder if Path(source.file).is_file() else None
+    for path, whole in named:
+        for reference in _parts(whole):
+            if reference in stages:
                 continue
             try:
                 refuse_absent(reference, beside=beside)
             except OutlierMergeError as error:
-                near = nearest(reference, spec.stages)
+                near = nearest(reference, stages)
                 meant = f" Did you mean the stage {quoted(near)}?" if near is not None else ""
-                mistakes.found.append(spec.source.error(path, error.marked + meant))
+                mistakes.found.append(source.error(path, error.marked + meant))
     mistakes.refuse(OutlierMergeError)
 
 

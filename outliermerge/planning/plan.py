@@ -54,6 +54,7 @@ class Plan:
         stacked: where the layers are from, if the spec has slices.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
+        config: the output's config, where it is not the reference's.
     """
 
     spec: MergeSpec
@@ -75,6 +76,7 @@ class Plan:
     stacked: Stacked | None = None
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
+    config: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         return short_repr(

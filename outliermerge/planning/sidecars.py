@@ -174,6 +174,8 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
         folder, _, file = name.rpartition("/")
         if file == "config.json":
             dtypes = _stored_dtypes(plan, folder)
+            if plan.config is not None:
+                data = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
             contents[name] = _changed_json(data, partial(_change_config, plan=plan, dtypes=dtypes))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)

@@ -44,6 +44,15 @@ _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_
 _NOT_YET = {
     "modules": "give whole `models`",
 }
+_OTHER_COMMANDS = {
+    "experts": ("a file for mergekit-moe", "run it with `outliermerge moe FILE DIR`"),
+    "genome": (
+        "a file for mergekit-evolve",
+        "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "
+        "its parameters, and `outliermerge eval` scores the models",
+    ),
+}
+"""By a key that no merge has: what a file with it is, and what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,16 @@ class MergeSpec:
 
     def __repr__(self) -> str:
         return short_repr(self, self.in_a_line)
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        return "run"
+
+    @property
+    def summary(self) -> str:
+        """What its method does, in a line."""
+        return self.method.summary
 
     @property
     def in_a_line(self) -> str:
@@ -176,6 +195,9 @@ def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
     """Check a merge and its stages."""
+    for key, command in _OTHER_COMMANDS.items():
+        if key in raw and raw.get("merge_method", "moe") == "moe":
+            raise source.error((key,), f"{command[0]}: {command[1]}", at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
@@ -193,12 +215,7 @@ def _check(
         except SpecError as error:
             mistakes.found += error.all or [error]
     own = {key: value for key, value in raw.items() if key != STAGES}
-    spec = _check_merge(own, mistakes, stages)
-    return replace(
-        spec,
-        notes=(*(n for s in stages.values() for n in s.notes), *spec.notes),
-        warnings=(*(w for s in stages.values() for w in s.warnings), *spec.warnings),
-    )
+    return _check_merge(own, mistakes, stages)
 
 
 def _check_merge(
@@ -282,7 +299,7 @@ def _check_merge(
         tokenizer=tokenizer,
         source=source,
         slices=slices,
-        notes=tuple(dict.fromkeys(source.said + note for note in notes)),
+        notes=tuple(dict.fromkeys(notes)),
         warnings=mistakes.warned(),
         missing=policies["missing"],
         extra=policies["extra"],

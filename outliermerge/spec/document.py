@@ -36,7 +36,7 @@ def dtype_name(value: Any) -> Any:
     return name if name in DTYPE_ABBREVIATIONS.values() else value
 
 
-_DTypeName = Annotated[
+DTypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(dtype_name)
 ]
 
@@ -198,12 +198,12 @@ class SpecDocument(_SpecEntry):
         description="Modifiers of the merged task vector, applied in this order.",
     )
     seed: int = Field(default=0, description="The seed of methods that draw random numbers.")
-    dtype: _DTypeName | None = Field(
+    dtype: DTypeName | None = Field(
         default=None,
         description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
         "float32, or in float64 with `dtype: float64`.",
     )
-    out_dtype: _DTypeName | None = Field(
+    out_dtype: DTypeName | None = Field(
         default=None, description="The output's dtype; the base model's own by default."
     )
     rename: _RenameField = Field(
