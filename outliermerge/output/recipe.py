@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,58 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     It names no output, so that it does not replace the one that it is in.
     """
     commits = _commits(plan)
-    has_base = plan.spec.base is not None
-
-    def lasting(reference: str) -> str:
-        return _lasting(reference, commits, has_base=has_base)
-
     document = plan.spec.as_dict()
     document.pop("output", None)
-    names = {}
+    return renamed(
+        document,
+        partial(_lasting, commits=commits, has_base=plan.spec.base is not None),
+        of_base=partial(_lasting, commits=commits, has_base=False),
+    )
+
+
+def renamed(
+    document: Mapping[str, Any],
+    name: Callable[[str], str],
+    of_base: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
+    """Return a spec with other names for its models.
+
+    Args:
+        name: the new name of a reference; `of_base` of the base model's, if that differs.
+    """
+    document, of_base, names = dict(document), of_base or name, {}
     base = document.get("base_model")
     if isinstance(base, dict):
-        names[base["model"]] = _lasting(base["model"], commits, has_base=False)
+        names[base["model"]] = of_base(base["model"])
         document["base_model"] = base | {"model": names[base["model"]]}
     elif base is not None:
-        document["base_model"] = names[base] = _lasting(base, commits, has_base=False)
+        document["base_model"] = names[base] = of_base(base)
     models = []
     for entry in document["models"]:
-        names.setdefault(entry["model"], lasting(entry["model"]))
+        names.setdefault(entry["model"], name(entry["model"]))
         entry = entry | {"model": names[entry["model"]]}
         if "auxiliary" in entry:
-            entry["auxiliary"] = {k: lasting(place) for k, place in entry["auxiliary"].items()}
+            entry["auxiliary"] = {k: name(place) for k, place in entry["auxiliary"].items()}
         models.append(entry)
     document["models"] = models
     return document | {
         key: names.get(document[key], document[key]) for key in _SOURCES if key in document
     }
+
+
+def from_here(reference: str) -> str:
+    """Return a reference without the path of the present folder, as a person writes it.
+
+    >>> from_here(f"{Path.cwd()}/models/base"), from_here("org/base+models/lora")
+    ('models/base', 'org/base+models/lora')
+    """
+    here = Path.cwd()
+    is_whole = "+" not in reference or as_path(reference).exists()
+    parts = [reference] if is_whole else split_reference(reference)
+    return "+".join(
+        str(Path(part).relative_to(here)) if Path(part).is_relative_to(here) else part
+        for part in parts
+    )
 
 
 def recipe_text(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> str:
