@@ -87,7 +87,8 @@ def build_report(
     if merged is not None and manifest_path(merged).is_file():
         subjects, extra = measure_merge(models[0], read_manifest(merged), base, measure, compare)
     else:
-        subjects, extra = _measure(models, base, measure), {}
+        subjects = _measure(models, base, measure)
+        extra = {} if base is None else {"base": measure(base)}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
     if len(titles) > _MAX_TITLES:
         titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]
