@@ -81,7 +81,7 @@ def build_report(
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
     }  # fmt: skip
-    measure = partial(weight_stats, filter=filter, **how)
+    measure: Callable[..., WeightStats] = partial(weight_stats, filter=filter, **how)
     compare = partial(compare_weights, t=t, **how)
     merged = as_path(models[0]) if len(models) == 1 else None
     if merged is not None and manifest_path(merged).is_file():
