@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from outliermerge.errors import SpecError
+from outliermerge.checkpoint.config import read_json, text_config
+from outliermerge.errors import SpecError, as_path
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import ModelEntry, SpecDocument
@@ -120,10 +121,22 @@ def _convert_slices(found: Converted) -> None:
     if isinstance(first.get("parameters"), dict):
         shared = document.get("parameters")
         document["parameters"] = (shared if isinstance(shared, dict) else {}) | first["parameters"]
+    end = ranges[0][-1]
+    depths = {name: _depth(name) for name in (_reference(entry.get("model")) for entry in kept)}
+    for name, depth in depths.items():
+        if depth not in (None, end):
+            found.obstacles.append(f"slices: up to layer {end}, where {name} has {depth} layers")
+    unknown = [name for name, depth in depths.items() if depth is None]
     found.differences.append(
-        f"slices: the one slice is written as whole `models`: right if they have "
-        f"{ranges[0][-1]} layers"
+        "slices: the one slice is written as whole `models`"
+        + (f": right if {', '.join(unknown)} have {end} layers" if unknown else "")
     )
+
+
+def _depth(reference: str) -> int | None:
+    """Return the layers of a model by its config; None if it is in no folder."""
+    depth = text_config(read_json(as_path(reference) / "config.json")).get("num_hidden_layers")
+    return depth if isinstance(depth, int) else None
 
 
 def _convert_keys(found: Converted) -> None:

@@ -68,7 +68,8 @@ def real_output(named: Path) -> Path:
             f"{real.name[:60]}…: cannot be an output: its name has {length - len(_LONGEST)} bytes, "
             f"and at most {255 - len(_LONGEST)} leave room for {_LONGEST}"
         )
-    is_plain = named.name == real.name and Path(os.path.abspath(named)) == real
+    # `resolve` would follow links.
+    is_plain = named.name == real.name and os.path.abspath(named) == str(real)  # noqa: PTH100
     return named if is_plain else real
 
 

@@ -12,7 +12,7 @@ from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.advice import Unpaired, advise, overlooked, refuse_unused
-from outliermerge.planning.architectures import CANNOT, compare_architectures
+from outliermerge.planning.architectures import CANNOT, verdict_on
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
 from outliermerge.planning.class_labels import check_labels, leave_out_heads
@@ -348,18 +348,18 @@ class _Planner:
         if not self.problems:
             return
         advice = advise(self.inputs, self.unpaired)
-        cannot = CANNOT in advice  # it is the first
-        unfit = {number for _, number in self.misfits} | {*self.unpaired}
-        parts = [*advice[:cannot], *compare_architectures(self.inputs, unfit)]
+        unfit = {number for _, number in self.misfits}
+        parts = verdict_on(self.inputs, unfit, {*self.unpaired}, cannot=CANNOT in advice)
+        cannot = parts[0] == CANNOT
         for kind, items in self.problems.items():
-            parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=10)}")
+            parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=4)}")
         if _MISFIT in self.problems:
             parts += [] if cannot else ["Such models cannot be merged as they are."]
             misfits = dict(self.misfits)
             others = [name for name in self.names if name not in misfits]
             parts += leave_out_heads(self.inputs, self.misfits, others=others)
-        parts += advice[cannot:]
-        raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
+        parts += [each for each in advice if each != CANNOT]
+        raise OutlierMergeError("\n".join(parts))
 
 
 _Numbered = tuple[int, Source]

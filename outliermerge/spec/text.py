@@ -32,12 +32,14 @@ class SpecText:
 
     Attributes:
         lenient: what mergekit passes over in silence is no error, but a warning.
+        is_python: it is no file, but a dict.
     """
 
     file: str
     keys: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     values: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     lenient: bool = False
+    is_python: bool = False
 
     def error(
         self,

@@ -69,8 +69,8 @@ def test_what_has_no_effect_is_left_out(given, expected):
 @pytest.mark.parametrize(
     ("given", "expected", "said"),
     [
-        (sliced(), LINEAR, "slices: the one slice is written as whole `models`: right if they "
-         "have 32 layers"),
+        (sliced(), LINEAR, "slices: the one slice is written as whole `models`: right if "
+         "org/a, org/b have 32 layers"),
         (sliced(parameters={"weight": 0.5}), LINEAR | {"parameters": {"weight": 0.5}}, "slices"),
         (LINEAR | {"chat_template": "auto"}, LINEAR, "chat_template: it comes with"),
         (LINEAR | {"tokenizer": {"source": "org/b"}}, LINEAR | {"tokenizer_source": "org/b"},
@@ -259,3 +259,32 @@ def test_parameters_of_the_base_model_have_no_effect_and_a_note():
     assert [model.reference for model in spec.models] == ["org/a"]
     spec = load_spec(LINEAR | {"base_model": "org/a"})
     assert len(spec.models) == 2
+
+
+@pytest.mark.parametrize(("depth", "code"), [(32, 0), (40, 1)])
+def test_the_layers_of_folders_are_looked_at(tmp_path, monkeypatch, capsys, depth, code):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        folder = Path("org", name)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"num_hidden_layers": depth}))
+    Path("merge.yaml").write_text(yaml.safe_dump(sliced()))
+    assert cli.main(["convert-config", "merge.yaml"]) == code
+    said = capsys.readouterr().err
+    assert "right if" not in said
+    assert ("slices: up to layer 32, where org/b has 40 layers" in said) == (depth == 40)
+
+
+def test_a_file_with_new_keys_is_written_in_the_order_of_a_reader(tmp_path, capsys):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "# mine\ndtype: float32\nslices:\n- sources:\n"
+        "  - {model: org/a, layer_range: [0, 2]}\n  - {model: org/b, layer_range: [0, 2]}\n"
+        "merge_method: slerp\n# where it starts\nbase_model: org/a\nparameters: {t: 0.5}\n"
+    )
+    assert cli.main(["convert-config", str(path)]) == 0
+    written = capsys.readouterr().out
+    assert list(yaml.safe_load(written)) == [
+        "base_model", "models", "merge_method", "parameters", "dtype"
+    ]  # fmt: skip
+    assert written.startswith("# mine\n# where it starts\nbase_model: org/a\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import save_tensors
 
 import outliermerge
@@ -187,3 +189,13 @@ def test_a_time_is_told_as_precisely_as_it_is_known(seconds, words):
 )  # fmt: skip
 def test_the_time_of_a_run_includes_planning_and_the_load_check(merging, took, words):
     assert _time(estimating.Estimate(merging, 1.0, "a", 1, 1), took) == words
+
+
+def test_the_memory_that_a_refusal_names_is_enough_and_the_least(spec, tmp_path, capsys):
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    words = ["plan", str(path), "--no-load-check", "--threads", "2", "--memory"]
+    assert cli.main([*words, "1"]) == 2
+    number = int(re.search(r"Give --memory (\d+)KiB or more", capsys.readouterr().err)[1])
+    assert cli.main([*words, f"{number}KiB"]) == 0
+    assert cli.main([*words, f"{number - 1}KiB"]) == 2

@@ -252,3 +252,23 @@ def test_flags_that_change_bytes_are_in_the_command(place):
     assert command(planned, options, results) == (
         "outliermerge run recipe.yaml DIR --shard-size 5000 --no-kernels --allow-non-finite"
     )
+
+
+def test_errors_name_outputs_as_they_were_named(place):
+    with pytest.raises(OutlierMergeError, match=r"^nothing: no outliermerge\.json"):
+        outliermerge.verify("nothing")
+    outliermerge.run("spec.yaml", output="deep/out")
+    for name in ("deep/out", "./deep/out", "deep/../deep/out"):
+        with pytest.raises(OutlierMergeError, match=r"^deep/(\.\./deep/)?out: exists already"):
+            outliermerge.run("spec.yaml", output=name)
+    (place / "deep" / "out" / "model.safetensors").write_bytes(b"")
+    (said, *_) = outliermerge.verify("deep/out")
+    assert said.startswith("deep/out/model.safetensors: ")
+    (place / "link").symlink_to("deep")
+    with pytest.raises(OutlierMergeError, match=f"^{place}/deep/out: exists already"):
+        outliermerge.run("spec.yaml", output="link/out")
+
+
+def test_a_spec_without_output_is_told_without_a_line(place):
+    with pytest.raises(SpecError, match=r"^spec\.yaml: no output: give output or"):
+        outliermerge.run("spec.yaml")
