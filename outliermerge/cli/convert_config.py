@@ -15,6 +15,7 @@ from outliermerge.errors import SpecError, printable
 if TYPE_CHECKING:
     from outliermerge.cli.mergekit_files import Converted
 
+_ORDER = ("base_model", "models", "merge_method", "parameters")  # as a person reads a spec
 _TOP_KEY = re.compile(r"([A-Za-z_]\w*):(\s|$)")
 
 
@@ -90,7 +91,10 @@ def as_yaml(document: dict[str, Any], raw: dict[str, Any], text: str) -> str:
 
     head, parts = _parts(text)
     lines = [head]
-    for key in [*[key for key in parts if key in document], *document]:
+    order = [*[key for key in parts if key in document], *document]
+    if not document.keys() <= raw.keys():  # a key that is new has no place of its own
+        order.sort(key=lambda key: _ORDER.index(key) if key in _ORDER else len(_ORDER))
+    for key in dict.fromkeys(order):
         part = parts.pop(key, None)
         if part is not None and raw[key] == document[key] and _anchors(part) == 0:
             lines.append(part)

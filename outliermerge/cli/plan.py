@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import (
@@ -32,8 +33,18 @@ if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
     from outliermerge.planning.plan import Input, Options, Plan
 
-# What a run takes besides its work; measured: 5 s of processor time, 0.5 GB.
-_ASKED = " (a run asks it again meanwhile: some 5 s and 0.5 GB more; --no-load-check leaves it out)"
+_ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
+
+
+class _Took(NamedTuple):
+    """Seconds that a plan took, and that a run will take again."""
+
+    planning: float
+    load_check: float = 0.0
+
+    def with_merge(self, seconds: float) -> float:
+        """Return the time of a whole run: the output is checked while it is merged."""
+        return self.planning + max(seconds, self.load_check)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,28 +65,33 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.output.run import output_path
 
     output_name = named_output(options)
+    began = time.perf_counter()
     planned = merge.plan(read_spec(options), shard_size=options.shard_size)
+    took = _Took(time.perf_counter() - began)
     chosen = run_options(options).on_this_machine()
     named = output_name or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
     estimate = estimate_run(planned, chosen, output)
+    began = time.perf_counter()
     verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
+        took = took._replace(load_check=time.perf_counter() - began)
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     why_not = why_none(planned, chosen)
     slow = slowness_note(chosen, kernels=not options.no_kernels)
     if slow and not why_not:
         planned = replace(planned, notes=(*planned.notes, slow))
     if options.json:
-        print_json(_as_json(planned, named, chosen, estimate, free, verdict, options.tensors))
+        print_json(_as_json(planned, named, chosen, estimate, took, free, verdict, options.tensors))
     else:
         print_plan(
             planned,
             output=output,
             options=chosen,
             estimate=estimate,
+            took=took,
             free_bytes=free,
             loads_in=verdict.by if verdict else (),
             with_tensors=options.tensors,
@@ -97,6 +113,7 @@ def _as_json(
     output: str | None,
     options: Options,
     estimate: Estimate,
+    took: _Took,
     free_bytes: int,
     verdict: Verdict | None,
     with_tensors: bool,
@@ -116,7 +133,11 @@ def _as_json(
         "input_bytes": plan.num_read_bytes,
         "write_bytes": plan.num_written_bytes,
         "free_disk_bytes": free_bytes,
-        "seconds": estimate.as_dict()["seconds"],
+        "seconds": None
+        if estimate.seconds is None
+        else round(took.with_merge(estimate.seconds), 2),
+        "planning_seconds": round(took.planning, 2),
+        "load_check_seconds": round(took.load_check, 2),
         "process_memory_bytes": estimate.process_bytes,
         "num_notes": len(plan.notes),
     }
@@ -155,6 +176,7 @@ def print_plan(
     output: Path | None,
     options: Options,
     estimate: Estimate,
+    took: _Took,
     free_bytes: int,
     loads_in: Sequence[str] = (),
     with_tensors: bool = False,
@@ -180,7 +202,7 @@ def print_plan(
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
         *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
-        ("time", _time(estimate)),
+        ("time", _time(estimate, took)),
         ("peak memory", _memory(estimate, options)),
         ("output", str(output) if output else "not named yet: give --output"),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
@@ -260,7 +282,7 @@ def _print_actions(console: Console, plan: Plan) -> None:
             str(len(jobs)),
             f"{sum(job.num_elements for job in jobs):,}",
             ", ".join(sorted(stored)),
-            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "–",
+            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "not",
             ", ".join(sorted({job.output.dtype.name for job in jobs})),
         )
     table.print(console)
@@ -278,7 +300,7 @@ def _print_parameters(console: Console, plan: Plan) -> None:
     filtered = set()
     for setting in used_settings(plan):
         own = setting.parameter, setting.models
-        otherwise = "all others" if own in filtered else "–"
+        otherwise = "all others" if own in filtered else "none"
         if setting.filter is not None:
             filtered.add(own)
         models = ", ".join(short[reference] for reference in setting.models)
@@ -286,7 +308,7 @@ def _print_parameters(console: Console, plan: Plan) -> None:
             setting.parameter,
             setting.text + (" over the layers" if len(setting.values) > 1 else ""),
             str(setting.num_tensors),
-            "every model" if len(setting.models) == len(short) > 1 else models or "–",
+            "every model" if len(setting.models) == len(short) > 1 else models or "whole merge",
             otherwise if setting.filter is None else setting.filter,
         )
     table.print(console)
@@ -313,19 +335,34 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
-def _time(estimate: Estimate) -> str:
-    """Return the time that a run will take, and what that rests on."""
-    if estimate.seconds is None:
-        return f"not known: {estimate.basis}"
-    minutes, seconds = divmod(round(estimate.seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours or minutes >= 10:
-        about = f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
-    elif minutes:
-        about = f"about {minutes} min {seconds} s"
+def _time(estimate: Estimate, took: _Took) -> str:
+    """Return the time that a run will take, of what, and what that rests on."""
+    merging = estimate.seconds
+    parts = [f"{_duration(took.planning)} to plan"] if took.planning >= 1 else []
+    parts.append("merging not known" if merging is None else f"{_duration(merging)} to merge")
+    if took.load_check:
+        parts[-1] += f" and meanwhile {_duration(took.load_check)} to check that it loads"
+    words = ", ".join(parts)
+    if merging is None:
+        return f"{words}: {estimate.basis}"
+    if took.load_check or len(parts) > 1:
+        words = f"{_duration(took.with_merge(merging))}: {words}"
     else:
-        about = f"about {estimate.seconds:.2g} s" if estimate.seconds >= 1 else "less than a second"
-    return f"{about} ({estimate.basis})"
+        words = _duration(merging)
+    return f"{'' if words.startswith('less') else 'about '}{words} ({estimate.basis})"
+
+
+def _duration(seconds: float) -> str:
+    """Return in words how long something takes."""
+    if seconds < 1:
+        return "less than a second"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min" + (f" {rest} s" if minutes < 10 else "")
+    return f"{seconds:.2g} s"
 
 
 def _memory(estimate: Estimate, options: Options) -> str:

@@ -52,9 +52,7 @@ def choose_device(name: str) -> str:
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise ArgumentError(
-            f"{argument('device')}: {name} is not on this machine: it has {count} CUDA device(s)"
-        )
+        raise ArgumentError(f"device {name} is not on this machine: it has {count} CUDA device(s)")
     return name
 
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
 from outliermerge.errors import as_path
@@ -31,47 +31,60 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     """
     commits = _commits(plan)
     if isinstance(plan.spec, MoeSpec):
-        document = plan.spec.lasting(partial(_lasting, commits=commits, stages=(), has_base=True))
-        document.pop("output", None)
-        return document
-    document = plan.spec.as_dict()
+        document = plan.spec.lasting(partial(_lasting, commits=commits, has_base=True))
+    else:
+        document = renamed(plan.spec.as_dict(), partial(_lasting, commits=commits))
     document.pop("output", None)
-    stages = document.get(STAGES, [])
-    names = {stage[NAME] for stage in stages}
-    found = _lasting_names(document, commits, names)
-    if stages:
-        found[STAGES] = [_lasting_names(stage, commits, names) for stage in stages]
-    return found
+    return document
 
 
-def _lasting_names(
-    document: dict[str, Any], commits: Mapping[str, set[str]], stages: Container[str]
-) -> dict[str, Any]:
-    """Return a merge with models that any folder finds."""
-    has_base = document.get("base_model") is not None
+class Name(Protocol):
+    """Gives a model another name; has_base: an adapter is applied to a base of the merge."""
 
-    def lasting(reference: str) -> str:
-        return _lasting(reference, commits, stages, has_base=has_base)
+    def __call__(self, reference: str, *, has_base: bool) -> str: ...
 
-    names = {}
+
+def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()) -> dict[str, Any]:
+    """Return a spec with other names for its models.
+
+    Args:
+        name: gives them.
+        stages: names that are left as they are; those of the spec's own stages are, too.
+    """
+    document, names = dict(document), dict[str, str]()
+    if entries := document.get(STAGES):
+        stages = {entry[NAME] for entry in entries}
+        document[STAGES] = [renamed(entry, name, stages) for entry in entries]
     base = document.get("base_model")
+
+    def new(reference: str, *, has_base: bool = base is not None) -> str:
+        return reference if reference in stages else name(reference, has_base=has_base)
+
     if isinstance(base, dict):
-        names[base["model"]] = _lasting(base["model"], commits, stages, has_base=False)
+        names[base["model"]] = new(base["model"], has_base=False)
         document["base_model"] = base | {"model": names[base["model"]]}
     elif base is not None:
-        document["base_model"] = names[base] = _lasting(base, commits, stages, has_base=False)
+        document["base_model"] = names[base] = new(base, has_base=False)
     models = []
     for entry in document.get("models", ()):
-        names.setdefault(entry["model"], lasting(entry["model"]))
+        names.setdefault(entry["model"], new(entry["model"]))
         entry = entry | {"model": names[entry["model"]]}
         if "auxiliary" in entry:
-            entry["auxiliary"] = {k: lasting(place) for k, place in entry["auxiliary"].items()}
+            entry["auxiliary"] = {k: new(place) for k, place in entry["auxiliary"].items()}
         models.append(entry)
     if models:
         document["models"] = models
-    for one in document.get("slices", ()):
-        for source in one["sources"]:
-            source["model"] = names.setdefault(source["model"], lasting(source["model"]))
+    if "slices" in document:
+        document["slices"] = [
+            one
+            | {
+                "sources": [
+                    source | {"model": names.setdefault(source["model"], new(source["model"]))}
+                    for source in one["sources"]
+                ]
+            }
+            for one in document["slices"]
+        ]
     if isinstance(tokenizer := document.get("tokenizer"), dict):
         document["tokenizer"] = _named(tokenizer, names)
     return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
@@ -96,6 +109,21 @@ def _named(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any
     if "source" in tokenizer:
         changed["source"] = _renamed(tokenizer["source"], names)
     return tokenizer | changed
+
+
+def from_here(reference: str, *, has_base: bool = True) -> str:
+    """Return a reference without the path of the present folder, as a person writes it.
+
+    >>> from_here(f"{Path.cwd()}/models/base"), from_here("org/base+models/lora")
+    ('models/base', 'org/base+models/lora')
+    """
+    here = Path.cwd()
+    is_whole = "+" not in reference or as_path(reference).exists()
+    parts = [reference] if is_whole else split_reference(reference)
+    return "+".join(
+        str(Path(part).relative_to(here)) if Path(part).is_relative_to(here) else part
+        for part in parts
+    )
 
 
 def recipe_text(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> str:
@@ -137,17 +165,13 @@ def _commits(plan: Plan) -> dict[str, set[str]]:
     return found
 
 
-def _lasting(
-    reference: str, commits: Mapping[str, set[str]], stages: Container[str], *, has_base: bool
-) -> str:
+def _lasting(reference: str, commits: Mapping[str, set[str]], *, has_base: bool) -> str:
     """Return a reference that means the same model in any folder, at any time."""
-    if reference in stages:
-        return reference
     path = as_path(reference)
     if "+" in reference and not path.exists():
         stem, adapter = split_reference(reference)
         # With the model before the `+`, the adapter's own base does not matter.
-        stem, adapter = (_lasting(part, commits, stages, has_base=True) for part in (stem, adapter))
+        stem, adapter = (_lasting(part, commits, has_base=True) for part in (stem, adapter))
         return f"{stem}+{adapter}"
     if not path.exists():
         repository, _, revision = reference.partition("@")
@@ -159,7 +183,7 @@ def _lasting(
     own_base = None if has_base or not _is_adapter(path) else base_of_adapter(path)
     if own_base is None:
         return str(path)
-    return f"{_lasting(own_base, commits, stages, has_base=False)}+{path}"
+    return f"{_lasting(own_base, commits, has_base=False)}+{path}"
 
 
 def _is_adapter(path: Path) -> bool:

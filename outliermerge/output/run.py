@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, argument, as_path
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
@@ -268,9 +268,8 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
     """
     named = output or planned.spec.document.output
     if named is None:
-        raise planned.spec.source.error(
-            (), f"no output: give {argument('output')} or `output:` in the spec"
-        )
+        file = planned.spec.source.file
+        raise SpecError(f"{file}: no output: give {argument('output')} or `output:` in the spec")
     try:
         path = as_path(named)
     except OutlierMergeError as error:

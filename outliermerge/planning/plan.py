@@ -134,22 +134,25 @@ class Plan:
         Raises:
             ArgumentError: not even the smallest block fits the memory budget.
         """
-        method = find_method(job.method)
-        cut = job.task.cut if job.action == "merge" else "element"
-        unit = {"element": CHUNK_ELEMENTS, "row": row_elements(job.output.shape),
-                "tensor": max(1, job.num_elements)}[cut]  # fmt: skip
-        per_element = self._bytes_per_element(job, options)
-        fits = options.memory_bytes // (options.threads * per_element)
+        unit = _block_unit(job)
+        fits = options.memory_bytes // (options.threads * self._bytes_per_element(job, options))
         if fits < min(unit, job.num_elements):
-            needed = options.threads * per_element * min(unit, job.num_elements)
+            needed = self._least_bytes(job, options)
+            least = max(self._least_bytes(each, options) for each in self.jobs)
             raise ArgumentError(
-                f"{argument('memory')}: {options.memory_bytes:,} bytes are too few for tensor "
-                f"{job.name!r}: {method.name} needs {needed:,} on {options.threads} threads to "
-                f"hold one {cut} block. Give more memory or fewer threads."
+                f"{argument('memory')}: {options.memory_bytes:,} B is too little for tensor "
+                f"{job.name!r}: {job.method} needs {needed:,} B on {options.threads} threads to "
+                f"hold one block of it. Give {argument('memory', f'{-(-least // 1024)}KiB')} or "
+                "more, or fewer threads."
             )
         where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
         most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS
         return max(unit, min(fits, most) // unit * unit)
+
+    def _least_bytes(self, job: Job, options: Options) -> int:
+        """Return the memory that the smallest blocks of a tensor take."""
+        num_elements = min(_block_unit(job), job.num_elements)
+        return options.threads * self._bytes_per_element(job, options) * num_elements
 
     def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
@@ -273,3 +276,14 @@ class Plan:
             "stored_names": [source.name for _, source in job.sources],
             "parameters": dict(job.parameters),
         }
+
+
+def _block_unit(job: Job) -> int:
+    """Return how many elements a block of a tensor has at least."""
+    match job.task.cut if job.action == "merge" else "element":
+        case "element":
+            return CHUNK_ELEMENTS
+        case "row":
+            return row_elements(job.output.shape)
+        case _:
+            return max(1, job.num_elements)

@@ -12,7 +12,7 @@ from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, quoted, shown, suggest
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import find_method, meant_method
 from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
@@ -166,7 +166,8 @@ def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) ->
             out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
-        return _check(*one_document([(dict(spec), SpecText("spec", lenient=lenient))]))
+        whole = SpecText("spec", lenient=lenient, is_python=True)
+        return _check(*one_document([(dict(spec), whole)]))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
     path = as_path(spec)
@@ -228,6 +229,8 @@ def _check_merge(
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
+    if method is None and isinstance(name := raw.get("merge_method"), str):
+        method = meant_method(name)  # so that the rest of the file is checked, too
     raw = mistakes.attempt(partial(with_base_of_slices, raw, source), raw)
     raw, notes = without_inert(raw, method, averages_base=source.lenient)
     known = {key: value for key, value in raw.items() if key not in _NOT_YET}

@@ -81,4 +81,6 @@ def _explained(
                 path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
             )
         case _:
-            return source.error(path, in_words(problem) + how_to_write(problem))
+            return source.error(
+                path, in_words(problem) + how_to_write(problem, python=source.is_python)
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from outliermerge.errors import quoted, shown
@@ -46,7 +47,7 @@ def _with_stages(
         moved = other.at((STAGES, index))
         keys |= moved.keys
         values |= moved.values
-    whole = SpecText(text.file, keys, values, text.lenient)
+    whole = replace(text, keys=keys, values=values)
     if STAGES in raw:
         raise text.error(
             (STAGES,), "a stage has no stages: write them one after another", at_key=True

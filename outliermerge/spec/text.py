@@ -32,6 +32,7 @@ class SpecText:
 
     Attributes:
         lenient: what mergekit passes over in silence is no error, but a warning.
+        is_python: it is no file, but a dict.
         said: begins messages on a part of a file.
     """
 
@@ -39,6 +40,7 @@ class SpecText:
     keys: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     values: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     lenient: bool = False
+    is_python: bool = False
     said: str = ""
 
     def part(self, path: SpecPath, *, said: str = "") -> SpecText:
