@@ -188,8 +188,9 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation="""\
-gate_mode hidden and the routing need torch and transformers. They run the base model over the
-prompts with one of its layers at a time in memory, in float32; --memory does not count that.
+gate_mode hidden and the routing need torch and transformers, for a forward pass of the base model
+over the prompts with one of its layers at a time in memory, in float32; --memory does not count
+that.
 """
     + BAR_EXPLAINED,
 )

@@ -304,13 +304,14 @@ def test_parameters_of_the_base_model_have_no_effect_and_a_note():
 def test_a_file_with_new_keys_is_written_in_the_order_of_a_reader(tmp_path, capsys):
     path = tmp_path / "merge.yaml"
     path.write_text(
-        "# mine\ndtype: float32\nslices:\n- sources:\n"
+        "# mine\ndtype: float32\nslices:\n- base_model: org/a\n  sources:\n"
         "  - {model: org/a, layer_range: [0, 2]}\n  - {model: org/b, layer_range: [0, 2]}\n"
-        "merge_method: slerp\n# where it starts\nbase_model: org/a\nparameters: {t: 0.5}\n"
+        "# how\nmerge_method: slerp\nparameters: {t: 0.5}\n"
     )
     assert cli.main(["convert-config", str(path)]) == 0
     written = capsys.readouterr().out
     assert list(yaml.safe_load(written)) == [
-        "base_model", "models", "merge_method", "parameters", "dtype"
+        "base_model", "slices", "merge_method", "parameters", "dtype"
     ]  # fmt: skip
-    assert written.startswith("# mine\n# where it starts\nbase_model: org/a\n")
+    assert written.startswith("# mine\nbase_model: org/a\nslices:\n")
+    assert "# how\nmerge_method: slerp\n" in written
