@@ -166,8 +166,8 @@ OF_THE_MODELS = {
     "a base that is too short": (
         "merge_method: task_arithmetic\nbase_model: MODELS/a\nslices:\n"
         + of("b").replace("[0, 2]", "[2, 4]"),
-        "slices[0]: the base model MODELS/a, of which the same layers are taken, has 3: list it "
-        "with its own `layer_range`",
+        "slices[0]: takes the same layers of the base model, but MODELS/a has 3 layers "
+        "(model.layers.*): list it with its own range",
     ),
     "several stacks": (
         STACK + of("towers"),
