@@ -214,6 +214,24 @@ def test_a_model_between_the_ends_may_have_another_vocabulary(models, source, tm
         outliermerge.plan(spec | {"slices": [{"sources": [part]} for part in parts[:2]]})
 
 
+@pytest.mark.parametrize("tie", [None, False, True])
+def test_a_head_of_the_last_model_that_the_config_ties_is_not_lost_in_silence(tie, tmp_path):
+    tied, own = (
+        save(kind, tmp_path / kind, num_layers=2, num_models=0)["base"]
+        for kind in ("llama-tied", "llama")
+    )
+    parts = [{"sources": [{"model": str(m), "layer_range": [0, 2]}]} for m in (tied, own)]
+    spec = {"merge_method": "passthrough", "slices": parts}
+    if tie is None:
+        with pytest.raises(OutlierMergeError, match="the config ties it to the embeddings"):
+            outliermerge.plan(spec)
+        return
+    output = outliermerge.run(spec | {"tie_word_embeddings": tie}, output=tmp_path / "out").output
+    heads = [load_folder(folder).get("lm_head.weight") for folder in (own, output)]
+    assert torch.equal(*heads) if tie is False else heads[1] is None
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is tie
+
+
 def test_an_adapter_can_be_sliced(models, tmp_path):
     name = "model.layers.1.mlp.up_proj"
     weight = load_folder(models["base"])[f"{name}.weight"]

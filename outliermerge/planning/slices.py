@@ -183,12 +183,18 @@ def parts_of(spec: MergeSpec, stacked: Stacked, inputs: tuple[Input, ...]) -> li
     return parts
 
 
-def stacked_reference(parts: Sequence[Part]) -> dict[str, Source]:
-    """Return the tensors that give the output of slices its names and shapes."""
+def stacked_reference(parts: Sequence[Part], reference: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the tensors that give the output of slices its names and shapes.
+
+    Args:
+        reference: the tensors of the first input. What is outside the layers and is not there is
+            left out, so that the config has to know it: another model's head, for example.
+    """
     return {
         name: source
         for part in parts
         for name, source in part.inputs[part.first].checkpoint.tensors.items()
+        if name in part.positions or name in reference
     }
 
 
