@@ -147,6 +147,7 @@ _EXPERTS = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
 _DECODER = {"decoder_input_ids": torch.tensor([[0, 5, 9]])}
 KINDS: dict[str, Kind] = {
     "llama": Kind(_like_llama("Llama")),
+    "llama-tied": Kind(_like_llama("Llama", tie_word_embeddings=True), after=["model.norm"]),
     "gpt2": Kind(_gpt2, "transformer.h", ["transformer.ln_f"]),
     "qwen2": Kind(
         _like_llama(

@@ -115,7 +115,7 @@ class _Planner:
         self.stored_reference = opened[0].checkpoint.tensors
         if self.stacked is not None:
             self.parts = parts_of(spec, self.stacked, self.inputs)
-            self.stored_reference = stacked_reference(self.parts)
+            self.stored_reference = stacked_reference(self.parts, self.reference)
         self.names = dict.fromkeys(name for part in self.parts for name in part.names)
         names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
         self.filtered_names = {**names, **self.names} if self.stacked else {**self.reference}

@@ -264,7 +264,11 @@ def _write_types(
     that takes seconds.
     """
     level = at_level(config, path)
-    varies = any(value and _VARIES.search(key) for key, value in level.items())
+    without_windows = level.get("use_sliding_window") is False
+    varies = any(
+        value and _VARIES.search(key) and not (without_windows and "window" in key)
+        for key, value in level.items()
+    )
     if not varies or any(key in level for key in _TYPES):
         return
     filled = effective_config(config)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, SpecError, shown
 from outliermerge.planning.layers import Stack, choose_stack
 from outliermerge.planning.plan import Input, LayersFrom, Stacked
 from outliermerge.spec.check import MergeSpec
@@ -87,32 +87,39 @@ def stack_slices(
     mistakes = Mistakes(source)
     slices, at_layer = [], 0
     for one in spec.slices:
-        entry = spec.document.slices[int(one.path[1])]
-        for index, listed in enumerate(entry.sources):
-            depth = depths[number_of[listed.model]] if listed.model in number_of else None
-            if depth is not None and listed.layer_range[1] > depth:
-                has = f"{shown(listed.model)} has {depth} layers ({shown(stack.prefix)}*)"
-                where = (*one.path, "sources", index, "layer_range")
-                mistakes.found.append(source.error(where, f"found {listed.layer_range}, but {has}"))
-        listed_models = {listed.model for listed in entry.sources}
-        for reference, (_, stop) in one.ranges.items():
-            depth = depths[number_of[reference]] if reference in number_of else None
-            if reference not in listed_models and depth is not None and stop > depth:
-                has = f"the base model {shown(reference)}, of which the same layers are taken"
-                said = f"{has}, has {depth}: list it with its own `layer_range`"
-                mistakes.found.append(source.error(one.path, said))
-        used = [number_of[model.reference] for model in one.models]
-        if len(set(used)) < len(used) or (spec.method.uses_base and 0 in used):
-            twice = next(
-                m for i, m in enumerate(one.models)
-                if used[i] in used[:i] or (spec.method.uses_base and used[i] == 0)
-            )  # fmt: skip
-            said = f"{twice.reference!r} is the same model as another one of the slice"
-            mistakes.found.append(source.error((*twice.path, "model"), said))
+        mistakes.found += _beyond(spec, one, stack, {r: depths[n] for r, n in number_of.items()})
+        mistakes.found += _twice(spec, one, number_of)
         slices.append(_from(one, number_of, at_layer))
         at_layer += one.num_layers
     mistakes.refuse()
     return Stacked(stack.name, stack.kind, stack.prefix, tuple(slices), tuple(depths))
+
+
+def _beyond(
+    spec: MergeSpec, one: SliceSpec, stack: Stack, depths: Mapping[str, int]
+) -> Iterator[SpecError]:
+    """Yield an error for each model that has fewer layers than a slice takes of it."""
+    listed = [entry.model for entry in spec.document.slices[int(one.path[1])].sources]
+    for reference, (start, stop) in one.ranges.items():
+        if stop <= depths[reference]:
+            continue
+        has = f"{shown(reference)} has {depths[reference]} layers ({shown(stack.prefix)}*)"
+        if reference in listed:
+            where = (*one.path, "sources", listed.index(reference), "layer_range")
+            yield spec.source.error(where, f"found [{start}, {stop}], but {has}")
+        else:
+            said = f"takes the same layers of the base model, but {has}: list it with its own range"
+            yield spec.source.error(one.path, said)
+
+
+def _twice(spec: MergeSpec, one: SliceSpec, number_of: Mapping[str, int]) -> Iterator[SpecError]:
+    """Yield an error for each model of a slice that is in it under another name, too."""
+    seen = {0} if spec.method.uses_base else set()
+    for model in one.models:
+        if number_of[model.reference] in seen:
+            said = f"{model.reference!r} is the same model as another one of the slice"
+            yield spec.source.error((*model.path, "model"), said)
+        seen.add(number_of[model.reference])
 
 
 def at_ends(stacked: Stacked, inputs: tuple[Input, ...]) -> tuple[Input, ...]:
@@ -176,12 +183,18 @@ def parts_of(spec: MergeSpec, stacked: Stacked, inputs: tuple[Input, ...]) -> li
     return parts
 
 
-def stacked_reference(parts: Sequence[Part]) -> dict[str, Source]:
-    """Return the tensors that give the output of slices its names and shapes."""
+def stacked_reference(parts: Sequence[Part], reference: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the tensors that give the output of slices its names and shapes.
+
+    Args:
+        reference: the tensors of the first input. What is outside the layers and is not there is
+            left out, so that the config has to know it: another model's head, for example.
+    """
     return {
         name: source
         for part in parts
         for name, source in part.inputs[part.first].checkpoint.tensors.items()
+        if name in part.positions or name in reference
     }
 
 
@@ -254,7 +267,7 @@ def _from(one: SliceSpec, number_of: Mapping[str, int], at: int) -> LayersFrom:
         stop=at + one.num_layers,
         first=number_of[one.first],
         numbers=tuple(number_of[model.reference] for model in one.models),
-        ranges={number_of[r]: rng for r, rng in one.ranges.items() if r in number_of},
+        ranges={number_of[reference]: layers for reference, layers in one.ranges.items()},
     )
 
 

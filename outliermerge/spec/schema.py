@@ -11,6 +11,10 @@ from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import DTYPE_ABBREVIATIONS, SpecDocument, by_filters
 from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
 
+_BASE_IS_NAMED = [
+    {"required": ["base_model"]},
+    {"required": ["slices"], "properties": {"slices": {"items": {"required": ["base_model"]}}}},
+]
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 
@@ -44,12 +48,16 @@ def json_schema() -> dict[str, Any]:
     schema["required"].remove("models")
     schema["oneOf"] = [{"required": ["models"]}, {"required": ["slices"]}]
     schema["properties"]["slices"]["minItems"] = 1
+    defined["SliceEntry"]["properties"]["base_model"] = {
+        "anyOf": schema["properties"]["base_model"]["anyOf"],
+        "description": "As at the top, if all slices have the same.",
+    }
     schema["dependentRequired"] = {"stack": ["slices"]}
     schema["allOf"] = [
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
-                "required": ["base_model"] if method.needs_base else [],
+                "anyOf": _BASE_IS_NAMED if method.needs_base else [{}],
                 "properties": (
                     {"base_model": {"not": {"type": "null"}}} if method.needs_base else {}
                 )

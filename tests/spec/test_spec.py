@@ -589,7 +589,21 @@ def test_numbers_as_texts_are_valid_by_the_schema_as_they_are_by_the_package(val
     assert validator.is_valid(spec)
 
 
-@pytest.mark.parametrize("spec", [HEAD, SLICED, SLICED | {"stack": "text"}])
+SLERP = {
+    "merge_method": "slerp",
+    "slices": [
+        {
+            "sources": [
+                {"model": name, "layer_range": [0, 2], "parameters": None} for name in "ab"
+            ],
+            "base_model": "a",
+            "parameters": {"t": 0.5, "int8_mask": True},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("spec", [HEAD, SLICED, SLICED | {"stack": "text"}, SLERP])
 def test_the_head_of_the_bad_specs_is_good(spec, validator):
     load_spec(spec)
     validator.validate(spec)

@@ -17,7 +17,10 @@ TIES = "merge_method: ties\nbase_model: base\nslices:\n"
 
 
 def sources(*ranges: str) -> str:
-    rows = (f"  - {{model: {name}, layer_range: {each}}}\n" for name, each in zip("abc", ranges))
+    rows = (
+        f"  - {{model: {name}, layer_range: {each}}}\n"
+        for name, each in zip("abc", ranges, strict=False)
+    )
     return "- sources:\n" + "".join(rows)
 
 
@@ -157,13 +160,14 @@ def of(model: str) -> str:
 OF_THE_MODELS = {
     "a range beyond the model": (
         STACK + of("a") + of("a").replace("[0, 2]", "[1, 4]"),
-        "slices[1].sources[0].layer_range: found [1, 4], but MODELS/a has 3 layers (model.layers.*)",
+        "slices[1].sources[0].layer_range: found [1, 4], but MODELS/a has 3 layers "
+        "(model.layers.*)",
     ),
     "a base that is too short": (
         "merge_method: task_arithmetic\nbase_model: MODELS/a\nslices:\n"
         + of("b").replace("[0, 2]", "[2, 4]"),
-        "slices[0]: the base model MODELS/a, of which the same layers are taken, has 3: list it "
-        "with its own `layer_range`",
+        "slices[0]: takes the same layers of the base model, but MODELS/a has 3 layers "
+        "(model.layers.*): list it with its own range",
     ),
     "several stacks": (
         STACK + of("towers"),

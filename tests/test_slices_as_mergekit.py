@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import load_folder
+from parity.both import by_mergekit
 from stacks import Models, save
-from torch import Tensor
 
 import outliermerge
 
-Merge = Callable[[dict[str, Any], Path], dict[str, Tensor]]
 NUM_LAYERS = 6
 
 
@@ -151,23 +147,6 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def by_mergekit() -> Merge:
-    with warnings.catch_warnings():
-        # Its lazy_unpickle.py names a private module of numpy that has been renamed.
-        warnings.filterwarnings("ignore", "numpy.core is deprecated", DeprecationWarning)
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import run_merge
-        from mergekit.options import MergeOptions
-
-    def merge(spec: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-        options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
-        run_merge(MergeConfiguration.model_validate(spec), str(folder), options)
-        return load_folder(folder)
-
-    return merge
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Models]:
     folder = tmp_path_factory.mktemp("models")
     return {
@@ -178,7 +157,7 @@ def models(tmp_path_factory) -> dict[str, Models]:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", SPECS)
-def test_slices_agree_with_mergekit(name, kind, models, by_mergekit, tmp_path):
+def test_slices_agree_with_mergekit(name, kind, models, tmp_path):
     family = models[kind]
 
     def placed(value: Any) -> Any:
