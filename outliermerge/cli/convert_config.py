@@ -15,7 +15,13 @@ from outliermerge.errors import SpecError, printable
 if TYPE_CHECKING:
     from outliermerge.cli.mergekit_files import Converted
 
-_ORDER = ("base_model", "models", "slices", "merge_method", "parameters")  # as a person reads a spec
+_ORDER = (
+    "base_model",
+    "models",
+    "slices",
+    "merge_method",
+    "parameters",
+)  # as a person reads a spec
 _TOP_KEY = re.compile(r"([A-Za-z_]\w*):(\s|$)")
 
 

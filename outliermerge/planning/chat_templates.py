@@ -175,7 +175,8 @@ def _try(
         )
     if isinstance(answers, dict):
         raise spec.source.error(
-            place, f"{name}: not valid Jinja: line {answers['line']}: {shown(answers['error'])}"
+            place,
+            f"{name}: not valid Jinja: line {answers['line']}: {shown(answers['error'], 400)}",
         )
     good = next((a for a in (answers[:3], answers[3:]) if _USER in a[0].get("text", "")), None)
     if good is None:

@@ -27,6 +27,20 @@ def without_axis(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:] if axis == 0 else shape[:-1]
 
 
+class _ByColumns:
+    """A computed tensor (…, V) whose "rows" are along its last axis."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Rows `start` to `stop` of a tensor, each the mean of rows of one or several sources.
@@ -157,16 +171,8 @@ class RearrangedRows(ComputedTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RearrangedColumns(RearrangedRows):
+class RearrangedColumns(_ByColumns, RearrangedRows):
     """Like RearrangedRows, for a tensor (…, V): runs are along its last axis."""
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def num_columns(self) -> int:
-        return self.shape[-1]
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, V) of `dtype`."""
@@ -224,16 +230,8 @@ class PaddedRows(ComputedTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedColumns(PaddedRows):
+class PaddedColumns(_ByColumns, PaddedRows):
     """Like PaddedRows, for a tensor (…, V): the mean is that of each row."""
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def num_columns(self) -> int:
-        return self.shape[-1]
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, V) of `dtype`."""

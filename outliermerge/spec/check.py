@@ -286,6 +286,7 @@ def _check_merge(
         request = partial(
             tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
             _names(document),
+            mistakes.add,
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)

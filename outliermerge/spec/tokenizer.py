@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -140,7 +140,11 @@ def plain_reference(name: str | None) -> str | None:
 
 
 def tokenizer_request(
-    entry: TokenizerEntry | None, source: str | None, vocabulary: str | None, models: Sequence[str]
+    entry: TokenizerEntry | None,
+    source: str | None,
+    vocabulary: str | None,
+    models: Sequence[str],
+    pass_over: Callable[[SettingError], None],
 ) -> TokenizerRequest | None:
     """Return the tokenizer that a spec asks for with `tokenizer` or `tokenizer_source`.
 
@@ -148,6 +152,7 @@ def tokenizer_request(
 
     Args:
         models: the models that may be named.
+        pass_over: called with an unknown key of a row.
 
     Raises:
         SettingError: keys contradict one another, or something names no model.
@@ -163,7 +168,7 @@ def tokenizer_request(
                 )
         _check_model(entry.source, (BASE, UNION, *models), ("tokenizer", "source"))
         rows = all_of(
-            partial(_token_row, token, said, (BASE, *models))
+            partial(_token_row, token, said, (BASE, *models), pass_over)
             for token, said in (entry.tokens or {}).items()
         )
         name = plain_reference(entry.source) or BASE
@@ -185,10 +190,16 @@ def tokenizer_request(
 
 def _check_model(name: str, known: Sequence[str], path: SpecPath) -> None:
     if plain_reference(name) not in known:
-        raise SettingError(path, f"{quoted(name)} is none of the models. {suggest(name, known)}")
+        advice = suggest(name, dict.fromkeys(known))
+        raise SettingError(path, f"{quoted(name)} is none of the models. {advice}")
 
 
-def _token_row(token: str, entry: TokenEntry, known: Sequence[str]) -> TokenRow:
+def _token_row(
+    token: str,
+    entry: TokenEntry,
+    known: Sequence[str],
+    pass_over: Callable[[SettingError], None],
+) -> TokenRow:
     path: SpecPath = ("tokenizer", "tokens", token)
     if not token:
         raise SettingError(path, "a token must not be empty", at_key=True)
@@ -208,11 +219,9 @@ def _token_row(token: str, entry: TokenEntry, known: Sequence[str]) -> TokenRow:
         raise SettingError(place, f"found {said}, expected {_FORMS}")
     for key in found:
         if key not in _KEYS[kind]:
-            advice = suggest(str(key), _KEYS[kind])
-            raise SettingError(
-                (*place, key), f"unknown key {quoted(key)}. {advice}",
-                at_key=True, passed_over=(*place, key),
-            )  # fmt: skip
+            said = f"unknown key {quoted(key)}. {suggest(str(key), _KEYS[kind])}"
+            inner = (*place, str(key))
+            pass_over(SettingError(inner, said, at_key=True, passed_over=inner))
     if kind == "zero":
         return TokenRow(path, is_zero=True, force=entry.force)
     model, other, number = (found.get(key) for key in ("model", "token", "token_id"))
