@@ -15,7 +15,8 @@ from outliermerge.errors import SpecError, printable
 if TYPE_CHECKING:
     from outliermerge.cli.mergekit_files import Converted
 
-_ORDER = (
+# As a person reads a spec.
+_ORDER = ("base_model", "models", "slices", "merge_method", "parameters")
     "base_model",
     "models",
     "slices",
