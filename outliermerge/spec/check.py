@@ -27,8 +27,8 @@ from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SpecPath, parse_policy
-from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_yaml, read_text
-from outliermerge.spec.validation import describe, validated
+from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_mapping, read_text
+from outliermerge.spec.validation import validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
@@ -153,10 +153,7 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
     Raises:
         SpecError: as for load_spec.
     """
-    duplicates: list[SpecError] = []
-    raw, source = parse_yaml(text, file=file, mistakes=duplicates)
-    if not isinstance(raw, dict):
-        raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+    raw, source, duplicates = parse_mapping(text, file=file, expected="merge_method")
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
 
