@@ -357,8 +357,10 @@ def test_a_dry_run_writes_nothing_and_computes_no_router(families, tmp_path, cap
     monkeypatch.setattr("outliermerge.execution.routers.add_routers", None)
     assert cli(["moe", str(file), str(tmp_path / "mixed"), "--dry-run"]) == 0
     assert "mixtral" in capsys.readouterr().out
-    assert cli(["moe", str(file), "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["architecture"] == "mixtral"
+    assert cli(["moe", str(file), "--dry-run", "--json", "--load-check"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["architecture"] == "mixtral" and said["load_check"]["status"] == "loads"
+    assert said["spec"]["experts"] and said["actions"] == {"copy": 3 * 8 + 18}
     assert not (tmp_path / "mixed").exists()
 
 
@@ -371,6 +373,16 @@ def test_without_a_tokenizer_random_routers_are_made_and_others_refused(tmp_path
     assert result.routing is None and any("no tokenizer" in note for note in result.notes)
     with pytest.raises(outliermerge.OutlierMergeError, match="no tokenizer"):
         outliermerge.moe(spec | {"gate_mode": "hidden"}, output=tmp_path / "other")
+
+
+def test_an_output_that_is_there_is_refused_before_any_router(families, tmp_path, monkeypatch):
+    spec = mixture(families("llama"))
+    (tmp_path / "mixed").mkdir()
+    monkeypatch.setattr("outliermerge.api.add_routers", None)
+    with pytest.raises(outliermerge.OutlierMergeError, match="exists already"):
+        outliermerge.moe(spec, output=tmp_path / "mixed")
+    with pytest.raises(outliermerge.OutlierMergeError, match="inside the model"):
+        outliermerge.moe(spec, output=families("llama")[1] / "mixed")
 
 
 # Models as they are

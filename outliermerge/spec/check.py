@@ -43,7 +43,10 @@ _NOT_YET = {
     "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
 _OTHER_COMMANDS = {
-    "experts": ("a file for mergekit-moe", "run it with `outliermerge moe FILE DIR`"),
+    "experts": (
+        "a file for mergekit-moe",
+        "run it with `outliermerge moe FILE DIR`, or see its plan with --dry-run",
+    ),
     "genome": (
         "a file for mergekit-evolve",
         "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "
