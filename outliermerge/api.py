@@ -15,7 +15,7 @@ from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.options import RunOptions
-from outliermerge.output.run import RunResult, output_path, run_plans
+from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
 from outliermerge.planning.moe import Mixture, plan_mixture
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
@@ -181,6 +181,7 @@ def moe(
     loaded = spec if isinstance(spec, MoeSpec) else load_moe_spec(spec, lenient=lenient)
     planned = plan_moe(loaded, shard_size=shard_size)
     path = output_path(planned.plan, output)
+    refuse_taken(planned.plan, path, overwrite=chosen.overwrite)
     device = chosen.on_this_machine().device
     made, found = add_routers(planned, device=device, show_routing=routing)
     (result,) = run_plans([(made.plan, path)], chosen)

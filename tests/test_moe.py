@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -12,12 +13,16 @@ import pytest
 import torch
 import transformers
 import yaml
-from checkpoints import load_folder
+from checkpoints import load_folder, save_lora
 from moe_models import deepseek, dense_family, save_dense
 from stopping import stopping_after
 
 import outliermerge
+from outliermerge.checkpoint.reader import Reader
 from outliermerge.cli.main import main as cli
+from outliermerge.execution.layerwise import forward
+from outliermerge.planning.moe import plan_mixture
+from outliermerge.spec.moe import load_moe_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -275,6 +280,39 @@ def test_routers_that_are_alike_are_told(families, tmp_path):
     assert any("expert 0: 3 of 3 layers" in note for note in zero.notes)
 
 
+def test_a_forward_pass_holds_one_layer_and_is_transformers_own(families):
+    base = families("mistral")[0]
+    planned = plan_mixture(load_moe_spec(mixture(families("mistral"))))
+    texts = [[1, 3, 4, 5, 6, 7, 8], [1, 9, 3]]
+    states, held = list[torch.Tensor](), list[int]()
+
+    def parameters() -> int:
+        found = [o for o in gc.get_objects() if type(o) is torch.nn.Parameter]
+        return sum(each.numel() for each in found if each.device.type == "cpu")
+
+    gc.collect()
+    before = parameters()
+    with Reader() as reader:
+        forward(
+            planned.base,
+            planned.layers,
+            texts,
+            reader,
+            device="cpu",
+            on_layer=lambda number, given: states.append(given),
+            on_mlp=lambda number, given: held.append(parameters() - before),
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    one_layer = sum(each.numel() for each in model.model.layers[0].parameters())
+    assert held == [one_layer] * 3
+    for number, text in enumerate(texts):
+        with torch.no_grad():
+            own = model(torch.tensor([text]), output_hidden_states=True).hidden_states[:-1]
+        for layer, expected in enumerate(own):
+            found = states[layer][number : number + 1, : len(text)]
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
 # Runs
 
 
@@ -319,8 +357,10 @@ def test_a_dry_run_writes_nothing_and_computes_no_router(families, tmp_path, cap
     monkeypatch.setattr("outliermerge.execution.routers.add_routers", None)
     assert cli(["moe", str(file), str(tmp_path / "mixed"), "--dry-run"]) == 0
     assert "mixtral" in capsys.readouterr().out
-    assert cli(["moe", str(file), "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["architecture"] == "mixtral"
+    assert cli(["moe", str(file), "--dry-run", "--json", "--load-check"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["architecture"] == "mixtral" and said["load_check"]["status"] == "loads"
+    assert said["spec"]["experts"] and said["actions"] == {"copy": 3 * 8 + 18}
     assert not (tmp_path / "mixed").exists()
 
 
@@ -333,3 +373,62 @@ def test_without_a_tokenizer_random_routers_are_made_and_others_refused(tmp_path
     assert result.routing is None and any("no tokenizer" in note for note in result.notes)
     with pytest.raises(outliermerge.OutlierMergeError, match="no tokenizer"):
         outliermerge.moe(spec | {"gate_mode": "hidden"}, output=tmp_path / "other")
+
+
+def test_an_output_that_is_there_is_refused_before_any_router(families, tmp_path, monkeypatch):
+    spec = mixture(families("llama"))
+    (tmp_path / "mixed").mkdir()
+    monkeypatch.setattr("outliermerge.api.add_routers", None)
+    with pytest.raises(outliermerge.OutlierMergeError, match="exists already"):
+        outliermerge.moe(spec, output=tmp_path / "mixed")
+    with pytest.raises(outliermerge.OutlierMergeError, match="inside the model"):
+        outliermerge.moe(spec, output=families("llama")[1] / "mixed")
+
+
+# Models as they are
+
+
+def test_an_adapter_can_be_an_expert(families, tmp_path):
+    base = families("llama")[0]
+    name = "model.layers.1.mlp.up_proj"
+    save_lora(
+        tmp_path / "adapter",
+        {f"{name}.lora_A.weight": torch.ones(1, 32), f"{name}.lora_B.weight": torch.ones(48, 1)},
+        target_modules=["up_proj"],
+    )
+    experts = [str(base), str(tmp_path / "adapter")]
+    spec = {
+        "base_model": str(base),
+        "gate_mode": "random",
+        "experts": [{"source_model": expert} for expert in experts],
+    }
+    outliermerge.moe(spec, output=tmp_path / "mixed")
+    mixed = load_folder(tmp_path / "mixed")
+    first, second = (
+        mixed[f"model.layers.1.block_sparse_moe.experts.{k}.w3.weight"] for k in (0, 1)
+    )
+    assert torch.equal(first, load_folder(base)[f"{name}.weight"])
+    change = second - first
+    assert change.abs().min() > 0 and torch.allclose(change, change[0, 0].expand(48, 32), atol=1e-6)
+
+
+def test_a_pickled_base_gives_the_same_routers(families, tmp_path):
+    models = families("llama")
+    spec = mixture(models)
+    outliermerge.moe(spec, output=tmp_path / "one", routing=False)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for path in models[0].iterdir():
+        if path.suffix != ".safetensors":
+            (pickled / path.name).write_bytes(path.read_bytes())
+    torch.save(load_folder(models[0]), pickled / "pytorch_model.bin")
+    spec["base_model"] = str(pickled)
+    outliermerge.moe(spec, output=tmp_path / "other", routing=False)
+    one, other = (load_folder(tmp_path / name) for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_mixture_is_reported_as_a_model(families, tmp_path):
+    outliermerge.moe(mixture(families("llama")), output=tmp_path / "mixed", routing=False)
+    page = outliermerge.build_report([str(tmp_path / "mixed")], output=tmp_path / "page.html")
+    assert "Weights of" in Path(page).read_text()

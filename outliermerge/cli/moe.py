@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import human_bytes
@@ -18,7 +19,7 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import STANDARD_INPUT, named_output, read_standard_input
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
-from outliermerge.cli.terminal import MergeBar, open_console, print_result, status
+from outliermerge.cli.terminal import MergeBar, check_loading, open_console, print_result, status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     """Make a mixture, and print what was done and where its routers send the prompts."""
     from outliermerge import api
     from outliermerge.execution.routers import add_routers
-    from outliermerge.output.run import output_path, run_plans
+    from outliermerge.output.run import output_path, refuse_taken, run_plans
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
@@ -65,16 +66,21 @@ def run(options: argparse.Namespace) -> int:
     mixture.plan.peak_memory_bytes(chosen)  # refuses a budget that is too small
     notes = note_of(options)
     if options.dry_run:
-        notes += mixture.plan.notes
+        verdict = None
+        if options.load_check:
+            verdict = check_loading(mixture.plan, quiet=options.quiet)
+        notes += [*mixture.plan.notes, *(verdict.notes if verdict else ())]
         named = output or mixture.spec.moe.output
         if options.json:
-            facts = {"output": named, "architecture": mixture.architecture.name, "notes": notes}
-            print_json(facts | mixture.plan.as_dict(tensors=False))
+            facts = {"output": named, "architecture": mixture.architecture.name}
+            checked = {"load_check": verdict.as_dict()} if verdict else {}
+            print_json(facts | checked | mixture.plan.as_dict(tensors=False) | {"notes": notes})
         else:
-            _print_plan(open_console(), mixture, named, chosen)
+            _print_plan(open_console(), mixture, named, chosen, verdict.by if verdict else ())
         print_notes(notes, options)
         return 0
     path = output_path(mixture.plan, output)
+    refuse_taken(mixture.plan, path, overwrite=options.overwrite)
     with status("computing the routers", quiet=options.quiet):
         mixture, routing = add_routers(mixture, device=chosen.device, show_routing=options.routing)
     with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet) as bar:
@@ -114,7 +120,13 @@ def _names(mixture: Mixture) -> list[str]:
     return [f"{number}: {short[reference]}" for number, reference in enumerate(experts)]
 
 
-def _print_plan(console: Console, mixture: Mixture, output: str | None, options: Options) -> None:
+def _print_plan(
+    console: Console,
+    mixture: Mixture,
+    output: str | None,
+    options: Options,
+    loads_in: Sequence[str],
+) -> None:
     plan, moe = mixture.plan, mixture.spec.moe
     print_words(console, f"{mixture.architecture.name}: {mixture.spec.summary}", "bold")
     table = NamedTable("expert", "of", "prompts", "negative", "residual_scale", "noise_scale")
@@ -138,6 +150,7 @@ def _print_plan(console: Console, mixture: Mixture, output: str | None, options:
                        f"{plan.proof.num_reference_parameters:,}"),
         ("blocks", f"{human_bytes(plan.block_memory_bytes(options))} of memory, besides the "
                    "program and the forward pass for the routers"),
+        *([("loads in", "; ".join(loads_in))] if loads_in else []),
         ("output", output or "not named yet: give it after the file"),
     ]  # fmt: skip
     print_facts(console, facts)

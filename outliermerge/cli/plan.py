@@ -23,7 +23,7 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
-from outliermerge.cli.terminal import WAITING, open_console, status, text
+from outliermerge.cli.terminal import check_loading, open_console, text
 from outliermerge.errors import as_path, shown
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
     estimate = estimate_run(planned, chosen, output)
     began = time.perf_counter()
-    verdict = _checked(planned, quiet=options.quiet) if options.load_check else None
+    verdict = check_loading(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
         took = took._replace(load_check=time.perf_counter() - began)
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
@@ -154,20 +154,6 @@ def _as_json(
         **({"load_check": verdict.as_dict()} if verdict else {}),
         **details,
     }
-
-
-def _checked(planned: Plan, *, quiet: bool) -> Verdict:
-    """Return the result of transformers' check of a plan's output.
-
-    Raises:
-        OutlierMergeError: the output would not load.
-    """
-    from outliermerge.output.load_check import LoadCheck
-
-    with LoadCheck.of_plans([planned]) as check, status(WAITING, quiet=quiet):
-        (verdict,) = check.verdicts()
-    verdict.raise_if_bad()
-    return verdict
 
 
 def print_plan(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from outliermerge.output.load_check import Verdict
     from outliermerge.output.run import RunResult
+    from outliermerge.planning.plan import Plan
 
 
 BYTES_OF_ALL_PASSES = "bytes of all passes"
@@ -138,6 +140,20 @@ def status(words: str, *, quiet: bool = False) -> Iterator[None]:
         yield
     finally:
         line.cancel()
+
+
+def check_loading(planned: Plan, *, quiet: bool) -> Verdict:
+    """Return the result of transformers' check of a plan's output.
+
+    Raises:
+        OutlierMergeError: the output would not load.
+    """
+    from outliermerge.output.load_check import LoadCheck
+
+    with LoadCheck.of_plans([planned]) as check, status(WAITING, quiet=quiet):
+        (verdict,) = check.verdicts()
+    verdict.raise_if_bad()
+    return verdict
 
 
 def open_console(*, soft_wrap: bool = False) -> Console:

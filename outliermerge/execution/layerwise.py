@@ -50,7 +50,9 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
 
     home = entry.tokenizer_home
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(home), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(home), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # it may raise anything for files that are broken or not there
         said = str(error).partition("\n")[0]
         raise OutlierMergeError(
@@ -104,7 +106,9 @@ def forward(
     from transformers import AutoConfig, AutoModel
 
     build: Any = AutoModel.from_config
-    config = AutoConfig.from_pretrained(str(entry.home), local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        str(entry.home), local_files_only=True, trust_remote_code=False
+    )
     for key in ("quantization_config", "compression_config"):
         if hasattr(config, key):  # the weights are read as plain numbers
             delattr(config, key)

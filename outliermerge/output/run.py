@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,8 +20,9 @@ from outliermerge.notebook import NotebookBar, in_notebook
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import Manifest, read_manifest
-from outliermerge.output.names import real_output
+from outliermerge.output.names import journal_path, real_output
 from outliermerge.output.options import RunOptions
+from outliermerge.output.ownership import check_apart, check_free
 from outliermerge.output.resumed import marks_of
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import disk_bytes_read
@@ -257,6 +259,18 @@ def name_all(
     for folder in reversed(folders):
         folder.forget()
     return foreign
+
+
+def refuse_taken(planned: Plan, output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is taken, before work that goes before the run.
+
+    Raises:
+        OutlierMergeError: something is there, and no killed run can go on to it.
+    """
+    final = real_output(output)
+    if not os.path.lexists(journal_path(final)):
+        check_apart(planned, final)
+        check_free(planned, final, overwrite=overwrite)
 
 
 def output_path(planned: Plan, output: str | Path | None) -> Path:

@@ -45,7 +45,10 @@ _NOT_YET = {
     "modules": "give whole `models`",
 }
 _OTHER_COMMANDS = {
-    "experts": ("a file for mergekit-moe", "run it with `outliermerge moe FILE DIR`"),
+    "experts": (
+        "a file for mergekit-moe",
+        "run it with `outliermerge moe FILE DIR`, or see its plan with --dry-run",
+    ),
     "genome": (
         "a file for mergekit-evolve",
         "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "

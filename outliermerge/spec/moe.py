@@ -18,8 +18,8 @@ from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename
 from outliermerge.spec.repeated import read_repeated
 from outliermerge.spec.settings import Setting, SpecPath
-from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
-from outliermerge.spec.validation import describe, in_words, validated, without_consequences
+from outliermerge.spec.text import Mistakes, SpecText, parse_mapping, read_text
+from outliermerge.spec.validation import in_words, validated, without_consequences
 
 ARCHITECTURES = ("mixtral", "qwen", "qwen3", "deepseek")
 _EXPERTS = ("experts", "shared_experts")
@@ -157,10 +157,7 @@ def parse_moe_spec(text: str, *, file: str = "spec", lenient: bool = False) -> M
     Raises:
         SpecError: as for load_moe_spec.
     """
-    duplicates: list[SpecError] = []
-    raw, source = parse_yaml(text, file=file, mistakes=duplicates)
-    if not isinstance(raw, dict):
-        raise source.error((), f"found {describe(raw)}, expected a mapping with `experts`")
+    raw, source, duplicates = parse_mapping(text, file=file, expected="experts")
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
 

@@ -13,6 +13,7 @@ import yaml
 from outliermerge.checkpoint.folders.absent import path_meant
 from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.validation import describe
 from outliermerge.spec.yaml_words import in_words
 from outliermerge.storage.files import read_bytes
 
@@ -239,6 +240,24 @@ def _parsed(
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not valid YAML: {error}") from error
     return found
+
+
+def parse_mapping(
+    text: str, *, file: str, expected: str
+) -> tuple[dict[str, Any], SpecText, list[SpecError]]:
+    """Return a YAML mapping, the positions of its parts, and its duplicate keys.
+
+    Args:
+        expected: what the mapping must have, for the message.
+
+    Raises:
+        SpecError: it is not valid YAML, or no mapping.
+    """
+    duplicates: list[SpecError] = []
+    raw, source = parse_yaml(text, file=file, mistakes=duplicates)
+    if not isinstance(raw, dict):
+        raise source.error((), f"found {describe(raw)}, expected a mapping with `{expected}`")
+    return raw, source, duplicates
 
 
 def plain_yaml(text: str) -> Any:
