@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
 # As a person reads a spec.
 _ORDER = ("base_model", "models", "slices", "merge_method", "parameters")
-    "base_model",
-    "models",
-    "slices",
-    "merge_method",
-    "parameters",
-)  # as a person reads a spec
 _TOP_KEY = re.compile(r"([A-Za-z_]\w*):(\s|$)")
 
 
