@@ -16,7 +16,7 @@ from checkpoints import save_tensors
 
 import outliermerge
 from outliermerge.cli import main as cli
-from outliermerge.cli.plan import _time, _Took
+from outliermerge.cli.plan_tables import Took, _time
 from outliermerge.output import estimate as estimating
 from outliermerge.output.estimate import estimate_run
 
@@ -173,17 +173,17 @@ def test_a_plan_as_json_begins_with_what_a_person_asks(spec, tmp_path, capsys):
 )
 def test_a_time_is_told_as_precisely_as_it_is_known(seconds, words):
     estimate = estimating.Estimate(seconds, 1.0, "a trial", 1, 1)
-    assert _time(estimate, _Took(0.1)) == f"{words} (a trial)"
+    assert _time(estimate, Took(0.1)) == f"{words} (a trial)"
 
 
 @pytest.mark.parametrize(
     ("merging", "took", "words"),
     [
-        (0.2, _Took(0.1, 5.0),
+        (0.2, Took(0.1, 5.0),
          "about 5.1 s: less than a second to merge and meanwhile 5 s to check that it loads (a)"),
-        (30.0, _Took(4.0, 5.0),
+        (30.0, Took(4.0, 5.0),
          "about 34 s: 4 s to plan, 30 s to merge and meanwhile 5 s to check that it loads (a)"),
-        (None, _Took(0.1, 5.0),
+        (None, Took(0.1, 5.0),
          "merging not known and meanwhile 5 s to check that it loads: a"),
     ],
 )  # fmt: skip
