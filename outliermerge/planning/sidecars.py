@@ -30,7 +30,8 @@ from outliermerge.planning.owners import (
     missing_code,
 )
 from outliermerge.planning.parts import differing_parts
-from outliermerge.planning.plan import Input, Plan, Sidecar
+from outliermerge.planning.plan import Input, Plan, Sidecar, Stacked
+from outliermerge.planning.slice_config import stacked_config
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
@@ -173,6 +174,8 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
         folder, _, file = name.rpartition("/")
         if file == "config.json":
             dtypes = _stored_dtypes(plan, folder)
+            if plan.config is not None:
+                data = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
             contents[name] = _changed_json(data, partial(_change_config, plan=plan, dtypes=dtypes))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
@@ -216,7 +219,12 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
     document = plan.spec.document
     if not isinstance(config, dict):
         return False
-    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes)
+    changed = False
+    if plan.stacked is not None:
+        fitted = with_layers(config, plan.spec, plan.inputs, plan.stacked)
+        changed = fitted != config
+        config |= fitted
+    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes) or changed
     changed = config.pop("transformers_weights", None) is not None or changed  # names a file
     if (tie := document.tie_word_embeddings) is not None:
         for path in language_levels(config):
@@ -224,6 +232,15 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
+
+
+def with_layers(
+    config: Mapping[str, Any], spec: MergeSpec, inputs: Sequence[Input], stacked: Stacked
+) -> dict[str, Any]:
+    """Return the config of an output of slices, from that of the config's source."""
+    owner = input_named(inputs, spec.document.config_source)
+    number = next(n for n, entry in enumerate(inputs) if entry is owner)
+    return stacked_config(config, stacked, inputs, number)
 
 
 def _drop_quantization(config: Any) -> bool:

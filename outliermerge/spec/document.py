@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
@@ -36,7 +36,7 @@ def dtype_name(value: Any) -> Any:
     return name if name in DTYPE_ABBREVIATIONS.values() else value
 
 
-_DTypeName = Annotated[
+DTypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(dtype_name)
 ]
 
@@ -112,6 +112,34 @@ class ModelEntry(BaseEntry):
     )
 
 
+_Layer = Annotated[int, Field(strict=True)]
+
+
+class SourceEntry(_SpecEntry):
+    """Layers of a model."""
+
+    model: str = Field(min_length=1, description="As under `models`.")
+    layer_range: Annotated[list[_Layer], Field(min_length=2, max_length=2)] = Field(
+        description="[a, b] takes the layers a to b - 1, counted from 0."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Parameters of this model in this slice; they replace those of the slice.",
+    )
+
+
+class SliceEntry(_SpecEntry):
+    """The next layers of the output: the same number of layers of every source, merged."""
+
+    sources: list[SourceEntry] = Field(
+        min_length=1, description="The models and their layers, in order."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Parameters of the method in this slice; they replace the global ones.",
+    )
+
+
 class ModifierEntry(_SpecEntry):
     """A modifier: it changes the merged task vector before the base is added."""
 
@@ -151,6 +179,17 @@ class SpecDocument(_SpecEntry):
         "with `model` and `rename`.",
     )
     models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
+    slices: list[SliceEntry] = Field(
+        default_factory=list,
+        description="Instead of `models`: the layers of the output, slice by slice.",
+    )
+    stack: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With `slices`, in models with several stacks of layers: the one that is "
+        "sliced, such as `text`, `vision`, `encoder`, `decoder`, or the start of its tensors' "
+        "names. The others are those of the first slice.",
+    )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of the method, for all models."
     )
@@ -159,12 +198,12 @@ class SpecDocument(_SpecEntry):
         description="Modifiers of the merged task vector, applied in this order.",
     )
     seed: int = Field(default=0, description="The seed of methods that draw random numbers.")
-    dtype: _DTypeName | None = Field(
+    dtype: DTypeName | None = Field(
         default=None,
         description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
         "float32, or in float64 with `dtype: float64`.",
     )
-    out_dtype: _DTypeName | None = Field(
+    out_dtype: DTypeName | None = Field(
         default=None, description="The output's dtype; the base model's own by default."
     )
     rename: _RenameField = Field(
@@ -229,6 +268,11 @@ class SpecDocument(_SpecEntry):
         min_length=1,
         description="The model whose image processor is used; default `base`.",
     )
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Merges that come before this one, each with a `name`, by which `models` and "
+        "`base_model` of the others use it. Nothing of them is stored.",
+    )
     output: str | None = Field(
         default=None,
         min_length=1,
@@ -252,7 +296,27 @@ class SpecDocument(_SpecEntry):
                 continue
             if holders[-1] == []:
                 del holders[-2][parents[-1]]
-        return SpecDocument.model_validate(raw)
+        return type(self).model_validate(raw)
+
+
+def references(document: Mapping[str, Any]) -> list[str]:
+    """Return the models to merge, as a spec's document names them, each once.
+
+    >>> references({"models": [{"model": "a"}]})
+    ['a']
+    >>> sources = [{"model": "a", "layer_range": [0, 2]}]
+    >>> references({"slices": [{"sources": sources}, {"sources": sources}]})
+    ['a']
+    """
+    sources = (source for one in document.get("slices", ()) for source in one["sources"])
+    return list(dict.fromkeys(entry["model"] for entry in (*document.get("models", ()), *sources)))
+
+
+class SlicedDocument(SpecDocument):
+    """A merge that has `slices` instead of `models`."""
+
+    models: list[ModelEntry] = Field(default_factory=list, max_length=0)
+    slices: list[SliceEntry] = Field(min_length=1)
 
 
 def _by_place(path: SpecPath) -> list[str]:
