@@ -18,12 +18,20 @@ import transformers
 import yaml
 from checkpoints import family, load_folder, save_lora, save_tensors
 from stopping import stopping_after
+from vocabularies import KINDS, save_family
 
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.errors import OutlierMergeError, SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of stages' configs and tokenizers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "outliermerge" / "stages"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,73 @@ def test_stages_of_stages_equal_runs_one_after_another(models, tmp_path):
     assert found["model.norm.weight"].dtype == torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "together")
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def stacked(name: str, *ranges: tuple[int, int]) -> dict[str, Any]:
+    """Return a stack of ranges of layers of one model."""
+    slices = [{"sources": [{"model": name, "layer_range": list(r)}]} for r in ranges]
+    return {"merge_method": "passthrough", "slices": slices}
+
+
+def test_stacks_of_layers_are_stages_and_stages_are_stacked(models, tmp_path):
+    """Two stacks of four layers are averaged, and the average is stacked again, to five."""
+    stacks = [stacked(str(models / name), (0, 2), (1, 3)) for name in ("task0", "task1")]
+    for number, stack in enumerate(stacks):
+        outliermerge.run(stack | {"out_dtype": "float32"}, output=tmp_path / f"s{number}")
+    mean = {"merge_method": "linear", "out_dtype": "float32",
+            "models": [{"model": str(tmp_path / f"s{n}")} for n in range(2)]}  # fmt: skip
+    outliermerge.run(mean, output=tmp_path / "mean")
+    last = stacked(str(tmp_path / "mean"), (0, 3), (2, 4)) | {"out_dtype": "bfloat16"}
+    outliermerge.run(last, output=tmp_path / "apart")
+
+    stages = [{"name": f"s{number}", **stack} for number, stack in enumerate(stacks)]
+    mean = {"merge_method": "linear", "models": [{"model": "s0"}, {"model": "s1"}]}
+    stages.append({"name": "mean", **mean})
+    spec = {"stages": stages, **stacked("mean", (0, 3), (2, 4))}
+    outliermerge.run(spec, output=tmp_path / "together")
+    expected, found = load_folder(tmp_path / "apart"), load_folder(tmp_path / "together")
+    assert expected.keys() == found.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "together")
+    assert model.config.num_hidden_layers == 5
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    outliermerge.run(tmp_path / "together" / "recipe.yaml", output=tmp_path / "again")
+    assert all(load_folder(tmp_path / "again")[n].equal(tensor) for n, tensor in found.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokenizer_that_a_stage_builds_is_that_of_its_model(kind, tmp_path, cache):
+    """A union of two tokenizers is a stage, and the next merge brings a third model into it."""
+    root = save_family(tmp_path / "family", kind)
+    union = {
+        "merge_method": "linear",
+        "models": [{"model": str(root / name)} for name in ("base", "other")],
+        "tokenizer": {"source": "union"},
+    }
+    outliermerge.run(union | {"out_dtype": "float32"}, output=tmp_path / "union")
+
+    def last(of: str) -> dict[str, Any]:
+        return {
+            "merge_method": "linear",
+            "models": [{"model": of}, {"model": str(root / "chat")}],
+            "tokenizer": {"source": "union"},
+        }
+
+    outliermerge.run(last(str(tmp_path / "union")), output=tmp_path / "apart")
+    stages = [{"name": "s", **union}]
+    outliermerge.run({"stages": stages, **last("s")}, output=tmp_path / "together")
+    expected, found = load_folder(tmp_path / "apart"), load_folder(tmp_path / "together")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    names = {path.name for path in (tmp_path / "apart").iterdir()}
+    for name in names - {"README.md", "recipe.yaml", "outliermerge.json", "mergekit_config.yml"}:
+        assert (tmp_path / "together" / name).read_bytes() == (
+            tmp_path / "apart" / name
+        ).read_bytes(), name
+    (folder,) = cache.iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1}))
+    with pytest.raises(OutlierMergeError, match="holds other files than its name says"):
+        outliermerge.plan({"stages": stages, **last("s")})
 
 
 @pytest.mark.parametrize("form", ["documents", "list", "final first"])
