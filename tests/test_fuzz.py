@@ -69,6 +69,20 @@ GOOD = {
     "missing": "base",
 }
 
+SLICED = {key: value for key, value in GOOD.items() if key not in ("models", "missing")} | {
+    "slices": [
+        {
+            "sources": [
+                {"model": "a", "layer_range": [0, 4], "parameters": {"weight": [0.5, 1]}},
+                {"model": "base", "layer_range": [2, 6]},
+            ],
+            "parameters": {"density": 0.5},
+        },
+        {"sources": [{"model": "b", "layer_range": [1, 3]}]},
+    ],
+    "stack": "text",
+}
+
 _scalars = (
     st.none()
     | st.booleans()
@@ -81,7 +95,20 @@ _scalars = (
     | st.binary(max_size=4)
 )
 _words = st.sampled_from(
-    [*GOOD, "model", "weight", "density", "t", "filter", "value", "slices", "out_dtype", "output"]
+    [
+        *GOOD,
+        *SLICED,
+        "model",
+        "weight",
+        "density",
+        "t",
+        "filter",
+        "value",
+        "sources",
+        "layer_range",
+        "out_dtype",
+        "output",
+    ]
 )
 _keys = _words | st.text(max_size=4) | st.integers() | st.booleans() | st.none()
 _values = st.recursive(
@@ -95,9 +122,16 @@ def _check(spec: MergeSpec) -> None:
     """Assert that what was taken is complete and can be written down again."""
     method = METHODS[spec.document.merge_method]
     assert spec.models
-    assert method.max_models is None or len(spec.models) <= method.max_models
+    for models in [one.models for one in spec.slices] or [spec.models]:
+        assert models
+        assert method.max_models is None or len(models) <= method.max_models
+    for one in spec.slices:
+        assert {stop - start for start, stop in one.ranges.values()} == {one.num_layers}
+        assert all(0 <= start < stop for start, stop in one.ranges.values())
     assert method.space == "weight" or spec.document.base_model
-    for level in (spec.settings, *(model.settings for model in spec.models)):
+    parts = [(one.settings, *(m.settings for m in one.models)) for one in spec.slices]
+    parts.append((spec.settings, *(model.settings for model in spec.models)))
+    for level in (level for levels in parts for level in levels):
         for name, setting in level.items():
             assert setting.entries
             for entry in setting.entries:
@@ -193,15 +227,16 @@ def _places(value: object, path: tuple = ()) -> list[tuple]:
     return found
 
 
-PLACES = [path for path in _places(GOOD) if path]
+PLACES = [(good, [path for path in _places(good) if path]) for good in (GOOD, SLICED)]
 
 
 @st.composite
 def _mutated(draw):
-    """Return the good spec with one or two values replaced, added or taken away."""
-    raw = copy.deepcopy(GOOD)
+    """Return a good spec with one or two values replaced, added or taken away."""
+    good, places = draw(st.sampled_from(PLACES))
+    raw = copy.deepcopy(good)
     for _ in range(draw(st.integers(1, 2))):
-        path = draw(st.sampled_from(PLACES))
+        path = draw(st.sampled_from(places))
         holder = raw
         try:
             for part in path[:-1]:
@@ -223,8 +258,9 @@ def _mutated(draw):
     return raw
 
 
-def test_the_spec_that_is_mutated_is_good():
+def test_the_specs_that_are_mutated_are_good():
     assert _takes(GOOD)
+    assert _takes(SLICED)
 
 
 @FUZZ

@@ -80,7 +80,7 @@ def _without_parameters_of_base(
     if not (method.with_base or method).needs_base:
         return
     for entry in _entries_of_base(document):
-        if entry.pop("parameters", None):
+        if isinstance(entry.get("parameters"), dict) and entry.pop("parameters"):
             left_out["parameters of the base model"] = "the method has none for it"
 
 

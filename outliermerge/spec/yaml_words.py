@@ -10,6 +10,7 @@ import yaml
 from outliermerge.errors import quoted
 
 _QUOTES = "Put a text that has it in quotes."
+_LINE_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 
 
 def in_words(error: yaml.MarkedYAMLError, text: str) -> tuple[tuple[int, int], str]:
@@ -27,7 +28,7 @@ def in_words(error: yaml.MarkedYAMLError, text: str) -> tuple[tuple[int, int], s
         return (0, 0), problem or context or "it cannot be read"
     place = (mark.line + 1, mark.column + 1)
     began = error.context_mark
-    lines = [*text.split("\n"), ""]
+    lines = [*_LINE_BREAK.split(text), ""]
     if problem == "mapping values are not allowed here":
         return _second_colon(lines, mark.line, mark.column)
     if problem == "could not find expected ':'" and began is not None:

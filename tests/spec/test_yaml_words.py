@@ -27,6 +27,7 @@ CASES = {
     "no colon, first": ("merge_method ties\nbase_model: x\n", "1:1", NO_COLON),
     "no colon, last": ("base_model: x\nmerge_method ties\n", "2:1", NO_COLON),
     "no colon, comment between": ("merge_method ties\n# c\nb: x\n", "1:1", NO_COLON),
+    "no colon, after a line break of Unicode": ("a: 1\u2028no colon\n", "2:1", NO_COLON),
     "equals sign": ("a = 1\nb: 2\n", "1:1", NO_COLON),
     "no space, first": ("merge_method:ties\nbase_model: x\n", "1:1", NO_SPACE),
     "no space, inside": ("models:\n  - model: a\n    x:\n      w:1\n      d: 2\n", "4:7", NO_SPACE),
