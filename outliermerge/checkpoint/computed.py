@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ products, and so the values of adapted and quantised tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputedTensor(ABC):
+class ComputedTensor(Sized, ABC):
     """A Source whose values are computed from stored tensors, in groups of rows.
 
     A tensor (R, …) has R rows; the rows of a vector are its elements. Rows are always computed in
@@ -44,14 +44,6 @@ class ComputedTensor(ABC):
     @abstractmethod
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.num_bytes
 
     @property
     def num_rows(self) -> int:

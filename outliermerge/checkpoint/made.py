@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outliermerge.checkpoint.computed import ComputedTensor, read_rows
-from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
 from outliermerge.rng import standard_normal
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeldTensor:
+class HeldTensor(Sized):
     """A small tensor in float32 that was computed before the merge. A Source.
 
     Attributes:
@@ -36,14 +35,6 @@ class HeldTensor:
     @property
     def out_dtype(self) -> DType:
         return self.dtype
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.num_bytes
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:

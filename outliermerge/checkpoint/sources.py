@@ -114,8 +114,28 @@ class Source(Protocol):
         """Fill `out` with elements start to stop (excluded), in `dtype`."""
 
 
+class Sized:
+    """Counts the elements and bytes of a source by its shape and dtype."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+
+        @property
+        def dtype(self) -> DType: ...
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.num_bytes
+
+
 @dataclass(frozen=True, slots=True)
-class TensorMeta:
+class TensorMeta(Sized):
     """One stored tensor: its name, type and shape, and where its bytes are. A Source.
 
     Attributes:
@@ -132,14 +152,6 @@ class TensorMeta:
     shape: tuple[int, ...]
     path: Path
     offset: int | None
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.num_bytes
 
     @property
     def out_dtype(self) -> DType:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, scope_of
 from outliermerge.methods.task import Task
 from outliermerge.planning.job import row_elements
@@ -15,7 +14,7 @@ _BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergedSource:
+class MergedSource(Sized):
     """The merge of other sources. A Source; its values are rounded once, to the task's dtype.
 
     Attributes:
@@ -57,14 +56,6 @@ class MergedSource:
         return self.task.shape
 
     @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.num_bytes
-
-    @property
     def stored(self) -> tuple[TensorMeta, ...]:
         """The stored tensors that it is computed from, each once."""
         return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
@@ -102,7 +93,7 @@ class MergedSource:
 
 
 @dataclass(frozen=True)
-class Restored:
+class Restored(Sized):
     """A source whose values an output stores in another dtype by default. A Source."""
 
     source: Source
@@ -119,14 +110,6 @@ class Restored:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
-
-    @property
-    def num_elements(self) -> int:
-        return self.source.num_elements
-
-    @property
-    def num_bytes(self) -> int:
-        return self.source.num_bytes
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
