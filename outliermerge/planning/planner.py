@@ -33,6 +33,7 @@ from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents, with_layers
 from outliermerge.planning.slices import (
     at_ends,
+    left_out,
     parts_of,
     stack_slices,
     stacked_reference,
@@ -99,7 +100,8 @@ class _Planner:
             for e, aligned in zip(self.tied.inputs, self.alignment.checkpoints, strict=True)
         )
         self.reference = self.inputs[0].checkpoint.tensors
-        self.found = Findings(notes=[*apart, *self.tied.notes])
+        further = left_out(self.stacked, opened) if self.stacked else ()
+        self.found = Findings(notes=[*apart, *self.tied.notes, *further])
         self.found.checks += (
             check_tied(spec, self.inputs, copy) for copy in self.tied.copies if not copy.is_stray
         )
