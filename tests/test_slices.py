@@ -134,6 +134,19 @@ def test_a_base_that_no_source_is_gives_the_same_layers(merged, models):
     ]
 
 
+def test_a_base_that_passthrough_has_no_use_for_gives_the_config(stack, models, tmp_path):
+    shutil.copytree(models["base"], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    spec = stack | {"base_model": str(tmp_path / "other")}
+
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+
+    assert files_of(output) == files_of(outliermerge.run(stack, output=tmp_path / "own").output)
+    found = json.loads((output / "config.json").read_text())
+    assert (found["rms_norm_eps"], found["num_hidden_layers"]) == (0.25, 6)
+
+
 def test_what_the_plan_says_of_the_layers(stack, models, tmp_path, capsys):
     (tmp_path / "stack.yaml").write_text(json.dumps(stack))
 

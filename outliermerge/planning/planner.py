@@ -223,15 +223,14 @@ class _Planner:
                 if name not in self.tied.followers:
                     drafts[name], drafter_of[name] = drafter.draft(name), drafter
         for name, original in self.tied.followers.items():
-            draft = drafts[original]
+            draft = drafts.get(original)
             if draft is None:
                 continue
-            drafts[name] = (name, *draft[1:])
-            numbers = [number for number, _ in draft[2] if number in self.model_numbers]
+            drafter = drafter_of[original]
+            drafts[name], drafter_of[name] = (name, *draft[1:]), drafter
+            numbers = [number for number, _ in draft[2] if number in drafter.model_numbers]
             if draft[4].is_float and numbers:
-                ours, its = (
-                    drafter_of[original].parameters.of(n, numbers) for n in (name, original)
-                )
+                ours, its = (drafter.parameters.of(n, numbers) for n in (name, original))
                 if ours != its:
                     self.found.notes.append(
                         f"{shown(name)} is tied to {shown(original)} in the output, and takes its "
