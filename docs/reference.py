@@ -21,6 +21,7 @@ from outliermerge.evaluation.paper import paper_rows
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
+from outliermerge.spec.moe import ExpertEntry, MoeDocument
 from outliermerge.spec.schema import json_schema
 
 DOCS = Path(__file__).parent
@@ -105,6 +106,12 @@ def spec_keys() -> str:
     return "\n\n".join(parts)
 
 
+def moe_keys() -> str:
+    """Every key of a mixture of experts."""
+    of_file, of_expert = (kind.model_json_schema() for kind in (MoeDocument, ExpertEntry))
+    return f"{_keys(of_file)}\n\n## Keys of an expert\n\n{_keys(of_expert)}"
+
+
 def _keys(schema: dict[str, Any]) -> str:
     required = schema.get("required", [])
     rows = [
@@ -170,6 +177,7 @@ def paper_table() -> str:
 PARTS = {
     "methods": methods,
     "spec-keys": spec_keys,
+    "moe-keys": moe_keys,
     "commands": commands,
     "methods-table": methods_table,
     "commands-table": commands_table,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.analysis.table import TensorStats, WeightStats
-    from outliermerge.api import estimate, plan, run, verify
+    from outliermerge.api import MoeResult, estimate, moe, plan, run, verify
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
@@ -48,6 +48,7 @@ __all__ = [
     "Manifest",
     "MergeMethod",
     "MergeSpec",
+    "MoeResult",
     "OutlierMergeError",
     "PerModel",
     "Plan",
@@ -70,6 +71,7 @@ __all__ = [
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
+    "moe",
     "plan",
     "plan_sweep",
     "read_manifest",
@@ -93,6 +95,7 @@ _HOMES = {
     "Manifest": "output.manifest_file",
     "MergeMethod": "methods.contract",
     "MergeSpec": "spec.check",
+    "MoeResult": "api",
     "OutlierMergeError": "errors",
     "PerModel": "methods.parameter",
     "Plan": "planning.plan",
@@ -115,6 +118,7 @@ _HOMES = {
     "merge_method": "methods.contract",
     "merge_state_dicts": "tensors",
     "merge_tensors": "tensors",
+    "moe": "api",
     "plan": "api",
     "plan_sweep": "search.sweeps",
     "read_manifest": "output.manifest_file",
@@ -128,6 +132,14 @@ _HOMES = {
 }
 
 
+_COMMANDS = {
+    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "report": "build_report",
+    "schema": "", "stats": "weight_stats",
+}  # fmt: skip
+"""Commands of the program that have another name here, or no function."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
@@ -136,7 +148,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from outliermerge.errors import nearest
 
-        near = nearest(name, _HOMES, by_word=True)
+        if _COMMANDS.get(name) == "":
+            command = name.replace("_", "-")
+            raise AttributeError(
+                f"module 'outliermerge' has no attribute {name!r}: it is only a command of the "
+                f"program, `outliermerge {command}`. dir(outliermerge) lists all names."
+            )
+        near = _COMMANDS.get(name) or nearest(name, _HOMES, by_word=True)
         said = f"Did you mean {near!r}?" if near else "dir(outliermerge) lists all names."
         raise AttributeError(f"module 'outliermerge' has no attribute {name!r}. {said}")
     return getattr(importlib.import_module(f"outliermerge.{_HOMES[name]}"), name)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.layout import parse_bytes
-from outliermerge.errors import ArgumentError, as_path
+from outliermerge.display import short_repr
+from outliermerge.errors import ArgumentError, argument, as_path, quoted, suggest
+from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.options import RunOptions
-from outliermerge.output.run import RunResult, output_path, run_plans
+from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
+from outliermerge.planning.moe import Mixture, plan_mixture
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.spec.moe import MoeSpec, load_moe_spec
 from outliermerge.storage.machine import num_threads
 
 
@@ -57,6 +62,7 @@ def run(
     output: str | Path | None = None,
     shard_size: int | str | None = None,
     lenient: bool = False,
+    keep: Sequence[str] = (),
     options: RunOptions | None = None,
     **changes: Any,
 ) -> RunResult:
@@ -71,6 +77,7 @@ def run(
         output: the folder or .safetensors file to write; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         lenient: as for `plan`; it changes nothing about a plan.
+        keep: names of stages that are written, too, each beside the output, as OUTPUT-NAME.
         options: how it is carried out.
         **changes: single fields of `RunOptions`, such as `memory="2GiB"` or `overwrite=True`.
 
@@ -91,8 +98,102 @@ def run(
         planned = spec
     else:
         planned = plan(spec, shard_size=shard_size, lenient=lenient)
-    (result,) = run_plans([(planned, output_path(planned, output))], chosen)
-    return result
+    return run_plans(plans_of(planned, output, keep), chosen)[0]
+
+
+def plans_of(
+    planned: Plan, output: str | Path | None, keep: Sequence[str]
+) -> list[tuple[Plan, Path]]:
+    """Return a plan and those of stages that are written, too, each with its output.
+
+    Raises:
+        SpecError: no output is named.
+        ArgumentError: the merge has no such stage, or the output has a wrong name.
+    """
+    stages, final = planned.spec.all_stages, output_path(planned, output)
+    found = [(planned, final)]
+    for name in dict.fromkeys(keep):
+        if name not in stages:
+            advice = suggest(name, stages) if stages else "The spec has no `stages`."
+            raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
+        path = final.with_name(f"{final.stem if planned.is_one_file else final.name}-{name}")
+        stage = make_plan(stages[name], shard_bytes=planned.shard_bytes)
+        found.append((stage, path.with_name(path.name + final.suffix * planned.is_one_file)))
+    return found
+
+
+@dataclass(frozen=True)
+class MoeResult:
+    """A mixture of experts that was made.
+
+    Attributes:
+        run: what was written.
+        routing: where the routers send the prompts; None if there are no prompts, or it was not
+            asked for.
+        notes: what a person should know of it.
+    """
+
+    run: RunResult
+    routing: Routing | None
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        notes = f"{len(self.notes)} note(s) in .notes" if self.notes else ""
+        return short_repr(self, str(self.run.output), notes)
+
+
+@checked
+def moe(
+    spec: str | Path | Mapping[str, Any] | MoeSpec,
+    *,
+    output: str | Path | None = None,
+    shard_size: int | str | None = None,
+    lenient: bool = False,
+    routing: bool = True,
+    options: RunOptions | None = None,
+    **changes: Any,
+) -> MoeResult:
+    """Make a mixture of experts of dense models, from a file in mergekit-moe's form.
+
+    Routers by prompts need transformers and torch. A forward pass of the base model holds one of
+    its layers at a time, in float32; `memory` does not count it.
+
+    Args:
+        spec: a YAML file, the same as a dict, or the manifest of a mixture.
+        output: the folder to write; the file's `output` by default.
+        shard_size: most bytes of a weight file, 5GB by default.
+        lenient: go on over unknown keys, as mergekit does, and say so in the notes.
+        routing: compute where the routers send the prompts.
+        options: how it is carried out.
+        **changes: single fields of `RunOptions`.
+
+    Raises:
+        SpecError: the file is wrong.
+        ArgumentError: an argument is wrong.
+        OutlierMergeError: a model or the output folder is not fit for it, or the output would not
+            load.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.moe("moe.yaml", output="mixture").routing  # doctest: +SKIP
+    """
+    chosen = RunOptions.of(options, changes, "moe")
+    loaded = spec if isinstance(spec, MoeSpec) else load_moe_spec(spec, lenient=lenient)
+    planned = plan_moe(loaded, shard_size=shard_size)
+    path = output_path(planned.plan, output)
+    refuse_taken(planned.plan, path, overwrite=chosen.overwrite)
+    device = chosen.on_this_machine().device
+    made, found = add_routers(planned, device=device, show_routing=routing)
+    (result,) = run_plans([(made.plan, path)], chosen)
+    checked = result.load_check.notes if result.load_check else ()
+    return MoeResult(result, found, (*made.plan.notes, *checked))
+
+
+def plan_moe(spec: MoeSpec, *, shard_size: int | str | None = None) -> Mixture:
+    """Plan a mixture of experts from headers; its routers are not computed yet."""
+    if shard_size is None:
+        return plan_mixture(spec)
+    return plan_mixture(spec, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
 @checked

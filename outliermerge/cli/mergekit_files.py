@@ -19,7 +19,9 @@ from outliermerge.methods.table import find_method
 from outliermerge.spec.document import ModelEntry, SliceEntry, SourceEntry, SpecDocument
 from outliermerge.spec.inert import INERT_PARAMETERS
 from outliermerge.spec.slices import with_base_of_slices
+from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import SpecText
+from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
 
 _REQUIRED = object()
 _SPARSE = {"weight": _REQUIRED, "density": 1.0, "lambda": 1.0, "normalize": False,
@@ -49,7 +51,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """mergekit's methods and their parameters, with their defaults."""
 
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-_TOP_KEYS = ("modules", "tokenizer", "chat_template", "name", *SpecDocument.model_fields)
+_TOP_KEYS = ("modules", "name", *SpecDocument.model_fields)
 
 
 @dataclass
@@ -69,12 +71,29 @@ class Converted:
     obstacles: list[str] = field(default_factory=list)
 
 
+def _of_stage(raw: Any, found: Converted) -> Any:
+    """Return a stage in our form, and note of it what is noted of whole files."""
+    if not isinstance(raw, dict):
+        return raw
+    label = {NAME: raw[NAME]} if NAME in raw else {}
+    stage = convert({key: value for key, value in raw.items() if key != NAME})
+    said = f"stage {raw.get(NAME, '?')}: "
+    found.left_out += [said + line for line in stage.left_out]
+    found.differences += [said + line for line in stage.differences]
+    found.obstacles += [said + line for line in stage.obstacles]
+    return label | stage.document
+
+
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
     found = Converted(copy.deepcopy(dict(raw)))
-    if "experts" in raw and "merge_method" not in raw:
-        found.obstacles.append("experts: a file for mergekit-moe; no mixtures are made here")
+    if "experts" in raw and raw.get("merge_method", "moe") == "moe":
+        found.obstacles.append(
+            "experts: a file for mergekit-moe: give it as it is to `outliermerge moe`"
+        )
         return found
+    if isinstance(raw.get(STAGES), list):
+        found.document = {STAGES: [_of_stage(e, found) for e in raw[STAGES]]} | found.document
     _convert_slices(found)
     _convert_keys(found)
     _convert_tokenizer(found)
@@ -135,37 +154,42 @@ def _convert_keys(found: Converted) -> None:
         found.left_out.append(f"{key}: mergekit passes over it{_near(key, _TOP_KEYS)}")
     if document.pop("name", None) is not None:
         found.left_out.append("name: a label")
-    if document.pop("chat_template", None) is not None:
-        found.differences.append("chat_template: it comes with the tokenizer, none is set")
     for key in [key for key, value in document.items() if value is None]:
         del document[key]
 
 
 def _convert_tokenizer(found: Converted) -> None:
-    """Write mergekit's tokenizer keys as `tokenizer_source` and `vocabulary`."""
+    """Write models as we name them; leave out the keys that mergekit passes over."""
     document = found.document
-    mapping = document.pop("tokenizer", None)
-    source = document.pop("tokenizer_source", None)
-    if isinstance(mapping, dict):
-        source = mapping.get("source", source)
-        if mapping.get("tokens"):
-            found.obstacles.append("tokenizer.tokens: rows of single tokens cannot be chosen here")
-        if mapping.get("pad_to_multiple_of"):
-            found.differences.append("tokenizer.pad_to_multiple_of: rows are not padded")
-    if source is None:
+    source = document.get("tokenizer_source")
+    if isinstance(source, dict):
+        document["tokenizer_source"] = _reference(source)
+    mapping = document.get("tokenizer")
+    if not isinstance(mapping, dict):
         return
-    name = _reference(source).removeprefix("model:")
-    if name == "union":
-        document.setdefault("vocabulary", "union")
-        return
-    document["tokenizer_source"] = name
-    if document.get("base_model") and name in ("base", _reference(document["base_model"])):
-        document.setdefault("vocabulary", "base")
-    elif "vocabulary" not in document:
-        found.differences.append(
-            "tokenizer: mergekit brings rows into the order of this tokenizer; here a run stops "
-            "if rows differ, until `vocabulary` says what becomes of them"
-        )
+    if source is not None:
+        found.obstacles.append("tokenizer: mergekit refuses it beside `tokenizer_source`")
+    _leave_unknown(found, mapping, TokenizerEntry.model_fields, "tokenizer")
+    if isinstance(mapping.get("source"), dict):
+        mapping["source"] = _reference(mapping["source"])
+    tokens = mapping.get("tokens")
+    for token, entry in tokens.items() if isinstance(tokens, dict) else ():
+        if not isinstance(entry, dict):
+            continue
+        _leave_unknown(found, entry, TokenEntry.model_fields, f"tokenizer.tokens.{token}")
+        row = entry.get("source")
+        if isinstance(row, dict) and "kind" not in row:
+            entry["source"] = _reference(row)
+        elif isinstance(row, dict) and isinstance(row.get("model"), dict):
+            row["model"] = _reference(row["model"])
+
+
+def _leave_unknown(
+    found: Converted, mapping: dict[str, Any], valid: Iterable[str], where: str
+) -> None:
+    for key in [key for key in mapping if key not in valid]:
+        del mapping[key]
+        found.left_out.append(f"{where}.{key}: mergekit passes over it{_near(key, valid)}")
 
 
 def _reference(value: object) -> str:

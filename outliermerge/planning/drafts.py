@@ -10,7 +10,7 @@ from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.advice import Unpaired, advise
-from outliermerge.planning.architectures import CANNOT, compare_architectures
+from outliermerge.planning.architectures import CANNOT, verdict_on
 from outliermerge.planning.buffers import is_buffer, is_computed, is_frequencies, maps_rows
 from outliermerge.planning.class_labels import leave_out_heads
 from outliermerge.planning.parameters import Parameters
@@ -61,18 +61,18 @@ class Findings:
         if not self.problems:
             return
         advice = advise(inputs, self.unpaired)
-        cannot = CANNOT in advice  # it is the first
-        unfit = {number for _, number in self.misfits} | {*self.unpaired}
-        parts = [*advice[:cannot], *compare_architectures(inputs, unfit)]
+        unfit = {number for _, number in self.misfits}
+        parts = verdict_on(inputs, unfit, {*self.unpaired}, cannot=CANNOT in advice)
+        cannot = parts[0] == CANNOT
         for kind, items in self.problems.items():
-            parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=10)}")
+            parts.append(f"{len(items)} tensor(s) {kind}:\n{listing(items, limit=4)}")
         if _MISFIT in self.problems:
             parts += [] if cannot else ["Such models cannot be merged as they are."]
             misfits = dict(self.misfits)
             others = [name for name in names if name not in misfits]
             parts += leave_out_heads(inputs, self.misfits, others=others)
-        parts += advice[cannot:]
-        raise OutlierMergeError("the models do not hold the same tensors\n" + "\n".join(parts))
+        parts += [each for each in advice if each != CANNOT]
+        raise OutlierMergeError("\n".join(parts))
 
 
 class Drafter:

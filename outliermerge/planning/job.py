@@ -29,6 +29,8 @@ class Input:
         renamed: by rule of its `rename`, how many names it changes, and one before and after.
         parted: heads that an adapter trained apart from the embeddings that its base ties them to.
         alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
+        made_of: the models that it is a merge of, where it is a stage of this merge.
+        checks: what must be equal for that merge to be right.
     """
 
     reference: str
@@ -38,10 +40,17 @@ class Input:
     renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     parted: tuple[str, ...] = ()
     alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
+    made_of: tuple[Input, ...] = ()
+    checks: tuple[Job, ...] = ()
 
     def __repr__(self) -> str:
         num = len(self.checkpoint.tensors)
         return short_repr(self, f"{self.reference} ({self.role}), {num} tensors")
+
+    @property
+    def models(self) -> tuple[Input, ...]:
+        """Itself, or the models that a stage is made of, through all stages."""
+        return tuple(m for entry in self.made_of for m in entry.models) or (self,)
 
     @property
     def stored(self) -> list[TensorMeta]:
@@ -245,9 +254,28 @@ class Options:
     def uses_kernels(self, job: Job) -> bool:
         return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)
 
+    def kernels_do(self, task: Task) -> bool:
+        """Tell whether kernels alone do a task on the CPU, its statistics included."""
+        return (
+            bool(self.kernels)
+            and self.device == "cpu"
+            and task.fits_kernels(self.kernels)
+            and all(is_measured_by(need, self.statistics) for need in task.method.needs.values())
+        )
+
     def uses_torch(self, job: Job) -> bool:
         """Tell whether torch computes a job, or measures what a kernel needs to know."""
         if job.action != "merge" or not self.uses_kernels(job):
             return not self.uses_kernels(job)
         needs = job.task.method.needs.values()
         return not all(is_measured_by(need, self.statistics) for need in needs)
+
+
+def row_elements(shape: tuple[int, ...]) -> int:
+    """Return the elements of one row; a vector or a scalar is one row."""
+    if len(shape) < 2:
+        return max(1, shape[0] if shape else 1)
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    return max(1, elements)

@@ -20,6 +20,16 @@ def _shared(spec: MergeSpec, models: Sequence[ModelSpec]) -> Iterator[Mapping[st
     yield from (one.settings for one in spec.slices if one.models is models)
 
 
+def reading_notes(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield what was passed over in a file, and how its models were read."""
+    if spec.warnings:
+        rows = listing(spec.warnings, limit=_MAX_WARNINGS)
+        yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
+    yield from spec.notes
+    for entry in inputs:
+        yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
+
+
 def merge_notes(
     spec: MergeSpec,
     inputs: Sequence[Input],
@@ -35,12 +45,7 @@ def merge_notes(
         dropped: tensors that are left out.
         lacking: by model the tensors that it lacks while another task model has them.
     """
-    if spec.warnings:
-        rows = listing(spec.warnings, limit=_MAX_WARNINGS)
-        yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
-    yield from spec.notes
-    for entry in inputs:
-        yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
+    yield from reading_notes(spec, inputs)
     lack_weight: dict[str, None] = {}
     for models in [one.models for one in spec.slices] or [spec.models]:
         names = [model.reference for model in models if not model.settings.get("weight")]

@@ -12,6 +12,7 @@ from outliermerge.errors import listing, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.planning.advice import overlooked, refuse_unused
 from outliermerge.planning.auxiliary import Auxiliaries
+from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs
@@ -39,9 +40,10 @@ from outliermerge.planning.slices import (
     stacked_reference,
     whole,
 )
+from outliermerge.planning.stages import as_input
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
-from outliermerge.planning.vocabulary import Alignment, align_vocabulary
+from outliermerge.planning.vocabulary_by_token import align_inputs
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SpecPath, find_layers
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
@@ -65,7 +67,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     if shard_bytes is None and spec.repeated is not None:
         shard_bytes = spec.repeated.shard_bytes
     with told_by_name(), watching(Watched()) as watched:
-        plan = _Planner(spec).plan(shard_bytes)
+        plan = _Planner(spec, {}).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
                 open_file(content).close()
@@ -76,10 +78,11 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
 
 
 class _Planner:
-    def __init__(self, spec: MergeSpec) -> None:
+    def __init__(self, spec: MergeSpec, stages: dict[str, Input]) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
-        opened, self.model_numbers = open_inputs(spec)
+        self.stages, self.stage_notes = stages, list[str]()
+        opened, self.model_numbers = open_inputs(spec, self._open_stage)
         check_other_files(spec, opened)
         apart = refuse_unmerged(opened)
         self.stacked = stack_slices(spec, opened, self.model_numbers)
@@ -89,7 +92,7 @@ class _Planner:
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
-        self.alignment = _align(self.tied.inputs, spec)
+        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers)
         self.inputs = tuple(
             replace(
                 e,
@@ -101,9 +104,14 @@ class _Planner:
         )
         self.reference = self.inputs[0].checkpoint.tensors
         further = left_out(self.stacked, opened) if self.stacked else ()
-        self.found = Findings(notes=[*apart, *self.tied.notes, *further])
+        self.found = Findings(notes=[*self.stage_notes, *apart, *self.tied.notes, *further])
         self.found.checks += (
             check_tied(spec, self.inputs, copy) for copy in self.tied.copies if not copy.is_stray
+        )
+        self.found.checks += (
+            replace(check, sources=tuple((number, source) for _, source in check.sources))
+            for number, entry in enumerate(self.inputs)
+            for check in entry.checks
         )
         self.parts = [whole(spec, self.inputs, self.model_numbers)]
         self.stored_reference = opened[0].checkpoint.tensors
@@ -131,6 +139,14 @@ class _Planner:
             for part in self.parts
         ]
 
+    def _open_stage(self, name: str) -> Input:
+        """Return a stage as a model; each is planned once for all merges that use it."""
+        if name not in self.stages:
+            plan = _Planner(self.spec.stages[name], self.stages).plan(None)
+            self.stages[name] = as_input(name, plan)
+            self.stage_notes += [f"stage {shown(name)}: {note}" for note in plan.notes]
+        return self.stages[name]
+
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()
         self.found.refuse(self.inputs, list(self.names))
@@ -157,7 +173,9 @@ class _Planner:
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs)
+        tokenizer = self.alignment.tokenizer
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer)
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
         if self.stacked is not None:
@@ -180,6 +198,7 @@ class _Planner:
                 *self.found.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *template_notes,
                 *metadata_notes,
                 *doubts,
                 *check_labels(self.spec, self.inputs, jobs),
@@ -193,6 +212,8 @@ class _Planner:
             components=checkpoint.components,
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
+            tokenizer=tokenizer,
+            chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),
         )
@@ -254,31 +275,3 @@ class _Planner:
     def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
         wide = any(meta.dtype.name == "float64" for _, meta in sources)
         return "float64" if wide or self.spec.document.dtype == "float64" else "float32"
-
-
-def _align(inputs: tuple[Input, ...], spec: MergeSpec) -> Alignment:
-    """Align the vocabulary rows of the tensors that the reference has as well."""
-    reference = inputs[0].checkpoint.tensors
-    models = [
-        (
-            entry.reference,
-            replace(
-                entry.checkpoint,
-                root=entry.tokenizer_home,
-                tensors={n: s for n, s in entry.checkpoint.tensors.items() if n in reference},
-            ),
-        )
-        for entry in inputs
-    ]
-    references = [entry.reference for entry in inputs]
-
-    def number(wanted: str | None) -> int:
-        return references.index(wanted) if wanted in references else 0
-
-    return align_vocabulary(
-        models,
-        spec.document.vocabulary,
-        homes=[entry.home for entry in inputs],
-        tokenizer=number(spec.document.tokenizer_source),
-        config=number(spec.document.config_source),
-    )

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from outliermerge.spec.rename import MAP_NAMES
 from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.tokenizer import TokenizerEntry
 
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
@@ -35,7 +36,7 @@ def dtype_name(value: Any) -> Any:
     return name if name in DTYPE_ABBREVIATIONS.values() else value
 
 
-_DTypeName = Annotated[
+DTypeName = Annotated[
     Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(dtype_name)
 ]
 
@@ -197,12 +198,12 @@ class SpecDocument(_SpecEntry):
         description="Modifiers of the merged task vector, applied in this order.",
     )
     seed: int = Field(default=0, description="The seed of methods that draw random numbers.")
-    dtype: _DTypeName | None = Field(
+    dtype: DTypeName | None = Field(
         default=None,
         description="The output's dtype, unless out_dtype says otherwise. Arithmetic is in "
         "float32, or in float64 with `dtype: float64`.",
     )
-    out_dtype: _DTypeName | None = Field(
+    out_dtype: DTypeName | None = Field(
         default=None, description="The output's dtype; the base model's own by default."
     )
     rename: _RenameField = Field(
@@ -229,10 +230,16 @@ class SpecDocument(_SpecEntry):
         "head's: `error` (default), or `drop`: it is left out. One word, or a list of filters "
         "on file names.",
     )
-    vocabulary: Literal["error", "base", "common", "union"] = Field(
-        default="error",
-        description="Rows of embeddings and head that differ: `error`; `base` keeps the base "
-        "model's rows, `common` those that all models have, `union` those that any has.",
+    vocabulary: Literal["error", "base", "common", "union"] | None = Field(
+        default=None,
+        description="Rows of embeddings and head that differ: `error` (default); `base` keeps the "
+        "base model's rows, `common` those that all models have, `union` those that any has. "
+        "Reserved rows are kept.",
+    )
+    tokenizer: TokenizerEntry | None = Field(
+        default=None,
+        description="The output's tokenizer, as in mergekit: embeddings and head get a row for "
+        "each of its tokens. A mapping with `source`, `tokens` and `pad_to_multiple_of`.",
     )
     tie_word_embeddings: bool | None = Field(
         default=None,
@@ -247,12 +254,24 @@ class SpecDocument(_SpecEntry):
     tokenizer_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose tokenizer and chat template are used; default `base`.",
+        description="Short for `tokenizer: {source: …}`. With `vocabulary` it only says whose "
+        "tokenizer and chat template are taken; default `base`.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The output's chat template: `auto` (the one that most models have), the name "
+        "of a format such as `chatml`, or Jinja. By default that of the tokenizer.",
     )
     processor_source: str | None = Field(
         default=None,
         min_length=1,
         description="The model whose image processor is used; default `base`.",
+    )
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Merges that come before this one, each with a `name`, by which `models` and "
+        "`base_model` of the others use it. Nothing of them is stored.",
     )
     output: str | None = Field(
         default=None,

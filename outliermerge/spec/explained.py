@@ -19,6 +19,7 @@ from outliermerge.spec.document import (
 )
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
+from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
 from outliermerge.spec.validation import how_to_write, in_words, is_meant, without_consequences
 
 _ENTRIES: dict[str, type[BaseModel]] = {
@@ -27,6 +28,7 @@ _ENTRIES: dict[str, type[BaseModel]] = {
     "modifiers": ModifierEntry,
     "slices": SliceEntry,
     "sources": SourceEntry,
+    "tokenizer": TokenizerEntry,
 }
 
 
@@ -61,7 +63,7 @@ def _explained(
         case "extra_forbidden":
             named = [str(key) for key in path[:-1] if key in _ENTRIES]
             kind = _ENTRIES[named[-1]] if named else SpecDocument
-            fields = kind.model_fields
+            fields = (TokenEntry if path[:2] == ("tokenizer", "tokens") else kind).model_fields
             name = str(path[-1])
             advice = suggest(name, fields)
             near = nearest(name, method.parameters) if method is not None else None
@@ -79,4 +81,6 @@ def _explained(
                 path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
             )
         case _:
-            return source.error(path, in_words(problem) + how_to_write(problem))
+            return source.error(
+                path, in_words(problem) + how_to_write(problem, python=source.is_python)
+            )

@@ -34,6 +34,9 @@ def json_schema() -> dict[str, Any]:
         ],
     }
     schema["properties"][LABEL] = {"type": "string", "description": "A label, without effect."}
+    # A stage is written as a whole spec is, with its name.
+    stage = {"allOf": [{"$ref": "#"}, {"required": [LABEL]}], "not": {"required": ["output"]}}
+    schema["properties"]["stages"]["items"] = stage
     defined = schema["$defs"]
     for entry in (schema, *(defined[name] for name in ("ModelEntry", "SliceEntry", "SourceEntry"))):
         field = entry["properties"]["parameters"]

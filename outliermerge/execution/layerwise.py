@@ -1,0 +1,162 @@
+"""A forward pass of a dense model of transformers with one layer at a time in memory.
+
+The class, its attention masks and its positions are transformers' own. A layer's weights are read
+when it is called, and forgotten afterwards. Sources are read, so that adapters and quantised models
+pass as well.
+
+Legend: P texts, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from outliermerge.checkpoint.computed import read_rows
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.errors import OutlierMergeError, quoted, shown
+from outliermerge.optional import is_installed, require_torch
+from outliermerge.planning.plan import Input
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    OnLayer: TypeAlias = Callable[[int, Tensor], None]
+
+_EMBEDDINGS = "embed_tokens.weight"
+
+
+def require_transformers(what: str) -> None:
+    """Refuse what needs torch and transformers where they are not installed.
+
+    Raises:
+        OutlierMergeError: one of them is not.
+    """
+    require_torch(what)
+    if not is_installed("transformers"):
+        raise OutlierMergeError(
+            f"{what} needs transformers, which is not installed: pip install transformers"
+        )
+
+
+def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int | None]:
+    """Return the tokens of texts, each after the token that begins a text, and that token.
+
+    Raises:
+        OutlierMergeError: the model has no tokenizer, or a text has no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    home = entry.tokenizer_home
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(home), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # it may raise anything for files that are broken or not there
+        said = str(error).partition("\n")[0]
+        raise OutlierMergeError(
+            f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))}, "
+            f"which the prompts need ({shown(said)})"
+        ) from error
+    begin = tokenizer.bos_token or ""
+    tokens = [tokenizer(begin + text, add_special_tokens=False)["input_ids"] for text in texts]
+    for text, own in zip(texts, tokens, strict=True):
+        if not own:
+            raise OutlierMergeError(f"the prompt {quoted(text)} has no tokens")
+    return tokens, tokenizer.bos_token_id if begin else None
+
+
+def embeddings_of(entry: Input, reader: Reader, tokens: Sequence[int]) -> Tensor:
+    """Return the rows of some tokens, in float32; only these rows are read.
+
+    Raises:
+        OutlierMergeError: the embeddings have no such row.
+    """
+    import torch
+
+    (source,) = (s for n, s in entry.checkpoint.tensors.items() if n.endswith(_EMBEDDINGS))
+    if max(tokens) >= source.shape[0]:
+        raise OutlierMergeError(
+            f"{shown(entry.reference)}: its tokenizer gives token {max(tokens)}, its embeddings "
+            f"have {source.shape[0]} rows"
+        )
+    return torch.cat([read_rows(reader, source, token, token + 1).float() for token in tokens])
+
+
+def forward(
+    entry: Input,
+    layers: Sequence[str],
+    tokens: Sequence[Sequence[int]],
+    reader: Reader,
+    *,
+    device: str,
+    on_layer: OnLayer,
+    on_mlp: OnLayer,
+) -> None:
+    """Compute the hidden states of texts, in one batch in float32.
+
+    Args:
+        layers: how the names of each layer's tensors begin.
+        tokens: of each text; shorter ones are filled up at their ends, which no earlier token sees.
+        on_layer: called with each layer's number and input (P, T, H).
+        on_mlp: called with each layer's number and the input of its MLP (P, T, H).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    build: Any = AutoModel.from_config
+    config = AutoConfig.from_pretrained(
+        str(entry.home), local_files_only=True, trust_remote_code=False
+    )
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):  # the weights are read as plain numbers
+            delattr(config, key)
+    with torch.device("meta"):
+        model: Any = build(config, dtype=torch.float32).eval()
+    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
+    model.norm = torch.nn.Identity()
+    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
+    for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
+        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
+        layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
+        layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
+    known = sorted({token for own in tokens for token in own})
+    rows = embeddings_of(entry, reader, known)
+    place = {token: at for at, token in enumerate(known)}
+    longest = max(map(len, tokens))
+    at = torch.tensor([[place[t] for t in own] + [0] * (longest - len(own)) for own in tokens])
+    with torch.no_grad():
+        model(inputs_embeds=rows[at].to(device), use_cache=False)
+
+
+def _calling(call: OnLayer, number: int) -> Any:
+    def hook(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        call(number, given[0] if given else named["hidden_states"])
+
+    return hook
+
+
+def _read_when_called(
+    layer: Any, tensors: Mapping[str, Source], start: str, reader: Reader, held: dict[str, Any]
+) -> None:
+    """Let a layer read its weights before it is called, and forget them afterwards.
+
+    Args:
+        held: the memory for them by name, which all layers share; freed and taken again for each
+            layer, it would grow.
+    """
+
+    def load(module: Any, given: Any) -> None:
+        for name, parameter in module.named_parameters():
+            source = tensors[start + name]
+            values = reader.values(source, 0, source.num_elements).view(source.shape)
+            assert values.shape == parameter.shape
+            held[name].copy_(values)
+        module.load_state_dict(held, assign=True)
+
+    def forget(module: Any, given: Any, result: Any) -> None:
+        module.to("meta")
+
+    layer.register_forward_pre_hook(load)
+    layer.register_forward_hook(forget)
