@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from stopping import stopping_after
 import outliermerge
 from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError
+from outliermerge.output.options import RunOptions
+from outliermerge.output.parts import run_part
 from outliermerge.planning.settings_used import used_settings
 
 NUM_LAYERS = 4
@@ -129,6 +132,19 @@ def test_a_base_that_no_source_is_gives_the_same_layers(merged, models):
     assert [(number, source.name) for number, source in sources] == [
         (number, "model.layers.1.mlp.up_proj.weight") for number in range(3)
     ]
+
+
+def test_a_base_that_passthrough_has_no_use_for_gives_the_config(stack, models, tmp_path):
+    shutil.copytree(models["base"], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    spec = stack | {"base_model": str(tmp_path / "other")}
+
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+
+    assert files_of(output) == files_of(outliermerge.run(stack, output=tmp_path / "own").output)
+    found = json.loads((output / "config.json").read_text())
+    assert (found["rms_norm_eps"], found["num_hidden_layers"]) == (0.25, 6)
 
 
 def test_what_the_plan_says_of_the_layers(stack, models, tmp_path, capsys):
@@ -248,6 +264,35 @@ def test_an_adapter_can_be_sliced(models, tmp_path):
     made = load_folder(outliermerge.run(spec, output=tmp_path / "out").output)
 
     torch.testing.assert_close(made["model.layers.0.mlp.up_proj.weight"], weight + 0.5)
+
+
+def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path):
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(4)]
+    tensors = {name: torch.ones(2, 2) for name in ("model.embed_tokens.weight", *names)}
+    folder = save_tensors(tmp_path / "m", tensors | {"model.norm.weight": torch.ones(2)})
+    config = {"model_type": "m", "num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    entry = {"model": str(folder), "layer_range": [1, 3]}
+    spec = {"merge_method": "passthrough", "slices": [{"sources": [entry]}]}
+
+    result = outliermerge.run(spec, output=tmp_path / "out")
+
+    found = json.loads((result.output / "config.json").read_text())
+    assert (found["num_hidden_layers"], found["num_nextn_predict_layers"]) == (2, 0)
+    assert len(load_folder(result.output)) == 4
+    notes = outliermerge.plan(spec).notes
+    assert any("1 layer(s)" in note and "predict further tokens" in note for note in notes)
+    entry["layer_range"] = [2, 4]
+    with pytest.raises(OutlierMergeError, match="has 3 layers"):
+        outliermerge.plan(spec)
+
+
+def test_parts_of_a_merge_of_slices_are_written_by_several_processes(stack, tmp_path):
+    whole = outliermerge.run(stack, output=tmp_path / "whole").output
+    planned = pickle.loads(pickle.dumps(outliermerge.plan(stack)))
+    for number in (1, 2):
+        run_part(planned, tmp_path / "out", number, 2, RunOptions())
+    assert files_of(outliermerge.run(stack, output=tmp_path / "out").output) == files_of(whole)
 
 
 def test_models_of_single_files_are_stacked(models, stack, tmp_path):

@@ -34,6 +34,7 @@ from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents, with_layers
 from outliermerge.planning.slices import (
     at_ends,
+    left_out,
     parts_of,
     stack_slices,
     stacked_reference,
@@ -102,7 +103,8 @@ class _Planner:
             for e, aligned in zip(self.tied.inputs, self.alignment.checkpoints, strict=True)
         )
         self.reference = self.inputs[0].checkpoint.tensors
-        self.found = Findings(notes=[*self.stage_notes, *apart, *self.tied.notes])
+        further = left_out(self.stacked, opened) if self.stacked else ()
+        self.found = Findings(notes=[*self.stage_notes, *apart, *self.tied.notes, *further])
         self.found.checks += (
             check_tied(spec, self.inputs, copy) for copy in self.tied.copies if not copy.is_stray
         )
@@ -242,15 +244,14 @@ class _Planner:
                 if name not in self.tied.followers:
                     drafts[name], drafter_of[name] = drafter.draft(name), drafter
         for name, original in self.tied.followers.items():
-            draft = drafts[original]
+            draft = drafts.get(original)
             if draft is None:
                 continue
-            drafts[name] = (name, *draft[1:])
-            numbers = [number for number, _ in draft[2] if number in self.model_numbers]
+            drafter = drafter_of[original]
+            drafts[name], drafter_of[name] = (name, *draft[1:]), drafter
+            numbers = [number for number, _ in draft[2] if number in drafter.model_numbers]
             if draft[4].is_float and numbers:
-                ours, its = (
-                    drafter_of[original].parameters.of(n, numbers) for n in (name, original)
-                )
+                ours, its = (drafter.parameters.of(n, numbers) for n in (name, original))
                 if ours != its:
                     self.found.notes.append(
                         f"{shown(name)} is tied to {shown(original)} in the output, and takes its "

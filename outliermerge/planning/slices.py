@@ -250,10 +250,24 @@ def _is_of_all_layers(name: str, prefix: str, index: int, tensors: Mapping[str, 
     return f"{prefix}1{name[len(prefix) + 1 :]}" not in tensors
 
 
+def left_out(stacked: Stacked, inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield a note on each model whose layers that predict further tokens are left out."""
+    for entry, depth in zip(inputs, stacked.depths, strict=True):
+        if (more := _num_layers(entry, stacked.prefix) - depth) > 0:
+            yield (
+                f"{more} layer(s) of {shown(entry.reference)} that predict further tokens are left "
+                "out of slices"
+            )
+
+
+def _num_layers(entry: Input, prefix: str) -> int:
+    layers = find_layers(entry.checkpoint.tensors).values()
+    return next((layer.num_layers for layer in layers if layer.stack == prefix), 0)
+
+
 def _depth(entry: Input, stack: Stack) -> int:
     """Return how many layers a model has; without those that predict further tokens."""
-    layers = find_layers(entry.checkpoint.tensors).values()
-    found = next((layer.num_layers for layer in layers if layer.stack == stack.prefix), 0)
+    found = _num_layers(entry, stack.prefix)
     of_text = text_config(read_json(entry.home / "config.json"))
     said = of_text.get("num_hidden_layers")
     if stack.is_main and of_text.get("num_nextn_predict_layers") and isinstance(said, int):
