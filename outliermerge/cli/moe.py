@@ -201,8 +201,8 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation="""\
-gate_mode hidden and the routing need torch and transformers. They run the base model over the
-prompts with one of its layers at a time in memory, in float32; --memory does not count that.
+gate_mode hidden and the routing need torch and transformers, for a forward pass of the base model
+over the prompts, in float32, with one layer at a time in memory; --memory does not count that.
 """
     + BAR_EXPLAINED,
 )
