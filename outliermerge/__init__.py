@@ -132,6 +132,14 @@ _HOMES = {
 }
 
 
+_COMMANDS = {
+    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "report": "build_report",
+    "schema": "", "stats": "weight_stats",
+}  # fmt: skip
+"""Commands of the program that have another name here, or no function."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
@@ -140,7 +148,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         from outliermerge.errors import nearest
 
-        near = nearest(name, _HOMES, by_word=True)
+        if _COMMANDS.get(name) == "":
+            command = name.replace("_", "-")
+            raise AttributeError(
+                f"module 'outliermerge' has no attribute {name!r}: it is only a command of the "
+                f"program, `outliermerge {command}`. dir(outliermerge) lists all names."
+            )
+        near = _COMMANDS.get(name) or nearest(name, _HOMES, by_word=True)
         said = f"Did you mean {near!r}?" if near else "dir(outliermerge) lists all names."
         raise AttributeError(f"module 'outliermerge' has no attribute {name!r}. {said}")
     return getattr(importlib.import_module(f"outliermerge.{_HOMES[name]}"), name)

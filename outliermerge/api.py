@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, as_path
+from outliermerge.errors import ArgumentError, argument, as_path, quoted, suggest
 from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
@@ -62,6 +62,7 @@ def run(
     output: str | Path | None = None,
     shard_size: int | str | None = None,
     lenient: bool = False,
+    keep: Sequence[str] = (),
     options: RunOptions | None = None,
     **changes: Any,
 ) -> RunResult:
@@ -76,6 +77,7 @@ def run(
         output: the folder or .safetensors file to write; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         lenient: as for `plan`; it changes nothing about a plan.
+        keep: names of stages that are written, too, each beside the output, as OUTPUT-NAME.
         options: how it is carried out.
         **changes: single fields of `RunOptions`, such as `memory="2GiB"` or `overwrite=True`.
 
@@ -96,8 +98,28 @@ def run(
         planned = spec
     else:
         planned = plan(spec, shard_size=shard_size, lenient=lenient)
-    (result,) = run_plans([(planned, output_path(planned, output))], chosen)
-    return result
+    return run_plans(plans_of(planned, output, keep), chosen)[0]
+
+
+def plans_of(
+    planned: Plan, output: str | Path | None, keep: Sequence[str]
+) -> list[tuple[Plan, Path]]:
+    """Return a plan and those of stages that are written, too, each with its output.
+
+    Raises:
+        SpecError: no output is named.
+        ArgumentError: the merge has no such stage, or the output has a wrong name.
+    """
+    stages, final = planned.spec.all_stages, output_path(planned, output)
+    found = [(planned, final)]
+    for name in dict.fromkeys(keep):
+        if name not in stages:
+            advice = suggest(name, stages) if stages else "The spec has no `stages`."
+            raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
+        path = final.with_name(f"{final.stem if planned.is_one_file else final.name}-{name}")
+        stage = make_plan(stages[name], shard_bytes=planned.shard_bytes)
+        found.append((stage, path.with_name(path.name + final.suffix * planned.is_one_file)))
+    return found
 
 
 @dataclass(frozen=True)

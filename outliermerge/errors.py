@@ -52,8 +52,10 @@ class SpecError(OutlierMergeError):
         place: its line and column, where they are known.
         passed_over: the keys that lead to what mergekit goes on without, in silence; else None.
         meant: the parameter that was meant by a key which is passed over.
+        all: the mistakes that it tells together; empty if it tells one.
     """
 
+    all: tuple[SpecError, ...] = ()
     place: tuple[int, int] = (0, 0)
     passed_over: tuple[str | int, ...] | None = None
     meant: str | None = None

@@ -65,6 +65,7 @@ def make_place(folder: Path) -> Path:
     from checkpoints import fine_tune, load_folder, save_lora, save_model
     from moe_models import save_words
     from quantizing import quantise
+    from vocabularies import save_model as save_with_tokenizer
 
     link_the_project(folder)
     llava_replicas.save_all(folder)
@@ -73,6 +74,9 @@ def make_place(folder: Path) -> Path:
     save_words(models / "base")
     for seed, name in enumerate(("chat", "maths"), start=1):
         fine_tune(models / "base", models / name, seed=seed)
+    for seed, name in enumerate(("plain", "talks", "tells")):
+        added = [[], ["<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<x>"]][seed]
+        save_with_tokenizer(models / name, "WordPiece", added=added, seed=seed)
     quantise(models / "chat", models / "chat-nf4", "nf4")
     changed = "model.layers.0.self_attn.q_proj"
     rows, columns = load_folder(models / "base")[f"{changed}.weight"].shape

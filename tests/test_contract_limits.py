@@ -17,13 +17,15 @@ import outliermerge
 from outliermerge import ArgumentError, OutlierMergeError, PerModel
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import DTYPES, Source
-from outliermerge.execution.merged import MergedSource
+from outliermerge.engines.torch import TorchEngine
+from outliermerge.execution.merged import Merges
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.kernel_call import Kernel, KernelCall
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, StandardDeviation
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.task import Task
+from outliermerge.planning.merged import MergedSource
 
 SHAPES = {"layers.0.a.w": (3, 50_000), "layers.1.a.w": (3, 50_000), "one": (), "none": (0, 4)}
 
@@ -122,6 +124,10 @@ def sources_of(method: MergeMethod, folder: Path) -> tuple[Source, ...]:
     return (*(source for _, source in job.sources), *job.auxiliary)
 
 
+ENGINE = TorchEngine(["cpu"])
+BY_TORCH = Merges(lambda task: ENGINE)
+
+
 def merged_source(method: MergeMethod, *sources: Source, num_auxiliary: int = 0) -> MergedSource:
     num_models = len(sources) - num_auxiliary
     task = Task(
@@ -186,7 +192,7 @@ def test_a_release_reaches_the_sources_of_a_merge(held_bytes, folder):
     base, *others = sources_of(reversing, folder)
     inner = merged_source(reversing, base, *others)
     outer = merged_source(reversing, base, merged_source(reversing, base, inner), inner)
-    with Reader(held_bytes, folder) as reader:
+    with Reader(held_bytes, folder, BY_TORCH) as reader:
         whole = reader.values(outer, 0, outer.num_elements)
         reader.release([(0, outer)])
         assert reader._once == {}
@@ -197,7 +203,7 @@ def test_a_release_reaches_the_sources_of_a_merge(held_bytes, folder):
 def test_a_merge_with_auxiliary_tensors_is_a_source(folder):
     source = merged_source(by_fisher, *sources_of(by_fisher, folder), num_auxiliary=2)
     outliermerge.run(spec_of(by_fisher, folder), output=folder / "out")
-    with Reader() as reader:
+    with Reader(merges=BY_TORCH) as reader:
         values = reader.values(source, 0, source.num_elements)
     assert values.equal(load_folder(folder / "out")["layers.0.a.w"].reshape(-1))
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import outliermerge
+from outliermerge.cli.parser import COMMANDS
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS
 
@@ -629,6 +630,24 @@ class TestImport:
         pairs = [line.split() for line in done.stdout.splitlines()]
         assert [name for name, _ in pairs] == list(outliermerge.__all__)
         assert [pair for pair in pairs if pair[0] != pair[1] and pair[0] != "PerModel"] == []
+
+    @pytest.mark.parametrize(
+        ("command", "name"),
+        [("stats", "weight_stats"), ("report", "build_report"), ("layers", "layer_spectra"),
+         ("merge", "run")],
+    )  # fmt: skip
+    def test_the_name_of_a_command_leads_to_its_function(self, command: str, name: str) -> None:
+        with pytest.raises(AttributeError, match=f"'{command}'. Did you mean '{name}'"):
+            getattr(outliermerge, command)
+        assert getattr(outliermerge, name)
+
+    def test_all_commands_are_functions_or_lead_to_one_or_are_told_as_commands(self) -> None:
+        for command in COMMANDS:
+            name = command.replace("-", "_")
+            if name in outliermerge.__all__ or name == "methods":  # also the name of a room
+                continue
+            with pytest.raises(AttributeError, match=rf"Did you mean|only a command.*{command}`"):
+                getattr(outliermerge, name)
 
     def test_an_unknown_name_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="module 'outliermerge' has no attribute 'mege'"):

@@ -20,13 +20,15 @@ import outliermerge
 from outliermerge import OutlierMergeError, PerModel, SpecError
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import DTYPES
-from outliermerge.execution.merged import MergedSource
+from outliermerge.engines.torch import TorchEngine
+from outliermerge.execution.merged import Merges
 from outliermerge.methods.context import Context
 from outliermerge.methods.statistics.base import StandardDeviation
 from outliermerge.methods.statistics.gram import Gram
 from outliermerge.methods.statistics.trim import Trim
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
+from outliermerge.planning.merged import MergedSource
 
 NAMES = (
     "model.layers.0.mlp.w",
@@ -283,6 +285,10 @@ def test_a_statistic_of_whole_models_needs_all_of_them(models, tmp_path):
         outliermerge.plan(spec)
 
 
+ENGINE = TorchEngine(["cpu"])
+BY_TORCH = Merges(lambda task: ENGINE)
+
+
 def merged_source(models: Path, method: Any, **parameters: Any) -> MergedSource:
     plan = outliermerge.plan(spec_of(models, "aligned"))
     (job,) = (job for job in plan.jobs if job.name == "model.layers.1.mlp.w")
@@ -319,7 +325,7 @@ def test_a_merge_is_a_source_of_another(method, cut, held_bytes, models, tmp_pat
     source = merged_source(models, method)
     assert source.task.cut == cut
     assert (source.num_elements, source.num_bytes) == (300 * 260, 300 * 260 * 4)
-    with Reader(held_bytes, tmp_path) as reader:
+    with Reader(held_bytes, tmp_path, BY_TORCH) as reader:
         whole = reader.values(source, 0, source.num_elements)
         for start, stop in ((0, 1), (5, 70_000), (77_999, 78_000), (259, 521), (3, 3)):
             assert reader.values(source, start, stop).equal(whole[start:stop])

@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 def has_transformers() -> bool:
@@ -49,6 +52,13 @@ def _effective(
 ) -> dict[str, Any] | None:
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
+    library = "diffusers" if find is _of_diffusers else "transformers"
+    if library not in sys.modules:
+        _log.info(
+            "a config leaves out values that another has: importing %s, which knows their "
+            "defaults, takes some seconds",
+            library,
+        )
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:

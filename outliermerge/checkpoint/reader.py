@@ -49,10 +49,16 @@ class Reader:
         held_bytes: the memory for tensors that are computed as a whole.
         folder: the folder for unnamed temporary files, which keep tensors that do not fit into that
             memory; None is the system's folder for temporary files.
+        merges: computes sources that are merges of others, where there are some.
     """
 
-    def __init__(self, held_bytes: int = 0, folder: Path | None = None) -> None:
-        self._free_bytes, self._folder = held_bytes, folder
+    def __init__(
+        self,
+        held_bytes: int = 0,
+        folder: Path | None = None,
+        merges: Callable[[Reader, Any, int, int, memoryview], None] | None = None,
+    ) -> None:
+        self._free_bytes, self._folder, self._merges = held_bytes, folder, merges
         self._once: dict[Source, _Once] = {}
         self._watched = current_watch()
         self._files: dict[Path, int] = {}
@@ -96,6 +102,11 @@ class Reader:
             if not entry.is_made:
                 entry.value, entry.is_made = make(entry), True
         return entry.value
+
+    def merge(self, source: Any, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with elements start to stop of a source that is a merge of others."""
+        assert self._merges is not None, "this reader computes no merges"
+        self._merges(self, source, start, stop, out)
 
     def held(
         self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]

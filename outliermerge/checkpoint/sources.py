@@ -77,6 +77,9 @@ class Reading(Protocol):
     def once(self, source: Source, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source, calling it the first time only."""
 
+    def merge(self, source: Any, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with elements start to stop of a source that is a merge of others."""
+
     def held(
         self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
     ) -> memoryview:

@@ -69,9 +69,10 @@ def _models(path: Any) -> list[str]:
     """Return the models of a spec: hub ids, or folders that have to be there."""
     import yaml
 
+    from outliermerge.spec.document import references
+
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    named = [spec.get("base_model"), *(entry["model"] for entry in spec["models"])]
-    return list(dict.fromkeys(name for name in named if name))
+    return list(dict.fromkeys(name for name in (spec.get("base_model"), *references(spec)) if name))
 
 
 COMMAND = Command(

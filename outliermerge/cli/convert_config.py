@@ -15,6 +15,8 @@ from outliermerge.errors import SpecError, printable
 if TYPE_CHECKING:
     from outliermerge.cli.mergekit_files import Converted
 
+# As a person reads a spec.
+_ORDER = ("base_model", "models", "slices", "merge_method", "parameters")
 _TOP_KEY = re.compile(r"([A-Za-z_]\w*):(\s|$)")
 
 
@@ -31,17 +33,21 @@ def run(options: argparse.Namespace) -> int:
     """
     from outliermerge.cli.mergekit_files import convert
     from outliermerge.spec.check import parse_spec
-    from outliermerge.spec.text import parse_yaml, read_text
+    from outliermerge.spec.stages import one_document
+    from outliermerge.spec.text import SpecText, parse_documents, read_text
 
     if options.file == STANDARD_INPUT:
         name, text = "standard input", read_standard_input()
     else:
         name, text = options.file, read_text(Path(options.file), absent="no such file")
-    raw, source = parse_yaml(text, file=name)
-    if not isinstance(raw, dict):
-        raise source.error((), "expected a mapping with `merge_method`")
+    documents = parse_documents(text, file=name)
+    for raw, source in documents or [(None, SpecText(name))]:
+        if not isinstance(raw, dict):
+            raise source.error((), "expected a mapping with `merge_method`")
+    raw, _ = one_document(documents)
     found = convert(raw)
-    written = as_yaml(found.document, raw, text)
+    # Of stages only the values are kept, without comments.
+    written = as_yaml(found.document, raw, text if len(documents) == 1 else "")
     if not found.obstacles:
         try:
             parse_spec(written, file="converted")
@@ -86,7 +92,10 @@ def as_yaml(document: dict[str, Any], raw: dict[str, Any], text: str) -> str:
 
     head, parts = _parts(text)
     lines = [head]
-    for key in [*[key for key in parts if key in document], *document]:
+    order = [*[key for key in parts if key in document], *document]
+    if not document.keys() <= raw.keys():  # a key that is new has no place of its own
+        order.sort(key=lambda key: _ORDER.index(key) if key in _ORDER else len(_ORDER))
+    for key in dict.fromkeys(order):
         part = parts.pop(key, None)
         if part is not None and raw[key] == document[key] and _anchors(part) == 0:
             lines.append(part)

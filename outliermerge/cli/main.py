@@ -18,6 +18,7 @@ from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
 
+_SURE = 0.7  # a word so like a command is one, misspelt
 _SPEC_ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -97,11 +98,11 @@ def _no_command(word: str) -> int:
     """Say that a word is no command, with the usage of the one that was meant."""
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     parser = make_parser(load(near))
-    said = f"Did you mean {near[0]!r}? " if near else ""
+    said = [f"Did you mean {near[0]!r}?"] if near else []
+    if not difflib.get_close_matches(word, near, cutoff=_SURE):
+        said.append(f"Commands: {', '.join(COMMANDS)}")
     say(usage_of(parser.of(near[0]) if near else parser), file=sys.stderr)
-    return _fail(
-        f"no command and no file {quoted(word)}. {said}Commands: {', '.join(COMMANDS)}", EXIT_USAGE
-    )
+    return _fail(f"no command and no file {quoted(word)}. {' '.join(said)}", EXIT_USAGE)
 
 
 def _needed(arguments: list[str]) -> Iterable[str]:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import BaseModel
 
 from outliermerge.errors import SpecError
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
-from outliermerge.spec.document import ModelEntry, SpecDocument
+from outliermerge.spec.document import ModelEntry, SliceEntry, SourceEntry, SpecDocument
 from outliermerge.spec.inert import INERT_PARAMETERS
+from outliermerge.spec.slices import with_base_of_slices
+from outliermerge.spec.stages import NAME, STAGES
+from outliermerge.spec.text import SpecText
+from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
 
 _REQUIRED = object()
 _SPARSE = {"weight": _REQUIRED, "density": 1.0, "lambda": 1.0, "normalize": False,
@@ -45,7 +51,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """mergekit's methods and their parameters, with their defaults."""
 
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-_TOP_KEYS = ("slices", "modules", "tokenizer", "chat_template", "name", *SpecDocument.model_fields)
+_TOP_KEYS = ("modules", "name", *SpecDocument.model_fields)
 
 
 @dataclass
@@ -65,6 +71,19 @@ class Converted:
     obstacles: list[str] = field(default_factory=list)
 
 
+def _of_stage(raw: Any, found: Converted) -> Any:
+    """Return a stage in our form, and note of it what is noted of whole files."""
+    if not isinstance(raw, dict):
+        return raw
+    label = {NAME: raw[NAME]} if NAME in raw else {}
+    stage = convert({key: value for key, value in raw.items() if key != NAME})
+    said = f"stage {raw.get(NAME, '?')}: "
+    found.left_out += [said + line for line in stage.left_out]
+    found.differences += [said + line for line in stage.differences]
+    found.obstacles += [said + line for line in stage.obstacles]
+    return label | stage.document
+
+
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
     found = Converted(copy.deepcopy(dict(raw)))
@@ -73,6 +92,8 @@ def convert(raw: Mapping[str, Any]) -> Converted:
             "experts: a file for mergekit-moe: give it as it is to `outliermerge moe`"
         )
         return found
+    if isinstance(raw.get(STAGES), list):
+        found.document = {STAGES: [_of_stage(e, found) for e in raw[STAGES]]} | found.document
     _convert_slices(found)
     _convert_keys(found)
     _convert_tokenizer(found)
@@ -99,33 +120,30 @@ def _near(name: str, valid: Iterable[str]) -> str:
 
 
 def _convert_slices(found: Converted) -> None:
-    """Write one slice over all layers as whole models."""
-    document = found.document
-    if "modules" in document:
+    """Write the base model of slices at the top."""
+    if "modules" in found.document:
         found.obstacles.append("modules: merges of single modules are not here")
-    slices = document.get("slices")
-    if slices is None or "slices" in SpecDocument.model_fields:
-        return
-    first = slices[0] if isinstance(slices, list) and len(slices) == 1 else {}
-    sources = first.get("sources") if isinstance(first, dict) else None
-    if not isinstance(sources, list) or not all(isinstance(entry, dict) for entry in sources):
-        found.obstacles.append("slices: models of stacked layers are not here")
-        return
-    ranges = [entry.get("layer_range") for entry in sources]
-    if not ranges or any(r != ranges[0] or not isinstance(r, list) or r[0] != 0 for r in ranges):
-        found.obstacles.append("slices: ranges of layers are not here, whole models are merged")
-        return
-    kept = [{k: v for k, v in entry.items() if k != "layer_range"} for entry in sources]
-    del document["slices"]
-    document["models"] = kept
-    document.setdefault("base_model", first.get("base_model"))
-    if isinstance(first.get("parameters"), dict):
-        shared = document.get("parameters")
-        document["parameters"] = (shared if isinstance(shared, dict) else {}) | first["parameters"]
-    found.differences.append(
-        f"slices: the one slice is written as whole `models`: right if they have "
-        f"{ranges[0][-1]} layers"
-    )
+    try:
+        found.document = with_base_of_slices(found.document, SpecText("file"))
+    except SpecError as error:
+        found.obstacles.append(str(error).removeprefix("file: "))
+
+
+def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], type[BaseModel]]]:
+    """Yield what has parameters below the top: its place, itself, and what it is."""
+    for place, each in _mappings(document, "models"):
+        yield place, each, ModelEntry
+    for place, each in _mappings(document, "slices"):
+        yield place, each, SliceEntry
+        for inner, source in _mappings(each, "sources"):
+            yield f"{place}.{inner}", source, SourceEntry
+
+
+def _mappings(holder: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    entries = holder.get(key)
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if isinstance(entry, dict):
+            yield f"{key}[{index}]", entry
 
 
 def _convert_keys(found: Converted) -> None:
@@ -136,37 +154,42 @@ def _convert_keys(found: Converted) -> None:
         found.left_out.append(f"{key}: mergekit passes over it{_near(key, _TOP_KEYS)}")
     if document.pop("name", None) is not None:
         found.left_out.append("name: a label")
-    if document.pop("chat_template", None) is not None:
-        found.differences.append("chat_template: it comes with the tokenizer, none is set")
     for key in [key for key, value in document.items() if value is None]:
         del document[key]
 
 
 def _convert_tokenizer(found: Converted) -> None:
-    """Write mergekit's tokenizer keys as `tokenizer_source` and `vocabulary`."""
+    """Write models as we name them; leave out the keys that mergekit passes over."""
     document = found.document
-    mapping = document.pop("tokenizer", None)
-    source = document.pop("tokenizer_source", None)
-    if isinstance(mapping, dict):
-        source = mapping.get("source", source)
-        if mapping.get("tokens"):
-            found.obstacles.append("tokenizer.tokens: rows of single tokens cannot be chosen here")
-        if mapping.get("pad_to_multiple_of"):
-            found.differences.append("tokenizer.pad_to_multiple_of: rows are not padded")
-    if source is None:
+    source = document.get("tokenizer_source")
+    if isinstance(source, dict):
+        document["tokenizer_source"] = _reference(source)
+    mapping = document.get("tokenizer")
+    if not isinstance(mapping, dict):
         return
-    name = _reference(source).removeprefix("model:")
-    if name == "union":
-        document.setdefault("vocabulary", "union")
-        return
-    document["tokenizer_source"] = name
-    if document.get("base_model") and name in ("base", _reference(document["base_model"])):
-        document.setdefault("vocabulary", "base")
-    elif "vocabulary" not in document:
-        found.differences.append(
-            "tokenizer: mergekit brings rows into the order of this tokenizer; here a run stops "
-            "if rows differ, until `vocabulary` says what becomes of them"
-        )
+    if source is not None:
+        found.obstacles.append("tokenizer: mergekit refuses it beside `tokenizer_source`")
+    _leave_unknown(found, mapping, TokenizerEntry.model_fields, "tokenizer")
+    if isinstance(mapping.get("source"), dict):
+        mapping["source"] = _reference(mapping["source"])
+    tokens = mapping.get("tokens")
+    for token, entry in tokens.items() if isinstance(tokens, dict) else ():
+        if not isinstance(entry, dict):
+            continue
+        _leave_unknown(found, entry, TokenEntry.model_fields, f"tokenizer.tokens.{token}")
+        row = entry.get("source")
+        if isinstance(row, dict) and "kind" not in row:
+            entry["source"] = _reference(row)
+        elif isinstance(row, dict) and isinstance(row.get("model"), dict):
+            row["model"] = _reference(row["model"])
+
+
+def _leave_unknown(
+    found: Converted, mapping: dict[str, Any], valid: Iterable[str], where: str
+) -> None:
+    for key in [key for key in mapping if key not in valid]:
+        del mapping[key]
+        found.left_out.append(f"{where}.{key}: mergekit passes over it{_near(key, valid)}")
 
 
 def _reference(value: object) -> str:
@@ -188,18 +211,13 @@ def _convert_models(found: Converted) -> None:
     document = found.document
     if isinstance(document.get("base_model"), dict) and "rename" not in document["base_model"]:
         document["base_model"] = _reference(document["base_model"])
-    models = document.get("models")
-    if not isinstance(models, list):
-        return
-    for index, entry in enumerate(models):
-        if not isinstance(entry, dict):
-            continue
+    for place, entry, kind in _entries(document):
         if isinstance(entry.get("model"), dict):
             entry["model"] = _reference(entry["model"])
-        for key in [key for key in entry if key not in ModelEntry.model_fields]:
+        for key in [key for key in entry if key not in kind.model_fields]:
             del entry[key]
             found.left_out.append(
-                f"models[{index}].{key}: mergekit passes over it{_near(key, ['parameters'])}"
+                f"{place}.{key}: mergekit passes over it{_near(key, ['parameters'])}"
             )
 
 
@@ -219,16 +237,16 @@ def _convert_parameters(found: Converted, method: MergeMethod) -> None:
     """Keep the parameters that the method has; say what becomes of the others."""
     document = found.document
     base = document.get("base_model")
-    models = document.get("models")
-    entries = models if isinstance(models, list) else []
-    for place, entry in [("", document), *((f"models[{i}].", e) for i, e in enumerate(entries))]:
-        if not isinstance(entry, dict) or "parameters" not in entry:
+    of_all: list[tuple[str, dict[str, Any], type[BaseModel]]] = [("", document, SpecDocument)]
+    for place, entry, kind in [*of_all, *_entries(document)]:
+        if "parameters" not in entry:
             continue
-        where, raw = f"{place}parameters", entry["parameters"]
+        where, raw = f"{place}.parameters".lstrip("."), entry["parameters"]
+        of_model = kind in (ModelEntry, SourceEntry)
         if isinstance(raw, dict) and not (
-            method.needs_base and entry is not document and entry.get("model") == base
+            method.needs_base and of_model and entry.get("model") == base
         ):
-            entry["parameters"] = _kept(raw, method, where, found, of_model=entry is not document)
+            entry["parameters"] = _kept(raw, method, where, found, of_model=of_model)
         elif raw:
             entry["parameters"] = {}
             found.left_out.append(f"{where}: no effect, " + (
@@ -280,9 +298,7 @@ def _add_base(found: Converted, method: MergeMethod) -> None:
 def _add_defaults(found: Converted, method: MergeMethod) -> None:
     """Write mergekit's defaults out where ours are others."""
     document = found.document
-    models = document.get("models")
-    entries = [entry for entry in models if isinstance(entry, dict)] if models else []
-    given = [document, *entries]
+    given = [document, *(entry for _, entry, _ in _entries(document))]
     for name, theirs in _DEFAULTS.get(method.name, {}).items():
         if any(name in entry.get("parameters", {}) for entry in given):
             continue

@@ -202,7 +202,8 @@ COMMAND = Command(
     goes_on=True,
     explanation="""\
 gate_mode hidden and the routing need torch and transformers, for a forward pass of the base model
-over the prompts, in float32, with one layer at a time in memory; --memory does not count that.
+over the prompts with one of its layers at a time in memory, in float32; --memory does not count
+that.
 """
     + BAR_EXPLAINED,
 )

@@ -77,6 +77,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         near = nearest(flags[0], known)
+        if "--device" in known and flags[0] in ("--cuda", "--gpu"):  # `run` takes mergekit's flags
+            near = "--device cuda"
         meant = f"Did you mean {near}?" if near else f"{self.prog} --help lists all."
         self.error(f"no option {quoted(flags[0])}. {meant}")
 

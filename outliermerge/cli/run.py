@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
+    parser.add_argument(
+        "--keep",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="also write this stage of the merge, beside the output as OUTPUT-NAME; repeatable",
+    )
     add_lenient(parser)
     add_mergekit_flags(parser)
 
@@ -41,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from outliermerge import api as merge
     from outliermerge.execution.computing import slowness_note
+    from outliermerge.output.run import run_plans
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
@@ -52,9 +60,11 @@ def run(options: argparse.Namespace) -> int:
     planned = merge.plan(spec, shard_size=options.shard_size)
     if options.verbose:
         say(_in_a_line(planned, run_options(options)), file=sys.stderr)
-    with MergeBar(planned.work_bytes, 1, quiet=options.quiet) as bar:
+    plans = merge.plans_of(planned, output, options.keep)
+    work_bytes = sum(each.work_bytes for each, _ in plans)
+    with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        result = merge.run(planned, output=output, options=chosen)
+        result, *kept = run_plans(plans, chosen)
         bar.done()
     slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
     notes = [
@@ -64,9 +74,11 @@ def run(options: argparse.Namespace) -> int:
         *(result.load_check.notes if result.load_check else ()),
     ]
     if options.json:
-        print_json(result.as_dict() | {"notes": notes})
+        stages = {"kept": [each.as_dict() for each in kept]} if kept else {}
+        print_json(result.as_dict() | {"notes": notes} | stages)
     elif not options.quiet:
-        print_result(result)
+        for each in (result, *kept):
+            print_result(each)
     print_notes(notes, options)
     return 0
 

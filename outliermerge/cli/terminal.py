@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.lines import ProgressLines, human_bytes
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 BYTES_OF_ALL_PASSES = "bytes of all passes"
 WAITING = "checking that transformers loads it"
+_SHORT_SECONDS = 1.0  # a wait that needs no words
 
 
 def progress_bar(
@@ -121,15 +124,22 @@ def reading_bar(description: str = "reading", *, quiet: bool = False) -> Iterato
 
 @contextmanager
 def status(words: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show what the program is waiting for; it is hidden without a terminal."""
+    """Show what the program is waiting for; without a terminal in a line, if it takes a while."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield
+    if console.is_terminal and not quiet:
+        with console.status(words):
+            yield
         return
-    with console.status(words):
+    line = Timer(_SHORT_SECONDS, lambda: print(words, file=sys.stderr, flush=True))
+    line.daemon = True
+    if not quiet:
+        line.start()
+    try:
         yield
+    finally:
+        line.cancel()
 
 
 def check_loading(planned: Plan, *, quiet: bool) -> Verdict:

@@ -9,6 +9,7 @@ from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.optional import INSTALL_TORCH, is_installed
+from outliermerge.planning.merged import MergedSource, Restored
 from outliermerge.planning.plan import Job, Options, Plan
 
 _TIMES_AS_LONG = "5 to 8 times"  # measured: linear 5, min_sigma and ties 8
@@ -18,10 +19,13 @@ _COMPILE = (
 )
 
 
-def reads_by_torch(sources: Iterable[Source]) -> bool:
+def reads_by_torch(sources: Iterable[Source], options: Options | None = None) -> bool:
     """Tell whether torch reads a source, because it is computed from other tensors or pickled."""
     return any(
-        source.stored != (source,) or any(meta.offset is None for meta in source.stored)
+        reads_by_torch(source.sources, options)
+        or (isinstance(source, MergedSource) and not (options and options.kernels_do(source.task)))
+        if isinstance(source, (MergedSource, Restored))
+        else source.stored != (source,) or any(meta.offset is None for meta in source.stored)
         for source in sources
     )
 
@@ -80,10 +84,10 @@ def _why_torch(job: Job, options: Options) -> str | None:
     """Return why torch must be there for a job, or None where it need not."""
     sources = [*(source for _, source in job.sources), *job.auxiliary]
     dtypes = {source.dtype.name for source in sources}
-    if any(source.stored != (source,) for source in sources):
-        return "read from adapters, quantised weights or changed vocabularies"
-    if reads_by_torch(sources):
-        return "its elements are not in order in its .bin file"
+    if reads_by_torch(sources, options):
+        if all(source.stored == (source,) for source in sources):
+            return "its elements are not in order in its .bin file"
+        return "read from adapters, quantised weights, changed vocabularies or stages"
     if job.action == "equal" and len(dtypes) > 1:
         return f"compared as {' and '.join(sorted(dtypes))}"
     if not options.uses_torch(job):

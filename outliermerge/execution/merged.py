@@ -1,154 +1,176 @@
-"""A merge as a source: it is computed from other sources when it is read, and is not stored.
+"""Computes merges that are sources of other merges, when they are read.
 
-Its statistics are measured at the first read. For a method on whole tensors, the result is computed
-once and kept: in memory where the budget allows, else in an unnamed temporary file beside the
-output.
+A merge's statistics are measured at the first read. For a method on whole tensors, the result is
+computed once and kept: in memory where the budget allows, else in an unnamed temporary file beside
+the output.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from outliermerge.checkpoint.sources import DType, Reading, Source, TensorMeta
-from outliermerge.engines.torch import keywords, measure_block, merge_block
+from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import Source
+from outliermerge.engines.base import Engine
+from outliermerge.errors import OutlierMergeError, argument, shown
 from outliermerge.execution.passes import NeedKey, Span, measure, needs_of, spans
 from outliermerge.execution.rounds import run_here
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
 from outliermerge.methods.task import Task
-from outliermerge.planning.plan import row_elements
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
+from outliermerge.planning.job import row_elements
+from outliermerge.planning.merged import MergedSource
 
 
-@dataclass(frozen=True, eq=False)
-class MergedSource:
-    """The merge of other sources. A Source; its values are rounded once, to the task's dtype.
+class Merges:
+    """Computes `MergedSource`s for a reader.
 
-    Attributes:
-        name: for messages.
-        task: how they are merged.
-        sources: the base, where the method uses one, then the models; then the method's auxiliary
-            tensors.
+    Args:
+        choose_engine: returns the engine that computes a task.
+        allow_non_finite: go on where values are infinite or NaN.
     """
 
-    name: str
-    task: Task
-    sources: tuple[Source, ...]
+    def __init__(
+        self, choose_engine: Callable[[Task], Engine], *, allow_non_finite: bool = False
+    ) -> None:
+        self._choose_engine, self._allow_non_finite = choose_engine, allow_non_finite
+        self._depths = _Depths()
 
-    def __post_init__(self) -> None:
-        if needs_of(self.task, "model"):
-            raise ValueError(f"{self.task.method.name} measures whole models, not sources")
+    def __call__(
+        self, reader: Reader, merged: MergedSource, start: int, stop: int, out: memoryview
+    ) -> None:
+        """Fill `out` with elements of a merge, in its dtype."""
+        size = merged.dtype.num_bytes
+        if merged.task.cut == "tensor":
+            held = reader.held(merged, merged.num_bytes, partial(self._fill, reader, merged))
+            out[:] = held[start * size : stop * size]
+            return
+        with self._feed(reader, merged) as feed:
+            prepared = reader.once(merged, feed.prepared)
+            for span in _spans(merged, start, stop):
+                low, high = max(start, span[0]), min(stop, span[1])
+                part = out[(low - start) * size : (high - start) * size]
+                if (low, high) == span:
+                    feed.merge(span, prepared, part)
+                    continue
+                whole = feed.buffer("whole", (span[1] - span[0]) * size)
+                feed.merge(span, prepared, whole)
+                part[:] = whole[(low - span[0]) * size : (high - span[0]) * size]
 
-    @property
-    def dtype(self) -> DType:
-        return self.task.out_dtype
+    def _fill(self, reader: Reader, merged: MergedSource, out: memoryview) -> None:
+        with self._feed(reader, merged) as feed:
+            feed.merge((0, merged.num_elements), feed.prepared(), out)
 
-    @property
-    def out_dtype(self) -> DType:
-        return self.task.out_dtype
+    @contextmanager
+    def _feed(self, reader: Reader, merged: MergedSource) -> Iterator[_Feed]:
+        engine = self._choose_engine(merged.task)
+        depth = self._depths.current
+        self._depths.current = depth + 1
+        try:
+            yield _Feed(merged, reader, engine, depth, self._allow_non_finite)
+        finally:
+            self._depths.current = depth
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.task.shape
+
+class _Depths(threading.local):
+    """How many merges a thread is reading, one inside the other: each has buffers of its own."""
+
+    current = 0
+
+
+@dataclass
+class _Feed:
+    """The sources of a merge."""
+
+    merged: MergedSource
+    reader: Reader
+    engine: Engine
+    depth: int
+    allow_non_finite: bool
 
     @property
     def num_elements(self) -> int:
-        return math.prod(self.shape)
+        return self.merged.num_elements
 
     @property
-    def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.num_bytes
+    def measured_elements(self) -> int:
+        return self.merged.block_elements
 
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        """The stored tensors that it is computed from, each once."""
-        return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
+    def buffer(self, slot: object, num_bytes: int) -> memoryview:
+        """Return this thread's buffer for a slot."""
+        return self.engine.buffer(("stage", self.depth, slot), num_bytes)
 
-    def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
-        """Fill `out` with elements start to stop, in `dtype`.
+    def prepared(self) -> Any:
+        """Measure what the method needs, in this thread; None where all models are equal.
 
-        Raises:
-            OutlierMergeError: a source cannot be read.
+        As in a run of its own, the merge of equal models is the same model.
         """
-        if stop == start:
-            return
-        size = self.dtype.num_bytes
-        if self.task.cut == "tensor":
-            held = reader.held(self, self.num_bytes, partial(self._fill, reader))
-            out[:] = held[start * size : stop * size]
-            return
-        feed = _Feed(self, reader)
-        needs = reader.once(self, feed.needs)
-        for span in self._spans(start, stop):
-            merged = feed.merged(span, needs)
-            low, high = max(start, span[0]), min(stop, span[1])
-            part = merged[(low - span[0]) * size : (high - span[0]) * size]
-            out[(low - start) * size : (high - start) * size] = part
-
-    def _fill(self, reader: Reading, out: memoryview) -> None:
-        """Merge the whole tensor."""
-        feed = _Feed(self, reader)
-        out[:] = feed.merged((0, self.num_elements), feed.needs())
-
-    def _spans(self, start: int, stop: int) -> list[Span]:
-        """Return blocks that cover a range of elements; methods on rows get whole rows."""
-        if self.task.cut == "element":
-            return spans(stop, self.block_elements, start=start)
-        row, step = row_elements(self.shape), self.block_elements
-        return spans(min(self.num_elements, -(-stop // row) * row), step, start=start // row * row)
-
-    @property
-    def block_elements(self) -> int:
-        """Elements of a block; whole rows for methods on rows."""
-        row = row_elements(self.shape) if self.task.cut == "row" else 1
-        return max(row, _BLOCK_ELEMENTS // row * row)
-
-
-class _Feed:
-    """The sources of a merge, which torch computes on the CPU."""
-
-    def __init__(self, merged: MergedSource, reader: Reading) -> None:
-        self._merged, self._reader = merged, reader
-        self.num_elements, self.measured_elements = merged.num_elements, merged.block_elements
-
-    def needs(self) -> dict[str, list[Any]]:
-        """Measure the statistics that the method needs, in this thread."""
-        measured = run_here(measure([self._merged.task], [self], "tensor"))
-        return {name: measured[key] for name, key in needs_of(self._merged.task, "tensor").items()}
+        task = self.merged.task
+        keeps = task.method.uses_base or task.method.idempotent(task.parameters)
+        if keeps and not task.modifiers and self._is_identical():
+            return None
+        measured = run_here(measure([task], [self], "tensor"))
+        needs = {name: measured[key] for name, key in needs_of(task, "tensor").items()}
+        return self.engine.prepare(task, needs)
 
     def count(self, num_elements: int) -> None:
         """Count nothing: reads are counted by the reader of this merge."""
 
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
-        task = self._merged.task
-        block_SE = self._load(span, len(task.dtypes))
-        return measure_block(task, block_SE, passes, span[0])
+        raws = self._read(span, self.merged.sources[: len(self.merged.task.dtypes)])
+        return self.engine.measure(self.merged.task, passes, raws, span[1] - span[0], span[0])
 
-    def merged(self, span: Span, needs: Mapping[str, list[Any]]) -> memoryview:
-        """Return the bytes of a merged span."""
-        import torch
+    def merge(self, span: Span, prepared: Any, out: memoryview) -> None:
+        """Fill `out` with a merged span.
 
-        task, block_SE = self._merged.task, self._load(span)
-        own = keywords(task, needs, block_SE)
-        merged_E, _ = merge_block(task, block_SE, own, span[0])
-        stored_E = merged_E.to(getattr(torch, task.out_dtype.name)).contiguous()
-        array: Any = stored_E.view(torch.uint8).numpy()
-        return memoryview(array)
+        Raises:
+            OutlierMergeError: values are infinite or NaN.
+        """
+        task, num_elements = self.merged.task, span[1] - span[0]
+        if prepared is None:
+            first = self.merged.sources[0]
+            (raw,) = self._read(span, (first,))
+            finite = self.engine.is_finite(first.dtype, raw)
+            self.engine.convert(first.dtype, raw, task.out_dtype, out)
+        else:
+            raws = self._read(span, self.merged.sources)
+            finite, fits, _ = self.engine.merge(task, prepared, raws, num_elements, out, span[0])
+            finite = finite and fits
+        if not finite and not self.allow_non_finite:
+            raise OutlierMergeError(
+                f"tensor {shown(self.merged.name)} of a stage has values that are infinite or NaN. "
+                f"Check its models; {argument('allow_non_finite', True)} goes on."
+            )
 
-    def _load(self, span: Span, num_sources: int | None = None) -> Tensor:
-        import torch
+    def _read(self, span: Span, sources: tuple[Source, ...]) -> list[memoryview]:
+        raws = []
+        for slot, source in enumerate(sources):
+            raw = self.buffer(slot, (span[1] - span[0]) * source.dtype.num_bytes)
+            source.read(self.reader, *span, raw)
+            raws.append(raw)
+        return raws
 
-        sources: Sequence[Source] = self._merged.sources[:num_sources]
-        dtype = getattr(torch, self._merged.task.compute_dtype)
-        block_SE = torch.empty((len(sources), span[1] - span[0]), dtype=dtype)
-        for row_E, source in zip(block_SE, sources, strict=True):
-            row_E.copy_(self._reader.values(source, *span))
-        return block_SE
+    def _is_identical(self) -> bool:
+        """Tell whether all sources hold the same bytes; mostly their first elements decide."""
+        sources = self.merged.sources[: len(self.merged.task.dtypes)]
+        if len({source.dtype for source in sources}) > 1:
+            return False
+        for span in spans(self.num_elements, CHUNK_ELEMENTS):
+            first, *others = self._read(span, sources)
+            if not all(self.engine.equal(first, other) for other in others):
+                return False
+        return True
+
+
+def _spans(merged: MergedSource, start: int, stop: int) -> list[Span]:
+    """Return blocks that cover a range of elements; methods on rows get whole rows."""
+    step = merged.block_elements
+    if merged.task.cut == "element":
+        return spans(stop, step, start=start)
+    row = row_elements(merged.shape)
+    return spans(min(merged.num_elements, -(-stop // row) * row), step, start=start // row * row)

@@ -20,8 +20,10 @@ from outliermerge.errors import ArgumentError, argument
 from outliermerge.execution.computing import reads_by_torch
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.jobs import JobResult, JobRunner
+from outliermerge.execution.merged import Merges
 from outliermerge.execution.passes import Measured, needs_of
 from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.methods.task import Task
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
@@ -50,9 +52,7 @@ def choose_device(name: str) -> str:
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise ArgumentError(
-            f"{argument('device')}: {name} is not on this machine: it has {count} CUDA device(s)"
-        )
+        raise ArgumentError(f"device {name} is not on this machine: it has {count} CUDA device(s)")
     return name
 
 
@@ -135,14 +135,21 @@ def execute(
     forgets = exceeds_memory(targets[0].plan.num_read_bytes)
     all_jobs = [job for target in targets for job in (*target.jobs, *target.plan.checks)]
     keep_freed_memory()
-    with Reader(options.memory_bytes, folder) as reader, ExitStack() as stack:
-        kernels: KernelEngine | None = None
-        torch: TorchEngine | None = None
+    kernels: KernelEngine | None = None
+    torch: TorchEngine | None = None
+
+    def engine_of_stage(task: Task) -> Engine:
+        engine = kernels if options.kernels_do(task) else torch
+        return engine if engine is not None else KernelEngine(find_kernels())
+
+    merges = Merges(engine_of_stage, allow_non_finite=options.allow_non_finite)
+    with Reader(options.memory_bytes, folder, merges) as reader, ExitStack() as stack:
         prepare = _nothing
         if any(options.uses_kernels(job) for job in all_jobs):
             kernels = KernelEngine(find_kernels())
         if any(
-            options.uses_torch(job) or reads_by_torch(source for _, source in job.sources)
+            options.uses_torch(job)
+            or reads_by_torch((source for _, source in job.sources), options)
             for job in all_jobs
         ):
             prepare = stack.enter_context(torch_threads())

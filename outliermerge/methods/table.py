@@ -25,6 +25,8 @@ from outliermerge.methods.sparse import (
 from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 
+_SURE = 0.7  # a name so alike is meant: of a name of four letters, three are right
+
 METHODS: dict[str, MergeMethod] = {
     method.name: method
     for method in (
@@ -70,10 +72,21 @@ def find_method(name: str) -> MergeMethod:
     if name not in METHODS:
         said = known_elsewhere(name, METHODS)
         if said is None:
+            said = f"unknown merge method {quoted(name)}."
+            if sure := meant_method(name):
+                raise SpecError(f"{said} Did you mean {sure.name!r}?")
             near = nearest(name, METHODS)
             meant = f" Did you mean {near!r}?" if near else ""
-            said = (
-                f"unknown merge method {quoted(name)}.{meant} Valid: {', '.join(sorted(METHODS))}."
-            )
+            said += f"{meant} Valid: {', '.join(sorted(METHODS))}."
         raise SpecError(f"{said} A method of your own is named package.module:function.")
     return METHODS[name]
+
+
+def meant_method(name: str) -> MergeMethod | None:
+    """Return the method that was meant by a misspelt name; None if that is not sure.
+
+    >>> meant_method("task-arithmatic").name
+    'task_arithmetic'
+    """
+    sure = nearest(name, METHODS, cutoff=_SURE)
+    return None if sure is None or known_elsewhere(name, METHODS) else METHODS[sure]

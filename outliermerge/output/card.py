@@ -13,8 +13,9 @@ from typing import Any
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.errors import shown
-from outliermerge.output.recipe import RECIPE_NAME
+from outliermerge.output.recipe import RECIPE_NAME, from_here, renamed
 from outliermerge.planning.plan import Input, Plan
+from outliermerge.spec.text import as_yaml
 
 CARD_NAME = "README.md"
 _HERE = '"path/to/this/folder"'
@@ -33,7 +34,8 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    on_hub = [_repository(entry) for entry in plan.inputs if _is_on_hub(entry)]
+    models = {m.reference: m for entry in plan.inputs for m in entry.models}.values()
+    on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
     front = ["---"]
     if on_hub:
         front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
@@ -55,12 +57,12 @@ def model_card(
     ]
     if snippet := usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
-    parts += ["## Models", "\n".join(_parent(entry) for entry in plan.inputs)]
+    parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
     if drift:
         parts += ["## Drift from the base", _drift(drift)]
     return (
         "\n\n".join(parts)
-        + f"\n\n## Recipe\n\n{_fenced(plan.spec.as_yaml())}\n\n"
+        + f"\n\n## Recipe\n\n{_fenced(as_yaml(renamed(plan.spec.as_dict(), from_here)))}\n\n"
         + f"`{RECIPE_NAME}` is the same with models that any folder finds. It gives this folder "
         + f"again:\n\n```sh\n{command}\n```\n\n"
         + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
@@ -158,7 +160,7 @@ def _config(contents: Mapping[str, bytes | Path]) -> dict[str, Any]:
 def _drift(drift: Mapping[str, Any]) -> str:
     errors = drift["standard_errors"]
     cosines = ", ".join(
-        f"{with_error(value, errors['cosines'][name])} with {_code(name)}"
+        f"{with_error(value, errors['cosines'][name])} with {_code(from_here(name))}"
         for name, value in drift["cosines"].items()
     )
     size = with_error(100 * drift["relative_size"], 100 * errors["relative_size"])
@@ -167,7 +169,9 @@ def _drift(drift: Mapping[str, Any]) -> str:
         f"- direction: cosine {cosines}",
     ]
     if kept := drift.get("outliers_kept"):
-        shares = ", ".join(f"{value:.2%} of {_code(name)}" for name, value in kept.items())
+        shares = ", ".join(
+            f"{value:.2%} of {_code(from_here(name))}" for name, value in kept.items()
+        )
         lines.append(f"- outliers kept whole: {shares}")
     else:
         lines.append(
@@ -205,7 +209,7 @@ def with_error(value: float, error: float) -> str:
 def _parent(entry: Input) -> str:
     role = " (base)" if entry.role == "base" else ""
     if not _is_on_hub(entry):
-        return f"- {_code(entry.reference)}{role}"
+        return f"- {_code(from_here(entry.reference))}{role}"
     repository = _repository(entry)
     return f"- [{_code(entry.reference)}](https://huggingface.co/{repository}){role}"
 

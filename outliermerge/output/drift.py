@@ -67,7 +67,8 @@ def measure_drift(
     num_models = len(plan.spec.models)
     merged = [job for job in plan.jobs if results[job.name].action == "merge"]
     whole = [job for job in merged if len(job.sources) == 1 + num_models]
-    if not plan.spec.method.uses_base or not whole:
+    orders = {tuple(number for number, _ in job.sources) for job in whole}
+    if not plan.spec.method.uses_base or len(orders) != 1:
         return {}
     fitting = [job for job in whole if job.num_elements and _can_be_sampled(job)]
     num_elements = sum(job.num_elements for job in merged)

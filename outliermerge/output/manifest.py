@@ -180,6 +180,7 @@ def _inputs(plan: Plan, results: Mapping[str, JobResult]) -> list[dict[str, Any]
         {
             "model": entry.reference,
             "role": entry.role,
+            **({"made_of": [m.reference for m in entry.made_of]} if entry.made_of else {}),
             "path": str(entry.checkpoint.root),
             "files": {
                 relative_to(stamp.path, entry.checkpoint.root): stamp.num_bytes

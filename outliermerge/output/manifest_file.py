@@ -11,6 +11,7 @@ from outliermerge.checkpoint.folders.folder import refuse_unfinished
 from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
+from outliermerge.spec.document import references
 from outliermerge.storage.files import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, read_bytes
 from outliermerge.storage.json_text import parse_json
 
@@ -24,7 +25,7 @@ class Manifest(dict[str, Any]):
         spec = self.get("spec") or {}
         return short_repr(
             self,
-            f"{spec.get('merge_method')} of {len(spec.get('models', []))} models, "
+            f"{spec.get('merge_method')} of {len(references(spec))} models, "
             f"{len(self.get('tensors', {}))} tensors in {len(self.get('shards', {}))} file(s)",
             f"keys: {', '.join(map(str, self))}",
         )

@@ -6,11 +6,12 @@ The facts about mergekit are those of version 0.1.5.
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
-from outliermerge.output.recipe import recipe_of
+from outliermerge.output.recipe import from_here, recipe_of, renamed
 from outliermerge.planning.plan import Plan
 from outliermerge.spec.inert import INERT_PARAMETERS
 from outliermerge.spec.text import as_yaml
@@ -31,12 +32,15 @@ _OF_OURS = {"trim": "tensor", "consensus": "sum"}
 # Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
 _OTHERWISE: dict[str, Any] = {
     "modifiers": [],
+    "stages": [],
     "rename": None,
     "missing": "error",
     "extra": "error",
     "unequal": "error",
     "other_files": "error",
     "vocabulary": "error",
+    "tokenizer": None,
+    "chat_template": None,
     "tie_word_embeddings": None,
     "config_source": "base",
     "tokenizer_source": "base",
@@ -62,7 +66,7 @@ def mergekit_text(plan: Plan) -> str | None:
 
 
 def _document(plan: Plan) -> dict[str, Any] | None:
-    spec, recipe = plan.spec, recipe_of(plan)
+    spec, recipe = plan.spec, renamed(recipe_of(plan), from_here)
     if spec.method.name not in METHODS or not _is_plain(plan):
         return None
     given = recipe.get("parameters", {})
@@ -102,6 +106,7 @@ def _is_plain(plan: Plan) -> bool:
     sources = [source for job in plan.jobs for _, source in job.sources]
     return (
         not plan.is_one_file
+        and plan.stacked is None
         and set(plan.components) == {""}
         and not (plan.tied or plan.dropped or plan.checks or plan.num_rows or plan.added_tokens)
         and not any(entry.renamed for entry in plan.inputs)
@@ -115,7 +120,7 @@ def _is_plain(plan: Plan) -> bool:
 
 def _can_be_named(name: str) -> bool:
     """Tell whether mergekit reads a name as we do: `+` is for adapters, `@` for revisions."""
-    return "+" not in name and (not name.startswith("/") or "@" not in name)
+    return "+" not in name and ("@" not in name or not Path(name).exists())
 
 
 def _without_inert(parameters: dict[str, Any]) -> dict[str, Any]:

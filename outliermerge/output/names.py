@@ -43,6 +43,8 @@ def shard_path(final: Path, file: str) -> Path:
 def real_output(named: Path) -> Path:
     """Return the path that an output's name leads to: links are followed, and stay.
 
+    A name without links stays as it is, so that messages name what the user named.
+
     Raises:
         OutlierMergeError: an output cannot have that name.
     """
@@ -66,7 +68,9 @@ def real_output(named: Path) -> Path:
             f"{real.name[:60]}…: cannot be an output: its name has {length - len(_LONGEST)} bytes, "
             f"and at most {255 - len(_LONGEST)} leave room for {_LONGEST}"
         )
-    return real
+    # `resolve` would follow links.
+    is_plain = named.name == real.name and os.path.abspath(named) == str(real)  # noqa: PTH100
+    return named if is_plain else real
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
 from outliermerge.errors import as_path
@@ -14,7 +15,9 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.spec.moe import MoeSpec
+from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
+from outliermerge.spec.tokenizer import plain_reference
 
 RECIPE_NAME = "recipe.yaml"
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
@@ -27,35 +30,100 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     It names no output, so that it does not replace the one that it is in.
     """
     commits = _commits(plan)
-    has_base = plan.spec.base is not None
-
-    def lasting(reference: str) -> str:
-        return _lasting(reference, commits, has_base=has_base)
-
     if isinstance(plan.spec, MoeSpec):
-        document = plan.spec.lasting(lasting)
-        document.pop("output", None)
-        return document
-    document = plan.spec.as_dict()
+        document = plan.spec.lasting(partial(_lasting, commits=commits, has_base=True))
+    else:
+        document = renamed(plan.spec.as_dict(), partial(_lasting, commits=commits))
     document.pop("output", None)
-    names = {}
+    return document
+
+
+class Name(Protocol):
+    """Gives a model another name; has_base: an adapter is applied to a base of the merge."""
+
+    def __call__(self, reference: str, *, has_base: bool) -> str: ...
+
+
+def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()) -> dict[str, Any]:
+    """Return a spec with other names for its models.
+
+    Args:
+        name: gives them.
+        stages: names that are left as they are; those of the spec's own stages are, too.
+    """
+    document, names = dict(document), dict[str, str]()
+    if entries := document.get(STAGES):
+        stages = {entry[NAME] for entry in entries}
+        document[STAGES] = [renamed(entry, name, stages) for entry in entries]
     base = document.get("base_model")
+
+    def new(reference: str, *, has_base: bool = base is not None) -> str:
+        return reference if reference in stages else name(reference, has_base=has_base)
+
     if isinstance(base, dict):
-        names[base["model"]] = _lasting(base["model"], commits, has_base=False)
+        names[base["model"]] = new(base["model"], has_base=False)
         document["base_model"] = base | {"model": names[base["model"]]}
     elif base is not None:
-        document["base_model"] = names[base] = _lasting(base, commits, has_base=False)
+        document["base_model"] = names[base] = new(base, has_base=False)
     models = []
-    for entry in document["models"]:
-        names.setdefault(entry["model"], lasting(entry["model"]))
+    for entry in document.get("models", ()):
+        names.setdefault(entry["model"], new(entry["model"]))
         entry = entry | {"model": names[entry["model"]]}
         if "auxiliary" in entry:
-            entry["auxiliary"] = {k: lasting(place) for k, place in entry["auxiliary"].items()}
+            entry["auxiliary"] = {k: new(place) for k, place in entry["auxiliary"].items()}
         models.append(entry)
-    document["models"] = models
-    return document | {
-        key: names.get(document[key], document[key]) for key in _SOURCES if key in document
-    }
+    if models:
+        document["models"] = models
+    if "slices" in document:
+        document["slices"] = [
+            one
+            | {
+                "sources": [
+                    source | {"model": names.setdefault(source["model"], new(source["model"]))}
+                    for source in one["sources"]
+                ]
+            }
+            for one in document["slices"]
+        ]
+    if isinstance(tokenizer := document.get("tokenizer"), dict):
+        document["tokenizer"] = _named(tokenizer, names)
+    return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return a model's lasting name; it may stand with mergekit's `model:` before it."""
+    return names.get(plain_reference(name) or "", name)
+
+
+def _named(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a spec says of the tokenizer, with models by their lasting names."""
+    tokens: dict[str, Any] = {}
+    for token, entry in (tokenizer.get("tokens") or {}).items():
+        source = entry.get("source")
+        if isinstance(source, str):
+            entry = entry | {"source": _renamed(source, names)}
+        elif isinstance(source, dict) and "model" in source:
+            entry = entry | {"source": source | {"model": _renamed(source["model"], names)}}
+        tokens[token] = entry
+    changed: dict[str, Any] = {"tokens": tokens} if tokens else {}
+    if "source" in tokenizer:
+        changed["source"] = _renamed(tokenizer["source"], names)
+    return tokenizer | changed
+
+
+def from_here(reference: str, *, has_base: bool = True) -> str:
+    """Return a reference without the path of the present folder, as a person writes it.
+
+    >>> from_here(f"{Path.cwd()}/models/base"), from_here("org/base+models/lora")
+    ('models/base', 'org/base+models/lora')
+    """
+    here = Path.cwd()
+    is_whole = "+" not in reference or as_path(reference).exists()
+    parts = [reference] if is_whole else split_reference(reference)
+    return "+".join(
+        str(Path(part).relative_to(here)) if Path(part).is_relative_to(here) else part
+        for part in parts
+    )
 
 
 def recipe_text(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> str:
@@ -90,7 +158,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
 def _commits(plan: Plan) -> dict[str, set[str]]:
     """Return by repository of the hub the commits whose files were read."""
     found: dict[str, set[str]] = {}
-    roots = [entry.checkpoint.root / "-" for entry in plan.inputs]
+    roots = [model.checkpoint.root / "-" for entry in plan.inputs for model in entry.models]
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])

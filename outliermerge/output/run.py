@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, argument, as_path
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
@@ -103,7 +103,7 @@ class RunResult:
 
 
 def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[RunResult]:
-    """Carry out plans that read the same models, each into its own output, reading them once.
+    """Carry out plans, each into its own output; what they read of the same tensors is read once.
 
     With `load_check`, an output that would not load keeps the name of an unfinished one, and a
     run with a corrected config goes on from there.
@@ -121,7 +121,10 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
     with ExitStack() as stack:
         if on_progress is RunOptions.on_progress and in_notebook():
             first, *others = (plan for plan, _ in plans)
-            total = first.work_bytes + sum(plan.num_written_bytes for plan in others)
+            total = first.work_bytes + sum(
+                plan.num_written_bytes if plan.inputs == first.inputs else plan.work_bytes
+                for plan in others
+            )
             on_progress = stack.enter_context(NotebookBar("the merge", total)).advance
         stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
@@ -279,9 +282,8 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
     """
     named = output or planned.spec.document.output
     if named is None:
-        raise planned.spec.source.error(
-            (), f"no output: give {argument('output')} or `output:` in the spec"
-        )
+        file = planned.spec.source.file
+        raise SpecError(f"{file}: no output: give {argument('output')} or `output:` in the spec")
     try:
         path = as_path(named)
     except OutlierMergeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
@@ -12,6 +12,20 @@ from outliermerge.planning.plan import Input
 
 _UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
 CANNOT = "Models of different architectures or sizes cannot be merged."
+
+
+def verdict_on(
+    inputs: Sequence[Input], unfit: Collection[int], unpaired: Collection[int], *, cannot: bool
+) -> list[str]:
+    """Return whether models with other tensors than the first can be merged, and what they are.
+
+    Args:
+        unfit: the numbers of models with tensors of another shape; `unpaired` of other names.
+        cannot: whether it is known already that they cannot.
+    """
+    cannot = cannot or any(differ_in_size(inputs[number], inputs[0]) for number in unfit)
+    first = CANNOT if cannot else "the models do not hold the same tensors"
+    return [first, *compare_architectures(inputs, {*unfit, *unpaired})]
 
 
 def compare_architectures(inputs: Sequence[Input], numbers: Iterable[int]) -> list[str]:

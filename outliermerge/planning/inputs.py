@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
-from outliermerge.errors import OutlierMergeError, as_path, shown
+from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.plan import Input
@@ -27,9 +28,16 @@ from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.storage.stamps import told_by_name
 
+_NO_STAGES: Mapping[str, Callable[[], Input]] = {}
 
-def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
+
+def open_inputs(
+    spec: MergeSpec, open_stage: Callable[[str], Input]
+) -> tuple[tuple[Input, ...], list[int]]:
     """Open every model once; return all inputs, and the numbers of the merged ones in order.
+
+    Args:
+        open_stage: plans a stage of the spec, and returns it as a model.
 
     Raises:
         SpecError: a rule of a `rename` matches nothing, or gives two tensors one name.
@@ -38,12 +46,15 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     _refuse_absent(spec)
     inputs: list[Input] = []
     unties = spec.document.tie_word_embeddings is False
+    stages = {name: partial(open_stage, name) for name in spec.stages}
 
     def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
         base = inputs[0] if inputs and inputs[0].role == "base" else None
         try:
             with told_by_name():
-                entry = open_model(model.reference, model.rename, role, base, unties=unties)
+                entry = open_model(
+                    model.reference, model.rename, role, base, unties=unties, stages=stages
+                )
         except SettingError as error:
             raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
         except OutlierMergeError as error:
@@ -60,7 +71,8 @@ def open_inputs(spec: MergeSpec) -> tuple[tuple[Input, ...], list[int]]:
     numbers: list[int] = []
     for model in spec.models:
         number = 0 if model is spec.base else number_of(model, "model")
-        if number in numbers or (number == 0 and spec.base and spec.method.uses_base):
+        is_twice = number in numbers or (number == 0 and spec.base and spec.method.uses_base)
+        if is_twice and not spec.slices:  # of slices each is looked at by itself
             other = inputs[number].reference
             raise spec.source.error(
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
@@ -78,14 +90,17 @@ def _refuse_absent(spec: MergeSpec) -> None:
         at = model.path if model is spec.base else (*model.path, "model")
         named.append((at, model.reference))
         named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
-    refuse_absent_models(spec.source, named)
+    refuse_absent_models(spec.source, named, stages=spec.stages)
 
 
-def refuse_absent_models(source: SpecText, named: Iterable[tuple[SpecPath, str]]) -> None:
+def refuse_absent_models(
+    source: SpecText, named: Iterable[tuple[SpecPath, str]], *, stages: Collection[str] = ()
+) -> None:
     """Refuse all models at once that are certainly not there, before the hub is asked for others.
 
     Args:
         named: the models, each with its place in the file.
+        stages: the names of the file's other merges.
 
     Raises:
         OutlierMergeError: there are such models.
@@ -94,10 +109,14 @@ def refuse_absent_models(source: SpecText, named: Iterable[tuple[SpecPath, str]]
     beside = folder if Path(source.file).is_file() else None
     for path, whole in named:
         for reference in _parts(whole):
+            if reference in stages:
+                continue
             try:
                 refuse_absent(reference, beside=beside)
             except OutlierMergeError as error:
-                mistakes.found.append(source.error(path, error.marked))
+                near = nearest(reference, stages)
+                meant = f" Did you mean the stage {quoted(near)}?" if near is not None else ""
+                mistakes.found.append(source.error(path, error.marked + meant))
     mistakes.refuse(OutlierMergeError)
 
 
@@ -111,6 +130,8 @@ def _parts(reference: str) -> list[str]:
 
 def _same(entry: Input, other: Input) -> bool:
     """Tell whether two references lead to the same files."""
+    if entry.made_of or other.made_of:
+        return entry.reference == other.reference
     return _files(entry) == _files(other)
 
 
@@ -125,6 +146,7 @@ def open_model(
     base: Input | None,
     *,
     unties: bool = False,
+    stages: Mapping[str, Callable[[], Input]] = _NO_STAGES,
 ) -> Input:
     """Open a model: a folder, a file, a hub id, an adapter, or `base+adapter`.
 
@@ -137,18 +159,21 @@ def open_model(
         role: the model's role in the merge.
         base: the base model of the merge.
         unties: the spec gives the output a head of its own.
+        stages: by name what opens the stages of the merge.
 
     Raises:
         SettingError: a rule of `rename` does not fit the names.
         OutlierMergeError: the model is absent or broken.
     """
+    if reference in stages:
+        return _renamed(replace(stages[reference](), role=role), rename)
     if "+" in reference and not as_path(reference).exists():
         stem, last = split_reference(reference)
-        return _open_adapter(reference, resolve(last), rename, role, base, stem, unties)
+        return _open_adapter(reference, resolve(last), rename, role, base, stem, unties, stages)
     root = resolve(reference)
     refuse_unfinished(root)
     if root.is_dir() and is_adapter(root):
-        return _open_adapter(reference, root, rename, role, base, None, unties)
+        return _open_adapter(reference, root, rename, role, base, None, unties, stages)
     checkpoint = dequantize(open_checkpoint(root))
     return _renamed(Input(reference, role, checkpoint, home=root), rename)
 
@@ -169,6 +194,7 @@ def _open_adapter(
     base: Input | None,
     stem: str | None,
     unties: bool,
+    stages: Mapping[str, Callable[[], Input]],
 ) -> Input:
     """Open an adapter over the model named before the `+`, the base model, or its own base."""
     if not is_adapter(folder):
@@ -176,7 +202,7 @@ def _open_adapter(
         raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
     trained_on = base_of_adapter(folder)
     if stem is not None:
-        under = open_model(stem, Rename(), role, None, unties=unties)
+        under = open_model(stem, Rename(), role, None, unties=unties, stages=stages)
         if base is not None and _same(under, base):
             under = base
     elif base is not None:
@@ -223,7 +249,14 @@ def _open_adapter(
         notes=(*adapted.notes, *notes),
     )
     entry = Input(
-        reference, role, checkpoint, home=under.home, parted=heads.parted, alike=heads.alike
+        reference,
+        role,
+        checkpoint,
+        home=under.home,
+        parted=heads.parted,
+        alike=heads.alike,
+        made_of=under.made_of,
+        checks=under.checks,
     )
     if not is_over_base:
         return _renamed(entry, rename)

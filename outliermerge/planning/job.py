@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ class Input:
         renamed: by rule of its `rename`, how many names it changes, and one before and after.
         parted: heads that an adapter trained apart from the embeddings that its base ties them to.
         alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
+        made_of: the models that it is a merge of, where it is a stage of this merge.
+        checks: what must be equal for that merge to be right.
     """
 
     reference: str
@@ -37,10 +40,17 @@ class Input:
     renamed: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     parted: tuple[str, ...] = ()
     alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
+    made_of: tuple[Input, ...] = ()
+    checks: tuple[Job, ...] = ()
 
     def __repr__(self) -> str:
         num = len(self.checkpoint.tensors)
         return short_repr(self, f"{self.reference} ({self.role}), {num} tensors")
+
+    @property
+    def models(self) -> tuple[Input, ...]:
+        """Itself, or the models that a stage is made of, through all stages."""
+        return tuple(m for entry in self.made_of for m in entry.models) or (self,)
 
     @property
     def stored(self) -> list[TensorMeta]:
@@ -78,6 +88,65 @@ class Proof:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     resized: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayersFrom:
+    """Where some of the output's layers are from: a slice of the spec.
+
+    Attributes:
+        start, stop: the layers of the output.
+        first: the number of the input that gives names and shapes.
+        numbers: the numbers of the merged inputs, in order.
+        ranges: by number of an input its layers; the base's too.
+    """
+
+    start: int
+    stop: int
+    first: int
+    numbers: tuple[int, ...]
+    ranges: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The layers of an output that are from slices.
+
+    Attributes:
+        name: what the spec may call the stack of layers.
+        kind: what the layers are: `text`, `vision`, `audio`, `encoder` or `decoder`.
+        prefix: the start of their tensors' names.
+        slices: where they are from.
+        depths: by input how many layers it has.
+        after: the tensors behind the layers, which are of the last slice.
+    """
+
+    name: str
+    kind: str
+    prefix: str
+    slices: tuple[LayersFrom, ...]
+    depths: tuple[int, ...]
+    after: frozenset[str] = frozenset()
+
+    @property
+    def num_layers(self) -> int:
+        return self.slices[-1].stop
+
+    def slice_of(self, name: str) -> int:
+        """Return the number of the slice that a tensor of the merge is of."""
+        index = name.removeprefix(self.prefix).partition(".")[0]
+        if name.startswith(self.prefix) and index.isdecimal():
+            starts = [one.start for one in self.slices]
+            return bisect_right(starts, int(index)) - 1
+        return len(self.slices) - 1 if name in self.after else 0
+
+    def own_name(self, name: str, number: int) -> str:
+        """Return the name of a tensor of the merge in an input that its slice takes."""
+        index, dot, rest = name.removeprefix(self.prefix).partition(".")
+        one = self.slices[self.slice_of(name)]
+        if not (name.startswith(self.prefix) and index.isdecimal()) or number not in one.ranges:
+            return name
+        return f"{self.prefix}{int(index) - one.start + one.ranges[number][0]}{dot}{rest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +254,28 @@ class Options:
     def uses_kernels(self, job: Job) -> bool:
         return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)
 
+    def kernels_do(self, task: Task) -> bool:
+        """Tell whether kernels alone do a task on the CPU, its statistics included."""
+        return (
+            bool(self.kernels)
+            and self.device == "cpu"
+            and task.fits_kernels(self.kernels)
+            and all(is_measured_by(need, self.statistics) for need in task.method.needs.values())
+        )
+
     def uses_torch(self, job: Job) -> bool:
         """Tell whether torch computes a job, or measures what a kernel needs to know."""
         if job.action != "merge" or not self.uses_kernels(job):
             return not self.uses_kernels(job)
         needs = job.task.method.needs.values()
         return not all(is_measured_by(need, self.statistics) for need in needs)
+
+
+def row_elements(shape: tuple[int, ...]) -> int:
+    """Return the elements of one row; a vector or a scalar is one row."""
+    if len(shape) < 2:
+        return max(1, shape[0] if shape else 1)
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    return max(1, elements)

@@ -8,8 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from outliermerge.errors import WARNING, listing
 from outliermerge.planning.plan import Input, Job, Sidecar
 from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.models import ModelSpec
+from outliermerge.spec.settings import Setting
 
 _MAX_WARNINGS = 20
+
+
+def _shared(spec: MergeSpec, models: Sequence[ModelSpec]) -> Iterator[Mapping[str, Setting]]:
+    """Yield the settings that some models share."""
+    yield spec.settings
+    yield from (one.settings for one in spec.slices if one.models is models)
 
 
 def reading_notes(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
@@ -38,10 +46,14 @@ def merge_notes(
         lacking: by model the tensors that it lacks while another task model has them.
     """
     yield from reading_notes(spec, inputs)
-    weighted = [bool(model.settings.get("weight")) for model in spec.models]
-    if any(weighted) and not all(weighted) and "weight" not in spec.settings:
-        names = [m.reference for m, own in zip(spec.models, weighted, strict=True) if not own]
-        yield f"no `weight` for {', '.join(names)}: 1 is used"
+    lack_weight: dict[str, None] = {}
+    for models in [one.models for one in spec.slices] or [spec.models]:
+        names = [model.reference for model in models if not model.settings.get("weight")]
+        given = [settings for settings in _shared(spec, models) if "weight" in settings]
+        if len(names) < len(models) and not given:
+            lack_weight |= dict.fromkeys(names)
+    if lack_weight:
+        yield f"no `weight` for {', '.join(lack_weight)}: 1 is used"
     mixed = [
         f"{job.name}: {', '.join(source.out_dtype.name for _, source in job.sources)}"
         for job in jobs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,11 @@ def kind_of(name: str) -> Kind:
     if _PROCESSOR.search(file):
         return "processor"
     return "tokenizer" if _TOKENIZER.search(file) or folder.startswith("tokenizer") else "config"
+
+
+def input_named(inputs: Sequence[Input], wanted: str | None) -> Input:
+    """Return the input of a name; the first, which is the base, if it is not that of another."""
+    return next((entry for entry in inputs if entry.reference == wanted), inputs[0])
 
 
 def is_loaded(name: str) -> bool:

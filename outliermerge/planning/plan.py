@@ -16,10 +16,15 @@ from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.table import find_method
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
+from outliermerge.planning.job import LayersFrom as LayersFrom
 from outliermerge.planning.job import Options as Options
 from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
+from outliermerge.planning.job import Stacked as Stacked
+from outliermerge.planning.job import row_elements as row_elements
+from outliermerge.planning.merged import bytes_of_merges
 from outliermerge.planning.plan_html import plan_as_html
+from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.stamps import FileStamp
 
@@ -43,7 +48,10 @@ class Plan:
         components: by component's folder the stem of its weight files.
         num_rows: of the vocabulary, where the merge changes it.
         added_tokens: id, token, and the input that has it, for a vocabulary that grows.
+        tokenizer: the output's tokenizer, where its tokens decide which rows there are.
+        chat_template: the output's chat template, where the spec gives one.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
+        stacked: where the layers are from, if the spec has slices.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
         config: the output's config, where it is not the reference's.
@@ -62,7 +70,10 @@ class Plan:
     components: Mapping[str, str]
     num_rows: int | None = None
     added_tokens: tuple[tuple[int, str, int], ...] = ()
+    tokenizer: TokenizerPlan | None = None
+    chat_template: ChatTemplate | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    stacked: Stacked | None = None
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
     config: Mapping[str, Any] | None = None
@@ -123,29 +134,33 @@ class Plan:
         Raises:
             ArgumentError: not even the smallest block fits the memory budget.
         """
-        method = find_method(job.method)
-        cut = job.task.cut if job.action == "merge" else "element"
-        unit = {"element": CHUNK_ELEMENTS, "row": row_elements(job.output.shape),
-                "tensor": max(1, job.num_elements)}[cut]  # fmt: skip
-        per_element = self._bytes_per_element(job, options)
-        fits = options.memory_bytes // (options.threads * per_element)
+        unit = _block_unit(job)
+        fits = options.memory_bytes // (options.threads * self._bytes_per_element(job, options))
         if fits < min(unit, job.num_elements):
-            needed = options.threads * per_element * min(unit, job.num_elements)
+            needed = self._least_bytes(job, options)
+            least = max(self._least_bytes(each, options) for each in self.jobs)
             raise ArgumentError(
-                f"{argument('memory')}: {options.memory_bytes:,} bytes are too few for tensor "
-                f"{job.name!r}: {method.name} needs {needed:,} on {options.threads} threads to "
-                f"hold one {cut} block. Give more memory or fewer threads."
+                f"{argument('memory')}: {options.memory_bytes:,} B is too little for tensor "
+                f"{job.name!r}: {job.method} needs {needed:,} B on {options.threads} threads to "
+                f"hold one block of it. Give {argument('memory', f'{-(-least // 1024)}KiB')} or "
+                "more, or fewer threads."
             )
         where = options.device.partition(":")[0] if options.uses_torch(job) else "kernels"
         most = _MAX_BLOCK_CHUNKS[where] * CHUNK_ELEMENTS
         return max(unit, min(fits, most) // unit * unit)
+
+    def _least_bytes(self, job: Job, options: Options) -> int:
+        """Return the memory that the smallest blocks of a tensor take."""
+        num_elements = min(_block_unit(job), job.num_elements)
+        return options.threads * self._bytes_per_element(job, options) * num_elements
 
     def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
         peak = 0
         for job in self.jobs:
             block = min(self.block_elements(job, options), job.num_elements)
-            peak = max(peak, block * self._bytes_per_element(job, options))
+            stages = bytes_of_merges(source for _, source in job.sources)
+            peak = max(peak, block * self._bytes_per_element(job, options) + stages)
         return options.threads * peak
 
     def block_memory_bytes(self, options: Options) -> int:
@@ -161,7 +176,7 @@ class Plan:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
-            peak = max(peak, whole)
+            peak = max(peak, whole + bytes_of_merges(source for _, source in job.sources))
         return options.threads * peak
 
     def _bytes_per_element(self, job: Job, options: Options) -> int:
@@ -192,6 +207,7 @@ class Plan:
                 {
                     "model": entry.reference,
                     "role": entry.role,
+                    **({"made_of": [m.reference for m in entry.made_of]} if entry.made_of else {}),
                     "path": str(entry.checkpoint.root),
                     "num_tensors": len(entry.checkpoint.tensors),
                     "num_bytes": sum(meta.num_bytes for meta in entry.stored),
@@ -207,6 +223,7 @@ class Plan:
             "write_bytes": self.num_written_bytes,
             "num_parameters": self.num_parameters,
             "actions": dict(Counter(job.action for job in self.jobs)),
+            **({"layers": self._layers_as_dict(self.stacked)} if self.stacked else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
             "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},
@@ -220,12 +237,31 @@ class Plan:
                 "removed": list(self.proof.removed),
                 "resized": list(self.proof.resized),
             },
+            "tokenizer": self.tokenizer.as_dict() if self.tokenizer else None,
+            "chat_template": self.chat_template.as_dict() if self.chat_template else None,
             "num_rows": self.num_rows,
             "added_tokens": [
                 {"id": number, "token": token, "from": self.inputs[model].reference}
                 for number, token, model in self.added_tokens
             ],
             **({"tensors": list(map(self._job_as_dict, self.jobs))} if tensors else {}),
+        }
+
+    def _layers_as_dict(self, stacked: Stacked) -> dict[str, Any]:
+        return {
+            "stack": stacked.name,
+            "prefix": stacked.prefix,
+            "num_layers": stacked.num_layers,
+            "slices": [
+                {
+                    "layers": [one.start, one.stop],
+                    "sources": [
+                        {"model": self.inputs[number].reference, "layer_range": list(layers)}
+                        for number, layers in one.ranges.items()
+                    ],
+                }
+                for one in stacked.slices
+            ],
         }
 
     def _job_as_dict(self, job: Job) -> dict[str, Any]:
@@ -242,11 +278,12 @@ class Plan:
         }
 
 
-def row_elements(shape: tuple[int, ...]) -> int:
-    """Return the elements of one row; a vector or a scalar is one row."""
-    if len(shape) < 2:
-        return max(1, shape[0] if shape else 1)
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
-    return max(1, elements)
+def _block_unit(job: Job) -> int:
+    """Return how many elements a block of a tensor has at least."""
+    match job.task.cut if job.action == "merge" else "element":
+        case "element":
+            return CHUNK_ELEMENTS
+        case "row":
+            return row_elements(job.output.shape)
+        case _:
+            return max(1, job.num_elements)

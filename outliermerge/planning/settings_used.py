@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from outliermerge.planning.plan import Plan
 from outliermerge.spec.inert import INERT_PARAMETERS
 from outliermerge.spec.models import ModelSpec
-from outliermerge.spec.settings import Entry
+from outliermerge.spec.settings import Entry, Setting
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def used_settings(plan: Plan) -> list[UsedSetting]:
     Models with the same settings of a parameter share rows.
     """
     names = _merged_names(plan)
+    own_settings = _own_settings(plan)
     found: list[UsedSetting] = []
     for parameter in plan.spec.method.parameters.values():
         if parameter.name in INERT_PARAMETERS:
@@ -64,7 +65,10 @@ def used_settings(plan: Plan) -> list[UsedSetting]:
         rows: dict[tuple[Any, ...], list[str]] = {}
         for model in models:
             reference = "" if model is None else model.reference
-            counts = Counter(_entry(plan, model, parameter.name, name) for name in names[reference])
+            counts = Counter(
+                _entry(own_settings(reference, name), parameter.name, own)
+                for name, own in names[reference]
+            )
             key = tuple(
                 (entry.filter, entry.values, count)
                 if entry is not None
@@ -81,24 +85,49 @@ def used_settings(plan: Plan) -> list[UsedSetting]:
     return found
 
 
-def _merged_names(plan: Plan) -> dict[str, list[str]]:
-    """Return the merged tensors by model, and under "" all of them, as filters see their names."""
-    found: dict[str, list[str]] = {"": [], **{model.reference: [] for model in plan.spec.models}}
+def _merged_names(plan: Plan) -> dict[str, list[tuple[str, str]]]:
+    """Return the merged tensors by model, and under "" all of them.
+
+    For each its name in the output and, as filters of the model see it, in the model.
+    """
+    found: dict[str, list[tuple[str, str]]] = {"": []}
+    found |= {model.reference: [] for model in plan.spec.models}
     for job in plan.jobs:
         if job.action != "merge":
             continue
-        found[""].append(job.context.name)
+        name = job.context.name
+        found[""].append((name, name))
         # A model of a method on weights is there even where another's tensor stands in.
         for number, _ in job.sources:
             reference = plan.inputs[number].reference
             if reference in found:
-                found[reference].append(job.context.name)
+                own = plan.stacked.own_name(name, number) if plan.stacked else name
+                found[reference].append((name, own))
     return found
 
 
-def _entry(plan: Plan, model: ModelSpec | None, parameter: str, tensor: str) -> Entry | None:
+def _own_settings(plan: Plan) -> Callable[[str, str], tuple[Mapping[str, Setting], ...]]:
+    """Return what gives the settings of a model, or of all, for a tensor of the output."""
+    spec, stacked = plan.spec, plan.stacked
+    if stacked is None:
+        by_model = {model.reference: (model.settings, spec.settings) for model in spec.models}
+        return lambda reference, name: by_model.get(reference, (spec.settings,))
+    slices = [
+        {model.reference: (model.settings, one.settings, spec.settings) for model in one.models}
+        | {"": (one.settings, spec.settings)}
+        for one in spec.slices
+    ]
+
+    def levels(reference: str, name: str) -> tuple[Mapping[str, Setting], ...]:
+        found = slices[stacked.slice_of(name)]
+        return found.get(reference, found[""])
+
+    return levels
+
+
+def _entry(levels: Sequence[Mapping[str, Setting]], parameter: str, tensor: str) -> Entry | None:
     """Return the entry of the spec that a tensor uses; None for the default."""
-    for settings in ((model.settings,) if model else ()) + (plan.spec.settings,):
+    for settings in levels:
         setting = settings.get(parameter)
         if setting is not None and (entry := setting.entry_for(tensor)) is not None:
             return entry
@@ -110,7 +139,7 @@ def _by_place(item: tuple[Entry | None, int]) -> tuple[int, Iterable[Any]]:
     entry = item[0]
     if entry is None:
         return 2, ()
-    return (entry.path[0] != "models"), [str(part).zfill(6) for part in entry.path]
+    return (entry.path[0] == "parameters"), [str(part).zfill(6) for part in entry.path]
 
 
 def _text(value: Any) -> str:

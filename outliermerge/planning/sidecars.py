@@ -17,29 +17,39 @@ from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 from outliermerge.checkpoint.tokens import TOKEN_FILES
 from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.planning.chat_templates import with_template
 from outliermerge.planning.differences import compare_configs, compare_sidecars
 from outliermerge.planning.owners import (
     KINDS,
     Beside,
     Kind,
     choose_files,
+    input_named,
     is_loaded,
     kind_of,
     missing_code,
 )
 from outliermerge.planning.parts import differing_parts
-from outliermerge.planning.plan import Input, Plan, Sidecar
+from outliermerge.planning.plan import Input, Plan, Sidecar, Stacked
+from outliermerge.planning.slice_config import stacked_config
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
+from outliermerge.planning.tokenizer_plan import TokenizerPlan
 from outliermerge.planning.vocabulary_config import fit_config, reached
+from outliermerge.planning.vocabulary_ids import fit_ids
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.files import small_bytes
 
+_SOURCES = ("config_source", "tokenizer_source", "processor_source")
+
 
 def choose_sidecars(
-    spec: MergeSpec, inputs: Sequence[Input]
+    spec: MergeSpec, inputs: Sequence[Input], tokenizer: TokenizerPlan | None = None
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
+
+    Args:
+        tokenizer: what the merge does to the tokenizer.
 
     Raises:
         SpecError: the spec has a `*_source`, but the output is a single file.
@@ -47,15 +57,15 @@ def choose_sidecars(
     """
     document = spec.document
     if inputs[0].checkpoint.root.is_file():
-        for key in ("config_source", "tokenizer_source", "processor_source"):
+        for key in (*_SOURCES, "tokenizer", "chat_template"):
             if getattr(document, key) is not None:
                 raise spec.source.error(
                     (key,), "the output is a single file, as the base is: nothing stands beside it"
                 )
     sources: dict[Kind, Input] = {
-        "config": _source(inputs, document.config_source),
-        "tokenizer": _source(inputs, document.tokenizer_source),
-        "processor": _source(inputs, document.processor_source),
+        "config": input_named(inputs, document.config_source),
+        "tokenizer": input_named(inputs, spec.tokenizer_owner),
+        "processor": input_named(inputs, document.processor_source),
     }
     besides: dict[str, Beside] = {}
     if not inputs[0].checkpoint.root.is_file():
@@ -67,7 +77,10 @@ def choose_sidecars(
     if differing := _differences(inputs, list(besides.values())):
         kept = ", ".join(f"{kind} of {shown(entry.reference)}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
-    notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
+    if tokenizer is None:
+        notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
+    else:
+        chosen = {name: p for name, p in chosen.items() if name not in tokenizer.left_out}
     return tuple(Sidecar(name, chosen[name]) for name in sorted(chosen)), notes
 
 
@@ -76,9 +89,11 @@ def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
     for kind, beside in owners.items():
         key = f"{kind}_source"
         has = beside.has_tokenizer if kind == "tokenizer" else bool(beside.files[kind])
-        if getattr(spec.document, key) is not None and not has:
+        named = spec.tokenizer_owner if kind == "tokenizer" else getattr(spec.document, key)
+        if named is not None and not has:
+            path = spec.tokenizer.path if spec.tokenizer and kind == "tokenizer" else (key,)
             raise spec.source.error(
-                (key,), f"{shown(beside.reference)} has no {kind} files that the output could have"
+                path, f"{shown(beside.reference)} has no {kind} files that the output could have"
             )
 
 
@@ -144,10 +159,6 @@ def _in(reference: str, file: str) -> str:
     return f"{reference}/{folder}" if folder else reference
 
 
-def _source(inputs: Sequence[Input], wanted: str | None) -> Input:
-    return next((entry for entry in inputs if entry.reference == wanted), inputs[0])
-
-
 def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
     """Return the content of every file that is carried over: bytes if the merge may change it.
 
@@ -168,7 +179,19 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
             contents[name] = _changed_json(data, partial(_change_config, plan=plan, dtypes=dtypes))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
+    if plan.tokenizer is not None:
+        contents |= plan.tokenizer.files
+        for name, values in plan.tokenizer.ids.items():
+            data = contents.get(name) or small_bytes(_path(files[name]))
+            contents[name] = fit_ids(data, values)
+    if plan.chat_template is not None:
+        contents |= with_template(files | contents, plan.chat_template.text)
     return files | contents
+
+
+def _path(content: bytes | Path) -> Path:
+    assert isinstance(content, Path)
+    return content
 
 
 def _changed_json(data: bytes, change: Any) -> bytes:
@@ -196,7 +219,12 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
     document = plan.spec.document
     if not isinstance(config, dict):
         return False
-    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes)
+    changed = False
+    if plan.stacked is not None:
+        fitted = with_layers(config, plan.spec, plan.inputs, plan.stacked)
+        changed = fitted != config
+        config |= fitted
+    changed = _set_dtype(config, document.out_dtype or document.dtype, dtypes) or changed
     changed = config.pop("transformers_weights", None) is not None or changed  # names a file
     if (tie := document.tie_word_embeddings) is not None:
         for path in language_levels(config):
@@ -204,6 +232,15 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
     return _drop_quantization(config) or changed
+
+
+def with_layers(
+    config: Mapping[str, Any], spec: MergeSpec, inputs: Sequence[Input], stacked: Stacked
+) -> dict[str, Any]:
+    """Return the config of an output of slices, from that of the config's source."""
+    owner = input_named(inputs, spec.document.config_source)
+    number = next(n for n, entry in enumerate(inputs) if entry is owner)
+    return stacked_config(config, stacked, inputs, number)
 
 
 def _drop_quantization(config: Any) -> bool:

@@ -23,7 +23,7 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
     if home == config.home or (tokens := read_tokens(home)) is None:
         return
     ids = {token: number for number, token in tokens.items()}
-    meant = {f"{word}_token_id": _token(home, f"{word}_token") for word in _WORDS}
+    meant = {f"{word}_token_id": special_token(home, f"{word}_token") for word in _WORDS}
     for file in ("config.json", "generation_config.json"):
         said = read_json(config.home / file)
         for key, token in meant.items():
@@ -40,7 +40,7 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
                 )
 
 
-def _token(home: Path, key: str) -> str | None:
+def special_token(home: Path, key: str) -> str | None:
     """Return the text of a special token in a tokenizer's files."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         value: Any = read_json(home / file).get(key)

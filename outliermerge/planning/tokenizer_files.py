@@ -34,6 +34,11 @@ def _entry(content: str, **flags: Any) -> dict[str, Any]:
     return {"content": content} | known
 
 
+def plain_entry(token: str) -> dict[str, Any]:
+    """Return the entry of a token that is searched for in texts, and is nothing special."""
+    return _entry(token)
+
+
 def find_entries(tokens: Mapping[str, str], roots: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the entry of each token, from the first tokenizer that has it as an added token.
 

@@ -17,6 +17,7 @@ from outliermerge.checkpoint.tokens import (
 )
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.tokenizer_files import extend, find_entries, read_files
+from outliermerge.planning.tokenizer_plan import TokenizerPlan
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.planning.vocabulary_rows import (
     ABSENT,
@@ -31,7 +32,8 @@ from outliermerge.planning.vocabulary_rows import (
     lay_out_union,
     missing_tokens,
 )
-from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors, rearrange
+from outliermerge.planning.vocabulary_runs import rearrange
+from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors
 from outliermerge.storage.stamps import is_there
 
 Policy = Literal["error", "base", "common", "union"]
@@ -56,6 +58,7 @@ class Alignment:
         notes: notes for the user.
         stored_rows: the number of rows of the first model's vocabulary tensors; None if it has
             none.
+        tokenizer: the output's tokenizer, if its tokens decide which rows there are.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -63,6 +66,7 @@ class Alignment:
     added_tokens: tuple[tuple[int, str, int], ...]
     notes: tuple[str, ...]
     stored_rows: int | None = None
+    tokenizer: TokenizerPlan | None = None
 
 
 def align_vocabulary(
@@ -108,7 +112,9 @@ def align_vocabulary(
     unchanged = replace(unchanged, stored_rows=found.num_rows[0])
     if same_rows and _one_tokenizer([checkpoints[number] for number in sorted(numbers)]):
         return unchanged
-    members = [_open(number, *models[number], rows) for number, rows in found.num_rows.items()]
+    members = [
+        open_vocabulary(number, *models[number], rows) for number, rows in found.num_rows.items()
+    ]
     roots = [checkpoint.root for checkpoint in checkpoints]
     root = roots[tokenizer]
     written = OutputTokenizer(models[tokenizer][0], root, read_tokens(root) or {})
@@ -190,7 +196,10 @@ def _one_tokenizer(checkpoints: Sequence[Checkpoint]) -> bool:
     return all(same_token_files(roots[0], root) for root in roots[1:])
 
 
-def _open(number: int, name: str, checkpoint: Checkpoint, num_rows: int) -> VocabularyModel:
+def open_vocabulary(
+    number: int, name: str, checkpoint: Checkpoint, num_rows: int
+) -> VocabularyModel:
+    """Return a model's rows, with the tokens of the tokenizer in its checkpoint's root."""
     tokens = read_tokens(checkpoint.root)
     ordered = sorted((tokens or {}).items())
     return VocabularyModel(

@@ -81,13 +81,16 @@ def named_ids(config: Mapping[str, Any]) -> dict[str, list[int]]:
     >>> named_ids({"eos_token_id": [2, 5], "vision_config": {"pad_token_id": 0}})
     {'eos_token_id': [2, 5]}
     """
-    found: dict[str, list[int]] = {}
+    return {".".join(path): ids for path, ids in id_values(config)}
+
+
+def id_values(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """Yield the keys that lead to token ids in a config or generation config, and the ids."""
     for path in language_levels(config):
         for key, value in at_level(config, path).items():
             ids = value if isinstance(value, list) else [value]
             if _ID.search(key) and (numbers := [i for i in ids if type(i) is int and i >= 0]):
-                found[".".join((*path, key))] = numbers
-    return found
+                yield (*path, key), numbers
 
 
 def fit_config(contents: dict[str, bytes], num_rows: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Finds the tensors that have a row for every token, and rearranges their rows.
+"""Finds the tensors that have a row for every token.
 
 In a few tensors, such as a bias of shape (1, V), tokens are along the last axis: for them, "rows"
 means columns.
@@ -6,19 +6,14 @@ means columns.
 
 from __future__ import annotations
 
-import math
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from outliermerge.checkpoint.computed import ComputedTensor, read_rows
-from outliermerge.checkpoint.sources import DTYPES, Checkpoint, DType, Reading, Source, TensorMeta
+from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.planning.vocabulary_config import vocabulary_sizes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from outliermerge.planning.vocabulary_runs import without_axis
 
 _KNOWN_NAME = re.compile(
     r"(^|[./])("
@@ -68,7 +63,7 @@ def find_vocabulary_tensors(
         rows = {number: source.shape[axis] for number, source in held.items() if source.shape}
         if (
             len(rows) < len(held)
-            or len({_without(axis, source.shape) for source in held.values()}) > 1
+            or len({without_axis(axis, source.shape) for source in held.values()}) > 1
             or not all(source.dtype.is_float for source in held.values())
             or any(rows[number] in sizes[number][1] for number in held)
         ):
@@ -110,146 +105,3 @@ def _axis(
         return -1
     sized = [all(s.shape[axis] == sizes[n][0] for n, s in held.items()) for axis in (0, -1)]
     return -1 if sized[1] and not sized[0] and not _KNOWN_NAME.search(name) else 0
-
-
-def _without(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[1:] if axis == 0 else shape[:-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Rows `start` to `stop` of a tensor, each the mean of rows of one or several sources.
-
-    Attributes:
-        parts: the numbers of the sources, each with the source's row that goes to `start`.
-    """
-
-    start: int
-    stop: int
-    parts: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RearrangedRows(ComputedTensor):
-    """Rows copied from sources or averaged over them, in runs that cover the tensor in order."""
-
-    sources: tuple[Source, ...]
-    runs: tuple[Run, ...]
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
-
-    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
-        """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
-        import torch
-
-        result = torch.empty(last - first, self.num_columns, dtype=getattr(torch, self.dtype.name))
-        index = bisect_right(self.runs, first, key=lambda run: run.start) - 1
-        position = first
-        while position < last:
-            run = self.runs[index]
-            stop = min(last, run.stop)
-            result[position - first : stop - first] = self._part(
-                reader, run.parts, position - run.start, stop - run.start
-            )
-            position, index = stop, index + 1
-        return result
-
-    def _part(
-        self, reader: Reading, parts: tuple[tuple[int, int], ...], first: int, last: int
-    ) -> Tensor:
-        number, row = parts[0]
-        values = read_rows(reader, self.sources[number], row + first, row + last)
-        if len(parts) == 1:
-            return values
-        total = values.double()
-        for number, row in parts[1:]:
-            total += read_rows(reader, self.sources[number], row + first, row + last)
-        return total / len(parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RearrangedColumns(RearrangedRows):
-    """Like RearrangedRows, for a tensor (…, V): runs are along its last axis."""
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def num_columns(self) -> int:
-        return self.shape[-1]
-
-    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
-        """Return rows first to last (excluded) as (last - first, V) of `dtype`."""
-        import torch
-
-        read = [
-            reader.values(source, first * width, last * width).view(last - first, width)
-            for source in self.sources
-            for width in (source.shape[-1],)
-        ]
-        result = torch.empty(last - first, self.num_columns, dtype=getattr(torch, self.dtype.name))
-        for run in self.runs:
-            width = run.stop - run.start
-            parts = [read[number][:, start : start + width] for number, start in run.parts]
-            if len(parts) > 1:
-                parts = [torch.stack([part.double() for part in parts]).mean(0)]
-            result[:, run.start : run.stop] = parts[0]
-        return result
-
-
-def rearrange(
-    own: int,
-    sources: Mapping[int, Source],
-    cells: Sequence[tuple[tuple[int, int], ...]],
-    axis: int = 0,
-) -> Source:
-    """Return a model's tensor with given rows; its own source if these are its own rows in order.
-
-    Args:
-        own: the model's number.
-        sources: the tensor of each model that has it, by the model's number.
-        cells: for every row, the models and their rows whose mean it is.
-        axis: the axis of the rows, 0 or -1.
-    """
-    source = sources[own]
-    spans = list(_spans(cells))
-    if spans == [(0, source.shape[axis], ((own, 0),))]:
-        return source
-    used = dict.fromkeys(number for _, _, parts in spans for number, _ in parts)
-    places = {number: place for place, number in enumerate(used)}
-    means = any(len(parts) > 1 for _, _, parts in spans)
-    others = _without(axis, source.shape)
-    rearranged = RearrangedRows if axis == 0 else RearrangedColumns
-    return rearranged(
-        name=source.name,
-        shape=(len(cells), *others) if axis == 0 else (*others, len(cells)),
-        out_dtype=source.out_dtype,
-        dtype=_common_dtype([sources[number].dtype for number in used], means),
-        sources=tuple(sources[number] for number in used),
-        runs=tuple(
-            Run(start, stop, tuple((places[number], row) for number, row in parts))
-            for start, stop, parts in spans
-        ),
-    )
-
-
-def _spans(
-    cells: Sequence[tuple[tuple[int, int], ...]],
-) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
-    start = 0
-    for stop in range(1, len(cells) + 1):
-        follows = stop < len(cells) and cells[stop] == tuple(
-            (number, row + 1) for number, row in cells[stop - 1]
-        )
-        if not follows:
-            yield start, stop, cells[start]
-            start = stop
-
-
-def _common_dtype(dtypes: Sequence[DType], means: bool) -> DType:
-    if len(set(dtypes)) == 1 and not means:
-        return dtypes[0]
-    return DTYPES["float64" if DTYPES["float64"] in dtypes else "float32"]

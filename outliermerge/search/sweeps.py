@@ -179,6 +179,11 @@ def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> N
     of_model = _OF_MODEL.fullmatch(key)
     if of_model:
         number, name = int(of_model[1]), of_model[2]
+        if "slices" in document:
+            raise ArgumentError(
+                f"{argument('settings')} {shown(key)}: the spec has slices, whose sources have "
+                "their own parameters: only settings of the whole merge can vary"
+            )
         if not 1 <= number <= len(document["models"]):
             raise ArgumentError(
                 f"{argument('settings')} {shown(key)}: there is no model {number}: "
@@ -191,9 +196,15 @@ def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> N
         raise ArgumentError(
             f"{argument('settings')} {shown(key)}: is no setting of a spec. {suggest(key, known)}"
         )
+    for index, one in enumerate(document.get("slices", ())):
+        if any(key in (entry.get("parameters") or {}) for entry in (one, *one["sources"])):
+            raise ArgumentError(
+                f"{argument('settings')} {shown(key)}: slices[{index}] has a {shown(key)} of its "
+                "own in the spec, which would win: leave it away there"
+            )
     own = [
         number
-        for number, model in enumerate(document["models"], start=1)
+        for number, model in enumerate(document.get("models", ()), start=1)
         if key in (model.get("parameters") or {})
     ]
     if own:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
-from outliermerge.errors import SpecError, as_path, quoted, suggest
+from outliermerge.errors import SpecError, as_path, quoted, shown, suggest
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import find_method, meant_method
+from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
     MISSING,
     OTHER_FILES,
     UNEQUAL,
+    SlicedDocument,
     SpecDocument,
+    references,
 )
 from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
@@ -27,20 +30,19 @@ from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, SpecPath, parse_policy
-from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_mapping, read_text
-from outliermerge.spec.validation import validated
+from outliermerge.spec.slices import SliceSpec, models_of_slices, slices_of, with_base_of_slices
+from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
+from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
+from outliermerge.spec.tokenizer import TokenizerRequest, plain_reference, tokenizer_request
+from outliermerge.spec.validation import describe, validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
 _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
-              "modifier": STAND_IN}  # fmt: skip
+              "modifier": STAND_IN, "layer_range": [0, 1],
+              "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _NOT_YET = {
-    "slices": "give whole `models`; `outliermerge convert-config FILE` writes slices over all "
-    "layers as models",
     "modules": "give whole `models`",
-    "tokenizer": "`tokenizer_source` names the model whose tokenizer is taken, `vocabulary` says "
-    "what becomes of rows that differ",
-    "chat_template": "it is taken with the tokenizer, from `tokenizer_source`",
 }
 _OTHER_COMMANDS = {
     "experts": (
@@ -65,15 +67,19 @@ class MergeSpec:
         method: the merge method; the one that takes its place if there is a base model.
         base: the base model, or None.
         models: the merged models, in order; without the base for methods on task vectors.
+            Of slices each model once.
+        slices: the slices, if layers are merged instead of whole models.
         settings: global parameter settings.
         modifiers: the modifiers of the merged task vector: names and resolved parameters.
         rename: the rename for the output's tensors.
         missing, extra, unequal: policies for all models.
         other_files: the policy for files of tensors that are not read.
+        tokenizer: the tokenizer whose tokens decide which rows the output has, or None.
         source: the file and text of the spec, for messages.
         notes: what in the spec has no effect.
         warnings: what has no effect, as mergekit passes over it: where, and what was meant.
         repeated: the merge that this one repeats, if the spec is a manifest.
+        stages: by name the merges of this file that models of this one name.
     """
 
     document: SpecDocument
@@ -87,10 +93,13 @@ class MergeSpec:
     extra: Setting
     unequal: Setting
     other_files: Setting
+    tokenizer: TokenizerRequest | None
     source: SpecText
+    slices: tuple[SliceSpec, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     repeated: Repeated | None = None
+    stages: Mapping[str, MergeSpec] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return short_repr(self, self.in_a_line)
@@ -113,14 +122,34 @@ class MergeSpec:
             f" onto {self.base.reference}" if self.base else ""
         )
 
+    @property
+    def tokenizer_owner(self) -> str | None:
+        """The model whose tokenizer files the output has; None for the base."""
+        if self.tokenizer is None:
+            return plain_reference(self.document.tokenizer_source)
+        return None if self.tokenizer.is_union else self.tokenizer.source
+
     def method_for(self, parameters: Mapping[str, Any]) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
         method = self.method.of(parameters) if parameters else self.method
         written = self.document.merge_method
         return written if method is find_method(written) else method.path
 
+    @property
+    def all_stages(self) -> dict[str, MergeSpec]:
+        """The stages that this merge is made of, each after those that it uses."""
+        found: dict[str, MergeSpec] = {}
+        for name, stage in self.stages.items():
+            found |= stage.all_stages
+            found[name] = stage
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values, without keys that have their default."""
+        stages = [{NAME: name} | stage._own() for name, stage in self.all_stages.items()]
+        return ({STAGES: stages} if stages else {}) | self._own()
+
+    def _own(self) -> dict[str, Any]:
         return self.document.model_dump(mode="json", exclude_defaults=True)
 
     def as_yaml(self) -> str:
@@ -140,12 +169,13 @@ def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) ->
             out of range. The message starts with file, line and column.
     """
     if isinstance(spec, Mapping):
-        return _check(dict(spec), SpecText("spec", lenient=lenient))
+        whole = SpecText("spec", lenient=lenient, is_python=True)
+        return _check(*one_document([(dict(spec), whole)]))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
     path = as_path(spec)
     if repeated := read_repeated(path):
-        return replace(_check(repeated.recipe, SpecText(str(path))), repeated=repeated)
+        return replace(_check(dict(repeated.recipe), SpecText(str(path))), repeated=repeated)
     text = read_text(path, absent="no such spec file")
     return parse_spec(text, file=str(path), lenient=lenient)
 
@@ -156,28 +186,63 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
     Raises:
         SpecError: as for load_spec.
     """
-    raw, source, duplicates = parse_mapping(text, file=file, expected="merge_method")
+    duplicates: list[SpecError] = []
+    documents = parse_documents(text, file=file, mistakes=duplicates)
+    for raw, source in documents or [(None, SpecText(file))]:
+        if not isinstance(raw, dict):
+            raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+    raw, source = one_document(documents)
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
 
 def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
+    """Check a merge and its stages."""
     for key, command in _OTHER_COMMANDS.items():
         if key in raw and raw.get("merge_method", "moe") == "moe":
             raise source.error((key,), f"{command[0]}: {command[1]}", at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
+    stages: dict[str, MergeSpec] = {}
+    for name, index in in_order(raw, mistakes):
+        entry, path = dict(raw[STAGES][index]), (STAGES, index)
+        del entry[NAME]
+        for key in ("output", STAGES):
+            if entry.pop(key, None) is not None:
+                said = f"a stage has no `{key}`: it belongs to the merge of the output"
+                mistakes.add(source.error((*path, key), said, at_key=True))
+        try:
+            of_stage = source.part(path, said=f"stage {shown(name)}: ")
+            stages[name] = _check_merge(entry, Mistakes(of_stage), stages)
+        except SpecError as error:
+            mistakes.found += error.all or [error]
+    own = {key: value for key, value in raw.items() if key != STAGES}
+    return _check_merge(own, mistakes, stages)
+
+
+def _check_merge(
+    raw: dict[str, Any], mistakes: Mistakes, stages: Mapping[str, MergeSpec]
+) -> MergeSpec:
+    source = mistakes.source
+    used = {stage_of(reference, stages) for _, reference in models_named(raw)}
+    stages = {name: stage for name, stage in stages.items() if name in used}
     for key in [key for key in raw if key in _NOT_YET]:
         said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
         mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
+    if method is None and isinstance(name := raw.get("merge_method"), str):
+        method = meant_method(name)  # so that the rest of the file is checked, too
+    raw = mistakes.attempt(partial(with_base_of_slices, raw, source), raw)
     raw, notes = without_inert(raw, method, averages_base=source.lenient)
     known = {key: value for key, value in raw.items() if key not in _NOT_YET}
-    if "slices" in raw:
-        known.setdefault("models", _STAND_INS["models"])
-    document, problems = validated(SpecDocument, known, _STAND_INS)
+    is_sliced = "slices" in known
+    if is_sliced and known.pop("models", None) is not None:
+        said = "`slices` and `models` stand beside each other, expected one of the two"
+        mistakes.found.append(source.error(("slices",), said, at_key=True))
+    kind = SlicedDocument if is_sliced else SpecDocument
+    document, problems = validated(kind, known, _STAND_INS)
     num_others = len(mistakes.found)
     for problem in explained(problems, raw, source, method):
         mistakes.add(problem)
@@ -196,18 +261,38 @@ def _check(
     if method is not None and document.base_model is not None:
         method = method.with_base or method
     models: tuple[ModelSpec, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
+    tokenizer: TokenizerRequest | None = None
     settings: Mapping[str, Setting] = {}
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     if method is not None:
-        models = models_of(document, method, base, mistakes, are_all=is_whole)
+        if is_sliced:
+            slices = slices_of(document, method, base, mistakes, are_all=is_whole)
+            models = models_of_slices(slices)
+        else:
+            models = models_of(document.models, method, base, mistakes, are_all=is_whole)
         settings = parameter_settings(
             document.parameters, method, ("parameters",), mistakes, of_model=False
         )
-        notes += check_required(method, settings, models, mistakes)
+        for one in slices:
+            notes += check_required(method, {**one.settings, **settings}, one.models, mistakes)
+        if not is_sliced:
+            notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:
         mistakes.attempt(partial(_check_base, document, method, source), None)
+        if document.stack is not None and not is_sliced:
+            said = "`stack` names the layers that `slices` are of; without them it has no effect"
+            mistakes.found.append(source.error(("stack",), said, at_key=True))
         mistakes.found += _wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
+    if is_whole:
+        request = partial(
+            tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
+            _names(document),
+            mistakes.add,
+        )  # fmt: skip
+        tokenizer = mistakes.attempt(request, None)
+        mistakes.attempt(partial(check_template_name, document.chat_template), None)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(
@@ -218,13 +303,16 @@ def _check(
         settings=settings,
         modifiers=modifiers,
         rename=rename,
+        tokenizer=tokenizer,
         source=source,
-        notes=tuple(notes),
+        slices=slices,
+        notes=tuple(dict.fromkeys(notes)),
         warnings=mistakes.warned(),
         missing=policies["missing"],
         extra=policies["extra"],
         unequal=policies["unequal"],
         other_files=policies["other_files"],
+        stages=stages,
     )
 
 
@@ -250,17 +338,18 @@ def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -
         raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
 
 
+def _names(document: SpecDocument) -> list[str]:
+    base = [document.base_model.model] if document.base_model else []
+    return [*base, *references(document.model_dump())]
+
+
 def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
-    entries = [document.base_model] if document.base_model else []
-    known = ["base", *(entry.model for entry in (*entries, *document.models))]
-    for key in ("config_source", "tokenizer_source", "processor_source"):
+    known = ["base", *_names(document)]
+    for key in ("config_source", "processor_source"):
         wanted = getattr(document, key)
         if wanted is not None and wanted not in known:
-            is_union = (key, wanted) == ("tokenizer_source", "union")
-            advice = (
-                ": here it is `vocabulary: union`" if is_union else f". {suggest(wanted, known)}"
-            )
-            yield source.error((key,), f"{quoted(wanted)} is none of the models{advice}")
+            said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
+            yield source.error((key,), said)
 
 
 def _modifiers(

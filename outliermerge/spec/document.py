@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from outliermerge.spec.rename import MAP_NAMES
 from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.tokenizer import TokenizerEntry
 
 MISSING = ("error", "base")
 EXTRA = ("error", "copy", "drop")
@@ -111,6 +112,34 @@ class ModelEntry(BaseEntry):
     )
 
 
+_Layer = Annotated[int, Field(strict=True)]
+
+
+class SourceEntry(_SpecEntry):
+    """Layers of a model."""
+
+    model: str = Field(min_length=1, description="As under `models`.")
+    layer_range: Annotated[list[_Layer], Field(min_length=2, max_length=2)] = Field(
+        description="[a, b] takes the layers a to b - 1, counted from 0."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Parameters of this model in this slice; they replace those of the slice.",
+    )
+
+
+class SliceEntry(_SpecEntry):
+    """The next layers of the output: the same number of layers of every source, merged."""
+
+    sources: list[SourceEntry] = Field(
+        min_length=1, description="The models and their layers, in order."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Parameters of the method in this slice; they replace the global ones.",
+    )
+
+
 class ModifierEntry(_SpecEntry):
     """A modifier: it changes the merged task vector before the base is added."""
 
@@ -150,6 +179,17 @@ class SpecDocument(_SpecEntry):
         "with `model` and `rename`.",
     )
     models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
+    slices: list[SliceEntry] = Field(
+        default_factory=list,
+        description="Instead of `models`: the layers of the output, slice by slice.",
+    )
+    stack: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With `slices`, in models with several stacks of layers: the one that is "
+        "sliced, such as `text`, `vision`, `encoder`, `decoder`, or the start of its tensors' "
+        "names. The others are those of the first slice.",
+    )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of the method, for all models."
     )
@@ -190,10 +230,16 @@ class SpecDocument(_SpecEntry):
         "head's: `error` (default), or `drop`: it is left out. One word, or a list of filters "
         "on file names.",
     )
-    vocabulary: Literal["error", "base", "common", "union"] = Field(
-        default="error",
-        description="Rows of embeddings and head that differ: `error`; `base` keeps the base "
-        "model's rows, `common` those that all models have, `union` those that any has.",
+    vocabulary: Literal["error", "base", "common", "union"] | None = Field(
+        default=None,
+        description="Rows of embeddings and head that differ: `error` (default); `base` keeps the "
+        "base model's rows, `common` those that all models have, `union` those that any has. "
+        "Reserved rows are kept.",
+    )
+    tokenizer: TokenizerEntry | None = Field(
+        default=None,
+        description="The output's tokenizer, as in mergekit: embeddings and head get a row for "
+        "each of its tokens. A mapping with `source`, `tokens` and `pad_to_multiple_of`.",
     )
     tie_word_embeddings: bool | None = Field(
         default=None,
@@ -208,12 +254,24 @@ class SpecDocument(_SpecEntry):
     tokenizer_source: str | None = Field(
         default=None,
         min_length=1,
-        description="The model whose tokenizer and chat template are used; default `base`.",
+        description="Short for `tokenizer: {source: …}`. With `vocabulary` it only says whose "
+        "tokenizer and chat template are taken; default `base`.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The output's chat template: `auto` (the one that most models have), the name "
+        "of a format such as `chatml`, or Jinja. By default that of the tokenizer.",
     )
     processor_source: str | None = Field(
         default=None,
         min_length=1,
         description="The model whose image processor is used; default `base`.",
+    )
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Merges that come before this one, each with a `name`, by which `models` and "
+        "`base_model` of the others use it. Nothing of them is stored.",
     )
     output: str | None = Field(
         default=None,
@@ -238,7 +296,27 @@ class SpecDocument(_SpecEntry):
                 continue
             if holders[-1] == []:
                 del holders[-2][parents[-1]]
-        return SpecDocument.model_validate(raw)
+        return type(self).model_validate(raw)
+
+
+def references(document: Mapping[str, Any]) -> list[str]:
+    """Return the models to merge, as a spec's document names them, each once.
+
+    >>> references({"models": [{"model": "a"}]})
+    ['a']
+    >>> sources = [{"model": "a", "layer_range": [0, 2]}]
+    >>> references({"slices": [{"sources": sources}, {"sources": sources}]})
+    ['a']
+    """
+    sources = (source for one in document.get("slices", ()) for source in one["sources"])
+    return list(dict.fromkeys(entry["model"] for entry in (*document.get("models", ()), *sources)))
+
+
+class SlicedDocument(SpecDocument):
+    """A merge that has `slices` instead of `models`."""
+
+    models: list[ModelEntry] = Field(default_factory=list, max_length=0)
+    slices: list[SliceEntry] = Field(min_length=1)
 
 
 def _by_place(path: SpecPath) -> list[str]:

@@ -9,15 +9,26 @@ from pydantic import BaseModel
 
 from outliermerge.errors import SpecError, nearest, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.spec.document import BaseEntry, ModelEntry, ModifierEntry, SpecDocument
+from outliermerge.spec.document import (
+    BaseEntry,
+    ModelEntry,
+    ModifierEntry,
+    SliceEntry,
+    SourceEntry,
+    SpecDocument,
+)
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
+from outliermerge.spec.tokenizer import TokenEntry, TokenizerEntry
 from outliermerge.spec.validation import how_to_write, in_words, is_meant, without_consequences
 
 _ENTRIES: dict[str, type[BaseModel]] = {
     "models": ModelEntry,
     "base_model": BaseEntry,
     "modifiers": ModifierEntry,
+    "slices": SliceEntry,
+    "sources": SourceEntry,
+    "tokenizer": TokenizerEntry,
 }
 
 
@@ -50,8 +61,9 @@ def _explained(
         path = path[:1]
     match problem["type"]:
         case "extra_forbidden":
-            kind = _ENTRIES.get(str(path[0]), SpecDocument) if len(path) > 1 else SpecDocument
-            fields = kind.model_fields
+            named = [str(key) for key in path[:-1] if key in _ENTRIES]
+            kind = _ENTRIES[named[-1]] if named else SpecDocument
+            fields = (TokenEntry if path[:2] == ("tokenizer", "tokens") else kind).model_fields
             name = str(path[-1])
             advice = suggest(name, fields)
             near = nearest(name, method.parameters) if method is not None else None
@@ -69,4 +81,6 @@ def _explained(
                 path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
             )
         case _:
-            return source.error(path, in_words(problem) + how_to_write(problem))
+            return source.error(
+                path, in_words(problem) + how_to_write(problem, python=source.is_python)
+            )

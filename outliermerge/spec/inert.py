@@ -34,6 +34,13 @@ stores masks in memory)'])
         left_out[LABEL] = "a label"
     document = _pruned(document, left_out)
     notes: list[str] = []
+    if isinstance(document.get("slices"), list):
+        document["slices"] = [
+            _pruned_slice(entry, left_out) if isinstance(entry, dict) else entry
+            for entry in document["slices"]
+        ]
+        if method is not None and document.get("base_model") is not None:
+            _without_parameters_of_base(document, method, left_out)
     if isinstance(document.get("models"), list):
         document["models"] = [
             _pruned(entry, left_out) if isinstance(entry, dict) else entry
@@ -56,6 +63,15 @@ def _pruned(entry: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
     left_out |= {name: why for name, why in INERT_PARAMETERS.items() if name in parameters}
     kept = {name: value for name, value in parameters.items() if name not in INERT_PARAMETERS}
     return entry | {"parameters": kept}
+
+
+def _pruned_slice(entry: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
+    found = _pruned(entry, left_out)
+    if isinstance(sources := found.get("sources"), list):
+        found["sources"] = [
+            _pruned(source, left_out) if isinstance(source, dict) else source for source in sources
+        ]
+    return found
 
 
 def _without_parameters_of_base(
@@ -95,4 +111,7 @@ def _name_of_base(document: Mapping[str, Any]) -> Any:
 
 def _entries_of_base(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     name = _name_of_base(document)
-    return [e for e in document["models"] if isinstance(e, dict) and e.get("model") == name]
+    slices = [e for e in document.get("slices", ()) if isinstance(e, dict)]
+    lists = [document.get("models"), *(entry.get("sources") for entry in slices)]
+    entries = (entry for found in lists if isinstance(found, list) for entry in found)
+    return [e for e in entries if isinstance(e, dict) and e.get("model") == name]

@@ -53,31 +53,33 @@ def base_of(document: SpecDocument, source: SpecText) -> ModelSpec | None:
         return None
     path: SpecPath = ("base_model",)
     try:
-        _identity(entry.model)
+        identity(entry.model)
     except OutlierMergeError as error:
         raise source.error(path, str(error)) from error
     return ModelSpec(entry.model, path, parse_rename(entry.rename, (*path, "rename")))
 
 
 def models_of(
-    document: SpecDocument,
+    entries: Sequence[ModelEntry],
     method: MergeMethod,
     base: ModelSpec | None,
     mistakes: Mistakes,
     *,
+    at: SpecPath = ("models",),
     are_all: bool,
 ) -> tuple[ModelSpec, ...]:
     """Return the merged models.
 
     Args:
+        at: the keys that lead to the entries.
         are_all: no entry of the spec is wrong, so that their number can be.
     """
     source = mistakes.source
     models: list[ModelSpec] = []
     places: dict[str, int] = {}
-    base_identity = _identity(base.reference) if base else None
-    for index, entry in enumerate(document.models):
-        path: SpecPath = ("models", index)
+    base_identity = identity(base.reference) if base else None
+    for index, entry in enumerate(entries):
+        path: SpecPath = (*at, index)
         is_base = False
         if entry.model != STAND_IN:
             one = partial(_is_base, entry, base_identity, places, path, source)
@@ -111,7 +113,7 @@ def models_of(
     elif base is not None and method.base_as == "model" and base_identity not in places:
         models.append(base)
     if are_all:
-        mistakes.attempt(partial(_check_number, len(models), method, source), None)
+        mistakes.attempt(partial(_check_number, len(models), method, at, source), None)
     return tuple(models)
 
 
@@ -148,18 +150,18 @@ def _is_base(
 ) -> bool:
     """Tell whether an entry is the base model; note it among those that there are."""
     try:
-        identity = _identity(entry.model)
+        own = identity(entry.model)
     except OutlierMergeError as error:
         raise source.error((*path, "model"), str(error)) from error
     index = int(path[-1])
-    if (first := places.setdefault(identity, index)) != index:
+    if (first := places.setdefault(own, index)) != index:
         raise source.error(
-            (*path, "model"), f"{quoted(entry.model)} stands twice, first as models[{first}]"
+            (*path, "model"), f"{quoted(entry.model)} stands twice, first as {path[-2]}[{first}]"
         )
-    return identity == base
+    return own == base
 
 
-def _check_number(number: int, method: MergeMethod, source: SpecText) -> None:
+def _check_number(number: int, method: MergeMethod, at: SpecPath, source: SpecText) -> None:
     least, most = method.min_models, method.max_models
     if number >= least and (most is None or number <= most):
         return
@@ -168,9 +170,7 @@ def _check_number(number: int, method: MergeMethod, source: SpecText) -> None:
     besides = " besides the base model" if method.uses_base else (
         ", the base model among them" if method.base_as == "first" else ""
     )  # fmt: skip
-    raise source.error(
-        ("models",), f"{method.name} takes {wanted} model(s){besides}, found {number}"
-    )
+    raise source.error(at, f"{method.name} takes {wanted} model(s){besides}, found {number}")
 
 
 def _auxiliary(
@@ -210,7 +210,8 @@ def _refuse_on_base(
             )
 
 
-def _identity(reference: str) -> str:
+def identity(reference: str) -> str:
+    """Return what two names of one model have in common."""
     path = as_path(reference)
     try:
         return str(path.resolve()) if path.exists() else reference

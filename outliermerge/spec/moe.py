@@ -195,6 +195,7 @@ def _check(raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError
         extra=Setting(),
         unequal=Setting(),
         other_files=Setting(),
+        tokenizer=None,
         source=source,
         warnings=mistakes.warned(),
         moe=document,

@@ -11,6 +11,10 @@ from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import DTYPE_ABBREVIATIONS, SpecDocument, by_filters
 from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
 
+_BASE_IS_NAMED = [
+    {"required": ["base_model"]},
+    {"required": ["slices"], "properties": {"slices": {"items": {"required": ["base_model"]}}}},
+]
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 
@@ -30,26 +34,42 @@ def json_schema() -> dict[str, Any]:
         ],
     }
     schema["properties"][LABEL] = {"type": "string", "description": "A label, without effect."}
-    for entry in (schema, schema["$defs"]["ModelEntry"]):
+    # A stage is written as a whole spec is, with its name.
+    stage = {"allOf": [{"$ref": "#"}, {"required": [LABEL]}], "not": {"required": ["output"]}}
+    schema["properties"]["stages"]["items"] = stage
+    defined = schema["$defs"]
+    for entry in (schema, *(defined[name] for name in ("ModelEntry", "SliceEntry", "SourceEntry"))):
         field = entry["properties"]["parameters"]
         field["anyOf"] = [{"type": field.pop("type")}, {"type": "null"}]
     names = [*FLOAT_DTYPES, *DTYPE_ABBREVIATIONS]
     dtypes = {"enum": [*names, *(f"torch.{name}" for name in names)]}
     for name in ("dtype", "out_dtype"):
         schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
+    schema["required"].remove("models")
+    schema["oneOf"] = [{"required": ["models"]}, {"required": ["slices"]}]
+    schema["properties"]["slices"]["minItems"] = 1
+    defined["SliceEntry"]["properties"]["base_model"] = {
+        "anyOf": schema["properties"]["base_model"]["anyOf"],
+        "description": "As at the top, if all slices have the same.",
+    }
+    schema["dependentRequired"] = {"stack": ["slices"]}
     schema["allOf"] = [
         {
             "if": {"properties": {"merge_method": {"const": method.name}}},
             "then": {
-                "required": ["base_model"] if method.needs_base else [],
+                "anyOf": _BASE_IS_NAMED if method.needs_base else [{}],
                 "properties": (
                     {"base_model": {"not": {"type": "null"}}} if method.needs_base else {}
                 )
                 | {
                     "parameters": _parameters_schema(method, of_model=False),
-                    "models": {
+                    "models": _models_schema(method),
+                    "slices": {
                         "items": {
-                            "properties": {"parameters": _parameters_schema(method, of_model=True)}
+                            "properties": {
+                                "parameters": _parameters_schema(method, of_model=False),
+                                "sources": _models_schema(method),
+                            }
                         }
                     },
                 },
@@ -58,6 +78,10 @@ def json_schema() -> dict[str, Any]:
         for method in METHODS.values()
     ]
     return schema
+
+
+def _models_schema(method: MergeMethod) -> dict[str, Any]:
+    return {"items": {"properties": {"parameters": _parameters_schema(method, of_model=True)}}}
 
 
 def _parameters_schema(method: MergeMethod, *, of_model: bool) -> dict[str, Any]:

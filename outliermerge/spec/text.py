@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +33,36 @@ class SpecText:
 
     Attributes:
         lenient: what mergekit passes over in silence is no error, but a warning.
+        is_python: it is no file, but a dict.
+        said: begins messages on a part of a file.
     """
 
     file: str
     keys: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     values: dict[SpecPath, tuple[int, int]] = field(default_factory=dict)
     lenient: bool = False
+    is_python: bool = False
+    said: str = ""
+
+    def part(self, path: SpecPath, *, said: str = "") -> SpecText:
+        """Return the text of the part that a path leads to; paths into it start there."""
+        keys, values = (
+            {
+                place[len(path) :]: mark
+                for place, mark in marks.items()
+                if place[: len(path)] == path
+            }
+            for marks in (self.keys, self.values)
+        )
+        return replace(self, keys=keys, values=values, said=said)
+
+    def at(self, path: SpecPath) -> SpecText:
+        """Return the same text as the part of a larger one, where a path leads to it."""
+        keys, values = (
+            {(*path, *place): mark for place, mark in marks.items()}
+            for marks in (self.keys, self.values)
+        )
+        return replace(self, keys=keys, values=values)
 
     def error(
         self,
@@ -53,7 +77,7 @@ class SpecText:
         ends = range(len(path), -1, -1)
         found = (marks.get(path[:end]) or self.keys.get(path[:end]) for end in ends)
         name = "".join(f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in path)
-        said = f"{name.lstrip('.') + ': ' if name else ''}{message}"
+        said = f"{self.said}{name.lstrip('.') + ': ' if name else ''}{message}"
         error = error_at(self.file, next(filter(None, found), (0, 0)), said)
         error.passed_over = passed_over
         return error
@@ -115,7 +139,10 @@ class Mistakes:
         if (more := len(messages) - MAX_MISTAKES) > 0:
             messages[MAX_MISTAKES:] = [f"… and {more} more"]
         if messages:
-            raise kind("\n".join(messages))
+            error = kind("\n".join(messages))
+            if isinstance(error, SpecError):
+                error.all = tuple(in_order)
+            raise error
 
 
 def read_text(path: Path, *, absent: str) -> str:
@@ -167,15 +194,44 @@ def parse_yaml(
         mistakes: takes up the duplicate keys; without it the first is raised.
 
     Raises:
-        SpecError: it is not valid YAML, has too many values, or a key is duplicate or not a text.
+        SpecError: it is not valid YAML, has too many values, a key is duplicate or not a text, or
+            a second document follows.
     """
-    source = SpecText(file, {}, {})
+    found = _parsed(text, file, mistakes, lambda loader: iter([loader.get_single_node()]))
+    return next(iter(found), (None, SpecText(file)))
+
+
+def parse_documents(
+    text: str, *, file: str, mistakes: list[SpecError] | None = None
+) -> list[tuple[Any, SpecText]]:
+    """Return what `parse_yaml` does for each of a file's documents that are not empty.
+
+    Raises:
+        SpecError: as for parse_yaml.
+    """
+
+    def nodes(loader: Any) -> Iterator[Any]:
+        while loader.check_node():
+            yield loader.get_node()
+
+    return _parsed(text, file, mistakes, nodes)
+
+
+def _parsed(
+    text: str,
+    file: str,
+    mistakes: list[SpecError] | None,
+    nodes: Callable[[Loader], Iterator[Any]],
+) -> list[tuple[Any, SpecText]]:
     _check_characters(text, file)
-    loader = Loader(text)
+    loader, found = Loader(text), []
     try:
-        node = loader.get_single_node()
-        _record_marks(node, (), source, [] if mistakes is None else mistakes, parents=())
-        raw = loader.construct_document(node) if node is not None else None
+        for node in nodes(loader):
+            source = SpecText(file, {}, {})
+            _record_marks(node, (), source, [] if mistakes is None else mistakes, parents=())
+            raw = loader.construct_document(node) if node is not None else None
+            if raw is not None:
+                found.append((raw, source))
     except yaml.MarkedYAMLError as error:
         place, problem = in_words(error, text)
         raise error_at(file, place, f"not valid YAML: {problem}") from error
@@ -183,7 +239,7 @@ def parse_yaml(
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{file}: not valid YAML: {error}") from error
-    return raw, source
+    return found
 
 
 def parse_mapping(

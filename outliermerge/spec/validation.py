@@ -71,6 +71,9 @@ def in_words(problem: Any) -> str:
     match problem["type"]:
         case "literal_error":
             return f"{found}{limits['expected']}"
+        case "too_short" | "too_long" if limits["actual_length"]:
+            wanted = limits.get("min_length", limits.get("max_length"))
+            return f"found {limits['actual_length']:,} value(s), expected {wanted:,}"
         case "too_short" | "string_too_short":
             return "must not be empty"
         case "string_too_long":
@@ -93,9 +96,15 @@ def in_words(problem: Any) -> str:
             return f"found {describe(problem['input'])}: {problem['msg']}"
 
 
-def how_to_write(problem: Any) -> str:
-    """Return how an item of a list is written that was found as a bare text, or without a dash."""
+def how_to_write(problem: Any, *, python: bool = False) -> str:
+    """Return how an item of a list is written that was found as a bare text, or without a dash.
+
+    Args:
+        python: write it in Python, not in YAML.
+    """
     path, value = problem["loc"], problem["input"]
+    if python:
+        return _in_python(path, value)
     if problem["type"] == "dict_type" and isinstance(value, list):
         return ": write its keys without dashes and brackets"
     name = {"models": "model", "modifiers": "modifier"}.get(str(path[0]))
@@ -112,6 +121,17 @@ def how_to_write(problem: Any) -> str:
     bare = re.sub(rf"^{name}(: *| +)(?=.)", "", value)
     colon = ", with a colon and a space" if bare != value else ""
     return f": write `- {name}: {shown(bare)}`{colon}"
+
+
+def _in_python(path: Sequence[str | int], value: object) -> str:
+    name = {"models": "model", "modifiers": "modifier"}.get(str(path[0]))
+    if name is None or len(path) > 2:
+        return ""
+    text = value.get(name) if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        return ""
+    entry = quoted(value if isinstance(value, dict) else {name: text})
+    return f": write {entry if len(path) == 2 else f'[{entry}]'}"
 
 
 def without_consequences(problems: Sequence[Any]) -> Iterator[Any]:

@@ -326,7 +326,7 @@ def test_merge_shows_its_manifest_and_its_drift(made, visit):
     manifest = json.loads((made.output / "outliermerge.json").read_text())
     name = "language_model.model.layers.{}.mlp.up_proj.weight"
     base, output = load_folder(made.base), made.deltas(made.output)
-    norm = {key: tensor.double().norm().item() for key, tensor in load_folder(made.output).items()}
+    norm = {key: tensor.double().norm().item() for key, tensor in base.items()}
     with visit(made.merge) as page:
         go_to(page, "merge")
         choose(page, "merge", "merge-module", "mlp.up_proj")

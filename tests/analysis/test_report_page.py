@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shutil
 
@@ -14,7 +15,11 @@ from report_pages import choose, column, go_to, number, plotted
 
 import outliermerge
 from outliermerge.analysis.report.build import build_report
+from outliermerge.analysis.report.page import plotly_script
+from outliermerge.analysis.stats import weight_stats
 from outliermerge.methods.table import METHODS
+from outliermerge.output.card import with_error
+from outliermerge.output.manifest_file import read_manifest
 
 pytest_plugins = ("report_fixtures",)
 
@@ -103,7 +108,6 @@ def test_page_of_any_merge_has_three_numbers_and_nothing_empty(
 
 def test_merge_opens_on_what_was_kept_and_how_far_it_moved(made, visit):
     output, base = made.deltas(made.output), load_folder(made.base)
-    weights = load_folder(made.output)
 
     def size(tensors):
         return np.sqrt(sum((np.asarray(each, np.float64) ** 2).sum() for each in tensors))
@@ -124,7 +128,7 @@ def test_merge_opens_on_what_was_kept_and_how_far_it_moved(made, visit):
             assert number(shown["Distance from each model"][folder.name]) == pytest.approx(
                 apart, rel=1e-3
             )
-        moved = size(output.values()) / size([each.double().numpy() for each in weights.values()])
+        moved = size(output.values()) / size([each.double().numpy() for each in base.values()])
         assert number(shown["Moved from the base"][""]) == pytest.approx(100 * moved, abs=0.06)
         # The same, beside what was asked of each model.
         table = page.locator("#merge-table tbody tr").all_inner_texts()
@@ -137,8 +141,8 @@ def test_models_open_on_their_change_from_the_base(made, visit):
         shown = cards(page)
         assert list(shown) == ["Change from the base", "Outliers", "Unchanged"]
         for place, folder in enumerate(made.models):
-            change, weights = made.stats(place, base=True), made.stats(place, base=False)
-            sizes = [np.linalg.norm([t.l2_norm for t in s.tensors]) for s in (change, weights)]
+            change, base = made.stats(place, base=True), weight_stats(str(made.base), threads=1)
+            sizes = [np.linalg.norm([t.l2_norm for t in s.tensors]) for s in (change, base)]
             assert number(shown["Change from the base"][folder.name]) == pytest.approx(
                 100 * sizes[0] / sizes[1], abs=0.06
             )
@@ -303,7 +307,10 @@ def test_links_lead_to_their_sections_and_stay_in_sight(made, visit, width):
             bar = page.evaluate(
                 "document.querySelector(innerWidth < 704 ? 'nav' : '#top').offsetHeight"
             )
-            assert bar <= top(href[1:]) <= bar + 30
+            is_at_the_end = page.evaluate(
+                "innerHeight + scrollY >= document.documentElement.scrollHeight - 2"
+            )
+            assert bar <= top(href[1:]) and (top(href[1:]) <= bar + 30 or is_at_the_end)
             assert page.locator("nav a[aria-current]").count() == 1
             assert page.locator("nav").bounding_box()["y"] == 0
             link = page.locator(f"nav a[href='{href}']").bounding_box()
@@ -404,3 +411,92 @@ def test_what_a_picture_shows_is_said_in_words(made, visit):
         lines = page.locator("#drift-depth-plot").get_attribute("aria-label")
         assert re.search(r"task0: [\d.]+ to [\d.]+, from [\d.]+ up to [\d.]+; task1: ", lines)
         assert column(page, "statistics", 1)
+
+
+def test_page_and_card_say_the_same_of_the_move_from_the_base(made, visit):
+    drift = read_manifest(made.output)["drift"]
+    with visit(made.merge) as page:
+        moved = number(cards(page)["Moved from the base"][""]) / 100
+        assert "W₀ is the base" in page.inner_text("#numbers")
+    assert moved == pytest.approx(
+        drift["relative_size"], abs=6e-4 + 4 * drift["standard_errors"]["relative_size"]
+    )
+
+
+def test_a_page_is_not_much_larger_than_packed_plotly_and_its_data(made):
+    page = made.merge.read_text("utf-8")
+    packed = len(gzip.compress(plotly_script().encode(), 6)) * 4 / 3
+    data = len(re.search('id="data">(.*?)</script>', page)[1])
+    assert packed < len(page) - data < packed + 100_000
+
+
+@pytest.mark.parametrize(
+    ("value", "deviation", "text"),
+    [
+        (0.02007, 0.0001179, "0.0201 ± 0.0001"),
+        (0.4137, 0.023, "0.41 ± 0.02"),
+        (12.34, 0.0012, "12.3"),
+        (0.4137, 0.0, "0.414"),
+        (0.0, 0.0, "0.00"),
+    ],
+)
+def test_a_mean_has_the_digits_that_its_deviation_leaves(made, visit, value, deviation, text):
+    with visit(made.pair) as page:
+        assert page.evaluate("([a, b]) => withDeviation(a, b)", [value, deviation]) == text
+    assert with_error(value, deviation) == text
+
+
+def test_it_is_said_why_min_sigma_is_shown_and_what_became_of_all_tensors(visit, tmp_path):
+    with visit(report(tmp_path, [made_merge(tmp_path, "task_arithmetic")])) as page:
+        go_to(page, "minsigma")
+        assert page.inner_text("#minsigma-text").startswith("This merge is by task_arithmetic. ")
+        assert page.inner_text("#merge-text").startswith("All 2 tensors were merged. ")
+
+
+def test_a_merge_by_min_sigma_needs_no_reason_and_copies_are_counted(visit, tmp_path):
+    base = made_model(tmp_path / "base", layers=2, modules=2)
+    tuned = {name: tensor + ("m0" in name) for name, tensor in load_folder(base).items()}
+    models = [{"model": str(save_tensors(tmp_path / name, tuned))} for name in "ab"]
+    spec = {"merge_method": "min_sigma", "base_model": str(base), "models": models}
+    with visit(report(tmp_path, [outliermerge.run(spec, output=tmp_path / "out").output])) as page:
+        go_to(page, "minsigma")
+        assert page.inner_text("#minsigma-text").startswith("Changes beyond tσ are kept whole")
+        assert page.inner_text("#merge-text").startswith("Of 4 tensors 2 were merged and 2 were ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_histogram_with_teeth_is_explained(visit, tmp_path, dtype):
+    torch.manual_seed(0)
+    base = (torch.randn(200, 300) * 0.05).to(dtype)
+    tuned = (base.float() + 0.0005 * torch.randn(200, 300)).to(dtype)
+    for name, tensor in (("base", base), ("tuned", tuned)):
+        save_tensors(tmp_path / name, {"layers.0.w.weight": tensor})
+    with visit(report(tmp_path, [tmp_path / "tuned"], base=str(tmp_path / "base"))) as page:
+        go_to(page, "distribution")
+        assert page.is_visible("#comb") == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_ends_with_its_tables(made, visit, width):
+    with visit(made.merge, width=width) as page:
+        draw_all(page)
+        room = page.evaluate(
+            "document.documentElement.scrollHeight - scrollY - "
+            "document.getElementById('statistics').getBoundingClientRect().bottom"
+        )
+        assert room < 120
+
+
+def test_the_table_of_models_is_not_wider_than_a_page(made, visit):
+    with visit(made.merge) as page:
+        draw_all(page)
+        assert page.evaluate(
+            "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('#tables .scroll'))"
+        )
+
+
+def test_a_browser_that_cannot_unpack_says_so(made, tab):
+    tab.add_init_script("delete window.DecompressionStream")
+    tab.goto(made.pair.as_uri())
+    tab.locator("#notes li", has_text="cannot draw the figures").wait_for()
+    assert tab.inner_text("#sentence")

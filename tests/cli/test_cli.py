@@ -203,10 +203,12 @@ class TestCommands:
     def test_a_word_that_is_no_command_is_refused_with_the_list_of_them(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for word in ("evaluate", "compare_weights", "console"):  # modules, but no commands
+        for word in ("evaluate", "console"):  # modules, but no commands
             assert cli.main([word]) == 2
             said = capsys.readouterr().err
             assert all(name in said for name in COMMANDS)
+        assert cli.main(["compare_weights"]) == 2
+        assert capsys.readouterr().err.endswith("Did you mean 'compare-weights'?\n")
 
 
 class TestUsage:
@@ -246,7 +248,7 @@ class TestUsage:
             (["--shard-size", "5XB"], "--shard-size: '5XB' is not a size"),
             (["--shard-size", "0"], "--shard-size: '0' is not a size"),
             (["--memory", "much"], "--memory: 'much' is not a size"),
-            (["--memory", "1"], "--memory: 1 bytes are too few"),
+            (["--memory", "1"], "--memory: 1 B is too little"),
             (["--device", "tpu"], "--device: found 'tpu', expected cpu, cuda"),
         ],
     )

@@ -187,7 +187,7 @@ class TestFlagsOfMergekit:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cli.main(["merge.yml", "out", "--cuda"]) == 2
-        assert "--device: cuda is not on this machine" in capsys.readouterr().err
+        assert "error: device cuda is not on this machine" in capsys.readouterr().err
 
 
 class TestEveryCommand:
@@ -322,3 +322,15 @@ def test_completion_without_its_library_is_told(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 1
     assert "pip install shtab" in capsys.readouterr().err
+
+
+def test_a_word_that_is_sure_is_told_without_the_list_of_commands(capsys):
+    assert cli.main(["plna", "merge.yml"]) == 2
+    assert "Commands:" not in capsys.readouterr().err
+    assert cli.main(["qqqq", "merge.yml"]) == 2
+    assert "Commands: run, plan, " in capsys.readouterr().err
+
+
+def test_the_flag_for_a_gpu_that_a_command_lacks_is_told_as_its_own(capsys):
+    assert cli.main(["plan", "merge.yml", "--cuda"]) == 2
+    assert "no option '--cuda'. Did you mean --device cuda?" in capsys.readouterr().err

@@ -29,14 +29,20 @@ LINEAR: dict[str, Any] = {
 }
 
 
-def sliced(**first: Any) -> dict[str, Any]:
-    sources = [{"model": f"org/{name}", "layer_range": [0, 32]} for name in "ab"]
-    rest = {key: value for key, value in LINEAR.items() if key != "models"}
-    return rest | {"slices": [{"sources": sources} | first]}
+def slice_of(names: str, **more: Any) -> dict[str, Any]:
+    return {"sources": [{"model": f"org/{n}", "layer_range": [0, 32]} | more for n in names]}
+
+
+SLICED: dict[str, Any] = {
+    "merge_method": "slerp",
+    "base_model": "org/a",
+    "slices": [slice_of("ab") | {"parameters": {"t": 0.5}}],
+    "dtype": "float32",
+}
 
 
 def test_what_is_already_in_our_form_stays_as_it_is():
-    for document in (TIES, LINEAR, TIES | {"seed": 3, "vocabulary": "base"}):
+    for document in (TIES, LINEAR, SLICED, TIES | {"seed": 3, "vocabulary": "base"}):
         found = convert(document)
         assert found.document == document
         assert (found.left_out, found.differences, found.obstacles) == ([], [], [])
@@ -46,6 +52,14 @@ def test_what_is_already_in_our_form_stays_as_it_is():
     ("given", "expected"),
     [
         (TIES | {"name": "mine"}, TIES),
+        (
+            SLICED | {"slices": [SLICED["slices"][0] | {"merge_method": "slerp", "u": 1}]},
+            SLICED,
+        ),
+        (
+            SLICED | {"slices": [slice_of("ab", w=1) | {"parameters": {"t": 0.5, "x": 2}}]},
+            SLICED,
+        ),
         (TIES | {"parameters": {"int8_mask": True, "normalize": 0.0}}, TIES),
         (TIES | {"parameters": {"nomalize": True, "normalize": False}}, TIES),
         (TIES | {"dype": "float16"}, TIES),
@@ -57,6 +71,8 @@ def test_what_is_already_in_our_form_stays_as_it_is():
          TIES | {"merge_method": "task_arithmetic"}),
         (LINEAR | {"parameters": {"weight": 1, "t": 1}}, LINEAR),
         (LINEAR | {"tokenizer_source": None, "base_model": None}, LINEAR),
+        (LINEAR | {"tokenizer": {"pad": 8, "tokens": {"<a>": {"fource": True}}}},
+         LINEAR | {"tokenizer": {"tokens": {"<a>": {}}}}),
     ],
 )  # fmt: skip
 def test_what_has_no_effect_is_left_out(given, expected):
@@ -69,14 +85,6 @@ def test_what_has_no_effect_is_left_out(given, expected):
 @pytest.mark.parametrize(
     ("given", "expected", "said"),
     [
-        (sliced(), LINEAR, "slices: the one slice is written as whole `models`: right if they "
-         "have 32 layers"),
-        (sliced(parameters={"weight": 0.5}), LINEAR | {"parameters": {"weight": 0.5}}, "slices"),
-        (LINEAR | {"chat_template": "auto"}, LINEAR, "chat_template: it comes with"),
-        (LINEAR | {"tokenizer": {"source": "org/b"}}, LINEAR | {"tokenizer_source": "org/b"},
-         "`vocabulary` says"),
-        (TIES | {"tokenizer": {"source": "base", "pad_to_multiple_of": 8}},
-         TIES | {"tokenizer_source": "base", "vocabulary": "base"}, "rows are not padded"),
         (LINEAR | {"base_model": "org/c"},
          LINEAR | {"base_model": "org/c", "models": [*LINEAR["models"], {"model": "org/c"}]},
          "mergekit averages the base model in"),
@@ -99,15 +107,21 @@ def test_what_behaves_differently_is_told(given, expected, said):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (TIES | {"tokenizer": {"source": "union"}}, TIES | {"vocabulary": "union"}),
-        (TIES | {"tokenizer_source": "union"}, TIES | {"vocabulary": "union"}),
-        (TIES | {"tokenizer_source": "base"},
-         TIES | {"tokenizer_source": "base", "vocabulary": "base"}),
+        (TIES | {"tokenizer": {"source": {"model": {"path": "org/base"}}}},
+         TIES | {"tokenizer": {"source": "org/base"}}),
+        (LINEAR | {"tokenizer": {"tokens": {"<a>": {"source": {"model": {"path": "org/a"}}}}}},
+         LINEAR | {"tokenizer": {"tokens": {"<a>": {"source": "org/a"}}}}),
+        (LINEAR | {"tokenizer": {"tokens": {"<a>": {"source": {
+            "kind": "model_token", "model": {"model": {"path": "org/a"}}, "token_id": 3}}}}},
+         LINEAR | {"tokenizer": {"tokens": {"<a>": {"source": {
+             "kind": "model_token", "model": "org/a", "token_id": 3}}}}}),
         (TIES | {"base_model": {"model": {"path": "org/base", "revision": "v1"}}},
          TIES | {"base_model": "org/base@v1"}),
         (LINEAR | {"models": [{"model": {"model": {"path": "org/a"}, "lora": {"path": "org/l"}}},
                               {"model": "org/b"}]},
          LINEAR | {"models": [{"model": "org/a+org/l"}, {"model": "org/b"}]}),
+        ({key: value for key, value in SLICED.items() if key != "base_model"}
+         | {"slices": [SLICED["slices"][0] | {"base_model": "org/a"}]}, SLICED),
     ],
 )  # fmt: skip
 def test_what_is_only_written_otherwise_is_rewritten(given, expected):
@@ -118,12 +132,38 @@ def test_what_is_only_written_otherwise_is_rewritten(given, expected):
 
 
 @pytest.mark.parametrize(
+    "keys",
+    [
+        {"tokenizer": {"source": "union"}},
+        {"tokenizer": {"source": "base", "pad_to_multiple_of": 8}},
+        {"tokenizer": {}},
+        {"tokenizer": {"tokens": {"<a>": {"source": {"kind": "zero"}, "force": True}}}},
+        {"tokenizer_source": "union"},
+        {"tokenizer_source": "model:org/base"},
+        {"tokenizer_source": "base", "chat_template": "auto"},
+        {"chat_template": "{{ messages }}"},
+    ],
+)
+def test_the_keys_of_tokenizer_and_chat_template_stay_as_they_are(keys):
+    found = convert(TIES | keys)
+    assert found.document == TIES | keys
+    assert (found.left_out, found.differences, found.obstacles) == ([], [], [])
+    load_spec(found.document)
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
-        (sliced(sources=[{"model": "a", "layer_range": [0, 8]}, {"model": "b"}]), "ranges of"),
-        (sliced(sources=[{"model": "a", "layer_range": [4, 8]}]), "ranges of layers"),
-        (LINEAR | {"slices": [{"sources": []}, {"sources": []}]}, "slices: models of stacked"),
-        (LINEAR | {"slices": "all"}, "slices"),
+        (
+            {
+                "merge_method": "slerp",
+                "slices": [
+                    slice_of("ab") | {"base_model": "org/a"},
+                    slice_of("ab") | {"base_model": "org/b"},
+                ],
+            },
+            "slices[1].base_model: found 'org/b', but another base model is 'org/a'",
+        ),
         (LINEAR | {"modules": {}}, "modules"),
         (LINEAR | {"merge_method": "frobnicate"}, "unknown merge method 'frobnicate'"),
         ({"experts": [], "base_model": "x"}, "a file for mergekit-moe"),
@@ -132,7 +172,7 @@ def test_what_is_only_written_otherwise_is_rewritten(given, expected):
             TIES | {"merge_method": "task_arithmetic", "parameters": {"rescale": True}},
             "parameters.rescale: task_arithmetic has no such parameter",
         ),
-        (LINEAR | {"tokenizer": {"source": "base", "tokens": {"a": {}}}}, "tokenizer.tokens"),
+        (LINEAR | {"tokenizer": {"source": "base"}, "tokenizer_source": "base"}, "refuses it"),
     ],
 )
 def test_what_cannot_be_run_is_told(given, said):
@@ -259,3 +299,19 @@ def test_parameters_of_the_base_model_have_no_effect_and_a_note():
     assert [model.reference for model in spec.models] == ["org/a"]
     spec = load_spec(LINEAR | {"base_model": "org/a"})
     assert len(spec.models) == 2
+
+
+def test_a_file_with_new_keys_is_written_in_the_order_of_a_reader(tmp_path, capsys):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "# mine\ndtype: float32\nslices:\n- base_model: org/a\n  sources:\n"
+        "  - {model: org/a, layer_range: [0, 2]}\n  - {model: org/b, layer_range: [0, 2]}\n"
+        "# how\nmerge_method: slerp\nparameters: {t: 0.5}\n"
+    )
+    assert cli.main(["convert-config", str(path)]) == 0
+    written = capsys.readouterr().out
+    assert list(yaml.safe_load(written)) == [
+        "base_model", "slices", "merge_method", "parameters", "dtype"
+    ]  # fmt: skip
+    assert written.startswith("# mine\nbase_model: org/a\nslices:\n")
+    assert "# how\nmerge_method: slerp\n" in written

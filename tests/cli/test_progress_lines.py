@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from hostile.cases import pair
 from rich.console import Console
 from waiting import LIMIT_SECONDS
 
+from outliermerge.cli import terminal
 from outliermerge.cli.lines import INTERVAL_VARIABLE, ProgressLines
 from outliermerge.cli.terminal import MergeBar
 
@@ -126,3 +128,37 @@ def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_per
         assert wanted in waiting and "left" not in waiting and "━" not in waiting
         bar.done()
         assert not is_terminal or ("merged" in shown(bar) and "checking" not in shown(bar))
+
+
+def test_a_long_wait_without_a_terminal_is_told_in_a_line(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(terminal, "_SHORT_SECONDS", 0.01)
+    with terminal.status("checking"):
+        limit = time.monotonic() + LIMIT_SECONDS
+        while not said.getvalue() and time.monotonic() < limit:
+            time.sleep(0.001)
+    assert said.getvalue() == "checking\n"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_short_wait_is_not_told(capsys, quiet):
+    with terminal.status("checking", quiet=quiet):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_plan_says_that_it_waits_for_a_library_that_knows_defaults(tmp_path, quiet):
+    pair(tmp_path)
+    for name, more in (("good", {"attention_bias": False}), ("bad", {})):
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"} | more))
+    done = subprocess.run(
+        [sys.executable, "-m", "outliermerge", "plan", "spec.yaml", "--no-load-check", "--json"]
+        + ["--quiet"] * quiet,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0
+    waits = "a config leaves out values that another has: importing transformers"
+    assert (waits in done.stderr) == (not quiet)

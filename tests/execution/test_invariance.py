@@ -378,7 +378,7 @@ def test_a_method_of_tensors_sees_the_whole_tensor(threads, memory, large, tmp_p
     ],
 )
 def test_a_budget_below_one_block_is_refused(method, memory, matrices, tmp_path):
-    with pytest.raises(outliermerge.ArgumentError, match=r"too few for tensor 'wide\.weight'"):
+    with pytest.raises(outliermerge.ArgumentError, match=r"too little for tensor 'wide\.weight'"):
         outliermerge.run(
             spec_of(method, *matrices), output=tmp_path / "out", threads=1, memory=memory
         )

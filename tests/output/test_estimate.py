@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import save_tensors
 
 import outliermerge
 from outliermerge.cli import main as cli
+from outliermerge.cli.plan_tables import Took, _time
 from outliermerge.output import estimate as estimating
 from outliermerge.output.estimate import estimate_run
 
@@ -169,6 +172,30 @@ def test_a_plan_as_json_begins_with_what_a_person_asks(spec, tmp_path, capsys):
     ],
 )
 def test_a_time_is_told_as_precisely_as_it_is_known(seconds, words):
-    from outliermerge.cli.plan import _time
+    estimate = estimating.Estimate(seconds, 1.0, "a trial", 1, 1)
+    assert _time(estimate, Took(0.1)) == f"{words} (a trial)"
 
-    assert _time(estimating.Estimate(seconds, 1.0, "a trial", 1, 1)) == f"{words} (a trial)"
+
+@pytest.mark.parametrize(
+    ("merging", "took", "words"),
+    [
+        (0.2, Took(0.1, 5.0),
+         "about 5.1 s: less than a second to merge and meanwhile 5 s to check that it loads (a)"),
+        (30.0, Took(4.0, 5.0),
+         "about 34 s: 4 s to plan, 30 s to merge and meanwhile 5 s to check that it loads (a)"),
+        (None, Took(0.1, 5.0),
+         "merging not known and meanwhile 5 s to check that it loads: a"),
+    ],
+)  # fmt: skip
+def test_the_time_of_a_run_includes_planning_and_the_load_check(merging, took, words):
+    assert _time(estimating.Estimate(merging, 1.0, "a", 1, 1), took) == words
+
+
+def test_the_memory_that_a_refusal_names_is_enough_and_the_least(spec, tmp_path, capsys):
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    words = ["plan", str(path), "--no-load-check", "--threads", "2", "--memory"]
+    assert cli.main([*words, "1"]) == 2
+    number = int(re.search(r"Give --memory (\d+)KiB or more", capsys.readouterr().err)[1])
+    assert cli.main([*words, f"{number}KiB"]) == 0
+    assert cli.main([*words, f"{number - 1}KiB"]) == 2

@@ -61,13 +61,32 @@ def test_an_output_is_made_again_in_any_folder(place, monkeypatch, file, flags):
 
     assert weights(Path("again")) == weights(first)
     assert cli.main(["verify", "again"]) == 0
-    same = ("recipe.yaml", "mergekit_config.yml")
-    assert all(
-        (first / name).is_file() == Path("again", name).is_file()
-        and (not (first / name).is_file()
-             or (first / name).read_bytes() == Path("again", name).read_bytes())
-        for name in same
-    )  # fmt: skip
+    assert (first / "recipe.yaml").read_bytes() == Path("again", "recipe.yaml").read_bytes()
+    config = "mergekit_config.yml"
+    assert (first / config).is_file() == Path("again", config).is_file()
+
+
+@pytest.mark.parametrize("file", ["spec.yaml", "first/recipe.yaml", "first/outliermerge.json"])
+def test_models_inside_the_present_folder_are_named_from_there(place, file):
+    outliermerge.run("spec.yaml", output="first")
+    outliermerge.run(file, output="out")
+    card = Path("out/README.md").read_text()
+    assert str(place) not in card
+    assert "- `models/a`" in card and "base_model: models/base\n" in card
+    assert str(place) in Path("out/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_recipe_for_mergekit_names_models_from_the_present_folder(place, again):
+    spec = {key: value for key, value in SPEC.items() if key != "tokenizer_source"}
+    for name in NAMES:
+        (place / "models" / name / "config.json").write_text('{"model_type": "unknown"}')
+    out = outliermerge.run(spec, output="out").output
+    if again:
+        out = outliermerge.run("out/recipe.yaml", output="again").output
+    written = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    assert written["base_model"] == "models/base"
+    assert [entry["model"] for entry in written["models"]] == ["models/a", "models/b"]
 
 
 def test_a_single_file_is_made_again_from_its_manifest(place):
@@ -233,3 +252,23 @@ def test_flags_that_change_bytes_are_in_the_command(place):
     assert command(planned, options, results) == (
         "outliermerge run recipe.yaml DIR --shard-size 5000 --no-kernels --allow-non-finite"
     )
+
+
+def test_errors_name_outputs_as_they_were_named(place):
+    with pytest.raises(OutlierMergeError, match=r"^nothing: no outliermerge\.json"):
+        outliermerge.verify("nothing")
+    outliermerge.run("spec.yaml", output="deep/out")
+    for name in ("deep/out", "./deep/out", "deep/../deep/out"):
+        with pytest.raises(OutlierMergeError, match=r"^deep/(\.\./deep/)?out: exists already"):
+            outliermerge.run("spec.yaml", output=name)
+    (place / "deep" / "out" / "model.safetensors").write_bytes(b"")
+    (said, *_) = outliermerge.verify("deep/out")
+    assert said.startswith("deep/out/model.safetensors: ")
+    (place / "link").symlink_to("deep")
+    with pytest.raises(OutlierMergeError, match=f"^{place}/deep/out: exists already"):
+        outliermerge.run("spec.yaml", output="link/out")
+
+
+def test_a_spec_without_output_is_told_without_a_line(place):
+    with pytest.raises(SpecError, match=r"^spec\.yaml: no output: give output or"):
+        outliermerge.run("spec.yaml")

@@ -70,7 +70,7 @@ def compare(spec: dict[str, Any], models: Path, folder: Path) -> Comparison:
     if "base_model" in spec:
         spec["base_model"] = str(family / spec["base_model"])
     with _same_draws():
-        theirs = _by_mergekit(copy.deepcopy(spec), folder / "theirs")
+        theirs = by_mergekit(copy.deepcopy(spec), folder / "theirs")
         ours = load_folder(
             outliermerge.run(spec, output=folder / "ours", kernels=False, threads=1).output
         )
@@ -98,7 +98,8 @@ def compare(spec: dict[str, Any], models: Path, folder: Path) -> Comparison:
     return found
 
 
-def _by_mergekit(spec: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+def by_mergekit(spec: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Return what mergekit makes of a spec."""
     options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
     run_merge(MergeConfiguration.model_validate(spec), str(folder), options)
     return load_folder(folder)

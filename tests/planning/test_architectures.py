@@ -67,22 +67,22 @@ def _refusal(base: str, model: str) -> str:
 def test_the_architectures_are_compared_before_the_tensors(tmp_path, change, said):
     base, other = _save(tmp_path / "base"), _save(tmp_path / "other", **change)
     message = _refusal(base, other).split("\n")
-    assert (CANNOT in message) != ("Such models cannot be merged as they are." in message)
-    first, second, third, *_ = [line for line in message if line != CANNOT]
-    assert first == "the models do not hold the same tensors"
+    first, second, third, *_ = message
+    assert first == CANNOT
+    assert "Such models cannot be merged as they are." not in message
     assert second.startswith(other) and said in second
     assert second.endswith(f"{base} is LlamaForCausalLM (2 layers, hidden size 8, 320 parameters).")
     assert " tensor(s) " in third
-    assert CANNOT not in message[2:]
+    assert CANNOT not in message[1:]
     assert not any(advice in line for line in message for advice in ADVICE)
 
 
-def test_of_many_tensors_ten_are_listed_and_the_others_counted(tmp_path):
+def test_of_many_tensors_four_are_listed_and_the_others_counted(tmp_path):
     base, other = _save(tmp_path / "base"), _save(tmp_path / "other", layers=40)
     message = _refusal(base, other)
     assert "76 tensor(s) extra:" in message
-    assert message.count(f"in {other}, not in {base}") == 10
-    assert "  … and 66 more" in message
+    assert message.count(f"in {other}, not in {base}") == 4
+    assert "  … and 72 more" in message
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "other"}, {"architectures": ["Other"]}])

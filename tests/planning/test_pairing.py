@@ -29,7 +29,7 @@ from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.methods.table import METHODS
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest_file import read_manifest
-from outliermerge.planning.vocabulary_tensors import RearrangedRows
+from outliermerge.planning.vocabulary_runs import RearrangedRows
 from outliermerge.spec.check import load_spec
 from outliermerge.spec.schema import json_schema
 

@@ -104,7 +104,7 @@ def test_the_command_prints_them(place, monkeypatch, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["weight", "0.2→0.5", "over", "the", "layers", "4", "a", "attn"] in lines
     assert ["weight", "1", "5", "a", "all", "others"] in lines
-    assert ["weight", "1", "9", "b", "–"] in lines
+    assert ["weight", "1", "9", "b", "none"] in lines
 
 
 def test_a_setting_as_json_keeps_its_values():

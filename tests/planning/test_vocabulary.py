@@ -19,7 +19,7 @@ from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.planning.vocabulary import Alignment, align_vocabulary
-from outliermerge.planning.vocabulary_tensors import RearrangedRows
+from outliermerge.planning.vocabulary_runs import RearrangedRows
 
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 WORDS = [f"word{number}" for number in range(10)]

@@ -140,7 +140,7 @@ def test_all_sources_that_are_none_of_the_models_are_told():
     spec = {"merge_method": "linear", "models": [{"model": "a"}]} | dict.fromkeys(keys, "c")
     with pytest.raises(SpecError) as raised:
         load_spec(spec)
-    assert [line.split(": ")[1] for line in str(raised.value).split("\n")] == [*keys]
+    assert {line.split(": ")[1] for line in str(raised.value).split("\n")} == {*keys}
 
 
 SPELLINGS = {"float16": "float16", "bfloat16": "bfloat16", "float64": "float64"}
@@ -221,3 +221,42 @@ def test_a_rename_that_matches_nothing_names_what_is_near(pair):
     (line,) = _refusal(text)
     assert line.endswith("there is for example 'model.layers.0.mlp.up.weight'. "
                          "Did you mean 'model.layers'?")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tiez", "Ties", "tias"])
+def test_a_misspelt_method_hides_no_other_mistake(name):
+    text = f"""merge_method: {name}
+base_model: b
+models: [{{model: a, parameters: {{wieght: 1}}}}]
+parameters: {{desnity: 0.5}}"""
+    with pytest.raises(SpecError) as raised:
+        parse_spec(text, file="FILE")
+    method, weight, density = str(raised.value).split("\n")
+    assert method.endswith(f"unknown merge method {name!r}. Did you mean 'ties'?")
+    assert "ties has no parameter 'wieght'. Did you mean 'weight'?" in weight
+    assert "ties has no parameter 'desnity'. Did you mean 'density'?" in density
+
+
+def test_a_method_like_no_other_is_told_with_all_that_there_are():
+    with pytest.raises(SpecError, match=r"'qqqq'\. Valid: arcee_fusion, .*, ties\. A method of"):
+        parse_spec("merge_method: qqqq\nmodels: [{model: a, parameters: {wieght: 1}}]")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ["a", {"model": "b"}]},
+         "models[0]: found 'a', expected a mapping: write {'model': 'a'}"),
+        ({"models": "a"}, "models: found 'a', expected a list: write [{'model': 'a'}]"),
+        ({"models": {"model": "a"}},
+         "models: found a mapping, expected a list: write [{'model': 'a'}]"),
+        ({"modifiers": ["x"]},
+         "modifiers[0]: found 'x', expected a mapping: write {'modifier': 'x'}"),
+        ({"parameters": [{"weight": 1}]}, "parameters: found a list, expected a mapping"),
+    ],
+)  # fmt: skip
+def test_a_dict_is_told_how_to_be_written_in_python(change, said):
+    spec = {"merge_method": "task_arithmetic", "base_model": "c", "models": [{"model": "b"}]}
+    with pytest.raises(SpecError) as raised:
+        load_spec(spec | change)
+    assert str(raised.value) == f"spec: {said}"

@@ -68,10 +68,10 @@ BAD = {
     ),
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
-        "6:1: zzz: unknown key 'zzz'. Valid: base_model, config_source, dtype, extra, "
-        "merge_method, missing, models, modifiers, other_files, out_dtype, output, parameters, "
-        "processor_source, rename, seed, tie_word_embeddings, tokenizer_source, unequal, "
-        "vocabulary.",
+        "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, dtype, "
+        "extra, merge_method, missing, models, modifiers, other_files, out_dtype, output, "
+        "parameters, processor_source, rename, seed, slices, stack, stages, tie_word_embeddings, "
+        "tokenizer, tokenizer_source, unequal, vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",
@@ -109,35 +109,18 @@ BAD = {
         "6:7: models[0].parameters.lambda: 'lambda' is of the whole merge, not of one model: "
         "move it to the top-level `parameters`",
     ),
-    "slices": (
-        "merge_method: passthrough\nslices:\n  - sources: []\n",
-        "2:1: slices: a mergekit key that is not supported: give whole `models`; `outliermerge "
-        "convert-config FILE` writes slices over all layers as models",
-    ),
     "modules": (
         HEAD + "modules: {}\n",
         "6:1: modules: a mergekit key that is not supported: give whole `models`",
     ),
-    "tokenizer": (
-        HEAD + "tokenizer: {source: base}\n",
-        "6:1: tokenizer: a mergekit key that is not supported: `tokenizer_source` names the "
-        "model whose tokenizer is taken, `vocabulary` says what becomes of rows that differ",
-    ),
-    "chat_template": (
-        HEAD + "chat_template: auto\n",
-        "6:1: chat_template: a mergekit key that is not supported: it is taken with the "
-        "tokenizer, from `tokenizer_source`",
-    ),
     "tokenizer_source": (
-        HEAD + "tokenizer_source: union\n",
-        "6:19: tokenizer_source: 'union' is none of the models: here it is `vocabulary: union`",
+        HEAD + "tokenizer_source: unoin\n",
+        "6:19: tokenizer_source: 'unoin' is none of the models. Did you mean 'union'?",
     ),
     # Methods.
     "unknown method": (
         _with_method("tiez"),
-        f"1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'? "
-        f"Valid: {ALL_METHODS}. "
-        f"{YOUR_OWN}",
+        "1:15: merge_method: unknown merge method 'tiez'. Did you mean 'ties'?",
     ),
     "unknown method like no other": (
         _with_method("zzzz"),
@@ -399,8 +382,7 @@ BAD = {
     ),
     "two documents": (
         HEAD + "---\n" + HEAD,
-        "6:1: not valid YAML: a second document begins here. A file holds one: remove the line "
-        "---.",
+        "7:1: a second merge without a `name`: name each but that of the output",
     ),
     "windows line ends": (
         (HEAD + "dtpe: x\n").replace("\n", "\r\n"),
@@ -557,13 +539,13 @@ OPTIONS = {
         ("--memory", "1KB", "--threads", "2", "--no-kernels"),
         # 8 elements a tensor; for each 3 sources and the output in float32, and 22 float32 to
         # compute with; 2 threads.
-        "--memory: 1,000 bytes are too few for tensor 'embed.weight': ties needs 1,664 on 2 "
-        "threads to hold one element block. Give more memory or fewer threads.",
+        "--memory: 1,000 B is too little for tensor 'embed.weight': ties needs 1,664 B on 2 "
+        "threads to hold one block of it. Give --memory 2KiB or more, or fewer threads.",
     ),
     "memory too small for kernels": (
         ("--memory", "100", "--threads", "2"),
-        "--memory: 100 bytes are too few for tensor 'embed.weight': ties needs 256 on 2 "
-        "threads to hold one element block. Give more memory or fewer threads.",
+        "--memory: 100 B is too little for tensor 'embed.weight': ties needs 256 B on 2 "
+        "threads to hold one block of it. Give --memory 1KiB or more, or fewer threads.",
     ),
     "shard size that is none": (
         ("--shard-size", "big"),
@@ -596,7 +578,7 @@ def test_a_device_that_is_not_on_this_machine_is_refused(folder, capsys, monkeyp
 
     assert _plan(folder, HEAD, capsys, "--device", "cuda:1") == (
         2,
-        "error: --device: cuda:1 is not on this machine: it has 0 CUDA device(s)\n",
+        "error: device cuda:1 is not on this machine: it has 0 CUDA device(s)\n",
     )
 
 
@@ -620,7 +602,7 @@ def test_a_run_without_an_output_is_refused_before_any_work(folder, capsys, monk
     assert (
         capsys.readouterr()
         .err.replace(str(folder), "DIR")
-        .endswith("error: DIR/spec.yaml:1:1: no output: give --output or `output:` in the spec\n")
+        .endswith("error: DIR/spec.yaml: no output: give --output or `output:` in the spec\n")
     )
     assert sorted(folder.iterdir()) == before
 
@@ -634,7 +616,7 @@ def test_a_run_with_too_little_memory_writes_nothing(folder, capsys):
     assert "error: --memory: '1B' is not a size." in capsys.readouterr().err
     code = cli.main(["run", str(folder / "spec.yaml"), "--output", str(output), "--memory", "100"])
     assert code == 2
-    assert "error: --memory: 100 bytes are too few for tensor" in capsys.readouterr().err
+    assert "error: --memory: 100 B is too little for tensor" in capsys.readouterr().err
     assert not output.exists()
     assert not (folder / "out.partial").exists()
 

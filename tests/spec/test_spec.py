@@ -523,6 +523,10 @@ def test_what_has_no_effect_is_taken_and_valid_by_the_schema(name, validator):
     validator.validate(INERT[name])
 
 
+SLICED = {
+    "merge_method": "passthrough",
+    "slices": [{"sources": [{"model": "a", "layer_range": [0, 2], "parameters": {"scale": 2}}]}],
+}
 BAD = {
     "unknown key": HEAD | {"dtpe": "float32"},
     "unknown key of a model": HEAD | {"models": [{"model": "a", "weight": 1}]},
@@ -557,7 +561,15 @@ BAD = {
     "unknown dtype": HEAD | {"dtype": "fp8"},
     "integer dtype": HEAD | {"out_dtype": "int8"},
     "unknown policy": HEAD | {"missing": "skip"},
-    "slices": HEAD | {"slices": []},
+    "slices beside models": HEAD
+    | {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+    "no slices": SLICED | {"slices": []},
+    "no sources": SLICED | {"slices": [{"sources": []}]},
+    "no range": SLICED | {"slices": [{"sources": [{"model": "a"}]}]},
+    "a range of one": SLICED | {"slices": [{"sources": [{"model": "a", "layer_range": [1]}]}]},
+    "parameter of another method in a slice": SLICED
+    | {"slices": [SLICED["slices"][0] | {"parameters": {"t": 1}}]},
+    "stack without slices": HEAD | {"stack": "text"},
     "another tokenizer": HEAD | {"tokenizer_source": 5},
 }
 
@@ -577,6 +589,21 @@ def test_numbers_as_texts_are_valid_by_the_schema_as_they_are_by_the_package(val
     assert validator.is_valid(spec)
 
 
-def test_the_head_of_the_bad_specs_is_good(validator):
-    load_spec(HEAD)
-    validator.validate(HEAD)
+SLERP = {
+    "merge_method": "slerp",
+    "slices": [
+        {
+            "sources": [
+                {"model": name, "layer_range": [0, 2], "parameters": None} for name in "ab"
+            ],
+            "base_model": "a",
+            "parameters": {"t": 0.5, "int8_mask": True},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("spec", [HEAD, SLICED, SLICED | {"stack": "text"}, SLERP])
+def test_the_head_of_the_bad_specs_is_good(spec, validator):
+    load_spec(spec)
+    validator.validate(spec)

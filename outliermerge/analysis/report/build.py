@@ -81,7 +81,7 @@ def build_report(
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
     }  # fmt: skip
-    measure = partial(weight_stats, filter=filter, **how)
+    measure: Callable[..., WeightStats] = partial(weight_stats, filter=filter, **how)
     compare = partial(compare_weights, t=t, **how)
     merged = as_path(models[0]) if len(models) == 1 else None
     manifest = None
@@ -90,7 +90,8 @@ def build_report(
     if manifest is not None and "experts" not in manifest["spec"]:  # a mixture is shown as a model
         subjects, extra = measure_merge(models[0], manifest, base, measure, compare)
     else:
-        subjects, extra = _measure(models, base, measure), {}
+        subjects = _measure(models, base, measure)
+        extra = {} if base is None else {"base": measure(base)}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
     if len(titles) > _MAX_TITLES:
         titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]

@@ -197,16 +197,16 @@ def _trimmed(histogram: Histogram | None) -> dict[str, Any] | None:
 
 
 def drift_payload(
-    comparison: Comparison, titles: Sequence[str], output: WeightStats
+    comparison: Comparison, titles: Sequence[str], base: WeightStats | None
 ) -> dict[str, Any]:
     """Return the distance of a merge's output from each of its models, tensor by tensor.
 
     Args:
         comparison: the comparison of the output, which is its first model, with the merged models.
         titles: the names of the merged models on the page.
-        output: the statistics of the output's weights.
+        base: the statistics of the base's weights.
     """
-    norms = {tensor.name: tensor.l2_norm for tensor in output.tensors}
+    norms = {tensor.name: tensor.l2_norm for tensor in base.tensors} if base else {}
     pairs: dict[str, list[PairStats]] = {}
     for pair in comparison.tensors:
         if pair.a == 0:
@@ -219,7 +219,7 @@ def drift_payload(
             {
                 "name": name,
                 **spots[name].as_dict(),
-                "output_norm": norms.get(name),
+                "base_norm": norms.get(name),
                 "change_norm": of_models[0].norm_a,
                 "model_norm": [pair.norm_b for pair in of_models],
                 "distance": [pair.distance for pair in of_models],
@@ -234,11 +234,16 @@ def payload(
     subjects: Sequence[Shown],
     *,
     t: float,
+    base: WeightStats | None = None,
     merge: Mapping[str, Any] | None = None,
     drift: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return all data of a page; numbers that JSON does not know become None."""
+    """Return all data of a page; numbers that JSON does not know become None.
+
+    Args:
+        base: the statistics of the base's weights, whose norm is what changes are compared with.
+    """
     found: dict[str, Any] = _known(
         {
             "t": t,
@@ -247,6 +252,7 @@ def payload(
             "statistics": STATISTICS,
             "least_span": LEAST_SPAN,
             "least_share": LEAST_SHARE,
+            "base_norm": math.hypot(*(tensor.l2_norm for tensor in base.tensors)) if base else None,
             "subjects": [subject_payload(subject) for subject in subjects],
             "merge": merge,
             "drift": drift,

@@ -40,10 +40,6 @@ function sizesOf(subject) {
     norm: Math.sqrt(squareSum(subject.tensors.map(each => each.l2_norm))) };
 }
 
-function weightsOf({ title }) {
-  return SUBJECTS.find(each => each.base === null && each.title === title);
-}
-
 function sizeNumber(subject) {
   const matrices = subject.tensors.filter(each => each.is_matrix).length;
   return { title: 'Parameters', values: [['', shown(sizesOf(subject).elements)]],
@@ -86,8 +82,7 @@ function spanText(values, digits) {
 // The lead of task vectors: how far from the base, how many outliers, how much unchanged.
 function leadOfChanges(subjects) {
   const titles = subjects.map(each => each.title);
-  const moved = subjects.map(each =>
-    ratio(sizesOf(each).norm, sizesOf(weightsOf(each) ?? each).norm));
+  const moved = subjects.map(each => ratio(sizesOf(each).norm, DATA.base_norm));
   const beyond = groupValues(subjects, 'outside_3_ratio_mean');
   const same = subjects.map(each => ratio(each.tensors.reduce((sum, tensor) =>
     sum + (tensor.zero_ratio ?? 0) * numFinite(tensor), 0),
@@ -108,7 +103,7 @@ function leadOfChanges(subjects) {
     sentence: `${who}${outliers}`,
     numbers: [
       { title: 'Change from the base', values: valuesOf(titles, moved, shareText),
-        note: '‖ΔW‖ / ‖W‖' },
+        note: '‖ΔW‖ / ‖W₀‖, where W₀ is the base' },
       { title: 'Outliers', values: valuesOf(titles, beyond, shareText),
         note: 'of a matrix’s changes, beyond 3σ; 0.27% of a Gaussian’s' },
       { title: 'Unchanged', values: valuesOf(titles, same, shareText), note: 'of all elements' },
@@ -140,7 +135,7 @@ function leadOfMerge() {
           note: 'how much of ΔWᵢ the output has: ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²' },
         { title: 'Moved from the base',
           values: valuesOf([''], [drift(tensors, 'base', 0)], shareText),
-          note: '‖ΔW*‖ / ‖W*‖' });
+          note: '‖ΔW*‖ / ‖W₀‖, where W₀ is the base' });
     } else {
       const far = extremes(models, values('distance'), shareText);
       where = !far ? '' : far.same ? ' It is about as far from each of them.'

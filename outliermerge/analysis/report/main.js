@@ -40,6 +40,7 @@ function markStale(name) {
 }
 
 function drawStale() {
+  if (!window.Plotly) return;  // it is drawn as soon as that is there
   for (const name of [...stale]) {
     if (!inSight.has(name)) continue;
     draw(name);
@@ -274,7 +275,13 @@ function goTo(name) {
 function markSection() {
   const top = document.documentElement.scrollTop
     + parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop) + 2;
-  const here = Object.keys(SECTIONS).findLast(name => byId(name).offsetTop <= top);
+  let here = Object.keys(SECTIONS).findLast(name => byId(name).offsetTop <= top);
+  const { scrollHeight, clientHeight, scrollTop } = document.documentElement;
+  if (here && scrollTop + clientHeight >= scrollHeight - 2) {  // the last ones cannot get further up
+    const linked = location.hash.slice(1), inView = Object.keys(SECTIONS);
+    inView.splice(0, inView.indexOf(here));
+    here = inView.includes(linked) ? linked : inView.at(-1);
+  }
   if (!here) document.querySelector('nav').scrollLeft = 0;
   for (const link of document.querySelectorAll('nav a')) {
     const isHere = link.hash === `#${here}`;
@@ -337,15 +344,22 @@ byId('vectors').closest('label').hidden = SUBJECTS.every(({ tensors }) =>
 byId('minsigma-title').textContent = DATA.merge?.method === 'min_sigma' ? 'What min-σ keeps'
   : 'What min-σ would keep';
 connectCues();
-for (const name of Object.keys(SECTIONS)) {
-  markStale(name);
-  sectionObserver.observe(byId(name));
+for (const name of Object.keys(SECTIONS)) markStale(name);
+
+function start() {
+  for (const name of Object.keys(SECTIONS)) sectionObserver.observe(byId(name));
+  connectLinks();
+  connectPrinting();
+  // A turned phone changes which way heat maps lie.
+  let wasNarrow = isNarrow();
+  window.addEventListener('resize', () => {
+    if (isNarrow() !== wasNarrow) redrawAll();
+    wasNarrow = isNarrow();
+  });
 }
-connectLinks();
-connectPrinting();
-// A turned phone changes which way heat maps lie.
-let wasNarrow = isNarrow();
-window.addEventListener('resize', () => {
-  if (isNarrow() !== wasNarrow) redrawAll();
-  wasNarrow = isNarrow();
+
+loadPlotly().then(start, error => {
+  byId('notes').hidden = false;
+  byId('notes').append(element('li', `This browser cannot draw the figures: ${error.message}. Chrome `
+    + '80, Firefox 113, Safari 16.4 and later ones can.'));
 });

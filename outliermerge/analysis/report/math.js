@@ -44,6 +44,21 @@ function densities(tensor, grid, minJoined = 1) {
   };
 }
 
+// Whether neighbouring bins differ by more than chance: then the weights have few values, and some
+// bins hold more of these than others. By chance a bin's count differs from the mean of its two
+// neighbours' with a variance of 1.5 times the count.
+function isComb(tensor, grid) {
+  const { z, density, one } = densities(tensor, grid);
+  const excess = [];
+  for (let i = 1; i < z.length - 1; i++) {
+    if (Math.abs(z[i]) > 2) continue;
+    const [before, here, after] = [density[i - 1], density[i], density[i + 1]].map(d => d / one);
+    const expected = (before + 2 * here + after) / 4;
+    if (expected > 0) excess.push((here - (before + after) / 2) ** 2 / (1.5 * expected));
+  }
+  return excess.length > 8 && mean(excess) > 4;
+}
+
 // Returns Gaussian quantiles and the tensor's own, both in σ from the mean.
 function quantilePairs(tensor, grid) {
   const { first, counts, below } = tensor.histogram;
@@ -134,7 +149,7 @@ function squareSum(values) {
 function drift(tensors, measure, model) {
   const change = Math.sqrt(squareSum(tensors.map(each => each.change_norm)));
   if (measure === 'base') {
-    return ratio(change, Math.sqrt(squareSum(tensors.map(each => each.output_norm))));
+    return ratio(change, Math.sqrt(squareSum(tensors.map(each => each.base_norm))));
   }
   const norm = Math.sqrt(squareSum(tensors.map(each => each.model_norm[model])));
   if (measure === 'length') return ratio(change, norm);

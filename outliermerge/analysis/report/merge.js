@@ -48,9 +48,11 @@ const DONE = { merge: 'merged', copy: 'copied', compare: 'compared' };
 
 function actionsText() {
   const num = DATA.merge.tensors.length;
-  const done = Object.entries(DATA.merge.actions)
-    .map(([action, count]) => `${shown(count)} ${DONE[action] ?? action}`);
-  return `Of ${shown(num)} tensors ${listed(done)}.`;
+  const done = Object.entries(DATA.merge.actions);
+  const word = action => DONE[action] ?? action;
+  if (done.length === 1) return `All ${shown(num)} tensors were ${word(done[0][0])}.`;
+  return `Of ${shown(num)} tensors `
+    + `${listed(done.map(([action, count]) => `${shown(count)} were ${word(action)}`))}.`;
 }
 
 // A row for each model: its own settings, and what was kept.
@@ -80,7 +82,7 @@ function driftMeasures() {
   const all = hasBase ? [
     ['kept', 'kept ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²'],
     ['distance', 'distance ‖W* − Wᵢ‖ / ‖ΔWᵢ‖'], ['cosine', 'cosine of ΔW* and ΔWᵢ'],
-    ['length', 'length ‖ΔW*‖ / ‖ΔWᵢ‖'], ['base', 'from the base, ‖ΔW*‖ / ‖W*‖'],
+    ['length', 'length ‖ΔW*‖ / ‖ΔWᵢ‖'], ['base', 'from the base, ‖ΔW*‖ / ‖W₀‖'],
   ] : [
     ['distance', 'distance ‖W* − Wᵢ‖ / ‖Wᵢ‖'], ['cosine', 'cosine of W* and Wᵢ'],
     ['length', 'length ‖W*‖ / ‖Wᵢ‖'],
@@ -92,7 +94,8 @@ function driftMeasures() {
 function drawDrift() {
   const names = DATA.drift.models, measures = driftMeasures(), all = DATA.drift.tensors;
   byId('drift-text').textContent = DATA.drift.has_base
-    ? 'W* is the output, ΔW* its difference from the base, Wᵢ and ΔWᵢ those of a task model. '
+    ? 'W₀ is the base, W* the output, ΔW* its difference from the base, Wᵢ and ΔWᵢ those of a '
+      + 'task model. '
       + 'At 1 kept, distance 0 and cosine 1 the output is the task model; at distance 1 it is as '
       + 'far from it as the base may be.'
     : 'W* is the output, Wᵢ a model that went into it.';

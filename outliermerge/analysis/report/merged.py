@@ -46,13 +46,15 @@ def measure_merge(
             )
         if entry["role"] == "base" and base is None:
             base = _reference(entry)
+    weights_of_base = None
     if base is not None:
         try:
             outputs.append(Shown(title, "output", measure(model, base=base)))
+            weights_of_base = measure(base)
         except OutlierMergeError as error:
             notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
             base = None
-    renames = {each["model"]: each.get("rename") for each in manifest["spec"]["models"]}
+    renames = {each["model"]: each.get("rename") for each in manifest["spec"].get("models", ())}
     tasks: list[tuple[Subject, Shown]] = []
     for entry, name in zip(inputs, titles, strict=True):
         if entry["role"] == "base":
@@ -76,7 +78,7 @@ def measure_merge(
             notes.append(f"Drift is not shown: {error}")
         else:
             names = [shown.title for _, shown in tasks]
-            extra["drift"] = drift_payload(comparison, names, outputs[0].stats)
+            extra["drift"] = drift_payload(comparison, names, weights_of_base)
     return [*outputs, *(shown for _, shown in tasks)], extra
 
 

@@ -39,7 +39,7 @@ function groupColumns(name) {
     spreadColumn('ratio, %', 'kept_ratio', 100, 2), spreadColumn('skewness', 'skewness', 1, 2),
     spreadColumn('kurtosis', 'kurtosis', 1, 2),
     column('σ', row => row.std_mean,
-      (value, row) => `${shown(value)} ± ${shown(row.std_std)}`),
+      (value, row) => (value === null ? '–' : withDeviation(value, row.std_std))),
     spreadColumn('kurtosis of all', 'kurtosis_before', 1, 2),
     spreadColumn('kurtosis without small', 'kurtosis_without_small', 1, 2),
     spreadColumn('beyond 2σ, %', 'outside_2_ratio', 100, 2),

@@ -24,6 +24,19 @@ function shown(value) {
   return size >= 1e5 || size < 1e-4 ? value.toExponential(3) : value.toPrecision(4);
 }
 
+// Returns a mean with the digits that its deviation leaves, at most three, as model cards do.
+function withDeviation(value, deviation) {
+  const most = 2 - (value ? Math.floor(Math.log10(Math.abs(value))) : 0);
+  let digits = most;
+  if (deviation > 0) {
+    digits = -Math.floor(Math.log10(deviation));
+    if (Math.round(deviation * 10 ** digits) === 1) digits += 1;
+  }
+  digits = Math.max(0, Math.min(digits, most));
+  const doubt = (deviation ?? 0).toFixed(digits);
+  return value.toFixed(digits) + (Number(doubt) ? ` ± ${doubt}` : '');
+}
+
 function percent(share, digits = 2) {
   return share === null || !Number.isFinite(share) ? '–' : `${(100 * share).toFixed(digits)}%`;
 }
@@ -108,6 +121,7 @@ function drawDistribution() {
   byId('tensor-name').textContent = tensor.name;
   plotDensity(byId('density-plot'), tensor, GRID, state.log);
   plotQq(byId('qq-plot'), tensor, GRID);
+  byId('comb').hidden = !tensor.histogram || !isComb(tensor, GRID);
   const { filter } = SUBJECTS[state.subject];
   const facts = [
     ['shape', tensor.shape.join(' × ') || 'scalar'], ['elements', shown(tensor.num_elements)],
@@ -323,6 +337,15 @@ function drawMinSigma() {
   }
 }
 
+// Says why min-σ is shown where something else was asked for.
+function whyMinSigma() {
+  if (DATA.merge?.method === 'min_sigma') return '';
+  return DATA.merge ? `This merge is by ${DATA.merge.method}. For comparison, a preview of min-σ `
+    + '(arXiv 2501.10661), which needs only these distributions: what it would keep of the same '
+    + 'changes. ' : 'A preview of a merge by min-σ (arXiv 2501.10661), which needs only these '
+    + 'distributions. ';
+}
+
 function minSigmaText(subject, several) {
   const what = subject.base === null
     ? 'Min-σ works on task vectors, which need a base; here is what it would do to the weights '
@@ -331,7 +354,7 @@ function minSigmaText(subject, several) {
     ? `σ is the least of the ${merged().length} models' own, tensor by tensor. `
     : 'σ is this model’s own; in a merge it is the least of all models’, which keeps as much or '
       + 'more. ';
-  return `${what}Changes beyond tσ are kept whole; those within are noise, divided by the number `
+  return `${whyMinSigma()}${what}Changes beyond tσ are kept whole; those within are noise, divided by the number `
     + `of models. ${sigma}Taken from histograms of bins σ/32 wide.`;
 }
 

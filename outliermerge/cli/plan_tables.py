@@ -1,0 +1,268 @@
+"""A plan as tables that a person reads in a minute."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from outliermerge.cli.lines import human_bytes
+from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
+from outliermerge.cli.terminal import open_console, text
+from outliermerge.errors import as_path, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from outliermerge.output.estimate import Estimate
+    from outliermerge.planning.plan import Input, Options, Plan
+
+_ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
+
+
+class Took(NamedTuple):
+    """Seconds that a plan took, and that a run will take again."""
+
+    planning: float
+    load_check: float = 0.0
+
+    def with_merge(self, seconds: float) -> float:
+        """Return the time of a whole run: the output is checked while it is merged."""
+        return self.planning + max(seconds, self.load_check)
+
+
+def print_plan(
+    plan: Plan,
+    *,
+    output: Path | None,
+    options: Options,
+    estimate: Estimate,
+    took: Took,
+    free_bytes: int,
+    loads_in: Sequence[str] = (),
+    with_tensors: bool = False,
+) -> None:
+    """Print a plan as tables that a person reads in a minute."""
+    console = open_console()
+    method = plan.spec.method
+    print_words(console, f"{method.name}: {method.summary}", "bold")
+    _print_models(console, plan)
+    _print_pairing(console, plan)
+    _print_layers(console, plan)
+    _print_actions(console, plan)
+    _print_parameters(console, plan)
+    _print_rows(console, plan)
+    facts = [
+        ("reads", human_bytes(plan.num_read_bytes)),
+        (
+            "writes",
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
+            f"{human_bytes(free_bytes)} free on the disk",
+        ),
+        ("parameters", _proof(plan)),
+        *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
+        *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
+        *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
+        ("time", _time(estimate, took)),
+        ("peak memory", _memory(estimate, options)),
+        ("output", str(output) if output else "not named yet: give --output"),
+        ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
+    ]
+    print_facts(console, facts)
+    if with_tensors:
+        console.print()
+        _print_tensors(console, plan)
+
+
+def _print_models(console: Console, plan: Plan) -> None:
+    table = NamedTable("model", "role", "tensors", "size", "dtypes loaded", "from", justify="left")
+    places = []
+    rows = [(entry, _role(plan, entry)) for entry in plan.inputs]
+    for entry, role in rows:
+        metas, root = entry.stored, entry.checkpoint.root
+        table.add_row(
+            entry.reference,
+            role,
+            str(len(entry.checkpoint.tensors)),
+            "–" if entry.made_of else human_bytes(sum(meta.num_bytes for meta in metas)),
+            "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
+            "a stage" if entry.made_of else _format(entry),
+        )
+        rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+        if entry.made_of:
+            continue
+        if not as_path(entry.reference).exists():
+            places.append((entry.reference, root))
+    table.print(console)
+    for name, stage in plan.spec.all_stages.items():
+        print_words(console, f"stage {shown(name)}: {stage.in_a_line}")
+    for reference, root in places:
+        console.print(text(f"{shown(reference)} is in {shown(str(root))}"), soft_wrap=True)
+    console.print()
+
+
+def _print_pairing(console: Console, plan: Plan) -> None:
+    """Print how names are changed, if they are."""
+    for entry in plan.inputs:
+        for rule, (count, before, after) in entry.renamed.items():
+            words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
+            print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
+
+
+def _print_layers(console: Console, plan: Plan) -> None:
+    """Print which layers of which models the output's layers are from, if the spec has slices."""
+    if plan.stacked is None:
+        return
+    table = NamedTable("layers of the output", "from", "layers", justify="left")
+    for one in plan.stacked.slices:
+        for row, (number, layers) in enumerate(one.ranges.items()):
+            ours = "" if row else _layers(one.start, one.stop)
+            table.add_row(ours, plan.inputs[number].reference, _layers(*layers))
+    table.print(console)
+    console.print()
+
+
+def _layers(start: int, stop: int) -> str:
+    return f"{start}–{stop - 1}" if stop - start > 1 else str(start)
+
+
+def _print_actions(console: Console, plan: Plan) -> None:
+    table = NamedTable(
+        "what happens", "tensors", "parameters", "loaded", "computed", "stored", justify="left"
+    )
+    groups: dict[str, list[Any]] = {}
+    for job in plan.jobs:
+        what = {"merge": f"merged by {plan.spec.method.name}", "copy": "copied"}
+        reason = f" ({job.reason})" if job.reason else ""
+        groups.setdefault(what.get(job.action, "copied if equal") + reason, []).append(job)
+    for what_happens, jobs in groups.items():
+        merged = jobs[0].action == "merge"
+        stored = {m.dtype.name for job in jobs for _, s in job.sources for m in s.stored}
+        table.add_row(
+            what_happens,
+            str(len(jobs)),
+            f"{sum(job.num_elements for job in jobs):,}",
+            ", ".join(sorted(stored)),
+            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "not",
+            ", ".join(sorted({job.output.dtype.name for job in jobs})),
+        )
+    table.print(console)
+    console.print()
+
+
+def _print_parameters(console: Console, plan: Plan) -> None:
+    """Print a row for each parameter, model and filter."""
+    from outliermerge.planning.settings_used import used_settings
+
+    if not any(job.action == "merge" for job in plan.jobs):
+        return
+    table = NamedTable("parameter", "value", "tensors", "model", "filter", justify="left")
+    short = short_references([model.reference for model in plan.spec.models])
+    filtered = set()
+    for setting in used_settings(plan):
+        own = setting.parameter, setting.models
+        otherwise = "all others" if own in filtered else "none"
+        if setting.filter is not None:
+            filtered.add(own)
+        models = ", ".join(short[reference] for reference in setting.models)
+        table.add_row(
+            setting.parameter,
+            setting.text + (" over the layers" if len(setting.values) > 1 else ""),
+            str(setting.num_tensors),
+            "every model" if len(setting.models) == len(short) > 1 else models or "whole merge",
+            otherwise if setting.filter is None else setting.filter,
+        )
+    table.print(console)
+    console.print()
+
+
+def _print_rows(console: Console, plan: Plan) -> None:
+    """Print what becomes of each model's rows, if they go by the tokens of the output."""
+    if plan.tokenizer is None:
+        return
+    table = NamedTable("vocabulary of", "rows", "rows of the output", justify="left")
+    for model in plan.tokenizer.models:
+        follows = f" (by the tokens of {model.follows})" if model.follows else ""
+        table.add_row(model.reference, f"{model.num_rows:,}", model.in_words() + follows)
+    table.print(console)
+    console.print()
+
+
+def _print_tensors(console: Console, plan: Plan) -> None:
+    table = NamedTable("tensor", "what", "dtype", "shape", "file", justify="left")
+    for job in plan.jobs:
+        shape = "×".join(map(str, job.output.shape)) or "scalar"
+        table.add_row(job.name, job.action, job.output.dtype.name, shape, job.output.file)
+    table.print(console)
+
+
+def _time(estimate: Estimate, took: Took) -> str:
+    """Return the time that a run will take, of what, and what that rests on."""
+    merging = estimate.seconds
+    parts = [f"{_duration(took.planning)} to plan"] if took.planning >= 1 else []
+    parts.append("merging not known" if merging is None else f"{_duration(merging)} to merge")
+    if took.load_check:
+        parts[-1] += f" and meanwhile {_duration(took.load_check)} to check that it loads"
+    words = ", ".join(parts)
+    if merging is None:
+        return f"{words}: {estimate.basis}"
+    if took.load_check or len(parts) > 1:
+        words = f"{_duration(took.with_merge(merging))}: {words}"
+    else:
+        words = _duration(merging)
+    return f"{'' if words.startswith('less') else 'about '}{words} ({estimate.basis})"
+
+
+def _duration(seconds: float) -> str:
+    """Return in words how long something takes."""
+    if seconds < 1:
+        return "less than a second"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min" + (f" {rest} s" if minutes < 10 else "")
+    return f"{seconds:.2g} s"
+
+
+def _memory(estimate: Estimate, options: Options) -> str:
+    """Return the memory that the whole process will take."""
+    blocks = f"{human_bytes(estimate.block_bytes)} for {options.threads} threads, device "
+    blocks += options.device
+    if estimate.process_bytes is None or estimate.program_bytes is None:
+        return f"about {blocks}, besides the program"
+    whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
+    return f"about {whole} for the whole process: {program} for the program, {blocks}"
+
+
+def _proof(plan: Plan) -> str:
+    """Return in words how the output's tensors compare with the reference's."""
+    proof, reference = plan.proof, plan.inputs[0].reference
+    parts = [
+        f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (
+            ("added", proof.added), ("left out", proof.removed), ("other rows in", proof.resized)
+        )
+        if names
+    ]  # fmt: skip
+    same = "the tensors of the slices" if plan.stacked else f"the tensors of {reference}"
+    same += ": " + "; ".join(parts) if parts else ", all of them"
+    difference = plan.num_parameters - proof.num_reference_parameters
+    change = f" ({difference:+,})" if difference else ""
+    return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors: {same}"
+
+
+def _role(plan: Plan, entry: Input) -> str:
+    merged = any(model.reference == entry.reference for model in plan.spec.models)
+    return "base, model" if entry.role == "base" and merged else entry.role
+
+
+def _counts(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ×{count}" for name, count in Counter(names).most_common())
+
+
+def _format(entry: Input) -> str:
+    files = entry.checkpoint.weight_files
+    return f"{len(files)} × {files[0].path.suffix.lstrip('.')}"

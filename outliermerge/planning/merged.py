@@ -1,0 +1,158 @@
+"""A merge as a source: it is computed from other sources when it is read, and is not stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Source, TensorMeta
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, scope_of
+from outliermerge.methods.task import Task
+from outliermerge.planning.job import row_elements
+
+_BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MergedSource:
+    """The merge of other sources. A Source; its values are rounded once, to the task's dtype.
+
+    Attributes:
+        name: for messages.
+        task: how they are merged.
+        sources: the base, where the method uses one, then the models; then the method's auxiliary
+            tensors.
+        stored_dtype: the dtype of an output if the spec does not set one; None is the task's.
+    """
+
+    name: str
+    task: Task
+    sources: tuple[Source, ...]
+    stored_dtype: DType | None = None
+
+    def __post_init__(self) -> None:
+        needs = self.task.method.needs.values()
+        if any(scope_of(need, self.task.parameters) == "model" for need in needs):
+            raise ValueError(f"{self.task.method.name} measures whole models, not sources")
+
+    def __repr__(self) -> str:
+        task = self.task
+        modifiers = [(modifier.name, dict(own)) for modifier, own in task.modifiers]
+        return (
+            f"MergedSource({self.name!r}, {task.method.path}, {dict(task.parameters)}, "
+            f"{task.context}, {modifiers}, {task.compute_dtype}, {self.sources}, {self.out_dtype})"
+        )
+
+    @property
+    def dtype(self) -> DType:
+        return self.task.out_dtype
+
+    @property
+    def out_dtype(self) -> DType:
+        return self.stored_dtype or self.task.out_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.task.shape
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.num_bytes
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        """The stored tensors that it is computed from, each once."""
+        return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
+
+    @property
+    def block_elements(self) -> int:
+        """How many elements are merged at a time; whole rows for methods on rows."""
+        row = row_elements(self.shape) if self.task.cut == "row" else 1
+        return max(row, _BLOCK_ELEMENTS // row * row)
+
+    @property
+    def work_bytes(self) -> int:
+        """The memory that a thread needs to merge a block, with those of merges in its sources.
+
+        A method on whole tensors needs it for the whole tensor.
+        """
+        task, sizes = self.task, [source.dtype.num_bytes for source in self.sources]
+        compute = DTYPES[task.compute_dtype].num_bytes
+        workspace = [
+            task.method.workspace(len(sizes)),
+            *(m.workspace(1) for m, _ in task.modifiers),
+        ]
+        elements = self.num_elements if task.cut == "tensor" else self.block_elements
+        per_element = sum(sizes) + self.dtype.num_bytes + compute * (len(sizes) + max(workspace))
+        return min(elements, self.num_elements) * per_element + bytes_of_merges(self.sources)
+
+    def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with elements start to stop, in `dtype`.
+
+        Raises:
+            OutlierMergeError: a source cannot be read, or has infinite or NaN values.
+        """
+        if stop > start:
+            reader.merge(self, start, stop, out)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A source whose values an output stores in another dtype by default. A Source."""
+
+    source: Source
+    out_dtype: DType
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def num_elements(self) -> int:
+        return self.source.num_elements
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_bytes
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.source.stored
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+    def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with elements start to stop, in `dtype`."""
+        self.source.read(reader, start, stop, out)
+
+
+def bytes_of_merges(sources: Iterable[Source]) -> int:
+    """Return the memory that a thread needs for the sources that are merges of others.
+
+    They are read one after the other, but buffers are kept.
+    """
+    return max(
+        (
+            source.work_bytes
+            if isinstance(source, MergedSource)
+            else bytes_of_merges(source.sources)
+            for source in sources
+            if isinstance(source, (MergedSource, Restored))
+        ),
+        default=0,
+    )

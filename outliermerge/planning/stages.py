@@ -1,0 +1,125 @@
+"""A planned merge as a model of another: its tensors are computed when they are read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import xxhash
+
+from outliermerge.checkpoint.sources import DTYPES, Source
+from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.planning.merged import MergedSource, Restored
+from outliermerge.planning.plan import Input, Job, Plan
+from outliermerge.planning.sidecars import sidecar_contents
+from outliermerge.storage.failures import naming
+
+
+def as_input(name: str, plan: Plan) -> Input:
+    """Return the output of a plan as a model, of which nothing is stored.
+
+    Its merged tensors have the dtype of their arithmetic, and are rounded only by the merge that
+    uses them.
+
+    Args:
+        name: of the stage.
+
+    Raises:
+        OutlierMergeError: the method measures whole models before it merges.
+    """
+    tensors: dict[str, Source] = {}
+    alike: dict[object, Source] = {}  # tied tensors are one
+    for job in plan.jobs:
+        key = job.action, job.context.name or job.name, job.sources
+        tensors[job.name] = alike.setdefault(key, _source_of(name, job))
+    first, home = plan.inputs[0], _home(plan)
+    stamps = {s.path: s for entry in plan.inputs for s in entry.checkpoint.weight_files}
+    checkpoint = replace(
+        first.checkpoint,
+        root=first.checkpoint.root if home == first.home else home,
+        tensors=tensors,
+        weight_files=tuple(stamps.values()),
+        sidecars=tuple(sidecar.name for sidecar in plan.sidecars),
+        left_behind=(),
+        components=plan.components,
+        notes=(),
+        other_files=(),
+    )
+    return Input(
+        name, "model", checkpoint, home=home, made_of=plan.inputs, checks=tuple(_checks(name, plan))
+    )
+
+
+def _source_of(stage: str, job: Job) -> Source:
+    own, stored = job.sources[0][1], job.output.dtype
+    if job.action != "merge":
+        return own if own.out_dtype == stored else Restored(own, stored)
+    task = replace(job.task, out_dtype=DTYPES[job.compute_dtype])
+    try:
+        return MergedSource(
+            job.name, task, (*(source for _, source in job.sources), *job.auxiliary), stored
+        )
+    except ValueError as error:
+        raise OutlierMergeError(
+            f"stage {shown(stage)}: {error}. Such a merge can only be the output: run it by itself "
+            "with `out_dtype: float32`, and name its folder as a model."
+        ) from error
+
+
+def _checks(stage: str, plan: Plan) -> list[Job]:
+    """Return what must be equal for a stage to be right; the outer plan gives it its number."""
+    found = list(plan.checks)
+    for job in plan.jobs:
+        if job.action == "equal":
+            models = ", ".join(shown(plan.inputs[number].reference) for number, _ in job.sources)
+            reason = (
+                f"{shown(job.name)} cannot be merged, and stage {shown(stage)} copies it, which is "
+                f"right only where its models agree: {models}"
+            )
+            found.append(replace(job, reason=reason))
+    return found
+
+
+def _home(plan: Plan) -> Path:
+    """Return where the stage's config and tokenizer are: a model's folder, or one made of them."""
+    home, contents = plan.inputs[0].home, sidecar_contents(plan)
+    is_as_stored = all(
+        sidecar.path == home / sidecar.name and _is_in(sidecar.path, contents[sidecar.name])
+        for sidecar in plan.sidecars
+    )
+    return home if is_as_stored else _written(contents)
+
+
+def _is_in(path: Path, content: bytes | Path) -> bool:
+    return content == path or (isinstance(content, bytes) and path.read_bytes() == content)
+
+
+def _written(contents: Mapping[str, bytes | Path]) -> Path:
+    """Write small files into a folder that is named by what they contain, and return it."""
+    held = {
+        name: content if isinstance(content, bytes) else content.read_bytes()
+        for name, content in sorted(contents.items())
+    }
+    digest = xxhash.xxh3_128()
+    for name, data in held.items():
+        digest.update(f"{name}\n{len(data)}\n".encode() + data)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "outliermerge" / "stages" / digest.hexdigest()
+    with naming(folder, "written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            made = Path(tempfile.mkdtemp(dir=folder.parent))
+            for name, data in held.items():
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                (made / name).write_bytes(data)
+            with suppress(OSError):  # another process was first
+                made.rename(folder)
+            shutil.rmtree(made, ignore_errors=True)
+        if any((folder / name).read_bytes() != data for name, data in held.items()):
+            raise OutlierMergeError(f"{folder}: holds other files than its name says. Remove it.")
+    return folder

@@ -1,0 +1,241 @@
+"""What a spec says of the output's tokenizer, and of the rows of single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from outliermerge.errors import quoted, suggest
+from outliermerge.spec.settings import SettingError, SpecPath, all_of
+from outliermerge.spec.validation import describe
+
+BASE, UNION = "base", "union"
+_NAME = {"type": "string", "minLength": 1}
+_ROW_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        _NAME,
+        {
+            "type": "object",
+            "required": ["kind"],
+            "additionalProperties": False,
+            "properties": {"kind": {"const": "zero"}},
+        },
+        {
+            "type": "object",
+            "required": ["kind", "model"],
+            "additionalProperties": False,
+            "properties": {
+                "kind": {"const": "model_token"},
+                "model": _NAME,
+                "token": {"type": ["string", "null"]},
+                "token_id": {"type": ["integer", "null"], "minimum": 0},
+            },
+            "oneOf": [
+                {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
+                for key in ("token", "token_id")
+            ],
+        },
+        {"type": "null"},
+    ]
+}
+_KEYS = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
+_FORMS = "a model, {kind: zero}, or {kind: model_token, model: …, token: …}"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TokenEntry(_Entry):
+    """The row of a token."""
+
+    source: Annotated[Any, WithJsonSchema(_ROW_SCHEMA)] = Field(
+        default=None,
+        description="Where models that lack the token take its row from: a model, `{kind: zero}`, "
+        "or `{kind: model_token, model: …, token: …}` (or `token_id`), the row of another token. "
+        "By default the base, else the mean of the models that have it.",
+    )
+    force: bool = Field(
+        default=False, description="Whether models that have the token take that row as well."
+    )
+
+
+class TokenizerEntry(_Entry):
+    """The output's tokenizer: embeddings and head get a row for each of its tokens."""
+
+    source: str = Field(
+        default=UNION,
+        min_length=1,
+        description="`base`, a model, or `union` (default): the base's tokenizer with all tokens "
+        "that only other models have.",
+    )
+    tokens: dict[str, TokenEntry] | None = Field(
+        default=None,
+        description="By token where its row comes from. Tokens that the tokenizer lacks are added.",
+    )
+    pad_to_multiple_of: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows are added until their number is a multiple of this; each is the mean of "
+        "the model's rows.",
+    )
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Where the row of a token comes from.
+
+    Attributes:
+        path: the token's place in the spec.
+        is_zero: the row is zero.
+        model: otherwise the model that has the row; None if the default holds.
+        token, token_id: another token of that model whose row it is.
+        force: whether models that have the token take that row as well.
+    """
+
+    path: SpecPath
+    is_zero: bool = False
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+    @property
+    def is_default(self) -> bool:
+        return not self.is_zero and self.model is None
+
+
+@dataclass(frozen=True)
+class TokenizerRequest:
+    """A tokenizer whose tokens decide which rows the output has.
+
+    Attributes:
+        path: the key that asks for it.
+        source: `base`, `union`, or a model.
+        tokens: what is said of single tokens.
+        multiple: what the number of rows is a multiple of.
+    """
+
+    path: SpecPath
+    source: str
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    multiple: int = 1
+
+    @property
+    def is_union(self) -> bool:
+        return self.source == UNION
+
+
+def plain_reference(name: str | None) -> str | None:
+    """Return a model's name without the `model:` that mergekit takes before it.
+
+    >>> plain_reference("model:org/name")
+    'org/name'
+    """
+    return name.removeprefix("model:") if name is not None else None
+
+
+def tokenizer_request(
+    entry: TokenizerEntry | None,
+    source: str | None,
+    vocabulary: str | None,
+    models: Sequence[str],
+    pass_over: Callable[[SettingError], None],
+) -> TokenizerRequest | None:
+    """Return the tokenizer that a spec asks for with `tokenizer` or `tokenizer_source`.
+
+    With `vocabulary`, `tokenizer_source` only says whose tokenizer files are taken.
+
+    Args:
+        models: the models that may be named.
+        pass_over: called with an unknown key of a row.
+
+    Raises:
+        SettingError: keys contradict one another, or something names no model.
+    """
+    if entry is not None:
+        for key, other in (("tokenizer_source", source), ("vocabulary", vocabulary)):
+            if other is not None:
+                raise SettingError(
+                    (key,),
+                    f"`tokenizer` says which tokens and rows the output has, `{key}: {other}` says "
+                    "it as well: remove one of them",
+                    at_key=True,
+                )
+        _check_model(entry.source, (BASE, UNION, *models), ("tokenizer", "source"))
+        rows = all_of(
+            partial(_token_row, token, said, (BASE, *models), pass_over)
+            for token, said in (entry.tokens or {}).items()
+        )
+        name = plain_reference(entry.source) or BASE
+        tokens = dict(zip(entry.tokens or {}, rows, strict=True))
+        return TokenizerRequest(("tokenizer",), name, tokens, entry.pad_to_multiple_of or 1)
+    if source is None:
+        return None
+    name = plain_reference(source) or BASE
+    if vocabulary is not None and name == UNION:
+        raise SettingError(
+            ("vocabulary",),
+            "`tokenizer_source: union` says which rows the output has, `vocabulary` says it as "
+            "well: remove one of them",
+            at_key=True,
+        )
+    _check_model(source, (BASE, UNION, *models), ("tokenizer_source",))
+    return TokenizerRequest(("tokenizer_source",), name) if vocabulary is None else None
+
+
+def _check_model(name: str, known: Sequence[str], path: SpecPath) -> None:
+    if plain_reference(name) not in known:
+        advice = suggest(name, dict.fromkeys(known))
+        raise SettingError(path, f"{quoted(name)} is none of the models. {advice}")
+
+
+def _token_row(
+    token: str,
+    entry: TokenEntry,
+    known: Sequence[str],
+    pass_over: Callable[[SettingError], None],
+) -> TokenRow:
+    path: SpecPath = ("tokenizer", "tokens", token)
+    if not token:
+        raise SettingError(path, "a token must not be empty", at_key=True)
+    found, place = entry.source, (*path, "source")
+    if found is None:
+        if entry.force:
+            raise SettingError(
+                (*path, "force"), f"it forces no row: `source` is missing, {_FORMS}", at_key=True
+            )
+        return TokenRow(path)
+    if isinstance(found, str):
+        _check_model(found, known, place)
+        return TokenRow(path, model=plain_reference(found), force=entry.force)
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(kind, str) or kind not in _KEYS:
+        said = f"kind {quoted(kind)}" if kind is not None else describe(found)
+        raise SettingError(place, f"found {said}, expected {_FORMS}")
+    for key in found:
+        if key not in _KEYS[kind]:
+            said = f"unknown key {quoted(key)}. {suggest(str(key), _KEYS[kind])}"
+            inner = (*place, str(key))
+            pass_over(SettingError(inner, said, at_key=True, passed_over=inner))
+    if kind == "zero":
+        return TokenRow(path, is_zero=True, force=entry.force)
+    model, other, number = (found.get(key) for key in ("model", "token", "token_id"))
+    if not isinstance(model, str):
+        raise SettingError((*place, "model"), f"found {describe(model)}, expected a model")
+    _check_model(model, known, (*place, "model"))
+    if (other is None) == (number is None):
+        what = "both" if other is not None else "neither"
+        raise SettingError(place, f"found {what}, expected `token` or `token_id`")
+    if other is not None and not isinstance(other, str):
+        raise SettingError((*place, "token"), f"found {describe(other)}, expected a text")
+    if number is not None and (type(number) is not int or number < 0):
+        said = f"found {describe(number)}, expected a whole number, 0 or more"
+        raise SettingError((*place, "token_id"), said)
+    return TokenRow(
+        path, model=plain_reference(model), token=other, token_id=number, force=entry.force
+    )

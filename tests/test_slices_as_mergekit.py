@@ -1,0 +1,186 @@
+"""Specs with slices through mergekit 0.1.5, in this process: the outputs must agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import load_folder
+from parity.both import by_mergekit
+from stacks import Models, save
+
+import outliermerge
+
+NUM_LAYERS = 6
+
+
+def by(filters: dict[str, Any], otherwise: Any) -> list[dict[str, Any]]:
+    entries = [{"filter": name, "value": value} for name, value in filters.items()]
+    return [*entries, {"value": otherwise}]
+
+
+def source(model: str, start: int, stop: int, **parameters: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"model": model, "layer_range": [start, stop]}
+    return entry | ({"parameters": parameters} if parameters else {})
+
+
+def stack(*sources: dict[str, Any]) -> dict[str, Any]:
+    return {"merge_method": "passthrough", "slices": [{"sources": [each]} for each in sources]}
+
+
+WHOLE = [source(model, 0, NUM_LAYERS) for model in ("base", "m0", "m1")]
+SPECS: dict[str, dict[str, Any]] = {
+    "one-model-twice": stack(source("m0", 0, 4), source("m0", 2, 6)),
+    "two-models": stack(source("m0", 0, 4), source("m1", 2, 6)),
+    "a-layer-repeated": stack(*(source("m0", n, n + 1) for n in (0, 1, 1, 1, 2, 5, 3, 4))),
+    "scaled": stack(
+        source("m0", 0, 4, scale=by({"mlp": [0.5, 2]}, 1)),
+        source("m1", 3, 6, scale=0.25),
+        source("m0", 5, 6, scale=[3, 4]),
+    ),
+    "only-the-end-scaled": stack(source("m0", 2, 4), source("m1", 4, 6, scale=2.0)),
+    "slerp-whole": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "slices": [{"sources": WHOLE[:2]}],
+        "parameters": {"t": by({"attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0]}, 0.4)},
+    },
+    "slerp-of-shifted-layers": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "slices": [
+            {"sources": [source("base", 0, 3), source("m0", 1, 4)]},
+            {
+                "sources": [source("m0", 2, 6), source("base", 1, 5)],
+                "parameters": {"t": [0.2, 0.9]},
+            },
+        ],
+        "parameters": {"t": [0.8, 0.1, 0.4]},
+    },
+    "linear-in-three": {
+        "merge_method": "linear",
+        "slices": [
+            {"sources": [source("m0", 0, 2, weight=0.3), source("m1", 0, 2, weight=0.7)]},
+            {"sources": [source("m1", 1, 5, weight=[0, 1]), source("m2", 2, 6, weight=[3, 1, 1])]},
+            {"sources": [source("m2", 4, 6, weight=1), source("m0", 4, 6, weight=2)]},
+        ],
+    },
+    "linear-of-own-names": {  # a filter of one model sees the layer's number in that model
+        "merge_method": "linear",
+        "slices": [
+            {
+                "sources": [
+                    source("m0", 0, 3, weight=by({".1.": 0.9}, 0.2)),
+                    source("m1", 3, 6, weight=by({".4.": 0.5}, 0.4)),
+                ]
+            },
+            {"sources": [source("m0", 3, 5, weight=1), source("m1", 3, 5, weight=0.5)]},
+        ],
+        "parameters": {"normalize": by({".1.": False}, True)},
+    },
+    "of-the-slice-and-of-all": {
+        "merge_method": "linear",
+        "slices": [
+            {
+                "sources": [source("m0", 0, 3), source("m1", 0, 3, weight=by({"mlp": 0.9}, 0.1))],
+                "parameters": {"weight": {"filter": "attn", "value": [0.3, 0.6]}},
+            },
+            {"sources": [source("m0", 3, 6), source("m1", 3, 6)], "parameters": {"weight": 2}},
+        ],
+        "parameters": {"weight": [0.5, 0.7]},
+    },
+    "task_arithmetic": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [
+            {"sources": [source("m0", 0, 2, weight=0.5), source("base", 0, 2)]},
+            {
+                "sources": [
+                    source("base", 2, 5),
+                    source("m1", 2, 5, weight=[0.2, 1.2]),
+                    source("m0", 2, 5, weight=0.3),
+                ]
+            },
+            # mergekit takes as many models for what is behind the layers as for what is before.
+            {"sources": [source("base", 5, 6), source("m1", 5, 6, weight=0.7)]},
+        ],
+        "parameters": {"lambda": [0.5, 1.5]},
+    },
+    "ties": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "slices": [
+            {
+                "sources": [source(m, 3 * n, 3 * n + 3) for m in ("base", "m0", "m1", "m2")],
+                "parameters": {"density": [0.3, 0.9], "weight": 0.6 + n},
+            }
+            for n in range(2)
+        ],
+        "parameters": {"normalize": True},
+    },
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        "base_model": "base",
+        "slices": [{"sources": [source("base", 1, 4), source("m0", 2, 5, weight=1)]}],
+        "parameters": {"density": 0.8, "gamma": 0.05},
+    },
+    "nuslerp": {
+        "merge_method": "nuslerp",
+        "slices": [
+            {"sources": [source("m0", 0, 1, weight=0.5), source("m1", 5, 6, weight=1)]},
+            {"sources": [source("m2", 0, 5, weight=[1, 0.5]), source("m1", 1, 6, weight=1)]},
+        ],
+    },
+    "model_stock": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "slices": [{"sources": [*WHOLE, source("m2", 0, NUM_LAYERS)]}],
+    },
+    "base-of-the-slice": {
+        "merge_method": "slerp",
+        "slices": [{"sources": WHOLE[:2], "base_model": "base", "parameters": {"t": 0.3}}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Models]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        kind: save(kind, folder / kind, num_layers=NUM_LAYERS, num_models=3)
+        for kind in ("llama", "gpt2")
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", SPECS)
+def test_slices_agree_with_mergekit(name, kind, models, tmp_path):
+    family = models[kind]
+
+    def placed(value: Any) -> Any:
+        """Return a spec with the models' folders in place of their names."""
+        if isinstance(value, dict):
+            return {key: str(family[v]) if key in ("model", "base_model") else placed(v)
+                    for key, v in value.items()}  # fmt: skip
+        return [placed(each) for each in value] if isinstance(value, list) else value
+
+    spec = placed(SPECS[name]) | {"dtype": "float32"}
+    theirs = by_mergekit(copy.deepcopy(spec), tmp_path / "theirs")
+    ours = load_folder(outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output)
+
+    assert ours.keys() == theirs.keys()
+    sizes = [load_folder(family[model]) for model in family]
+    largest = max(float(t.abs().max()) for tensors in sizes for t in tensors.values())
+    for tensor, mine in ours.items():
+        other = theirs[tensor]
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype), tensor
+        limit = 16 * torch.finfo(torch.float32).eps * max(float(other.abs().max()), largest / 16)
+        assert float((mine - other).abs().max()) <= limit, tensor
+    key = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[kind]
+    configs = [
+        json.loads((tmp_path / tool / "config.json").read_text()) for tool in ("ours", "theirs")
+    ]
+    assert configs[0][key] == configs[1][key]

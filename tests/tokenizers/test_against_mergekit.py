@@ -1,0 +1,154 @@
+"""What `tokenizer` makes of models with other tokenizers, against mergekit 0.1.5 itself."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from vocabularies import KINDS, TEXTS, save_family
+
+import outliermerge
+
+Merge = Callable[[dict[str, Any], Path], Path]
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+CHAT, OTHER = "MODELS/chat", "MODELS/other"
+OF_CHAT = {"source": CHAT, "force": True}
+FORMS: dict[str, dict[str, Any]] = {
+    "source base": {"tokenizer_source": "base"},
+    "source union": {"tokenizer_source": "union"},
+    "source of a model": {"tokenizer_source": CHAT},
+    "empty": {"tokenizer": {}},
+    "base": {"tokenizer": {"source": "base"}},
+    "a model": {"tokenizer": {"source": OTHER}},
+    "padded": {"tokenizer": {"source": "union", "pad_to_multiple_of": 64}},
+    "forced": {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<|im_end|>": OF_CHAT,
+                "<x>": {
+                    "source": {"kind": "model_token", "model": CHAT, "token_id": 7},
+                    "force": True,
+                },
+            },
+        }
+    },
+    "new": {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<new>": {"source": {"kind": "zero"}},
+                "<copy>": {"source": {"kind": "model_token", "model": OTHER, "token": "<x>"}},
+                "<|im_start|>": {"source": CHAT},
+            },
+        }
+    },
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {
+        "merge_method": "linear",
+        "models": [
+            {"model": "MODELS/base", "parameters": {"weight": 0.2}},
+            {"model": CHAT, "parameters": {"weight": 0.5}},
+            {"model": OTHER, "parameters": {"weight": 0.3}},
+        ],
+    },
+    "task_arithmetic": {
+        "merge_method": "task_arithmetic",
+        "base_model": "MODELS/base",
+        "models": [
+            {"model": CHAT, "parameters": {"weight": 0.5}},
+            {"model": OTHER, "parameters": {"weight": 0.3}},
+        ],
+    },
+    "ties": {
+        "merge_method": "ties",
+        "base_model": "MODELS/base",
+        "models": [
+            {"model": CHAT, "parameters": {"weight": 0.5, "density": 0.7}},
+            {"model": OTHER, "parameters": {"weight": 0.3, "density": 0.5}},
+        ],
+        "parameters": {"normalize": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def merge_by_mergekit() -> Merge:
+    with warnings.catch_warnings():
+        # Its lazy_unpickle.py names a private module of numpy that has been renamed.
+        warnings.filterwarnings("ignore", "numpy.core is deprecated", DeprecationWarning)
+        from mergekit.config import MergeConfiguration
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+    def merge(spec: dict[str, Any], folder: Path) -> Path:
+        config = MergeConfiguration.model_validate(copy.deepcopy(spec))
+        # In the order of the file, which mergekit leaves to the seed of Python's hashes.
+        models = [*([config.base_model] if config.base_model else []),
+                  *(entry.model for entry in config.models)]  # fmt: skip
+        object.__setattr__(config, "referenced_models", lambda: models)
+        run_merge(config, str(folder), MergeOptions(quiet=True, write_model_card=False))
+        return folder
+
+    return merge
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {kind: save_family(root / kind.replace(" ", "-"), kind) for kind in KINDS}
+
+
+def _named(value: Any, root: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _named(entry, root) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_named(entry, root) for entry in value]
+    return value.replace("MODELS", str(root)) if isinstance(value, str) else value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_tokens_are_those_of_mergekit(
+    kind, form, method, families, merge_by_mergekit, tmp_path, caplog
+):
+    caplog.set_level(logging.CRITICAL)
+    spec = _named(METHODS[method] | FORMS[form] | {"dtype": "float32"}, families[kind])
+    theirs = merge_by_mergekit(spec, tmp_path / "theirs")
+    ours = outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output
+
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ours)
+    their_ids, ids = their_tokenizer.get_vocab(), tokenizer.get_vocab()
+    assert ids.keys() == their_ids.keys()
+    assert sorted(ids.values()) == list(range(len(ids)))
+    theirs_in, ours_in = (load_file(f / "model.safetensors") for f in (theirs, ours))
+    assert theirs_in.keys() == ours_in.keys()
+    order = sorted(ids)
+    for name, expected in theirs_in.items():
+        found = ours_in[name]
+        assert found.shape == expected.shape, name
+        if name in ROWS:
+            padding = found[len(ids) :], expected[len(ids) :]
+            if method != "ties":  # of elements that tie it keeps some, we all
+                torch.testing.assert_close(*padding, rtol=1e-6, atol=2e-7)
+            found = found[[ids[token] for token in order]]
+            expected = expected[[their_ids[token] for token in order]]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-7)
+    has_pieces = "union" in str(FORMS[form]) or form == "empty"
+    for text in [*TEXTS.values(), "a <|im_start|>user b<|im_end|>"]:
+        if not has_pieces:  # mergekit makes added tokens of pieces, which we do not
+            assert tokenizer.tokenize(text) == their_tokenizer.tokenize(text)
+    model = transformers.AutoModelForCausalLM.from_pretrained(ours)
+    assert model.get_input_embeddings().weight.shape[0] >= len(ids)
