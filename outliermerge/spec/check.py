@@ -47,7 +47,7 @@ _NOT_YET = {
 _OTHER_COMMANDS = {
     "experts": (
         "a file for mergekit-moe",
-        "run it with `outliermerge moe FILE DIR`, or see its plan with --dry-run",
+        "run it with `outliermerge moe FILE DIR`",
     ),
     "genome": (
         "a file for mergekit-evolve",
