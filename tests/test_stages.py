@@ -494,6 +494,24 @@ def test_all_mistakes_of_all_stages_are_told_together(models, tmp_path):
     assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["6", "10"]
 
 
+def test_what_is_passed_over_in_a_stage_is_a_warning_and_not_in_the_recipe(models, tmp_path):
+    weight = [{"filter": "no_such", "value": 2}, {"value": 0.5}]
+    stage = of(models, "linear", "task0", "task1", base=False, parameters={"weight": weight})
+    spec = {"stages": [{"name": "s", **stage, "dtyp": "x"}], **of(models, "ties", "s", "task2")}
+    with pytest.raises(SpecError, match="stage s: dtyp: unknown key"):
+        outliermerge.load_spec(spec)
+    plan = outliermerge.plan(spec, lenient=True)
+    (warning,) = (note for note in plan.notes if note.startswith("warning: "))
+    assert warning.startswith("warning: stage s: without effect, as mergekit passes over it")
+    assert all(word in warning for word in ("unknown key 'dtyp'", "no_such"))
+    outliermerge.run(plan, output=tmp_path / "out")
+    again = outliermerge.plan(tmp_path / "out" / "recipe.yaml")
+    assert not any(note.startswith("warning: ") for note in again.notes)
+    outliermerge.run(again, output=tmp_path / "again")
+    found = load_folder(tmp_path / "again")
+    assert all(found[n].equal(tensor) for n, tensor in load_folder(tmp_path / "out").items())
+
+
 def test_a_statistic_of_whole_models_is_refused_in_a_stage(models):
     stage = of(models, "ties", "task0", "task1", parameters={"density": 0.5, "trim": "model"})
     spec = {"stages": [{"name": "s", **stage}], **of(models, "linear", "s", base=False)}

@@ -40,7 +40,7 @@ from outliermerge.planning.slices import (
     stacked_reference,
     whole,
 )
-from outliermerge.planning.stages import as_input
+from outliermerge.planning.stages import as_input, of_stage
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary_by_token import align_inputs
@@ -78,7 +78,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
 
 
 class _Planner:
-    def __init__(self, spec: MergeSpec, stages: dict[str, Input]) -> None:
+    def __init__(self, spec: MergeSpec, stages: dict[str, tuple[Input, MergeSpec]]) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
         self.stages, self.stage_notes = stages, list[str]()
@@ -143,9 +143,11 @@ class _Planner:
         """Return a stage as a model; each is planned once for all merges that use it."""
         if name not in self.stages:
             plan = _Planner(self.spec.stages[name], self.stages).plan(None)
-            self.stages[name] = as_input(name, plan)
-            self.stage_notes += [f"stage {shown(name)}: {note}" for note in plan.notes]
-        return self.stages[name]
+            self.stages[name] = as_input(name, plan), plan.spec
+            self.stage_notes += [of_stage(name, note) for note in plan.notes]
+        entry, spec = self.stages[name]
+        self.spec = replace(self.spec, stages={**self.spec.stages, name: spec})
+        return entry
 
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()

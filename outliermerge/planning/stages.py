@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from outliermerge.checkpoint.sources import DTYPES, Source
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import WARNING, OutlierMergeError, shown
 from outliermerge.planning.merged import MergedSource, Restored
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
@@ -53,6 +53,16 @@ def as_input(name: str, plan: Plan) -> Input:
     return Input(
         name, "model", checkpoint, home=home, made_of=plan.inputs, checks=tuple(_checks(name, plan))
     )
+
+
+def of_stage(name: str, note: str) -> str:
+    """Return a note of a stage's plan as one of the whole plan; a warning stays one.
+
+    >>> of_stage("a", "rows differ"), of_stage("a", f"{WARNING}a slip")
+    ('stage a: rows differ', 'warning: stage a: a slip')
+    """
+    text = note.removeprefix(WARNING)
+    return f"{WARNING if text != note else ''}stage {shown(name)}: {text}"
 
 
 def _source_of(stage: str, job: Job) -> Source:
