@@ -116,6 +116,11 @@ def plans_of(
         if name not in stages:
             advice = suggest(name, stages) if stages else "The spec has no `stages`."
             raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
+        if "/" in name or "\\" in name:
+            raise ArgumentError(
+                f"{argument('keep')}: the stage {quoted(name)} is written as OUTPUT-NAME, and its "
+                "name has a slash. Give it another name"
+            )
         path = final.with_name(f"{final.stem if planned.is_one_file else final.name}-{name}")
         stage = make_plan(stages[name], shard_bytes=planned.shard_bytes)
         found.append((stage, path.with_name(path.name + final.suffix * planned.is_one_file)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import load_folder, save_lora, save_tensors
 from safetensors.torch import save_file
-from stacks import Models, save
+from stacks import KINDS, Models, save
 from stopping import stopping_after
 
 import outliermerge
@@ -228,6 +228,26 @@ def test_a_model_between_the_ends_may_have_another_vocabulary(models, source, tm
     outliermerge.plan(spec | {"slices": [{"sources": [part]} for part in parts]})
     with pytest.raises(OutlierMergeError, match="vocabular"):
         outliermerge.plan(spec | {"slices": [{"sources": [part]} for part in parts[:2]]})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-decoder", "llava"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_path):
+    folders = [
+        save(kind, tmp_path / str(depth), num_layers=depth, num_models=0)["base"]
+        for depth in (2, 3)
+    ]
+    parts = [{"sources": [{"model": str(f), "layer_range": [0, 2]}]} for f in folders]
+    spec = {"merge_method": "passthrough", "slices": parts if first == 0 else parts[::-1]}
+    if KINDS[kind].stack:
+        spec["stack"] = KINDS[kind].stack
+    output = outliermerge.run(spec, output=tmp_path / "out").output
+    own, found = load_folder(folders[1 - first]), load_folder(output)
+    layers = outliermerge.plan(spec).stacked.prefix
+    last = [name for name in found if f"{layers}3." in name]
+    assert last and not any(f"{layers}4." in name for name in found)
+    assert all(found[n].equal(own[n.replace(f"{layers}3.", f"{layers}1.")]) for n in last)
+    assert outliermerge.verify(output, load=True) == []
 
 
 @pytest.mark.parametrize("tie", [None, False, True])

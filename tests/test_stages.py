@@ -22,7 +22,7 @@ from vocabularies import KINDS, save_family
 
 import outliermerge
 from outliermerge.cli.main import main
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,6 +239,14 @@ def test_kept_stages_are_outputs_of_their_own(models, tmp_path, capsys):
     assert outliermerge.verify(tmp_path / "out-a") == []
     assert main([*command, "d"]) == 2
     assert "--keep: no stage 'd'. " in capsys.readouterr().err
+
+
+def test_a_kept_stage_whose_name_has_a_slash_is_refused(models, tmp_path):
+    spec = of(models, "linear", "a/b", "task0", base=False)
+    spec["stages"] = [of(models, "linear", "task0", "task1", base=False, name="a/b")]
+    outliermerge.run(spec, output=tmp_path / "out")
+    with pytest.raises(ArgumentError, match="keep: the stage 'a/b' is written as OUTPUT-NAME"):
+        outliermerge.run(spec, output=tmp_path / "kept", keep=["a/b"])
 
 
 @pytest.mark.parametrize("again", ["as it is", "copied inputs"])

@@ -176,7 +176,7 @@ class _Planner:
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         tokenizer = self.alignment.tokenizer
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer)
+        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer, self.stacked)
         template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}

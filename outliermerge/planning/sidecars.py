@@ -31,7 +31,7 @@ from outliermerge.planning.owners import (
 )
 from outliermerge.planning.parts import differing_parts
 from outliermerge.planning.plan import Input, Plan, Sidecar, Stacked
-from outliermerge.planning.slice_config import stacked_config
+from outliermerge.planning.slice_config import stacked_config, with_depth
 from outliermerge.planning.special_tokens import special_tokens_that_differ
 from outliermerge.planning.tokenizer_files import extend_files
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
@@ -44,12 +44,16 @@ _SOURCES = ("config_source", "tokenizer_source", "processor_source")
 
 
 def choose_sidecars(
-    spec: MergeSpec, inputs: Sequence[Input], tokenizer: TokenizerPlan | None = None
+    spec: MergeSpec,
+    inputs: Sequence[Input],
+    tokenizer: TokenizerPlan | None = None,
+    stacked: Stacked | None = None,
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
 
     Args:
         tokenizer: what the merge does to the tokenizer.
+        stacked: which layers are sliced: models may have different numbers of these.
 
     Raises:
         SpecError: the spec has a `*_source`, but the output is a single file.
@@ -74,7 +78,7 @@ def choose_sidecars(
     _check_owners(spec, {kind: o for kind, o in owners.items() if sources[kind] is not inputs[0]})
     chosen = choose_files(owners)
     notes = [*missing_code(chosen)]
-    if differing := _differences(inputs, list(besides.values())):
+    if differing := _differences(inputs, list(besides.values()), stacked):
         kept = ", ".join(f"{kind} of {shown(entry.reference)}" for kind, entry in sources.items())
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
     if tokenizer is None:
@@ -97,7 +101,9 @@ def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
             )
 
 
-def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str]:
+def _differences(
+    inputs: Sequence[Input], besides: Sequence[Beside], stacked: Stacked | None
+) -> list[str]:
     """Return how the models' configs and files differ.
 
     Raises:
@@ -107,7 +113,10 @@ def _differences(inputs: Sequence[Input], besides: Sequence[Beside]) -> list[str
     senseless: list[str] = []
     files = _config_files(inputs[0])
     for file in files:
-        configs = [(_in(e.reference, file), read_json(e.home / file)) for e in inputs]
+        read = [read_json(entry.home / file) for entry in inputs]
+        if stacked is not None:
+            read = [with_depth(one, stacked, number) for number, one in enumerate(read)]
+        configs = [(_in(e.reference, file), one) for e, one in zip(inputs, read, strict=True)]
         for found, new in zip((differing, senseless), compare_configs(configs), strict=True):
             found += new
     if senseless:

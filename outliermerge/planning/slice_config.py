@@ -75,6 +75,14 @@ def stacked_config(
     return changed
 
 
+def with_depth(config: Mapping[str, Any], stacked: Stacked, owner: int) -> dict[str, Any]:
+    """Return a model's config with the number of layers that the output of slices has."""
+    changed = copy.deepcopy(dict(config))
+    if changed:
+        _count_layers(changed, stacked, owner)
+    return changed
+
+
 def _count_layers(config: dict[str, Any], stacked: Stacked, owner: int) -> list[Path]:
     """Write the number of layers; return the levels of the config that have it."""
     depth = stacked.depths[owner]
