@@ -10,6 +10,7 @@ from pathlib import Path
 import llava_replicas
 import pytest
 import torch
+import vlm_replicas
 import yaml
 from checkpoints import fine_tune, load_folder, save_model
 from documents import link_the_project
@@ -36,6 +37,9 @@ def test_every_shipped_spec_merges_small_replicas(path, tmp_path, monkeypatch):
     base = document.get("base_model") or document["models"][0]["model"]
     if path.stem.startswith("llava"):
         llava_replicas.save_all(tmp_path)
+    elif path.stem.startswith("vlm"):
+        vlm_replicas.save_vlm(tmp_path / vlm_replicas.VLM)
+        vlm_replicas.save_llm(tmp_path / vlm_replicas.MATHS)
     elif path.stem.startswith("tiny"):
         (tmp_path / "evals").symlink_to(ROOT / "evals")
     else:
@@ -46,7 +50,7 @@ def test_every_shipped_spec_merges_small_replicas(path, tmp_path, monkeypatch):
     result = outliermerge.run(path)
     assert result.output == Path(document["output"])
     assert outliermerge.verify(result.output) == []
-    stored = {"llava": "float16", "tiny": "bfloat16"}  # as the base is
+    stored = {"llava": "float16", "vlm": "float16", "tiny": "bfloat16"}  # as the base is
     wanted = document.get("out_dtype", stored.get(path.stem.partition("_")[0], "float32"))
     assert {str(t.dtype) for t in load_folder(result.output).values()} == {f"torch.{wanted}"}
 

@@ -72,7 +72,9 @@ def _models(path: Any) -> list[str]:
     from outliermerge.spec.document import references
 
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return list(dict.fromkeys(name for name in (spec.get("base_model"), *references(spec)) if name))
+    merges = (spec, *spec.get("modules", {}).values())
+    named = (name for merge in merges for name in (merge.get("base_model"), *references(merge)))
+    return list(dict.fromkeys(name for name in named if name))
 
 
 COMMAND = Command(

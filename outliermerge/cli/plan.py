@@ -104,7 +104,7 @@ def _as_json(
 
     details = plan.as_dict(tensors=with_tensors)
     summary = {
-        "method": plan.spec.method.name,
+        "method": plan.spec.title,
         "base": plan.spec.base.reference if plan.spec.base else None,
         "models": [model.reference for model in plan.spec.models],
         "output": output,

@@ -45,9 +45,9 @@ def print_plan(
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
-    method = plan.spec.method
-    print_words(console, f"{method.name}: {method.summary}", "bold")
+    print_words(console, f"{plan.spec.title}: {plan.spec.summary}", "bold")
     _print_models(console, plan)
+    _print_modules(console, plan)
     _print_pairing(console, plan)
     _print_layers(console, plan)
     _print_actions(console, plan)
@@ -81,13 +81,14 @@ def _print_models(console: Console, plan: Plan) -> None:
     rows = [(entry, _role(plan, entry)) for entry in plan.inputs]
     for entry, role in rows:
         metas, root = entry.stored, entry.checkpoint.root
+        made = "modules" if plan.modules and entry is plan.inputs[0] else "a stage"
         table.add_row(
             entry.reference,
             role,
             str(len(entry.checkpoint.tensors)),
             "–" if entry.made_of else human_bytes(sum(meta.num_bytes for meta in metas)),
             "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
-            "a stage" if entry.made_of else _format(entry),
+            made if entry.made_of else _format(entry),
         )
         rows += [(model, f"in {entry.reference}") for model in entry.made_of]
         if entry.made_of:
@@ -102,9 +103,26 @@ def _print_models(console: Console, plan: Plan) -> None:
     console.print()
 
 
+def _print_modules(console: Console, plan: Plan) -> None:
+    """Print which parts of the output are merged of which models, if the spec has modules."""
+    if not plan.modules:
+        return
+    table = NamedTable("module", "tensors", "merged by", "of", "the base's", justify="left")
+    for module in plan.modules:
+        table.add_row(
+            module.name,
+            str(len(module.names)),
+            module.method,
+            ", ".join(module.models),
+            f"{len(module.kept)} kept" if module.kept else "none",
+        )
+    table.print(console)
+    console.print()
+
+
 def _print_pairing(console: Console, plan: Plan) -> None:
     """Print how names are changed, if they are."""
-    for entry in plan.inputs:
+    for entry in [model for each in plan.inputs for model in each.models]:
         for rule, (count, before, after) in entry.renamed.items():
             words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
             print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
@@ -133,7 +151,7 @@ def _print_actions(console: Console, plan: Plan) -> None:
     )
     groups: dict[str, list[Any]] = {}
     for job in plan.jobs:
-        what = {"merge": f"merged by {plan.spec.method.name}", "copy": "copied"}
+        what = {"merge": f"merged by {plan.spec.title}", "copy": "copied"}
         reason = f" ({job.reason})" if job.reason else ""
         groups.setdefault(what.get(job.action, "copied if equal") + reason, []).append(job)
     for what_happens, jobs in groups.items():

@@ -86,10 +86,14 @@ def run(options: argparse.Namespace) -> int:
 def _in_a_line(planned: Plan, chosen: RunOptions) -> str:
     """Return in a line what is about to be merged, and how."""
     options = chosen.on_this_machine()
-    models = ", ".join(model.reference for model in planned.spec.models)
-    base = f" onto {planned.spec.base.reference}" if planned.spec.base else ""
+    spec = planned.spec
+    what = ", ".join(model.reference for model in spec.models)
+    if spec.modules:
+        what = spec.in_a_line
+    elif spec.base:
+        what = f"{what} onto {spec.base.reference}"
     return (
-        f"{planned.spec.method.name}: {models}{base}; {len(planned.jobs)} tensors, reads "
+        f"{spec.title}: {what}; {len(planned.jobs)} tensors, reads "
         f"{human_bytes(planned.num_read_bytes)}, writes {human_bytes(planned.num_written_bytes)}; "
         f"{options.threads} threads, device {options.device}, at most "
         f"{human_bytes(planned.peak_memory_bytes(options))} of memory"

@@ -48,11 +48,11 @@ def model_card(
         front += ["library_name: transformers"]
     front += ["tags:", "- merge", "- outliermerge", "---"]
     method = plan.spec.method
-    paper = f" ({method.paper})" if method.paper else ""
+    paper = f" ({method.paper})" if method.paper and not plan.modules else ""
     parts = [
         "\n".join(front),
         "# Merged model",
-        f"Made by outliermerge {version('outliermerge')} with {_code(method.name)}{paper}: "
+        f"Made by outliermerge {version('outliermerge')} with {_code(plan.spec.title)}{paper}: "
         f"{plan.spec.summary}",
     ]
     if snippet := usage(contents, sidecars):

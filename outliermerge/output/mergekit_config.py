@@ -107,6 +107,7 @@ def _is_plain(plan: Plan) -> bool:
     return (
         not plan.is_one_file
         and plan.stacked is None
+        and not plan.modules
         and set(plan.components) == {""}
         and not (plan.tied or plan.dropped or plan.checks or plan.num_rows or plan.added_tokens)
         and not any(entry.renamed for entry in plan.inputs)

@@ -14,6 +14,7 @@ from outliermerge.errors import as_path
 from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
+from outliermerge.spec.modules import MODULES
 from outliermerge.spec.moe import MoeSpec
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
@@ -85,9 +86,24 @@ def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()
             }
             for one in document["slices"]
         ]
+    if modules := document.get(MODULES):
+        document[MODULES] = {
+            part: _module(entry, base, name, stages) for part, entry in modules.items()
+        }
     if isinstance(tokenizer := document.get("tokenizer"), dict):
         document["tokenizer"] = _named(tokenizer, names)
     return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
+
+
+def _module(
+    entry: Mapping[str, Any], base: Any, name: Name, stages: Container[str]
+) -> dict[str, Any]:
+    """Return a module with other names for its models; its base is that of the whole merge."""
+    if "base_model" in entry:
+        return renamed(entry, name, stages)
+    found = renamed({"base_model": base, **entry}, name, stages)
+    del found["base_model"]
+    return found
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

@@ -149,6 +149,34 @@ class Stacked:
         return f"{self.prefix}{int(index) - one.start + one.ranges[number][0]}{dot}{rest}"
 
 
+@dataclass(frozen=True)
+class Module:
+    """A part of the base model that is merged by itself.
+
+    Attributes:
+        name: of the part, as the spec calls it.
+        method: how it is merged.
+        models: what it is merged of.
+        names: its tensors in the output.
+        num_merged: how many of them the method computes.
+        kept: the tensors of the part that stay the base's.
+    """
+
+    name: str
+    method: str
+    models: tuple[str, ...]
+    names: tuple[str, ...]
+    num_merged: int
+    kept: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        own = {"module": self.name, "method": self.method, "models": list(self.models)}
+        return own | {
+            "num_tensors": len(self.names), "num_merged": self.num_merged, "kept": list(self.kept)
+        }  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One output tensor.

@@ -17,6 +17,7 @@ from outliermerge.methods.table import find_method
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import LayersFrom as LayersFrom
+from outliermerge.planning.job import Module as Module
 from outliermerge.planning.job import Options as Options
 from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
@@ -52,6 +53,7 @@ class Plan:
         chat_template: the output's chat template, where the spec gives one.
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         stacked: where the layers are from, if the spec has slices.
+        modules: the parts of the base that are merged by themselves.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
         config: the output's config, where it is not the reference's.
@@ -74,6 +76,7 @@ class Plan:
     chat_template: ChatTemplate | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     stacked: Stacked | None = None
+    modules: tuple[Module, ...] = ()
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
     config: Mapping[str, Any] | None = None
@@ -201,7 +204,7 @@ class Plan:
         """Return the plan as JSON values, with an entry for each tensor if `tensors`."""
         return {
             "spec": self.spec.as_dict(),
-            "method": self.spec.method.name,
+            "method": self.spec.title,
             "compute_dtypes": sorted({job.compute_dtype for job in self.jobs}),
             "inputs": [
                 {
@@ -224,6 +227,7 @@ class Plan:
             "num_parameters": self.num_parameters,
             "actions": dict(Counter(job.action for job in self.jobs)),
             **({"layers": self._layers_as_dict(self.stacked)} if self.stacked else {}),
+            **({"modules": [m.as_dict() for m in self.modules]} if self.modules else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],
             "sidecars": {sidecar.name: str(sidecar.path) for sidecar in self.sidecars},

@@ -17,6 +17,7 @@ from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs
 from outliermerge.planning.metadata import kept_metadata
+from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
@@ -27,7 +28,7 @@ from outliermerge.planning.parameters import (
     gradients_of,
     without_unused_filters,
 )
-from outliermerge.planning.plan import Input, Job, Plan, Stacked
+from outliermerge.planning.plan import Input, Job, Module, Plan, Stacked
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
@@ -78,14 +79,27 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
 
 
 class _Planner:
-    def __init__(self, spec: MergeSpec, stages: dict[str, tuple[Input, MergeSpec]]) -> None:
+    def __init__(
+        self,
+        spec: MergeSpec,
+        stages: dict[str, tuple[Input, MergeSpec]],
+        part: PartOfBase | None = None,
+    ) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
         self.stages, self.stage_notes = stages, list[str]()
+        self.modules: tuple[Module, ...] = ()
         opened, self.model_numbers = open_inputs(spec, self._open_stage)
+        if spec.modules:
+            base, self.modules, notes = with_modules(spec, opened[0], self._plan_module)
+            opened, self.stage_notes = (base,), [*self.stage_notes, *notes]
+        if part is not None:
+            opened = views(spec, part, opened, self.model_numbers)
         check_other_files(spec, opened)
         apart = refuse_unmerged(opened)
-        self.stacked = stack_slices(spec, opened, self.model_numbers)
+        self.layers_of = part.base if part is not None else opened[0]
+        stack = part.stack if part is not None else spec.document.stack
+        self.stacked = stack_slices(spec, opened, self.model_numbers, self.layers_of, stack)
         wanted = spec.document.config_source
         self.tied = match_tied(
             at_ends(self.stacked, opened) if self.stacked else opened,
@@ -116,7 +130,7 @@ class _Planner:
         self.parts = [whole(spec, self.inputs, self.model_numbers)]
         self.stored_reference = opened[0].checkpoint.tensors
         if self.stacked is not None:
-            self.parts = parts_of(spec, self.stacked, self.inputs)
+            self.parts = parts_of(spec, self.stacked, self.inputs, self.layers_of)
             self.stored_reference = stacked_reference(self.parts, self.reference)
         self.names = dict.fromkeys(name for part in self.parts for name in part.names)
         names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)
@@ -148,6 +162,9 @@ class _Planner:
         entry, spec = self.stages[name]
         self.spec = replace(self.spec, stages={**self.spec.stages, name: spec})
         return entry
+
+    def _plan_module(self, merge: MergeSpec, part: PartOfBase) -> Plan:
+        return _Planner(merge, self.stages, part).plan(None)
 
     def plan(self, shard_bytes: int | None) -> Plan:
         drafts = self._drafts()
@@ -218,10 +235,14 @@ class _Planner:
             chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),
+            modules=self.modules,
         )
 
     def _job(self, draft: Draft, output: OutputTensor) -> Job:
         name, action, sources, parameters, _, why = draft
+        if self.modules:
+            owner = next((module.name for module in self.modules if name in module.names), None)
+            why = f"module {shown(owner)}" if owner else "in no module, the base model's"
         method, dtype = self.spec.method_for(parameters), self._compute_dtype(sources)
         job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":

@@ -59,12 +59,18 @@ def whole(spec: MergeSpec, inputs: tuple[Input, ...], numbers: Sequence[int]) ->
 
 
 def stack_slices(
-    spec: MergeSpec, inputs: Sequence[Input], numbers: Sequence[int]
+    spec: MergeSpec,
+    inputs: Sequence[Input],
+    numbers: Sequence[int],
+    whole: Input,
+    wanted: str | None,
 ) -> Stacked | None:
     """Return which layers of which inputs the output's layers are from; None without slices.
 
     Args:
         numbers: the numbers of the inputs of `spec.models`.
+        whole: the model whose stacks of layers are looked at.
+        wanted: the stack that is sliced.
 
     Raises:
         SpecError: a range is beyond a model, or it is not clear which stack is meant.
@@ -77,7 +83,7 @@ def stack_slices(
         said = f"{shown(inputs[0].reference)} has several parts, whose layers cannot be sliced"
         raise source.error(at, said, at_key=True)
     try:
-        stack = choose_stack(inputs[0].checkpoint.tensors, spec.document.stack, inputs[0].reference)
+        stack = choose_stack(whole.checkpoint.tensors, wanted, whole.reference)
     except OutlierMergeError as error:
         raise source.error(at, str(error), at_key=at == ("slices",)) from error
     number_of = {m.reference: n for m, n in zip(spec.models, numbers, strict=True)}
@@ -143,9 +149,15 @@ def at_ends(stacked: Stacked, inputs: tuple[Input, ...]) -> tuple[Input, ...]:
     )
 
 
-def parts_of(spec: MergeSpec, stacked: Stacked, inputs: tuple[Input, ...]) -> list[Part]:
-    """Return a merge for each slice; what is outside the layers is in the first and the last."""
-    stack = choose_stack(inputs[0].checkpoint.tensors, stacked.prefix, inputs[0].reference)
+def parts_of(
+    spec: MergeSpec, stacked: Stacked, inputs: tuple[Input, ...], whole: Input
+) -> list[Part]:
+    """Return a merge for each slice; what is outside the layers is in the first and the last.
+
+    Args:
+        whole: the model whose stacks of layers are looked at.
+    """
+    stack = choose_stack(whole.checkpoint.tensors, stacked.prefix, whole.reference)
     ends = {*stacked.slices[0].ranges, *stacked.slices[-1].ranges}
     indices = [_Index(entry, stack, number in ends) for number, entry in enumerate(inputs)]
     parts = []

@@ -20,7 +20,7 @@ from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
 
 
-def as_input(name: str, plan: Plan) -> Input:
+def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
     """Return the output of a plan as a model, of which nothing is stored.
 
     Its merged tensors have the dtype of their arithmetic, and are rounded only by the merge that
@@ -28,15 +28,17 @@ def as_input(name: str, plan: Plan) -> Input:
 
     Args:
         name: of the stage.
+        kind: what messages call it.
 
     Raises:
         OutlierMergeError: the method measures whole models before it merges.
     """
     tensors: dict[str, Source] = {}
+    said = f"{kind} {shown(name)}"
     alike: dict[object, Source] = {}  # tied tensors are one
     for job in plan.jobs:
         key = job.action, job.context.name or job.name, job.sources
-        tensors[job.name] = alike.setdefault(key, _source_of(name, job))
+        tensors[job.name] = alike.setdefault(key, _source_of(said, job))
     first, home = plan.inputs[0], _home(plan)
     stamps = {s.path: s for entry in plan.inputs for s in entry.checkpoint.weight_files}
     checkpoint = replace(
@@ -51,7 +53,7 @@ def as_input(name: str, plan: Plan) -> Input:
         other_files=(),
     )
     return Input(
-        name, "model", checkpoint, home=home, made_of=plan.inputs, checks=tuple(_checks(name, plan))
+        name, "model", checkpoint, home=home, made_of=plan.inputs, checks=tuple(_checks(said, plan))
     )
 
 
@@ -76,7 +78,7 @@ def _source_of(stage: str, job: Job) -> Source:
         )
     except ValueError as error:
         raise OutlierMergeError(
-            f"stage {shown(stage)}: {error}. Such a merge can only be the output: run it by itself "
+            f"{stage}: {error}. Such a merge can only be the output: run it by itself "
             "with `out_dtype: float32`, and name its folder as a model."
         ) from error
 
@@ -88,7 +90,7 @@ def _checks(stage: str, plan: Plan) -> list[Job]:
         if job.action == "equal":
             models = ", ".join(shown(plan.inputs[number].reference) for number, _ in job.sources)
             reason = (
-                f"{shown(job.name)} cannot be merged, and stage {shown(stage)} copies it, which is "
+                f"{shown(job.name)} cannot be merged, and {stage} copies it, which is "
                 f"right only where its models agree: {models}"
             )
             found.append(replace(job, reason=reason))

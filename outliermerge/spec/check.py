@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 from outliermerge.arguments import wrong
 from outliermerge.display import short_repr
-from outliermerge.errors import SpecError, as_path, quoted, shown, suggest
+from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method, meant_method
+from outliermerge.spec.agreement import check_base, modifiers_of, names_of, wrong_sources
 from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
@@ -21,15 +22,15 @@ from outliermerge.spec.document import (
     UNEQUAL,
     SlicedDocument,
     SpecDocument,
-    references,
 )
 from outliermerge.spec.explained import explained
 from outliermerge.spec.inert import without_inert
 from outliermerge.spec.models import STAND_IN, ModelSpec, base_of, check_required, models_of
+from outliermerge.spec.modules import KEEP, MODULES, OF_WHOLE, keep_of, split
 from outliermerge.spec.parameters import parameter_settings
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
-from outliermerge.spec.settings import Setting, SpecPath, parse_policy
+from outliermerge.spec.settings import Setting, parse_policy
 from outliermerge.spec.slices import SliceSpec, models_of_slices, slices_of, with_base_of_slices
 from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
 from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
@@ -41,9 +42,6 @@ _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_file
 _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
               "modifier": STAND_IN, "layer_range": [0, 1],
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
-_NOT_YET = {
-    "modules": "give whole `models`",
-}
 _OTHER_COMMANDS = {
     "experts": (
         "a file for mergekit-moe",
@@ -56,6 +54,21 @@ _OTHER_COMMANDS = {
     ),
 }
 """By a key that no merge has: what a file with it is, and what to do with it."""
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A part of the base model that is merged by itself.
+
+    Attributes:
+        keep: filters for tensors that stay the base model's.
+        merge: the merge.
+        has_own_base: its base model is not that of the whole spec.
+    """
+
+    keep: tuple[str, ...]
+    merge: MergeSpec
+    has_own_base: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class MergeSpec:
         warnings: what has no effect, as mergekit passes over it: where, and what was meant.
         repeated: the merge that this one repeats, if the spec is a manifest.
         stages: by name the merges of this file that models of this one name.
+        modules: by name of a part of the base model its merge; the rest of the base is copied.
     """
 
     document: SpecDocument
@@ -100,6 +114,7 @@ class MergeSpec:
     warnings: tuple[str, ...] = ()
     repeated: Repeated | None = None
     stages: Mapping[str, MergeSpec] = field(default_factory=dict)
+    modules: Mapping[str, ModuleSpec] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return short_repr(self, self.in_a_line)
@@ -112,11 +127,19 @@ class MergeSpec:
     @property
     def summary(self) -> str:
         """What its method does, in a line."""
-        return self.method.summary
+        return "Each part has a merge of its own." if self.modules else self.method.summary
+
+    @property
+    def title(self) -> str:
+        """Its method, or what it is instead."""
+        return MODULES if self.modules else self.method.name
 
     @property
     def in_a_line(self) -> str:
         """The method and the models, for a person."""
+        if self.modules and self.base:
+            parts = "; ".join(f"{n}: {m.merge.in_a_line}" for n, m in self.modules.items())
+            return f"{self.base.reference} with {parts}"
         models = ", ".join(model.reference for model in self.models)
         return f"{self.method.name} of {models}" + (
             f" onto {self.base.reference}" if self.base else ""
@@ -139,6 +162,8 @@ class MergeSpec:
     def all_stages(self) -> dict[str, MergeSpec]:
         """The stages that this merge is made of, each after those that it uses."""
         found: dict[str, MergeSpec] = {}
+        for module in self.modules.values():
+            found |= module.merge.all_stages
         for name, stage in self.stages.items():
             found |= stage.all_stages
             found[name] = stage
@@ -150,7 +175,18 @@ class MergeSpec:
         return ({STAGES: stages} if stages else {}) | self._own()
 
     def _own(self) -> dict[str, Any]:
-        return self.document.model_dump(mode="json", exclude_defaults=True)
+        own = self.document.model_dump(mode="json", exclude_defaults=True)
+        if not self.modules:
+            return own
+        found = {}
+        for name, module in self.modules.items():
+            entry = {k: v for k, v in module.merge._own().items() if k not in OF_WHOLE}
+            base = entry.pop("base_model", None)
+            own_base = {"base_model": base} if module.has_own_base else {}
+            found[name] = own_base | entry | ({KEEP: list(module.keep)} if module.keep else {})
+        return {k: v for k, v in own.items() if k not in ("merge_method", "models")} | {
+            MODULES: found
+        }
 
     def as_yaml(self) -> str:
         """Return the spec as YAML."""
@@ -225,18 +261,17 @@ def _check(
 def _check_merge(
     raw: dict[str, Any], mistakes: Mistakes, stages: Mapping[str, MergeSpec]
 ) -> MergeSpec:
+    if MODULES in raw:
+        return _check_modules(raw, mistakes, stages)
     source = mistakes.source
     used = {stage_of(reference, stages) for _, reference in models_named(raw)}
     stages = {name: stage for name, stage in stages.items() if name in used}
-    for key in [key for key in raw if key in _NOT_YET]:
-        said = f"a mergekit key that is not supported: {_NOT_YET[key]}"
-        mistakes.found.append(source.error((key,), said, at_key=True))
     method = mistakes.attempt(partial(_method, raw, source), None)
     if method is None and isinstance(name := raw.get("merge_method"), str):
         method = meant_method(name)  # so that the rest of the file is checked, too
     raw = mistakes.attempt(partial(with_base_of_slices, raw, source), raw)
     raw, notes = without_inert(raw, method, averages_base=source.lenient)
-    known = {key: value for key, value in raw.items() if key not in _NOT_YET}
+    known = dict(raw)
     is_sliced = "slices" in known
     if is_sliced and known.pop("models", None) is not None:
         said = "`slices` and `models` stand beside each other, expected one of the two"
@@ -279,16 +314,16 @@ def _check_merge(
         if not is_sliced:
             notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:
-        mistakes.attempt(partial(_check_base, document, method, source), None)
+        mistakes.attempt(partial(check_base, document, method, source), None)
         if document.stack is not None and not is_sliced:
             said = "`stack` names the layers that `slices` are of; without them it has no effect"
             mistakes.found.append(source.error(("stack",), said, at_key=True))
-        mistakes.found += _wrong_sources(document, source)
-        modifiers = mistakes.attempt(partial(_modifiers, document, method, source), modifiers)
+        mistakes.found += wrong_sources(document, source)
+        modifiers = mistakes.attempt(partial(modifiers_of, document, method, source), modifiers)
     if is_whole:
         request = partial(
             tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
-            _names(document),
+            names_of(document),
             mistakes.add,
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
@@ -316,6 +351,38 @@ def _check_merge(
     )
 
 
+def _check_modules(
+    raw: dict[str, Any], mistakes: Mistakes, stages: Mapping[str, MergeSpec]
+) -> MergeSpec:
+    """Check a spec with modules: a copy of its base model, in which parts are merges."""
+    outer, entries = split(raw, mistakes)
+    modules: dict[str, ModuleSpec] = {}
+    for name, (entry, text) in entries.items():
+        written = raw[MODULES][name]
+        keep = mistakes.attempt(partial(keep_of, written, (MODULES, name, KEEP)), tuple[str, ...]())
+        try:
+            merge = _check_merge(entry, Mistakes(text), stages)
+        except SpecError as error:
+            mistakes.found += error.all or [error]
+            continue
+        own_base = written.get("base_model", raw.get("base_model")) != raw.get("base_model")
+        if own_base and merge.slices:
+            said = "slices of a module are of the base model of the whole merge: leave this out"
+            mistakes.found.append(text.error(("base_model",), said, at_key=True))
+        modules[name] = ModuleSpec(keep, merge, own_base)
+    if not isinstance(outer["models"][0]["model"], str):
+        mistakes.refuse()
+    whole = _check_merge(outer, mistakes, stages)
+    notes = [f"module {shown(n)}: {note}" for n, m in modules.items() for note in m.merge.notes]
+    warnings = [warning for module in modules.values() for warning in module.merge.warnings]
+    return replace(
+        whole,
+        modules=modules,
+        notes=(*whole.notes, *notes),
+        warnings=(*whole.warnings, *warnings),
+    )
+
+
 def _method(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
     """Return the method; None where there is no name, which is told with the keys."""
     name = raw.get("merge_method")
@@ -330,41 +397,3 @@ def _method(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
             ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
         )
     return method
-
-
-def _check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -> None:
-    if method.needs_base and document.base_model is None:
-        why = "works on differences from" if method.uses_base else "merges a model with"
-        raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
-
-
-def _names(document: SpecDocument) -> list[str]:
-    base = [document.base_model.model] if document.base_model else []
-    return [*base, *references(document.model_dump())]
-
-
-def _wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
-    known = ["base", *_names(document)]
-    for key in ("config_source", "processor_source"):
-        wanted = getattr(document, key)
-        if wanted is not None and wanted not in known:
-            said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
-            yield source.error((key,), said)
-
-
-def _modifiers(
-    document: SpecDocument, method: MergeMethod, source: SpecText
-) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    found = []
-    for index, entry in enumerate(document.modifiers):
-        path: SpecPath = ("modifiers", index)
-        if not method.uses_base:
-            raise source.error(path, f"{method.name} merges weights: it has no task vector")
-        try:
-            modifier = find_method(entry.modifier)
-            if modifier.space != "merged":
-                raise SpecError(f"{modifier.name} is a merge method, not a modifier")
-            found.append((entry.modifier, modifier.resolve(1, entry.parameters)))
-        except SpecError as error:
-            raise source.error(path, str(error)) from error
-    return tuple(found)

@@ -273,6 +273,12 @@ class SpecDocument(_SpecEntry):
         description="Merges that come before this one, each with a `name`, by which `models` and "
         "`base_model` of the others use it. Nothing of them is stored.",
     )
+    modules: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Instead of `models`: merges of parts of the base model, by the parts' names "
+        "(`text`, `vision`, `projector`, `encoder`, `decoder`, …, or the start of their tensors' "
+        "names). What no module merges is the base model's.",
+    )
     output: str | None = Field(
         default=None,
         min_length=1,

@@ -10,11 +10,13 @@ from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.table import METHODS
 from outliermerge.spec.document import DTYPE_ABBREVIATIONS, SpecDocument, by_filters
 from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
+from outliermerge.spec.modules import KEEP, MODULES, OF_MODULE
 
 _BASE_IS_NAMED = [
     {"required": ["base_model"]},
     {"required": ["slices"], "properties": {"slices": {"items": {"required": ["base_model"]}}}},
 ]
+_TEXT = {"type": "string", "minLength": 1}
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 
@@ -46,38 +48,62 @@ def json_schema() -> dict[str, Any]:
     for name in ("dtype", "out_dtype"):
         schema["properties"][name] |= {"anyOf": [dtypes, {"type": "null"}]}
     schema["required"].remove("models")
-    schema["oneOf"] = [{"required": ["models"]}, {"required": ["slices"]}]
+    schema["required"].remove("merge_method")  # each module may have its own
+    schema["oneOf"] = [
+        {"required": ["merge_method", "models"]},
+        {"required": ["merge_method", "slices"]},
+        {"required": [MODULES, "base_model"]},
+    ]
     schema["properties"]["slices"]["minItems"] = 1
     defined["SliceEntry"]["properties"]["base_model"] = {
         "anyOf": schema["properties"]["base_model"]["anyOf"],
         "description": "As at the top, if all slices have the same.",
     }
     schema["dependentRequired"] = {"stack": ["slices"]}
-    schema["allOf"] = [
-        {
-            "if": {"properties": {"merge_method": {"const": method.name}}},
-            "then": {
-                "anyOf": _BASE_IS_NAMED if method.needs_base else [{}],
-                "properties": (
-                    {"base_model": {"not": {"type": "null"}}} if method.needs_base else {}
-                )
-                | {
-                    "parameters": _parameters_schema(method, of_model=False),
-                    "models": _models_schema(method),
-                    "slices": {
-                        "items": {
-                            "properties": {
-                                "parameters": _parameters_schema(method, of_model=False),
-                                "sources": _models_schema(method),
-                            }
-                        }
-                    },
-                },
-            },
-        }
-        for method in METHODS.values()
-    ]
+    schema["allOf"] = [_by_method(method, base_is_named=True) for method in METHODS.values()]
+    schema["properties"][MODULES] |= {
+        "minProperties": 1,
+        "additionalProperties": _module_schema(schema["properties"]),
+    }
     return schema
+
+
+def _module_schema(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a module, from that of the keys of a whole merge."""
+    keep = {
+        "description": "Parts of the names of tensors that stay the base model's.",
+        "anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}],
+    }
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {key: properties[key] for key in OF_MODULE} | {KEEP: keep},
+        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+        "allOf": [_by_method(method, base_is_named=False) for method in METHODS.values()],
+    }
+
+
+def _by_method(method: MergeMethod, *, base_is_named: bool) -> dict[str, Any]:
+    """Return what a method asks of a merge that names it.
+
+    Args:
+        base_is_named: the merge itself names a base model where the method needs one.
+    """
+    needs_base = base_is_named and method.needs_base
+    own = {"parameters": _parameters_schema(method, of_model=False)}
+    slices = own | {"sources": _models_schema(method)}
+    return {
+        "if": {
+            "required": ["merge_method"],
+            "properties": {"merge_method": {"const": method.name}},
+        },
+        "then": {
+            "anyOf": _BASE_IS_NAMED if needs_base else [{}],
+            "properties": ({"base_model": {"not": {"type": "null"}}} if needs_base else {})
+            | own
+            | {"models": _models_schema(method), "slices": {"items": {"properties": slices}}},
+        },
+    }
 
 
 def _models_schema(method: MergeMethod) -> dict[str, Any]:

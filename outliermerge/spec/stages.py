@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from outliermerge.errors import quoted, shown
+from outliermerge.spec.modules import MODULES
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.spec.validation import describe
@@ -92,6 +93,10 @@ def models_named(raw: Mapping[str, Any]) -> Iterator[tuple[SpecPath, str]]:
             lists.append((("slices", index, "sources"), entry.get("sources")))
             if isinstance(entry.get("base_model"), str):
                 yield ("slices", index, "base_model"), entry["base_model"]
+    modules = raw.get(MODULES)
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        if isinstance(module, dict):
+            yield from (((MODULES, name, *at), found) for at, found in models_named(module))
     for path, entries in lists:
         for index, entry in enumerate(entries if isinstance(entries, list) else ()):
             if isinstance(entry, dict) and isinstance(entry.get("model"), str):

@@ -69,7 +69,7 @@ BAD = {
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, dtype, "
-        "extra, merge_method, missing, models, modifiers, other_files, out_dtype, output, "
+        "extra, merge_method, missing, models, modifiers, modules, other_files, out_dtype, output, "
         "parameters, processor_source, rename, seed, slices, stack, stages, tie_word_embeddings, "
         "tokenizer, tokenizer_source, unequal, vocabulary.",
     ),
@@ -110,8 +110,8 @@ BAD = {
         "move it to the top-level `parameters`",
     ),
     "modules": (
-        HEAD + "modules: {}\n",
-        "6:1: modules: a mergekit key that is not supported: give whole `models`",
+        HEAD + "modules: {text: {models: [{model: DIR/a}]}}\n",
+        "3:1: models: stands beside `modules`: write it in the modules that it is for",
     ),
     "tokenizer_source": (
         HEAD + "tokenizer_source: unoin\n",

@@ -1,0 +1,55 @@
+"""What the keys of a spec must have in common: its method, its models and its modifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from outliermerge.errors import SpecError, quoted, suggest
+from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import find_method
+from outliermerge.spec.document import SpecDocument, references
+from outliermerge.spec.settings import SpecPath
+from outliermerge.spec.text import SpecText
+
+
+def check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -> None:
+    """Raise SpecError if a method's base model is missing."""
+    if method.needs_base and document.base_model is None:
+        why = "works on differences from" if method.uses_base else "merges a model with"
+        raise source.error((), f"`base_model` is missing: {method.name} {why} a base model")
+
+
+def names_of(document: SpecDocument) -> list[str]:
+    """Return the models of a spec, the base model first."""
+    base = [document.base_model.model] if document.base_model else []
+    return [*base, *references(document.model_dump())]
+
+
+def wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
+    """Yield an error for each file's owner that is none of the models."""
+    known = ["base", *names_of(document)]
+    for key in ("config_source", "processor_source"):
+        wanted = getattr(document, key)
+        if wanted is not None and wanted not in known:
+            said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
+            yield source.error((key,), said)
+
+
+def modifiers_of(
+    document: SpecDocument, method: MergeMethod, source: SpecText
+) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Return the modifiers with their resolved parameters; raise SpecError for one that is none."""
+    found = []
+    for index, entry in enumerate(document.modifiers):
+        path: SpecPath = ("modifiers", index)
+        if not method.uses_base:
+            raise source.error(path, f"{method.name} merges weights: it has no task vector")
+        try:
+            modifier = find_method(entry.modifier)
+            if modifier.space != "merged":
+                raise SpecError(f"{modifier.name} is a merge method, not a modifier")
+            found.append((entry.modifier, modifier.resolve(1, entry.parameters)))
+        except SpecError as error:
+            raise source.error(path, str(error)) from error
+    return tuple(found)
