@@ -209,9 +209,12 @@ def _prepared(
     import torch
 
     where = f"tensor {context.name!r}: " if context.name else ""
-    for each in (base, *models):
+    named = {"base": base, **{f"models[{number}]": each for number, each in enumerate(models)}}
+    for name, each in named.items():
         if each is not None and not isinstance(each, torch.Tensor):
-            raise ArgumentError(f"{where}found {type(each).__name__}, expected a tensor")
+            kind = type(each).__name__
+            advice = f": torch.from_numpy({name})" if kind == "ndarray" else ""
+            raise ArgumentError(f"{where}{name}: found {kind}, expected a tensor{advice}")
     first = models[0] if base is None else base
     given = models[1:] if base is not None and method.base_as == "first" else models
     for number, tensor in enumerate(given):

@@ -525,3 +525,59 @@ def test_a_statistic_of_whole_models_is_refused_in_a_stage(models):
     spec = {"stages": [{"name": "s", **stage}], **of(models, "linear", "s", base=False)}
     with pytest.raises(OutlierMergeError, match="stage s: ties measures whole models"):
         outliermerge.plan(spec)
+
+
+def test_a_stage_that_is_misspelt_where_it_is_used_is_guessed(models):
+    stage = {"name": "first", **of(models, "linear", "task0", base=False)}
+    spec = {"stages": [stage], "merge_method": "linear", "models": [{"model": "frist"}]}
+    with pytest.raises(SpecError, match="no merge uses the stage 'first'. Is it meant by 'frist'"):
+        outliermerge.load_spec(spec)
+
+
+def test_a_mistake_in_a_stage_has_one_place(models, tmp_path):
+    stage = {"name": "s", "merge_method": "linear", "models": [{"model": str(tmp_path / "no")}]}
+    (tmp_path / "spec.yaml").write_text(
+        yaml.safe_dump_all([stage, of(models, "linear", "s", base=False)])
+    )
+    with pytest.raises(OutlierMergeError) as error:
+        outliermerge.plan(tmp_path / "spec.yaml")
+    assert str(error.value).count("spec.yaml:") == 1
+
+
+def test_an_output_inside_another_is_refused(models, tmp_path):
+    spec = of(models, "linear", "task0", "task1", base=False)
+    outliermerge.run(spec, output=tmp_path / "out")
+    with pytest.raises(OutlierMergeError, match="is inside the output"):
+        outliermerge.run(spec, output=tmp_path / "out" / "deep" / "in")
+    assert outliermerge.verify(tmp_path / "out") == []
+
+
+def test_a_plan_says_what_is_under_the_name_of_its_output(models, tmp_path, capsys, monkeypatch):
+    spec = of(models, "linear", "task0", "task1", base=False)
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    command = ["plan", str(tmp_path / "spec.yaml"), "--output", str(tmp_path / "out")]
+    with stopping_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+        outliermerge.run(spec, output=tmp_path / "out", threads=1)
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/out.partial is there: a run of the same merge goes on with it" in said
+    outliermerge.run(spec, output=tmp_path / "out")
+    assert main(command) == 0
+    assert "a run would stop: " in (said := capsys.readouterr().err)
+    assert "exists already. Use --overwrite" in said
+
+
+def test_what_is_no_output_is_told_apart(models, tmp_path):
+    spec = of(models, "linear", "task0", "task1", base=False)
+    outliermerge.run(spec, output=tmp_path / "all" / "one")
+    with pytest.raises(OutlierMergeError, match="no such file or folder"):
+        outliermerge.verify(tmp_path / "nothing")
+    with pytest.raises(OutlierMergeError, match=r"but outputs are in it, such as .*all/one"):
+        outliermerge.verify(tmp_path / "all")
+
+
+def test_a_text_of_yaml_and_an_array_are_answered_with_what_to_give(models):
+    with pytest.raises(SpecError, match=r"found YAML text, .*: give yaml.safe_load\(text\)"):
+        outliermerge.plan(yaml.safe_dump(of(models, "linear", "task0", base=False)))
+    with pytest.raises(ArgumentError, match=r"models\[1\]: found ndarray, .*torch.from_numpy"):
+        outliermerge.merge_tensors([torch.ones(2), torch.ones(2).numpy()], method="linear")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from outliermerge.cli.parts import (
     Command,
     add_lenient,
     add_planning,
+    flag,
     print_json,
     print_notes,
     run_options,
@@ -21,6 +24,7 @@ from outliermerge.cli.parts import (
 from outliermerge.cli.plan_tables import Took, print_plan
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import check_loading
+from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
     from outliermerge.output.estimate import Estimate
@@ -60,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     if verdict is not None:
         took = took._replace(load_check=time.perf_counter() - began)
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
+    if output is not None:
+        planned = replace(planned, notes=(*planned.notes, *_taken(planned, output)))
     why_not = why_none(planned, chosen)
     slow = slowness_note(chosen, kernels=not options.no_kernels)
     if slow and not why_not:
@@ -87,6 +93,19 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _taken(planned: Plan, output: Path) -> Iterator[str]:
+    """Yield what a run would find under an output's name."""
+    from outliermerge.output.names import journal_path, partial_folder, real_output
+    from outliermerge.output.run import refuse_taken
+
+    if os.path.lexists(journal_path(real_output(output))):
+        yield f"{partial_folder(output)} is there: a run of the same merge goes on with it"
+    try:
+        refuse_taken(planned, output, overwrite=False)
+    except OutlierMergeError as error:
+        yield f"a run would stop: {error.text(flag)}"
 
 
 def _as_json(

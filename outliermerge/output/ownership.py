@@ -29,8 +29,14 @@ def check_apart(plan: Plan, final: Path) -> None:
     It may not hold auxiliary tensors either.
 
     Raises:
-        OutlierMergeError: the output would damage them.
+        OutlierMergeError: the output would damage them, or is inside another output, whose folder
+            would no longer be as its manifest says.
     """
+    for parent in final.resolve().parents:
+        if (parent / MANIFEST_NAME).is_file():
+            raise OutlierMergeError(
+                f"{final}: is inside the output {parent}: choose another output"
+            )
     for path in plan.auxiliary_files:
         if final.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutlierMergeError(

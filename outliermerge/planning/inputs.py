@@ -25,6 +25,7 @@ from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError, SpecPath
+from outliermerge.spec.stages import stage_of
 from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.storage.stamps import told_by_name
 
@@ -50,6 +51,8 @@ def open_inputs(
 
     def number_of(model: ModelSpec, role: Literal["base", "model"]) -> int:
         base = inputs[0] if inputs and inputs[0].role == "base" else None
+        if (name := stage_of(model.reference, stages)) is not None:
+            stages[name]()  # its mistakes have lines of their own
         try:
             with told_by_name():
                 entry = open_model(

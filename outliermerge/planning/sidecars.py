@@ -79,7 +79,13 @@ def choose_sidecars(
     chosen = choose_files(owners)
     notes = [*missing_code(chosen)]
     if differing := _differences(inputs, list(besides.values()), stacked):
-        kept = ", ".join(f"{kind} of {shown(entry.reference)}" for kind, entry in sources.items())
+        kept = ", ".join(
+            f"{kind} of {shown(entry.reference)}"
+            if kind != "tokenizer" or tokenizer is None
+            else "tokenizer that the spec asks for"
+            for kind, entry in sources.items()
+            if kind == "config" or any(beside.files[kind] for beside in besides.values())
+        )
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
     if tokenizer is None:
         notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])

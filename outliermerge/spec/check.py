@@ -176,6 +176,8 @@ class MergeSpec:
 
     def _own(self) -> dict[str, Any]:
         own = self.document.model_dump(mode="json", exclude_defaults=True)
+        if self.document.tokenizer is not None:  # said also where it is the default
+            own["tokenizer"] = {"source": self.document.tokenizer.source} | own["tokenizer"]
         if not self.modules:
             return own
         found = {}
@@ -209,6 +211,8 @@ def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) ->
         return _check(*one_document([(dict(spec), whole)]))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
+    if isinstance(spec, str) and "\n" in spec:
+        raise SpecError("found YAML text, expected a path or a dict: give yaml.safe_load(text)")
     path = as_path(spec)
     if repeated := read_repeated(path):
         return replace(_check(dict(repeated.recipe), SpecText(str(path))), repeated=repeated)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from outliermerge.errors import quoted, shown
+from outliermerge.errors import as_path, nearest, quoted, shown
 from outliermerge.spec.modules import MODULES
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import Mistakes, SpecText
@@ -156,7 +156,11 @@ def _sorted(
             done[name] = None
 
     visit(raw, (), ())
+    merges = [raw, *(entries[index] for index in places.values())]
+    others = {found for each in merges for _, found in models_named(each)} - places.keys()
     for name in places.keys() - done.keys():
-        said = f"no merge uses the stage {quoted(name)}. Use or remove it"
+        near = nearest(name, [other for other in others if not as_path(other).exists()])
+        advice = "Use or remove it" if near is None else f"Is it meant by {quoted(near)}?"
+        said = f"no merge uses the stage {quoted(name)}. {advice}"
         mistakes.add(source.error((STAGES, places[name], NAME), said))
     return [(name, places[name]) for name in done]
