@@ -139,9 +139,14 @@ class MergeSpec:
     def all_stages(self) -> dict[str, MergeSpec]:
         """The stages that this merge is made of, each after those that it uses."""
         found: dict[str, MergeSpec] = {}
-        for name, stage in self.stages.items():
-            found |= stage.all_stages
-            found[name] = stage
+
+        def visit(spec: MergeSpec) -> None:
+            for name, stage in spec.stages.items():
+                if name not in found:
+                    visit(stage)
+                    found[name] = stage
+
+        visit(self)
         return found
 
     def as_dict(self) -> dict[str, Any]:
