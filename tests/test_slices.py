@@ -250,6 +250,28 @@ def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_
     assert outliermerge.verify(output, load=True) == []
 
 
+def test_layers_unlike_those_of_the_config_are_told_by_the_plan(models, source, stack, tmp_path):
+    tensors = load_folder(models["m1"])
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(16, 32)
+    tensors["model.layers.2.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    lacking = save_tensors(tmp_path / "lacking", tensors)
+    shutil.copy(models["m1"] / "config.json", lacking)
+
+    def notes_of(start: int) -> list[str]:
+        part = {"model": str(lacking), "layer_range": [start, start + 1]}
+        parts = [*stack["slices"], {"sources": [part]}]
+        notes = outliermerge.plan(stack | {"slices": parts}).notes
+        return [note for note in notes if "may not load" in note]
+
+    assert notes_of(3) == []
+    (note,) = notes_of(2)
+    assert note.startswith("1 layer(s) of the output are like none of ")
+    assert "layer 6, from layer 2 of " in note
+    assert "mlp.up_proj.weight: none, there [24, 16]" in note
+    assert "mlp.down_proj.weight: [16, 32], there [16, 24]" in note and "inv_freq" not in note
+
+
 @pytest.mark.parametrize("tie", [None, False, True])
 def test_a_head_of_the_last_model_that_the_config_ties_is_not_lost_in_silence(tie, tmp_path):
     tied, own = (

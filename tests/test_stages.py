@@ -23,6 +23,7 @@ from vocabularies import KINDS, save_family
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
+from outliermerge.spec.check import load_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -363,6 +364,18 @@ def test_the_plan_shows_the_stages_and_their_models(models, tmp_path, capsys):
     assert [entry["model"] for entry in inputs] == ["a", "b", "c"]
 
 
+def test_stages_that_use_two_others_each_are_planned_once(models):
+    """A walk over all ways to the first stage would take 2 ** 40 steps."""
+    stages = [of(models, "linear", "task0", "task1", base=False, name="s0")]
+    stages.append(of(models, "linear", "s0", "task1", base=False, name="s1"))
+    for number in range(2, 60):
+        used = f"s{number - 2}", f"s{number - 1}"
+        stages.append(of(models, "linear", *used, base=False, name=f"s{number}"))
+    loaded = load_spec({"stages": stages} | of(models, "linear", "s59", "task2", base=False))
+    assert [*loaded.all_stages] == [f"s{number}" for number in range(60)]
+    assert len(loaded.as_dict()["stages"]) == 60
+
+
 def test_the_output_may_not_be_a_model_of_a_stage(models, tmp_path):
     with pytest.raises(OutlierMergeError, match="is, holds or is inside the model"):
         outliermerge.run(chain(models), output=models / "task1", overwrite=True)
@@ -530,7 +543,9 @@ def test_a_statistic_of_whole_models_is_refused_in_a_stage(models):
 def test_a_stage_that_is_misspelt_where_it_is_used_is_guessed(models):
     stage = {"name": "first", **of(models, "linear", "task0", base=False)}
     spec = {"stages": [stage], "merge_method": "linear", "models": [{"model": "frist"}]}
-    with pytest.raises(SpecError, match="no merge uses the stage 'first'. Is it meant by 'frist'"):
+    with pytest.raises(
+        SpecError, match=r"no merge uses the stage 'first'\. Is it meant by 'frist'"
+    ):
         outliermerge.load_spec(spec)
 
 

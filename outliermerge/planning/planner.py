@@ -39,6 +39,7 @@ from outliermerge.planning.slices import (
     parts_of,
     stack_slices,
     stacked_reference,
+    unlike_layers,
     whole,
 )
 from outliermerge.planning.stages import as_input, of_stage
@@ -131,6 +132,8 @@ class _Planner:
         self.stored_reference = opened[0].checkpoint.tensors
         if self.stacked is not None:
             self.parts = parts_of(spec, self.stacked, self.inputs, self.layers_of)
+            owner = next((n for n, e in enumerate(self.inputs) if e.reference == wanted), 0)
+            self.found.notes += unlike_layers(self.stacked, self.inputs, owner)
             self.stored_reference = stacked_reference(self.parts, self.reference)
         self.names = dict.fromkeys(name for part in self.parts for name in part.names)
         names = dict.fromkeys(n for entry in self.inputs for n in entry.checkpoint.tensors)

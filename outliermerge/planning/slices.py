@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, shown
+from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.layers import Stack, choose_stack
 from outliermerge.planning.plan import Input, LayersFrom, Stacked
 from outliermerge.spec.check import MergeSpec
@@ -208,6 +209,61 @@ def stacked_reference(parts: Sequence[Part], reference: Mapping[str, Source]) ->
         for name, source in part.inputs[part.first].checkpoint.tensors.items()
         if name in part.positions or name in reference
     }
+
+
+def unlike_layers(stacked: Stacked, inputs: Sequence[Input], owner: int) -> list[str]:
+    """Return a note if layers lack tensors, or have others, than the output's config asks for.
+
+    A layer that is copied from one model is compared with no other when it is planned.
+
+    Args:
+        inputs: with their own names.
+        owner: the number of the input whose config the output has.
+    """
+    layers = [_layers_of(entry, stacked.prefix) for entry in inputs]
+    known = list(layers[owner].values())
+    unlike = []
+    for one in stacked.slices:
+        start, stop = one.ranges[one.first]
+        for index in range(start, stop):
+            ours = layers[one.first].get(index, {})
+            if ours in known:
+                continue
+            wanted = layers[owner].get(index, known[0])
+            differing = [
+                f"{shown(rest)}: {_shape(ours.get(rest))}, there {_shape(wanted.get(rest))}"
+                for rest in dict.fromkeys((*wanted, *ours))
+                if ours.get(rest) != wanted.get(rest)
+            ]
+            unlike.append(
+                f"layer {one.start + index - start}, from layer {index} of "
+                f"{shown(inputs[one.first].reference)}: {'; '.join(differing[:3])}"
+                + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+            )
+    if not unlike:
+        return []
+    return [
+        f"{len(unlike)} layer(s) of the output are like none of {shown(inputs[owner].reference)}, "
+        f"whose config it has, and may not load:\n{listing(unlike, limit=5)}"
+    ]
+
+
+def _layers_of(entry: Input, prefix: str) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Return by layer of a stack the shapes of its tensors, without those that classes compute."""
+    found: dict[int, dict[str, tuple[int, ...]]] = {}
+    tensors = entry.checkpoint.tensors
+    for name, layer in find_layers(tensors).items():
+        if layer.stack == prefix and not (
+            is_computed(name, tensors[name])
+            or _is_of_all_layers(name, prefix, layer.index, tensors)
+        ):
+            rest = name[len(prefix) + len(str(layer.index)) + 1 :]
+            found.setdefault(layer.index, {})[rest] = tensors[name].shape
+    return found
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 class _Index:

@@ -162,11 +162,16 @@ class MergeSpec:
     def all_stages(self) -> dict[str, MergeSpec]:
         """The stages that this merge is made of, each after those that it uses."""
         found: dict[str, MergeSpec] = {}
-        for module in self.modules.values():
-            found |= module.merge.all_stages
-        for name, stage in self.stages.items():
-            found |= stage.all_stages
-            found[name] = stage
+
+        def visit(spec: MergeSpec) -> None:
+            for module in spec.modules.values():
+                visit(module.merge)
+            for name, stage in spec.stages.items():
+                if name not in found:
+                    visit(stage)
+                    found[name] = stage
+
+        visit(self)
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -48,10 +48,13 @@ class ExpertEntry(_Entry):
     noise_scale: float | None = Field(
         default=None,
         ge=0,
+        allow_inf_nan=False,
         description="Normal noise of this standard deviation is added to its weights.",
     )
     residual_scale: float | None = Field(
-        default=None, description="A factor of its `down_proj`, and so of what it adds."
+        default=None,
+        allow_inf_nan=False,
+        description="A factor of its `down_proj`, and so of what it adds.",
     )
 
 

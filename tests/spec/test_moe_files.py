@@ -75,6 +75,10 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "negative noise": (
         GOOD + "    noise_scale: -1\n", [("moe.yaml:9:18:", "found -1, expected 0.0 or more")]
     ),
+    "a factor that is no number": (
+        GOOD + "    residual_scale: .nan\n", [("moe.yaml:9:21:", "found nan: ")]
+    ),
+    "infinite noise": (GOOD + "    noise_scale: .inf\n", [("moe.yaml:9:18:", "found inf: ")]),
     "an unknown architecture": (
         GOOD + "architecture: mixtrl\n", [("moe.yaml:9:15:", "Did you mean 'mixtral'?")]
     ),
