@@ -62,6 +62,7 @@ def make_place(folder: Path) -> Path:
     """
     import llava_replicas
     import torch
+    import vlm_replicas
     from checkpoints import fine_tune, load_folder, save_lora, save_model
     from moe_models import save_words
     from quantizing import quantise
@@ -88,6 +89,8 @@ def make_place(folder: Path) -> Path:
         },
         target_modules=["q_proj"],
     )
+    vlm_replicas.save_vlm(models / "vlm")
+    vlm_replicas.save_llm(models / "maths-llm")
     for page in PAGES:
         for block in blocks(page, "yaml", "python"):
             if block.file:

@@ -325,3 +325,32 @@ def test_the_lenient_reading_passes_over_what_mergekit_does_not_know(tmp_path):
     plan = outliermerge.plan(spec, lenient=True)
     assert "label" in plan.spec.warnings[0]
     assert "label" not in plan.spec.as_dict()["modules"]["text"]
+
+
+def test_a_module_keeps_the_rows_of_the_base(tmp_path):
+    """LLaVA's vocabulary has rows that the text model's lacks."""
+    spec = modules(text=merge("linear", VLM, MATHS) | {"vocabulary": "base"})
+    out, vlm, maths = run(spec, tmp_path / "out"), of(VLM), of(MATHS)
+    name = "model.embed_tokens.weight"
+    values, own, other = out[TEXT + name], vlm[TEXT + name], maths[name]
+    mean = (own[: len(other)].float() + other.float()) / 2
+    assert torch.equal(values, torch.cat([mean.half(), own[len(other) :]]))
+
+
+def test_a_file_of_mergekit_is_converted_with_what_each_module_takes(tmp_path, capsys):
+    path = tmp_path / "mergekit.yaml"
+    path.write_text(yaml.safe_dump({
+        "base_model": VLM, "merge_method": "linear", "dtype": "bfloat16",
+        "parameters": {"weight": 0.5},
+        "modules": {"text_decoder": {"models": [{"model": "vlm2"}]},
+                    "vision_tower": {"models": [{"model": "vlm2"}, {"model": VLM}]}},
+    }))  # fmt: skip
+    assert main(["convert-config", str(path)]) == 0
+    converted = yaml.safe_load(capsys.readouterr().out)
+    assert converted["modules"]["text_decoder"]["models"] == [{"model": "vlm2"}, {"model": VLM}]
+    lenient = run(yaml.safe_load(path.read_text()), tmp_path / "a", lenient=True)
+    ours = run(converted, tmp_path / "b")
+    assert all(torch.equal(ours[name], values) for name, values in lenient.items())
+    mean = (of(VLM)[TEXT + "model.norm.weight"].float() + 
+            of("vlm2")[TEXT + "model.norm.weight"].float()) / 2  # fmt: skip
+    assert torch.equal(ours[TEXT + "model.norm.weight"], mean.bfloat16())

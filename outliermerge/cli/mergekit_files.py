@@ -18,6 +18,7 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method
 from outliermerge.spec.document import ModelEntry, SliceEntry, SourceEntry, SpecDocument
 from outliermerge.spec.inert import INERT_PARAMETERS
+from outliermerge.spec.modules import KEEP, MODULES
 from outliermerge.spec.slices import with_base_of_slices
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import SpecText
@@ -51,7 +52,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 """mergekit's methods and their parameters, with their defaults."""
 
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-_TOP_KEYS = ("modules", "name", *SpecDocument.model_fields)
+_TOP_KEYS = ("name", *SpecDocument.model_fields)
 
 
 @dataclass
@@ -84,8 +85,38 @@ def _of_stage(raw: Any, found: Converted) -> Any:
     return label | stage.document
 
 
+def _with_modules(raw: Mapping[str, Any]) -> Converted:
+    """Return a file with modules in our form: each module with what it takes from the top."""
+    modules = raw[MODULES] if isinstance(raw[MODULES], dict) else {}
+    found = Converted({k: v for k, v in raw.items() if k not in ("merge_method", "parameters")})
+    if raw.get("base_model") is None:
+        found.obstacles.append("modules: `base_model` is missing; here it gives all other tensors")
+    taken = {key: raw[key] for key in ("merge_method", "base_model", "dtype") if key in raw}
+    shared = raw.get("parameters") or {}
+    written = {}
+    for part, entry in modules.items():
+        own = dict(entry) if isinstance(entry, dict) else {}
+        keep = {KEEP: own.pop(KEEP)} if KEEP in own else {}
+        parameters = shared if "merge_method" not in own else {}
+        given = {"parameters": {**parameters, **(own.get("parameters") or {})}}
+        one = convert(taken | own | given)
+        theirs = {"base_model", "dtype"} - own.keys()
+        kept = {k: v for k, v in one.document.items() if k not in theirs and v != {}}
+        written[part] = kept | keep
+        said = f"module {part}: "
+        found.left_out += [said + line for line in one.left_out]
+        found.differences += [said + line for line in one.differences]
+        found.obstacles += [said + line for line in one.obstacles]
+    found.document[MODULES] = written
+    _convert_keys(found)
+    _convert_tokenizer(found)
+    return found
+
+
 def convert(raw: Mapping[str, Any]) -> Converted:
     """Return a merge file of mergekit's in our form; one in our form stays as it is."""
+    if MODULES in raw:
+        return _with_modules(copy.deepcopy(dict(raw)))
     found = Converted(copy.deepcopy(dict(raw)))
     if "experts" in raw and raw.get("merge_method", "moe") == "moe":
         found.obstacles.append(
@@ -121,8 +152,6 @@ def _near(name: str, valid: Iterable[str]) -> str:
 
 def _convert_slices(found: Converted) -> None:
     """Write the base model of slices at the top."""
-    if "modules" in found.document:
-        found.obstacles.append("modules: merges of single modules are not here")
     try:
         found.document = with_base_of_slices(found.document, SpecText("file"))
     except SpecError as error:

@@ -19,7 +19,7 @@ _OTHER_NAMES = {
 """By kind of part what it is called besides, in mergekit and in models' classes."""
 # What lies between two stacks; before a layer's number, so that layers' own modules are not meant.
 _PROJECTOR = re.compile(
-    r"(^|\.)(\w*(?<!up_)projector\w*|\w*connector\w*|\w*merger\w*|mm_projector|aligner|mlp1"
+    r"(^|\.)(\w*projector\w*|\w*connector\w*|\w*merger\w*|mm_projector|aligner|mlp1"
     r"|embed_vision|embed_audio|image_newline|language_projection)(\.|$)"
 )
 _NUMBER = re.compile(r"\.\d+\.")

@@ -11,6 +11,7 @@ from outliermerge.planning.layers import stacks_of
 from outliermerge.planning.merged import Restored
 from outliermerge.planning.model_parts import (
     changed_start,
+    kind_meant,
     kinds_of,
     own_part,
     paired_names,
@@ -180,7 +181,8 @@ def _part(
     spec: MergeSpec, base: Input, composed: Input, name: str, module: ModuleSpec
 ) -> PartOfBase:
     names = part_of(base.checkpoint.tensors, name, base.reference)
-    start = name if all(each.startswith(name) for each in names) else ""
+    is_kind = name == "default" or kind_meant(name) in kinds_of(base.checkpoint.tensors).values()
+    start = "" if is_kind else name
     kept = set()
     for index, word in enumerate(module.keep):
         matching = {each for each in names if word in each}
