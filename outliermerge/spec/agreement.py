@@ -53,3 +53,19 @@ def modifiers_of(
         except SpecError as error:
             raise source.error(path, str(error)) from error
     return tuple(found)
+
+
+def method_of(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
+    """Return the method; None where there is no name, which is told with the keys."""
+    name = raw.get("merge_method")
+    if not isinstance(name, str):
+        return None
+    try:
+        method = find_method(name)
+    except SpecError as error:
+        raise source.error(("merge_method",), str(error)) from error
+    if method.space == "merged":
+        raise source.error(
+            ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
+        )
+    return method

@@ -13,7 +13,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method, meant_method
-from outliermerge.spec.agreement import check_base, modifiers_of, names_of, wrong_sources
+from outliermerge.spec.agreement import check_base, method_of, modifiers_of, names_of, wrong_sources
 from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
@@ -275,7 +275,7 @@ def _check_merge(
     source = mistakes.source
     used = {stage_of(reference, stages) for _, reference in models_named(raw)}
     stages = {name: stage for name, stage in stages.items() if name in used}
-    method = mistakes.attempt(partial(_method, raw, source), None)
+    method = mistakes.attempt(partial(method_of, raw, source), None)
     if method is None and isinstance(name := raw.get("merge_method"), str):
         method = meant_method(name)  # so that the rest of the file is checked, too
     raw = mistakes.attempt(partial(with_base_of_slices, raw, source), raw)
@@ -390,19 +390,3 @@ def _check_modules(
         notes=(*whole.notes, *notes),
         warnings=(*whole.warnings, *warnings),
     )
-
-
-def _method(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
-    """Return the method; None where there is no name, which is told with the keys."""
-    name = raw.get("merge_method")
-    if not isinstance(name, str):
-        return None
-    try:
-        method = find_method(name)
-    except SpecError as error:
-        raise source.error(("merge_method",), str(error)) from error
-    if method.space == "merged":
-        raise source.error(
-            ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
-        )
-    return method
