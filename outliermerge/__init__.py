@@ -1,6 +1,15 @@
-"""outliermerge: merge model checkpoints by the min-σ rule (arXiv 2501.10661) and others.
+"""outliermerge: merge model checkpoints, on disk or in memory.
 
-The package imports nothing heavy until one of its functions is used.
+    plan, run, verify, estimate     a merge of checkpoints: what it would do; do it; prove it
+    sweep, plan_sweep, run_part     several settings at once; one merge by several processes
+    moe                             a mixture of experts of dense models
+    merge_tensors, merge_state_dicts    tensors in memory, on any device
+    merge_method, METHODS, find_method  write a method; the methods that there are
+    weight_stats, compare_weights, layer_spectra, build_report, simulate    look at weights
+    load_spec, read_manifest, RunOptions    a spec; what an output says of itself; how to run
+
+`help(outliermerge.run)` explains a function, `docs/` the rest. Nothing heavy is imported until
+one of these is used.
 """
 
 from __future__ import annotations

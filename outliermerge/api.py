@@ -79,7 +79,9 @@ def run(
         lenient: as for `plan`; it changes nothing about a plan.
         keep: names of stages that are written, too, each beside the output, as OUTPUT-NAME.
         options: how it is carried out.
-        **changes: single fields of `RunOptions`, such as `memory="2GiB"` or `overwrite=True`.
+        **changes: single fields of `RunOptions`: device, memory, threads, kernels, overwrite,
+            fresh, allow_non_finite, on_progress, on_waiting, executor, and load_check, which is
+            False by default: `load_check=True` proves that the output loads.
 
     Raises:
         SpecError: the spec is wrong.

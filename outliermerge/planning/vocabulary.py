@@ -356,6 +356,7 @@ def _difference(
             f"  common: only the rows that all models have ({_outcome('common', lay_out)})",
             f"  union: the rows of {shown(reference.name)}, then those that only others have "
             f"({_outcome('union', lay_out)})",
+            "Or `tokenizer: {source: union}` pairs rows by their tokens, as mergekit does.",
         ]
     )
 

@@ -537,7 +537,8 @@ def test_rows_that_differ_are_refused_with_what_each_policy_would_do(
         "`vocabulary` in the spec sets what becomes of it:\n"
         "  base: the rows of reference; tokens that only others have are left out (10 rows)\n"
         "  common: only the rows that all models have (10 rows)\n"
-        "  union: the rows of reference, then those that only others have (16 rows)"
+        "  union: the rows of reference, then those that only others have (16 rows)\n"
+        "Or `tokenizer: {source: union}` pairs rows by their tokens, as mergekit does."
     )
 
 
