@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -357,6 +358,7 @@ def test_the_plan_shows_the_stages_and_their_models(models, tmp_path, capsys):
     assert main(["plan", str(tmp_path / "spec.yaml")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "stage b: linear of a, " in shown
+    assert re.search(r"stage a: ties of .* \(density 0\.5\)", shown)
     assert "in a" in shown
     assert "a stage" in shown
     assert main(["plan", str(tmp_path / "spec.yaml"), "--json"]) == 0

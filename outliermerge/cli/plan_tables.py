@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from outliermerge.output.estimate import Estimate
     from outliermerge.planning.plan import Input, Options, Plan
+    from outliermerge.spec.check import MergeSpec
 
 _ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
 
@@ -97,7 +98,7 @@ def _print_models(console: Console, plan: Plan) -> None:
             places.append((entry.reference, root))
     table.print(console)
     for name, stage in plan.spec.all_stages.items():
-        print_words(console, f"stage {shown(name)}: {stage.in_a_line}")
+        print_words(console, f"stage {shown(name)}: {stage.in_a_line}{_given(stage)}")
     for reference, root in places:
         console.print(text(f"{shown(reference)} is in {shown(str(root))}"), soft_wrap=True)
     console.print()
@@ -118,6 +119,19 @@ def _print_modules(console: Console, plan: Plan) -> None:
         )
     table.print(console)
     console.print()
+
+
+def _given(stage: MergeSpec) -> str:
+    """Return the parameters of a stage as its spec gives them, shared ones first."""
+    document = stage.document
+    own = [("", document.parameters), *((m.model, m.parameters) for m in document.models)]
+    parts = [
+        f"{f'{shown(model)}: ' if model else ''}"
+        + ", ".join(f"{key} {shown(value)}" for key, value in parameters.items())
+        for model, parameters in own
+        if parameters
+    ]
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _print_pairing(console: Console, plan: Plan) -> None:
@@ -218,13 +232,14 @@ def _print_tensors(console: Console, plan: Plan) -> None:
 def _time(estimate: Estimate, took: Took) -> str:
     """Return the time that a run will take, of what, and what that rests on."""
     merging = estimate.seconds
+    if merging is None:
+        least = took.planning + took.load_check
+        return f"not known, at least {_duration(least)} ({estimate.basis})"
     parts = [f"{_duration(took.planning)} to plan"] if took.planning >= 1 else []
-    parts.append("merging not known" if merging is None else f"{_duration(merging)} to merge")
+    parts.append(f"{_duration(merging)} to merge")
     if took.load_check:
         parts[-1] += f" and meanwhile {_duration(took.load_check)} to check that it loads"
     words = ", ".join(parts)
-    if merging is None:
-        return f"{words}: {estimate.basis}"
     if took.load_check or len(parts) > 1:
         words = f"{_duration(took.with_merge(merging))}: {words}"
     else:

@@ -119,7 +119,7 @@ def _tried(plan: Plan, options: Options, folder: Path) -> tuple[float | None, st
     fitting = [job for job in plan.jobs if _can_be_tried(job)]
     share = sum(map(plan.num_work_bytes, fitting)) / max(1, plan.work_bytes)
     if share < _LEAST_SHARE:
-        return None, "not tried, since most tensors are computed as a whole when they are read"
+        return None, "the merge was not tried, since most tensors are computed when they are read"
     options = replace(options, allow_non_finite=True)
     chosen = _spread(fitting, plan, _NUM_JOBS)
     seconds, num_bytes = 0.0, 0
