@@ -204,7 +204,7 @@ def test_an_unknown_keyword_of_any_function_is_answered_with_the_nearest(functio
     ("models", "said"),
     [
         ([torch.nn.Linear(2, 2)], "models: found 'Linear', expected tensors by name: give its st"),
-        ([{"w": [1.0]}], "tensor 'w': found list, expected a tensor"),
+        ([{"w": [1.0]}], r"tensor 'w': models\[0\]: found list, expected a tensor"),
     ],
 )
 def test_what_is_no_tensor_is_named(models: list, said: str) -> None:

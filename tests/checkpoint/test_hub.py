@@ -207,7 +207,7 @@ class TestFetching:
 
         note = (
             "note: the models' files differ; the output has the config of org/a, tokenizer of "
-            "org/a, processor of org/a:\n  tokenizer.json: in org/sharded, not in org/a"
+            "org/a:\n  tokenizer.json: in org/sharded, not in org/a"
         )
         assert _call(tmp_path, hub.environment(tmp_path / "home"), *names) == (0, note)
         assert hub.fetched() == []
