@@ -730,9 +730,7 @@ def test_the_config_of_another_model_is_taken_where_the_spec_says(tmp_path):
     base = bare(tmp_path / "base", {"rope_theta": 1e4})
     model = bare(tmp_path / "model", {"rope_theta": 1e6}, seed=1)
     spec = spec_of(base, [model], config_source=str(model))
-    assert any(
-        f"config of {model}, tokenizer of {base}" in n for n in outliermerge.plan(spec).notes
-    )
+    assert any(f"config of {model}:" in note for note in outliermerge.plan(spec).notes)
     output = outliermerge.run(spec, output=tmp_path / "out").output
     assert (output / "config.json").read_bytes() == (model / "config.json").read_bytes()
     message = refusal(spec | {"config_source": "other"})
