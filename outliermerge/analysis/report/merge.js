@@ -35,12 +35,17 @@ function drawMerge() {
 
 function inputsText() {
   const titles = role => DATA.merge.inputs.filter(each => each.role === role)
-    .map(each => each.title);
+    .map(each => each.title
+      + (each.made_of.length ? ` (itself a merge of ${listed(each.made_of, 4)})` : ''));
   const base = titles('base').length ? ` on ${listed(titles('base'))}` : '';
   const others = DATA.merge.inputs.filter(each => !['base', 'model'].includes(each.role));
   const more = others.length
     ? ` Also read: ${listed(others.map(each => `${each.title} (${each.role})`))}.` : '';
   const paper = DATA.merge.paper ? ` (${DATA.merge.paper})` : '';
+  if (DATA.merge.modules) {
+    return `A merge of parts of ${listed(titles('base'))}: ${DATA.merge.modules}. `
+      + `All else is the base’s.${more}`;
+  }
   return `A merge by ${DATA.merge.method}${paper} of ${listed(titles('model'), 4)}${base}.${more}`;
 }
 
@@ -49,6 +54,7 @@ const DONE = { merge: 'merged', copy: 'copied', compare: 'compared' };
 function actionsText() {
   const num = DATA.merge.tensors.length;
   const done = Object.entries(DATA.merge.actions);
+  if (!done.length) return '';
   const word = action => DONE[action] ?? action;
   if (done.length === 1) return `All ${shown(num)} tensors were ${word(done[0][0])}.`;
   return `Of ${shown(num)} tensors `

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from outliermerge.analysis.report.data import find_spots
+from outliermerge.analysis.report.data import find_spots, short_titles
+from outliermerge.analysis.report.origins import modules_text, stages_of
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS
 
@@ -25,7 +26,10 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
         titles: the title of each input on the page, by its name in the manifest.
     """
     spec, tensors = manifest["spec"], manifest["tensors"]
-    method = METHODS.get(spec["merge_method"])
+    method = None if "modules" in spec else METHODS.get(spec["merge_method"])
+    stages = stages_of(spec)
+    made_of = [model for each in manifest["inputs"] for model in each.get("made_of", ())]
+    parts = dict(zip(made_of, short_titles(made_of), strict=True)) if made_of else {}
     base = next((each["model"] for each in manifest["inputs"] if each["role"] == "base"), None)
     numbers: dict[str, dict[str, Lines]] = {}
     given: dict[str, dict[str, Lines]] = {}
@@ -39,14 +43,23 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
         given[name] = _series(entry.get("parameters", {}), method, models)
     series = _varying(numbers.values()) + _varying(given.values())
     spots = find_spots(list(tensors))
-    actions = [entry.get("action", "") for entry in tensors.values()]
+    # With modules the plan's jobs copy tensors that were merged when they were read.
+    actions = [entry.get("action", "") for entry in tensors.values() if "modules" not in spec]
     return {
-        "method": spec["merge_method"],
+        "method": method.name if method else spec.get("merge_method", "modules"),
+        "modules": modules_text(spec, {**titles, **parts}),
         "paper": method.paper if method else "",
         "recipe": yaml.safe_dump(spec, sort_keys=False, allow_unicode=True),
         "version": manifest.get("versions", {}).get("outliermerge", ""),
         "inputs": [
-            {"title": titles[each["model"]], "role": each["role"]} for each in manifest["inputs"]
+            {
+                "title": titles[each["model"]],
+                "role": each["role"],
+                "made_of": [parts[model] for model in each["made_of"]]
+                if each["model"] in stages
+                else [],
+            }
+            for each in manifest["inputs"]
         ],
         "actions": {action: actions.count(action) for action in dict.fromkeys(actions)},
         "series": {name: _caption(name, method) for name in series},
