@@ -19,6 +19,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_p
 from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
+from outliermerge.output.replaceable import refuse_foreign
 from outliermerge.storage.files import write_whole
 
 _MAX_TITLES = 5
@@ -47,7 +48,8 @@ def build_report(
     Args:
         models: the models, named as in a spec.
         base: the base model of task vectors; for a merge, its own base by default.
-        output: the path of the page, which is written as a whole or not at all.
+        output: the path of the page, which is written as a whole or not at all. Of what is there,
+            only an earlier page is replaced.
         png: a folder for figures for a paper.
         t: the initial threshold in the view of min-σ, 1 to 5.
         filter: skewness and kurtosis are of the elements within this many σ of the mean.
@@ -78,6 +80,7 @@ def build_report(
         raise OutlierMergeError(
             f"{output}: cannot be written: expected the name of a file in a folder that exists"
         )
+    refuse_foreign(output, "page")
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
     }  # fmt: skip
