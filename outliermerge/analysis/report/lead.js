@@ -32,7 +32,7 @@ function extremes(titles, values, text) {
 }
 
 function shareText(value) {
-  return percent(value, value > 0 && value < 0.001 ? 3 : 1);
+  return percent(value, value > 0 && value < 0.001 ? 3 : Math.abs(value) < 0.9995 ? 1 : 0);
 }
 
 function sizesOf(subject) {
@@ -113,6 +113,7 @@ function leadOfChanges(subjects) {
 }
 
 function keptText({ same, least, most, num }) {
+  if (least[0] === most[0]) return ` It kept ${least[0]} of each model’s change.`;
   if (same) return ` It kept about as much of each model’s change, ${least[0]} to ${most[0]}.`;
   if (num === 2) {
     return ` It kept ${most[0]} of the change of ${most[1]}, and ${least[0]} of that of ${least[1]}.`;
@@ -145,7 +146,7 @@ function leadOfMerge() {
     }
     numbers.push({ title: 'Distance from each model',
       values: valuesOf(models, values('distance'), shareText, isOnly),
-      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0 is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
+      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0% is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
   }
   const changed = SUBJECTS.find(each => each.role === 'output' && each.base !== null);
   if (!DATA.drift && changed) {

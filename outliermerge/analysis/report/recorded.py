@@ -106,7 +106,7 @@ def _series(
         elif not any(isinstance(each, list) for each in value):
             found[name] = _lines(value, models)
         elif all(isinstance(each, list) for each in value):
-            for row, label in zip(value, _row_names(name, value, method), strict=True):
+            for row, label in zip(value, _row_names(name, value, method, models), strict=True):
                 found[label] = _lines(row, models)
     return {
         name: lines
@@ -123,12 +123,21 @@ def _lines(values: Sequence[Any], models: Sequence[str]) -> Lines:
     return dict(zip(names, map(_number, values), strict=True))
 
 
-def _row_names(name: str, rows: Sequence[Any], method: MergeMethod | None) -> list[str]:
-    need = method.needs.get(name) if method else None
-    known: Sequence[str] = getattr(need, "rows", ())
+def _row_names(
+    name: str, rows: Sequence[Any], method: MergeMethod | None, models: Sequence[str]
+) -> list[str]:
+    """Name rows as their statistic does; of a symmetric matrix, such as products, as models."""
+    known = _known_rows(name, method)
     if len(known) != len(rows):
-        known = [str(place) for place in range(1, len(rows) + 1)]
+        is_symmetric = list(map(list, rows)) == [list(column) for column in zip(*rows, strict=True)]
+        known = list(_lines([0] * len(rows), models if is_symmetric else ()))
     return [f"{name}: {row}" for row in known]
+
+
+def _known_rows(name: str, method: MergeMethod | None) -> Sequence[str]:
+    need = method.needs.get(name) if method else None
+    rows: Sequence[str] = getattr(need, "rows", ())
+    return rows
 
 
 def _number(value: Any) -> float | None:
@@ -176,7 +185,7 @@ def _by_model(tensors: Iterable[dict[str, Lines]]) -> dict[str, dict[str, tuple[
 def _caption(name: str, method: MergeMethod | None) -> str:
     """Return what a method's documentation says of an argument, without its shape."""
     name, _, row = name.partition(": ")
-    if row and not row.isdigit():
+    if row in _known_rows(name, method):
         return ""  # the name says it
     documented = method.documentation if method else ""
     match = re.search(rf"^ +{re.escape(name)}_?: (.+(?:\n {{8}}.+)*)", documented, re.MULTILINE)
