@@ -106,6 +106,22 @@ def test_a_stage_among_models_is_left_out_and_others_are_right(data_of, models, 
     assert sum("is a stage" in note for note in data["notes"]) == 1
 
 
+def test_a_mixture_says_which_models_it_is_of(models, visit, tmp_path):
+    base, *experts = (str(models / name) for name in ("base", "task0", "task1"))
+    spec = {
+        "base_model": base,
+        "gate_mode": "random",
+        "experts": [{"source_model": model, "positive_prompts": ["a"]} for model in experts],
+    }
+    outliermerge.moe(spec, output=tmp_path / "mixed", routing=False)
+    page = build_report([str(tmp_path / "mixed")], output=tmp_path / "p.html", threads=1)
+    with visit(page) as page:
+        assert page.inner_text("h1") == "The mixture mixed"
+        notes = page.inner_text("#notes")
+        assert f"A mixture of 2 experts from {', '.join(experts)}. " in notes
+        assert notes.splitlines()[0].endswith(f"is from {base}.")
+
+
 def test_modules_have_a_page_that_names_their_models(data_of, models, visit, tmp_path):
     entries = [
         {"model": str(models / name), "parameters": {"weight": 0.5}} for name in ("task0", "task1")

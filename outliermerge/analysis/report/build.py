@@ -11,6 +11,7 @@ from outliermerge.analysis.compare import compare_weights
 from outliermerge.analysis.report.data import Shown, payload, short_titles
 from outliermerge.analysis.report.figures import check_matplotlib, draw_figures
 from outliermerge.analysis.report.merged import measure_merge
+from outliermerge.analysis.report.origins import mixture_text
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
@@ -90,18 +91,20 @@ def build_report(
     manifest = None
     if merged is not None and manifest_path(merged).is_file():
         manifest = read_manifest(merged)
-    if manifest is not None and "experts" not in manifest["spec"]:  # a mixture is shown as a model
+    mixture = mixture_text(manifest["spec"]) if manifest is not None else ""
+    if manifest is not None and not mixture:
         subjects, extra = measure_merge(models[0], manifest, base, measure, compare)
     else:
         subjects = _measure(models, base, measure)
         extra = {} if base is None else {"base": measure(base)}
+        extra |= {"notes": [mixture]} if mixture else {}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
     if len(titles) > _MAX_TITLES:
         titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]
     page = render_page(
         ", ".join(titles),
         payload(subjects, t=t, **extra),
-        kind="The merge" if "merge" in extra else "Weights of",
+        kind="The mixture" if mixture else "The merge" if "merge" in extra else "Weights of",
     )
     if png is not None:
         draw_figures(subjects, png)

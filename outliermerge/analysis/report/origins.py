@@ -62,3 +62,20 @@ def modules_text(spec: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         models = ", ".join(titles.get(each, each) for each in references(module))
         parts.append(f"{name} is a merge by {method} of {models}")
     return "; ".join(parts)
+
+
+def mixture_text(spec: Mapping[str, Any]) -> str:
+    """Return which models a mixture of experts is from; empty for other merges.
+
+    >>> mixture_text({"base_model": "a", "experts": [{"source_model": "b"}]})
+    'A mixture of 1 expert from b. All but the experts and the routers is from a.'
+    """
+    if "experts" not in spec:
+        return ""
+    parts = []
+    for key, name in (("experts", "expert"), ("shared_experts", "shared expert")):
+        if models := [expert["source_model"] for expert in spec.get(key) or ()]:
+            number = f"{len(models)} {name}{'s' if len(models) > 1 else ''}"
+            parts.append(f"{number} from {', '.join(dict.fromkeys(models))}")
+    rest = f"All but the experts and the routers is from {spec['base_model']}."
+    return f"A mixture of {' and '.join(parts)}. {rest}"
