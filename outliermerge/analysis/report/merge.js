@@ -105,7 +105,11 @@ function drawDrift() {
       + 'At 1 kept, distance 0 and cosine 1 the output is the task model; at distance 1 it is as '
       + 'far from it as the base may be.'
     : 'W* is the output, Wᵢ a model that went into it.';
-  fillTable(byId('drift-table'), ['model', ...measures.map(each => each[1])],
+  // Short headings, so that the table fits a phone: the formulas are in its caption.
+  const headings = measures.map(each => each[1].split(/,? (?=[⟨‖]|of )/));
+  byId('drift-table').caption.textContent = `All tensors together: ${headings
+    .filter(each => each.length > 1).map(each => each.join(' ')).join('; ')}.`;
+  fillTable(byId('drift-table'), ['model', ...headings.map(each => each[0])],
     names.map((name, model) =>
       [name, ...measures.map(([measure]) => shown(drift(all, measure, model)))]));
   const { part } = currentTensor();
