@@ -292,7 +292,11 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
         advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
         raise OutlierMergeError(
             "the models have no tensor of one name and shape in common: "
-            + ", ".join(f"{s.reference} has {next(iter(s.tensors))!r}" for s in subjects)
+            + ", ".join(
+                f"{s.reference} has {name!r} {list(s.tensors[name][-1].shape)}"
+                for s in subjects
+                for name in (resized or list(s.tensors))[:1]
+            )
             + f".{advice}"
         )
     return tensors, notes

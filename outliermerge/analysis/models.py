@@ -15,6 +15,7 @@ from outliermerge.errors import (
     quoted,
     shown,
 )
+from outliermerge.planning.architectures import compare_architectures
 from outliermerge.planning.inputs import open_model
 from outliermerge.planning.plan import Input
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
@@ -139,9 +140,11 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
     if not pairs:
         best = best_rename(list(ours), theirs)
         advice = f" `{argument('rename', best[0])}` pairs {best[1]} of {len(ours)}." if best else ""
+        name, expected = (resized[0],) * 2 if resized else (next(iter(ours)), next(iter(theirs)))
+        kinds = "".join(f"\n{line}" for line in compare_architectures((base, model), [1]))
         raise OutlierMergeError(
             f"{shown(model.reference)}: no tensor has the name and shape of one of "
-            f"{shown(base.reference)}: "
-            f"found for example {next(iter(ours))!r}, expected {next(iter(theirs))!r}.{advice}"
+            f"{shown(base.reference)}: found for example {name!r} {list(ours[name].shape)}, "
+            f"expected {expected!r} {list(theirs[expected].shape)}.{advice}{kinds}"
         )
     return pairs

@@ -16,6 +16,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.notebook import with_bar
 from outliermerge.optional import require_torch
+from outliermerge.output.replaceable import GENERATOR
 from outliermerge.storage.files import write_whole
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def draw(simulation: Simulation, path: Path) -> None:
         _draw_panel(axes, weights)
     figure.suptitle(f"{simulation.num_points:,} points, seed {simulation.seed}", fontsize=9)
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", metadata={"Software": GENERATOR})
     write_whole(path, content.getvalue())
 
 

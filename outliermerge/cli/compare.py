@@ -25,8 +25,13 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.evaluation.paper import with_paper
     from outliermerge.evaluation.scores import load_scores
     from outliermerge.evaluation.table import make_table
+    from outliermerge.output.replaceable import refuse_foreign
     from outliermerge.storage.files import write_whole
 
+    if options.markdown:
+        refuse_foreign(Path(options.markdown), "markdown")
+    if options.chart:
+        refuse_foreign(Path(options.chart), "png")
     scores = [load_scores(path) for path in options.scores]
     table = make_table(scores, baseline=options.baseline)
     if options.paper:

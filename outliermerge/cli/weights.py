@@ -56,10 +56,13 @@ def add_table_files(parser: argparse.ArgumentParser) -> None:
 def check_files(options: argparse.Namespace) -> None:
     """Before anything is read, refuse files that could not be written."""
     from outliermerge.analysis.extras import require
+    from outliermerge.output.replaceable import Kind, refuse_foreign
 
-    kinds = ("json", "csv", "parquet", "png")
+    kinds: tuple[Kind, ...] = ("json", "csv", "parquet", "png")
     given = ((kind, getattr(options, kind, None)) for kind in kinds)
     named = {kind: file for kind, file in given if file is not None}
+    if "parquet" in named:
+        require("pyarrow", "--parquet")
     for kind, file in named.items():
         if file == "-" and kind == "json":
             continue
@@ -69,8 +72,7 @@ def check_files(options: argparse.Namespace) -> None:
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise OutlierMergeError(f"{path}: cannot be written: {what}")
-    if "parquet" in named:
-        require("pyarrow", "--parquet")
+        refuse_foreign(path, kind)
     if "png" in named:
         require("matplotlib.figure", "a figure")
 

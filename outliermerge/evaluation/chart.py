@@ -10,6 +10,7 @@ from pathlib import Path
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.table import AVG, Table
+from outliermerge.output.replaceable import GENERATOR
 from outliermerge.storage.files import write_whole
 
 # Okabe and Ito, "Color Universal Design" (2008), without black: safe for colour-blind readers.
@@ -70,7 +71,7 @@ def draw(table: Table, path: Path) -> None:
         fontsize=8,
     )
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", metadata={"Software": GENERATOR})
     try:
         write_whole(path, content.getvalue())
     except OSError as error:

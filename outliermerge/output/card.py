@@ -60,6 +60,10 @@ def model_card(
     parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
     if drift:
         parts += ["## Drift from the base", _drift(drift)]
+    elif any(entry.made_of for entry in plan.inputs) and (plan.modules or method.uses_base):
+        what = "modules" if plan.modules else "stages"
+        said = f"Not measured: the merges of {what} that this one uses are not stored."
+        parts += ["## Drift from the base", said]
     return (
         "\n\n".join(parts)
         + f"\n\n## Recipe\n\n{_fenced(as_yaml(renamed(plan.spec.as_dict(), from_here)))}\n\n"

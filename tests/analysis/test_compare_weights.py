@@ -424,6 +424,23 @@ def test_a_rename_brings_the_other_models_names_to_the_firsts(tmp_path):
     assert pair.distance == 1
 
 
+def test_models_of_other_shapes_are_told_by_shapes_and_architectures(tmp_path):
+    models = []
+    for name, kind, size in (("base", "Llama", 8), ("a", "Llama", 8), ("b", "Qwen2", 4)):
+        folder = save_tensors(tmp_path / name, {"w": torch.rand(size, size)})
+        config = {"architectures": [f"{kind}ForCausalLM"], "hidden_size": size}
+        (folder / "config.json").write_text(json.dumps(config))
+        models.append(str(folder))
+    base, a, b = models
+    with pytest.raises(OutlierMergeError) as found:
+        compare_weights([a, b], base=base)
+    assert "found for example 'w' [4, 4], expected 'w' [8, 8]" in str(found.value)
+    said = "Qwen2ForCausalLM (hidden size 4, 16 parameters); "
+    assert said in str(found.value) and "LlamaForCausalLM (hidden size 8, 64" in str(found.value)
+    with pytest.raises(OutlierMergeError, match=r"has 'w' \[8, 8\], .*has 'w' \[4, 4\]"):
+        compare_weights([a, b])
+
+
 @pytest.mark.parametrize(
     ("names", "keywords", "message"),
     [

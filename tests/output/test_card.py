@@ -215,3 +215,23 @@ def test_without_task_vectors_no_drift_is_told(models, tmp_path, method):
     result = outliermerge.run(spec, output=tmp_path / "out")
     assert "drift" not in result.manifest
     assert "Drift" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_the_card_says_why_nothing_is_measured_of_stages(has_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    a, b = (
+        {"model": str(save_tensors(tmp_path / name, {"w": torch.full((8, 8), value)}))}
+        for name, value in (("a", 1.0), ("b", 2.0))
+    )
+    base = {"base_model": str(save_tensors(tmp_path / "base", {"w": torch.zeros(8, 8)}))}
+    weights = {"parameters": {"weight": 0.5}}
+    spec = {
+        "stages": [{"name": "first", "merge_method": "linear", "models": [a, b], **weights}],
+        "models": [{"model": "first"}, a],
+        **({"merge_method": "task_arithmetic", **base} if has_base else {"merge_method": "linear"}),
+        **weights,
+    }
+    outliermerge.run(spec, output=tmp_path / "out", threads=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("Not measured: the merges of stages" in card) == has_base

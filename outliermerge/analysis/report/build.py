@@ -11,6 +11,7 @@ from outliermerge.analysis.compare import compare_weights
 from outliermerge.analysis.report.data import Shown, payload, short_titles
 from outliermerge.analysis.report.figures import check_matplotlib, draw_figures
 from outliermerge.analysis.report.merged import measure_merge
+from outliermerge.analysis.report.origins import mixture_text
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
@@ -19,6 +20,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_p
 from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path
+from outliermerge.output.replaceable import refuse_foreign
 from outliermerge.storage.files import write_whole
 
 _MAX_TITLES = 5
@@ -47,7 +49,8 @@ def build_report(
     Args:
         models: the models, named as in a spec.
         base: the base model of task vectors; for a merge, its own base by default.
-        output: the path of the page, which is written as a whole or not at all.
+        output: the path of the page, which is written as a whole or not at all. Of what is there,
+            only an earlier page is replaced.
         png: a folder for figures for a paper.
         t: the initial threshold in the view of min-σ, 1 to 5.
         filter: skewness and kurtosis are of the elements within this many σ of the mean.
@@ -78,6 +81,7 @@ def build_report(
         raise OutlierMergeError(
             f"{output}: cannot be written: expected the name of a file in a folder that exists"
         )
+    refuse_foreign(output, "page")
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
     }  # fmt: skip
@@ -87,18 +91,20 @@ def build_report(
     manifest = None
     if merged is not None and manifest_path(merged).is_file():
         manifest = read_manifest(merged)
-    if manifest is not None and "experts" not in manifest["spec"]:  # a mixture is shown as a model
+    mixture = mixture_text(manifest["spec"]) if manifest is not None else ""
+    if manifest is not None and not mixture:
         subjects, extra = measure_merge(models[0], manifest, base, measure, compare)
     else:
         subjects = _measure(models, base, measure)
         extra = {} if base is None else {"base": measure(base)}
+        extra |= {"notes": [mixture]} if mixture else {}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
     if len(titles) > _MAX_TITLES:
         titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]
     page = render_page(
         ", ".join(titles),
         payload(subjects, t=t, **extra),
-        kind="The merge" if "merge" in extra else "Weights of",
+        kind="The mixture" if mixture else "The merge" if "merge" in extra else "Weights of",
     )
     if png is not None:
         draw_figures(subjects, png)

@@ -6,10 +6,10 @@ const MAX_VALUES = 4;
 const GAUSSIAN_BEYOND_3 = 0.0026997960632601866;
 
 // Returns a value for each of some models; of many, only the least and the greatest.
-function valuesOf(titles, values, text) {
+function valuesOf(titles, values, text, isOnly = titles.length === 1) {
   const known = titles.map((title, i) => [title, values[i]])
     .filter(([, value]) => value !== null && Number.isFinite(value));
-  if (titles.length === 1) return known.map(([, value]) => ['', text(value)]);
+  if (isOnly) return known.map(([, value]) => ['', text(value)]);
   if (known.length <= MAX_VALUES) return known.map(([title, value]) => [title, text(value)]);
   known.sort((a, b) => a[1] - b[1]);
   const [least, most] = [known[0], known.at(-1)];
@@ -32,7 +32,7 @@ function extremes(titles, values, text) {
 }
 
 function shareText(value) {
-  return percent(value, value > 0 && value < 0.001 ? 3 : 1);
+  return percent(value, value > 0 && value < 0.001 ? 3 : Math.abs(value) < 0.9995 ? 1 : 0);
 }
 
 function sizesOf(subject) {
@@ -113,6 +113,7 @@ function leadOfChanges(subjects) {
 }
 
 function keptText({ same, least, most, num }) {
+  if (least[0] === most[0]) return ` It kept ${least[0]} of each model’s change.`;
   if (same) return ` It kept about as much of each model’s change, ${least[0]} to ${most[0]}.`;
   if (num === 2) {
     return ` It kept ${most[0]} of the change of ${most[1]}, and ${least[0]} of that of ${least[1]}.`;
@@ -126,12 +127,14 @@ function leadOfMerge() {
   let where = '';
   if (DATA.drift) {
     const { models, tensors, has_base: hasBase } = DATA.drift;
+    const isOnly = DATA.merge.inputs
+      .filter(each => each.role !== 'base' || !hasBase).length === 1;
     const values = measure => models.map((_, model) => drift(tensors, measure, model));
     if (hasBase) {
       const kept = extremes(models, values('kept'), shareText);
       where = kept ? keptText(kept) : '';
       numbers.push(
-        { title: 'Kept of each change', values: valuesOf(models, values('kept'), shareText),
+        { title: 'Kept of each change', values: valuesOf(models, values('kept'), shareText, isOnly),
           note: 'how much of ΔWᵢ the output has: ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²' },
         { title: 'Moved from the base',
           values: valuesOf([''], [drift(tensors, 'base', 0)], shareText),
@@ -142,8 +145,13 @@ function leadOfMerge() {
         : ` It is nearest to ${far.least[1]} and farthest from ${far.most[1]}.`;
     }
     numbers.push({ title: 'Distance from each model',
-      values: valuesOf(models, values('distance'), hasBase ? shown : shareText),
-      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0 is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
+      values: valuesOf(models, values('distance'), shareText, isOnly),
+      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0% is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
+  }
+  const changed = SUBJECTS.find(each => each.role === 'output' && each.base !== null);
+  if (!DATA.drift && changed) {
+    numbers.push({ title: 'Moved from the base', note: '‖ΔW*‖ / ‖W₀‖, where W₀ is the base',
+      values: valuesOf([''], [ratio(sizesOf(changed).norm, DATA.base_norm)], shareText) });
   }
   const whole = Object.entries(DATA.merge.by_model['kept whole, %'] ?? {});
   numbers.push({ title: 'Kept whole', note: 'of each model’s changes',

@@ -298,7 +298,7 @@ function connectLinks() {
   const bar = byId('top');
   const measure = () => {
     const stuck = isNarrow() ? bar.querySelector('nav') : bar;
-    document.documentElement.style.scrollPaddingTop = `${stuck.offsetHeight + 8}px`;
+    document.documentElement.style.scrollPaddingTop = `${stuck.offsetHeight - 2}px`;  // its rule covers the section’s
     markSection();
   };
   new ResizeObserver(measure).observe(bar);

@@ -35,12 +35,17 @@ function drawMerge() {
 
 function inputsText() {
   const titles = role => DATA.merge.inputs.filter(each => each.role === role)
-    .map(each => each.title);
+    .map(each => each.title
+      + (each.made_of.length ? ` (itself a merge of ${listed(each.made_of, 4)})` : ''));
   const base = titles('base').length ? ` on ${listed(titles('base'))}` : '';
   const others = DATA.merge.inputs.filter(each => !['base', 'model'].includes(each.role));
   const more = others.length
     ? ` Also read: ${listed(others.map(each => `${each.title} (${each.role})`))}.` : '';
   const paper = DATA.merge.paper ? ` (${DATA.merge.paper})` : '';
+  if (DATA.merge.modules) {
+    return `A merge of parts of ${listed(titles('base'))}: ${DATA.merge.modules}. `
+      + `All else is the base’s.${more}`;
+  }
   return `A merge by ${DATA.merge.method}${paper} of ${listed(titles('model'), 4)}${base}.${more}`;
 }
 
@@ -49,6 +54,7 @@ const DONE = { merge: 'merged', copy: 'copied', compare: 'compared' };
 function actionsText() {
   const num = DATA.merge.tensors.length;
   const done = Object.entries(DATA.merge.actions);
+  if (!done.length) return '';
   const word = action => DONE[action] ?? action;
   if (done.length === 1) return `All ${shown(num)} tensors were ${word(done[0][0])}.`;
   return `Of ${shown(num)} tensors `
@@ -99,7 +105,11 @@ function drawDrift() {
       + 'At 1 kept, distance 0 and cosine 1 the output is the task model; at distance 1 it is as '
       + 'far from it as the base may be.'
     : 'W* is the output, Wᵢ a model that went into it.';
-  fillTable(byId('drift-table'), ['model', ...measures.map(each => each[1])],
+  // Short headings, so that the table fits a phone: the formulas are in its caption.
+  const headings = measures.map(each => each[1].split(/,? (?=[⟨‖]|of )/));
+  byId('drift-table').caption.textContent = `All tensors together: ${headings
+    .filter(each => each.length > 1).map(each => each.join(' ')).join('; ')}.`;
+  fillTable(byId('drift-table'), ['model', ...headings.map(each => each[0])],
     names.map((name, model) =>
       [name, ...measures.map(([measure]) => shown(drift(all, measure, model)))]));
   const { part } = currentTensor();

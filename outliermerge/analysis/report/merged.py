@@ -10,6 +10,7 @@ from typing import Any
 from outliermerge.analysis.compare import Comparison
 from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.report.data import Shown, drift_payload, short_titles
+from outliermerge.analysis.report.origins import has_moved_layers, layers_text, stages_of
 from outliermerge.analysis.report.recorded import merge_payload
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError
@@ -25,7 +26,8 @@ def measure_merge(
 ) -> tuple[list[Shown], dict[str, Any]]:
     """Return the statistics of an output and its task models, and further data for the page.
 
-    An input that can no longer be read is left out, with a note.
+    An input that can no longer be read, and a stage, which was never stored, is left out with a
+    note. Where slices give layers other numbers, nothing is compared by name.
 
     Args:
         model: the output's name.
@@ -34,9 +36,24 @@ def measure_merge(
         measure: `weight_stats` with its options.
         compare: `compare_weights` with its options.
     """
-    inputs = manifest["inputs"]
+    inputs, spec = manifest["inputs"], manifest["spec"]
     title, *titles = short_titles([str(Path(model).resolve()), *(each["model"] for each in inputs)])
     outputs, notes = [Shown(title, "output", measure(model))], []
+    named = {entry["model"]: name for entry, name in zip(inputs, titles, strict=True)}
+    stages = stages_of(spec)
+    is_moved = has_moved_layers(spec)
+    if layers := layers_text(spec, named):
+        notes.append(layers)
+    if is_moved:
+        notes.append(
+            "Layers of the output have other numbers than in the models that they are from, so "
+            "changes and drift, which are measured by name, are left out."
+        )
+    if "modules" in spec:
+        notes.append(
+            "The merges of modules are not stored by themselves: what the output has of their "
+            "models is left out."
+        )
     merged_at = manifest_path(Path(model)).stat().st_mtime
     for entry, name in zip(inputs, titles, strict=True):
         if _has_changed(entry, merged_at):
@@ -44,8 +61,15 @@ def measure_merge(
                 f"Files of {name} have changed since the merge: what is shown of it may not be "
                 "what was merged."
             )
-        if entry["role"] == "base" and base is None:
+        if entry["model"] in stages:
+            notes.append(
+                f"{name} is a stage of the merge and was not stored: what the output has of it, or "
+                "how far it is from it, is left out."
+            )
+        elif entry["role"] == "base" and base is None:
             base = _reference(entry)
+    if is_moved:
+        base = None
     weights_of_base = None
     if base is not None:
         try:
@@ -54,10 +78,10 @@ def measure_merge(
         except OutlierMergeError as error:
             notes.append(f"Shown without task vectors, since the base cannot be read: {error}")
             base = None
-    renames = {each["model"]: each.get("rename") for each in manifest["spec"].get("models", ())}
+    renames = {each["model"]: each.get("rename") for each in spec.get("models", ())}
     tasks: list[tuple[Subject, Shown]] = []
     for entry, name in zip(inputs, titles, strict=True):
-        if entry["role"] == "base":
+        if is_moved or entry["role"] == "base" or entry["model"] in stages:
             continue
         rename = renames.get(entry["model"])
         try:
@@ -69,8 +93,8 @@ def measure_merge(
             notes.append(f"{name} is not shown, since it cannot be read: {error}")
         else:
             tasks.append((opened, shown))
-    named = {entry["model"]: name for entry, name in zip(inputs, titles, strict=True)}
     extra: dict[str, Any] = {"merge": merge_payload(manifest, named), "notes": notes}
+    extra["base"] = weights_of_base
     if tasks:
         try:
             comparison = compare([open_subject(model, base), *(opened for opened, _ in tasks)])

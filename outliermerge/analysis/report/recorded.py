@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from outliermerge.analysis.report.data import find_spots
+from outliermerge.analysis.report.data import find_spots, short_titles
+from outliermerge.analysis.report.origins import modules_text, stages_of
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS
 
@@ -25,7 +26,10 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
         titles: the title of each input on the page, by its name in the manifest.
     """
     spec, tensors = manifest["spec"], manifest["tensors"]
-    method = METHODS.get(spec["merge_method"])
+    method = None if "modules" in spec else METHODS.get(spec["merge_method"])
+    stages = stages_of(spec)
+    made_of = [model for each in manifest["inputs"] for model in each.get("made_of", ())]
+    parts = dict(zip(made_of, short_titles(made_of), strict=True)) if made_of else {}
     base = next((each["model"] for each in manifest["inputs"] if each["role"] == "base"), None)
     numbers: dict[str, dict[str, Lines]] = {}
     given: dict[str, dict[str, Lines]] = {}
@@ -39,14 +43,23 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
         given[name] = _series(entry.get("parameters", {}), method, models)
     series = _varying(numbers.values()) + _varying(given.values())
     spots = find_spots(list(tensors))
-    actions = [entry.get("action", "") for entry in tensors.values()]
+    # With modules the plan's jobs copy tensors that were merged when they were read.
+    actions = [entry.get("action", "") for entry in tensors.values() if "modules" not in spec]
     return {
-        "method": spec["merge_method"],
+        "method": method.name if method else spec.get("merge_method", "modules"),
+        "modules": modules_text(spec, {**titles, **parts}),
         "paper": method.paper if method else "",
         "recipe": yaml.safe_dump(spec, sort_keys=False, allow_unicode=True),
         "version": manifest.get("versions", {}).get("outliermerge", ""),
         "inputs": [
-            {"title": titles[each["model"]], "role": each["role"]} for each in manifest["inputs"]
+            {
+                "title": titles[each["model"]],
+                "role": each["role"],
+                "made_of": [parts[model] for model in each["made_of"]]
+                if each["model"] in stages
+                else [],
+            }
+            for each in manifest["inputs"]
         ],
         "actions": {action: actions.count(action) for action in dict.fromkeys(actions)},
         "series": {name: _caption(name, method) for name in series},
@@ -93,7 +106,7 @@ def _series(
         elif not any(isinstance(each, list) for each in value):
             found[name] = _lines(value, models)
         elif all(isinstance(each, list) for each in value):
-            for row, label in zip(value, _row_names(name, value, method), strict=True):
+            for row, label in zip(value, _row_names(name, value, method, models), strict=True):
                 found[label] = _lines(row, models)
     return {
         name: lines
@@ -110,12 +123,21 @@ def _lines(values: Sequence[Any], models: Sequence[str]) -> Lines:
     return dict(zip(names, map(_number, values), strict=True))
 
 
-def _row_names(name: str, rows: Sequence[Any], method: MergeMethod | None) -> list[str]:
-    need = method.needs.get(name) if method else None
-    known: Sequence[str] = getattr(need, "rows", ())
+def _row_names(
+    name: str, rows: Sequence[Any], method: MergeMethod | None, models: Sequence[str]
+) -> list[str]:
+    """Name rows as their statistic does; of a symmetric matrix, such as products, as models."""
+    known = _known_rows(name, method)
     if len(known) != len(rows):
-        known = [str(place) for place in range(1, len(rows) + 1)]
+        is_symmetric = list(map(list, rows)) == [list(column) for column in zip(*rows, strict=True)]
+        known = list(_lines([0] * len(rows), models if is_symmetric else ()))
     return [f"{name}: {row}" for row in known]
+
+
+def _known_rows(name: str, method: MergeMethod | None) -> Sequence[str]:
+    need = method.needs.get(name) if method else None
+    rows: Sequence[str] = getattr(need, "rows", ())
+    return rows
 
 
 def _number(value: Any) -> float | None:
@@ -163,7 +185,7 @@ def _by_model(tensors: Iterable[dict[str, Lines]]) -> dict[str, dict[str, tuple[
 def _caption(name: str, method: MergeMethod | None) -> str:
     """Return what a method's documentation says of an argument, without its shape."""
     name, _, row = name.partition(": ")
-    if row and not row.isdigit():
+    if row in _known_rows(name, method):
         return ""  # the name says it
     documented = method.documentation if method else ""
     match = re.search(rf"^ +{re.escape(name)}_?: (.+(?:\n {{8}}.+)*)", documented, re.MULTILINE)

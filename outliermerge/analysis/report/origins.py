@@ -1,0 +1,81 @@
+"""Which tensors of a merge's output can be compared with those of the same name in its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from outliermerge.spec.document import references
+
+_MAX_SLICES = 12
+
+
+def has_moved_layers(spec: Mapping[str, Any]) -> bool:
+    """Tell whether slices give layers of the output other numbers than in their models.
+
+    >>> slices = [{"sources": [{"model": "a", "layer_range": [0, 2]}]},
+    ...           {"sources": [{"model": "b", "layer_range": [2, 4]}]}]
+    >>> has_moved_layers({"slices": slices}), has_moved_layers({"slices": slices[1:]})
+    (False, True)
+    """
+    at_layer = 0
+    for one in spec.get("slices", ()):
+        ranges = [source["layer_range"] for source in one["sources"]]
+        if any(start != at_layer for start, _ in ranges):
+            return True
+        at_layer = ranges[0][1]
+    return any(has_moved_layers(module) for module in spec.get("modules", {}).values())
+
+
+def layers_text(spec: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Return which layers of which models the output's layers are from; empty without slices.
+
+    >>> layers_text({"slices": [{"sources": [{"model": "a", "layer_range": [2, 4]}]}]}, {})
+    'Its layers by slice: 0–1 from a (2–3).'
+    """
+    rows, at_layer = [], 0
+    for one in spec.get("slices", ()):
+        sources = [(titles.get(s["model"], s["model"]), *s["layer_range"]) for s in one["sources"]]
+        stop = at_layer + sources[0][2] - sources[0][1]
+        models = " and ".join(f"{title} ({_span(a, b)})" for title, a, b in sources)
+        rows.append(f"{_span(at_layer, stop)} from {models}")
+        at_layer = stop
+    if len(rows) > _MAX_SLICES:
+        rows[_MAX_SLICES:] = [f"{len(rows) - _MAX_SLICES} more in the recipe"]
+    return f"Its layers by slice: {'; '.join(rows)}." if rows else ""
+
+
+def _span(start: int, stop: int) -> str:
+    return str(start) if stop - start == 1 else f"{start}\N{EN DASH}{stop - 1}"
+
+
+def stages_of(spec: Mapping[str, Any]) -> set[str]:
+    """Return the names of a merge's stages, which are stored nowhere."""
+    return {stage["name"] for stage in spec.get("stages", ())}
+
+
+def modules_text(spec: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Return which modules are merges of what; empty for a merge of whole models."""
+    parts = []
+    for name, module in spec.get("modules", {}).items():
+        method = module.get("merge_method", spec.get("merge_method"))
+        models = ", ".join(titles.get(each, each) for each in references(module))
+        parts.append(f"{name} is a merge by {method} of {models}")
+    return "; ".join(parts)
+
+
+def mixture_text(spec: Mapping[str, Any]) -> str:
+    """Return which models a mixture of experts is from; empty for other merges.
+
+    >>> mixture_text({"base_model": "a", "experts": [{"source_model": "b"}]})
+    'A mixture of 1 expert from b. All but the experts and the routers is from a.'
+    """
+    if "experts" not in spec:
+        return ""
+    parts = []
+    for key, name in (("experts", "expert"), ("shared_experts", "shared expert")):
+        if models := [expert["source_model"] for expert in spec.get(key) or ()]:
+            number = f"{len(models)} {name}{'s' if len(models) > 1 else ''}"
+            parts.append(f"{number} from {', '.join(dict.fromkeys(models))}")
+    rest = f"All but the experts and the routers is from {spec['base_model']}."
+    return f"A mixture of {' and '.join(parts)}. {rest}"
