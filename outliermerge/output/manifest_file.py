@@ -45,13 +45,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     if data is None:
         refuse_unfinished(folder)
         what = "not an output of outliermerge"
-        if not folder.exists():
-            raise OutlierMergeError(f"{folder}: no such file or folder")
         if folder.is_dir() and (inside := sorted(folder.glob(f"*/{path.name}"))):
             what += f", but outputs are in it, such as {inside[0].parent}"
         if os.path.lexists(journal_path(folder)):
             what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "
             what += "same command again."
+        elif not folder.exists():
+            raise OutlierMergeError(f"{folder}: no such file or folder")
         raise OutlierMergeError(f"{folder}: no {path.name}: {what}")
     try:
         manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)

@@ -32,11 +32,6 @@ def check_apart(plan: Plan, final: Path) -> None:
         OutlierMergeError: the output would damage them, or is inside another output, whose folder
             would no longer be as its manifest says.
     """
-    for parent in final.resolve().parents:
-        if (parent / MANIFEST_NAME).is_file():
-            raise OutlierMergeError(
-                f"{final}: is inside the output {parent}: choose another output"
-            )
     for path in plan.auxiliary_files:
         if final.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutlierMergeError(
@@ -56,6 +51,11 @@ def check_apart(plan: Plan, final: Path) -> None:
                         f"{place}: is, holds or is inside the model {shown(entry.reference)}: "
                         "choose another output"
                     )
+    for parent in final.resolve().parents:
+        if (parent / MANIFEST_NAME).is_file():
+            raise OutlierMergeError(
+                f"{final}: is inside the output {parent}: choose another output"
+            )
 
 
 def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:

@@ -1023,4 +1023,4 @@ class TestVerify:
 
     def test_no_folder_is_one_message(self, tmp_path: Path) -> None:
         assert cli.main(["verify", str(tmp_path / "absent")]) == 1
-        assert "absent: no outliermerge.json" in self.capsys.readouterr().err
+        assert "absent: no such file or folder" in self.capsys.readouterr().err
