@@ -99,7 +99,7 @@ ADDITIONS = {
         ("tensors.py", f"{PACKAGE}/cli/tensors.py"),
         (
             (f"{PACKAGE}/cli/parser.py", '    "stats": "stats",\n', '    "tensors": "tensors",\n'),
-            ("pyproject.toml", '"run | plan | sweep', " | tensors"),
+            ("pyproject.toml", '"run | plan | moe | sweep', " | tensors"),
         ),
     ),
     "executor": Addition(

@@ -207,7 +207,9 @@ class TestFetching:
 
         note = (
             "note: the models' files differ; the output has the config of org/a, tokenizer of "
-            "org/a:\n  tokenizer.json: in org/sharded, not in org/a"
+            "org/a:\n  tokenizer.json: in org/sharded, not in org/a\nnote: a run would stop: out: "
+            "exists already. Use --overwrite to replace it when the merge is done, or choose "
+            "another --output."
         )
         assert _call(tmp_path, hub.environment(tmp_path / "home"), *names) == (0, note)
         assert hub.fetched() == []

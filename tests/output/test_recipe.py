@@ -255,7 +255,7 @@ def test_flags_that_change_bytes_are_in_the_command(place):
 
 
 def test_errors_name_outputs_as_they_were_named(place):
-    with pytest.raises(OutlierMergeError, match="^nothing: no such file or folder"):
+    with pytest.raises(OutlierMergeError, match=r"^nothing: no such file or folder"):
         outliermerge.verify("nothing")
     outliermerge.run("spec.yaml", output="deep/out")
     for name in ("deep/out", "./deep/out", "deep/../deep/out"):

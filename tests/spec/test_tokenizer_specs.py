@@ -197,7 +197,9 @@ def test_unknown_keys_that_mergekit_passes_over_are_warnings_when_read_leniently
         "tokenizer.sorce", "tokenizer.tokens.<x>.forse", "tokenizer.tokens.<x>.source.modle"
     ]  # fmt: skip
     assert spec.tokenizer is not None and spec.tokenizer.source == "union"
-    assert spec.as_dict()["tokenizer"] == {"tokens": {"<x>": {"source": {"kind": "zero"}}}}
+    assert spec.as_dict()["tokenizer"] == {
+        "source": "union", "tokens": {"<x>": {"source": {"kind": "zero"}}}
+    }  # fmt: skip
     assert load_spec(spec.as_dict()).tokenizer == spec.tokenizer
 
 
