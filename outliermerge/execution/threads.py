@@ -140,12 +140,13 @@ def execute(
 
     def engine_of_stage(task: Task) -> Engine:
         engine = kernels if options.kernels_do(task) else torch
-        return engine if engine is not None else KernelEngine(find_kernels())
+        assert engine is not None
+        return engine
 
     merges = Merges(engine_of_stage, allow_non_finite=options.allow_non_finite)
     with Reader(options.memory_bytes, folder, merges) as reader, ExitStack() as stack:
         prepare = _nothing
-        if any(options.uses_kernels(job) for job in all_jobs):
+        if options.kernels and options.device == "cpu":
             kernels = KernelEngine(find_kernels())
         if any(
             options.uses_torch(job)
