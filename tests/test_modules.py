@@ -323,7 +323,20 @@ def test_the_lenient_reading_passes_over_what_mergekit_does_not_know(tmp_path):
     with pytest.raises(SpecError, match="unknown key 'label'"):
         outliermerge.plan(spec)
     plan = outliermerge.plan(spec, lenient=True)
-    assert "label" in plan.spec.warnings[0]
+    (warning,) = (note for note in plan.notes if note.startswith("warning: "))
+    assert warning.startswith("warning: module text: without effect")
+    assert "unknown key 'label'" in warning
+
+
+def test_what_is_passed_over_in_a_module_is_not_in_the_recipe(tmp_path):
+    weight = [{"filter": "no_such", "value": 2}, {"value": 0.5}]
+    spec = modules(text=merge("linear", "vlm2") | {"label": 1, "parameters": {"weight": weight}})
+    plan = outliermerge.plan(spec, lenient=True)
+    (warning,) = (note for note in plan.notes if note.startswith("warning: "))
+    assert all(word in warning for word in ("unknown key 'label'", "no_such"))
+    outliermerge.run(plan, output=tmp_path / "out")
+    again = outliermerge.plan(tmp_path / "out" / "recipe.yaml")
+    assert not any(note.startswith("warning: ") for note in again.notes)
     assert "label" not in plan.spec.as_dict()["modules"]["text"]
 
 

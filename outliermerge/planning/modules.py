@@ -18,7 +18,7 @@ from outliermerge.planning.model_parts import (
     part_of,
 )
 from outliermerge.planning.plan import Input, Job, Module, Plan
-from outliermerge.planning.stages import as_input
+from outliermerge.planning.stages import as_input, of_whole
 from outliermerge.spec.check import MergeSpec, ModuleSpec
 from outliermerge.spec.modules import KEEP, MODULES
 from outliermerge.spec.rename import best_rename
@@ -118,8 +118,8 @@ def _view(entry: Input, part: PartOfBase) -> Input:
 
 def with_modules(
     spec: MergeSpec, base: Input, plan_of: Callable[[MergeSpec, PartOfBase], Plan]
-) -> tuple[Input, tuple[Module, ...], list[str]]:
-    """Return a base model with merged parts, what became of each, and notes.
+) -> tuple[Input, tuple[Module, ...], list[str], dict[str, ModuleSpec]]:
+    """Return a base model with merged parts, what became of each, notes, and the merges as planned.
 
     Args:
         plan_of: plans the merge of a part.
@@ -129,6 +129,7 @@ def with_modules(
     """
     found: list[Module] = []
     notes: list[str] = []
+    merges: dict[str, ModuleSpec] = {}
     composed, owners = base, dict[str, str]()
     made_of = {base.reference: base}
     for name, module in spec.modules.items():
@@ -147,7 +148,8 @@ def with_modules(
             raise OutlierMergeError(
                 str(spec.source.error(path, str(error), at_key=True))
             ) from error
-        notes += [f"module {shown(name)}: {note}" for note in plan.notes]
+        merges[name] = replace(module, merge=plan.spec)
+        notes += [of_whole(note, of=f"module {shown(name)}") for note in plan.notes]
         for entry in plan.inputs:
             if entry.reference != base.reference:
                 made_of[entry.reference] = _both(made_of.get(entry.reference, entry), entry)
@@ -163,7 +165,7 @@ def with_modules(
                 tuple(sorted(part.kept)),
             )
         )
-    return replace(composed, made_of=tuple(made_of.values())), tuple(found), notes
+    return replace(composed, made_of=tuple(made_of.values())), tuple(found), notes, merges
 
 
 def _both(one: Input, other: Input) -> Input:

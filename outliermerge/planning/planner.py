@@ -42,7 +42,7 @@ from outliermerge.planning.slices import (
     unlike_layers,
     whole,
 )
-from outliermerge.planning.stages import as_input, of_stage
+from outliermerge.planning.stages import as_input, of_whole
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary_by_token import align_inputs
@@ -92,7 +92,8 @@ class _Planner:
         self.modules: tuple[Module, ...] = ()
         opened, self.model_numbers = open_inputs(spec, self._open_stage)
         if spec.modules:
-            base, self.modules, notes = with_modules(spec, opened[0], self._plan_module)
+            base, self.modules, notes, merges = with_modules(spec, opened[0], self._plan_module)
+            self.spec = replace(self.spec, modules=merges)
             opened, self.stage_notes = (base,), [*self.stage_notes, *notes]
         if part is not None:
             opened = views(spec, part, opened, self.model_numbers)
@@ -161,7 +162,7 @@ class _Planner:
         if name not in self.stages:
             plan = _Planner(self.spec.stages[name], self.stages).plan(None)
             self.stages[name] = as_input(name, plan), plan.spec
-            self.stage_notes += [of_stage(name, note) for note in plan.notes]
+            self.stage_notes += [of_whole(note, of=f"stage {shown(name)}") for note in plan.notes]
         entry, spec = self.stages[name]
         self.spec = replace(self.spec, stages={**self.spec.stages, name: spec})
         return entry

@@ -57,14 +57,14 @@ def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
     )
 
 
-def of_stage(name: str, note: str) -> str:
-    """Return a note of a stage's plan as one of the whole plan; a warning stays one.
+def of_whole(note: str, *, of: str) -> str:
+    """Return a note of a stage's or module's plan as one of the whole plan; a warning stays one.
 
-    >>> of_stage("a", "rows differ"), of_stage("a", f"{WARNING}a slip")
-    ('stage a: rows differ', 'warning: stage a: a slip')
+    >>> of_whole("rows differ", of="stage a"), of_whole(f"{WARNING}a slip", of="module b")
+    ('stage a: rows differ', 'warning: module b: a slip')
     """
     text = note.removeprefix(WARNING)
-    return f"{WARNING if text != note else ''}stage {shown(name)}: {text}"
+    return f"{WARNING if text != note else ''}{of}: {text}"
 
 
 def _source_of(stage: str, job: Job) -> Source:

@@ -195,6 +195,18 @@ class MergeSpec:
             MODULES: found
         }
 
+    def with_seed(self, seed: int) -> MergeSpec:
+        """Return the merge with another seed, in its stages and modules, too."""
+        return replace(
+            self,
+            document=self.document.model_copy(update={"seed": seed}),
+            stages={name: stage.with_seed(seed) for name, stage in self.stages.items()},
+            modules={
+                name: replace(module, merge=module.merge.with_seed(seed))
+                for name, module in self.modules.items()
+            },
+        )
+
     def as_yaml(self) -> str:
         """Return the spec as YAML."""
         return as_yaml(self.as_dict())
@@ -381,12 +393,4 @@ def _check_modules(
         modules[name] = ModuleSpec(keep, merge, own_base)
     if not isinstance(outer["models"][0]["model"], str):
         mistakes.refuse()
-    whole = _check_merge(outer, mistakes, stages)
-    notes = [f"module {shown(n)}: {note}" for n, m in modules.items() for note in m.merge.notes]
-    warnings = [warning for module in modules.values() for warning in module.merge.warnings]
-    return replace(
-        whole,
-        modules=modules,
-        notes=(*whole.notes, *notes),
-        warnings=(*whole.warnings, *warnings),
-    )
+    return replace(_check_merge(outer, mistakes, stages), modules=modules)
