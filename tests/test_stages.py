@@ -598,3 +598,16 @@ def test_a_text_of_yaml_and_an_array_are_answered_with_what_to_give(models):
         outliermerge.plan(yaml.safe_dump(of(models, "linear", "task0", base=False)))
     with pytest.raises(ArgumentError, match=r"models\[1\]: found ndarray, .*torch.from_numpy"):
         outliermerge.merge_tensors([torch.ones(2), torch.ones(2).numpy()], method="linear")
+
+
+def test_a_seed_of_the_command_line_is_that_of_stages_too(models, tmp_path):
+    stage = of(models, "dare_ties", "task0", "task1", parameters={"density": 0.5})
+    spec = {"stages": [{"name": "s", **stage}], **of(models, "linear", "s", base=False)}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert main([str(tmp_path / "spec.yaml"), str(tmp_path / "out"), "--random-seed", "5"]) == 0
+    spec["stages"][0]["seed"] = 5
+    outliermerge.run(spec, output=tmp_path / "five")
+    expected, found = load_folder(tmp_path / "five"), load_folder(tmp_path / "out")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    outliermerge.run(tmp_path / "out" / "recipe.yaml", output=tmp_path / "again")
+    assert all(load_folder(tmp_path / "again")[n].equal(found[n]) for n in found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
@@ -55,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
     output = named_output(options)
     spec = read_spec(options)
     if options.random_seed is not None:
-        document = spec.document.model_copy(update={"seed": options.random_seed})
-        spec = replace(spec, document=document)
+        spec = spec.with_seed(options.random_seed)
     planned = merge.plan(spec, shard_size=options.shard_size)
     if options.verbose:
         say(_in_a_line(planned, run_options(options)), file=sys.stderr)
