@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
 # A line of progress every few seconds would make what tests read depend on how fast they run.
 os.environ["OUTLIERMERGE_PROGRESS_SECONDS"] = "0"
+# Threads of torch that wait in a loop take the processors from other tests and their processes.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 collect_ignore = ["contributed"]  # files for copies of the package
 
@@ -26,3 +30,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof that an output loads ask transformers in this process, which has it already."""
+    from outliermerge.output import load_worker
+    from outliermerge.output.load_check import LoadCheck
+
+    def answers(self: LoadCheck) -> list[Any]:
+        requests = [json.loads(request) for request in self._requests]
+        return [load_worker.check_pair(*request) for request in requests]
+
+    monkeypatch.setattr(LoadCheck, "_start", lambda self: None)
+    monkeypatch.setattr(LoadCheck, "_answers", answers)
