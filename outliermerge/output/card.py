@@ -34,7 +34,7 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    models = {m.reference: m for entry in plan.inputs for m in entry.models}.values()
+    models = {model.reference: model for model in plan.models}.values()
     on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
     front = ["---"]
     if on_hub:

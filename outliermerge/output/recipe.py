@@ -174,7 +174,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
 def _commits(plan: Plan) -> dict[str, set[str]]:
     """Return by repository of the hub the commits whose files were read."""
     found: dict[str, set[str]] = {}
-    roots = [model.checkpoint.root / "-" for entry in plan.inputs for model in entry.models]
+    roots = [model.checkpoint.root / "-" for model in plan.models]
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])

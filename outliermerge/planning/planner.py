@@ -16,6 +16,7 @@ from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
@@ -76,7 +77,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
-    return replace(plan, files=watched.stamps, shard_bytes=shard_bytes)
+    return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
 
 
 class _Planner:
