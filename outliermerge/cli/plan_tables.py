@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliermerge.output.estimate import Estimate
+    from outliermerge.output.load_check import Verdict
     from outliermerge.planning.plan import Input, Options, Plan
     from outliermerge.spec.check import MergeSpec
 
-_ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
+_KNOWN = "a run takes this answer over"
+_ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
 
 class Took(NamedTuple):
-    """Seconds that a plan took, and that a run will take again."""
+    """Seconds that a plan took and that a run will take again."""
 
     planning: float
     load_check: float = 0.0
@@ -41,7 +43,7 @@ def print_plan(
     estimate: Estimate,
     took: Took,
     free_bytes: int,
-    loads_in: Sequence[str] = (),
+    verdict: Verdict | None = None,
     with_tensors: bool = False,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
@@ -64,7 +66,7 @@ def print_plan(
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
+        *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
         ("time", _time(estimate, took)),
         ("peak memory", _memory(estimate, options)),
         ("output", str(output) if output else "not named yet: give --output"),
@@ -227,6 +229,11 @@ def _print_tensors(console: Console, plan: Plan) -> None:
         shape = "×".join(map(str, job.output.shape)) or "scalar"
         table.add_row(job.name, job.action, job.output.dtype.name, shape, job.output.file)
     table.print(console)
+
+
+def _loads_in(verdict: Verdict) -> str:
+    """Return what loads the output, and what that is to a run."""
+    return f"{'; '.join(verdict.by)} ({_KNOWN if verdict.is_kept else _ASKED})"
 
 
 def _time(estimate: Estimate, took: Took) -> str:

@@ -59,6 +59,7 @@ class Alignment:
         stored_rows: the number of rows of the first model's vocabulary tensors; None if it has
             none.
         tokenizer: the output's tokenizer, if its tokens decide which rows there are.
+        tokens: the tokens of that tokenizer, by id.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -67,6 +68,7 @@ class Alignment:
     notes: tuple[str, ...]
     stored_rows: int | None = None
     tokenizer: TokenizerPlan | None = None
+    tokens: Mapping[int, str] | None = None
 
 
 def align_vocabulary(

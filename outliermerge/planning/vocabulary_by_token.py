@@ -148,8 +148,9 @@ def _by_token(
     changed = any(a is not b for a, b in zip(aligned, checkpoints, strict=True))
     known = {*found.num_rows.values()} != {num_rows} or changed
     return Alignment(
-        tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan
-    )
+        tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan,
+        built.tokens,
+    )  # fmt: skip
 
 
 def _tokens(root: Path) -> dict[int, str] | None:

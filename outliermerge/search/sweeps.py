@@ -22,6 +22,7 @@ from outliermerge.spec.text import plain_yaml
 
 _KEYS = ("merge_method", "dtype", "out_dtype")
 _MAX_OUTPUTS = 1000
+_IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
 _OF_MODEL = re.compile(r"models\.(\d{1,9})\.(\w+)")
 
 
@@ -94,7 +95,8 @@ def plan_sweep(
         try:
             planned = plan(document, shard_size=shard_size)
         except SpecError as error:
-            raise SpecError(f"{name}: {error.marked}") from error
+            words = _IN_DICT.sub("", error.marked)
+            raise SpecError(f"{argument('settings')} {name}: {words}") from error
         if planned.is_one_file:
             name += ".safetensors"
         if name in variants:
