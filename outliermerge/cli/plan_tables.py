@@ -57,19 +57,19 @@ def print_plan(
     _print_parameters(console, plan)
     _print_rows(console, plan)
     facts = [
-        ("reads", human_bytes(plan.num_read_bytes)),
+        ("output", str(output) if output else "not named yet: give --output"),
         (
-            "writes",
-            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
-            f"{human_bytes(free_bytes)} free on the disk",
+            "disk",
+            f"reads {human_bytes(plan.num_read_bytes)}, writes "
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s); "
+            f"{human_bytes(free_bytes)} free",
         ),
+        ("time", _time(estimate, took)),
+        ("peak memory", _memory(estimate, options)),
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
         *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
-        ("time", _time(estimate, took)),
-        ("peak memory", _memory(estimate, options)),
-        ("output", str(output) if output else "not named yet: give --output"),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, facts)
@@ -274,7 +274,7 @@ def _memory(estimate: Estimate, options: Options) -> str:
     if estimate.process_bytes is None or estimate.program_bytes is None:
         return f"about {blocks}, besides the program"
     whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
-    return f"about {whole} for the whole process: {program} for the program, {blocks}"
+    return f"about {whole}: {program} for the program, {blocks}"
 
 
 def _proof(plan: Plan) -> str:

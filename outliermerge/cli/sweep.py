@@ -28,9 +28,10 @@ from outliermerge.errors import SpecError, shown
 if TYPE_CHECKING:
     from outliermerge.output.run import RunResult
 
+_KEPT = " kept: outliers kept whole."
 _EXPLAINED = (
     "change: of the base's weights, in L2 norm. cosine: of the merged change with a model's own. "
-    "length: of the merged change, over the mean of the models' own. kept: outliers kept whole."
+    "length: of the merged change, over the mean of the models' own."
 )
 _MOST_COSINES = 4  # columns
 
@@ -88,8 +89,9 @@ def print_outputs(results: Sequence[RunResult]) -> None:
         table.add_row(str(result.output), *_cells(drift, columns))
     table.print(open_console())
     if columns:
-        print_words(open_console(), _EXPLAINED, "dim")
-    elif results:
+        kept = _KEPT if any("kept" in title for title in columns) else ""
+        print_words(open_console(), _EXPLAINED + kept, "dim")
+    else:
         print_words(open_console(), "How far each moved is measured with a base model only.", "dim")
     first = results[0]  # all were worked on together
     worked = sum(result.written_bytes for result in results) + first.input_bytes
