@@ -44,6 +44,7 @@ from outliermerge.planning.slices import (
     whole,
 )
 from outliermerge.planning.stages import as_input, of_whole
+from outliermerge.planning.stops import further_stops
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary_by_token import align_inputs
@@ -203,6 +204,9 @@ class _Planner:
             self.spec, self.inputs, tokenizer, self.stacked, self.outside,
             self.alignment.left_out,
         )  # fmt: skip
+        ids, stop_notes = further_stops(
+            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment
+        )
         template, template_notes = choose_template(self.spec, self.inputs, tokenizer, self.outside)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
@@ -226,6 +230,7 @@ class _Planner:
                 *self.found.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *stop_notes,
                 *template_notes,
                 *metadata_notes,
                 *doubts,
@@ -241,6 +246,7 @@ class _Planner:
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
             tokenizer=tokenizer,
+            ids={**(tokenizer.ids if tokenizer else {}), **ids},
             chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),

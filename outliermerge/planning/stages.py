@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from outliermerge.planning.merged import MergedSource, Restored, WholeMerge
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
+from outliermerge.storage.files import cache_folder
 
 
 def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
@@ -122,8 +122,7 @@ def _written(contents: Mapping[str, bytes | Path]) -> Path:
     digest = xxhash.xxh3_128()
     for name, data in held.items():
         digest.update(f"{name}\n{len(data)}\n".encode() + data)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "outliermerge" / "stages" / digest.hexdigest()
+    folder = cache_folder("stages") / digest.hexdigest()
     with naming(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():

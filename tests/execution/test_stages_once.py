@@ -1,4 +1,4 @@
-"""Blocks of a stage are computed once for each tensor of the output, however often they are read."""
+"""Blocks of a stage are computed once for each output tensor, however often they are read."""
 
 from __future__ import annotations
 
