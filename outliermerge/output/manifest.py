@@ -130,6 +130,7 @@ def _manifest(
         "spec": plan.spec.as_dict(),
         "recipe": recipe_of(plan),
         **({"shard_bytes": plan.shard_bytes} if plan.shard_bytes is not None else {}),
+        **({"transplant": plan.transplant} if plan.transplant is not None else {}),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of "
         f"{PIECE_ELEMENTS} elements; "
         "files: sha256; shards: xxh3_128 of the header; "

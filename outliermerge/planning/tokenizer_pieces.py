@@ -101,7 +101,7 @@ def _merges(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _check_kinds(
     root: Path, tokenizer: Mapping[str, Any], others: Sequence[tuple[Donor, Mapping[str, Any]]]
 ) -> None:
-    own = _kind(tokenizer)
+    own = kind_of_tokenizer(tokenizer)
     unlike = []
     for donor, other in others:
         named = f"{shown(donor.name)}, which alone has {quoted(donor.pieces[0])}" + (
@@ -109,7 +109,7 @@ def _check_kinds(
         )
         if not is_there(donor.root / TOKENIZER):
             unlike.append(f"{named}: has no {TOKENIZER}")
-        elif (kind := _kind(other)) != own:
+        elif (kind := kind_of_tokenizer(other)) != own:
             unlike.append(f"{named}: {kind}")
     if unlike:
         raise OutlierMergeError(
@@ -120,7 +120,7 @@ def _check_kinds(
         )
 
 
-def _kind(tokenizer: Mapping[str, Any]) -> str:
+def kind_of_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     """Return the kind of a tokenizer: its model, and what its pieces are written in."""
     model = tokenizer.get("model") or {}
     kind = model.get("type")
