@@ -91,15 +91,17 @@ def spelled(root: Path, tokens: Mapping[int, str]) -> Spelled:
     named = ((role, special_token(root, f"{role}_token")) for role in _ROLES)
     roles = {role: token for role, token in named if token is not None}
     special = {token for token, entry in entries.items() if entry["special"]} | {*roles.values()}
+    if kind == "spaces":  # bytes are bytes, also where a file lists them as special
+        special = {token for token in special if not _BYTE.match(token)}
     texts: dict[int, bytes] = {}
     single: dict[int, int] = {}
     for id_, token in tokens.items():
         if token in special:
             continue
-        if token in entries:
-            texts[id_] = token.encode("utf-8", "surrogatepass")
-        elif kind == "spaces" and (byte := _BYTE.match(token)):
+        if kind == "spaces" and (byte := _BYTE.match(token)):
             single[id_] = int(byte[1], 16)
+        elif token in entries:
+            texts[id_] = token.encode("utf-8", "surrogatepass")
         else:
             texts[id_] = _text(token, kind)
     ids = {token: id_ for id_, token in tokens.items()}

@@ -28,7 +28,7 @@ from outliermerge.planning.proof import prove
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.planning.spelling import Pairing, Spelled, pair_tokens, spelled
 from outliermerge.planning.tied import match_tied
-from outliermerge.planning.tied_names import is_head
+from outliermerge.planning.tied_names import EMBEDDINGS, is_head
 from outliermerge.planning.tokenizer_plan import ModelRows, TokenizerPlan
 from outliermerge.planning.vocabulary import open_vocabulary
 from outliermerge.planning.vocabulary_ids import Side, changed_ids
@@ -249,6 +249,12 @@ def _combined(
     tensors = model.checkpoint.tensors
     unclear = [name for name in found.unclear if name in tensors]
     unclear += [n for n, axis in found.axes.items() if axis and tensors[n].shape[0] != 1]
+    unclear += [
+        name
+        for name, source in tensors.items()
+        if (name.endswith(EMBEDDINGS) or is_head(name)) and name not in found.axes
+        if source.shape[:1] == (found.num_rows[0],)
+    ]
     if unclear:
         raise OutlierMergeError(
             "it is unclear whether these tensors have a row for every token, so that "
