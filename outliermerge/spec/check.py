@@ -50,6 +50,10 @@ _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_
               "modifier": STAND_IN, "layer_range": [0, 1],
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _OTHER_COMMANDS = {
+    "donor": (
+        "the recipe of a transplant",
+        "run the command `outliermerge tokenizer transplant …` that recipe.yaml begins with",
+    ),
     "experts": (
         "a file for mergekit-moe",
         "run it with `outliermerge moe FILE DIR`",
