@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -181,3 +182,30 @@ def test_rows_and_tokens_are_those_of_mergekit(
             assert tokenizer.tokenize(text) == their_tokenizer.tokenize(text)
     model = transformers.AutoModelForCausalLM.from_pretrained(ours)
     assert model.get_input_embeddings().weight.shape[0] >= len(ids)
+
+
+OWN = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+OF_TWO_MODELS = "{% for turn in messages %}[{{ turn.content }}]{% endfor %}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("template", ["auto", "chatml", OWN])
+def test_chat_templates_are_those_of_mergekit(template, merge_by_mergekit, tmp_path):
+    root = save_family(tmp_path / "family", "BPE")
+    for name, own in (("base", OWN), ("chat", OF_TWO_MODELS), ("other", OF_TWO_MODELS)):
+        path = root / name / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": own}))
+    forms = {"tokenizer_source": "base", "chat_template": template, "dtype": "float32"}
+    spec = _named(METHODS["task_arithmetic"] | forms, root)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        for folder in (
+            merge_by_mergekit(spec, tmp_path / "theirs"),
+            outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output,
+        )
+    )
+    assert ours == theirs
+    assert ("[Why?][So.]" in ours) == (template == "auto")
