@@ -31,6 +31,7 @@ from outliermerge.output import load_check, load_worker
 from outliermerge.output.load_check import LoadCheck, Verdict
 from outliermerge.output.verify_load import check_folder
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 DROPPED = "model.layers.1.mlp.up_proj.weight"
 HEADS = "lm_head.weight"
 BY = f"transformers {transformers.__version__}, LlamaForCausalLM"
