@@ -73,36 +73,36 @@ def test_layers_with_the_same_numbers_are_compared(data_of, models, tmp_path):
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
 def test_a_map_shows_which_layers_are_from_where(width, scheme, data_of, models, visit, tmp_path):
-    stack = sliced(models, (["task0"], 0, 2), (["task1"], 1, 2))
+    one = sliced(models, (["task0"], 0, 2), (["task1"], 1, 2))
+    two = sliced(models, (["task0"], 0, 2), (["task2"], 1, 2))
     mean = {"merge_method": "linear", "models": [{"model": "s"}, {"model": "s2"}]}
-    stages = [{"name": "s", **stack}, {"name": "s2", **stack}]
+    stages = [{"name": "s", **one}, {"name": "s2", **two}]
     data_of({"stages": stages, **mean})
     with visit(tmp_path / "p.html", width=width, scheme=scheme) as page:
         strips = page.locator("#layers-map .strip")
         told = [strip.get_attribute("aria-label") for strip in strips.all()]
         assert told == [
             "the output, text: 0–2 from s 0–2 and s2 0–2",
-            "stage s2, text: 0–1 from task0 0–1; 2 from task1 1",
+            "stage s2, text: 0–1 from task0 0–1; 2 from task2 1",
             "stage s, text: 0–1 from task0 0–1; 2 from task1 1",
         ]
-        assert page.locator("#layers-models").inner_text().split() == ["s", "s2", "task0", "task1"]
-        whole, first, last = (
-            page.locator("#layers-map .strip div").nth(number).bounding_box()
-            for number in (0, 1, 2)
-        )
+        shown = page.locator("#layers-models").inner_text().split()
+        assert shown == ["s", "s2", "task0", "task2", "task1"]
+        blocks = page.locator("#layers-map .strip div")
+        whole, first, last = (blocks.nth(number).bounding_box() for number in (0, 1, 2))
         assert first["width"] == pytest.approx(2 * last["width"], abs=3)
         assert first["width"] + last["width"] == pytest.approx(whole["width"], abs=3)
         assert whole["x"] + whole["width"] <= width
         colours = page.evaluate(
-            "() => ['s', 's2', 'task0', 'task1'].map((_, i) => getComputedStyle("
-            "document.querySelectorAll('#layers-models li')[i], '::before').backgroundColor)"
+            "() => [0, 1, 2, 3, 4].map(i => (getComputedStyle("
+            "document.querySelectorAll('#layers-models li')[i], '::before').backgroundColor))"
         )
-        assert len(set(colours)) == 4
-        blocks = page.evaluate(
+        assert len(set(colours)) == 5
+        drawn = page.evaluate(
             "() => Array.from(document.querySelectorAll('#layers-map .strip div'), "
             "block => getComputedStyle(block).backgroundImage)"
         )
-        assert all(colour in blocks[0] for colour in colours[:2]) and colours[2] in blocks[1]
+        assert all(colour in drawn[0] for colour in colours[:2]) and colours[2] in drawn[1]
         page.locator("#layers summary").click()
         cells = page.locator("#layers-table tbody tr").nth(1).inner_text().split()
         assert cells == ["stage", "s2", "text", "0–1", "passthrough", "task0", "0–1"]
