@@ -206,19 +206,19 @@ def test_small_files_of_stages_are_not_kept_for_good(models, tmp_path, cache):
         outliermerge.plan({"stages": [{"name": "s", **stage}], "merge_method": "linear",
                            "models": entries})  # fmt: skip
 
-    plan(3)
+    plan(4)
     (first,) = cache.iterdir()
     os.utime(first, (1e9, 1e9))
-    plan(3)
+    plan(4)
     assert first.stat().st_mtime > 1e9  # it is used again
     os.utime(first, (1e9, 1e9))
-    plan(4)
+    plan(5)
     (second,) = cache.iterdir()
     assert second != first
     for number in range(120):
         (cache / str(number)).mkdir()
         os.utime(cache / str(number), (time.time() - 3 * 86_400 + number,) * 2)
-    plan(5)
+    plan(6)
     left = {path.name for path in cache.iterdir()}
     assert second.name in left and "21" in left and "20" not in left and len(left) == 101
 

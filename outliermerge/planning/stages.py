@@ -22,7 +22,6 @@ from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
 
-
 _KEPT_SECONDS = 7 * 86_400
 _IN_USE_SECONDS = 2 * 86_400  # a merge reads them at its end, too
 _MAX_KEPT = 100
