@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import yaml
 from hub_server import HubServer, commit_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vocabularies import TEXTS, save_model
 
 import outliermerge
@@ -359,6 +361,29 @@ def test_rows_of_a_tokenizer_model_are_matched_by_its_pieces(llamas, tmp_path):
         expected = (base[id_] + chat[in_chat[token]]) / 2
         torch.testing.assert_close(table[id_], expected, rtol=0, atol=1e-6)
     assert len(table) == len(in_base) > 300
+
+
+@pytest.mark.parametrize("name", ["base.tiktoken", "tokenizer.model"])
+def test_rows_of_a_tiktoken_file_are_matched_by_the_bytes_of_tokens(name, tmp_path):
+    save_model(tmp_path / "base", "byte-level BPE")
+    save_model(tmp_path / "chat", "byte-level BPE", "other", seed=1)
+    byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    in_base, in_chat = _ids(tmp_path / "base"), _ids(tmp_path / "chat")
+    lines = [
+        b"%s %d\n" % (base64.b64encode(bytes(map(byte_of.__getitem__, token))), id_)
+        for token, id_ in in_base.items()
+    ]
+    for path in (tmp_path / "base").glob("*token*"):
+        path.unlink()
+    (tmp_path / "base" / name).write_bytes(b"".join(lines))
+    spec = _spec(tmp_path, tokenizer={"source": "base"})
+    out = outliermerge.run(spec, output=tmp_path / "o", load_check=False).output
+    assert (out / name).read_bytes() == b"".join(lines)
+    table, base, chat = (_table(f) for f in (out, tmp_path / "base", tmp_path / "chat"))
+    assert len(in_base.keys() & in_chat.keys()) > 256
+    for token, id_ in in_base.items():
+        theirs = chat[in_chat[token]] if token in in_chat else base[id_]
+        torch.testing.assert_close(table[id_], (base[id_] + theirs) / 2, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("key", [{"tokenizer": {}}, {"vocabulary": "union"}])
