@@ -52,6 +52,29 @@ FORMS: dict[str, dict[str, Any]] = {
             },
         }
     },
+    "its README's tokens": {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<|im_start|>": {"source": CHAT},
+                "<|im_end|>": OF_CHAT,
+                "<renamed>": {
+                    "source": {"kind": "model_token", "model": OTHER, "token": "<x>"},
+                },
+                "<unused>": {"source": {"kind": "zero"}},
+            },
+        }
+    },
+    "its README's two formats of chats": {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "<|im_start|>": {"source": CHAT},
+                "<|im_end|>": {"source": CHAT},
+                "<x>": {"source": OTHER, "force": True},
+            },
+        }
+    },
 }
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {

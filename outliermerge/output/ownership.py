@@ -40,7 +40,7 @@ def check_apart(plan: Plan, final: Path) -> None:
             raise OutlierMergeError(
                 f"{final}: is or holds the {what} {shown(str(path))}: choose another output"
             )
-    for entry in (model for each in plan.inputs for model in each.models):
+    for entry in plan.models:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder

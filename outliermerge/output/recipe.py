@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Container, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from outliermerge.spec.moe import MoeSpec
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
 from outliermerge.spec.tokenizer import BASE, UNION, plain_reference
+from outliermerge.spec.transplant import TransplantSpec, words_of
 
 RECIPE_NAME = "recipe.yaml"
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
@@ -31,7 +33,7 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     It names no output, so that it does not replace the one that it is in.
     """
     commits = _commits(plan)
-    if isinstance(plan.spec, MoeSpec):
+    if isinstance(plan.spec, (MoeSpec, TransplantSpec)):
         document = plan.spec.lasting(partial(_lasting, commits=commits, has_base=True))
     else:
         document = renamed(plan.spec.as_dict(), partial(_lasting, commits=commits))
@@ -162,6 +164,9 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
         results: of the output's tensors; they tell which flags were needed.
     """
     words = ["outliermerge", plan.spec.command, RECIPE_NAME, "DIR"]
+    if isinstance(plan.spec, TransplantSpec):
+        model, donor, *flags = map(shlex.quote, words_of(recipe_of(plan)))
+        words[2:] = [model, donor, "DIR", *flags]
     if plan.shard_bytes is not None:
         words.append(f"--shard-size {plan.shard_bytes}")
     if options.device != "cpu":
@@ -176,7 +181,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
 def _commits(plan: Plan) -> dict[str, set[str]]:
     """Return by repository of the hub the commits whose files were read."""
     found: dict[str, set[str]] = {}
-    roots = [model.checkpoint.root / "-" for entry in plan.inputs for model in entry.models]
+    roots = [model.checkpoint.root / "-" for model in plan.models]
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])

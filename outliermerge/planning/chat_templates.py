@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def choose_template(
     """
     wanted = spec.document.chat_template
     if wanted is None:
-        return None, []
+        return None, [*_left_behind(spec, inputs)]
     theirs = {entry.reference: _template(entry) for entry in inputs}
     if wanted == AUTO:
         known = Counter(text for text in theirs.values() if text)
@@ -126,6 +126,18 @@ def choose_template(
     takes, trial_notes = _try(spec, text, name, root, set(tokens.values()))
     others = [r for r, own in theirs.items() if own and own != text.strip()]
     return ChatTemplate(name, text, tuple(same), tuple(others), takes), [*notes, *trial_notes]
+
+
+def _left_behind(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield a note if models have chat templates, and the output would have none."""
+    owner = input_named(inputs, spec.tokenizer_owner)
+    if _template(owner) is None and len(inputs) > 1:
+        if having := [shown(entry.reference) for entry in inputs if _template(entry)]:
+            yield (
+                f"the output has no chat template, as {shown(owner.reference)}; "
+                f"{', '.join(having)} {'have' if len(having) > 1 else 'has'} one: "
+                "`chat_template: auto` gives it to the output"
+            )
 
 
 def _template(entry: Input) -> str | None:

@@ -16,6 +16,7 @@ from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs, open_tokenizer
+from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
@@ -43,6 +44,7 @@ from outliermerge.planning.slices import (
     whole,
 )
 from outliermerge.planning.stages import as_input, of_whole
+from outliermerge.planning.stops import further_stops
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary_by_token import align_inputs
@@ -76,7 +78,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
-    return replace(plan, files=watched.stamps, shard_bytes=shard_bytes)
+    return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
 
 
 class _Planner:
@@ -202,6 +204,9 @@ class _Planner:
             self.spec, self.inputs, tokenizer, self.stacked, self.outside,
             self.alignment.left_out,
         )  # fmt: skip
+        ids, stop_notes = further_stops(
+            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment
+        )
         template, template_notes = choose_template(self.spec, self.inputs, tokenizer, self.outside)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
@@ -225,6 +230,7 @@ class _Planner:
                 *self.found.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *stop_notes,
                 *template_notes,
                 *metadata_notes,
                 *doubts,
@@ -240,6 +246,7 @@ class _Planner:
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
             tokenizer=tokenizer,
+            ids={**(tokenizer.ids if tokenizer else {}), **ids},
             chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),

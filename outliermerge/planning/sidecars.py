@@ -203,9 +203,9 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
     extend_files(contents, plan)
     if plan.tokenizer is not None:
         contents |= plan.tokenizer.files
-        for name, values in plan.tokenizer.ids.items():
-            data = contents.get(name) or small_bytes(_path(files[name]))
-            contents[name] = fit_ids(data, values)
+    for name, values in plan.ids.items():
+        data = contents.get(name) or small_bytes(_path(files[name]))
+        contents[name] = fit_ids(data, values)
     if plan.chat_template is not None:
         contents |= with_template(files | contents, plan.chat_template.text)
     return files | contents

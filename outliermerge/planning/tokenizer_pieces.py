@@ -95,7 +95,7 @@ def _merges(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _check_kinds(
     root: Path, tokenizer: Mapping[str, Any], others: Sequence[tuple[Donor, Mapping[str, Any]]]
 ) -> None:
-    own = _kind(tokenizer)
+    own = kind_of_tokenizer(tokenizer)
     unlike = []
     without = [d.root for d, _ in others if not is_there(d.root / TOKENIZER)]
     for donor, other in others:
@@ -104,7 +104,7 @@ def _check_kinds(
         )
         if donor.root in without:
             unlike.append(f"{named}: has no {TOKENIZER}")
-        elif (kind := _kind(other)) != own:
+        elif (kind := kind_of_tokenizer(other)) != own:
             unlike.append(f"{named}: {kind}")
     if unlike:
         raise OutlierMergeError(
@@ -115,7 +115,7 @@ def _check_kinds(
         )
 
 
-def _kind(tokenizer: Mapping[str, Any]) -> str:
+def kind_of_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     """Return the kind of a tokenizer: its model, and what its pieces are written in."""
     model = tokenizer.get("model") or {}
     kind = model.get("type")

@@ -18,6 +18,7 @@ class ModelRows:
         taken: tokens that the model lacks, or is not to use its own row of, and that have a row
             of another model or token; `averaged` and `zero` are those that have the mean of
             several models' rows, or zeros.
+        approximated: tokens that the model lacks, and whose rows are made of its other rows.
         dropped: tokens of the model that the output does not have.
         kept, reserved: rows of the model without a token that the output has, and that it lacks.
         follows: the model without a tokenizer has the tokens of this one.
@@ -30,6 +31,7 @@ class ModelRows:
     taken: int = 0
     averaged: int = 0
     zero: int = 0
+    approximated: int = 0
     dropped: int = 0
     kept: int = 0
     reserved: int = 0
@@ -40,7 +42,8 @@ class ModelRows:
         counts = (
             (self.own, "own"), (self.moved, "of them under another id"),
             (self.taken, "taken from others"), (self.averaged, "averaged over others"),
-            (self.zero, "zero"), (self.dropped, "tokens left out"),
+            (self.zero, "zero"), (self.approximated, "approximated"),
+            (self.dropped, "tokens left out"),
             (self.kept, "rows without a token"),
             (self.reserved, "rows without a token left out"),
         )  # fmt: skip
@@ -56,7 +59,7 @@ class ModelRows:
         }
 
 
-_COUNTS = ("own", "moved", "taken", "averaged", "zero", "dropped", "reserved")
+_COUNTS = ("own", "moved", "taken", "averaged", "zero", "approximated", "dropped", "reserved")
 
 
 @dataclass(frozen=True)

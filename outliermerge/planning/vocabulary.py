@@ -67,6 +67,7 @@ class Alignment:
             none.
         tokenizer: the output's tokenizer, if its tokens decide which rows there are.
         left_out: files of the output's tokenizer that would contradict what is added to it.
+        tokens: the tokens of that tokenizer, by id.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -76,6 +77,7 @@ class Alignment:
     stored_rows: int | None = None
     tokenizer: TokenizerPlan | None = None
     left_out: tuple[str, ...] = ()
+    tokens: Mapping[int, str] | None = None
 
 
 def align_vocabulary(

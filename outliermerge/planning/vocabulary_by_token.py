@@ -178,7 +178,7 @@ def _by_token(
     known = {*found.num_rows.values()} != {num_rows} or changed
     return Alignment(
         tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan,
-        built.left_out,
+        built.left_out, built.tokens,
     )  # fmt: skip
 
 

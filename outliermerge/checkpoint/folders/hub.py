@@ -102,8 +102,8 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
         if not slip or "@" in reference or _is_in_cache(reference):
             return
         raise OutlierMergeError(
-            f"{absent}. Did you mean {quoted(str(meant))}? Where a model of the hub is meant, name "
-            f"its revision as well: {quoted(reference + '@main')}"
+            f"{absent}. Did you mean {quoted(str(meant))}? To fetch a model of that name from the "
+            f"hub, write {quoted(reference + '@main')}"
         )
     if page := hub_id_of(reference):
         raise OutlierMergeError(f"model {quoted(reference)}: is an address, write {quoted(page)}")
