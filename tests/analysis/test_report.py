@@ -103,6 +103,19 @@ def test_a_page_is_printed_whole_in_light_colours_and_as_wide_as_paper(
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_a_page_that_is_loaded_can_be_printed(made, visit):
+    """So that `chromium --headless --print-to-pdf`, which waits for no more, prints its figures."""
+    with visit(made.pair) as first:
+        page = first.context.browser.new_page()
+        page.add_init_script(
+            "addEventListener('load', () => { dispatchEvent(new Event('beforeprint'));"
+            " window.pictures = document.querySelectorAll('.plot svg.main-svg').length; })"
+        )
+        page.goto(first.url)
+        assert page.evaluate("window.pictures") > 6
+        assert page.locator("iframe").count() == 0
+
+
 def test_the_browser_tells_the_page_of_its_printing(made, visit):
     with visit(made.pair) as page:
         page.evaluate(
