@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from outliermerge.checkpoint.computed import read_rows
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
+from outliermerge.checkpoint.tokens import check_texts
 from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.plan import Input
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     OnLayer: TypeAlias = Callable[[int, Tensor], None]
 
 _EMBEDDINGS = "embed_tokens.weight"
+# Of one prompt, and of all when they are filled up to the longest, as a batch takes memory.
+_MAX_TOKENS, _MAX_BATCH = 8192, 1 << 18
 
 
 def require_transformers(what: str) -> None:
@@ -44,16 +47,20 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
     """Return the tokens of texts, each after the token that begins a text, and that token.
 
     Raises:
-        OutlierMergeError: the model has no tokenizer, or a text has no tokens.
+        OutlierMergeError: the model has no tokenizer that can be used, or a text has no tokens, or
+            texts have too many.
     """
     from transformers import AutoTokenizer
 
     home = entry.tokenizer_home
+    check_texts(home, sum(map(len, texts)))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(home), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # it may raise anything for files that are broken or not there
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # anything for files that are broken or absent, panics, too
         said = str(error).partition("\n")[0]
         raise OutlierMergeError(
             f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))}, "
@@ -64,6 +71,16 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
     for text, own in zip(texts, tokens, strict=True):
         if not own:
             raise OutlierMergeError(f"the prompt {quoted(text)} has no tokens")
+        if len(own) > _MAX_TOKENS:
+            raise OutlierMergeError(
+                f"the prompt {quoted(text)} has {len(own):,} tokens, expected at most "
+                f"{_MAX_TOKENS:,}: shorten it"
+            )
+    if (num_tokens := len(tokens) * max(map(len, tokens), default=0)) > _MAX_BATCH:
+        raise OutlierMergeError(
+            f"the {len(texts):,} prompts have {num_tokens:,} tokens when they are filled up to the "
+            f"longest, expected at most {_MAX_BATCH:,}: give fewer or shorter ones"
+        )
     return tokens, tokenizer.bos_token_id if begin else None
 
 
