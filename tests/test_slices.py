@@ -241,7 +241,7 @@ def test_a_model_between_the_ends_may_have_another_vocabulary(models, source, tm
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-decoder", "llava"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_path):
+def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_path, in_process):
     folders = [
         save(kind, tmp_path / str(depth), num_layers=depth, num_models=0)["base"]
         for depth in (2, 3)

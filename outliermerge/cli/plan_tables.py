@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliermerge.output.estimate import Estimate
+    from outliermerge.output.load_check import Verdict
     from outliermerge.planning.plan import Input, LayersOf, Options, Plan
     from outliermerge.spec.check import MergeSpec
 
 _MAX_LAYER_ROWS = 60
-_ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
+_KNOWN = "a run takes this answer over"
+_ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
 
 class Took(NamedTuple):
-    """Seconds that a plan took, and that a run will take again."""
+    """Seconds that a plan took and that a run will take again."""
 
     planning: float
     load_check: float = 0.0
@@ -48,7 +50,7 @@ def print_plan(
     estimate: Estimate,
     took: Took,
     free_bytes: int,
-    loads_in: Sequence[str] = (),
+    verdict: Verdict | None = None,
     with_tensors: bool = False,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
@@ -62,19 +64,19 @@ def print_plan(
     _print_parameters(console, plan)
     _print_rows(console, plan)
     facts = [
-        ("reads", human_bytes(plan.num_read_bytes)),
+        ("output", str(output) if output else "not named yet: give --output"),
         (
-            "writes",
-            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
-            f"{human_bytes(free_bytes)} free on the disk",
+            "disk",
+            f"reads {human_bytes(plan.num_read_bytes)}, writes "
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s); "
+            f"{human_bytes(free_bytes)} free",
         ),
+        ("time", _time(estimate, took)),
+        ("peak memory", _memory(estimate, options)),
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
-        ("time", _time(estimate, took)),
-        ("peak memory", _memory(estimate, options)),
-        ("output", str(output) if output else "not named yet: give --output"),
+        *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, facts)
@@ -277,6 +279,11 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
+def _loads_in(verdict: Verdict) -> str:
+    """Return what loads the output, and what that is to a run."""
+    return f"{'; '.join(verdict.by)} ({_KNOWN if verdict.is_kept else _ASKED})"
+
+
 def _time(estimate: Estimate, took: Took) -> str:
     """Return the time that a run will take, of what, and what that rests on."""
     merging = estimate.seconds
@@ -315,7 +322,7 @@ def _memory(estimate: Estimate, options: Options) -> str:
     if estimate.process_bytes is None or estimate.program_bytes is None:
         return f"about {blocks}, besides the program"
     whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
-    return f"about {whole} for the whole process: {program} for the program, {blocks}"
+    return f"about {whole}: {program} for the program, {blocks}"
 
 
 def _proof(plan: Plan) -> str:

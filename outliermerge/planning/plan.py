@@ -60,6 +60,8 @@ class Plan:
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
         config: the output's config, where it is not the reference's.
+        ids: by file of the config the token ids that change, by the keys that lead to them.
+        transplant: how good the rows of another tokenizer's tokens are, as JSON values.
     """
 
     spec: MergeSpec
@@ -84,6 +86,8 @@ class Plan:
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
     config: Mapping[str, Any] | None = None
+    ids: Mapping[str, Mapping[tuple[str, ...], Any]] = field(default_factory=dict)
+    transplant: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         return short_repr(

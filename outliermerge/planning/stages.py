@@ -21,6 +21,7 @@ from outliermerge.planning.merged import MergedSource, Restored, WholeMerge
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
+from outliermerge.storage.files import cache_folder
 
 _KEPT_SECONDS = 7 * 86_400
 _IN_USE_SECONDS = 2 * 86_400  # a merge reads them at its end, too
@@ -140,8 +141,7 @@ def _written(contents: Mapping[str, bytes | Path]) -> Path:
     digest = xxhash.xxh3_128()
     for name, data in held.items():
         digest.update(f"{name}\n{len(data)}\n".encode() + data)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "outliermerge" / "stages" / digest.hexdigest()
+    folder = cache_folder("stages") / digest.hexdigest()
     with naming(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir():

@@ -22,6 +22,7 @@ from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
 
 _MAX_OUTPUTS = 1000
+_IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def plan_sweep(
         try:
             planned = plan(document, shard_size=shard_size)
         except SpecError as error:
-            raise SpecError(f"{name}: {error.marked}") from error
+            words = _IN_DICT.sub("", error.marked)
+            raise SpecError(f"{argument('settings')} {name}: {words}") from error
         if planned.is_one_file:
             name += ".safetensors"
         if name in variants:

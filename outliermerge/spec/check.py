@@ -50,15 +50,12 @@ _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_
               "modifier": STAND_IN, "layer_range": [0, 1],
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _OTHER_COMMANDS = {
-    "experts": (
-        "a file for mergekit-moe",
-        "run it with `outliermerge moe FILE DIR`",
-    ),
-    "genome": (
-        "a file for mergekit-evolve",
-        "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "
-        "its parameters, and `outliermerge eval` scores the models",
-    ),
+    "donor": "the recipe of a transplant: run the command `outliermerge tokenizer transplant …` "
+    "that recipe.yaml begins with",
+    "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
+    "genome": "a file for mergekit-evolve: genomes are not searched here. `outliermerge sweep` "
+    "merges a spec with several values of its parameters, and `outliermerge eval` scores the "
+    "models",
 }
 """By a key that no merge has: what a file with it is, and what to do with it."""
 
@@ -262,9 +259,9 @@ def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
     """Check a merge and its stages."""
-    for key, command in _OTHER_COMMANDS.items():
+    for key, said in _OTHER_COMMANDS.items():
         if key in raw and raw.get("merge_method", "moe") == "moe":
-            raise source.error((key,), f"{command[0]}: {command[1]}", at_key=True)
+            raise source.error((key,), said, at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
@@ -350,8 +347,7 @@ def _check_merge(
     if is_whole:
         request = partial(
             tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
-            names_of(document),
-            mistakes.add,
+            names_of(document), mistakes.add,
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)

@@ -9,8 +9,9 @@ from typing import Any
 
 from outliermerge.analysis.compare import Comparison
 from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.moved_layers import has_moved_layers
 from outliermerge.analysis.report.data import Shown, drift_payload, short_titles
-from outliermerge.analysis.report.origins import has_moved_layers, stages_of
+from outliermerge.analysis.report.origins import stages_of
 from outliermerge.analysis.report.recorded import merge_payload
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError

@@ -9,23 +9,6 @@ from outliermerge.analysis.report.data import short_titles
 from outliermerge.spec.document import references
 
 
-def has_moved_layers(spec: Mapping[str, Any]) -> bool:
-    """Tell whether slices give layers of the output other numbers than in their models.
-
-    >>> slices = [{"sources": [{"model": "a", "layer_range": [0, 2]}]},
-    ...           {"sources": [{"model": "b", "layer_range": [2, 4]}]}]
-    >>> has_moved_layers({"slices": slices}), has_moved_layers({"slices": slices[1:]})
-    (False, True)
-    """
-    at_layer = 0
-    for one in spec.get("slices", ()):
-        ranges = [source["layer_range"] for source in one["sources"]]
-        if any(start != at_layer for start, _ in ranges):
-            return True
-        at_layer = ranges[0][1]
-    return any(has_moved_layers(module) for module in spec.get("modules", {}).values())
-
-
 def stages_of(spec: Mapping[str, Any]) -> set[str]:
     """Return the names of a merge's stages, which are stored nowhere."""
     return {stage["name"] for stage in spec.get("stages", ())}
