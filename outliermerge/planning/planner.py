@@ -38,6 +38,7 @@ from outliermerge.planning.slices import (
     at_ends,
     left_out,
     parts_of,
+    several_dtypes,
     stack_slices,
     stacked_reference,
     unlike_layers,
@@ -234,6 +235,7 @@ class _Planner:
                 *template_notes,
                 *metadata_notes,
                 *doubts,
+                *(several_dtypes(self.stacked, jobs) if self.stacked else ()),
                 *check_labels(self.spec, self.inputs, jobs),
                 *overlooked(self.inputs, self.found.dropped),
                 *merge_notes(
