@@ -127,6 +127,10 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="DIR", nargs="?", help="what to write (or --output, or `output:`)"
     )
+    _add_planning(parser)
+
+
+def _add_planning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", help="what to write")
     add_machine(parser)
     parser.add_argument(
@@ -156,9 +160,13 @@ def add_lenient(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a merge that is carried out."""
-    add_planning(parser)
+def add_running(parser: argparse.ArgumentParser, *, has_spec: bool = True) -> None:
+    """Add the flags of a merge that is carried out.
+
+    Args:
+        has_spec: add the arguments for a spec and what to write, too.
+    """
+    (add_planning if has_spec else _add_planning)(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing output when done"
     )

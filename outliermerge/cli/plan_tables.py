@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
+from outliermerge.cli.tables import (
+    NamedTable,
+    letters_of,
+    print_facts,
+    print_words,
+    short_references,
+)
 from outliermerge.cli.terminal import open_console, text
 from outliermerge.errors import as_path, shown
 
@@ -17,9 +23,10 @@ if TYPE_CHECKING:
 
     from outliermerge.output.estimate import Estimate
     from outliermerge.output.load_check import Verdict
-    from outliermerge.planning.plan import Input, Options, Plan
+    from outliermerge.planning.plan import Input, LayersOf, Options, Plan
     from outliermerge.spec.check import MergeSpec
 
+_MAX_LAYER_ROWS = 60
 _KNOWN = "a run takes this answer over"
 _ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
@@ -82,6 +89,7 @@ def _print_models(console: Console, plan: Plan) -> None:
     table = NamedTable("model", "role", "tensors", "size", "dtypes loaded", "from", justify="left")
     places = []
     rows = [(entry, _role(plan, entry)) for entry in plan.inputs]
+    opened = set[str]()
     for entry, role in rows:
         metas, root = entry.stored, entry.checkpoint.root
         made = "modules" if plan.modules and entry is plan.inputs[0] else "a stage"
@@ -93,7 +101,9 @@ def _print_models(console: Console, plan: Plan) -> None:
             "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
             made if entry.made_of else _format(entry),
         )
-        rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+        if entry.reference not in opened:
+            rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+            opened.add(entry.reference)
         if entry.made_of:
             continue
         if not as_path(entry.reference).exists():
@@ -138,23 +148,61 @@ def _given(stage: MergeSpec) -> str:
 
 def _print_pairing(console: Console, plan: Plan) -> None:
     """Print how names are changed, if they are."""
-    for entry in [model for each in plan.inputs for model in each.models]:
+    for entry in plan.models:
         for rule, (count, before, after) in entry.renamed.items():
             words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
             print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
 
 
 def _print_layers(console: Console, plan: Plan) -> None:
-    """Print which layers of which models the output's layers are from, if the spec has slices."""
-    if plan.stacked is None:
+    """Print which layers of which models the output's layers are from, and those of its parts."""
+    rows = plan.layer_map
+    if not rows:
         return
-    table = NamedTable("layers of the output", "from", "layers", justify="left")
-    for one in plan.stacked.slices:
-        for row, (number, layers) in enumerate(one.ranges.items()):
-            ours = "" if row else _layers(one.start, one.stop)
-            table.add_row(ours, plan.inputs[number].reference, _layers(*layers))
+    _print_strips(console, rows)
+    table = NamedTable(
+        "layers of", "stack", "layers", "merged by", "from", "layers there", justify="left"
+    )
+    before: tuple[str, str] | None = None
+    for row in rows[:_MAX_LAYER_ROWS]:
+        cells = [row.merge, row.stack] if (row.merge, row.stack) != before else ["", ""]
+        before = row.merge, row.stack
+        cells += [_layers(row.start, row.stop), row.method or "copied"]
+        for model, start, stop in row.sources:
+            table.add_row(*cells, model, _layers(start, stop))
+            cells = [""] * len(cells)
     table.print(console)
+    if len(rows) > _MAX_LAYER_ROWS:
+        print_words(console, f"and {len(rows) - _MAX_LAYER_ROWS} more rows, which --json has")
     console.print()
+
+
+def _print_strips(console: Console, rows: Sequence[LayersOf]) -> None:
+    """Print a letter for each layer, where not all layers of a merge are from the same models."""
+    strips: dict[tuple[str, str], list[LayersOf]] = {}
+    for row in rows:
+        strips.setdefault((row.merge, row.stack), []).append(row)
+    drawn = {key: own for key, own in strips.items() if len({_models(r) for r in own}) > 1}
+    known = list(dict.fromkeys(_models(row) for own in drawn.values() for row in own))
+    letters = dict(zip(known, letters_of(len(known)), strict=True))
+    if not drawn or len(max(letters.values(), key=len)) > 1:
+        return
+    for (merge, stack), own in drawn.items():
+        strip = [" "] * max(row.stop for row in own)
+        for row in own:
+            strip[row.start : row.stop] = letters[_models(row)] * (row.stop - row.start)
+        print_words(console, f"{merge}, {stack}, layer by layer:")
+        room = max(10, console.width - 8) // 10 * 10
+        for start in range(0, len(strip), room):
+            line = "".join(strip[start : start + room])
+            console.print(text(f"{start:>5}  {line}"), soft_wrap=True)
+    for models, letter in letters.items():
+        print_words(console, f"    {letter}  {', '.join(models)}")
+    console.print()
+
+
+def _models(row: LayersOf) -> tuple[str, ...]:
+    return tuple(shown(model) for model, _, _ in row.sources)
 
 
 def _layers(start: int, stop: int) -> str:

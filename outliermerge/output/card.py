@@ -36,7 +36,7 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    models = {m.reference: m for entry in plan.inputs for m in entry.models}.values()
+    models = {model.reference: model for model in plan.models}.values()
     on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
     front = ["---"]
     if on_hub:
@@ -64,6 +64,8 @@ def model_card(
         parts += ["## Layers", _layers(plan, plan.stacked)]
     if plan.spec.all_stages:
         parts += ["## Stages", _stages(plan)]
+    if plan.transplant is not None:
+        parts += ["## Rows of the tokens", _rows(plan.transplant)]
     if drift:
         parts += ["## Drift from the base", _drift(drift)]
     elif plan.modules or method.uses_base:
@@ -259,6 +261,31 @@ def _drift(drift: Mapping[str, Any]) -> str:
     if drift["num_sampled"] < drift["num_elements"]:
         note += " ± is the standard error of the sample."
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def _rows(report: Mapping[str, Any]) -> str:
+    """Return what became of the tokens of a transplant, and how good its rows are."""
+    lines = [
+        f"{report['num_tokens']:,} tokens: {report['num_copied']:,} have the model's rows, "
+        f"{report['num_approximated']:,} are approximated.\n"
+    ]
+    for name, of in report["tensors"].items():
+        said = []
+        if (error := of["reconstruction"]) is not None:
+            said.append(
+                f"the donor's rows are missed by {error['median']:.2f} of their length (median; "
+                f"90%: {error['p90']:.2f})"
+            )
+        if (held := of["held_out"]) is not None:
+            said.append(
+                f"{held['num_tokens']} of the model's own rows that were held out, by "
+                f"{held['error']['median']:.2f} of theirs, cosine {held['cosine']['median']:.2f}; "
+                f"the mean of all rows misses them by {held['error_of_mean']['median']:.2f}"
+            )
+        if of["num_without_basis"]:
+            said.append(f"{of['num_without_basis']:,} are the mean of all rows")
+        lines.append(f"- {_code(name)}: {'; '.join(said) or 'not measured'}")
+    return "\n".join(lines)
 
 
 def with_error(value: float, error: float) -> str:

@@ -84,12 +84,16 @@ print(json.dumps(answers))
 
 
 def choose_template(
-    spec: MergeSpec, inputs: Sequence[Input], tokenizer: TokenizerPlan | None
+    spec: MergeSpec,
+    inputs: Sequence[Input],
+    tokenizer: TokenizerPlan | None,
+    outside: Input | None = None,
 ) -> tuple[ChatTemplate | None, list[str]]:
     """Return the template that a spec asks for, and notes on it.
 
     Args:
         tokenizer: what the merge does to the tokenizer.
+        outside: a model that is not merged, and whose tokenizer the output has.
 
     Raises:
         SpecError: it is no template, or cannot write a conversation.
@@ -109,7 +113,14 @@ def choose_template(
     notes = []
     if differing := _conflicts(theirs):
         notes.append(f"the models' chat templates differ, the output has {name}:\n{differing}")
-    root = input_named(inputs, spec.tokenizer_owner).tokenizer_home
+    owner = outside or input_named(inputs, spec.tokenizer_owner)
+    if not Beside.of(owner).has_tokenizer:
+        notes.append(
+            f"chat template {name}: {shown(owner.reference)} has no tokenizer, and so has the "
+            "output: the template is in a file by itself. `tokenizer: {source: MODEL}` takes a "
+            "tokenizer from elsewhere"
+        )
+    root = owner.tokenizer_home
     files = {path.name: small_bytes(path) for path in token_files(root)}
     tokens = load_tokens(files | dict(tokenizer.files if tokenizer else {}), root) if files else {}
     takes, trial_notes = _try(spec, text, name, root, set(tokens.values()))

@@ -15,7 +15,8 @@ from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
-from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.inputs import open_inputs, open_tokenizer
+from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
@@ -77,7 +78,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
-    return replace(plan, files=watched.stamps, shard_bytes=shard_bytes)
+    return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
 
 
 class _Planner:
@@ -109,7 +110,8 @@ class _Planner:
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
-        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers)
+        self.outside = open_tokenizer(spec, opened)
+        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers, self.outside)
         self.inputs = tuple(
             replace(
                 e,
@@ -198,11 +200,14 @@ class _Planner:
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         tokenizer = self.alignment.tokenizer
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer, self.stacked)
+        sidecars, sidecar_notes = choose_sidecars(
+            self.spec, self.inputs, tokenizer, self.stacked, self.outside,
+            self.alignment.left_out,
+        )  # fmt: skip
         ids, stop_notes = further_stops(
             self.spec, self.inputs, self.model_numbers, sidecars, self.alignment
         )
-        template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer, self.outside)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
         if self.stacked is not None:

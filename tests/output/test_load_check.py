@@ -37,18 +37,6 @@ HEADS = "lm_head.weight"
 BY = f"transformers {transformers.__version__}, LlamaForCausalLM"
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask transformers in this process, which has imported it already."""
-
-    def answers(self: LoadCheck) -> list[Any]:
-        requests = [json.loads(request) for request in self._requests]
-        return [load_worker.check_pair(*request) for request in requests]
-
-    monkeypatch.setattr(LoadCheck, "_start", lambda self: None)
-    monkeypatch.setattr(LoadCheck, "_answers", answers)
-
-
 def planned(spec: Any) -> Verdict:
     with LoadCheck.of_plans([outliermerge.plan(spec)]) as check:
         return check.verdicts()[0]

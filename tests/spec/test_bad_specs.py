@@ -115,7 +115,8 @@ BAD = {
     ),
     "tokenizer_source": (
         HEAD + "tokenizer_source: unoin\n",
-        "6:19: tokenizer_source: 'unoin' is none of the models. Did you mean 'union'?",
+        "6:19: tokenizer_source: 'unoin' is none of the models, no other folder and no hub id. "
+        "Did you mean 'union'?",
     ),
     # Methods.
     "unknown method": (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from outliermerge.analysis.report.data import short_titles
 from outliermerge.spec.document import references
 
 
@@ -38,3 +39,20 @@ def mixture_text(spec: Mapping[str, Any]) -> str:
             parts.append(f"{number} from {', '.join(dict.fromkeys(models))}")
     rest = f"All but the experts and the routers is from {spec['base_model']}."
     return f"A mixture of {' and '.join(parts)}. {rest}"
+
+
+def map_payload(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return where the layers of a merge and of its stages are from, with titles of the models.
+
+    Args:
+        rows: the manifest's `layer_map`.
+    """
+    models = dict.fromkeys(source["model"] for row in rows for source in row["sources"])
+    titles = dict(zip(models, short_titles([*models]), strict=True)) if models else {}
+    return [
+        {
+            **row,
+            "sources": [{**source, "model": titles[source["model"]]} for source in row["sources"]],
+        }
+        for row in rows
+    ]
