@@ -213,7 +213,8 @@ class _Planner:
         elif lacking:
             self._wrong(
                 at,
-                f"config.json of {shown(base.reference)} has no whole number above 0 for {', '.join(lacking)}",
+                f"config.json of {shown(base.reference)} has no whole number above 0 for "
+                + ", ".join(lacking),
             )
         if architecture is None or lacking:
             self._refuse()

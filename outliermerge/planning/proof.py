@@ -74,8 +74,8 @@ def prove(
         if stack in theirs and num_layers > theirs[stack] and num_layers not in known:
             problems.append(
                 f"{stack}: {num_layers} layers, where the reference has {theirs[stack]} and the "
-                f"config says {quoted(depth)}. `config_source` takes the config of a model that has them; "
-                "`extra: drop` leaves them out, with what was trained in them."
+                f"config says {quoted(depth)}. `config_source` takes the config of a model that "
+                "has them; `extra: drop` leaves them out, with what was trained in them."
             )
     rows = vocabulary_rows(shapes)
     if heads and len(rows) > 1:
