@@ -25,7 +25,7 @@ from outliermerge.storage.files import small_bytes
 from outliermerge.storage.machine import limited_code
 
 JINJA = "chat_template.jinja"
-_SECONDS, _BYTES = 5, 1 << 30
+_SECONDS, _BYTES = 5, 400 << 20
 _USER, _ANSWER, _SYSTEM, _TOOL = "Which one is it?", "The second one.", "Be brief.", "look_up_word"
 _TURNS = (("user", _USER), ("assistant", _ANSWER), ("user", _USER))
 _TOOLS = [

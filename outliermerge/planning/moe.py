@@ -213,7 +213,7 @@ class _Planner:
             self._wrong(
                 at,
                 f"config.json of {shown(base.reference)} has no whole number above 0 for "
-                f"{', '.join(lacking)}",
+                + ", ".join(lacking),
             )
         if architecture is None or lacking:
             self._refuse()
