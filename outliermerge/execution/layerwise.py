@@ -9,7 +9,8 @@ Legend: P texts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.checkpoint.computed import read_rows
@@ -58,16 +59,17 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(home), local_files_only=True, trust_remote_code=False
         )
+        begin = tokenizer.bos_token or ""
+        whole = [begin + text for text in texts]
+        tokens = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # anything for files that are broken or absent, panics, too
         said = str(error).partition("\n")[0]
         raise OutlierMergeError(
-            f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))}, "
-            f"which the prompts need ({shown(said)})"
+            f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))} that "
+            f"can cut the prompts ({shown(said)})"
         ) from error
-    begin = tokenizer.bos_token or ""
-    tokens = [tokenizer(begin + text, add_special_tokens=False)["input_ids"] for text in texts]
     for text, own in zip(texts, tokens, strict=True):
         if not own:
             raise OutlierMergeError(f"the prompt {quoted(text)} has no tokens")
@@ -120,6 +122,31 @@ def forward(
         on_mlp: called with each layer's number and the input of its MLP (P, T, H).
     """
     import torch
+
+    with _told_of(entry):
+        model = _built(entry, device)
+        for layer, start in zip(model.layers, layers, strict=True):
+            for name, parameter in layer.named_parameters():
+                if (shape := entry.checkpoint.tensors[start + name].shape) != parameter.shape:
+                    said = f"{start + name} has shape {[*shape]}, by it {[*parameter.shape]}"
+                    raise ValueError(said)
+    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
+    for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
+        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
+        layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
+        layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
+    known = sorted({token for own in tokens for token in own})
+    rows = embeddings_of(entry, reader, known)
+    place = {token: at for at, token in enumerate(known)}
+    longest = max(map(len, tokens))
+    at = torch.tensor([[place[t] for t in own] + [0] * (longest - len(own)) for own in tokens])
+    with torch.no_grad(), _told_of(entry):
+        model(inputs_embeds=rows[at].to(device), use_cache=False)
+
+
+def _built(entry: Input, device: str) -> Any:
+    """Return the model of a config, without its weights."""
+    import torch
     from transformers import AutoConfig, AutoModel
 
     build: Any = AutoModel.from_config
@@ -133,18 +160,26 @@ def forward(
         model: Any = build(config, dtype=torch.float32).eval()
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     model.norm = torch.nn.Identity()
-    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
-    for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
-        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
-        layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
-        layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
-    known = sorted({token for own in tokens for token in own})
-    rows = embeddings_of(entry, reader, known)
-    place = {token: at for at, token in enumerate(known)}
-    longest = max(map(len, tokens))
-    at = torch.tensor([[place[t] for t in own] + [0] * (longest - len(own)) for own in tokens])
-    with torch.no_grad():
-        model(inputs_embeds=rows[at].to(device), use_cache=False)
+    return model
+
+
+@contextmanager
+def _told_of(entry: Input) -> Iterator[None]:
+    """Turn what transformers raises for a config that is not as its class needs it into an error.
+
+    Raises:
+        OutlierMergeError: it names the model.
+    """
+    try:
+        yield
+    except (OutlierMergeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of any kind
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise OutlierMergeError(
+            f"{shown(entry.reference)}: transformers cannot compute it by its config.json in "
+            f"{shown(str(entry.home))} ({shown(said)}), which gate_mode hidden and the routing need"
+        ) from error
 
 
 def _calling(call: OnLayer, number: int) -> Any:
@@ -165,10 +200,9 @@ def _read_when_called(
     """
 
     def load(module: Any, given: Any) -> None:
-        for name, parameter in module.named_parameters():
+        for name, _ in module.named_parameters():
             source = tensors[start + name]
             values = reader.values(source, 0, source.num_elements).view(source.shape)
-            assert values.shape == parameter.shape
             held[name].copy_(values)
         module.load_state_dict(held, assign=True)
 

@@ -112,8 +112,10 @@ for name, text in NAMES.items():
 # Names and configs of models with layers. Each is tried in all kinds.
 
 
-def with_config(kind: str, words: Sequence[str], changes: Document, folder: Path) -> list[str]:
-    written(document(kind), words, folder)
+def with_config(
+    kind: str, words: Sequence[str], changes: Document, folder: Path, **more: Any
+) -> list[str]:
+    written(document(kind, **more), words, folder)
     for model in ("base", "one", "told"):
         path = folder / model / "config.json"
         config = json.loads(path.read_text()) | changes

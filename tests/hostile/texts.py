@@ -13,7 +13,7 @@ from typing import Any
 from kinds import WORDS, tokenizer_json
 
 from hostile.cases import MEGABYTE, NAMES, PLAN, RUN, WAYS, case
-from hostile.merges import DRY, HERE, MOE, cases, document, spec, written
+from hostile.merges import CONFIGS, DRY, HERE, MOE, cases, document, spec, with_config, written
 
 FORWARD = [*MOE, "--no-routing"]
 MERGED = [*RUN, "--quiet"]  # of rows by token, which takes torch
@@ -446,6 +446,11 @@ for words_ in (DRY, FORWARD, MOE):
             name: lambda m=make, g=mode: expert(positive_prompts=m())() | {"gate_mode": g}
             for name, make in PROMPTS.items()
         }, words_)  # fmt: skip
+for name, changes in CONFIGS.items():
+    case(
+        f"moe: forward: config: {name}",
+        partial(with_config, "moe", FORWARD, changes, gate_mode="hidden"),
+    )
 VALUES: dict[str, Any] = {
     "huge": 1e308,
     "infinite": float("inf"),

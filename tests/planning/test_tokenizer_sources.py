@@ -120,6 +120,18 @@ def test_its_special_tokens_are_those_of_its_config_if_it_has_one(family, tmp_pa
     assert json.loads((out / "generation_config.json").read_text()) == said
 
 
+def test_the_output_stops_where_the_models_do_in_its_ids(family, tmp_path):
+    outside = _only_tokenizer(family / "other", tmp_path / "outside")
+    (family / "base" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    end = _ids(family / "chat")["<|im_end|>"]
+    (family / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    spec = _spec(family, tokenizer={"source": str(outside)}, chat_template="auto")
+    out = outliermerge.run(spec, output=tmp_path / "o").output
+    ids = _ids(outside)
+    found = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert found == [ids["[SEP]"], ids["<|im_end|>"]]
+
+
 def test_no_weights_of_it_are_needed_or_read(family, tmp_path):
     outside = _only_tokenizer(family / "other", tmp_path / "outside")
     (outside / "model.safetensors").write_text("no weights at all")
