@@ -242,13 +242,17 @@ def _beside(
     with _Named(root / "tokenizer_config.json"):
         numbered |= _decoder(config)
     special = config | (contents.get("special_tokens_map.json", {}) if old else {})
-    return numbered, _special(special)
+    with _Named(root / "tokenizer_config.json"):
+        return numbered, _special(special)
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[int, str]:
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError("added_tokens_decoder is not an object")
+    for entry in decoder.values():  # loaders print keys that they do not know
+        if isinstance(entry, dict) and not all(map(str.isprintable, entry)):
+            raise ValueError("added_tokens_decoder has keys with control characters")
     contents = {int(id_): _content(entry, plain=False) for id_, entry in decoder.items()}
     return dict(_checked(pair) for pair in contents.items())
 

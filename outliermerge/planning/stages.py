@@ -18,6 +18,7 @@ from outliermerge.planning.merged import MergedSource, Restored
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
+from outliermerge.storage.files import small_bytes
 
 
 def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
@@ -108,13 +109,13 @@ def _home(plan: Plan) -> Path:
 
 
 def _is_in(path: Path, content: bytes | Path) -> bool:
-    return content == path or (isinstance(content, bytes) and path.read_bytes() == content)
+    return content == path or (isinstance(content, bytes) and small_bytes(path) == content)
 
 
 def _written(contents: Mapping[str, bytes | Path]) -> Path:
     """Write small files into a folder that is named by what they contain, and return it."""
     held = {
-        name: content if isinstance(content, bytes) else content.read_bytes()
+        name: content if isinstance(content, bytes) else small_bytes(content)
         for name, content in sorted(contents.items())
     }
     digest = xxhash.xxh3_128()
