@@ -2,7 +2,7 @@
 
     plan, run, verify, estimate     a merge of checkpoints: what it would do; do it; prove it
     sweep, plan_sweep, run_part     several settings at once; one merge by several processes
-    moe                             a mixture of experts of dense models
+    moe, transplant                 a mixture of experts; a model with another one's tokenizer
     merge_tensors, merge_state_dicts    tensors in memory, on any device
     merge_method, METHODS, find_method  write a method; the methods that there are
     weight_stats, compare_weights, layer_spectra, build_report, simulate    look at weights
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from outliermerge.analysis.spectra_fingerprint import fingerprint_distance
     from outliermerge.analysis.stats import stats_of_tensor, weight_stats
     from outliermerge.analysis.table import TensorStats, WeightStats
-    from outliermerge.api import MoeResult, estimate, moe, plan, run, verify
+    from outliermerge.api import (
+        MoeResult,
+        TransplantResult,
+        estimate,
+        moe,
+        plan,
+        run,
+        transplant,
+        verify,
+    )
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
@@ -67,6 +76,7 @@ __all__ = [
     "SpecError",
     "StandardDeviation",
     "TensorStats",
+    "TransplantResult",
     "Trim",
     "Variant",
     "WeightStats",
@@ -89,6 +99,7 @@ __all__ = [
     "simulate",
     "stats_of_tensor",
     "sweep",
+    "transplant",
     "verify",
     "weight_stats",
 ]
@@ -114,6 +125,7 @@ _HOMES = {
     "SpecError": "errors",
     "StandardDeviation": "methods.statistics.base",
     "TensorStats": "analysis.table",
+    "TransplantResult": "api",
     "Trim": "methods.statistics.trim",
     "Variant": "search.sweeps",
     "WeightStats": "analysis.table",
@@ -136,6 +148,7 @@ _HOMES = {
     "simulate": "analysis.simulate",
     "stats_of_tensor": "analysis.stats",
     "sweep": "search.sweeps",
+    "transplant": "api",
     "verify": "api",
     "weight_stats": "analysis.stats",
 }
@@ -144,7 +157,7 @@ _HOMES = {
 _COMMANDS = {
     "completion": "", "configs": "", "convert_config": "", "eval": "",
     "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "report": "build_report",
-    "schema": "", "stats": "weight_stats",
+    "schema": "", "stats": "weight_stats", "tokenizer": "transplant",
 }  # fmt: skip
 """Commands of the program that have another name here, or no function."""
 

@@ -12,6 +12,7 @@ from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument, as_path, quoted, suggest
 from outliermerge.execution.routers import Routing, add_routers
+from outliermerge.execution.transplant import add_rows
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.options import RunOptions
@@ -19,8 +20,10 @@ from outliermerge.output.run import RunResult, output_path, refuse_taken, run_pl
 from outliermerge.planning.moe import Mixture, plan_mixture
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
+from outliermerge.planning.transplant import Transplant, plan_transplant
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.moe import MoeSpec, load_moe_spec
+from outliermerge.spec.transplant import DEFAULT, DEFAULT_K, TransplantSpec, transplant_spec
 from outliermerge.storage.machine import num_threads
 
 
@@ -201,6 +204,88 @@ def plan_moe(spec: MoeSpec, *, shard_size: int | str | None = None) -> Mixture:
     if shard_size is None:
         return plan_mixture(spec)
     return plan_mixture(spec, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
+
+
+@dataclass(frozen=True)
+class TransplantResult:
+    """A model that was given the tokenizer of another one.
+
+    Attributes:
+        run: what was written.
+        report: what became of the tokens, and how good the rows are that were made, as JSON values.
+        notes: what a person should know of it.
+    """
+
+    run: RunResult
+    report: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        notes = f"{len(self.notes)} note(s) in .notes" if self.notes else ""
+        counts = f"{self.report['num_copied']:,} rows copied, "
+        counts += f"{self.report['num_approximated']:,} approximated"
+        return short_repr(self, str(self.run.output), counts, notes)
+
+
+@checked
+def transplant(
+    model: str | Path,
+    donor: str | Path,
+    *,
+    output: str | Path,
+    method: str = DEFAULT,
+    k: int = DEFAULT_K,
+    pad_to_multiple_of: int | None = None,
+    shard_size: int | str | None = None,
+    options: RunOptions | None = None,
+    **changes: Any,
+) -> TransplantResult:
+    """Give a model the tokenizer of another one, with rows for the tokens that it lacks.
+
+    Tokens that both have keep the model's rows, bit for bit, as do all other tensors. The donor's
+    rows of the tokens in common are held in memory in float32, and the model's in its dtype;
+    `memory` does not count them.
+
+    Args:
+        model: a folder, a hub id or model+adapter.
+        donor: the same; for "subtokens", "mean" and "zero" a folder with a tokenizer is enough.
+        output: the folder to write.
+        method: how rows are made: "omp", "interpolate", "subtokens", "mean" or "zero".
+        k: how many tokens in common make up a row, for "omp" and "interpolate".
+        pad_to_multiple_of: rows are added until their number is a multiple of it, each the mean of
+            the model's.
+        shard_size: most bytes of a weight file, 5GB by default.
+        options: how it is carried out.
+        **changes: single fields of `RunOptions`.
+
+    Raises:
+        ArgumentError: an argument is wrong.
+        OutlierMergeError: a model or the output folder is not fit for it, or the output would not
+            load.
+
+    Example:
+        >>> import outliermerge
+        >>> outliermerge.transplant("llama", "qwen", output="both").report  # doctest: +SKIP
+    """
+    chosen = RunOptions.of(options, changes, "transplant")
+    spec = transplant_spec(
+        str(model), str(donor), method=method, k=k, pad_to_multiple_of=pad_to_multiple_of
+    )
+    planned = planned_transplant(spec, shard_size=shard_size)
+    path = output_path(planned.plan, output)
+    refuse_taken(planned.plan, path, overwrite=chosen.overwrite)
+    made = add_rows(planned, device=chosen.on_this_machine().device)
+    (result,) = run_plans([(made.plan, path)], chosen)
+    checked = result.load_check.notes if result.load_check else ()
+    assert made.plan.transplant is not None
+    return TransplantResult(result, made.plan.transplant, (*made.plan.notes, *checked))
+
+
+def planned_transplant(spec: TransplantSpec, *, shard_size: int | str | None = None) -> Transplant:
+    """Plan a transplant from headers; its rows are not computed yet."""
+    if shard_size is None:
+        return plan_transplant(spec)
+    return plan_transplant(spec, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
 @checked

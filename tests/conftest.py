@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +17,21 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
 # A line of progress every few seconds would make what tests read depend on how fast they run.
 os.environ["OUTLIERMERGE_PROGRESS_SECONDS"] = "0"
+# Threads of torch that wait in a loop take the processors from other tests and their processes.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 collect_ignore = ["contributed"]  # files for copies of the package
+
+# The files that take longest, each half a minute or more, begin first: else one worker of
+# `make test` would be left with one of them when the others have nothing more to do.
+LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "test_benchmarks.py",
+           "test_demo.py", "test_report.py", "test_package.py", "test_contributing.py",
+           "test_family.py", "test_kill.py", "test_shipped.py", "test_speed.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +43,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof that an output loads ask transformers in this process, which has it already."""
+    from outliermerge.output import load_worker
+    from outliermerge.output.load_check import LoadCheck
+
+    def answers(self: LoadCheck) -> list[Any]:
+        requests = [json.loads(request) for request in self._requests]
+        return [load_worker.check_pair(*request) for request in requests]
+
+    monkeypatch.setattr(LoadCheck, "_start", lambda self: None)
+    monkeypatch.setattr(LoadCheck, "_answers", answers)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test a folder of its own for what the program keeps from run to run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "outliermerge"
 
 
 def pytest_terminal_summary(

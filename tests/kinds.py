@@ -1,4 +1,4 @@
-"""Small merges of slices, stages, modules, tokenizers and experts, for tests of failures."""
+"""Small merges of slices, stages, modules, tokenizers and experts, for tests that try each."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "run",
     "plan": "plan",
     "moe": "moe",
+    "tokenizer": "tokenizer",
     "sweep": "sweep",
     "verify": "verify",
     "eval": "evaluate",

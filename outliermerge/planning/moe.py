@@ -204,8 +204,7 @@ class _Planner:
         if not base.checkpoint.root.is_dir() or not config:
             self._wrong(at, f"{shown(base.reference)} has no config.json, which a mixture needs")
             self._refuse()
-        kind = str(config.get("model_type"))
-        architecture, why = choose_architecture(self.moe, kind)
+        architecture, why = choose_architecture(self.moe, config)
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         lacking = [key for key in needed if type(own := config.get(key)) is not int or own < 1]
         if architecture is None:

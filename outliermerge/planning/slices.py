@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
 from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.layers import Stack, choose_stack
-from outliermerge.planning.plan import Input, LayersFrom, Stacked
+from outliermerge.planning.plan import Input, Job, LayersFrom, Stacked
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.settings import Setting, SpecPath, find_layers
@@ -320,6 +321,22 @@ def _is_of_all_layers(name: str, prefix: str, index: int, tensors: Mapping[str, 
     if index != 0 or not _OF_ALL_LAYERS.search(name):
         return False
     return f"{prefix}1{name[len(prefix) + 1 :]}" not in tensors
+
+
+def several_dtypes(stacked: Stacked, jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield a note where a tensor has not the same dtype in all layers of the output."""
+    dtypes: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.output.dtype.is_float and job.name.startswith(stacked.prefix):
+            rest = job.name.removeprefix(stacked.prefix).partition(".")[2]
+            dtypes.setdefault(rest, set()).add(job.output.dtype.name)
+    if any(len(each) > 1 for each in dtypes.values()):
+        counts = Counter(job.output.dtype.name for job in jobs).most_common()
+        yield (
+            "layers have several dtypes, each that of its model: "
+            f"{', '.join(f'{count} tensors in {name}' for name, count in counts)}. Loaders take "
+            "the one that the config names for all; `out_dtype` stores all in one"
+        )
 
 
 def left_out(stacked: Stacked, inputs: Sequence[Input]) -> Iterator[str]:

@@ -39,8 +39,14 @@ class Side:
     num_rows: int
 
 
+_WAYS_OUT = (
+    "`tokenizer: {source: union}` keeps them, `config_source` takes another model's config; an id "
+    "without use can be taken out."
+)
+
+
 def changed_ids(
-    config: Side, tokenizer: Side, tokens: Mapping[int, str]
+    config: Side, tokenizer: Side, tokens: Mapping[int, str], *, ways_out: str = _WAYS_OUT
 ) -> tuple[dict[str, dict[tuple[str, ...], Any]], list[str]]:
     """Return by file the values of a config that change, by the keys to them; and notes.
 
@@ -51,6 +57,7 @@ def changed_ids(
         config: the model whose config the output has.
         tokenizer: the model whose tokenizer the output's is made from.
         tokens: the output's tokens by id.
+        ways_out: what can be done about tokens that the output does not have.
 
     Raises:
         OutlierMergeError: the config names a token that the output does not have.
@@ -87,8 +94,7 @@ def changed_ids(
     if lost:
         raise OutlierMergeError(
             "the config names tokens that the output's tokenizer does not have:\n"
-            f"{listing(lost, limit=5)}\n`tokenizer: {{source: union}}` keeps them, "
-            "`config_source` takes another model's config; an id without use can be taken out."
+            f"{listing(lost, limit=5)}\n{ways_out}"
         )
     return changed, notes
 

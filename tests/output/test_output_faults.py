@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 ORDINARY = "outliermerge.cli.main:main"
 KILLED = -9
-# Of the points of a scenario, how many a test tries when not all are tried. Kinds of specs share how
-# an output is written: of theirs a test tries one, and `make faults` one in four for each mode.
+# Of the points of a scenario, how many a test tries when not all are tried. Kinds of specs share
+# how an output is written: of theirs a test tries one, and `make faults` one in four of each mode.
 NUM_SAMPLED, EVERY_OF_KINDS = 3, 4
 
 
