@@ -31,7 +31,7 @@ _CONFIG = "tokenizer_config.json"
 _ADDED = ("added_tokens.json", _CONFIG, "special_tokens_map.json")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
 TOKEN_FILES = frozenset((*_VOCABULARIES, *NUMBERED_BY_CLASS, *_ADDED))
-_MAX_SPECIAL = 20_000  # published models have few special tokens
+_MAX_SPECIAL, _MAX_LENGTH = 20_000, 10_000  # published models have few special tokens, short ones
 # How many characters a normalizer may make of all added tokens, and of a text of one character.
 _MAX_CHARACTERS, _MAX_GROWTH = 10**8, 10**4
 # In a tokenizer.json: a normalizer that makes texts longer, or an escape that hides its name.
