@@ -57,7 +57,7 @@ def _load(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["far ids", "ids far apart", "ids of two billion"])
 def test_ids_that_no_vocabulary_has_are_refused(name, tmp_path):
-    with pytest.raises(OutlierMergeError, match=r"has the id .*, expected ids below 2,097,152"):
+    with pytest.raises(OutlierMergeError, match=r"with id \d+ is not a token"):
         _load(TOKENIZERS[name](), tmp_path)
 
 
