@@ -51,7 +51,7 @@ test-interop: $(INTEROP)/.ready ## run the tests inside FusionBench, in an envir
 	@$(INTEROP)/bin/python -m pytest -m interop tests/interop
 
 faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
-	@$(IN_VENV) $(BIN)/python -m pytest -m faults -s
+	@$(IN_VENV) $(BIN)/python -m pytest -m faults -n $(TEST_JOBS) --dist worksteal
 
 fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]
 	@$(BIN)/python tests/hostile/fuzz.py --seconds $(FUZZ_SECONDS)

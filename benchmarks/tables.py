@@ -115,11 +115,11 @@ def payoff(report: Report) -> str:
         )
     header = [
         "two models of 1.5B onto a base",
-        "time",
-        "of mergekit",
+        "time here",
+        "time of mergekit",
         "faster",
-        "memory",
-        "of mergekit",
+        "memory here",
+        "memory of mergekit",
     ]
     return markdown(header, rows)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OUTLIERMERGE_LOAD_CHECK"] = "0"
 # A line of progress every few seconds would make what tests read depend on how fast they run.
 os.environ["OUTLIERMERGE_PROGRESS_SECONDS"] = "0"
+# Threads of torch that wait in a loop take the processors from other tests and their processes.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 collect_ignore = ["contributed"]  # files for copies of the package
 
@@ -26,3 +32,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the proof that an output loads ask transformers in this process, which has it already."""
+    from outliermerge.output import load_worker
+    from outliermerge.output.load_check import LoadCheck
+
+    def answers(self: LoadCheck) -> list[Any]:
+        requests = [json.loads(request) for request in self._requests]
+        return [load_worker.check_pair(*request) for request in requests]
+
+    monkeypatch.setattr(LoadCheck, "_start", lambda self: None)
+    monkeypatch.setattr(LoadCheck, "_answers", answers)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test a folder of its own for what the program keeps from run to run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "outliermerge"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print what `make faults` has tried: the points and seconds of each test, slowest last.
+
+    A test that tries many points tells their number by `record_property("points", …)`.
+    """
+    if config.option.markexpr != "faults":
+        return
+    tried: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for report in terminalreporter.stats.get("passed", []):
+        row = tried[report.nodeid.partition("[")[0]]
+        row[0] += dict(report.user_properties).get("points", 1)
+        row[1] += report.duration
+    terminalreporter.write_line(f"{'points':>8} {'seconds':>8}")
+    for name, (points, seconds) in sorted(tried.items(), key=lambda item: item[1][1]):
+        terminalreporter.write_line(f"{points:8,} {seconds:8.0f} {name}")

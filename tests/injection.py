@@ -150,14 +150,22 @@ class Driver:
 
     Args:
         folder: for what the forks print; made where it is missing.
+        modules: what the commands import besides `injection_driver.MODULES`.
+
+    Attributes:
+        cache: the folder where they keep configs of stages.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, modules: Sequence[str] = ()) -> None:
+        self._folder, self.cache = folder, folder / "cache"
         folder.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "injection_driver.py"), str(library())],
-            env={**os.environ, "LD_PRELOAD": str(library())},
+            [sys.executable, str(HERE / "injection_driver.py"), str(library()), *modules],
+            env={
+                **os.environ,
+                "LD_PRELOAD": str(library()),
+                "XDG_CACHE_HOME": str(self.cache),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -239,11 +247,11 @@ def try_calls(
     check: Callable[[int], None],
     *,
     most: int | None,
-) -> None:
-    """Check numbered calls, and name the one that fails.
+) -> int:
+    """Check numbered calls, and name the one that fails; return how many were tried.
 
     Args:
-        title: of what is tried; prints beside the count, and chooses which are tried.
+        title: of what is tried; chooses which are tried.
         most: how many are tried, about; None for all.
     """
     if most is not None:
@@ -254,4 +262,4 @@ def try_calls(
             check(number)
         except AssertionError as error:
             raise AssertionError(f"{title} at {calls[number]}: {error}") from error
-    print(f"{title}: {len(numbers)} calls")
+    return len(numbers)

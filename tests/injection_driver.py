@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 
 # What commands import when they need it: here, so that no fork has to.
 MODULES = (
@@ -23,7 +24,7 @@ MODULES = (
         "outliermerge.cli.main",
         "outliermerge.cli.console",
         "outliermerge.cli.logs",
-        *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "verify")),
+        *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "verify", "moe")),
         "outliermerge.api",
         "outliermerge.search.sweeps",
     ),
@@ -34,18 +35,19 @@ MODULES = (
     ),
     *("outliermerge.checkpoint.adapters.adapter", "outliermerge.checkpoint.formats.pytorch_file"),
     "outliermerge.checkpoint.quantized.opened",
+    *("outliermerge.execution.routers", "outliermerge.planning.moe", "tokenizers"),
 )
 
 
-def import_all() -> None:
+def import_all(more: Sequence[str] = ()) -> None:
     """Import what commands import when they need it, so that no fork has to."""
-    for name in MODULES:
+    for name in (*MODULES, *more):
         importlib.import_module(name)
 
 
-def main(library: str) -> int:
+def main(library: str, *modules: str) -> int:
     """Answer the lines until there are no more; a fork exits with what its function returns."""
-    import_all()
+    import_all(modules)
     inject = ctypes.CDLL(library)  # the one that was preloaded
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     for line in sys.stdin:
@@ -99,4 +101,4 @@ def _wait(child: int, limit_seconds: float) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -105,6 +107,34 @@ def dense_family(kind: str, folder: Path, **more: Any) -> tuple[Path, Path, Path
     for seed, name in enumerate(("one", "two"), start=1):
         fine_tune(base, folder / name, seed=seed, scale=0.05)
     return base, folder / "one", folder / "two"
+
+
+def mixture_by_mergekit(spec: dict[str, Any], folder: Path) -> None:
+    """Make a mixture as mergekit-moe does, but of hidden states in float32, not in bfloat16."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mergekit.moe.router as router
+        from mergekit.moe.config import MoEMergeConfig
+        from mergekit.options import MergeOptions
+        from mergekit.scripts.moe import build
+
+        class InFloat32:
+            @staticmethod
+            def from_pretrained(path: str, **options: Any) -> Any:
+                return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+        with mock.patch.object(router, "AutoModelForCausalLM", InFloat32):
+            config = MoEMergeConfig.model_validate(spec)
+            build(config, str(folder), MergeOptions(quiet=True), device="cpu")
+
+
+def load(folder: Path) -> Any:
+    """Load a mixture in transformers, which must find all weights and no others."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(found.values()), found
+    return model.eval()
 
 
 class _DeepseekMlp(nn.Module):

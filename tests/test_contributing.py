@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
+from compiling import quick_compiler
 
 ROOT = Path(__file__).parent.parent
 ADDED = Path(__file__).parent / "contributed"
@@ -230,7 +231,10 @@ def test_a_method_merges_and_no_block_or_thread_changes_its_bytes(houses, models
     assert merge(house, spec, tmp_path / "many", threads=3) == first
 
 
-def test_a_kernel_gives_the_bytes_of_torch_and_is_called(houses, models, states, tmp_path):
+def test_a_kernel_gives_the_bytes_of_torch_and_is_called(
+    houses, models, states, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CC", quick_compiler(tmp_path))
     house = houses["kernel"]
     for path in (house / PACKAGE / "engines").glob("_kernels*.so"):
         path.unlink()

@@ -160,23 +160,6 @@ TOLERATED = {
     ),
     "a lambda below 0": (TIES + "parameters: {lambda: -0.5}\n", ""),
 }  # fmt: skip
-# Equivalents of the examples in mergekit's repository and documents that merge whole models.
-EXAMPLES = {
-    "linear": LINEAR.replace("model0", "model0\n    parameters: {weight: 0.9}").replace(
-        "parameters: {weight: 1}\n", "parameters: {weight: 0.4}\n"
-    ),
-    "ties with gradients": TIES.replace("0.3,", "[0.2, 0.7],").replace("0.6", "[0.8, 0.3, 0.1]"),
-    "ties not normalized": TIES + "parameters: {normalize: false, int8_mask: true}\n",
-    "ties of a base among the models": TIES.replace("model1", "base"),
-    "arcee_fusion": SLERP.replace("slerp", "arcee_fusion") + "parameters: {compat: mergekit}\n",
-    "slerp with filters": SLERP + "parameters:\n  t:\n    - {filter: self_attn, value: [0, 1]}\n"
-    "    - {filter: mlp, value: [1, 0.5, 0]}\n    - value: 0.5\n",
-    "nuslerp": LINEAR.replace("linear", "nuslerp").replace("1}", "0.5}"),
-    "model_stock": LINEAR.replace("linear", "model_stock").replace("weight: 1", "compat: mergekit")
-    + "base_model: DIR/base\n",
-    "task_arithmetic": LINEAR.replace("linear", "task_arithmetic").replace("1}", "1, lambda: 0.8}")
-    + "base_model: DIR/base\n",
-}
 # What mergekit refuses, and what our message says; leniently, too.
 REFUSED = {
     "a weight beside each model, and no other": (
@@ -304,13 +287,6 @@ def test_both_readings_take_it_as_mergekit_does(case, models, by_mergekit, tmp_p
     assert any(note in each for each in (*strict.notes, ""))
     assert not warnings_of(lenient)
     output = outliermerge.run(strict, output=tmp_path / "ours").output
-    assert_equal_outputs(output, by_mergekit(file.read_text(), tmp_path / "theirs"))
-
-
-@pytest.mark.parametrize("case", EXAMPLES)
-def test_examples_of_mergekit_run_strictly_and_agree(case, models, by_mergekit, tmp_path):
-    file = written(EXAMPLES[case], models, tmp_path)
-    output = outliermerge.run(file, output=tmp_path / "ours").output
     assert_equal_outputs(output, by_mergekit(file.read_text(), tmp_path / "theirs"))
 
 

@@ -140,6 +140,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "slerp": {"models": [{"model": "llm"}], "base_model": MATHS, "parameters": {"t": [0.1, 0.8]}},
     "task_arithmetic": {"base_model": "llm"},
     "ties": {"parameters": {"density": [0.3, 0.8]}},
+    "ties of all tensors": {"parameters": {"density": 0.4, "trim": "model"}},
     "dare_ties": {"parameters": {"density": 0.5}},
     "min_sigma": {"models": [{"model": MATHS}, {"model": "llm"}]},
     "model_stock": {"models": [{"model": MATHS}, {"model": "llm"}]},
@@ -149,7 +150,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_module_is_the_merge_of_its_part_saved_by_itself(method, tmp_path):
-    own = merge(method, MATHS, "vlm2", weights=METHODS[method].pop("weights", (1, 1)))
+    named = method.partition(" ")[0]
+    own = merge(named, MATHS, "vlm2", weights=METHODS[method].pop("weights", (1, 1)))
     own |= METHODS[method]
     out = run(modules(text=own | {"keep": ["embed_tokens", "lm_head"]}), tmp_path / "out")
     # The parts as models of their own, with the names of the base.
@@ -209,6 +211,35 @@ def test_slices_of_modules_change_the_config_for_both(tmp_path):
             assert torch.equal(out[name.format(number)], base[name.format(layer)])
     model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert (model.config.num_layers, model.config.num_decoder_layers) == (5, 3)
+
+
+def test_a_module_after_one_that_changes_the_config(tmp_path):
+    sources = [[{"model": "t5", "layer_range": [0, 3]}], [{"model": "t5", "layer_range": [2, 3]}]]
+    longer = {"merge_method": "passthrough", "slices": [{"sources": s} for s in sources]}
+    spec = modules("t5", encoder=longer, decoder=merge("linear", "t5_a", "t5_b"))
+    out = run(spec, tmp_path / "out")
+    decoder = run(modules("t5", decoder=spec["modules"]["decoder"]), tmp_path / "decoder")
+    for name in (name for name in out if name.startswith("decoder")):
+        assert torch.equal(out[name], decoder[name]), name
+    manifest = json.loads((tmp_path / "out" / "outliermerge.json").read_text())
+    assert [*manifest["spec"]["modules"]] == ["encoder", "decoder"]
+    rows = [(row["of"], row["stack"], row["layers"]) for row in manifest["layer_map"]]
+    assert rows == [
+        ("module encoder", "encoder", [0, 3]),
+        ("module encoder", "encoder", [3, 4]),
+        ("module decoder", "decoder", [0, 2]),
+    ]
+
+
+def test_layers_that_no_module_merges_are_the_bases(capsys):
+    part = "vision_tower.vision_model.encoder.layers.1"
+    spec = outliermerge.plan(modules(**{part: merge("linear", "vlm2")}))
+    rows = [row.as_dict() for row in spec.layer_map]
+    vision = [(row["of"], row["layers"], row["method"]) for row in rows if "vis" in row["stack"]]
+    assert vision == [(f"module {part}", [1, 2], "linear"), ("the output", [0, 1], "copy")]
+    text = next(row for row in rows if row["stack"] == "text")
+    assert (text["of"], text["method"]) == ("the output", "copy")
+    assert [source["model"] for source in text["sources"]] == [VLM]
 
 
 def test_modules_of_one_model_in_another_layout(tmp_path):
@@ -297,6 +328,52 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "has 2 layers",
     ),
 }  # fmt: skip
+
+
+def test_a_seed_of_the_command_line_is_that_of_modules(tmp_path):
+    spec = modules(text=merge("dare_linear", "llm", base_model=MATHS))
+    spec["modules"]["text"]["keep"] = ["embed_tokens", "lm_head"]
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert main([str(tmp_path / "spec.yaml"), str(tmp_path / "out"), "--random-seed", "5"]) == 0
+    out, zero = load_folder(tmp_path / "out"), run(spec, tmp_path / "zero")
+    five = run(spec | {"seed": 5}, tmp_path / "five")
+    assert all(torch.equal(out[name], values) for name, values in five.items())
+    assert not all(torch.equal(out[name], values) for name, values in zero.items())
+
+
+def test_a_sweep_varies_settings_of_modules(tmp_path):
+    of_text = merge("task_arithmetic", "llm", base_model=MATHS, parameters={"lambda": 0.5})
+    of_text["keep"] = ["embed_tokens", "lm_head"]
+    spec = modules(text=of_text, vision=merge("task_arithmetic", "vlm2", "vlm2"))
+    spec["modules"]["vision"]["models"].pop()
+
+    def swept(keys: dict[str, list[float]], name: str) -> dict[str, Tensor]:
+        (result,) = outliermerge.sweep(spec, keys, output=tmp_path / "sweep")
+        assert result.output.name == name
+        return load_folder(result.output)
+
+    found = swept({"modules.text.lambda": [0.25]}, "modules.text.lambda=0.25")
+    of_text["parameters"]["lambda"] = 0.25
+    expected = run(spec, tmp_path / "alone")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    with pytest.raises(
+        OutlierMergeError, match=r"different values.* set modules\.text\.lambda and"
+    ):
+        swept({"lambda": [0.25]}, "")
+    spec["modules"]["vision"]["parameters"] = {"lambda": 0.25}
+    found = swept({"lambda": [0.7]}, "lambda=0.7")
+    for module in spec["modules"].values():
+        module["parameters"]["lambda"] = 0.7
+    expected = run(spec, tmp_path / "all")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    for key, said in (
+        ("density", "no module has such a parameter. Valid: lambda, "),
+        ("merge_method", r"the spec has modules: write modules\.NAME\.merge_method"),
+        ("modules.txt.t", "there is no module txt. Did you mean 'text'"),
+        ("modules.text.dtype", "is no setting of a spec"),
+    ):
+        with pytest.raises(OutlierMergeError, match=said):
+            swept({key: [0.5]}, "")
 
 
 @pytest.mark.parametrize("case", BAD)

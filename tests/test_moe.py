@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import transformers
 import yaml
 from checkpoints import load_folder, save_lora
-from moe_models import deepseek, dense_family, save_dense
+from moe_models import deepseek, dense_family, load, mixture_by_mergekit, save_dense
 from stopping import stopping_after
 
 import outliermerge
@@ -42,36 +41,6 @@ def families(tmp_path_factory) -> Callable[[str], tuple[Path, Path, Path]]:
     return of
 
 
-@pytest.fixture(scope="module")
-def make_by_mergekit() -> Callable[[dict[str, Any], Path], None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mergekit.moe.router as router
-        from mergekit.moe.config import MoEMergeConfig
-        from mergekit.options import MergeOptions
-        from mergekit.scripts.moe import build
-
-    class InFloat32:
-        """Loads the base in float32: mergekit's hidden states are in bfloat16."""
-
-        @staticmethod
-        def from_pretrained(path: str, **options: Any) -> Any:
-            return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-    def make(spec: dict[str, Any], folder: Path) -> None:
-        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-            warnings.simplefilter("ignore")
-            patch.setattr(router, "AutoModelForCausalLM", InFloat32)
-            build(
-                MoEMergeConfig.model_validate(spec),
-                str(folder),
-                MergeOptions(quiet=True),
-                device="cpu",
-            )
-
-    return make
-
-
 def mixture(models: tuple[Path, Path, Path], **more: Any) -> dict[str, Any]:
     """Return a mixture of two fine-tunes with prompts."""
     base, *experts = map(str, models)
@@ -91,15 +60,6 @@ def shared(models: tuple[Path, Path, Path], *, prompts: bool, **more: Any) -> di
     return {"shared_experts": [entry | ({"positive_prompts": ["chat"]} if prompts else {})]}
 
 
-def load(folder: Path) -> Any:
-    """Load a mixture in transformers, which must find all weights and no others."""
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
-    assert not any(found.values()), found
-    return model.eval()
-
-
 def logits(model: Any) -> torch.Tensor:
     tokens = torch.arange(24).reshape(2, 12) % 13
     with torch.no_grad():
@@ -111,13 +71,13 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("gate_mode", ["hidden", "cheap_embed"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_mixture_is_mergekits(kind, gate_mode, families, make_by_mergekit, tmp_path):
+def test_a_mixture_is_mergekits(kind, gate_mode, families, tmp_path):
     models = families(kind)
     spec = mixture(models, gate_mode=gate_mode)
     spec |= shared(models, prompts=True, residual_scale=0.5) if kind == "qwen2" else {}
     spec["experts"][0]["residual_scale"] = 0.25
     outliermerge.moe(spec, output=tmp_path / "ours", routing=False)
-    make_by_mergekit(spec, tmp_path / "theirs")
+    mixture_by_mergekit(spec, tmp_path / "theirs")
     ours, theirs = (load(tmp_path / name).state_dict() for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     routers = [name for name in ours if name.endswith("gate.weight")]
@@ -130,12 +90,12 @@ def test_a_mixture_is_mergekits(kind, gate_mode, families, make_by_mergekit, tmp
             assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_a_mixture_in_deepseeks_form_is_mergekits(families, make_by_mergekit, tmp_path):
+def test_a_mixture_in_deepseeks_form_is_mergekits(families, tmp_path):
     models = families("llama")
     spec = mixture(models, architecture="deepseek", gate_mode="hidden")
     spec |= shared(models, prompts=False, residual_scale=0.5)
     outliermerge.moe(spec, output=tmp_path / "ours", routing=False)
-    make_by_mergekit(spec, tmp_path / "theirs")
+    mixture_by_mergekit(spec, tmp_path / "theirs")
     ours, theirs = (load_folder(tmp_path / name) for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -149,13 +109,11 @@ def test_a_mixture_in_deepseeks_form_is_mergekits(families, make_by_mergekit, tm
     assert {k: configs[0][k] for k in kept} == {k: configs[1][k] for k in kept}
 
 
-def test_of_a_llama_qwens_form_has_no_biases_where_mergekit_writes_zeros(
-    families, make_by_mergekit, tmp_path
-):
+def test_of_a_llama_qwens_form_has_no_biases_where_mergekit_writes_zeros(families, tmp_path):
     models = families("llama")
     spec = mixture(models, architecture="qwen") | shared(models, prompts=True)
     outliermerge.moe(spec, output=tmp_path / "ours", routing=False)
-    make_by_mergekit(spec, tmp_path / "theirs")
+    mixture_by_mergekit(spec, tmp_path / "theirs")
     ours, theirs = load(tmp_path / "ours"), load(tmp_path / "theirs")
     more = theirs.state_dict().keys() - ours.state_dict().keys()
     assert len(more) == 9 and not any(theirs.state_dict()[name].any() for name in more)

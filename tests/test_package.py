@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import quick_compiler
 from waiting import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def wheel(source: tuple[Path, list[str], Path], request: pytest.FixtureRequest) 
         with tarfile.open(sdist) as archive:
             archive.extractall(sdist.parent / "unpacked", filter="data")
         (unpacked,) = (sdist.parent / "unpacked").iterdir()
-        build(unpacked, "wheel", sdist.parent)
+        build(unpacked, "wheel", sdist.parent, CC=quick_compiler(sdist.parent))
         (built,) = sdist.parent.glob("*.whl")
         kept.mkdir(parents=True)
         shutil.copy(built, kept)

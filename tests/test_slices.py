@@ -162,7 +162,13 @@ def test_what_the_plan_says_of_the_layers(stack, models, tmp_path, capsys):
     assert told["input_bytes"] == sum(sizes.values()) + 2 * layer  # of four layers six are made
     assert cli.main(["plan", str(tmp_path / "stack.yaml")]) == 0
     text = " ".join(capsys.readouterr().out.replace(f"{models['m0'].parent}/", "").split())
-    assert "0–1 m0 0–1 2–3 m1 1–2 4 m0 1 5 base 3" in text
+    assert "layer by layer: 0 AABBAC A m0 B m1 C base layers of" in text
+    rows = "0–1 {0} m0 0–1 2–3 {0} m1 1–2 4 {0} m0 1 5 {0} base 3".format("passthrough")
+    assert f"the output text {rows}" in text
+    assert told["layer_map"][1] == {
+        "of": "the output", "stack": "text", "layers": [2, 4], "method": "passthrough",
+        "sources": [{"model": str(models["m1"]), "layer_range": [1, 3]}],
+    }  # fmt: skip
 
 
 def test_the_recipe_and_the_manifest_give_the_same_bytes_and_both_are_verified(merged, tmp_path):
@@ -190,15 +196,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert files_of(result.output) == files_of(whole)
 
 
-def test_a_sweep_varies_settings_of_the_whole_merge(merged, tmp_path):
+def test_a_sweep_varies_settings_of_the_whole_merge_and_of_slices(merged, tmp_path):
     results = outliermerge.sweep(merged, {"density": [0.5, 1.0]}, output=tmp_path / "all")
     for result, density in zip(results, (0.5, 1.0), strict=True):
         own = merged | {"parameters": {"density": density}}
         alone = outliermerge.run(own, output=tmp_path / f"alone{density}").output
         assert files_of(result.output) == files_of(alone)
     for key, said in (
-        ("models.1.weight", "only settings of the whole merge can vary"),
-        ("weight", r"slices\[0\] has a weight of its own"),
+        ("models.1.weight", r"the spec has slices: write slices\.N\.models\.M\.weight"),
+        ("weight", r"slice 1 has a weight of its own.* Set slices\.1\.weight"),
+        ("slices.3.weight", "there is no slice 3: the spec has slices 1 to 2"),
+        ("slices.1.models.3.weight", "there is no model 3: the spec has models 1 to 2"),
+        ("slices.1.dtype", "is no setting of a spec"),
     ):
         with pytest.raises(OutlierMergeError, match=said):
             outliermerge.sweep(merged, {key: [1, 2]}, output=tmp_path / "none")
@@ -232,7 +241,7 @@ def test_a_model_between_the_ends_may_have_another_vocabulary(models, source, tm
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-decoder", "llava"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_path):
+def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_path, in_process):
     folders = [
         save(kind, tmp_path / str(depth), num_layers=depth, num_models=0)["base"]
         for depth in (2, 3)

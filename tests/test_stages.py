@@ -59,6 +59,7 @@ def of(folder: Path, method: str, *names: str, base: bool = True, **keys: Any) -
 STAGES = {
     "linear": {"base": False, "parameters": {"weight": 0.7, "normalize": False}},
     "ties": {"parameters": {"density": 0.5}},
+    "ties of all tensors": {"parameters": {"density": 0.5, "trim": "model"}},
     "dare_ties": {"parameters": {"density": 0.5}},
     "della": {"parameters": {"density": 0.5}},
     "breadcrumbs": {"parameters": {"density": 0.5}},
@@ -76,7 +77,7 @@ STAGES = {
 def test_two_stages_give_the_bytes_of_two_runs_with_float32_between(
     method, kernels, models, tmp_path
 ):
-    inner = of(models, method, "task0", "task1", **STAGES[method])
+    inner = of(models, method.partition(" ")[0], "task0", "task1", **STAGES[method])
     outliermerge.run(inner | {"out_dtype": "float32"}, output=tmp_path / "between", kernels=kernels)
     final = {"parameters": {"density": 0.4}, "out_dtype": "bfloat16"}
     apart = of(models, "ties", str(tmp_path / "between"), "task2", **final)
@@ -395,6 +396,24 @@ def test_a_sweep_over_stages_gives_what_single_runs_give(models, tmp_path):
         assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
+def test_a_sweep_varies_settings_of_stages(models, tmp_path):
+    spec, keys = chain(models), {"stages.a.density": [0.3], "stages.b.models.2.weight": [0.2, 2]}
+    results = outliermerge.sweep(spec, keys, output=tmp_path / "sweep")
+    spec["stages"][0]["parameters"]["density"] = 0.3
+    for result, weight in zip(results, (0.2, 2), strict=True):
+        spec["stages"][1]["models"][1]["parameters"] = {"weight": weight}
+        outliermerge.run(spec, output=tmp_path / f"{weight}")
+        expected, found = load_folder(tmp_path / f"{weight}"), load_folder(result.output)
+        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    for key, said in (
+        ("stages.d.t", "there is no stage d. Valid: a, b, c"),
+        ("stages.b.models.3.weight", "there is no model 3: the spec has models 1 to 2"),
+        ("stages.a.slices.1.t", "there is no slice 1: the spec has no slices"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            outliermerge.plan_sweep(spec, {key: [1]})
+
+
 MULTI = """\
 name: first
 merge_method: task_arithmetic
@@ -535,11 +554,20 @@ def test_what_is_passed_over_in_a_stage_is_a_warning_and_not_in_the_recipe(model
     assert all(found[n].equal(tensor) for n, tensor in load_folder(tmp_path / "out").items())
 
 
-def test_a_statistic_of_whole_models_is_refused_in_a_stage(models):
-    stage = of(models, "ties", "task0", "task1", parameters={"density": 0.5, "trim": "model"})
-    spec = {"stages": [{"name": "s", **stage}], **of(models, "linear", "s", base=False)}
-    with pytest.raises(OutlierMergeError, match="stage s: ties measures whole models"):
-        outliermerge.plan(spec)
+def test_a_stage_is_measured_as_a_whole_where_stages_of_it_are_too(models, tmp_path):
+    """Densities of all tensors together, of a merge of merges, of which only one layer is used."""
+    whole = {"parameters": {"density": 0.3, "trim": "model"}}
+    first = of(models, "ties", "task0", "task1", **whole)
+    outliermerge.run(first | {"out_dtype": "float32"}, output=tmp_path / "a")
+    second = of(models, "ties", str(tmp_path / "a"), "task2", **whole)
+    outliermerge.run(second | {"out_dtype": "float32"}, output=tmp_path / "b")
+    outliermerge.run(stacked(str(tmp_path / "b"), (1, 2), (1, 2)), output=tmp_path / "apart")
+    stages = [{"name": "a", **first}, {"name": "b", **of(models, "ties", "a", "task2", **whole)}]
+    spec = {"stages": stages, **stacked("b", (1, 2), (1, 2)), "out_dtype": "float32"}
+    plan = pickle.loads(pickle.dumps(outliermerge.plan(spec)))
+    outliermerge.run(plan, output=tmp_path / "out", threads=3)
+    expected, found = load_folder(tmp_path / "apart"), load_folder(tmp_path / "out")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_a_stage_that_is_misspelt_where_it_is_used_is_guessed(models):

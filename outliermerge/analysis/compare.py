@@ -17,6 +17,7 @@ from outliermerge.analysis.compare_torch import (
     fold_sums,
 )
 from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.moved_layers import moved_layers_note
 from outliermerge.analysis.pairs import PairStats as PairStats
 from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.verdict import verdict_of
@@ -28,6 +29,7 @@ from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
     argument,
+    as_path,
     listing,
     suggest,
 )
@@ -267,6 +269,9 @@ def _common(subjects: Sequence[Subject]) -> tuple[dict[str, tuple[Source, ...]],
     """
     first, *others = subjects
     notes = [note for subject in subjects for note in subject.notes]
+    if first.base is None:
+        notes += filter(None, (moved_layers_note(s.reference, as_path(s.reference))
+                               for s in subjects))  # fmt: skip
     names = list(dict.fromkeys(name for subject in subjects for name in subject.tensors))
     common = [name for name in names if all(name in subject.tensors for subject in subjects)]
     shapes = {

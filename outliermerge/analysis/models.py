@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from outliermerge.analysis.moved_layers import moved_layers_note
 from outliermerge.arguments import wrong
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import (
@@ -95,6 +96,7 @@ def open_subject(
     found = {name: (source,) for name, source in opened.checkpoint.tensors.items()}
     if opened_base is None:
         return _subject(opened, None, found, notes)
+    notes += filter(None, (moved_layers_note(model, opened.checkpoint.root),))
     return _subject(opened, base, _pairs(opened_base, opened, notes), notes)
 
 

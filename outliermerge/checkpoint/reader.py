@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.sources import Source, TensorMeta
+from outliermerge.checkpoint.sources import Source, TensorMeta, inner
 from outliermerge.storage.failures import failure, naming
 from outliermerge.storage.stamps import current_watch, open_input
 from outliermerge.storage.system import forget, read_at, reserve, will_need, write_at
@@ -59,7 +59,7 @@ class Reader:
         merges: Callable[[Reader, Any, int, int, memoryview], None] | None = None,
     ) -> None:
         self._free_bytes, self._folder, self._merges = held_bytes, folder, merges
-        self._once: dict[Source, _Once] = {}
+        self._once: dict[object, _Once] = {}
         self._watched = current_watch()
         self._files: dict[Path, int] = {}
         self._pickles: dict[Path, dict[str, Strided]] = {}
@@ -91,11 +91,11 @@ class Reader:
                 self._num_whole_bytes -= self._whole.popitem(last=False)[0].num_bytes
         return values
 
-    def once(self, source: Source, make: Callable[[], Any]) -> Any:
+    def once(self, source: object, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source; other threads that ask wait for the first."""
         return self._made(source, lambda entry: make())
 
-    def _made(self, source: Source, make: Callable[[_Once], Any]) -> Any:
+    def _made(self, source: object, make: Callable[[_Once], Any]) -> Any:
         with self._lock:
             entry = self._once.setdefault(source, _Once())
         with entry.lock:
@@ -108,25 +108,22 @@ class Reader:
         assert self._merges is not None, "this reader computes no merges"
         self._merges(self, source, start, stop, out)
 
-    def held(
-        self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
-    ) -> memoryview:
-        """Return the bytes that `fill` computed at the first call for a source.
+    def held(self, source: Source, num_bytes: int, make: Callable[[memoryview], Any]) -> Any:
+        """Return what `make` returned for a source at the first call, of room that it can fill.
 
         Raises:
             OutlierMergeError: there is not enough room on the disk.
         """
 
-        def make(entry: _Once) -> mmap.mmap:
+        def made(entry: _Once) -> Any:
             with self._lock:
                 in_memory = num_bytes <= self._free_bytes
                 entry.held_bytes = num_bytes if in_memory else 0
                 self._free_bytes -= entry.held_bytes
             pages = mmap.mmap(-1, num_bytes) if in_memory else self._file_pages(num_bytes)
-            fill(memoryview(pages))
-            return pages
+            return make(memoryview(pages))
 
-        return memoryview(self._made(source, make))
+        return self._made(source, made)
 
     def _file_pages(self, num_bytes: int) -> mmap.mmap:
         with naming(self._folder or Path(tempfile.gettempdir()), "written", needed_bytes=num_bytes):
@@ -142,7 +139,7 @@ class Reader:
             with self._lock:
                 entry = self._once.pop(source, None)
                 self._free_bytes += entry.held_bytes if entry is not None else 0
-            pending += getattr(source, "sources", ())  # those of a merge
+            pending += inner(source)
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Ask the system to read the beginnings of tensors while others are processed."""

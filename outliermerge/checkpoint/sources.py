@@ -74,16 +74,14 @@ class Reading(Protocol):
     def whole(self, source: Source) -> Tensor:
         """Return a small tensor (scales, a low-rank factor) in its shape; the latest are cached."""
 
-    def once(self, source: Source, make: Callable[[], Any]) -> Any:
-        """Return what `make` returned for a source, calling it the first time only."""
+    def once(self, source: object, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for a source, or several, calling it the first time only."""
 
     def merge(self, source: Any, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop of a source that is a merge of others."""
 
-    def held(
-        self, source: Source, num_bytes: int, fill: Callable[[memoryview], None]
-    ) -> memoryview:
-        """Return the bytes that `fill` computed at the first call for a source."""
+    def held(self, source: Source, num_bytes: int, make: Callable[[memoryview], Any]) -> Any:
+        """Return what `make` returned for a source at the first call, of room that it can fill."""
 
 
 class Source(Protocol):
@@ -112,6 +110,12 @@ class Source(Protocol):
     def stored(self) -> tuple[TensorMeta, ...]: ...
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop (excluded), in `dtype`."""
+
+
+def inner(source: Source) -> tuple[Source, ...]:
+    """Return the sources that a source is computed from; those of its own are not among them."""
+    single = (getattr(source, name, None) for name in ("base", "source"))
+    return (*getattr(source, "sources", ()), *(one for one in single if one is not None))
 
 
 class Sized:

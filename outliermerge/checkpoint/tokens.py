@@ -5,31 +5,57 @@ from __future__ import annotations
 import base64
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.vocabulary_files import (
+    NUMBERED_BY_CLASS,
+    READERS,
+    TIKTOKEN,
+    by_id,
+    checked,
+    is_known,
+    json_object,
+    read_vocabulary,
+)
 from outliermerge.errors import OutlierMergeError, quoted
 from outliermerge.storage.files import small_bytes
-from outliermerge.storage.json_text import parse_json
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import is_there, same_bytes
 
-# The first file found is used. spiece.model and sentencepiece.bpe.model are not in the list: their
-# tokenizers shift the numbers of the pieces.
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-_ADDED = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+_VOCABULARIES = ("tokenizer.json", *READERS)  # the first that is found is used
+_CONFIG = "tokenizer_config.json"
+_ADDED = ("added_tokens.json", _CONFIG, "special_tokens_map.json")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
-TOKEN_FILES = frozenset((*_VOCABULARIES, *_ADDED))
+TOKEN_FILES = frozenset((*_VOCABULARIES, *NUMBERED_BY_CLASS, *_ADDED))
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def token_files(root: Path) -> tuple[Path, ...]:
     """Return the files of a model folder that `read_tokens` reads; empty if it has none."""
-    main = next((root / name for name in _VOCABULARIES if is_there(root / name)), None)
+    main = _vocabulary_of(root)
     if main is None:
         return ()
     return (main, *(root / name for name in _ADDED if is_there(root / name)))
+
+
+def _vocabulary_of(root: Path) -> Path | None:
+    for name in _VOCABULARIES:
+        if is_there(root / name):
+            return root / name
+    if ranks := sorted(root.glob(f"*{TIKTOKEN}")):
+        return ranks[0]
+    known = (root / n for n in NUMBERED_BY_CLASS if is_there(root / n) and is_vocabulary(n, root))
+    return next(known, None)
+
+
+def is_vocabulary(name: str, root: Path) -> bool:
+    """Tell whether it is known which ids a loader gives the tokens in a file of a folder."""
+    if name in NUMBERED_BY_CLASS:
+        return is_known(name, read_json(root / _CONFIG))
+    return name in _VOCABULARIES or name.endswith(TIKTOKEN)
 
 
 def same_token_files(root: Path, other: Path) -> bool:
@@ -50,8 +76,9 @@ def same_token_files(root: Path, other: Path) -> bool:
 def read_tokens(root: Path) -> dict[int, str] | None:
     """Return the token of each id; None if the folder has no tokenizer files.
 
-    tokenizer.json is read if there is one, else vocab.json, vocab.txt or tokenizer.model. Tokens in
-    added_tokens.json, tokenizer_config.json and special_tokens_map.json are added.
+    tokenizer.json is read if there is one, else vocab.json, vocab.txt, or a model of SentencePiece
+    or tiktoken. Tokens in added_tokens.json, tokenizer_config.json and special_tokens_map.json are
+    added.
 
     Raises:
         OutlierMergeError: a tokenizer file is broken.
@@ -72,7 +99,7 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
     Raises:
         OutlierMergeError: a file is broken.
     """
-    main = next(name for name in _VOCABULARIES if name in files)
+    main = next(name for name in files if name not in _ADDED)
     numbered, named = _beside(files, root, main == "tokenizer.json")
     if main == "tokenizer.json":
         own = [token for _, token in sorted(numbered.items())]
@@ -86,9 +113,12 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
                 f"{quoted(tokens[id_])} one id, {id_}, as its vocabulary leaves ids out. Give each "
                 "token an id of its own."
             )
+        with _Named(root / main):
+            checked(max(tokens.items(), default=(0, "")))
         return tokens
     with _Named(root / main):
-        tokens = _READERS[main](files[main])
+        config = json_object(files[_CONFIG]) if _CONFIG in files else {}
+        tokens = read_vocabulary(main, files[main], config)
     tokens |= numbered
     known = set(tokens.values())
     for token in named:
@@ -160,14 +190,14 @@ def _beside(
     for name in _ADDED:
         if name in files:
             with _Named(root / name):
-                contents[name] = _object(files[name])
-    config = contents.get("tokenizer_config.json", {})
+                contents[name] = json_object(files[name])
+    config = contents.get(_CONFIG, {})
     numbered: dict[int, str] = {}
     old = not (fast and "added_tokens_decoder" in config)
     if old:
         with _Named(root / "added_tokens.json"):
-            numbered |= _inverted(contents.get("added_tokens.json", {}))
-    with _Named(root / "tokenizer_config.json"):
+            numbered |= by_id(contents.get("added_tokens.json", {}))
+    with _Named(root / _CONFIG):
         numbered |= _decoder(config)
     special = config | (contents.get("special_tokens_map.json", {}) if old else {})
     return numbered, _special(special)
@@ -178,7 +208,7 @@ def _decoder(config: Mapping[str, Any]) -> dict[int, str]:
     if not isinstance(decoder, dict):
         raise ValueError("added_tokens_decoder is not an object")
     contents = {int(id_): _content(entry, plain=False) for id_, entry in decoder.items()}
-    return dict(_checked(pair) for pair in contents.items())
+    return dict(checked(pair) for pair in contents.items())
 
 
 def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -196,94 +226,3 @@ def _content(entry: Any, *, plain: bool) -> str | None:
         entry = entry.get("content")
         plain = True
     return entry if plain and isinstance(entry, str) else None
-
-
-def _token_ids(data: bytes) -> dict[int, str]:
-    return _inverted(_object(data))
-
-
-def _lines(data: bytes) -> dict[int, str]:
-    lines = data.decode("utf-8").replace("\r\n", "\n").split("\n")
-    return dict(enumerate(lines if lines[-1] else lines[:-1]))
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    value = parse_json(data, unique=False)
-    if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
-    return value
-
-
-def _inverted(ids: Mapping[str, Any]) -> dict[int, str]:
-    return dict(_checked((id_, token)) for token, id_ in ids.items())
-
-
-def _checked(pair: tuple[Any, Any]) -> tuple[int, str]:
-    id_, token = pair
-    if type(id_) is not int or id_ < 0 or not isinstance(token, str):
-        raise ValueError(f"{quoted(token)} with id {quoted(id_)} is not a token")
-    return id_, token
-
-
-def _pieces(data: bytes) -> dict[int, str]:
-    """Return the pieces of a sentencepiece model by number, which is their id.
-
-    A ModelProto repeats `pieces` as field 1; a piece's text is its field 1
-    (github.com/google/sentencepiece, src/sentencepiece_model.proto).
-    """
-    pieces: list[str] = []
-    for number, value in _fields(data):
-        if number == 1:
-            texts = [text for inner, text in _fields(value) if inner == 1]
-            if not texts:
-                raise ValueError(f"piece {len(pieces)} has no text")
-            pieces.append(texts[-1].decode("utf-8"))
-    if not pieces:
-        raise ValueError("no sentencepiece model: it has no pieces")
-    return dict(enumerate(pieces))
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the bytes of a message's length-delimited fields.
-
-    The wire format is described at protobuf.dev/programming-guides/encoding: varints (0), 8 bytes
-    (1), a length and that many bytes (2), 4 bytes (5). sentencepiece models have no groups (3, 4).
-    """
-    position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == 0:
-            _, position = _varint(data, position)
-            continue
-        if wire_type == 2:
-            length, position = _varint(data, position)
-        elif wire_type in (1, 5):
-            length = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"no sentencepiece model: wire type {wire_type} at byte {position}")
-        if position + length > len(data):
-            raise ValueError("no sentencepiece model: it ends within a field")
-        if wire_type == 2:
-            yield number, data[position : position + length]
-        position += length
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise ValueError("no sentencepiece model: it ends within a number")
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise ValueError("no sentencepiece model: a number is too long")
-
-
-_READERS = {
-    "vocab.json": _token_ids,
-    "vocab.txt": _lines,
-    "tokenizer.model": _pieces,
-}

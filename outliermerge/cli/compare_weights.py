@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, add_machine, print_notes
-from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.tables import NamedTable, letters_of, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
     add_base,
     add_rename,
     add_table_files,
     check_files,
-    letters_of,
     number_text,
     write_files,
 )

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.cli.mergekit_files import convert
     from outliermerge.spec.check import parse_spec
     from outliermerge.spec.stages import one_document
-    from outliermerge.spec.text import SpecText, parse_documents, read_text
+    from outliermerge.spec.text import SpecText, as_mapping, parse_documents, read_text
 
     if options.file == STANDARD_INPUT:
         name, text = "standard input", read_standard_input()
@@ -42,8 +42,7 @@ def run(options: argparse.Namespace) -> int:
         name, text = options.file, read_text(Path(options.file), absent="no such file")
     documents = parse_documents(text, file=name)
     for raw, source in documents or [(None, SpecText(name))]:
-        if not isinstance(raw, dict):
-            raise source.error((), "expected a mapping with `merge_method`")
+        as_mapping(raw, source, "merge_method")
     raw, _ = one_document(documents)
     found = convert(raw)
     # Of stages only the values are kept, without comments.

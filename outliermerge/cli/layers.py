@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, add_machine, count, print_notes
-from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.tables import NamedTable, letters_of, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import (
     WIDE,
@@ -15,7 +15,6 @@ from outliermerge.cli.weights import (
     add_json_file,
     add_rename,
     check_files,
-    letters_of,
     number_text,
     write_files,
 )

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from outliermerge.errors import MAX_NOTE, noted, quoted, readable
@@ -76,14 +77,14 @@ def print_notes(notes: Sequence[str], options: argparse.Namespace) -> None:
             say(f"note: {len(said) - _MAX_NOTES} more notes, with --json", file=sys.stderr)
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """Return a number of at least 1; the type of arguments."""
     try:
         number = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 1")
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least {least}")
     return number
 
 
@@ -95,7 +96,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads, of the library's own threads."""
     parser.add_argument(
-        "--threads", type=count, default=0, metavar="N", help="default: processors + 2"
+        "--threads",
+        type=partial(count, least=0),
+        default=0,
+        metavar="N",
+        help="default, as 0: processors + 2",
     )
 
 

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     verdict = check_loading(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
-        took = took._replace(load_check=time.perf_counter() - began)
+        if not verdict.is_kept:
+            took = took._replace(load_check=time.perf_counter() - began)
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     if output is not None:
         planned = replace(planned, notes=(*planned.notes, *_taken(planned, output)))
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
             estimate=estimate,
             took=took,
             free_bytes=free,
-            loads_in=verdict.by if verdict else (),
+            verdict=verdict,
             with_tensors=options.tensors,
         )
     print_notes(planned.notes, options)

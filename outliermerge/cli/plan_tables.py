@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.tables import NamedTable, print_facts, print_words, short_references
+from outliermerge.cli.tables import (
+    NamedTable,
+    letters_of,
+    print_facts,
+    print_words,
+    short_references,
+)
 from outliermerge.cli.terminal import open_console, text
 from outliermerge.errors import as_path, shown
 
@@ -16,14 +22,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outliermerge.output.estimate import Estimate
-    from outliermerge.planning.plan import Input, Options, Plan
+    from outliermerge.output.load_check import Verdict
+    from outliermerge.planning.plan import Input, LayersOf, Options, Plan
     from outliermerge.spec.check import MergeSpec
 
-_ASKED = " (a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out)"
+_MAX_LAYER_ROWS = 60
+_KNOWN = "a run takes this answer over"
+_ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
 
 class Took(NamedTuple):
-    """Seconds that a plan took, and that a run will take again."""
+    """Seconds that a plan took and that a run will take again."""
 
     planning: float
     load_check: float = 0.0
@@ -41,7 +50,7 @@ def print_plan(
     estimate: Estimate,
     took: Took,
     free_bytes: int,
-    loads_in: Sequence[str] = (),
+    verdict: Verdict | None = None,
     with_tensors: bool = False,
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
@@ -55,19 +64,19 @@ def print_plan(
     _print_parameters(console, plan)
     _print_rows(console, plan)
     facts = [
-        ("reads", human_bytes(plan.num_read_bytes)),
+        ("output", str(output) if output else "not named yet: give --output"),
         (
-            "writes",
-            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s), "
-            f"{human_bytes(free_bytes)} free on the disk",
+            "disk",
+            f"reads {human_bytes(plan.num_read_bytes)}, writes "
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s); "
+            f"{human_bytes(free_bytes)} free",
         ),
+        ("time", _time(estimate, took)),
+        ("peak memory", _memory(estimate, options)),
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", f"{'; '.join(loads_in)}{_ASKED}")] if loads_in else []),
-        ("time", _time(estimate, took)),
-        ("peak memory", _memory(estimate, options)),
-        ("output", str(output) if output else "not named yet: give --output"),
+        *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, facts)
@@ -80,6 +89,7 @@ def _print_models(console: Console, plan: Plan) -> None:
     table = NamedTable("model", "role", "tensors", "size", "dtypes loaded", "from", justify="left")
     places = []
     rows = [(entry, _role(plan, entry)) for entry in plan.inputs]
+    opened = set[str]()
     for entry, role in rows:
         metas, root = entry.stored, entry.checkpoint.root
         made = "modules" if plan.modules and entry is plan.inputs[0] else "a stage"
@@ -91,7 +101,9 @@ def _print_models(console: Console, plan: Plan) -> None:
             "computed" if entry.made_of else _counts(meta.dtype.name for meta in metas),
             made if entry.made_of else _format(entry),
         )
-        rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+        if entry.reference not in opened:
+            rows += [(model, f"in {entry.reference}") for model in entry.made_of]
+            opened.add(entry.reference)
         if entry.made_of:
             continue
         if not as_path(entry.reference).exists():
@@ -136,23 +148,61 @@ def _given(stage: MergeSpec) -> str:
 
 def _print_pairing(console: Console, plan: Plan) -> None:
     """Print how names are changed, if they are."""
-    for entry in [model for each in plan.inputs for model in each.models]:
+    for entry in plan.models:
         for rule, (count, before, after) in entry.renamed.items():
             words = f"{shown(rule)} renames {count} tensors of {shown(entry.reference)}, such as"
             print_words(console, f"{words}\n  {shown(before)}\n  to {shown(after)}\n")
 
 
 def _print_layers(console: Console, plan: Plan) -> None:
-    """Print which layers of which models the output's layers are from, if the spec has slices."""
-    if plan.stacked is None:
+    """Print which layers of which models the output's layers are from, and those of its parts."""
+    rows = plan.layer_map
+    if not rows:
         return
-    table = NamedTable("layers of the output", "from", "layers", justify="left")
-    for one in plan.stacked.slices:
-        for row, (number, layers) in enumerate(one.ranges.items()):
-            ours = "" if row else _layers(one.start, one.stop)
-            table.add_row(ours, plan.inputs[number].reference, _layers(*layers))
+    _print_strips(console, rows)
+    table = NamedTable(
+        "layers of", "stack", "layers", "merged by", "from", "layers there", justify="left"
+    )
+    before: tuple[str, str] | None = None
+    for row in rows[:_MAX_LAYER_ROWS]:
+        cells = [row.merge, row.stack] if (row.merge, row.stack) != before else ["", ""]
+        before = row.merge, row.stack
+        cells += [_layers(row.start, row.stop), row.method or "copied"]
+        for model, start, stop in row.sources:
+            table.add_row(*cells, model, _layers(start, stop))
+            cells = [""] * len(cells)
     table.print(console)
+    if len(rows) > _MAX_LAYER_ROWS:
+        print_words(console, f"and {len(rows) - _MAX_LAYER_ROWS} more rows, which --json has")
     console.print()
+
+
+def _print_strips(console: Console, rows: Sequence[LayersOf]) -> None:
+    """Print a letter for each layer, where not all layers of a merge are from the same models."""
+    strips: dict[tuple[str, str], list[LayersOf]] = {}
+    for row in rows:
+        strips.setdefault((row.merge, row.stack), []).append(row)
+    drawn = {key: own for key, own in strips.items() if len({_models(r) for r in own}) > 1}
+    known = list(dict.fromkeys(_models(row) for own in drawn.values() for row in own))
+    letters = dict(zip(known, letters_of(len(known)), strict=True))
+    if not drawn or len(max(letters.values(), key=len)) > 1:
+        return
+    for (merge, stack), own in drawn.items():
+        strip = [" "] * max(row.stop for row in own)
+        for row in own:
+            strip[row.start : row.stop] = letters[_models(row)] * (row.stop - row.start)
+        print_words(console, f"{merge}, {stack}, layer by layer:")
+        room = max(10, console.width - 8) // 10 * 10
+        for start in range(0, len(strip), room):
+            line = "".join(strip[start : start + room])
+            console.print(text(f"{start:>5}  {line}"), soft_wrap=True)
+    for models, letter in letters.items():
+        print_words(console, f"    {letter}  {', '.join(models)}")
+    console.print()
+
+
+def _models(row: LayersOf) -> tuple[str, ...]:
+    return tuple(shown(model) for model, _, _ in row.sources)
 
 
 def _layers(start: int, stop: int) -> str:
@@ -229,6 +279,11 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
+def _loads_in(verdict: Verdict) -> str:
+    """Return what loads the output, and what that is to a run."""
+    return f"{'; '.join(verdict.by)} ({_KNOWN if verdict.is_kept else _ASKED})"
+
+
 def _time(estimate: Estimate, took: Took) -> str:
     """Return the time that a run will take, of what, and what that rests on."""
     merging = estimate.seconds
@@ -267,7 +322,7 @@ def _memory(estimate: Estimate, options: Options) -> str:
     if estimate.process_bytes is None or estimate.program_bytes is None:
         return f"about {blocks}, besides the program"
     whole, program = human_bytes(estimate.process_bytes), human_bytes(estimate.program_bytes)
-    return f"about {whole} for the whole process: {program} for the program, {blocks}"
+    return f"about {whole}: {program} for the program, {blocks}"
 
 
 def _proof(plan: Plan) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
@@ -13,8 +15,25 @@ from outliermerge.cli.parts import (
     run_options,
 )
 from outliermerge.cli.specs import named_output, read_spec
-from outliermerge.cli.terminal import MergeBar, print_result
+from outliermerge.cli.tables import NamedTable, print_words, short_references
+from outliermerge.cli.terminal import (
+    MergeBar,
+    open_console,
+    print_loading,
+    print_remarks,
+    work_in_words,
+)
 from outliermerge.errors import SpecError, shown
+
+if TYPE_CHECKING:
+    from outliermerge.output.run import RunResult
+
+_KEPT = " kept: outliers kept whole."
+_EXPLAINED = (
+    "change: of the base's weights, in L2 norm. cosine: of the merged change with a model's own. "
+    "length: of the merged change, over the mean of the models' own."
+)
+_MOST_COSINES = 4  # columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +75,57 @@ def run(options: argparse.Namespace) -> int:
         outputs = [{"settings": dict(v.settings)} | result.as_dict() for v, result in pairs]
         print_json({"outputs": outputs, "notes": notes})
     elif not options.quiet:
-        for result in results:
-            print_result(result)
+        print_outputs(results)
     print_notes(notes, options)
     return 0
+
+
+def print_outputs(results: Sequence[RunResult]) -> None:
+    """Print a row for each output: where it is, and how far it is from the base."""
+    drifts = [result.manifest.get("drift") or {} for result in results]
+    columns = _columns(drifts)
+    table = NamedTable("output", *columns)
+    for result, drift in zip(results, drifts, strict=True):
+        table.add_row(str(result.output), *_cells(drift, columns))
+    table.print(open_console())
+    if columns:
+        kept = _KEPT if any("kept" in title for title in columns) else ""
+        print_words(open_console(), _EXPLAINED + kept, "dim")
+    else:
+        print_words(open_console(), "How far each moved is measured with a base model only.", "dim")
+    first = results[0]  # all were worked on together
+    worked = sum(result.written_bytes for result in results) + first.input_bytes
+    print_words(open_console(), f"wrote {len(results)} outputs: {work_in_words(first, worked)}")
+    checked = {result.load_check.by: result for result in results if result.load_check}
+    for result in checked.values():
+        print_loading(result)
+    for result in results:
+        print_remarks(result)
+
+
+def _columns(drifts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Return the titles of columns, each with the keys of what it shows."""
+    models = list(dict.fromkeys(name for drift in drifts for name in drift.get("cosines", ())))
+    short = short_references(models)
+    found = {"change %": ("relative_size", "")} if models else {}
+    if len(models) <= _MOST_COSINES:
+        found |= {f"cosine {short[model]}": ("cosines", model) for model in models}
+    found |= {"length": ("length", "")} if models else {}
+    kept = dict.fromkeys(name for drift in drifts for name in drift.get("outliers_kept", ()))
+    if len(kept) <= _MOST_COSINES:
+        found |= {f"kept % {short[model]}": ("outliers_kept", model) for model in kept}
+    return found
+
+
+def _cells(drift: Mapping[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    cells = []
+    for title, (key, model) in columns.items():
+        value = drift.get(key, {}).get(model) if model else drift.get(key)
+        if value is None:
+            cells.append("–")
+        else:
+            cells.append(f"{100 * value:.3g}" if "%" in title else f"{value:.3g}")
+    return cells
 
 
 COMMAND = Command(

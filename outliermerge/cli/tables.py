@@ -113,3 +113,8 @@ def short_references(references: Sequence[str]) -> dict[str, str]:
         if len(set(short.values())) == len(distinct):
             return short
     return {name: name for name in distinct}
+
+
+def letters_of(num: int) -> list[str]:
+    """Return short names for models: letters, or numbers where there are not enough."""
+    return [chr(ord("A") + number) if num <= 26 else str(number + 1) for number in range(num)]

@@ -193,20 +193,37 @@ def value_text(value: Any) -> str:
 
 def print_result(result: RunResult) -> None:
     """Print what a merge did, in a few lines."""
-    console = open_console(soft_wrap=True)
     worked = result.input_bytes + result.written_bytes
-    speed = human_bytes(worked / result.work_seconds) if result.work_seconds else "–"
-    from_disk = "" if not result.disk_bytes else f", {human_bytes(result.disk_bytes)} from disk"
-    console.print(
-        f"wrote {result.output}: {len(result.manifest['tensors'])} tensors, "
-        f"{result.manifest['num_parameters']:,} parameters, "
-        f"{result.work_seconds + result.sync_seconds:.1f} s, {speed}/s{from_disk}",
-        markup=False,
+    open_console(soft_wrap=True).print(
+        f"wrote {result.output}: {work_in_words(result, worked)}", markup=False
     )
-    for by in result.load_check.by if result.load_check else ():
-        console.print(
-            f"loads in {by}: asked meanwhile, {result.seconds:.1f} s in all", markup=False
-        )
+    print_loading(result)
+    print_remarks(result)
+
+
+def work_in_words(result: RunResult, worked_bytes: int) -> str:
+    """Return the size of an output, and how fast so many bytes were worked on."""
+    speed = human_bytes(worked_bytes / result.work_seconds) if result.work_seconds else "–"
+    from_disk = "" if not result.disk_bytes else f", {human_bytes(result.disk_bytes)} from disk"
+    return (
+        f"{len(result.manifest['tensors'])} tensors, "
+        f"{result.manifest['num_parameters']:,} parameters, "
+        f"{result.work_seconds + result.sync_seconds:.1f} s, {speed}/s{from_disk}"
+    )
+
+
+def print_loading(result: RunResult) -> None:
+    """Print what loads an output, where that was asked."""
+    console = open_console(soft_wrap=True)
+    if verdict := result.load_check:
+        how = "asked before" if verdict.was_known else "asked meanwhile"
+        for by in verdict.by:
+            console.print(f"loads in {by}: {how}, {result.seconds:.1f} s in all", markup=False)
+
+
+def print_remarks(result: RunResult) -> None:
+    """Print what is unusual about an output."""
+    console = open_console(soft_wrap=True)
     if result.num_resumed:
         console.print(f"{result.num_resumed} tensors were there from an earlier run")
     if result.left_behind:

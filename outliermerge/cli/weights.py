@@ -102,8 +102,3 @@ def write_files(
 def number_text(value: float, form: str) -> str:
     """Return a number in a format, without a percent sign."""
     return "–" if math.isnan(value) else form.format(value).removesuffix("%")
-
-
-def letters_of(num: int) -> list[str]:
-    """Return short names for models: letters, or numbers where there are not enough."""
-    return [chr(ord("A") + number) if num <= 26 else str(number + 1) for number in range(num)]

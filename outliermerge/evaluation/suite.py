@@ -12,14 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from outliermerge.errors import OutlierMergeError, SpecError, as_path, quoted, suggest
+from outliermerge.errors import OutlierMergeError, as_path, quoted, suggest
 from outliermerge.evaluation.formats import MAX_NAME
 from outliermerge.evaluation.model_types import MODEL_TYPES
 from outliermerge.spec.document import dtype_name
 from outliermerge.spec.settings import SettingError, SpecPath
-from outliermerge.spec.text import Mistakes, SpecText, parse_yaml, read_text
+from outliermerge.spec.text import Mistakes, SpecText, parse_mapping, read_text
 from outliermerge.spec.validation import (
-    describe,
     how_to_write,
     in_words,
     validated,
@@ -108,10 +107,7 @@ def load_suite(path: str | Path, **overrides: Any) -> Suite:
     """
     file = Path(path)
     text = read_text(file, absent="no such suite. The project's own are in evals/")
-    duplicates: list[SpecError] = []
-    raw, source = parse_yaml(text, file=str(file), mistakes=duplicates)
-    if not isinstance(raw, dict):
-        raise source.error((), f"found {describe(raw)}, expected a mapping with `tasks`")
+    raw, source, duplicates = parse_mapping(text, file=str(file), expected="tasks")
     mistakes = Mistakes(source)
     mistakes.found += duplicates
     mistakes.attempt(partial(_check_texts, raw, ()), None)

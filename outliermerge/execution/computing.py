@@ -21,13 +21,19 @@ _COMPILE = (
 
 def reads_by_torch(sources: Iterable[Source], options: Options | None = None) -> bool:
     """Tell whether torch reads a source, because it is computed from other tensors or pickled."""
-    return any(
-        reads_by_torch(source.sources, options)
-        or (isinstance(source, MergedSource) and not (options and options.kernels_do(source.task)))
-        if isinstance(source, (MergedSource, Restored))
-        else source.stored != (source,) or any(meta.offset is None for meta in source.stored)
-        for source in sources
-    )
+    pending, seen = [*sources], set[MergedSource]()
+    while pending:
+        source = pending.pop()
+        if isinstance(source, MergedSource):
+            if not (options and options.kernels_do(source.task)):
+                return True
+            pending += () if source in seen else source.sources
+            seen.add(source)
+        elif isinstance(source, Restored):
+            pending.append(source.source)
+        elif source.stored != (source,) or any(meta.offset is None for meta in source.stored):
+            return True
+    return False
 
 
 def require_engines(plan: Plan, options: Options) -> None:

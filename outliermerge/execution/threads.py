@@ -23,8 +23,10 @@ from outliermerge.execution.jobs import JobResult, JobRunner
 from outliermerge.execution.merged import Merges
 from outliermerge.execution.passes import Measured, needs_of
 from outliermerge.execution.rounds import Steps, run_all
+from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.optional import is_installed, require_torch
+from outliermerge.planning.merged import MergedSource, read_again
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
 
@@ -143,7 +145,11 @@ def execute(
         assert engine is not None
         return engine
 
-    merges = Merges(engine_of_stage, allow_non_finite=options.allow_non_finite)
+    merges = Merges(
+        engine_of_stage,
+        kept=frozenset[MergedSource]().union(*map(_read_again, groups)),
+        allow_non_finite=options.allow_non_finite,
+    )
     with Reader(options.memory_bytes, folder, merges) as reader, ExitStack() as stack:
         prepare = _nothing
         if options.kernels and options.device == "cpu":
@@ -204,6 +210,16 @@ def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Ta
             key = (job.sources, job.auxiliary, how)
             groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
     return list(groups.values())
+
+
+def _read_again(group: Sequence[tuple[Target, Job]]) -> frozenset[MergedSource]:
+    """Return the merges that are read more than once for jobs that read the same sources."""
+    jobs = [job for _, job in group]
+    passes = max(
+        find_method(job.method).num_passes(job.parameters) if job.action == "merge" else 1
+        for job in jobs
+    )
+    return read_again(passes, (*(source for _, source in jobs[0].sources), *jobs[0].auxiliary))
 
 
 def exceeds_memory(num_bytes: int) -> bool:

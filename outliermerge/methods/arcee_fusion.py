@@ -5,10 +5,12 @@ Shape suffixes: M models (2), R rows, C columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
+from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
 from outliermerge.methods.parameter import Compat
 from outliermerge.methods.statistics.importance import (
     Quartiles,
@@ -21,16 +23,62 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _fused(weights_MRC: Tensor, quartiles: Tensor, context: Context, compat: Compat) -> Tensor:
+    import torch
+
+    block_MRC = by_last_dimension(weights_MRC, context)
+    score_RC = scores(block_MRC, divergences(block_MRC, compat))
+    low, median, high = quartiles.to(score_RC.dtype)
+    # A score that is NaN is of values that are, which must not be hidden.
+    return torch.where(score_RC < median + 1.5 * (high - low), block_MRC[0], block_MRC[1])
+
+
+def _kernel(
+    parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Context
+) -> KernelCall:
+    low, median, high = needs["quartiles"]
+    least = median + to_float32(1.5 * to_float32(high - low))
+    return KernelCall("arcee_fusion", scalars=(least,), rows=(context.columns, context.columns))
+
+
+def _always(parameters: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _workspace(num_sources: int) -> int:
+    return 18  # softmax and divergence in 64 bits
+
+
+@merge_method(
+    space="weight",
+    name="arcee_fusion",
+    base_as="first",
+    cut="row",
+    needs={"quartiles": Quartiles()},
+    idempotent=_always,
+    workspace=_workspace,
+    min_models=2,
+    max_models=2,
+)
+def as_mergekit(
+    weights_MRC: Tensor, *, quartiles: Tensor, context: Context, compat: Compat = "mergekit"
+) -> Tensor:
+    """Compute divergences as mergekit does, rounded as no kernel rounds; see arcee_fusion."""
+    return _fused(weights_MRC, quartiles, context, compat)
+
+
 @merge_method(
     space="weight",
     base_as="first",
     cut="row",
+    variant=lambda parameters: as_mergekit if parameters["compat"] == "mergekit" else None,
     needs={"quartiles": Quartiles()},
-    idempotent=lambda parameters: True,
-    workspace=lambda num_sources: 18,  # softmax and divergence in 64 bits
+    idempotent=_always,
+    workspace=_workspace,
     min_models=2,
     max_models=2,
     paper="https://arcee.ai",
+    kernel=Kernel("arcee_fusion", _kernel, with_context=True),
 )
 def arcee_fusion(
     weights_MRC: Tensor, *, quartiles: Tensor, context: Context, compat: Compat = "none"
@@ -50,10 +98,4 @@ def arcee_fusion(
         context: where the tensor's shape is from.
         compat: `mergekit` computes the divergence in the merge's own dtype.
     """
-    import torch
-
-    block_MRC = by_last_dimension(weights_MRC, context)
-    score_RC = scores(block_MRC, divergences(block_MRC, compat))
-    low, median, high = quartiles.to(score_RC.dtype)
-    # A score that is NaN is of values that are, which must not be hidden.
-    return torch.where(score_RC < median + 1.5 * (high - low), block_MRC[0], block_MRC[1])
+    return _fused(weights_MRC, quartiles, context, compat)

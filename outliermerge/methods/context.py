@@ -31,6 +31,15 @@ class Context:
     seed: int = 0
     start: int = 0
 
+    @property
+    def columns(self) -> int:
+        """The elements of a row along the last dimension; a vector is one row.
+
+        >>> Context(shape=(4, 3, 2)).columns, Context(shape=(5,)).columns, Context(shape=()).columns
+        (2, 5, 1)
+        """
+        return self.shape[-1] if self.shape else 1
+
     def uniform(self, like: Tensor, *, model: int = 0, purpose: str = "") -> Tensor:
         """Return random float64 numbers in [0, 1), with the shape and device of `like`.
 

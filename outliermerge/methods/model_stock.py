@@ -43,12 +43,26 @@ def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCa
     return weighted_sum(_weights(needs["gram"], parameters["compat"]))
 
 
-@merge_method(space="delta", name="model_stock", cut="row", min_models=2)
+def _row_kernel(
+    parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Context
+) -> KernelCall:
+    clamps = float(parameters["compat"] == "mergekit")
+    return KernelCall(
+        "model_stock_rows", scalars=(clamps,), rows=(context.columns, context.columns)
+    )
+
+
+@merge_method(
+    space="delta",
+    name="model_stock",
+    cut="row",
+    min_models=2,
+    kernel=Kernel("model_stock_rows", _row_kernel, with_context=True),
+)
 def by_filters(deltas_MRC: Tensor, *, context: Context, compat: Compat = "none") -> Tensor:
     """Merge every row of the last dimension by its own angles; see model_stock."""
-    num_models, shape = len(deltas_MRC), context.shape
-    columns = shape[-1] if len(shape) > 1 else deltas_MRC.shape[2]
-    deltas_MRC = deltas_MRC.reshape(num_models, -1, columns)
+    num_models = len(deltas_MRC)
+    deltas_MRC = deltas_MRC.reshape(num_models, -1, context.columns)
     wide_MRC = deltas_MRC.double()
     length_MR = wide_MRC.square().sum(2).sqrt()
     least = _CLAMPED if compat == "mergekit" else 0.0

@@ -66,9 +66,8 @@ def _along(block_MRC: Tensor, weight: Tensor, dim: int) -> Tensor:
     return merged_RC
 
 
-def _along_rows(block_MRC: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    columns = shape[-1] if len(shape) > 1 else block_MRC.shape[2]
-    return _along(block_MRC.reshape(len(block_MRC), -1, columns), weight, -1)
+def _along_rows(block_MRC: Tensor, weight: Tensor, context: Context) -> Tensor:
+    return _along(block_MRC.reshape(len(block_MRC), -1, context.columns), weight, -1)
 
 
 def _along_columns(block: Tensor, weight: Tensor) -> Tensor:
@@ -81,6 +80,16 @@ def _kernel(parameters: Mapping[str, Any], needs: Mapping[str, Any]) -> KernelCa
     return weighted_sum(_weights(needs["gram"], weights))
 
 
+def _row_kernel(
+    parameters: Mapping[str, Any], needs: Mapping[str, Any], context: Context
+) -> KernelCall:
+    row = (context.columns, context.columns)
+    return KernelCall("nuslerp_rows", vectors=(parameters["weight"],), rows=row)
+
+
+_BY_ROWS = Kernel("nuslerp_rows", _row_kernel, with_context=True)
+
+
 def _always(parameters: Mapping[str, Any]) -> bool:
     return True
 
@@ -89,19 +98,31 @@ def _always(parameters: Mapping[str, Any]) -> bool:
 
 
 @merge_method(
-    space="delta", name="nuslerp", cut="row", idempotent=_always, min_models=2, max_models=2
+    space="delta",
+    name="nuslerp",
+    cut="row",
+    idempotent=_always,
+    min_models=2,
+    max_models=2,
+    kernel=_BY_ROWS,
 )
 def by_rows_of_deltas(deltas_MRC: Tensor, *, context: Context, weight: PerModel = 1.0) -> Tensor:
     """Interpolate task vectors along the last dimension; see nuslerp."""
-    return _along_rows(deltas_MRC, weight, context.shape)
+    return _along_rows(deltas_MRC, weight, context)
 
 
 @merge_method(
-    space="weight", name="nuslerp", cut="row", idempotent=_always, min_models=2, max_models=2
+    space="weight",
+    name="nuslerp",
+    cut="row",
+    idempotent=_always,
+    min_models=2,
+    max_models=2,
+    kernel=_BY_ROWS,
 )
 def by_rows(weights_MRC: Tensor, *, context: Context, weight: PerModel = 1.0) -> Tensor:
     """Interpolate weights along the last dimension; see nuslerp."""
-    return _along_rows(weights_MRC, weight, context.shape)
+    return _along_rows(weights_MRC, weight, context)
 
 
 @merge_method(

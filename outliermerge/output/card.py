@@ -14,13 +14,15 @@ from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.errors import shown
 from outliermerge.output.recipe import RECIPE_NAME, from_here, renamed
-from outliermerge.planning.plan import Input, Plan
+from outliermerge.planning.plan import Input, Plan, Stacked
 from outliermerge.spec.text import as_yaml
 
 CARD_NAME = "README.md"
 _HERE = '"path/to/this/folder"'
 _PROMPT = '"The capital of France is"'
+_QUESTION = "What is the capital of France?"
 _TEXT = "A sentence."
+_MOST_ROWS = 40
 
 
 def model_card(
@@ -34,7 +36,7 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    models = {m.reference: m for entry in plan.inputs for m in entry.models}.values()
+    models = {model.reference: model for model in plan.models}.values()
     on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
     front = ["---"]
     if on_hub:
@@ -58,14 +60,16 @@ def model_card(
     if snippet := usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
     parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
+    if plan.stacked is not None:
+        parts += ["## Layers", _layers(plan, plan.stacked)]
+    if plan.spec.all_stages:
+        parts += ["## Stages", _stages(plan)]
     if plan.transplant is not None:
         parts += ["## Rows of the tokens", _rows(plan.transplant)]
     if drift:
         parts += ["## Drift from the base", _drift(drift)]
-    elif any(entry.made_of for entry in plan.inputs) and (plan.modules or method.uses_base):
-        what = "modules" if plan.modules else "stages"
-        said = f"Not measured: the merges of {what} that this one uses are not stored."
-        parts += ["## Drift from the base", said]
+    elif plan.modules or method.uses_base:
+        parts += ["## Drift from the base", f"Not measured: {_why_not_measured(plan)}."]
     return (
         "\n\n".join(parts)
         + f"\n\n## Recipe\n\n{_fenced(as_yaml(renamed(plan.spec.as_dict(), from_here)))}\n\n"
@@ -74,6 +78,44 @@ def model_card(
         + f"`{MANIFEST_NAME}` lists every tensor with its parameters, statistics and checksum; "
         + "`outliermerge verify` proves this folder against it.\n"
     )
+
+
+def _layers(plan: Plan, stacked: Stacked) -> str:
+    """Return a list of which layers are from where."""
+    rows = []
+    for one in stacked.slices:
+        models = " and ".join(
+            f"{_range(*layers)} of {_code(from_here(plan.inputs[number].reference))}"
+            for number, layers in one.ranges.items()
+        )
+        rows.append(f"- {_range(one.start, one.stop)} from {models}")
+    if len(rows) > _MOST_ROWS:
+        rows[_MOST_ROWS:] = [f"- … and {len(rows) - _MOST_ROWS} more slices, in the recipe"]
+    what = "layers as they are" if plan.spec.method.name == "passthrough" else "merged layers"
+    return f"A stack of {stacked.num_layers} {what}:\n\n" + "\n".join(rows)
+
+
+def _range(start: int, stop: int) -> str:
+    return str(start) if stop - start == 1 else f"{start} to {stop - 1}"
+
+
+def _stages(plan: Plan) -> str:
+    """Return a list of the merges that this one is made of."""
+    rows = []
+    for name, stage in plan.spec.all_stages.items():
+        models = [*([stage.base] if stage.base else []), *stage.models]
+        named = ", ".join(dict.fromkeys(_code(from_here(each.reference)) for each in models))
+        rows.append(f"- {_code(name)}: {_code(stage.title)} of {named}")
+    return "\n".join(rows)
+
+
+def _why_not_measured(plan: Plan) -> str:
+    if any(entry.made_of for entry in plan.inputs):
+        what = "modules" if plan.modules else "stages"
+        return f"the merges of {what} that this one uses are not stored"
+    if plan.stacked is not None:
+        return "its layers are of several places in the models"
+    return "too little of it can be read in parts, or a model is the base itself"
 
 
 def usage(contents: Mapping[str, bytes | Path], sidecars: set[str]) -> str:
@@ -87,7 +129,7 @@ def usage(contents: Mapping[str, bytes | Path], sidecars: set[str]) -> str:
         )
     if "adapter_config.json" in sidecars and "config.json" not in sidecars:
         return _loading("peft", "AutoPeftModel")
-    config = _config(contents)
+    config = _json(contents, "config.json")
     component = config.get("_class_name")
     if isinstance(component, str) and component.isidentifier():
         return _loading("diffusers", component)
@@ -97,7 +139,20 @@ def usage(contents: Mapping[str, bytes | Path], sidecars: set[str]) -> str:
         return ""
     has_tokenizer = any(name.startswith(("tokenizer", "vocab", "spiece")) for name in sidecars)
     own_code = ", trust_remote_code=True" if "auto_map" in config else ""
+    if has_tokenizer and _has_chat_template(contents) and _is_text_model(config, first):
+        return _chat_model(own_code)
     return _of_transformers(config, first, sidecars, has_tokenizer, own_code)
+
+
+def _has_chat_template(contents: Mapping[str, bytes | Path]) -> bool:
+    return "chat_template.jinja" in contents or bool(
+        _json(contents, "tokenizer_config.json").get("chat_template")
+    )
+
+
+def _is_text_model(config: Mapping[str, Any], architecture: str) -> bool:
+    is_vision = "vision_config" in config or "vision_tower" in config
+    return architecture.endswith(("ForCausalLM", "LMHeadModel")) and not is_vision
 
 
 def _of_transformers(
@@ -105,9 +160,8 @@ def _of_transformers(
 ) -> str:
     head = re.search(r"For([A-Z]\w+)$", architecture)
     kind = head[1] if head else ""
-    is_text = kind == "CausalLM" or architecture.endswith("LMHeadModel")
     is_vision = "vision_config" in config or "vision_tower" in config
-    if is_text and not is_vision:
+    if _is_text_model(config, architecture):
         return _text_model("AutoModelForCausalLM", _PROMPT, has_tokenizer, code)
     if is_vision and kind in ("ConditionalGeneration", "CausalLM"):
         loaded = _loading("transformers", "AutoModelForImageTextToText", code=code)
@@ -143,6 +197,20 @@ def _text_model(name: str, prompt: str, has_tokenizer: bool, code: str) -> str:
     )
 
 
+def _chat_model(code: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({_HERE}{code})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_HERE}{code})\n"
+        f'chat = [{{"role": "user", "content": {_quote(_QUESTION)}}}]\n'
+        "tokens = tokenizer.apply_chat_template(\n"
+        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+        ")\n"
+        "answer = model.generate(**tokens, max_new_tokens=100)[0, tokens.input_ids.shape[1] :]\n"
+        "print(tokenizer.decode(answer, skip_special_tokens=True))"
+    )
+
+
 def _encoder(name: str, result: str, has_tokenizer: bool, code: str) -> str:
     if not has_tokenizer:
         return _loading("transformers", name, code=code)
@@ -154,8 +222,8 @@ def _encoder(name: str, result: str, has_tokenizer: bool, code: str) -> str:
     )
 
 
-def _config(contents: Mapping[str, bytes | Path]) -> dict[str, Any]:
-    data = contents.get("config.json")
+def _json(contents: Mapping[str, bytes | Path], name: str) -> dict[str, Any]:
+    data = contents.get(name)
     try:
         config = json.loads(data) if isinstance(data, bytes) else {}
     except ValueError:

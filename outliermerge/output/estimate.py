@@ -137,8 +137,8 @@ def _tried(plan: Plan, options: Options, folder: Path) -> tuple[float | None, st
             seconds, num_bytes = seconds + took, num_bytes + trial.work_bytes
             if seconds > _TRIAL_SECONDS:
                 break
-    said = f"merging {num_bytes / 1e6:.0f} MB of the work in {seconds:.2f} s"
-    return num_bytes / seconds, f"{said}, with the files where they are now, into {shown(folder)}"
+    said = f"a trial of {human_bytes(num_bytes)} in {seconds:.2f} s"
+    return num_bytes / seconds, f"{said}, into {shown(folder)}"
 
 
 def _can_be_tried(job: Job) -> bool:

@@ -260,7 +260,7 @@ def _opened(path: Path) -> int:
         descriptor = open_to_append(path)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise failure(path, "opened", error) from error
+            raise failure(path, "made", error) from error
         raise OutlierMergeError(
             f"{path}: is a link, a folder or a socket. Choose another output."
         ) from error

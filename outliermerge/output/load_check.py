@@ -22,14 +22,13 @@ from outliermerge.checkpoint.folders.folder import PIPELINE_NAME
 from outliermerge.checkpoint.layout import component_of
 from outliermerge.checkpoint.model_types import has_transformers
 from outliermerge.errors import OutlierMergeError, argument, listing, shown
+from outliermerge.output.load_findings import Findings, KeptFindings, Pair
 from outliermerge.output.parted import find_parted, refuse_parted
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.files import small_bytes
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
-Findings: TypeAlias = Mapping[str, Any]
-"""What load_worker.check_part returns."""
 
 _REFUSED = "the output does not load, as the base does not"
 _KINDS = ("missing", "unexpected", "mismatched")
@@ -62,6 +61,8 @@ class Verdict:
         num_rows: by component's folder the rows of the input embeddings that the class builds.
         tied: pairs of the output's tensors that the class ties.
         parted: those of them that the merge does not treat as one, in words.
+        was_known: an earlier check had asked the same, so that nothing was asked now.
+        is_kept: the next check of the same has nothing to ask.
     """
 
     status: str
@@ -73,6 +74,8 @@ class Verdict:
     num_rows: Mapping[str, int] = field(default_factory=dict)
     tied: tuple[tuple[str, str], ...] = ()
     parted: tuple[str, ...] = ()
+    was_known: bool = False
+    is_kept: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
@@ -214,15 +217,15 @@ class LoadCheck:
     ) -> None:
         self._outputs = outputs
         self._plans = plans or [None] * len(outputs)
-        self._requests: dict[str, int] = {}
+        self._kept = KeptFindings()
         self._verdicts: list[Verdict] | None = None
         self._lock = threading.Lock()
         self._files = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._why_none = "transformers is not installed"
-        for parts, _ in outputs:
-            for part in parts:
-                self._requests.setdefault(_pair(part), len(self._requests))
+        requests = dict.fromkeys(_pair(part) for parts, _ in outputs for part in parts)
+        self._known = self._kept.find(requests) if has_transformers() else {}
+        self._requests = [request for request in requests if request not in self._known]
         if self._requests and has_transformers():
             try:
                 self._start()
@@ -269,23 +272,26 @@ class LoadCheck:
         """Wait for the check, and return the verdict on each output."""
         with self._lock:  # several threads of a merge may ask at once
             if self._verdicts is None:
-                answers = self._answers()
+                kept, was_known = {*self._known}, not self._requests
+                answers = self._known | dict(zip(self._requests, self._answers(), strict=True))
+                kept |= {r for r in self._requests if self._kept.keep(r, answers[r])}
                 self._verdicts = []
                 for (parts, notes), plan in zip(self._outputs, self._plans, strict=True):
-                    found = [(p, *answers[self._requests[_pair(p)]]) for p in parts]
-                    verdict = _judge(found, notes)
+                    verdict = _judge([(p, *answers[_pair(p)]) for p in parts], notes)
                     parted = find_parted(plan, verdict.tied) if plan else []
-                    self._verdicts.append(replace(verdict, parted=tuple(parted)))
+                    verdict = replace(verdict, parted=tuple(parted), was_known=was_known)
+                    is_kept = all(_pair(part) in kept for part in parts)
+                    self._verdicts.append(replace(verdict, is_kept=is_kept))
             return self._verdicts
 
-    def _answers(self) -> Sequence[tuple[Findings, Findings | None]]:
+    def _answers(self) -> Sequence[Pair]:
         if self._process is None:
             return [({"unknown": self._why_none}, None)] * len(self._requests)
         try:
             code = self._process.wait(_TIMEOUT_SECONDS)
             self._answer.seek(0)
             if code == 0:
-                answers: list[tuple[Findings, Findings | None]] = json.load(self._answer)
+                answers: list[Pair] = json.load(self._answer)
                 return answers
             self._errors.seek(0)
             said = self._errors.read().decode("utf-8", "replace").split("\n")

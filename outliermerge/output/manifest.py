@@ -129,6 +129,7 @@ def _manifest(
         "kernels": bool(options.kernels) and options.device == "cpu",
         "spec": plan.spec.as_dict(),
         "recipe": recipe_of(plan),
+        **({"layer_map": [row.as_dict() for row in plan.layer_map]} if plan.layer_map else {}),
         **({"shard_bytes": plan.shard_bytes} if plan.shard_bytes is not None else {}),
         **({"transplant": plan.transplant} if plan.transplant is not None else {}),
         "checksum": "tensors: xxh3_128 of the xxh3_128 digests of pieces of "

@@ -32,13 +32,15 @@ def check_apart(plan: Plan, final: Path) -> None:
         OutlierMergeError: the output would damage them, or is inside another output, whose folder
             would no longer be as its manifest says.
     """
-    for path in plan.auxiliary_files:
+    others = dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
+    if plan.tokenizer is not None:  # it may be that of a model which is not merged
+        others |= {sidecar.path: "file" for sidecar in plan.sidecars}
+    for path, what in others.items():
         if final.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutlierMergeError(
-                f"{final}: is or holds the auxiliary tensors {shown(str(path))}: "
-                "choose another output"
+                f"{final}: is or holds the {what} {shown(str(path))}: choose another output"
             )
-    for entry in (model for each in plan.inputs for model in each.models):
+    for entry in plan.models:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder

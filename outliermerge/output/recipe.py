@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from outliermerge.spec.modules import MODULES
 from outliermerge.spec.moe import MoeSpec
 from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
-from outliermerge.spec.tokenizer import plain_reference
+from outliermerge.spec.tokenizer import BASE, UNION, plain_reference
 from outliermerge.spec.transplant import TransplantSpec, words_of
 
 RECIPE_NAME = "recipe.yaml"
@@ -92,9 +92,16 @@ def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()
         document[MODULES] = {
             part: _module(entry, base, name, stages) for part, entry in modules.items()
         }
+
+    def of_owner(written: str) -> str:
+        plain = plain_reference(written) or BASE  # it may stand with mergekit's `model:` before it
+        if plain in names:
+            return names[plain]
+        return written if plain in (BASE, UNION) else new(plain, has_base=True)
+
     if isinstance(tokenizer := document.get("tokenizer"), dict):
-        document["tokenizer"] = _named(tokenizer, names)
-    return document | {key: _renamed(document[key], names) for key in _SOURCES if key in document}
+        document["tokenizer"] = _named(tokenizer, of_owner)
+    return document | {key: of_owner(document[key]) for key in _SOURCES if key in document}
 
 
 def _module(
@@ -108,24 +115,19 @@ def _module(
     return found
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return a model's lasting name; it may stand with mergekit's `model:` before it."""
-    return names.get(plain_reference(name) or "", name)
-
-
-def _named(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a spec says of the tokenizer, with models by their lasting names."""
+def _named(tokenizer: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    """Return what a spec says of the tokenizer, with other names for its models."""
     tokens: dict[str, Any] = {}
     for token, entry in (tokenizer.get("tokens") or {}).items():
         source = entry.get("source")
         if isinstance(source, str):
-            entry = entry | {"source": _renamed(source, names)}
+            entry = entry | {"source": name(source)}
         elif isinstance(source, dict) and "model" in source:
-            entry = entry | {"source": source | {"model": _renamed(source["model"], names)}}
+            entry = entry | {"source": source | {"model": name(source["model"])}}
         tokens[token] = entry
     changed: dict[str, Any] = {"tokens": tokens} if tokens else {}
     if "source" in tokenizer:
-        changed["source"] = _renamed(tokenizer["source"], names)
+        changed["source"] = name(tokenizer["source"])
     return tokenizer | changed
 
 
@@ -179,7 +181,7 @@ def command(plan: Plan, options: Options, results: Mapping[str, JobResult]) -> s
 def _commits(plan: Plan) -> dict[str, set[str]]:
     """Return by repository of the hub the commits whose files were read."""
     found: dict[str, set[str]] = {}
-    roots = [model.checkpoint.root / "-" for entry in plan.inputs for model in entry.models]
+    roots = [model.checkpoint.root / "-" for model in plan.models]
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])

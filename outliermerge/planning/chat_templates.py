@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,23 @@ print(json.dumps(answers))
 
 
 def choose_template(
-    spec: MergeSpec, inputs: Sequence[Input], tokenizer: TokenizerPlan | None
+    spec: MergeSpec,
+    inputs: Sequence[Input],
+    tokenizer: TokenizerPlan | None,
+    outside: Input | None = None,
 ) -> tuple[ChatTemplate | None, list[str]]:
     """Return the template that a spec asks for, and notes on it.
 
     Args:
         tokenizer: what the merge does to the tokenizer.
+        outside: a model that is not merged, and whose tokenizer the output has.
 
     Raises:
         SpecError: it is no template, or cannot write a conversation.
     """
     wanted = spec.document.chat_template
     if wanted is None:
-        return None, []
+        return None, [*_left_behind(spec, inputs)]
     theirs = {entry.reference: _template(entry) for entry in inputs}
     if wanted == AUTO:
         known = Counter(text for text in theirs.values() if text)
@@ -109,12 +113,31 @@ def choose_template(
     notes = []
     if differing := _conflicts(theirs):
         notes.append(f"the models' chat templates differ, the output has {name}:\n{differing}")
-    root = input_named(inputs, spec.tokenizer_owner).tokenizer_home
+    owner = outside or input_named(inputs, spec.tokenizer_owner)
+    if not Beside.of(owner).has_tokenizer:
+        notes.append(
+            f"chat template {name}: {shown(owner.reference)} has no tokenizer, and so has the "
+            "output: the template is in a file by itself. `tokenizer: {source: MODEL}` takes a "
+            "tokenizer from elsewhere"
+        )
+    root = owner.tokenizer_home
     files = {path.name: small_bytes(path) for path in token_files(root)}
     tokens = load_tokens(files | dict(tokenizer.files if tokenizer else {}), root) if files else {}
     takes, trial_notes = _try(spec, text, name, root, set(tokens.values()))
     others = [r for r, own in theirs.items() if own and own != text.strip()]
     return ChatTemplate(name, text, tuple(same), tuple(others), takes), [*notes, *trial_notes]
+
+
+def _left_behind(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
+    """Yield a note if models have chat templates, and the output would have none."""
+    owner = input_named(inputs, spec.tokenizer_owner)
+    if _template(owner) is None and len(inputs) > 1:
+        if having := [shown(entry.reference) for entry in inputs if _template(entry)]:
+            yield (
+                f"the output has no chat template, as {shown(owner.reference)}; "
+                f"{', '.join(having)} {'have' if len(having) > 1 else 'has'} one: "
+                "`chat_template: auto` gives it to the output"
+            )
 
 
 def _template(entry: Input) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Literal
 
 from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
+from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.folders.folder import open_checkpoint, refuse_unfinished
 from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
@@ -18,9 +19,11 @@ from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
+from outliermerge.planning.owners import kind_of
 from outliermerge.planning.plan import Input
 from outliermerge.planning.scalars import in_shapes_of
 from outliermerge.planning.tied import tied_heads, with_embeddings
+from outliermerge.planning.vocabulary_ids import CONFIGS
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.rename import Rename, best_rename
@@ -86,6 +89,44 @@ def open_inputs(
     return (first, *(in_shapes_of(tensors, entry) for entry in others)), numbers
 
 
+def open_tokenizer(spec: MergeSpec, inputs: Sequence[Input]) -> Input | None:
+    """Return the model that is not merged, and whose tokenizer the output has; None if none is.
+
+    Of the hub only its tokenizer files and configs are fetched.
+
+    Raises:
+        OutlierMergeError: there is no such folder, or it cannot be read.
+    """
+    request = spec.tokenizer
+    if request is None or not request.is_outside:
+        return None
+    try:
+        with told_by_name():
+            found = tokenizer_of(request.source)
+    except OutlierMergeError as error:
+        raise OutlierMergeError(str(spec.source.error(request.path, str(error)))) from error
+    same = (e for e in inputs if e.tokenizer_home.resolve() == found.home.resolve())
+    return next(same, found)
+
+
+def tokenizer_of(reference: str) -> Input:
+    """Open only the tokenizer and the configs of a model, which may have no weights.
+
+    Raises:
+        OutlierMergeError: there is no such folder, or it cannot be read.
+    """
+    root = resolve(reference, _is_of_tokenizer)
+    if not root.is_dir():
+        raise OutlierMergeError(f"{root}: is a file, expected a folder with a tokenizer")
+    names = (*filter(_is_of_tokenizer, sidecars_of(files_in(root), [""])),)
+    return Input(reference, "model", Checkpoint(root, {}, (), names, ()), root)
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    """Tell whether a file belongs to a tokenizer, or says which ids begin and end a text."""
+    return kind_of(name) == "tokenizer" or name in CONFIGS
+
+
 def _refuse_absent(spec: MergeSpec) -> None:
     """Refuse all models of a merge at once that are certainly not there."""
     named: list[tuple[SpecPath, str]] = []
@@ -93,6 +134,8 @@ def _refuse_absent(spec: MergeSpec) -> None:
         at = model.path if model is spec.base else (*model.path, "model")
         named.append((at, model.reference))
         named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
+    if spec.tokenizer is not None and spec.tokenizer.is_outside:
+        named.append((spec.tokenizer.path, spec.tokenizer.source))
     refuse_absent_models(spec.source, named, stages=spec.stages)
 
 

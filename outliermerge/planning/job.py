@@ -20,6 +20,41 @@ from outliermerge.methods.task import Task
 
 
 @dataclass(frozen=True)
+class LayersOf:
+    """Layers that follow one another, and are made in one way of the same layers of models.
+
+    Attributes:
+        merge: what they are layers of: `the output`, `stage NAME` or `module NAME`.
+        prefix: the start of their tensors' names.
+        start, stop: the layers.
+        method: how they are merged; empty where they are copied.
+        sources: the models, each with the first of its layers and the one after the last.
+        stack: what a spec may call the stack of layers.
+    """
+
+    merge: str
+    prefix: str
+    start: int
+    stop: int
+    method: str
+    sources: tuple[tuple[str, int, int], ...]
+    stack: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "of": self.merge,
+            "stack": self.stack,
+            "layers": [self.start, self.stop],
+            "method": self.method or "copy",
+            "sources": [
+                {"model": model, "layer_range": [start, stop]}
+                for model, start, stop in self.sources
+            ],
+        }
+
+
+@dataclass(frozen=True)
 class Input:
     """A model that the merge reads.
 
@@ -31,6 +66,7 @@ class Input:
         alike: a head, its embeddings, and what must be equal for an adapter to keep them one.
         made_of: the models that it is a merge of, where it is a stage of this merge.
         checks: what must be equal for that merge to be right.
+        layers: of a stage, where they are from.
     """
 
     reference: str
@@ -42,15 +78,11 @@ class Input:
     alike: tuple[tuple[str, str, tuple[Source, Source]], ...] = ()
     made_of: tuple[Input, ...] = ()
     checks: tuple[Job, ...] = ()
+    layers: tuple[LayersOf, ...] = ()
 
     def __repr__(self) -> str:
         num = len(self.checkpoint.tensors)
         return short_repr(self, f"{self.reference} ({self.role}), {num} tensors")
-
-    @property
-    def models(self) -> tuple[Input, ...]:
-        """Itself, or the models that a stage is made of, through all stages."""
-        return tuple(m for entry in self.made_of for m in entry.models) or (self,)
 
     @property
     def stored(self) -> list[TensorMeta]:
@@ -160,6 +192,7 @@ class Module:
         names: its tensors in the output.
         num_merged: how many of them the method computes.
         kept: the tensors of the part that stay the base's.
+        layers: where its layers are from.
     """
 
     name: str
@@ -168,6 +201,7 @@ class Module:
     names: tuple[str, ...]
     num_merged: int
     kept: tuple[str, ...]
+    layers: tuple[LayersOf, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""

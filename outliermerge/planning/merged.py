@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
-from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
-from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, scope_of
+import xxhash
+
+from outliermerge.checkpoint.sources import (
+    DTYPES,
+    DType,
+    Reading,
+    Sized,
+    Source,
+    TensorMeta,
+    inner,
+)
+from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.task import Task
 from outliermerge.planning.job import row_elements
 
 _BLOCK_ELEMENTS = 4 * CHUNK_ELEMENTS
+
+
+@dataclass(eq=False)
+class WholeMerge:
+    """All merged tensors of a model, over which some statistics are measured together."""
+
+    tensors: tuple[MergedSource, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,25 +42,28 @@ class MergedSource(Sized):
         sources: the base, where the method uses one, then the models; then the method's auxiliary
             tensors.
         stored_dtype: the dtype of an output if the spec does not set one; None is the task's.
+        whole: the merge that it is a tensor of, where the method measures whole models.
     """
 
     name: str
     task: Task
     sources: tuple[Source, ...]
     stored_dtype: DType | None = None
-
-    def __post_init__(self) -> None:
-        needs = self.task.method.needs.values()
-        if any(scope_of(need, self.task.parameters) == "model" for need in needs):
-            raise ValueError(f"{self.task.method.name} measures whole models, not sources")
+    whole: WholeMerge | None = None
 
     def __repr__(self) -> str:
+        return f"MergedSource({self.name!r}, {self._digest})"
+
+    @cached_property
+    def _digest(self) -> str:
+        """Stand for what it is computed of: stages that use others twice would be long to spell."""
         task = self.task
         modifiers = [(modifier.name, dict(own)) for modifier, own in task.modifiers]
-        return (
-            f"MergedSource({self.name!r}, {task.method.path}, {dict(task.parameters)}, "
-            f"{task.context}, {modifiers}, {task.compute_dtype}, {self.sources}, {self.out_dtype})"
+        spelt = (
+            f"{task.method.path}, {dict(task.parameters)}, {task.context}, {modifiers}, "
+            f"{task.compute_dtype}, {self.sources}, {self.out_dtype}"
         )
+        return xxhash.xxh3_128_hexdigest(spelt.encode("utf-8", "surrogatepass"))
 
     @property
     def dtype(self) -> DType:
@@ -55,7 +77,7 @@ class MergedSource(Sized):
     def shape(self) -> tuple[int, ...]:
         return self.task.shape
 
-    @property
+    @cached_property
     def stored(self) -> tuple[TensorMeta, ...]:
         """The stored tensors that it is computed from, each once."""
         return tuple(dict.fromkeys(meta for source in self.sources for meta in source.stored))
@@ -66,7 +88,7 @@ class MergedSource(Sized):
         row = row_elements(self.shape) if self.task.cut == "row" else 1
         return max(row, _BLOCK_ELEMENTS // row * row)
 
-    @property
+    @cached_property
     def work_bytes(self) -> int:
         """The memory that a thread needs to merge a block, with those of merges in its sources.
 
@@ -115,10 +137,6 @@ class Restored(Sized):
     def stored(self) -> tuple[TensorMeta, ...]:
         return self.source.stored
 
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return (self.source,)
-
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop, in `dtype`."""
         self.source.read(reader, start, stop, out)
@@ -133,9 +151,27 @@ def bytes_of_merges(sources: Iterable[Source]) -> int:
         (
             source.work_bytes
             if isinstance(source, MergedSource)
-            else bytes_of_merges(source.sources)
+            else bytes_of_merges(inner(source))
             for source in sources
-            if isinstance(source, (MergedSource, Restored))
         ),
         default=0,
     )
+
+
+def read_again(num_passes: int, sources: Iterable[Source]) -> frozenset[MergedSource]:
+    """Return the merges among sources, and in them, that are read more than once.
+
+    Args:
+        num_passes: how often the sources are read.
+    """
+    counts: Counter[MergedSource] = Counter()
+    pending = [(num_passes, source) for source in sources]
+    while pending:
+        passes, source = pending.pop()
+        if isinstance(source, MergedSource):
+            counts[source] += passes
+            if counts[source] > passes:  # what it reads has been counted
+                continue
+            passes = source.task.method.num_passes(source.task.parameters)
+        pending += [(passes, each) for each in inner(source)]
+    return frozenset(source for source, count in counts.items() if count > 1)

@@ -132,7 +132,9 @@ def with_modules(
     merges: dict[str, ModuleSpec] = {}
     composed, owners = base, dict[str, str]()
     made_of = {base.reference: base}
-    for name, module in spec.modules.items():
+    # Slices change the config, which must still be like that of the models of other modules.
+    by_slices = sorted(spec.modules.items(), key=lambda each: bool(each[1].merge.slices))
+    for name, module in by_slices:
         path: SpecPath = (MODULES, name)
         try:
             part = _part(spec, base, composed, name, module)
@@ -163,8 +165,12 @@ def with_modules(
                 tuple(merged.checkpoint.tensors),
                 len(is_changed),
                 tuple(sorted(part.kept)),
+                merged.layers,
             )
         )
+    places = [*spec.modules]
+    found.sort(key=lambda module: places.index(module.name))
+    merges = {name: merges[name] for name in places}
     return replace(composed, made_of=tuple(made_of.values())), tuple(found), notes, merges
 
 

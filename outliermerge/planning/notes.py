@@ -69,11 +69,6 @@ def merge_notes(
     )
     for (loaded, stored), count in narrowed.items():
         yield f"{count} tensors are loaded as {loaded} and stored as {stored}"
-    if spec.document.dtype in ("bfloat16", "float16") and any(j.action == "merge" for j in jobs):
-        yield (
-            f"dtype: {spec.document.dtype} sets how the output is stored; "
-            "arithmetic stays in float32"
-        )
     for reason in ("in no task model", "extra, copied"):
         names = [job.name for job in jobs if job.reason == reason]
         if names:

@@ -17,6 +17,7 @@ from outliermerge.methods.table import find_method
 from outliermerge.planning.job import Input as Input
 from outliermerge.planning.job import Job as Job
 from outliermerge.planning.job import LayersFrom as LayersFrom
+from outliermerge.planning.job import LayersOf as LayersOf
 from outliermerge.planning.job import Module as Module
 from outliermerge.planning.job import Options as Options
 from outliermerge.planning.job import Proof as Proof
@@ -54,9 +55,12 @@ class Plan:
         tied: by name of a tensor the one that it is equal to, as the output's config ties them.
         stacked: where the layers are from, if the spec has slices.
         modules: the parts of the base that are merged by themselves.
+        layer_map: where the layers of the output and of its stages are from, if the spec has
+            slices, stages or modules.
         files: what was read of the models, with stamps; None for what was looked for and absent.
         shard_bytes: most bytes of a weight file, if it is not the default.
         config: the output's config, where it is not the reference's.
+        ids: by file of the config the token ids that change, by the keys that lead to them.
         transplant: how good the rows of another tokenizer's tokens are, as JSON values.
     """
 
@@ -78,9 +82,11 @@ class Plan:
     tied: Mapping[str, str] = field(default_factory=dict)
     stacked: Stacked | None = None
     modules: tuple[Module, ...] = ()
+    layer_map: tuple[LayersOf, ...] = ()
     files: tuple[tuple[Path, FileStamp | None], ...] = ()
     shard_bytes: int | None = None
     config: Mapping[str, Any] | None = None
+    ids: Mapping[str, Mapping[tuple[str, ...], Any]] = field(default_factory=dict)
     transplant: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -96,6 +102,22 @@ class Plan:
     def _repr_html_(self) -> str:
         """Show the plan as tables in a notebook."""
         return plan_as_html(self)
+
+    @property
+    def all_inputs(self) -> tuple[Input, ...]:
+        """The inputs, each followed by what it is made of, if that was not there before."""
+        found, seen, pending = list[Input](), set[int](), [*reversed(self.inputs)]
+        while pending:
+            found.append(entry := pending.pop())
+            if id(entry.made_of) not in seen:  # it is one for all that use a stage
+                seen.add(id(entry.made_of))
+                pending += reversed(entry.made_of)
+        return tuple(found)
+
+    @property
+    def models(self) -> tuple[Input, ...]:
+        """The models that are read, of the stages, too."""
+        return tuple(entry for entry in self.all_inputs if not entry.made_of)
 
     @property
     def is_one_file(self) -> bool:
@@ -229,6 +251,7 @@ class Plan:
             "num_parameters": self.num_parameters,
             "actions": dict(Counter(job.action for job in self.jobs)),
             **({"layers": self._layers_as_dict(self.stacked)} if self.stacked else {}),
+            **({"layer_map": [row.as_dict() for row in self.layer_map]} if self.layer_map else {}),
             **({"modules": [m.as_dict() for m in self.modules]} if self.modules else {}),
             "gradients": {name: dict(stacks) for name, stacks in self.gradients.items()},
             "shards": [{"file": s.file, "num_bytes": s.num_bytes} for s in self.shards],

@@ -15,7 +15,8 @@ from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
-from outliermerge.planning.inputs import open_inputs
+from outliermerge.planning.inputs import open_inputs, open_tokenizer
+from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
@@ -43,6 +44,7 @@ from outliermerge.planning.slices import (
     whole,
 )
 from outliermerge.planning.stages import as_input, of_whole
+from outliermerge.planning.stops import further_stops
 from outliermerge.planning.tied import grown_rows, match_tied
 from outliermerge.planning.unmerged import refuse_unmerged
 from outliermerge.planning.vocabulary_by_token import align_inputs
@@ -76,7 +78,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     for entry in plan.inputs:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
-    return replace(plan, files=watched.stamps, shard_bytes=shard_bytes)
+    return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
 
 
 class _Planner:
@@ -108,7 +110,8 @@ class _Planner:
             config_of=next((entry for entry in opened if entry.reference == wanted), opened[0]),
             wanted=spec.document.tie_word_embeddings,
         )
-        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers)
+        self.outside = open_tokenizer(spec, opened)
+        self.alignment = align_inputs(self.tied.inputs, spec, self.model_numbers, self.outside)
         self.inputs = tuple(
             replace(
                 e,
@@ -197,8 +200,14 @@ class _Planner:
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         tokenizer = self.alignment.tokenizer
-        sidecars, sidecar_notes = choose_sidecars(self.spec, self.inputs, tokenizer, self.stacked)
-        template, template_notes = choose_template(self.spec, self.inputs, tokenizer)
+        sidecars, sidecar_notes = choose_sidecars(
+            self.spec, self.inputs, tokenizer, self.stacked, self.outside,
+            self.alignment.left_out,
+        )  # fmt: skip
+        ids, stop_notes = further_stops(
+            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment
+        )
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer, self.outside)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
         if self.stacked is not None:
@@ -221,6 +230,7 @@ class _Planner:
                 *self.found.notes,
                 *self.alignment.notes,
                 *sidecar_notes,
+                *stop_notes,
                 *template_notes,
                 *metadata_notes,
                 *doubts,
@@ -236,6 +246,7 @@ class _Planner:
             num_rows=self._num_rows(),
             added_tokens=self.alignment.added_tokens,
             tokenizer=tokenizer,
+            ids={**(tokenizer.ids if tokenizer else {}), **ids},
             chat_template=template,
             tied=self.tied.followers,
             stacked=self._stacked(),

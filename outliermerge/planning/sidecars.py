@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,16 @@ def choose_sidecars(
     inputs: Sequence[Input],
     tokenizer: TokenizerPlan | None = None,
     stacked: Stacked | None = None,
+    outside: Input | None = None,
+    left_out: Collection[str] = (),
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
 
     Args:
         tokenizer: what the merge does to the tokenizer.
         stacked: which layers are sliced: models may have different numbers of these.
+        outside: a model that is not merged, and whose tokenizer the output has.
+        left_out: files of the tokenizer that would contradict the output's.
 
     Raises:
         SpecError: the spec has a `*_source`, but the output is a single file.
@@ -68,13 +72,17 @@ def choose_sidecars(
                 )
     sources: dict[Kind, Input] = {
         "config": input_named(inputs, document.config_source),
-        "tokenizer": input_named(inputs, spec.tokenizer_owner),
+        "tokenizer": outside or input_named(inputs, spec.tokenizer_owner),
         "processor": input_named(inputs, document.processor_source),
     }
     besides: dict[str, Beside] = {}
     if not inputs[0].checkpoint.root.is_file():
         besides = {entry.reference: Beside.of(entry) for entry in inputs}
-    owners = {kind: besides[entry.reference] for kind, entry in sources.items() if besides}
+    owners = {
+        kind: besides.get(entry.reference) or Beside.of(entry)
+        for kind, entry in sources.items()
+        if besides
+    }
     _check_owners(spec, {kind: o for kind, o in owners.items() if sources[kind] is not inputs[0]})
     chosen = choose_files(owners)
     notes = [*missing_code(chosen)]
@@ -89,9 +97,8 @@ def choose_sidecars(
         notes.append(f"the models' files differ; the output has the {kept}:\n{listing(differing)}")
     if tokenizer is None:
         notes += special_tokens_that_differ(sources["config"], sources["tokenizer"])
-    else:
-        chosen = {name: p for name, p in chosen.items() if name not in tokenizer.left_out}
-    return tuple(Sidecar(name, chosen[name]) for name in sorted(chosen)), notes
+    names = sorted(name for name in chosen if name not in left_out)
+    return tuple(Sidecar(name, chosen[name]) for name in names), notes
 
 
 def _check_owners(spec: MergeSpec, owners: Mapping[Kind, Beside]) -> None:
@@ -196,9 +203,9 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
     extend_files(contents, plan)
     if plan.tokenizer is not None:
         contents |= plan.tokenizer.files
-        for name, values in plan.tokenizer.ids.items():
-            data = contents.get(name) or small_bytes(_path(files[name]))
-            contents[name] = fit_ids(data, values)
+    for name, values in plan.ids.items():
+        data = contents.get(name) or small_bytes(_path(files[name]))
+        contents[name] = fit_ids(data, values)
     if plan.chat_template is not None:
         contents |= with_template(files | contents, plan.chat_template.text)
     return files | contents

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,10 +13,13 @@ import xxhash
 
 from outliermerge.checkpoint.sources import DTYPES, Source
 from outliermerge.errors import WARNING, OutlierMergeError, shown
-from outliermerge.planning.merged import MergedSource, Restored
+from outliermerge.methods.statistics.base import scope_of
+from outliermerge.planning.layer_map import layers_of_merge
+from outliermerge.planning.merged import MergedSource, Restored, WholeMerge
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
+from outliermerge.storage.files import cache_folder
 
 
 def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
@@ -29,16 +31,15 @@ def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
     Args:
         name: of the stage.
         kind: what messages call it.
-
-    Raises:
-        OutlierMergeError: the method measures whole models before it merges.
     """
     tensors: dict[str, Source] = {}
     said = f"{kind} {shown(name)}"
     alike: dict[object, Source] = {}  # tied tensors are one
+    whole = WholeMerge()
     for job in plan.jobs:
         key = job.action, job.context.name or job.name, job.sources
-        tensors[job.name] = alike.setdefault(key, _source_of(said, job))
+        tensors[job.name] = alike.setdefault(key, _source_of(job, whole))
+    whole.tensors = tuple(each for each in tensors.values() if isinstance(each, MergedSource))
     first, home = plan.inputs[0], _home(plan)
     stamps = {s.path: s for entry in plan.inputs for s in entry.checkpoint.weight_files}
     checkpoint = replace(
@@ -53,7 +54,13 @@ def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
         other_files=(),
     )
     return Input(
-        name, "model", checkpoint, home=home, made_of=plan.inputs, checks=tuple(_checks(said, plan))
+        name,
+        "model",
+        checkpoint,
+        home=home,
+        made_of=plan.inputs,
+        checks=tuple(_checks(said, plan)),
+        layers=layers_of_merge(said, plan),
     )
 
 
@@ -67,20 +74,15 @@ def of_whole(note: str, *, of: str) -> str:
     return f"{WARNING if text != note else ''}{of}: {text}"
 
 
-def _source_of(stage: str, job: Job) -> Source:
+def _source_of(job: Job, whole: WholeMerge) -> Source:
     own, stored = job.sources[0][1], job.output.dtype
     if job.action != "merge":
         return own if own.out_dtype == stored else Restored(own, stored)
     task = replace(job.task, out_dtype=DTYPES[job.compute_dtype])
-    try:
-        return MergedSource(
-            job.name, task, (*(source for _, source in job.sources), *job.auxiliary), stored
-        )
-    except ValueError as error:
-        raise OutlierMergeError(
-            f"{stage}: {error}. Such a merge can only be the output: run it by itself "
-            "with `out_dtype: float32`, and name its folder as a model."
-        ) from error
+    sources = (*(source for _, source in job.sources), *job.auxiliary)
+    needs = task.method.needs.values()
+    of_model = any(scope_of(need, task.parameters) == "model" for need in needs)
+    return MergedSource(job.name, task, sources, stored, whole if of_model else None)
 
 
 def _checks(stage: str, plan: Plan) -> list[Job]:
@@ -120,8 +122,7 @@ def _written(contents: Mapping[str, bytes | Path]) -> Path:
     digest = xxhash.xxh3_128()
     for name, data in held.items():
         digest.update(f"{name}\n{len(data)}\n".encode() + data)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "outliermerge" / "stages" / digest.hexdigest()
+    folder = cache_folder("stages") / digest.hexdigest()
     with naming(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():

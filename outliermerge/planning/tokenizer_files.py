@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.tokens import load_tokens, token_files
+from outliermerge.checkpoint.tokens import is_vocabulary, load_tokens, token_files
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.planning.plan import Plan
-from outliermerge.storage.files import small_bytes
+from outliermerge.storage.files import names_in, small_bytes
+from outliermerge.storage.hub_cache import is_cached
 
+TOKENIZER = "tokenizer.json"
+# Files that say the same as tokenizer.json, until tokens are added to that.
+_SECOND = re.compile(
+    r"\.(model(\.v\d+\w*)?|tiktoken|spm|codes)$|^(vocab|merges|unigram|tekken|dict)\.(json|txt)$"
+)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -121,6 +128,39 @@ def extend(
             change(value, new, ids)
             changed[name] = _dumped(value)
     return changed
+
+
+def contradicting(files: Mapping[str, bytes], root: Path) -> tuple[str, ...]:
+    """Return the files of a tokenizer's folder that a changed tokenizer.json makes stale.
+
+    A file stays if it leads to the same tokens, with what the other files add to it.
+
+    Args:
+        files: the contents of the changed files.
+        root: the folder of the tokenizer.
+    """
+    tokens = load_tokens(files, root)
+    beside = {name: data for name, data in files.items() if name != TOKENIZER}
+
+    def stays(name: str) -> bool:
+        if not is_vocabulary(name, root):
+            return name == "merges.txt" and (root / "vocab.json").exists() and stays("vocab.json")
+        try:
+            return load_tokens({name: small_bytes(root / name), **beside}, root) == tokens
+        except OutlierMergeError:  # it is broken, and of no use to the output
+            return False
+
+    second = [name for name in names_in(root) if _SECOND.search(name)]
+    return tuple(name for name in second if not stays(name))
+
+
+def how_to_convert(root: Path) -> str:
+    """Return what a user does whose tokenizer has no tokenizer.json."""
+    where = ", in a copy outside the hub's cache" if is_cached(root / TOKENIZER) else ""
+    return (
+        f"transformers makes the file{where}: "
+        f"AutoTokenizer.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})."
+    )
 
 
 def _held(tokenizer: Mapping[str, Any]) -> set[str]:

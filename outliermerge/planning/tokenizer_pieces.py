@@ -15,14 +15,8 @@ from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
+from outliermerge.planning.tokenizer_files import TOKENIZER, how_to_convert
 from outliermerge.storage.stamps import is_there
-
-TOKENIZER = "tokenizer.json"
-SECOND_FILES = (
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt"),
-    *("vocab.txt", "vocab.spm", "source.spm", "target.spm"),
-)
-"""Files that say the same as tokenizer.json, until pieces are added to that."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +97,12 @@ def _check_kinds(
 ) -> None:
     own = kind_of_tokenizer(tokenizer)
     unlike = []
+    without = [d.root for d, _ in others if not is_there(d.root / TOKENIZER)]
     for donor, other in others:
         named = f"{shown(donor.name)}, which alone has {quoted(donor.pieces[0])}" + (
             f" and {len(donor.pieces) - 1:,} more" if len(donor.pieces) > 1 else ""
         )
-        if not is_there(donor.root / TOKENIZER):
+        if donor.root in without:
             unlike.append(f"{named}: has no {TOKENIZER}")
         elif (kind := kind_of_tokenizer(other)) != own:
             unlike.append(f"{named}: {kind}")
@@ -115,8 +110,8 @@ def _check_kinds(
         raise OutlierMergeError(
             f"a union of tokenizers needs a {TOKENIZER} of one kind from each; the one of {root} "
             f"is {own}:\n{listing(unlike, limit=5)}\n"
-            "`tokenizer: {source: base}` leaves these tokens out. A tokenizer without the file "
-            "gets one from transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)."
+            "`tokenizer: {source: base}` leaves these tokens out."
+            + "".join(f" {how_to_convert(bare)}" for bare in without[:1])
         )
 
 

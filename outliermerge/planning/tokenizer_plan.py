@@ -20,7 +20,7 @@ class ModelRows:
             several models' rows, or zeros.
         approximated: tokens that the model lacks, and whose rows are made of its other rows.
         dropped: tokens of the model that the output does not have.
-        reserved: rows of the model without a token.
+        kept, reserved: rows of the model without a token that the output has, and that it lacks.
         follows: the model without a tokenizer has the tokens of this one.
     """
 
@@ -33,6 +33,7 @@ class ModelRows:
     zero: int = 0
     approximated: int = 0
     dropped: int = 0
+    kept: int = 0
     reserved: int = 0
     follows: str | None = None
 
@@ -43,6 +44,7 @@ class ModelRows:
             (self.taken, "taken from others"), (self.averaged, "averaged over others"),
             (self.zero, "zero"), (self.approximated, "approximated"),
             (self.dropped, "tokens left out"),
+            (self.kept, "rows without a token"),
             (self.reserved, "rows without a token left out"),
         )  # fmt: skip
         return ", ".join(f"{number:,} {what}" for number, what in counts if number)
@@ -92,8 +94,8 @@ class TokenizerPlan:
         """Return where it is from and how large it is."""
         whose = f"{self.source} of all, made from" if self.source == "union" else "that of"
         added = f", {self.num_added:,} of them added" if self.num_added else ""
-        padding = self.num_rows - self.num_tokens
-        rows = f"{self.num_rows:,} rows" + (f", {padding:,} of them padding" if padding else "")
+        more = self.num_rows - self.num_tokens
+        rows = f"{self.num_rows:,} rows" + (f", {more:,} of them without a token" if more else "")
         return f"{whose} {self.reference}: {self.num_tokens:,} tokens{added}; {rows}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from outliermerge.checkpoint.tokens import (
     token_files,
 )
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.planning.tokenizer_files import extend, find_entries, read_files
+from outliermerge.planning.tokenizer_files import (
+    TOKENIZER,
+    contradicting,
+    extend,
+    find_entries,
+    how_to_convert,
+    read_files,
+)
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.planning.vocabulary_rows import (
@@ -59,6 +66,8 @@ class Alignment:
         stored_rows: the number of rows of the first model's vocabulary tensors; None if it has
             none.
         tokenizer: the output's tokenizer, if its tokens decide which rows there are.
+        left_out: files of the output's tokenizer that would contradict what is added to it.
+        tokens: the tokens of that tokenizer, by id.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -67,6 +76,8 @@ class Alignment:
     notes: tuple[str, ...]
     stored_rows: int | None = None
     tokenizer: TokenizerPlan | None = None
+    left_out: tuple[str, ...] = ()
+    tokens: Mapping[int, str] | None = None
 
 
 def align_vocabulary(
@@ -149,8 +160,12 @@ def align_vocabulary(
     if written.added:
         verb = "is" if len(written.added) == 1 else "are"
         notes = (*notes, f"{count(len(written.added), 'token')} {verb} added to the tokenizer")
+    if written.left_out:
+        notes = (*notes, stale_files(written.name, written.left_out, len(written.added)))
     if not moved:
-        return replace(unchanged, added_tokens=written.added, notes=notes)
+        return replace(
+            unchanged, added_tokens=written.added, notes=notes, left_out=written.left_out
+        )
     aligned = [dict(checkpoint.tensors) for checkpoint in checkpoints]
     for name, axis in found.axes.items():
         held = {n: c.tensors[name] for n, c in enumerate(checkpoints) if name in c.tensors}
@@ -165,6 +180,15 @@ def align_vocabulary(
         written.added,
         notes,
         found.num_rows[0],
+        left_out=written.left_out,
+    )
+
+
+def stale_files(name: str, files: Sequence[str], num_added: int) -> str:
+    """Return the note on files of a model's tokenizer that the output does not have."""
+    return (
+        f"left out of the tokenizer of {shown(name)}, as they lack "
+        f"{count(num_added, 'token')} of the output: {', '.join(files)}"
     )
 
 
@@ -173,12 +197,12 @@ def _lay_out(
 ) -> tuple[Layout, OutputTokenizer]:
     """Return the output's rows, and its tokenizer with the tokens that are added for them."""
     if policy == "union" and (missing := missing_tokens(members, written)):
-        if not is_there(written.root / "tokenizer.json"):
-            has = "no tokenizer.json" if written.tokens else "no tokenizer files"
+        if not is_there(written.root / TOKENIZER):
+            has = f"no {TOKENIZER}" if written.tokens else "no tokenizer files that can be read"
             raise OutlierMergeError(
                 f"vocabulary: union has to add tokens to the tokenizer of {written.name}, which "
-                f"has {has}: save it with transformers' fast tokenizer first, or name a model that "
-                "has one as `tokenizer_source`"
+                f"has {has}: name a model that has one as `tokenizer_source`."
+                + (f" Or {how_to_convert(written.root)}" if written.tokens else "")
             )
         names = {model.number: model.name for model in members}
         wanted = {token: names[number] for token, number in missing.items()}
@@ -187,7 +211,8 @@ def _lay_out(
         files = extend(read_files(written.root), written.root, entries, before)
         tokens = load_tokens(files, written.root)
         added = [(id_, token, missing[token]) for id_, token in tokens.items() if token in missing]
-        written = replace(written, tokens=tokens, added=tuple(added))
+        left_out = contradicting(files, written.root)
+        written = replace(written, tokens=tokens, added=tuple(added), left_out=left_out)
     return _LAYOUTS[policy](members, written), written
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,22 @@ from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.planning.owners import check_content
 from outliermerge.planning.plan import Input
 from outliermerge.planning.tokenizer_files import (
+    TOKENIZER,
     added_entries,
+    contradicting,
     extend,
+    how_to_convert,
     plain_entry,
     read_files,
 )
-from outliermerge.planning.tokenizer_pieces import SECOND_FILES, TOKENIZER, Donor, with_pieces
+from outliermerge.planning.tokenizer_pieces import Donor, with_pieces
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
-from outliermerge.planning.vocabulary import Alignment, align_vocabulary, open_vocabulary
+from outliermerge.planning.vocabulary import (
+    Alignment,
+    align_vocabulary,
+    open_vocabulary,
+    stale_files,
+)
 from outliermerge.planning.vocabulary_cells import TokenRows
 from outliermerge.planning.vocabulary_ids import Side, changed_ids
 from outliermerge.planning.vocabulary_rows import VocabularyModel, count
@@ -33,11 +41,17 @@ from outliermerge.spec.tokenizer import BASE, UNION, TokenizerRequest
 from outliermerge.storage.stamps import is_there
 
 
-def align_inputs(inputs: Sequence[Input], spec: MergeSpec, numbers: Sequence[int]) -> Alignment:
+def align_inputs(
+    inputs: Sequence[Input],
+    spec: MergeSpec,
+    numbers: Sequence[int],
+    outside: Input | None = None,
+) -> Alignment:
     """Align the vocabulary rows of the tensors that the reference has as well.
 
     Args:
         numbers: the inputs that are the spec's models, in its order.
+        outside: a model that is not merged, and whose tokenizer the output has.
 
     Raises:
         SpecError: the spec names a token or row that there is not.
@@ -61,9 +75,17 @@ def align_inputs(inputs: Sequence[Input], spec: MergeSpec, numbers: Sequence[int
     config = number_of(spec.document.config_source)
     homes = [entry.home for entry in inputs]
     if spec.tokenizer is not None:
-        models = _Models([e.reference for e in inputs], checkpoints, homes, config)
+        owner = 0 if spec.tokenizer.source in (BASE, UNION) else number_of(spec.tokenizer.source)
+        names = [entry.reference for entry in inputs]
+        if outside is not None:
+            owner = places.get(outside.reference, len(inputs))
+        if outside is not None and owner == len(inputs):
+            names, homes = [*names, outside.reference], [*homes, outside.home]
+            checkpoints = [*checkpoints, outside.checkpoint]
+        models = _Models(names, checkpoints, homes, config, owner)
         try:
-            return _by_token(models, spec.tokenizer, number_of, has_base=inputs[0].role == "base")
+            found = _by_token(models, spec.tokenizer, number_of, has_base=inputs[0].role == "base")
+            return replace(found, checkpoints=found.checkpoints[: len(inputs)])
         except SettingError as error:
             raise spec.source.error(error.path, str(error), at_key=error.at_key) from error
     return align_vocabulary(
@@ -77,19 +99,21 @@ def align_inputs(inputs: Sequence[Input], spec: MergeSpec, numbers: Sequence[int
 
 @dataclass(frozen=True)
 class _Models:
-    """The models of a merge.
+    """The models of a merge, and one without tensors if its tokenizer is of no merged model.
 
     Attributes:
         names: in the spec.
         checkpoints: their roots have the tokenizers.
         homes: the folders of their configs.
         config: the number of the model whose config the output has.
+        owner: the number of the model whose tokenizer the output's is made from.
     """
 
     names: Sequence[str]
     checkpoints: Sequence[Checkpoint]
     homes: Sequence[Path]
     config: int
+    owner: int
 
     def root(self, number: int) -> Path:
         return self.checkpoints[number].root
@@ -97,12 +121,16 @@ class _Models:
 
 @dataclass(frozen=True)
 class _Built:
-    """A tokenizer: its tokens by id, the files that differ from its model's, what is added."""
+    """A tokenizer: its tokens by id, the files that differ from its model's, what is added.
+
+    And the files of its model that would contradict it.
+    """
 
     tokens: Mapping[int, str]
     files: Mapping[str, bytes]
     num_added: int = 0
     num_pieces: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 def _by_token(
@@ -111,7 +139,7 @@ def _by_token(
     checkpoints = tuple(models.checkpoints)
     configs = [read_json(home / "config.json") for home in models.homes]
     found = find_vocabulary_tensors(checkpoints, configs)
-    owner = 0 if request.source in (BASE, UNION) else number_of(request.source)
+    owner = models.owner
     nothing = Alignment(checkpoints, None, (), (), found.num_rows.get(0))
     if any("" not in c.components for c in checkpoints) or 0 not in found.num_rows:
         if request.path == ("tokenizer_source",):
@@ -126,30 +154,55 @@ def _by_token(
             request.path, f"{shown(models.names[owner])} has no tokenizer files that can be read"
         )
     members, notes = _open(models, found)
-    built = _build(models, owner, own, request, members)
-    num_named = max(built.tokens, default=-1) + 1
-    num_rows = -(-num_named // request.multiple) * request.multiple
-    rows = TokenRows(members, built.tokens, num_named, request, number_of, has_base=has_base)
+    built = _build(models, own, request, members)
+    num_kept = _num_kept(built, next((m for m in members if m.number == owner), members[0]))
+    num_rows = -(-num_kept // request.multiple) * request.multiple
+    rows = TokenRows(members, built.tokens, num_kept, request, number_of, has_base=has_base)
     aligned = _rearranged(checkpoints, found, rows, num_rows)
     counts = tuple(
         replace(rows.counts(m.number), follows=None if m.has_tokenizer else models.names[0])
         for m in members
     )
     side = {number: _side(models, number, members) for number in (models.config, owner)}
+    if owner not in found.num_rows:
+        side[owner] = replace(side[owner], tokens=own, num_rows=len(own))
     ids, of_ids = changed_ids(side[models.config], side[owner], built.tokens)
-    left_out = tuple(
-        name for name in SECOND_FILES if built.num_pieces and is_there(models.root(owner) / name)
-    )
     plan = TokenizerPlan(
         request.source, models.names[owner], len(built.tokens), num_rows,
-        built.num_added, built.num_pieces, counts, built.files, left_out, ids,
+        built.num_added, built.num_pieces, counts, built.files, built.left_out, ids,
     )  # fmt: skip
     notes += [*of_ids, *_notes(plan, rows)]
+    if request.is_union:
+        notes += _without_ends(models, found, built)
     changed = any(a is not b for a, b in zip(aligned, checkpoints, strict=True))
     known = {*found.num_rows.values()} != {num_rows} or changed
     return Alignment(
-        tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan
-    )
+        tuple(aligned), num_rows if known else None, (), tuple(notes), found.num_rows[0], plan,
+        built.left_out, built.tokens,
+    )  # fmt: skip
+
+
+def _num_kept(built: _Built, table: VocabularyModel) -> int:
+    """Return how many rows the output has before padding.
+
+    Behind the tokens are the reserved rows of the model whose tokenizer it is, or of the first.
+    """
+    num_named = max(built.tokens, default=-1) + 1
+    is_reserved = max(table.tokens, default=-1) < num_named
+    return max(num_named, table.num_rows) if is_reserved else num_named
+
+
+def _without_ends(models: _Models, found: VocabularyTensors, built: _Built) -> Iterator[str]:
+    """Yield a note on tokens of models that give the output no embeddings."""
+    known = set(built.tokens.values())
+    for number, name in enumerate(models.names):
+        if number in found.num_rows:
+            continue
+        if lost := [t for t in (_tokens(models.root(number)) or {}).values() if t not in known]:
+            yield (
+                f"{count(len(lost), 'token')} that only {shown(name)} has ({_some(lost)}): not in "
+                "the union, as its embeddings and head are not merged"
+            )
 
 
 def _tokens(root: Path) -> dict[int, str] | None:
@@ -186,13 +239,12 @@ def _open(models: _Models, found: VocabularyTensors) -> tuple[list[VocabularyMod
 
 def _build(
     models: _Models,
-    owner: int,
     own: dict[int, str],
     request: TokenizerRequest,
     members: Sequence[VocabularyModel],
 ) -> _Built:
     """Return the output's tokenizer."""
-    root, name = models.root(owner), models.names[owner]
+    root, name = models.root(models.owner), models.names[models.owner]
     known = set(own.values())
     added_to = {m.number: added_entries(models.root(m.number)) for m in members}
     entries: dict[str, dict[str, Any]] = {}  # of all models, the first that has it
@@ -219,8 +271,7 @@ def _build(
     if not is_there(root / TOKENIZER):
         raise OutlierMergeError(
             f"{count(len(new) + len(pieces), 'token')} must be added to the tokenizer of "
-            f"{shown(name)}, which has no {TOKENIZER}: save it with transformers first, "
-            "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            f"{shown(name)}, which has no {TOKENIZER}: {how_to_convert(root)}"
         )
     files = original = read_files(root)
     if donors:
@@ -237,7 +288,8 @@ def _build(
             + ". `tokenizer: {source: base}` keeps it as it is."
         )
     changed = {name: data for name, data in files.items() if data != original.get(name)}
-    return _Built(tokens, changed, len(tokens) - len(known), len(pieces))
+    stale = contradicting(files, root)
+    return _Built(tokens, changed, len(tokens) - len(known), len(pieces), stale)
 
 
 def _rearranged(
@@ -278,21 +330,20 @@ def _side(models: _Models, number: int, members: Sequence[VocabularyModel]) -> S
 def _notes(plan: TokenizerPlan, rows: TokenRows) -> list[str]:
     notes = []
     if zero := rows.without_row():
-        some = ", ".join(map(quoted, zero[:5])) + (", …" if len(zero) > 5 else "")
         notes.append(
             f"no model has a row for {count(len(zero), 'token')} of the tokenizer of "
-            f"{shown(plan.reference)} ({some}): the output's is zero"
+            f"{shown(plan.reference)} ({_some(zero)}): the output's is zero"
         )
     if plan.left_out:
+        notes.append(stale_files(plan.reference, plan.left_out, plan.num_added))
+    beyond = [m for m in plan.models if m.reserved and m.num_rows > plan.num_rows]
+    if beyond:
+        which = ", ".join(f"{m.reserved:,} of {m.reference}" for m in beyond)
         notes.append(
-            f"left out of the tokenizer of {shown(plan.reference)}, as without the "
-            f"{count(plan.num_pieces, 'piece')} of other tokenizers: {', '.join(plan.left_out)}"
-        )
-    reserved = [f"{m.reference} {m.reserved:,}" for m in plan.models if m.reserved]
-    if reserved and not plan.num_rows > plan.num_tokens:
-        notes.append(
-            "rows without a token are left out, as in mergekit "
-            f"({shown(', '.join(reserved))}): `pad_to_multiple_of` adds rows, `vocabulary` keeps "
-            "them"
+            f"rows without a token are left out where the output has fewer rows ({shown(which)})"
         )
     return notes
+
+
+def _some(tokens: Sequence[str]) -> str:
+    return ", ".join(map(quoted, tokens[:5])) + (", …" if len(tokens) > 5 else "")

@@ -16,6 +16,8 @@ from outliermerge.planning.vocabulary_rows import VocabularyModel
 from outliermerge.spec.settings import SettingError
 from outliermerge.spec.tokenizer import BASE, TokenizerRequest, TokenRow
 
+Name = str | int
+"""A row of the output: its token, or its number if it has none."""
 Cell = tuple[tuple[int, int], ...]
 """The models, by number, and their rows whose mean a row is; empty for a zero row."""
 
@@ -26,7 +28,7 @@ class TokenRows:
     Args:
         members: the models that have vocabulary tensors.
         tokens: the output's tokens by id.
-        num_rows: how many rows have an id; ids without a token have zeros.
+        num_rows: how many rows have an id, or are kept though they have none.
         request: what the spec says of single tokens.
         number_of: the number of a model by its name in the spec.
         has_base: whether the first model is the base of the merge.
@@ -49,7 +51,7 @@ class TokenRows:
         self.tokens, self.num_rows, self.has_base = tokens, num_rows, has_base
         self.request = request
         self._known = frozenset(tokens.values())
-        self._named_rows = [tokens.get(row) for row in range(num_rows)]
+        self._names: list[Name] = [tokens.get(row, row) for row in range(num_rows)]
         self._said: dict[str, Cell] = {}
         self._forced: set[str] = set()
         for token, row in request.tokens.items():
@@ -98,37 +100,36 @@ class TokenRows:
                         (*self.request.tokens[token].path, "source"),
                         f"{shown(lacking[0])} lacks one of the vocabulary tensors",
                     )
-            ids = {number: self.members[number].ids for number in sorted(key)}
-            self._defaults[key] = [self._default(token, ids) for token in self._named_rows]
+            models = [self.members[number] for number in sorted(key)]
+            self._defaults[key] = [self._default(name, models) for name in self._names]
         return self._defaults[key]
 
-    def _default(self, token: str | None, ids: Mapping[int, Mapping[str, int]]) -> Cell:
-        if token is None:
-            return ()
-        if (said := self._said.get(token)) is not None:
+    def _default(self, name: Name, models: Sequence[VocabularyModel]) -> Cell:
+        if isinstance(name, str) and (said := self._said.get(name)) is not None:
             return said
-        owners = tuple((number, known[token]) for number, known in ids.items() if token in known)
+        rows = [(model.number, model.row_of(name)) for model in models]
+        owners = tuple((number, row) for number, row in rows if row is not None)
         if len(owners) > 1 and self.has_base and owners[0][0] == 0:
             return owners[:1]
         return owners
 
     def cells(self, number: int, held: Collection[int]) -> Iterator[Cell]:
         """Yield the cells of a model's rows."""
-        ids = {t: id_ for t, id_ in self.members[number].ids.items() if t not in self._forced}
-        for token, default in zip(self._named_rows, self.defaults(held), strict=True):
-            own = ids.get(token) if token is not None else None
+        model = self.members[number]
+        for name, default in zip(self._names, self.defaults(held), strict=True):
+            own = None if name in self._forced else model.row_of(name)
             yield default if own is None else ((number, own),)
 
     def counts(self, number: int) -> ModelRows:
         """Return what becomes of a model's rows."""
         model = self.members[number]
-        own = moved = taken = averaged = zero = 0
+        own = moved = taken = averaged = zero = kept = 0
         ids = model.ids
         for row, cell in enumerate(self.cells(number, self.members)):
-            token = self._named_rows[row]
-            if token is None:
-                continue
-            if len(cell) == 1 and cell[0][0] == number and ids.get(token) == cell[0][1]:
+            name = self._names[row]
+            if isinstance(name, int):
+                kept += model.row_of(name) is not None
+            elif len(cell) == 1 and cell[0][0] == number and ids.get(name) == cell[0][1]:
                 own += 1
                 moved += cell[0][1] != row
             elif not cell:
@@ -140,7 +141,8 @@ class TokenRows:
         return replace(
             found,
             dropped=sum(token not in self._known for token in ids),
-            reserved=model.num_rows - len(model.tokens),
+            kept=kept,
+            reserved=model.num_rows - len(model.tokens) - kept,
         )
 
     def without_row(self) -> list[str]:

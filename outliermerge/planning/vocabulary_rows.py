@@ -45,6 +45,12 @@ class VocabularyModel:
         """The id of each token that has a row."""
         return {token: id_ for id_, token in self.tokens.items()}
 
+    def row_of(self, name: str | int) -> int | None:
+        """Return the row of a token, or the row with a number if it has no token here."""
+        if isinstance(name, str):
+            return self.ids.get(name)
+        return name if name < self.num_rows and name not in self.tokens else None
+
     def describe(self, rows: Iterable[int]) -> str:
         """Return rows in words: tokens by name, padding counted."""
         ordered = sorted(rows)
@@ -68,12 +74,14 @@ class OutputTokenizer:
         root: the folder of its files.
         tokens: its tokens, with those that the merge adds, by the ids that a loader gives them.
         added: the tokens that the merge adds: id, token, and number of the first model that has it.
+        left_out: its files that lack these tokens.
     """
 
     name: str
     root: Path
     tokens: Mapping[int, str]
     added: tuple[tuple[int, str, int], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

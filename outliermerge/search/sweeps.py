@@ -13,16 +13,16 @@ from typing import Any
 
 from outliermerge.api import plan
 from outliermerge.arguments import checked, wrong
-from outliermerge.errors import ArgumentError, SpecError, argument, shown, suggest
+from outliermerge.errors import ArgumentError, SpecError, argument, shown
 from outliermerge.output.options import RunOptions
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
+from outliermerge.search.keys import set_key
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
 
-_KEYS = ("merge_method", "dtype", "out_dtype")
 _MAX_OUTPUTS = 1000
-_OF_MODEL = re.compile(r"models\.(\d{1,9})\.(\w+)")
+_IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def plan_sweep(
     Args:
         spec: a YAML file, or the same as a dict.
         settings: values by key: `merge_method`, `dtype`, `out_dtype`, a parameter of the method,
-            or `models.N.PARAMETER` for the N-th model's own, from 1.
+            or `models.N.PARAMETER` for the N-th model's own, from 1. `slices.N.`, `modules.NAME.`
+            and `stages.NAME.` before it say where it is, as in `stages.a.models.2.weight`.
 
     Raises:
         SpecError: the spec or a value is wrong; the message names the combination.
@@ -87,14 +88,15 @@ def plan_sweep(
     variants: dict[str, Variant] = {}
     for values in itertools.product(*settings.values()):
         chosen = dict(zip(settings, values, strict=True))
-        name = ",".join(f"{key}={_text(value)}" for key, value in chosen.items())
+        name = ",".join(f"{_text(key)}={_text(value)}" for key, value in chosen.items())
         document = copy.deepcopy(loaded.as_dict())
         for key, value in chosen.items():
-            _apply(document, key, value, loaded)
+            set_key(document, key, value)
         try:
             planned = plan(document, shard_size=shard_size)
         except SpecError as error:
-            raise SpecError(f"{name}: {error.marked}") from error
+            words = _IN_DICT.sub("", error.marked)
+            raise SpecError(f"{argument('settings')} {name}: {words}") from error
         if planned.is_one_file:
             name += ".safetensors"
         if name in variants:
@@ -169,51 +171,6 @@ def work_bytes(variants: Sequence[Variant]) -> int:
     """Return the bytes that pass through a sweep, its models read once."""
     first, *others = (variant.plan for variant in variants)
     return first.work_bytes + sum(each.num_written_bytes for each in others)
-
-
-def _apply(document: dict[str, Any], key: str, value: Any, spec: MergeSpec) -> None:
-    """Set a key of a spec's document."""
-    if key in _KEYS:
-        document[key] = value
-        return
-    of_model = _OF_MODEL.fullmatch(key)
-    if of_model:
-        number, name = int(of_model[1]), of_model[2]
-        if "slices" in document:
-            raise ArgumentError(
-                f"{argument('settings')} {shown(key)}: the spec has slices, whose sources have "
-                "their own parameters: only settings of the whole merge can vary"
-            )
-        if not 1 <= number <= len(document["models"]):
-            raise ArgumentError(
-                f"{argument('settings')} {shown(key)}: there is no model {number}: "
-                f"the spec has models 1 to {len(document['models'])}"
-            )
-        document["models"][number - 1].setdefault("parameters", {})[name] = value
-        return
-    if not key.isidentifier():
-        known = [*_KEYS, *spec.method.parameters, "models.1.weight"]
-        raise ArgumentError(
-            f"{argument('settings')} {shown(key)}: is no setting of a spec. {suggest(key, known)}"
-        )
-    for index, one in enumerate(document.get("slices", ())):
-        if any(key in (entry.get("parameters") or {}) for entry in (one, *one["sources"])):
-            raise ArgumentError(
-                f"{argument('settings')} {shown(key)}: slices[{index}] has a {shown(key)} of its "
-                "own in the spec, which would win: leave it away there"
-            )
-    own = [
-        number
-        for number, model in enumerate(document.get("models", ()), start=1)
-        if key in (model.get("parameters") or {})
-    ]
-    if own:
-        raise ArgumentError(
-            f"{argument('settings')} {shown(key)}: model {own[0]} has a {shown(key)} of its own in "
-            "the spec, which would win. "
-            f"Set models.{own[0]}.{key}, or leave it away there."
-        )
-    document.setdefault("parameters", {})[key] = value
 
 
 def _text(value: Any) -> str:

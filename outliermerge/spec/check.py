@@ -33,9 +33,16 @@ from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, parse_policy
 from outliermerge.spec.slices import SliceSpec, models_of_slices, slices_of, with_base_of_slices
 from outliermerge.spec.stages import NAME, STAGES, in_order, models_named, one_document, stage_of
-from outliermerge.spec.text import Mistakes, SpecText, as_yaml, parse_documents, read_text
+from outliermerge.spec.text import (
+    Mistakes,
+    SpecText,
+    as_mapping,
+    as_yaml,
+    parse_documents,
+    read_text,
+)
 from outliermerge.spec.tokenizer import TokenizerRequest, plain_reference, tokenizer_request
-from outliermerge.spec.validation import describe, validated
+from outliermerge.spec.validation import validated
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
@@ -43,19 +50,11 @@ _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_
               "modifier": STAND_IN, "layer_range": [0, 1],
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
 _OTHER_COMMANDS = {
-    "donor": (
-        "the recipe of a transplant",
-        "run the command `outliermerge tokenizer transplant …` that recipe.yaml begins with",
-    ),
-    "experts": (
-        "a file for mergekit-moe",
-        "run it with `outliermerge moe FILE DIR`",
-    ),
-    "genome": (
-        "a file for mergekit-evolve",
-        "genomes are not searched here. `outliermerge sweep` merges a spec with several values of "
-        "its parameters, and `outliermerge eval` scores the models",
-    ),
+    "donor": "the recipe of a transplant: run the command `outliermerge tokenizer transplant …` "
+    "that recipe.yaml begins with",
+    "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
+    "genome": "a file for mergekit-evolve: genomes are not searched here. `outliermerge sweep` "
+    "merges a spec with several values of its parameters, and `outliermerge eval` scores the models",
 }
 """By a key that no merge has: what a file with it is, and what to do with it."""
 
@@ -250,8 +249,7 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
     duplicates: list[SpecError] = []
     documents = parse_documents(text, file=file, mistakes=duplicates)
     for raw, source in documents or [(None, SpecText(file))]:
-        if not isinstance(raw, dict):
-            raise source.error((), f"found {describe(raw)}, expected a mapping with `merge_method`")
+        as_mapping(raw, source, "merge_method")
     raw, source = one_document(documents)
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
@@ -260,9 +258,9 @@ def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
     """Check a merge and its stages."""
-    for key, command in _OTHER_COMMANDS.items():
+    for key, said in _OTHER_COMMANDS.items():
         if key in raw and raw.get("merge_method", "moe") == "moe":
-            raise source.error((key,), f"{command[0]}: {command[1]}", at_key=True)
+            raise source.error((key,), said, at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
@@ -348,8 +346,7 @@ def _check_merge(
     if is_whole:
         request = partial(
             tokenizer_request, document.tokenizer, document.tokenizer_source, document.vocabulary,
-            names_of(document),
-            mistakes.add,
+            names_of(document), mistakes.add,
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)

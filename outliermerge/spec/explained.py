@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from outliermerge.errors import SpecError, nearest, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.document import (
+    DTYPE_ABBREVIATIONS,
     BaseEntry,
     ModelEntry,
     ModifierEntry,
@@ -80,6 +82,14 @@ def _explained(
             return source.error(
                 path, f"{in_words(problem)[: -len('a mapping')]}a text or a mapping"
             )
+        case "literal_error":
+            words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+            known = {word: word for word in words}
+            if path[-1] in ("dtype", "out_dtype"):
+                known = DTYPE_ABBREVIATIONS | known
+            near = nearest(str(problem["input"]), known)
+            advice = f". Did you mean {quoted(known[near])}?" if near is not None else ""
+            return source.error(path, in_words(problem) + advice)
         case _:
             return source.error(
                 path, in_words(problem) + how_to_write(problem, python=source.is_python)

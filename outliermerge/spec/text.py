@@ -255,9 +255,21 @@ def parse_mapping(
     """
     duplicates: list[SpecError] = []
     raw, source = parse_yaml(text, file=file, mistakes=duplicates)
+    return as_mapping(raw, source, expected), source, duplicates
+
+
+def as_mapping(raw: Any, source: SpecText, expected: str) -> dict[str, Any]:
+    """Return a YAML document that is a mapping.
+
+    Args:
+        expected: what the mapping must have, for the message.
+
+    Raises:
+        SpecError: it is no mapping.
+    """
     if not isinstance(raw, dict):
         raise source.error((), f"found {describe(raw)}, expected a mapping with `{expected}`")
-    return raw, source, duplicates
+    return raw
 
 
 def plain_yaml(text: str) -> Any:

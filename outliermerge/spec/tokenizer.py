@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from outliermerge.errors import quoted, suggest
+from outliermerge.checkpoint.folders.hub import is_hub_id
+from outliermerge.errors import as_path, quoted, suggest
 from outliermerge.spec.settings import SettingError, SpecPath, all_of
 from outliermerge.spec.validation import describe
 
@@ -71,7 +72,7 @@ class TokenizerEntry(_Entry):
         default=UNION,
         min_length=1,
         description="`base`, a model, or `union` (default): the base's tokenizer with all tokens "
-        "that only other models have.",
+        "that only other models have. Of a model that is not merged only the tokenizer is read.",
     )
     tokens: dict[str, TokenEntry] | None = Field(
         default=None,
@@ -118,12 +119,14 @@ class TokenizerRequest:
         source: `base`, `union`, or a model.
         tokens: what is said of single tokens.
         multiple: what the number of rows is a multiple of.
+        is_outside: the source is none of the merged models: only its tokenizer is read.
     """
 
     path: SpecPath
     source: str
     tokens: Mapping[str, TokenRow] = field(default_factory=dict)
     multiple: int = 1
+    is_outside: bool = False
 
     @property
     def is_union(self) -> bool:
@@ -166,14 +169,15 @@ def tokenizer_request(
                     "it as well: remove one of them",
                     at_key=True,
                 )
-        _check_model(entry.source, (BASE, UNION, *models), ("tokenizer", "source"))
+        is_outside = _is_outside(entry.source, models, ("tokenizer", "source"))
         rows = all_of(
             partial(_token_row, token, said, (BASE, *models), pass_over)
             for token, said in (entry.tokens or {}).items()
         )
         name = plain_reference(entry.source) or BASE
         tokens = dict(zip(entry.tokens or {}, rows, strict=True))
-        return TokenizerRequest(("tokenizer",), name, tokens, entry.pad_to_multiple_of or 1)
+        multiple = entry.pad_to_multiple_of or 1
+        return TokenizerRequest(("tokenizer",), name, tokens, multiple, is_outside)
     if source is None:
         return None
     name = plain_reference(source) or BASE
@@ -184,8 +188,29 @@ def tokenizer_request(
             "well: remove one of them",
             at_key=True,
         )
-    _check_model(source, (BASE, UNION, *models), ("tokenizer_source",))
-    return TokenizerRequest(("tokenizer_source",), name) if vocabulary is None else None
+    if vocabulary is not None:
+        _check_model(source, (BASE, *models), ("tokenizer_source",))
+        return None
+    is_outside = _is_outside(source, models, ("tokenizer_source",))
+    return TokenizerRequest(("tokenizer_source",), name, is_outside=is_outside)
+
+
+def _is_outside(name: str, models: Sequence[str], path: SpecPath) -> bool:
+    """Tell whether a tokenizer is that of a model which is not merged.
+
+    Raises:
+        SettingError: it cannot be a model.
+    """
+    known = (BASE, UNION, *models)
+    plain = plain_reference(name) or BASE
+    if plain in known:
+        return False
+    if is_hub_id(plain) or as_path(plain).exists():
+        return True
+    advice = suggest(name, dict.fromkeys(known))
+    raise SettingError(
+        path, f"{quoted(name)} is none of the models, no other folder and no hub id. {advice}"
+    )
 
 
 def _check_model(name: str, known: Sequence[str], path: SpecPath) -> None:

@@ -62,6 +62,8 @@ another disk.
     else:
         reason = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
     advice = _no_room(path, needed_bytes) if number == errno.ENOSPC else _ADVICE.get(number or 0)
+    if number == errno.ENOENT and what in ("made", "written") and path.parent.is_dir():
+        advice = f"Nothing can be made in {path.parent}: choose another place."
     if isinstance(error, EOFError):
         advice = "It has become shorter: was it changed, or not copied as a whole?"
     return OutlierMergeError(f"{where}: cannot be {what}: {reason}. {advice or ''}".rstrip(" "))

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
+from families import save_llama, tune
 from safetensors.torch import save_file
 
+import outliermerge
 from outliermerge.analysis.compare import MATRIX_DIAGONAL, Comparison, PairStats, compare_weights
 from outliermerge.analysis.models import open_subject
 from outliermerge.checkpoint.reader import Reader
@@ -410,6 +412,25 @@ def test_tensors_that_not_all_have_in_one_shape_are_noted(tmp_path):
         "left out, since not all models have them:\n  mine",
         "left out, since their shapes differ:\n  resized: [4] and [5]",
     )
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_layers_that_slices_moved_are_noted(moved, has_base, tmp_path):
+    base, task = save_llama(tmp_path / "base"), tmp_path / "task"
+    tune(base, task, seed=1)
+    slices = [{"sources": [{"model": str(task), "layer_range": [start, start + 1]}]}
+              for start in ((1, 0) if moved else (0, 1))]  # fmt: skip
+    out = tmp_path / "out"
+    outliermerge.run({"merge_method": "passthrough", "slices": slices}, output=out)
+    found = compare_weights([str(out), str(task)], base=str(base) if has_base else None)
+    notes = [note for note in found.notes if "is a merge of slices" in note]
+    assert len(notes) == moved
+    if moved:
+        assert f"{out} is a merge" in notes[0] and f"0 from {task} (1); 1 from" in notes[0]
+    (out / "recipe.yaml").write_text("slices: [{sources: 3}]")
+    again = compare_weights([str(out), str(task)]).notes
+    assert not any("is a merge of slices" in note for note in again)
 
 
 def test_a_rename_brings_the_other_models_names_to_the_firsts(tmp_path):

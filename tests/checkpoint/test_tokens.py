@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 
@@ -9,6 +10,7 @@ import pytest
 import sentencepiece
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from outliermerge.checkpoint.tokens import read_tokens, same_token_files, token_files
 from outliermerge.errors import OutlierMergeError
@@ -44,7 +46,9 @@ def trained(kind: str) -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece_model(kind: str, *, vocab_size: int, byte_fallback: bool) -> bytes:
+def sentencepiece_model(
+    kind: str, *, vocab_size: int, byte_fallback: bool, **options: object
+) -> bytes:
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -54,6 +58,7 @@ def sentencepiece_model(kind: str, *, vocab_size: int, byte_fallback: bool) -> b
         byte_fallback=byte_fallback,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return written.getvalue()
 
@@ -102,6 +107,75 @@ def test_added_tokens_stand_beside_tokenizer_model(tmp_path, llama_model):
     decoder = {"0": {"content": "<unknown>"}, "341": {"content": "<new>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     assert read_tokens(tmp_path) == plain | {0: "<unknown>", 340: "<image>", 341: "<new>"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model", "qwen.tiktoken"])
+def test_a_tiktoken_file_names_tokens_as_a_byte_level_tokenizer_json_does(tmp_path, name):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, *20 * ["天地玄黄 🙂"]], trainer)
+    byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    tokens = {id_: token for token, id_ in tokenizer.get_vocab().items()}
+    lines = [
+        b"%s %d\n" % (base64.b64encode(bytes(map(byte_of.__getitem__, tokens[id_]))), id_)
+        for id_ in range(len(tokens))
+    ]
+    (tmp_path / name).write_bytes(b"".join(lines))
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 300}')
+    assert read_tokens(tmp_path) == tokens | {300: "<|end|>"}
+
+
+CLASSES = {
+    "T5": ("spiece.model", "T5Tokenizer", {"pad_token": "<pad>"}, {"pad_id": 0, "eos_id": 1,
+           "unk_id": 2, "bos_id": -1}),
+    "mT5": ("spiece.model", "T5TokenizerFast", {"extra_ids": 0}, {"pad_id": 0, "eos_id": 1,
+            "unk_id": 2, "bos_id": -1}),
+    "ALBERT": ("spiece.model", "AlbertTokenizer", {}, {"pad_id": 0, "unk_id": 1, "bos_id": -1,
+               "eos_id": -1, "user_defined_symbols": ["[CLS]", "[SEP]", "[MASK]"]}),
+    "XLNet": ("spiece.model", "XLNetTokenizer", {}, {"user_defined_symbols": ["<pad>", "<cls>",
+              "<sep>", "<mask>", "<eop>", "<eod>"]}),
+    "XLM-R": ("sentencepiece.bpe.model", "XLMRobertaTokenizer", {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_pieces_get_the_ids_that_their_class_gives_them(tmp_path, kind):
+    name, class_, more, options = CLASSES[kind]
+    (tmp_path / name).write_bytes(
+        sentencepiece_model("unigram", vocab_size=90, byte_fallback=False, **options)
+    )
+    config = {"tokenizer_class": class_} | more
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert {token: id_ for id_, token in read_tokens(tmp_path).items()} == loaded
+    assert len(loaded) > 35
+
+
+def test_pieces_of_a_class_that_is_not_known_are_not_guessed(tmp_path):
+    model = sentencepiece_model("unigram", vocab_size=90, byte_fallback=False)
+    (tmp_path / "spiece.model").write_bytes(model)
+    assert read_tokens(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PegasusTokenizer"}')
+    assert read_tokens(tmp_path) is None and token_files(tmp_path) == ()
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 22, 1 << 70, "many", True])
+def test_a_number_of_sentinels_that_is_none_is_refused(tmp_path, number):
+    model = sentencepiece_model("unigram", vocab_size=90, byte_fallback=False)
+    (tmp_path / "spiece.model").write_bytes(model)
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": number}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(OutlierMergeError, match=r"extra_ids of tokenizer_config\.json is"):
+        read_tokens(tmp_path)
+
+
+def test_an_id_in_tokenizer_json_that_no_table_could_have_is_refused(tmp_path):
+    content = Tokenizer(models.WordLevel({"a": 0, "b": 1 << 31}, unk_token="a")).to_str()
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(OutlierMergeError, match="'b' with id 2147483648 is not a token"):
+        read_tokens(tmp_path)
 
 
 def test_vocab_json_and_its_added_tokens(tmp_path):
@@ -156,7 +230,12 @@ def test_tokenizer_files_are_compared_by_what_they_add(tmp_path):
         ("vocab.json", b'{"a": "b"}', "'a' with id 'b' is not a token"),
         ("vocab.txt", b"\xff\xfe", "can't decode byte"),
         ("tokenizer.model", b"", "it has no pieces"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "no sentencepiece model"),
+        ("tokenizer.model", b"IQ== 0\nIg=! 1\n", "no tiktoken file: line 2: "),
+        ("tokenizer.model", b"IQ== 0\nIg== x\n", "no tiktoken file: line 2: invalid literal"),
+        ("qwen.tiktoken", b"IQ== 0\nIg== 4194304\n", "with id 4194304 is not a token"),
+        ("tiktoken.model", b"IQ== -1\n", "line 1: '!' with id -1 is not a token"),
+        ("vocab.json", b'{"a": 4194304}', "'a' with id 4194304 is not a token"),
+        ("vocab.txt", b"\n" * (1 << 22), "it has 4,194,304 tokens or more"),
         ("tokenizer.model", b"\x0a\x05\x0a\x01", "it ends within a field"),
         ("tokenizer.model", b"\x0a", "it ends within a number"),
         ("tokenizer.model", b"\x08" + b"\xff" * 11, "a number is too long"),

@@ -226,9 +226,9 @@ class TestUsage:
             (["run", "a.yaml", "--outptu", "x"], "--outptu"),
             (["run", "a.yaml", "--over"], "--over"),
             (["plan", "a.yaml", "--fresh"], "--fresh"),
-            (["plan", "a.yaml", "--threads", "0"], "'0' is not a number of at least 1"),
             (["plan", "a.yaml", "--threads", "-1"], "--threads"),
-            (["plan", "a.yaml", "--threads", "two"], "'two' is not a number of at least 1"),
+            (["plan", "a.yaml", "--threads", "two"], "'two' is not a number of at least 0"),
+            (["eval", "a", "--limit", "0"], "'0' is not a number of at least 1"),
             (["verify"], "OUT"),
             (["--nonsense"], "--nonsense"),
         ],
@@ -315,10 +315,9 @@ class TestPlan:
         line("copied if equal (int64 buffer)", " 1 ", " 3 ")
         line("density", "0.25→1 over the layers", " 5 ", "task1")
         line("lambda", "0.5", " 5 ")
-        line("reads", "6.26 kB")
-        line("writes", "1 file(s)", "free on the disk")
-        line("time", "merging", "of the work in")
-        line("peak memory", "for the whole process", "threads, device cpu")
+        line("disk", "reads 6.26 kB", "1 file(s)", " free")
+        line("time", "a trial of")
+        line("peak memory", "for the program", "threads, device cpu")
         line("output", f"{place}/out")
         line("files carried over", "config.json")
         line("note: files of the base model that are not carried over:")

@@ -9,6 +9,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -291,21 +292,33 @@ def large_models(
 BAD = [(0, math.nan), (SIZE // 2, math.inf), (SIZE - 1, -math.inf)]
 
 
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory) -> Callable[..., tuple[Path, list[Path]]]:
+    """Give a base and two models; in one of them (`row`) is one of the bad values."""
+
+    @cache
+    def made(dtype: torch.dtype, row: int, number: int) -> tuple[Path, list[Path]]:
+        place, value = BAD[number]
+
+        def spoil(tensors: list[torch.Tensor]) -> None:
+            tensors[row][place] = value
+
+        return large_models(tmp_path_factory.mktemp("spoiled"), dtype, spoil)
+
+    return made
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_value_that_is_not_finite_stops_a_run(method, dtype, tmp_path):
+def test_a_value_that_is_not_finite_stops_a_run(method, dtype, spoiled, tmp_path):
     last = len(as_many_as(method.partition(" ")[0], [1, 2]))
     rows = {0 if has_base(method) else 1, last}
     for row in rows:
-        for number, (place, value) in enumerate(BAD):
-            folder = tmp_path / f"{row}-{number}"
-
-            def spoil(tensors: list[torch.Tensor], at=(row, place, value)) -> None:
-                tensors[at[0]][at[1]] = at[2]
-
-            base, models = large_models(folder, dtype, spoil)
+        for number in range(len(BAD)):
+            base, models = spoiled(dtype, row, number)
+            out = tmp_path / f"{row}-{number}"
             with pytest.raises(outliermerge.OutlierMergeError) as caught:
-                outliermerge.run(spec_of(method, base, models), output=folder / "out")
+                outliermerge.run(spec_of(method, base, models), output=out)
             model = (base, *models)[row]
             assert f"tensor 'second' has values that are infinite or NaN in {model}. " in str(
                 caught.value

@@ -325,7 +325,7 @@ EVERY = pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.faul
 
 @EVERY
 @pytest.mark.parametrize("name", ["out/scores.json", "RECORD"])
-def test_compare_shows_nothing_that_was_changed(tree, capsys, name, every):
+def test_compare_shows_nothing_that_was_changed(tree, capsys, name, every, record_property):
     file = _file(tree, name)
     num_tried = 0
     for key, content in _variants(json.loads(file.read_text()), every):
@@ -336,17 +336,19 @@ def test_compare_shows_nothing_that_was_changed(tree, capsys, name, every):
         assert said.code == 1 and said.refused and file.name in said.err, content
         num_tried += 1
     assert num_tried > 300 / every
+    record_property("points", num_tried)
 
 
 @EVERY
 @pytest.mark.parametrize("name", ["out/scores.json", "RECORD"])
 def test_of_scores_without_checksums_values_of_a_wrong_kind_are_refused_by_their_key(
-    tree, capsys, name, every
+    tree, capsys, name, every, record_property
 ):
     _without_checksums(tree)
     file = _file(tree, name)
-    whole = json.loads(file.read_text())
-    for key, content in _variants(whole, every):
+    variants = [*_variants(json.loads(file.read_text()), every)]
+    record_property("points", len(variants))
+    for key, content in variants:
         file.write_text(json.dumps(content))
         said = Said(_compare(tree), capsys)
         if said.refused:

@@ -550,9 +550,16 @@ def test_della_and_mergekit_keep_each_element_as_often(shape, density, epsilon, 
     chance = chances("della", delta.double(), density, epsilon)
     p = {"density": density, "epsilon": epsilon}
     theirs = sum((sparsify(delta, "della_magprune", **p) != 0).double() for _ in range(num))
+    names = [str(number) for number in range(num)]  # each draws numbers of its own
     ours = sum(
-        (merged("della_linear", [delta * 0, delta], seed=seed, rescale=False, **p) != 0).double()
-        for seed in range(num)
+        (tensor != 0).double()
+        for tensor in outliermerge.merge_state_dicts(
+            [dict.fromkeys(names, delta)],
+            base=dict.fromkeys(names, delta * 0),
+            method="della_linear",
+            rescale=False,
+            **p,
+        ).values()
     )
     for kept in (theirs, ours):
         assert ((kept / num - chance).abs() < deviation(chance, num)).all()

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from checkpoints import load_folder, save_tensors
+from families import save_llama, tune
 
 import outliermerge
 from outliermerge.output.card import usage, with_error
@@ -59,6 +60,23 @@ def test_the_card_says_how_a_model_of_its_kind_is_loaded(config, sidecars, wante
     snippet = usage(contents, {*sidecars, *contents})
     assert wanted in snippet
     ast.parse(snippet)
+
+
+@pytest.mark.parametrize(
+    ("beside", "chats"),
+    [
+        ({"chat_template.jinja": b"{{ messages }}"}, True),
+        ({"tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}, True),
+        ({"tokenizer_config.json": b"{}"}, False),
+    ],
+)
+def test_a_model_with_a_chat_template_is_shown_with_it(beside, chats):
+    contents = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', TOKENIZER: b"{}"}
+    snippet = usage(contents | beside, {*contents, *beside})
+    ast.parse(snippet)
+    assert ("apply_chat_template" in snippet) == chats
+    encoder = contents | {"config.json": b'{"architectures": ["BertModel"]}'}
+    assert "apply_chat_template" not in usage(encoder | beside, {*encoder, *beside})
 
 
 @pytest.mark.parametrize(
@@ -235,3 +253,21 @@ def test_the_card_says_why_nothing_is_measured_of_stages(has_base, tmp_path, mon
     outliermerge.run(spec, output=tmp_path / "out", threads=1)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("Not measured: the merges of stages" in card) == has_base
+    assert f"## Stages\n\n- `first`: `linear` of `{tmp_path / 'a'}`, `{tmp_path / 'b'}`" in card
+
+
+def test_the_card_says_which_layers_of_slices_are_from_where(tmp_path):
+    places = save_llamas(tmp_path)
+    slices = [
+        {"sources": [{"model": places[0], "layer_range": [0, 2]}]},
+        {"sources": [{"model": places[1], "layer_range": [1, 2]}]},
+    ]
+    outliermerge.run({"merge_method": "passthrough", "slices": slices}, output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = f"- 0 to 1 from 0 to 1 of `{places[0]}`\n- 2 from 1 of `{places[1]}`"
+    assert f"## Layers\n\nA stack of 3 layers as they are:\n\n{rows}" in card
+
+
+def save_llamas(folder):
+    base = save_llama(folder / "base")
+    return str(base), str(tune(base, folder / "task", seed=1))

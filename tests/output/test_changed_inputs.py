@@ -7,22 +7,28 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import save_lora
 from every_method import NEEDS_BASE, SEVERAL
+from kinds import save_models, spec
 from safetensors.torch import save_file
 
 import outliermerge
 from outliermerge import OutlierMergeError
+from outliermerge.api import plan_moe
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.torch import TorchEngine
 from outliermerge.execution.jobs import JobRunner
+from outliermerge.execution.routers import add_routers
 from outliermerge.output import run as runs
 from outliermerge.output.folder import OutputFolder
+from outliermerge.output.options import RunOptions
+from outliermerge.planning.moe import Mixture
+from outliermerge.spec.moe import load_moe_spec
 from outliermerge.storage.stamps import Watched
 
 NAMES = ("a.weight", "b.weight", "frozen.weight")
@@ -294,14 +300,79 @@ def test_a_changed_input_is_refused_by_its_name(case, tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("way", WAYS)
-def test_every_change_at_every_moment_in_every_format_is_noticed(way, tmp_path):
+def test_every_change_at_every_moment_in_every_format_is_noticed(way, tmp_path, record_property):
     cases = [*itertools.product([way], MOMENTS, FORMATS, METHODS, (True, False))]
     for number, case in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         _assert_noticed(case, folder)
         shutil.rmtree(folder)
-    print(f"\n{way.__name__}: {len(cases)} changed inputs, 0 silent")
+    record_property("points", len(cases))
+
+
+# Files that each kind of spec reads, each to be changed.
+FILES_OF = {
+    "slices": ("one/model.safetensors", "base/model.safetensors", "base/config.json"),
+    "stages": ("one/model.safetensors", "base/model.safetensors", "base/config.json"),
+    "modules": ("one/model.safetensors", "base/model.safetensors", "base/config.json"),
+    "tokenizer": (
+        *("told/model.safetensors", "told/tokenizer.json", "told/tokenizer_config.json"),
+        *("base/tokenizer.json", "told/config.json", "base/config.json"),
+    ),
+    "moe": (
+        *("one/model.safetensors", "one/config.json", "base/model.safetensors"),
+        *("base/tokenizer.json", "base/config.json"),
+    ),
+}
+
+
+def _of_kinds(ways: Iterable[Callable], kernels: bool) -> Iterator[tuple]:
+    """Yield each way and moment with each file of each kind of spec."""
+    for way, moment, (kind, files) in itertools.product(ways, MOMENTS, FILES_OF.items()):
+        # Experts are copied, or merged with noise, which takes one pass.
+        for file in files if (kind, moment) != ("moe", "second pass") else ():
+            yield way, moment, kind, file, kernels
+
+
+def _assert_noticed_in(case: tuple, folder: Path) -> None:
+    way, moment, kind, file, kernels = case
+    save_models(folder / "models")
+    path, content = folder / "models" / file, spec(kind, folder / "models")
+    options = RunOptions(kernels=kernels, threads=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        planned = plan_moe(load_moe_spec(content)) if kind == "moe" else outliermerge.plan(content)
+        _at(moment, lambda: way(path), patch)
+        with pytest.raises(OutlierMergeError) as caught:
+            if isinstance(planned, Mixture):
+                planned = add_routers(planned, show_routing=False)[0].plan
+            runs.run_plans([(planned, folder / "out")], options)
+    assert str(path) in str(caught.value), case
+    assert not (folder / "out").exists(), case
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for number, case in enumerate(_of_kinds(WAYS, True)) if number % 17 == 0],
+    ids=lambda case: "-".join(getattr(p, "__name__", str(p)) for p in case),
+)
+def test_a_changed_input_of_any_kind_of_spec_is_refused_by_its_name(case, tmp_path):
+    _assert_noticed_in(case, tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_change_of_an_input_of_every_kind_of_spec_is_noticed(
+    way, kernels, tmp_path, record_property
+):
+    cases = [*_of_kinds([way], kernels)]
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _assert_noticed_in(case, folder)
+        shutil.rmtree(folder)
+    record_property("points", len(cases))
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -480,8 +551,8 @@ def test_a_failure_while_planning_never_makes_another_plan(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", FORMATS)
-def test_no_failure_while_planning_makes_another_plan(kind, tmp_path):
-    print(f"\n{kind}: {_fail_each(tmp_path, kind, step=1)} failed calls, 0 other plans")
+def test_no_failure_while_planning_makes_another_plan(kind, tmp_path, record_property):
+    record_property("points", _fail_each(tmp_path, kind, step=1))
 
 
 # What can be known before the first byte.

@@ -31,21 +31,10 @@ from outliermerge.output import load_check, load_worker
 from outliermerge.output.load_check import LoadCheck, Verdict
 from outliermerge.output.verify_load import check_folder
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 DROPPED = "model.layers.1.mlp.up_proj.weight"
 HEADS = "lm_head.weight"
 BY = f"transformers {transformers.__version__}, LlamaForCausalLM"
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask transformers in this process, which has imported it already."""
-
-    def answers(self: LoadCheck) -> list[Any]:
-        requests = [json.loads(request) for request in self._requests]
-        return [load_worker.check_pair(*request) for request in requests]
-
-    monkeypatch.setattr(LoadCheck, "_start", lambda self: None)
-    monkeypatch.setattr(LoadCheck, "_answers", answers)
 
 
 def planned(spec: Any) -> Verdict:

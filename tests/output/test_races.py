@@ -6,6 +6,7 @@ A sample of the trials is run; `make faults` runs 500.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -17,17 +18,21 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_tensors
+from kinds import KINDS, command, save_models, save_specs
 from safetensors.torch import save_file
 
 NUM_TRIALS = 24
 NUM_ALL_TRIALS = 500
+NUM_TRIALS_OF_A_KIND = 60
 LONGEST_DELAY = 0.03  # seconds; about what a run takes
 
 
 @pytest.fixture(scope="module")
 def race(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    cache = tmp_path_factory.mktemp("cache")
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parents[1] / "race_driver.py")],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -36,6 +41,7 @@ def race(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
     def run(commands: list[tuple[list[str], float]]) -> list[tuple[int, str]]:
         assert process.stdin is not None
         assert process.stdout is not None
+        shutil.rmtree(cache, ignore_errors=True)
         process.stdin.write(json.dumps(commands) + "\n")
         process.stdin.flush()
         return [(code, message) for code, message in json.loads(process.stdout.readline())]
@@ -56,6 +62,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"w{n}": torch.randn(8, 10, generator=generator) for n in range(4)}
         save_tensors(root / name, tensors)
         save_file(tensors, root / f"{name}.safetensors")
+    save_models(root / "models")
+    for number, weight in enumerate((0.25, 0.75)):
+        save_specs(root, root / "models", weight=weight, end=str(number))
     for kind, suffix in (("folder", ""), ("file", ".safetensors")):
         for number, weight in enumerate((0.25, 0.75)):
             (root / f"{kind}{number}.yaml").write_text(
@@ -67,7 +76,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _command(place: Path, kind: str, number: int, output: Path, *more: str) -> list[str]:
     spec = str(place / f"{kind}{number}.yaml")
-    return ["run", spec, "--output", str(output), "--no-load-check", "--threads", "1", *more]
+    word = command(kind) if kind in KINDS else "run"
+    more = (*more, "--no-routing") if word == "moe" else more
+    return [word, spec, "--output", str(output), "--no-load-check", "--threads", "1", *more]
 
 
 def _state(output: Path) -> dict[str, bytes]:
@@ -79,21 +90,37 @@ def _state(output: Path) -> dict[str, bytes]:
     return found
 
 
-KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
+OUTPUTS = pytest.mark.parametrize("kind", ["folder", "file"])
 OLD = pytest.mark.parametrize("old", [False, True])
 
 
-@KINDS
+@OUTPUTS
 @OLD
 def test_of_several_runs_at_once_one_wins_and_the_others_say_why(race, place, tmp_path, kind, old):
     _race(race, place, tmp_path, kind, old, NUM_TRIALS // 4)
 
 
 @pytest.mark.faults
-@KINDS
+@OUTPUTS
 @OLD
-def test_of_many_races_none_is_lost(race, place, tmp_path, kind, old):
+def test_of_many_races_none_is_lost(race, place, tmp_path, kind, old, record_property):
     _race(race, place, tmp_path, kind, old, NUM_ALL_TRIALS // 4)
+    record_property("points", NUM_ALL_TRIALS // 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_runs_of_every_kind_of_spec_one_wins(race, place, tmp_path, kind):
+    _race(race, place, tmp_path, kind, kind in ("stages", "moe"), 2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS)
+@OLD
+def test_of_many_races_of_every_kind_of_spec_none_is_lost(
+    race, place, tmp_path, kind, old, record_property
+):
+    _race(race, place, tmp_path, kind, old, NUM_TRIALS_OF_A_KIND // 2)
+    record_property("points", NUM_TRIALS_OF_A_KIND // 2)
 
 
 def _race(race: Any, place: Path, tmp_path: Path, kind: str, old: bool, num_trials: int) -> None:
@@ -139,7 +166,7 @@ def _race(race: Any, place: Path, tmp_path: Path, kind: str, old: bool, num_tria
         shutil.rmtree(work)
 
 
-@KINDS
+@OUTPUTS
 @OLD
 def test_what_appears_under_the_name_during_a_run_is_left_alone(place, tmp_path, kind, old):
     import outliermerge

@@ -69,7 +69,7 @@ def compare(spec: dict[str, Any], models: Path, folder: Path) -> Comparison:
         entry["model"] = str(family / entry["model"])
     if "base_model" in spec:
         spec["base_model"] = str(family / spec["base_model"])
-    with _same_draws():
+    with same_draws():
         theirs = by_mergekit(copy.deepcopy(spec), folder / "theirs")
         ours = load_folder(
             outliermerge.run(spec, output=folder / "ours", kernels=False, threads=1).output
@@ -111,7 +111,7 @@ def _chance_of(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Let both tools draw random numbers from the values that they drop."""
     drawn_from: list[Tensor] = []
 

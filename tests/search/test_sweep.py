@@ -13,6 +13,7 @@ from stopping import stopping_after
 
 import outliermerge
 from outliermerge.cli import main as cli
+from outliermerge.output.manifest_file import read_manifest
 from outliermerge.search.sweeps import parse_values
 
 
@@ -170,7 +171,7 @@ def test_one_file_outputs_have_the_suffix(tmp_path):
     ("settings", "message"),
     [
         ({}, "a sweep needs some"),
-        ({"tt": [1]}, r"tt=1: .*min_sigma has no parameter 'tt'.*Did you mean 't'"),
+        ({"tt": [1]}, r"^settings tt=1: .*min_sigma has no parameter 'tt'.*Did you mean 't'"),
         ({"t": [1, -1]}, r"t=-1: .*expected a number ≥ 0"),
         ({"t": [1, 1]}, "t=1 is there twice"),
         ({"models.3.weight": [1]}, "there is no model 3: the spec has models 1 to 2"),
@@ -196,10 +197,12 @@ def test_an_option_of_another_form_is_refused(option):
         parse_values(option)
 
 
-def test_the_command_prints_what_was_written(spec, tmp_path, capsys):
+def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(spec))
-    command = ["sweep", str(path), "--output", str(tmp_path / "out"), "--set", "t=2,3"]
+    named = [[Path(model["model"]).name] for model in spec["models"]]
+    command = ["sweep", str(path), "--output", "out", "--set", "t=2,3"]
     assert cli.main([*command, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [entry["settings"] for entry in printed["outputs"]] == [{"t": 2}, {"t": 3}]
@@ -208,7 +211,20 @@ def test_the_command_prints_what_was_written(spec, tmp_path, capsys):
     assert cli.main(command) == 1
     assert "exists already. Use --overwrite" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
-    assert capsys.readouterr().out.count("wrote ") == 2
+    heads, *rows = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["output", "change", "%", "cosine", *named[0], "cosine", *named[1],
+                             "length", "kept", "%", *named[0], "kept", "%", *named[1]]  # fmt: skip
+    drifts = [read_manifest(entry["output"])["drift"] for entry in printed["outputs"]]
+    for row, entry, drift in zip(rows, printed["outputs"], drifts, strict=False):
+        where, change, first, second, length, *kept = row.split()
+        assert where == entry["output"] and float(change) == pytest.approx(
+            100 * drift["relative_size"], rel=1e-2
+        )
+        assert [float(first), float(second)] == list(drift["cosines"].values())
+        assert float(length) == drift["length"]
+        shares = [100 * share for share in drift["outliers_kept"].values()]
+        assert [float(share) for share in kept] == pytest.approx(shares, rel=1e-2)
+    assert rows[-1].startswith("wrote 2 outputs: 30 tensors, ")
     assert cli.main([*command, "--set", "t=4"]) == 2
     assert "--set t: is given twice" in capsys.readouterr().err
 

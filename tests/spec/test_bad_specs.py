@@ -115,7 +115,8 @@ BAD = {
     ),
     "tokenizer_source": (
         HEAD + "tokenizer_source: unoin\n",
-        "6:19: tokenizer_source: 'unoin' is none of the models. Did you mean 'union'?",
+        "6:19: tokenizer_source: 'unoin' is none of the models, no other folder and no hub id. "
+        "Did you mean 'union'?",
     ),
     # Methods.
     "unknown method": (
@@ -216,6 +217,10 @@ BAD = {
         "brackets",
     ),
     "unknown dtype": (HEAD + "dtype: fp8\n", f"6:8: dtype: found 'fp8', expected {DTYPES}"),
+    "mistyped dtype": (
+        HEAD + "dtype: bf17\n",
+        f"6:8: dtype: found 'bf17', expected {DTYPES}. Did you mean 'bfloat16'?",
+    ),
     "integer dtype": (
         HEAD + "out_dtype: int8\n",
         f"6:12: out_dtype: found 'int8', expected {DTYPES}",
@@ -582,14 +587,14 @@ def test_a_device_that_is_not_on_this_machine_is_refused(folder, capsys, monkeyp
     )
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "many", "1.5"])
-def test_a_number_of_threads_below_one_is_refused(threads, folder, capsys):
+@pytest.mark.parametrize("threads", ["-2", "-1", "many", "1.5"])
+def test_a_wrong_number_of_threads_is_refused(threads, folder, capsys):
     code, message = _plan(folder, HEAD, capsys, f"--threads={threads}")
 
     assert code == 2
     assert message.splitlines() == [
         "usage: outliermerge plan [option …] SPEC [DIR]",
-        f"error: argument --threads: '{threads}' is not a number of at least 1",
+        f"error: argument --threads: '{threads}' is not a number of at least 0",
     ]
 
 

@@ -27,11 +27,13 @@ MODELS = "Valid: bare, base, chat"
 BAD = {
     "unknown source": (
         HEAD + "tokenizer: {source: uniom}\n",
-        "6:21: tokenizer.source: 'uniom' is none of the models. Did you mean 'union'?",
+        "6:21: tokenizer.source: 'uniom' is none of the models, no other folder and no hub "
+        "id. Did you mean 'union'?",
     ),
     "unknown model as source": (
         HEAD + "tokenizer_source: zzz\n",
-        f"6:19: tokenizer_source: 'zzz' is none of the models. {MODELS}, union.",
+        "6:19: tokenizer_source: 'zzz' is none of the models, no other folder and no hub id. "
+        f"{MODELS}, union.",
     ),
     "a text for a mapping": (
         HEAD + "tokenizer: union\n",

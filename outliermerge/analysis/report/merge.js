@@ -12,6 +12,7 @@ function drawMerge() {
   byId('merge-text').textContent = `${actionsText()} Made by outliermerge ${merge.version}.`;
   byId('recipe').textContent = merge.recipe;
   drawModels();
+  drawLayers();
   const series = Object.keys(merge.series);
   byId('recorded').hidden = series.length === 0;
   if (!series.length) return;

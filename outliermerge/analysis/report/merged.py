@@ -9,8 +9,9 @@ from typing import Any
 
 from outliermerge.analysis.compare import Comparison
 from outliermerge.analysis.models import Subject, open_subject
+from outliermerge.analysis.moved_layers import has_moved_layers
 from outliermerge.analysis.report.data import Shown, drift_payload, short_titles
-from outliermerge.analysis.report.origins import has_moved_layers, layers_text, stages_of
+from outliermerge.analysis.report.origins import stages_of
 from outliermerge.analysis.report.recorded import merge_payload
 from outliermerge.analysis.table import WeightStats
 from outliermerge.errors import OutlierMergeError
@@ -42,8 +43,6 @@ def measure_merge(
     named = {entry["model"]: name for entry, name in zip(inputs, titles, strict=True)}
     stages = stages_of(spec)
     is_moved = has_moved_layers(spec)
-    if layers := layers_text(spec, named):
-        notes.append(layers)
     if is_moved:
         notes.append(
             "Layers of the output have other numbers than in the models that they are from, so "

@@ -2,51 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from outliermerge.analysis.report.data import short_titles
 from outliermerge.spec.document import references
-
-_MAX_SLICES = 12
-
-
-def has_moved_layers(spec: Mapping[str, Any]) -> bool:
-    """Tell whether slices give layers of the output other numbers than in their models.
-
-    >>> slices = [{"sources": [{"model": "a", "layer_range": [0, 2]}]},
-    ...           {"sources": [{"model": "b", "layer_range": [2, 4]}]}]
-    >>> has_moved_layers({"slices": slices}), has_moved_layers({"slices": slices[1:]})
-    (False, True)
-    """
-    at_layer = 0
-    for one in spec.get("slices", ()):
-        ranges = [source["layer_range"] for source in one["sources"]]
-        if any(start != at_layer for start, _ in ranges):
-            return True
-        at_layer = ranges[0][1]
-    return any(has_moved_layers(module) for module in spec.get("modules", {}).values())
-
-
-def layers_text(spec: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Return which layers of which models the output's layers are from; empty without slices.
-
-    >>> layers_text({"slices": [{"sources": [{"model": "a", "layer_range": [2, 4]}]}]}, {})
-    'Its layers by slice: 0–1 from a (2–3).'
-    """
-    rows, at_layer = [], 0
-    for one in spec.get("slices", ()):
-        sources = [(titles.get(s["model"], s["model"]), *s["layer_range"]) for s in one["sources"]]
-        stop = at_layer + sources[0][2] - sources[0][1]
-        models = " and ".join(f"{title} ({_span(a, b)})" for title, a, b in sources)
-        rows.append(f"{_span(at_layer, stop)} from {models}")
-        at_layer = stop
-    if len(rows) > _MAX_SLICES:
-        rows[_MAX_SLICES:] = [f"{len(rows) - _MAX_SLICES} more in the recipe"]
-    return f"Its layers by slice: {'; '.join(rows)}." if rows else ""
-
-
-def _span(start: int, stop: int) -> str:
-    return str(start) if stop - start == 1 else f"{start}\N{EN DASH}{stop - 1}"
 
 
 def stages_of(spec: Mapping[str, Any]) -> set[str]:
@@ -79,3 +39,20 @@ def mixture_text(spec: Mapping[str, Any]) -> str:
             parts.append(f"{number} from {', '.join(dict.fromkeys(models))}")
     rest = f"All but the experts and the routers is from {spec['base_model']}."
     return f"A mixture of {' and '.join(parts)}. {rest}"
+
+
+def map_payload(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return where the layers of a merge and of its stages are from, with titles of the models.
+
+    Args:
+        rows: the manifest's `layer_map`.
+    """
+    models = dict.fromkeys(source["model"] for row in rows for source in row["sources"])
+    titles = dict(zip(models, short_titles([*models]), strict=True)) if models else {}
+    return [
+        {
+            **row,
+            "sources": [{**source, "model": titles[source["model"]]} for source in row["sources"]],
+        }
+        for row in rows
+    ]

@@ -19,6 +19,7 @@ SCRIPTS = (
     "plots.js",
     "views.js",
     "merge.js",
+    "layers.js",
     "tables.js",
     "lead.js",
     "main.js",

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from outliermerge.analysis.report.data import find_spots, short_titles
-from outliermerge.analysis.report.origins import modules_text, stages_of
+from outliermerge.analysis.report.origins import map_payload, modules_text, stages_of
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS
 
@@ -48,6 +48,7 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
     return {
         "method": method.name if method else spec.get("merge_method", "modules"),
         "modules": modules_text(spec, {**titles, **parts}),
+        "layer_map": map_payload(manifest.get("layer_map", ())),
         "paper": method.paper if method else "",
         "recipe": yaml.safe_dump(spec, sort_keys=False, allow_unicode=True),
         "version": manifest.get("versions", {}).get("outliermerge", ""),

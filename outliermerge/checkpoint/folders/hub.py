@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
@@ -39,12 +39,15 @@ def is_hub_id(reference: str) -> bool:
     return bool(_HUB_ID.match(reference)) and not reference.startswith(("./", "../", "~"))
 
 
-def resolve(reference: str) -> Path:
+def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     """Return the folder or file of a model, fetched from the hub if it is not local.
 
     A local path has precedence over a hub id of the same name. From a repository of the hub, only
     the weights that `open_checkpoint` reads are fetched, in one format, and the small files beside
     them. If the hub does not answer, a snapshot in its cache is used if it is complete.
+
+    Args:
+        only: tells by their names which files are wanted, instead of weights.
 
     Raises:
         OutlierMergeError: the model is neither local nor available from the hub.
@@ -57,7 +60,7 @@ def resolve(reference: str) -> Path:
     assert match is not None
     repo_id, revision = match["id"], match["revision"]
     try:
-        return _fetch(repo_id, revision)
+        return _fetch(repo_id, revision, only)
     except OutlierMergeError as error:
         from huggingface_hub import constants
 
@@ -99,8 +102,8 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
         if not slip or "@" in reference or _is_in_cache(reference):
             return
         raise OutlierMergeError(
-            f"{absent}. Did you mean {quoted(str(meant))}? Where a model of the hub is meant, name "
-            f"its revision as well: {quoted(reference + '@main')}"
+            f"{absent}. Did you mean {quoted(str(meant))}? To fetch a model of that name from the "
+            f"hub, write {quoted(reference + '@main')}"
         )
     if page := hub_id_of(reference):
         raise OutlierMergeError(f"model {quoted(reference)}: is an address, write {quoted(page)}")
@@ -115,7 +118,7 @@ def _is_in_cache(repo_id: str) -> bool:
     return (Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}").is_dir()
 
 
-def _fetch(repo_id: str, revision: str | None) -> Path:
+def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | None) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
@@ -131,9 +134,11 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
     except Exception as error:
-        return _from_cache(repo_id, revision, error)
+        return _from_cache(repo_id, revision, error, only)
     names = [file.rfilename for file in info.siblings or ()]
     try:
+        if only is not None:
+            return snapshot([*filter(only, names)], revision)
         lists = [name for name in (PIPELINE_NAME, MODULES_NAME) if name in names]
         folder = snapshot(lists, revision) if lists else Path()
         parts = _parts(names, folder)
@@ -155,7 +160,9 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     )
 
 
-def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
+def _from_cache(
+    repo_id: str, revision: str | None, error: Exception, only: Callable[[str], bool] | None
+) -> Path:
     """Return the snapshot in the cache after the hub has not answered, if it is complete."""
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -179,10 +186,13 @@ def _from_cache(repo_id: str, revision: str | None, error: Exception) -> Path:
             names |= {file.path for file in listed}
         except errors.CachedRepoTreeNotFoundError:
             pass
-    parts = _parts(names, folder)
-    weights = _weights(names, folder, parts)
-    needed = {*sidecars_of(names, parts), *weights}
-    missing = sorted(needed - present) + ([] if weights else [_NO_WEIGHTS])
+    if only is not None:
+        missing = sorted({*filter(only, names)} - present)
+    else:
+        parts = _parts(names, folder)
+        weights = _weights(names, folder, parts)
+        needed = {*sidecars_of(names, parts), *weights}
+        missing = sorted(needed - present) + ([] if weights else [_NO_WEIGHTS])
     if missing:
         raise OutlierMergeError(
             f"{reason}, and the snapshot {folder} lacks:\n{listing(missing)}"

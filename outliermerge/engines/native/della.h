@@ -6,13 +6,13 @@
 #define OUTLIERMERGE_DELLA_H
 
 #include "breadcrumbs.h"
+#include "drawn.h"
 
 static int prepare_della(Block *block, Call *call, size_t piece, size_t num) {
     const size_t models = block->num_models;
-    Choice choice = {call->vectors + models, call->vectors + 2 * models, call->keys,
-                     call->scalars[4] != 0};
-    Norms norms = {0};
-    return keep_of_piece(block, call->rows, &choice, &norms, piece, num);
+    RowsKept kept = {.choice = {call->vectors + models, call->vectors + 2 * models, call->keys,
+                                  call->scalars[4] != 0}};
+    return work_on_rows(block, call->rows, keep_of_row, &kept, piece, num);
 }
 
 static void merge_della(const Block *block, const Call *call, size_t start, size_t num,

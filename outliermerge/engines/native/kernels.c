@@ -145,6 +145,7 @@ static PyMethodDef functions[] = {
     {"drawn", py_drawn, METH_VARARGS, drawn_doc},
     {"variances", py_variances, METH_VARARGS, variances_doc},
     {"squares", py_squares, METH_VARARGS, squares_doc},
+    {"importance", py_importance, METH_VARARGS, importance_doc},
     {"overlap", py_overlap, METH_VARARGS, overlap_doc},
     {"gram", py_gram, METH_VARARGS, gram_doc},
     {"tally", py_tally, METH_VARARGS, tally_doc},

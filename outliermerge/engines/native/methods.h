@@ -4,14 +4,17 @@
 
 #include "dare.h"
 #include "della.h"
+#include "fusion.h"
 #include "min_sigma.h"
 #include "nearswap.h"
 #include "ram.h"
+#include "row_sums.h"
 #include "sce.h"
 #include "ties.h"
 #include "weighted_sum.h"
 
-static const Method *const METHODS[] = {&breadcrumbs, &dare, &della, &min_sigma, &nearswap,
+static const Method *const METHODS[] = {&arcee_fusion, &breadcrumbs, &dare, &della,
+                                       &min_sigma, &model_stock_rows, &nearswap, &nuslerp_rows,
                                        &ram, &ramplus, &sce, &ties, &weighted_sum};
 enum { NUM_METHODS = sizeof METHODS / sizeof *METHODS };
 

@@ -10,9 +10,10 @@ import threading
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from outliermerge.methods.context import Context
+from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import Pass, Scope
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ _NUM_BINS = 1 << _DIGIT_BITS
 
 def by_last_dimension(block: Tensor, context: Context) -> Tensor:
     """Return a block of whole rows as rows along the tensor's last dimension, (M, R, C)."""
-    columns = context.shape[-1] if context.shape else 1
-    return block.reshape(len(block), -1, columns)
+    return block.reshape(len(block), -1, context.columns)
 
 
 def divergences(block_MRC: Tensor, compat: str) -> Tensor:
@@ -36,6 +36,8 @@ def divergences(block_MRC: Tensor, compat: str) -> Tensor:
     dtype = block_MRC.dtype if compat == "mergekit" else torch.float64
     q_RC, p_RC = (rows_RC.to(dtype).softmax(1) + _EPS for rows_RC in block_MRC)
     divergence_R: Tensor = (p_RC * (p_RC / q_RC).log()).sum(1)
+    if compat == "none":
+        divergence_R = divergence_R.clamp(min=0)  # which rounding alone makes of it
     return divergence_R.to(block_MRC.dtype)
 
 
@@ -49,13 +51,14 @@ def scores(block_MRC: Tensor, divergence_R: Tensor) -> Tensor:
 class Quartiles:
     """The elements at q(n − 1) rounded down of a tensor's scores in order, q = ¼, ½, ¾; shape (3,).
 
-    They are found exactly, by counting the scores' bits, 16 at a time. The divergences of all rows
-    are kept from the first pass on; nothing else grows with the tensor.
+    They are found exactly, by counting the scores' bits, 16 at a time. Where torch counts, it keeps
+    the divergences of all rows from the first pass on; nothing else grows with the tensor.
     """
 
     depends_on: tuple[str, ...] = ("compat",)
     scope: Scope = "tensor"
     with_context: bool = True
+    kernels: ClassVar = ("importance",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
         return 2
@@ -101,11 +104,12 @@ class _Ranked:
         import numpy
 
         self._context, self._compat = context, compat
+        self.kernel = "importance" if compat == "none" else ""
         self._ranks, self._prefixes = ranks, prefixes
         self._known = divergences
         self._found = array("d")
         self._num_left, self._num_bits = num_left, 32
-        self._counts = numpy.zeros((len(prefixes) or 1, _NUM_BINS), numpy.int64)
+        self._counts = numpy.zeros((len(prefixes) or 1, _NUM_BINS + 1), numpy.int64)
         self._lock = threading.Lock()
 
     def measure(self, block_ME: Tensor, start: int = 0) -> list[float]:
@@ -130,8 +134,19 @@ class _Ranked:
         counts = [each.bincount(minlength=_NUM_BINS).cpu().numpy() for each in bins]
         with self._lock:  # here and not in `add`, so that the counts of all blocks need not be held
             for total, own in zip(self._counts, counts, strict=True):
-                total += own
+                total[:_NUM_BINS] += own
         return found
+
+    def measure_raw(self, kernels: Any, block: RawBlock, start: int = 0) -> list[float]:
+        """Count scores, which are not below 0; a last bin is for those above the others."""
+        if self._prefixes:
+            lows, shift = tuple(prefix << _DIGIT_BITS for prefix in self._prefixes), 0
+            counts = tuple(self._counts)
+        else:
+            lows, shift = (0,), _DIGIT_BITS
+            counts = (self._counts[0, _NUM_BINS // 2 :],)
+        kernels.importance(block, start, self._context.columns, lows, shift, counts)
+        return []
 
     def add(self, share: list[float]) -> None:
         self._found.extend(share)
@@ -139,7 +154,7 @@ class _Ranked:
     def finish(self) -> Pass | list[float]:
         ranks, prefixes = [], []
         for number, rank in enumerate(self._ranks):
-            up_to = self._counts[number if self._prefixes else 0].cumsum()
+            up_to = self._counts[number if self._prefixes else 0, :_NUM_BINS].cumsum()
             digit = int(up_to.searchsorted(rank, side="right"))
             ranks.append(rank - int(up_to[digit - 1] if digit else 0))
             before = self._prefixes[number] << _DIGIT_BITS if self._prefixes else -_NUM_BINS // 2
