@@ -28,6 +28,8 @@ from outliermerge.spec.transplant import APPROXIMATIONS
 
 ROWS = (EMBEDDINGS, HEAD)
 PAIRS = [*pairwise((*KINDS, KINDS[0])), ("Unigram", "byte-level BPE")]
+CASES = [(*pair, method) for pair in PAIRS for method in ("omp", "subtokens")]
+CASES += [(*PAIRS[0], method) for method in ("interpolate", "mean", "zero")]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,7 @@ def encoded(folder: Path) -> list[Any]:
 # What is written
 
 
-@pytest.mark.parametrize("method", APPROXIMATIONS)
-@pytest.mark.parametrize(("kind", "other"), PAIRS)
+@pytest.mark.parametrize(("kind", "other", "method"), CASES)
 def test_all_but_the_rows_is_the_models_and_it_reads_as_the_donor(
     kind, other, method, models, tmp_path
 ):
