@@ -250,7 +250,7 @@ class _Maker:
         planned, pairing = self.planned, self.planned.pairing
         is_token = [row in planned.tokens for row in planned.missing]
         return {
-            **self.spec.as_dict(),
+            **{k: v for k, v in self.spec.as_dict().items() if k != "merge_method"},
             "num_tokens": len(planned.tokens),
             "num_copied": len(pairing.rows),
             "num_copied_by_role": len(pairing.by_role),

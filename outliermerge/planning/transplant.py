@@ -177,7 +177,12 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
     )  # fmt: skip
     notes = [*tied.notes, *plan.notes, *of_ids]
     plan = replace(
-        plan, num_rows=num_rows, tokenizer=of_tokenizer, checks=tuple(checks), notes=tuple(notes)
+        plan,
+        num_rows=num_rows,
+        tokenizer=of_tokenizer,
+        ids=ids,
+        checks=tuple(checks),
+        notes=tuple(notes),
     )
     missing = tuple(row for row, own in enumerate(kept) if own is None)
     return Transplant(plan, targets, pairing, ours, its, tokens, missing)
