@@ -412,6 +412,8 @@ def test_a_recipe_of_a_transplant_is_no_spec(models, tmp_path, capsys):
     for file in ("recipe.yaml", "outliermerge.json"):
         assert cli(["run", str(tmp_path / "out" / file), str(tmp_path / "again")]) == 2
         assert "outliermerge tokenizer transplant" in capsys.readouterr().err
+    assert cli(["report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html"), "-q"]) == 0
+    assert "merge_method: transplant" in (tmp_path / "page.html").read_text()
 
 
 # Mistakes
