@@ -148,6 +148,8 @@ _DECODER = {"decoder_input_ids": torch.tensor([[0, 5, 9]])}
 KINDS: dict[str, Kind] = {
     "llama": Kind(_like_llama("Llama")),
     "llama-tied": Kind(_like_llama("Llama", tie_word_embeddings=True), after=["model.norm"]),
+    "mistral": Kind(_like_llama("Mistral", head_dim=16, sliding_window=2)),
+    "gemma": Kind(_like_llama("Gemma", head_dim=16), after=["model.norm"]),
     "gpt2": Kind(_gpt2, "transformer.h", ["transformer.ln_f"]),
     "qwen2": Kind(
         _like_llama(

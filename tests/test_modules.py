@@ -233,7 +233,7 @@ def test_a_module_after_one_that_changes_the_config(tmp_path):
 
 def test_layers_that_no_module_merges_are_the_bases(capsys):
     part = "vision_tower.vision_model.encoder.layers.1"
-    spec = outliermerge.plan(modules(**{part: merge("linear", "vlm2")}))
+    spec = outliermerge.plan(modules(**{part: merge("linear", VLM, "vlm2")}))
     rows = [row.as_dict() for row in spec.layer_map]
     vision = [(row["of"], row["layers"], row["method"]) for row in rows if "vis" in row["stack"]]
     assert vision == [(f"module {part}", [1, 2], "linear"), ("the output", [0, 1], "copy")]
@@ -331,7 +331,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_a_seed_of_the_command_line_is_that_of_modules(tmp_path):
-    spec = modules(text=merge("dare_linear", "llm", base_model=MATHS))
+    spec = modules(text=merge("dare_linear", "llm", base_model=MATHS, parameters={"density": 0.5}))
     spec["modules"]["text"]["keep"] = ["embed_tokens", "lm_head"]
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     assert main([str(tmp_path / "spec.yaml"), str(tmp_path / "out"), "--random-seed", "5"]) == 0

@@ -13,7 +13,14 @@ import torch
 import transformers
 import yaml
 from checkpoints import load_folder, save_lora
-from moe_models import deepseek, dense_family, load, mixture_by_mergekit, save_dense
+from moe_models import (
+    deepseek,
+    dense_family,
+    load,
+    mixture_by_mergekit,
+    save_dense,
+    save_words,
+)
 from stopping import stopping_after
 
 import outliermerge
@@ -166,6 +173,37 @@ def test_a_mixture_of_one_model_in_deepseeks_form_is_that_model(with_shared, tmp
     outliermerge.moe(spec, output=tmp_path / "mixed")
     dense = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     assert torch.allclose(logits(deepseek(tmp_path / "mixed")), logits(dense), atol=1e-4)
+
+
+def test_a_mistral_is_in_deepseeks_form_only_where_its_class_computes_the_same(tmp_path):
+    def of(name: str, **more: Any) -> dict[str, Any]:
+        transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **more,
+            )
+        ).save_pretrained(tmp_path / name)  # fmt: skip
+        save_words(tmp_path / name)
+        model = str(tmp_path / name)
+        return {"base_model": model, "gate_mode": "random", "architecture": "deepseek",
+                "experts": [{"source_model": model}] * 2}  # fmt: skip
+
+    for more, said in (
+        ({"sliding_window": 4}, "it has no sliding window, the base has one of 4 tokens"),
+        (
+            {"sliding_window": None, "head_dim": 16},
+            "head_dim is hidden_size / .*, the base's is 16",
+        ),
+    ):
+        with pytest.raises(outliermerge.OutlierMergeError, match=said):
+            outliermerge.moe(of(f"bad{len(more)}", **more), output=tmp_path / "none")
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    spec = of("good", sliding_window=64, rope_parameters=rope)
+    outliermerge.moe(spec, output=tmp_path / "mixed")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "good").eval()
+    assert torch.allclose(logits(deepseek(tmp_path / "mixed")), logits(dense), atol=1e-4)
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    assert (config["rope_theta"], config["sliding_window"]) == (500.0, None)
 
 
 def test_routers_and_noise_are_drawn_by_the_seed(families, tmp_path):

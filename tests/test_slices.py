@@ -259,6 +259,24 @@ def test_models_of_slices_may_have_different_numbers_of_layers(kind, first, tmp_
     assert outliermerge.verify(output, load=True) == []
 
 
+def test_each_layer_has_the_dtype_of_its_model_and_the_plan_says_so(models, tmp_path):
+    shutil.copytree(models["m1"], tmp_path / "half")
+    half = {name: tensor.half() for name, tensor in load_folder(models["m1"]).items()}
+    save_file(half, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    parts = [(models["m0"], 0, 2), (tmp_path / "half", 2, 4)]
+    sources = [{"model": str(model), "layer_range": [a, b]} for model, a, b in parts]
+    spec = {"merge_method": "passthrough", "slices": [{"sources": [each]} for each in sources]}
+    plan = outliermerge.plan(spec)
+    (note,) = (note for note in plan.notes if "several dtypes" in note)
+    assert "20 tensors in float16, 19 tensors in float32" in note
+    out = load_folder(outliermerge.run(plan, output=tmp_path / "out").output)
+    for name, tensor in out.items():
+        of_half = ".2." in name or ".3." in name or name in ("model.norm.weight", "lm_head.weight")
+        assert tensor.equal(half[name] if of_half else load_folder(models["m0"])[name]), name
+    for more in ({"out_dtype": "float32"}, {"dtype": "bfloat16"}):
+        assert not any("several dtypes" in note for note in outliermerge.plan(spec | more).notes)
+
+
 def test_layers_unlike_those_of_the_config_are_told_by_the_plan(models, source, stack, tmp_path):
     tensors = load_folder(models["m1"])
     del tensors["model.layers.2.mlp.up_proj.weight"]

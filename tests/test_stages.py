@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,32 @@ def test_the_tokenizer_that_a_stage_builds_is_that_of_its_model(kind, tmp_path, 
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1}))
     with pytest.raises(OutlierMergeError, match="holds other files than its name says"):
         outliermerge.plan({"stages": stages, **last("s")})
+
+
+def test_small_files_of_stages_are_not_kept_for_good(models, tmp_path, cache):
+    """Those of a stage are kept while they are used, and go when others are written later."""
+
+    def plan(num_layers: int) -> None:
+        stage = stacked(str(models / "task0"), *[(0, 1)] * num_layers)
+        entries = [{"model": "s"}]
+        outliermerge.plan({"stages": [{"name": "s", **stage}], "merge_method": "linear",
+                           "models": entries})  # fmt: skip
+
+    plan(4)
+    (first,) = cache.iterdir()
+    os.utime(first, (1e9, 1e9))
+    plan(4)
+    assert first.stat().st_mtime > 1e9  # it is used again
+    os.utime(first, (1e9, 1e9))
+    plan(5)
+    (second,) = cache.iterdir()
+    assert second != first
+    for number in range(120):
+        (cache / str(number)).mkdir()
+        os.utime(cache / str(number), (time.time() - 3 * 86_400 + number,) * 2)
+    plan(6)
+    left = {path.name for path in cache.iterdir()}
+    assert second.name in left and "21" in left and "20" not in left and len(left) == 101
 
 
 @pytest.mark.parametrize("form", ["documents", "list", "final first"])

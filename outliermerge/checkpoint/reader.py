@@ -133,9 +133,12 @@ class Reader:
 
     def release(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Free the results kept for sources that are not read again, and for what they read."""
-        pending = [source for _, source in sources]
+        pending, seen = [source for _, source in sources], set[int]()
         while pending:
             source = pending.pop()
+            if id(source) in seen:
+                continue
+            seen.add(id(source))
             with self._lock:
                 entry = self._once.pop(source, None)
                 self._free_bytes += entry.held_bytes if entry is not None else 0

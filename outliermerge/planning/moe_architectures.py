@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from outliermerge.errors import listing
+from outliermerge.errors import listing, quoted
 from outliermerge.spec.moe import MoeDocument
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -44,6 +44,7 @@ class MoeArchitecture:
         needs_shared: whether there must be a shared expert.
         names: other names of the matrices.
         attention: what a layer of the base may have besides its MLP.
+        unfit: returns why it cannot hold the attention of a base with a config; empty if it can.
         config: makes the keys that the output's config has besides the base's.
     """
 
@@ -57,6 +58,7 @@ class MoeArchitecture:
     needs_shared: bool = False
     names: Mapping[str, str] | None = None
     attention: frozenset[str] = _ATTENTION
+    unfit: Callable[[Mapping[str, Any]], str] = lambda base: ""
 
     def matrix(self, name: str, index: int | None) -> str:
         """Return the name in a layer of an expert's matrix, of the shared one's for None."""
@@ -64,8 +66,9 @@ class MoeArchitecture:
         pattern = self.shared if index is None else self.expert
         return pattern.format(index=index, name=name)
 
-    def why_not(self, document: MoeDocument, kind: str) -> str:
-        """Return why it cannot hold a mixture of models of a type; empty if it can."""
+    def why_not(self, document: MoeDocument, base: Mapping[str, Any]) -> str:
+        """Return why it cannot hold a mixture with a base of a config; empty if it can."""
+        kind = str(base.get("model_type"))
         shared, drawn = document.shared, document.gate_mode in ("random", "uniform_random")
         if kind not in self.kinds:
             return f"it is made of {' or '.join(self.kinds)} models, the base is {kind}"
@@ -79,7 +82,7 @@ class MoeArchitecture:
             return f"it has at most one shared expert, found {len(shared)}"
         if shared and not self.shared_router and shared[0].positive_prompts:
             return "its shared expert has no router: leave `positive_prompts` away"
-        return ""
+        return self.unfit({**_KINDS[kind], **base})
 
 
 def _mixtral(document: MoeDocument, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,9 +136,25 @@ def _windows(base: Mapping[str, Any]) -> dict[str, Any]:
     return {"use_sliding_window": True, "layer_types": base.get("layer_types") or kinds}
 
 
+def _no_deepseek(base: Mapping[str, Any]) -> str:
+    """Return why DeepSeek's class, which has fewer kinds of attention, cannot hold a base's."""
+    heads, width = base.get("num_attention_heads"), base.get("hidden_size")
+    head, window = base.get("head_dim"), base.get("sliding_window")
+    if head is not None and heads is not None and head * heads != width:
+        return f"its head_dim is hidden_size / num_attention_heads, the base's is {head}"
+    has_window = base["model_type"] == "mistral" and window is not None
+    if has_window and window < base["max_position_embeddings"]:
+        return f"it has no sliding window, the base has one of {window} tokens"
+    rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        return f"it has no positions of type {quoted(kind)}, as the base has"
+    return ""
+
+
 def _deepseek(document: MoeDocument, base: Mapping[str, Any]) -> dict[str, Any]:
     code = "deepseek-ai/deepseek-moe-16b-base--{}"
     modeling = code.format("modeling_deepseek.Deepseek")
+    rope = base.get("rope_parameters") or base
     return {
         "architectures": ["DeepseekForCausalLM"],
         "model_type": "deepseek",
@@ -147,6 +166,9 @@ def _deepseek(document: MoeDocument, base: Mapping[str, Any]) -> dict[str, Any]:
         "moe_layer_freq": 1,
         "scoring_func": "softmax",
         "norm_topk_prob": True,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None,
+        "sliding_window": None,
         "auto_map": {
             "AutoConfig": code.format("configuration_deepseek.DeepseekConfig"),
             "AutoModel": f"{modeling}Model",
@@ -171,6 +193,7 @@ MOE_ARCHITECTURES = (
         router="mlp.gate.weight",
         shared="mlp.shared_experts.{name}.weight",
         config=_deepseek,
+        unfit=_no_deepseek,
     ),
     MoeArchitecture(
         name="qwen",
@@ -195,16 +218,19 @@ MOE_ARCHITECTURES = (
 """In the order in which they are tried."""
 
 
-def choose_architecture(document: MoeDocument, kind: str) -> tuple[MoeArchitecture | None, str]:
+def choose_architecture(
+    document: MoeDocument, base: Mapping[str, Any]
+) -> tuple[MoeArchitecture | None, str]:
     """Return the architecture for a mixture, or None and why there is none.
 
     Args:
-        kind: the base's model type.
+        base: the base's config.
     """
+    kind = str(base.get("model_type"))
     wanted = (document.architecture or "").lower()
     # mergekit's `qwen` is Qwen2-MoE or Qwen3-MoE, as the models are.
     tried = [a for a in MOE_ARCHITECTURES if not wanted or a.name.startswith(wanted)]
-    reasons = {each.name: each.why_not(document, kind) for each in tried}
+    reasons = {each.name: each.why_not(document, base) for each in tried}
     found = next((each for each in tried if not reasons[each.name]), None)
     if found is not None:
         return found, ""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
 from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.layers import Stack, choose_stack
-from outliermerge.planning.plan import Input, LayersFrom, Stacked
+from outliermerge.planning.plan import Input, Job, LayersFrom, Stacked
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.settings import Setting, SpecPath, find_layers
 from outliermerge.spec.slices import SliceSpec
 from outliermerge.spec.text import Mistakes
 
+MAX_LAYERS = 2000  # ten times as many as any published model has
 # T5 has one table of relative positions for all layers of a stack, in the first of them.
 _OF_ALL_LAYERS = re.compile(r"relative_attention_bias\.")
 
@@ -87,6 +89,9 @@ def stack_slices(
         stack = choose_stack(whole.checkpoint.tensors, wanted, whole.reference)
     except OutlierMergeError as error:
         raise source.error(at, str(error), at_key=at == ("slices",)) from error
+    if (total := sum(one.num_layers for one in spec.slices)) > MAX_LAYERS:
+        said = f"found {quoted(total)} layers in all, expected at most {MAX_LAYERS:,}"
+        raise source.error(("slices",), said, at_key=True)
     number_of = {m.reference: n for m, n in zip(spec.models, numbers, strict=True)}
     if spec.base is not None:
         number_of[spec.base.reference] = 0
@@ -316,6 +321,22 @@ def _is_of_all_layers(name: str, prefix: str, index: int, tensors: Mapping[str, 
     if index != 0 or not _OF_ALL_LAYERS.search(name):
         return False
     return f"{prefix}1{name[len(prefix) + 1 :]}" not in tensors
+
+
+def several_dtypes(stacked: Stacked, jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield a note where a tensor has not the same dtype in all layers of the output."""
+    dtypes: dict[str, set[str]] = {}
+    for job in jobs:
+        if job.output.dtype.is_float and job.name.startswith(stacked.prefix):
+            rest = job.name.removeprefix(stacked.prefix).partition(".")[2]
+            dtypes.setdefault(rest, set()).add(job.output.dtype.name)
+    if any(len(each) > 1 for each in dtypes.values()):
+        counts = Counter(job.output.dtype.name for job in jobs).most_common()
+        yield (
+            "layers have several dtypes, each that of its model: "
+            f"{', '.join(f'{count} tensors in {name}' for name, count in counts)}. Loaders take "
+            "the one that the config names for all; `out_dtype` stores all in one"
+        )
 
 
 def left_out(stacked: Stacked, inputs: Sequence[Input]) -> Iterator[str]:

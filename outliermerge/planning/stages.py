@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +22,10 @@ from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
 from outliermerge.storage.files import cache_folder
+
+_KEPT_SECONDS = 7 * 86_400
+_IN_USE_SECONDS = 2 * 86_400  # a merge reads them at its end, too
+_MAX_KEPT = 100
 
 
 def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
@@ -113,6 +119,19 @@ def _is_in(path: Path, content: bytes | Path) -> bool:
     return content == path or (isinstance(content, bytes) and path.read_bytes() == content)
 
 
+def _forget_unused(folder: Path) -> None:
+    """Remove what no merge has used for a week, and of the rest what is more than the latest."""
+    used: list[tuple[float, Path]] = []
+    for each in folder.iterdir():
+        with suppress(OSError):  # another process removes it, too
+            used.append((each.stat().st_mtime, each))
+    used.sort(reverse=True)
+    now = time.time()
+    for place, (at, each) in enumerate(used):
+        if now - at > _KEPT_SECONDS or (place >= _MAX_KEPT and now - at > _IN_USE_SECONDS):
+            shutil.rmtree(each, ignore_errors=True)
+
+
 def _written(contents: Mapping[str, bytes | Path]) -> Path:
     """Write small files into a folder that is named by what they contain, and return it."""
     held = {
@@ -125,7 +144,10 @@ def _written(contents: Mapping[str, bytes | Path]) -> Path:
     folder = cache_folder("stages") / digest.hexdigest()
     with naming(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not folder.is_dir():
+        if folder.is_dir():
+            os.utime(folder)
+        else:
+            _forget_unused(folder.parent)
             made = Path(tempfile.mkdtemp(dir=folder.parent))
             for name, data in held.items():
                 (made / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from checkpoints import family, load_folder
+from vocabularies import save_family
 
 import outliermerge
 from outliermerge.analysis.report.build import build_report
@@ -55,8 +57,36 @@ def test_layers_with_other_numbers_are_compared_with_nothing(data_of, models):
     data = data_of(spec, base=str(models / "base"))
     assert data["drift"] is None
     assert [(each["role"], each["base"]) for each in data["subjects"]] == [("output", None)]
-    assert "Its layers by slice: 0–1 from task0 (0–1); 2 from task1 (1)." in data["notes"]
+    rows = [(row["layers"], row["sources"]) for row in data["merge"]["layer_map"]]
+    assert rows == [
+        ([0, 2], [{"model": "task0", "layer_range": [0, 2]}]),
+        ([2, 3], [{"model": "task1", "layer_range": [1, 2]}]),
+    ]
     assert any("left out" in note for note in data["notes"])
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_models_beside_a_merge_of_moved_layers_have_a_note(has_base, models, tmp_path):
+    spec = sliced(models, (["task0"], 0, 1), (["task1"], 0, 1))
+    output = outliermerge.run(spec, output=tmp_path / "out", threads=1).output
+    base = str(models / "base") if has_base else None
+    page = build_report(
+        [str(output), str(models / "task0")], base=base, output=tmp_path / "p.html", threads=1
+    )
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[1])
+    notes = [*data["notes"], *(note for each in data["subjects"] for note in each["notes"])]
+    assert sum(f"{output} is a merge of slices" in note for note in notes) == 1
+
+
+def test_rows_that_go_by_token_are_told(data_of, tmp_path):
+    home = save_family(tmp_path / "family", "WordPiece")
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(home / "base"),
+        "models": [{"model": str(home / name)} for name in ("chat", "other")],
+        "tokenizer_source": "union",
+    }
+    assert any("go by the tokens of the output" in note for note in data_of(spec)["notes"])
 
 
 def test_layers_with_the_same_numbers_are_compared(data_of, models, tmp_path):
@@ -65,6 +95,51 @@ def test_layers_with_the_same_numbers_are_compared(data_of, models, tmp_path):
     data = data_of(spec, base=base)
     assert data["drift"]["models"] == both
     assert len(data["drift"]["tensors"]) == len(load_folder(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
+def test_a_map_shows_which_layers_are_from_where(width, scheme, data_of, models, visit, tmp_path):
+    one = sliced(models, (["task0"], 0, 2), (["task1"], 1, 2))
+    two = sliced(models, (["task2"], 0, 2), (["task1"], 0, 1))
+    mean = {"merge_method": "linear", "models": [{"model": "s"}, {"model": "s2"}]}
+    stages = [{"name": "s", **one}, {"name": "s2", **two}]
+    data_of({"stages": stages, **mean})
+    with visit(tmp_path / "p.html", width=width, scheme=scheme) as page:
+        strips = page.locator("#layers-map .strip")
+        told = [strip.get_attribute("aria-label") for strip in strips.all()]
+        assert told == [
+            "the output, text: 0–2 from s 0–2 and s2 0–2",
+            "stage s2, text: 0–1 from task2 0–1; 2 from task1 0",
+            "stage s, text: 0–1 from task0 0–1; 2 from task1 1",
+        ]
+        shown = page.locator("#layers-models").inner_text().split()
+        assert shown == ["s", "s2", "task2", "task1", "task0"]
+        blocks = page.locator("#layers-map .strip div")
+        whole, first, last = (blocks.nth(number).bounding_box() for number in (0, 1, 2))
+        assert first["width"] == pytest.approx(2 * last["width"], abs=3)
+        assert first["width"] + last["width"] == pytest.approx(whole["width"], abs=3)
+        assert whole["x"] + whole["width"] <= width
+        colours = page.evaluate(
+            "() => [0, 1, 2, 3, 4].map(i => (getComputedStyle("
+            "document.querySelectorAll('#layers-models li')[i], '::before').backgroundColor))"
+        )
+        assert len(set(colours)) == 5
+        drawn = page.evaluate(
+            "() => Array.from(document.querySelectorAll('#layers-map .strip div'), "
+            "block => getComputedStyle(block).backgroundImage)"
+        )
+        assert all(colour in drawn[0] for colour in colours[:2]) and colours[2] in drawn[1]
+        page.locator("#layers summary").click()
+        cells = page.locator("#layers-table tbody tr").nth(1).inner_text().split()
+        assert cells == ["stage", "s2", "text", "0–1", "passthrough", "task2", "0–1"]
+        found = Axe().run(page, "#layers").response
+        assert found["passes"] and not found["violations"], found["violations"]
+
+
+def test_whole_models_have_no_map(data_of, models):
+    entries = [{"model": str(models / name)} for name in ("task0", "task1")]
+    data = data_of({"merge_method": "linear", "models": entries})
+    assert data["merge"]["layer_map"] == []
 
 
 def staged(models, **keys):

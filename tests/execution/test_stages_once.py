@@ -1,4 +1,4 @@
-"""Blocks of a stage are computed once for each output tensor, however often they are read."""
+"""Blocks of a stage are computed once for each tensor of the output, though often read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def in_stages(models: list[str], number: int, **last: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("memory", ["1GiB", "2MiB"])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 def test_each_block_of_each_stage_is_merged_once(kernels, memory, models, monkeypatch, tmp_path):
-    # Of two outputs, so that one has what it would have without.
     spec = in_stages(models, 6, parameters={"density": 0.4})
     monkeypatch.setattr(threads, "_read_again", lambda group: frozenset())
     outliermerge.run(spec, output=tmp_path / "again", kernels=kernels, threads=2)

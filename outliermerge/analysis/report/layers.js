@@ -6,12 +6,12 @@ const MAX_STRIPS = 16, NUM_LOOKS = 7;
 
 const lookOf = (models, model) => models.indexOf(model) % NUM_LOOKS + 1;
 
-function spanText([start, stop]) {
+function rangeText([start, stop]) {
   return stop - start === 1 ? String(start) : `${start}–${stop - 1}`;
 }
 
 function sourcesText(row) {
-  return listed(row.sources.map(each => `${each.model} ${spanText(each.layer_range)}`));
+  return listed(row.sources.map(each => `${each.model} ${rangeText(each.layer_range)}`));
 }
 
 function drawLayers() {
@@ -38,7 +38,7 @@ function drawLayers() {
   byId('layers-map').replaceChildren(...drawn);
   byId('layers-table').caption.textContent = 'Layers, and the layers of models that they are from';
   fillTable(byId('layers-table'), ['of', 'stack', 'layers', 'merged by', 'from'],
-    rows.map(row => [row.of, row.stack, spanText(row.layers),
+    rows.map(row => [row.of, row.stack, rangeText(row.layers),
       row.method === 'copy' ? 'copied' : row.method, sourcesText(row)]));
 }
 
@@ -50,10 +50,11 @@ function stripOf(name, rows, models, most) {
   strip.style.gridTemplateColumns = `repeat(${most}, minmax(0, 1fr))`;
   strip.setAttribute('role', 'img');
   strip.setAttribute('aria-label', `${name}: ${rows.map(row =>
-    `${spanText(row.layers)} from ${sourcesText(row)}`).join('; ')}`);
+    `${rangeText(row.layers)} from ${sourcesText(row)}`).join('; ')}`);
   for (const row of rows) {
-    const block = element('div', spanText(row.layers));
-    block.title = `${spanText(row.layers)}: ${row.method === 'copy' ? 'copied' : row.method} of `
+    const block = element('div', rangeText(row.layers));
+    block.append(element('span', sourcesText(row)));
+    block.title = `${rangeText(row.layers)}: ${row.method === 'copy' ? 'copied' : row.method} of `
       + sourcesText(row);
     block.style.gridColumn = `${row.layers[0] + 1} / ${row.layers[1] + 1}`;
     const bands = row.sources.map(each => `var(--line-${lookOf(models, each.model)})`);
