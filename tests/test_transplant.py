@@ -195,6 +195,17 @@ def test_tokens_of_other_spellings_are_paired(models):
     assert words[there["o"]] == ids["##o"] and words[there["<|end|>"]] == ids["[SEP]"]
 
 
+def test_older_files_of_a_tokenizer_spell_the_same(models, tmp_path):
+    model, donor = models("BPE"), tmp_path / "donor"
+    shutil.copytree(models("byte-level BPE", "other"), donor)
+    before = pairing(model, donor)
+    vocabulary = json.loads((donor / "tokenizer.json").read_text())["model"]["vocab"]
+    (donor / "tokenizer.json").unlink()
+    (donor / "vocab.json").write_text(json.dumps(vocabulary))
+    after = pairing(model, donor)
+    assert (after.rows, after.shared) == (before.rows, before.shared)
+
+
 def test_rows_without_values_are_no_basis_and_their_tokens_get_the_mean(models, tmp_path):
     model, donor = models("byte-level BPE"), tmp_path / "donor"
     shutil.copytree(models("byte-level BPE", "other"), donor)
