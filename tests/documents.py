@@ -78,6 +78,7 @@ def make_place(folder: Path) -> Path:
     for seed, name in enumerate(("plain", "talks", "tells")):
         added = [[], ["<|im_start|>", "<|im_end|>"], ["<|im_end|>", "<x>"]][seed]
         save_with_tokenizer(models / name, "WordPiece", added=added, seed=seed)
+    save_with_tokenizer(models / "bytes", "byte-level BPE", seed=3)
     quantise(models / "chat", models / "chat-nf4", "nf4")
     changed = "model.layers.0.self_attn.q_proj"
     rows, columns = load_folder(models / "base")[f"{changed}.weight"].shape

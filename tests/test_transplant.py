@@ -28,6 +28,8 @@ from outliermerge.spec.transplant import APPROXIMATIONS
 
 ROWS = (EMBEDDINGS, HEAD)
 PAIRS = [*pairwise((*KINDS, KINDS[0])), ("Unigram", "byte-level BPE")]
+CASES = [(*pair, method) for pair in PAIRS for method in ("omp", "subtokens")]
+CASES += [(*PAIRS[0], method) for method in ("interpolate", "mean", "zero")]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,7 @@ def encoded(folder: Path) -> list[Any]:
 # What is written
 
 
-@pytest.mark.parametrize("method", APPROXIMATIONS)
-@pytest.mark.parametrize(("kind", "other"), PAIRS)
+@pytest.mark.parametrize(("kind", "other", "method"), CASES)
 def test_all_but_the_rows_is_the_models_and_it_reads_as_the_donor(
     kind, other, method, models, tmp_path
 ):
@@ -192,6 +193,17 @@ def test_tokens_of_other_spellings_are_paired(models):
     words = pairing(models("WordPiece"), donor).rows
     ids = {token: id_ for id_, token in read_tokens(models("WordPiece")).items()}
     assert words[there["o"]] == ids["##o"] and words[there["<|end|>"]] == ids["[SEP]"]
+
+
+def test_older_files_of_a_tokenizer_spell_the_same(models, tmp_path):
+    model, donor = models("BPE"), tmp_path / "donor"
+    shutil.copytree(models("byte-level BPE", "other"), donor)
+    before = pairing(model, donor)
+    vocabulary = json.loads((donor / "tokenizer.json").read_text())["model"]["vocab"]
+    (donor / "tokenizer.json").unlink()
+    (donor / "vocab.json").write_text(json.dumps(vocabulary))
+    after = pairing(model, donor)
+    assert (after.rows, after.shared) == (before.rows, before.shared)
 
 
 def test_rows_without_values_are_no_basis_and_their_tokens_get_the_mean(models, tmp_path):
@@ -375,27 +387,30 @@ def test_the_command_prints_and_writes_what_the_rows_are_worth(
     monkeypatch.setenv("COLUMNS", "160")
     model, donor = str(models("BPE")), str(models("byte-level BPE", "other"))
     words = ["tokenizer", "transplant", model, donor, "--no-load-check"]
+    found, number = pairing(Path(model), Path(donor)), len(read_tokens(Path(donor)))
+    copied, made, alike = len(found.rows), number - len(found.rows), len(found.shared)
     assert cli([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "300 approximated" in out and "41 spelt alike" in out and "eos_token_id 0" in out
+    assert f"{made} approximated" in out and f"{alike} spelt alike" in out
+    assert "eos_token_id 0" in out
     assert not any(tmp_path.iterdir())
     assert cli([*words, str(tmp_path / "out"), "--k", "5"]) == 0
     out = capsys.readouterr().out
-    assert "342 tokens: 42 copied (1 special ones under another name), 300 approximated" in out
-    assert f"worst of {EMBEDDINGS}" in out and "Held out: 10 tokens" in out
+    assert f"{number} tokens: {copied} copied (1 special" in out and f"{made} approximated" in out
+    assert f"worst of {EMBEDDINGS}" in out and f"Held out: {alike // 4} tokens" in out
     assert cli([*words, str(tmp_path / "json"), "--k", "5", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     report = said["transplant"]
-    assert report["num_approximated"] == 300 and len(report["tensors"][HEAD]["worst"]) == 10
+    assert report["num_approximated"] == made and len(report["tensors"][HEAD]["worst"]) == 10
     manifest = outliermerge.read_manifest(tmp_path / "json")
     assert manifest["transplant"] == report
     card = (tmp_path / "json" / "README.md").read_text()
-    assert "342 tokens: 42 have the model's rows, 300 are approximated" in card
-    assert "10 of the model's own rows that were held out" in card
+    assert f"{number} tokens: {copied} have the model's rows, {made} are approximated" in card
+    assert f"{alike // 4} of the model's own rows that were held out" in card
     # The recipe begins with the command that makes it again, from any folder.
     again = (tmp_path / "json" / "recipe.yaml").read_text().splitlines()[1].removeprefix("#   ")
-    command = again.replace("DIR", str(tmp_path / "again")).split()[1:]
-    assert cli([*command, "--no-load-check", "-q"]) == 0
+    words = again.replace("DIR", str(tmp_path / "again")).split()[1:]
+    assert cli([*words, "--no-load-check", "-q"]) == 0
     names = ("model.safetensors", "config.json", "recipe.yaml")
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "json" / name).read_bytes()
@@ -411,6 +426,8 @@ def test_a_recipe_of_a_transplant_is_no_spec(models, tmp_path, capsys):
     for file in ("recipe.yaml", "outliermerge.json"):
         assert cli(["run", str(tmp_path / "out" / file), str(tmp_path / "again")]) == 2
         assert "outliermerge tokenizer transplant" in capsys.readouterr().err
+    assert cli(["report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html"), "-q"]) == 0
+    assert "merge_method: transplant" in (tmp_path / "page.html").read_text()
 
 
 # Mistakes

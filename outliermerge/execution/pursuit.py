@@ -101,7 +101,7 @@ def interpolate(
     """
     import torch
 
-    squares_BN = (atoms_NC * atoms_NC).sum(1) - 2 * (targets_BC.float() @ atoms_NC.T)
+    squares_BN = (atoms_NC.norm(dim=1) ** 2) - 2 * (targets_BC.float() @ atoms_NC.T)
     if is_out_N is not None:
         squares_BN.masked_fill_(is_out_N, torch.inf)
     num_close = min(k + _NUM_CLOSE, len(atoms_NC))

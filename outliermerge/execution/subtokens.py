@@ -9,7 +9,7 @@ from typing import Any
 
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.planning.spelling import Spelled
-from outliermerge.planning.tokenizer_files import TOKENIZER
+from outliermerge.planning.tokenizer_files import TOKENIZER, how_to_convert
 from outliermerge.storage.files import small_bytes
 from outliermerge.storage.stamps import is_there
 
@@ -37,8 +37,8 @@ class Cutter:
         path = root / TOKENIZER
         if not is_there(path):
             raise OutlierMergeError(
-                f"{shown(name)} has no {TOKENIZER}, which --method subtokens needs: save it with "
-                "transformers first, AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+                f"{shown(name)} has no {TOKENIZER}, which --method subtokens needs. "
+                + how_to_convert(root)
             )
         content = json.loads(small_bytes(path))
         self._unknown = content["model"].get("unk_token")

@@ -123,9 +123,11 @@ class _Maker:
         sides += [(t.donor, 0) for t in self.planned.targets if t.donor is not None]
         for source, side in {id(source): (source, side) for source, side in sides}.values():
             columns = source.shape[-1] if len(source.shape) == 2 and source.shape[0] > 1 else 1
-            lengths = [rows.double().norm(dim=1) for _, rows in
-                       row_blocks(self.reader, source, columns)]  # fmt: skip
-            own = torch.cat(lengths)[shared[:, side]]
+            # Into one tensor: small results between large ones would keep those from being freed.
+            lengths = torch.empty(source.num_elements // columns, dtype=torch.float64)
+            for start, rows in row_blocks(self.reader, source, columns):
+                lengths[start : start + len(rows)] = rows.double().norm(dim=1)
+            own = lengths[shared[:, side]]
             keep &= own.isfinite() & ((own > 0) | (columns == 1))
         if not keep.any():
             raise OutlierMergeError(
@@ -248,7 +250,7 @@ class _Maker:
         planned, pairing = self.planned, self.planned.pairing
         is_token = [row in planned.tokens for row in planned.missing]
         return {
-            **self.spec.as_dict(),
+            **{k: v for k, v in self.spec.as_dict().items() if k != "merge_method"},
             "num_tokens": len(planned.tokens),
             "num_copied": len(pairing.rows),
             "num_copied_by_role": len(pairing.by_role),

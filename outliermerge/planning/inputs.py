@@ -103,14 +103,24 @@ def open_tokenizer(spec: MergeSpec, inputs: Sequence[Input]) -> Input | None:
         return None
     try:
         with told_by_name():
-            root = resolve(request.source, _is_of_tokenizer)
-            if not root.is_dir():
-                raise OutlierMergeError(f"{root}: is a file, expected a folder with a tokenizer")
-            names = [*filter(_is_of_tokenizer, sidecars_of(files_in(root), [""]))]
+            found = tokenizer_of(request.source)
     except OutlierMergeError as error:
         raise OutlierMergeError(str(spec.source.error(request.path, str(error)))) from error
-    same = (entry for entry in inputs if entry.tokenizer_home.resolve() == root.resolve())
-    return next(same, Input(request.source, "model", Checkpoint(root, {}, (), (*names,), ()), root))
+    same = (e for e in inputs if e.tokenizer_home.resolve() == found.home.resolve())
+    return next(same, found)
+
+
+def tokenizer_of(reference: str) -> Input:
+    """Open only the tokenizer and the configs of a model, which may have no weights.
+
+    Raises:
+        OutlierMergeError: there is no such folder, or it cannot be read.
+    """
+    root = resolve(reference, _is_of_tokenizer)
+    if not root.is_dir():
+        raise OutlierMergeError(f"{root}: is a file, expected a folder with a tokenizer")
+    names = (*filter(_is_of_tokenizer, sidecars_of(files_in(root), [""])),)
+    return Input(reference, "model", Checkpoint(root, {}, (), names, ()), root)
 
 
 def _is_of_tokenizer(name: str) -> bool:

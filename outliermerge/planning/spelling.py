@@ -8,7 +8,7 @@ break), and pieces of their own for the second (`<0x0A>`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -86,7 +86,7 @@ def spelled(root: Path, tokens: Mapping[int, str]) -> Spelled:
         root: the folder of its files.
         tokens: those of its tokens that have a row, by id.
     """
-    kind = _kind(root)
+    kind = _kind(root, frozenset(tokens.values()))
     entries = added_entries(root)
     named = ((role, special_token(root, f"{role}_token")) for role in _ROLES)
     roles = {role: token for role, token in named if token is not None}
@@ -108,13 +108,13 @@ def spelled(root: Path, tokens: Mapping[int, str]) -> Spelled:
     return Spelled(kind, ids, frozenset(special & ids.keys()), texts, single, roles)
 
 
-def _kind(root: Path) -> str:
+def _kind(root: Path, tokens: Container[str]) -> str:
     if is_there(root / TOKENIZER):
         said = kind_of_tokenizer(read_json(root / TOKENIZER))
         if said.startswith("byte-level"):
             return "bytes"
         return "words" if said == f"WordPiece with {_WITHIN_WORD}" else "spaces"
-    if is_there(root / "vocab.json"):
+    if all(letter in tokens for letter in _bytes()):  # of tiktoken, or GPT-2's older files
         return "bytes"
     return "words" if is_there(root / "vocab.txt") else "spaces"
 

@@ -11,14 +11,13 @@ import xxhash
 
 from outliermerge.checkpoint.combined import CombinedRows, Sums, copies
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.folders.hub import refuse_absent
 from outliermerge.checkpoint.layout import plan_layout
-from outliermerge.checkpoint.sources import FLOAT_DTYPES, Checkpoint, Source
+from outliermerge.checkpoint.sources import FLOAT_DTYPES, Source
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import OutlierMergeError, as_path, listing, shown
 from outliermerge.planning.drafts import check_tied
-from outliermerge.planning.inputs import open_model
+from outliermerge.planning.inputs import open_model, tokenizer_of
 from outliermerge.planning.metadata import kept_metadata
 from outliermerge.planning.notes import reading_notes
 from outliermerge.planning.owners import Beside, choose_files, missing_code
@@ -178,19 +177,22 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
     )  # fmt: skip
     notes = [*tied.notes, *plan.notes, *of_ids]
     plan = replace(
-        plan, num_rows=num_rows, tokenizer=of_tokenizer, checks=tuple(checks), notes=tuple(notes)
+        plan,
+        num_rows=num_rows,
+        tokenizer=of_tokenizer,
+        ids=ids,
+        checks=tuple(checks),
+        notes=tuple(notes),
     )
     missing = tuple(row for row, own in enumerate(kept) if own is None)
     return Transplant(plan, targets, pairing, ours, its, tokens, missing)
 
 
 def _open_donor(spec: TransplantSpec) -> Input:
-    """Open the donor; of a folder only the tokenizer, if its rows are not needed."""
+    """Open the donor, or only its tokenizer if its rows are not needed."""
     path = as_path(spec.donor)
-    if not spec.needs_donor_rows and path.is_dir():
-        sidecars = tuple(sidecars_of(files_in(path), [""]))
-        checkpoint = Checkpoint(path.absolute(), {}, (), sidecars, ())
-        return Input(spec.donor, "model", checkpoint, home=path.absolute())
+    if not spec.needs_donor_rows and ("+" not in spec.donor or path.exists()):
+        return tokenizer_of(spec.donor)
     try:
         return open_model(spec.donor, Rename(), "model", None)
     except OutlierMergeError as error:

@@ -259,7 +259,7 @@ def _check(
 ) -> MergeSpec:
     """Check a merge and its stages."""
     for key, said in _OTHER_COMMANDS.items():
-        if key in raw and raw.get("merge_method", "moe") == "moe":
+        if key in raw and raw.get("merge_method", "moe") in ("moe", "transplant"):
             raise source.error((key,), said, at_key=True)
     mistakes = Mistakes(source)
     for duplicate in duplicates:

@@ -77,6 +77,7 @@ class TransplantSpec(MergeSpec):
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "merge_method": self.title,
             "model": self.model,
             "donor": self.donor,
             "method": self.approximation,
@@ -95,7 +96,7 @@ def words_of(document: Mapping[str, Any]) -> list[str]:
     >>> words_of({"model": "a", "donor": "b", "method": "omp", "k": 8})
     ['a', 'b', '--method', 'omp', '--k', '8']
     """
-    flags = {key: value for key, value in document.items() if key not in ("model", "donor")}
+    flags = {k: v for k, v in document.items() if k not in ("merge_method", "model", "donor")}
     words = [document["model"], document["donor"]]
     for key, value in flags.items():
         words += [f"--{key.replace('_', '-')}", str(value)]

@@ -26,7 +26,7 @@ def merge_payload(manifest: Mapping[str, Any], titles: Mapping[str, str]) -> dic
         titles: the title of each input on the page, by its name in the manifest.
     """
     spec, tensors = manifest["spec"], manifest["tensors"]
-    method = None if "modules" in spec else METHODS.get(spec["merge_method"])
+    method = None if "modules" in spec else METHODS.get(spec.get("merge_method", ""))
     stages = stages_of(spec)
     made_of = [model for each in manifest["inputs"] for model in each.get("made_of", ())]
     parts = dict(zip(made_of, short_titles(made_of), strict=True)) if made_of else {}
