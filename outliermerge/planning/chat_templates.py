@@ -193,9 +193,9 @@ def _try(
     place = ("chat_template",)
     try:
         text.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as lone:
         said = f"{name}: has a lone surrogate, which no file can hold"
-        raise spec.source.error(place, said) from error
+        raise spec.source.error(place, said) from lone
     answers = _render(text, values)
     if answers is None:
         raise spec.source.error(
