@@ -293,7 +293,7 @@ def test_a_donor_may_have_other_columns_and_only_a_tokenizer(models, tmp_path):
     (donor / "model.safetensors").unlink()
     outliermerge.transplant(model, donor, output=tmp_path / "out", method="subtokens")
     assert encoded(tmp_path / "out") == encoded(donor)
-    with pytest.raises(outliermerge.OutlierMergeError, match="--method subtokens needs only"):
+    with pytest.raises(outliermerge.OutlierMergeError, match="method='subtokens' needs only its"):
         outliermerge.transplant(model, donor, output=tmp_path / "no")
 
 
@@ -465,6 +465,11 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
     "padding": (["MODEL", "DONOR", "OUT", "--pad-to-multiple-of", "x"], 2, "not a number"),
     "an action": (["MODEL", "DONOR"], 2, "transplant"),
     "no model": (["MODEL-x", "DONOR", "OUT"], 1, "Did you mean"),
+    "no tokenizer.json": (
+        ["NONE", "DONOR", "OUT", "--method", "subtokens"],
+        1,
+        "which --method subtokens needs. transformers makes the file",
+    ),
     "no donor": (["MODEL", "/nowhere/donor", "OUT"], 1, "no such file or folder"),
     "a taken output": (["MODEL", "DONOR", "MODEL"], 1, "MODEL"),
     "a file": (["MODEL/model.safetensors", "DONOR", "OUT"], 1, "expected the folder of a language"),
@@ -478,7 +483,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
         "donor", _without("tokenizer.json"), "mean", "has no tokenizer files that can be read",
     ),
     "donor without weights": (
-        "donor", _without("model.safetensors"), "interpolate", "subtokens needs only its tokenizer",
+        "donor", _without("model.safetensors"), "interpolate", "'subtokens' needs only its",
     ),
     "nothing in common": (
         "donor", _no_common, "omp", "have no token in common that is not special",
@@ -492,10 +497,14 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 def test_mistakes_of_a_command_line(case, models, tmp_path, capsys):
     words, code, said = MISTAKES[case]
     model, donor = str(models("BPE")), str(models("byte-level BPE", "other"))
-    words = [
-        word.replace("MODEL", model).replace("DONOR", donor).replace("OUT", str(tmp_path / "out"))
-        for word in words
-    ]
+    names = {"MODEL": model, "DONOR": donor, "OUT": tmp_path / "out", "NONE": tmp_path / "none"}
+    if "NONE" in words:
+        shutil.copytree(models("BPE"), tmp_path / "none")
+        vocabulary = json.loads((tmp_path / "none/tokenizer.json").read_text())["model"]["vocab"]
+        (tmp_path / "none/tokenizer.json").unlink()
+        (tmp_path / "none/vocab.json").write_text(json.dumps(vocabulary))
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
     action = "transplnat" if case == "an action" else "transplant"
     assert cli(["tokenizer", action, *words]) == code
     err = capsys.readouterr().err

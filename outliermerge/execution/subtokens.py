@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, argument, shown
 from outliermerge.planning.spelling import Spelled
 from outliermerge.planning.tokenizer_files import TOKENIZER, how_to_convert
 from outliermerge.storage.files import small_bytes
@@ -37,7 +37,7 @@ class Cutter:
         path = root / TOKENIZER
         if not is_there(path):
             raise OutlierMergeError(
-                f"{shown(name)} has no {TOKENIZER}, which --method subtokens needs. "
+                f"{shown(name)} has no {TOKENIZER}, which {argument('method', 'subtokens')} needs. "
                 + how_to_convert(root)
             )
         content = json.loads(small_bytes(path))

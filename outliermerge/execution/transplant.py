@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.checkpoint.combined import MEAN, CombinedRows, Sums, copies, row_blocks
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import DTYPES, Source
-from outliermerge.errors import OutlierMergeError, quoted, shown
+from outliermerge.errors import OutlierMergeError, argument, quoted, shown
 from outliermerge.execution.pursuit import block_rows, interpolate, pursue
 from outliermerge.execution.subtokens import Cutter
 from outliermerge.optional import require_torch
@@ -133,7 +133,7 @@ class _Maker:
             raise OutlierMergeError(
                 f"none of the {len(shared):,} tokens that {shown(self.spec.model)} and "
                 f"{shown(self.spec.donor)} have in common has rows in both that are finite and "
-                "not zero. --method subtokens needs no rows of the donor."
+                f"not zero. {argument('method', 'subtokens')} needs no rows of the donor."
             )
         return [pair for pair, is_kept in zip(self.shared, keep.tolist(), strict=True) if is_kept]
 
@@ -329,8 +329,8 @@ class _Maker:
             )
         if self.spec.needs_donor_rows and len(self.shared) < self.spec.k:
             notes.append(
-                f"--k {self.spec.k}: the models have only {len(self.shared):,} tokens in common "
-                "that rows can be made of, so that all of them are used"
+                f"k is {self.spec.k}, but the models have only {len(self.shared):,} tokens in "
+                "common that rows can be made of: all of them are used"
             )
         return notes
 

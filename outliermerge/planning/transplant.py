@@ -15,7 +15,7 @@ from outliermerge.checkpoint.folders.hub import refuse_absent
 from outliermerge.checkpoint.layout import plan_layout
 from outliermerge.checkpoint.sources import FLOAT_DTYPES, Source
 from outliermerge.checkpoint.tokens import token_files
-from outliermerge.errors import OutlierMergeError, as_path, listing, shown
+from outliermerge.errors import OutlierMergeError, argument, as_path, listing, shown
 from outliermerge.planning.drafts import check_tied
 from outliermerge.planning.inputs import open_model, tokenizer_of
 from outliermerge.planning.metadata import kept_metadata
@@ -156,7 +156,8 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
     if spec.needs_donor_rows and not pairing.shared:
         raise OutlierMergeError(
             f"{shown(spec.model)} and {shown(spec.donor)} have no token in common that is not "
-            f"special, which --method {spec.approximation} needs. --method subtokens needs none."
+            f"special, which {argument('method', spec.approximation)} needs. "
+            f"{argument('method', 'subtokens')} needs none."
         )
     num_named = max(tokens, default=-1) + 1
     num_rows = -(-num_named // spec.multiple) * spec.multiple
@@ -198,8 +199,8 @@ def _open_donor(spec: TransplantSpec) -> Input:
     except OutlierMergeError as error:
         if path.is_dir() and token_files(path):
             raise OutlierMergeError(
-                f"{error.marked}\n--method {spec.approximation} needs the donor's embeddings; "
-                "--method subtokens needs only its tokenizer."
+                f"{error.marked}\n{argument('method', spec.approximation)} needs the donor's "
+                f"embeddings; {argument('method', 'subtokens')} needs only its tokenizer."
             ) from error
         raise
 
