@@ -42,7 +42,7 @@ weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten ad
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
 
 test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
@@ -50,7 +50,7 @@ test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 test-interop: $(INTEROP)/.ready ## run the tests inside FusionBench, in an environment of its own
 	@$(INTEROP)/bin/python -m pytest -m interop tests/interop
 
-faults: $(VENV)/.dev ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
+faults: $(VENV)/.dev $(VENV)/.browser ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
 	@$(IN_VENV) $(BIN)/python -m pytest -m faults -n $(TEST_JOBS) --dist worksteal
 
 fuzz: $(VENV)/.dev ## the three fuzzers with new inputs, for ten minutes each [FUZZ_SECONDS=600]

@@ -92,6 +92,10 @@ def calls(kernels: Any, raws: list[Any]) -> dict[str, Callable[[], Any]]:
         "sce: count in a window": lambda: kernels.variances(deltas, low(varied), 0, narrow[0]),
         "sce: sums of squares": lambda: kernels.squares(deltas, varied),
         "sce: merge": merge("sce", [varied, 0], half),
+        "nuslerp by rows: merge": merge("nuslerp_rows", [], half, more=rows),
+        "model_stock by rows: merge": merge("model_stock_rows", [0], [], more=rows),
+        "arcee_fusion: count": lambda: kernels.importance(plain, 0, COLUMNS, (0,), 16, (wide[0],)),
+        "arcee_fusion: merge": merge("arcee_fusion", [1e-6], [], plain, more=rows),
     }
 
 

@@ -22,6 +22,17 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 collect_ignore = ["contributed"]  # files for copies of the package
 
+# The files that take longest, each half a minute or more, begin first: else one worker of
+# `make test` would be left with one of them when the others have nothing more to do.
+LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "test_benchmarks.py",
+           "test_demo.py", "test_report.py", "test_package.py", "test_contributing.py",
+           "test_family.py", "test_kill.py", "test_shipped.py", "test_speed.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # Commands that need the network, an account or hours; the tests of `make` try the first.
-NOT_RUN = ("make ", "pip ", "pipx ", "git ", "hf ", "python3 -m venv ", "export ")
+NOT_RUN = ("make ", "pip ", "pipx ", "git ", "hf ", ". .venv/", "python3 -m ", "export ")
 
 
 @dataclass(frozen=True)

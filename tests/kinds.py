@@ -12,6 +12,13 @@ import yaml
 from safetensors.torch import save_file
 
 KINDS = ("slices", "stages", "modules", "tokenizer", "moe")
+# What a mixture of Llamas imports where its routers are made of prompts.
+IMPORTED = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+)
 STAGE = "skills"
 WORDS = ("<unk>", "<s>", "</s>", "code", "python", "math", "sum", "story")
 ADDED = "<|note|>"

@@ -100,7 +100,7 @@ ADDITIONS = {
         ("tensors.py", f"{PACKAGE}/cli/tensors.py"),
         (
             (f"{PACKAGE}/cli/parser.py", '    "stats": "stats",\n', '    "tensors": "tensors",\n'),
-            ("pyproject.toml", '"run | plan | moe | sweep', " | tensors"),
+            ("pyproject.toml", '"run | plan | moe', " | tensors"),
         ),
     ),
     "executor": Addition(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from hostile.cases import CASES
+from hostile.texts import needs_torch
+from kinds import IMPORTED
 
 MAX_CPU_SECONDS, MAX_KILOBYTES, MAX_CHARACTERS = 10, 500_000, 2000
 EVERY = 24  # of the cases, one is run in every run of the tests; all of them by `make faults`
@@ -18,11 +20,22 @@ CHOSEN = list(CASES)[::EVERY]
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[subprocess.Popen[str]]:
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    yield from _driver(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """The driver for what needs torch, or transformers; the memory of these is not counted."""
+    yield from _driver(tmp_path_factory.mktemp("cache"), *IMPORTED)
+
+
+def _driver(cache: Path, *modules: str) -> Iterator[subprocess.Popen[str]]:
     path = Path(__file__).parent / "hostile/driver.py"
     environment = os.environ | {"COLUMNS": "100", "OUTLIERMERGE_LOAD_CHECK": "0"}
+    environment["XDG_CACHE_HOME"] = str(cache)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(path)],
+        [sys.executable, "-W", "ignore", str(path), *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -39,10 +52,11 @@ def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - names
 
 
-def _check(name: str, driver: subprocess.Popen[str], folder: Path) -> None:
+def _check(name: str, request: pytest.FixtureRequest, folder: Path) -> None:
     beside = folder / "case"
     beside.mkdir()
     arguments = CASES[name](beside)
+    driver = request.getfixturevalue("with_torch" if needs_torch(arguments) else "driver")
     before = _files(beside)
     task = {"arguments": arguments, "folder": str(beside), "cpu_seconds": 60}
     assert driver.stdin is not None and driver.stdout is not None
@@ -69,14 +83,14 @@ def _check(name: str, driver: subprocess.Popen[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_a_hostile_input_is_read_or_refused_in_bounds(name, driver, tmp_path):
-    _check(name, driver, tmp_path)
+def test_a_hostile_input_is_read_or_refused_in_bounds(name, request, tmp_path):
+    _check(name, request, tmp_path)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", [name for name in CASES if name not in CHOSEN])
-def test_every_hostile_input_is_read_or_refused_in_bounds(name, driver, tmp_path):
-    _check(name, driver, tmp_path)
+def test_every_hostile_input_is_read_or_refused_in_bounds(name, request, tmp_path):
+    _check(name, request, tmp_path)
 
 
 def test_there_are_at_least_400_hostile_inputs():

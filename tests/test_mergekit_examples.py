@@ -1,7 +1,8 @@
 """What mergekit 0.1.5's repository and documents show runs here as it is, with its values.
 
-Examples of tokenizers and chat templates are in test_mergekit_tokenizers.py. mergekit-evolve,
-mergekit-extract-lora and mergekit-tokensurgeon do not merge, and have no counterpart here.
+Examples of tokenizers are in test_mergekit_tokenizers.py, of chat templates in
+planning/test_chat_templates.py, of mergekit-tokensurgeon in test_transplant_as_mergekit.py.
+mergekit-evolve and mergekit-extract-lora do not merge, and have no counterpart here.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def test_every_method_of_mergekits_guide_is_among_the_examples() -> None:
         for text in FILES.values()
         for method in re.findall(r"^merge_method: (\w+)$", text, re.MULTILINE)
     }
-    assert shown == set(registered_methods())
+    assert shown == {method.spec.name for method in registered_methods()}
 
 
 def test_raw_files_of_weights_are_merged_as_mergekit_pytorch_does(

@@ -23,6 +23,16 @@ TEXTS = {
     "Devanagari": "नमस्ते दुनिया",
     "Greek": "Γειά σου κόσμε",
 }
+FURTHER_TEXTS = {
+    "Kana": "いろはにほへと ちりぬるを カタカナ",
+    "Hangul": "안녕하세요 세계",
+    "Hebrew": "שלום עולם",
+    "Thai": "สวัสดีชาวโลก",
+    "emoji": "🙂 👩‍💻 🏳️‍🌈",
+    "marks": "e\u0301 Å n̈ naïve",
+    "mixed": "x = 3.14; // Привет, 世界 🙂",
+}
+"""In scripts that none of the tokenizers was trained on."""
 _CORPORA = {
     "base": (
         *30 * ("the quick brown fox jumps over the lazy dog", "天地玄黄宇宙洪荒"),

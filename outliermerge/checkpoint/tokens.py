@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from outliermerge.checkpoint.vocabulary_files import (
     json_object,
     read_vocabulary,
 )
-from outliermerge.errors import OutlierMergeError, quoted
+from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.storage.files import small_bytes
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import is_there, same_bytes
@@ -30,6 +31,11 @@ _CONFIG = "tokenizer_config.json"
 _ADDED = ("added_tokens.json", _CONFIG, "special_tokens_map.json")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
 TOKEN_FILES = frozenset((*_VOCABULARIES, *NUMBERED_BY_CLASS, *_ADDED))
+_MAX_SPECIAL = 20_000  # published models have few special tokens
+# How many characters a normalizer may make of all added tokens, and of a text of one character.
+_MAX_CHARACTERS, _MAX_GROWTH = 10**8, 10**4
+# In a tokenizer.json: a normalizer that makes texts longer, or an escape that hides its name.
+_GROWS = re.compile(rb'"type"\s*:\s*"(?:Replace|Prepend|Precompiled)"|\\u00[2-7]')
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -159,6 +165,7 @@ def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
     from tokenizers import AddedToken, Tokenizer
 
     _check_charsmap(data)
+    _check_growth(data)
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     for token in others:
         if tokenizer.token_to_id(token) is None:
@@ -176,6 +183,59 @@ def _check_charsmap(data: bytes) -> None:
         (num_bytes,) = struct.unpack("<I", base64.b64decode(match[1][:8])[:4].ljust(4, b"\xff"))
         if num_bytes > len(match[1]) * 3 // 4 - 4:
             raise ValueError("its precompiled_charsmap is cut off")
+
+
+def check_texts(root: Path, num_characters: int) -> None:
+    """Refuse a folder whose tokenizer files are broken, or whose tokenizer makes texts too long.
+
+    Args:
+        num_characters: of the texts that it is to cut.
+
+    Raises:
+        OutlierMergeError: a file is broken, or makes too much of so many characters.
+    """
+    read_tokens(root)
+    if is_there(path := root / "tokenizer.json"):
+        with _Named(path, "its tokenizer is not one that can be used"):
+            _check_growth(small_bytes(path), num_characters)
+
+
+def _check_growth(data: bytes, num_characters: int = 0) -> None:
+    """Raise ValueError if a normalizer makes texts so long that memory or time do not suffice.
+
+    The tokenizers library normalizes added tokens when it loads them.
+    """
+    if not _GROWS.search(data):
+        return
+    tokenizer = json_object(data)
+    added = tokenizer.get("added_tokens") or []
+    num_characters += sum(
+        len(entry["content"])
+        for entry in added
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    )
+    growth = _growth(tokenizer.get("normalizer"))
+    if growth > _MAX_GROWTH or growth * num_characters > _MAX_CHARACTERS:
+        raise ValueError(f"its normalizer makes texts {shown(growth)} times as long")
+
+
+def _growth(normalizer: Any) -> int:
+    """Return how many times as long a text can become."""
+    if not isinstance(normalizer, dict):
+        return 1
+    if isinstance(inner := normalizer.get("normalizers"), list):
+        return math.prod(map(_growth, inner))
+    if isinstance(charsmap := normalizer.get("precompiled_charsmap"), str):
+        decoded = base64.b64decode(charsmap)
+        (num_bytes,) = struct.unpack("<I", decoded[:4].ljust(4, b"\0"))
+        return max(1, *map(len, decoded[4 + num_bytes :].split(b"\0")))
+    content, pattern = normalizer.get("content"), normalizer.get("pattern")
+    if isinstance(content, str):
+        found = pattern.get("String") if isinstance(pattern, dict) else None
+        shortest = len(found) if isinstance(found, str) else 0
+        return max(1, -(-len(content) // shortest)) if shortest else 1 + len(content)
+    prepended = normalizer.get("prepend")
+    return 1 + len(prepended) if isinstance(prepended, str) else 1
 
 
 def _beside(
@@ -216,6 +276,8 @@ def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
     found = [config.get(f"{word}_token") for word in _SPECIAL]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     found += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    if len(found) > _MAX_SPECIAL:
+        raise ValueError(f"it has {len(found):,} special tokens, expected at most {_MAX_SPECIAL:,}")
     contents = [_content(entry, plain=True) for entry in found]
     return tuple(dict.fromkeys(token for token in contents if token))
 

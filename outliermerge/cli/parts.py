@@ -100,7 +100,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         type=partial(count, least=0),
         default=0,
         metavar="N",
-        help="default, as 0: processors + 2",
+        help="worker threads (default 0: processors + 2)",
     )
 
 

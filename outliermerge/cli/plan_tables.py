@@ -335,11 +335,11 @@ def _proof(plan: Plan) -> str:
         )
         if names
     ]  # fmt: skip
-    same = "the tensors of the slices" if plan.stacked else f"the tensors of {reference}"
-    same += ": " + "; ".join(parts) if parts else ", all of them"
+    same = "those of the slices" if plan.stacked else f"those of {reference}"
+    same += f", but {'; '.join(parts)}" if parts else ""
     difference = plan.num_parameters - proof.num_reference_parameters
     change = f" ({difference:+,})" if difference else ""
-    return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors: {same}"
+    return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors, {same}"
 
 
 def _role(plan: Plan, entry: Input) -> str:

@@ -216,7 +216,7 @@ def print_loading(result: RunResult) -> None:
     """Print what loads an output, where that was asked."""
     console = open_console(soft_wrap=True)
     if verdict := result.load_check:
-        how = "asked before" if verdict.was_known else "asked meanwhile"
+        how = "checked before" if verdict.was_known else "checked meanwhile"
         for by in verdict.by:
             console.print(f"loads in {by}: {how}, {result.seconds:.1f} s in all", markup=False)
 

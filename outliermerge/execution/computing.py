@@ -106,4 +106,5 @@ def _why_torch(job: Job, options: Options) -> str | None:
         return f"kernels do not compute with {', '.join(sorted(dtypes | {job.output.dtype.name}))}"
     if job.modifiers:
         return f"kernels do not compute modifiers: {', '.join(name for name, _ in job.modifiers)}"
-    return f"the method {job.method} has no kernel, or its statistics have none"
+    name = job.task.method.name
+    return f"the method {name} has no kernel for its parameters, or its statistics have none"

@@ -9,12 +9,14 @@ Legend: P texts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.checkpoint.computed import read_rows
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
+from outliermerge.checkpoint.tokens import check_texts
 from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.plan import Input
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     OnLayer: TypeAlias = Callable[[int, Tensor], None]
 
 _EMBEDDINGS = "embed_tokens.weight"
+# Of one prompt, and of all when they are filled up to the longest, as a batch takes memory.
+_MAX_TOKENS, _MAX_BATCH = 8192, 1 << 18
 
 
 def require_transformers(what: str) -> None:
@@ -44,26 +48,41 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
     """Return the tokens of texts, each after the token that begins a text, and that token.
 
     Raises:
-        OutlierMergeError: the model has no tokenizer, or a text has no tokens.
+        OutlierMergeError: the model has no tokenizer that can be used, or a text has no tokens, or
+            texts have too many.
     """
     from transformers import AutoTokenizer
 
     home = entry.tokenizer_home
+    check_texts(home, sum(map(len, texts)))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(home), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # it may raise anything for files that are broken or not there
+        begin = tokenizer.bos_token or ""
+        whole = [begin + text for text in texts]
+        tokens = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # anything for files that are broken or absent, panics, too
         said = str(error).partition("\n")[0]
         raise OutlierMergeError(
-            f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))}, "
-            f"which the prompts need ({shown(said)})"
+            f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))} that "
+            f"can cut the prompts ({shown(said)})"
         ) from error
-    begin = tokenizer.bos_token or ""
-    tokens = [tokenizer(begin + text, add_special_tokens=False)["input_ids"] for text in texts]
     for text, own in zip(texts, tokens, strict=True):
         if not own:
             raise OutlierMergeError(f"the prompt {quoted(text)} has no tokens")
+        if len(own) > _MAX_TOKENS:
+            raise OutlierMergeError(
+                f"the prompt {quoted(text)} has {len(own):,} tokens, expected at most "
+                f"{_MAX_TOKENS:,}: shorten it"
+            )
+    if (num_tokens := len(tokens) * max(map(len, tokens), default=0)) > _MAX_BATCH:
+        raise OutlierMergeError(
+            f"the {len(texts):,} prompts have {num_tokens:,} tokens when they are filled up to the "
+            f"longest, expected at most {_MAX_BATCH:,}: give fewer or shorter ones"
+        )
     return tokens, tokenizer.bos_token_id if begin else None
 
 
@@ -103,6 +122,31 @@ def forward(
         on_mlp: called with each layer's number and the input of its MLP (P, T, H).
     """
     import torch
+
+    with _told_of(entry):
+        model = _built(entry, device)
+        for layer, start in zip(model.layers, layers, strict=True):
+            for name, parameter in layer.named_parameters():
+                if (shape := entry.checkpoint.tensors[start + name].shape) != parameter.shape:
+                    said = f"{start + name} has shape {[*shape]}, by it {[*parameter.shape]}"
+                    raise ValueError(said)
+    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
+    for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
+        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
+        layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
+        layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
+    known = sorted({token for own in tokens for token in own})
+    rows = embeddings_of(entry, reader, known)
+    place = {token: at for at, token in enumerate(known)}
+    longest = max(map(len, tokens))
+    at = torch.tensor([[place[t] for t in own] + [0] * (longest - len(own)) for own in tokens])
+    with torch.no_grad(), _told_of(entry):
+        model(inputs_embeds=rows[at].to(device), use_cache=False)
+
+
+def _built(entry: Input, device: str) -> Any:
+    """Return the model of a config, without its weights."""
+    import torch
     from transformers import AutoConfig, AutoModel
 
     build: Any = AutoModel.from_config
@@ -116,18 +160,26 @@ def forward(
         model: Any = build(config, dtype=torch.float32).eval()
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     model.norm = torch.nn.Identity()
-    held = {n: torch.empty_like(p, device=device) for n, p in model.layers[0].named_parameters()}
-    for number, (layer, start) in enumerate(zip(model.layers, layers, strict=True)):
-        _read_when_called(layer, entry.checkpoint.tensors, start, reader, held)
-        layer.register_forward_pre_hook(_calling(on_layer, number), with_kwargs=True)
-        layer.mlp.register_forward_pre_hook(_calling(on_mlp, number), with_kwargs=True)
-    known = sorted({token for own in tokens for token in own})
-    rows = embeddings_of(entry, reader, known)
-    place = {token: at for at, token in enumerate(known)}
-    longest = max(map(len, tokens))
-    at = torch.tensor([[place[t] for t in own] + [0] * (longest - len(own)) for own in tokens])
-    with torch.no_grad():
-        model(inputs_embeds=rows[at].to(device), use_cache=False)
+    return model
+
+
+@contextmanager
+def _told_of(entry: Input) -> Iterator[None]:
+    """Turn what transformers raises for a config that is not as its class needs it into an error.
+
+    Raises:
+        OutlierMergeError: it names the model.
+    """
+    try:
+        yield
+    except (OutlierMergeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of any kind
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise OutlierMergeError(
+            f"{shown(entry.reference)}: transformers cannot compute it by its config.json in "
+            f"{shown(str(entry.home))} ({shown(said)}), which gate_mode hidden and the routing need"
+        ) from error
 
 
 def _calling(call: OnLayer, number: int) -> Any:
@@ -148,10 +200,9 @@ def _read_when_called(
     """
 
     def load(module: Any, given: Any) -> None:
-        for name, parameter in module.named_parameters():
+        for name, _ in module.named_parameters():
             source = tensors[start + name]
             values = reader.values(source, 0, source.num_elements).view(source.shape)
-            assert values.shape == parameter.shape
             held[name].copy_(values)
         module.load_state_dict(held, assign=True)
 

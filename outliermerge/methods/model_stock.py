@@ -76,6 +76,7 @@ def by_filters(deltas_MRC: Tensor, *, context: Context, compat: Compat = "none")
     divisor_R = 1 + (num_models - 1) * cosine_R
     is_singular_R = divisor_R.abs() < _SINGULAR
     weight_R = (cosine_R / divisor_R.masked_fill(is_singular_R, 1)).masked_fill(is_singular_R, 0)
+    weight_R = weight_R.where(cosine_R.isfinite(), 1 / num_models)
     return deltas_MRC.sum(0) * weight_R[:, None].to(deltas_MRC.dtype)
 
 

@@ -88,7 +88,7 @@ def _layers(plan: Plan, stacked: Stacked) -> str:
             f"{_range(*layers)} of {_code(from_here(plan.inputs[number].reference))}"
             for number, layers in one.ranges.items()
         )
-        rows.append(f"- {_range(one.start, one.stop)} from {models}")
+        rows.append(f"- {_range(one.start, one.stop)}: {models}")
     if len(rows) > _MOST_ROWS:
         rows[_MOST_ROWS:] = [f"- … and {len(rows) - _MOST_ROWS} more slices, in the recipe"]
     what = "layers as they are" if plan.spec.method.name == "passthrough" else "merged layers"
@@ -96,7 +96,7 @@ def _layers(plan: Plan, stacked: Stacked) -> str:
 
 
 def _range(start: int, stop: int) -> str:
-    return str(start) if stop - start == 1 else f"{start} to {stop - 1}"
+    return f"layer {start}" if stop - start == 1 else f"layers {start} to {stop - 1}"
 
 
 def _stages(plan: Plan) -> str:

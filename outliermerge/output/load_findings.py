@@ -43,6 +43,8 @@ class KeptFindings:
         """Return what is kept of requests; files that are damaged count as none."""
         found: dict[str, Pair] = {}
         for request in requests if self._folder is not None else ():
+            if not self._path(request).is_file():  # nor a pipe, which could be waited for
+                continue
             with suppress(OSError, ValueError):
                 with self._path(request).open("rb") as file:
                     checksum, _, answer = file.read(_MOST_BYTES).partition(b"\n")

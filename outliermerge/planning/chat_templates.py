@@ -15,7 +15,7 @@ from outliermerge.checkpoint.tokens import load_tokens, token_files
 from outliermerge.errors import listing, quoted, shown
 from outliermerge.optional import is_installed
 from outliermerge.planning.differences import chat_template
-from outliermerge.planning.owners import Beside, input_named
+from outliermerge.planning.owners import Beside
 from outliermerge.planning.plan import Input
 from outliermerge.planning.special_tokens import special_token
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
@@ -25,7 +25,7 @@ from outliermerge.storage.files import small_bytes
 from outliermerge.storage.machine import limited_code
 
 JINJA = "chat_template.jinja"
-_SECONDS, _BYTES = 5, 1 << 30
+_SECONDS, _BYTES = 5, 400 << 20
 _USER, _ANSWER, _SYSTEM, _TOOL = "Which one is it?", "The second one.", "Be brief.", "look_up_word"
 _TURNS = (("user", _USER), ("assistant", _ANSWER), ("user", _USER))
 _TOOLS = [
@@ -87,20 +87,20 @@ def choose_template(
     spec: MergeSpec,
     inputs: Sequence[Input],
     tokenizer: TokenizerPlan | None,
-    outside: Input | None = None,
+    owner: Input,
 ) -> tuple[ChatTemplate | None, list[str]]:
     """Return the template that a spec asks for, and notes on it.
 
     Args:
         tokenizer: what the merge does to the tokenizer.
-        outside: a model that is not merged, and whose tokenizer the output has.
+        owner: the model whose tokenizer the output has.
 
     Raises:
         SpecError: it is no template, or cannot write a conversation.
     """
     wanted = spec.document.chat_template
     if wanted is None:
-        return None, [*_left_behind(spec, inputs)]
+        return None, [*_left_behind(owner, inputs)]
     theirs = {entry.reference: _template(entry) for entry in inputs}
     if wanted == AUTO:
         known = Counter(text for text in theirs.values() if text)
@@ -113,7 +113,6 @@ def choose_template(
     notes = []
     if differing := _conflicts(theirs):
         notes.append(f"the models' chat templates differ, the output has {name}:\n{differing}")
-    owner = outside or input_named(inputs, spec.tokenizer_owner)
     if not Beside.of(owner).has_tokenizer:
         notes.append(
             f"chat template {name}: {shown(owner.reference)} has no tokenizer, and so has the "
@@ -128,9 +127,8 @@ def choose_template(
     return ChatTemplate(name, text, tuple(same), tuple(others), takes), [*notes, *trial_notes]
 
 
-def _left_behind(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
+def _left_behind(owner: Input, inputs: Sequence[Input]) -> Iterator[str]:
     """Yield a note if models have chat templates, and the output would have none."""
-    owner = input_named(inputs, spec.tokenizer_owner)
     if _template(owner) is None and len(inputs) > 1:
         if having := [shown(entry.reference) for entry in inputs if _template(entry)]:
             yield (

@@ -90,9 +90,10 @@ def open_inputs(
 
 
 def open_tokenizer(spec: MergeSpec, inputs: Sequence[Input]) -> Input | None:
-    """Return the model that is not merged, and whose tokenizer the output has; None if none is.
+    """Return the model whose tokenizer the output has, if the spec names it in other words.
 
-    Of the hub only its tokenizer files and configs are fetched.
+    It is an input under another path, or a model that is not merged: of the hub only its tokenizer
+    files and configs are fetched.
 
     Raises:
         OutlierMergeError: there is no such folder, or it cannot be read.

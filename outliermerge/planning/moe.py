@@ -206,11 +206,15 @@ class _Planner:
             self._refuse()
         architecture, why = choose_architecture(self.moe, config)
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        lacking = [key for key in needed if not isinstance(config.get(key), int)]
+        lacking = [key for key in needed if type(own := config.get(key)) is not int or own < 1]
         if architecture is None:
             self._wrong(("architecture",) if self.moe.architecture else at, why)
         elif lacking:
-            self._wrong(at, f"config.json of {shown(base.reference)} lacks {', '.join(lacking)}")
+            self._wrong(
+                at,
+                f"config.json of {shown(base.reference)} has no whole number above 0 for "
+                + ", ".join(lacking),
+            )
         if architecture is None or lacking:
             self._refuse()
             raise AssertionError("refused")

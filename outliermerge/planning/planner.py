@@ -22,6 +22,7 @@ from outliermerge.planning.modules import PartOfBase, views, with_modules
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
+from outliermerge.planning.owners import input_named
 from outliermerge.planning.parameters import (
     Parameters,
     check_scopes,
@@ -201,14 +202,16 @@ class _Planner:
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         tokenizer = self.alignment.tokenizer
+        wanted = self.outside.reference if self.outside else self.spec.tokenizer_owner
+        others = (self.outside,) if self.outside else ()
+        owner = input_named((*self.inputs, *others), wanted)
         sidecars, sidecar_notes = choose_sidecars(
-            self.spec, self.inputs, tokenizer, self.stacked, self.outside,
-            self.alignment.left_out,
-        )  # fmt: skip
-        ids, stop_notes = further_stops(
-            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment
+            self.spec, self.inputs, tokenizer, self.stacked, owner, self.alignment.left_out
         )
-        template, template_notes = choose_template(self.spec, self.inputs, tokenizer, self.outside)
+        ids, stop_notes = further_stops(
+            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment, owner
+        )
+        template, template_notes = choose_template(self.spec, self.inputs, tokenizer, owner)
         config = next((file for file in sidecars if file.name == "config.json"), None)
         said = read_json(config.path) if config else {}
         if self.stacked is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import text_config
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.errors import OutlierMergeError, listing, quoted
 from outliermerge.planning.plan import Proof
 from outliermerge.planning.tied import WAYS_OUT
 from outliermerge.planning.tied_names import (
@@ -74,8 +74,8 @@ def prove(
         if stack in theirs and num_layers > theirs[stack] and num_layers not in known:
             problems.append(
                 f"{stack}: {num_layers} layers, where the reference has {theirs[stack]} and the "
-                f"config says {depth}. `config_source` takes the config of a model that has them; "
-                "`extra: drop` leaves them out, with what was trained in them."
+                f"config says {quoted(depth)}. `config_source` takes the config of a model that "
+                "has them; `extra: drop` leaves them out, with what was trained in them."
             )
     rows = vocabulary_rows(shapes)
     if heads and len(rows) > 1:
@@ -89,7 +89,7 @@ def prove(
         )
     if known and ours and known.isdisjoint(ours.values()):
         doubts.append(
-            f"the config says num_hidden_layers {depth}, but the tensors have "
+            f"the config says num_hidden_layers {quoted(depth)}, but the tensors have "
             + ", ".join(f"{count} in {stack}*" for stack, count in ours.items())
         )
     proof = Proof(

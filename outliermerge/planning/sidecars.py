@@ -48,7 +48,7 @@ def choose_sidecars(
     inputs: Sequence[Input],
     tokenizer: TokenizerPlan | None = None,
     stacked: Stacked | None = None,
-    outside: Input | None = None,
+    owner: Input | None = None,
     left_out: Collection[str] = (),
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """Return the files that the output takes over, and how the models' files differ.
@@ -56,7 +56,7 @@ def choose_sidecars(
     Args:
         tokenizer: what the merge does to the tokenizer.
         stacked: which layers are sliced: models may have different numbers of these.
-        outside: a model that is not merged, and whose tokenizer the output has.
+        owner: the model whose tokenizer the output has; by default the first.
         left_out: files of the tokenizer that would contradict the output's.
 
     Raises:
@@ -72,7 +72,7 @@ def choose_sidecars(
                 )
     sources: dict[Kind, Input] = {
         "config": input_named(inputs, document.config_source),
-        "tokenizer": outside or input_named(inputs, spec.tokenizer_owner),
+        "tokenizer": owner or inputs[0],
         "processor": input_named(inputs, document.processor_source),
     }
     besides: dict[str, Beside] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from outliermerge.checkpoint.config import at_level, language_levels, read_json
 from outliermerge.checkpoint.model_types import effective_config
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.planning.plan import Input, Stacked
 from outliermerge.planning.vocabulary_config import reached
 
@@ -58,8 +58,24 @@ def stacked_config(
         owner: the model's number.
 
     Raises:
-        OutlierMergeError: its keys cannot say of which kind the output's layers are.
+        OutlierMergeError: its keys cannot say of which kind the output's layers are, or a config
+            has values that no model's config has.
     """
+    try:
+        return _stacked_config(config, stacked, inputs, owner)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, OutlierMergeError):
+            raise
+        names = ", ".join(shown(entry.reference) for entry in inputs)
+        raise OutlierMergeError(
+            f"a config.json of {shown(names)} says something of single layers that cannot be so "
+            f"({shown(error)}). Correct it, or fetch it again."
+        ) from error
+
+
+def _stacked_config(
+    config: Mapping[str, Any], stacked: Stacked, inputs: Sequence[Input], owner: int
+) -> dict[str, Any]:
     changed: dict[str, Any] = copy.deepcopy(dict(config))
     if not changed:
         return changed

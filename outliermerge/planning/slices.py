@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, SpecError, listing, shown
+from outliermerge.errors import OutlierMergeError, SpecError, listing, quoted, shown
 from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.layers import Stack, choose_stack
 from outliermerge.planning.plan import Input, Job, LayersFrom, Stacked
@@ -19,6 +19,7 @@ from outliermerge.spec.settings import Setting, SpecPath, find_layers
 from outliermerge.spec.slices import SliceSpec
 from outliermerge.spec.text import Mistakes
 
+MAX_LAYERS = 2000  # ten times as many as any published model has
 # T5 has one table of relative positions for all layers of a stack, in the first of them.
 _OF_ALL_LAYERS = re.compile(r"relative_attention_bias\.")
 
@@ -88,6 +89,9 @@ def stack_slices(
         stack = choose_stack(whole.checkpoint.tensors, wanted, whole.reference)
     except OutlierMergeError as error:
         raise source.error(at, str(error), at_key=at == ("slices",)) from error
+    if (total := sum(one.num_layers for one in spec.slices)) > MAX_LAYERS:
+        said = f"found {quoted(total)} layers in all, expected at most {MAX_LAYERS:,}"
+        raise source.error(("slices",), said, at_key=True)
     number_of = {m.reference: n for m, n in zip(spec.models, numbers, strict=True)}
     if spec.base is not None:
         number_of[spec.base.reference] = 0

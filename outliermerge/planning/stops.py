@@ -30,6 +30,7 @@ def further_stops(
     numbers: Sequence[int],
     sidecars: Sequence[Sidecar],
     alignment: Alignment,
+    owner: Input,
 ) -> tuple[Changes, list[str]]:
     """Return the values of the generation config that change, and notes.
 
@@ -39,6 +40,7 @@ def further_stops(
         numbers: the inputs that are merged.
         sidecars: the files beside the weights.
         alignment: has the tokens that the merge adds, or the tokenizer that it makes.
+        owner: the model whose tokenizer the output has.
     """
     config = input_named(inputs, spec.document.config_source)
     file, ours = _stops(config)
@@ -47,7 +49,6 @@ def further_stops(
         ours = [id_ for id_ in (value if isinstance(value, list) else [value]) if id_ is not None]
     if not ours or file not in {sidecar.name for sidecar in sidecars}:
         return {}, []
-    owner = input_named(inputs, spec.tokenizer_owner)
     ended: dict[str, str] = {}
     for entry in (inputs[number] for number in numbers):
         for token in _tokens_unlike(entry, config, owner):

@@ -139,7 +139,8 @@ def contradicting(files: Mapping[str, bytes], root: Path) -> tuple[str, ...]:
         files: the contents of the changed files.
         root: the folder of the tokenizer.
     """
-    tokens = load_tokens(files, root)
+    second = [name for name in names_in(root) if _SECOND.search(name)]
+    tokens = load_tokens(files, root) if second else {}
     beside = {name: data for name, data in files.items() if name != TOKENIZER}
 
     def stays(name: str) -> bool:
@@ -150,7 +151,6 @@ def contradicting(files: Mapping[str, bytes], root: Path) -> tuple[str, ...]:
         except OutlierMergeError:  # it is broken, and of no use to the output
             return False
 
-    second = [name for name in names_in(root) if _SECOND.search(name)]
     return tuple(name for name in second if not stays(name))
 
 

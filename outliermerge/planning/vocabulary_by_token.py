@@ -51,7 +51,8 @@ def align_inputs(
 
     Args:
         numbers: the inputs that are the spec's models, in its order.
-        outside: a model that is not merged, and whose tokenizer the output has.
+        outside: the model whose tokenizer the output has, if it is named in other words, or is
+            not merged.
 
     Raises:
         SpecError: the spec names a token or row that there is not.

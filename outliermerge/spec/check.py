@@ -54,8 +54,7 @@ _OTHER_COMMANDS = {
     "that recipe.yaml begins with",
     "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
     "genome": "a file for mergekit-evolve: genomes are not searched here. `outliermerge sweep` "
-    "merges a spec with several values of its parameters, and `outliermerge eval` scores the "
-    "models",
+    "merges a spec with several values of its parameters, and `outliermerge eval` scores models",
 }
 """By a key that no merge has: what a file with it is, and what to do with it."""
 

@@ -13,6 +13,9 @@ from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.spec.validation import describe
 
 STAGES, NAME = "stages", "name"
+# How many merges may be made of one another, and how many a tensor may be computed by: a stage that
+# two merges use is computed for each of them.
+MAX_CHAIN, MAX_MERGES = 50, 1000
 
 
 def one_document(
@@ -147,6 +150,9 @@ def _sorted(
             name = stage_of(reference, places)
             if name is None or name in done:
                 continue
+            if len(open_) == MAX_CHAIN:
+                said = f"a chain of more than {MAX_CHAIN} stages: merge some of them by themselves"
+                raise source.error((*path, *at), said)
             if name in open_:
                 chain = " → ".join(shown(each) for each in (*open_[open_.index(name) :], name))
                 said = f"a circle: {chain}. A stage cannot use what is made of it"
@@ -156,6 +162,17 @@ def _sorted(
             done[name] = None
 
     visit(raw, (), ())
+    num_merges: dict[str, int] = {}
+    for name in done:
+        used = {stage_of(other, places) for _, other in models_named(entries[places[name]])}
+        num_merges[name] = 1 + sum(num_merges.get(n.partition("+")[0], 0) for n in used if n)
+        if num_merges[name] > MAX_MERGES:
+            raise source.error(
+                (STAGES, places[name], NAME),
+                f"{shown(name)} would be computed by more than {MAX_MERGES:,} merges, since each "
+                "stage is computed again for every merge that uses it: merge some of them by "
+                "themselves",
+            )
     merges = [raw, *(entries[index] for index in places.values())]
     others = {found for each in merges for _, found in models_named(each)} - places.keys()
     for name in places.keys() - done.keys():

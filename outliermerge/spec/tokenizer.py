@@ -15,6 +15,8 @@ from outliermerge.spec.settings import SettingError, SpecPath, all_of
 from outliermerge.spec.validation import describe
 
 BASE, UNION = "base", "union"
+# The largest vocabulary of a published model has a million tokens (XLM-V).
+MAX_ROWS = 1 << 21
 _NAME = {"type": "string", "minLength": 1}
 _ROW_SCHEMA: dict[str, Any] = {
     "anyOf": [
@@ -81,6 +83,7 @@ class TokenizerEntry(_Entry):
     pad_to_multiple_of: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_ROWS,
         description="Rows are added until their number is a multiple of this; each is the mean of "
         "the model's rows.",
     )

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,18 @@ def test_what_is_in_sight_is_drawn_before_the_rest(made, visit):
         assert busy == ["false", "true"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("which", ["pair", "merge"])
+# Each value with each value of the others; `make faults` tries the rest.
+PRINTED = [("pair", 1280, "light"), ("pair", 375, "dark"), ("merge", 1280, "dark"),
+           ("merge", 375, "light")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("which", "width", "scheme"),
+    [
+        pytest.param(*case, marks=() if case in PRINTED else pytest.mark.faults)
+        for case in product(("pair", "merge"), (1280, 375), ("light", "dark"))
+    ],
+)
 def test_a_page_is_printed_whole_in_light_colours_and_as_wide_as_paper(
     made, visit, which, width, scheme
 ):
@@ -91,6 +101,19 @@ def test_a_page_is_printed_whole_in_light_colours_and_as_wide_as_paper(
         go_to(page, "heat")
         page.locator("#heat-plot svg.main-svg").first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_page_that_is_loaded_can_be_printed(made, visit):
+    """So that `chromium --headless --print-to-pdf`, which waits for no more, prints its figures."""
+    with visit(made.pair) as first:
+        page = first.context.browser.new_page()
+        page.add_init_script(
+            "addEventListener('load', () => { dispatchEvent(new Event('beforeprint'));"
+            " window.pictures = document.querySelectorAll('.plot svg.main-svg').length; })"
+        )
+        page.goto(first.url)
+        assert page.evaluate("window.pictures") > 6
+        assert page.locator("iframe").count() == 0
 
 
 def test_the_browser_tells_the_page_of_its_printing(made, visit):

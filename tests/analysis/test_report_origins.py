@@ -9,6 +9,7 @@ import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from checkpoints import family, load_folder
+from vocabularies import save_family
 
 import outliermerge
 from outliermerge.analysis.report.build import build_report
@@ -62,6 +63,30 @@ def test_layers_with_other_numbers_are_compared_with_nothing(data_of, models):
         ([2, 3], [{"model": "task1", "layer_range": [1, 2]}]),
     ]
     assert any("left out" in note for note in data["notes"])
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_models_beside_a_merge_of_moved_layers_have_a_note(has_base, models, tmp_path):
+    spec = sliced(models, (["task0"], 0, 1), (["task1"], 0, 1))
+    output = outliermerge.run(spec, output=tmp_path / "out", threads=1).output
+    base = str(models / "base") if has_base else None
+    page = build_report(
+        [str(output), str(models / "task0")], base=base, output=tmp_path / "p.html", threads=1
+    )
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[1])
+    notes = [*data["notes"], *(note for each in data["subjects"] for note in each["notes"])]
+    assert sum(f"{output} is a merge of slices" in note for note in notes) == 1
+
+
+def test_rows_that_go_by_token_are_told(data_of, tmp_path):
+    home = save_family(tmp_path / "family", "WordPiece")
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(home / "base"),
+        "models": [{"model": str(home / name)} for name in ("chat", "other")],
+        "tokenizer_source": "union",
+    }
+    assert any("go by the tokens of the output" in note for note in data_of(spec)["notes"])
 
 
 def test_layers_with_the_same_numbers_are_compared(data_of, models, tmp_path):

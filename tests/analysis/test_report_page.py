@@ -86,9 +86,19 @@ def report(folder, models, **options):
                         **options)  # fmt: skip
 
 
+# One of each kind: by what it merges, needs of a base, and records of each tensor. `make faults`
+# opens the pages of the others.
+SHOWN = ("min_sigma", "linear", "ties", "della", "sce", "ramplus_tl", "slerp", "karcher",
+         "model_stock", "arcee_fusion", "passthrough")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "layers", "same"),
-    [(name, 3, False) for name, method in METHODS.items() if not method.auxiliary]
+    [
+        pytest.param(name, 3, False, marks=() if name in SHOWN else pytest.mark.faults)
+        for name, method in METHODS.items()
+        if not method.auxiliary
+    ]
     + [(name, layers, False) for name in ("min_sigma", "ties") for layers in (0, 1)]
     + [(name, 3, True) for name in ("min_sigma", "linear", "passthrough")],
 )

@@ -78,11 +78,19 @@ def save_spec(document: dict[str, Any]) -> str:
     return "spec.json"
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "arcee_fusion"])
-def test_without_torch_kernels_merge_to_the_same_bytes(models, monkeypatch, method):
-    drops = "density" in METHODS[method].parameters
-    document = spec(*as_many_as(method, ["a", "b"]), method=method)
-    document["parameters"] = {"density": 0.5} if drops else {}
+BY_ROWS = {"nuslerp": {"nuslerp_flatten": False}, "model_stock": {"filter_wise": True}}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        *((name, {"density": 0.5} if "density" in method.parameters else {})
+          for name, method in METHODS.items()),
+        *BY_ROWS.items(),
+    ],
+)  # fmt: skip
+def test_without_torch_kernels_merge_to_the_same_bytes(models, monkeypatch, method, parameters):
+    document = spec(*as_many_as(method, ["a", "b"]), method=method, parameters=parameters)
     outliermerge.run(document, output="with")
     monkeypatch.setitem(sys.modules, "torch", None)
     result = outliermerge.run(document, output="without")
@@ -106,6 +114,11 @@ def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
         (spec("a", "ids"), {}, "compared as int32 and int64"),
         (spec("a", "b"), {"kernels": False}, "without kernels, as was asked for"),
         (spec("a", "b", method=f"{__name__}:halved"), {}, "has no kernel"),
+        (
+            spec("a", method="arcee_fusion", parameters={"compat": "mergekit"}),
+            {},
+            "the method arcee_fusion has no kernel for its parameters",
+        ),
         (spec("a", "b", modifiers=[{"modifier": f"{__name__}:doubled"}]), {}, "modifiers"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import save_tensors
 from injection import Call, Done, Driver, Injection, try_calls
-from kinds import KINDS, MODELS, command, save_models, save_specs
+from kinds import IMPORTED, KINDS, MODELS, command, save_models, save_specs
 
 NUM_SAMPLED = 6
 READING = "open,read,pread,preadv,mmap,opendir,stat"
@@ -34,12 +34,6 @@ CASES = {
     "several threads": ("min_sigma.yaml", "--threads", "3"),
     **{kind: (f"{kind}.yaml",) for kind in KINDS},
 }
-# What `moe` imports when its routers are made of prompts.
-TRANSFORMERS = (
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.tokenization_utils_tokenizers",
-)
 
 
 class Workplace:
@@ -66,7 +60,7 @@ class Workplace:
         save_specs(root, root / "models", gate_mode="hidden")
         self.inputs = [root / name for name in ("base", "task", "pickled")]
         self.inputs += [root / "models" / name for name in MODELS]
-        self.driver = Driver(root / "driver", TRANSFORMERS)
+        self.driver = Driver(root / "driver", IMPORTED)
         self.calls: dict[str, list[Call]] = {}
         self.expected: dict[str, bytes] = {}
 

@@ -5,6 +5,7 @@ Reads a line of JSON for each: arguments, the folder to work in, and limits. Wri
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -47,13 +48,26 @@ def run(arguments: list[str], folder: str, cpu_seconds: int) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        status = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        Path("peak.kb").write_text(status)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        Path("peak.kb").write_text(str(max(kilobytes("VmHWM"), children)))
 
 
-def main() -> None:
-    """Answer each line with exit code, signal, seconds of a processor, and peak memory."""
+def kilobytes(key: str) -> int:
+    """Return the memory that this process takes (VmRSS), or the most that it has taken (VmHWM)."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+
+
+def main(*modules: str) -> None:
+    """Answer each line with exit code, seconds of a processor, and peak memory.
+
+    Args:
+        *modules: what commands import as well; the memory that they take is not counted.
+    """
     outliermerge.cli.main.load()
+    before = kilobytes("VmRSS")
+    for name in modules:
+        importlib.import_module(name)
+    loaded = kilobytes("VmRSS") - before
     for line in sys.stdin:
         case = json.loads(line)
         child = os.fork()
@@ -68,10 +82,10 @@ def main() -> None:
         answer = {
             "code": os.waitstatus_to_exitcode(status),
             "seconds": usage.ru_utime + usage.ru_stime,
-            "kilobytes": int(peak.read_text()) if peak.exists() else usage.ru_maxrss,
+            "kilobytes": (int(peak.read_text()) if peak.exists() else usage.ru_maxrss) - loaded,
         }
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

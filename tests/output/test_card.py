@@ -264,7 +264,7 @@ def test_the_card_says_which_layers_of_slices_are_from_where(tmp_path):
     ]
     outliermerge.run({"merge_method": "passthrough", "slices": slices}, output=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    rows = f"- 0 to 1 from 0 to 1 of `{places[0]}`\n- 2 from 1 of `{places[1]}`"
+    rows = f"- layers 0 to 1: layers 0 to 1 of `{places[0]}`\n- layer 2: layer 1 of `{places[1]}`"
     assert f"## Layers\n\nA stack of 3 layers as they are:\n\n{rows}" in card
 
 

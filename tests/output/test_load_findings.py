@@ -136,6 +136,6 @@ def test_a_run_after_a_plan_does_not_wait(spec, asked, tmp_path, capsys):
     assert cli.main(["plan", str(file), "--load-check"]) == 0
     assert "(a run takes this answer over)" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["run", str(file), str(out), "--load-check"]) == 0
-    assert "LlamaForCausalLM: asked before, " in capsys.readouterr().out
+    assert "LlamaForCausalLM: checked before, " in capsys.readouterr().out
     assert len(asked) == 1
     assert json.loads((out / "outliermerge.json").read_text())["load_check"]["status"] == "loads"

@@ -6,6 +6,7 @@ Each model's rows say whose they are and for which token, so that the row of an 
 from __future__ import annotations
 
 import json
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def save_models(root: Path, situation: str, save, *args, **kwargs) -> None:
         save(root / name, *args, tokens, **kwargs)
 
 
+@cache
 def tokens_of(folder: Path) -> dict[str, int]:
     """Return the ids that transformers gives, which have to be those of the tokenizers library."""
     ids = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()

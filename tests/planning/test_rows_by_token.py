@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from vocabularies import KINDS, TEXTS, save_family, save_model
+from vocabularies import FURTHER_TEXTS, KINDS, TEXTS, save_family, save_model
 
 import outliermerge
 from outliermerge.cli import main as cli
@@ -56,6 +56,12 @@ def _cut(folder: Path, text: str) -> list[str]:
 def _decoded(folder: Path, text: str) -> str:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _num_unknown(folder: Path, text: str) -> int:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    unknown = {tokenizer.token_to_id(token) for token in ("[UNK]", "<unk>")} - {None}
+    return sum(id_ in unknown for id_ in tokenizer.encode(text).ids)
 
 
 # The tokenizer
@@ -101,6 +107,43 @@ def test_a_union_of_pieces_reads_six_scripts_with_the_pieces_of_both(kind, famil
     assert _decoded(out, of_other) == _decoded(root / "other", of_other)
     used |= set(_cut(out, of_other))
     assert used - known.keys()  # pieces of the other model are not only there, but used
+
+
+@pytest.mark.parametrize("source", ["base", "chat", "other", "outside"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_models_tokenizer_encodes_and_decodes_every_script_as_its_own(
+    kind, source, families, tmp_path
+):
+    root = families[kind]
+    folder = root / source
+    if source == "outside":  # of a model that is not merged
+        folder = save_model(tmp_path / "models" / "outside", kind, "other", ["<y>"], seed=5)
+    named = "base" if source == "base" else str(folder)
+    out = outliermerge.run(_spec(root, tokenizer={"source": named}), output=tmp_path / "o").output
+    ours, theirs = map(transformers.AutoTokenizer.from_pretrained, (out, folder))
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in (TEXTS | FURTHER_TEXTS).values():
+        ids = ours(text)["input_ids"]
+        assert ids == theirs(text)["input_ids"] and ids
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("names", [("chat",), ("chat", "other")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_union_gives_back_every_script_as_well_as_its_sources(kind, names, families, tmp_path):
+    root = families[kind]
+    out = outliermerge.run(_spec(root, *names, tokenizer={}), output=tmp_path / "o").output
+    sources = [root / name for name in ("base", *names)]
+    for text in (TEXTS | FURTHER_TEXTS).values():
+        if "BPE" in kind:  # which has a token for every byte, so that nothing is lost
+            tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+            continue
+        for source in sources:
+            assert _num_unknown(out, text) <= _num_unknown(source, text)
+            if not _num_unknown(source, text):
+                assert _decoded(out, text) == _decoded(source, text)
 
 
 def test_pieces_keep_the_ids_and_merges_of_the_base_first(families, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -18,12 +19,14 @@ import yaml
 from hub_server import HubServer, commit_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vocabularies import TEXTS, save_model
 
 import outliermerge
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError
+from outliermerge.planning.tokenizer_files import how_to_convert
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -115,6 +118,18 @@ def test_its_special_tokens_are_those_of_its_config_if_it_has_one(family, tmp_pa
     (family / "base" / "generation_config.json").write_text('{"eos_token_id": 3}')
     out = outliermerge.run(spec, output=tmp_path / "b").output
     assert json.loads((out / "generation_config.json").read_text()) == said
+
+
+def test_the_output_stops_where_the_models_do_in_its_ids(family, tmp_path):
+    outside = _only_tokenizer(family / "other", tmp_path / "outside")
+    (family / "base" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    end = _ids(family / "chat")["<|im_end|>"]
+    (family / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    spec = _spec(family, tokenizer={"source": str(outside)}, chat_template="auto")
+    out = outliermerge.run(spec, output=tmp_path / "o").output
+    ids = _ids(outside)
+    found = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert found == [ids["[SEP]"], ids["<|im_end|>"]]
 
 
 def test_no_weights_of_it_are_needed_or_read(family, tmp_path):
@@ -361,6 +376,35 @@ def test_rows_of_a_tokenizer_model_are_matched_by_its_pieces(llamas, tmp_path):
     assert len(table) == len(in_base) > 300
 
 
+@pytest.mark.parametrize("name", ["base.tiktoken", "tokenizer.model"])
+def test_rows_of_a_tiktoken_file_are_matched_by_the_bytes_of_tokens(name, tmp_path):
+    save_model(tmp_path / "base", "byte-level BPE")
+    save_model(tmp_path / "chat", "byte-level BPE", "other", seed=1)
+    byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    in_base, in_chat = _ids(tmp_path / "base"), _ids(tmp_path / "chat")
+    lines = [
+        b"%s %d\n" % (base64.b64encode(bytes(map(byte_of.__getitem__, token))), id_)
+        for token, id_ in in_base.items()
+    ]
+    for path in (tmp_path / "base").glob("*token*"):
+        path.unlink()
+    (tmp_path / "base" / name).write_bytes(b"".join(lines))
+    spec = _spec(tmp_path, tokenizer={"source": "base"})
+    out = outliermerge.run(spec, output=tmp_path / "o", load_check=False).output
+    assert (out / name).read_bytes() == b"".join(lines)
+    table, base, chat = (_table(f) for f in (out, tmp_path / "base", tmp_path / "chat"))
+    assert len(in_base.keys() & in_chat.keys()) > 256
+    for token, id_ in in_base.items():
+        theirs = chat[in_chat[token]] if token in in_chat else base[id_]
+        torch.testing.assert_close(table[id_], (base[id_] + theirs) / 2, rtol=0, atol=1e-6)
+
+
+def _follow(error: OutlierMergeError) -> None:
+    """Do what a message says."""
+    [command] = re.findall(r"AutoTokenizer\S+save_pretrained\(\S+'\)", str(error))
+    eval(command, {"AutoTokenizer": transformers.AutoTokenizer})
+
+
 @pytest.mark.parametrize("key", [{"tokenizer": {}}, {"vocabulary": "union"}])
 def test_a_union_that_needs_a_tokenizer_json_says_how_it_is_made_and_then_works(
     llamas, tmp_path, key
@@ -368,8 +412,7 @@ def test_a_union_that_needs_a_tokenizer_json_says_how_it_is_made_and_then_works(
     spec = _spec(llamas, **key)
     with pytest.raises(OutlierMergeError, match=r"has no tokenizer\.json") as caught:
         outliermerge.plan(spec)
-    [command] = re.findall(r"AutoTokenizer\S+save_pretrained\(\S+'\)", str(caught.value))
-    eval(command, {"AutoTokenizer": transformers.AutoTokenizer})
+    _follow(caught.value)
     out = outliermerge.run(spec, output=tmp_path / "o").output
     ids = _ids(out)
     assert "<|im_end|>" in ids
@@ -396,8 +439,18 @@ def test_a_vocabulary_file_alone_is_told_the_same_way(kind, tmp_path):
     spec = _spec(tmp_path, tokenizer={"source": "base"})
     plan = outliermerge.plan(spec)
     assert plan.tokenizer is not None and plan.tokenizer.num_tokens == len(ids)
-    with pytest.raises(OutlierMergeError, match=r"has no tokenizer\.json: transformers makes"):
+    with pytest.raises(OutlierMergeError, match=r"has no tokenizer\.json: transformers") as caught:
         outliermerge.plan(spec | {"tokenizer": {}})
+    _follow(caught.value)
+    plan = outliermerge.plan(spec | {"tokenizer": {}})
+    assert plan.tokenizer is not None and plan.tokenizer.num_tokens == len(ids) + 1
+    assert plan.num_rows == len(ids) + 1
+
+
+def test_what_is_in_the_hubs_cache_is_not_to_be_written_there():
+    snapshot = Path("/cache/models--org--name/snapshots/0123")
+    assert how_to_convert(snapshot).startswith("transformers makes the file, in a copy outside")
+    assert how_to_convert(Path("/name")).startswith("transformers makes the file: Auto")
 
 
 def test_a_donor_of_pieces_without_tokenizer_json_is_told(llamas, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.analysis.compare import compare_weights
+from outliermerge.analysis.moved_layers import moved_layers_note
 from outliermerge.analysis.report.data import Shown, payload, short_titles
 from outliermerge.analysis.report.figures import check_matplotlib, draw_figures
 from outliermerge.analysis.report.merged import measure_merge
@@ -97,7 +98,11 @@ def build_report(
     else:
         subjects = _measure(models, base, measure)
         extra = {} if base is None else {"base": measure(base)}
-        extra |= {"notes": [mixture]} if mixture else {}
+        notes = [mixture] if mixture else []
+        if base is None and len(models) > 1:  # the note of each pair, where there is a base
+            moved = (moved_layers_note(each, as_path(each)) for each in models)
+            notes += [note for note in moved if note]
+        extra |= {"notes": notes}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
     if len(titles) > _MAX_TITLES:
         titles[_MAX_TITLES - 1 :] = [f"{len(titles) - _MAX_TITLES + 1} more"]

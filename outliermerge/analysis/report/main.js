@@ -358,8 +358,9 @@ function start() {
   });
 }
 
+const endLoading = keepLoading();
 loadPlotly().then(start, error => {
   byId('notes').hidden = false;
   byId('notes').append(element('li', `This browser cannot draw the figures: ${error.message}. Chrome `
     + '80, Firefox 113, Safari 16.4 and later ones can.'));
-});
+}).finally(endLoading);

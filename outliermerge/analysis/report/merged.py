@@ -48,6 +48,12 @@ def measure_merge(
             "Layers of the output have other numbers than in the models that they are from, so "
             "changes and drift, which are measured by name, are left out."
         )
+    if "tokenizer" in spec or ("tokenizer_source" in spec and "vocabulary" not in spec):
+        notes.append(
+            "Rows of embeddings and head go by the tokens of the output's tokenizer. Their changes "
+            "are shown only where a model has as many rows, and then row by row, whatever token "
+            "each model has there."
+        )
     if "modules" in spec:
         notes.append(
             "The merges of modules are not stored by themselves: what the output has of their "

@@ -25,6 +25,19 @@ async function loadPlotly() {
   held.replaceWith(script);
 }
 
+// Lets the page count as loading, as a frame in it does; returns what ends that. So what prints a page
+// once it is loaded, such as Chromium's --print-to-pdf, finds it with its figures.
+function keepLoading() {
+  const frame = document.createElement('iframe');
+  frame.hidden = true;
+  document.body.append(frame);
+  frame.contentDocument.open();
+  return () => {
+    frame.contentDocument.close();
+    frame.remove();
+  };
+}
+
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }

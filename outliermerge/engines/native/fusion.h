@@ -20,13 +20,24 @@ static double sum_of_doubles(const double *values, size_t num) {
     return sum_of(sums);
 }
 
+static float largest_of(const float *restrict row, size_t num) {
+    float lanes[LANES], most = row[0];
+    size_t i = 0;
+    for (size_t lane = 0; lane < LANES; lane++) lanes[lane] = most;
+    for (; i + LANES <= num; i += LANES)
+        for (size_t lane = 0; lane < LANES; lane++)
+            lanes[lane] = row[i + lane] > lanes[lane] ? row[i + lane] : lanes[lane];
+    for (size_t lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+    for (; i < num; i++) most = row[i] > most ? row[i] : most;
+    return most;
+}
+
 /* Write the softmax of a row, and 1e-8 more. */
 static void take_softmax(const float *restrict row, double *restrict shares, size_t num) {
-    float most = row[0];
-    for (size_t i = 1; i < num; i++) most = row[i] > most ? row[i] : most;
+    const float most = largest_of(row, num);
     for (size_t i = 0; i < num; i++) shares[i] = exp_of((double)row[i] - most);
-    const double total = sum_of_doubles(shares, num);
-    for (size_t i = 0; i < num; i++) shares[i] = shares[i] / total + 1e-8;
+    const double share = 1 / sum_of_doubles(shares, num);
+    for (size_t i = 0; i < num; i++) shares[i] = shares[i] * share + 1e-8;
 }
 
 /* By how much the softmax of the second model's row diverges from the first one's. */

@@ -67,7 +67,8 @@ static void draw_row_to_base(Rows *rows, const WholeRow *row, void *with) {
         }
     const double cosine = cosines / (double)(models * (models - 1) / 2);
     const double divisor = 1 + (double)(models - 1) * cosine;
-    const float weight = fabs(divisor) < singular ? 0 : (float)(cosine / divisor);
+    float weight = fabs(divisor) < singular ? 0 : (float)(cosine / divisor);
+    if (!isfinite(cosine)) weight = 1 / (float)models; /* so that what is finite stays so */
     float *restrict sum = row->values;
     for (size_t model = 1; model < models; model++) {
         const float *restrict own = row->values + model * row->apart;

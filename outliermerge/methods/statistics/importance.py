@@ -52,7 +52,8 @@ class Quartiles:
     """The elements at q(n − 1) rounded down of a tensor's scores in order, q = ¼, ½, ¾; shape (3,).
 
     They are found exactly, by counting the scores' bits, 16 at a time. Where torch counts, it keeps
-    the divergences of all rows from the first pass on; nothing else grows with the tensor.
+    the divergences of all rows from the first pass on; nothing else grows with the tensor. Kernels
+    add divergences up in another order, so that they agree to the rounding of float64.
     """
 
     depends_on: tuple[str, ...] = ("compat",)
