@@ -15,6 +15,7 @@ import transformers
 from checkpoints import load_folder
 from safetensors.torch import save_file
 from stopping import stopping_after
+from tokenizers import AddedToken, Tokenizer
 from transplants import EMBEDDINGS, HEAD, change, nearest, pairing, pursued
 from vlm_replicas import save_vlm
 from vocabularies import KINDS, TEXTS, save_model
@@ -193,6 +194,33 @@ def test_tokens_of_other_spellings_are_paired(models):
     words = pairing(models("WordPiece"), donor).rows
     ids = {token: id_ for id_, token in read_tokens(models("WordPiece")).items()}
     assert words[there["o"]] == ids["##o"] and words[there["<|end|>"]] == ids["[SEP]"]
+
+
+def _with_added(folder: Path, tokens: dict[str, bool]) -> None:
+    """Add tokens to a model's tokenizer, special or not, on rows that have no token yet."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=s) for t, s in tokens.items()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_spell_the_same_keep_their_own_rows(kind, tmp_path):
+    """A tokenizer may have ` fox` as a piece and as an added token, as GPT-NeoX has of spaces."""
+    for name in ("model", "donor"):
+        save_model(tmp_path / name, kind, spare=3)
+    tokens = read_tokens(tmp_path / "model").values()
+    piece = next(t for t in tokens if len(t) > 2 and t[0] in "Ġ▁") if kind != "WordPiece" else "य"
+    text = " " + piece.strip("Ġ▁")
+    _with_added(tmp_path / "model", {text: False, "<tool>": True})
+    _with_added(tmp_path / "donor", {text: False, "<tool>": False})
+    assert {text, piece, "<tool>"} <= {*read_tokens(tmp_path / "donor").values()}
+    result = outliermerge.transplant(
+        tmp_path / "model", tmp_path / "donor", output=tmp_path / "out", method="zero"
+    )
+    assert result.report["num_approximated"] == 0
+    ours, before = load_folder(tmp_path / "out"), load_folder(tmp_path / "model")
+    number = len(read_tokens(tmp_path / "donor"))
+    assert all(torch.equal(ours[name], before[name][:number]) for name in ROWS)
 
 
 def test_older_files_of_a_tokenizer_spell_the_same(models, tmp_path):

@@ -51,6 +51,7 @@ class Spelled:
         texts: by id what an ordinary token spells.
         single: by id the byte of a token that stands for a byte without a text.
         roles: the special tokens by what they are for: `eos`, `bos` …
+        added: the tokens that were added to the tokenizer's own pieces, special or not.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Spelled:
     texts: Mapping[int, bytes]
     single: Mapping[int, int]
     roles: Mapping[str, str] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
 
     def write(self, text: bytes) -> str:
         """Return a text as this tokenizer's model reads it.
@@ -105,7 +107,9 @@ def spelled(root: Path, tokens: Mapping[int, str]) -> Spelled:
         else:
             texts[id_] = _text(token, kind)
     ids = {token: id_ for id_, token in tokens.items()}
-    return Spelled(kind, ids, frozenset(special & ids.keys()), texts, single, roles)
+    return Spelled(
+        kind, ids, frozenset(special & ids.keys()), texts, single, roles, frozenset(entries)
+    )
 
 
 def _kind(root: Path, tokens: Container[str]) -> str:
@@ -148,8 +152,9 @@ def pair_tokens(model: Spelled, donor: Spelled) -> Pairing:
     """Find the tokens of a donor in a model.
 
     Special tokens are the same if they have one name, or else if they are for the same: both end a
-    text, say. Ordinary ones are the same if they spell the same. A token for a byte is the same as
-    the letter of this byte, unless the model has a token that spells it.
+    text, say. An added token is the same as a special one of its name. Ordinary ones are the same
+    if they spell the same; of several that do, the one of the same name. A token for a byte is the
+    same as the letter of this byte, unless the model has a token that spells it.
     """
     texts: dict[bytes, int] = {}
     for id_, text in model.texts.items():
@@ -169,9 +174,12 @@ def pair_tokens(model: Spelled, donor: Spelled) -> Pairing:
             found = single.get(byte, texts.get(bytes([byte])))
             if found is not None:
                 rows[id_] = found
+        elif token in donor.added and token in model.special:
+            rows[id_] = model.ids[token]
         elif (text := donor.texts[id_]) in texts:
-            rows[id_] = texts[text]
-            shared.append((id_, texts[text]))
+            own = model.ids.get(token, -1)
+            rows[id_] = own if model.texts.get(own) == text else texts[text]
+            shared.append((id_, rows[id_]))
         elif len(text) == 1 and text[0] in single:
             rows[id_] = single[text[0]]
     return Pairing(rows, shared, by_role)
