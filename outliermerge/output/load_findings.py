@@ -84,18 +84,22 @@ class KeptFindings:
 def _asked() -> bytes:
     """Return what answers depend on besides the request; empty if nothing shows that it changed.
 
-    The names of installed packages have their versions. A library that is used from a folder of its
-    sources is not among them.
+    The names of installed packages have their versions; the time of their folders changes if a
+    package is installed again, such as one of a version in development. The first of two packages
+    is imported. A library that is used from a folder of its sources is not among them.
     """
     places = [Path(place) for place in sys.path if place and Path(place).is_dir()]
-    packages = {path.name for place in places for path in place.glob("*.dist-info")}
+    packages = [
+        sorted((path.name, path.stat().st_mtime_ns) for path in place.glob("*.dist-info"))
+        for place in places
+    ]
     for library in _LIBRARIES:
         spec = find_spec(library)
         home = Path(spec.origin).parent.parent if spec and spec.origin else None
         if home is not None and not any(home.glob(f"{library}-*.dist-info")):
             return b""
     worker = Path(__file__).with_name("load_worker.py").read_bytes()
-    return json.dumps([sys.version, sorted(packages)]).encode() + worker
+    return json.dumps([sys.version, packages]).encode() + worker
 
 
 def _digest(data: bytes) -> str:

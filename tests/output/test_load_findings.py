@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,37 @@ def other_config(place: Path) -> None:
 def other_packages(place: Path) -> None:
     (place / "packages" / "transformers-99.0.dist-info").mkdir(parents=True)
     sys.path.append(str(place / "packages"))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return two folders of packages, each with another transformers; the first is imported."""
+    places = [tmp_path / f"transformers-{version}" for version in ("98.0", "99.0.dev0")]
+    for place in places:
+        (place / f"{place.name}.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [*sys.path, *map(str, places)])
+    return places
+
+
+def other_order(places: list[Path]) -> None:
+    sys.path[-2:] = reversed(sys.path[-2:])
+
+
+def installed_again(places: list[Path]) -> None:
+    """As pip does it: another commit may have the version of the one before."""
+    folder = places[1] / f"{places[1].name}.dist-info"
+    before = folder.stat().st_mtime_ns
+    folder.rmdir()
+    folder.mkdir()
+    os.utime(folder, ns=(before + 1000, before + 1000))  # clocks of file systems may be coarse
+
+
+@pytest.mark.parametrize("change", [other_order, installed_again])
+def test_other_packages_of_the_same_names_are_asked(change, installed, spec, asked):
+    verdict_on(spec)
+    assert verdict_on(spec).was_known
+    change(installed)
+    assert not verdict_on(spec).was_known and len(asked) == 2
 
 
 @pytest.mark.parametrize("change", [other_config, other_packages])
