@@ -29,8 +29,9 @@ def _fused(weights_MRC: Tensor, quartiles: Tensor, context: Context, compat: Com
     block_MRC = by_last_dimension(weights_MRC, context)
     score_RC = scores(block_MRC, divergences(block_MRC, compat))
     low, median, high = quartiles.to(score_RC.dtype)
-    # A score that is NaN is of values that are, which must not be hidden.
-    return torch.where(score_RC < median + 1.5 * (high - low), block_MRC[0], block_MRC[1])
+    none_RC = block_MRC[0] - block_MRC[0]  # infinities and NaN must not be hidden
+    taken_RC = torch.where(none_RC == 0, block_MRC[1], none_RC)
+    return torch.where(score_RC < median + 1.5 * (high - low), block_MRC[0], taken_RC)
 
 
 def _kernel(
