@@ -246,17 +246,15 @@ def try_calls(
     numbers: Sequence[int],
     check: Callable[[int], None],
     *,
-    most: int | None,
+    step: int = 1,
 ) -> int:
     """Check numbered calls, and name the one that fails; return how many were tried.
 
     Args:
-        title: of what is tried; chooses which are tried.
-        most: how many are tried, about; None for all.
+        title: of what is tried; chooses where the steps begin.
+        step: one of so many calls is tried.
     """
-    if most is not None:
-        step = max(1, len(numbers) // most)
-        numbers = numbers[sum(map(ord, title)) % step :: step]
+    numbers = numbers[sum(map(ord, title)) % step :: step]
     for number in numbers:
         try:
             check(number)

@@ -56,7 +56,7 @@ def _gpt2(layers: Sequence[int]) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _t5(encoder: int | None, decoder: int | None) -> Callable[[Sequence[int]], Any]:
+def _t5(encoder: int | None, decoder: int | None, **more: Any) -> Callable[[Sequence[int]], Any]:
     """Return what makes T5, of which one stack has as many layers as are asked for."""
 
     def make(layers: Sequence[int]) -> Any:
@@ -69,6 +69,7 @@ def _t5(encoder: int | None, decoder: int | None) -> Callable[[Sequence[int]], A
             num_layers=encoder or len(layers),
             num_decoder_layers=decoder or len(layers),
             decoder_start_token_id=0,
+            **more,
         )
         return transformers.T5ForConditionalGeneration(config)
 
@@ -176,6 +177,10 @@ KINDS: dict[str, Kind] = {
     "mixtral": Kind(_like_llama("Mixtral", num_local_experts=4, num_experts_per_tok=2)),
     "t5-decoder": Kind(
         _t5(2, None), "decoder.block", ["decoder.final_layer_norm"], "decoder", _DECODER
+    ),
+    "t5-gated": Kind(
+        _t5(2, None, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        "decoder.block", ["decoder.final_layer_norm"], "decoder", _DECODER,
     ),
     "t5-encoder": Kind(
         _t5(None, 2), "encoder.block", ["encoder.final_layer_norm"], "encoder", _DECODER

@@ -30,7 +30,8 @@ def models(tmp_path, monkeypatch):
     ("make", "said"),
     [
         (chain(51), "a chain of more than 50 stages"),
-        (chain(5000), "a chain of more than 50 stages"),
+        (chain(900), "a chain of more than 50 stages"),
+        (chain(5000), "found 5,000 stages, expected at most 1,000"),
         (doubled(10), "computed by more than 1,000 merges"),
         (doubled(45), "computed by more than 1,000 merges"),
     ],
@@ -57,7 +58,7 @@ def _load(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["far ids", "ids far apart", "ids of two billion"])
 def test_ids_that_no_vocabulary_has_are_refused(name, tmp_path):
-    with pytest.raises(OutlierMergeError, match=r"has the id .*, expected ids below 2,097,152"):
+    with pytest.raises(OutlierMergeError, match=r"with id \d+ is not a token"):
         _load(TOKENIZERS[name](), tmp_path)
 
 

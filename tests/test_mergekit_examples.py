@@ -1,8 +1,8 @@
 """What mergekit 0.1.5's repository and documents show runs here as it is, with its values.
 
-Examples of tokenizers are in test_mergekit_tokenizers.py, of chat templates in
-planning/test_chat_templates.py, of mergekit-tokensurgeon in test_transplant_as_mergekit.py.
-mergekit-evolve and mergekit-extract-lora do not merge, and have no counterpart here.
+Examples of tokenizers and chat templates are in test_mergekit_tokenizers.py, of
+mergekit-tokensurgeon in test_transplant_as_mergekit.py. mergekit-evolve and mergekit-extract-lora
+do not merge, and have no counterpart here.
 """
 
 from __future__ import annotations

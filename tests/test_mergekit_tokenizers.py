@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -177,8 +178,13 @@ def test_rows_and_tokens_are_those_of_mergekit(
                 len(expected) > len(ids) and method != "ties"
             ):  # of elements that tie it keeps some, we all
                 torch.testing.assert_close(*padding, rtol=1e-6, atol=2e-7)
+            more = (len(found) - len(expected)) / len(expected)
             found = found[[ids[token] for token in order]]
             expected = expected[[their_ids[token] for token in order]]
+            if more and method == "ties":  # the rows that stay are ranked with the others
+                differ = (found - expected).abs() > 2e-7
+                assert differ.double().mean() < 2 * more
+                continue
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-7)
     has_pieces = "union" in str(FORMS[form]) or form == "empty"
     for text in [*TEXTS.values(), "a <|im_start|>user b<|im_end|>"]:
@@ -186,3 +192,30 @@ def test_rows_and_tokens_are_those_of_mergekit(
             assert tokenizer.tokenize(text) == their_tokenizer.tokenize(text)
     model = transformers.AutoModelForCausalLM.from_pretrained(ours)
     assert model.get_input_embeddings().weight.shape[0] >= len(ids)
+
+
+OWN = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+OF_TWO_MODELS = "{% for turn in messages %}[{{ turn.content }}]{% endfor %}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("template", ["auto", "chatml", OWN])
+def test_chat_templates_are_those_of_mergekit(template, merge_by_mergekit, tmp_path):
+    root = save_family(tmp_path / "family", "BPE")
+    for name, own in (("base", OWN), ("chat", OF_TWO_MODELS), ("other", OF_TWO_MODELS)):
+        path = root / name / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": own}))
+    forms = {"tokenizer_source": "base", "chat_template": template, "dtype": "float32"}
+    spec = _named(METHODS["task_arithmetic"] | forms, root)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        for folder in (
+            merge_by_mergekit(spec, tmp_path / "theirs"),
+            outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output,
+        )
+    )
+    assert ours == theirs
+    assert ("[Why?][So.]" in ours) == (template == "auto")

@@ -11,6 +11,7 @@ import torch
 from checkpoints import load_folder
 from parity.both import PLACED_OTHERWISE, by_mergekit
 from parity.models import family_of
+from stacks import save
 
 import outliermerge
 
@@ -89,3 +90,45 @@ def test_modules_agree_with_mergekit(name, models, tmp_path):
         assert mine.shape == other.shape, tensor
         if not tensor.startswith(skipped):
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6, msg=tensor)
+
+
+OF_T5: dict[str, dict[str, Any]] = {
+    "gradients": {
+        "merge_method": "linear",
+        "modules": {
+            "encoder": {
+                "models": [
+                    {"model": "base", "parameters": {"weight": [0.2, 0.9]}},
+                    {"model": "m0", "parameters": {"weight": 0.4}},
+                ]
+            },
+            "decoder": of(("base", 0.5), ("m1", 0.25)),
+        },
+    },
+    "slices": {
+        "merge_method": "passthrough",
+        "modules": {
+            "encoder": {"models": [{"model": "m0"}]},
+            "decoder": sliced(("base", 0, 2), ("m0", 1, 3)),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", OF_T5)
+def test_encoders_and_decoders_agree_with_mergekit(name, tmp_path):
+    family = save("t5-gated", tmp_path, num_layers=3, num_models=2)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: str(family[v]) if k == "model" else placed(v) for k, v in value.items()}
+        return [placed(each) for each in value] if isinstance(value, list) else value
+
+    spec = placed(OF_T5[name]) | {"dtype": "float32"}
+    theirs = by_mergekit(copy.deepcopy(spec), tmp_path / "theirs")
+    spec["base_model"] = str(family["base"])
+    ours = load_folder(outliermerge.run(spec, output=tmp_path / "ours").output)
+    assert ours.keys() - theirs.keys() == {"shared.weight"}  # mergekit leaves it out
+    assert ours.pop("shared.weight").equal(load_folder(family["base"])["shared.weight"])
+    for tensor, mine in ours.items():
+        torch.testing.assert_close(mine, theirs[tensor], rtol=1e-6, atol=1e-6, msg=tensor)

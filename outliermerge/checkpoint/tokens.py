@@ -31,7 +31,7 @@ _CONFIG = "tokenizer_config.json"
 _ADDED = ("added_tokens.json", _CONFIG, "special_tokens_map.json")
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*"([A-Za-z0-9+/=]+)"')
 TOKEN_FILES = frozenset((*_VOCABULARIES, *NUMBERED_BY_CLASS, *_ADDED))
-_MAX_SPECIAL = 20_000  # published models have few special tokens
+_MAX_SPECIAL, _MAX_LENGTH = 20_000, 10_000  # published models have few special tokens, short ones
 # How many characters a normalizer may make of all added tokens, and of a text of one character.
 _MAX_CHARACTERS, _MAX_GROWTH = 10**8, 10**4
 # In a tokenizer.json: a normalizer that makes texts longer, or an escape that hides its name.
@@ -260,13 +260,17 @@ def _beside(
     with _Named(root / _CONFIG):
         numbered |= _decoder(config)
     special = config | (contents.get("special_tokens_map.json", {}) if old else {})
-    return numbered, _special(special)
+    with _Named(root / "tokenizer_config.json"):
+        return numbered, _special(special)
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[int, str]:
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise ValueError("added_tokens_decoder is not an object")
+    for entry in decoder.values():  # loaders print keys that they do not know
+        if isinstance(entry, dict) and not all(map(str.isprintable, entry)):
+            raise ValueError("added_tokens_decoder has keys with control characters")
     contents = {int(id_): _content(entry, plain=False) for id_, entry in decoder.items()}
     return dict(checked(pair) for pair in contents.items())
 
@@ -279,6 +283,8 @@ def _special(config: Mapping[str, Any]) -> tuple[str, ...]:
     if len(found) > _MAX_SPECIAL:
         raise ValueError(f"it has {len(found):,} special tokens, expected at most {_MAX_SPECIAL:,}")
     contents = [_content(entry, plain=True) for entry in found]
+    if any(token and len(token) > _MAX_LENGTH for token in contents):
+        raise ValueError(f"it has a special token of more than {_MAX_LENGTH:,} characters")
     return tuple(dict.fromkeys(token for token in contents if token))
 
 

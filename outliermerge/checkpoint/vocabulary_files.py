@@ -10,7 +10,7 @@ from typing import Any
 from outliermerge.errors import quoted
 from outliermerge.storage.json_text import parse_json
 
-MAX_TOKENS = 1 << 22
+MAX_TOKENS = 1 << 21
 """More tokens than any tokenizer has. Tables of rows are made for all ids, and fill the memory."""
 
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
@@ -42,11 +42,13 @@ def checked(pair: tuple[Any, Any]) -> tuple[int, str]:
     """Return an id and its token.
 
     Raises:
-        ValueError: the id is no whole number from 0 on, or the token is no text.
+        ValueError: the id is no whole number from 0 on, or too large, or the token is no text.
     """
     id_, token = pair
-    if type(id_) is not int or not 0 <= id_ < MAX_TOKENS or not isinstance(token, str):
+    if type(id_) is not int or id_ < 0 or not isinstance(token, str):
         raise ValueError(f"{quoted(token)} with id {quoted(id_)} is not a token")
+    if id_ >= MAX_TOKENS:
+        raise ValueError(f"{quoted(token)} has the id {id_:,}, expected ids below {MAX_TOKENS:,}")
     return id_, token
 
 

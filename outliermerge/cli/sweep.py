@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUES",
-        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER; "
-        "several --set are combined",
+        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER, after "
+        "stages.NAME., modules.NAME. or slices.N. of these; several --set are combined",
     )
     add_running(parser)
 

@@ -9,6 +9,7 @@ Legend: P texts, T tokens, H hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -56,12 +57,13 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
     home = entry.tokenizer_home
     check_texts(home, sum(map(len, texts)))
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(home), local_files_only=True, trust_remote_code=False
-        )
-        begin = tokenizer.bos_token or ""
-        whole = [begin + text for text in texts]
-        tokens = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
+        with _silenced():
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(home), local_files_only=True, trust_remote_code=False
+            )
+            begin = tokenizer.bos_token or ""
+            whole = [begin + text for text in texts]
+            tokens = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # anything for files that are broken or absent, panics, too
@@ -164,6 +166,18 @@ def _built(entry: Input, device: str) -> Any:
 
 
 @contextmanager
+def _silenced() -> Iterator[None]:
+    """Let transformers not warn: it prints what configs say, with their control characters."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def _told_of(entry: Input) -> Iterator[None]:
     """Turn what transformers raises for a config that is not as its class needs it into an error.
 
@@ -171,7 +185,8 @@ def _told_of(entry: Input) -> Iterator[None]:
         OutlierMergeError: it names the model.
     """
     try:
-        yield
+        with _silenced():
+            yield
     except (OutlierMergeError, OSError, MemoryError):
         raise
     except Exception as error:  # of any kind

@@ -23,7 +23,6 @@ from outliermerge.execution.jobs import JobResult, JobRunner
 from outliermerge.execution.merged import Merges
 from outliermerge.execution.passes import Measured, needs_of
 from outliermerge.execution.rounds import Steps, run_all
-from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.merged import MergedSource, read_again
@@ -215,11 +214,8 @@ def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Ta
 def _read_again(group: Sequence[tuple[Target, Job]]) -> frozenset[MergedSource]:
     """Return the merges that are read more than once for jobs that read the same sources."""
     jobs = [job for _, job in group]
-    passes = max(
-        find_method(job.method).num_passes(job.parameters) if job.action == "merge" else 1
-        for job in jobs
-    )
-    return read_again(passes, (*(source for _, source in jobs[0].sources), *jobs[0].auxiliary))
+    sources = (*(source for _, source in jobs[0].sources), *jobs[0].auxiliary)
+    return read_again(max(job.num_passes for job in jobs), sources)
 
 
 def exceeds_memory(num_bytes: int) -> bool:

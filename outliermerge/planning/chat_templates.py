@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.chat_templates import AUTO, TEMPLATES
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.files import small_bytes
+from outliermerge.storage.json_text import json_bytes
 from outliermerge.storage.machine import limited_code
 
+_NUM_SHOWN = 10
 JINJA = "chat_template.jinja"
 _SECONDS, _BYTES = 5, 400 << 20
 _USER, _ANSWER, _SYSTEM, _TOOL = "Which one is it?", "The second one.", "Be brief.", "look_up_word"
@@ -188,8 +190,13 @@ def _try(
             (_turns(as_parts), _TOOLS),
         )
     ]
-    answers = _render(text, values)
     place = ("chat_template",)
+    try:
+        text.encode()
+    except UnicodeEncodeError as lone:
+        said = f"{name}: has a lone surrogate, which no file can hold"
+        raise spec.source.error(place, said) from lone
+    answers = _render(text, values)
     if answers is None:
         raise spec.source.error(
             place, f"{name}: it takes more than {_SECONDS} s or too much memory for three turns"
@@ -211,7 +218,7 @@ def _try(
     strange = dict.fromkeys(m for m in _MARKER.findall(plain["text"]) if m not in tokens)
     if tokens and strange:
         notes.append(
-            f"chat template {name}: it writes {', '.join(map(quoted, strange))}, for which the "
+            f"chat template {name}: it writes {_some(strange)}, for which the "
             "output's tokenizer has no token of its own. `tokenizer: {source: union}` takes tokens "
             "from all models, `tokenizer.tokens` adds them"
         )
@@ -220,6 +227,11 @@ def _try(
         _reaction("tools", with_tools, _TOOL),
     ]
     return ", ".join(takes), notes
+
+
+def _some(tokens: Collection[str]) -> str:
+    first, more = [*map(quoted, tokens)][:_NUM_SHOWN], len(tokens) - _NUM_SHOWN
+    return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _reaction(what: str, answer: Mapping[str, str], expected: str) -> str:
@@ -270,7 +282,7 @@ def with_template(files: Mapping[str, bytes | Path], text: str) -> dict[str, byt
             value["chat_template"] = [{"name": "default", "template": text}, *named]
         else:
             value["chat_template"] = text
-        changed[name] = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        changed[name] = json_bytes(value)
     if JINJA in files or not changed:
         changed[JINJA] = text.encode()
     return changed

@@ -271,6 +271,12 @@ class Job:
             modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
         )
 
+    @property
+    def num_passes(self) -> int:
+        """How often its sources are usually read."""
+        merges = self.action == "merge"
+        return find_method(self.method).num_passes(self.parameters) if merges else 1
+
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether the CPU kernels, which know methods of these names, can do it."""
         if self.action == "merge":

@@ -24,7 +24,7 @@ from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
 from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
-from outliermerge.planning.merged import bytes_of_merges
+from outliermerge.planning.merged import bytes_of_merges, read_again
 from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
@@ -146,9 +146,7 @@ class Plan:
 
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""
-        merges = job.action == "merge"
-        passes = find_method(job.method).num_passes(job.parameters) if merges else 1
-        return passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
+        return job.num_passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -188,7 +186,15 @@ class Plan:
             block = min(self.block_elements(job, options), job.num_elements)
             stages = bytes_of_merges(source for _, source in job.sources)
             peak = max(peak, block * self._bytes_per_element(job, options) + stages)
-        return options.threads * peak
+        return options.threads * peak + self._held_bytes(options)
+
+    def _held_bytes(self, options: Options) -> int:
+        """Return the memory for merges that are read more than once; the rest goes to the disk."""
+        held = 0
+        for job in self.jobs:
+            again = read_again(job.num_passes, (source for _, source in job.sources))
+            held = max(held, sum(merge.num_bytes for merge in again))
+        return min(options.memory_bytes, options.threads * held)
 
     def block_memory_bytes(self, options: Options) -> int:
         """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.
@@ -204,7 +210,7 @@ class Plan:
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
             peak = max(peak, whole + bytes_of_merges(source for _, source in job.sources))
-        return options.threads * peak
+        return options.threads * peak + self._held_bytes(options)
 
     def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)

@@ -39,6 +39,7 @@ from outliermerge.planning.vocabulary_config import fit_config, reached
 from outliermerge.planning.vocabulary_ids import fit_ids
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.files import small_bytes
+from outliermerge.storage.json_text import json_bytes
 
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
 
@@ -197,7 +198,7 @@ def sidecar_contents(plan: Plan) -> dict[str, bytes | Path]:
         if file == "config.json":
             dtypes = _stored_dtypes(plan, folder)
             if plan.config is not None:
-                data = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+                data = json_bytes(plan.config)
             contents[name] = _changed_json(data, partial(_change_config, plan=plan, dtypes=dtypes))
     fit_config(contents, plan.num_rows)
     extend_files(contents, plan)
@@ -224,7 +225,7 @@ def _changed_json(data: bytes, change: Any) -> bytes:
         return data
     if not change(value):
         return data
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes(value)
 
 
 def _stored_dtypes(plan: Plan, folder: str) -> list[str]:

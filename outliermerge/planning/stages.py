@@ -21,7 +21,7 @@ from outliermerge.planning.merged import MergedSource, Restored, WholeMerge
 from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
-from outliermerge.storage.files import cache_folder
+from outliermerge.storage.files import cache_folder, small_bytes
 
 _KEPT_SECONDS = 7 * 86_400
 _IN_USE_SECONDS = 2 * 86_400  # a merge reads them at its end, too
@@ -116,7 +116,7 @@ def _home(plan: Plan) -> Path:
 
 
 def _is_in(path: Path, content: bytes | Path) -> bool:
-    return content == path or (isinstance(content, bytes) and path.read_bytes() == content)
+    return content == path or (isinstance(content, bytes) and small_bytes(path) == content)
 
 
 def _forget_unused(folder: Path) -> None:
@@ -135,7 +135,7 @@ def _forget_unused(folder: Path) -> None:
 def _written(contents: Mapping[str, bytes | Path]) -> Path:
     """Write small files into a folder that is named by what they contain, and return it."""
     held = {
-        name: content if isinstance(content, bytes) else content.read_bytes()
+        name: content if isinstance(content, bytes) else small_bytes(content)
         for name, content in sorted(contents.items())
     }
     digest = xxhash.xxh3_128()

@@ -14,6 +14,7 @@ from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.planning.plan import Plan
 from outliermerge.storage.files import names_in, small_bytes
 from outliermerge.storage.hub_cache import is_cached
+from outliermerge.storage.json_text import json_bytes
 
 TOKENIZER = "tokenizer.json"
 # Files that say the same as tokenizer.json, until tokens are added to that.
@@ -171,7 +172,7 @@ def _held(tokenizer: Mapping[str, Any]) -> set[str]:
 
 
 def _dumped(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes(value)
 
 
 def _renumber_config(

@@ -59,7 +59,9 @@ class ModelRows:
         }
 
 
-_COUNTS = ("own", "moved", "taken", "averaged", "zero", "approximated", "dropped", "reserved")
+_COUNTS = (
+    *("own", "moved", "taken", "averaged", "zero", "approximated", "dropped", "kept", "reserved"),
+)
 
 
 @dataclass(frozen=True)

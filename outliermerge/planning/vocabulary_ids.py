@@ -13,6 +13,7 @@ from outliermerge.checkpoint.config import at_level, read_json, text_config
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.planning.special_tokens import special_token
 from outliermerge.planning.vocabulary_config import id_values, reached
+from outliermerge.storage.json_text import json_bytes
 
 CONFIGS = ("config.json", "generation_config.json")
 _WORD = re.compile(r"^(?:decoder_start_|forced_)?(bos|eos|pad|unk|sep|cls|mask)_token_id$")
@@ -123,4 +124,4 @@ def fit_ids(data: bytes, values: Mapping[tuple[str, ...], Any]) -> bytes:
         return data
     for path, value in values.items():
         reached(config, path[:-1])[path[-1]] = value
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_bytes(config)

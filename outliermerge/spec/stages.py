@@ -16,6 +16,7 @@ STAGES, NAME = "stages", "name"
 # How many merges may be made of one another, and how many a tensor may be computed by: a stage that
 # two merges use is computed for each of them.
 MAX_CHAIN, MAX_MERGES = 50, 1000
+_MAX_STAGES = 1000
 
 
 def one_document(
@@ -30,6 +31,7 @@ def one_document(
         SpecError: it cannot be told which merge is the output's.
     """
     (raw, source), *others = documents
+    _refuse_many(others, source)
     if others:
         return _with_stages(documents, _output_of(documents))
     entries = raw.get(STAGES)
@@ -37,8 +39,15 @@ def one_document(
         return raw, source
     if not all(isinstance(entry, dict) for entry in entries):
         return raw, source
+    _refuse_many(entries, source)
     merges = [(entry, source.part((STAGES, index))) for index, entry in enumerate(entries)]
     return _with_stages(merges, _output_of(merges))
+
+
+def _refuse_many(stages: Sequence[Any], source: SpecText) -> None:
+    if len(stages) > _MAX_STAGES:
+        said = f"found {len(stages):,} stages, expected at most {_MAX_STAGES:,}"
+        raise source.error((STAGES,), said, at_key=True)
 
 
 def _with_stages(
@@ -122,6 +131,7 @@ def in_order(raw: Mapping[str, Any], mistakes: Mistakes) -> list[tuple[str, int]
         said = f"found {describe(entries)}, expected a list of merges"
         mistakes.add(source.error((STAGES,), said))
         return []
+    _refuse_many(entries, source)
     places: dict[str, int] = {}
     for index, entry in enumerate(entries):
         path: SpecPath = (STAGES, index)

@@ -133,3 +133,11 @@ def _found(error: json.JSONDecodeError) -> str:
     if text.startswith(",", position) and text[position + 1 :].lstrip()[:1] in ("}", "]"):
         return f"{where}: a comma after the last value. Take it out."  # Python 3.13's position
     return f"no JSON: {where}: {error.msg}. Fetch it again, or correct it."
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as the text of a JSON file of a model; what UTF-8 cannot hold is escaped."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2) + "\n").encode()

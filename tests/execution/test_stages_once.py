@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoints import family, load_folder
 
 import outliermerge
 from outliermerge.execution import merged, threads
+from outliermerge.output.options import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,17 @@ def test_each_block_of_each_stage_is_merged_once(kernels, memory, models, monkey
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert len(counts) == 6 * len(plan.jobs)  # of tensors that are one block
     assert set(counts.values()) == {1}
+
+
+def test_the_memory_of_a_plan_has_what_is_held_of_stages(models):
+    """A merge of two stages by a method that reads them three times."""
+    plan = outliermerge.plan(in_stages(models, 2, parameters={"density": 0.4}))
+    largest = max(job.num_elements for job in plan.jobs)
+    options = RunOptions(threads=2, memory="64MiB").on_this_machine()
+    held = options.threads * 2 * 4 * largest  # two stages in float32
+    assert held <= plan.block_memory_bytes(options) <= plan.peak_memory_bytes(options)
+    kept = plan._held_bytes(options), plan._held_bytes(replace(options, memory_bytes=1000))
+    assert kept == (held, 1000)
 
 
 def test_what_a_stage_of_stages_needs_to_be_planned_does_not_double(models, tmp_path):

@@ -181,12 +181,6 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
         {"type": "Precompiled",
          "precompiled_charsmap": base64.b64encode(struct.pack("<I", 2**31)).decode()},
     ),
-    "a map of noise": lambda: normalized(
-        {"type": "Precompiled",
-         "precompiled_charsmap": base64.b64encode(
-             struct.pack("<I", 4096) + bytes(range(256)) * 16).decode()},
-        added="\u00e4b",
-    ),
     "deep normalizers": lambda: tokenizer_json(normalizer=nested(40)),
     "deeper normalizers": lambda: json.dumps(tokenizer_json(normalizer="X")).replace(
         '"X"', '{"type":"Sequence","normalizers":[' * 5000 + "]}" * 5000

@@ -256,6 +256,8 @@ def test_reserved_rows_of_the_tokenizers_model_stay(padded_family, tmp_path):
     assert plan.num_rows is not None and plan.tokenizer is not None
     assert [(m.kept, m.reserved) for m in plan.tokenizer.models] == [(7, 0), (5, 0), (7, 2)]
     assert any("fewer rows (2 of" in note for note in plan.notes)
+    told = [(m["kept"], m["reserved"]) for m in plan.as_dict()["tokenizer"]["rows"]]
+    assert told == [(7, 0), (5, 0), (7, 2)]
     out = outliermerge.run(spec, output=tmp_path / "o").output
     table, base, chat, long = (
         _table(f) for f in (out, root / "base", root / "chat", root / "long")
