@@ -90,7 +90,10 @@ def _asked() -> bytes:
     places = [Path(place) for place in sys.path if place and Path(place).is_dir()]
     packages = {path.name for place in places for path in place.glob("*.dist-info")}
     for library in _LIBRARIES:
-        spec = find_spec(library)
+        try:
+            spec = find_spec(library)
+        except ImportError:  # a hook refuses it
+            return b""
         home = Path(spec.origin).parent.parent if spec and spec.origin else None
         if home is not None and not any(home.glob(f"{library}-*.dist-info")):
             return b""
