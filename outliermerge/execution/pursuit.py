@@ -1,8 +1,8 @@
 """Rows as weighted sums of a few of many others: the arithmetic of transplants.
 
 The candidates are found by products in float32, and chosen among by distances and products in
-float64: so neither the number of threads nor the size of the blocks changes which ones are chosen,
-unless two are equally good to about 1e-15.
+float64: so the number of threads does not change which ones are chosen, unless two are equally good
+to about 1e-15, and changes weights in their last bits at most.
 
 Legend: B targets, N atoms (the rows to choose from), C columns, K chosen.
 """

@@ -94,7 +94,10 @@ def _asked() -> bytes:
         for place in places
     ]
     for library in _LIBRARIES:
-        spec = find_spec(library)
+        try:
+            spec = find_spec(library)
+        except ImportError:  # a hook refuses it
+            return b""
         home = Path(spec.origin).parent.parent if spec and spec.origin else None
         if home is not None and not any(home.glob(f"{library}-*.dist-info")):
             return b""
