@@ -458,6 +458,25 @@ def test_a_recipe_of_a_transplant_is_no_spec(models, tmp_path, capsys):
     assert "merge_method: transplant" in (tmp_path / "page.html").read_text()
 
 
+def test_texts_end_and_words_are_bad_as_in_both_models(models, tmp_path):
+    """The model ends its turns with a token which only the donor's tokenizer has as well."""
+    model, donor = (
+        save_model(tmp_path / "model", "BPE", added=["<|im_end|>", "<img>"]),
+        tmp_path / "d",
+    )
+    save_model(donor, "byte-level BPE", "other", ["<pad>", "<|im_end|>"])
+    ids, there = ({t: i for i, t in read_tokens(f).items()} for f in (model, donor))
+    said = {"eos_token_id": [ids["</s>"], ids["<|im_end|>"]],
+            "bad_words_ids": [[ids["<|im_end|>"]], [ids["<img>"]]]}  # fmt: skip
+    (model / "generation_config.json").write_text(json.dumps(said))
+    result = outliermerge.transplant(model, donor, output=tmp_path / "out", method="mean")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [there["<|end|>"], there["<|im_end|>"]]
+    assert written["bad_words_ids"] == [[there["<|im_end|>"]]]
+    said = "ends its texts with '<|im_end|>': the output stops there, too"
+    assert any(said in note for note in result.notes)
+
+
 # Mistakes
 
 

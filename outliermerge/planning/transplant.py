@@ -171,7 +171,8 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
     plan = _plan_of(spec, model, donor, combined, tied.followers, shard_bytes)
     checks = [check_tied(spec, (model,), c) for c in tied.copies if not c.is_stray]
     checks += [replace(c, sources=tuple((0, s) for _, s in c.sources)) for c in model.checks]
-    ids, of_ids = changed_ids(_side(model, rows), _side(donor, donated), tokens, ways_out=_TAKE_OUT)
+    sides = _side(model, rows), _side(donor, donated)
+    ids, of_ids = changed_ids(*sides, tokens, ways_out=_TAKE_OUT, keeps_ends=True)
     of_tokenizer = TokenizerPlan(
         spec.donor, spec.donor, len(tokens), num_rows, 0, 0,
         (_counts(spec, rows, pairing, kept, len(tokens)),), ids=ids,

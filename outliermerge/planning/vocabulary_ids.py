@@ -19,6 +19,7 @@ CONFIGS = ("config.json", "generation_config.json")
 _WORD = re.compile(r"^(?:decoder_start_|forced_)?(bos|eos|pad|unk|sep|cls|mask)_token_id$")
 _OF_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SUPPRESSED = re.compile(r"suppress_tokens$")
+_END, _WORDS = "eos_token_id", "bad_words_ids"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ _WAYS_OUT = (
 
 
 def changed_ids(
-    config: Side, tokenizer: Side, tokens: Mapping[int, str], *, ways_out: str = _WAYS_OUT
+    config: Side,
+    tokenizer: Side,
+    tokens: Mapping[int, str],
+    *,
+    ways_out: str = _WAYS_OUT,
+    keeps_ends: bool = False,
 ) -> tuple[dict[str, dict[tuple[str, ...], Any]], list[str]]:
     """Return by file the values of a config that change, by the keys to them; and notes.
 
@@ -59,6 +65,7 @@ def changed_ids(
         tokenizer: the model whose tokenizer the output's is made from.
         tokens: the output's tokens by id.
         ways_out: what can be done about tokens that the output does not have.
+        keeps_ends: texts also end with the tokens with which they did by this config.
 
     Raises:
         OutlierMergeError: the config names a token that the output does not have.
@@ -68,7 +75,9 @@ def changed_ids(
     notes, lost = [], []
     for file in CONFIGS:
         own = read_json(config.home / file)
-        for path, _ in id_values(own):
+        if _WORDS in own and (words := _moved(own[_WORDS], config, ids)) != own[_WORDS]:
+            changed.setdefault(file, {})[(_WORDS,)] = words
+        for path, own_ids in id_values(own):
             key, whose, value = path[-1], config, at_level(own, path[:-1])[path[-1]]
             if key in _OF_TOKENIZER and (said := _said(tokenizer, config, file, key)) is not None:
                 whose, value = tokenizer, said
@@ -89,6 +98,16 @@ def changed_ids(
                     f"{file} of {shown(whose.name)}: {'.'.join(path)} {named} is no token of the "
                     f"output, which has {', '.join(map(str, kept)) or 'none'} there"
                 )
+            if keeps_ends and key == _END and whose is tokenizer:
+                of_own = [ids[t] for i in own_ids if (t := config.tokens.get(i)) in ids]
+                if further := [id_ for id_ in of_own if id_ not in kept]:
+                    kept, value = [*kept, *further], [*numbers, *further]
+                    notes.append(
+                        f"{shown(config.name)} ends its texts with "
+                        f"{shown(', '.join(repr(tokens[id_]) for id_ in further))}: the output "
+                        f"stops there, too ({'.'.join(path)} {', '.join(map(str, further))} in "
+                        f"{file})"
+                    )
             new = (kept or None) if isinstance(value, list) else next(iter(kept), None)
             if new != at_level(own, path[:-1])[key]:
                 changed.setdefault(file, {})[path] = new
@@ -98,6 +117,18 @@ def changed_ids(
             f"{listing(lost, limit=5)}\n{ways_out}"
         )
     return changed, notes
+
+
+def _moved(words: Any, of: Side, ids: Mapping[str, int]) -> Any:
+    """Return words, which are lists of ids, in the output's ids; None if none can be written."""
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        return words
+    moved = [
+        [ids[t] for i in word if type(i) is int and (t := of.tokens.get(i, "")) in ids]
+        for word in words
+    ]  # a word with a token that the output does not have cannot be written
+    pairs = zip(moved, words, strict=True)
+    return [own for own, word in pairs if len(own) == len(word)] or None
 
 
 def _said(tokenizer: Side, config: Side, file: str, key: str) -> Any:
