@@ -111,5 +111,5 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation=BAR_EXPLAINED
-    + "mergekit-yaml's flags are taken too; those without effect here are named in a note.",
+    + "mergekit-yaml's and mergekit-multi's flags are taken too; those without effect here are named in a note.",
 )

@@ -53,13 +53,13 @@ def run(options: argparse.Namespace) -> int:
     """Merge with several settings, and print what was done."""
     from outliermerge.search import sweeps
 
-    output = named_output(options)
     settings = {}
     for option in options.set:
         key, values = sweeps.parse_values(option)
         if key in settings:
             raise SpecError(f"--set {shown(key)}: is given twice: write {key}=VALUE,VALUE,…")
         settings[key] = values
+    output = named_output(options)
     spec = read_spec(options)
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     total = sweeps.work_bytes(variants)

@@ -110,3 +110,24 @@ def test_the_command_prints_them(place, monkeypatch, capsys):
 def test_a_setting_as_json_keeps_its_values():
     row = UsedSetting("weight", ("a",), None, (0.2, 0.5), 3)
     assert row.as_dict()["values"] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "parameters", "is_noted"),
+    [
+        ("ties", {}, {"weight": [0.3, 0.7]}, True),
+        ("ties", {}, {"density": [{"filter": "mlp", "value": [0.3, 0.7]}]}, True),
+        ("ties", {}, {"weight": [0.3, 0.5, 0.7]}, False),
+        ("ties", {}, {"lambda": [0.3, 0.7]}, False),
+        ("ties", {"parameters": {"weight": [0.3, 0.7]}}, {}, False),
+    ],
+)
+def test_a_list_as_long_as_the_models_is_noted_as_a_gradient(
+    place, method, own, parameters, is_noted
+):
+    models = [{"model": name} | own for name in ("a", "b")]
+    spec = {"merge_method": method, "base_model": "base", "models": models}
+    notes = outliermerge.plan(spec | {"parameters": parameters}).notes
+    (name,) = parameters or ["weight"]
+    said = f"`{name}: [0.3, 0.7]` is a gradient over the layers, the same for every model"
+    assert any(note.startswith(said) for note in notes) == is_noted

@@ -197,6 +197,14 @@ def test_an_option_of_another_form_is_refused(option):
         parse_values(option)
 
 
+def test_a_space_in_place_of_an_equals_sign_is_told_as_such(spec, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    command = ["sweep", str(tmp_path / "spec.yaml"), "--output", "out", "--set", "weight", "0.3"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --set weight: no values: write KEY=VALUE,VALUE,… such as weight")
+
+
 def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "spec.yaml"

@@ -66,6 +66,10 @@ BAD = {
         HEAD + "dtpe: float32\n",
         "6:1: dtpe: unknown key 'dtpe'. Did you mean 'dtype'?",
     ),
+    "two letters of a key changed places": (
+        HEAD.replace("models:", "modles:"),
+        "3:1: modles: unknown key 'modles'. Did you mean 'models'?",
+    ),
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, dtype, "
@@ -220,6 +224,10 @@ BAD = {
     "mistyped dtype": (
         HEAD + "dtype: bf17\n",
         f"6:8: dtype: found 'bf17', expected {DTYPES}. Did you mean 'bfloat16'?",
+    ),
+    "beginning of a dtype": (
+        HEAD + "dtype: bfloat\n",
+        f"6:8: dtype: found 'bfloat', expected {DTYPES}. Did you mean 'bfloat16'?",
     ),
     "integer dtype": (
         HEAD + "out_dtype: int8\n",
