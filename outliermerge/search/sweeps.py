@@ -14,7 +14,7 @@ from typing import Any
 from outliermerge.api import plan
 from outliermerge.arguments import checked, wrong
 from outliermerge.errors import ArgumentError, SpecError, argument, shown
-from outliermerge.output.options import RunOptions
+from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import set_key
@@ -110,6 +110,7 @@ def plan_sweep(
     return list(variants.values())
 
 
+@showing_options
 @checked
 def sweep(
     spec: str | Path | Mapping[str, Any] | Sequence[Variant],
