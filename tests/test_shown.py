@@ -259,7 +259,8 @@ def test_signatures_show_the_options(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["run", "weight_stats", "build_report", "compare_weights", "layer_spectra", "simulate", "sweep"],
+    ["run", "weight_stats", "build_report", "compare_weights", "layer_spectra", "simulate",
+     "sweep"],
 )  # fmt: skip
 def test_signatures_show_no_addresses(name):
     assert " at 0x" not in str(inspect.signature(getattr(outliermerge, name)))

@@ -36,6 +36,8 @@ class Took(NamedTuple):
 
     planning: float
     load_check: float = 0.0
+    asked: float = 0.0
+    """What this plan waited for an answer that a run takes over."""
 
     def with_merge(self, seconds: float) -> float:
         """Return the time of a whole run: the output is checked while it is merged."""
@@ -76,7 +78,7 @@ def print_plan(
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
+        *([("loads in", _loads_in(verdict, took))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, facts)
@@ -279,9 +281,11 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
-def _loads_in(verdict: Verdict) -> str:
-    """Return what loads the output, and what that is to a run."""
-    return f"{'; '.join(verdict.by)} ({_KNOWN if verdict.is_kept else _ASKED})"
+def _loads_in(verdict: Verdict, took: Took) -> str:
+    """Return what loads the output, how long it took to ask, and what that is to a run."""
+    seconds = took.asked or took.load_check
+    asked = "checked before" if verdict.was_known else f"checked in {_duration(seconds)}"
+    return f"{'; '.join(verdict.by)} ({asked}; {_KNOWN if verdict.is_kept else _ASKED})"
 
 
 def _time(estimate: Estimate, took: Took) -> str:

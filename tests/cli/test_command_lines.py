@@ -192,7 +192,9 @@ class TestFlagsOfMergekit:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cli.main(["merge.yml", "out", "--cuda"]) == 2
-        assert "error: device cuda is not on this machine" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "error: device cuda is not on this machine" in said
+        assert "Leave it out, and the CPU computes." in said
 
 
 class TestEveryCommand:

@@ -591,7 +591,8 @@ def test_a_device_that_is_not_on_this_machine_is_refused(folder, capsys, monkeyp
 
     assert _plan(folder, HEAD, capsys, "--device", "cuda:1") == (
         2,
-        "error: device cuda:1 is not on this machine: it has 0 CUDA device(s)\n",
+        "error: device cuda:1 is not on this machine: it has 0 CUDA device(s). Leave it "
+        "out, and the CPU computes.\n",
     )
 
 
