@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from outliermerge.spec.check import MergeSpec
 
 _MAX_LAYER_ROWS = 60
+_BESIDE_NAMES = 55  # the width of a row of layers without the name of their model
 _KNOWN = "a run takes this answer over"
 _ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
@@ -166,12 +167,16 @@ def _print_layers(console: Console, plan: Plan) -> None:
         "layers of", "stack", "layers", "merged by", "from", "layers there", justify="left"
     )
     before: tuple[str, str] | None = None
+    models = [model for row in rows for model, _, _ in row.sources]
+    short = {model: model for model in models}
+    if max(map(len, models), default=0) > console.width - _BESIDE_NAMES:
+        short = short_references(models)
     for row in rows[:_MAX_LAYER_ROWS]:
         cells = [row.merge, row.stack] if (row.merge, row.stack) != before else ["", ""]
         before = row.merge, row.stack
         cells += [_layers(row.start, row.stop), row.method or "copied"]
         for model, start, stop in row.sources:
-            table.add_row(*cells, model, _layers(start, stop))
+            table.add_row(*cells, short[model], _layers(start, stop))
             cells = [""] * len(cells)
     table.print(console)
     if len(rows) > _MAX_LAYER_ROWS:

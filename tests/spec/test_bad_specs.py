@@ -151,11 +151,11 @@ BAD = {
     ),
     "too many models": (
         LINEAR.replace("linear", "passthrough"),
-        "3:3: models: passthrough takes 1 model(s), found 2",
+        "3:3: models: passthrough takes 1 model(s), found 2: leave 1 out",
     ),
     "only the base model": (
         NO_MODELS + "models:\n  - model: DIR/base\n",
-        "4:3: models: ties takes at least 1 model(s) besides the base model, found 0",
+        "4:3: models: ties takes at least 1 model(s) besides the base model, found 0: add 1",
     ),
     # What is missing.
     "no merge_method": (HEAD.split("\n", 1)[1], "1:1: `merge_method` is missing"),
