@@ -15,7 +15,7 @@ from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.execution.transplant import add_rows
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
-from outliermerge.output.options import RunOptions
+from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
 from outliermerge.planning.moe import Mixture, plan_mixture
 from outliermerge.planning.plan import Plan
@@ -58,6 +58,7 @@ def plan(
     return make_plan(loaded, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
+@showing_options
 @checked
 def run(
     spec: str | Path | Mapping[str, Any] | Plan,
@@ -85,6 +86,9 @@ def run(
         **changes: single fields of `RunOptions`: device, memory, threads, kernels, overwrite,
             fresh, allow_non_finite, on_progress, on_waiting, executor, and load_check, which is
             False by default: `load_check=True` proves that the output loads.
+
+    Returns:
+        What was written: `output`, `manifest`, times, and `load_check` where it was asked for.
 
     Raises:
         SpecError: the spec is wrong.
@@ -152,6 +156,7 @@ class MoeResult:
         return short_repr(self, str(self.run.output), notes)
 
 
+@showing_options
 @checked
 def moe(
     spec: str | Path | Mapping[str, Any] | MoeSpec,
@@ -227,6 +232,7 @@ class TransplantResult:
         return short_repr(self, str(self.run.output), counts, notes)
 
 
+@showing_options
 @checked
 def transplant(
     model: str | Path,
@@ -288,6 +294,7 @@ def planned_transplant(spec: TransplantSpec, *, shard_size: int | str | None = N
     return plan_transplant(spec, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
+@showing_options
 @checked
 def estimate(
     planned: Plan,

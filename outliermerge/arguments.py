@@ -18,8 +18,29 @@ _DEVICE = re.compile(r"cpu|auto|cuda(:[0-9]{1,9})?")
 _Kind = tuple[Callable[[Any], bool], str]
 
 
+ONE_OR_MORE = "str | Path | Sequence[str | Path]"
+"""The annotation of an argument that is a list, or one of what may be in it."""
+
+
+class _Nothing:
+    """The default of a function that is called with news: it does nothing, and help() shows it."""
+
+    def __call__(self, *news: object) -> None:
+        """Do nothing."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+nothing = _Nothing()
+
+
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_one(value: object) -> bool:
+    return isinstance(value, (str, Path))
 
 
 def _is_settings(value: object) -> bool:
@@ -104,6 +125,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     is_needed = {p.name: p.default is p.empty for p in signature.parameters.values()}
     by_place = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    or_one = [n for n, p in signature.parameters.items() if str(p.annotation) == ONE_OR_MORE]
     takes_more = len(known) < len(signature.parameters)
 
     @functools.wraps(function)
@@ -112,6 +134,8 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             if name not in known:
                 raise unexpected(function.__name__, name, known)
         if len(positional) > len(by_place):
+            if by_place == ["models"]:
+                raise TypeError(f"{function.__name__}() takes a list of models: write [a, b]")
             raise TypeError(
                 f"{function.__name__}() takes {len(by_place)} argument(s) without a name "
                 f"({', '.join(by_place)}), found {len(positional)}: name the others, such as "
@@ -124,7 +148,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         for name, value in given.items():
             if value is None and name in _KINDS and is_needed[name]:
                 raise wrong(name, value, _KINDS[name][1])
-        check_arguments(given)
+        check_arguments({n: v for n, v in given.items() if not (n in or_one and _is_one(v))})
         return function(*positional, **keywords)
 
     return call

@@ -201,6 +201,8 @@ def nearest(
 
     >>> nearest("Base-Model", ["base_model", "models"])
     'base_model'
+    >>> nearest("modles", ["models", "modules"])
+    'models'
     >>> nearest("stats", ["WeightStats", "weight_stats"], by_word=True)
     'weight_stats'
     """
@@ -208,7 +210,8 @@ def nearest(
     if len(choices) > _MAX_CHOICES or len(str(name)) > _MAX_WORD:
         return None
     wanted = _plain(str(name))
-    close = difflib.get_close_matches(wanted, choices, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(wanted, choices, n=3, cutoff=cutoff)
+    close.sort(key=lambda choice: sorted(choice) != sorted(wanted))  # letters in another order
     if by_word and not difflib.get_close_matches(wanted, close, cutoff=max(cutoff, _TYPO)):
         having = [choice for choice in choices if wanted in choice.split("_")]
         close = difflib.get_close_matches(wanted, having, n=1, cutoff=0) or close

@@ -117,7 +117,7 @@ def merge_tensors(
     Args:
         models: the models' tensors, all of one shape; on any devices.
         base: the base model's tensor, for methods on task vectors.
-        method: a name, `package.module:function`, or a method.
+        method: a name, by default `min_sigma`; `package.module:function`, or a method.
         name: the tensor's name in its model; methods that draw random numbers draw others for
             another name.
         seed: of methods that draw random numbers.

@@ -129,7 +129,7 @@ RUN = {
 OF_SPEC = {"spec": 5, "shard_size": "huge"}
 # By function a wrong value for each of its arguments.
 WRONG: dict[str, dict[str, Any]] = {
-    "build_report": {"models": "one", "output": None, "png": 5, "t": "x", "filter": "x"} | ANALYSIS,
+    "build_report": {"models": 5, "output": None, "png": 5, "t": "x", "filter": "x"} | ANALYSIS,
     "compare_weights": {"models": "one", "t": "2", "rename": 5} | ANALYSIS,
     "find_method": {"name": 5},
     "fingerprint_distance": {"a": 1},
@@ -266,3 +266,20 @@ def _docstrings(tree: ast.AST) -> set[str]:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     }
+
+
+def test_models_without_a_list_are_answered_with_one(spec: Path) -> None:
+    with pytest.raises(TypeError, match=r"takes a list of models: write \[a, b\]"):
+        outliermerge.compare_weights("one", "two")  # type: ignore[call-arg,arg-type]
+    with pytest.raises(ArgumentError, match="models: found 'one', expected a list"):
+        outliermerge.compare_weights("one")  # type: ignore[arg-type]
+
+
+def test_a_report_takes_one_model_as_it_is(spec: Path) -> None:
+    pages = [
+        outliermerge.build_report(given, output=f"{number}.html").read_bytes()
+        for number, given in enumerate(("one", Path("one"), ["one"]))
+    ]
+    assert pages[0] == pages[1] == pages[2]
+    with pytest.raises(ArgumentError, match="models: found 1, expected a list"):
+        outliermerge.build_report(1, output="page.html")  # type: ignore[arg-type]

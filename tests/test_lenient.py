@@ -186,7 +186,7 @@ REFUSED = {
     "slerp without a base": (LINEAR.replace("linear", "slerp"), "`base_model` is missing: slerp"),
     "slerp of a third base": (
         SLERP + "  - model: DIR/model2\nparameters: {t: 0.5}\n",
-        "slerp takes 2 model(s), the base model among them, found 3",
+        "slerp takes 2 model(s), the base model among them, found 3: leave 1 out",
     ),
     "a model twice": (TIES + "  - model: DIR/model0\n", "stands twice, first as models[0]"),
     "an unknown method": (TIES.replace("ties", "SWCM"), "unknown merge method 'SWCM'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import sys
 import types
@@ -13,6 +15,7 @@ from checkpoints import save_tensors
 
 import outliermerge
 from outliermerge.display import html_table, short_repr
+from outliermerge.execution.routers import Routing
 from outliermerge.notebook import NotebookBar, in_notebook
 
 NUM_LAYERS = 40
@@ -244,3 +247,26 @@ def test_an_unknown_name_is_told_with_the_nearest():
         outliermerge.mrege_tensors  # noqa: B018
     with pytest.raises(AttributeError, match=r"dir\(outliermerge\)"):
         outliermerge.zzz  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["run", "sweep", "moe", "transplant", "estimate"])
+def test_signatures_show_the_options(name):
+    parameters = inspect.signature(getattr(outliermerge, name)).parameters
+    for field in dataclasses.fields(outliermerge.RunOptions):
+        assert field.name in parameters
+    assert "changes" not in parameters
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run", "weight_stats", "build_report", "compare_weights", "layer_spectra", "simulate",
+     "sweep"],
+)  # fmt: skip
+def test_signatures_show_no_addresses(name):
+    assert " at 0x" not in str(inspect.signature(getattr(outliermerge, name)))
+
+
+def test_a_routing_says_what_is_in_it():
+    rows = [[[0.5] * 8] * 8] * 40
+    text = repr(Routing([7] * 8, rows, rows))
+    assert "40 layers, 8 experts, 56 tokens" in text and "0.5" not in text

@@ -21,7 +21,7 @@ from outliermerge.analysis.moved_layers import moved_layers_note
 from outliermerge.analysis.pairs import PairStats as PairStats
 from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.verdict import verdict_of
-from outliermerge.arguments import checked
+from outliermerge.arguments import checked, nothing
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.display import html_table, html_words, short_repr
@@ -151,8 +151,8 @@ def compare_weights(
     rename: str | None = None,
     device: str = "cpu",
     threads: int = 0,
-    on_total: Callable[[int], None] = lambda num_bytes: None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
 ) -> Comparison:
     """Compare all pairs of models, or of task vectors, tensor by tensor and as whole models.
 

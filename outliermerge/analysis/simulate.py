@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.analysis.extras import require
 from outliermerge.analysis.stats import stats_of_tensor
 from outliermerge.analysis.table import BINS, HALF_WIDTH, TensorStats
-from outliermerge.arguments import checked
+from outliermerge.arguments import checked, nothing
 from outliermerge.display import short_repr
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.notebook import with_bar
@@ -100,8 +100,8 @@ def simulate(
     seed: int = 42,
     num_points: int = 10_000_000,
     noises: Sequence[float] = NOISES,
-    on_total: Callable[[int], None] = lambda num_bytes: None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
 ) -> Simulation:
     """Simulate weights as in arXiv 2501.10661, section C.6, and measure them.
 

@@ -23,7 +23,7 @@ from outliermerge.analysis.places import find_places, short_names
 from outliermerge.analysis.spectra_fingerprint import Fingerprint, LayerStd, make_fingerprint
 from outliermerge.analysis.spectra_fit import PowerLawFit, fit_power_law
 from outliermerge.analysis.spectra_values import cosine_distances, matrix_spectra
-from outliermerge.arguments import checked
+from outliermerge.arguments import checked, nothing
 from outliermerge.display import short_repr
 from outliermerge.errors import (
     ArgumentError,
@@ -128,8 +128,8 @@ def layer_spectra(
     rename: str | None = None,
     device: str = "cpu",
     threads: int = 0,
-    on_total: Callable[[int], None] = lambda num_bytes: None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
 ) -> LayerSpectra:
     """Return the leading singular values of a model's layers, and the distances between layers.
 

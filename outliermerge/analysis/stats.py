@@ -25,7 +25,7 @@ from outliermerge.analysis.measure import (
 from outliermerge.analysis.models import Subject, open_subject
 from outliermerge.analysis.places import ModulePlace, find_places
 from outliermerge.analysis.table import Histogram, TensorStats, WeightStats
-from outliermerge.arguments import checked, wrong
+from outliermerge.arguments import checked, nothing, wrong
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
@@ -55,8 +55,8 @@ def weight_stats(
     device: str = "cpu",
     threads: int = 0,
     kernels: bool = True,
-    on_total: Callable[[int], None] = lambda num_bytes: None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
 ) -> WeightStats:
     """Measure the distribution of each of a model's tensors.
 

@@ -140,9 +140,20 @@ def convert(raw: Mapping[str, Any]) -> Converted:
                 "arithmetic: mergekit computes in `dtype`, or else in the models' own; here it "
                 "is float32, rounded once when a tensor is stored"
             )
+        if method.name.startswith("dare_") and _rescales(found.document):
+            found.differences.append(
+                "rescale: mergekit brings what is kept back to the L1 norm; here it is divided by "
+                "`density`, as published. `rescale_by: l1` under `parameters` is mergekit's way"
+            )
         if method.name in _RANDOM:
             found.differences.append("random numbers are drawn otherwise, with the spec's `seed`")
     return found
+
+
+def _rescales(document: Mapping[str, Any]) -> bool:
+    """Tell whether what is kept is made larger by division: the default."""
+    given = document.get("parameters", {})
+    return given.get("rescale") is not False and given.get("rescale_by") != "l1"
 
 
 def _near(name: str, valid: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""mergekit-yaml's flags: what they mean here, or why they have no effect."""
+"""Flags of mergekit-yaml and mergekit-multi: what they mean here, or why they have no effect."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _WITH_VALUE = (
     "--lora-merge-cache",
     "--lora-merge-dtype",
     "--write-threads",
+    "--intermediate-dir",
 )
 _MEMORY = "--memory bounds what is held"
 _ADAPTERS = "adapters are added to their models block by block"
@@ -32,6 +33,7 @@ WITHOUT_EFFECT = {
     "--multi-gpu": "--device cuda uses all GPUs",
     "--async-write": _WRITING,
     "--write-threads": _WRITING,
+    "--intermediate-dir": "stages are computed as they are read; --keep NAME writes one, too",
     "--clone-tensors": "every tensor is written by itself",
     "--no-copy-tokenizer": "the tokenizer is always written",
     "--no-write-model-card": "the model card is always written",
@@ -69,6 +71,7 @@ def add_mergekit_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-rich", action="store_true", dest="cuda", **hidden)
     parser.add_argument("-j", "--num-threads", type=count, dest="threads", **hidden)
     parser.add_argument("--out-shard-size", type=_shard_size, dest="shard_size", **hidden)
+    parser.add_argument("--out-path", dest="output", **hidden)  # of mergekit-multi
     parser.add_argument("--random-seed", type=int, **hidden)
     for flag in WITHOUT_EFFECT:
         nargs = None if flag in _WITH_VALUE else 0
@@ -84,7 +87,7 @@ def note_of(options: argparse.Namespace) -> list[str]:
     for flag in given:
         reasons.setdefault(WITHOUT_EFFECT[flag], []).append(flag)
     said = "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in reasons.items())
-    return [f"flags of mergekit-yaml without effect here: {said}"] if said else []
+    return [f"flags of mergekit without effect here: {said}"] if said else []
 
 
 def _shard_size(text: str) -> str:

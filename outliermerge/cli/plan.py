@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     verdict = check_loading(planned, quiet=options.quiet) if options.load_check else None
     if verdict is not None:
-        if not verdict.is_kept:
-            took = took._replace(load_check=time.perf_counter() - began)
+        waited = time.perf_counter() - began
+        took = took._replace(**{"asked" if verdict.is_kept else "load_check": waited})
         planned = replace(planned, notes=(*planned.notes, *verdict.notes))
     if output is not None:
         planned = replace(planned, notes=(*planned.notes, *_taken(planned, output)))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from outliermerge.spec.check import MergeSpec
 
 _MAX_LAYER_ROWS = 60
+_BESIDE_NAMES = 55  # the width of a row of layers without the name of their model
 _KNOWN = "a run takes this answer over"
 _ASKED = "a run asks it again, with 0.5 GB more of memory; --no-load-check leaves it out"
 
@@ -36,6 +37,8 @@ class Took(NamedTuple):
 
     planning: float
     load_check: float = 0.0
+    asked: float = 0.0
+    """What this plan waited for an answer that a run takes over."""
 
     def with_merge(self, seconds: float) -> float:
         """Return the time of a whole run: the output is checked while it is merged."""
@@ -76,7 +79,7 @@ def print_plan(
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
-        *([("loads in", _loads_in(verdict))] if verdict and verdict.by else []),
+        *([("loads in", _loads_in(verdict, took))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
     print_facts(console, facts)
@@ -164,12 +167,16 @@ def _print_layers(console: Console, plan: Plan) -> None:
         "layers of", "stack", "layers", "merged by", "from", "layers there", justify="left"
     )
     before: tuple[str, str] | None = None
+    models = [model for row in rows for model, _, _ in row.sources]
+    short = {model: model for model in models}
+    if max(map(len, models), default=0) > console.width - _BESIDE_NAMES:
+        short = short_references(models)
     for row in rows[:_MAX_LAYER_ROWS]:
         cells = [row.merge, row.stack] if (row.merge, row.stack) != before else ["", ""]
         before = row.merge, row.stack
         cells += [_layers(row.start, row.stop), row.method or "copied"]
         for model, start, stop in row.sources:
-            table.add_row(*cells, model, _layers(start, stop))
+            table.add_row(*cells, short[model], _layers(start, stop))
             cells = [""] * len(cells)
     table.print(console)
     if len(rows) > _MAX_LAYER_ROWS:
@@ -279,9 +286,11 @@ def _print_tensors(console: Console, plan: Plan) -> None:
     table.print(console)
 
 
-def _loads_in(verdict: Verdict) -> str:
-    """Return what loads the output, and what that is to a run."""
-    return f"{'; '.join(verdict.by)} ({_KNOWN if verdict.is_kept else _ASKED})"
+def _loads_in(verdict: Verdict, took: Took) -> str:
+    """Return what loads the output, how long it took to ask, and what that is to a run."""
+    seconds = took.asked or took.load_check
+    asked = "checked before" if verdict.was_known else f"checked in {_duration(seconds)}"
+    return f"{'; '.join(verdict.by)} ({asked}; {_KNOWN if verdict.is_kept else _ASKED})"
 
 
 def _time(estimate: Estimate, took: Took) -> str:

@@ -111,5 +111,6 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation=BAR_EXPLAINED
-    + "mergekit-yaml's flags are taken too; those without effect here are named in a note.",
+    + "The flags of mergekit-yaml and mergekit-multi are taken too; those without effect here are "
+    "named in a note.",
 )

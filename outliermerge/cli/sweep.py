@@ -53,14 +53,16 @@ def run(options: argparse.Namespace) -> int:
     """Merge with several settings, and print what was done."""
     from outliermerge.search import sweeps
 
-    output = named_output(options)
     settings = {}
     for option in options.set:
         key, values = sweeps.parse_values(option)
         if key in settings:
             raise SpecError(f"--set {shown(key)}: is given twice: write {key}=VALUE,VALUE,…")
         settings[key] = values
+    output = named_output(options)
     spec = read_spec(options)
+    if output is None and spec.document.output is None:
+        raise SpecError(f"{spec.source.file}: no output: give --output or `output:` in the spec")
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     total = sweeps.work_bytes(variants)
     with MergeBar(total, len(variants), quiet=options.quiet) as bar:
@@ -84,9 +86,10 @@ def print_outputs(results: Sequence[RunResult]) -> None:
     """Print a row for each output: where it is, and how far it is from the base."""
     drifts = [result.manifest.get("drift") or {} for result in results]
     columns = _columns(drifts)
+    print_words(open_console(), f"in {results[0].output.parent}:")
     table = NamedTable("output", *columns)
     for result, drift in zip(results, drifts, strict=True):
-        table.add_row(str(result.output), *_cells(drift, columns))
+        table.add_row(result.output.name, *_cells(drift, columns))
     table.print(open_console())
     if columns:
         kept = _KEPT if any("kept" in title for title in columns) else ""

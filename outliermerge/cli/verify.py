@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Verify an output; return 1 if it differs."""
     from outliermerge.output import manifest
+    from outliermerge.output.names import manifest_path
     from outliermerge.storage.machine import num_threads
 
     folder = Path(options.folder)
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
         say(f"{shown(folder)}: {len(differences)} {what}\n{listing(differences)}")
+        say(f"`outliermerge run {shown(manifest_path(folder))} NEW` repeats the merge.")
     elif not options.quiet:
         say(f"{shown(folder)}: every tensor and file is as its manifest says")
     if not options.json and not options.quiet:

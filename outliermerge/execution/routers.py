@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.execution.layerwise import (
     embeddings_of,
@@ -47,6 +48,14 @@ class Routing:
     num_tokens: list[int]
     tokens: list[list[list[float]]]
     weights: list[list[list[float]]]
+
+    def __repr__(self) -> str:
+        return short_repr(
+            self,
+            f"{len(self.tokens)} layers, {len(self.num_tokens)} experts, "
+            f"{sum(self.num_tokens):,} tokens of their prompts",
+            "shares of the tokens in .tokens[layer][prompts of][expert]; mean weights in .weights",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the routing as JSON values."""

@@ -53,7 +53,10 @@ def choose_device(name: str) -> str:
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise ArgumentError(f"device {name} is not on this machine: it has {count} CUDA device(s)")
+        raise ArgumentError(
+            f"device {name} is not on this machine: it has {count} CUDA device(s). Leave it "
+            "out, and the CPU computes."
+        )
     return name
 
 

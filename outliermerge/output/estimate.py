@@ -138,7 +138,7 @@ def _tried(plan: Plan, options: Options, folder: Path) -> tuple[float | None, st
             if seconds > _TRIAL_SECONDS:
                 break
     said = f"a trial of {human_bytes(num_bytes)} in {seconds:.2f} s"
-    return num_bytes / seconds, f"{said}, into {shown(folder)}"
+    return num_bytes / seconds, f"{said}, on the disk of {shown(folder)}"
 
 
 def _can_be_tried(job: Job) -> bool:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from outliermerge.checkpoint.config import counts_as_predicted, read_json
@@ -31,6 +32,7 @@ from outliermerge.storage.files import small_bytes
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 _REFUSED = "the output does not load, as the base does not"
+_LEFT = "is left: the same command without the check goes on with it; else remove it."
 _KINDS = ("missing", "unexpected", "mismatched")
 _TIMEOUT_SECONDS = 600
 # "" is the working directory; a file of a model there must not be imported as a module.
@@ -87,8 +89,11 @@ class Verdict:
             "as_base": {folder: dict(found) for folder, found in self.as_base.items()},
         }
 
-    def raise_if_bad(self) -> None:
-        """Raise OutlierMergeError if the output does not load, or not with the values merged."""
+    def raise_if_bad(self, left: Path | None = None) -> None:
+        """Raise OutlierMergeError if the output does not load, or not with the values merged.
+
+        A run says which folder is left.
+        """
         refuse_parted(self.parted)
         if self.problems:
             raise OutlierMergeError(
@@ -96,7 +101,7 @@ class Verdict:
                 + "\n".join(self.problems)
                 + "\nIts config.json and its tensors do not fit: `config_source` takes the config "
                 f"of another model. Without this check ({argument('load_check', False)}) it is "
-                "written as it is."
+                "written as it is." + (f"\n{left} {_LEFT}" if left is not None else "")
             )
 
 
@@ -262,11 +267,11 @@ class LoadCheck:
             self._process.wait()
         self._files.close()
 
-    def raise_if_bad(self) -> None:
+    def raise_if_bad(self, left: Sequence[Path]) -> None:
         """Raise OutlierMergeError if the check has already found that an output does not load."""
         if self._process is None or self._process.poll() is not None:
-            for verdict in self.verdicts():
-                verdict.raise_if_bad()
+            for verdict, folder in zip(self.verdicts(), left, strict=True):
+                verdict.raise_if_bad(folder)
 
     def verdicts(self) -> list[Verdict]:
         """Wait for the check, and return the verdict on each output."""

@@ -49,7 +49,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             what += f", but outputs are in it, such as {inside[0].parent}"
         if os.path.lexists(journal_path(folder)):
             what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "
-            what += "same command again."
+            what += "same command again, which says so if it cannot be finished."
         elif not folder.exists():
             raise OutlierMergeError(f"{folder}: no such file or folder")
         raise OutlierMergeError(f"{folder}: no {path.name}: {what}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from outliermerge.arguments import check_arguments, unexpected, wrong
+from outliermerge.arguments import check_arguments, nothing, unexpected, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.execution.threads import Executor, choose_options, execute
 from outliermerge.planning.plan import Options
 from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,8 @@ or 1GiB.
     fresh: bool = False
     allow_non_finite: bool = False
     load_check: bool = False
-    on_progress: Callable[[int], None] = lambda num_bytes: None
-    on_waiting: Callable[[], None] = lambda: None
+    on_progress: Callable[[int], None] = nothing
+    on_waiting: Callable[[], None] = nothing
     executor: Executor = execute
 
     def __post_init__(self) -> None:
@@ -90,3 +93,24 @@ or 1GiB.
             kernels=self.kernels,
             allow_non_finite=self.allow_non_finite,
         )
+
+
+class _Code(str):
+    """A text that help() shows as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def showing_options(function: _Function) -> _Function:
+    """Let help() of a function show the fields of `RunOptions` in place of `**changes`."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in dataclasses.fields(RunOptions):
+        default = _Code(execute.__name__) if field.default is execute else field.default
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shown.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function

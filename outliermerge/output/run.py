@@ -20,7 +20,7 @@ from outliermerge.notebook import NotebookBar, in_notebook
 from outliermerge.output.folder import OutputFolder
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import Manifest, read_manifest
-from outliermerge.output.names import journal_path, real_output
+from outliermerge.output.names import journal_path, partial_folder, real_output
 from outliermerge.output.options import RunOptions
 from outliermerge.output.ownership import check_apart, check_free
 from outliermerge.output.resumed import marks_of
@@ -143,6 +143,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
                 )
             stack.callback(folder.close)
             folders.append(folder)
+        unfinished = [partial_folder(folder.final) for folder in folders]
         check = None
         if chosen.load_check:
             from outliermerge.output.load_check import LoadCheck
@@ -162,7 +163,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
         def on_block(num_bytes: int) -> None:
             on_progress(num_bytes)
             if check is not None:
-                check.raise_if_bad()
+                check.raise_if_bad(unfinished)
 
         try:
             chosen.executor(targets, options, on_progress=on_block, folder=folders[0].final.parent)
@@ -176,7 +177,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
         if check is not None:
             chosen.on_waiting()
             verdicts = [*check.verdicts()]
-            check.raise_if_bad()
+            check.raise_if_bad(unfinished)
         manifests = [
             read_manifest(folder.final)
             if folder.is_finished

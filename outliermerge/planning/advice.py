@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.planning.architectures import CANNOT, differ_in_kind, differ_in_size
+from outliermerge.errors import WARNING, OutlierMergeError, listing, shown
+from outliermerge.planning.architectures import (
+    CANNOT,
+    compare_architectures,
+    differ_in_kind,
+    differ_in_size,
+)
+from outliermerge.planning.buffers import is_computed
 from outliermerge.planning.layouts import how_to_convert
 from outliermerge.planning.plan import Input
 from outliermerge.planning.tied_names import head_beside, head_rename, is_head
@@ -113,8 +119,24 @@ def _is_other(entry: Input, reference: Input, one: _Sorted) -> bool:
     """Tell whether a model is of another architecture or size, for which there is no advice."""
     if differ_in_size(entry, reference):
         return True
-    known = one.convert or one.rename or not one.doubtful
-    return not known and differ_in_kind(entry, reference)
+    if one.convert or one.rename or not differ_in_kind(entry, reference):
+        return False
+    ours, theirs = entry.checkpoint.tensors, reference.checkpoint.tensors
+    return bool(
+        one.doubtful or _of_layers(one.extra, ours, theirs) or _of_layers(one.missing, theirs, ours)
+    )
+
+
+def _of_layers(names: Iterable[str], own: Mapping[str, Source], others: Iterable[str]) -> list[str]:
+    """Return those of a model's tensors that are in a layer which another model has as well."""
+    layers = {_layer(name) for name in others} - {""}
+    return [n for n in names if _layer(n) in layers and not (n in own and is_computed(n, own[n]))]
+
+
+def _layer(name: str) -> str:
+    """Return a tensor's name up to the number of its layer; "" outside layers."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""
 
 
 def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collection[int]) -> None:
@@ -140,12 +162,19 @@ def refuse_unused(inputs: Sequence[Input], numbers: Sequence[int], used: Collect
 
 
 def overlooked(inputs: Sequence[Input], dropped: Collection[str]) -> Iterator[str]:
-    """Yield notes on renames that would pair tensors which the spec's policies leave out."""
-    left_out = set(dropped)
+    """Yield notes on what policies leave out: parts of layers, and what a rename would pair."""
+    left_out, first = set(dropped), inputs[0]
     for entry in inputs[1:]:
-        if left_out.isdisjoint(entry.checkpoint.tensors):
+        tensors = entry.checkpoint.tensors
+        if left_out.isdisjoint(tensors):
             continue
-        one = _sort(entry, inputs[0], Unpaired())
+        lost = _of_layers(left_out & tensors.keys(), tensors, first.checkpoint.tensors)
+        if lost and differ_in_kind(entry, first):
+            said = f"{len(lost)} tensor(s) of the layers of {shown(entry.reference)} are left out, "
+            said += "with which the others were trained: the output may be of no use."
+            facts = compare_architectures(inputs, [inputs.index(entry)])
+            yield WARNING + " ".join([*facts, said])
+        one = _sort(entry, first, Unpaired())
         if one.convert or one.rename:
             yield f"some of what is left out may be needed: {one.convert or one.rename}"
 

@@ -20,6 +20,22 @@ def _shared(spec: MergeSpec, models: Sequence[ModelSpec]) -> Iterator[Mapping[st
     yield from (one.settings for one in spec.slices if one.models is models)
 
 
+def _gradients(spec: MergeSpec) -> Iterator[str]:
+    """Yield a note for each list that may be meant as one value for each model."""
+    for name, setting in () if spec.slices else spec.settings.items():
+        for entry in setting.entries:
+            if (
+                spec.method.parameters[name].per_model
+                and entry.is_gradient
+                and len(entry.values) == len(spec.models) > 1
+            ):
+                yield (
+                    f"`{name}: [{', '.join(map(str, entry.values))}]` is a gradient over the "
+                    f"layers, the same for every model; for one {name} per model, put it under "
+                    "`parameters` of each model"
+                )
+
+
 def reading_notes(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
     """Yield what was passed over in a file, and how its models were read."""
     if spec.warnings:
@@ -54,6 +70,7 @@ def merge_notes(
             lack_weight |= dict.fromkeys(names)
     if lack_weight:
         yield f"no `weight` for {', '.join(lack_weight)}: 1 is used"
+    yield from _gradients(spec)
     mixed = [
         f"{job.name}: {', '.join(source.out_dtype.name for _, source in job.sources)}"
         for job in jobs

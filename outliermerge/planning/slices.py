@@ -117,8 +117,9 @@ def _beyond(
             continue
         has = f"{shown(reference)} has {depths[reference]} layers ({shown(stack.prefix)}*)"
         if reference in listed:
+            end = f": end at {depths[reference]}" if start < depths[reference] else ""
             where = (*one.path, "sources", listed.index(reference), "layer_range")
-            yield spec.source.error(where, f"found [{start}, {stop}], but {has}")
+            yield spec.source.error(where, f"found [{start}, {stop}], but {has}{end}")
         else:
             said = f"takes the same layers of the base model, but {has}: list it with its own range"
             yield spec.source.error(one.path, said)

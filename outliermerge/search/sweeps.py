@@ -14,7 +14,7 @@ from typing import Any
 from outliermerge.api import plan
 from outliermerge.arguments import checked, wrong
 from outliermerge.errors import ArgumentError, SpecError, argument, shown
-from outliermerge.output.options import RunOptions
+from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import set_key
@@ -44,11 +44,16 @@ def parse_values(option: str) -> tuple[str, list[Any]]:
     ('density', [0.2, [0.2, 0.5]])
     """
     key, equals, text = option.partition("=")
+    if key and not text:
+        raise ArgumentError(
+            f"{argument('settings')} {shown(key)}: no values: write KEY=VALUE,VALUE,… such as "
+            f"{shown(key)}=0.3,0.7"
+        )
     try:
         values = plain_yaml(f"[{text}]")
     except ValueError:
         values = None
-    if not (key and equals and text and values) or None in values:
+    if not (key and equals and values) or None in values:
         raise ArgumentError(
             f"{argument('settings')} {shown(option)}: write KEY=VALUE,VALUE,… such as t=2,2.5,3"
         )
@@ -105,6 +110,7 @@ def plan_sweep(
     return list(variants.values())
 
 
+@showing_options
 @checked
 def sweep(
     spec: str | Path | Mapping[str, Any] | Sequence[Variant],

@@ -53,6 +53,7 @@ _OTHER_COMMANDS = {
     "donor": "the recipe of a transplant: run the command `outliermerge tokenizer transplant …` "
     "that recipe.yaml begins with",
     "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
+    "model_type": "a model's config.json, not a spec: write one with `merge_method` and `models`",
     "genome": "a file for mergekit-evolve: genomes are not searched here. `outliermerge sweep` "
     "merges a spec with several values of its parameters, and `outliermerge eval` scores models",
 }

@@ -87,7 +87,8 @@ def _explained(
             known = {word: word for word in words}
             if path[-1] in ("dtype", "out_dtype"):
                 known = DTYPE_ABBREVIATIONS | known
-            near = nearest(str(problem["input"]), known)
+            begun = [word for word in words if word.startswith(str(problem["input"]))]
+            near = begun[0] if len(begun) == 1 else nearest(str(problem["input"]), known)
             advice = f". Did you mean {quoted(known[near])}?" if near is not None else ""
             return source.error(path, in_words(problem) + advice)
         case _:

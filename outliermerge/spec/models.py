@@ -27,6 +27,9 @@ _REQUIRED = {
 """The parameters that mergekit refuses a file without, and its methods that have them."""
 
 
+_FOR_MORE = {"slerp": "multislerp or karcher", "nuslerp": "multislerp or karcher"}
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model of a spec.
@@ -170,7 +173,11 @@ def _check_number(number: int, method: MergeMethod, at: SpecPath, source: SpecTe
     besides = " besides the base model" if method.uses_base else (
         ", the base model among them" if method.base_as == "first" else ""
     )  # fmt: skip
-    raise source.error(at, f"{method.name} takes {wanted} model(s){besides}, found {number}")
+    said = f"{method.name} takes {wanted} model(s){besides}, found {number}"
+    if number < least:
+        raise source.error(at, f"{said}: add {least - number}")
+    more = f", or take {_FOR_MORE[method.name]}" if method.name in _FOR_MORE else ""
+    raise source.error(at, f"{said}: leave {number - (most or 0)} out{more}")
 
 
 def _auxiliary(

@@ -107,6 +107,11 @@ def how_to_write(problem: Any, *, python: bool = False) -> str:
         return _in_python(path, value)
     if problem["type"] == "dict_type" and isinstance(value, list):
         return ": write its keys without dashes and brackets"
+    if path[-1] == "layer_range":
+        if numbers := re.fullmatch(r"\D*(\d{1,9})\D+(\d{1,9})\D*", str(value)):
+            start, stop = int(numbers[1]), int(numbers[2])
+            return f": write [{start}, {stop}] for the layers {start} to {stop - 1}"
+        return ": write [a, b] for the layers a to b - 1"
     name = {"models": "model", "modifiers": "modifier"}.get(str(path[0]))
     if name is None or len(path) > 2 or not isinstance(path[-1], (str, int)):
         return ""

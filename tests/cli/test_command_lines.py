@@ -15,7 +15,7 @@ from checkpoints import load_folder, save_tensors
 from waiting import LIMIT_SECONDS
 
 from outliermerge.cli import main as cli
-from outliermerge.cli.mergekit_flags import WITHOUT_EFFECT
+from outliermerge.cli.mergekit_flags import _WITH_VALUE, WITHOUT_EFFECT
 
 COMMANDS = tuple(cli.COMMANDS)
 
@@ -165,17 +165,22 @@ class TestFlagsOfMergekit:
         manifest = json.loads((place / "out" / "outliermerge.json").read_text())
         assert manifest["spec"]["seed"] == 7
 
+    def test_the_output_of_mergekit_multi_is_the_output(self, place: Path) -> None:
+        assert cli.main(["merge.yml", "--intermediate-dir", "parts", "--out-path", "out"]) == 0
+        assert (place / "out" / "outliermerge.json").is_file()
+        assert not (place / "parts").exists()
+
     def test_those_without_one_are_named_once_with_the_reason(
         self, place: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         flags = [
             word
             for flag in WITHOUT_EFFECT
-            for word in (flag, *(["1"] if flag.endswith(("-cache", "-dtype", "-threads")) else []))
+            for word in (flag, *(["1"] if flag in _WITH_VALUE else []))
         ]
         assert cli.main(["merge.yml", "out", *flags, "--allow-crimes", "--copy-tokenizer"]) == 0
         notes = capsys.readouterr().err.splitlines()
-        [note] = [line for line in notes if "mergekit-yaml" in line]
+        [note] = [line for line in notes if "flags of mergekit" in line]
         assert all(
             note.count(f"{flag} (") + note.count(f"{flag}, ") == 1 for flag in WITHOUT_EFFECT
         )
@@ -187,7 +192,9 @@ class TestFlagsOfMergekit:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cli.main(["merge.yml", "out", "--cuda"]) == 2
-        assert "error: device cuda is not on this machine" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "error: device cuda is not on this machine" in said
+        assert "Leave it out, and the CPU computes." in said
 
 
 class TestEveryCommand:

@@ -316,3 +316,18 @@ def test_a_file_with_new_keys_is_written_in_the_order_of_a_reader(tmp_path, caps
     ]  # fmt: skip
     assert written.startswith("# mine\nbase_model: org/a\nslices:\n")
     assert "# how\nmerge_method: slerp\n" in written
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "is_told"),
+    [
+        ("dare_ties", {}, True),
+        ("dare_linear", {"rescale": True}, True),
+        ("dare_linear", {"rescale": False}, False),
+        ("dare_ties", {"rescale_by": "l1"}, False),
+        ("della", {}, False),
+    ],
+)
+def test_what_dare_rescales_by_is_told(method, parameters, is_told):
+    found = convert(TIES | {"merge_method": method, "parameters": parameters})
+    assert any("`rescale_by: l1`" in line for line in found.differences) == is_told

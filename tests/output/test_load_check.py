@@ -535,6 +535,10 @@ def test_a_run_is_refused_and_nothing_has_the_outputs_name(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert "error: the output would not load:\n8 tensor(s) that LlamaForC" in done.stderr
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").is_dir()
+    assert "\nout.partial is left: the same command without the check goes on" in done.stderr
+    done = call("verify", "out", cwd=tmp_path)
+    assert done.returncode == 1 and "which says so if it cannot be finished" in done.stderr
     done = call("run", "spec.yaml", "--output", "out", check="0", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "out" / "outliermerge.json").is_file()
 
@@ -660,7 +664,7 @@ def test_a_tie_of_the_class_that_a_plan_does_not_know_is_refused(tmp_path, in_pr
             assert (said in check.verdicts()[0].parted) is is_told
             if is_told:
                 with pytest.raises(OutlierMergeError, match="ties to one tensor"):
-                    check.raise_if_bad()
+                    check.raise_if_bad([tmp_path / "out.partial"])
 
 
 def test_embeddings_that_one_model_stores_three_times_are_not_parted(tmp_path, in_process):

@@ -782,6 +782,7 @@ class TestVerify:
         text = self.capsys.readouterr()
         assert text.err == printed.err == ""
         assert all(difference in text.out for difference in found["differences"])
+        assert (" NEW` repeats the merge." in text.out) == (code == 1)
         assert outliermerge.verify(output) == found["differences"]
         return found["differences"]
 

@@ -110,3 +110,42 @@ def test_models_without_a_config_are_not_compared(tmp_path):
     save_tensors(other, {"model.embed.weight": torch.zeros(8, 8), "x.y": torch.zeros(2)})
     message = _refusal(base, str(other))
     assert CANNOT not in message
+
+
+def _with_biases(folder: Path, **config: object) -> str:
+    """Save a model of the same names, with biases that the base's layers do not have."""
+    _save(folder, **config)
+    tensors = {f"model.layers.{n}.{m}.weight": torch.zeros(8, 8) for n in (0, 1)
+               for m in ("attn", "mlp")}  # fmt: skip
+    tensors |= {f"model.layers.{n}.attn.bias": torch.zeros(8) for n in (0, 1)}
+    written = (folder / "config.json").read_text()
+    save_tensors(folder, tensors | {"model.embed.weight": torch.zeros(8, 8)})
+    (folder / "config.json").write_text(written)
+    return str(folder)
+
+
+QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def test_no_policy_is_offered_where_layers_of_another_type_have_more(tmp_path):
+    base = _save(tmp_path / "base")
+    other = _with_biases(tmp_path / "qwen", **QWEN)
+    for message in (_refusal(base, other), _refusal(other, base)):
+        assert message.startswith(CANNOT)
+        assert not any(advice in message for advice in ADVICE)
+    same = _refusal(base, _with_biases(tmp_path / "llama"))
+    assert "`extra: copy`" in same and CANNOT not in same
+
+
+def test_parts_of_layers_that_are_left_out_are_warned_of(tmp_path):
+    base = _save(tmp_path / "base")
+    spec = {"merge_method": "ties", "base_model": base, "extra": "drop"}
+
+    def warnings(model: str) -> list[str]:
+        notes = outliermerge.plan(spec | {"models": [{"model": model}]}).notes
+        return [note for note in notes if note.startswith("warning: ")]
+
+    (said,) = warnings(_with_biases(tmp_path / "qwen", **QWEN))
+    assert "qwen is Qwen2ForCausalLM (" in said
+    assert "2 tensor(s) of the layers of " in said and "may be of no use" in said
+    assert warnings(_with_biases(tmp_path / "llama")) == []

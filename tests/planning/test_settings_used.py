@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from checkpoints import save_tensors
@@ -110,3 +112,43 @@ def test_the_command_prints_them(place, monkeypatch, capsys):
 def test_a_setting_as_json_keeps_its_values():
     row = UsedSetting("weight", ("a",), None, (0.2, 0.5), 3)
     assert row.as_dict()["values"] == [0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "parameters", "is_noted"),
+    [
+        ("ties", {}, {"weight": [0.3, 0.7]}, True),
+        ("ties", {}, {"density": [{"filter": "mlp", "value": [0.3, 0.7]}]}, True),
+        ("ties", {}, {"weight": [0.3, 0.5, 0.7]}, False),
+        ("ties", {}, {"lambda": [0.3, 0.7]}, False),
+        ("ties", {"parameters": {"weight": [0.3, 0.7]}}, {}, False),
+    ],
+)
+def test_a_list_as_long_as_the_models_is_noted_as_a_gradient(
+    place, method, own, parameters, is_noted
+):
+    models = [{"model": name} | own for name in ("a", "b")]
+    spec = {"merge_method": method, "base_model": "base", "models": models}
+    notes = outliermerge.plan(spec | {"parameters": parameters}).notes
+    (name,) = parameters or ["weight"]
+    said = f"`{name}: [0.3, 0.7]` is a gradient over the layers, the same for every model"
+    assert any(note.startswith(said) for note in notes) == is_noted
+
+
+def test_long_names_of_models_break_no_row_of_the_layers(place, monkeypatch, capsys):
+    folder = place / ("a-folder-of-models" * 4)
+    folder.mkdir()
+    for name in ("a", "b"):
+        (place / name).rename(folder / name)
+    sources = [
+        {"sources": [{"model": str(folder / name), "layer_range": [0, 2]}]} for name in ("a", "b")
+    ]
+    (place / "spec.yaml").write_text(
+        json.dumps({"merge_method": "passthrough", "slices": sources, "stack": "layers"})
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "spec.yaml", "--no-load-check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("layers of")]
+    assert [line.split()[-2] for line in lines[at + 1 : at + 3]] == ["a", "b"]
+    assert all(len(line) <= 80 for line in lines[at : at + 3])

@@ -197,6 +197,14 @@ def test_an_option_of_another_form_is_refused(option):
         parse_values(option)
 
 
+def test_a_space_in_place_of_an_equals_sign_is_told_as_such(spec, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    command = ["sweep", str(tmp_path / "spec.yaml"), "--output", "out", "--set", "weight", "0.3"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --set weight: no values: write KEY=VALUE,VALUE,… such as weight")
+
+
 def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "spec.yaml"
@@ -211,13 +219,14 @@ def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch
     assert cli.main(command) == 1
     assert "exists already. Use --overwrite" in capsys.readouterr().err
     assert cli.main([*command, "--overwrite"]) == 0
-    heads, *rows = capsys.readouterr().out.splitlines()
+    place, heads, *rows = capsys.readouterr().out.splitlines()
+    assert place == "in out:"
     assert heads.split() == ["output", "change", "%", "cosine", *named[0], "cosine", *named[1],
                              "length", "kept", "%", *named[0], "kept", "%", *named[1]]  # fmt: skip
     drifts = [read_manifest(entry["output"])["drift"] for entry in printed["outputs"]]
     for row, entry, drift in zip(rows, printed["outputs"], drifts, strict=False):
         where, change, first, second, length, *kept = row.split()
-        assert where == entry["output"] and float(change) == pytest.approx(
+        assert f"out/{where}" == entry["output"] and float(change) == pytest.approx(
             100 * drift["relative_size"], rel=1e-2
         )
         assert [float(first), float(second)] == list(drift["cosines"].values())
@@ -225,6 +234,8 @@ def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch
         shares = [100 * share for share in drift["outliers_kept"].values()]
         assert [float(share) for share in kept] == pytest.approx(shares, rel=1e-2)
     assert rows[-1].startswith("wrote 2 outputs: 30 tensors, ")
+    assert cli.main(["sweep", str(path), "--set", "t=2,3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: no output: give --output or")
     assert cli.main([*command, "--set", "t=4"]) == 2
     assert "--set t: is given twice" in capsys.readouterr().err
 

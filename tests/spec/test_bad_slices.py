@@ -35,11 +35,15 @@ OF_THE_TEXT = {
     "a negative range": (STACK + sources("[-2, 4]"), "4:29: slices[0].sources[0].layer_range: "
                          "found [-2, 4]: layers are counted from 0"),
     "a range of one number": (STACK + sources("[3]"), "4:29: slices[0].sources[0].layer_range: "
-                              "found 1 value(s), expected 2"),
+                              "found 1 value(s), expected 2: write [a, b] for the "
+                              "layers a to b - 1"),
     "a range of three numbers": (STACK + sources("[0, 1, 2]"), "4:29: slices[0].sources[0]."
-                                 "layer_range: found 3 value(s), expected 2"),
+                                 "layer_range: found 3 value(s), expected 2: write [a, b] for the "
+                                 "layers a to b - 1"),
     "a number for a range": (STACK + sources("4"), "4:29: slices[0].sources[0].layer_range: "
-                             "found 4, expected a list"),
+                             "found 4, expected a list: write [a, b] for the layers a to b - 1"),
+    "a text for a range": (STACK + sources("2-6"), "4:29: slices[0].sources[0].layer_range: "
+                           "found '2-6', expected a list: write [2, 6] for the layers 2 to 5"),
     "a range of texts": (STACK + sources("[a, 2]"), "4:30: slices[0].sources[0].layer_range[0]: "
                          "found 'a', expected a whole number"),
     "no range": (STACK + "- sources:\n  - {model: a}\n",
@@ -63,15 +67,17 @@ OF_THE_TEXT = {
         "2:1: slices: `slices` and `models` stand beside each other, expected one of the two",
     ),
     "two sources for passthrough": (
-        STACK + TWO, "4:3: slices[0].sources: passthrough takes 1 model(s), found 2",
+        STACK + TWO, "4:3: slices[0].sources: passthrough takes 1 model(s), found 2: leave 1 out",
     ),
     "one source for slerp": (
         SLERP + sources("[0, 2]"),
-        "6:3: slices[0].sources: slerp takes 2 model(s), the base model among them, found 1",
+        "6:3: slices[0].sources: slerp takes 2 model(s), the base model among them, found 1: "
+        "add 1",
     ),
     "three models for slerp": (
         SLERP.replace("base_model: a", "base_model: c") + TWO,
-        "6:3: slices[0].sources: slerp takes 2 model(s), the base model among them, found 3",
+        "6:3: slices[0].sources: slerp takes 2 model(s), the base model among them, found 3: "
+        "leave 1 out, or take multislerp or karcher",
     ),
     "a model twice in a slice": (
         "merge_method: linear\nslices:\n" + ONE + "  - {model: a, layer_range: [2, 4]}\n",
@@ -161,7 +167,7 @@ OF_THE_MODELS = {
     "a range beyond the model": (
         STACK + of("a") + of("a").replace("[0, 2]", "[1, 4]"),
         "slices[1].sources[0].layer_range: found [1, 4], but MODELS/a has 3 layers "
-        "(model.layers.*)",
+        "(model.layers.*): end at 3",
     ),
     "a base that is too short": (
         "merge_method: task_arithmetic\nbase_model: MODELS/a\nslices:\n"

@@ -66,6 +66,10 @@ BAD = {
         HEAD + "dtpe: float32\n",
         "6:1: dtpe: unknown key 'dtpe'. Did you mean 'dtype'?",
     ),
+    "two letters of a key changed places": (
+        HEAD.replace("models:", "modles:"),
+        "3:1: modles: unknown key 'modles'. Did you mean 'models'?",
+    ),
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, dtype, "
@@ -147,11 +151,11 @@ BAD = {
     ),
     "too many models": (
         LINEAR.replace("linear", "passthrough"),
-        "3:3: models: passthrough takes 1 model(s), found 2",
+        "3:3: models: passthrough takes 1 model(s), found 2: leave 1 out",
     ),
     "only the base model": (
         NO_MODELS + "models:\n  - model: DIR/base\n",
-        "4:3: models: ties takes at least 1 model(s) besides the base model, found 0",
+        "4:3: models: ties takes at least 1 model(s) besides the base model, found 0: add 1",
     ),
     # What is missing.
     "no merge_method": (HEAD.split("\n", 1)[1], "1:1: `merge_method` is missing"),
@@ -220,6 +224,10 @@ BAD = {
     "mistyped dtype": (
         HEAD + "dtype: bf17\n",
         f"6:8: dtype: found 'bf17', expected {DTYPES}. Did you mean 'bfloat16'?",
+    ),
+    "beginning of a dtype": (
+        HEAD + "dtype: bfloat\n",
+        f"6:8: dtype: found 'bfloat', expected {DTYPES}. Did you mean 'bfloat16'?",
     ),
     "integer dtype": (
         HEAD + "out_dtype: int8\n",
@@ -583,7 +591,8 @@ def test_a_device_that_is_not_on_this_machine_is_refused(folder, capsys, monkeyp
 
     assert _plan(folder, HEAD, capsys, "--device", "cuda:1") == (
         2,
-        "error: device cuda:1 is not on this machine: it has 0 CUDA device(s)\n",
+        "error: device cuda:1 is not on this machine: it has 0 CUDA device(s). Leave it "
+        "out, and the CPU computes.\n",
     )
 
 

@@ -195,3 +195,13 @@ def test_mergekits_forms_of_prompts_are_read():
     spec = load_moe_spec(document)
     assert spec.moe.experts[0].positive_prompts == [] and spec.moe.shared == []
     assert MoeDocument.model_validate(spec.as_dict()) == spec.moe
+
+
+def test_a_config_of_a_model_is_named_as_such(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(
+        '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9}'
+    )
+    assert cli(["run", str(file), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "a model's config.json, not a spec" in said and len(said.splitlines()) == 1

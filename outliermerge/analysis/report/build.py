@@ -16,7 +16,7 @@ from outliermerge.analysis.report.origins import mixture_text
 from outliermerge.analysis.report.page import plotly_script, render_page
 from outliermerge.analysis.stats import weight_stats
 from outliermerge.analysis.table import WeightStats
-from outliermerge.arguments import checked
+from outliermerge.arguments import checked, nothing
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
@@ -30,7 +30,7 @@ _MAX_TITLES = 5
 @checked
 @with_bar("the report")
 def build_report(
-    models: Sequence[str],
+    models: str | Path | Sequence[str | Path],
     *,
     base: str | None = None,
     output: str | Path,
@@ -39,8 +39,8 @@ def build_report(
     filter: float = 3.0,
     device: str = "cpu",
     threads: int = 0,
-    on_total: Callable[[int], None] = lambda num_bytes: None,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
 ) -> Path:
     """Write one page that shows the distributions of models' weights, and needs no network.
 
@@ -48,7 +48,7 @@ def build_report(
     the merged models.
 
     Args:
-        models: the models, named as in a spec.
+        models: a model or a list of them, named as in a spec.
         base: the base model of task vectors; for a merge, its own base by default.
         output: the path of the page, which is written as a whole or not at all. Of what is there,
             only an earlier page is replaced.
@@ -68,10 +68,11 @@ def build_report(
         OutlierMergeError: a model is absent or broken, or a package is missing.
         OSError: the page cannot be written.
     """
+    named = [str(each) for each in ([models] if isinstance(models, (str, Path)) else models)]
     output, png = Path(output), None if png is None else Path(png)
     if not 1 <= t <= 5:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
-    if not models:
+    if not named:
         raise OutlierMergeError("no model to report on")
     plotly_script()
     if png is not None:
@@ -88,19 +89,19 @@ def build_report(
     }  # fmt: skip
     measure: Callable[..., WeightStats] = partial(weight_stats, filter=filter, **how)
     compare = partial(compare_weights, t=t, **how)
-    merged = as_path(models[0]) if len(models) == 1 else None
+    merged = as_path(named[0]) if len(named) == 1 else None
     manifest = None
     if merged is not None and manifest_path(merged).is_file():
         manifest = read_manifest(merged)
     mixture = mixture_text(manifest["spec"]) if manifest is not None else ""
     if manifest is not None and not mixture:
-        subjects, extra = measure_merge(models[0], manifest, base, measure, compare)
+        subjects, extra = measure_merge(named[0], manifest, base, measure, compare)
     else:
-        subjects = _measure(models, base, measure)
+        subjects = _measure(named, base, measure)
         extra = {} if base is None else {"base": measure(base)}
         notes = [mixture] if mixture else []
-        if base is None and len(models) > 1:  # the note of each pair, where there is a base
-            moved = (moved_layers_note(each, as_path(each)) for each in models)
+        if base is None and len(named) > 1:  # the note of each pair, where there is a base
+            moved = (moved_layers_note(each, as_path(each)) for each in named)
             notes += [note for note in moved if note]
         extra |= {"notes": notes}
     titles = list(dict.fromkeys(shown.title for shown in subjects if shown.role != "task"))
