@@ -32,8 +32,7 @@ def models(tmp_path, monkeypatch):
         (chain(51), "a chain of more than 50 stages"),
         (chain(900), "a chain of more than 50 stages"),
         (chain(5000), "found 5,000 stages, expected at most 1,000"),
-        (doubled(10), "computed by more than 1,000 merges"),
-        (doubled(45), "computed by more than 1,000 merges"),
+        (doubled(52), "a chain of more than 50 stages"),
     ],
 )
 def test_stages_that_would_take_for_ever_are_refused(make, said):
@@ -41,7 +40,7 @@ def test_stages_that_would_take_for_ever_are_refused(make, said):
         load_spec(make())
 
 
-@pytest.mark.parametrize("make", [chain(50), doubled(7)])
+@pytest.mark.parametrize("make", [chain(50), doubled(45)])
 def test_as_many_stages_as_are_allowed_are_planned_and_computed(make, models, tmp_path):
     assert outliermerge.run(make(), output=tmp_path / "out").output.is_dir()
 
@@ -58,7 +57,7 @@ def _load(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["far ids", "ids far apart", "ids of two billion"])
 def test_ids_that_no_vocabulary_has_are_refused(name, tmp_path):
-    with pytest.raises(OutlierMergeError, match=r"with id \d+ is not a token"):
+    with pytest.raises(OutlierMergeError, match=r"expected ids below 2,097,152"):
         _load(TOKENIZERS[name](), tmp_path)
 
 

@@ -21,7 +21,10 @@ _log = logging.getLogger(__name__)
 
 def has_transformers() -> bool:
     """Tell whether transformers is installed, without importing it."""
-    return find_spec("transformers") is not None
+    try:
+        return find_spec("transformers") is not None
+    except ImportError:  # a hook refuses it
+        return False
 
 
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

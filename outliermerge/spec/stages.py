@@ -13,9 +13,7 @@ from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.spec.validation import describe
 
 STAGES, NAME = "stages", "name"
-# How many merges may be made of one another, and how many a tensor may be computed by: a stage that
-# two merges use is computed for each of them.
-MAX_CHAIN, MAX_MERGES = 50, 1000
+MAX_CHAIN = 50  # merges that are made of one another
 _MAX_STAGES = 1000
 
 
@@ -172,17 +170,6 @@ def _sorted(
             done[name] = None
 
     visit(raw, (), ())
-    num_merges: dict[str, int] = {}
-    for name in done:
-        used = {stage_of(other, places) for _, other in models_named(entries[places[name]])}
-        num_merges[name] = 1 + sum(num_merges.get(n.partition("+")[0], 0) for n in used if n)
-        if num_merges[name] > MAX_MERGES:
-            raise source.error(
-                (STAGES, places[name], NAME),
-                f"{shown(name)} would be computed by more than {MAX_MERGES:,} merges, since each "
-                "stage is computed again for every merge that uses it: merge some of them by "
-                "themselves",
-            )
     merges = [raw, *(entries[index] for index in places.values())]
     others = {found for each in merges for _, found in models_named(each)} - places.keys()
     for name in places.keys() - done.keys():
