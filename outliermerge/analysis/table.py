@@ -229,8 +229,9 @@ class WeightStats:
 
     @property
     def modules(self) -> list[Group]:
-        """A group for each type of module."""
-        return self._groups(lambda tensor: tensor.module)
+        """A group for each type of module, in the order of their names."""
+        groups = self._groups(lambda tensor: tensor.module)
+        return sorted(groups, key=lambda group: natural(group.name))
 
     @property
     def layers(self) -> list[Group]:

@@ -123,6 +123,9 @@ def _footnote(stats: WeightStats, *, by: str, is_wide: bool) -> str:
         )
     if by != "tensor":
         words = "mean±deviation over matrices. " + words
+        words += "label: the most frequent shape of the histograms, and how many matrices have it. "
+    else:
+        words += "label: the shape of the histogram. "
     return words + "An exact Gaussian by 3σ: 99.73% kept, kurtosis 2.83."
 
 

@@ -145,6 +145,7 @@ def test_merge_opens_on_what_was_kept_and_how_far_it_moved(made, visit):
         # The same, beside what was asked of each model.
         table = page.locator("#merge-table tbody tr").all_inner_texts()
         assert [number(row.split()[-1]) for row in table] == pytest.approx(kept, abs=0.06)
+        page.locator("summary", has_text="Recipe").click()
         assert page.locator("#recipe").is_visible()
 
 
@@ -436,15 +437,15 @@ def test_no_rule_is_drawn_again_below_that_of_the_controls(made, visit, which):
         assert rule + 1 <= page.locator("#top").evaluate(bottom)
 
 
-def test_headings_of_the_drift_are_words_and_its_caption_has_the_formulas(made, visit):
+def test_headings_of_the_drift_are_words_and_its_formulas_unfold_below(made, visit):
     with visit(made.merge, width=375) as page:
         go_to(page, "drift")
         table = page.locator("#drift-table")
         assert not re.search("[‖⟨ΔW]", table.locator("thead").inner_text())
-        formula = "kept ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²"
-        caption = table.locator("caption")
-        assert formula in caption.inner_text()
-        box = caption.bounding_box()
+        page.locator("summary", has_text="The formulas").click()
+        formulas = page.locator("#drift-formulas")
+        assert "⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²" in formulas.inner_text()
+        box = formulas.bounding_box()
         assert box["x"] + box["width"] <= 375
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -452,6 +453,7 @@ def test_headings_of_the_drift_are_words_and_its_caption_has_the_formulas(made, 
 def test_all_controls_are_reached_and_named_without_a_mouse(made, visit):
     wanted = "a[href], button, select, input, summary, [tabindex='0']"
     with visit(made.merge) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
         draw_all(page)
         page.evaluate("scrollTo(0, 0)")
         usable = page.evaluate(
@@ -487,7 +489,7 @@ def test_page_and_card_say_the_same_of_the_move_from_the_base(made, visit):
     drift = read_manifest(made.output)["drift"]
     with visit(made.merge) as page:
         moved = number(cards(page)["Moved from the base"][""]) / 100
-        assert "W₀ is the base" in page.inner_text("#numbers")
+        assert "W₀ is the base" in page.locator("#numbers").text_content()
     assert moved == pytest.approx(
         drift["relative_size"], abs=6e-4 + 4 * drift["standard_errors"]["relative_size"]
     )
@@ -518,7 +520,7 @@ def test_a_mean_has_the_digits_that_its_deviation_leaves(made, visit, value, dev
 
 def test_it_is_said_why_min_sigma_is_shown_and_what_became_of_all_tensors(visit, tmp_path):
     with visit(report(tmp_path, [made_merge(tmp_path, "task_arithmetic")])) as page:
-        go_to(page, "minsigma")
+        page.evaluate("goTo('minsigma')")
         assert page.inner_text("#minsigma-text").startswith("This merge is by task_arithmetic. ")
         assert page.inner_text("#merge-text").startswith("All 2 tensors were merged. ")
 

@@ -266,6 +266,14 @@ def test_groups_are_means_and_deviations_over_matrices(tmp_path):
     assert found.short_names["model.layers.*.mlp.up_proj"] == "mlp.up_proj"
 
 
+def test_types_of_module_stand_in_one_order_whatever_that_of_the_file(tmp_path):
+    names = [f"model.layers.0.mlp.{module}.weight" for module in ("up", "w10", "w2", "down")]
+    for place, order in enumerate((names, names[::-1])):
+        folder = _save(tmp_path / str(place), {name: torch.randn(8, 8) for name in order})
+        modules = [group.name.rpartition(".")[2] for group in weight_stats(folder).modules]
+        assert modules == ["down", "up", "w2", "w10"]
+
+
 def test_the_command_writes_what_the_library_returns(tmp_path, capsys):
     base, (tuned,) = family("llama", tmp_path, num_models=1)
     files = {kind: tmp_path / f"stats.{kind}" for kind in ("json", "csv", "parquet")}

@@ -198,6 +198,8 @@ def test_the_footnote_of_stats_says_what_each_column_is(models, monkeypatch, cap
     head, _, footnote = shown.rpartition("kept: within 3σ")
     assert footnote and ("|x| < 0.0123" in footnote) is ("small %" in head) is (width == 200)
     assert ("mean±deviation" in head) is (by != "tensor")
+    assert ("how many matrices have it" in footnote) is (by != "tensor")
+    assert "label: the" in footnote
 
 
 @pytest.mark.parametrize("quiet", [[], ["-q"]])

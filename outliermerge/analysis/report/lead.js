@@ -103,7 +103,8 @@ function leadOfChanges(subjects) {
     sentence: `${who}${outliers}`,
     numbers: [
       { title: 'Change from the base', values: valuesOf(titles, moved, shareText),
-        note: '‖ΔW‖ / ‖W₀‖, where W₀ is the base' },
+        note: 'how large the change is, as a share of the base’s own size',
+        formula: '‖ΔW‖ / ‖W₀‖; W₀ is the base, ΔW the model − W₀, ‖ ‖ the root of the sum of squares' },
       { title: 'Outliers', values: valuesOf(titles, beyond, shareText),
         note: 'of a matrix’s changes, beyond 3σ; 0.27% of a Gaussian’s' },
       { title: 'Unchanged', values: valuesOf(titles, same, shareText), note: 'of all elements' },
@@ -121,6 +122,12 @@ function keptText({ same, least, most, num }) {
   return ` Of the models’ changes it kept from ${least[0]} (${least[1]}) to ${most[0]} (${most[1]}).`;
 }
 
+function movedNumber(value) {
+  return { title: 'Moved from the base', values: valuesOf([''], [value], shareText),
+    note: 'how large the output’s change is, as a share of the base’s own size',
+    formula: `‖ΔW*‖ / ‖W₀‖; ${SYMBOLS_OF_CHANGES}` };
+}
+
 // The lead of a merge: what was kept of the models, and how far the output moved.
 function leadOfMerge() {
   const numbers = [];
@@ -135,10 +142,9 @@ function leadOfMerge() {
       where = kept ? keptText(kept) : '';
       numbers.push(
         { title: 'Kept of each change', values: valuesOf(models, values('kept'), shareText, isOnly),
-          note: 'how much of ΔWᵢ the output has: ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²' },
-        { title: 'Moved from the base',
-          values: valuesOf([''], [drift(tensors, 'base', 0)], shareText),
-          note: '‖ΔW*‖ / ‖W₀‖, where W₀ is the base' });
+          note: 'how much of the model’s change from the base is in the output',
+          formula: `⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²; ${SYMBOLS_OF_CHANGES}` },
+        movedNumber(drift(tensors, 'base', 0)));
     } else {
       const far = extremes(models, values('distance'), shareText);
       where = !far ? '' : far.same ? ' It is about as far from each of them.'
@@ -146,12 +152,14 @@ function leadOfMerge() {
     }
     numbers.push({ title: 'Distance from each model',
       values: valuesOf(models, values('distance'), shareText, isOnly),
-      note: hasBase ? '‖W* − Wᵢ‖ / ‖ΔWᵢ‖: 0% is the model itself' : '‖W* − Wᵢ‖ / ‖Wᵢ‖' });
+      note: hasBase ? '0%: equal to the model; 100%: as far from it as the base is'
+        : '0%: equal to the model; 100%: as far from it as the model is large',
+      formula: hasBase ? `‖W* − Wᵢ‖ / ‖ΔWᵢ‖; ${SYMBOLS_OF_CHANGES}`
+        : `‖W* − Wᵢ‖ / ‖Wᵢ‖; ${SYMBOLS_OF_WEIGHTS}` });
   }
   const changed = SUBJECTS.find(each => each.role === 'output' && each.base !== null);
   if (!DATA.drift && changed) {
-    numbers.push({ title: 'Moved from the base', note: '‖ΔW*‖ / ‖W₀‖, where W₀ is the base',
-      values: valuesOf([''], [ratio(sizesOf(changed).norm, DATA.base_norm)], shareText) });
+    numbers.push(movedNumber(ratio(sizesOf(changed).norm, DATA.base_norm)));
   }
   const whole = Object.entries(DATA.merge.by_model['kept whole, %'] ?? {});
   numbers.push({ title: 'Kept whole', note: 'of each model’s changes',
@@ -162,13 +170,21 @@ function leadOfMerge() {
   return { sentence: `${inputsText()}${where}`, numbers: [...numbers, sizeNumber(SUBJECTS[0])] };
 }
 
+// Returns words that open to a formula; a mouse that rests on them shows it, too.
+function folded(words, formula) {
+  const details = element('details');
+  details.append(element('summary', words), element('span', formula));
+  details.title = formula;
+  return details;
+}
+
 function showLead() {
   const changes = SUBJECTS.filter(each => each.base !== null);
   const { sentence, numbers } = DATA.merge ? leadOfMerge()
     : changes.length ? leadOfChanges(changes) : leadOfWeights(SUBJECTS);
   byId('sentence').textContent = sentence;
   const three = numbers.filter(each => each.values.length).slice(0, 3);
-  byId('numbers').replaceChildren(...three.map(({ title, values, note }) => {
+  byId('numbers').replaceChildren(...three.map(({ title, values, note, formula }) => {
     const card = element('div');
     card.append(element('dt', title), ...values.map(([name, text]) => {
       const value = element('dd', text);
@@ -176,8 +192,9 @@ function showLead() {
       return value;
     }));
     if (note) {
-      const explained = element('dd', note);
+      const explained = element('dd', formula ? undefined : note);
       explained.className = 'note';
+      if (formula) explained.append(folded(note, formula));
       card.append(explained);
     }
     return card;

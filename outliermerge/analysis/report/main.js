@@ -41,11 +41,11 @@ function markStale(name) {
 
 function drawStale() {
   if (!window.Plotly) return;  // it is drawn as soon as that is there
+  drawLater();
   for (const name of [...stale]) {
     if (!inSight.has(name)) continue;
     draw(name);
   }
-  drawLater();
 }
 
 const whenIdle = window.requestIdleCallback
@@ -60,17 +60,38 @@ function drawLater() {
   whenIdle(() => {
     isAsked = false;
     const [name] = stale;
+    if (!name && !drawPictures(1)) return;
+    drawLater();  // first, so that a section that cannot be drawn holds up no other
     if (name) draw(name);
-    else if (!drawPictures(1)) return;
-    drawLater();
   });
 }
 
+// A section that is folded is drawn when it is opened: nothing in it has a size before.
 function draw(name) {
   stale.delete(name);
-  SECTIONS[name][0]();
-  byId(name).setAttribute('aria-busy', 'false');
+  try {
+    if (foldOf(name)?.open !== false) SECTIONS[name][0]();
+  } finally {
+    byId(name).setAttribute('aria-busy', 'false');
+  }
   showCues();
+}
+
+function foldOf(name) {
+  return document.querySelector(`#${name} > .fold`);
+}
+
+function connectFolds() {
+  for (const name of Object.keys(SECTIONS)) {
+    const fold = foldOf(name);
+    if (!fold) continue;
+    fold.open = isOfMinSigma();
+    fold.addEventListener('toggle', () => {
+      if (!fold.open) return;
+      markStale(name);
+      drawStale();
+    });
+  }
 }
 
 const sectionObserver = new IntersectionObserver(entries => {
@@ -230,7 +251,7 @@ function connectTheme() {
 }
 
 // A printed page is drawn whole, in light colours and as wide as paper; `page.css` has that width.
-let themeOfScreen;
+let themeOfScreen, openedForPaper = [];
 
 function isPrinted() {
   return document.documentElement.classList.contains('printed');
@@ -242,6 +263,8 @@ function connectPrinting() {
     themeOfScreen = document.documentElement.dataset.theme;
     document.documentElement.classList.add('printed');
     setTheme('light');
+    openedForPaper = [...document.querySelectorAll('.printed-open:not([open])')];
+    for (const each of openedForPaper) each.open = true;
     forgetPlots();
     for (const name of Object.keys(SECTIONS)) draw(name);
     drawPictures(Infinity);
@@ -249,6 +272,7 @@ function connectPrinting() {
   window.addEventListener('afterprint', () => {
     document.documentElement.classList.remove('printed');
     setTheme(themeOfScreen);
+    for (const each of openedForPaper) each.open = false;
     forgetPlots();
     redrawAll();
   });
@@ -264,6 +288,11 @@ function forgetPlots() {
 
 // Draws what is above a section first, so that the section stays where a link has led.
 function goTo(name) {
+  const fold = SECTIONS[name] && foldOf(name);
+  if (fold && !fold.open) {
+    fold.open = true;
+    markStale(name);
+  }
   for (const each of Object.keys(SECTIONS)) {
     if (stale.has(each)) draw(each);
     if (each === name) break;
@@ -282,15 +311,11 @@ function markSection() {
     inView.splice(0, inView.indexOf(here));
     here = inView.includes(linked) ? linked : inView.at(-1);
   }
-  if (!here) document.querySelector('nav').scrollLeft = 0;
   for (const link of document.querySelectorAll('nav a')) {
     const isHere = link.hash === `#${here}`;
     if (isHere === link.hasAttribute('aria-current')) continue;
-    link.toggleAttribute('aria-current', isHere);
-    if (!isHere) continue;
-    link.setAttribute('aria-current', 'true');
-    const nav = link.parentElement;
-    nav.scrollLeft = link.offsetLeft - (nav.clientWidth - link.offsetWidth) / 2;
+    if (isHere) link.setAttribute('aria-current', 'true');
+    else link.removeAttribute('aria-current');
   }
 }
 
@@ -344,17 +369,22 @@ byId('vectors').closest('label').hidden = SUBJECTS.every(({ tensors }) =>
 byId('minsigma-title').textContent = DATA.merge?.method === 'min_sigma' ? 'What min-σ keeps'
   : 'What min-σ would keep';
 connectCues();
+connectFolds();
 for (const name of Object.keys(SECTIONS)) markStale(name);
 
 function start() {
   for (const name of Object.keys(SECTIONS)) sectionObserver.observe(byId(name));
   connectLinks();
   connectPrinting();
-  // A turned phone changes which way heat maps lie.
+  drawStale();  // the observer's first report can be late where the browser paints nothing
+  // A turned phone changes which way heat maps lie, and where their scales of colours are: Plotly keeps
+  // the room of the old scale in a plot that is drawn again.
   let wasNarrow = isNarrow();
   window.addEventListener('resize', () => {
-    if (isNarrow() !== wasNarrow) redrawAll();
+    if (isNarrow() === wasNarrow) return;
     wasNarrow = isNarrow();
+    forgetPlots();
+    redrawAll();
   });
 }
 

@@ -83,16 +83,24 @@ function drawModels() {
     ['model', ...columns, ...(hasKept ? ['kept of its change'] : [])], rows);
 }
 
-// Returns the measures that have a value: of models that are the base some have none.
+const NORM = '‖ ‖ the root of the sum of squares';
+const SYMBOLS_OF_WEIGHTS = `W* is the output, Wᵢ a model that went into it, ${NORM}`;
+const SYMBOLS_OF_CHANGES = `W₀ is the base, W* the output, Wᵢ a model, ΔW* = W* − W₀, ΔWᵢ = Wᵢ − W₀, ${NORM}`;
+
+// Returns the measures that have a value: of models that are the base some have none. Of each its name,
+// what it is in words, the heading of a column, and the formula.
 function driftMeasures() {
   const { has_base: hasBase, tensors, models } = DATA.drift;
   const all = hasBase ? [
-    ['kept', 'kept ⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²'],
-    ['distance', 'distance ‖W* − Wᵢ‖ / ‖ΔWᵢ‖'], ['cosine', 'cosine of ΔW* and ΔWᵢ'],
-    ['length', 'length ‖ΔW*‖ / ‖ΔWᵢ‖'], ['base', 'from the base, ‖ΔW*‖ / ‖W₀‖'],
+    ['kept', 'kept of the change', 'kept', '⟨ΔW*, ΔWᵢ⟩ / ‖ΔWᵢ‖²'],
+    ['distance', 'distance from the model', 'distance', '‖W* − Wᵢ‖ / ‖ΔWᵢ‖'],
+    ['cosine', 'cosine of the two changes', 'cosine', '⟨ΔW*, ΔWᵢ⟩ / (‖ΔW*‖ ‖ΔWᵢ‖)'],
+    ['length', 'length beside the model’s change', 'length', '‖ΔW*‖ / ‖ΔWᵢ‖'],
+    ['base', 'moved from the base', 'from the base', '‖ΔW*‖ / ‖W₀‖'],
   ] : [
-    ['distance', 'distance ‖W* − Wᵢ‖ / ‖Wᵢ‖'], ['cosine', 'cosine of W* and Wᵢ'],
-    ['length', 'length ‖W*‖ / ‖Wᵢ‖'],
+    ['distance', 'distance from the model', 'distance', '‖W* − Wᵢ‖ / ‖Wᵢ‖'],
+    ['cosine', 'cosine of the two', 'cosine', '⟨W*, Wᵢ⟩ / (‖W*‖ ‖Wᵢ‖)'],
+    ['length', 'length beside the model', 'length', '‖W*‖ / ‖Wᵢ‖'],
   ];
   return all.filter(([measure]) =>
     models.some((_, model) => drift(tensors, measure, model) !== null));
@@ -101,16 +109,21 @@ function driftMeasures() {
 function drawDrift() {
   const names = DATA.drift.models, measures = driftMeasures(), all = DATA.drift.tensors;
   byId('drift-text').textContent = DATA.drift.has_base
-    ? 'W₀ is the base, W* the output, ΔW* its difference from the base, Wᵢ and ΔWᵢ those of a '
-      + 'task model. '
-      + 'At 1 kept, distance 0 and cosine 1 the output is the task model; at distance 1 it is as '
-      + 'far from it as the base may be.'
-    : 'W* is the output, Wᵢ a model that went into it.';
-  // Short headings, so that the table fits a phone: the formulas are in its caption.
-  const headings = measures.map(each => each[1].split(/,? (?=[⟨‖]|of )/));
-  byId('drift-table').caption.textContent = `All tensors together: ${headings
-    .filter(each => each.length > 1).map(each => each.join(' ')).join('; ')}.`;
-  fillTable(byId('drift-table'), ['model', ...headings.map(each => each[0])],
+    ? 'How near the output is to each model, by their changes from the base. Kept: how much of the '
+      + 'model’s change the output has. Distance: 0 is the model itself, 1 is as far from it as the '
+      + 'base. Cosine: 1 where both changed in the same direction. Length: how large the output’s '
+      + 'change is beside the model’s; from the base: beside the base’s own size.'
+    : 'How near the output is to each model that went into it. Distance: 0 is the model itself. '
+      + 'Cosine: 1 where both have the same direction. Length: how large the output is beside the model.';
+  byId('drift-symbols').textContent =
+    `${DATA.drift.has_base ? SYMBOLS_OF_CHANGES : SYMBOLS_OF_WEIGHTS}.`;
+  byId('drift-formulas').replaceChildren(...measures.map(([, , heading, formula]) => {
+    const pair = element('div');
+    pair.append(element('dt', heading), element('dd', formula));
+    return pair;
+  }));
+  byId('drift-table').caption.textContent = 'All tensors together';
+  fillTable(byId('drift-table'), ['model', ...measures.map(each => each[2])],
     names.map((name, model) =>
       [name, ...measures.map(([measure]) => shown(drift(all, measure, model)))]));
   const { part } = currentTensor();

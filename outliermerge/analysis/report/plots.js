@@ -5,7 +5,9 @@
 // A plot of more lines than these shows the first, and the others on demand.
 const MAX_LINES = 7;
 // Colours are `--line-1` to `--line-7` of the style sheet; symbols tell lines apart without them.
-const SYMBOLS = ['circle', 'square', 'diamond', 'triangle-up', 'x', 'star', 'triangle-down'];
+const SYMBOLS = ['circle', 'square-open', 'diamond-open', 'triangle-up-open', 'x-open', 'star-open',
+  'triangle-down-open'];
+const DASHES = ['solid', '8px,8px', '2px,5px', '12px,4px,2px,4px', '5px,5px', '14px,6px', '2px,3px'];
 // A finger that draws a box cannot scroll the page, and buttons would cover a small plot.
 const IS_TOUCHED = window.matchMedia('(pointer: coarse)').matches;
 const CONFIG = {
@@ -256,8 +258,9 @@ function plotLines(element, lines, labels, yTitle, options = {}) {
     text: points.map(point => point[2]),
     hovertemplate: '%{text}: %{y:.4g}<extra></extra>',
     mode: 'lines+markers',
-    line: { color: lineColour(look), width: 2 },
-    marker: { size: 6, symbol: SYMBOLS[look % SYMBOLS.length] },
+    // Where a line lies on another, the other is seen through its gaps and its hollow marks.
+    line: { color: lineColour(look), width: 2, dash: DASHES[look % DASHES.length] },
+    marker: { size: look ? 7 : 6, symbol: SYMBOLS[look % SYMBOLS.length] },
   }));
   const step = Math.max(1, Math.ceil(labels.length / (isNarrow() ? 8 : 20)));
   const ticks = labels.map((_, i) => i).filter(i => i % step === 0);

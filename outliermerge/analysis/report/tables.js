@@ -70,7 +70,7 @@ function driftColumns() {
 }
 
 const TABLES = {
-  model: ['Models, as in the paper’s Tables 1 and 6', () => groupColumns('model'),
+  model: [isOfMinSigma() ? 'Models, as in the paper' : 'Models', () => groupColumns('model'),
     () => SUBJECTS.map(each => ({ ...each.groups.model[0], name: subjectTitle(each) }))],
   modules: ['Types of module', () => groupColumns('module'),
     () => SUBJECTS[state.subject].groups.modules],
@@ -132,6 +132,7 @@ function drawTable() {
   const { filter } = SUBJECTS[state.subject];
   byId('tables-text').textContent = `Ratio is the share inside ${filter}σ; skewness and kurtosis `
     + 'are of that share. Groups are of matrices, mean ± standard deviation. An exact Gaussian '
-    + 'inside 3σ has ratio 99.73% and kurtosis 2.83, not 3.';
+    + 'inside 3σ has ratio 99.73% and kurtosis 2.83, not 3.'
+    + (isOfMinSigma() ? ' The models’ rows are those of Tables 1 and 6 of arXiv 2501.10661.' : '');
   showCues();
 }

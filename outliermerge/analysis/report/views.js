@@ -337,6 +337,11 @@ function drawMinSigma() {
   }
 }
 
+// Whether a reader comes for min-σ and its paper: nothing was merged yet, or it was by this method.
+function isOfMinSigma() {
+  return !DATA.merge || DATA.merge.method === 'min_sigma';
+}
+
 // Says why min-σ is shown where something else was asked for.
 function whyMinSigma() {
   if (DATA.merge?.method === 'min_sigma') return '';
