@@ -40,6 +40,13 @@ def test_stages_that_would_take_for_ever_are_refused(make, said):
         load_spec(make())
 
 
+def test_more_modules_than_any_model_has_are_refused():
+    module = {"merge_method": "linear", "models": [{"model": "one"}]}
+    modules = {f"layers.{number}": module for number in range(1001)}
+    with pytest.raises(SpecError, match=r"found 1,001 modules, expected at most 1,000"):
+        load_spec({"base_model": "base", "modules": modules})
+
+
 @pytest.mark.parametrize("make", [chain(50), doubled(45)])
 def test_as_many_stages_as_are_allowed_are_planned_and_computed(make, models, tmp_path):
     assert outliermerge.run(make(), output=tmp_path / "out").output.is_dir()

@@ -167,9 +167,8 @@ def _loaded(data: bytes, others: Iterable[str]) -> dict[str, int]:
     _check_charsmap(data)
     _check_growth(data)
     tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-    for token in others:
-        if tokenizer.token_to_id(token) is None:
-            tokenizer.add_tokens([AddedToken(token, special=True)])
+    new = [token for token in dict.fromkeys(others) if tokenizer.token_to_id(token) is None]
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in new])
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     return ids
 

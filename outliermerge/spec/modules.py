@@ -12,6 +12,7 @@ from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.spec.validation import describe
 
 MODULES, KEEP = "modules", "keep"
+_MAX_MODULES = 1000
 
 # Keys at the top that a module takes, unless it has its own.
 _INHERITED = ("base_model", "merge_method", "parameters", "missing", "extra", "unequal",
@@ -32,6 +33,9 @@ def split(
     """Return a spec with modules as a copy of its base, and each module's merge with its text.
 
     What is wrong with the keys is gathered.
+
+    Raises:
+        SpecError: there are too many modules.
     """
     source = mistakes.source
     for key in _ONLY_IN_MODULE:
@@ -48,6 +52,9 @@ def split(
         said = f"found {describe(modules)}, expected a mapping of parts of the base model to merges"
         mistakes.found.append(source.error((MODULES,), said if modules != {} else "is empty"))
         modules = {}
+    if len(modules) > _MAX_MODULES:
+        said = f"found {len(modules):,} modules, expected at most {_MAX_MODULES:,}"
+        raise source.error((MODULES,), said, at_key=True)
     found = {}
     for part, entry in modules.items():
         path: SpecPath = (MODULES, part)
