@@ -111,6 +111,8 @@ def changed_ids(
             new = (kept or None) if isinstance(value, list) else next(iter(kept), None)
             if new != at_level(own, path[:-1])[key]:
                 changed.setdefault(file, {})[path] = new
+        for key, id_ in _lacking(own, tokenizer, config, file, ids).items():
+            changed.setdefault(file, {})[(key,)] = id_
     if lost:
         raise OutlierMergeError(
             "the config names tokens that the output's tokenizer does not have:\n"
@@ -141,6 +143,26 @@ def _said(tokenizer: Side, config: Side, file: str, key: str) -> Any:
         if _numbers(value):
             return value
     return None
+
+
+def _lacking(
+    own: Mapping[str, Any], tokenizer: Side, config: Side, file: str, ids: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return ids that a config lacks, and the same file of the tokenizer's model has.
+
+    A config in which a part holds the ids is left alone.
+    """
+    theirs = read_json(tokenizer.home / file) if tokenizer.home != config.home else {}
+    if not own or text_config(own) is not own:
+        return {}
+    found = {}
+    for key in _OF_TOKENIZER:
+        new = [
+            ids[t] for i in _numbers(theirs.get(key)) if (t := tokenizer.tokens.get(i, "")) in ids
+        ]
+        if new and not _numbers(own.get(key)):
+            found[key] = new if isinstance(theirs[key], list) else new[0]
+    return found
 
 
 def _numbers(value: Any) -> list[int]:

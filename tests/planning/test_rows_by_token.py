@@ -292,7 +292,7 @@ def _ids(folder: Path, file: str = "config.json") -> dict[str, Any]:
 
 def test_ids_follow_their_tokens_into_another_tokenizer(families, tmp_path):
     root = tmp_path
-    save_model(root / "base", "WordPiece", config={"bos_token_id": 2})
+    save_model(root / "base", "WordPiece", config={"bos_token_id": 2, "pad_token_id": None})
     save_model(root / "other", "WordPiece", "other", ["<|im_end|>"], seed=1)
     base, other = (
         Tokenizer.from_file(str(root / name / "tokenizer.json")) for name in ("base", "other")
@@ -303,12 +303,13 @@ def test_ids_follow_their_tokens_into_another_tokenizer(families, tmp_path):
         json.dumps({"eos_token_id": [3, 1], "pad_token_id": 0, "suppress_tokens": [4, own]})
     )
     config = json.loads((root / "other" / "config.json").read_text())
-    config["eos_token_id"] = ids("<|im_end|>")
+    config |= {"eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("[PAD]")}
     (root / "other" / "config.json").write_text(json.dumps(config))
     spec = _spec(root, "other", tokenizer={"source": str(root / "other")})
     out = outliermerge.run(spec, output=tmp_path / "o").output
     assert _ids(out)["eos_token_id"] == ids("<|im_end|>")  # the tokenizer's model says so
     assert _ids(out)["bos_token_id"] == 2  # [CLS] is 2 in both
+    assert _ids(out)["pad_token_id"] == ids("[PAD]")  # the base's config has none
     assert _ids(out, "generation_config.json")["eos_token_id"] == ids("<|im_end|>")
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == [4]  # [MASK]; the other has no such token
