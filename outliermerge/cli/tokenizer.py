@@ -142,7 +142,7 @@ def _print_plan(console: Console, planned: Transplant) -> None:
 def _print_report(console: Console, report: Mapping[str, Any], *, verbose: bool) -> None:
     """Print what became of the tokens, and the errors of what was approximated."""
     by_role = report["num_copied_by_role"]
-    named = f" ({by_role:,} special ones under another name)" if by_role else ""
+    named = f" ({by_role:,} special, under another name)" if by_role else ""
     print_words(
         console,
         f"{report['num_tokens']:,} tokens: {report['num_copied']:,} copied{named}, "

@@ -104,15 +104,15 @@ class MergeSpec:
     method: MergeMethod
     base: ModelSpec | None
     models: tuple[ModelSpec, ...]
-    settings: Mapping[str, Setting]
-    modifiers: tuple[tuple[str, Mapping[str, Any]], ...]
-    rename: Rename
-    missing: Setting
-    extra: Setting
-    unequal: Setting
-    other_files: Setting
-    tokenizer: TokenizerRequest | None
     source: SpecText
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    rename: Rename = field(default_factory=Rename)
+    missing: Setting = field(default_factory=Setting)
+    extra: Setting = field(default_factory=Setting)
+    unequal: Setting = field(default_factory=Setting)
+    other_files: Setting = field(default_factory=Setting)
+    tokenizer: TokenizerRequest | None = None
     slices: tuple[SliceSpec, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -15,9 +15,8 @@ from outliermerge.methods.table import find_method
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.document import DTypeName, ModelEntry, SpecDocument
 from outliermerge.spec.models import ModelSpec
-from outliermerge.spec.rename import Rename
 from outliermerge.spec.repeated import read_repeated
-from outliermerge.spec.settings import Setting, SpecPath
+from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import Mistakes, SpecText, parse_mapping, read_text
 from outliermerge.spec.validation import in_words, validated, without_consequences
 
@@ -191,14 +190,6 @@ def _check(raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError
         method=replace(find_method("passthrough"), name="moe"),
         base=base,
         models=tuple(ModelSpec(e.source_model, path) for path, e in document.models()),
-        settings={},
-        modifiers=(),
-        rename=Rename(),
-        missing=Setting(),
-        extra=Setting(),
-        unequal=Setting(),
-        other_files=Setting(),
-        tokenizer=None,
         source=source,
         warnings=mistakes.warned(),
         moe=document,

@@ -13,8 +13,6 @@ from outliermerge.methods.table import find_method
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.document import ModelEntry, SpecDocument
 from outliermerge.spec.models import ModelSpec
-from outliermerge.spec.rename import Rename
-from outliermerge.spec.settings import Setting
 from outliermerge.spec.text import SpecText
 
 APPROXIMATIONS: Mapping[str, str] = MappingProxyType(
@@ -131,14 +129,6 @@ def transplant_spec(
         method=find_method("passthrough"),
         base=ModelSpec(model, ("model",)),
         models=(ModelSpec(model, ("model",)),),
-        settings={},
-        modifiers=(),
-        rename=Rename(),
-        missing=Setting(),
-        extra=Setting(),
-        unequal=Setting(),
-        other_files=Setting(),
-        tokenizer=None,
         source=SpecText("transplant"),
         model=model,
         donor=donor,
