@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,12 @@ LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "te
            "test_family.py", "test_kill.py", "test_shipped.py", "test_speed.py")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is obeyed
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None and zlib.crc32(item.nodeid.encode()) % sampled.args[0]:
+            item.add_marker(pytest.mark.faults)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

@@ -168,6 +168,7 @@ def family_of(tmp_path_factory) -> Callable[[str], Models]:
     return family
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind in ALL for name in SPECS]

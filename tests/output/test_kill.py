@@ -159,6 +159,7 @@ NUM_TENSORS = NUM_LAYERS * (NUM_SMALL + 2)
 NUM_MOMENTS = 6
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", range(NUM_MOMENTS))
 def test_a_killed_run_goes_on_with_what_was_left(
     workplace: Path, tmp_path: Path, moment: int

@@ -57,6 +57,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", range(NUM_MOMENTS))
 def test_a_killed_run_goes_on_with_the_same_rows_and_tokens(models, tmp_path, monkeypatch, moment):
     chance, number, output = random.Random(moment), moment % 2, tmp_path / "out"

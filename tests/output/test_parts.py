@@ -105,6 +105,7 @@ def plan_file(planned: Plan, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("victim", [1, 2, 3])
 def test_three_processes_one_of_them_killed_write_what_one_writes(

@@ -122,6 +122,7 @@ def run(spec: dict[str, Any], output: Path) -> Path:
 # Whole models
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("base", STORED)
 @pytest.mark.parametrize("task", STORED)
 def test_a_tied_model_merges_the_same_however_it_is_stored(base, task, tmp_path):
@@ -430,6 +431,7 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("ties")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", ADAPTERS)
 @pytest.mark.parametrize(
     ("kind", "how"),
