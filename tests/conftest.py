@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import warm_python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -49,6 +50,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A program that stands for `python`, and has imported lmms-eval already (`warm.py`)."""
+    with warm_python() as program:
+        yield program
 
 
 @pytest.fixture

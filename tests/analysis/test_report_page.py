@@ -86,7 +86,7 @@ def report(folder, models, **options):
                         **options)  # fmt: skip
 
 
-# These differ in what they merge, need of a base, and record of each tensor. `make faults` opens the
+# They differ in what they merge, need of a base, and record of each tensor. `make faults` opens the
 # pages of the others.
 SHOWN = ("min_sigma", "ties", "ramplus_tl", "slerp", "model_stock", "passthrough")
 
