@@ -10,7 +10,10 @@ TEST_JOBS ?= 2
 FUZZ_SECONDS ?= 600
 # Where `make faults` writes: where syncing takes no time, if there is such a place.
 IN_MEMORY ?= $(firstword $(wildcard /dev/shm) /tmp)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Most modules that are installed are never imported. To compile all takes more than a minute, so Python
+# compiles each when it is first imported, and keeps it.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu test-interop \

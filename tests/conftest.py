@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "te
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         sampled = item.get_closest_marker("sampled")
-        if sampled is not None and zlib.crc32(item.nodeid.encode()) % sampled.args[0]:
+        if sampled is not None and random.Random(item.nodeid).randrange(sampled.args[0]):
             item.add_marker(pytest.mark.faults)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
