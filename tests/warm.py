@@ -3,7 +3,8 @@
 Importing lmms-eval takes seconds of a processor, and an evaluation starts a process for each model.
 `warm_python` starts this file as a process that imports it once, and gives a program that stands
 for `python`: it hands its arguments, folder, variables and streams to that process, which runs them
-in a fork, and ends as the fork does. A fork that starts `sys.executable` starts that program.
+in a fork, and ends as the fork does. A fork that starts `sys.executable` starts that program. Where
+options of Python come first, the program is Python itself.
 
 What modules read when they are imported, such as HF_DATASETS_CACHE, is the same for all forks, and
 a signal does not reach them: what is about either needs a process of its own.
@@ -38,6 +39,8 @@ READ_AT_IMPORT = ("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "OMP_WAIT_POLICY")
 CLIENT = """\
 #!{python} -ISE
 import json, os, socket, sys
+if sys.argv[1] in ("-I", "-S", "-E", "-W", "-X"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 parent = os.getppid()
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
