@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the models and the number of singular values."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="folders, files, hub ids, adapters"
+        "models", metavar="MODEL", nargs="+", help="models: folders, files, hub ids, adapters"
     )
     parser.add_argument(
         "--values",
         type=count,
         default=16,
         metavar="K",
-        help="singular values of each matrix (default 16)",
+        help="how many singular values of each matrix (default 16)",
     )
     add_base(parser)
     add_rename(parser)

@@ -142,11 +142,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes; -q and -v may also stand before it."""
     parser.add_argument(
         "-q", "--quiet", action="store_true",
-        help="no progress, notes or warnings; run prints only errors",
+        help="print no progress, notes or warnings; of a merge only errors",
     )  # fmt: skip
     parser.add_argument(
         "-v", "--verbose", action="count", default=0,
-        help="print what libraries report too, and before a merge its plan; -vv for all",
+        help="also print what libraries report, and what a merge is about to do; -vv everything",
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, help="print the version and exit")
 

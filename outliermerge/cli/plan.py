@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_planning(parser)
     add_lenient(parser)
     parser.add_argument(
-        "--tensors", action="store_true", help="list every tensor too, and what happens to it"
+        "--tensors", action="store_true", help="also list every tensor, and what happens to it"
     )
 
 

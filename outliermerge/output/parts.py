@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
+from outliermerge.arguments import checked
 from outliermerge.errors import ArgumentError, OutlierMergeError
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
@@ -50,6 +51,7 @@ def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
     return [job for job, number in zip(plan.jobs, numbers, strict=True) if number == part]
 
 
+@checked
 def run_part(
     plan: Plan,
     output: Path,
