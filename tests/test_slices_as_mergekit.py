@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import load_folder
-from parity.both import by_mergekit
+from parity.both import assert_same_answers, by_mergekit, logits_of
 from stacks import Models, save
 
 import outliermerge
@@ -201,3 +201,5 @@ def test_slices_agree_with_mergekit(name, kind, family_of, tmp_path):
         json.loads((tmp_path / tool / "config.json").read_text()) for tool in ("ours", "theirs")
     ]
     assert configs[0][key] == configs[1][key]
+    tokens = [1, 5, 9, 3, 7, 11]
+    assert_same_answers(*(logits_of(tmp_path / tool, tokens) for tool in ("ours", "theirs")))
