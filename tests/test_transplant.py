@@ -461,9 +461,9 @@ def test_a_dry_run_tells_what_a_plan_tells(models, tmp_path, capsys, monkeypatch
     assert "null" in said.out and "None" not in said.out  # the config has no padding any more
     assert "3 of the tokens in common make up a new row" in said.out
     assert f"note: a run would stop: {tmp_path / 'out'}" in said.err
-    assert cli([*words, "--dry-run", "--no-load-check", "--json"]) == 0
+    assert cli([*words, "--dry-run", "--no-load-check", "--json", "--k", "500"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["summary"]["num_tensors"] == 12 and told["spec"]["k"] == 64
+    assert told["summary"]["num_tensors"] == 12 and told["spec"]["k"] == 500
     assert "peak_memory_bytes" in told and f"only {alike} tokens in common" in str(told["notes"])
 
 

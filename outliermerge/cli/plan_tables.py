@@ -234,8 +234,8 @@ def _print_actions(console: Console, plan: Plan) -> None:
         done = f"merged by {inside.task.method.name}" if inside else what.get(job.action)
         groups.setdefault((done or "copied if equal") + reason, []).append(job)
     for what_happens, jobs in groups.items():
-        inside = [merge_of(job.sources[0][1]) for job in jobs]
-        computed = {merge.task.compute_dtype for merge in inside if merge}
+        merges = [merge_of(job.sources[0][1]) for job in jobs]
+        computed = {merge.task.compute_dtype for merge in merges if merge is not None}
         if jobs[0].action == "merge":
             computed = {job.compute_dtype for job in jobs}
         stored = {m.dtype.name for job in jobs for _, s in job.sources for m in s.stored}
