@@ -138,6 +138,18 @@ def usage_of(parser: argparse.ArgumentParser) -> str:
     return f"usage: {' '.join(words)}"
 
 
+def overview_of(command: str, parts: Mapping[str, str]) -> str:
+    """Return the help of a command that another word must follow: these words."""
+    lines = [f"  {part}  {summary}" for part, summary in parts.items()]
+    return "\n".join(
+        [
+            f"usage: outliermerge {command} COMMAND …\n\ncommands:",
+            *lines,
+            f"\noutliermerge {command} COMMAND --help says what each takes.",
+        ]
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes; -q and -v may also stand before it."""
     parser.add_argument(

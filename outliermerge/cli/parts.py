@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,6 +47,8 @@ class Command:
     """Whether it goes on from where it was interrupted."""
     explanation: str = ""
     """What its help says besides, at the end."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The words that may follow it, and what each does."""
 
 
 def print_json(value: object) -> None:

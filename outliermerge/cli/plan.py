@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,17 +44,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
+
+    began = time.perf_counter()
+    planned = merge.plan(read_spec(options), shard_size=options.shard_size)
+    took = Took(time.perf_counter() - began)
+    show_plan(planned, options, took, with_tensors=options.tensors)
+    return 0
+
+
+def show_plan(
+    planned: Plan,
+    options: argparse.Namespace,
+    took: Took,
+    *,
+    with_tensors: bool = False,
+    further: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Print what a run of a plan would do and take, its notes, and what would stop it.
+
+    Args:
+        options: those of `add_planning`, or of `add_running`.
+        took: what planning took.
+        with_tensors: list every tensor.
+        further: facts, each a label and words.
+    """
     from outliermerge.execution.computing import slowness_note, why_none
     from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
-    output_name = named_output(options)
-    began = time.perf_counter()
-    planned = merge.plan(read_spec(options), shard_size=options.shard_size)
-    took = Took(time.perf_counter() - began)
     chosen = run_options(options).on_this_machine()
-    named = output_name or planned.spec.document.output
+    named = named_output(options) or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
@@ -72,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     if slow and not why_not:
         planned = replace(planned, notes=(*planned.notes, slow))
     if options.json:
-        print_json(_as_json(planned, named, chosen, estimate, took, free, verdict, options.tensors))
+        print_json(_as_json(planned, named, chosen, estimate, took, free, verdict, with_tensors))
     else:
         print_plan(
             planned,
@@ -82,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
             took=took,
             free_bytes=free,
             verdict=verdict,
-            with_tensors=options.tensors,
+            with_tensors=with_tensors,
+            further=further,
         )
     print_notes(planned.notes, options)
     if why_not:
@@ -93,7 +114,6 @@ def run(options: argparse.Namespace) -> int:
             f"{planned.num_written_bytes:,}",
             file=sys.stderr,
         )
-    return 0
 
 
 def _taken(planned: Plan, output: Path) -> Iterator[str]:
