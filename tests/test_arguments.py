@@ -24,7 +24,8 @@ from outliermerge.search.sweeps import plan_sweep
 SOURCES = sorted(Path(outliermerge.__file__).parent.rglob("*.py"))
 # Flags of other programs, in the advice of messages.
 OF_OTHERS = {"--revision", "--include", "--local-dir", "--model", "--adapter-path", "--save-path",
-             "--dequantize", "--index-url", "--force-reinstall", "--no-deps"}  # fmt: skip
+             "--dequantize", "--index-url", "--force-reinstall", "--no-deps",
+             "--random-seed"}  # fmt: skip
 # What writes a command line into the output.
 COMMAND_LINES = ("recipe.py",)
 

@@ -83,6 +83,16 @@ class Parser(argparse.ArgumentParser):
         meant = f"Did you mean {near}?" if near else f"{self.prog} --help lists all."
         self.error(f"no option {quoted(flags[0])}. {meant}")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a word that is none of an argument's choices, with the one that was meant."""
+        if action.choices is not None and value not in action.choices:
+            choices = [*map(str, action.choices)]
+            near = nearest(str(value), choices)
+            meant = f". Did you mean {quoted(near)}?" if near else ""
+            expected = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            said = f"found {quoted(value)}, expected {expected}{meant}"
+            raise argparse.ArgumentError(action, said)
+
     def error(self, message: str) -> NoReturn:
         """Print the usage of the command that was meant, and the error."""
         self.exit(EXIT_USAGE, f"{usage_of(self)}\nerror: {readable(message)}\n")

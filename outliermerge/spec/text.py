@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from outliermerge.checkpoint.folders.absent import path_meant
+from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, SpecError, listing_once, quoted, shown
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.validation import describe
@@ -157,6 +158,8 @@ def read_text(path: Path, *, absent: str) -> str:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except OutlierMergeError as error:
         what = f"{path}: is a folder, expected a YAML file" if path.is_dir() else error.marked
+        if (path / MANIFEST_NAME).is_file():
+            what += f". To repeat the merge that made it, name {path / MANIFEST_NAME}"
         raise SpecError(what) from error
     if data is None:
         meant = path_meant(path)

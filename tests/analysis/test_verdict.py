@@ -71,7 +71,7 @@ def test_it_tells_where_the_conflicts_are(save):
     b = save("b", lambda name: -one(name) if name == conflicting else one(name) + other(name) / 9)
     said = _verdict(a, b)
     assert re.search(
-        r"the largest share of them in mlp \(\d+%\), and by layer in layers\.1 \(\d+%\)", said
+        r"largest share of them in mlp \(\d+%\), and by layer in layers\.1 \(\d+%\)", said
     )
     found = compare_weights([a, b], base="base")
     (whole,) = found.pairs

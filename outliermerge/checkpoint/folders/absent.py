@@ -48,12 +48,12 @@ def meant_inside(found: Sequence[Path], what: str) -> str:
     >>> meant_inside([Path("runs/a")], "model")
     'but a model is in it: did you mean runs/a?'
     """
+    here = Path.cwd()
+    names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found]
     if len(found) == 1:
-        return (
-            f"but {'an' if what[0] in 'aeiou' else 'a'} {what} is in it: did you mean {found[0]}?"
-        )
-    rows = listing(map(str, found), limit=10)
-    return f"but {len(found)} {what}s are in it. Name one of them:\n{rows}"
+        article = "an" if what[0] in "aeiou" else "a"
+        return f"but {article} {what} is in it: did you mean {names[0]}?"
+    return f"but {len(found)} {what}s are in it. Name one of them:\n{listing(names, limit=10)}"
 
 
 def path_meant(path: Path) -> Path | None:
