@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
@@ -16,7 +17,6 @@ from outliermerge.cli.parts import (
     print_notes,
     run_options,
 )
-from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.plan import show_plan
 from outliermerge.cli.plan_tables import Took
 from outliermerge.cli.specs import named_output
