@@ -220,24 +220,19 @@ def _layers(start: int, stop: int) -> str:
 
 
 def _print_actions(console: Console, plan: Plan) -> None:
-    """Print what becomes of the tensors; copies of what modules or stages merge are merged."""
-    from outliermerge.planning.merged import merge_of
-
     table = NamedTable(
         "what happens", "tensors", "parameters", "loaded", "computed", "stored", justify="left"
     )
     groups: dict[str, list[Any]] = {}
     for job in plan.jobs:
-        inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
-        what = {"merge": f"merged by {plan.spec.title}", "copy": "copied"}
+        by = plan.merged_by(job)
+        what = (
+            f"merged by {by[0]}" if by else "copied" if job.action == "copy" else "copied if equal"
+        )
         reason = f" ({job.reason})" if job.reason else ""
-        done = f"merged by {inside.task.method.name}" if inside else what.get(job.action)
-        groups.setdefault((done or "copied if equal") + reason, []).append(job)
+        groups.setdefault(what + reason, []).append(job)
     for what_happens, jobs in groups.items():
-        merges = [merge_of(job.sources[0][1]) for job in jobs]
-        computed = {merge.task.compute_dtype for merge in merges if merge is not None}
-        if jobs[0].action == "merge":
-            computed = {job.compute_dtype for job in jobs}
+        computed = {by[1] for job in jobs if (by := plan.merged_by(job))}
         stored = {m.dtype.name for job in jobs for _, s in job.sources for m in s.stored}
         table.add_row(
             what_happens,

@@ -25,20 +25,22 @@ def moved(key: str, value: Any, ids: _Ids) -> tuple[Any, int]:
     ([[[70]], [[90]]], 1)
 
     Args:
-        key: one of FORMS.
+        key: its name.
         ids: the new id of each.
 
     Raises:
-        ValueError: the value has another form than such a setting has.
+        ValueError: it is none of FORMS, or has another form.
     """
     lost: list[Any] = []
+    if key not in FORMS:
+        raise ValueError("not a setting with a known form")
     return FORMS[key](value, ids, lost) or None, len(lost)
 
 
 def may_have_ids(key: str, value: Any) -> bool:
-    """Tell whether a setting is a list or table of token ids, by its name and what is in it."""
-    is_table = isinstance(value, (list, dict)) or key in FORMS
-    return is_table and bool(_OF_TOKENS.search(key) or key in FORMS) and _has_ids(value)
+    """Tell whether a setting has token ids in a list or table, by its name and what is in it."""
+    is_table = isinstance(value, (list, dict))
+    return key in FORMS or (is_table and bool(_OF_TOKENS.search(key)) and _has_ids(value))
 
 
 def _has_ids(value: Any) -> bool:

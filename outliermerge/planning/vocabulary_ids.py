@@ -148,22 +148,20 @@ def _nested(
     if len(new_ids) == len(config.tokens) and all(old == new for old, new in new_ids.items()):
         return
     plain = {path for path, _ in id_values(own)}
+    of = f" of {shown(config.name)}: "
     for level in language_levels(own):
         for key, value in at_level(own, level).items():
-            path, of = (*level, key), f" of {shown(config.name)}: "
-            is_known, new, num_lost = key in FORMS and value is not None, value, 0
-            if is_known:
-                try:
-                    new, num_lost = moved(key, value, new_ids)
-                except ValueError:
-                    is_known = False
-            elif key not in FORMS and (path in plain or file == CONFIGS[0]):
+            path = (*level, key)
+            if not value or (key not in FORMS and (path in plain or file == CONFIGS[0])):
+                continue
+            try:
+                new, num_lost = moved(key, value, new_ids)
+            except ValueError:
+                if may_have_ids(key, value):
+                    notes.add(file, f"{of}{'.'.join(path)} {_NOT_MOVED}")
                 continue
             if num_lost:
-                said = f"{num_lost} of the words in {'.'.join(path)} {_LEFT_OUT}"
-                notes.add(file, of + said)
-            elif not is_known and may_have_ids(key, value):
-                notes.add(file, f"{of}{'.'.join(path)} {_NOT_MOVED}")
+                notes.add(file, f"{of}{num_lost} of the words in {'.'.join(path)} {_LEFT_OUT}")
             if new != value:
                 yield path, new
 
