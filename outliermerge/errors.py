@@ -91,7 +91,8 @@ def direct(path: Path) -> Path:
     found = Path()
     for part in path.parts:
         is_detour = part == ".." and found.name not in ("", "..")
-        is_detour = is_detour and found.is_dir() and not found.is_symlink()
+        # These never fail, whatever a name is.
+        is_detour = is_detour and os.path.isdir(found) and not os.path.islink(found)  # noqa: PTH112, PTH114
         found = found.parent if is_detour else found / part
     return found
 

@@ -121,6 +121,13 @@ def test_paths_are_shown_and_stored_without_detours_but_through_links(place, cap
     assert weights(outliermerge.run(plain, output="plain").output) == weights(Path("out"))
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + "/../models/b", "a\0b/../c", "models/a/x/../y"])
+def test_a_path_that_cannot_be_is_refused_as_it_was_written(place, name):
+    spec = SPEC | {"models": [{"model": "models/a"}, {"model": name}]}
+    with pytest.raises(OutlierMergeError, match=r"models\[1\]\.model: "):
+        outliermerge.plan(spec)
+
+
 def test_a_single_file_is_made_again_from_its_manifest(place):
     for name in NAMES:
         shutil.copy(place / "models" / name / "model.safetensors", f"{name}.safetensors")
