@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.in_parts import print_parts
 from outliermerge.cli.parts import (
     Command,
     add_lenient,
     add_planning,
+    count,
     flag,
     print_json,
     print_notes,
@@ -39,12 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensors", action="store_true", help="list every tensor too, and what happens to it"
     )
+    parser.add_argument(
+        "--parts",
+        type=count,
+        metavar="N",
+        help="show what each of N parts takes, which `run --part K/N` writes",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
     from outliermerge.execution.computing import slowness_note, why_none
+    from outliermerge.output.division import part_costs
     from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
@@ -71,8 +80,11 @@ def run(options: argparse.Namespace) -> int:
     slow = slowness_note(chosen, kernels=not options.no_kernels)
     if slow and not why_not:
         planned = replace(planned, notes=(*planned.notes, slow))
+    costs = part_costs(planned, options.parts, chosen, estimate) if options.parts else []
     if options.json:
-        print_json(_as_json(planned, named, chosen, estimate, took, free, verdict, options.tensors))
+        said = _as_json(planned, named, chosen, estimate, took, free, verdict, options.tensors)
+        in_parts = {"parts": [cost.as_dict() for cost in costs]} if costs else {}
+        print_json(said | in_parts)
     else:
         print_plan(
             planned,
@@ -84,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
             verdict=verdict,
             with_tensors=options.tensors,
         )
+        print_parts(costs)
     print_notes(planned.notes, options)
     if why_not:
         say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
@@ -163,6 +176,7 @@ COMMAND = Command(
         "outliermerge plan merge.yaml",
         "outliermerge plan llava_math --json",
         "outliermerge plan merge.yaml --json --tensors",
+        "outliermerge plan merge.yaml --parts 16",
     ),
     overview="outliermerge plan merge.yaml --json",
     add_arguments=add_arguments,
