@@ -93,7 +93,8 @@ def run_one_part(
     Raises:
         ArgumentError: a flag is given that is for whole outputs.
     """
-    from outliermerge.output.parts import part_of, part_work_bytes, run_part
+    from outliermerge.output.division import part_of, part_work_bytes
+    from outliermerge.output.parts import run_part
     from outliermerge.output.run import output_path
 
     number, num_parts = options.part
