@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import shutil
 import signal
@@ -333,3 +334,40 @@ def test_parts_without_tensors_are_done_at_once(models: Path, tmp_path: Path) ->
     for part in range(1, 21):
         assert cli.main(words(models, "ties", output, "--part", f"{part}/20")) == 0
     assert cli.main(join(models, "ties", output)) == 0
+
+
+def _kill_at_random(models: Path, folder: Path, seed: int) -> None:
+    """Kill each part at random moments until it is done, and check what is joined."""
+    chance, output = random.Random(seed), folder / "out"
+    left = [1, 2, 3]
+    num_kills = 0
+    while left:
+        part = chance.choice(left)
+        line = words(models, "ties", output, "--part", f"{part}/3")
+        moment = chance.randint(1, 3), chance.choice(["before", "after"])
+        process = subprocess.Popen(held(*moment, *line), stdout=subprocess.DEVNULL)
+        if stopped(process) and num_kills < 4:
+            process.kill()
+            num_kills += 1
+        elif process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+        if process.wait(timeout=LIMIT_SECONDS) == 0:
+            left.remove(part)
+    assert num_kills >= 2
+    assert cli.main(join(models, "ties", output)) == 0
+    assert cli.main(words(models, "ties", folder / "whole" / "out")) == 0
+    assert contents(output) == contents(folder / "whole" / "out")
+
+
+def test_parts_killed_at_random_moments_are_joined_to_the_same_bytes(
+    models: Path, tmp_path: Path
+) -> None:
+    _kill_at_random(models, tmp_path, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 25))
+def test_parts_killed_at_many_random_moments_are_joined_to_the_same_bytes(
+    models: Path, tmp_path: Path, seed: int
+) -> None:
+    _kill_at_random(models, tmp_path, seed)
