@@ -31,7 +31,7 @@ from outliermerge.planning.planner import make_plan
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.machine import num_threads
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
 _NUM_CPUS = 4  # of a part, where the threads are not given
 _PROGRAM_BYTES = 300_000_000  # of the interpreter, the plan and what is imported
 _MOST_LOSSES = 10  # of one part, without a tensor written in between
@@ -302,7 +302,8 @@ def _write_part(work: _Work, number: int) -> _Outcome:
         plan = make_plan(work.spec, shard_bytes=work.shard_bytes)
         run_part(plan, work.output, number, work.num_parts, work.chosen)
         return _Outcome(checksums_of(plan, work.output, number, work.num_parts))
-    except BusyError as error:
+    except BusyError as error:  # by a task that was taken for lost; it may be about to end
+        time.sleep(_BUSY_SECONDS)
         return _Outcome(busy=error.marked)
     except OutlierMergeError as error:  # its class may not survive pickling
         return _Outcome(error=(type(error).__name__, error.marked))
