@@ -138,14 +138,15 @@ def usage_of(parser: argparse.ArgumentParser) -> str:
     return f"usage: {' '.join(words)}"
 
 
-def overview_of(command: str, parts: Mapping[str, str]) -> str:
-    """Return the help of a command that another word must follow: these words."""
-    lines = [f"  {part}  {summary}" for part, summary in parts.items()]
+def overview_of(name: str, command: Command) -> str:
+    """Return the help of a command that another word must follow: these words, and examples."""
+    lines = [f"  {part}  {summary}" for part, summary in command.parts.items()]
     return "\n".join(
         [
-            f"usage: outliermerge {command} COMMAND …\n\ncommands:",
+            f"usage: outliermerge {name} COMMAND …\n\ncommands:",
             *lines,
-            f"\noutliermerge {command} COMMAND --help says what each takes.",
+            f"\noutliermerge {name} COMMAND --help says what each takes.\n",
+            _examples(command.examples).rstrip(),
         ]
     )
 
