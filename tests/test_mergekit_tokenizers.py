@@ -145,6 +145,7 @@ def _named(value: Any, root: Path) -> Any:
     return value.replace("MODELS", str(root)) if isinstance(value, str) else value
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMS)

@@ -61,7 +61,7 @@ def encoded(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "other", "method"), CASES)
 def test_all_but_the_rows_is_the_models_and_it_reads_as_the_donor(
-    kind, other, method, models, tmp_path
+    kind, other, method, models, in_process, tmp_path
 ):
     model, donor = models(kind), models(other, "other")
     result = outliermerge.transplant(model, donor, output=tmp_path / "out", method=method, k=4)

@@ -48,7 +48,7 @@ def _main(arguments: list[str]) -> int:
     rest = arguments[1:]
     if word in commands and (parts := commands[word].parts) and not parts.keys() & {*rest}:
         if not rest or {"-h", "--help"} & {*rest}:
-            print(overview_of(word, commands[word]))
+            print(overview_of(word, commands[word]), end="")
             return EXIT_DONE if rest else EXIT_USAGE
     parser = make_parser(commands)
     try:

@@ -295,7 +295,7 @@ def _print_tensors(console: Console, plan: Plan) -> None:
 def _loads_in(verdict: Verdict, took: Took) -> str:
     """Return what loads the output, how long it took to ask, and what that is to a run."""
     seconds = took.asked or took.load_check
-    asked = "checked before" if verdict.was_known else f"checked in {_duration(seconds)}"
+    asked = "checked before" if verdict.was_known else f"checked in {duration(seconds)}"
     return f"{'; '.join(verdict.by)} ({asked}; {_KNOWN if verdict.is_kept else _ASKED})"
 
 
@@ -304,20 +304,20 @@ def _time(estimate: Estimate, took: Took) -> str:
     merging = estimate.seconds
     if merging is None:
         least = took.planning + took.load_check
-        return f"not known, at least {_duration(least)} ({estimate.basis})"
-    parts = [f"{_duration(took.planning)} to plan"] if took.planning >= 1 else []
-    parts.append(f"{_duration(merging)} to merge")
+        return f"not known, at least {duration(least)} ({estimate.basis})"
+    parts = [f"{duration(took.planning)} to plan"] if took.planning >= 1 else []
+    parts.append(f"{duration(merging)} to merge")
     if took.load_check:
-        parts[-1] += f" and meanwhile {_duration(took.load_check)} to check that it loads"
+        parts[-1] += f" and meanwhile {duration(took.load_check)} to check that it loads"
     words = ", ".join(parts)
     if took.load_check or len(parts) > 1:
-        words = f"{_duration(took.with_merge(merging))}: {words}"
+        words = f"{duration(took.with_merge(merging))}: {words}"
     else:
-        words = _duration(merging)
+        words = duration(merging)
     return f"{'' if words.startswith('less') else 'about '}{words} ({estimate.basis})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return in words how long something takes."""
     if seconds < 1:
         return "less than a second"

@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUES",
-        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER, after "
-        "stages.NAME., modules.NAME. or slices.N. of these; several --set are combined",
+        help="values to merge with, such as t=2,2.5,3. KEY is merge_method, dtype, out_dtype, a "
+        "parameter, or models.N.PARAMETER of the N-th model, from 1; with stages.NAME., "
+        "modules.NAME. or slices.N. before it, of that part. Several --set are combined",
     )
     add_running(parser)
 
