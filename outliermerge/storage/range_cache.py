@@ -242,16 +242,17 @@ class RangeCache:
         if self._next_ahead is None:
             self._next_ahead = next(self._ahead, None)
         while self._next_ahead is not None:
-            found, numbers = self._next_ahead
-            numbers = [number for number in numbers if number not in found.chunks]
-            if numbers:
+            found, left = self._next_ahead
+            groups = _in_requests([number for number in left if number not in found.chunks])
+            if groups:
+                numbers = groups[0]  # others may have come in between meanwhile
                 num_bytes = sum(map(found.size_of, numbers))
                 most = min(_AHEAD_BYTES, self._limit_bytes // 2)
                 if self._unread_bytes + num_bytes > most or not self._make_room(num_bytes):
                     return None
                 for number in numbers:
                     self._begin(found, number)
-                self._next_ahead = None
+                self._next_ahead = (found, [number for each in groups[1:] for number in each])
                 return found, numbers
             self._next_ahead = next(self._ahead, None)
         return None
@@ -283,6 +284,7 @@ class RangeCache:
                 self._changed.notify_all()
 
     def _fetch(self, found: CachedObject, numbers: list[int]) -> None:
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
         start = numbers[0] * found.chunk_bytes
         stop = start + sum(map(found.size_of, numbers))
 

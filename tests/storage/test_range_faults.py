@@ -195,3 +195,18 @@ def test_the_cache_keeps_within_its_bounds(made: Made, tmp_path: Path) -> None:
         assert sum(asked) == SIZE  # each byte once
     finally:
         cache.close()
+
+
+def test_what_is_read_before_its_turn_leaves_no_gap_behind(made: Made, tmp_path: Path) -> None:
+    server, content = made
+    cache = RangeCache(tmp_path, 100 * CHUNK)
+    try:
+        found = _opened(cache, f"{server.url}/bucket/weights")
+        for number in (2, 5, 6, 10):
+            assert _read(cache, found, number * CHUNK, (number + 1) * CHUNK)
+        cache.read_ahead([(found, 0, SIZE)])
+        assert _read(cache, found, 0, SIZE) == content
+        asked = [stop - start for _, start, stop in server.ranges[1:]]
+        assert sum(asked) == SIZE
+    finally:
+        cache.close()
