@@ -13,6 +13,7 @@ from outliermerge.storage.json_text import parse_json
 MAX_TOKENS = 1 << 21
 """More tokens than any tokenizer has. Tables of rows are made for all ids, and fill the memory."""
 
+_MAX_PIECE = 1 << 16  # bytes; loaders take minutes for pieces that are much longer
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _NUM_SENTINELS = 100  # of a T5 tokenizer whose config does not say it
 
@@ -115,6 +116,11 @@ def _pieces(data: bytes) -> list[str]:
             texts = [text for inner, text in _fields(value) if inner == 1]
             if not texts:
                 raise ValueError(f"piece {len(pieces)} has no text")
+            if len(texts[-1]) > _MAX_PIECE:
+                raise ValueError(
+                    f"piece {len(pieces)} has {len(texts[-1]):,} bytes, expected at most "
+                    f"{_MAX_PIECE:,}"
+                )
             pieces.append(texts[-1].decode("utf-8"))
             _refuse_more(len(pieces))
     if not pieces:

@@ -240,6 +240,11 @@ def test_tokenizer_files_are_compared_by_what_they_add(tmp_path):
         ("tokenizer.model", b"\x0a", "it ends within a number"),
         ("tokenizer.model", b"\x08" + b"\xff" * 11, "a number is too long"),
         ("tokenizer.model", b"\x0a\x02\x10\x01", "piece 0 has no text"),
+        (
+            "tokenizer.model",
+            b"\x0a\x85\x80\x04\x0a\x81\x80\x04" + b"x" * 65537,
+            "piece 0 has 65,537 bytes, expected at most 65,536",
+        ),
         ("tokenizer.model", b"\x0b", "wire type 3 at byte 1"),
         ("tokenizer.model", b"\x0a\x03\x0a\x01\xff", "can't decode byte"),
     ],
