@@ -47,9 +47,12 @@ class Objects:
 
 def _hub_headers(address: str) -> dict[str, str]:
     """Return what the hub's own client sends with a request, the token too; {} elsewhere."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
+
+    # Documented as public, but not marked so for type checkers.
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     if not address.startswith(f"{constants.ENDPOINT}/") or "/resolve/" not in address:
         return {}
-    found: dict[str, str] = utils.build_hf_headers(library_name="outliermerge")
+    found: dict[str, str] = build_hf_headers(library_name="outliermerge")
     return found
