@@ -16,7 +16,7 @@ from outliermerge.storage.addresses import without_secrets
 from outliermerge.storage.stamps import ChangedInputError
 
 T = TypeVar("T")
-Write = Callable[[memoryview], None]
+Write = Callable[[memoryview], object]
 
 NUM_TRIES = 9
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 10.0

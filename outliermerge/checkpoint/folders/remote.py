@@ -23,7 +23,7 @@ from outliermerge.checkpoint.formats.table import SUFFIXES
 from outliermerge.errors import OutlierMergeError, listing, quoted
 from outliermerge.storage.addresses import STORES, file_name, inside
 from outliermerge.storage.failures import naming
-from outliermerge.storage.files import MAX_MANIFEST_BYTES
+from outliermerge.storage.files import MAX_LARGE_BYTES, MAX_MANIFEST_BYTES
 from outliermerge.storage.json_text import parse_json
 from outliermerge.storage.objects import Objects
 from outliermerge.storage.ranges import RemoteObject, State, persistently
@@ -212,23 +212,25 @@ class _Fetch:
         if name.endswith(_BY_RANGES):
             length = 8 + int.from_bytes(content[:8], "little")
             num_bytes = min(length if length <= MAX_HEADER_BYTES else len(content), num_bytes)
-        elif num_bytes > MAX_MANIFEST_BYTES:
+        elif num_bytes > (MAX_MANIFEST_BYTES if name.endswith(MANIFEST_NAME) else MAX_LARGE_BYTES):
             raise OutlierMergeError(
                 f"{found.address}: has {num_bytes:,} bytes, more than a file beside weights has"
             )
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
 
-        def rest() -> bytearray:
-            more = bytearray()
-            found.read(len(content), num_bytes, state, more.extend)
-            return more
+        with path.open("wb") as file:
+            file.write(content[:num_bytes])
 
-        more = persistently(found.address, rest) if num_bytes > len(content) else b""
-        path.write_bytes(content[:num_bytes] + more)
+            def rest() -> None:
+                file.seek(len(content))
+                found.read(len(content), num_bytes, state, file.write)
+
+            if num_bytes > len(content):
+                persistently(found.address, rest)
         if name.endswith(_BY_RANGES):
             os.utime(path, (0, 0))  # a run that goes on finds the file as it was
-        self._states[name] = state
+        self._states[name], self._firsts[name] = state, (state, b"")  # it is on the disk now
 
     def _moved(self, names: Sequence[str]) -> Path:
         """Give the folder the name that belongs to what is in it."""
