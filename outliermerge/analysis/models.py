@@ -12,6 +12,7 @@ from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
     argument,
+    direct_reference,
     listing,
     quoted,
     shown,
@@ -84,8 +85,8 @@ def open_subject(
     for name, given in (("model", model), ("base", base)):
         if not isinstance(given, (str, Path)) and (given is not None or name == "model"):
             raise wrong(name, given, "a folder, a file or a hub id")
-    model = without_secrets(str(model))
-    base = None if base is None else without_secrets(str(base))
+    model = direct_reference(without_secrets(str(model)))
+    base = None if base is None else direct_reference(without_secrets(str(base)))
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.in_parts import add_part, run_one_part
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
-    add_lenient,
     add_running,
     print_json,
     print_notes,
@@ -32,17 +32,28 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and those of a mixture."""
-    add_running(parser)
-    add_lenient(parser)
+    add_running(
+        parser,
+        spec="a YAML file with `base_model` and `experts`, as mergekit-moe reads it; the "
+        "outliermerge.json of a mixture, to make it again; or - for the standard input",
+    )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would be made; no router is computed"
+        "--lenient",
+        action="store_true",
+        help="go on over unknown keys, as mergekit-moe does, and warn of them",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be made, without computing the routers or writing anything",
     )
     parser.add_argument(
         "--routing",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="show where the routers send the prompts (default); it takes a forward pass",
+        help="show to which experts the prompts are routed (default); it takes a forward pass",
     )
+    add_part(parser)
     add_mergekit_flags(parser)
     for flag in (
         "load-in-4bit",
@@ -81,6 +92,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     path = output_path(mixture.plan, output)
     refuse_taken(mixture.plan, path, overwrite=options.overwrite)
+    if options.part:
+        with status("computing the routers", quiet=options.quiet):
+            mixture, _ = add_routers(mixture, device=chosen.device, show_routing=False)
+        return run_one_part(mixture.plan, output, options, notes=notes)
     with status("computing the routers", quiet=options.quiet):
         mixture, routing = add_routers(mixture, device=chosen.device, show_routing=options.routing)
     with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet) as bar:
@@ -194,6 +209,7 @@ COMMAND = Command(
         "outliermerge moe moe.yaml mixture",
         "outliermerge moe moe.yaml --dry-run",
         "outliermerge moe moe.yaml mixture --json",
+        "outliermerge moe moe.yaml mixture --part 1/4",
         "outliermerge moe moe.yaml mixture --lenient --device cuda --no-routing",
     ),
     overview="outliermerge moe moe.yaml mixture",
@@ -201,6 +217,15 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation="""\
+A file names the models, and prompts for each expert, of which its router is made:
+  base_model: models/base
+  gate_mode: hidden
+  experts:
+    - source_model: models/chat
+      positive_prompts: ["Hello, how are you?"]
+    - source_model: models/maths
+      positive_prompts: ["What is 3 times 7?"]
+`gate_mode: random` needs no prompts.
 gate_mode hidden and the routing need torch and transformers, for a forward pass of the base model
 over the prompts with one of its layers at a time in memory, in float32; --memory does not count
 that.

@@ -21,12 +21,16 @@ from outliermerge.errors import listing, shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the folder and for the checks."""
-    parser.add_argument("folder", metavar="OUT", help="the output of `run`")
+    parser.add_argument(
+        "folder",
+        metavar="OUT",
+        help="an output of outliermerge: its folder, or its .safetensors file",
+    )
     parser.add_argument(
         "--load",
         action="store_true",
-        help="prove too that transformers or diffusers loads it, without taking its memory, and "
-        "that its tokens have rows",
+        help="also prove that transformers or diffusers loads it, without the memory for that, and "
+        "that the embeddings have a row for each of its tokens",
     )
     add_threads(parser)
     add_json(parser)
@@ -36,10 +40,12 @@ def run(options: argparse.Namespace) -> int:
     """Verify an output; return 1 if it differs."""
     from outliermerge.output import manifest
     from outliermerge.output.names import manifest_path, output_here
+    from outliermerge.storage.addresses import is_address
     from outliermerge.storage.machine import num_threads
     from outliermerge.storage.stamps import FileStamp
 
     folder = output_here(options.folder)
+    named = options.folder if is_address(options.folder) else str(folder)
     shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
     total = sum(FileStamp.of(path).num_bytes for path in shards if path.exists())
     with progress_bar("verifying", quiet=options.quiet) as bar:
@@ -61,13 +67,13 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         found = {"ok": not differences, "differences": differences, "notes": notes}
         load = {"load_check": verdict.as_dict()} if verdict else {}
-        print_json({"folder": options.folder} | found | load)
+        print_json({"folder": named} | found | load)
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
-        say(f"{shown(options.folder)}: {len(differences)} {what}\n{listing(differences)}")
+        say(f"{shown(named)}: {len(differences)} {what}\n{listing(differences)}")
         say(f"`outliermerge run {shown(manifest_path(folder))} NEW` repeats the merge.")
     elif not options.quiet:
-        say(f"{shown(options.folder)}: every tensor and file is as its manifest says")
+        say(f"{shown(named)}: every tensor and file is as its manifest says")
     if not options.json and not options.quiet:
         for by in verdict.by if verdict else ():
             say(f"checked by {by}")

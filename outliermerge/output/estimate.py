@@ -31,7 +31,7 @@ _ALIGNMENT = 4096
 _TORCH_BYTES, _THREAD_BYTES = 218 * 10**6, 800_000
 _RUN_BYTES = 2_000_000  # what a run takes besides what its plan has taken
 # Measured: the files beside the weights, checksums of them, the names.
-_FIXED_SECONDS = 0.1
+FIXED_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
             speed, basis = _tried(plan, options, _existing(output))
         except (OSError, OutlierMergeError) as error:
             basis = f"the trial failed: {shown(str(error).partition(chr(10))[0])}"
-    seconds = None if speed is None else _FIXED_SECONDS + plan.work_bytes / speed
+    seconds = None if speed is None else FIXED_SECONDS + plan.work_bytes / speed
     return Estimate(seconds, speed, basis, program, blocks)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, as_path
 from outliermerge.storage.addresses import is_address, without_secrets
 
 _LONGEST = ".partial.journal"
@@ -45,7 +45,7 @@ def output_here(named: str | Path) -> Path:
     """
     if isinstance(named, str) and is_address(named):
         return resolve(without_secrets(named), lambda name: True)
-    return Path(named)
+    return as_path(named)
 
 
 def shard_path(final: Path, file: str) -> Path:

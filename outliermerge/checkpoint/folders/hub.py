@@ -31,7 +31,7 @@ from outliermerge.checkpoint.folders.remote import (
     streamed,
 )
 from outliermerge.checkpoint.formats.table import SUFFIXES
-from outliermerge.errors import OutlierMergeError, as_path, listing, quoted, shown
+from outliermerge.errors import OutlierMergeError, as_path, direct, listing, quoted, shown
 from outliermerge.storage.addresses import is_address
 
 _LOGGER = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     """
     local = as_path(reference)
     if local.exists():
-        return local.absolute()
+        return direct(local.absolute())
     refuse_absent(reference)
     on_hub = reference.removeprefix(_HUB)
     if is_address(on_hub):
@@ -83,10 +83,11 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
 
         command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
         asked = "" if constants.HF_HUB_OFFLINE else f", then at {constants.ENDPOINT}"
-        here = names_of(local.absolute().parent)
+        absolute = direct(local.absolute())
+        here = names_of(absolute.parent)
         has = f"\nThe folder {local.parent} has: {shown(', '.join(here))}" if here else ""
         raise OutlierMergeError(
-            f"model {quoted(reference)}: {error}\nLooked for {local.absolute()}, then in the hub's "
+            f"model {quoted(reference)}: {error}\nLooked for {absolute}, then in the hub's "
             f"cache {constants.HF_HUB_CACHE}{asked}.\nTo fetch it: {command}{has}"
         ) from error
 
@@ -114,7 +115,9 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
         raise OutlierMergeError(
             f"model {quoted(reference)}: expected hf://org/name or hf://org/name@revision"
         )
-    absent = f"model {quoted(reference)}: no such file or folder ({shown(local.absolute())})"
+    absent = (
+        f"model {quoted(reference)}: no such file or folder ({shown(direct(local.absolute()))})"
+    )
     meant = path_meant(local)
     could_be_hub = is_hub_id(reference)
     if beside is not None and not local.is_absolute() and (beside / local).exists():
