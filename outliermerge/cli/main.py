@@ -14,6 +14,7 @@ from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, 
 from outliermerge.cli.streams import guard_streams
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quoted
 from outliermerge.optional import INSTALL_TORCH
+from outliermerge.storage.addresses import without_secrets
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         guard_streams()
-        code = _main(sys.argv[1:] if arguments is None else list(arguments))
+        words = sys.argv[1:] if arguments is None else arguments
+        code = _main([without_secrets(word) for word in words])
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -120,7 +122,12 @@ def _needed(arguments: list[str]) -> Iterable[str]:
 def _exit_code(command: Command, options: argparse.Namespace) -> int:
     """Run a command; print one message if an error stops it."""
     try:
-        return command.run(options)
+        if not getattr(options, "stream", ""):
+            return command.run(options)
+        from outliermerge.checkpoint.folders.remote import streaming
+
+        with streaming(options.stream):
+            return command.run(options)
     except (ArgumentError, SpecError) as error:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:

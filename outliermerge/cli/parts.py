@@ -212,6 +212,19 @@ def add_running(
         action="store_true",
         help="go on where values are infinite or NaN, and list the tensors",
     )
+    parser.add_argument(
+        "--stream",
+        action="store_const",
+        const="all",
+        default="",
+        help="read models of the hub by ranges instead of downloading them, as hf://org/name does",
+    )
+    parser.add_argument(
+        "--cache-size",
+        default="8GiB",
+        metavar="SIZE",
+        help="most disk for what is read again of models elsewhere (default 8GiB)",
+    )
 
 
 def run_options(options: argparse.Namespace, **more: Any) -> RunOptions:

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and what is to be printed of its plan."""
     add_planning(parser)
     add_lenient(parser)
+    parser.set_defaults(stream="headers")  # a plan needs no more of models
     parser.add_argument(
         "--tensors", action="store_true", help="also list every tensor, and what happens to it"
     )

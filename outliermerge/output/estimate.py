@@ -19,6 +19,7 @@ from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.threads import Target, execute
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import path_of, resident_bytes
+from outliermerge.storage.stand_ins import stand_in
 from outliermerge.storage.system import open_direct, reserve
 
 # The trial merges spans of some tensors, from the inputs into an unnamed file on the output's disk.
@@ -103,6 +104,8 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
     speed, basis = None, ""
     if needs_torch and not has_torch:
         basis = "not tried, since torch computes a part of it"
+    elif any(stand_in(stamp.path) for e in plan.all_inputs for stamp in e.checkpoint.weight_files):
+        basis = "not tried, since models are read from elsewhere"
     elif options.device != "cpu":
         basis = f"not tried on {options.device}"
     else:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from outliermerge.checkpoint.checksum import checksum_in_file
@@ -127,7 +128,7 @@ class OutputWriter:
     def checksum(self, tensor: OutputTensor) -> str:
         """Return the checksum of a tensor's written bytes."""
         with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
-            return checksum_in_file(self._files[tensor.file], tensor)
+            return checksum_in_file(partial(read_exactly, self._files[tensor.file]), tensor)
 
     def sync(self) -> None:
         """Sync everything that is written to disk."""
