@@ -1,7 +1,8 @@
 """outliermerge: merge model checkpoints, on disk or in memory.
 
     plan, run, verify, estimate     a merge of checkpoints: what it would do; do it; prove it
-    sweep, plan_sweep, run_part     several settings at once; one merge by several processes
+    sweep, plan_sweep               several settings at once
+    run_part, join                  one merge by several processes, on one machine or several
     moe, transplant                 a mixture of experts; a model with another one's tokenizer
     merge_tensors, merge_state_dicts    tensors in memory, on any device
     merge_method, METHODS, find_method  write a method; the methods that there are
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from outliermerge.output.estimate import Estimate
     from outliermerge.output.manifest_file import Manifest, read_manifest
     from outliermerge.output.options import RunOptions
-    from outliermerge.output.parts import run_part
+    from outliermerge.output.parts import join, run_part
     from outliermerge.output.run import RunResult
     from outliermerge.planning.plan import Plan
     from outliermerge.search.sweeps import Variant, plan_sweep, sweep
@@ -85,6 +86,7 @@ __all__ = [
     "estimate",
     "find_method",
     "fingerprint_distance",
+    "join",
     "layer_spectra",
     "load_spec",
     "merge_method",
@@ -134,6 +136,7 @@ _HOMES = {
     "estimate": "api",
     "find_method": "methods.table",
     "fingerprint_distance": "analysis.spectra_fingerprint",
+    "join": "output.parts",
     "layer_spectra": "analysis.spectra",
     "load_spec": "spec.check",
     "merge_method": "methods.contract",

@@ -15,6 +15,7 @@ from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.execution.transplant import add_rows
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
+from outliermerge.output.names import output_here
 from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
 from outliermerge.planning.moe import Mixture, plan_mixture
@@ -340,7 +341,7 @@ def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[
     Raises:
         OutlierMergeError: the folder has no manifest.
     """
-    path = as_path(folder)
+    path = output_here(folder)
     differences = verify_folder(path, threads=num_threads(threads))
     if load:
         from outliermerge.output.verify_load import check_folder

@@ -40,3 +40,19 @@ def require_torch(what: str) -> None:
     """
     if not is_installed("torch"):
         raise OutlierMergeError(f"{what} needs torch, which is not installed. {INSTALL_TORCH}")
+
+
+def require_ray(what: str) -> None:
+    """Refuse what needs Ray, before it begins.
+
+    Args:
+        what: what needs Ray, for the message.
+
+    Raises:
+        OutlierMergeError: Ray is not installed.
+    """
+    if not is_installed("ray"):
+        raise OutlierMergeError(
+            f"{what} needs Ray, which is not installed. Install it on every machine of the "
+            "cluster: pip install 'outliermerge[ray]'"
+        )

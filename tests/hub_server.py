@@ -54,6 +54,7 @@ class HubServer:
         forbidden: files that nobody may fetch, whatever the token.
         cuts: by file name, how its download breaks.
         requests: what has been asked for: method, path.
+        sent: how many bytes of each file were sent, by its name.
     """
 
     repositories: Mapping[str, Path]
@@ -63,6 +64,7 @@ class HubServer:
     forbidden: Collection[str] = ()
     cuts: dict[str, Cut] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> HubServer:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -227,9 +229,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") and "X-Repo-Commit" not in more:
             return self._refuse(400, "", "a token was sent to the content host")
         start, status = 0, 200
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start, status = int(match[1]), 206
-            more["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, status, size = int(match[1]), 206, len(content)
+            content = content[: int(match[2] or size) + 1]
+            more["Content-Range"] = f"bytes {start}-{len(content) - 1}/{size}"
+        if self.command == "GET":
+            self.hub.sent[path.name] = self.hub.sent.get(path.name, 0) + len(content) - start
         cut = self.hub.cuts.get(path.name)
         if cut is None or self.command == "HEAD" or cut.times == 0:
             return self._send(status, more, content[start:])

@@ -24,9 +24,10 @@ MODULES = (
         "outliermerge.cli.main",
         "outliermerge.cli.console",
         "outliermerge.cli.logs",
-        *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "verify", "moe")),
+        *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "join", "verify", "moe")),
         "outliermerge.api",
         "outliermerge.search.sweeps",
+        "outliermerge.output.parts",
     ),
     *(
         "outliermerge.output.manifest",

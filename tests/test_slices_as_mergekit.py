@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import load_folder
-from parity.both import by_mergekit
+from parity.both import assert_same_answers, by_mergekit, logits_of
 from stacks import Models, save
 
 import outliermerge
@@ -178,6 +178,7 @@ def placed(value: Any, family: Models) -> Any:
     return [placed(each, family) for each in value] if isinstance(value, list) else value
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind in ALL for name in SPECS]
@@ -203,6 +204,8 @@ def test_slices_agree_with_mergekit(name, kind, family_of, tmp_path):
         json.loads((tmp_path / tool / "config.json").read_text()) for tool in ("ours", "theirs")
     ]
     assert configs[0][key] == configs[1][key]
+    tokens = [1, 5, 9, 3, 7, 11]
+    assert_same_answers(*(logits_of(tmp_path / tool, tokens) for tool in ("ours", "theirs")))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -73,6 +73,7 @@ STAGES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("method", STAGES)
 def test_two_stages_give_the_bytes_of_two_runs_with_float32_between(

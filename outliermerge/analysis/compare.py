@@ -203,7 +203,9 @@ def compare_weights(
 
         def measure(name: str) -> Steps[None]:
             found[name] = yield from measurer.measure(tensors[name])
+            reader.release(enumerate(tensors[name]))
 
+        reader.read_ahead(map(enumerate, tensors.values()))
         run_all(map(measure, tensors), threads=num_threads(threads), prepare=prepare)
     places = find_places(tensors)
     pairs = list(combinations(range(len(models)), 2))

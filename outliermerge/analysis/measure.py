@@ -125,7 +125,7 @@ class Measurer:
         codes = "".join(CODES[source.dtype.name] for source in sources).encode()
         num_elements = span[1] - span[0]
 
-        places = tuple(self._place(source, span) for source in sources)
+        places = self._places(sources, span)
         try:
             found = function((codes, places, num_elements, len(sources) == 2), *arguments)
         except (OSError, EOFError) as error:
@@ -135,12 +135,20 @@ class Measurer:
         self.on_progress(sum(source.dtype.num_bytes for source in sources) * num_elements)
         return found
 
-    def _place(self, source: Source, span: Span) -> Place:
-        if isinstance(source, TensorMeta) and source.offset is not None:
-            position = source.offset + span[0] * source.dtype.num_bytes
+    def _places(self, sources: Sequence[Source], span: Span) -> tuple[Place, ...]:
+        stored = [s for s in sources if isinstance(s, TensorMeta) and s.offset is not None]
+        others: dict[int, Place] = {id(s): self._bytes(s, span) for s in sources if s not in stored}
+        wanted = []
+        for source in stored:
+            assert source.offset is not None
+            size = source.dtype.num_bytes
+            position = source.offset + span[0] * size
+            wanted.append((source.path, position, (span[1] - span[0]) * size))
+        for source in stored:
             with naming(source.path, "opened", tensor=source.name):
-                return self.reader.descriptor(source.path), position
-        return self._bytes(source, span)
+                self.reader.descriptor(source.path)
+        found = dict(zip(map(id, stored), self.reader.places(wanted), strict=True))
+        return tuple((others | found)[id(source)] for source in sources)
 
     def _bytes(self, source: Source, span: Span) -> memoryview:
         raw = memoryview(bytearray((span[1] - span[0]) * source.dtype.num_bytes))

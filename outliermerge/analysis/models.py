@@ -23,6 +23,7 @@ from outliermerge.planning.plan import Input
 from outliermerge.spec.rename import Rename, best_rename, parse_rename
 from outliermerge.spec.settings import SettingError
 from outliermerge.spec.text import plain_yaml
+from outliermerge.storage.addresses import without_secrets
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def open_subject(
     for name, given in (("model", model), ("base", base)):
         if not isinstance(given, (str, Path)) and (given is not None or name == "model"):
             raise wrong(name, given, "a folder, a file or a hub id")
-    model = direct_reference(str(model))
-    base = None if base is None else direct_reference(str(base))
+    model = direct_reference(without_secrets(str(model)))
+    base = None if base is None else direct_reference(without_secrets(str(base)))
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None

@@ -52,6 +52,7 @@ def matrix_spectra(
             on_progress(_num_bytes(matrix))
             return found
 
+        reader.read_ahead(map(enumerate, matrices))
         return list(pool.map(measure, matrices))
 
 

@@ -117,12 +117,14 @@ def weight_stats(
             measured = yield from measurer.measure(sources)
             shape = sources[-1].shape
             found[name] = _stats(name, places[name], shape, measured)
+            reader.release(enumerate(sources))
             if forgets:
                 reader.forget(enumerate(sources))
 
         prepare = _nothing
         if _needs_torch(subject, measurer.kernels):
             prepare = stack.enter_context(torch_threads())
+        reader.read_ahead(map(enumerate, subject.tensors.values()))
         run_all(map(measure, subject.tensors), threads=num_threads(threads), prepare=prepare)
     tensors = tuple(found[name] for name in subject.tensors)
     return WeightStats(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import xxhash
 
 from outliermerge.checkpoint.layout import OutputTensor
-from outliermerge.checkpoint.reader import read_exactly
 
 PIECE_ELEMENTS = 65_536
 """How many elements have one digest. PIECE in engines/native/block.h is the same number."""
@@ -57,8 +56,11 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def checksum_in_file(descriptor: int, tensor: OutputTensor) -> str:
-    """Return the checksum of a tensor's bytes in an open file.
+def checksum_in_file(read: Callable[[int, memoryview], None], tensor: OutputTensor) -> str:
+    """Return the checksum of a tensor's bytes in a file.
+
+    Args:
+        read: fills memory from the file at a position.
 
     Raises:
         EOFError: the file ends before the tensor does.
@@ -69,6 +71,6 @@ def checksum_in_file(descriptor: int, tensor: OutputTensor) -> str:
     digests = []
     for start in range(0, num_bytes, len(buffer)):
         part = buffer[: min(len(buffer), num_bytes - start)]
-        read_exactly(descriptor, tensor.offset + start, part)
+        read(tensor.offset + start, part)
         digests.append(piece_digests(part, tensor.dtype.num_bytes))
     return tensor_checksum(digests)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.sources import Source, TensorMeta, inner
+from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES, CachedFiles, FileRange
 from outliermerge.storage.failures import failure, naming
 from outliermerge.storage.stamps import current_watch, open_input
 from outliermerge.storage.system import forget, read_at, reserve, will_need, write_at
@@ -50,6 +51,8 @@ class Reader:
         folder: the folder for unnamed temporary files, which keep tensors that do not fit into that
             memory; None is the system's folder for temporary files.
         merges: computes sources that are merges of others, where there are some.
+        cache_bytes: the most bytes that are kept of models which are elsewhere.
+        scattered: what is read are small pieces, far apart.
     """
 
     def __init__(
@@ -57,11 +60,15 @@ class Reader:
         held_bytes: int = 0,
         folder: Path | None = None,
         merges: Callable[[Reader, Any, int, int, memoryview], None] | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        *,
+        scattered: bool = False,
     ) -> None:
         self._free_bytes, self._folder, self._merges = held_bytes, folder, merges
         self._once: dict[object, _Once] = {}
         self._watched = current_watch()
         self._files: dict[Path, int] = {}
+        self._elsewhere = CachedFiles(cache_bytes, scattered=scattered)
         self._pickles: dict[Path, dict[str, Strided]] = {}
         self._strided: tuple[TensorMeta, Tensor] | None = None
         self._whole: OrderedDict[Source, Tensor] = OrderedDict()
@@ -133,6 +140,8 @@ class Reader:
 
     def release(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Free the results kept for sources that are not read again, and for what they read."""
+        sources = list(sources)
+        self._elsewhere.drop(_stored(sources))
         pending, seen = [source for _, source in sources], set[int]()
         while pending:
             source = pending.pop()
@@ -148,6 +157,14 @@ class Reader:
         """Ask the system to read the beginnings of tensors while others are processed."""
         self._advise(sources, will_need, most=_AHEAD_BYTES)
 
+    def read_ahead(self, sources: Iterable[Iterable[tuple[int, Source]]]) -> None:
+        """Fetch what is elsewhere in the order in which tensors will be read, as there is room."""
+        self._elsewhere.read_ahead(_stored(one) for one in sources)
+
+    def read_ahead_of(self, ranges: Iterable[FileRange]) -> None:
+        """Fetch ranges of files that are elsewhere in this order, as there is room."""
+        self._elsewhere.read_ahead([one] for one in ranges)
+
     def forget(self, sources: Iterable[tuple[int, Source]]) -> None:
         """Drop tensors from the page cache."""
         self._advise(sources, forget, most=sys.maxsize)
@@ -161,7 +178,7 @@ class Reader:
     ) -> None:
         for _, source in sources:
             for meta in source.stored:
-                if meta.offset is not None:
+                if meta.offset is not None and not self._elsewhere.has(meta.path):
                     num_bytes = min(meta.num_bytes, most)
                     with suppress(OSError):  # a later read reports what is wrong
                         advise(self.descriptor(meta.path), meta.offset, num_bytes)
@@ -177,9 +194,36 @@ class Reader:
                 self._read_pickled(meta, start, stop, out)
             else:
                 position = meta.offset + start * meta.dtype.num_bytes
-                read_exactly(self.descriptor(meta.path), position, out)
+                self.read(meta.path, position, out)
         except (OSError, EOFError) as error:
             raise failure(meta.path, "read", error, tensor=meta.name) from error
+
+    def read(self, path: Path, position: int, out: memoryview) -> None:
+        """Fill `out` from a file at a position.
+
+        Raises:
+            OSError, EOFError: it cannot be read, or has become shorter.
+            OutlierMergeError: it is elsewhere, and cannot be read or has changed.
+        """
+        if self._elsewhere.has(path):
+            self._elsewhere.read(path, position, out)
+        else:
+            read_exactly(self.descriptor(path), position, out)
+
+    def places(self, wanted: Sequence[FileRange]) -> list[tuple[int, int]]:
+        """Return a descriptor and a position for ranges of files.
+
+        What is there of a file that is elsewhere stays so until this thread asks for other places.
+
+        Raises:
+            OSError: a file cannot be opened.
+            OutlierMergeError: it is elsewhere, and cannot be read or has changed.
+        """
+        there = self._elsewhere.hold(wanted)
+        return [
+            (there[path] if path in there else self.descriptor(path), position)
+            for path, position, _ in wanted
+        ]
 
     def descriptor(self, path: Path) -> int:
         """Return the descriptor of a file, opened for reading."""
@@ -222,8 +266,13 @@ class Reader:
             self._strided = (meta, place.values(flat, meta.shape))
             return self._strided[1]
 
+    def stop(self) -> None:
+        """Let no thread go on waiting for what comes from elsewhere; it gets an error."""
+        self._elsewhere.stop()
+
     def close(self) -> None:
         """Close every file."""
+        self._elsewhere.close()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -242,6 +291,16 @@ class Reader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _stored(sources: Iterable[tuple[int, Source]]) -> list[FileRange]:
+    """Return where the stored tensors are that sources are read from."""
+    return [
+        (meta.path, meta.offset, meta.num_bytes)
+        for _, source in sources
+        for meta in source.stored
+        if meta.offset is not None
+    ]
 
 
 def read_exactly(descriptor: int, position: int, out: memoryview) -> None:

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, usage_of
+from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, overview_of, usage_of
 from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quoted
 from outliermerge.optional import INSTALL_TORCH
+from outliermerge.storage.addresses import without_secrets
 from outliermerge.storage.failures import failure
 
 EXIT_INTERRUPTED = 130
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         guard_streams()
-        code = _main(sys.argv[1:] if arguments is None else list(arguments))
+        words = sys.argv[1:] if arguments is None else arguments
+        code = _main([without_secrets(word) for word in words])
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -45,6 +47,11 @@ def _main(arguments: list[str]) -> int:
     if word not in COMMANDS and not word.startswith("-"):
         return _no_command(word)
     commands = load(_needed(arguments))
+    rest = arguments[1:]
+    if word in commands and (parts := commands[word].parts) and not parts.keys() & {*rest}:
+        if not rest or {"-h", "--help"} & {*rest}:
+            print(overview_of(word, commands[word]), end="")
+            return EXIT_DONE if rest else EXIT_USAGE
     parser = make_parser(commands)
     try:
         if word in commands:  # options may stand between positional arguments
@@ -115,7 +122,12 @@ def _needed(arguments: list[str]) -> Iterable[str]:
 def _exit_code(command: Command, options: argparse.Namespace) -> int:
     """Run a command; print one message if an error stops it."""
     try:
-        return command.run(options)
+        if not getattr(options, "stream", ""):
+            return command.run(options)
+        from outliermerge.checkpoint.folders.remote import streaming
+
+        with streaming(options.stream):
+            return command.run(options)
     except (ArgumentError, SpecError) as error:
         return _fail(error, EXIT_USAGE)
     except OutlierMergeError as error:

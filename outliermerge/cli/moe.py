@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.in_parts import add_part, run_one_part
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="show to which experts the prompts are routed (default); it takes a forward pass",
     )
+    add_part(parser)
     add_mergekit_flags(parser)
     for flag in (
         "load-in-4bit",
@@ -90,6 +92,10 @@ def run(options: argparse.Namespace) -> int:
         return 0
     path = output_path(mixture.plan, output)
     refuse_taken(mixture.plan, path, overwrite=options.overwrite)
+    if options.part:
+        with status("computing the routers", quiet=options.quiet):
+            mixture, _ = add_routers(mixture, device=chosen.device, show_routing=False)
+        return run_one_part(mixture.plan, output, options, notes=notes)
     with status("computing the routers", quiet=options.quiet):
         mixture, routing = add_routers(mixture, device=chosen.device, show_routing=options.routing)
     with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet) as bar:
@@ -203,6 +209,7 @@ COMMAND = Command(
         "outliermerge moe moe.yaml mixture",
         "outliermerge moe moe.yaml --dry-run",
         "outliermerge moe moe.yaml mixture --json",
+        "outliermerge moe moe.yaml mixture --part 1/4",
         "outliermerge moe moe.yaml mixture --lenient --device cuda --no-routing",
     ),
     overview="outliermerge moe moe.yaml mixture",

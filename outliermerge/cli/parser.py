@@ -16,6 +16,7 @@ COMMANDS = {
     "moe": "moe",
     "tokenizer": "tokenizer",
     "sweep": "sweep",
+    "join": "join",
     "verify": "verify",
     "eval": "evaluate",
     "compare": "compare",
@@ -146,6 +147,19 @@ def usage_of(parser: argparse.ArgumentParser) -> str:
             name += " …" if action.nargs == "+" else ""
             words.append(f"[{name}]" if action.nargs == "?" else name)
     return f"usage: {' '.join(words)}"
+
+
+def overview_of(name: str, command: Command) -> str:
+    """Return the help of a command that another word must follow: these words, and examples."""
+    lines = [f"  {part}  {summary}" for part, summary in command.parts.items()]
+    return "\n".join(
+        [
+            f"usage: outliermerge {name} COMMAND …\n\ncommands:",
+            *lines,
+            f"\noutliermerge {name} COMMAND --help says what each takes.\n",
+            _examples(command.examples),
+        ]
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

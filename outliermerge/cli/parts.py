@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,6 +47,8 @@ class Command:
     """Whether it goes on from where it was interrupted."""
     explanation: str = ""
     """What its help says besides, at the end."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The words that may follow it, and what each does."""
 
 
 def print_json(value: object) -> None:
@@ -209,6 +211,19 @@ def add_running(
         "--allow-non-finite",
         action="store_true",
         help="go on where values are infinite or NaN, and list the tensors",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_const",
+        const="all",
+        default="",
+        help="read models of the hub by ranges instead of downloading them, as hf://org/name does",
+    )
+    parser.add_argument(
+        "--cache-size",
+        default="8GiB",
+        metavar="SIZE",
+        help="most disk for what is read again of models elsewhere (default 8GiB)",
     )
 
 

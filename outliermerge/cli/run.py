@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from outliermerge.cli.in_parts import add_part, add_ray, check_ray, run_one_part
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="also write this stage of the merge, beside the output as OUTPUT-NAME; repeatable",
     )
+    add_part(parser)
+    add_ray(parser)
     add_lenient(parser)
     add_mergekit_flags(parser)
 
@@ -58,11 +61,22 @@ def run(options: argparse.Namespace) -> int:
     planned = merge.plan(spec, shard_size=options.shard_size)
     if options.verbose:
         say(_in_a_line(planned, run_options(options)), file=sys.stderr)
+    check_ray(options)
+    if options.part:
+        return run_one_part(planned, output, options, notes=note_of(options))
     plans = merge.plans_of(planned, output, options.keep)
     work_bytes = sum(each.work_bytes for each, _ in plans)
     with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        result, *kept = run_plans(plans, chosen)
+        if options.executor_name == "ray":
+            from outliermerge.output.ray import run_on_ray
+
+            address, num_parts = options.address, options.parts
+            ((_, path),) = plans
+            one = run_on_ray(planned, path, chosen, address=address, num_parts=num_parts)
+            result, *kept = [one]
+        else:
+            result, *kept = run_plans(plans, chosen)
         bar.done()
     slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
     notes = [
@@ -104,6 +118,8 @@ COMMAND = Command(
         "outliermerge run merge.yaml merged",
         "outliermerge run llava_math --output merged/llava_math",
         "outliermerge run merge.yaml merged --overwrite --memory 2GiB --device cuda",
+        "outliermerge run merge.yaml merged --part 3/16",
+        "outliermerge run merge.yaml merged --executor ray --address auto",
         "outliermerge merge.yaml merged --cuda",
     ),
     overview="outliermerge run merge.yaml merged",

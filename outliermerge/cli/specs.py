@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.shipped import find_file
-from outliermerge.errors import ArgumentError, SpecError, shown
+from outliermerge.errors import ArgumentError, SpecError, as_path, shown
 
 if TYPE_CHECKING:
     from outliermerge.spec.check import MergeSpec
@@ -28,6 +28,39 @@ def read_spec(options: argparse.Namespace) -> MergeSpec:
     if options.spec != STANDARD_INPUT:
         return load_spec(find_file(options.spec, "spec"), lenient=lenient)
     return parse_spec(read_standard_input(), file="standard input", lenient=lenient)
+
+
+def read_any_spec(options: argparse.Namespace) -> MergeSpec:
+    """Return the spec of a merge or of a mixture of experts, whichever a command is given.
+
+    Raises:
+        SpecError: it cannot be read, or something in it is wrong.
+    """
+    from outliermerge.spec.check import parse_spec
+    from outliermerge.spec.moe import load_moe_spec, parse_moe_spec
+    from outliermerge.spec.repeated import read_repeated
+    from outliermerge.spec.text import read_text
+
+    if options.spec == STANDARD_INPUT:
+        file, text = "standard input", read_standard_input()
+    else:
+        file = find_file(options.spec, "spec")
+        if repeated := read_repeated(as_path(file)):
+            is_mixture = "experts" in repeated.recipe
+            return load_moe_spec(file) if is_mixture else read_spec(options)
+        text = read_text(as_path(file), absent="no such spec file")
+    parse = parse_moe_spec if _is_mixture(text) else parse_spec
+    return parse(text, file=file, lenient=options.lenient)
+
+
+def _is_mixture(text: str) -> bool:
+    from outliermerge.spec.text import plain_yaml
+
+    try:
+        raw = plain_yaml(text)
+    except ValueError:  # what is wrong is told when it is parsed
+        return False
+    return isinstance(raw, dict) and "experts" in raw
 
 
 def read_standard_input() -> str:

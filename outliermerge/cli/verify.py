@@ -16,7 +16,7 @@ from outliermerge.cli.parts import (
     say,
 )
 from outliermerge.cli.terminal import progress_bar, status
-from outliermerge.errors import as_path, listing, shown
+from outliermerge.errors import listing, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Verify an output; return 1 if it differs."""
     from outliermerge.output import manifest
-    from outliermerge.output.names import manifest_path
+    from outliermerge.output.names import manifest_path, output_here
+    from outliermerge.storage.addresses import is_address
     from outliermerge.storage.machine import num_threads
+    from outliermerge.storage.stamps import FileStamp
 
-    folder = as_path(options.folder)
+    folder = output_here(options.folder)
+    named = options.folder if is_address(options.folder) else str(folder)
     shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
-    total = sum(path.stat().st_size for path in shards if path.exists())
+    total = sum(FileStamp.of(path).num_bytes for path in shards if path.exists())
     with progress_bar("verifying", quiet=options.quiet) as bar:
         task: Any = bar.add_task("verifying", total=total)
         differences = manifest.verify_folder(
@@ -64,13 +67,13 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         found = {"ok": not differences, "differences": differences, "notes": notes}
         load = {"load_check": verdict.as_dict()} if verdict else {}
-        print_json({"folder": str(folder)} | found | load)
+        print_json({"folder": named} | found | load)
     elif differences:
         what = "difference(s) from its manifest" + (" or its config" if options.load else "")
-        say(f"{shown(folder)}: {len(differences)} {what}\n{listing(differences)}")
+        say(f"{shown(named)}: {len(differences)} {what}\n{listing(differences)}")
         say(f"`outliermerge run {shown(manifest_path(folder))} NEW` repeats the merge.")
     elif not options.quiet:
-        say(f"{shown(folder)}: every tensor and file is as its manifest says")
+        say(f"{shown(named)}: every tensor and file is as its manifest says")
     if not options.json and not options.quiet:
         for by in verdict.by if verdict else ():
             say(f"checked by {by}")

@@ -15,6 +15,7 @@ from outliermerge.errors import OutlierMergeError, quoted
 from outliermerge.evaluation.formats import read_merged
 from outliermerge.evaluation.scores import check_names
 from outliermerge.methods.table import METHODS
+from outliermerge.storage.addresses import is_address
 from outliermerge.storage.stamps import is_there, refuse_text
 
 _NAMED = re.compile(r"(?P<name>[^/]+)=(?P<path>.+)")  # "t=3=merged/t3" is called "t=3"
@@ -57,6 +58,10 @@ def split_name(model: str) -> tuple[str, str]:
 
 
 def _find(reference: str) -> Path:
+    if is_address(reference):
+        raise OutlierMergeError(
+            f"model {quoted(reference)}: is an address: evaluation needs a folder or a hub id"
+        )
     path = resolve(reference)
     if not path.is_dir():
         raise OutlierMergeError(

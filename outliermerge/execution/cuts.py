@@ -86,12 +86,20 @@ class Work:
         Raises:
             OSError: a file cannot be opened.
         """
-        found = []
+        start, stop = span
+        if self.completes_rows:  # kernels read the whole rows
+            row = row_elements(self.job.output.shape)
+            start, stop = start // row * row, min(-(-stop // row) * row, self.job.num_elements)
+        wanted = []
         for _, meta in self.job.sources[:sources]:
             assert isinstance(meta, TensorMeta) and meta.offset is not None
-            position = meta.offset + span[0] * meta.dtype.num_bytes
-            found.append((reader.descriptor(meta.path), position))
-        return found
+            size = meta.dtype.num_bytes
+            wanted.append((meta.path, meta.offset + start * size, (stop - start) * size))
+        before = [(span[0] - start) * meta.dtype.num_bytes for _, meta in self.job.sources]
+        return [
+            (descriptor, position + skipped)
+            for (descriptor, position), skipped in zip(reader.places(wanted), before, strict=False)
+        ]
 
     def note(self, row: int, start: int, digests: bytes) -> None:
         """Record the digests of a source's pieces that were just read, from an element on.

@@ -32,12 +32,18 @@ Steps: TypeAlias = Generator[Round, list[Any], T]
 
 
 def run_all(
-    work: Iterable[Steps[None]], *, threads: int, prepare: Callable[[], None] = lambda: None
+    work: Iterable[Steps[None]],
+    *,
+    threads: int,
+    prepare: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Run generators on threads; if the system gives fewer threads, those are used.
 
     Args:
         prepare: called by each thread first.
+        on_stop: called when an error or an interruption ends the work, so that no thread goes on
+            waiting for what comes from elsewhere.
 
     Raises:
         BaseException: the first exception, of any kind, that a generator, an item or `prepare`
@@ -45,7 +51,7 @@ def run_all(
             interrupted.
         OutlierMergeError: no thread can be started.
     """
-    queue = _Queue(iter(work))
+    queue = _Queue(iter(work), on_stop)
     started: list[threading.Thread] = []
     first: BaseException | None = None
     try:
@@ -111,8 +117,8 @@ class _Queue:
     does not enter a condition (if interrupted, the condition's lock can stay held).
     """
 
-    def __init__(self, work: Iterator[Steps[None]]) -> None:
-        self._work = work
+    def __init__(self, work: Iterator[Steps[None]], on_stop: Callable[[], None]) -> None:
+        self._work, self._on_stop = work, on_stop
         self._active: list[_Running] = []
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -125,6 +131,7 @@ class _Queue:
     def stop(self) -> None:
         """Let no thread begin another item; working threads wake those that wait."""
         self._stopped = True
+        self._on_stop()
 
     def wait(self) -> None:
         """Return when all threads have ended."""

@@ -28,6 +28,7 @@ from outliermerge.methods.task import Task
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.merged import MergedSource, read_again
 from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
 
 _CACHED_SHARE = 0.9  # of free memory; outputs on local disks are written past the page cache
@@ -68,6 +69,7 @@ def choose_options(
     threads: int,
     kernels: bool,
     allow_non_finite: bool = False,
+    cache_size: int | str = DEFAULT_CACHE_BYTES,
 ) -> Options:
     """Return the options with which a plan is run on this machine.
 
@@ -81,6 +83,7 @@ def choose_options(
         kernels=names() if kernels else frozenset(),
         statistics=statistics() if kernels else frozenset(),
         allow_non_finite=allow_non_finite,
+        cache_bytes=parse_bytes(str(cache_size), "cache_size"),
     )
 
 
@@ -154,7 +157,8 @@ def execute(
         kept=frozenset[MergedSource]().union(*map(_read_again, groups)),
         allow_non_finite=options.allow_non_finite,
     )
-    with Reader(options.memory_bytes, folder, merges) as reader, ExitStack() as stack:
+    made = Reader(options.memory_bytes, folder, merges, options.cache_bytes)
+    with made as reader, ExitStack() as stack:
         prepare = _nothing
         if options.kernels and options.device == "cpu":
             kernels = KernelEngine(find_kernels())
@@ -189,18 +193,21 @@ def execute(
         def measure_model(target: Target) -> Steps[None]:
             merges = [job for job in target.plan.jobs if job.action == "merge"]
             if target.jobs and any(needs_of(job.task, "model") for job in merges):
+                reader.read_ahead(job.sources for job in merges)
                 known[id(target)] = yield from runner(target.plan).measure_model(merges)
 
+        calls = {"prepare": prepare, "on_stop": reader.stop}
         lock = threading.Lock()
         known: dict[int, Measured] = {id(target): {} for target in targets}
         # Buffers that must be equal are compared first, in order, because a difference refuses the
         # merge.
-        run_all((runner(plan).check_equal(job) for plan, job in checks), threads=1, prepare=prepare)
-        run_all(map(measure_model, targets), threads=options.threads, prepare=prepare)
+        run_all((runner(plan).check_equal(job) for plan, job in checks), threads=1, **calls)
+        run_all(map(measure_model, targets), threads=options.threads, **calls)
         must_be_equal = [group for group in groups if group[0][1].action == "equal"]
         others = [group for group in groups if group[0][1].action != "equal"]
-        run_all(map(run_group, must_be_equal), threads=1, prepare=prepare)
-        run_all(map(run_group, others), threads=options.threads, prepare=prepare)
+        run_all(map(run_group, must_be_equal), threads=1, **calls)
+        reader.read_ahead(group[0][1].sources for group in others)
+        run_all(map(run_group, others), threads=options.threads, **calls)
 
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:

@@ -315,11 +315,11 @@ def _parent(entry: Input) -> str:
 
 def _is_on_hub(entry: Input) -> bool:
     is_local = Path(entry.reference).absolute() == entry.checkpoint.root
-    return is_hub_id(entry.reference) and not is_local
+    return is_hub_id(entry.reference.removeprefix("hf://")) and not is_local
 
 
 def _repository(entry: Input) -> str:
-    return entry.reference.partition("@")[0]
+    return entry.reference.removeprefix("hf://").partition("@")[0]
 
 
 def _quote(text: str) -> str:

@@ -6,9 +6,10 @@ import math
 import struct
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import mul, sub
+from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.reader import Reader
@@ -82,10 +83,13 @@ def measure_drift(
     strata: list[_Stratum] = []
     num_sampled = 0
     num_runs = min(_MAX_RUNS, max(_MIN_RUNS, _NUM_RUNS // len(chosen)))
-    with Reader() as reader:
-        for job in chosen:
-            wanted = max(_LEAST_ELEMENTS, sample * job.num_elements // total)
-            spans = _spans(job.num_elements, wanted, num_runs)
+    runs: list[list[tuple[int, int]]] = []
+    for job in chosen:
+        wanted = max(_LEAST_ELEMENTS, sample * job.num_elements // total)
+        runs.append(_spans(job.num_elements, wanted, num_runs))
+    with Reader(scattered=True) as reader:
+        reader.read_ahead_of(_ranges(chosen, runs))
+        for job, spans in zip(chosen, runs, strict=True):
             sampled = sum(stop - start for start, stop in spans)
             num_sampled += sampled
             factor = job.num_elements / sampled
@@ -192,6 +196,18 @@ def _spans(num_elements: int, wanted: int, num_runs: int) -> list[tuple[int, int
     room = num_elements - length
     starts = [room * (2 * number + 1) // (2 * num_runs) for number in range(num_runs)]
     return [(start, start + length) for start in starts]
+
+
+def _ranges(
+    jobs: Sequence[Job], runs: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[Path, int, int]]:
+    """Yield where the bytes of some runs of elements are."""
+    for job, spans in zip(jobs, runs, strict=True):
+        for start, stop in spans:
+            for meta in (meta for _, source in job.sources for meta in source.stored):
+                size = meta.dtype.num_bytes
+                if meta.offset is not None:
+                    yield meta.path, meta.offset + start * size, (stop - start) * size
 
 
 def _values(

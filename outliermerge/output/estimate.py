@@ -19,6 +19,7 @@ from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.threads import Target, execute
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import path_of, resident_bytes
+from outliermerge.storage.stand_ins import stand_in
 from outliermerge.storage.system import open_direct, reserve
 
 # The trial merges spans of some tensors, from the inputs into an unnamed file on the output's disk.
@@ -30,7 +31,7 @@ _ALIGNMENT = 4096
 _TORCH_BYTES, _THREAD_BYTES = 218 * 10**6, 800_000
 _RUN_BYTES = 2_000_000  # what a run takes besides what its plan has taken
 # Measured: the files beside the weights, checksums of them, the names.
-_FIXED_SECONDS = 0.1
+FIXED_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
     speed, basis = None, ""
     if needs_torch and not has_torch:
         basis = "not tried, since torch computes a part of it"
+    elif any(stand_in(stamp.path) for e in plan.all_inputs for stamp in e.checkpoint.weight_files):
+        basis = "not tried, since models are read from elsewhere"
     elif options.device != "cpu":
         basis = f"not tried on {options.device}"
     else:
@@ -110,7 +113,7 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
             speed, basis = _tried(plan, options, _existing(output))
         except (OSError, OutlierMergeError) as error:
             basis = f"the trial failed: {shown(str(error).partition(chr(10))[0])}"
-    seconds = None if speed is None else _FIXED_SECONDS + plan.work_bytes / speed
+    seconds = None if speed is None else FIXED_SECONDS + plan.work_bytes / speed
     return Estimate(seconds, speed, basis, program, blocks)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.reader import write_exactly
-from outliermerge.errors import OutlierMergeError, argument, listing
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
 from outliermerge.output.journal import Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
@@ -106,7 +106,7 @@ class OutputFolder:
         if not is_named(self._journal):
             return False
         finish_naming(self._journal)
-        if fresh or _differing(self._journal.identity, identity):
+        if fresh or differing(self._journal.identity, identity):
             self._journal.clear()
             return False
         return True
@@ -121,19 +121,16 @@ class OutputFolder:
             foreign = found - ours if number in self._journal.all("folder") else found
             self._refuse_foreign(foreign)
         self._check_room()
-        differing = _differing(self._journal.identity, identity)
-        if self._part and not differing:  # other parts may be at work, with their own lines
+        changed = differing(self._journal.identity, identity)
+        if self._part and not changed:  # other parts may be at work, with their own lines
             self._progress.take_over(self._journal)
         elif fresh or not self._take_over():
             if number is not None:
                 remove_files(self.path, ours)
             remove_parts(self.final)
             self._journal.begin(identity, shards=self._shard_names)
-        elif differing:
-            raise OutlierMergeError(
-                f"{self.path}: was begun by another merge: {', '.join(differing)} changed since. "
-                f"Use {argument('fresh', True)} to start over."
-            )
+        elif changed:
+            raise begun_by_another(self.final, changed, in_parts=bool(self._part))
         self._journal.add({"process": process(self._part), "marks": self._marks})
         self._make()
 
@@ -190,10 +187,27 @@ class OutputFolder:
         """Forget all tensors: they may have been made from two states of an input."""
         self.done.clear()
 
-    def forget_unfit(self, *, allow_non_finite: bool) -> None:
+    def forget_unfit(self, *, allow_non_finite: bool, threads: int = 1) -> None:
         """Forget the tensors of an earlier run that this run may not take over."""
         if not self.is_finished:
-            self._progress.forget_unfit(self.writer, allow_non_finite=allow_non_finite)
+            self._progress.forget_unfit(
+                self.writer, allow_non_finite=allow_non_finite, threads=threads
+            )
+
+    def share(self, num_parts: int) -> None:
+        """Note into how many parts the output is divided.
+
+        Raises:
+            ArgumentError: it was begun in another number of parts.
+        """
+        known = self._journal.last("num_parts")
+        if known is None:
+            self._journal.add({"num_parts": num_parts})
+        elif known != num_parts:
+            raise ArgumentError(
+                f"{argument('part')}: {self.final} was begun in {known} parts, not in {num_parts}. "
+                f"Go on with parts of {known}. {to_start_over(self.final)}"
+            )
 
     @property
     def done(self) -> dict[str, JobResult]:
@@ -306,7 +320,24 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
         raise failure(data, "read", error) from error
 
 
-def _differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+def differing(found: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two runs, in the user's words."""
     now = json.loads(json.dumps(now))
     return [key for key in now if (found or {}).get(key) != now[key]]
+
+
+def begun_by_another(final: Path, changed: list[str], *, in_parts: bool) -> OutlierMergeError:
+    """Return the error for an unfinished output of another merge."""
+    over = f"Use {argument('fresh', True)} to start over."
+    return OutlierMergeError(
+        f"{partial_folder(final)}: was begun by another merge: {', '.join(changed)} changed since. "
+        + (to_start_over(final) if in_parts else over)
+    )
+
+
+def to_start_over(final: Path) -> str:
+    """Return a sentence on how an output that parts have begun is started over."""
+    return (
+        f"To start over, stop all parts and remove {partial_folder(final)} and "
+        f"{journal_path(final)}*."
+    )

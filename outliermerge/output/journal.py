@@ -16,12 +16,14 @@ from typing import Any
 import xxhash
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.output.claims import Claim, ClaimedError
 from outliermerge.output.names import journal_path, partial_folder
 from outliermerge.storage.failures import failure
 from outliermerge.storage.system import lock, open_to_append, remove_open
 
 # The start of every journal. The number rises when older versions cannot read the format.
 _BEGINNING, _ANY_BEGINNING = b'{"outliermerge journal": 2, ', b'{"outliermerge journal": '
+_MOST_PARTS = 10**6
 _MOST_BYTES = 256 << 20  # the journal of 46,000 tensors has about 20 MB
 
 
@@ -31,14 +33,16 @@ class BusyError(OutlierMergeError):
     Attributes:
         is_beginning: it holds the output only for the moment in which it begins a part.
         is_part: it is a part that is held, not the whole output.
+        holder: what it says of itself; may be empty.
     """
 
     def __init__(self, final: Path, holder: Mapping[str, Any], *, is_part: bool) -> None:
         super().__init__(
-            f"{final}: another run{_told(holder)} is writing it. Wait until it is done, stop it, "
+            f"{final}: another run{told(holder)} is writing it. Wait until it is done, stop it, "
             "or choose another output."
         )
         self.is_beginning, self.is_part = "part" in holder and not is_part, is_part
+        self.holder = holder
 
 
 class Journal:
@@ -46,7 +50,8 @@ class Journal:
 
     It exists from before the first byte of an output is written until the output has its final
     name. So files left by a killed run can be told from files of somebody else. Each line ends with
-    the checksum of the rest of the line; a line that was cut or changed is ignored.
+    the checksum of the rest of the line; a line that was cut or changed is ignored. On a disk that
+    several machines may share, the lock is backed by a claim (`claims.py`).
 
     Attributes:
         path: the path of the file.
@@ -64,7 +69,7 @@ class Journal:
         self.final, self.path = final, journal_path(final, part)
         self.identity: Mapping[str, Any] | None = None
         self.lines: list[dict[str, Any]] = []
-        self._descriptor = _locked(self.path, final)
+        self._descriptor, self._claim = _locked(self.path, final)
         try:
             self._read()
         except BaseException:
@@ -88,11 +93,11 @@ class Journal:
                 "something else. Move it away or choose another output."
             )
         first, *others = raw.split(b"\n")
-        entry = _entry(first)
+        entry = entry_of(first)
         if entry is None or not isinstance(entry.get("identity"), dict):
             return
         self.identity = entry["identity"]
-        self.lines = [line for line in map(_entry, others) if line is not None]
+        self.lines = [line for line in map(entry_of, others) if line is not None]
         if not raw.endswith(b"\n"):  # a line that a kill cut short must not join the next line
             self._write(b"\n")
 
@@ -139,8 +144,11 @@ class Journal:
 
     def _close(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            os.close(self._descriptor)  # before the claim goes: then other machines see all lines
             self._descriptor = -1
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _write(self, data: bytes) -> None:
         def write() -> None:
@@ -151,6 +159,8 @@ class Journal:
         self._do(write)
 
     def _do(self, action: Any) -> None:
+        if self._claim is not None:
+            self._claim.check()
         try:
             action()
         except OSError as error:
@@ -162,7 +172,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return text + b"\t" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
 
 
-def _entry(raw: bytes) -> dict[str, Any] | None:
+def entry_of(raw: bytes) -> dict[str, Any] | None:
     """Return the entry of a line; None if the line is damaged."""
     text, _, checksum = raw.rpartition(b"\t")
     if xxhash.xxh3_64_hexdigest(text).encode() != checksum:
@@ -214,6 +224,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "marks": lambda value: isinstance(value, dict),
     "process": lambda value: isinstance(value, dict),
     "folder": lambda value: type(value) is int,
+    "num_parts": lambda value: type(value) is int and 0 < value < _MOST_PARTS,
     "naming": lambda value: bool(value) and _are(value, _is_move),
 }
 _RESULT: dict[str, Callable[[Any], bool]] = {
@@ -230,23 +241,37 @@ _RESULT: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _locked(path: Path, final: Path) -> int:
-    """Open and lock a journal; open it again if the file was removed in between."""
+def _locked(path: Path, final: Path) -> tuple[int, Claim | None]:
+    """Open and lock a journal, and claim it; open it again if the file was removed in between."""
+    is_part = path != journal_path(final)
     while True:
-        descriptor = _opened(path)
+        descriptor, claim = _opened(path), None
         try:
             if not lock(descriptor):
-                holder = _holder(descriptor)
+                raise BusyError(final, _holder(descriptor), is_part=is_part)
+            claim = Claim.of(path)
+            if claim is not None:  # what another machine has written since is seen anew
                 os.close(descriptor)
-                raise BusyError(final, holder, is_part=path != journal_path(final))
+                descriptor = _opened(path)
+                if not lock(descriptor):
+                    raise BusyError(final, _holder(descriptor), is_part=is_part)
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                return descriptor
+                return descriptor, claim
         except FileNotFoundError:
             pass
-        except OSError as error:
+        except BaseException as error:
+            holder = _holder(descriptor) if isinstance(error, ClaimedError) else {}
             os.close(descriptor)
-            raise failure(path, "locked", error) from error
+            if claim is not None:
+                claim.release()
+            if isinstance(error, ClaimedError):
+                raise BusyError(final, holder or error.holder, is_part=is_part) from None
+            if isinstance(error, OSError):
+                raise failure(path, "locked", error) from error
+            raise
         os.close(descriptor)
+        if claim is not None:
+            claim.release()
 
 
 def _opened(path: Path) -> int:
@@ -299,11 +324,11 @@ def _holder(descriptor: int) -> dict[str, Any]:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
         raw = file.read(_MOST_BYTES)
-    known = [e["process"] for e in map(_entry, raw.split(b"\n")) if e and "process" in e]
+    known = [e["process"] for e in map(entry_of, raw.split(b"\n")) if e and "process" in e]
     return known[-1] if known else {}
 
 
-def _told(holder: Mapping[str, Any]) -> str:
+def told(holder: Mapping[str, Any]) -> str:
     """Return a phrase for messages on who holds a journal."""
     try:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["began"]))

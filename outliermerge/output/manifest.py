@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from outliermerge.checkpoint.checksum import (
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
+from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
@@ -37,7 +38,7 @@ from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.repeated import check_inputs, relative_to
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
-from outliermerge.storage.system import open_regular
+from outliermerge.storage.stand_ins import elsewhere
 
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
@@ -183,7 +184,7 @@ def _inputs(plan: Plan, results: Mapping[str, JobResult]) -> list[dict[str, Any]
             "model": entry.reference,
             "role": entry.role,
             **({"made_of": [m.reference for m in entry.made_of]} if entry.made_of else {}),
-            "path": str(entry.checkpoint.root),
+            **_where(entry.checkpoint.root),
             "files": {
                 relative_to(stamp.path, entry.checkpoint.root): stamp.num_bytes
                 for stamp in entry.checkpoint.weight_files
@@ -192,6 +193,15 @@ def _inputs(plan: Plan, results: Mapping[str, JobResult]) -> list[dict[str, Any]
         }
         for number, entry in enumerate(plan.inputs)
     ]
+
+
+def _where(root: Path) -> dict[str, Any]:
+    """Return the path of a model, or its address and version if it is elsewhere."""
+    there = elsewhere(root)
+    if there is None:
+        return {"path": str(root)}
+    versions = {name: found.version for name, found in there.files.items()}
+    return {"path": there.address, "version": there.version or versions}
 
 
 def _checksum(checksum: Callable[[Path], str], path: Path) -> str:
@@ -278,12 +288,11 @@ def _differing_tensors(
     on_progress: Callable[[int], None],
 ) -> list[str]:
     tensors = list(tensors)
-    descriptors = {
-        file: open_regular(shard_path(folder, file)) for file in {tensor.file for tensor in tensors}
-    }
 
     def difference(tensor: OutputTensor) -> str | None:
-        checksum = checksum_in_file(descriptors[tensor.file], tensor)
+        path = shard_path(folder, tensor.file)
+        with naming(path, "read"):
+            checksum = checksum_in_file(partial(reader.read, path), tensor)
         on_progress(tensor.num_bytes)
         wanted = manifest["tensors"][tensor.name]["checksum"]
         if checksum == wanted:
@@ -292,12 +301,11 @@ def _differing_tensors(
             f"tensor {tensor.name!r} in {tensor.file}: found checksum {checksum}, expected {wanted}"
         )
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return [text for text in pool.map(difference, tensors) if text]
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+    with Reader() as reader, ThreadPoolExecutor(threads) as pool:
+        reader.read_ahead_of(
+            (shard_path(folder, tensor.file), tensor.offset, tensor.num_bytes) for tensor in tensors
+        )
+        return [text for text in pool.map(difference, tensors) if text]
 
 
 def card_notes(folder: Path) -> list[str]:

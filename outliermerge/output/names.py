@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.errors import OutlierMergeError
+from outliermerge.checkpoint.folders.hub import resolve
+from outliermerge.errors import OutlierMergeError, as_path
+from outliermerge.storage.addresses import is_address, without_secrets
 
 _LONGEST = ".partial.journal"
 
@@ -33,6 +35,17 @@ def manifest_path(final: Path) -> Path:
     if final.suffix == ".safetensors" and not final.is_dir():
         return final.with_name(f"{final.name}.{MANIFEST_NAME}")
     return final / MANIFEST_NAME
+
+
+def output_here(named: str | Path) -> Path:
+    """Return the path of an output: of one that is elsewhere, that of its private folder.
+
+    Raises:
+        OutlierMergeError: it is elsewhere, and cannot be read.
+    """
+    if isinstance(named, str) and is_address(named):
+        return resolve(without_secrets(named), lambda name: True)
+    return as_path(named)
 
 
 def shard_path(final: Path, file: str) -> Path:

@@ -12,6 +12,7 @@ from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.execution.threads import Executor, choose_options, execute
 from outliermerge.planning.plan import Options
 from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
+from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -30,6 +31,8 @@ class RunOptions:
         overwrite: replace an existing output when the merge is done.
         fresh: start over instead of going on with a killed run.
         allow_non_finite: go on where values are infinite or NaN, and list them.
+        cache_size: most bytes that are kept on the disk, while it runs, of models that are read
+            from elsewhere; a number, or a text such as "20GiB".
         load_check: let transformers, where it is installed, prove in another process that it
             loads the output, as the command line does; it takes some seconds beside the merge.
         on_progress: called with the bytes just worked on, by any thread.
@@ -53,6 +56,7 @@ or 1GiB.
     overwrite: bool = False
     fresh: bool = False
     allow_non_finite: bool = False
+    cache_size: int | str = DEFAULT_CACHE_BYTES
     load_check: bool = False
     on_progress: Callable[[int], None] = nothing
     on_waiting: Callable[[], None] = nothing
@@ -60,6 +64,7 @@ or 1GiB.
 
     def __post_init__(self) -> None:
         parse_bytes(str(self.memory), "memory")
+        parse_bytes(str(self.cache_size), "cache_size")
 
     @staticmethod
     def of(options: object, changes: Mapping[str, Any]) -> RunOptions:
@@ -85,6 +90,7 @@ or 1GiB.
             threads=self.threads,
             kernels=self.kernels,
             allow_non_finite=self.allow_non_finite,
+            cache_size=self.cache_size,
         )
 
 

@@ -1,29 +1,35 @@
 """Several processes carry out one plan and write into one output folder.
 
-Each writes a part of the tensors into the same files. Parts may be started on any machine, in any
-order, at the same time, or again. `run` then takes over their tensors and finishes the output.
+Each writes a part of the tensors into the same files. Parts may be started on any machine that
+shares the output's disk, in any order, at the same time, or again. `join` then proves that all
+tensors are there and finishes the output; `run` would also merge those that are not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from outliermerge.arguments import checked
-from outliermerge.errors import ArgumentError, OutlierMergeError
+from outliermerge.errors import OutlierMergeError, argument, as_path, listing
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
-from outliermerge.execution.threads import Target
-from outliermerge.output.folder import OutputFolder
-from outliermerge.output.journal import BusyError, Journal, process
+from outliermerge.execution.threads import Target, execute
+from outliermerge.output.division import divided, part_of, part_work_bytes
+from outliermerge.output.folder import OutputFolder, begun_by_another, differing
+from outliermerge.output.journal import BusyError, Journal, parts, process, told
 from outliermerge.output.manifest import identity
-from outliermerge.output.names import real_output
+from outliermerge.output.names import journal_path, real_output
+from outliermerge.output.naming import is_named
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
-from outliermerge.output.run import if_unchanged
+from outliermerge.output.run import RunResult, if_unchanged, run_plans
 from outliermerge.output.writer import OutputWriter, Progress, line_of
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.stamps import OtherBytesError, Watched, watching
@@ -31,33 +37,76 @@ from outliermerge.storage.stamps import OtherBytesError, Watched, watching
 _PATIENCE_SECONDS, _POLL_SECONDS = 30, 0.05
 
 
-def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
-    """Return the jobs of a part: consecutive jobs of the plan, with about equal bytes per part.
+@dataclass(frozen=True)
+class PartState:
+    """How far a part of an output is.
 
-    Args:
-        part: its number, counted from 1.
-
-    Raises:
-        ArgumentError: there is no part of that number.
+    Attributes:
+        number: of the part, counted from 1.
+        num_parts: how many there are.
+        num_tensors: that it has to write.
+        lacking: the names of those that are not written, or whose bytes are not as written.
+        holder: in words, the process that is writing it now; empty if none is.
     """
-    if not 1 <= part <= num_parts:
-        raise ArgumentError(
-            f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}"
+
+    number: int
+    num_parts: int
+    num_tensors: int
+    lacking: tuple[str, ...]
+    holder: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to be done for it."""
+        return not self.lacking and not self.holder
+
+    @property
+    def in_words(self) -> str:
+        """What a person should know of it."""
+        said = f"part {self.number}/{self.num_parts}"
+        if self.holder:
+            return f"{said} is being written{self.holder}"
+        return f"{said} lacks {len(self.lacking)} of {self.num_tensors} tensors"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+        return {
+            "part": self.number,
+            "num_parts": self.num_parts,
+            "num_tensors": self.num_tensors,
+            "is_being_written": bool(self.holder),
+            "lacking": list(self.lacking),
+        }
+
+
+class NotWholeError(OutlierMergeError):
+    """An output cannot be joined, since parts of it lack tensors or are being written.
+
+    Attributes:
+        states: of all parts.
+    """
+
+    def __init__(self, final: Path, states: Sequence[PartState]) -> None:
+        self.final, self.states = final, tuple(states)
+        left = self.unfinished
+        super().__init__(
+            f"{final}: is not whole, {len(left)} of {len(self.states)} parts are not done:\n"
+            f"{listing(state.in_words for state in left)}\nRun these parts, then join again."
         )
-    sizes = [plan.num_work_bytes(job) for job in plan.jobs]
-    total = max(1, sum(sizes))
-    middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
-    numbers = [min(num_parts, 1 + int(middle * num_parts / total)) for middle in middles]
-    return [job for job, number in zip(plan.jobs, numbers, strict=True) if number == part]
+
+    @property
+    def unfinished(self) -> list[PartState]:
+        """The parts that are not done."""
+        return [state for state in self.states if not state.is_whole]
 
 
 @checked
 def run_part(
     plan: Plan,
-    output: Path,
+    output: str | Path,
     part: int,
     num_parts: int,
-    chosen: RunOptions,
+    chosen: RunOptions | None = None,
 ) -> int:
     """Write one part of an output, or the rest of it; return how many tensors were written.
 
@@ -69,10 +118,12 @@ def run_part(
 
     Raises:
         BusyError: another process writes this part, or the whole output.
-        ArgumentError: there is no such part, or the memory budget is too small.
+        ArgumentError: there is no such part, the output was begun in another number of parts, or
+            the memory budget is too small.
         OutlierMergeError: a model or the output folder cannot be used.
     """
     jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
+    chosen = chosen or RunOptions()
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     require_engines(plan, options)
     plan.peak_memory_bytes(options)
@@ -80,7 +131,9 @@ def run_part(
         stamps = dict.fromkeys(plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folder = _held(plan, real_output(output), options, name, overwrite=chosen.overwrite)
+        folder = _held(
+            plan, real_output(as_path(output)), options, name, overwrite=chosen.overwrite
+        )
         try:
             if folder.is_finished:
                 folder.forget()
@@ -90,6 +143,7 @@ def run_part(
             writer = OutputWriter(folder.path)
             stack.callback(writer.close)
             writer.open(plan)
+            folder.share(num_parts)
             by_run = set(folder.done)
         finally:
             folder.close()
@@ -106,7 +160,7 @@ def run_part(
             journal.add(line_of(job, result))
 
         left = [job for job in jobs if job.name not in by_run | progress.done.keys()]
-        on_progress(sum(map(plan.num_work_bytes, jobs)) - sum(map(plan.num_work_bytes, left)))
+        on_progress(part_work_bytes(plan, jobs) - part_work_bytes(plan, left))
         try:
             chosen.executor(
                 [Target(plan, left, writer, if_unchanged(watched, record))],
@@ -147,3 +201,118 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
             if error.is_part or (not error.is_beginning and waited > _PATIENCE_SECONDS):
                 raise
         time.sleep(_POLL_SECONDS)
+
+
+def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> RunResult:
+    """Finish an output whose parts are written: prove every tensor, write the rest, name it.
+
+    Nothing is merged: a tensor that is not there, or whose bytes have another checksum than its
+    part has noted, is told with its part.
+
+    Args:
+        output: the final path of the whole output, a folder or a file.
+        chosen: how it is carried out, as for `run`; `fresh` has no effect.
+
+    Raises:
+        NotWholeError: parts are not done.
+        BusyError: another process finishes it, or begins it.
+        OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
+            load.
+    """
+    final, chosen = real_output(as_path(output)), chosen or RunOptions()
+    states = states_of(plan, final, chosen.on_this_machine())
+    if not all(state.is_whole for state in states):
+        raise NotWholeError(final, states)
+
+    def refuse(
+        targets: Sequence[Target],
+        options: Options,
+        *,
+        on_progress: Callable[[int], None],
+        folder: Path | None,
+    ) -> None:
+        lost = {job.name for job in targets[0].jobs}
+        if lost:
+            raise NotWholeError(final, [_without(plan, state, lost) for state in states])
+        execute(targets, options, on_progress=on_progress, folder=folder)  # what must be equal
+
+    (result,) = run_plans([(plan, as_path(output))], replace(chosen, executor=refuse, fresh=False))
+    return result
+
+
+def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
+    """Return how far the parts of an output are, by their journals; empty if all is named already.
+
+    Args:
+        final: the path that `real_output` returned.
+
+    Raises:
+        BusyError: another process holds the whole output.
+        OutlierMergeError: nothing of it is written, or it was begun by another merge.
+    """
+    if not os.path.lexists(journal_path(final)):
+        there = "exists already, and no" if final.exists() else "no"
+        raise OutlierMergeError(
+            f"{final}: {there} part of it is being written. Run its parts first, each with "
+            f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
+        )
+    facts = json.loads(json.dumps(identity(plan, options)))
+    whole = Journal(final)
+    try:
+        if is_named(whole):
+            return []
+        if changed := differing(whole.identity, facts):
+            raise begun_by_another(final, changed, in_parts=True)
+        num_parts = whole.last("num_parts")
+        if num_parts is None:
+            raise OutlierMergeError(
+                f"{final}: was begun by a run that was not divided into parts. The same run goes "
+                "on with it."
+            )
+        done = _written(whole, facts)
+    finally:
+        whole.close()
+    holders = dict[str, str]()
+    for name in parts(final):
+        try:
+            journal = Journal(final, name)
+        except BusyError as error:
+            said = {key: value for key, value in error.holder.items() if key != "part"}
+            holders[name] = told(said) or " by another process"
+            continue
+        try:
+            done |= _written(journal, facts)
+        finally:
+            journal.close()
+    return [
+        PartState(
+            number,
+            num_parts,
+            len(jobs),
+            tuple(job.name for job in jobs if job.name not in done),
+            holders.get(f"{number}-of-{num_parts}", ""),
+        )
+        for number, jobs in enumerate(divided(plan, num_parts), 1)
+    ]
+
+
+def checksums_of(plan: Plan, output: Path, part: int, num_parts: int) -> dict[str, str]:
+    """Return by tensor the checksums that a part has noted of what it wrote."""
+    journal = Journal(real_output(output), f"{part}-of-{num_parts}")
+    try:
+        progress = Progress(plan, marks_of(plan))
+        progress.take_over(journal)
+    finally:
+        journal.close()
+    own = {job.name for job in part_of(plan, part, num_parts)}
+    return {name: result.checksum for name, result in progress.done.items() if name in own}
+
+
+def _written(journal: Journal, facts: dict[str, Any]) -> set[str]:
+    return set(journal.all("tensor")) if journal.identity == facts else set()
+
+
+def _without(plan: Plan, state: PartState, lost: set[str]) -> PartState:
+    """Return the state of a part after tensors of it were found to be damaged."""
+    jobs = part_of(plan, state.number, state.num_parts)
+    return replace(state, lacking=tuple(job.name for job in jobs if job.name in lost))

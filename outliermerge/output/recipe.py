@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
 from outliermerge.errors import as_path, direct
 from outliermerge.execution.jobs import JobResult
-from outliermerge.planning.inputs import split_reference
+from outliermerge.planning.inputs import is_combined, split_reference
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.spec.modules import MODULES
 from outliermerge.spec.moe import MoeSpec
@@ -22,6 +22,7 @@ from outliermerge.spec.stages import NAME, STAGES
 from outliermerge.spec.text import as_yaml
 from outliermerge.spec.tokenizer import BASE, UNION, plain_reference
 from outliermerge.spec.transplant import TransplantSpec, words_of
+from outliermerge.storage.stand_ins import elsewhere
 
 RECIPE_NAME = "recipe.yaml"
 _SOURCES = ("config_source", "tokenizer_source", "processor_source")
@@ -140,8 +141,7 @@ def from_here(reference: str, *, has_base: bool = True) -> str:
     """
     here = Path.cwd()
     near = here.parent if here.parent.name else here
-    is_whole = "+" not in reference or as_path(reference).exists()
-    parts = [reference] if is_whole else split_reference(reference)
+    parts = split_reference(reference) if is_combined(reference) else [reference]
     return "+".join(
         os.path.relpath(part, here) if Path(part).is_relative_to(near) else part for part in parts
     )
@@ -186,13 +186,19 @@ def _commits(plan: Plan) -> dict[str, set[str]]:
     for path in (*roots, *(path for path, _ in plan.files)):
         if match := _SNAPSHOT.search(path.as_posix()):
             found.setdefault(f"{match['owner']}/{match['name']}", set()).add(match["commit"])
+    for model in plan.models:
+        there = elsewhere(model.checkpoint.root)
+        if there is not None and there.version:
+            repository = there.address.partition("@")[0]
+            for name in (repository, repository.removeprefix("hf://")):
+                found.setdefault(name, set()).add(there.version)
     return found
 
 
 def _lasting(reference: str, commits: Mapping[str, set[str]], *, has_base: bool) -> str:
     """Return a reference that means the same model in any folder, at any time."""
     path = as_path(reference)
-    if "+" in reference and not path.exists():
+    if is_combined(reference):
         stem, adapter = split_reference(reference)
         # With the model before the `+`, the adapter's own base does not matter.
         stem, adapter = (_lasting(part, commits, has_base=True) for part in (stem, adapter))

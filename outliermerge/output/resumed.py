@@ -18,11 +18,10 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
     """Return for each file the numbers that show whether it is unchanged, as JSON values.
 
     A model that was copied or fetched again has other numbers, even with the same bytes and times.
+    The device is not among them: machines that share a disk number it differently.
     """
     return {
-        str(path): [stamp.device, stamp.inode, stamp.ctime_ns]
-        for path, stamp in plan.files
-        if stamp is not None
+        str(path): [stamp.inode, stamp.ctime_ns] for path, stamp in plan.files if stamp is not None
     }
 
 

@@ -150,7 +150,7 @@ def run_plans(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Ru
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
         for folder in folders:
-            folder.forget_unfit(allow_non_finite=options.allow_non_finite)
+            folder.forget_unfit(allow_non_finite=options.allow_non_finite, threads=options.threads)
         _forget_incomplete(plans, folders, options)
         targets = []
         for (plan, _), folder in zip(plans, folders, strict=True):

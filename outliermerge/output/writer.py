@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from outliermerge.checkpoint.checksum import checksum_in_file
@@ -80,11 +82,11 @@ class OutputWriter:
             status = check_own(descriptor, path)
             if (status.st_dev, status.st_ino) in inputs:
                 raise OutlierMergeError(f"{path}: is a file of a model that is merged. Remove it.")
-            if make:
+            if not _is_made(descriptor, shard):  # else other parts may be writing into it
+                if not make:
+                    self._refuse(descriptor, shard)
                 reserve(descriptor, shard.num_bytes)
                 write_exactly(descriptor, 0, memoryview(shard.header))
-            else:
-                self._check(descriptor, shard)
         except (OSError, EOFError) as error:
             os.close(descriptor)
             raise failure(path, "made", error, needed_bytes=shard.num_bytes) from error
@@ -93,17 +95,12 @@ class OutputWriter:
             raise
         return descriptor
 
-    def _check(self, descriptor: int, shard: Shard) -> None:
-        """Raise an error if a file was not made by this plan."""
-        header = bytearray(len(shard.header))
-        num_bytes = os.fstat(descriptor).st_size
-        if num_bytes == shard.num_bytes:
-            read_exactly(descriptor, 0, memoryview(header))
-        if header != shard.header:
-            raise OutlierMergeError(
-                f"{self._folder / shard.file}: is not as planned: it has {num_bytes:,} bytes, "
-                f"expected {shard.num_bytes:,}, with the header of this merge"
-            )
+    def _refuse(self, descriptor: int, shard: Shard) -> None:
+        raise OutlierMergeError(
+            f"{self._folder / shard.file}: is not as planned: it has "
+            f"{os.fstat(descriptor).st_size:,} bytes, expected {shard.num_bytes:,}, with the "
+            "header of this merge"
+        )
 
     def _open_direct(self, file: str) -> int:
         """Open a shard a second time for direct writes; -1 if they would not be faster."""
@@ -131,7 +128,7 @@ class OutputWriter:
     def checksum(self, tensor: OutputTensor) -> str:
         """Return the checksum of a tensor's written bytes."""
         with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
-            return checksum_in_file(self._files[tensor.file], tensor)
+            return checksum_in_file(partial(read_exactly, self._files[tensor.file]), tensor)
 
     def sync(self) -> None:
         """Sync everything that is written to disk."""
@@ -179,20 +176,31 @@ class Progress:
             (self._of_others.discard if is_same else self._of_others.add)(line["tensor"])
         return found
 
-    def forget_unfit(self, writer: OutputWriter, *, allow_non_finite: bool) -> None:
+    def forget_unfit(
+        self, writer: OutputWriter, *, allow_non_finite: bool, threads: int = 1
+    ) -> None:
         """Forget the tensors of an earlier run that this run may not take over.
 
         Their bytes differ from the journal's checksum, or were made from other bytes than the
         inputs have now, or contain infinite or NaN values that only that run allowed.
+
+        Args:
+            threads: read so many tensors at the same time.
         """
-        for name, result in list(self.done.items()):
-            job = self._jobs.get(name)
-            if (
-                job is None
-                or (result.non_finite and not allow_non_finite)
-                or writer.checksum(job.output) != result.checksum
-            ):
-                del self.done[name]
+
+        def is_fit(name: str) -> bool:
+            job, result = self._jobs.get(name), self.done[name]
+            return (
+                job is not None
+                and not (result.non_finite and not allow_non_finite)
+                and writer.checksum(job.output) == result.checksum
+            )
+
+        names = list(self.done)
+        with ThreadPoolExecutor(threads) as pool:
+            for name, is_kept in zip(names, pool.map(is_fit, names), strict=True):
+                if not is_kept:
+                    del self.done[name]
         seen = {name: self.done[name] for name in self._of_others if name in self.done}
         # What stages would give now is not computed only to compare it.
         of_stages = self._of_stages & seen.keys()
@@ -204,6 +212,15 @@ class Progress:
 def line_of(job: Job, result: JobResult) -> dict[str, object]:
     """Return the journal entry of a tensor that is written."""
     return {"tensor": job.name} | asdict(result)
+
+
+def _is_made(descriptor: int, shard: Shard) -> bool:
+    """Tell whether a file has the planned size and header."""
+    if os.fstat(descriptor).st_size != shard.num_bytes:
+        return False
+    header = bytearray(len(shard.header))
+    read_exactly(descriptor, 0, memoryview(header))
+    return header == shard.header
 
 
 def _inodes(plan: Plan) -> set[tuple[int, int]]:

@@ -30,6 +30,7 @@ from outliermerge.spec.rename import Rename, best_rename
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.stages import stage_of
 from outliermerge.spec.text import Mistakes, SpecText
+from outliermerge.storage.addresses import is_address
 from outliermerge.storage.stamps import told_by_name
 
 _NO_STAGES: Mapping[str, Callable[[], Input]] = {}
@@ -169,7 +170,7 @@ def refuse_absent_models(
 
 def _parts(reference: str) -> list[str]:
     """Return the models that a reference names: one, or a base and its adapters."""
-    if "+" not in reference or as_path(reference).exists():
+    if not is_combined(reference):
         return [reference]
     stem, last = split_reference(reference)
     return [*_parts(stem), last]
@@ -214,7 +215,7 @@ def open_model(
     """
     if reference in stages:
         return _renamed(replace(stages[reference](), role=role), rename)
-    if "+" in reference and not as_path(reference).exists():
+    if is_combined(reference):
         stem, last = split_reference(reference)
         return _open_adapter(reference, resolve(last), rename, role, base, stem, unties, stages)
     root = resolve(reference)
@@ -229,8 +230,18 @@ def split_reference(reference: str) -> tuple[str, str]:
     """Split at the last `+` that is not part of a name; return the text before and after."""
     parts = reference.split("+")
     splits = [("+".join(parts[:at]), "+".join(parts[at:])) for at in range(len(parts) - 1, 0, -1)]
-    named = (pair for pair in splits if as_path(pair[1]).exists() or is_hub_id(pair[1]))
-    return next(named, splits[0])
+    return next((pair for pair in splits if _is_named(pair[1])), splits[0])
+
+
+def is_combined(reference: str) -> bool:
+    """Tell whether a reference names a model and an adapter; an address can have a `+` in it."""
+    if "+" not in reference or as_path(reference).exists():
+        return False
+    return not is_address(reference) or _is_named(split_reference(reference)[1])
+
+
+def _is_named(reference: str) -> bool:
+    return is_address(reference) or as_path(reference).exists() or is_hub_id(reference)
 
 
 def _open_adapter(

@@ -17,6 +17,7 @@ from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import is_measured_by
 from outliermerge.methods.table import find_method
 from outliermerge.methods.task import Task
+from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,7 @@ class Options:
         kernels: names of the fused CPU kernels; none where torch is to compute all.
         statistics: names of the functions that measure beside them.
         allow_non_finite: go on where values are infinite or NaN, and list them.
+        cache_bytes: the most bytes that are kept on the disk of models which are elsewhere.
     """
 
     device: str
@@ -318,6 +320,7 @@ class Options:
     kernels: frozenset[str] = frozenset()
     statistics: frozenset[str] = frozenset()
     allow_non_finite: bool = False
+    cache_bytes: int = DEFAULT_CACHE_BYTES
 
     def uses_kernels(self, job: Job) -> bool:
         return bool(self.kernels) and self.device == "cpu" and job.fits_kernels(self.kernels)

@@ -43,6 +43,7 @@ from outliermerge.spec.text import (
 )
 from outliermerge.spec.tokenizer import TokenizerRequest, plain_reference, tokenizer_request
 from outliermerge.spec.validation import validated
+from outliermerge.storage.addresses import shown_in
 
 _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_files": OTHER_FILES}
 # What stands for a required value that is wrong, so that the rest of the file can be checked.
@@ -230,7 +231,7 @@ def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) ->
     """
     if isinstance(spec, Mapping):
         whole = SpecText("spec", lenient=lenient, is_python=True)
-        return _check(*one_document([(dict(spec), whole)]))
+        return _check(*one_document([(shown_in(dict(spec)), whole)]))
     if not isinstance(spec, (str, Path)):
         raise wrong("spec", spec, "a YAML file or a dict")
     if isinstance(spec, str) and "\n" in spec:

@@ -17,6 +17,7 @@ from outliermerge.errors import OutlierMergeError, SpecError, listing_once, quot
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.validation import describe
 from outliermerge.spec.yaml_words import in_words
+from outliermerge.storage.addresses import shown_in, without_secrets
 from outliermerge.storage.files import read_bytes
 
 # Limits for a spec. A spec with a filter for every layer of a hundred models has about 40,000
@@ -229,6 +230,7 @@ def _parsed(
     nodes: Callable[[Loader], Iterator[Any]],
 ) -> list[tuple[Any, SpecText]]:
     _check_characters(text, file)
+    text = without_secrets(text)
     loader, found = Loader(text), []
     try:
         for node in nodes(loader):
@@ -236,7 +238,7 @@ def _parsed(
             _record_marks(node, (), source, [] if mistakes is None else mistakes, parents=())
             raw = loader.construct_document(node) if node is not None else None
             if raw is not None:
-                found.append((raw, source))
+                found.append((shown_in(raw), source))
     except yaml.MarkedYAMLError as error:
         place, problem = in_words(error, text)
         raise error_at(file, place, f"not valid YAML: {problem}") from error

@@ -13,6 +13,7 @@ from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.errors import as_path, direct_reference, quoted, suggest
 from outliermerge.spec.settings import SettingError, SpecPath, all_of
 from outliermerge.spec.validation import describe
+from outliermerge.storage.addresses import is_address
 
 BASE, UNION = "base", "union"
 # The largest vocabulary of a published model has a million tokens (XLM-V).
@@ -214,7 +215,7 @@ def _is_outside(name: str, models: Sequence[str], path: SpecPath) -> bool:
     plain = plain_reference(name) or BASE
     if plain in known:
         return False
-    if is_hub_id(plain) or as_path(plain).exists():
+    if is_hub_id(plain) or is_address(plain) or as_path(plain).exists():
         return True
     advice = suggest(name, dict.fromkeys(known))
     raise SettingError(

@@ -33,16 +33,6 @@ _LARGE = re.compile(
 _NO_SIGNS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def cache_folder(name: str) -> Path:
-    """Return a folder for files that can be made again; it need not exist yet.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "outliermerge" / name
-
-
 def check_file(path: Path, folder: Path | None = None) -> None:
     """Raise OutlierMergeError unless a path is a regular file inside a folder.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from outliermerge.storage.stand_ins import elsewhere
+
 _BLOB = re.compile(r"[0-9a-f]{8,64}")
 _SHARED_MARKER = ".huggingface-shared-blobs"
 
@@ -42,11 +44,13 @@ def blobs_of(folder: Path) -> tuple[Path, ...]:
 
 
 def listed_files(snapshot: Path) -> list[str]:
-    """Return all files of a snapshot's repository, fetched or not; empty if they are not known.
+    """Return all files of a model that is not all here, fetched or not; empty if not known.
 
     Only a part of a repository is fetched; its other files are known from the listing that
     huggingface_hub keeps.
     """
+    if (model := elsewhere(snapshot)) is not None:
+        return list(model.names)
     repository = snapshot.absolute().parent.parent
     if snapshot.absolute().parent.name != "snapshots" or not repository.name.startswith("models--"):
         return []

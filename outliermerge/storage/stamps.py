@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.storage.stand_ins import true_size
 from outliermerge.storage.system import knowing, open_regular
 
 # Linux takes times from a clock that ticks every 1 to 10 ms: a file written in the current tick can
@@ -67,7 +68,7 @@ class FileStamp:
         """Return the stamp of a file from the result of stat or fstat."""
         return cls(
             path=path,
-            num_bytes=status.st_size,
+            num_bytes=true_size(path, status.st_size),
             mtime_ns=status.st_mtime_ns,
             device=status.st_dev,
             inode=status.st_ino,

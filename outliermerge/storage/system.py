@@ -36,9 +36,20 @@ _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 _LOCKED_BYTE = 1 << 40
 _SEEKING = threading.Lock()
 _NOREPLACE, _EXCHANGE = 1, 2
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _AT_FDCWD = -100
 # The errors with which the kernel says that it, or a file system, does not support a call.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder for files that can be made again; it need not exist yet.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "outliermerge" / name
 
 
 def inode(path: Path) -> int | None:
@@ -283,6 +294,17 @@ def reserve(descriptor: int, num_bytes: int) -> None:
 def reserved_bytes(status: os.stat_result) -> int:
     """Return the bytes of disk space that a file has."""
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
+def punch(descriptor: int, position: int, num_bytes: int) -> bool:
+    """Give bytes of a file back to the disk, after which they are zeros; False if it cannot."""
+    call = getattr(c_library(), "fallocate", None)
+    if call is None:
+        return False
+    import ctypes
+
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return bool(call(descriptor, _PUNCH_HOLE | _KEEP_SIZE, position, num_bytes) == 0)
 
 
 def will_need(descriptor: int, position: int, num_bytes: int) -> None:

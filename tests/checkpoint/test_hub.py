@@ -152,7 +152,7 @@ def hub(models: dict[str, Path]) -> Iterator[HubServer]:
 
 
 def _call(
-    place: Path, environment: dict[str, str], *names: str, command: str = "plan", limit: int = 0
+    place: Path, environment: dict[str, str], *names: str, command: str = "run", limit: int = 0
 ) -> tuple[int, str]:
     """Plan or run a merge of models in a process of its own; return exit code and messages."""
     lines = [f"  - model: {name}" for name in names]
@@ -160,8 +160,9 @@ def _call(
     program = ["-m", "outliermerge"]
     if limit:
         program = ["-c", LIMITED.format(limit)]
+    more = ["--overwrite"] if command == "run" else []
     done = subprocess.run(
-        [sys.executable, *program, command, "spec.yaml", "--output", "out"],
+        [sys.executable, *program, command, "spec.yaml", "--output", "out", *more],
         cwd=place,
         env=environment,
         capture_output=True,
@@ -196,7 +197,7 @@ class TestFetching:
         spec = {"merge_method": "linear", "models": [{"model": str(path)} for path in local]}
         outliermerge.run(spec, output=tmp_path / "expected", device="cpu")
 
-        assert _call(tmp_path, hub.environment(tmp_path / "home"), *names, command="run")[0] == 0
+        assert _call(tmp_path, hub.environment(tmp_path / "home"), *names)[0] == 0
 
         # The config of org/b is the same in both revisions, and the cache knows it.
         files = ["config.json", "config.json", *["model.safetensors"] * 3]
@@ -211,12 +212,13 @@ class TestFetching:
             "exists already. Use --overwrite to replace it when the merge is done, or choose "
             "another --output."
         )
-        assert _call(tmp_path, hub.environment(tmp_path / "home"), *names) == (0, note)
+        again = hub.environment(tmp_path / "home")
+        assert _call(tmp_path, again, *names, command="plan") == (0, note)
         assert hub.fetched() == []
 
         (tmp_path / "home").rename(tmp_path / "moved")
         offline = hub.environment(tmp_path / "moved", HF_HUB_OFFLINE="1")
-        assert _call(tmp_path, offline, *names) == (0, note)
+        assert _call(tmp_path, offline, *names, command="plan") == (0, note)
         assert hub.requests == []
 
     def test_a_token_opens_gated_and_private_repositories_and_an_old_name_leads_to_the_new(

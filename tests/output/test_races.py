@@ -166,6 +166,45 @@ def _race(race: Any, place: Path, tmp_path: Path, kind: str, old: bool, num_tria
         shutil.rmtree(work)
 
 
+def test_of_parts_and_joins_at_once_nothing_is_lost(race, place, tmp_path):
+    _race_parts(race, place, tmp_path, NUM_TRIALS // 4)
+
+
+@pytest.mark.faults
+def test_of_many_parts_and_joins_at_once_nothing_is_lost(race, place, tmp_path, record_property):
+    _race_parts(race, place, tmp_path, NUM_ALL_TRIALS // 4)
+    record_property("points", NUM_ALL_TRIALS // 4)
+
+
+def _race_parts(race: Any, place: Path, tmp_path: Path, num_trials: int) -> None:
+    """Start parts, some of them twice, and joins at the same time; then do what is left."""
+    work = tmp_path / "work"
+    output = work / "out"
+    work.mkdir()
+    assert race([(_command(place, "folder", 0, output), 0)])[0][0] == 0
+    expected = _state(output)
+    shutil.rmtree(work)
+    parts = [_command(place, "folder", 0, output, "--part", f"{n}/3") for n in (1, 2, 3)]
+    join = ["join", *_command(place, "folder", 0, output)[1:]]
+    refusals = ("another run", "is not whole", "no part of it is being written", "exists already")
+    for trial in range(num_trials):
+        chance = random.Random(f"parts {trial}")
+        work.mkdir()
+        begun = chance.sample(parts, chance.randrange(3))
+        assert all(code == 0 for code, _ in race([(part, 0) for part in begun]))
+        chosen = [*parts, *chance.choices(parts, k=chance.randrange(3)), join, join]
+        for code, message in race([(words, chance.random() * LONGEST_DELAY) for words in chosen]):
+            assert code in (0, 1), message
+            assert code == 0 or any(text in message for text in refusals), message
+        if not output.exists():
+            for words in (*parts, join):
+                code, message = race([(words, 0)])[0]
+                assert code == 0, message
+        assert _state(output) == expected
+        assert [path.name for path in work.iterdir()] == ["out"]
+        shutil.rmtree(work)
+
+
 @OUTPUTS
 @OLD
 def test_what_appears_under_the_name_during_a_run_is_left_alone(place, tmp_path, kind, old):

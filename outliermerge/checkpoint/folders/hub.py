@@ -6,10 +6,10 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.folders.absent import (
     hub_id_of,
     is_model,
@@ -18,16 +18,25 @@ from outliermerge.checkpoint.folders.absent import (
     path_meant,
 )
 from outliermerge.checkpoint.folders.beside import sidecars_of
-from outliermerge.checkpoint.folders.folder import MODULES_NAME, PIPELINE_NAME, module_folders
-from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose
-from outliermerge.checkpoint.formats.table import PATTERNS
+from outliermerge.checkpoint.folders.chosen import (
+    NO_WEIGHTS,
+    parts_of,
+    wanted_files,
+    weights_of,
+)
+from outliermerge.checkpoint.folders.remote import (
+    Place,
+    fetch_model,
+    place_of,
+    streamed,
+)
+from outliermerge.checkpoint.formats.table import SUFFIXES
 from outliermerge.errors import OutlierMergeError, as_path, direct, listing, quoted, shown
-from outliermerge.storage.files import load_json
+from outliermerge.storage.addresses import is_address
 
 _LOGGER = logging.getLogger(__name__)
+_HUB = "hf://"
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?$")
-_ADAPTER = r"adapter_model\.(bin|safetensors)"  # safetensors is preferred
-_NO_WEIGHTS = f"weights ({PATTERNS})"
 
 
 def is_hub_id(reference: str) -> bool:
@@ -56,10 +65,18 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     if local.exists():
         return direct(local.absolute())
     refuse_absent(reference)
-    match = _HUB_ID.match(reference)
+    on_hub = reference.removeprefix(_HUB)
+    if is_address(on_hub):
+        return fetch_model(place_of(on_hub), only)
+    match = _HUB_ID.match(on_hub)
     assert match is not None
     repo_id, revision = match["id"], match["revision"]
     try:
+        if on_hub != reference or streamed() == "all":
+            return _stream(repo_id, revision, only)
+        if streamed() == "headers" and only is None:
+            with suppress(OutlierMergeError):  # then it is fetched, which tells what is wrong
+                return _stream(repo_id, revision, None)
         return _fetch(repo_id, revision, only)
     except OutlierMergeError as error:
         from huggingface_hub import constants
@@ -90,6 +107,14 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
     local = as_path(reference)
     if local.exists():
         return
+    if is_address(reference) and (hub_id_of(reference) is None or reference.endswith(SUFFIXES)):
+        return
+    if reference.startswith(_HUB):
+        if _HUB_ID.match(reference.removeprefix(_HUB)):
+            return
+        raise OutlierMergeError(
+            f"model {quoted(reference)}: expected hf://org/name or hf://org/name@revision"
+        )
     absent = (
         f"model {quoted(reference)}: no such file or folder ({shown(direct(local.absolute()))})"
     )
@@ -142,15 +167,14 @@ def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | Non
     try:
         if only is not None:
             return snapshot([*filter(only, names)], revision)
-        lists = [name for name in (PIPELINE_NAME, MODULES_NAME) if name in names]
-        folder = snapshot(lists, revision) if lists else Path()
-        parts = _parts(names, folder)
-        if guides := [n for n in names if _is_guide(n, parts)]:
-            folder = snapshot(guides, folder.name or revision)
-        weights = _weights(names, folder, parts)
-        if weights:
-            wanted = [*sidecars_of(names, parts), *weights]
-            return snapshot(wanted, folder.name or revision)
+        folder = Path()
+
+        def fetch(wanted: list[str]) -> Path:
+            nonlocal folder
+            folder = snapshot(wanted, folder.name or revision)  # of one commit
+            return folder
+
+        return fetch(wanted_files(names, fetch))
     except OutlierMergeError:
         raise
     except Exception as error:
@@ -158,9 +182,43 @@ def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | Non
         reason = _reason(error, repo_id, revision)
         refused = isinstance(error, GatedRepoError)
         raise OutlierMergeError(f"{reason}.{'' if refused else kept}") from error
-    raise OutlierMergeError(
-        f"the repository has no {_NO_WEIGHTS}. It has:\n{listing(sorted(names), limit=10)}"
+
+
+def _stream(repo_id: str, revision: str | None, only: Callable[[str], bool] | None) -> Path:
+    """Return a private folder with a repository's small files; its weights are read by ranges.
+
+    A snapshot in the hub's cache is used, if it is complete.
+
+    Raises:
+        OutlierMergeError: they cannot be read so, or the hub is not to be asked.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise OutlierMergeError("the hub is not asked, as HF_HUB_OFFLINE is set.")
+    try:
+        info = hub.HfApi().model_info(
+            repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception as error:
+        raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
+    commit = info.sha or revision or "main"
+    with suppress(OSError, ValueError, OutlierMergeError):
+        cached = Path(
+            hub.snapshot_download(
+                repo_id, revision=commit, local_files_only=True, allow_patterns=[]
+            )
+        )
+        if not _lacking(repo_id, cached, only):
+            return cached
+    place = Place(
+        address=f"{_HUB}{repo_id}" + (f"@{revision}" if revision else ""),
+        address_of=lambda name: hub.hf_hub_url(repo_id, name, revision=commit),
+        names=tuple(file.rfilename for file in info.siblings or ()),
+        version=commit,
     )
+    return fetch_model(place, only)
 
 
 def _from_cache(
@@ -179,6 +237,21 @@ def _from_cache(
         )
     except (OSError, ValueError):
         raise OutlierMergeError(f"{reason}.") from error
+    missing = _lacking(repo_id, folder, only)
+    if missing:
+        raise OutlierMergeError(
+            f"{reason}, and the snapshot {folder} lacks:\n{listing(missing)}"
+        ) from error
+    if not isinstance(error, errors.OfflineModeIsEnabled):
+        _LOGGER.warning("%s: %s; the snapshot in the cache is used", repo_id, reason)
+    return folder
+
+
+def _lacking(repo_id: str, folder: Path, only: Callable[[str], bool] | None) -> list[str]:
+    """Return what a snapshot in the cache lacks of the files that are read."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     present = {name for name, path in paths.items() if path.is_file()}
     names = present | {name for name, path in paths.items() if path.is_symlink()}
@@ -190,65 +263,11 @@ def _from_cache(
         except errors.CachedRepoTreeNotFoundError:
             pass
     if only is not None:
-        missing = sorted({*filter(only, names)} - present)
-    else:
-        parts = _parts(names, folder)
-        weights = _weights(names, folder, parts)
-        needed = {*sidecars_of(names, parts), *weights}
-        missing = sorted(needed - present) + ([] if weights else [_NO_WEIGHTS])
-    if missing:
-        raise OutlierMergeError(
-            f"{reason}, and the snapshot {folder} lacks:\n{listing(missing)}"
-        ) from error
-    if not isinstance(error, errors.OfflineModeIsEnabled):
-        _LOGGER.warning("%s: %s; the snapshot in the cache is used", repo_id, reason)
-    return folder
-
-
-def _parts(names: Collection[str], folder: Path) -> list[str]:
-    """Return the folders of a repository that contain a model's weights, "" for its root."""
-    pipeline = load_json(folder / PIPELINE_NAME) if PIPELINE_NAME in names else None
-    if isinstance(pipeline, dict):
-        return [key for key, value in pipeline.items() if isinstance(value, list)]
-    modules = load_json(folder / MODULES_NAME) if MODULES_NAME in names else None
-    return list(dict.fromkeys(["", *module_folders(modules)]))
-
-
-def _is_guide(name: str, parts: Collection[str]) -> bool:
-    """Tell whether a file determines which weights are read."""
-    part, _, file = name.rpartition("/")
-    return part in parts and (file == "config.json" or ".index." in file)
-
-
-def _weights(names: Collection[str], folder: Path, parts: Collection[str]) -> list[str]:
-    """Return the weight files that `open_checkpoint` reads; an index in the folder is followed."""
-    chosen: list[str] = []
-    for part in parts:
-        prefix = f"{part}/" if part else ""
-        inside = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-        inside = [name for name in inside if "/" not in name]
-        if "adapter_config.json" in inside:
-            files = [name for name in inside if re.fullmatch(_ADAPTER, name)][-1:]
-            chosen += [prefix + file for file in files]
-        config = read_json(folder / part / "config.json") if "config.json" in inside else {}
-        try:
-            choice = choose(inside, config, loose=not part)
-        except OpenChoiceError as error:
-            raise OutlierMergeError(
-                f"{error}. Fetch one with `hf download … --include … --local-dir …` and name that "
-                "folder."
-            ) from error
-        if choice is None:
-            continue
-        files = [*choice.files]
-        if choice.index:
-            content = load_json(folder / part / choice.index)
-            weight_map = content.get("weight_map") if isinstance(content, dict) else None
-            if isinstance(weight_map, dict):
-                files = [str(file) for file in dict.fromkeys(weight_map.values())]
-            files.append(choice.index)
-        chosen += [prefix + file for file in files]
-    return chosen
+        return sorted({*filter(only, names)} - present)
+    parts = parts_of(names, folder)
+    weights = weights_of(names, folder, parts)
+    needed = {*sidecars_of(names, parts), *weights}
+    return sorted(needed - present) + ([] if weights else [NO_WEIGHTS])
 
 
 def _reason(error: Exception, repo_id: str, revision: str | None) -> str:

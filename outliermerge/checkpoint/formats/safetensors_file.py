@@ -21,6 +21,7 @@ from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.storage.files import check_file
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import open_file
+from outliermerge.storage.stand_ins import true_size
 
 MAX_HEADER_BYTES = 100_000_000
 # Fifteen values for each of 260,000 tensors; models have up to 100,000 tensors. Tensors of PyTorch
@@ -75,7 +76,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
     with open_file(path) as file:
-        num_file_bytes = os.fstat(file.fileno()).st_size
+        num_file_bytes = true_size(path, os.fstat(file.fileno()).st_size)
         prefix = file.read(8)
         if len(prefix) < 8:
             raise OutlierMergeError(

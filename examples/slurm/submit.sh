@@ -1,0 +1,12 @@
+#!/bin/bash
+# Merges SPEC into OUT in N parts on a Slurm cluster, and joins them when all have ended:
+#   examples/slurm/submit.sh SPEC OUT N
+# All paths, OUT too, must be on a disk that all nodes share. Prints the numbers of the two jobs.
+set -euo pipefail
+spec=$1 out=$2 num_parts=$3
+here=$(dirname "$(realpath "$0")")
+
+parts=$(sbatch --parsable --array="1-$num_parts" "$here/part.sbatch" "$spec" "$out" "$num_parts")
+# afterany: where parts have failed, the log of the join says which, and how to run them again.
+join=$(sbatch --parsable --dependency="afterany:$parts" "$here/join.sbatch" "$spec" "$out")
+echo "parts: job array $parts; join: job $join"

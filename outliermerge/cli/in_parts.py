@@ -1,0 +1,169 @@
+"""Parts of a merge on the command line: `run --part 3/16` and `moe --part 3/16`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.cli.lines import human_bytes
+from outliermerge.cli.parts import count, print_json, print_notes, run_options, say
+from outliermerge.cli.plan_tables import duration
+from outliermerge.cli.tables import NamedTable
+from outliermerge.cli.terminal import MergeBar, open_console
+from outliermerge.errors import ArgumentError, argument, quoted
+
+if TYPE_CHECKING:
+    from outliermerge.output.division import PartCost
+    from outliermerge.planning.plan import Plan
+
+
+def add_part(parser: argparse.ArgumentParser) -> None:
+    """Add --part."""
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="write only part K of N, in this process; `outliermerge join` finishes the output "
+        "when all are written. Parts may run at the same time, on machines that share its disk",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Return a part's number and how many there are.
+
+    >>> _part("3/16")
+    (3, 16)
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
+    raise argparse.ArgumentTypeError(
+        f"found {quoted(text)}, expected K/N, such as 3/16: part K of N, with K from 1 to N"
+    )
+
+
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a merge on a Ray cluster."""
+    parser.add_argument(
+        "--executor",
+        dest="executor_name",
+        choices=("threads", "ray"),
+        default="threads",
+        help="what carries the merge out: threads of this process (default), or ray: a Ray "
+        "cluster, in parts, whose machines share the disks of the models and the output",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="A",
+        help="of the Ray cluster; without it one that runs here is taken, or started",
+    )
+    parser.add_argument(
+        "--parts",
+        type=count,
+        metavar="N",
+        help="parts on the Ray cluster (default: as many as run at the same time)",
+    )
+
+
+def check_ray(options: argparse.Namespace) -> None:
+    """Refuse flags that are for a Ray cluster alone, or not for one.
+
+    Raises:
+        ArgumentError: there is one.
+    """
+    if options.executor_name == "ray":
+        for name in ("part", "keep"):
+            if getattr(options, name):
+                raise ArgumentError(f"{argument(name)}: not with {argument('executor', 'ray')}")
+        return
+    for name in ("address", "parts"):
+        if getattr(options, name) is not None:
+            raise ArgumentError(f"{argument(name)}: only with {argument('executor', 'ray')}")
+
+
+def run_one_part(
+    planned: Plan, output: str | None, options: argparse.Namespace, *, notes: Sequence[str]
+) -> int:
+    """Write a part of a plan, and print what was done.
+
+    Raises:
+        ArgumentError: a flag is given that is for whole outputs.
+    """
+    from outliermerge.output.division import part_of, part_work_bytes
+    from outliermerge.output.parts import run_part
+    from outliermerge.output.run import output_path
+
+    number, num_parts = options.part
+    if options.fresh:
+        raise ArgumentError(
+            f"{argument('fresh', True)}: a part does not start over what other parts have "
+            "written. Remove OUT.partial and OUT.partial.journal* while no part is running."
+        )
+    if getattr(options, "keep", None):
+        raise ArgumentError(
+            f"{argument('keep')}: a stage is not written in parts. Write it by a run of its own, "
+            "or leave it away"
+        )
+    final = output_path(planned, output)
+    jobs = part_of(planned, number, num_parts)
+    began = time.monotonic()
+    with MergeBar(part_work_bytes(planned, jobs), 1, quiet=options.quiet) as bar:
+        chosen = run_options(options, on_progress=bar.advance)
+        num_written = run_part(planned, final, number, num_parts, chosen)
+        bar.done()
+    done: dict[str, Any] = {
+        "output": str(final),
+        "part": number,
+        "num_parts": num_parts,
+        "num_tensors": len(jobs),
+        "num_written": num_written,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    notes = [*notes, *planned.notes]
+    if options.json:
+        print_json(done | {"notes": notes})
+    elif not options.quiet:
+        before = len(jobs) - num_written
+        say(
+            f"part {number}/{num_parts} of {final} is done: {num_written} of {len(jobs)} tensors "
+            f"written in {done['seconds']:.1f} s"
+            + (f", {before} were there from an earlier run" if before else "")
+        )
+    print_notes(notes, options)
+    return 0
+
+
+def print_parts(costs: Sequence[PartCost]) -> None:
+    """Print a row for each part of a plan."""
+    if not costs:
+        return
+    table = NamedTable("part", "tensors", "reads", "writes", "all passes", "memory", "time")
+    for cost in costs:
+        table.add_row(
+            f"{cost.number}/{len(costs)}",
+            str(cost.num_tensors),
+            *map(human_bytes, (cost.read_bytes, cost.written_bytes, cost.work_bytes)),
+            "not known" if cost.memory_bytes is None else human_bytes(cost.memory_bytes),
+            "not known" if cost.seconds is None else duration(cost.seconds),
+        )
+    console = open_console()
+    console.print()
+    table.print(console)
+
+
+def command_of_part(options: argparse.Namespace, command: str, output: str, part: str) -> str:
+    """Return the command line that writes a part, with the flags that this one has."""
+    words = ["outliermerge", command, options.spec, "-o", output, "--part", part]
+    if options.shard_size is not None:
+        words += ["--shard-size", options.shard_size]
+    if options.device != "cpu":
+        words += ["--device", options.device]
+    words += ["--no-kernels"] * options.no_kernels
+    words += ["--lenient"] * options.lenient
+    words += ["--overwrite"] * options.overwrite
+    words += ["--allow-non-finite"] * options.allow_non_finite
+    return shlex.join(words)

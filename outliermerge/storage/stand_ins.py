@@ -1,0 +1,97 @@
+"""Files that stand for objects which are elsewhere: their first bytes, up to the tensors.
+
+A model that is elsewhere has a private folder in our cache, with its small files, and for each
+file of weights one with no more than its header. So all that looks at a model's folder sees one,
+and whoever would read weights there without asking the object's server finds that the file ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from outliermerge.storage.system import cache_folder
+
+_RECORD = "objects.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """What a file stands for.
+
+    Attributes:
+        address: where the object is.
+        num_bytes: its size.
+        version: its ETag or time; "" if its server gives none.
+    """
+
+    address: str
+    num_bytes: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A model that is elsewhere, and what is known of it.
+
+    Attributes:
+        address: of the model.
+        version: of the model as a whole, such as a commit of the hub; "" if there is none.
+        names: all files that it has, where they are listed.
+        files: what its files of weights stand for, by name.
+    """
+
+    address: str
+    version: str
+    names: tuple[str, ...]
+    files: Mapping[str, StandIn]
+
+
+def private_folder(key: str = "") -> Path:
+    """Return the folder for models that are elsewhere, or for the one with a key."""
+    return cache_folder("remote") / key
+
+
+def elsewhere(path: Path) -> Elsewhere | None:
+    """Return what is known of the model in whose private folder a path is; None if in none."""
+    home = _home(path)
+    if home is None:
+        return None
+    try:
+        record: Any = json.loads((home / _RECORD).read_text("utf-8"))
+        files = {name: StandIn(**entry) for name, entry in record["files"].items()}
+        return Elsewhere(record["address"], record["version"], tuple(record["names"]), files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stand_in(path: Path) -> StandIn | None:
+    """Return what a file stands for; None for one that has all its bytes."""
+    found = elsewhere(path)
+    if found is None:
+        return None
+    home = _home(path)
+    assert home is not None
+    return found.files.get("/".join(path.relative_to(home).parts[1:]))
+
+
+def true_size(path: Path, num_bytes: int) -> int:
+    """Return the size of a file, or of the object that it stands for."""
+    found = stand_in(path)
+    return num_bytes if found is None else found.num_bytes
+
+
+def write_record(home: Path, model: Elsewhere) -> None:
+    """Write what is known of a model beside its private folder."""
+    (home / _RECORD).write_text(json.dumps(asdict(model)), "utf-8")
+
+
+def _home(path: Path) -> Path | None:
+    folder = str(private_folder())
+    if not str(path).startswith(folder + os.sep):
+        return None
+    return Path(folder) / str(path)[len(folder) + 1 :].partition(os.sep)[0]

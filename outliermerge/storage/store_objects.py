@@ -1,0 +1,164 @@
+"""Objects in S3, Google Cloud Storage and Azure, by the package obstore.
+
+Keys, regions and endpoints are taken from the environment, as obstore documents it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from outliermerge.errors import OutlierMergeError
+from outliermerge.optional import is_installed
+from outliermerge.storage import ranges
+from outliermerge.storage.addresses import without_secrets
+from outliermerge.storage.ranges import State, TransientError, Write, changed, check_state
+
+_MAX_LISTED = 20_000
+_PIECE_BYTES = 1 << 20
+
+
+class Store:
+    """A bucket, and what is asked of it.
+
+    Raises:
+        OutlierMergeError: obstore is not installed, or the address is wrong.
+    """
+
+    def __init__(self, address: str) -> None:
+        if not is_installed("obstore"):
+            raise OutlierMergeError(
+                f"{address}: reading it needs obstore, which is not installed. Install it: "
+                "pip install 'outliermerge[remote]'"
+            )
+        from obstore.store import from_url
+
+        scheme, _, rest = address.partition("://")
+        self.root = f"{scheme}://{rest.partition('/')[0]}"
+        stalled = timedelta(seconds=ranges.STALL_SECONDS)
+        allow_http = any(
+            os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true")
+            for vendor in ("AWS", "GOOGLE", "AZURE")
+        )
+        try:
+            self._store: Any = from_url(
+                self.root,
+                client_options={
+                    "allow_http": allow_http,
+                    "timeout": 8 * stalled,
+                    "connect_timeout": stalled,
+                },
+                retry_config={"max_retries": 0, "retry_timeout": stalled},
+            )
+        except Exception as error:  # obstore's errors of wrong settings are of several kinds
+            raise OutlierMergeError(f"{address}: {without_secrets(str(error))}") from error
+
+    def key(self, address: str) -> str:
+        """Return the name of an object in the bucket."""
+        return address.removeprefix(self.root).strip("/")
+
+    def names(self, address: str) -> Iterator[str]:
+        """Yield the names of the objects in a folder; asks once.
+
+        Raises:
+            TransientError: it cannot be listed now.
+            OutlierMergeError: it cannot be listed, or has too many.
+        """
+        import obstore
+
+        prefix, number = self.key(address), 0
+        try:
+            for found in obstore.list(self._store, prefix=prefix or None):
+                for meta in found:
+                    number += 1
+                    if number > _MAX_LISTED:
+                        raise OutlierMergeError(
+                            f"{address}: has more than {_MAX_LISTED:,} objects: no model's folder"
+                        )
+                    yield meta["path"].removeprefix(prefix).lstrip("/")
+        except OutlierMergeError:
+            raise
+        except Exception as error:
+            raise _told(address, error) from None
+
+    def object(self, address: str) -> StoreObject:
+        """Return an object of the bucket."""
+        return StoreObject(address, self._store, self.key(address))
+
+
+class StoreObject:
+    """An object in a bucket."""
+
+    def __init__(self, address: str, store: Any, key: str) -> None:
+        self.address, self._store, self._key = address, store, key
+
+    def first(self, num_bytes: int) -> tuple[State, bytes] | None:
+        """Return the state and at most so many of its first bytes; None if there is none."""
+        import obstore
+
+        try:
+            answer = obstore.get(self._store, self._key, options={"range": (0, num_bytes)})
+            state = _state(answer.meta)
+            content = bytes(answer.bytes())
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise _told(self.address, error) from None
+        if len(content) != min(num_bytes, state.num_bytes):
+            raise TransientError(f"the answer ends after {len(content):,} bytes")
+        return state, content
+
+    def read(self, start: int, stop: int, state: State, write: Write) -> None:
+        """Hand the bytes from start to stop (excluded) of a known state to `write`, in order."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        options: Any = {"range": (start, stop)}
+        if state.version.startswith('"'):
+            options["if_match"] = state.version
+        done = 0
+        try:
+            answer = obstore.get(self._store, self._key, options=options)
+            check_state(self.address, state, _state(answer.meta))
+            if tuple(answer.range) != (start, stop):
+                raise TransientError("the store answers with another range")
+            for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+                content = memoryview(piece)
+                done += len(content)
+                if done > stop - start:
+                    raise TransientError(f"the answer has more than {stop - start:,} bytes")
+                write(content)
+        except (TransientError, OutlierMergeError):
+            raise
+        except PreconditionError:
+            raise changed(self.address, f"it has no version {state.version} any more") from None
+        except FileNotFoundError:
+            raise changed(self.address, "it was removed") from None
+        except Exception as error:
+            raise _told(self.address, error) from None
+        if done < stop - start:
+            raise TransientError(f"the answer ends after {done:,} of {stop - start:,} bytes")
+
+
+def _state(meta: Any) -> State:
+    return State(meta["size"], meta.get("e_tag") or str(meta["last_modified"]))
+
+
+def _told(address: str, error: Exception) -> Exception:
+    """Return the error for one of obstore's: whether to ask again, and in whose words."""
+    from obstore import exceptions
+
+    text = without_secrets(str(error)).strip().split("\n")[0][:300]
+    lasting = (
+        exceptions.PermissionDeniedError,
+        exceptions.UnauthenticatedError,
+        exceptions.NotSupportedError,
+        exceptions.InvalidPathError,
+        exceptions.UnknownConfigurationKeyError,
+    )
+    if isinstance(error, lasting):
+        advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
+    return TransientError(text)

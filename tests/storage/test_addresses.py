@@ -1,0 +1,62 @@
+"""What is secret in an address is taken out of it where it comes in."""
+
+from __future__ import annotations
+
+import pytest
+
+from outliermerge.storage.addresses import (
+    file_name,
+    inside,
+    is_address,
+    lacks_secrets,
+    with_secrets,
+    without_secrets,
+)
+
+SECRET = "c0ffee"
+ADDRESSES = (
+    f"https://me:{SECRET}@host/model",
+    f"https://{SECRET}@host:8080/a.safetensors",
+    f"https://host/a.safetensors?X-Amz-Algorithm=AWS4&X-Amz-Credential={SECRET}&X-Amz-Expires=9",
+    f"https://host/a.safetensors?x-amz-signature={SECRET}",
+    f"https://host/a?X-Amz-Security-Token={SECRET}&partNumber=1",
+    f"https://account.blob.core.windows.net/c/a?sv=2024&sp=r&sig={SECRET}",
+    f"https://storage.googleapis.com/b/a?X-Goog-Signature={SECRET}&GoogleAccessId={SECRET}",
+    f"https://cdn/a?Policy={SECRET}&Signature={SECRET}&Key-Pair-Id={SECRET}",
+    f"HTTPS://host/a?token={SECRET}",
+    f"http://host/a?access_token={SECRET}&api_key={SECRET}&password={SECRET}",
+    f"s3://{SECRET}:{SECRET}@bucket/model",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_secret_is_shown_and_none_is_lost(address: str) -> None:
+    text = f'models: [{{"model": "{address}"}}, org/name]'
+    shown = without_secrets(text)
+    assert SECRET not in shown
+    assert without_secrets(shown) == shown
+    alone = without_secrets(address)
+    assert with_secrets(alone).lower() == address.lower()
+    inner = inside(alone, "config.json")
+    assert SECRET not in inner
+    assert SECRET in with_secrets(inner)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://host/a?revision=main", "s3://bucket/a b/model", "hf://org/name@v1"]
+)
+def test_an_address_without_secrets_stays_as_it_is(address: str) -> None:
+    assert without_secrets(f"at {address} and") == f"at {address} and"
+    assert not lacks_secrets(address)
+
+
+def test_an_address_from_a_file_lacks_its_secrets() -> None:
+    assert lacks_secrets("https://host/only-in-a-manifest?sig=REDACTED")
+
+
+def test_parts_of_addresses() -> None:
+    assert inside("s3://bucket/model/", "a/b.json") == "s3://bucket/model/a/b.json"
+    assert inside("https://host/m?v=1", "a/b c.json") == "https://host/m/a/b%20c.json?v=1"
+    assert file_name("s3://bucket/what?is=this") == "what?is=this"
+    assert is_address("gs://b/m") and is_address("AZ://b/m")
+    assert not any(map(is_address, ("ftp://b/m", "C://b/m", "s3://", "s3:/b/m")))

@@ -1,0 +1,244 @@
+"""`run --executor ray`: parts as tasks on a Ray cluster of several nodes, on this machine.
+
+More kills are tried by `make faults`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import save_tensors
+from documents import ROOT
+from waiting import LIMIT_SECONDS, wait_for
+
+from outliermerge import optional
+from outliermerge.cli import main as cli
+from outliermerge.output.names import journal_path
+from outliermerge.output.writer import OutputWriter
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+# Ray leaves sockets to the garbage collector, and warns of versions to come.
+pytestmark = pytest.mark.filterwarnings("default")
+NUM_TENSORS, NUM_PARTS = 24, 4
+SLOW = """
+import time
+from outliermerge.methods.table import METHODS
+from outliermerge.output.journal import Journal
+
+def add_slowly(journal, entry, add=Journal.add):
+    time.sleep(0.1 * ("tensor" in entry))
+    add(journal, entry)
+
+Journal.add, slow = add_slowly, METHODS["linear"]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, a spec whose merge takes its time, a quick one, and the output of each."""
+    root = tmp_path_factory.mktemp("ray")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "task"):
+        tensors = {f"w{n}": torch.randn(30, 40, generator=generator) for n in range(NUM_TENSORS)}
+        save_tensors(root / name, tensors)
+    (root / "slow.py").write_text(SLOW)
+    both = [{"model": "base"}, {"model": "task"}]
+    for name, method in (("slow", "slow:slow"), ("quick", "linear")):
+        spec = {"merge_method": method, "models": both}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster(place: Path) -> Iterator[Any]:
+    """A head without processors, and nodes of one processor each."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(place), before]))
+    noticed_soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed_soon}
+    started = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        started.add_node(num_cpus=1)
+    yield started
+    started.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def connected(cluster: Any) -> Iterator[Any]:
+    """The cluster, with this process as its driver: it keeps its workers from test to test."""
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def line(cluster: Any, name: str, output: Path, *more: str) -> list[str]:
+    words = ["run", f"{name}.yaml", "-o", str(output), "--executor", "ray", "--threads", "1"]
+    return [*words, "--address", cluster.address, "--memory", "64MiB", *more]
+
+
+def assert_as_alone(place: Path, name: str, output: Path) -> None:
+    """Check an output against that of a run of threads, which is made once."""
+    alone = place / f"{name} alone"
+    if not alone.exists():  # `slow` is not for this process, as it stays slow
+        command = ["-m", "outliermerge", "run", f"{name}.yaml", "-o", str(alone)]
+        subprocess.run([sys.executable, *command], cwd=place, check=True)
+    for file in ("model.safetensors", "outliermerge.json"):
+        assert (output / file).read_bytes() == (alone / file).read_bytes()
+    left = {path.name for path in output.parent.iterdir() if path.name.startswith(output.name)}
+    assert left == {output.name}
+
+
+def test_a_cluster_that_is_not_there_and_a_missing_ray_are_told(
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["run", "quick.yaml", "-o", str(tmp_path / "out"), "--executor", "ray"]
+    with monkeypatch.context() as patch:
+        patch.setattr(optional, "is_installed", lambda module: module != "ray")
+        assert cli.main(words) == 1
+    assert "pip install 'outliermerge[ray]'" in capsys.readouterr().err
+    assert cli.main([*words, "--address", "no address"]) == 1
+    assert "--address no address: no Ray cluster can be reached: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_on_a_cluster_give_the_bytes_of_a_run(
+    connected: Any, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert cli.main(line(connected, "quick", output, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_tensors"], found["num_resumed"]) == (NUM_TENSORS, 0)
+    assert_as_alone(here, "quick", output)
+
+
+def _while_it_runs(
+    cluster: Any, output: Path, disturb: Callable[[subprocess.Popen[str]], None]
+) -> str:
+    """Run a merge, disturbed when its first tensors are written; return what it says of it."""
+    words = line(cluster, "slow", output, "--parts", str(NUM_PARTS))
+    command = [sys.executable, "-m", "outliermerge", *words]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    parts = [journal_path(output, f"{n}-of-{NUM_PARTS}") for n in range(1, NUM_PARTS + 1)]
+    assert wait_for(lambda: sum(map(_num_written, parts)) or driver.poll() is not None)
+    disturb(driver)
+    _, said = driver.communicate(timeout=LIMIT_SECONDS)
+    assert driver.returncode == 0, said
+    return said
+
+
+def _num_written(path: Path) -> int:
+    return path.read_bytes().count(b'{"tensor"') if path.exists() else 0
+
+
+def test_a_lost_node_costs_only_what_its_part_had_not_written(
+    cluster: Any, here: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    said = _while_it_runs(
+        cluster, output, lambda driver: _replace_a_node(cluster, random.Random(0))
+    )
+    assert "was lost: NodeDiedError; it goes on" in said or "was lost: WorkerCrashed" in said
+    assert_as_alone(here, "slow", output)
+
+
+def _replace_a_node(cluster: Any, chance: random.Random) -> None:
+    nodes = sorted(cluster.worker_nodes, key=lambda node: node.node_id)
+    cluster.remove_node(chance.choice(nodes), allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+
+
+def test_a_lost_driver_goes_on(cluster: Any, here: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "outliermerge", *line(cluster, "slow", output)]
+    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    journals = [journal_path(output, f"{n}-of-2") for n in (1, 2)]
+    assert wait_for(lambda: sum(map(_num_written, journals)) >= 3 or driver.poll() is not None)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait(timeout=LIMIT_SECONDS) == -signal.SIGKILL
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_resumed"] >= 3
+    assert_as_alone(here, "slow", output)
+
+
+def test_a_tensor_that_arrives_with_other_bytes_is_written_again(
+    connected: Any, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, checksum, damaged = tmp_path / "out", OutputWriter.checksum, []
+
+    def damaging(self: OutputWriter, tensor: Any) -> str:
+        if tensor.name == "w5" and not damaged:
+            damaged.append(tensor.name)
+            path = tmp_path / "out.partial" / tensor.file
+            with path.open("r+b") as file:
+                file.seek(tensor.offset + 3)
+                file.write(b"x")
+        return checksum(self, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputWriter, "checksum", damaging)
+        assert cli.main(line(connected, "quick", output)) == 0
+    assert damaged == ["w5"]
+    assert_as_alone(here, "quick", output)
+
+
+def test_an_error_of_a_part_is_told_once(
+    connected: Any, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {f"w{n}": torch.full((30, 40), float("inf")) for n in range(NUM_TENSORS)}
+    save_tensors(tmp_path / "bad", bad)
+    spec = {"merge_method": "linear", "models": [{"model": "base"}, {"model": "bad"}]}
+    spec["models"][1]["model"] = str(tmp_path / "bad")
+    (here / "bad.yaml").write_text(yaml.safe_dump(spec))
+    assert cli.main(line(connected, "bad", tmp_path / "out", "--quiet")) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1
+    assert "has values that are infinite" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(6))
+def test_nodes_that_are_killed_again_and_again_lose_nothing(
+    cluster: Any, here: Path, tmp_path: Path, seed: int
+) -> None:
+    output, chance, kills = tmp_path / "out", random.Random(seed), []
+
+    def disturb(driver: subprocess.Popen[str]) -> None:
+        while driver.poll() is None and len(kills) < 6:
+            time.sleep(chance.random() * 3)
+            _replace_a_node(cluster, chance)
+            kills.append(driver.poll())
+
+    _while_it_runs(cluster, output, disturb)
+    assert kills[0] is None
+    assert_as_alone(here, "slow", output)
