@@ -203,6 +203,7 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
         time.sleep(_POLL_SECONDS)
 
 
+@checked
 def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> RunResult:
     """Finish an output whose parts are written: prove every tensor, write the rest, name it.
 
