@@ -78,7 +78,9 @@ class Parser(argparse.ArgumentParser):
         if not flags:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        near = nearest(flags[0], known)
+        # Without the dashes: as all flags have them, they would make any two short ones alike.
+        near = nearest(flags[0].lstrip("-"), (flag.lstrip("-") for flag in known))
+        near = f"--{near}" if near else None
         if "--device" in known and flags[0] in ("--cuda", "--gpu"):  # `run` takes mergekit's flags
             near = "--device cuda"
         meant = f"Did you mean {near}?" if near else f"{self.prog} --help lists all."

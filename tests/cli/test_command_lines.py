@@ -103,6 +103,7 @@ class TestFileAndFolder:
             ("merge.yml a b", "unrecognized arguments: b"),
             ("run merge.yml a --memroy 2GiB", "no option '--memroy'. Did you mean --memory?"),
             ("merge.yml a --overwrit=yes", "no option '--overwrit'. Did you mean --overwrite?"),
+            ("run merge.yml a --set t=3", "no option '--set'. outliermerge run --help lists all."),
             ("plan merge.yml -z", "no option '-z'. outliermerge plan --help lists all."),
             ("absent.yaml out", "absent.yaml: no such spec file"),
             ("run absent out", "absent: no such file, and no spec of that name ships"),
