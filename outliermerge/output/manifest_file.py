@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import checked
-from outliermerge.checkpoint.folders.absent import meant_inside
+from outliermerge.checkpoint.folders.absent import meant_inside, path_meant
 from outliermerge.checkpoint.folders.folder import refuse_unfinished
 from outliermerge.display import short_repr
-from outliermerge.errors import OutlierMergeError, as_path
+from outliermerge.errors import OutlierMergeError, as_path, quoted
 from outliermerge.output.names import journal_path, manifest_path, partial_folder
 from outliermerge.spec.document import references
 from outliermerge.storage.files import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, read_bytes
@@ -51,7 +51,9 @@ def read_manifest(folder: str | Path) -> Manifest:
             what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "
             what += "same command again, which says so if it cannot be finished."
         elif not folder.exists():
-            raise OutlierMergeError(f"{folder}: no such file or folder")
+            near = path_meant(folder)
+            meant = f". Did you mean {quoted(str(near))}?" if near else ""
+            raise OutlierMergeError(f"{folder}: no such file or folder{meant}")
         raise OutlierMergeError(f"{folder}: no {path.name}: {what}")
     try:
         manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)

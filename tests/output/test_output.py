@@ -1024,4 +1024,11 @@ class TestVerify:
 
     def test_no_folder_is_one_message(self, tmp_path: Path) -> None:
         assert cli.main(["verify", str(tmp_path / "absent")]) == 1
-        assert "absent: no such file or folder" in self.capsys.readouterr().err
+        assert "absent: no such file or folder\n" in self.capsys.readouterr().err
+
+    def test_a_slip_in_its_name_is_told(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "merged" / "both").mkdir(parents=True)
+        assert cli.main(["verify", "merged/btoh"]) == 1
+        said = self.capsys.readouterr().err
+        assert said == "error: merged/btoh: no such file or folder. Did you mean 'merged/both'?\n"
