@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import plain_json, say
-from outliermerge.errors import OutlierMergeError, SpecError, as_path
+from outliermerge.errors import SpecError, as_path
 
 MOMENTS = (
     ("σ", "std", "{:.2g}"),
@@ -81,11 +81,7 @@ def check_files(options: argparse.Namespace) -> None:
             continue
         if file in ("", "-") or list(named.values()).count(file) > 1:
             raise SpecError(f"--{kind}: found {file!r}, expected a file of its own")
-        path = as_path(file)
-        if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-            raise OutlierMergeError(f"{path}: cannot be written: {what}")
-        refuse_foreign(path, kind)
+        refuse_foreign(as_path(file), kind)
     if "png" in named:
         require("matplotlib.figure", "a figure")
 

@@ -33,8 +33,11 @@ def refuse_foreign(path: Path, kind: Kind) -> None:
     An empty file, a pipe and a device may be written to.
 
     Raises:
-        OutlierMergeError: the file must not be replaced.
+        OutlierMergeError: the file must not be replaced, or its folder is absent.
     """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise OutlierMergeError(f"{path}: cannot be written: {what}")
     path = Path(os.path.realpath(path))
     if not path.is_file() or not path.stat().st_size:
         return

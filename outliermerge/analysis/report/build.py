@@ -82,10 +82,6 @@ def build_report(
         check_matplotlib()
         if png.exists() and not png.is_dir():
             raise OutlierMergeError(f"{png}: is a file, expected a folder for figures")
-    if output.is_dir() or not output.parent.is_dir():
-        raise OutlierMergeError(
-            f"{output}: cannot be written: expected the name of a file in a folder that exists"
-        )
     refuse_foreign(output, "page")
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
