@@ -10,7 +10,10 @@ TEST_JOBS ?= 2
 FUZZ_SECONDS ?= 600
 # Where `make faults` writes: where syncing takes no time, if there is such a place.
 IN_MEMORY ?= $(firstword $(wildcard /dev/shm) /tmp)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Most modules that are installed are never imported. To compile all takes more than a minute, so Python
+# compiles each when it is first imported, and keeps it.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu test-interop \
@@ -52,7 +55,7 @@ test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
 test-interop: $(INTEROP)/.ready ## run the tests inside FusionBench, in an environment of its own
 	@$(INTEROP)/bin/python -m pytest -m interop tests/interop
 
-faults: $(VENV)/.dev $(VENV)/.browser ## all hostile inputs, failures, kills and races, of which `make test` runs a sample
+faults: $(VENV)/.dev $(VENV)/.browser ## all hostile inputs, failures, kills, races and tables of cases, of which `make test` runs a sample
 	@$(IN_VENV) TMPDIR=$(IN_MEMORY) $(BIN)/python -m pytest -m faults -n $(TEST_JOBS) --dist worksteal \
 	-o tmp_path_retention_policy=failed
 
@@ -101,15 +104,16 @@ $(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "setting up $(VENV) (once)"
-	@$(INSTALL) -e '.[demo]'
+# Extras are asked of the installed package: by `-e` its kernels would be compiled for each target.
+$(VENV)/.demo: $(VENV)/.package
+	@echo "setting up $(VENV) for the demo (once)"
+	@$(INSTALL) 'outliermerge[demo]'
 	@touch $@
 
 # lmms-eval's own list of needs brings a torchvision that a CPU build of torch cannot load.
-$(VENV)/.eval: pyproject.toml constraints.txt evals/requirements-cpu.txt | $(BIN)/python
+$(VENV)/.eval: $(VENV)/.package evals/requirements-cpu.txt
 	@echo "setting up $(VENV) for evaluations (once)"
-	@$(INSTALL) -e '.[family,torch]' -r evals/requirements-cpu.txt
+	@$(INSTALL) 'outliermerge[family,torch]' -r evals/requirements-cpu.txt
 	@$(INSTALL) --no-deps lmms-eval==0.7.3
 	@touch $@
 
@@ -142,17 +146,17 @@ $(VENV)/.slurm: | $(BIN)/python
 	echo "no Slurm here: plain processes carry its scripts out"; }
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: $(VENV)/.package
 	@echo "setting up $(VENV) for development (once)"
-	@$(INSTALL) -e '.[demo,dev,docs]'
+	@$(INSTALL) 'outliermerge[demo,dev,docs]'
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
 
-$(VENV)/.release: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.release: $(VENV)/.package
 	@echo "setting up $(VENV) for releases (once)"
-	@$(INSTALL) -e '.[release]'
+	@$(INSTALL) 'outliermerge[release]'
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.docs: $(VENV)/.package
 	@echo "setting up $(VENV) for the documents (once)"
-	@$(INSTALL) -e '.[docs]'
+	@$(INSTALL) 'outliermerge[docs]'
 	@touch $@

@@ -58,8 +58,8 @@ def plan(
     return make_plan(loaded, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
-@showing_options
 @checked
+@showing_options
 def run(
     spec: str | Path | Mapping[str, Any] | Plan,
     *,
@@ -100,7 +100,7 @@ def run(
         >>> import outliermerge
         >>> outliermerge.run("merge_configs/minilm_ties.yaml", output="merged")  # doctest: +SKIP
     """
-    chosen = RunOptions.of(options, changes, "run")
+    chosen = RunOptions.of(options, changes)
     if isinstance(spec, Plan):
         if shard_size is not None:
             raise ArgumentError("shard_size: the plan has its shards already; give it to plan()")
@@ -156,8 +156,8 @@ class MoeResult:
         return short_repr(self, str(self.run.output), notes)
 
 
-@showing_options
 @checked
+@showing_options
 def moe(
     spec: str | Path | Mapping[str, Any] | MoeSpec,
     *,
@@ -192,7 +192,7 @@ def moe(
         >>> import outliermerge
         >>> outliermerge.moe("moe.yaml", output="mixture").routing  # doctest: +SKIP
     """
-    chosen = RunOptions.of(options, changes, "moe")
+    chosen = RunOptions.of(options, changes)
     loaded = spec if isinstance(spec, MoeSpec) else load_moe_spec(spec, lenient=lenient)
     planned = plan_moe(loaded, shard_size=shard_size)
     path = output_path(planned.plan, output)
@@ -232,8 +232,8 @@ class TransplantResult:
         return short_repr(self, str(self.run.output), counts, notes)
 
 
-@showing_options
 @checked
+@showing_options
 def transplant(
     model: str | Path,
     donor: str | Path,
@@ -273,7 +273,7 @@ def transplant(
         >>> import outliermerge
         >>> outliermerge.transplant("llama", "qwen", output="both").report  # doctest: +SKIP
     """
-    chosen = RunOptions.of(options, changes, "transplant")
+    chosen = RunOptions.of(options, changes)
     spec = transplant_spec(
         str(model), str(donor), method=method, k=k, pad_to_multiple_of=pad_to_multiple_of
     )
@@ -294,8 +294,8 @@ def planned_transplant(spec: TransplantSpec, *, shard_size: int | str | None = N
     return plan_transplant(spec, shard_bytes=parse_bytes(str(shard_size), "shard_size"))
 
 
-@showing_options
 @checked
+@showing_options
 def estimate(
     planned: Plan,
     *,
@@ -324,7 +324,7 @@ def estimate(
     """
     if not isinstance(planned, Plan):
         raise wrong("planned", planned, "what plan() returned")
-    chosen = RunOptions.of(options, changes, "estimate").on_this_machine()
+    chosen = RunOptions.of(options, changes).on_this_machine()
     named = output or planned.spec.document.output
     return estimate_run(planned, chosen, None if named is None else as_path(named))
 
@@ -340,9 +340,10 @@ def verify(folder: str | Path, *, threads: int = 0, load: bool = False) -> list[
     Raises:
         OutlierMergeError: the folder has no manifest.
     """
-    differences = verify_folder(Path(folder), threads=num_threads(threads))
+    path = as_path(folder)
+    differences = verify_folder(path, threads=num_threads(threads))
     if load:
         from outliermerge.output.verify_load import check_folder
 
-        differences += check_folder(Path(folder)).problems
+        differences += check_folder(path).problems
     return differences

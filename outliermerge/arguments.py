@@ -8,12 +8,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from outliermerge.errors import ArgumentError, argument, nearest, quoted
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Called = TypeVar("_Called", bound=Callable[..., Any])
 _DEVICE = re.compile(r"cpu|auto|cuda(:[0-9]{1,9})?")
 _Kind = tuple[Callable[[Any], bool], str]
 
@@ -22,17 +21,31 @@ ONE_OR_MORE = "str | Path | Sequence[str | Path]"
 """The annotation of an argument that is a list, or one of what may be in it."""
 
 
-class _Nothing:
-    """The default of a function that is called with news: it does nothing, and help() shows it."""
+class _Named:
+    """A function that shows its name, and no address, where it is a default."""
 
-    def __call__(self, *news: object) -> None:
-        """Do nothing."""
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, *positional: Any, **keywords: Any) -> Any:
+        return self._function(*positional, **keywords)
 
     def __repr__(self) -> str:
-        return "nothing"
+        return self._function.__name__
+
+    def __reduce__(self) -> str:  # it travels by its name, as functions do
+        return self._function.__name__
 
 
-nothing = _Nothing()
+def named(function: _Called) -> _Called:
+    """Let help() show a function by its name where it is the default of an argument."""
+    return cast(_Called, _Named(function))
+
+
+@named
+def nothing(*news: object) -> None:
+    """Do nothing: the default of a function that is called with news."""
 
 
 def _is_list(value: object) -> bool:
@@ -64,7 +77,17 @@ _COUNT: _Kind = lambda value: _WHOLE[0](value) and value >= 0, "a whole number o
 # An argument of one name is of one kind in all functions.
 _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(
-        ("kernels", "overwrite", "fresh", "allow_non_finite", "load_check", "load"), _SWITCH
+        (
+            "kernels",
+            "overwrite",
+            "fresh",
+            "allow_non_finite",
+            "load_check",
+            "load",
+            "lenient",
+            "routing",
+        ),
+        _SWITCH,
     ),
     **dict.fromkeys(("on_progress", "on_waiting", "on_total", "executor"), _FUNCTION),
     **dict.fromkeys(("output", "folder", "png"), _PATH),
@@ -111,44 +134,66 @@ def check_arguments(given: Mapping[str, object]) -> None:
 def unexpected(function: str, name: str, known: Sequence[str]) -> TypeError:
     """Return the error of a keyword that a function does not have, as Python says it.
 
-    >>> print(unexpected("run", "memroy", ["memory", "threads"]))
-    run() got an unexpected keyword argument 'memroy'. Did you mean 'memory'?
+    >>> unexpected("run", "memroy", ["memory", "threads"])
+    TypeError("run() got an unexpected keyword argument 'memroy'. Did you mean 'memory'? It takes \
+memory, threads.")
     """
     near = nearest(name, known)
-    meant = f"Did you mean {near!r}?" if near else f"It takes {', '.join(known)}."
-    return TypeError(f"{function}() got an unexpected keyword argument {name!r}. {meant}")
+    meant = f" Did you mean {near!r}?" if near else ""
+    takes = f"It takes {', '.join(known)}." if known else "It takes none."
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}.{meant} {takes}")
 
 
-def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function refuse arguments of a wrong kind, and name the nearest to an unknown one."""
-    signature = inspect.signature(function)
+def checked(called: _Called) -> _Called:
+    """Let a function or a class refuse arguments of a wrong kind, and say which it takes."""
+    check = _checker(called.__name__, inspect.signature(called))
+    if isinstance(called, type):
+        init: Callable[..., None] = called.__init__  # type: ignore[misc]
+
+        @functools.wraps(init)
+        def begin(self: object, *positional: Any, **keywords: Any) -> None:
+            check(positional, keywords)
+            init(self, *positional, **keywords)
+
+        called.__init__ = begin  # type: ignore[misc]
+        return called
+
+    @functools.wraps(called)
+    def call(*positional: Any, **keywords: Any) -> Any:
+        check(positional, keywords)
+        return called(*positional, **keywords)
+
+    return cast(_Called, call)
+
+
+def _checker(
+    function: str, signature: inspect.Signature
+) -> Callable[[Sequence[Any], Mapping[str, Any]], None]:
     known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     is_needed = {p.name: p.default is p.empty for p in signature.parameters.values()}
     by_place = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     or_one = [n for n, p in signature.parameters.items() if str(p.annotation) == ONE_OR_MORE]
     takes_more = len(known) < len(signature.parameters)
 
-    @functools.wraps(function)
-    def call(*positional: _P.args, **keywords: _P.kwargs) -> _R:
+    def check(positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         for name in keywords if not takes_more else ():
             if name not in known:
-                raise unexpected(function.__name__, name, known)
+                raise unexpected(function, name, known)
         if len(positional) > len(by_place):
             if by_place == ["models"]:
-                raise TypeError(f"{function.__name__}() takes a list of models: write [a, b]")
+                raise TypeError(f"{function}() takes a list of models: write [a, b]")
             raise TypeError(
-                f"{function.__name__}() takes {len(by_place)} argument(s) without a name "
+                f"{function}() takes {len(by_place)} argument(s) without a name "
                 f"({', '.join(by_place)}), found {len(positional)}: name the others, such as "
                 f"{known[len(by_place)]}=…"
             )
         try:
             given = signature.bind(*positional, **keywords).arguments
         except TypeError as error:
-            raise TypeError(f"{function.__name__}(): {error}") from None
+            raise TypeError(f"{function}(): {error}") from None
         for name, value in given.items():
             if value is None and name in _KINDS and is_needed[name]:
                 raise wrong(name, value, _KINDS[name][1])
         check_arguments({n: v for n, v in given.items() if not (n in or_one and _is_one(v))})
-        return function(*positional, **keywords)
 
-    return call
+    return check

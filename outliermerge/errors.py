@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # What a person reads of one name, and of one message; callers of the library get twice that.
@@ -85,8 +86,26 @@ def _in_python(found: re.Match[str]) -> str:
     return f"{found[1]}={value if value in ('True', 'False') else repr(value)}"
 
 
+def direct(path: Path) -> Path:
+    """Return a path without `a/..` where `a` is a folder; behind a link that leads elsewhere."""
+    found = Path()
+    for part in path.parts:
+        is_detour = part == ".." and found.name not in ("", "..")
+        # These never fail, whatever a name is.
+        is_detour = is_detour and os.path.isdir(found) and not os.path.islink(found)  # noqa: PTH112, PTH114
+        found = found.parent if is_detour else found / part
+    return found
+
+
+def direct_reference(reference: str) -> str:
+    """Return a model's name with direct paths, as messages show it and outputs store it."""
+    is_one = "+" not in reference or os.path.exists(reference)  # noqa: PTH110
+    parts = [reference] if is_one else reference.split("+")
+    return "+".join(str(direct(Path(part))) if "/../" in part else part for part in parts)
+
+
 def as_path(text: str | Path) -> Path:
-    """Return a path with `~` resolved.
+    """Return a path with `~` resolved, and as direct as it can be.
 
     Raises:
         OutlierMergeError: no file can have that name.
@@ -96,7 +115,7 @@ def as_path(text: str | Path) -> Path:
         path.exists()
         if "\0" in str(text):
             raise ValueError("it has a null character")
-        return path
+        return direct(path)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # of the disk: who opens it says what is wrong
             return path
@@ -237,6 +256,19 @@ def suggest(name: str, valid: Iterable[str]) -> str:
         return "None is valid here."
     more = ", …" if len(choices) > 40 else ""
     return f"Valid: {', '.join(map(shown, choices[:40]))}{more}."
+
+
+def listing_once(messages: Iterable[str]) -> Iterator[str]:
+    """Yield messages; one that lists the same valid names as an earlier one does without.
+
+    >>> list(listing_once(["a: unknown. Valid: x, y.", "b: unknown. Valid: x, y."]))
+    ['a: unknown. Valid: x, y.', 'b: unknown.']
+    """
+    listed = set[str]()
+    for message in messages:
+        said, valid, names = message.rpartition(" Valid: ")
+        yield said if valid and names in listed else message
+        listed.add(names)
 
 
 def listing(items: Iterable[str], *, limit: int = 20) -> str:

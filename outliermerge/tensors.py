@@ -10,7 +10,14 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
-from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, listing
+from outliermerge.errors import (
+    ArgumentError,
+    OutlierMergeError,
+    SpecError,
+    listing,
+    quoted,
+    suggest,
+)
 from outliermerge.execution.in_memory import MemoryFeed, merge_in_memory
 from outliermerge.execution.passes import Measured, measure, needs_of
 from outliermerge.execution.rounds import Steps, run_all
@@ -191,6 +198,12 @@ def _resolved(
     if num_models < method.min_models or (most is not None and num_models > most):
         among = ", the base among them" if method.base_as == "first" else ""
         raise ArgumentError(f"{method.name} does not take {num_models} models{among}")
+    for name in parameters:
+        if name.removesuffix("_") not in method.parameters:
+            valid = [*method.parameters, "base", "method", "seed"]
+            raise ArgumentError(
+                f"{method.name}: unknown parameter {quoted(name)}. {suggest(name, valid)}"
+            )
     try:
         resolved = method.resolve(num_models, parameters)
     except SpecError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import warm_python
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -26,10 +28,16 @@ collect_ignore = ["contributed"]  # files for copies of the package
 # `make test` would be left with one of them when the others have nothing more to do.
 LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "test_benchmarks.py",
            "test_demo.py", "test_report.py", "test_package.py", "test_contributing.py",
-           "test_family.py", "test_kill.py", "test_shipped.py", "test_speed.py")  # fmt: skip
+           "test_ray.py", "test_family.py", "test_kill.py", "test_house.py", "test_shipped.py",
+           "test_speed.py")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is obeyed
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None and random.Random(item.nodeid).randrange(sampled.args[0]):
+            item.add_marker(pytest.mark.faults)
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
@@ -43,6 +51,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A program that stands for `python`, and has imported lmms-eval already (`warm.py`)."""
+    with warm_python() as program:
+        yield program
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def make_place(folder: Path) -> Path:
     from checkpoints import fine_tune, load_folder, save_lora, save_model
     from moe_models import save_words
     from quantizing import quantise
+    from stacks import make
     from vocabularies import save_model as save_with_tokenizer
 
     link_the_project(folder)
@@ -90,6 +91,8 @@ def make_place(folder: Path) -> Path:
         },
         target_modules=["q_proj"],
     )
+    for seed, name in enumerate(("t5", "t5-news", "t5-code")):
+        make("t5-decoder", layers=range(2), seed=seed).save_pretrained(models / name)
     vlm_replicas.save_vlm(models / "vlm")
     vlm_replicas.save_llm(models / "maths-llm")
     for page in PAGES:

@@ -48,11 +48,11 @@ class Question(NamedTuple):
 
 
 def save_oracles(
-    data: Path, tasks_folder: Path, tasks: Sequence[str], *, right: Path, mute: Path
+    python: Path, data: Path, tasks_folder: Path, tasks: Sequence[str], *, right: Path, mute: Path
 ) -> None:
-    """Train on the tasks' questions and save both checkpoints."""
+    """Train on the tasks' questions, by a program that stands for `python`, and save both."""
     process = subprocess.run(
-        [sys.executable, __file__, tasks_folder, right, mute, *tasks],
+        [python, __file__, tasks_folder, right, mute, *tasks],
         cwd=data,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

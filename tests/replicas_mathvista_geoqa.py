@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -174,7 +173,7 @@ def save_geoqa(folder: Path) -> None:
         )
 
 
-def run_task(name: str, folder: Path) -> dict[str, Any]:
+def run_task(python: Path, name: str, folder: Path) -> dict[str, Any]:
     """What lmms-eval's own machinery makes of a task on the replicas in a folder.
 
     In a process of its own: importing lmms-eval changes torch's global settings.
@@ -186,7 +185,7 @@ def run_task(name: str, folder: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.run(
-        [sys.executable, "-c", RUN, name, str(EVALS / "tasks")],
+        [python, "-c", RUN, name, str(EVALS / "tasks")],
         cwd=folder,
         env=os.environ | environment,
         capture_output=True,

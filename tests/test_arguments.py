@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pickle
 import re
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from outliermerge.search.sweeps import plan_sweep
 SOURCES = sorted(Path(outliermerge.__file__).parent.rglob("*.py"))
 # Flags of other programs, in the advice of messages.
 OF_OTHERS = {"--revision", "--include", "--local-dir", "--model", "--adapter-path", "--save-path",
-             "--dequantize", "--index-url", "--force-reinstall", "--no-deps"}  # fmt: skip
+             "--dequantize", "--index-url", "--force-reinstall", "--no-deps",
+             "--random-seed"}  # fmt: skip
 # What writes a command line into the output.
 COMMAND_LINES = ("recipe.py",)
 
@@ -191,13 +193,59 @@ def test_options_of_a_wrong_kind_are_refused_when_they_are_made(name: str) -> No
         RunOptions(**{name: RUN[name]})
 
 
-@pytest.mark.parametrize("function", ["plan", "compare_weights", "simulate", "verify"])
-def test_an_unknown_keyword_of_any_function_is_answered_with_the_nearest(function: str) -> None:
-    known = {"plan": "shard_size", "compare_weights": "threads", "simulate": "seed",
-             "verify": "load"}[function]  # fmt: skip
-    said = rf"{function}\(\) got an unexpected keyword argument '{known}s'. .*'{known}'"
-    with pytest.raises(TypeError, match=said):
-        getattr(outliermerge, function)(**_right(function), **{f"{known}s": 1})
+# Public classes that the package makes: nobody calls them, but to see what they hold.
+MADE = {"Comparison", "Context", "Estimate", "LayerSpectra", "Manifest", "MergeMethod", "MergeSpec",
+        "MoeResult", "PerModel", "Plan", "RunResult", "Simulation", "TensorStats",
+        "TransplantResult", "Variant", "WeightStats"}  # fmt: skip
+CALLED = [
+    name
+    for name in outliermerge.__all__
+    if name not in {*MADE, "METHODS"} and not name.endswith("Error")
+]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_an_unknown_keyword_of_any_function_or_class_is_answered_with_all_and_the_nearest(
+    name: str,
+) -> None:
+    called = getattr(outliermerge, name)
+    signature = inspect.signature(called)
+    known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(known) < len(signature.parameters):
+        pytest.skip("its other keywords are a method's parameters")
+    near = max(known, key=len)
+    wrong = near + near[-1]
+    said = rf"^{name}\(\) got an unexpected keyword argument '{wrong}'\. Did you mean '{near}'\?"
+    with pytest.raises(TypeError, match=rf"{said} It takes {', '.join(known)}\.$"):
+        called(**{wrong: 1})
+
+
+def test_the_options_of_a_run_are_answered_for_the_function_that_was_called(spec: Path) -> None:
+    with pytest.raises(TypeError, match=r"^RunOptions\(\) .*'overwite'\. Did you mean 'overwrite'"):
+        RunOptions(overwite=True)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"^moe\(\) .*Did you mean 'routing'\? .* shard_size, .*fresh"
+    ):
+        outliermerge.moe("spec.yaml", routin=False)
+    with pytest.raises(ArgumentError, match=r"unknown parameter 'bsae'\. Did you mean 'base'\?"):
+        outliermerge.merge_state_dicts([{}], method="linear", bsae={})
+
+
+@pytest.mark.parametrize("name", [name for name in outliermerge.__all__ if name != "METHODS"])
+def test_no_signature_shows_an_address(name: str) -> None:
+    shown = getattr(outliermerge, name)
+    called = [shown, *(member for _, member in inspect.getmembers(shown, callable))]
+    for each in called:
+        try:
+            assert not re.search(r"0x[0-9a-f]{4}|<object|<function", str(inspect.signature(each)))
+        except (TypeError, ValueError):  # of a type in C, or no function
+            continue
+
+
+def test_options_show_no_address_and_travel() -> None:
+    options = RunOptions(threads=2)
+    assert "executor=execute" in repr(options) and "on_progress=nothing" in repr(options)
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 @pytest.mark.parametrize(

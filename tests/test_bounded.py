@@ -25,6 +25,7 @@ from outliermerge.spec.text import parse_yaml, plain_yaml
 from outliermerge.storage import files, json_text
 from outliermerge.storage.files import read_bytes
 from outliermerge.storage.json_text import parse_json
+from outliermerge.storage.machine import limited_code
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
 
@@ -302,7 +303,18 @@ def test_a_pattern_that_backtracks_is_stopped_and_its_process_gone():
     assert process.returncode is not None
 
 
-def test_an_adapter_whose_pattern_backtracks_is_refused_with_advice(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Give the process of foreign expressions a second."""
+    worker, limits = patterns._WORKER, (patterns.MAX_SECONDS, patterns._MAX_BYTES)
+    changed = worker.replace(limited_code(*limits), limited_code(1, limits[1]))
+    assert changed != worker
+    monkeypatch.setattr(patterns, "_WORKER", changed)
+
+
+def test_an_adapter_whose_pattern_backtracks_is_refused_with_advice(
+    tmp_path, impatient, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path, rank_pattern={"(a+)+$": 1})
 
@@ -341,7 +353,9 @@ def test_settings_of_wrong_types_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_rename_that_backtracks_is_refused_where_it_stands(tmp_path, monkeypatch, capsys):
+def test_a_rename_that_backtracks_is_refused_where_it_stands(
+    tmp_path, impatient, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     spec = (
         "merge_method: linear\nmodels:\n- model: good\n"

@@ -23,8 +23,8 @@ LIMIT = 12
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder after the demo has run in it."""
+def demo(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Path:
+    """The folder after the demo has run in it; its commands are run by a warm Python."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
     evals = folder / "evals"
@@ -33,9 +33,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (evals / name).symlink_to(ROOT / "evals" / name)
     (evals / "data").mkdir()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "evals" / "demo.py"), "--limit", str(LIMIT)],
+        [warm, str(ROOT / "evals" / "demo.py"), "--limit", str(LIMIT)],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"PATH": os.pathsep.join([str(warm.parent), os.environ["PATH"]])},
         capture_output=True,
         text=True,
         check=False,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import family, load_folder
+from parity.both import same_draws
 from torch import Tensor
 
 import outliermerge
@@ -318,6 +319,8 @@ def test_what_an_output_says_in_mergekits_form_gives_its_values(
     base, models = families["fp32"]
     spec = spec_of(case, base, models)
     del spec["dtype"]  # the output's own is written out
+    if "compat" in METHODS[spec["merge_method"]].parameters:
+        spec["parameters"]["compat"] = "mergekit"
 
     output = outliermerge.run(spec, output=tmp_path / "ours", overwrite=True).output
     written = yaml.safe_load((output / "mergekit_config.yml").read_text("utf-8"))
@@ -330,10 +333,37 @@ def test_what_an_output_says_in_mergekits_form_gives_its_values(
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_what_drops_at_random_says_a_recipe_that_gives_its_values_from_the_same_draw(
+    method, families, merge_by_mergekit, tmp_path
+):
+    base, models = families["fp32"]
+    spec = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(model)} for model in models[:2]],
+        "parameters": {"density": 0.6, "weight": 0.5, "rescale_by": "l1"},
+    }
+    with same_draws():
+        output = outliermerge.run(spec, output=tmp_path / "ours", kernels=False, threads=1).output
+        written = (output / "mergekit_config.yml").read_text("utf-8")
+        theirs = merge_by_mergekit(yaml.safe_load(written), tmp_path / "theirs")
+
+    assert "other elements at random" in written and "rescale_by" not in written
+    for name, tensor in load_folder(output).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    del spec["parameters"]["rescale_by"]
+    output = outliermerge.run(spec, output=tmp_path / "by_default").output
+    assert (output / "mergekit_config.yml").read_text("utf-8") == written
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"merge_method": "min_sigma"},
+        {"merge_method": "sce"},
+        {"merge_method": "dare_ties", "parameters": {"consensus": "count"}},
+        {"merge_method": "della", "parameters": {"rescale_by": "probability"}},
         {"models": [{"model": "{a}", "missing": "base"}]},
         {"extra": "drop"},
         {"unequal": "base"},

@@ -131,7 +131,7 @@ def test_of_a_llama_qwens_form_has_no_biases_where_mergekit_writes_zeros(familie
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "mistral", "qwen3"])
-def test_a_mixture_of_one_model_is_that_model(kind, tmp_path):
+def test_a_mixture_of_one_model_is_that_model(kind, in_process, tmp_path):
     base = save_dense(kind, tmp_path / "base")
     experts = [{"source_model": str(base)}] * 4
     spec = {"base_model": str(base), "gate_mode": "random", "experts": experts}
@@ -347,7 +347,9 @@ def test_without_a_dtype_all_is_stored_as_the_base(families, tmp_path):
     assert json.loads((tmp_path / "mixed" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_dry_run_writes_nothing_and_computes_no_router(families, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_writes_nothing_and_computes_no_router(
+    families, in_process, tmp_path, capsys, monkeypatch
+):
     file = tmp_path / "moe.yaml"
     file.write_text(yaml.safe_dump(mixture(families("llama"))))
     monkeypatch.setattr("outliermerge.execution.routers.add_routers", None)

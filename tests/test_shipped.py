@@ -142,12 +142,12 @@ def test_the_make_targets_exist():
     assert all(target in listed for target in ("demo", "test", "check", "docs", "bench"))
 
 
-def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models):
+def test_the_minilm_demo_compares_base_fine_tune_and_merges(real_models, warm):
     folder = real_models["all-MiniLM-L6-v2"].parent.parent
     link_the_project(folder)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(warm.parent), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "demo" / "minilm.py")],
+        [warm, str(ROOT / "demo" / "minilm.py")],
         cwd=folder,
         env=os.environ | {"PATH": path},
         capture_output=True,

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import load_folder
-from parity.both import by_mergekit
+from parity.both import assert_same_answers, by_mergekit, logits_of
 from stacks import Models, save
 
 import outliermerge
+from outliermerge.methods.table import METHODS
 
 NUM_LAYERS = 6
 
@@ -168,6 +170,15 @@ def family_of(tmp_path_factory) -> Callable[[str], Models]:
     return family
 
 
+def placed(value: Any, family: Models) -> Any:
+    """Return a spec with the models' folders in place of their names."""
+    if isinstance(value, dict):
+        return {key: str(family[v]) if key in ("model", "base_model") else placed(v, family)
+                for key, v in value.items()}  # fmt: skip
+    return [placed(each, family) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind in ALL for name in SPECS]
@@ -176,15 +187,7 @@ def family_of(tmp_path_factory) -> Callable[[str], Models]:
 )
 def test_slices_agree_with_mergekit(name, kind, family_of, tmp_path):
     family = family_of(kind)
-
-    def placed(value: Any) -> Any:
-        """Return a spec with the models' folders in place of their names."""
-        if isinstance(value, dict):
-            return {key: str(family[v]) if key in ("model", "base_model") else placed(v)
-                    for key, v in value.items()}  # fmt: skip
-        return [placed(each) for each in value] if isinstance(value, list) else value
-
-    spec = placed(SPECS[name]) | {"dtype": "float32"}
+    spec = placed(SPECS[name], family) | {"dtype": "float32"}
     theirs = by_mergekit(copy.deepcopy(spec), tmp_path / "theirs")
     ours = load_folder(outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output)
 
@@ -201,3 +204,44 @@ def test_slices_agree_with_mergekit(name, kind, family_of, tmp_path):
         json.loads((tmp_path / tool / "config.json").read_text()) for tool in ("ours", "theirs")
     ]
     assert configs[0][key] == configs[1][key]
+    tokens = [1, 5, 9, 3, 7, 11]
+    assert_same_answers(*(logits_of(tmp_path / tool, tokens) for tool in ("ours", "theirs")))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_an_output_says_in_mergekits_form_gives_its_values(name, family_of, tmp_path):
+    spec = placed(SPECS[name], family_of("llama"))
+    if "compat" in METHODS[spec["merge_method"]].parameters:
+        spec["parameters"] = spec.get("parameters", {}) | {"compat": "mergekit"}
+    output = outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output
+
+    written = yaml.safe_load((output / "mergekit_config.yml").read_text("utf-8"))
+    theirs = by_mergekit(written, tmp_path / "theirs")
+
+    ours = load_folder(output)
+    assert ours.keys() == theirs.keys()
+    for tensor, mine in ours.items():
+        torch.testing.assert_close(mine, theirs[tensor], rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_that_slices_leave_out_is_named_for_mergekit(family_of, tmp_path):
+    spec = copy.deepcopy(SPECS["ties"])
+    for one in spec["slices"]:
+        del one["sources"][0]
+    spec = placed(spec, family_of("llama"))
+    output = outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output
+
+    written = yaml.safe_load((output / "mergekit_config.yml").read_text("utf-8"))
+    theirs = by_mergekit(written, tmp_path / "theirs")
+
+    assert [len(one["sources"]) for one in written["slices"]] == [4, 4]
+    for tensor, mine in load_folder(output).items():
+        torch.testing.assert_close(mine, theirs[tensor], rtol=1e-5, atol=1e-6)
+
+
+def test_slices_that_mergekit_reads_otherwise_are_not_said_in_its_form(family_of, tmp_path):
+    spec = copy.deepcopy(SPECS["linear-in-three"])
+    del spec["slices"][2]["sources"][1]
+    spec = placed(spec, family_of("llama"))
+    output = outliermerge.run(spec, output=tmp_path / "ours", load_check=False).output
+    assert not (output / "mergekit_config.yml").exists()

@@ -73,6 +73,7 @@ STAGES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("method", STAGES)
 def test_two_stages_give_the_bytes_of_two_runs_with_float32_between(
@@ -644,8 +645,18 @@ def test_what_is_no_output_is_told_apart(models, tmp_path):
     outliermerge.run(spec, output=tmp_path / "all" / "one")
     with pytest.raises(OutlierMergeError, match="no such file or folder"):
         outliermerge.verify(tmp_path / "nothing")
-    with pytest.raises(OutlierMergeError, match=r"but outputs are in it, such as .*all/one"):
+    with pytest.raises(
+        OutlierMergeError, match=r"but an output is in it: did you mean .*all/one\?"
+    ):
         outliermerge.verify(tmp_path / "all")
+    outliermerge.run(spec, output=tmp_path / "all" / "two")
+    with pytest.raises(
+        OutlierMergeError, match=r"but 2 outputs are in it\. Name one of them:\n"
+    ) as e:
+        outliermerge.verify(tmp_path / "all")
+    assert str(e.value).endswith(f"  {tmp_path}/all/one\n  {tmp_path}/all/two")
+    with pytest.raises(OutlierMergeError, match=r"but 2 models are in it\. Name one of them:\n  "):
+        outliermerge.build_report(tmp_path / "all", output=tmp_path / "page.html")
 
 
 def test_a_text_of_yaml_and_an_array_are_answered_with_what_to_give(models):

@@ -24,6 +24,7 @@ import outliermerge
 from outliermerge.checkpoint.tokens import read_tokens
 from outliermerge.cli import tokenizer as command
 from outliermerge.cli.main import main as cli
+from outliermerge.cli.terminal import open_console
 from outliermerge.execution import transplant as execution
 from outliermerge.spec.transplant import APPROXIMATIONS
 
@@ -60,7 +61,7 @@ def encoded(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "other", "method"), CASES)
 def test_all_but_the_rows_is_the_models_and_it_reads_as_the_donor(
-    kind, other, method, models, tmp_path
+    kind, other, method, models, in_process, tmp_path
 ):
     model, donor = models(kind), models(other, "other")
     result = outliermerge.transplant(model, donor, output=tmp_path / "out", method=method, k=4)
@@ -420,11 +421,12 @@ def test_the_command_prints_and_writes_what_the_rows_are_worth(
     assert cli([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert f"{made} approximated" in out and f"{alike} spelt alike" in out
-    assert "eos_token_id 0" in out
+    assert "config.json: eos_token_id 0" in out
     assert not any(tmp_path.iterdir())
     assert cli([*words, str(tmp_path / "out"), "--k", "5"]) == 0
     out = capsys.readouterr().out
-    assert f"{number} tokens: {copied} copied (1 special" in out and f"{made} approximated" in out
+    assert f"{number} tokens: {copied} copied, {made} approximated by omp\n" in out
+    assert "special tokens for the same use: '<|end|>' as '</s>'" in out
     assert f"worst of {EMBEDDINGS}" in out and f"Held out: {alike // 4} tokens" in out
     assert cli([*words, str(tmp_path / "json"), "--k", "5", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -442,6 +444,88 @@ def test_the_command_prints_and_writes_what_the_rows_are_worth(
     names = ("model.safetensors", "config.json", "recipe.yaml")
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "json" / name).read_bytes()
+
+
+def test_a_dry_run_tells_what_a_plan_tells(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ["tokenizer", "transplant", str(models("BPE")), str(models("WordPiece", "other"))]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    alike = len(pairing(models("BPE"), models("WordPiece", "other")).shared)
+    assert cli([*words, str(tmp_path / "out"), "--dry-run", "--no-load-check", "--k", "3"]) == 0
+    said = capsys.readouterr()
+    facts = {line.split("  ")[0] for line in said.out.splitlines()}
+    wanted = {"output", "disk", "time", "peak memory", "parameters", "tokenizer", "ids", "k",
+              "tensors", "in common", "new rows", "files carried over"}  # fmt: skip
+    assert wanted <= facts
+    assert "null" in said.out and "None" not in said.out  # the config has no padding any more
+    assert "3 of the tokens in common make up a new row" in said.out
+    assert f"note: a run would stop: {tmp_path / 'out'}" in said.err
+    assert cli([*words, "--dry-run", "--no-load-check", "--json", "--k", "500"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["summary"]["num_tensors"] == 12 and told["spec"]["k"] == 500
+    assert "peak_memory_bytes" in told and f"only {alike} tokens in common" in str(told["notes"])
+
+
+@pytest.mark.parametrize("k", [7, 8])
+def test_as_many_summands_as_columns_are_warned_of(k, models, tmp_path):
+    """Any row is made exactly then; the model has 8 columns, and so has the donor."""
+    result = outliermerge.transplant(
+        models("BPE"), models("byte-level BPE", "other"), output=tmp_path / "out", k=k
+    )
+    said = [note for note in result.notes if "a row of the donor has 8 elements" in note]
+    assert len(said) == (k == 8)
+
+
+def test_rows_that_are_no_better_than_the_mean_are_told(models, tmp_path):
+    """The rows of these models are noise, so that the donor tells nothing of the model."""
+    said = {}
+    for method in ("omp", "mean"):
+        result = outliermerge.transplant(
+            models("BPE"), models("byte-level BPE", "other"), output=tmp_path / method,
+            method=method, k=7,
+        )  # fmt: skip
+        held = result.report["tensors"][EMBEDDINGS]["held_out"]
+        assert held["error"]["median"] >= held["error_of_mean"]["median"]
+        said[method] = any("no better than the mean of all rows" in note for note in result.notes)
+    assert said == {"omp": True, "mean": False}
+
+
+def test_tokens_are_shown_as_text(models, tmp_path, capsys):
+    words = [str(models("BPE")), str(models("byte-level BPE", "other")), str(tmp_path / "out")]
+    assert cli(["tokenizer", "transplant", *words, "--no-load-check", "-v"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "worst of" in line]
+    assert said and not any("Ġ" in line or "Ð" in line for line in said)
+    worst = outliermerge.read_manifest(tmp_path / "out")["transplant"]["tensors"][HEAD]["worst"]
+    byte_of = {letter: byte for byte, letter in enumerate(_letters())}
+    for entry in worst:
+        spelt = bytes(byte_of[letter] for letter in entry["token"])
+        assert entry["text"] in (spelt.decode(errors="replace"), "".join(
+            f"<0x{byte:02X}>" for byte in spelt
+        ))  # fmt: skip
+
+
+def test_the_means_among_the_approximated_are_counted(models, tmp_path, capsys):
+    model, donor = tmp_path / "model", models("byte-level BPE", "other")
+    shutil.copytree(models("WordPiece"), model)
+    words = ["tokenizer", "transplant", str(model), str(donor), str(tmp_path / "out"), "-q"]
+    assert cli([*words, "--method", "subtokens", "--no-load-check"]) == 0
+    report = outliermerge.read_manifest(tmp_path / "out")["transplant"]
+    number = report["tensors"][EMBEDDINGS]["num_without_basis"]
+    assert 0 < number < report["num_approximated"]
+    command._print_report(open_console(), report, verbose=False)
+    assert f"approximated by subtokens, {number} of them the mean of all rows" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_help_of_the_command_lists_what_follows_it(words, code, capsys):
+    assert cli(["tokenizer", *words]) == code
+    said = capsys.readouterr().out
+    assert "transplant  give a model the tokenizer" in said and len(said.splitlines()) < 10
+    assert cli(["tokenizer", "transplant", "--help"]) == 0
+    assert "--pad-to-multiple-of" in capsys.readouterr().out
 
 
 def test_the_command_lists_the_methods():

@@ -12,6 +12,7 @@ from outliermerge.errors import (
     ArgumentError,
     OutlierMergeError,
     argument,
+    direct_reference,
     listing,
     quoted,
     shown,
@@ -83,8 +84,8 @@ def open_subject(
     for name, given in (("model", model), ("base", base)):
         if not isinstance(given, (str, Path)) and (given is not None or name == "model"):
             raise wrong(name, given, "a folder, a file or a hub id")
-    model = str(model)
-    base = None if base is None else str(base)
+    model = direct_reference(str(model))
+    base = None if base is None else direct_reference(str(base))
     try:
         rules = parse_rename(_parsed(rename), ("rename",))
         opened_base = open_model(base, Rename(), "base", None) if base is not None else None

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from outliermerge.arguments import wrong
+from outliermerge.arguments import checked, wrong
 
 NUM_POINTS = 32
 """The depths that a profile is resampled to, so that models of any depths can be compared."""
@@ -98,6 +98,7 @@ def _resample(stds: Sequence[float]) -> tuple[float, ...]:
     return tuple(found)
 
 
+@checked
 def fingerprint_distance(a: Fingerprint, b: Fingerprint) -> float:
     """Return the distance of two fingerprints, which does not depend on the scale of weights.
 

@@ -42,10 +42,11 @@ def verdict_of(
     worst = max(known, key=lambda pair: (pair.conflict_ratio, -pair.cosine))
     rows = [row for row in tensors if (row.a, row.b) == (worst.a, worst.b)]
     names = _names(models, worst)
-    said = f"{names} {_direction(worst.cosine)} (cosine {worst.cosine:.2f})"
+    cosine = round(worst.cosine, 2) + 0.0  # no "-0.00"
+    said = f"{names} {_direction(worst.cosine)} (cosine {cosine:.2f})"
     if len(known) > 1:
         said = f"Of {len(known)} pairs, {names} conflict most. They {_direction(worst.cosine)}"
-        said += f" (cosine {worst.cosine:.2f})"
+        said += f" (cosine {cosine:.2f})"
     both = worst.both_outliers_ratio
     if not worst.conflict_ratio > 0:
         return f"{said}, and nothing that min-σ keeps whole of both will cancel."
@@ -56,7 +57,7 @@ def verdict_of(
     )
     if worst.conflict_ratio < _FEW:
         return f"{said}, which is next to nothing."
-    return f"{said}, most of them in {_where(rows)}."
+    return f"{said}, the largest share of them in {_where(rows)}."
 
 
 def _names(models: Sequence[str], pair: PairStats) -> str:

@@ -18,8 +18,10 @@ from outliermerge.checkpoint.vocabulary_files import (
     by_id,
     checked,
     is_known,
+    is_tiktoken,
     json_object,
     read_vocabulary,
+    special_of_class,
 )
 from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.storage.files import small_bytes
@@ -75,8 +77,8 @@ def same_token_files(root: Path, other: Path) -> bool:
         same_bytes(a, b) for a, b in zip(ours, theirs, strict=True)
     ):
         return True
-    fast = ours[0].name == "tokenizer.json"
-    return _beside(_read(ours[1:]), root, fast) == _beside(_read(theirs[1:]), other, fast)
+    main = ours[0].name
+    return _beside(_read(ours[1:]), root, main) == _beside(_read(theirs[1:]), other, main)
 
 
 def read_tokens(root: Path) -> dict[int, str] | None:
@@ -106,7 +108,7 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
         OutlierMergeError: a file is broken.
     """
     main = next(name for name in files if name not in _ADDED)
-    numbered, named = _beside(files, root, main == "tokenizer.json")
+    numbered, named = _beside(files, root, main)
     if main == "tokenizer.json":
         own = [token for _, token in sorted(numbered.items())]
         with _Named(root / main, "the tokenizers library cannot load it"):
@@ -125,12 +127,31 @@ def load_tokens(files: Mapping[str, bytes], root: Path) -> dict[int, str]:
     with _Named(root / main):
         config = json_object(files[_CONFIG]) if _CONFIG in files else {}
         tokens = read_vocabulary(main, files[main], config)
+    if not is_tiktoken(main, files[main]):  # of which loaders fill gaps
+        _refuse_gaps(tokens, numbered, root / main)
     tokens |= numbered
     known = set(tokens.values())
     for token in named:
         if token not in known:
             tokens[max(tokens, default=-1) + 1] = token
     return tokens
+
+
+def _refuse_gaps(tokens: Mapping[int, str], numbered: Mapping[int, str], path: Path) -> None:
+    """Refuse added tokens with ids that transformers 5 does not give them.
+
+    It numbers them in the order of their ids, from the first id behind the vocabulary on.
+    """
+    first, known = max(tokens, default=-1) + 1, set(tokens.values())
+    new = [(id_, t) for id_, t in sorted(numbered.items()) if id_ >= first and t not in known]
+    for place, (id_, token) in enumerate(new, start=first):
+        if id_ != place:
+            raise OutlierMergeError(
+                f"{path.parent}: the added token {quoted(token)} has the id {id_:,}, and no token "
+                f"has {place:,}: transformers 5 gives it {place:,}, earlier versions {id_:,}. Name "
+                "tokens for the ids between in added_tokens.json, or make a tokenizer.json in "
+                "which all have their ids."
+            )
 
 
 class _Named:
@@ -238,12 +259,17 @@ def _growth(normalizer: Any) -> int:
 
 
 def _beside(
-    files: Mapping[str, bytes], root: Path, fast: bool
+    files: Mapping[str, bytes], root: Path, main: str
 ) -> tuple[dict[int, str], tuple[str, ...]]:
     """Return tokens that the files beside a vocabulary add: those with an id, and those without.
 
     As in transformers, ids in the older files are ignored if there is a tokenizer.json, and a
     tokenizer_config.json with an added_tokens_decoder.
+
+    Args:
+        files: the contents of the files beside.
+        root: their folder.
+        main: the name of the vocabulary's file.
     """
     contents: dict[str, dict[str, Any]] = {}
     for name in _ADDED:
@@ -252,13 +278,17 @@ def _beside(
                 contents[name] = json_object(files[name])
     config = contents.get(_CONFIG, {})
     numbered: dict[int, str] = {}
-    old = not (fast and "added_tokens_decoder" in config)
+    old = not (main == "tokenizer.json" and "added_tokens_decoder" in config)
     if old:
         with _Named(root / "added_tokens.json"):
             numbered |= by_id(contents.get("added_tokens.json", {}))
     with _Named(root / _CONFIG):
         numbered |= _decoder(config)
-    special = config | (contents.get("special_tokens_map.json", {}) if old else {})
+    special = (
+        {**special_of_class(main, config)}
+        | config
+        | (contents.get("special_tokens_map.json", {}) if old else {})
+    )
     with _Named(root / "tokenizer_config.json"):
         return numbered, _special(special)
 

@@ -68,6 +68,11 @@ def _lines(data: bytes) -> dict[int, str]:
     return dict(enumerate(lines if lines[-1] else lines[:-1]))
 
 
+def is_tiktoken(name: str, data: bytes) -> bool:
+    """Tell whether a vocabulary file, by its name and content, is one of tiktoken."""
+    return name.endswith(TIKTOKEN) or name == "tiktoken.model" or bool(_RANKS.match(data))
+
+
 def _model(data: bytes) -> dict[int, str]:
     """Return the tokens of a tokenizer.model, which is one of SentencePiece or of tiktoken."""
     return _ranks(data) if _RANKS.match(data) else dict(enumerate(_pieces(data)))
@@ -201,6 +206,13 @@ _BY_CLASS: Mapping[tuple[str, str], Callable[[list[str], Mapping[str, Any]], lis
     ("spiece.model", "XLNetTokenizer"): _as_numbered,
     ("sentencepiece.bpe.model", "XLMRobertaTokenizer"): _as_fairseq,
 }
+_SPECIAL: Mapping[str, Mapping[str, str]] = {
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "XLNetTokenizer": {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "<sep>",
+        "pad_token": "<pad>", "cls_token": "<cls>", "mask_token": "<mask>",
+    },
+}  # fmt: skip
 NUMBERED_BY_CLASS = tuple(dict.fromkeys(name for name, _ in _BY_CLASS))
 """Files whose pieces get other ids from other tokenizers."""
 
@@ -212,6 +224,11 @@ def is_known(name: str, config: Mapping[str, Any]) -> bool:
         config: of the tokenizer.
     """
     return (name, _class_in(config)) in _BY_CLASS
+
+
+def special_of_class(name: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the special tokens that a tokenizer of such a file has if its config names none."""
+    return _SPECIAL.get(_class_in(config), {}) if name in NUMBERED_BY_CLASS else {}
 
 
 def _class_in(config: Mapping[str, Any]) -> str:

@@ -11,10 +11,17 @@ from outliermerge.errors import printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the scores and for the output."""
-    parser.add_argument("scores", metavar="SCORES", nargs="+", help="scores.json, or its folder")
-    parser.add_argument("--paper", action="store_true", help="add the paper's Table 4 below")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table")
-    parser.add_argument("--chart", metavar="FILE", help="draw a bar chart (PNG)")
+    parser.add_argument(
+        "scores",
+        metavar="SCORES",
+        nargs="+",
+        help="scores.json of an evaluation, or the folder that it is in",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="add Table 4 of arXiv 2501.10661 below"
+    )
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--chart", metavar="FILE", help="draw a bar chart of the scores as PNG")
     add_baseline(parser)
     add_json(parser)
 

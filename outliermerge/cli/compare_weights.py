@@ -35,16 +35,23 @@ _PAIR_COLUMNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the models and for the comparison."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="two or more folders, files, hub ids, adapters"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="two or more models: folders, files, hub ids, adapters",
     )
     parser.add_argument(
-        "--t", type=float, default=2.0, metavar="T", help="outliers are beyond Tσ (default 2)"
+        "--t",
+        type=float,
+        default=2.0,
+        metavar="T",
+        help="count elements beyond Tσ as outliers (default 2)",
     )
     parser.add_argument(
         "--by",
         choices=("model", "module", "layer", "tensor"),
         default="model",
-        help="rows of the table (default: pairs of models)",
+        help="what the table has a row for (default: model, a pair of models)",
     )
     add_base(parser)
     add_rename(parser)
@@ -87,8 +94,9 @@ def print_comparison(found: Comparison, *, by: str) -> None:
             _matrix_table(found, title, column, form, letters).print(console)
     else:
         _pair_table(found, by, letters, columns).print(console)
-    words = f"sign: the same in both. shared: of the outliers beyond {found.t:g}σ, those at the "
-    words += "same places."
+    words = "distance: of the two, in L2 norm. |Δσ|: by how much their σ differ. sign: elements of "
+    words += f"one sign in both. shared: of the outliers beyond {found.t:g}σ, those at the same "
+    words += "places."
     if found.base is not None:
         words += " conflict: share of all elements that min-σ would keep whole of both in a merge "
         words += "of these two alone, with opposite signs, so that they cancel."

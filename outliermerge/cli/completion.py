@@ -15,7 +15,9 @@ _FILES = ("SPEC", "FILE", "YAML", "MODEL", "BASE", "SCORES")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument for the shell."""
-    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+    parser.add_argument(
+        "shell", metavar="SHELL", choices=SHELLS, help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

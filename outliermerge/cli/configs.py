@@ -17,7 +17,9 @@ _KINDS: tuple[Kind, ...] = ("spec", "suite")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument for one of them."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="print this one, to change it")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="print this one, to start your own from it"
+    )
     add_json(parser)
 
 

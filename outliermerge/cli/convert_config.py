@@ -22,7 +22,9 @@ _TOP_KEY = re.compile(r"([A-Za-z_]\w*):(\s|$)")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument for the file."""
-    parser.add_argument("file", metavar="FILE", help="a merge file of mergekit's, or -")
+    parser.add_argument(
+        "file", metavar="FILE", help="a merge file of mergekit's, or - for the standard input"
+    )
     add_json(parser)
 
 

@@ -16,20 +16,20 @@ from outliermerge.errors import SpecError, printable, suggest
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the models, the suite, and settings that override the suite."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="a folder or hub id, or NAME=PATH"
+        "models", metavar="MODEL", nargs="+", help="a folder or a hub id; NAME=PATH names its row"
     )
     parser.add_argument(
         "--suite",
         required=True,
         metavar="YAML",
-        help="a YAML file, or a name from `configs`: paper",
+        help="the benchmarks: a YAML file, or the name of a suite that `configs` lists",
     )
     parser.add_argument(
         "-o",
         "--output",
         required=True,
         metavar="DIR",
-        help="for scores.json, table, chart, answers",
+        help="the folder for scores.json, the table, the chart and the answers",
     )
     parser.add_argument(
         "--limit", type=count, metavar="N", help="ask only N questions of each task"
@@ -45,15 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="quantise with bitsandbytes while loading (default: the suite's)",
     )
-    parser.add_argument("--batch-size", type=count, metavar="N", help="questions per batch")
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="questions per batch (default: the suite's)"
+    )
     parser.add_argument(
         "--generation",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="such as max_new_tokens=32; may be repeated",
+        help="how answers are generated, such as max_new_tokens=32; repeatable",
     )
-    parser.add_argument("--data", metavar="DIR", help="use data sets in DIR before the hub's")
+    parser.add_argument(
+        "--data", metavar="DIR", help="look for data sets in this folder before the hub"
+    )
     parser.add_argument(
         "--jobs", type=count, default=1, metavar="N", help="evaluate N models at once (default 1)"
     )

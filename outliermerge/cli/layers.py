@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the models and the number of singular values."""
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="folders, files, hub ids, adapters"
+        "models", metavar="MODEL", nargs="+", help="models: folders, files, hub ids, adapters"
     )
     parser.add_argument(
         "--values",
         type=count,
         default=16,
         metavar="K",
-        help="singular values of each matrix (default 16)",
+        help="how many singular values of each matrix (default 16)",
     )
     add_base(parser)
     add_rename(parser)
@@ -75,9 +75,12 @@ def run(options: argparse.Namespace) -> int:
 def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[float]]) -> None:
     """Print the distances between layers, and the distances of models' fingerprints."""
     console = open_console()
-    for spectra in found:
+    for number, spectra in enumerate(found):
+        if number:
+            console.print()
         what = spectra.model if spectra.base is None else f"{spectra.model} − {spectra.base}"
-        print_words(console, f"{what}: {spectra.num_values} singular values of a layer", "bold")
+        largest = f"the {spectra.num_values} largest singular values of each matrix"
+        print_words(console, f"{what}: {largest}, from layer to layer", "bold")
         is_wide = console.width >= WIDE
         against = ("against exponential", "against log-normal") if is_wide else ()
         table = NamedTable("module", "layers", "distance", "alpha", *against, "verdict")
@@ -104,7 +107,9 @@ def print_layers(found: Sequence[LayerSpectra], distances: Sequence[Sequence[flo
     if len(found) > 1:
         letters = letters_of(len(found))
         print_words(
-            console, "distance between the models' σ over their layers (0: the same curve)", "bold"
+            console,
+            "\ndistance between the models' σ over their layers, 0 for the same curve",
+            "bold",
         )
         for letter, spectra in zip(letters, found, strict=True):
             print_words(console, f"  {letter}  {spectra.model}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, usage_of
+from outliermerge.cli.parser import COMMANDS, COMMON_FLAGS, load, make_parser, overview_of, usage_of
 from outliermerge.cli.parts import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Command, flag, say
 from outliermerge.cli.streams import guard_streams
 from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quoted
@@ -45,6 +45,11 @@ def _main(arguments: list[str]) -> int:
     if word not in COMMANDS and not word.startswith("-"):
         return _no_command(word)
     commands = load(_needed(arguments))
+    rest = arguments[1:]
+    if word in commands and (parts := commands[word].parts) and not parts.keys() & {*rest}:
+        if not rest or {"-h", "--help"} & {*rest}:
+            print(overview_of(word, commands[word]), end="")
+            return EXIT_DONE if rest else EXIT_USAGE
     parser = make_parser(commands)
     try:
         if word in commands:  # options may stand between positional arguments

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument for the name of a method."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="show one method, with its formula")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="show this one, with its formula and what its parameters mean",
+    )
     add_json(parser)
 
 

@@ -12,7 +12,6 @@ from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
-    add_lenient,
     add_running,
     print_json,
     print_notes,
@@ -33,16 +32,26 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and those of a mixture."""
-    add_running(parser)
-    add_lenient(parser)
+    add_running(
+        parser,
+        spec="a YAML file with `base_model` and `experts`, as mergekit-moe reads it; the "
+        "outliermerge.json of a mixture, to make it again; or - for the standard input",
+    )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would be made; no router is computed"
+        "--lenient",
+        action="store_true",
+        help="go on over unknown keys, as mergekit-moe does, and warn of them",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be made, without computing the routers or writing anything",
     )
     parser.add_argument(
         "--routing",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="show where the routers send the prompts (default); it takes a forward pass",
+        help="show to which experts the prompts are routed (default); it takes a forward pass",
     )
     add_part(parser)
     add_mergekit_flags(parser)
@@ -208,6 +217,15 @@ COMMAND = Command(
     run=run,
     goes_on=True,
     explanation="""\
+A file names the models, and prompts for each expert, of which its router is made:
+  base_model: models/base
+  gate_mode: hidden
+  experts:
+    - source_model: models/chat
+      positive_prompts: ["Hello, how are you?"]
+    - source_model: models/maths
+      positive_prompts: ["What is 3 times 7?"]
+`gate_mode: random` needs no prompts.
 gate_mode hidden and the routing need torch and transformers, for a forward pass of the base model
 over the prompts with one of its layers at a time in memory, in float32; --memory does not count
 that.

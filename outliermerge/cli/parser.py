@@ -84,6 +84,16 @@ class Parser(argparse.ArgumentParser):
         meant = f"Did you mean {near}?" if near else f"{self.prog} --help lists all."
         self.error(f"no option {quoted(flags[0])}. {meant}")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a word that is none of an argument's choices, with the one that was meant."""
+        if action.choices is not None and value not in action.choices:
+            choices = [*map(str, action.choices)]
+            near = nearest(str(value), choices)
+            meant = f". Did you mean {quoted(near)}?" if near else ""
+            expected = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            said = f"found {quoted(value)}, expected {expected}{meant}"
+            raise argparse.ArgumentError(action, said)
+
     def error(self, message: str) -> NoReturn:
         """Print the usage of the command that was meant, and the error."""
         self.exit(EXIT_USAGE, f"{usage_of(self)}\nerror: {readable(message)}\n")
@@ -139,15 +149,28 @@ def usage_of(parser: argparse.ArgumentParser) -> str:
     return f"usage: {' '.join(words)}"
 
 
+def overview_of(name: str, command: Command) -> str:
+    """Return the help of a command that another word must follow: these words, and examples."""
+    lines = [f"  {part}  {summary}" for part, summary in command.parts.items()]
+    return "\n".join(
+        [
+            f"usage: outliermerge {name} COMMAND …\n\ncommands:",
+            *lines,
+            f"\noutliermerge {name} COMMAND --help says what each takes.\n",
+            _examples(command.examples),
+        ]
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes; -q and -v may also stand before it."""
     parser.add_argument(
         "-q", "--quiet", action="store_true",
-        help="no progress, notes or warnings; run prints only errors",
+        help="print no progress, notes or warnings; of a merge only errors",
     )  # fmt: skip
     parser.add_argument(
         "-v", "--verbose", action="count", default=0,
-        help="print what libraries report too, and before a merge its plan; -vv for all",
+        help="also print what libraries report, and what a merge is about to do; -vv everything",
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, help="print the version and exit")
 

@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +23,10 @@ The progress counts the bytes of all passes: a tensor is read once to merge it, 
 each pass that its method first measures it in; and it is written once. Without a terminal it is a
 line every 5 seconds; OUTLIERMERGE_PROGRESS_SECONDS sets another interval, and 0 none.
 """
+_SPEC = (
+    "a YAML file; the outliermerge.json of an output, to repeat its merge; the name of a spec that "
+    "`configs` lists; or - for the standard input"
+)
 _MAX_NOTES = 50
 
 
@@ -43,6 +47,8 @@ class Command:
     """Whether it goes on from where it was interrupted."""
     explanation: str = ""
     """What its help says besides, at the end."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The words that may follow it, and what each does."""
 
 
 def print_json(value: object) -> None:
@@ -90,7 +96,7 @@ def count(text: str, least: int = 1) -> int:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json."""
-    parser.add_argument("--json", action="store_true", help="print JSON for scripts")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -106,40 +112,60 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the flags of what computes."""
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="what computes: cpu (default), cuda (all GPUs), cuda:N, or auto (GPUs if there are "
+        "any)",
+    )
     add_threads(parser)
 
 
 def add_baseline(parser: argparse.ArgumentParser) -> None:
     """Add the flag of the row that a table of scores compares with."""
     parser.add_argument(
-        "--baseline", metavar="NAME", help="gains are over this row (default: the average)"
+        "--baseline",
+        metavar="NAME",
+        help="the row of the table that gains are over (default: the average)",
     )
 
 
-def add_planning(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a merge that its plan needs."""
+def add_planning(parser: argparse.ArgumentParser, *, spec: str = _SPEC) -> None:
+    """Add the flags of a merge that its plan needs.
+
+    Args:
+        spec: what the spec can be, in words.
+    """
+    parser.add_argument("spec", metavar="SPEC", help=spec)
     parser.add_argument(
-        "spec",
-        metavar="SPEC",
-        help="a YAML file; the name of a spec that `configs` lists; or - for the standard input",
-    )
-    parser.add_argument(
-        "folder", metavar="DIR", nargs="?", help="what to write (or --output, or `output:`)"
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="the folder to write, or a .safetensors file where the models are such files; else "
+        "--output or the `output:` of the spec names it",
     )
     _add_planning(parser)
 
 
 def _add_planning(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", metavar="DIR", help="what to write")
+    parser.add_argument("-o", "--output", metavar="DIR", help="the same as DIR")
     add_machine(parser)
     parser.add_argument(
-        "--memory", default="1GiB", metavar="SIZE", help="budget for blocks (default 1GiB)"
+        "--memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="most memory for what is computed at once, besides the program's own (default 1GiB)",
     )
     parser.add_argument(
-        "--no-kernels", action="store_true", help="compute by torch, as methods are defined"
+        "--no-kernels",
+        action="store_true",
+        help="compute by torch instead of the C kernels: slower, the same but for rounding",
     )
-    parser.add_argument("--shard-size", metavar="SIZE", help="largest file (default 5GB)")
+    parser.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        help="most bytes of a weight file, such as 2GB (default 5GB)",
+    )
     parser.add_argument(
         "--load-check",
         action=argparse.BooleanOptionalAction,
@@ -160,21 +186,31 @@ def add_lenient(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_running(parser: argparse.ArgumentParser, *, has_spec: bool = True) -> None:
+def add_running(
+    parser: argparse.ArgumentParser, *, has_spec: bool = True, spec: str = _SPEC
+) -> None:
     """Add the flags of a merge that is carried out.
 
     Args:
         has_spec: add the arguments for a spec and what to write, too.
+        spec: what the spec can be, in words.
     """
-    (add_planning if has_spec else _add_planning)(parser)
+    if has_spec:
+        add_planning(parser, spec=spec)
+    else:
+        _add_planning(parser)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output when done"
+        "--overwrite",
+        action="store_true",
+        help="replace an output that is there, when the new one is done",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="start over instead of going on with a killed run"
     )
     parser.add_argument(
-        "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
+        "--allow-non-finite",
+        action="store_true",
+        help="go on where values are infinite or NaN, and list the tensors",
     )
 
 

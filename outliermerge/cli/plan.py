@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_planning(parser)
     add_lenient(parser)
     parser.add_argument(
-        "--tensors", action="store_true", help="list every tensor too, and what happens to it"
+        "--tensors", action="store_true", help="also list every tensor, and what happens to it"
     )
     parser.add_argument(
         "--parts",
@@ -52,18 +52,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what a run would do."""
     from outliermerge import api as merge
+
+    began = time.perf_counter()
+    planned = merge.plan(read_spec(options), shard_size=options.shard_size)
+    took = Took(time.perf_counter() - began)
+    show_plan(planned, options, took, with_tensors=options.tensors, num_parts=options.parts)
+    return 0
+
+
+def show_plan(
+    planned: Plan,
+    options: argparse.Namespace,
+    took: Took,
+    *,
+    with_tensors: bool = False,
+    num_parts: int | None = None,
+    further: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Print what a run of a plan would do and take, its notes, and what would stop it.
+
+    Args:
+        options: those of `add_planning`, or of `add_running`.
+        took: what planning took.
+        with_tensors: list every tensor.
+        num_parts: also show what each of so many parts takes.
+        further: facts, each a label and words.
+    """
     from outliermerge.execution.computing import slowness_note, why_none
     from outliermerge.output.division import part_costs
     from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
     from outliermerge.output.run import output_path
 
-    output_name = named_output(options)
-    began = time.perf_counter()
-    planned = merge.plan(read_spec(options), shard_size=options.shard_size)
-    took = Took(time.perf_counter() - began)
     chosen = run_options(options).on_this_machine()
-    named = output_name or planned.spec.document.output
+    named = named_output(options) or planned.spec.document.output
     output = output_path(planned, named) if named else None
     free = free_disk_bytes(output or Path.cwd())
     planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
@@ -80,9 +102,9 @@ def run(options: argparse.Namespace) -> int:
     slow = slowness_note(chosen, kernels=not options.no_kernels)
     if slow and not why_not:
         planned = replace(planned, notes=(*planned.notes, slow))
-    costs = part_costs(planned, options.parts, chosen, estimate) if options.parts else []
+    costs = part_costs(planned, num_parts, chosen, estimate) if num_parts else []
     if options.json:
-        said = _as_json(planned, named, chosen, estimate, took, free, verdict, options.tensors)
+        said = _as_json(planned, named, chosen, estimate, took, free, verdict, with_tensors)
         in_parts = {"parts": [cost.as_dict() for cost in costs]} if costs else {}
         print_json(said | in_parts)
     else:
@@ -94,7 +116,8 @@ def run(options: argparse.Namespace) -> int:
             took=took,
             free_bytes=free,
             verdict=verdict,
-            with_tensors=options.tensors,
+            with_tensors=with_tensors,
+            further=further,
         )
         print_parts(costs)
     print_notes(planned.notes, options)
@@ -106,7 +129,6 @@ def run(options: argparse.Namespace) -> int:
             f"{planned.num_written_bytes:,}",
             file=sys.stderr,
         )
-    return 0
 
 
 def _taken(planned: Plan, output: Path) -> Iterator[str]:

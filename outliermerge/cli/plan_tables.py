@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def print_plan(
     free_bytes: int,
     verdict: Verdict | None = None,
     with_tensors: bool = False,
+    further: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Print a plan as tables that a person reads in a minute."""
     console = open_console()
@@ -78,11 +80,12 @@ def print_plan(
         ("peak memory", _memory(estimate, options)),
         ("parameters", _proof(plan)),
         *([("tokenizer", plan.tokenizer.in_words())] if plan.tokenizer else []),
+        *([("ids", _ids(plan))] if plan.ids else []),
         *([("chat template", plan.chat_template.in_words())] if plan.chat_template else []),
         *([("loads in", _loads_in(verdict, took))] if verdict and verdict.by else []),
         ("files carried over", ", ".join(shown(file.name) for file in plan.sidecars) or "none"),
     ]
-    print_facts(console, facts)
+    print_facts(console, [*facts, *further])
     if with_tensors:
         console.print()
         _print_tensors(console, plan)
@@ -222,18 +225,21 @@ def _print_actions(console: Console, plan: Plan) -> None:
     )
     groups: dict[str, list[Any]] = {}
     for job in plan.jobs:
-        what = {"merge": f"merged by {plan.spec.title}", "copy": "copied"}
+        by = plan.merged_by(job)
+        what = (
+            f"merged by {by[0]}" if by else "copied" if job.action == "copy" else "copied if equal"
+        )
         reason = f" ({job.reason})" if job.reason else ""
-        groups.setdefault(what.get(job.action, "copied if equal") + reason, []).append(job)
+        groups.setdefault(what + reason, []).append(job)
     for what_happens, jobs in groups.items():
-        merged = jobs[0].action == "merge"
+        computed = {by[1] for job in jobs if (by := plan.merged_by(job))}
         stored = {m.dtype.name for job in jobs for _, s in job.sources for m in s.stored}
         table.add_row(
             what_happens,
             str(len(jobs)),
             f"{sum(job.num_elements for job in jobs):,}",
             ", ".join(sorted(stored)),
-            ", ".join(sorted({job.compute_dtype for job in jobs})) if merged else "not",
+            ", ".join(sorted(computed)) or "not",
             ", ".join(sorted({job.output.dtype.name for job in jobs})),
         )
     table.print(console)
@@ -349,6 +355,15 @@ def _proof(plan: Plan) -> str:
     difference = plan.num_parameters - proof.num_reference_parameters
     change = f" ({difference:+,})" if difference else ""
     return f"{plan.num_parameters:,}{change} in {len(plan.jobs)} tensors, {same}"
+
+
+def _ids(plan: Plan) -> str:
+    """Return the token ids in configs that change, by file and key."""
+    return "; ".join(
+        f"{file}: {'.'.join(keys)} {shown(json.dumps(value))}"
+        for file, values in plan.ids.items()
+        for keys, value in values.items()
+    )
 
 
 def _role(plan: Plan, entry: Input) -> str:

@@ -16,14 +16,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="+",
-        help="models; a single output of `run` is shown with its manifest and its drift",
+        help="models: folders, files, hub ids, adapters; one that is an output of `run` is shown "
+        "with its recipe, and how far it moved",
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="the page: one file, no network"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the page to write, such as report.html: one file, which needs no network",
     )
-    parser.add_argument("--png", metavar="DIR", help="also draw figures for papers, at 300 dpi")
     parser.add_argument(
-        "--t", type=float, default=2.0, metavar="T", help="initial threshold of min-σ (default 2)"
+        "--png", metavar="DIR", help="also draw figures for papers, at 300 dpi, into this folder"
+    )
+    parser.add_argument(
+        "--t",
+        type=float,
+        default=2.0,
+        metavar="T",
+        help="threshold of min-σ that the page begins with, 1 to 5 (default 2)",
     )
     add_filter(parser)
     add_base(parser)

@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=10_000_000,
         metavar="N",
-        help="points to draw (default 10,000,000)",
+        help="how many points to draw (default 10,000,000)",
     )
     parser.add_argument(
-        "--seed", type=int, default=42, metavar="S", help="random seed (default 42)"
+        "--seed", type=int, default=42, metavar="S", help="the random seed (default 42)"
     )
-    parser.add_argument("--png", metavar="FILE", help="draw the paper's Fig. 7")
+    parser.add_argument("--png", metavar="FILE", help="draw Fig. 7 of the paper")
     add_json_file(parser)
 
 

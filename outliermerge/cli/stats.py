@@ -38,18 +38,28 @@ _WIDE_COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the model and for the measures."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, file, hub id or adapter")
     parser.add_argument(
-        "--small", type=float, default=1e-3, metavar="X", help="small: |x| < X (default 0.001)"
+        "model",
+        metavar="MODEL",
+        help="a model: a folder, a file, a hub id, an adapter, or BASE+ADAPTER",
+    )
+    parser.add_argument(
+        "--small",
+        type=float,
+        default=1e-3,
+        metavar="X",
+        help="count elements with |x| < X as small (default 0.001)",
     )
     parser.add_argument(
         "--by",
         choices=("module", "layer", "tensor"),
         default="module",
-        help="rows of the table (default: types of module)",
+        help="what the table has a row for (default: module, a type of module over all layers)",
     )
     parser.add_argument(
-        "--no-kernels", action="store_true", help="use torch instead of the CPU kernels"
+        "--no-kernels",
+        action="store_true",
+        help="measure by torch instead of the C kernels: slower",
     )
     add_filter(parser)
     add_base(parser)

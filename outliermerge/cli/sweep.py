@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from outliermerge.output.run import RunResult
 
 _KEPT = " kept: outliers kept whole."
+_NOT_MEASURED = (
+    "How far each moved is not measured: that takes a method with a base model, and a base and "
+    "models that are read as they are stored, not stages, adapters, quantised or rearranged ones."
+)
 _EXPLAINED = (
     "change: of the base's weights, in L2 norm. cosine: of the merged change with a model's own. "
     "length: of the merged change, over the mean of the models' own."
@@ -43,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUES",
-        help="values of merge_method, dtype, out_dtype, a parameter, or models.N.PARAMETER, after "
-        "stages.NAME., modules.NAME. or slices.N. of these; several --set are combined",
+        help="values to merge with, such as t=2,2.5,3. KEY is merge_method, dtype, out_dtype, a "
+        "parameter, or models.N.PARAMETER of the N-th model, from 1; with stages.NAME., "
+        "modules.NAME. or slices.N. before it, of that part. Several --set are combined",
     )
     add_running(parser)
 
@@ -95,7 +100,7 @@ def print_outputs(results: Sequence[RunResult]) -> None:
         kept = _KEPT if any("kept" in title for title in columns) else ""
         print_words(open_console(), _EXPLAINED + kept, "dim")
     else:
-        print_words(open_console(), "How far each moved is measured with a base model only.", "dim")
+        print_words(open_console(), _NOT_MEASURED, "dim")
     first = results[0]  # all were worked on together
     worked = sum(result.written_bytes for result in results) + first.input_bytes
     print_words(open_console(), f"wrote {len(results)} outputs: {work_in_words(first, worked)}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
@@ -15,15 +17,11 @@ from outliermerge.cli.parts import (
     print_notes,
     run_options,
 )
+from outliermerge.cli.plan import show_plan
+from outliermerge.cli.plan_tables import Took
 from outliermerge.cli.specs import named_output
-from outliermerge.cli.tables import NamedTable, print_facts, print_words
-from outliermerge.cli.terminal import (
-    MergeBar,
-    check_loading,
-    open_console,
-    print_result,
-    reading_bar,
-)
+from outliermerge.cli.tables import NamedTable, print_words
+from outliermerge.cli.terminal import MergeBar, open_console, print_result, reading_bar
 from outliermerge.errors import ArgumentError, quoted
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from outliermerge.planning.transplant import Transplant
 
 _METHODS = ("omp", "interpolate", "subtokens", "mean", "zero")
+_SUMMARY = "give a model the tokenizer of another one, with rows for the tokens that it lacks"
 _EVERY_WORST = 3  # of the worst tokens, without -v
 
 
@@ -82,22 +81,14 @@ def run(options: argparse.Namespace) -> int:
         k=options.k,
         pad_to_multiple_of=options.pad_to_multiple_of,
     )
+    began = time.perf_counter()
     planned = api.planned_transplant(spec, shard_size=options.shard_size)
+    if options.dry_run:
+        took = Took(time.perf_counter() - began)
+        show_plan(planned.plan, options, took, further=[*_facts(planned)])
+        return 0
     chosen = run_options(options).on_this_machine()
     planned.plan.peak_memory_bytes(chosen)  # refuses a budget that is too small
-    if options.dry_run:
-        verdict = None
-        if options.load_check:
-            verdict = check_loading(planned.plan, quiet=options.quiet)
-        notes = [*planned.plan.notes, *(verdict.notes if verdict else ())]
-        if options.json:
-            checked = {"load_check": verdict.as_dict()} if verdict else {}
-            facts = planned.plan.as_dict(tensors=False)
-            print_json({"output": output} | checked | facts | {"notes": notes})
-        else:
-            _print_plan(open_console(), planned)
-        print_notes(notes, options)
-        return 0
     path = output_path(planned.plan, output)
     refuse_taken(planned.plan, path, overwrite=options.overwrite)
     with reading_bar("approximating rows", quiet=options.quiet) as advance:
@@ -117,42 +108,44 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(console: Console, planned: Transplant) -> None:
-    tokenizer = planned.plan.tokenizer
-    assert tokenizer is not None
-    print_words(console, planned.spec.summary, "bold")
-    in_common = f"{len(planned.pairing.shared):,} spelt alike, of which rows can be made"
-    changed = [
-        f"{file}: {'.'.join(keys)} {value}"
-        for file, values in tokenizer.ids.items()
-        for keys, value in values.items()
-    ]
-    print_facts(
-        console,
-        [
-            ("tokenizer", tokenizer.in_words()),
-            ("rows", tokenizer.models[0].in_words()),
-            ("in common", in_common),
-            *([("ids", "; ".join(changed))] if changed else []),
-            ("tensors", ", ".join(target.name for target in planned.targets)),
-        ],
-    )
+def _facts(planned: Transplant) -> Iterator[tuple[str, str]]:
+    """Yield what is true of a transplant besides what is of every plan."""
+    shared, spec = len(planned.pairing.shared), planned.spec
+    number = sum(row in planned.tokens for row in planned.missing)
+    yield "tensors", ", ".join(target.name for target in planned.targets)
+    yield "in common", f"{shared:,} spelt alike, of which rows can be made"
+    donors = {id(t.donor): t.donor for t in planned.targets if t.donor is not None}
+    if donors:
+        k, columns = min(spec.k, shared), max(donor.shape[-1] for donor in donors.values())
+        yield "k", f"{k:,} of the tokens in common make up a new row"
+        passes = k if spec.approximation == "omp" else 1
+        operations = 2 * number * shared * passes * sum(d.shape[-1] for d in donors.values())
+        yield (
+            "new rows",
+            f"computed first, in about {operations:.1e} operations and "
+            f"{human_bytes(4 * shared * columns)} of memory for the donor's rows of the tokens in "
+            "common; time and peak memory above are without this",
+        )
 
 
 def _print_report(console: Console, report: Mapping[str, Any], *, verbose: bool) -> None:
     """Print what became of the tokens, and the errors of what was approximated."""
-    by_role = report["num_copied_by_role"]
-    named = f" ({by_role:,} special, under another name)" if by_role else ""
+    by_role = ", ".join(f"{quoted(a)} as {quoted(b)}" for a, b in report["copied_by_role"].items())
+    tensors = report["tensors"]
+    num_means = max((of["num_without_basis"] for of in tensors.values()), default=0)
+    means = f", {num_means:,} of them the mean of all rows" if num_means else ""
     print_words(
         console,
-        f"{report['num_tokens']:,} tokens: {report['num_copied']:,} copied{named}, "
-        f"{report['num_approximated']:,} approximated by {report['method']}",
+        f"{report['num_tokens']:,} tokens: {report['num_copied']:,} copied, "
+        f"{report['num_approximated']:,} approximated by {report['method']}{means}",
         "bold",
     )
+    if by_role:
+        print_words(console, f"copied as special tokens for the same use: {by_role}")
     table = NamedTable(
         "rows of", "error in donor", "90%", "held out", "90%", "cosine", "error of mean"
     )
-    for name, of in report["tensors"].items():
+    for name, of in tensors.items():
         inside, held = of["reconstruction"], of["held_out"]
         cells = [_number(inside, "median"), _number(inside, "p90")]
         held_error, of_mean = (held or {}).get("error"), (held or {}).get("error_of_mean")
@@ -160,18 +153,19 @@ def _print_report(console: Console, report: Mapping[str, Any], *, verbose: bool)
         cells += [_number((held or {}).get("cosine"), "median"), _number(of_mean, "median")]
         table.add_row(name, *cells)
     table.print(console)
-    helds = [of["held_out"] for of in report["tensors"].values() if of["held_out"]]
+    helds = [of["held_out"] for of in tensors.values() if of["held_out"]]
     said = "Errors are relative to the rows' length, medians and 90% of the tokens."
     if helds:
         said += (
-            f" Held out: {helds[0]['num_tokens']} tokens in common, made as if the model lacked "
-            "them, against its own rows."
+            f" Held out: {helds[0]['num_tokens']} tokens in common (a quarter of them, at most "
+            "256), made as if the model lacked them, against its own rows. Where its error is not "
+            "below that of the mean of all rows, the new rows are no better than that mean."
         )
     print_words(console, said)
-    for name, of in report["tensors"].items():
+    for name, of in tensors.items():
         worst = of["worst"] if verbose else of["worst"][:_EVERY_WORST]
         if worst:
-            tokens = ", ".join(f"{quoted(w['token'])} {w['error']:.2f}" for w in worst)
+            tokens = ", ".join(f"{quoted(w['text'])} {w['error']:.2f}" for w in worst)
             more = "" if verbose or len(of["worst"]) <= _EVERY_WORST else " (-v: ten)"
             print_words(console, f"worst of {name}: {tokens}{more}")
 
@@ -181,7 +175,7 @@ def _number(values: Mapping[str, float] | None, key: str) -> str:
 
 
 COMMAND = Command(
-    summary="give a model the tokenizer of another one, with rows for the tokens that it lacks",
+    summary=_SUMMARY,
     examples=(
         "outliermerge tokenizer transplant MODEL DONOR both",
         "outliermerge tokenizer transplant MODEL DONOR both --method subtokens",
@@ -191,6 +185,7 @@ COMMAND = Command(
     add_arguments=add_arguments,
     run=run,
     goes_on=True,
+    parts={"transplant": _SUMMARY},
     explanation="""\
 It needs torch. DONOR's rows of the tokens in common are held in memory in float32, and MODEL's in
 their dtype; --memory does not count them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import (
@@ -17,17 +16,21 @@ from outliermerge.cli.parts import (
     say,
 )
 from outliermerge.cli.terminal import progress_bar, status
-from outliermerge.errors import listing, shown
+from outliermerge.errors import as_path, listing, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the folder and for the checks."""
-    parser.add_argument("folder", metavar="OUT", help="the output of `run`")
+    parser.add_argument(
+        "folder",
+        metavar="OUT",
+        help="an output of outliermerge: its folder, or its .safetensors file",
+    )
     parser.add_argument(
         "--load",
         action="store_true",
-        help="prove too that transformers or diffusers loads it, without taking its memory, and "
-        "that its tokens have rows",
+        help="also prove that transformers or diffusers loads it, without the memory for that, and "
+        "that the embeddings have a row for each of its tokens",
     )
     add_threads(parser)
     add_json(parser)
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.output.names import manifest_path
     from outliermerge.storage.machine import num_threads
 
-    folder = Path(options.folder)
+    folder = as_path(options.folder)
     shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
     total = sum(path.stat().st_size for path in shards if path.exists())
     with progress_bar("verifying", quiet=options.quiet) as bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,32 +26,44 @@ WIDE = 130  # characters of a terminal that has room for all columns
 def add_filter(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the filter of elements."""
     parser.add_argument(
-        "--filter", type=float, default=3.0, metavar="F", help="keep elements within Fσ (default 3)"
+        "--filter",
+        type=float,
+        default=3.0,
+        metavar="F",
+        help="take skewness and kurtosis of the elements within Fσ of the mean (default 3)",
     )
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the base of task vectors."""
-    parser.add_argument("--base", metavar="BASE", help="measure task vectors against BASE")
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="measure the differences from this model (task vectors) instead of the weights",
+    )
 
 
 def add_rename(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the rename of tensors."""
     parser.add_argument(
-        "--rename", metavar="MAP", help="from the models' names to the base's, as in specs"
+        "--rename",
+        metavar="MAP",
+        help="from the models' names of tensors to the base's, as `rename` in a spec",
     )
 
 
 def add_json_file(parser: argparse.ArgumentParser) -> None:
     """Add the flag for a JSON file of all results."""
-    parser.add_argument("--json", metavar="FILE", help="write JSON (- for the terminal)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all results as JSON (- for the standard output)"
+    )
 
 
 def add_table_files(parser: argparse.ArgumentParser) -> None:
     """Add the flags for files of all results, and for files with a row per tensor."""
     add_json_file(parser)
-    parser.add_argument("--csv", metavar="FILE", help="write a row for each tensor")
-    parser.add_argument("--parquet", metavar="FILE", help="the same as Parquet")
+    parser.add_argument("--csv", metavar="FILE", help="write a table with a row for each tensor")
+    parser.add_argument("--parquet", metavar="FILE", help="write the same table as Parquet")
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -101,4 +114,5 @@ def write_files(
 
 def number_text(value: float, form: str) -> str:
     """Return a number in a format, without a percent sign."""
-    return "–" if math.isnan(value) else form.format(value).removesuffix("%")
+    text = "–" if math.isnan(value) else form.format(value).removesuffix("%")
+    return re.sub(r"^-(?=[0.]+$)", "", text)  # no "-0.00"

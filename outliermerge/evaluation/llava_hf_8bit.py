@@ -34,7 +34,7 @@ def _model_class() -> type:
 
     class LlavaHf8Bit(llava_hf.LlavaHf):  # type: ignore[misc]
         def __init__(self, **arguments: Any) -> None:
-            quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+            quantization = BitsAndBytesConfig(load_in_8bit=True)
             plain = dict(simple.model_map)
             simple.model_map.update(
                 (name, _Quantized(model, quantization)) for name, model in plain.items()

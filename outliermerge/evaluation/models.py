@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.folders.absent import is_model, meant_inside, models_in
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.errors import OutlierMergeError, quoted
@@ -60,6 +61,10 @@ def _find(reference: str) -> Path:
     if not path.is_dir():
         raise OutlierMergeError(
             f"model {quoted(reference)}: a file, expected a model folder, such as {path.parent}"
+        )
+    if not is_model(path) and (inside := models_in(path)):
+        raise OutlierMergeError(
+            f"model {quoted(reference)}: is no model, {meant_inside(inside, 'model')}"
         )
     refuse_text(path)
     return path

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.folders.absent import meant_inside
 from outliermerge.errors import OutlierMergeError, as_path, quoted, shown
 from outliermerge.evaluation.formats import (
     FORMAT,
@@ -166,7 +167,11 @@ def load_scores(path: str | Path) -> Scores:
     """
     file = as_path(path)
     if file.is_dir():
-        file = file / SCORES_NAME
+        folder, file = file, file / SCORES_NAME
+        inside = [path.parent for path in sorted(folder.glob(f"*/{SCORES_NAME}"))]
+        if inside and not file.exists():
+            meant = meant_inside(inside, "evaluation")
+            raise OutlierMergeError(f"{folder}: no {SCORES_NAME}, {meant}")
     found = read_scores(file)
     try:
         check_names([model.name for model in found.models])

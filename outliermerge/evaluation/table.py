@@ -347,7 +347,7 @@ def _settings(run: Scores) -> dict[str, str]:
     return {
         label: words[value] if isinstance(value, bool) else str(value)
         for label, value in values.items()
-        if value is not None
+        if value not in (None, "")
     }
 
 

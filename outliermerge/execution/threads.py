@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+from outliermerge.arguments import named, nothing
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.base import Engine
@@ -112,11 +113,12 @@ class Executor(Protocol):
     ) -> None: ...
 
 
+@named
 def execute(
     targets: Sequence[Target],
     options: Options,
     *,
-    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    on_progress: Callable[[int], None] = nothing,
     folder: Path | None = None,
 ) -> None:
     """Run the jobs of plans, together where they merge the same tensors.

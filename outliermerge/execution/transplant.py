@@ -75,7 +75,7 @@ def add_rows(
     sums = {name: Sums.of(one.rows, one.weights) for name, one in found.items()}
     followers = planned.plan.tied.items()
     sums |= {name: sums[original] for name, original in followers if original in sums}
-    return planned.with_sums(sums, report, maker.notes(found))
+    return planned.with_sums(sums, report, maker.notes(found, report))
 
 
 class _Maker:
@@ -249,11 +249,15 @@ class _Maker:
         """Return what has become of the tokens, and how good the rows are, as JSON values."""
         planned, pairing = self.planned, self.planned.pairing
         is_token = [row in planned.tokens for row in planned.missing]
+        names = {row: token for token, row in planned.model.ids.items()}
         return {
             **{k: v for k, v in self.spec.as_dict().items() if k != "merge_method"},
             "num_tokens": len(planned.tokens),
             "num_copied": len(pairing.rows),
             "num_copied_by_role": len(pairing.by_role),
+            "copied_by_role": {
+                planned.tokens[id_]: names[pairing.rows[id_]] for id_ in pairing.by_role
+            },
             "num_approximated": sum(is_token),
             "num_in_common": len(self.shared),
             "tensors": {
@@ -265,17 +269,24 @@ class _Maker:
     def _judged(self, target: Target, found: _Found, is_token: Sequence[bool]) -> dict[str, Any]:
         pairs = zip(is_token, found.has_basis, strict=True)
         worst = sorted(found.errors.items(), key=lambda pair: -pair[1])[:_NUM_WORST]
-        names = [self.planned.tokens[self.planned.missing[place]] for place, _ in worst]
+        rows = [self.planned.missing[place] for place, _ in worst]
         return {
             "donor_tensor": target.donor.name if target.donor is not None else None,
             "num_without_basis": sum(one and not has for one, has in pairs),
             "reconstruction": _spread([*found.errors.values()], (0.5, 0.9, 1.0)),
             "worst": [
-                {"token": token, "error": round(error, 6)}
-                for token, (_, error) in zip(names, worst, strict=True)
+                {
+                    "token": self.planned.tokens[row],
+                    "text": self._text(row),
+                    "error": round(error, 6),
+                }
+                for row, (_, error) in zip(rows, worst, strict=True)
             ],
             "held_out": self._held_out(target, found),
         }
+
+    def _text(self, row: int) -> str:
+        return self.planned.donor.text_of(row, self.planned.tokens[row])
 
     def _held_out(self, target: Target, found: _Found) -> dict[str, Any] | None:
         """Compare rows that were left out with what they would have been made into."""
@@ -312,25 +323,39 @@ class _Maker:
             "error_of_mean": _spread(of_mean.tolist(), (0.5, 0.9, 1.0)),
         }
 
-    def notes(self, found: Mapping[str, _Found]) -> list[str]:
+    def notes(self, found: Mapping[str, _Found], report: Mapping[str, Any]) -> list[str]:
         """Return what a person should know of the rows."""
         planned, notes = self.planned, []
-        lost: dict[str, None] = {}
+        lost: dict[int, str] = {}
         for one in found.values():
             for row, has in zip(planned.missing, one.has_basis, strict=True):
                 if row in planned.tokens and not has:
-                    lost[planned.tokens[row]] = None
+                    lost[row] = self._text(row)
         if lost:
-            some = ", ".join(quoted(token) for token in [*lost][:_NUM_SHOWN])
+            some = ", ".join(quoted(text) for text in [*lost.values()][:_NUM_SHOWN])
             more = ", …" if len(lost) > _NUM_SHOWN else ""
             notes.append(
                 f"nothing tells what the rows of {len(lost):,} token(s) are ({some}{more}): they "
                 "are the mean of the model's rows"
             )
-        if self.spec.needs_donor_rows and len(self.shared) < self.spec.k:
+        if len(self.shared) < self.spec.k <= len(planned.pairing.shared):
             notes.append(
-                f"k is {self.spec.k}, but the models have only {len(self.shared):,} tokens in "
-                "common that rows can be made of: all of them are used"
+                f"k is {self.spec.k}, but of the {len(planned.pairing.shared):,} tokens in common "
+                f"only {len(self.shared):,} have rows that are finite and not zero: all of them "
+                "are used"
+            )
+        poor = [
+            f"{shown(name)} {held['error']['median']:.2f}, "
+            f"the mean {held['error_of_mean']['median']:.2f}"
+            for name, of in report["tensors"].items()
+            if (held := of["held_out"]) is not None
+            if held["error"]["median"] >= held["error_of_mean"]["median"]
+        ]
+        if poor and self.spec.approximation != "mean":
+            notes.append(
+                "rows of tokens in common that were held out came out no better than the mean of "
+                f"all rows would (median errors: {'; '.join(poor)}): the new rows may be "
+                "no better either. Compare the methods by this error"
             )
         return notes
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from outliermerge.arguments import checked, named
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.kernel_call import Kernel
@@ -187,22 +188,27 @@ class MergeMethod:
         }
 
 
+@named
 def _never(parameters: Mapping[str, Any]) -> bool:
     return False
 
 
+@named
 def _accept(parameters: Mapping[str, Any]) -> None:
     return None
 
 
+@named
 def _itself(parameters: Mapping[str, Any]) -> MergeMethod | None:
     return None
 
 
+@named
 def _usual_workspace(num_sources: int) -> int:
     return 5 * num_sources + 4  # measured for the methods of this package
 
 
+@checked
 def merge_method(
     *,
     space: Space,

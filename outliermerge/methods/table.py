@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outliermerge.arguments import wrong
+from outliermerge.arguments import checked
 from outliermerge.errors import SpecError, nearest, quoted
 from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
@@ -56,6 +56,7 @@ METHODS: dict[str, MergeMethod] = {
 """The merge methods by name."""
 
 
+@checked
 def find_method(name: str) -> MergeMethod:
     """Return a method by its name in the table, or by `package.module:function`.
 
@@ -65,8 +66,6 @@ def find_method(name: str) -> MergeMethod:
     >>> find_method("min_sigma").space
     'delta'
     """
-    if not isinstance(name, str):
-        raise wrong("name", name, "a text")
     if ":" in name:
         return import_method(name)
     if name not in METHODS:

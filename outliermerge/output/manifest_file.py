@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from outliermerge.arguments import wrong
+from outliermerge.arguments import checked
+from outliermerge.checkpoint.folders.absent import meant_inside
 from outliermerge.checkpoint.folders.folder import refuse_unfinished
 from outliermerge.display import short_repr
 from outliermerge.errors import OutlierMergeError, as_path
@@ -31,14 +32,13 @@ class Manifest(dict[str, Any]):
         )
 
 
+@checked
 def read_manifest(folder: str | Path) -> Manifest:
     """Return the manifest of an output, a folder or a file.
 
     Raises:
         OutlierMergeError: there is no manifest, or outliermerge did not write it.
     """
-    if not isinstance(folder, (str, Path)):
-        raise wrong("folder", folder, "a path")
     folder = as_path(folder)
     path = manifest_path(folder)
     data = read_bytes(path, max_bytes=MAX_MANIFEST_BYTES)
@@ -46,7 +46,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         refuse_unfinished(folder)
         what = "not an output of outliermerge"
         if folder.is_dir() and (inside := sorted(folder.glob(f"*/{path.name}"))):
-            what += f", but outputs are in it, such as {inside[0].parent}"
+            what += f", {meant_inside([each.parent for each in inside], 'output')}"
         if os.path.lexists(journal_path(folder)):
             what = f"not finished: it is written in {partial_folder(folder)}. To go on, start the "
             what += "same command again, which says so if it cannot be finished."

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from outliermerge.arguments import check_arguments, nothing, unexpected, wrong
+from outliermerge.arguments import checked, nothing, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.execution.threads import Executor, choose_options, execute
 from outliermerge.planning.plan import Options
@@ -16,6 +16,7 @@ from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+@checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How a merge is carried out, for `run` and `sweep`.
@@ -58,26 +59,18 @@ or 1GiB.
     executor: Executor = execute
 
     def __post_init__(self) -> None:
-        check_arguments({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         parse_bytes(str(self.memory), "memory")
 
     @staticmethod
-    def of(options: object, changes: Mapping[str, Any], function: str) -> RunOptions:
+    def of(options: object, changes: Mapping[str, Any]) -> RunOptions:
         """Return options, the default where there are none, with some of them changed.
 
         Raises:
             ArgumentError: a value is wrong, or the options are none.
-            TypeError: there is no such option.
         """
         chosen = RunOptions() if options is None else options
         if not isinstance(chosen, RunOptions):
             raise wrong("options", options, "RunOptions(…)")
-        known = [field.name for field in dataclasses.fields(RunOptions)]
-        for name in changes:
-            if name not in known:
-                raise unexpected(
-                    function, name, ["output", "shard_size", "lenient", "options", *known]
-                )
         return dataclasses.replace(chosen, **changes)
 
     def on_this_machine(self) -> Options:
@@ -95,22 +88,12 @@ or 1GiB.
         )
 
 
-class _Code(str):
-    """A text that help() shows as it is."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def showing_options(function: _Function) -> _Function:
-    """Let help() of a function show the fields of `RunOptions` in place of `**changes`."""
+    """Show the fields of `RunOptions` in a function's signature, in place of `**changes`."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for field in dataclasses.fields(RunOptions):
-        default = _Code(execute.__name__) if field.default is execute else field.default
-        kind = inspect.Parameter.KEYWORD_ONLY
+        kind, default = inspect.Parameter.KEYWORD_ONLY, field.default
         shown.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
     function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return function

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from outliermerge.arguments import checked
 from outliermerge.errors import OutlierMergeError, argument, as_path, listing
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
@@ -99,6 +100,7 @@ class NotWholeError(OutlierMergeError):
         return [state for state in self.states if not state.is_whole]
 
 
+@checked
 def run_part(
     plan: Plan,
     output: str | Path,
@@ -201,6 +203,7 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
         time.sleep(_POLL_SECONDS)
 
 
+@checked
 def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> RunResult:
     """Finish an output whose parts are written: prove every tensor, write the rest, name it.
 

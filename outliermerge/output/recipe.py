@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Container, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
-from outliermerge.errors import as_path
+from outliermerge.errors import as_path, direct
 from outliermerge.execution.jobs import JobResult
 from outliermerge.planning.inputs import split_reference
 from outliermerge.planning.plan import Options, Plan
@@ -132,17 +133,17 @@ def _named(tokenizer: dict[str, Any], name: Callable[[str], str]) -> dict[str, A
 
 
 def from_here(reference: str, *, has_base: bool = True) -> str:
-    """Return a reference without the path of the present folder, as a person writes it.
+    """Return a reference as a person writes it: from the present folder, if it is there or beside.
 
     >>> from_here(f"{Path.cwd()}/models/base"), from_here("org/base+models/lora")
     ('models/base', 'org/base+models/lora')
     """
     here = Path.cwd()
+    near = here.parent if here.parent.name else here
     is_whole = "+" not in reference or as_path(reference).exists()
     parts = [reference] if is_whole else split_reference(reference)
     return "+".join(
-        str(Path(part).relative_to(here)) if Path(part).is_relative_to(here) else part
-        for part in parts
+        os.path.relpath(part, here) if Path(part).is_relative_to(near) else part for part in parts
     )
 
 
@@ -202,7 +203,7 @@ def _lasting(reference: str, commits: Mapping[str, set[str]], *, has_base: bool)
         if revision in known or len(known) != 1:
             return reference
         return f"{repository}@{next(iter(known))}"
-    path = path.absolute()
+    path = direct(path.absolute())
     own_base = None if has_base or not _is_adapter(path) else base_of_adapter(path)
     if own_base is None:
         return str(path)

@@ -142,6 +142,12 @@ class Restored(Sized):
         self.source.read(reader, start, stop, out)
 
 
+def merge_of(source: Source) -> MergedSource | None:
+    """Return the merge that a tensor is a copy of; None for other tensors."""
+    source = source.source if isinstance(source, Restored) else source
+    return source if isinstance(source, MergedSource) else None
+
+
 def bytes_of_merges(sources: Iterable[Source]) -> int:
     """Return the memory that a thread needs for the sources that are merges of others.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from outliermerge.checkpoint.sources import Source
@@ -24,6 +24,8 @@ from outliermerge.spec.modules import KEEP, MODULES
 from outliermerge.spec.rename import best_rename
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.similar import part_meant
+
+_WRITE = ("text", "decoder", "shared")  # kinds of parts that decide how texts end
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,18 @@ def with_modules(
     found.sort(key=lambda module: places.index(module.name))
     merges = {name: merges[name] for name in places}
     return replace(composed, made_of=tuple(made_of.values())), tuple(found), notes, merges
+
+
+def models_of_text(base: Input, modules: Sequence[Module]) -> list[Input]:
+    """Return the models of the modules that write texts, unlike the tower and the projector.
+
+    Args:
+        base: the base model with its merged parts.
+    """
+    kinds = kinds_of(base.checkpoint.tensors)
+    writing = [m for m in modules if any(kinds.get(name) in _WRITE for name in m.names)]
+    models = {reference for module in writing for reference in module.models}
+    return [entry for entry in base.made_of if entry.reference in models]
 
 
 def _both(one: Input, other: Input) -> Input:

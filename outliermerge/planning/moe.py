@@ -29,6 +29,8 @@ from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.proof import prove
 from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents
+from outliermerge.planning.stops import further_stops
+from outliermerge.planning.vocabulary import Alignment
 from outliermerge.spec.moe import ExpertEntry, MoeSpec
 from outliermerge.spec.rename import Rename
 from outliermerge.spec.settings import SpecPath
@@ -178,6 +180,8 @@ class _Planner:
             for name, number, source, _, scale, reason in drafts
         )  # fmt: skip
         sidecars, more = choose_sidecars(self.spec, self.inputs[:1])
+        unchanged = Alignment(tuple(entry.checkpoint for entry in self.inputs), None, (), ())
+        ids, stops = further_stops(self.spec, self.inputs, self.inputs, sidecars, unchanged, base)
         written = mixture_config(architecture, self.moe, config)
         proof, doubts = prove(
             base.checkpoint.tensors, {job.name: job.output.shape for job in jobs}, written, None
@@ -190,11 +194,12 @@ class _Planner:
             sidecars=sidecars,
             gradients={},
             dropped=(),
-            notes=(*notes, *more, *doubts, *self._notes(architecture)),
+            notes=(*notes, *more, *stops, *doubts, *self._notes(architecture)),
             checks=(),
             proof=proof,
             components=base.checkpoint.components,
             config=written,
+            ids=ids,
         )
         return Mixture(plan, architecture, layers, config["hidden_size"], tuple(gated))
 

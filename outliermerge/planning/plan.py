@@ -24,7 +24,7 @@ from outliermerge.planning.job import Proof as Proof
 from outliermerge.planning.job import Sidecar as Sidecar
 from outliermerge.planning.job import Stacked as Stacked
 from outliermerge.planning.job import row_elements as row_elements
-from outliermerge.planning.merged import bytes_of_merges, read_again
+from outliermerge.planning.merged import bytes_of_merges, merge_of, read_again
 from outliermerge.planning.plan_html import plan_as_html
 from outliermerge.planning.tokenizer_plan import ChatTemplate, TokenizerPlan
 from outliermerge.spec.check import MergeSpec
@@ -143,6 +143,16 @@ class Plan:
     @property
     def num_parameters(self) -> int:
         return sum(job.num_elements for job in self.jobs)
+
+    def merged_by(self, job: Job) -> tuple[str, str] | None:
+        """Return the method that merges a tensor, and the dtype of its arithmetic; None if none.
+
+        A copy of what a module or a stage merges is merged by the method there.
+        """
+        if job.action == "merge":
+            return self.spec.title, job.compute_dtype
+        inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
+        return (inside.task.method.name, inside.task.compute_dtype) if inside else None
 
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""

@@ -28,6 +28,7 @@ class Shown(Protocol):
     def num_read_bytes(self) -> int: ...
     @property
     def num_written_bytes(self) -> int: ...
+    def merged_by(self, job: Job) -> tuple[str, str] | None: ...
 
 
 def plan_as_html(plan: Shown) -> str:
@@ -44,7 +45,8 @@ def plan_as_html(plan: Shown) -> str:
     ]
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in plan.jobs:
-        groups.setdefault((job.action, job.reason), []).append(job)
+        action = "merge" if plan.merged_by(job) else job.action
+        groups.setdefault((action, job.reason), []).append(job)
     actions = [
         (
             {"merge": "merged", "copy": "copied", "equal": "copied if equal"}[action],

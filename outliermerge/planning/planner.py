@@ -18,7 +18,7 @@ from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
 from outliermerge.planning.inputs import open_inputs, open_tokenizer
 from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
-from outliermerge.planning.modules import PartOfBase, views, with_modules
+from outliermerge.planning.modules import PartOfBase, models_of_text, views, with_modules
 from outliermerge.planning.notes import merge_notes
 from outliermerge.planning.other_files import check_other_files
 from outliermerge.planning.output_names import written_names
@@ -92,7 +92,7 @@ class _Planner:
     ) -> None:
         self.spec = spec
         self.method: MergeMethod = spec.method
-        self.stages, self.stage_notes = stages, list[str]()
+        self.stages, self.stage_notes, self.part = stages, list[str](), part
         self.modules: tuple[Module, ...] = ()
         opened, self.model_numbers = open_inputs(spec, self._open_stage)
         if spec.modules:
@@ -209,7 +209,7 @@ class _Planner:
             self.spec, self.inputs, tokenizer, self.stacked, owner, self.alignment.left_out
         )
         ids, stop_notes = further_stops(
-            self.spec, self.inputs, self.model_numbers, sidecars, self.alignment, owner
+            self.spec, self.inputs, self._ending(), sidecars, self.alignment, owner
         )
         template, template_notes = choose_template(self.spec, self.inputs, tokenizer, owner)
         config = next((file for file in sidecars if file.name == "config.json"), None)
@@ -257,6 +257,12 @@ class _Planner:
             stacked=self._stacked(),
             modules=self.modules,
         )
+
+    def _ending(self) -> list[Input]:
+        """Return the models as which the output may end its texts; modules are asked together."""
+        if self.modules:
+            return models_of_text(self.inputs[0], self.modules)
+        return [] if self.part is not None else [self.inputs[n] for n in self.model_numbers]
 
     def _job(self, draft: Draft, output: OutputTensor) -> Job:
         name, action, sources, parameters, _, why = draft

@@ -24,6 +24,7 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
         return
     ids = {token: number for number, token in tokens.items()}
     meant = {f"{word}_token_id": special_token(home, f"{word}_token") for word in _WORDS}
+    files: dict[tuple[str, str], list[str]] = {}  # by what they have, and what they should have
     for file in ("config.json", "generation_config.json"):
         said = read_json(config.home / file)
         for key, token in meant.items():
@@ -34,10 +35,14 @@ def special_tokens_that_differ(config: Input, tokenizer: Input) -> Iterator[str]
             listed = value if isinstance(value, list) else [value]
             if wanted not in listed:
                 listing = ", ".join(f"{n} ({tokens.get(n, 'no token')!r})" for n in listed)
-                yield (
-                    f"{file} of {shown(config.reference)} has {key} {shown(listing)}, "
-                    f"but the tokenizer of {shown(tokenizer.reference)} has {wanted} ({token!r})"
-                )
+                pair = f"{key} {shown(listing)}", f"{wanted} ({token!r})"
+                files.setdefault(pair, []).append(file)
+    for (found, expected), names in files.items():
+        has = "have" if names[1:] else "has"
+        yield (
+            f"{' and '.join(names)} of {shown(config.reference)} {has} {found}, "
+            f"but the tokenizer of {shown(tokenizer.reference)} has {expected}"
+        )
 
 
 def special_token(home: Path, key: str) -> str | None:

@@ -75,6 +75,14 @@ class Spelled:
             return decoded.removeprefix(" ")
         return decoded.replace(" ", _SPACE)
 
+    def text_of(self, id_: int, token: str) -> str:
+        """Return what a token spells, for people; bytes that are no text are `<0xE0>`."""
+        spelt = self.texts.get(id_, token.encode("utf-8", "surrogatepass"))
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in spelt)
+
     def byte_ids(self, text: bytes) -> list[int]:
         """Return the tokens of a text's single bytes; empty if one of them has none."""
         own = {byte: id_ for id_, byte in self.single.items()}

@@ -15,6 +15,7 @@ from outliermerge.errors import shown
 from outliermerge.planning.owners import input_named
 from outliermerge.planning.plan import Input, Sidecar
 from outliermerge.planning.special_tokens import special_token
+from outliermerge.planning.tokenizer_pieces import no_union
 from outliermerge.planning.vocabulary import Alignment
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.spec.check import MergeSpec
@@ -27,7 +28,7 @@ Changes = dict[str, dict[tuple[str, ...], Any]]
 def further_stops(
     spec: MergeSpec,
     inputs: Sequence[Input],
-    numbers: Sequence[int],
+    models: Sequence[Input],
     sidecars: Sequence[Sidecar],
     alignment: Alignment,
     owner: Input,
@@ -37,7 +38,8 @@ def further_stops(
     A config that the spec asks for by `config_source` stays as it is.
 
     Args:
-        numbers: the inputs that are merged.
+        models: those whose texts the output may end as: all that are merged, or all that parts of
+            the output which write texts are made of.
         sidecars: the files beside the weights.
         alignment: has the tokens that the merge adds, or the tokenizer that it makes.
         owner: the model whose tokenizer the output has.
@@ -49,20 +51,25 @@ def further_stops(
         ours = [id_ for id_ in (value if isinstance(value, list) else [value]) if id_ is not None]
     if not ours or file not in {sidecar.name for sidecar in sidecars}:
         return {}, []
-    ended: dict[str, str] = {}
-    for entry in (inputs[number] for number in numbers):
+    ended: dict[str, Input] = {}
+    for entry in models:
         for token in _tokens_unlike(entry, config, owner):
-            ended.setdefault(token, entry.reference)
+            ended.setdefault(token, entry)
     if not ended:
         return {}, []
     ids = {token: id_ for id_, token in _output_tokens(owner, alignment).items()}
     notes, more = [], []
+    has_union = not spec.modules and spec.command == "run"
     for token, model in ended.items():
-        who = f"{shown(model)} ends its texts with {shown(repr(token))}"
+        who = f"{shown(model.reference)} ends its texts with {shown(repr(token))}"
         if token not in ids:
+            keeps = "a `base_model` that has the token keeps it"
+            if has_union:
+                keeps = no_union((owner.tokenizer_home, model.tokenizer_home))
+                keeps = keeps or "`tokenizer_source: union` keeps the token"
             notes.append(
                 f"{who}, which the output's tokenizer does not have, so that the output may not "
-                "stop where it should: `tokenizer_source: union` keeps the token"
+                f"stop where it should: {keeps}"
             )
         elif ids[token] in ours:
             continue

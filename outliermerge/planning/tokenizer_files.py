@@ -15,8 +15,9 @@ from outliermerge.planning.plan import Plan
 from outliermerge.storage.files import names_in, small_bytes
 from outliermerge.storage.hub_cache import is_cached
 from outliermerge.storage.json_text import json_bytes
+from outliermerge.storage.stamps import is_there
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TEKKEN = "tokenizer.json", "tekken.json"
 # Files that say the same as tokenizer.json, until tokens are added to that.
 _SECOND = re.compile(
     r"\.(model(\.v\d+\w*)?|tiktoken|spm|codes)$|^(vocab|merges|unigram|tekken|dict)\.(json|txt)$"
@@ -162,6 +163,21 @@ def how_to_convert(root: Path) -> str:
         f"transformers makes the file{where}: "
         f"AutoTokenizer.from_pretrained({str(root)!r}).save_pretrained({str(root)!r})."
     )
+
+
+def refuse_tekken(name: str, root: Path) -> None:
+    """Refuse a model of whose tokenizer there is only a file of Mistral's, in a folder.
+
+    Its ids are not those of its lines: special tokens come first, and their number is in the file.
+
+    Raises:
+        OutlierMergeError: there is no other file of its tokenizer.
+    """
+    if is_there(root / TEKKEN) and not token_files(root):
+        raise OutlierMergeError(
+            f"{shown(name)} has only {TEKKEN} of a tokenizer, whose tokens are not read. "
+            f"{how_to_convert(root)}"
+        )
 
 
 def _held(tokenizer: Mapping[str, Any]) -> set[str]:

@@ -8,7 +8,7 @@ come before those of the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from outliermerge.checkpoint.config import read_json
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
 from outliermerge.planning.tokenizer_files import TOKENIZER, how_to_convert
 from outliermerge.storage.stamps import is_there
+
+TRANSPLANT = (
+    "`outliermerge tokenizer transplant MODEL DONOR` gives a model the tokenizer of another one"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _check_kinds(
         raise OutlierMergeError(
             f"a union of tokenizers needs a {TOKENIZER} of one kind from each; the one of {root} "
             f"is {own}:\n{listing(unlike, limit=5)}\n"
-            "`tokenizer: {source: base}` leaves these tokens out."
+            f"`tokenizer: {{source: base}}` leaves these tokens out; {TRANSPLANT}."
             + "".join(f" {how_to_convert(bare)}" for bare in without[:1])
         )
 
@@ -126,6 +130,19 @@ def kind_of_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     )
     prefix = model.get("continuing_subword_prefix") if kind == "WordPiece" else None
     return ("byte-level " if in_bytes else "") + kind + (f" with {prefix}" if prefix else "")
+
+
+def no_union(roots: Iterable[Path]) -> str:
+    """Return what to do about tokenizers of several kinds; empty if they have a union."""
+    kinds = {
+        kind_of_tokenizer(read_json(root / TOKENIZER))
+        for root in roots
+        if is_there(root / TOKENIZER)
+    }
+    if len(kinds) < 2:
+        return ""
+    said = f"as tokenizers of different kinds ({', '.join(sorted(kinds))}) have no union"
+    return f"{TRANSPLANT}, {said}"
 
 
 def _is_list(model: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.planning.spelling import Pairing, Spelled, pair_tokens, spelled
 from outliermerge.planning.tied import match_tied
 from outliermerge.planning.tied_names import EMBEDDINGS, is_head
+from outliermerge.planning.tokenizer_files import refuse_tekken
 from outliermerge.planning.tokenizer_plan import ModelRows, TokenizerPlan
 from outliermerge.planning.vocabulary import open_vocabulary
 from outliermerge.planning.vocabulary_ids import Side, changed_ids
@@ -177,7 +178,7 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
         spec.donor, spec.donor, len(tokens), num_rows, 0, 0,
         (_counts(spec, rows, pairing, kept, len(tokens)),), ids=ids,
     )  # fmt: skip
-    notes = [*tied.notes, *plan.notes, *of_ids]
+    notes = [*tied.notes, *plan.notes, *of_ids, *_notes_on_k(spec, len(pairing.shared), targets)]
     plan = replace(
         plan,
         num_rows=num_rows,
@@ -188,6 +189,22 @@ def _plan(spec: TransplantSpec, shard_bytes: int) -> Transplant:
     )
     missing = tuple(row for row, own in enumerate(kept) if own is None)
     return Transplant(plan, targets, pairing, ours, its, tokens, missing)
+
+
+def _notes_on_k(spec: TransplantSpec, num_shared: int, targets: Sequence[Target]) -> Iterator[str]:
+    """Yield a note if there are fewer tokens in common than are to make up a row, or too many."""
+    if spec.needs_donor_rows and num_shared < spec.k:
+        yield (
+            f"k is {spec.k}, but the models have only {num_shared:,} tokens in common that rows "
+            "can be made of: all of them are used"
+        )
+    columns = [target.donor.shape[-1] for target in targets if target.donor is not None]
+    if spec.approximation == "omp" and min(spec.k, num_shared) >= min(columns):
+        yield (
+            f"k is {spec.k}, and a row of the donor has {min(columns):,} elements: as many rows "
+            "add up to any row exactly, so that the error in the donor says nothing, and the "
+            "model's rows can come out far off. Give a k that is well below it"
+        )
 
 
 def _open_donor(spec: TransplantSpec) -> Input:
@@ -222,6 +239,7 @@ def _open(entry: Input, num_rows: int | None) -> VocabularyModel:
     checkpoint = replace(entry.checkpoint, root=entry.tokenizer_home)
     found = open_vocabulary(0, entry.reference, checkpoint, 0)
     if not found.has_tokenizer:
+        refuse_tekken(entry.reference, entry.tokenizer_home)
         raise OutlierMergeError(f"{shown(entry.reference)} has no tokenizer files that can be read")
     most = max(found.beyond, default=-1) + 1 if num_rows is None else num_rows
     return open_vocabulary(0, entry.reference, checkpoint, most)

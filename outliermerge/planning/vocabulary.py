@@ -23,7 +23,9 @@ from outliermerge.planning.tokenizer_files import (
     find_entries,
     how_to_convert,
     read_files,
+    refuse_tekken,
 )
+from outliermerge.planning.tokenizer_pieces import no_union
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
 from outliermerge.planning.vocabulary_config import named_ids
 from outliermerge.planning.vocabulary_rows import (
@@ -42,6 +44,8 @@ from outliermerge.planning.vocabulary_rows import (
 from outliermerge.planning.vocabulary_runs import rearrange
 from outliermerge.planning.vocabulary_tensors import find_vocabulary_tensors
 from outliermerge.storage.stamps import is_there
+
+_BY_TOKEN = "`tokenizer: {source: union}` pairs rows by their tokens, as mergekit does"
 
 Policy = Literal["error", "base", "common", "union"]
 
@@ -134,10 +138,13 @@ def align_vocabulary(
         if not same_rows or clashes:
             raise OutlierMergeError(
                 _difference(members, clashes, lambda p: _lay_out(p, members, written, roots)[0])
+                + f"\nOr {no_union(roots) or _BY_TOKEN}."
             )
         rows = list(range(found.num_rows[0]))
         idle = check_ids(members, written, Layout(len(rows), {m.number: rows for m in members}))
         return replace(unchanged, notes=(*_unnamed_tokens(members, written), *idle))
+    for model in members:
+        refuse_tekken(model.name, roots[model.number])
     layout, written = _lay_out(policy, members, written, roots)
     idle = check_ids(members, written, layout)
     for model in members:
@@ -381,7 +388,6 @@ def _difference(
             f"  common: only the rows that all models have ({_outcome('common', lay_out)})",
             f"  union: the rows of {shown(reference.name)}, then those that only others have "
             f"({_outcome('union', lay_out)})",
-            "Or `tokenizer: {source: union}` pairs rows by their tokens, as mergekit does.",
         ]
     )
 

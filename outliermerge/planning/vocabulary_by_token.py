@@ -21,6 +21,7 @@ from outliermerge.planning.tokenizer_files import (
     how_to_convert,
     plain_entry,
     read_files,
+    refuse_tekken,
 )
 from outliermerge.planning.tokenizer_pieces import Donor, with_pieces
 from outliermerge.planning.tokenizer_plan import TokenizerPlan
@@ -151,6 +152,7 @@ def _by_token(
         if request.path == ("tokenizer_source",) and not request.is_union:
             if all(read_tokens(c.root) is None for c in checkpoints):
                 return nothing
+        refuse_tekken(models.names[owner], models.root(owner))
         raise SettingError(
             request.path, f"{shown(models.names[owner])} has no tokenizer files that can be read"
         )
@@ -229,6 +231,7 @@ def _open(models: _Models, found: VocabularyTensors) -> tuple[list[VocabularyMod
     first, notes = members[0], list[str]()
     for place, model in enumerate(members):
         if not model.has_tokenizer:
+            refuse_tekken(model.name, models.root(model.number))
             tokens = {id_: t for id_, t in first.tokens.items() if id_ < model.num_rows}
             members[place] = replace(model, tokens=tokens)
             notes.append(

@@ -110,8 +110,8 @@ def plan_sweep(
     return list(variants.values())
 
 
-@showing_options
 @checked
+@showing_options
 def sweep(
     spec: str | Path | Mapping[str, Any] | Sequence[Variant],
     settings: Mapping[str, Sequence[Any]] | None = None,
@@ -144,7 +144,7 @@ def sweep(
         >>> import outliermerge
         >>> outliermerge.sweep("spec.yaml", {"t": [2, 3]}, output="merged")  # doctest: +SKIP
     """
-    chosen = RunOptions.of(options, changes, "sweep")
+    chosen = RunOptions.of(options, changes)
     if isinstance(spec, (str, Path, Mapping)):
         variants = plan_sweep(spec, settings or {}, shard_size=shard_size)
     elif (

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from outliermerge.arguments import wrong
+from outliermerge.arguments import checked, wrong
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
@@ -216,6 +216,7 @@ class MergeSpec:
         return as_yaml(self.as_dict())
 
 
+@checked
 def load_spec(spec: str | Path | Mapping[str, Any], *, lenient: bool = False) -> MergeSpec:
     """Read and check a spec from a YAML file, from a dict, or from an output's manifest.
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
 
+from outliermerge.errors import direct_reference
 from outliermerge.spec.rename import MAP_NAMES
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.tokenizer import TokenizerEntry
@@ -76,6 +85,10 @@ _RenameField = Annotated[
 ]  # fmt: skip
 
 
+Reference = Annotated[str, Field(min_length=1), AfterValidator(direct_reference)]
+"""The name of a model, or of a path."""
+
+
 class _SpecEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -83,8 +96,8 @@ class _SpecEntry(BaseModel):
 class BaseEntry(_SpecEntry):
     """The base model, as a mapping: needed if it has more keys than its name."""
 
-    model: str = Field(
-        min_length=1, description="A folder, a file, or a hub id: org/name or org/name@revision."
+    model: Reference = Field(
+        description="A folder, a file, or a hub id: org/name or org/name@revision."
     )
     rename: _RenameField = Field(
         default=None,
@@ -105,7 +118,7 @@ class ModelEntry(BaseEntry):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Parameters of this model; they replace the global ones."
     )
-    auxiliary: dict[str, str] = Field(
+    auxiliary: dict[str, Reference] = Field(
         default_factory=dict,
         description="Further tensors of this model for the method, by their name in the method: "
         "a folder or file whose tensors have the model's names and shapes.",
@@ -118,7 +131,7 @@ _Layer = Annotated[int, Field(strict=True)]
 class SourceEntry(_SpecEntry):
     """Layers of a model."""
 
-    model: str = Field(min_length=1, description="As under `models`.")
+    model: Reference = Field(description="As under `models`.")
     layer_range: Annotated[list[_Layer], Field(min_length=2, max_length=2)] = Field(
         description="[a, b] takes the layers a to b - 1, counted from 0."
     )
@@ -246,14 +259,12 @@ class SpecDocument(_SpecEntry):
         description="Whether the output's head is tied to its embeddings: `true` ties it, `false` "
         "gives it its own head, and changes its config to match. By default as in the config.",
     )
-    config_source: str | None = Field(
+    config_source: Reference | None = Field(
         default=None,
-        min_length=1,
         description="The model whose config is used; default `base`.",
     )
-    tokenizer_source: str | None = Field(
+    tokenizer_source: Reference | None = Field(
         default=None,
-        min_length=1,
         description="Short for `tokenizer: {source: …}`. With `vocabulary` it only says whose "
         "tokenizer and chat template are taken; default `base`.",
     )
@@ -263,9 +274,8 @@ class SpecDocument(_SpecEntry):
         description="The output's chat template: `auto` (the one that most models have), the name "
         "of a format such as `chatml`, or Jinja. By default that of the tokenizer.",
     )
-    processor_source: str | None = Field(
+    processor_source: Reference | None = Field(
         default=None,
-        min_length=1,
         description="The model whose image processor is used; default `base`.",
     )
     stages: list[dict[str, Any]] = Field(
@@ -279,9 +289,8 @@ class SpecDocument(_SpecEntry):
         "(`text`, `vision`, `projector`, `encoder`, `decoder`, …, or the start of their tensors' "
         "names). What no module merges is the base model's.",
     )
-    output: str | None = Field(
+    output: Reference | None = Field(
         default=None,
-        min_length=1,
         description="The folder to write, or a .safetensors file where the base model is a file; "
         "an output that is given to the run replaces it.",
     )

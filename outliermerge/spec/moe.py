@@ -13,7 +13,7 @@ from outliermerge.arguments import wrong
 from outliermerge.errors import SpecError, as_path, quoted, suggest
 from outliermerge.methods.table import find_method
 from outliermerge.spec.check import MergeSpec
-from outliermerge.spec.document import DTypeName, ModelEntry, SpecDocument
+from outliermerge.spec.document import DTypeName, ModelEntry, Reference, SpecDocument
 from outliermerge.spec.models import ModelSpec
 from outliermerge.spec.repeated import read_repeated
 from outliermerge.spec.settings import SpecPath
@@ -35,8 +35,8 @@ _Prompts = Annotated[list[str], BeforeValidator(lambda value: [] if value is Non
 class ExpertEntry(_Entry):
     """An expert: the model whose MLP layers it is, and prompts that it is to answer."""
 
-    source_model: str = Field(
-        min_length=1, description="A folder, a hub id, an adapter of the base, or model+adapter."
+    source_model: Reference = Field(
+        description="A folder, a hub id, an adapter of the base, or model+adapter."
     )
     positive_prompts: _Prompts = Field(
         default_factory=list, description="Texts that are to be routed to this expert."
@@ -63,8 +63,8 @@ class MoeDocument(_Entry):
     merge_method: Literal["moe"] | None = Field(
         default=None, description="May be there; it says what the file is."
     )
-    base_model: str = Field(
-        min_length=1, description="The model that gives all but the MLP layers, and the tokenizer."
+    base_model: Reference = Field(
+        description="The model that gives all but the MLP layers, and the tokenizer."
     )
     gate_mode: Literal["hidden", "cheap_embed", "random", "uniform_random"] = Field(
         default="hidden",
@@ -88,7 +88,7 @@ class MoeDocument(_Entry):
         "default the first of mixtral, deepseek, qwen and qwen3 that holds the models.",
     )
     seed: int = Field(default=0, description="The seed of random routers and of noise.")
-    output: str | None = Field(default=None, min_length=1, description="The folder to write.")
+    output: Reference | None = Field(default=None, description="The folder to write.")
 
     def models(self) -> Iterator[tuple[SpecPath, ExpertEntry]]:
         """Yield all experts, the shared ones last, each with its place in the file."""

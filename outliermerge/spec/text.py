@@ -5,13 +5,15 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from outliermerge.checkpoint.folders.absent import path_meant
-from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
+from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
+from outliermerge.errors import OutlierMergeError, SpecError, listing_once, quoted, shown
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.validation import describe
 from outliermerge.spec.yaml_words import in_words
@@ -25,6 +27,7 @@ MAX_MISTAKES = 10  # of a file, that are told at once
 _MAX_NUMBER = 1000  # characters of a number or date; Python parses them in quadratic time
 
 _T = TypeVar("_T")
+_PLACE = attrgetter("place")
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Mistakes:
 
     def warned(self) -> tuple[str, ...]:
         """Return the warnings, by their lines."""
-        return tuple(str(error) for error in sorted(self.warnings, key=lambda error: error.place))
+        return tuple(listing_once(map(str, sorted(self.warnings, key=_PLACE))))
 
     def passed_over(self) -> list[SpecPath]:
         """Return the keys that lead to what the warnings are about."""
@@ -134,8 +137,8 @@ class Mistakes:
 
     def refuse(self, kind: type[OutlierMergeError] = SpecError) -> None:
         """Raise an error, of one kind or another, if something is wrong."""
-        in_order = sorted(self.found, key=lambda error: error.place)
-        messages = list(dict.fromkeys(error.marked for error in in_order))
+        in_order = sorted(self.found, key=_PLACE)
+        messages = list(dict.fromkeys(listing_once(error.marked for error in in_order)))
         if (more := len(messages) - MAX_MISTAKES) > 0:
             messages[MAX_MISTAKES:] = [f"… and {more} more"]
         if messages:
@@ -155,6 +158,8 @@ def read_text(path: Path, *, absent: str) -> str:
         data = read_bytes(path, max_bytes=MAX_BYTES)
     except OutlierMergeError as error:
         what = f"{path}: is a folder, expected a YAML file" if path.is_dir() else error.marked
+        if (path / MANIFEST_NAME).is_file():
+            what += f". To repeat the merge that made it, name {path / MANIFEST_NAME}"
         raise SpecError(what) from error
     if data is None:
         meant = path_meant(path)

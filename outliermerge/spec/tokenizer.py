@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from outliermerge.checkpoint.folders.hub import is_hub_id
-from outliermerge.errors import as_path, quoted, suggest
+from outliermerge.errors import as_path, direct_reference, quoted, suggest
 from outliermerge.spec.settings import SettingError, SpecPath, all_of
 from outliermerge.spec.validation import describe
 
@@ -53,10 +53,17 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _direct(source: Any) -> Any:
+    """Return where a row comes from, with the model's path as direct as the models' are."""
+    if isinstance(source, dict) and isinstance(source.get("model"), str):
+        return source | {"model": direct_reference(source["model"])}
+    return direct_reference(source) if isinstance(source, str) else source
+
+
 class TokenEntry(_Entry):
     """The row of a token."""
 
-    source: Annotated[Any, WithJsonSchema(_ROW_SCHEMA)] = Field(
+    source: Annotated[Any, WithJsonSchema(_ROW_SCHEMA), AfterValidator(_direct)] = Field(
         default=None,
         description="Where models that lack the token take its row from: a model, `{kind: zero}`, "
         "or `{kind: model_token, model: …, token: …}` (or `token_id`), the row of another token. "
@@ -70,9 +77,8 @@ class TokenEntry(_Entry):
 class TokenizerEntry(_Entry):
     """The output's tokenizer: embeddings and head get a row for each of its tokens."""
 
-    source: str = Field(
+    source: Annotated[str, Field(min_length=1), AfterValidator(direct_reference)] = Field(
         default=UNION,
-        min_length=1,
         description="`base`, a model, or `union` (default): the base's tokenizer with all tokens "
         "that only other models have. Of a model that is not merged only the tokenizer is read.",
     )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from outliermerge.arguments import wrong
-from outliermerge.errors import ArgumentError, argument, quoted, suggest
+from outliermerge.errors import ArgumentError, argument, direct_reference, quoted, suggest
 from outliermerge.methods.table import find_method
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.document import ModelEntry, SpecDocument
@@ -117,6 +117,7 @@ def transplant_spec(
     for name, value in (("model", model), ("donor", donor)):
         if not isinstance(value, str) or not value:
             raise wrong(name, value, "a folder, a hub id or model+adapter")
+    model, donor = direct_reference(model), direct_reference(donor)
     if method not in APPROXIMATIONS:
         advice = suggest(str(method), APPROXIMATIONS)
         raise ArgumentError(f"{argument('method')}: no method {quoted(method)}. {advice}")

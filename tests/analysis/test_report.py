@@ -68,9 +68,8 @@ def test_what_is_in_sight_is_drawn_before_the_rest(made, visit):
         assert busy == ["false", "true"]
 
 
-# Each value with each value of the others; `make faults` tries the rest.
-PRINTED = [("pair", 1280, "light"), ("pair", 375, "dark"), ("merge", 1280, "dark"),
-           ("merge", 375, "light")]  # fmt: skip
+# Each value once; `make faults` tries the rest.
+PRINTED = [("pair", 375, "light"), ("merge", 1280, "dark")]
 
 
 @pytest.mark.parametrize(

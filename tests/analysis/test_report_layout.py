@@ -46,6 +46,16 @@ def test_a_heat_map_is_as_wide_as_before_when_a_window_is_wide_again(made, visit
         assert now == before
 
 
+def test_a_module_has_one_look_in_all_plots_against_depth(made, visit):
+    with visit(made.merge) as page:
+        go_to(page, "depth")
+        named = page.evaluate(
+            "[...document.querySelectorAll('#depth-plots .plot')].map("
+            "plot => plot.data.map(each => each.name))"
+        )
+    assert len(named) == 2 and named[0] == named[1] == sorted(named[0])
+
+
 def test_lines_on_one_another_can_all_be_seen(made, visit):
     with visit(made.merge) as page:
         go_to(page, "depth")

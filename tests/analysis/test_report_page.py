@@ -86,10 +86,9 @@ def report(folder, models, **options):
                         **options)  # fmt: skip
 
 
-# One of each kind: by what it merges, needs of a base, and records of each tensor. `make faults`
-# opens the pages of the others.
-SHOWN = ("min_sigma", "linear", "ties", "della", "sce", "ramplus_tl", "slerp", "karcher",
-         "model_stock", "arcee_fusion", "passthrough")  # fmt: skip
+# They differ in what they merge, need of a base, and record of each tensor. `make faults` opens the
+# pages of the others.
+SHOWN = ("min_sigma", "ties", "ramplus_tl", "slerp", "model_stock", "passthrough")
 
 
 @pytest.mark.parametrize(
@@ -99,8 +98,7 @@ SHOWN = ("min_sigma", "linear", "ties", "della", "sce", "ramplus_tl", "slerp", "
         for name, method in METHODS.items()
         if not method.auxiliary
     ]
-    + [(name, layers, False) for name in ("min_sigma", "ties") for layers in (0, 1)]
-    + [(name, 3, True) for name in ("min_sigma", "linear", "passthrough")],
+    + [("min_sigma", 0, False), ("ties", 1, False), ("min_sigma", 3, True), ("linear", 3, True)],
 )
 def test_page_of_any_merge_has_three_numbers_and_nothing_empty(
     visit, tmp_path, method, layers, same
@@ -412,8 +410,14 @@ def test_wide_tables_say_on_a_phone_that_they_go_on(made, visit):
 
 @pytest.mark.parametrize(
     ("which", "width", "scheme"),
-    [("merge", width, scheme) for width in WIDTHS for scheme in ("light", "dark")]
-    + [("pair", 1280, "light"), ("pair", 375, "dark")],
+    [
+        ("merge", 1280, "light"),
+        ("merge", 375, "dark"),
+        ("pair", 1280, "dark"),
+        pytest.param("merge", 1280, "dark", marks=pytest.mark.faults),
+        pytest.param("merge", 375, "light", marks=pytest.mark.faults),
+        pytest.param("pair", 375, "light", marks=pytest.mark.faults),
+    ],
 )
 def test_no_rule_of_accessibility_is_broken(made, visit, which, width, scheme):
     with visit(getattr(made, which), width=width, scheme=scheme) as page:
@@ -502,20 +506,18 @@ def test_a_page_is_not_much_larger_than_packed_plotly_and_its_data(made):
     assert packed < len(page) - data < packed + 100_000
 
 
-@pytest.mark.parametrize(
-    ("value", "deviation", "text"),
-    [
-        (0.02007, 0.0001179, "0.0201 ± 0.0001"),
-        (0.4137, 0.023, "0.41 ± 0.02"),
-        (12.34, 0.0012, "12.3"),
-        (0.4137, 0.0, "0.414"),
-        (0.0, 0.0, "0.00"),
-    ],
-)
-def test_a_mean_has_the_digits_that_its_deviation_leaves(made, visit, value, deviation, text):
+def test_a_mean_has_the_digits_that_its_deviation_leaves(made, visit):
+    wanted = {
+        (0.02007, 0.0001179): "0.0201 ± 0.0001",
+        (0.4137, 0.023): "0.41 ± 0.02",
+        (12.34, 0.0012): "12.3",
+        (0.4137, 0.0): "0.414",
+        (0.0, 0.0): "0.00",
+    }
     with visit(made.pair) as page:
-        assert page.evaluate("([a, b]) => withDeviation(a, b)", [value, deviation]) == text
-    assert with_error(value, deviation) == text
+        found = page.evaluate("all => all.map(([a, b]) => withDeviation(a, b))", [*wanted])
+    assert found == [*wanted.values()]
+    assert [with_error(*pair) for pair in wanted] == found
 
 
 def test_it_is_said_why_min_sigma_is_shown_and_what_became_of_all_tensors(visit, tmp_path):

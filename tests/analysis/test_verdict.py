@@ -70,7 +70,9 @@ def test_it_tells_where_the_conflicts_are(save):
     conflicting = "layers.1.mlp.weight"
     b = save("b", lambda name: -one(name) if name == conflicting else one(name) + other(name) / 9)
     said = _verdict(a, b)
-    assert re.search(r"most of them in mlp \(\d+%\), and by layer in layers\.1 \(\d+%\)", said)
+    assert re.search(
+        r"largest share of them in mlp \(\d+%\), and by layer in layers\.1 \(\d+%\)", said
+    )
     found = compare_weights([a, b], base="base")
     (whole,) = found.pairs
     assert f"{whole.conflict_ratio:.2%} of all elements" in said

@@ -127,7 +127,7 @@ def test_a_path_that_starts_from_the_spec_is_told(place, tmp_path):
 
 def test_a_folder_of_models_names_one_of_them(place):
     message = _refusal("models/runs")
-    assert message.endswith(f"Models are in it: did you mean {place}/models/runs/checkpoint-10?")
+    assert message.endswith("a model is in it: did you mean models/runs/checkpoint-10?")
     assert "did you mean" not in _refusal("models/notes")
 
 

@@ -137,6 +137,10 @@ CLASSES = {
     "XLNet": ("spiece.model", "XLNetTokenizer", {}, {"user_defined_symbols": ["<pad>", "<cls>",
               "<sep>", "<mask>", "<eop>", "<eod>"]}),
     "XLM-R": ("sentencepiece.bpe.model", "XLMRobertaTokenizer", {}, {}),
+    "XLNet without its special pieces": ("spiece.model", "XLNetTokenizer", {}, {}),
+    "XLNet with a word of its own": ("spiece.model", "XLNetTokenizer", {"sep_token": "[S]"},
+                                     {"user_defined_symbols": ["<cls>"]}),
+    "T5 without its special pieces": ("spiece.model", "T5Tokenizer", {}, {"bos_id": -1}),
 }  # fmt: skip
 
 
@@ -171,6 +175,55 @@ def test_a_number_of_sentinels_that_is_none_is_refused(tmp_path, number):
         read_tokens(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "vocab.txt"])
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_with_a_gap_before_them_are_refused(tmp_path, llama_model, name, file):
+    """transformers 5 closes the gap, and gives the token another id than the file says."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2}
+    (tmp_path / name).write_bytes(
+        {"tokenizer.model": llama_model, "vocab.json": json.dumps(vocabulary).encode(),
+         "vocab.txt": "\n".join(vocabulary).encode()}[name]
+    )  # fmt: skip
+    first = len(read_tokens(tmp_path))
+
+    def add(**ids: int) -> None:
+        content = dict(ids)
+        if file == "tokenizer_config.json":
+            decoder = {str(id_): {"content": token} for token, id_ in ids.items()}
+            content = {"added_tokens_decoder": decoder}
+        (tmp_path / file).write_text(json.dumps(content))
+
+    add(**{"<x>": first, "<y>": first + 1})
+    assert len(read_tokens(tmp_path)) == first + 2
+    add(**{"<x>": first, "<y>": first + 2})
+    said = f"token '<y>' has the id {first + 2}, and no token has {first + 1}: transformers 5"
+    with pytest.raises(OutlierMergeError, match=said):
+        read_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 5])
+def test_a_loader_closes_gaps_before_added_tokens(tmp_path, llama_model, gap):
+    (tmp_path / "tokenizer.model").write_bytes(llama_model)
+    first = len(read_tokens(tmp_path))
+    decoder = {str(first + gap): {"content": "<new>", "special": True}}
+    config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert loaded["<new>"] == first
+    if gap == 0:
+        assert {token: id_ for id_, token in read_tokens(tmp_path).items()} == loaded
+    else:
+        with pytest.raises(OutlierMergeError, match="'<new>' has the id"):
+            read_tokens(tmp_path)
+
+
+def test_tiktoken_leaves_gaps_before_added_tokens(tmp_path):
+    lines = [b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 300}')
+    assert read_tokens(tmp_path)[300] == "<|end|>"
+
+
 def test_an_id_in_tokenizer_json_that_no_table_could_have_is_refused(tmp_path):
     content = Tokenizer(models.WordLevel({"a": 0, "b": 1 << 31}, unk_token="a")).to_str()
     (tmp_path / "tokenizer.json").write_text(content)
@@ -180,9 +233,10 @@ def test_an_id_in_tokenizer_json_that_no_table_could_have_is_refused(tmp_path):
 
 def test_vocab_json_and_its_added_tokens(tmp_path):
     trained("BPE").model.save(str(tmp_path))
-    (tmp_path / "added_tokens.json").write_text('{"<image>": 500}')
     expected = json.loads((tmp_path / "vocab.json").read_text())
-    assert read_tokens(tmp_path) == {i: t for t, i in expected.items()} | {500: "<image>"}
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": len(expected)}))
+    tokens = {id_: token for token, id_ in expected.items()}
+    assert read_tokens(tmp_path) == tokens | {len(expected): "<image>"}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -23,6 +23,7 @@ from waiting import LIMIT_SECONDS, held, stopped
 import outliermerge.cli as cli_package
 from outliermerge.cli import main as cli
 from outliermerge.methods.table import METHODS
+from outliermerge.spec.moe import parse_moe_spec
 
 COMMANDS = tuple(cli.COMMANDS)
 PROGRAM = [sys.executable, "-m", "outliermerge"]
@@ -117,14 +118,20 @@ class TestHelp:
                 cli.make_parser(cli.load()).parse_args(words)
 
     @pytest.mark.parametrize("command", COMMANDS)
-    def test_every_option_is_explained(
-        self, command: str, capsys: pytest.CaptureFixture[str]
+    def test_every_argument_is_explained(self, command: str) -> None:
+        actions = cli.make_parser(cli.load([command])).of(command)._actions
+        told = [(each.dest, each.help or "") for each in actions if each.metavar != "transplant"]
+        assert [
+            name for name, text in told if len(text.split()) < 3 and "SUPPRESS" not in text
+        ] == []
+
+    def test_the_help_of_moe_shows_a_file_that_it_reads(
+        self, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert cli.main([command, "--help"]) == 0
-        text = capsys.readouterr().out
-        options = text.partition("options:\n")[2].partition("examples:")[0]
-        unexplained = re.findall(r"^  (--[\w-]+(?: [A-Z]+)?)$(?!\n {20})", options, re.MULTILINE)
-        assert unexplained == []
+        assert cli.main(["moe", "--help"]) == 0
+        file = re.search(r"^  base_model:(.*\n  .*)+", capsys.readouterr().out, re.MULTILINE)
+        assert file is not None
+        assert parse_moe_spec(file[0]).moe.gate_mode == "hidden"
 
     @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
     def test_help_imports_nothing_heavy(self, command: tuple[str, ...]) -> None:

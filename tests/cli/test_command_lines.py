@@ -339,6 +339,27 @@ def test_a_word_that_is_sure_is_told_without_the_list_of_commands(capsys):
     assert "Commands: run, plan, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stats", "m", "--by", "layr"],
+         "argument --by: found 'layr', expected module, layer or tensor. Did you mean 'layer'?"),
+        (["completion", "csh"], "argument SHELL: found 'csh', expected bash, zsh or fish"),
+        (["tokenizer", "transplnt", "a", "b"],
+         "argument transplant: found 'transplnt', expected transplant. Did you mean 'transplant'?"),
+    ],
+)  # fmt: skip
+def test_a_word_that_is_no_choice_is_answered_with_those_that_are(words, said, capsys):
+    assert cli.main(words) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_folder_in_place_of_a_spec_is_answered_with_its_manifest(place, capsys):
+    assert cli.main(["run", "merge.yml", "out"]) == 0
+    assert cli.main(["run", "out", "again"]) == 2
+    assert "To repeat the merge that made it, name out/outliermerge.json" in capsys.readouterr().err
+
+
 def test_the_flag_for_a_gpu_that_a_command_lacks_is_told_as_its_own(capsys):
     assert cli.main(["plan", "merge.yml", "--cuda"]) == 2
     assert "no option '--cuda'. Did you mean --device cuda?" in capsys.readouterr().err

@@ -57,9 +57,8 @@ def _call(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    bad = pair(tmp_path)
-    shard = bad / "model.safetensors"  # of other dtypes, so that there is a note
-    shard.write_bytes(shard.read_bytes().replace(b'"F32"', b'"I32"'))
+    for number, model in enumerate((pair(tmp_path), tmp_path / "good")):  # they differ: a note
+        (model / "generation_config.json").write_text(f'{{"top_k": {number + 1}}}')
     return tmp_path
 
 

@@ -308,6 +308,7 @@ def spoiled(tmp_path_factory) -> Callable[..., tuple[Path, list[Path]]]:
     return made
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_value_that_is_not_finite_stops_a_run(method, dtype, spoiled, tmp_path):

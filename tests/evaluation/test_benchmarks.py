@@ -103,19 +103,17 @@ class Run(NamedTuple):
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def command(*arguments: str | Path, code: int = 0) -> tuple[str, str]:
+def command(python: Path, *arguments: str | Path, code: int = 0) -> tuple[str, str]:
     """Run the program in a process of its own; return what it said."""
     done = subprocess.run(
-        [sys.executable, "-m", "outliermerge", *map(str, arguments)],
-        capture_output=True,
-        text=True,
+        [python, "-m", "outliermerge", *map(str, arguments)], capture_output=True, text=True
     )
     assert done.returncode == code, done.stderr
     return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Iterator[Run]:
     place = tmp_path_factory.mktemp("benchmarks")
     (place / "data").mkdir()
     for save in SAVES:
@@ -123,17 +121,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
-        yield evaluated(place)
+        yield evaluated(place, warm)
 
 
-def evaluated(place: Path) -> Run:
+def evaluated(place: Path, warm: Path) -> Run:
     """Train both checkpoints and run the suite on them."""
     tasks = [benchmark.task for benchmark in BENCHMARKS.values()]
     save_oracles(
-        place / "data", EVALS / "tasks", tasks, right=place / "right", mute=place / "nothing"
-    )
+        warm, place / "data", EVALS / "tasks", tasks,
+        right=place / "right", mute=place / "nothing",
+    )  # fmt: skip
     said = command(
-        "eval", place / "right", place / "nothing", "--suite", SUITE, "--device", "cpu",
+        warm, "eval", place / "right", place / "nothing", "--suite", SUITE, "--device", "cpu",
         "--dtype", "float32", "--no-load-in-8bit", "--data", place / "data", "--jobs", "2",
         "--output", place / "scores",
     )  # fmt: skip
@@ -217,8 +216,8 @@ def test_the_table_has_a_column_a_benchmark_and_the_average(run: Run) -> None:
     assert (run.output / "scores.png").stat().st_size > 0
 
 
-def test_the_papers_rows_stand_below_in_the_same_columns(run: Run) -> None:
-    out, _ = command("compare", run.output, "--paper")
+def test_the_papers_rows_stand_below_in_the_same_columns(run: Run, warm: Path) -> None:
+    out, _ = command(warm, "compare", run.output, "--paper")
     header, *rows = table(out)
     assert header == ["model", *BENCHMARKS, "avg"]
     assert [row[0] for row in rows[1:4]] == ["right", "nothing", ""]
@@ -248,12 +247,14 @@ print(json.dumps(Counter(str(layer.weight.dtype) for layer in layers)))
 """
 
 
-def test_in_8_bit_as_the_suite_says_the_answers_are_alike(run: Run, tmp_path: Path) -> None:
+def test_in_8_bit_as_the_suite_says_the_answers_are_alike(
+    run: Run, warm: Path, tmp_path: Path
+) -> None:
     # Not in its float16: bitsandbytes says in the log that it multiplies in 8 bit when it has to
     # cast what it multiplies.
     command(
-        "eval", run.place / "right", "--suite", SUITE, "--device", "cpu", "--dtype", "float32",
-        "--data", run.place / "data", "--output", tmp_path,
+        warm, "eval", run.place / "right", "--suite", SUITE, "--device", "cpu",
+        "--dtype", "float32", "--data", run.place / "data", "--output", tmp_path,
     )  # fmt: skip
     logs = [(folder / "logs" / "right.log").read_text() for folder in (run.output, tmp_path)]
     assert ["MatMul8bitLt" in log for log in logs] == [False, True]
@@ -265,7 +266,7 @@ def test_in_8_bit_as_the_suite_says_the_answers_are_alike(run: Run, tmp_path: Pa
         record = json.loads((tmp_path / found.tasks[title].record).read_text("utf-8"))
         assert record["identity"]["settings"]["load_in_8bit"] is True
     loaded = subprocess.run(
-        [sys.executable, "-c", LAYERS, run.place / "right"], capture_output=True, text=True
+        [warm, "-c", LAYERS, run.place / "right"], capture_output=True, text=True
     )
     assert loaded.returncode == 0, loaded.stderr
     # The tower's two layers of 6, the projector's 2 and Llama's layer of 7; the head is left out.
@@ -277,7 +278,7 @@ def test_a_gpu_that_is_not_there_is_said_in_a_line(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is one, it is hidden
     out, err = command(
-        "eval", run.place / "right", "--suite", SUITE, "--device", "cuda",
+        Path(sys.executable), "eval", run.place / "right", "--suite", SUITE, "--device", "cuda",
         "--output", tmp_path / "out", code=2,
     )  # fmt: skip
     assert out == ""

@@ -207,9 +207,9 @@ def test_the_variants_of_a_seed_come_together_in_order():
     assert list(rows["variant"]) == [1, 2, 3] * 3
 
 
-def test_lmms_eval_scores_right_answers_and_empty_ones(tmp_path):
+def test_lmms_eval_scores_right_answers_and_empty_ones(warm, tmp_path):
     save_dynamath(tmp_path)
-    result = run_task("dynamath_direct", tmp_path)
+    result = run_task(warm, "dynamath_direct", tmp_path)
     kinds = ["average_float", "average_multiple_choice", "average_text"]
     assert result["right"] == dict.fromkeys(["average", "worst", *kinds], 1.0)
     assert result["empty"] == dict.fromkeys(["average", "worst", *kinds], 0.0)

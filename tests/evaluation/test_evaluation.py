@@ -34,7 +34,7 @@ from outliermerge.evaluation.scores import Failure, Score, Scores, load_scores
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.evaluation.worker_process import worker
 
-PYTHON = sys.executable
+PYTHON = Path(sys.executable)
 
 # One local task each, of the same four questions; `utils.py` is shared.
 TASKS = {
@@ -271,11 +271,10 @@ class Done(NamedTuple):
 
 
 def _start(
-    root: Path, arguments: list[object], output: Path, **environment: str
+    root: Path, arguments: list[object], output: Path, python: Path = PYTHON, **environment: str
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "outliermerge", "eval", *map(str, arguments),
-         "--output", str(output)],
+        [python, "-m", "outliermerge", "eval", *map(str, arguments), "--output", str(output)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -298,7 +297,7 @@ def _finish(process: subprocess.Popen[str], output: Path) -> Done:
 
 
 @pytest.fixture(scope="module")
-def both(place: Path) -> tuple[Done, Done]:
+def both(place: Path, warm: Path) -> tuple[Done, Done]:
     """A good model on good and bad tasks, and bad models on a good task, side by side."""
     tasks = [
         _task("dataless"),
@@ -326,6 +325,7 @@ def both(place: Path) -> tuple[Done, Done]:
         place,
         [*(place / name for name in bad), "--suite", suite, "--jobs", "2"],
         place / "out_models",
+        warm,
     )
     return _finish(first, place / "out_tasks"), _finish(second, place / "out_models")
 
@@ -486,7 +486,7 @@ def test_a_model_that_lacks_a_weight_gets_no_score(models_run):
 
 
 @pytest.fixture(scope="module")
-def changed_run(tasks_run: Done, place: Path) -> Done:
+def changed_run(tasks_run: Done, place: Path, warm: Path) -> Done:
     """`good` is merged anew, its former self has another name; Fixed's data has changed."""
     shutil.copytree(place / "good", place / "moved")
     (place / "moved" / "README.md").write_text("# Moved\n")
@@ -497,7 +497,8 @@ def changed_run(tasks_run: Done, place: Path) -> Done:
     _write_questions(place / "sets", {"a": [1, 1, 1], "b": [1]})
     suite = _write_suite(place / "later.yaml", [_task("mmstar"), _task("fixed")])
     models = [place / "good", f"old={place / 'moved'}"]
-    process = _start(place, [*models, "--suite", suite, "--jobs", "2"], tasks_run.output)
+    arguments = [*models, "--suite", suite, "--jobs", "2"]
+    process = _start(place, arguments, tasks_run.output, warm)
     return _finish(process, tasks_run.output)
 
 

@@ -68,9 +68,9 @@ def test_the_letter_within_a_response(response: str, letter: str | None) -> None
     assert utils.process_results({"answer": "D"}, [response]) == {"accuracy": 0.0}
 
 
-def test_lmms_eval_scores_right_answers_one_and_none_zero(tmp_path: Path) -> None:
+def test_lmms_eval_scores_right_answers_one_and_none_zero(warm: Path, tmp_path: Path) -> None:
     save_geoqa(tmp_path)
-    result = run_task("geoqa_direct", tmp_path)
+    result = run_task(warm, "geoqa_direct", tmp_path)
     assert result["right"] == {"accuracy": 1.0}
     assert result["empty"] == {"accuracy": 0.0}
     assert result["pictures"] == [[30 * i, 0, 255] for i in range(len(GEOQA))]

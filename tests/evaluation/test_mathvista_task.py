@@ -287,9 +287,9 @@ def test_the_prompt_names_an_unusual_precision() -> None:
     assert text.endswith("using a single floating-point number with 3 decimal places.")
 
 
-def test_lmms_eval_scores_right_answers_one_and_none_zero(tmp_path: Path) -> None:
+def test_lmms_eval_scores_right_answers_one_and_none_zero(warm: Path, tmp_path: Path) -> None:
     save_mathvista(tmp_path)
-    result = run_task("mathvista_direct", tmp_path)
+    result = run_task(warm, "mathvista_direct", tmp_path)
     metrics = {"accuracy"} | {f"accuracy_{row[-1].replace(' ', '_')}" for row in MATHVISTA}
     assert len(metrics) == 6
     assert result["right"] == dict.fromkeys(metrics, 1.0)

@@ -665,3 +665,11 @@ def test_no_code_is_imported_that_a_models_manifest_names(tmp_path, monkeypatch)
     (tmp_path / "outliermerge.json").write_text(json.dumps({"spec": spec}))
     assert merge_of(tmp_path) == {"method": "hostile_method:merge", "parameters": {}}
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_folder_of_several_evaluations_names_them(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text("{}")
+    with pytest.raises(OutlierMergeError, match=r"but 2 evaluations are in it\. Name one of them:"):
+        load_scores(tmp_path)

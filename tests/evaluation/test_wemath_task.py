@@ -214,9 +214,9 @@ def test_the_questions_of_a_problem_come_together():
     assert list(rows["key"]) == ["2steps_1", "2steps_multi"] * 3
 
 
-def test_lmms_eval_scores_right_answers_and_empty_ones(tmp_path):
+def test_lmms_eval_scores_right_answers_and_empty_ones(warm, tmp_path):
     save_wemath(tmp_path)
-    result = run_task("wemath_direct", tmp_path)
+    result = run_task(warm, "wemath_direct", tmp_path)
     zero = dict.fromkeys(["accuracy", *task.MEASURES], 0.0)
     assert result["right"] == zero | dict.fromkeys(
         ["accuracy", "strict", "strict_cm", "loose", "loose_cm"], 1.0

@@ -60,6 +60,7 @@ class _Quiet:
         pass
 
 
+@pytest.mark.sampled(2)
 @every_method
 def test_a_recipe_gives_what_a_run_writes(name, llamas, tmp_path):
     needs_base = METHODS[name].needs_base

@@ -159,7 +159,13 @@ NUM_TENSORS = NUM_LAYERS * (NUM_SMALL + 2)
 NUM_MOMENTS = 6
 
 
-@pytest.mark.parametrize("moment", range(NUM_MOMENTS))
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(moment, marks=() if moment in (0, 3, 5) else pytest.mark.faults)
+        for moment in range(NUM_MOMENTS)
+    ],
+)
 def test_a_killed_run_goes_on_with_what_was_left(
     workplace: Path, tmp_path: Path, moment: int
 ) -> None:

@@ -89,6 +89,45 @@ def test_the_recipe_for_mergekit_names_models_from_the_present_folder(place, aga
     assert [entry["model"] for entry in written["models"]] == ["models/a", "models/b"]
 
 
+def test_paths_are_shown_and_stored_without_detours_but_through_links(place, capsys):
+    shutil.copytree(place / "models" / "b", place / "deep" / "models" / "b")
+    shutil.copytree(place / "models" / "a", place / "deep" / "folder")
+    (place / "link").symlink_to("deep/folder")  # link/.. is deep
+    _other_values(place / "deep" / "models" / "b")
+    spec = SPEC | {
+        "base_model": "models/../models/base",
+        "models": [
+            {"model": f"../{place.name}/elsewhere/../models/a", "parameters": {"density": 0.5}},
+            {"model": "link/../models/b"},
+        ],
+        "tokenizer_source": f"../{place.name}/elsewhere/../models/a",
+    }
+    Path("detours.yaml").write_text(yaml.safe_dump(spec))
+    assert cli.main(["plan", "detours.yaml"]) == 0
+    assert "models/../models" not in capsys.readouterr().out
+    assert cli.main(["run", "detours.yaml", "elsewhere/../out"]) == 0
+    assert capsys.readouterr().out.startswith("wrote out: ")
+
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert recipe["base_model"] == str(place / "models" / "base")
+    names = [entry["model"] for entry in recipe["models"]]
+    assert names == [str(place / "models" / "a"), f"{place}/link/../models/b"]
+    assert recipe["tokenizer_source"] == names[0]
+    manifest = json.loads(Path("out/outliermerge.json").read_text())
+    found = [entry["model"] for entry in manifest["inputs"]]
+    assert found == ["models/base", f"../{place.name}/models/a", "link/../models/b"]
+    assert "elsewhere/.." not in Path("out/README.md").read_text()
+    plain = SPEC | {"models": [SPEC["models"][0], {"model": "deep/models/b"}]}
+    assert weights(outliermerge.run(plain, output="plain").output) == weights(Path("out"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + "/../models/b", "a\0b/../c", "models/a/x/../y"])
+def test_a_path_that_cannot_be_is_refused_as_it_was_written(place, name):
+    spec = SPEC | {"models": [{"model": "models/a"}, {"model": name}]}
+    with pytest.raises(OutlierMergeError, match=r"models\[1\]\.model: "):
+        outliermerge.plan(spec)
+
+
 def test_a_single_file_is_made_again_from_its_manifest(place):
     for name in NAMES:
         shutil.copy(place / "models" / name / "model.safetensors", f"{name}.safetensors")

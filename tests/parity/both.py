@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from checkpoints import load_folder
 from torch import Tensor
 
@@ -103,6 +105,26 @@ def by_mergekit(spec: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
     run_merge(MergeConfiguration.model_validate(spec), str(folder), options)
     return load_folder(folder)
+
+
+def logits_of(folder: Path, tokens: list[int]) -> Tensor:
+    """Return what an output answers to some tokens, loaded by transformers as its config says."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = {"input_ids": torch.tensor([tokens])}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :3]
+    with torch.no_grad():
+        found: Tensor = model(**inputs).logits
+    return found
+
+
+def assert_same_answers(ours: Tensor, theirs: Tensor) -> None:
+    """Compare the logits of models whose weights are equal but for the rounding of float32."""
+    assert ours.shape == theirs.shape and float(theirs.std()) > 1e-3
+    limit = 1e-5 * float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
 
 
 def _chance_of(values: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ def outcome(under: Path, task: Path, tie: bool | None, output: Path) -> object:
     return [end.tolist() for end in ends_of(output)], kept
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tie", [None, False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_trained_comes_however_the_base_is_stored(name, tie, root, tmp_path):

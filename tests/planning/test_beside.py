@@ -121,6 +121,7 @@ def _refused(spec: dict[str, Any], path: Path, found: str) -> None:
     assert re.search(found, message, re.DOTALL), message
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("role", ["base", "task", "other"])
 @pytest.mark.parametrize("damage", JSON_DAMAGE)
 def test_a_broken_json_file_is_refused_by_name(damage, role, tmp_path):

@@ -56,6 +56,7 @@ def refused(spec: dict[str, Any], output: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("unequal", [None, "error", "base"])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def test_equal_values_are_written_as_the_base_has_them(dtypes, unequal, tmp_path):
@@ -68,6 +69,7 @@ def test_equal_values_are_written_as_the_base_has_them(dtypes, unequal, tmp_path
     assert torch.equal(found, values(dtypes[0]))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("which", ["base", "first", "second"])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def test_values_that_differ_are_decided_by_the_policy(dtypes, which, tmp_path):

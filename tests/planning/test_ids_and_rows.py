@@ -195,6 +195,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_id_leads_to_its_row(tmp_path, kind, situation):

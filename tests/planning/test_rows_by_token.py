@@ -181,6 +181,9 @@ def test_pieces_of_another_kind_are_refused(families, tmp_path):
         outliermerge.plan(_spec(tmp_path, "chat", tokenizer={}))
     assert f"the one of {base} is BPE:\n  {tmp_path}/chat, which alone has" in str(caught.value)
     assert "more: Unigram\n" in str(caught.value)
+    assert "`outliermerge tokenizer transplant MODEL DONOR` gives a model" in str(caught.value)
+    with pytest.raises(OutlierMergeError, match=r"Or `outliermerge tokenizer transplant"):
+        outliermerge.plan(_spec(tmp_path, "chat"))
     outliermerge.plan(_spec(tmp_path, "chat", tokenizer={"source": "base"}))
 
 
@@ -326,7 +329,11 @@ def test_a_config_that_names_a_token_the_output_lacks_is_refused(families, tmp_p
     with pytest.raises(OutlierMergeError) as caught:
         outliermerge.plan(spec)
     assert f"base: image_token_id {image} ('<image>')" in str(caught.value)
+    assert "\n`tokenizer: {source: union}` keeps them. `config_source`" in str(caught.value)
     outliermerge.plan(spec | {"tokenizer": {"source": "union"}})
+    save_model(tmp_path / "bytes", "byte-level BPE", seed=1)
+    with pytest.raises(OutlierMergeError, match="`outliermerge tokenizer transplant"):
+        outliermerge.plan(spec | {"tokenizer": {"source": str(tmp_path / "bytes")}})
 
 
 # What is said, and what lasts

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from vlm_replicas import save_vlm
 from vocabularies import save_model
 
 import outliermerge
+from outliermerge.planning.moe import plan_mixture
+from outliermerge.spec.moe import load_moe_spec
 
 END = "<|im_end|>"
 
@@ -108,3 +113,65 @@ def test_ids_follow_their_tokens(source, models):
         assert "the output stops there, too" in said
     else:  # whose tokenizer it is, its ids are taken
         assert found == {"eos_token_id": [id_of(models / "chat"), 2]} and said == ""
+
+
+def test_a_token_that_no_union_can_keep_is_not_said_to_be_kept_by_one(models):
+    shutil.rmtree(models / "chat")
+    save_model(models / "chat", "Unigram", added=[END], seed=1)
+    write(models / "chat", eos_token_id=id_of(models / "chat"))
+    for name in ("base", "maths"):
+        shutil.rmtree(models / name)
+        save_model(models / name, "BPE")
+        write(models / name, eos_token_id=2)
+    _, said = merge(models, tokenizer={"source": "base"})
+    assert "`outliermerge tokenizer transplant MODEL DONOR` gives a model" in said
+    assert "as tokenizers of different kinds (BPE, Unigram) have no union" in said
+    assert "tokenizer_source: union" not in said
+
+
+# Modules and mixtures
+
+
+def test_modules_end_their_texts_as_their_models(models):
+    part = {"merge_method": "linear", "models": [
+        {"model": str(models / name), "parameters": {"weight": 0.5}} for name in ("base", "chat")
+    ]}  # fmt: skip
+    spec = {"base_model": str(models / "base"), "modules": {"default": part}}
+    plan = outliermerge.plan(spec)
+    out = outliermerge.run(plan, output=models / "out").output
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [2, id_of(models / "base")]}
+    said = [note for note in plan.notes if "ends its texts" in note]
+    assert len(said) == 1 and said[0].startswith(f"{models / 'chat'} ends its texts with '{END}'")
+
+
+@pytest.mark.parametrize(("part", "ends"), [("text", [3, 4]), ("vision", 3)])
+def test_only_modules_that_write_texts_say_how_these_end(part, ends, tmp_path):
+    words = {f"w{number}": number for number in range(40)}
+    for seed, name in enumerate(("base", "chat"), start=1):
+        save_vlm(tmp_path / name, seed=seed)
+        tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        write(tmp_path / name, eos_token_id=2 + seed)
+    entries = [{"model": str(tmp_path / name), "parameters": {"weight": 1}} for name in
+               ("base", "chat")]  # fmt: skip
+    merged = {"merge_method": "linear", "models": entries}
+    spec = {"base_model": str(tmp_path / "base"), "modules": {part: merged}}
+    out = outliermerge.run(spec, output=tmp_path / "out", load_check=False).output
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": ends}
+
+
+def test_a_mixture_ends_its_texts_as_its_experts(models):
+    spec = {
+        "base_model": str(models / "base"),
+        "gate_mode": "random",
+        "experts": [{"source_model": str(models / name)} for name in ("chat", "maths")],
+    }
+    out = outliermerge.moe(spec, output=models / "out", load_check=False).run.output
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [2, id_of(models / "base")]}
+    save_model(models / "new", "BPE", added=[END, "<new>"], seed=3)
+    write(models / "new", eos_token_id=id_of(models / "new", "<new>"))
+    spec["experts"].append({"source_model": str(models / "new")})
+    said = "\n".join(plan_mixture(load_moe_spec(spec)).plan.notes)
+    assert "a `base_model` that has the token keeps it" in said and "union" not in said

@@ -510,6 +510,46 @@ def test_a_tokenizer_model_that_lacks_an_added_token_is_left_out_with_a_note(lla
 # What is said
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tokenizer": {"source": "union"}},
+        {"tokenizer": {"source": "base"}},
+        {"tokenizer_source": "CHAT"},
+        {"vocabulary": "base"},
+        {"vocabulary": "union"},
+    ],
+    ids=str,
+)
+def test_a_model_with_only_a_tekken_json_is_refused_by_name(asked, tmp_path):
+    save_model(tmp_path / "base", "BPE")
+    chat = save_model(tmp_path / "chat", "BPE", seed=1, spare=3, tokenizer=False)
+    (chat / "tekken.json").write_text('{"config": {}, "vocab": []}')
+    asked = {k: str(chat) if v == "CHAT" else v for k, v in asked.items()}
+    with pytest.raises(OutlierMergeError) as error:
+        outliermerge.plan(_spec(tmp_path, **asked))
+    assert f"{chat} has only tekken.json of a tokenizer, whose tokens are not read" in str(
+        error.value
+    )
+    assert how_to_convert(chat) in str(error.value)
+
+
+def test_a_donor_with_only_a_tekken_json_is_refused_by_name(tmp_path):
+    model = save_model(tmp_path / "base", "BPE")
+    donor = save_model(tmp_path / "donor", "BPE", seed=1, tokenizer=False)
+    (donor / "tekken.json").write_text('{"config": {}, "vocab": []}')
+    with pytest.raises(OutlierMergeError, match=r"has only tekken\.json of a tokenizer"):
+        outliermerge.transplant(model, donor, output=tmp_path / "out")
+
+
+def test_models_with_only_a_tekken_json_are_merged_as_they_are(tmp_path):
+    for seed, name in enumerate(("base", "chat")):
+        folder = save_model(tmp_path / name, "BPE", seed=seed, tokenizer=False)
+        (folder / "tekken.json").write_text('{"config": {}, "vocab": []}')
+    out = outliermerge.run(_spec(tmp_path), output=tmp_path / "o", load_check=False).output
+    assert (out / "tekken.json").is_file()
+
+
 @pytest.mark.parametrize("template", ["chatml", "{{ messages[0].content }}"])
 def test_a_template_of_models_without_tokenizer_is_noted(tmp_path, template):
     for number, name in enumerate(("base", "chat")):

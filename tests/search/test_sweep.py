@@ -205,6 +205,21 @@ def test_a_space_in_place_of_an_equals_sign_is_told_as_such(spec, tmp_path, caps
     assert said.startswith("error: --set weight: no values: write KEY=VALUE,VALUE,… such as weight")
 
 
+def test_what_keeps_the_drift_from_being_measured_is_said(spec, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models = [model["model"] for model in spec["models"]]
+    start = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}}
+                                                  for m in models]}  # fmt: skip
+    of_stage = {**spec, "stages": [{"name": "start", **start}], "base_model": "start"}
+    for name, document in (("stage", of_stage), ("linear", start)):
+        Path(f"{name}.yaml").write_text(json.dumps(document))
+        key = "t=2,3" if name == "stage" else "models.0.weight=1,2"
+        assert cli.main(["sweep", f"{name}.yaml", "--output", name, "--set", key]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "How far each moved is not measured: that takes a method with a base model" in said
+        assert "not stages" in said
+
+
 def test_the_command_prints_what_was_written(spec, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "spec.yaml"

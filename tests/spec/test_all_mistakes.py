@@ -260,3 +260,23 @@ def test_a_dict_is_told_how_to_be_written_in_python(change, said):
     with pytest.raises(SpecError) as raised:
         load_spec(spec | change)
     assert str(raised.value) == f"spec: {said}"
+
+
+def test_valid_keys_of_a_kind_are_listed_once():
+    text = """\
+merge_method: ties
+base_model: b
+models:
+  - {model: one, qqq: 1, www: 2, parameters: {zzz: 1}}
+  - {model: two, qqq: 1, parameters: {zzz: 1, yyy: 2}}
+qqq: 1
+www: 2
+"""
+    with pytest.raises(SpecError) as raised:
+        parse_spec(text, file="FILE")
+    told = str(raised.value)
+    assert [line.count("Valid: ") for line in told.split("\n")] == [1, 0, 1, 0, 0, 0, 1, 0]
+    assert "models[1].qqq: unknown key 'qqq'.\n" in told
+    assert [bool("Valid: " in str(each)) for each in raised.value.all] == [True] * 8
+    warned = parse_spec("output: x\n" + text, file="FILE", lenient=True).warnings
+    assert sum("Valid: " in warning for warning in warned) == 3

@@ -69,7 +69,7 @@ def build_report(
         OSError: the page cannot be written.
     """
     named = [str(each) for each in ([models] if isinstance(models, (str, Path)) else models)]
-    output, png = Path(output), None if png is None else Path(png)
+    output, png = as_path(output), None if png is None else as_path(png)
     if not 1 <= t <= 5:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not named:

@@ -130,10 +130,10 @@ function densityTraces(tensor, grid, minJoined) {
     peak: Math.max(...density, 0.4) / tensor.std,
     traces: [
       {
-        name: 'weights', x: z.map(toX), y: density.map(d => Math.max(d / tensor.std, floor)),
+        name: 'elements', x: z.map(toX), y: density.map(d => Math.max(d / tensor.std, floor)),
         mode: 'lines', fill: 'tozeroy', fillcolor: colour('fill'),
         line: { shape: 'hvh', width: 0, color: colour('fill') },
-        hovertemplate: '%{x:.4g}: %{y:.4g}<extra>weights</extra>',
+        hovertemplate: '%{x:.4g}: %{y:.4g}<extra>elements</extra>',
       },
       {
         name: 'Gaussian', x: fitted.map(toX), y: fitted.map(each => gaussian(each) / tensor.std),
@@ -157,11 +157,11 @@ function densityAxes(tensor, found, isLog, extra) {
   ];
 }
 
-function plotDensity(element, tensor, grid, isLog) {
+function plotDensity(element, tensor, grid, isLog, what) {
   if (!tensor.histogram) return showNothing(element, `All elements are ${shown(tensor.mean)}.`);
   const found = densityTraces(tensor, grid, 1);
   const [x, y] = densityAxes(tensor, found, isLog, {});
-  const figure = layout(axis('weight', { ...x, showgrid: false }), axis('density', y), {
+  const figure = layout(axis(what, { ...x, showgrid: false }), axis('density', y), {
     ...limitLines(tensor, true), showlegend: true,
   });
   figure.margin.t = 46;
@@ -177,14 +177,14 @@ function qqTraces(tensor, grid) {
       hoverinfo: 'skip' },
     { x: pairs.gaussian, y: pairs.own, mode: 'markers',
       marker: { color: colour('accent'), size: 4 },
-      hovertemplate: 'Gaussian %{x:.3f}σ, weights %{y:.3f}σ<extra></extra>' },
+      hovertemplate: 'Gaussian %{x:.3f}σ, elements %{y:.3f}σ<extra></extra>' },
   ];
 }
 
 function plotQq(element, tensor, grid) {
   if (!tensor.histogram) return showNothing(element, 'No quantiles: all elements are equal.');
   const figure = layout(axis('Gaussian quantile, σ', { range: [-4.8, 4.8], dtick: 2, tick0: 0 }),
-    axis('quantile of the weights, σ', { rangemode: 'tozero' }), { showlegend: false });
+    axis('quantile of the elements, σ', { rangemode: 'tozero' }), { showlegend: false });
   return show(element, qqTraces(tensor, grid), figure,
     `Quantiles of ${tensor.name} against those of a Gaussian`);
 }

@@ -119,7 +119,8 @@ function fillTable(table, titles, rows) {
 function drawDistribution() {
   const tensor = currentTensor();
   byId('tensor-name').textContent = tensor.name;
-  plotDensity(byId('density-plot'), tensor, GRID, state.log);
+  const what = kind(SUBJECTS[state.subject]) === 'W' ? 'weight' : 'change ΔW';
+  plotDensity(byId('density-plot'), tensor, GRID, state.log, what);
   plotQq(byId('qq-plot'), tensor, GRID);
   byId('comb').hidden = !tensor.histogram || !isComb(tensor, GRID);
   const { filter } = SUBJECTS[state.subject];
@@ -190,9 +191,10 @@ function drawGallery() {
   }));
 }
 
-// Returns a line for each type of module: mean of a value over its tensors at each depth.
+// Returns a line for each type of module: mean of a value over its tensors at each depth. They are
+// in one order whatever that of the files, so that a module looks the same in all plots.
 function linesOf(tensors, value, suffix = '') {
-  return distinct(tensors.map(each => each.label)).map((label, look) => {
+  return distinct(tensors.map(each => each.label)).sort().map((label, look) => {
     const cells = new Map();
     for (const each of tensors) {
       if (each.label !== label || each.depth === null) continue;

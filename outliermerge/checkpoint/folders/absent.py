@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from outliermerge.checkpoint.formats.table import SUFFIXES
-from outliermerge.errors import nearest
+from outliermerge.errors import listing, nearest
 
 _GUIDES = ("config.json", "model_index.json", "adapter_config.json", "modules.json")
 _MAX_LISTED = 2000  # of a folder; in a larger one nothing is looked for
@@ -39,6 +40,20 @@ def models_in(folder: Path) -> list[Path]:
     """Return the folders inside a folder that look like models."""
     inside = (folder / name for name in names_of(folder))
     return [path for path in inside if path.is_dir() and is_model(path)]
+
+
+def meant_inside(found: Sequence[Path], what: str) -> str:
+    """Return the end of a message on a folder that is not itself what others in it are.
+
+    >>> meant_inside([Path("runs/a")], "model")
+    'but a model is in it: did you mean runs/a?'
+    """
+    here = Path.cwd()
+    names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in found]
+    if len(found) == 1:
+        article = "an" if what[0] in "aeiou" else "a"
+        return f"but {article} {what} is in it: did you mean {names[0]}?"
+    return f"but {len(found)} {what}s are in it. Name one of them:\n{listing(names, limit=10)}"
 
 
 def path_meant(path: Path) -> Path | None:

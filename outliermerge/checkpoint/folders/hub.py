@@ -21,7 +21,7 @@ from outliermerge.checkpoint.folders.beside import sidecars_of
 from outliermerge.checkpoint.folders.folder import MODULES_NAME, PIPELINE_NAME, module_folders
 from outliermerge.checkpoint.folders.loaded import OpenChoiceError, choose
 from outliermerge.checkpoint.formats.table import PATTERNS
-from outliermerge.errors import OutlierMergeError, as_path, listing, quoted, shown
+from outliermerge.errors import OutlierMergeError, as_path, direct, listing, quoted, shown
 from outliermerge.storage.files import load_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     """
     local = as_path(reference)
     if local.exists():
-        return local.absolute()
+        return direct(local.absolute())
     refuse_absent(reference)
     match = _HUB_ID.match(reference)
     assert match is not None
@@ -66,10 +66,11 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
 
         command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
         asked = "" if constants.HF_HUB_OFFLINE else f", then at {constants.ENDPOINT}"
-        here = names_of(local.absolute().parent)
+        absolute = direct(local.absolute())
+        here = names_of(absolute.parent)
         has = f"\nThe folder {local.parent} has: {shown(', '.join(here))}" if here else ""
         raise OutlierMergeError(
-            f"model {quoted(reference)}: {error}\nLooked for {local.absolute()}, then in the hub's "
+            f"model {quoted(reference)}: {error}\nLooked for {absolute}, then in the hub's "
             f"cache {constants.HF_HUB_CACHE}{asked}.\nTo fetch it: {command}{has}"
         ) from error
 
@@ -89,7 +90,9 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
     local = as_path(reference)
     if local.exists():
         return
-    absent = f"model {quoted(reference)}: no such file or folder ({shown(local.absolute())})"
+    absent = (
+        f"model {quoted(reference)}: no such file or folder ({shown(direct(local.absolute()))})"
+    )
     meant = path_meant(local)
     could_be_hub = is_hub_id(reference)
     if beside is not None and not local.is_absolute() and (beside / local).exists():

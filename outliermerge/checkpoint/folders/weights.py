@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.folders.absent import models_in
+from outliermerge.checkpoint.folders.absent import meant_inside, models_in
 from outliermerge.checkpoint.folders.foreign import (
     refuse_foreign_adapter,
     refuse_part,
@@ -264,7 +264,7 @@ def no_weights(folder: Path) -> str:
         files = [name for name in names if re.search(pattern, name)]
         if files:
             return f"{folder}: no weights that can be read, only {kind}: {files[0]}. {advice}"
+    if inside := models_in(folder):
+        return f"{folder}: no weights ({PATTERNS}), {meant_inside(inside, 'model')}"
     found = f"it has:\n{listing(names, limit=10)}" if names else "it is empty."
-    inside = models_in(folder)
-    meant = f"\nModels are in it: did you mean {inside[-1]}?" if inside else ""
-    return f"{folder}: no weights ({PATTERNS}): {found}{meant}"
+    return f"{folder}: no weights ({PATTERNS}): {found}"

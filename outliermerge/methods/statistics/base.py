@@ -20,6 +20,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
+from outliermerge.arguments import checked
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
 from outliermerge.methods.kernel_call import RawBlock
 
@@ -121,6 +122,7 @@ def is_measured_by(need: Statistic, functions: AbstractSet[str]) -> bool:
     return bool(kernels) and functions >= set(kernels)
 
 
+@checked
 @dataclass(frozen=True)
 class StandardDeviation:
     """Population standard deviation of each model's elements, shape (M,).

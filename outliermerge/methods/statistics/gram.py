@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.arguments import checked
 from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@checked
 @dataclass(frozen=True)
 class Gram:
     """Inner products of the models' task vectors, or weights, shape (M, M).

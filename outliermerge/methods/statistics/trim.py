@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.arguments import checked
 from outliermerge.methods.kernel_call import RawBlock
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope, scope_of
 
@@ -27,6 +28,7 @@ _GROUPED_BINS = 512
 _WINDOW_DIGITS = 3  # of 1/128 octave each: about 1% of the elements
 
 
+@checked
 @dataclass(frozen=True)
 class Trim:
     """Magnitude threshold and L1 rescaling of each model's elements, shape (2, M).
