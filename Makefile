@@ -46,7 +46,7 @@ study-peft: $(VENV)/.dev ## train a real encoder by noise, LoRA and LoRA with a 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
 
-test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser ## run the tests
+test: $(VENV)/.dev $(VENV)/.eval $(VENV)/.browser $(VENV)/.slurm ## run the tests
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.dev ## run the tests that need a CUDA device
@@ -135,6 +135,16 @@ $(VENV)/.browser: | $(BIN)/python
 	install="$$admin env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium"; \
 	{ $$install || { $$admin apt-get update -qq && $$install; }; } >/dev/null 2>&1 || \
 	{ echo "error: make test needs chromium on PATH, and apt-get could not install it" >&2; exit 1; }; }
+	@touch $@
+
+# The scripts for Slurm are tried by a real one where it can be installed, else by plain processes.
+$(VENV)/.slurm: | $(BIN)/python
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || { \
+	echo "setting up Slurm for its tests (once)"; \
+	admin=$$(test $$(id -u) -eq 0 || echo sudo); \
+	install="$$admin env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends munge slurmctld slurmd slurm-client"; \
+	{ $$install || { $$admin apt-get update -qq && $$install; }; } >/dev/null 2>&1 || \
+	echo "no Slurm here: plain processes carry its scripts out"; }
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package

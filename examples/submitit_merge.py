@@ -4,7 +4,6 @@
 """
 
 import sys
-from pathlib import Path
 
 import submitit
 
@@ -12,11 +11,11 @@ import outliermerge
 
 
 def write_part(spec: str, output: str, part: int, num_parts: int) -> int:
-    return outliermerge.run_part(outliermerge.plan(spec), Path(output), part, num_parts)
+    return outliermerge.run_part(outliermerge.plan(spec), output, part, num_parts)
 
 
 def finish(spec: str, output: str) -> str:
-    return str(outliermerge.join(outliermerge.plan(spec), Path(output)).output)
+    return str(outliermerge.join(outliermerge.plan(spec), output).output)
 
 
 def main(spec: str, output: str, num_parts: int, cluster: str = "slurm") -> None:

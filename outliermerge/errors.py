@@ -101,7 +101,9 @@ def direct_reference(reference: str) -> str:
     """Return a model's name with direct paths, as messages show it and outputs store it."""
     is_one = "+" not in reference or os.path.exists(reference)  # noqa: PTH110
     parts = [reference] if is_one else reference.split("+")
-    return "+".join(str(direct(Path(part))) if "/../" in part else part for part in parts)
+    return "+".join(
+        str(direct(Path(part))) if "/../" in part and "://" not in part else part for part in parts
+    )
 
 
 def as_path(text: str | Path) -> Path:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo")
+PATH = f"{os.environ['PATH']}:/usr/sbin"
 NUM_CPUS = 4  # of the node, whatever the machine has
 START_SECONDS = 60
 
@@ -48,8 +49,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def missing() -> str:
     """Return in words why Slurm cannot be tried here; empty if it can."""
-    os.environ["PATH"] += ":/usr/sbin"
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (apt-get install munge slurmctld slurmd)"
     return "" if os.geteuid() == 0 else "slurmd needs root"
@@ -80,7 +80,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             node_port=_free_port(),
         )
     )
-    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    environment = os.environ | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     # Nothing here uses cgroups. Before version 23 the plugin could not be left out.
     plugin = "cgroup/v1" if _version() < 23 else "disabled"
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
@@ -117,7 +117,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 def _version() -> int:
     """Return the year of Slurm's version."""
-    done = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sinfo", "--version"], env={"PATH": PATH}, capture_output=True, text=True, check=False
+    )
     found = re.search(r"(\d+)\.", done.stdout)
     return int(found[1]) if found else 0
 

@@ -23,7 +23,6 @@ from checkpoints import save_tensors
 from documents import ROOT
 from waiting import LIMIT_SECONDS, wait_for
 
-import outliermerge
 from outliermerge import optional
 from outliermerge.cli import main as cli
 from outliermerge.output.names import journal_path
@@ -37,13 +36,14 @@ pytestmark = pytest.mark.filterwarnings("default")
 NUM_TENSORS, NUM_PARTS = 24, 4
 SLOW = """
 import time
-import torch
-from outliermerge import merge_method
+from outliermerge.methods.table import METHODS
+from outliermerge.output.journal import Journal
 
-@merge_method(space="weight", cut="tensor")
-def slow(weights_ME):
-    time.sleep(0.1)
-    return weights_ME.mean(0)
+def add_slowly(journal, entry, add=Journal.add):
+    time.sleep(0.1 * ("tensor" in entry))
+    add(journal, entry)
+
+Journal.add, slow = add_slowly, METHODS["linear"]
 """
 
 
@@ -92,7 +92,6 @@ def connected(cluster: Any) -> Iterator[Any]:
 @pytest.fixture
 def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
-    monkeypatch.syspath_prepend(place)  # of the method `slow`
     return place
 
 
@@ -104,8 +103,9 @@ def line(cluster: Any, name: str, output: Path, *more: str) -> list[str]:
 def assert_as_alone(place: Path, name: str, output: Path) -> None:
     """Check an output against that of a run of threads, which is made once."""
     alone = place / f"{name} alone"
-    if not alone.exists():
-        outliermerge.run(place / f"{name}.yaml", output=alone)
+    if not alone.exists():  # `slow` is not for this process, as it stays slow
+        command = ["-m", "outliermerge", "run", f"{name}.yaml", "-o", str(alone)]
+        subprocess.run([sys.executable, *command], cwd=place, check=True)
     for file in ("model.safetensors", "outliermerge.json"):
         assert (output / file).read_bytes() == (alone / file).read_bytes()
     left = {path.name for path in output.parent.iterdir() if path.name.startswith(output.name)}
@@ -235,10 +235,9 @@ def test_nodes_that_are_killed_again_and_again_lose_nothing(
 
     def disturb(driver: subprocess.Popen[str]) -> None:
         while driver.poll() is None and len(kills) < 6:
-            time.sleep(chance.random() * 3)
             _replace_a_node(cluster, chance)
-            kills.append(driver.poll())
+            kills.append(1)
+            time.sleep(chance.random() * 3)
 
-    _while_it_runs(cluster, output, disturb)
-    assert kills[0] is None
+    assert "was lost: " in _while_it_runs(cluster, output, disturb)
     assert_as_alone(here, "slow", output)

@@ -113,7 +113,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def test_the_scripts_for_slurm_are_carried_out_by_slurm(place: Path, slurm: dict[str, str]) -> None:
-    path = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    path = {"PATH": f"{place / 'bin'}:{slurm['PATH']}"}
     environment = slurm | path | {"PYTHONPATH": os.environ["PYTHONPATH"]}
     parts, join = _submit(place, environment)
     end = time.monotonic() + LIMIT_SECONDS

@@ -523,7 +523,7 @@ def test_the_means_among_the_approximated_are_counted(models, tmp_path, capsys):
 def test_the_help_of_the_command_lists_what_follows_it(words, code, capsys):
     assert cli(["tokenizer", *words]) == code
     said = capsys.readouterr().out
-    assert "transplant  give a model the tokenizer" in said and len(said.splitlines()) < 10
+    assert "transplant  give a model the tokenizer" in said and "--pad-to" not in said
     assert cli(["tokenizer", "transplant", "--help"]) == 0
     assert "--pad-to-multiple-of" in capsys.readouterr().out
 

@@ -116,7 +116,8 @@ def _facts(planned: Transplant) -> Iterator[tuple[str, str]]:
     yield "in common", f"{shared:,} spelt alike, of which rows can be made"
     donors = {id(t.donor): t.donor for t in planned.targets if t.donor is not None}
     if donors:
-        k, columns = min(spec.k, shared), max(donor.shape[-1] for donor in donors.values())
+        columns = max(donor.shape[-1] for donor in donors.values())
+        k = min(spec.k, shared, *([columns] if spec.approximation == "omp" else []))
         yield "k", f"{k:,} of the tokens in common make up a new row"
         passes = k if spec.approximation == "omp" else 1
         operations = 2 * number * shared * passes * sum(d.shape[-1] for d in donors.values())

@@ -10,17 +10,21 @@ Legend: P texts, T tokens, H hidden size.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.checkpoint.computed import read_rows
+from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.checkpoint.tokens import check_texts
 from outliermerge.errors import OutlierMergeError, quoted, shown
 from outliermerge.optional import is_installed, require_torch
 from outliermerge.planning.plan import Input
+from outliermerge.storage.files import small_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,19 +59,20 @@ def tokens_of(entry: Input, texts: Sequence[str]) -> tuple[list[list[int]], int 
     from transformers import AutoTokenizer
 
     home = entry.tokenizer_home
+    copy = str(home)
     check_texts(home, sum(map(len, texts)))
     try:
-        with _silenced():
+        with _silenced(), _copied(home) as copy:
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(home), local_files_only=True, trust_remote_code=False
+                copy, local_files_only=True, trust_remote_code=False
             )
             begin = tokenizer.bos_token or ""
             whole = [begin + text for text in texts]
             tokens = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OutlierMergeError):
         raise
     except BaseException as error:  # anything for files that are broken or absent, panics, too
-        said = str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0].replace(copy, str(home))
         raise OutlierMergeError(
             f"{shown(entry.reference)}: transformers finds no tokenizer in {shown(str(home))} that "
             f"can cut the prompts ({shown(said)})"
@@ -152,9 +157,8 @@ def _built(entry: Input, device: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
     build: Any = AutoModel.from_config
-    config = AutoConfig.from_pretrained(
-        str(entry.home), local_files_only=True, trust_remote_code=False
-    )
+    with _copied(entry.home) as copy:
+        config = AutoConfig.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
     for key in ("quantization_config", "compression_config"):
         if hasattr(config, key):  # the weights are read as plain numbers
             delattr(config, key)
@@ -163,6 +167,22 @@ def _built(entry: Input, device: str) -> Any:
     model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
     model.norm = torch.nn.Identity()
     return model
+
+
+@contextmanager
+def _copied(home: Path) -> Iterator[str]:
+    """Yield a folder with the small files of a model, for transformers to read.
+
+    transformers takes a file that cannot be read for one that is not there, and goes on without it.
+
+    Raises:
+        OutlierMergeError: one cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        for name in sidecars_of(files_in(home), ()):
+            if "/" not in name and not name.endswith(".py"):
+                (Path(copy) / name).write_bytes(small_bytes(home / name))
+        yield copy
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 
 # Attributes of files may reach another machine some seconds late.
 RENEWED_SECONDS, STALE_SECONDS = 5.0, 45.0
@@ -171,7 +171,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int] | None:
         return None
     try:
         said = json.loads(raw)
-    except ValueError:  # it is being written
+    except (ValueError, RecursionError):  # it is being written, or nobody knows what it is
         said = None
     return (said if isinstance(said, dict) else {}), renewed_ns
 
@@ -194,7 +194,8 @@ def _is_stale(path: Path, found: tuple[dict[str, Any], int]) -> bool:
             is_said = True
             _logger.warning(
                 "%s: of process %s on %s, which may have ended: this is known in %.0f s",
-                *(path, holder.get("pid"), holder.get("host"), STALE_SECONDS - waited),
+                *(path, shown(holder.get("pid")), shown(holder.get("host"))),
+                STALE_SECONDS - waited,
             )
     return True
 

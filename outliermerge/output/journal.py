@@ -23,6 +23,7 @@ from outliermerge.storage.system import lock, open_to_append, remove_open
 
 # The start of every journal. The number rises when older versions cannot read the format.
 _BEGINNING, _ANY_BEGINNING = b'{"outliermerge journal": 2, ', b'{"outliermerge journal": '
+_MOST_PARTS = 10**6
 _MOST_BYTES = 256 << 20  # the journal of 46,000 tensors has about 20 MB
 
 
@@ -223,7 +224,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "marks": lambda value: isinstance(value, dict),
     "process": lambda value: isinstance(value, dict),
     "folder": lambda value: type(value) is int,
-    "num_parts": lambda value: type(value) is int and value > 0,
+    "num_parts": lambda value: type(value) is int and 0 < value < _MOST_PARTS,
     "naming": lambda value: bool(value) and _are(value, _is_move),
 }
 _RESULT: dict[str, Callable[[Any], bool]] = {

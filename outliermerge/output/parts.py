@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import checked
-from outliermerge.errors import OutlierMergeError, argument, listing
+from outliermerge.errors import OutlierMergeError, argument, as_path, listing
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
@@ -103,7 +103,7 @@ class NotWholeError(OutlierMergeError):
 @checked
 def run_part(
     plan: Plan,
-    output: Path,
+    output: str | Path,
     part: int,
     num_parts: int,
     chosen: RunOptions | None = None,
@@ -131,7 +131,9 @@ def run_part(
         stamps = dict.fromkeys(plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folder = _held(plan, real_output(output), options, name, overwrite=chosen.overwrite)
+        folder = _held(
+            plan, real_output(as_path(output)), options, name, overwrite=chosen.overwrite
+        )
         try:
             if folder.is_finished:
                 folder.forget()
@@ -201,7 +203,8 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
         time.sleep(_POLL_SECONDS)
 
 
-def join(plan: Plan, output: Path, chosen: RunOptions | None = None) -> RunResult:
+@checked
+def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> RunResult:
     """Finish an output whose parts are written: prove every tensor, write the rest, name it.
 
     Nothing is merged: a tensor that is not there, or whose bytes have another checksum than its
@@ -217,7 +220,7 @@ def join(plan: Plan, output: Path, chosen: RunOptions | None = None) -> RunResul
         OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
             load.
     """
-    final, chosen = real_output(output), chosen or RunOptions()
+    final, chosen = real_output(as_path(output)), chosen or RunOptions()
     states = states_of(plan, final, chosen.on_this_machine())
     if not all(state.is_whole for state in states):
         raise NotWholeError(final, states)
@@ -234,7 +237,7 @@ def join(plan: Plan, output: Path, chosen: RunOptions | None = None) -> RunResul
             raise NotWholeError(final, [_without(plan, state, lost) for state in states])
         execute(targets, options, on_progress=on_progress, folder=folder)  # what must be equal
 
-    (result,) = run_plans([(plan, output)], replace(chosen, executor=refuse, fresh=False))
+    (result,) = run_plans([(plan, as_path(output))], replace(chosen, executor=refuse, fresh=False))
     return result
 
 
@@ -249,9 +252,13 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
         OutlierMergeError: nothing of it is written, or it was begun by another merge.
     """
     if not os.path.lexists(journal_path(final)):
-        there = "exists already, and no" if final.exists() else "no"
+        if final.exists():
+            raise OutlierMergeError(
+                f"{final}: exists already, and no part of it is being written. It was joined "
+                "before, or is another output; `outliermerge verify` checks it."
+            )
         raise OutlierMergeError(
-            f"{final}: {there} part of it is being written. Run its parts first, each with "
+            f"{final}: no part of it is being written. Run its parts first, each with "
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
     facts = json.loads(json.dumps(identity(plan, options)))

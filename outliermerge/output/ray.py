@@ -31,7 +31,7 @@ from outliermerge.planning.planner import make_plan
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.machine import num_threads
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
 _NUM_CPUS = 4  # of a part, where the threads are not given
 _PROGRAM_BYTES = 300_000_000  # of the interpreter, the plan and what is imported
 _MOST_LOSSES = 10  # of one part, without a tensor written in between
@@ -143,10 +143,14 @@ def run_on_ray(
             except NotWholeError as error:
                 driver.write(state.number for state in error.unfinished)
                 continue
-            lacking = sum(len(state.lacking) for state in states) if begun else len(planned.jobs)
+            made = {name for state in states for name in state.lacking}
+            jobs = [job for job in planned.jobs if not begun or job.name in made]
             return replace(
                 done,
-                num_resumed=len(planned.jobs) - lacking,
+                num_resumed=len(planned.jobs) - len(jobs),
+                input_bytes=sum(job.num_read_bytes for job in jobs),
+                written_bytes=sum(job.num_written_bytes for job in jobs),
+                disk_bytes=None,  # the cluster's are not known
                 work_seconds=worked,
                 seconds=worked + done.seconds,
             )
@@ -302,7 +306,8 @@ def _write_part(work: _Work, number: int) -> _Outcome:
         plan = make_plan(work.spec, shard_bytes=work.shard_bytes)
         run_part(plan, work.output, number, work.num_parts, work.chosen)
         return _Outcome(checksums_of(plan, work.output, number, work.num_parts))
-    except BusyError as error:
+    except BusyError as error:  # by a task that was taken for lost; it may be about to end
+        time.sleep(_BUSY_SECONDS)
         return _Outcome(busy=error.marked)
     except OutlierMergeError as error:  # its class may not survive pickling
         return _Outcome(error=(type(error).__name__, error.marked))

@@ -39,7 +39,7 @@ from outliermerge.spec.transplant import TransplantSpec
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
 
 _TAKE_OUT = "An id without use can be taken out of the config."
-_OWN = "the rows of the donor's tokens"
+_OWN = "rows of tokens in common; those of others are approximated"
 
 
 @dataclass(frozen=True)

@@ -903,7 +903,7 @@ def test_a_hub_model_that_is_not_in_the_cache_is_told_with_the_command(
     ("reference", "folder"),
     [
         ("./no-such-org/model", "DIR/no-such-org/model"),
-        ("../no-such-model", "DIR/../no-such-model"),
+        ("../no-such-model", "ABOVE/no-such-model"),
         ("just-a-name", "DIR/just-a-name"),
         ("a/b/c", "DIR/a/b/c"),
         ("org/name@", "DIR/org/name@"),
@@ -914,6 +914,7 @@ def test_a_reference_that_is_no_hub_id_is_looked_for_on_disk_alone(
     reference, folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    folder = folder.replace("ABOVE", str(tmp_path.parent))
 
     assert _resolve(reference, tmp_path, capsys) == (
         1,

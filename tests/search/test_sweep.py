@@ -213,7 +213,7 @@ def test_what_keeps_the_drift_from_being_measured_is_said(spec, tmp_path, capsys
     of_stage = {**spec, "stages": [{"name": "start", **start}], "base_model": "start"}
     for name, document in (("stage", of_stage), ("linear", start)):
         Path(f"{name}.yaml").write_text(json.dumps(document))
-        key = "t=2,3" if name == "stage" else "models.0.weight=1,2"
+        key = "t=2,3" if name == "stage" else "models.1.weight=1,2"
         assert cli.main(["sweep", f"{name}.yaml", "--output", name, "--set", key]) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert "How far each moved is not measured: that takes a method with a base model" in said

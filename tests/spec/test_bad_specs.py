@@ -350,7 +350,7 @@ BAD = {
     ),
     "folder twice, written two ways": (
         HEAD + "  - model: DIR/b/../a/\n",
-        "6:12: models[2].model: 'DIR/b/../a/' stands twice, first as models[0]",
+        "6:12: models[2].model: 'DIR/a' stands twice, first as models[0]",
     ),
     # YAML.
     "key twice": (
