@@ -111,6 +111,7 @@ def run_one_part(
     final = output_path(planned, output)
     jobs = part_of(planned, number, num_parts)
     began = time.monotonic()
+    run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
     with MergeBar(part_work_bytes(planned, jobs), 1, quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance)
         num_written = run_part(planned, final, number, num_parts, chosen)

@@ -66,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
         return run_one_part(planned, output, options, notes=note_of(options))
     plans = merge.plans_of(planned, output, options.keep)
     work_bytes = sum(each.work_bytes for each, _ in plans)
+    if options.executor_name != "ray":
+        run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
     with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         if options.executor_name == "ray":

@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         raise SpecError(f"{spec.source.file}: no output: give --output or `output:` in the spec")
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     total = sweeps.work_bytes(variants)
+    run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
     with MergeBar(total, len(variants), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         results = sweeps.sweep(variants, output=output, options=chosen)

@@ -297,7 +297,14 @@ function goTo(name) {
     if (stale.has(each)) draw(each);
     if (each === name) break;
   }
-  byId(name)?.scrollIntoView();
+  const section = byId(name);
+  if (!section) return;
+  section.scrollIntoView();
+  const again = new ResizeObserver(() => section.scrollIntoView());  // plots above it grow when they are laid out
+  again.observe(document.body);
+  const stop = () => again.disconnect();
+  setTimeout(stop, 1000);
+  for (const act of ['wheel', 'touchstart', 'keydown']) window.addEventListener(act, stop, { once: true, passive: true });
 }
 
 // Marks the section that is read in the bar of links, which stays in sight.
