@@ -16,6 +16,7 @@ from typing import Literal
 
 import xxhash
 
+from outliermerge.checkpoint.checksum import file_checksum
 from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
 from outliermerge.checkpoint.folders.chosen import wanted_files
 from outliermerge.checkpoint.formats.safetensors_file import MAX_HEADER_BYTES
@@ -97,7 +98,10 @@ def place_of(address: str) -> Place:
     Raises:
         OutlierMergeError: it cannot be listed, or is empty.
     """
-    name = file_name(address)
+    try:
+        name = file_name(address)
+    except ValueError as error:
+        raise OutlierMergeError(f"{address}: is no valid address: {error}") from error
     if name.endswith(SUFFIXES):
         return Place(address, lambda name: address, (name,), file=name)
     names: tuple[str, ...] | None = None
@@ -235,8 +239,10 @@ class _Fetch:
     def _moved(self, names: Sequence[str]) -> Path:
         """Give the folder the name that belongs to what is in it."""
         place, states = self._place, sorted(self._states.items())
-        key = xxhash.xxh3_128_hexdigest(repr((place.address, place.version, states)).encode())
-        final = private_folder(key)
+        # Where a server gives no version, only the contents show that a file was written again.
+        contents = [file_checksum(self._folder / name) for name, _ in states]
+        facts = repr((place.address, place.version, states, contents))
+        final = private_folder(xxhash.xxh3_128_hexdigest(facts.encode("utf-8", "surrogatepass")))
         if elsewhere(final / self._name) is None:
             files = {
                 name: StandIn(place.address_of(name), state.num_bytes, state.version)
@@ -245,12 +251,15 @@ class _Fetch:
             }
             listed = tuple(names) if place.names is not None else ()
             write_record(self._new, Elsewhere(place.address, place.version, listed, files))
-            shutil.rmtree(final, ignore_errors=True)
-            ready = self._new.with_name(f".{key}-{os.getpid()}")
+            ready = self._new.with_name(f".{final.name}-{os.getpid()}")
             self._new.rename(ready)
             self._new.mkdir()  # for who removes it
             try:
                 ready.rename(final)
-            except OSError:  # another process was faster
-                shutil.rmtree(ready)
+            except OSError:  # another process was faster, or what is there is damaged
+                if elsewhere(final / self._name) is None:
+                    shutil.rmtree(final, ignore_errors=True)
+                    ready.rename(final)
+                else:
+                    shutil.rmtree(ready)
         return final / self._name
