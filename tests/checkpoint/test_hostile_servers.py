@@ -143,6 +143,42 @@ def test_lengths_that_no_file_has_are_refused(
         outliermerge.plan(_spec(f"{served.url}/bucket", "linear"))
 
 
+def test_a_page_in_place_of_404_is_no_file(
+    served: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+        if (served.folder / handler.path.strip("/")).is_file():
+            get(handler)
+        else:
+            handler._say(200, b"<!DOCTYPE html><html>Nothing is here.</html>")
+
+    monkeypatch.setattr(_Handler, "do_GET", get)
+    local = outliermerge.run(_spec(str(served.folder / "bucket"), "linear"), output="local")
+    there = outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="there")
+    assert _weights(there.output) == _weights(local.output)
+    assert {path.name for path in there.output.iterdir()} == {
+        path.name for path in local.output.iterdir()
+    }
+
+
+@pytest.mark.parametrize("trim", ["tensor", "model"])
+def test_parts_that_read_by_other_caches_are_joined(
+    served: RangeServer, own_cache: Path, trim: str
+) -> None:
+    """As on machines of which each has a cache of its own, at the same path."""
+    made = []
+    for at in (str(served.folder / "bucket"), f"{served.url}/bucket"):
+        spec = _spec(at)
+        spec["parameters"]["trim"] = trim
+        made.append(spec)
+    local = outliermerge.run(made[0], output="local")
+    for part in (1, 2):
+        outliermerge.run_part(outliermerge.plan(made[1]), "there", part, 2)
+        shutil.rmtree(own_cache)
+    there = outliermerge.join(outliermerge.plan(made[1]), "there")
+    assert _weights(there.output) == _weights(local.output)
+
+
 def test_an_address_with_spaces_and_other_letters(served: RangeServer) -> None:
     for name in NAMES:
         shutil.copytree(served.folder / "bucket" / name, served.folder / "my modèl" / name)

@@ -25,7 +25,7 @@ from outliermerge.errors import OutlierMergeError, listing, quoted
 from outliermerge.storage.addresses import STORES, file_name, inside
 from outliermerge.storage.failures import naming
 from outliermerge.storage.files import MAX_LARGE_BYTES, MAX_MANIFEST_BYTES
-from outliermerge.storage.json_text import parse_json
+from outliermerge.storage.json_text import is_web_page, parse_json
 from outliermerge.storage.objects import Objects
 from outliermerge.storage.ranges import RemoteObject, State, persistently
 from outliermerge.storage.stamps import Watched, watching
@@ -174,7 +174,8 @@ class _Fetch:
         """Return which of the usual files a web server has, and those that a manifest names."""
         with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
             found = zip(_USUAL_NAMES, pool.map(self._first, _USUAL_NAMES), strict=True)
-            names = [name for name, first in found if first is not None]
+            # Some servers answer with a page, and not with 404, where a file is not there.
+            names = [n for n, first in found if first is not None and not is_web_page(first[1])]
         if not names:
             raise OutlierMergeError(
                 f"{self._place.address}: no model is there: the server has none of "
