@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from test_models_elsewhere import NAMES, _spec, _weights
 from test_models_elsewhere import served as of_models_elsewhere
 
 import outliermerge
+from outliermerge.checkpoint.folders import remote
 from outliermerge.errors import OutlierMergeError
+from outliermerge.storage import range_cache
 
 served = of_models_elsewhere
 
@@ -177,6 +181,21 @@ def test_parts_that_read_by_other_caches_are_joined(
         shutil.rmtree(own_cache)
     there = outliermerge.join(outliermerge.plan(made[1]), "there")
     assert _weights(there.output) == _weights(local.output)
+
+
+@pytest.mark.parametrize("where", ["ranges", "remote"])
+def test_a_full_disk_for_the_cache_is_said_at_once(
+    served: RangeServer, own_cache: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "ranges":
+        monkeypatch.setattr(range_cache, "write_at", full)
+    else:
+        monkeypatch.setattr(remote, "write_record", full)
+    with pytest.raises(OutlierMergeError, match=rf"{own_cache / where}.*No space left"):
+        outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="out")
 
 
 def test_an_address_with_spaces_and_other_letters(served: RangeServer) -> None:

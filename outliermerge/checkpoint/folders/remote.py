@@ -127,7 +127,7 @@ def fetch_model(place: Place, only: Callable[[str], bool] | None = None) -> Path
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = tempfile.TemporaryDirectory(dir=home, prefix=".new-")
     # What is looked at there is at another place afterwards: no plan is to find it unchanged.
-    with new as folder, watching(Watched()):
+    with naming(home, "written"), new as folder, watching(Watched()):
         fetch = _Fetch(place, Path(folder))
         try:
             return fetch.run(only)
@@ -227,9 +227,13 @@ class _Fetch:
         with path.open("wb") as file:
             file.write(content[:num_bytes])
 
+            def write(data: memoryview) -> None:
+                with naming(path, "written"):
+                    file.write(data)
+
             def rest() -> None:
                 file.seek(len(content))
-                found.read(len(content), num_bytes, state, file.write)
+                found.read(len(content), num_bytes, state, write)
 
             if num_bytes > len(content):
                 persistently(found.address, rest)
