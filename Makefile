@@ -83,6 +83,7 @@ bench: $(VENV)/.dev ## measure against a plain copy, mergekit and peft (needs 26
 	@$(IN_VENV) $(BIN)/python benchmarks/suite.py
 	@$(IN_VENV) $(BIN)/python benchmarks/inputs.py
 	@$(IN_VENV) $(BIN)/python benchmarks/looking.py
+	@$(IN_VENV) $(BIN)/python benchmarks/elsewhere.py
 	@$(IN_VENV) $(BIN)/python benchmarks/tables.py --write
 
 bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio became 25% worse

@@ -37,7 +37,7 @@ from pathlib import Path
 import obstore
 from obstore.store import from_url
 *command, spec, out = sys.argv[1:]
-store = from_url("s3://bucket", client_options={"allow_http": True})
+store = from_url("s3://bucket", client_options={"allow_http": True, "timeout": "1h"})
 def fetch(meta):
     path = Path("downloaded") / meta["path"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,26 @@ def serve(folder: Path, bytes_per_second: float) -> None:
         print(server.url, flush=True)
         ended.wait()
         asked = [stop - start for _, start, stop in server.ranges]
-        print(json.dumps({"requests": len(asked), "bytes": sum(asked)}), flush=True)
+        large = sum(num_bytes > 1 << 18 for num_bytes in asked)
+        counts = {"requests": len(asked), "large": large, "bytes": sum(asked)}
+        print(json.dumps(counts), flush=True)
+
+
+class _Server:
+    def __init__(self, line: float) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", "served", "--line", str(line)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
+
+    def end(self) -> dict[str, int]:
+        """End it, and return what it has counted."""
+        self._process.send_signal(signal.SIGTERM)
+        counts: dict[str, int] = json.loads(self._process.communicate()[0])
+        return counts
 
 
 def save_model(folder: Path, num_bytes: int, seed: int) -> None:
@@ -117,14 +136,7 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
         Path(spec).write_text(
             json.dumps({"merge_method": options.method, "models": models, **base, **density})
         )
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", "served", "--line", str(options.line)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
     os.environ |= {
-        "AWS_ENDPOINT_URL": server.stdout.readline().strip(),
         "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
@@ -132,35 +144,32 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
     merge = [script("outliermerge"), "run", "--no-load-check", "--quiet"]
+    ways = {
+        "by ranges": [*merge, "elsewhere.json", "out"],
+        "download, then merge": [
+            *(sys.executable, "-c", DOWNLOAD_AND_MERGE, *merge, "here.json", "out")
+        ],
+    }
+    servers = {name: _Server(options.line) for name in ways}  # one each, to count its requests
+    commands = {
+        name: ["env", f"AWS_ENDPOINT_URL={servers[name].url}", *words]
+        for name, words in ways.items()
+    }
 
     def clean() -> None:
         for name in ("out", "downloaded", "cache"):
             shutil.rmtree(name, ignore_errors=True)
 
     try:
-        both, failed = alternate(
-            {
-                "by ranges": [*merge, "elsewhere.json", "out"],
-                "download, then merge": [
-                    *(sys.executable, "-c", DOWNLOAD_AND_MERGE, *merge, "here.json", "out")
-                ],
-            },
-            options.runs,
-            before=clean,
-            label=options.method,
-        )
+        runs, failed = alternate(commands, options.runs, before=clean, label=options.method)
     finally:
-        server.send_signal(signal.SIGTERM)
-    asked = json.loads(server.stdout.readline())
-    server.wait()
+        asked = {name: server.end() for name, server in servers.items()}
     if failed:
         raise SystemExit("\n".join(failed.values()))
     num_bytes = sum(path.stat().st_size for path in Path("served").rglob("*") if path.is_file())
-    # What is left of the requests when one for each file of each download is taken off.
-    downloads = options.runs * 2 * len(NAMES)
-    num_requests = (asked["requests"] - downloads) / options.runs
     ideal = num_bytes / line
-    figures = {name: medians(runs) for name, runs in both.items()}
+    figures = {name: medians(each) for name, each in runs.items()}
+    of_ranges = asked["by ranges"]
     return {
         **surroundings(options.runs, also=["obstore"]),
         "method": options.method,
@@ -171,8 +180,9 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
         "over_the_line": {
             name: round(each["wall_seconds"] / ideal, 3) for name, each in figures.items()
         },
-        "fetched_over_stored": round((asked["bytes"] / options.runs - num_bytes) / num_bytes, 3),
-        "requests_per_gigabyte": round(num_requests / (num_bytes / 1e9)),
+        "fetched_over_stored": round(of_ranges["bytes"] / options.runs / num_bytes, 3),
+        "requests": round(of_ranges["requests"] / options.runs),
+        "requests_for_more_than_256_kib": round(of_ranges["large"] / options.runs),
         "processes": figures,
     }
 

@@ -281,6 +281,18 @@ def looking(content: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def elsewhere(content: dict[str, Any]) -> str:
+    """Merges of models in an object store, from the JSON that elsewhere.py writes."""
+    return markdown(
+        ["models in S3", "wall s", "over the line's time", "CPU s", "memory MB"],
+        (
+            [name, number(case["wall_seconds"]), f"{content['over_the_line'][name]:.2f}",
+             number(case["cpu_seconds"]), number(case[PEAK])]
+            for name, case in content["processes"].items()
+        ),
+    )  # fmt: skip
+
+
 def kernels(content: dict[str, Any]) -> str:
     """What kernels cost, from the JSON that kernels.py writes."""
     keys = ("nanoseconds", "nanoseconds before")
@@ -317,6 +329,8 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
         found["inputs"] = inputs(json.loads((results / "inputs.json").read_text()))
     if (results / "looking.json").is_file():
         found["looking"] = looking(json.loads((results / "looking.json").read_text()))
+    if (results / "elsewhere.json").is_file():
+        found["elsewhere"] = elsewhere(json.loads((results / "elsewhere.json").read_text()))
     if (results / "kernels.json").is_file():
         found["kernels"] = kernels(json.loads((results / "kernels.json").read_text()))
     if (results / "methods.json").is_file():

@@ -670,3 +670,11 @@ def test_torch_is_asked_for_at_once(models, tmp_path, monkeypatch):
     model, donor = models("BPE"), models("byte-level BPE", "other")
     with pytest.raises(outliermerge.OutlierMergeError, match="needs torch, which is not installed"):
         outliermerge.transplant(model, donor, output=tmp_path / "out")
+
+
+def test_no_table_is_printed_where_no_errors_are_known(models, tmp_path, capsys):
+    words = [str(models("BPE")), str(models("byte-level BPE", "other")), str(tmp_path / "out")]
+    assert cli(["tokenizer", "transplant", *words, "--no-load-check", "--method", "zero"]) == 0
+    out = capsys.readouterr().out
+    assert "No tokens were held out, so no errors are known." in out
+    assert "error in donor" not in out

@@ -163,7 +163,7 @@ def _print_plan(
         ("writes", f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s)"),
         ("parameters", f"{plan.num_parameters:,} in {len(plan.jobs)} tensors; the base has "
                        f"{plan.proof.num_reference_parameters:,}"),
-        ("blocks", f"{human_bytes(plan.block_memory_bytes(options))} of memory, besides the "
+        ("memory", f"{human_bytes(plan.block_memory_bytes(options))} for blocks, besides the "
                    "program and the forward pass for the routers"),
         *([("loads in", "; ".join(loads_in))] if loads_in else []),
         ("output", output or "not named yet: give it after the file"),

@@ -153,8 +153,11 @@ def _print_report(console: Console, report: Mapping[str, Any], *, verbose: bool)
         cells += [_number(held_error, "median"), _number(held_error, "p90")]
         cells += [_number((held or {}).get("cosine"), "median"), _number(of_mean, "median")]
         table.add_row(name, *cells)
-    table.print(console)
     helds = [of["held_out"] for of in tensors.values() if of["held_out"]]
+    if not helds and not any(of["reconstruction"] for of in tensors.values()):
+        print_words(console, "No tokens were held out, so no errors are known.")
+        return
+    table.print(console)
     said = "Errors are relative to the rows' length, medians and 90% of the tokens."
     if helds:
         said += (

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from outliermerge.checkpoint.reader import write_exactly
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.storage.failures import failure
 
 # Attributes of files may reach another machine some seconds late.
 RENEWED_SECONDS, STALE_SECONDS = 5.0, 45.0
@@ -104,12 +106,20 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Give the claim up."""
+        """Give the claim up.
+
+        Raises:
+            OutlierMergeError: its file cannot be removed. Who comes next does that.
+        """
         self._ended.set()
         self._thread.join()
-        if not self.is_lost:
-            with suppress(OSError):  # who comes next finds that it is not renewed
+        if self.is_lost:
+            return
+        try:
+            with suppress(FileNotFoundError):
                 _remove(self._path, self._token)
+        except OSError as error:
+            raise failure(self._path, "removed", error) from error
 
 
 def is_own_disk(folder: Path) -> bool:
@@ -141,7 +151,7 @@ def _make(path: Path, token: str, flags: int = os.O_CREAT | os.O_EXCL) -> None:
     text = json.dumps(said | {"machine": machine(), "token": token}).encode()
     descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
     try:
-        os.write(descriptor, text)
+        write_exactly(descriptor, 0, memoryview(text))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

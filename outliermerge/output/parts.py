@@ -252,9 +252,13 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
         OutlierMergeError: nothing of it is written, or it was begun by another merge.
     """
     if not os.path.lexists(journal_path(final)):
-        there = "exists already, and no" if final.exists() else "no"
+        if final.exists():
+            raise OutlierMergeError(
+                f"{final}: exists already, and no part of it is being written. It was joined "
+                "before, or is another output; `outliermerge verify` checks it."
+            )
         raise OutlierMergeError(
-            f"{final}: {there} part of it is being written. Run its parts first, each with "
+            f"{final}: no part of it is being written. Run its parts first, each with "
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
     facts = json.loads(json.dumps(identity(plan, options)))

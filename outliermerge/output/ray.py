@@ -143,10 +143,14 @@ def run_on_ray(
             except NotWholeError as error:
                 driver.write(state.number for state in error.unfinished)
                 continue
-            lacking = sum(len(state.lacking) for state in states) if begun else len(planned.jobs)
+            made = {name for state in states for name in state.lacking}
+            jobs = [job for job in planned.jobs if not begun or job.name in made]
             return replace(
                 done,
-                num_resumed=len(planned.jobs) - lacking,
+                num_resumed=len(planned.jobs) - len(jobs),
+                input_bytes=sum(job.num_read_bytes for job in jobs),
+                written_bytes=sum(job.num_written_bytes for job in jobs),
+                disk_bytes=None,  # the cluster's are not known
                 work_seconds=worked,
                 seconds=worked + done.seconds,
             )

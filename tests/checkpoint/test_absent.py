@@ -103,7 +103,6 @@ def test_of_a_base_and_its_adapter_each_is_looked_at(place):
         "https://huggingface.co/org/name",
         "huggingface.co/org/name",
         "https://hf.co/org/name/tree/main",
-        "hf://org/name",
         "https://huggingface.co/org/name/blob/main/config.json",
     ],
 )

@@ -64,7 +64,7 @@ EXPERTS = ("moe", "moe.yaml", "--output", "place/out", "--no-routing")
 KEEP, KEPT = ("--keep", STAGE), ("out", f"out-{STAGE}")
 PART, OTHER = ((*FOLDER, "--part", part) for part in ("1/2", "2/2"))
 JOIN = ("join", "spec.yaml", "--output", "place/out")
-UNABLE = "without_exchange:main"
+UNABLE, SHARED = "without_exchange:main", "with_claims:main"
 SCENARIOS = {
     "folder": Scenario(FOLDER, ("out",)),
     "old folder": Scenario((*FOLDER, *OVERWRITE), ("out",), overwrites=True),
@@ -94,6 +94,9 @@ SCENARIOS = {
         overwrites=True,
         first=((*PART, *OVERWRITE), (*OTHER, *OVERWRITE)),
     ),
+    "folder, shared disk": Scenario(FOLDER, ("out",), call=SHARED),
+    "last part, shared disk": Scenario(PART, ("out",), first=(OTHER,), then=(JOIN,), call=SHARED),
+    "join, shared disk": Scenario(JOIN, ("out",), first=(PART, OTHER), call=SHARED),
     "slices": Scenario(SLICES, ("out",)),
     "stages": Scenario((*STAGES, *KEEP), KEPT),
     "old stages": Scenario((*STAGES, *KEEP, *OVERWRITE), KEPT, overwrites=True),
@@ -156,12 +159,12 @@ class Workplace:
                 arguments = [self._old(word) for word in _without_parts(words)]
                 assert self.run(arguments, Injection()).code == 0
             self.before[name] = _files(self.place)
-            self.run_all(scenario.first)
+            self.run_all(scenario.first, scenario.call)
             injection = Injection(kinds="all", paths=self.watched)
             done = self.run(scenario.arguments, injection, scenario.call)
             assert done.code == 0, done.err
             self.calls[name] = list(done.calls)
-            self.run_all(scenario.then)
+            self.run_all(scenario.then, scenario.call)
             self.after[name] = _files(self.place)
         return self.calls[name]
 
@@ -175,12 +178,12 @@ class Workplace:
         for file, data in self.before[name].items():
             (self.place / file).parent.mkdir(parents=True, exist_ok=True)
             (self.place / file).write_bytes(data)
-        self.run_all(SCENARIOS[name].first)
+        self.run_all(SCENARIOS[name].first, SCENARIOS[name].call)
 
-    def run_all(self, commands: tuple[tuple[str, ...], ...]) -> None:
+    def run_all(self, commands: tuple[tuple[str, ...], ...], call: str = ORDINARY) -> None:
         """Run commands, undisturbed."""
         for arguments in commands:
-            done = self.run(arguments, Injection())
+            done = self.run(arguments, Injection(), call)
             assert done.code == 0, done.err
 
     def _clear(self) -> None:
@@ -250,7 +253,7 @@ def check(workplace: Workplace, name: str, mode: str, number: int, kinds: str) -
         undisturbed = workplace.run(scenario.arguments, Injection(), scenario.call)
         if undisturbed.code != 0:
             assert "exists already" in undisturbed.err, undisturbed.err
-    workplace.run_all(scenario.then)
+    workplace.run_all(scenario.then, scenario.call)
     assert _files(workplace.place) == new
     left = {path.name for path in workplace.place.iterdir()}
     assert left == {*scenario.outputs, *scenario.beside, "notes.txt"}

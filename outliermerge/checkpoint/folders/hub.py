@@ -190,19 +190,20 @@ def _stream(repo_id: str, revision: str | None, only: Callable[[str], bool] | No
     A snapshot in the hub's cache is used, if it is complete.
 
     Raises:
-        OutlierMergeError: they cannot be read so, or the hub is not to be asked.
+        OutlierMergeError: they cannot be read so, or the hub does not answer.
     """
     import huggingface_hub as hub
     from huggingface_hub import constants
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
-        raise OutlierMergeError("the hub is not asked, as HF_HUB_OFFLINE is set.")
     try:
         info = hub.HfApi().model_info(
             repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-    except Exception as error:
+    except RevisionNotFoundError as error:
         raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
+    except Exception as error:
+        return _from_cache(repo_id, revision, error, only)
     commit = info.sha or revision or "main"
     with suppress(OSError, ValueError, OutlierMergeError):
         cached = Path(
