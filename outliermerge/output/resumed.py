@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
 from outliermerge.checkpoint.reader import Reader
@@ -10,6 +11,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.passes import needs_of
 from outliermerge.planning.plan import Job, Plan
+from outliermerge.storage.stand_ins import elsewhere, stand_in
 
 _BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
 
@@ -18,11 +20,22 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
     """Return for each file the numbers that show whether it is unchanged, as JSON values.
 
     A model that was copied or fetched again has other numbers, even with the same bytes and times.
-    The device is not among them: machines that share a disk number it differently.
+    The device is not among them: machines that share a disk number it differently. Nor are files
+    of models elsewhere, which may be made anew: their paths tell their contents, and the versions
+    of the objects that they stand for.
     """
     return {
-        str(path): [stamp.inode, stamp.ctime_ns] for path, stamp in plan.files if stamp is not None
+        str(path): [stamp.inode, stamp.ctime_ns]
+        for path, stamp in plan.files
+        if stamp is not None and not _is_told_by_path(path)
     }
+
+
+def _is_told_by_path(path: Path) -> bool:
+    if elsewhere(path) is None:
+        return False
+    found = stand_in(path)
+    return found is None or bool(found.version)
 
 
 def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> list[str]:

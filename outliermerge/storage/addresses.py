@@ -7,18 +7,25 @@ that shows or writes an address later can give one away. What is asked for gets 
 from __future__ import annotations
 
 import re
+from itertools import count
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 STORES = ("s3", "gs", "az")
 SCHEMES = (*STORES, "http", "https", "hf")
 _HIDDEN = "REDACTED"
-_ADDRESS = re.compile(rf"\b(?:{'|'.join(SCHEMES)})://[^\s'\"<>`]+", re.IGNORECASE)
-_SECRET = re.compile(
-    r"^(x-(amz|goog)-(signature|credential|security-token)|signature|sig|token|.*[_-]?token|key"
-    r"|.*[_-]key|awsaccesskeyid|googleaccessid|policy|key-pair-id|password|secret|auth|code)$",
+_ADDRESS = re.compile(
+    # A password may have an apostrophe; one that ends a quoted text is not followed by a letter.
+    rf"\b(?:{'|'.join(SCHEMES)})://(?:(?:[^\s'\"<>`/?#]|'(?=\w))*@)?[^\s'\"<>`]+",
     re.IGNORECASE,
 )
+_SECRET = re.compile(
+    r"^(x-(amz|goog)-(signature|credential)|signature|sig|.*(token|key|secret|password|passwd|pwd)"
+    r"|pass|awsaccesskeyid|googleaccessid|policy|key-pair-id|credentials?|auth|authorization|code"
+    r"|jwt|hmac|hdn\w+|__gda__)$",
+    re.IGNORECASE,
+)
+_REDACTED = re.compile(rf"{_HIDDEN}(-\d+)?")
 _FULL: dict[str, str] = {}  # whole addresses by what is shown of them; they are in no file
 
 
@@ -57,20 +64,24 @@ def _shown(address: str) -> str:
         parts = urlsplit(address)
     except ValueError:
         return address
-    user, at, host = parts.netloc.rpartition("@")
-    query = [
-        (name, _HIDDEN if value and _SECRET.match(name) else value)
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-    ]
-    has_secrets = any(value == _HIDDEN for _, value in query)
-    if not (at and user) and not has_secrets:
+    user, _, host = parts.netloc.rpartition("@")
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    secrets = [user, *(value for name, value in query if _SECRET.match(name))]
+    if all(not secret or _REDACTED.fullmatch(secret) for secret in secrets):
         return address
-    netloc = f"{_HIDDEN}@{host}" if at else host
-    kept = urlencode(query) if has_secrets else parts.query
-    shown = urlunsplit(parts._replace(netloc=netloc, query=kept))
-    if shown != address:
-        _FULL[shown] = address
-    return shown
+    for number in count(1):
+        # Of two addresses that differ only in their secrets, each is shown otherwise.
+        hidden = _HIDDEN if number == 1 else f"{_HIDDEN}-{number}"
+        kept = [(name, hidden if value and _SECRET.match(name) else value) for name, value in query]
+        shown = urlunsplit(
+            parts._replace(
+                netloc=f"{hidden}@{host}" if user else parts.netloc,
+                query=parts.query if kept == query else urlencode(kept),
+            )
+        )
+        if _FULL.setdefault(shown, address) == address:
+            return shown
+    raise AssertionError
 
 
 def with_secrets(address: str) -> str:

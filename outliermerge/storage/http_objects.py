@@ -9,7 +9,7 @@ import ssl
 import threading
 import urllib.request
 from collections.abc import Mapping
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage import ranges
@@ -20,7 +20,8 @@ _MAX_REDIRECTS = 6
 _PIECE_BYTES = 1 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_AS_THEY_ARE = "%/:?@!$&'()*+,;=[]~|"  # in addresses; what else is no letter is escaped
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
 
 class HttpClient:
@@ -49,9 +50,8 @@ class HttpClient:
             user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             sent["Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
         via_proxy = connection.host != parts.hostname and parts.scheme == "http"
-        target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        if via_proxy:
-            target = urlunsplit((*key, parts.path or "/", parts.query, ""))
+        path, query = (quote(part, safe=_AS_THEY_ARE) for part in (parts.path, parts.query))
+        target = urlunsplit((*(key if via_proxy else ("", "")), path or "/", query, ""))
         try:
             connection.request("GET", target, headers=sent | {"Accept-Encoding": "identity"})
             answer = connection.getresponse()
@@ -196,8 +196,14 @@ class HttpObject:
         first = with_secrets(self.address)
         url = self._location or first
         for _ in range(_MAX_REDIRECTS):
-            own = self._headers if _host(url) == _host(first) else {}
-            answer = self._client.get(url, {**own, **headers})
+            try:
+                own = self._headers if _host(url) == _host(first) else {}
+                answer = self._client.get(url, {**own, **headers})
+            except ValueError as error:  # of its port, or of a name that no server can have
+                what = "leads to what is" if url != first else "is"
+                raise OutlierMergeError(
+                    f"{self.address}: {what} no valid address: {error}"
+                ) from error
             if answer.status not in _REDIRECTS:
                 if url == self._location and answer.status in (400, 401, 403, 404, 410):
                     # Such an address holds for some minutes or hours: ask for a new one.
@@ -208,8 +214,21 @@ class HttpObject:
                     self._location = url
                 return url, answer
             self._client.drop(url)
-            url = urljoin(url, answer.getheader("Location", ""))
+            url = self._redirected(url, answer.getheader("Location", ""))
         raise OutlierMergeError(f"{self.address}: is redirected too often")
+
+    def _redirected(self, url: str, location: str) -> str:
+        """Return where a server redirects to; on its own host the same user is asked for."""
+        try:
+            joined, user = urljoin(url, location), urlsplit(url).netloc.rpartition("@")[0]
+            parts = urlsplit(joined)
+            if user and "@" not in parts.netloc and _host(joined) == _host(url):
+                return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc}"))
+            return joined
+        except ValueError as error:
+            raise OutlierMergeError(
+                f"{self.address}: leads to what is no valid address: {error}"
+            ) from error
 
     def _refuse(self, url: str, answer: http.client.HTTPResponse) -> None:
         """Raise the error for an answer without the file's bytes."""
@@ -276,7 +295,7 @@ def _version(answer: http.client.HTTPResponse) -> str:
 
 def _length(answer: http.client.HTTPResponse) -> int | None:
     text = answer.getheader("Content-Length", "")
-    return int(text) if text.isdecimal() else None
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _reason(error: BaseException) -> str:

@@ -99,11 +99,16 @@ def utf8_text(data: bytes) -> str:
         ) from error
 
 
+def is_web_page(data: bytes) -> bool:
+    """Tell whether bytes begin as a web page does."""
+    return bool(_WEB_PAGE.match(data))
+
+
 def refuse_other_content(data: bytes) -> None:
     """Raise ValueError if bytes are what a failed download leaves in place of a file."""
     if data.startswith(LFS_POINTER):
         raise ValueError(POINTER_ADVICE)
-    if _WEB_PAGE.match(data):
+    if is_web_page(data):
         raise ValueError("is a web page, not the file itself. Fetch it again.")
 
 

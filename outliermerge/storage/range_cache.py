@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.storage.failures import failure, naming
+from outliermerge.storage.failures import naming
 from outliermerge.storage.ranges import RemoteObject, State, TransientError, persistently
 from outliermerge.storage.system import punch, write_at
 
@@ -296,16 +296,14 @@ class RangeCache:
                 done = 0
                 if self._is_closed:
                     raise TransientError("nobody waits for it any more")
-                while done < len(data):
-                    done += write_at(found.descriptor, position + done, data[done:])
+                with naming(self._folder, "written"):
+                    while done < len(data):
+                        done += write_at(found.descriptor, position + done, data[done:])
                 position += done
 
             with self._changed:
                 self.num_requests += 1
-            try:
-                found.remote.read(start, stop, found.state, write)
-            except OSError as error:
-                raise failure(self._folder, "written", error) from error
+            found.remote.read(start, stop, found.state, write)
 
         persistently(found.remote.address, ask, is_stopped=lambda: self._is_closed)
         with self._changed:

@@ -26,6 +26,9 @@ ADDRESSES = (
     f"HTTPS://host/a?token={SECRET}",
     f"http://host/a?access_token={SECRET}&api_key={SECRET}&password={SECRET}",
     f"s3://{SECRET}:{SECRET}@bucket/model",
+    f"https://me:{SECRET}'{SECRET}@host/model",
+    f"https://host/a?apikey={SECRET}&client_secret={SECRET}&passwd={SECRET}&jwt={SECRET}",
+    f"https://host/a?hdnts=exp=1~hmac={SECRET}&credential={SECRET}",
 )
 
 
@@ -48,6 +51,25 @@ def test_no_secret_is_shown_and_none_is_lost(address: str) -> None:
 def test_an_address_without_secrets_stays_as_it_is(address: str) -> None:
     assert without_secrets(f"at {address} and") == f"at {address} and"
     assert not lacks_secrets(address)
+
+
+def test_addresses_that_differ_only_in_secrets_stay_apart() -> None:
+    addresses = [
+        *(f"https://host/two.safetensors?key={SECRET}{number}" for number in range(3)),
+        *(f"https://user:{SECRET}{number}@host/two" for number in range(3)),
+    ]
+    shown = [without_secrets(address) for address in addresses]
+    assert len(set(shown)) == len(addresses)
+    assert [with_secrets(each) for each in shown] == addresses
+    assert [without_secrets(each) for each in (*addresses, *shown)] == shown * 2
+    assert lacks_secrets("https://host/two.safetensors?key=REDACTED-9")
+    later = "https://REDACTED-9@host/two"  # as another process has written it
+    assert without_secrets(later) == later
+
+
+@pytest.mark.parametrize("text", ["['https://host/a','me@host']", "{'https://host':'me@host'}"])
+def test_quotes_end_an_address(text: str) -> None:
+    assert without_secrets(text) == text
 
 
 def test_an_address_from_a_file_lacks_its_secrets() -> None:

@@ -107,14 +107,14 @@ def refuse_absent(reference: str, *, beside: Path | None = None) -> None:
     local = as_path(reference)
     if local.exists():
         return
-    if is_address(reference) and (hub_id_of(reference) is None or reference.endswith(SUFFIXES)):
-        return
     if reference.startswith(_HUB):
         if _HUB_ID.match(reference.removeprefix(_HUB)):
             return
         raise OutlierMergeError(
             f"model {quoted(reference)}: expected hf://org/name or hf://org/name@revision"
         )
+    if is_address(reference) and (hub_id_of(reference) is None or reference.endswith(SUFFIXES)):
+        return
     absent = (
         f"model {quoted(reference)}: no such file or folder ({shown(direct(local.absolute()))})"
     )

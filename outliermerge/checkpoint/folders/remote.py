@@ -16,6 +16,7 @@ from typing import Literal
 
 import xxhash
 
+from outliermerge.checkpoint.checksum import file_checksum
 from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
 from outliermerge.checkpoint.folders.chosen import wanted_files
 from outliermerge.checkpoint.formats.safetensors_file import MAX_HEADER_BYTES
@@ -24,7 +25,7 @@ from outliermerge.errors import OutlierMergeError, listing, quoted
 from outliermerge.storage.addresses import STORES, file_name, inside
 from outliermerge.storage.failures import naming
 from outliermerge.storage.files import MAX_LARGE_BYTES, MAX_MANIFEST_BYTES
-from outliermerge.storage.json_text import parse_json
+from outliermerge.storage.json_text import is_web_page, parse_json
 from outliermerge.storage.objects import Objects
 from outliermerge.storage.ranges import RemoteObject, State, persistently
 from outliermerge.storage.stamps import Watched, watching
@@ -97,7 +98,10 @@ def place_of(address: str) -> Place:
     Raises:
         OutlierMergeError: it cannot be listed, or is empty.
     """
-    name = file_name(address)
+    try:
+        name = file_name(address)
+    except ValueError as error:
+        raise OutlierMergeError(f"{address}: is no valid address: {error}") from error
     if name.endswith(SUFFIXES):
         return Place(address, lambda name: address, (name,), file=name)
     names: tuple[str, ...] | None = None
@@ -123,7 +127,7 @@ def fetch_model(place: Place, only: Callable[[str], bool] | None = None) -> Path
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = tempfile.TemporaryDirectory(dir=home, prefix=".new-")
     # What is looked at there is at another place afterwards: no plan is to find it unchanged.
-    with new as folder, watching(Watched()):
+    with naming(home, "written"), new as folder, watching(Watched()):
         fetch = _Fetch(place, Path(folder))
         try:
             return fetch.run(only)
@@ -170,7 +174,8 @@ class _Fetch:
         """Return which of the usual files a web server has, and those that a manifest names."""
         with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
             found = zip(_USUAL_NAMES, pool.map(self._first, _USUAL_NAMES), strict=True)
-            names = [name for name, first in found if first is not None]
+            # Some servers answer with a page, and not with 404, where a file is not there.
+            names = [n for n, first in found if first is not None and not is_web_page(first[1])]
         if not names:
             raise OutlierMergeError(
                 f"{self._place.address}: no model is there: the server has none of "
@@ -222,9 +227,13 @@ class _Fetch:
         with path.open("wb") as file:
             file.write(content[:num_bytes])
 
+            def write(data: memoryview) -> None:
+                with naming(path, "written"):
+                    file.write(data)
+
             def rest() -> None:
                 file.seek(len(content))
-                found.read(len(content), num_bytes, state, file.write)
+                found.read(len(content), num_bytes, state, write)
 
             if num_bytes > len(content):
                 persistently(found.address, rest)
@@ -235,8 +244,10 @@ class _Fetch:
     def _moved(self, names: Sequence[str]) -> Path:
         """Give the folder the name that belongs to what is in it."""
         place, states = self._place, sorted(self._states.items())
-        key = xxhash.xxh3_128_hexdigest(repr((place.address, place.version, states)).encode())
-        final = private_folder(key)
+        # Where a server gives no version, only the contents show that a file was written again.
+        contents = [file_checksum(self._folder / name) for name, _ in states]
+        facts = repr((place.address, place.version, states, contents))
+        final = private_folder(xxhash.xxh3_128_hexdigest(facts.encode("utf-8", "surrogatepass")))
         if elsewhere(final / self._name) is None:
             files = {
                 name: StandIn(place.address_of(name), state.num_bytes, state.version)
@@ -245,12 +256,15 @@ class _Fetch:
             }
             listed = tuple(names) if place.names is not None else ()
             write_record(self._new, Elsewhere(place.address, place.version, listed, files))
-            shutil.rmtree(final, ignore_errors=True)
-            ready = self._new.with_name(f".{key}-{os.getpid()}")
+            ready = self._new.with_name(f".{final.name}-{os.getpid()}")
             self._new.rename(ready)
             self._new.mkdir()  # for who removes it
             try:
                 ready.rename(final)
-            except OSError:  # another process was faster
-                shutil.rmtree(ready)
+            except OSError:  # another process was faster, or what is there is damaged
+                if elsewhere(final / self._name) is None:
+                    shutil.rmtree(final, ignore_errors=True)
+                    ready.rename(final)
+                else:
+                    shutil.rmtree(ready)
         return final / self._name
