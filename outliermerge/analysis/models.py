@@ -139,6 +139,11 @@ def _pairs(base: Input, model: Input, notes: list[str]) -> dict[str, tuple[Sourc
             for name in resized
         )
         notes.append(f"left out, since their shapes differ:\n{rows}")
+    if resized or len(common) < max(len(ours), len(theirs)):
+        notes += (
+            f"what is compared may be no fine-tune: {line}"
+            for line in compare_architectures((base, model), [1])
+        )
     pairs: dict[str, tuple[Source, ...]]
     pairs = {name: (theirs[name], ours[name]) for name in common if name not in resized}
     if not pairs:

@@ -366,3 +366,13 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
         weight_stats(subject)
     with pytest.raises(ArgumentError):
         weight_stats(subject, filter=math.inf)
+
+
+def test_a_base_of_another_architecture_is_noted(tmp_path):
+    for name, kind, tensors in (("base", "Llama", ["w", "a"]), ("model", "Qwen2", ["w", "b"])):
+        save_tensors(tmp_path / name, {each: torch.randn(3, 4) for each in tensors})
+        config = {"architectures": [f"{kind}ForCausalLM"]}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    found = weight_stats(str(tmp_path / "model"), base=str(tmp_path / "base"))
+    (note,) = (each for each in found.notes if each.startswith("what is compared may be no fine-"))
+    assert "model is Qwen2ForCausalLM" in note and "base is LlamaForCausalLM" in note

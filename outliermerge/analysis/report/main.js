@@ -304,7 +304,7 @@ function goTo(name) {
   again.observe(document.body);
   const stop = () => again.disconnect();
   setTimeout(stop, 1000);
-  for (const act of ['wheel', 'touchstart', 'keydown']) window.addEventListener(act, stop, { once: true, passive: true });
+  for (const act of ['wheel', 'pointerdown', 'keydown']) window.addEventListener(act, stop, { once: true, passive: true });
 }
 
 // Marks the section that is read in the bar of links, which stays in sight.
