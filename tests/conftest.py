@@ -8,10 +8,13 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from warm import warm_python
+
+if TYPE_CHECKING:
+    from range_server import RangeServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -79,6 +82,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the test a folder of its own for what the program keeps from run to run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "outliermerge"
+
+
+@pytest.fixture
+def served(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RangeServer]:
+    """Serve three models by HTTP and S3, with a cache of the test's own."""
+    from models_elsewhere import models_served
+
+    monkeypatch.chdir(tmp_path)
+    with models_served(tmp_path / "served", monkeypatch) as server:
+        yield server
 
 
 def pytest_terminal_summary(

@@ -11,16 +11,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from models_elsewhere import NAMES, spec_of, weights_of
 from range_server import RangeServer, _Handler
-from test_models_elsewhere import NAMES, _spec, _weights
-from test_models_elsewhere import served as of_models_elsewhere
 
 import outliermerge
 from outliermerge.checkpoint.folders import remote
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage import range_cache
-
-served = of_models_elsewhere
 
 
 def test_models_whose_addresses_differ_only_in_keys_are_not_mixed_up(
@@ -39,7 +36,7 @@ def test_models_whose_addresses_differ_only_in_keys_are_not_mixed_up(
     monkeypatch.setattr(_Handler, "do_GET", get)
     made = []
     for number, at in enumerate((files.get, f"{served.url}/m.safetensors?key={{}}".format)):
-        spec = _spec("", "ties")
+        spec = spec_of("", "ties")
         spec["base_model"] = str(at("base"))
         spec["models"] = [{"model": str(at(name))} for name in ("a", "b")]
         result = outliermerge.run(spec, output=f"made{number}.safetensors")
@@ -65,7 +62,7 @@ def test_without_versions_what_was_written_again_is_read_again(
         end = 8 + int.from_bytes(raw[:8], "little")
         longer = raw[8:end].ljust(end)
         shard.write_bytes(len(longer).to_bytes(8, "little") + longer + raw[end:])
-    outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="before")
+    outliermerge.run(spec_of(f"{served.url}/bucket", "linear"), output="before")
     for shard in shards:
         raw = shard.read_bytes()
         end = 8 + int.from_bytes(raw[:8], "little")
@@ -80,9 +77,9 @@ def test_without_versions_what_was_written_again_is_read_again(
         assert len(text) == end - 8
         shard.write_bytes(raw[:8] + text + b"".join(tensors))
         (shard.parent / "config.json").write_text('{"model_type": "tset"}')
-    local = outliermerge.run(_spec(str(bucket), "linear"), output="local")
-    there = outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="there")
-    assert _weights(there.output) == _weights(local.output)
+    local = outliermerge.run(spec_of(str(bucket), "linear"), output="local")
+    there = outliermerge.run(spec_of(f"{served.url}/bucket", "linear"), output="there")
+    assert weights_of(there.output) == weights_of(local.output)
     config = (there.output / "config.json").read_bytes()
     assert config == (local.output / "config.json").read_bytes()
 
@@ -109,7 +106,7 @@ def test_a_redirect_to_what_is_no_address_is_refused(
 ) -> None:
     monkeypatch.setattr(_Handler, "do_GET", lambda handler: _redirect(handler, location))
     with pytest.raises(OutlierMergeError, match="leads to what is no valid address"):
-        outliermerge.plan(_spec(served.url, "linear"))
+        outliermerge.plan(spec_of(served.url, "linear"))
 
 
 def test_a_redirect_on_the_same_host_keeps_the_user(
@@ -125,7 +122,7 @@ def test_a_redirect_on_the_same_host_keeps_the_user(
 
     monkeypatch.setattr(_Handler, "do_GET", get)
     at = served.url.replace("//", "//me:c0ffee@") + "/old"
-    assert outliermerge.plan(_spec(at, "linear")).num_read_bytes
+    assert outliermerge.plan(spec_of(at, "linear")).num_read_bytes
 
 
 def _redirect(handler: Any, location: str) -> None:
@@ -144,7 +141,7 @@ def test_lengths_that_no_file_has_are_refused(
 
     monkeypatch.setattr(_Handler, "send_header", send)
     with pytest.raises(OutlierMergeError, match="without saying which range"):
-        outliermerge.plan(_spec(f"{served.url}/bucket", "linear"))
+        outliermerge.plan(spec_of(f"{served.url}/bucket", "linear"))
 
 
 def test_a_page_in_place_of_404_is_no_file(
@@ -157,9 +154,9 @@ def test_a_page_in_place_of_404_is_no_file(
             handler._say(200, b"<!DOCTYPE html><html>Nothing is here.</html>")
 
     monkeypatch.setattr(_Handler, "do_GET", get)
-    local = outliermerge.run(_spec(str(served.folder / "bucket"), "linear"), output="local")
-    there = outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="there")
-    assert _weights(there.output) == _weights(local.output)
+    local = outliermerge.run(spec_of(str(served.folder / "bucket"), "linear"), output="local")
+    there = outliermerge.run(spec_of(f"{served.url}/bucket", "linear"), output="there")
+    assert weights_of(there.output) == weights_of(local.output)
     assert {path.name for path in there.output.iterdir()} == {
         path.name for path in local.output.iterdir()
     }
@@ -172,7 +169,7 @@ def test_parts_that_read_by_other_caches_are_joined(
     """As on machines of which each has a cache of its own, at the same path."""
     made = []
     for at in (str(served.folder / "bucket"), f"{served.url}/bucket"):
-        spec = _spec(at)
+        spec = spec_of(at)
         spec["parameters"]["trim"] = trim
         made.append(spec)
     local = outliermerge.run(made[0], output="local")
@@ -180,7 +177,7 @@ def test_parts_that_read_by_other_caches_are_joined(
         outliermerge.run_part(outliermerge.plan(made[1]), "there", part, 2)
         shutil.rmtree(own_cache)
     there = outliermerge.join(outliermerge.plan(made[1]), "there")
-    assert _weights(there.output) == _weights(local.output)
+    assert weights_of(there.output) == weights_of(local.output)
 
 
 @pytest.mark.parametrize("where", ["ranges", "remote"])
@@ -195,12 +192,12 @@ def test_a_full_disk_for_the_cache_is_said_at_once(
     else:
         monkeypatch.setattr(remote, "write_record", full)
     with pytest.raises(OutlierMergeError, match=rf"{own_cache / where}.*No space left"):
-        outliermerge.run(_spec(f"{served.url}/bucket", "linear"), output="out")
+        outliermerge.run(spec_of(f"{served.url}/bucket", "linear"), output="out")
 
 
 def test_an_address_with_spaces_and_other_letters(served: RangeServer) -> None:
     for name in NAMES:
         shutil.copytree(served.folder / "bucket" / name, served.folder / "my modèl" / name)
-    plan = outliermerge.plan(_spec(f"{served.url}/my modèl", "linear"))
-    escaped = outliermerge.plan(_spec(f"{served.url}/my%20mod%C3%A8l", "linear"))
+    plan = outliermerge.plan(spec_of(f"{served.url}/my modèl", "linear"))
+    escaped = outliermerge.plan(spec_of(f"{served.url}/my%20mod%C3%A8l", "linear"))
     assert plan.num_read_bytes == escaped.num_read_bytes > 0

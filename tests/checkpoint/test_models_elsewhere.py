@@ -6,79 +6,26 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hub_server import TOKEN, HubServer, commit_of
+from models_elsewhere import INDEX, NAMES, save_model, spec_of, weights_of
 from range_server import RangeServer
 from safetensors.torch import save_file
 
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.errors import OutlierMergeError
-from outliermerge.storage import ranges
 
-NAMES = ("base", "a", "b")
 FORMS = ("{url}/bucket", "s3://bucket")
-INDEX = "model.safetensors.index.json"
-
-
-def _model(folder: Path, seed: int) -> Path:
-    """Save a model of two shards, a norm among them, and files beside."""
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for number in range(2):
-        tensors = {
-            f"model.layers.{number}.w": torch.randn(300, 257, generator=generator) / 50,
-            f"model.layers.{number}.norm": torch.randn(257, generator=generator),
-        }
-        file = f"model-{number + 1:05}-of-00002.safetensors"
-        save_file({k: v.half() for k, v in tensors.items()}, folder / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text('{"model_type": "test"}')
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture
-def served(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RangeServer]:
-    for seed, name in enumerate(NAMES):
-        _model(tmp_path / "served" / "bucket" / name, seed)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ranges, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(ranges, "LONGEST_WAIT_SECONDS", 0.01)
-    with RangeServer(tmp_path / "served") as server:
-        for name, value in server.s3().items():
-            monkeypatch.setenv(name, value)
-        yield server
-
-
-def _spec(at: str, method: str = "ties") -> dict[str, Any]:
-    density = {"parameters": {"density": 0.3}} if method in ("ties", "della") else {}
-    return {
-        "merge_method": method,
-        "base_model": f"{at}/base",
-        "models": [{"model": f"{at}/a"}, {"model": f"{at}/b"}],
-        "dtype": "float16",
-        **density,
-    }
 
 
 def _at(form: str, server: RangeServer) -> str:
     if form.startswith("s3"):
         pytest.importorskip("obstore")
     return form.format(url=server.url)
-
-
-def _weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors*"))}
 
 
 @pytest.mark.parametrize(
@@ -88,10 +35,10 @@ def _weights(folder: Path) -> dict[str, bytes]:
 def test_a_merge_of_models_elsewhere_is_that_of_local_ones(
     served: RangeServer, method: str, form: str, own_cache: Path
 ) -> None:
-    local = outliermerge.run(_spec(str(served.folder / "bucket"), method), output="local")
+    local = outliermerge.run(spec_of(str(served.folder / "bucket"), method), output="local")
     at = _at(form, served)
-    there = outliermerge.run(_spec(at, method), output="there")
-    assert _weights(there.output) == _weights(local.output)
+    there = outliermerge.run(spec_of(at, method), output="there")
+    assert weights_of(there.output) == weights_of(local.output)
     for name in ("config.json", "tokenizer.json"):
         assert (there.output / name).read_bytes() == (local.output / name).read_bytes()
     inputs = there.manifest["inputs"]
@@ -105,10 +52,10 @@ def test_a_merge_of_models_elsewhere_is_that_of_local_ones(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_plan_reads_headers_only(served: RangeServer, form: str) -> None:
-    plan = outliermerge.plan(_spec(_at(form, served)))
+    plan = outliermerge.plan(spec_of(_at(form, served)))
     assert (
         plan.num_read_bytes
-        == outliermerge.plan(_spec(str(served.folder / "bucket"))).num_read_bytes
+        == outliermerge.plan(spec_of(str(served.folder / "bucket"))).num_read_bytes
     )
     weights = [(name, stop) for name, _, stop in served.ranges if name.endswith(".safetensors")]
     assert len(weights) == 6
@@ -125,7 +72,7 @@ def test_the_commands_take_addresses(
     served: RangeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     at = f"{served.url}/bucket"
-    outliermerge.run(_spec(str(served.folder / "bucket")), output="local")
+    outliermerge.run(spec_of(str(served.folder / "bucket")), output="local")
     shutil.copytree("local", served.folder / "bucket" / "merged")
     assert main(["verify", f"{at}/merged"]) == 0
     assert "as its manifest says" in capsys.readouterr().out
@@ -141,7 +88,7 @@ def test_the_commands_take_addresses(
 def test_a_report_of_a_merge_elsewhere_has_its_recipe(served: RangeServer, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     at = f"{served.url}/bucket"
-    outliermerge.run(_spec(at), output="local")
+    outliermerge.run(spec_of(at), output="local")
     shutil.copytree("local", served.folder / "bucket" / "merged")
     assert main(["report", f"{at}/merged", "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
@@ -152,7 +99,7 @@ def test_verify_finds_what_differs_elsewhere(
     served: RangeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("obstore")
-    outliermerge.run(_spec(str(served.folder / "bucket")), output="local")
+    outliermerge.run(spec_of(str(served.folder / "bucket")), output="local")
     there = served.folder / "bucket" / "merged"
     shutil.copytree("local", there)
     (weights,) = there.glob("*.safetensors")
@@ -177,7 +124,7 @@ def test_a_model_that_is_absent_is_told_by_name(served: RangeServer, form: str) 
 
 def test_a_changed_model_is_refused(served: RangeServer) -> None:
     at = f"{served.url}/bucket"
-    plan = outliermerge.plan(_spec(at))
+    plan = outliermerge.plan(spec_of(at))
     path = served.folder / "bucket" / "a" / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes())
     with pytest.raises(OutlierMergeError, match=r"bucket/a/model-00002.*since the merge was plan"):
@@ -209,15 +156,15 @@ def test_one_file_by_an_address_with_a_signature(
 
 def test_a_run_that_was_stopped_goes_on(served: RangeServer) -> None:
     at = f"{served.url}/bucket"
-    outliermerge.run(_spec(str(served.folder / "bucket")), output="local")
+    outliermerge.run(spec_of(str(served.folder / "bucket")), output="local")
     last = "bucket/b/model-00002-of-00002.safetensors"
-    plan = outliermerge.plan(_spec(at))
+    plan = outliermerge.plan(spec_of(at))
     served.fault = lambda name, start, stop: "503" if name == last else ""
     with pytest.raises(OutlierMergeError, match=r"model-00002.*503, in"):
         outliermerge.run(plan, output="out")
     served.fault = lambda name, start, stop: ""
-    outliermerge.run(_spec(at), output="out")
-    assert _weights(Path("out")) == _weights(Path("local"))
+    outliermerge.run(spec_of(at), output="out")
+    assert weights_of(Path("out")) == weights_of(Path("local"))
 
 
 def test_pickles_elsewhere_are_refused(served: RangeServer) -> None:
@@ -251,10 +198,10 @@ def _run(
 
 
 def test_the_hub_is_read_by_ranges(tmp_path: Path) -> None:
-    folders = {f"org/{name}": _model(tmp_path / name, seed) for seed, name in enumerate(NAMES)}
-    spec = _spec("org") | {"base_model": "hf://org/base"}
+    folders = {f"org/{name}": save_model(tmp_path / name, seed) for seed, name in enumerate(NAMES)}
+    spec = spec_of("org") | {"base_model": "hf://org/base"}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
-    outliermerge.run(_spec(str(tmp_path)), output=tmp_path / "local")
+    outliermerge.run(spec_of(str(tmp_path)), output=tmp_path / "local")
     words = str(tmp_path / "spec.yaml"), str(tmp_path / "out")
     with HubServer(folders, gated=["org/b"], renamed={"old/a": "org/a"}) as server:
         refused = _run(server, tmp_path / "home", "plan", words[0])
@@ -266,7 +213,7 @@ def test_the_hub_is_read_by_ranges(tmp_path: Path) -> None:
         assert not list((tmp_path / "home" / "hub").rglob("*.safetensors"))
         done = _run(server, tmp_path / "home", "run", *words, "--stream", HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr
-    assert _weights(tmp_path / "out") == _weights(tmp_path / "local")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "local")
     manifest = json.loads((tmp_path / "out" / "outliermerge.json").read_text())
     assert [entry["version"] for entry in manifest["inputs"]] == [
         commit_of(folder) for folder in folders.values()
@@ -300,12 +247,12 @@ def test_a_real_s3_server(tmp_path: Path, own_cache: Path, monkeypatch: pytest.M
         client = boto3.client("s3", endpoint_url=keys["AWS_ENDPOINT_URL"], region_name="us-east-1")
         client.create_bucket(Bucket="models")
         for seed, name in enumerate(NAMES):
-            for path in _model(tmp_path / name, seed).iterdir():
+            for path in save_model(tmp_path / name, seed).iterdir():
                 client.upload_file(str(path), "models", f"deep/{name}/{path.name}")
-        local = outliermerge.run(_spec(str(tmp_path)), output="local")
-        there = outliermerge.run(_spec("s3://models/deep"), output="there")
+        local = outliermerge.run(spec_of(str(tmp_path)), output="local")
+        there = outliermerge.run(spec_of("s3://models/deep"), output="there")
     finally:
         server.stop()
-    assert _weights(there.output) == _weights(local.output)
+    assert weights_of(there.output) == weights_of(local.output)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"a-secret-of-this-test" in path.read_bytes()]
