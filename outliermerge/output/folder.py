@@ -22,6 +22,7 @@ from outliermerge.storage.failures import failure, naming
 from outliermerge.storage.stamps import open_file
 from outliermerge.storage.system import (
     files_in,
+    folders_in,
     inode,
     make_inside,
     remove_files,
@@ -249,8 +250,8 @@ class OutputFolder:
         self._refuse_foreign(set(files_in(self.path)) - wanted)
         self.writer.sync()
         with naming(self.path, "brought to the disk"):
-            for root, _, _ in os.walk(self.path):
-                sync_folder(Path(root))
+            for each in folders_in(self.path):
+                sync_folder(each)
             self.writer.close()  # some systems cannot rename a folder with an open file
         shard = self._plan.shards[0].file if self._plan.is_one_file else None
         begin_naming(self._journal, shard=shard, old=self._old)

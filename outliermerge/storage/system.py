@@ -373,9 +373,22 @@ def remove_files(folder: Path, names: set[str]) -> None:
     for name in sorted(files_in(folder)):
         if name in names:
             (folder / name).unlink()
-    for root, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):  # it is not empty
-            Path(root).rmdir()
+    for inner in folders_in(folder):
+        try:
+            inner.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def folders_in(folder: Path) -> Iterator[Path]:
+    """Yield all folders under a folder, and then itself; links are not followed."""
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that cannot be read
+
+    for root, _, _ in os.walk(folder, topdown=False, onerror=fail):
+        yield Path(root)
 
 
 def sync_folder(path: Path) -> None:

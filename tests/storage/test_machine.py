@@ -107,3 +107,22 @@ def test_outputs_are_the_same_however_they_are_written(is_direct, tmp_path, monk
     for name, tensor in base.items():
         delta = other[name].float() - tensor.float()
         assert torch.equal(merged[name], (tensor.float() + delta).bfloat16())
+
+
+def test_a_folder_that_cannot_be_listed_is_told_when_its_files_are_removed(tmp_path, monkeypatch):
+    folder, listed, scandir = tmp_path / "old", [], os.scandir
+    folder.mkdir()
+    (folder / "ours").touch()
+
+    def fail_again(path):
+        listed.append(path)
+        if len(listed) == 2:  # the files are gone, and the folder is to go
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail_again)
+        with pytest.raises(OSError, match="Input/output error"):
+            system.remove_files(folder, {"ours"})
+    system.remove_files(folder, {"ours"})
+    assert not folder.exists()
