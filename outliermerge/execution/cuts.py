@@ -90,15 +90,15 @@ class Work:
         if self.completes_rows:  # kernels read the whole rows
             row = row_elements(self.job.output.shape)
             start, stop = start // row * row, min(-(-stop // row) * row, self.job.num_elements)
-        wanted = []
+        wanted, before = [], []
         for _, meta in self.job.sources[:sources]:
             assert isinstance(meta, TensorMeta) and meta.offset is not None
             size = meta.dtype.num_bytes
             wanted.append((meta.path, meta.offset + start * size, (stop - start) * size))
-        before = [(span[0] - start) * meta.dtype.num_bytes for _, meta in self.job.sources]
+            before.append((span[0] - start) * size)
         return [
             (descriptor, position + skipped)
-            for (descriptor, position), skipped in zip(reader.places(wanted), before, strict=False)
+            for (descriptor, position), skipped in zip(reader.places(wanted), before, strict=True)
         ]
 
     def note(self, row: int, start: int, digests: bytes) -> None:
