@@ -1303,7 +1303,7 @@ def test_a_file_name_for_a_folder_is_refused(trio, tmp_path):
     whole, _, other = trio
     found = refusal(spec_of(whole, [other]), tmp_path / "out.safetensors")
     assert found == (
-        f"output {tmp_path / 'out.safetensors'}: a folder is written: leave .safetensors away"
+        f"output {tmp_path / 'out.safetensors'}: a folder is written: leave out .safetensors"
     )
 
 

@@ -59,7 +59,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="A",
-        help="of the Ray cluster; without it one that runs here is taken, or started",
+        help="address of the Ray cluster (default: one that runs on this machine, else a new one)",
     )
     parser.add_argument(
         "--parts",
@@ -106,7 +106,7 @@ def run_one_part(
     if getattr(options, "keep", None):
         raise ArgumentError(
             f"{argument('keep')}: a stage is not written in parts. Write it by a run of its own, "
-            "or leave it away"
+            "or leave it out"
         )
     final = output_path(planned, output)
     jobs = part_of(planned, number, num_parts)

@@ -205,7 +205,7 @@ def _held(plan: Plan, final: Path, options: Options, name: str, *, overwrite: bo
 
 @checked
 def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> RunResult:
-    """Finish an output whose parts are written: prove every tensor, write the rest, name it.
+    """Finish an output whose parts are written: prove every tensor, add the other files, name it.
 
     Nothing is merged: a tensor that is not there, or whose bytes have another checksum than its
     part has noted, is told with its part.

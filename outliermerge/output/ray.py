@@ -113,7 +113,7 @@ def run_on_ray(
         if states and num_parts not in (None, len(states)):
             raise ArgumentError(
                 f"{argument('parts', num_parts)}: {final} was begun in {len(states)} parts. Leave "
-                "it away, to go on with these"
+                "it out, to go on with these"
             )
         number = num_parts or len(states) or _num_at_once(needs, planned)
         work = _Work(

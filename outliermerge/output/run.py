@@ -295,7 +295,7 @@ def output_path(planned: Plan, output: str | Path | None) -> Path:
             f"name it {path.name}.safetensors"
         )
     if not planned.is_one_file and path.suffix == ".safetensors":
-        raise ArgumentError(f"output {path}: a folder is written: leave .safetensors away")
+        raise ArgumentError(f"output {path}: a folder is written: leave out .safetensors")
     if planned.is_one_file and len(planned.shards) > 1:
-        raise ArgumentError(f"{argument('shard_size')}: the output is a single file: leave it away")
+        raise ArgumentError(f"{argument('shard_size')}: the output is a single file: leave it out")
     return path

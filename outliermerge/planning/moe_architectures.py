@@ -81,7 +81,7 @@ class MoeArchitecture:
         if len(shared) > 1:
             return f"it has at most one shared expert, found {len(shared)}"
         if shared and not self.shared_router and shared[0].positive_prompts:
-            return "its shared expert has no router: leave `positive_prompts` away"
+            return "its shared expert has no router: leave out `positive_prompts`"
         return self.unfit({**_KINDS[kind], **base})
 
 

@@ -139,13 +139,13 @@ def _refuse_own(holder: Mapping[str, Any], said: str, name: str, key: str) -> No
         if any(name in (entry.get("parameters") or {}) for entry in (one, *one["sources"])):
             raise _wrong(
                 key, f"slice {number} has a {shown(name)} of its own in the spec, which would win. "
-                f"Set {said}slices.{number}.{name}, or leave it away there"
+                f"Set {said}slices.{number}.{name}, or leave it out there"
             )  # fmt: skip
     for number, model in enumerate(holder.get("models") or holder.get("sources") or (), start=1):
         if name in (model.get("parameters") or {}):
             raise _wrong(
                 key, f"model {number} has a {shown(name)} of its own in the spec, which would win. "
-                f"Set {said}models.{number}.{name}, or leave it away there."
+                f"Set {said}models.{number}.{name}, or leave it out there."
             )  # fmt: skip
 
 
