@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import xxhash
 
-from outliermerge.storage.system import cache_folder
+from outliermerge.storage.machine import cache_folder
 
 Findings: TypeAlias = Mapping[str, Any]
 """What load_worker.check_part returns."""

@@ -22,7 +22,7 @@ from outliermerge.planning.plan import Input, Job, Plan
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
 from outliermerge.storage.files import small_bytes
-from outliermerge.storage.system import cache_folder
+from outliermerge.storage.machine import cache_folder
 
 _KEPT_SECONDS = 7 * 86_400
 _IN_USE_SECONDS = 2 * 86_400  # a merge reads them at its end, too

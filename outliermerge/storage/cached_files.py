@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from outliermerge.storage.machine import cache_folder
 from outliermerge.storage.objects import Objects
 from outliermerge.storage.range_cache import CHUNK_BYTES, REQUEST_CHUNKS, CachedObject, RangeCache
 from outliermerge.storage.ranges import State
 from outliermerge.storage.stand_ins import stand_in
-from outliermerge.storage.system import cache_folder, read_at
+from outliermerge.storage.system import read_at
 
 DEFAULT_CACHE_BYTES = 8 << 30
 _SMALL_BYTES = 4096

@@ -175,3 +175,13 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8", "replace")
     except OSError:
         return ""
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder for files that can be made again; it need not exist yet.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "outliermerge" / name

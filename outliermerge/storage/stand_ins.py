@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from outliermerge.storage.system import cache_folder
+from outliermerge.storage.machine import cache_folder
 
 _RECORD = "objects.json"
 

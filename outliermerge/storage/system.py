@@ -42,16 +42,6 @@ _AT_FDCWD = -100
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
-def cache_folder(name: str) -> Path:
-    """Return a folder for files that can be made again; it need not exist yet.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "outliermerge" / name
-
-
 def inode(path: Path) -> int | None:
     """Return the inode number at a path, of a link itself; None if nothing is there."""
     try:
@@ -374,21 +364,17 @@ def remove_files(folder: Path, names: set[str]) -> None:
         if name in names:
             (folder / name).unlink()
     for inner in folders_in(folder):
-        try:
+        if not any(inner.iterdir()):
             inner.rmdir()
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
 
 
 def folders_in(folder: Path) -> Iterator[Path]:
     """Yield all folders under a folder, and then itself; links are not followed."""
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that cannot be read
-
-    for root, _, _ in os.walk(folder, topdown=False, onerror=fail):
-        yield Path(root)
+    with os.scandir(folder) as entries:
+        inner = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for each in inner:
+        yield from folders_in(each)
+    yield folder
 
 
 def sync_folder(path: Path) -> None:
