@@ -1,0 +1,115 @@
+"""`search`: find the settings of a merge that score best."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, say
+from outliermerge.cli.specs import read_spec
+from outliermerge.errors import printable
+
+_SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for the merge, what varies, and what scores it."""
+    parser.add_argument("spec", metavar="SPEC", help="a YAML file, or the name of a shipped spec")
+    parser.add_argument(
+        "--space",
+        required=True,
+        metavar="YAML",
+        help="what is searched: by key, named as in `sweep`, a range such as {low: 1, high: 4} or "
+        "a list of choices",
+    )
+    parser.add_argument(
+        "--suite",
+        required=True,
+        metavar="SUITE",
+        help="what scores a merge: a suite of `eval`, or a function package.module:function that "
+        "returns a number for each question",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder for best.yaml, the table and the trials; a search that is there goes on",
+    )
+    parser.add_argument(
+        "--trials", type=count, default=30, metavar="N", help="merges that are tried (default 30)"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=_SAMPLERS,
+        default="tpe",
+        help="what chooses their settings (default tpe); with nsga2 each task is an objective",
+    )
+    parser.add_argument(
+        "--questions",
+        type=count,
+        default=100,
+        metavar="N",
+        help="questions of each task that a trial is asked (default 100)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the sampler, and of which questions are asked (default 0)",
+    )
+    add_machine(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, and print the table."""
+    from outliermerge.optional import require_search
+
+    require_search()
+    from outliermerge.cli.search_progress import SearchProgress
+    from outliermerge.output.options import RunOptions
+    from outliermerge.search.scorers import find_scorer
+    from outliermerge.search.search import Wanted, search
+    from outliermerge.search.space import load_space
+
+    spec = read_spec(options)
+    space = load_space(options.space)
+    wanted = Wanted(
+        trials=options.trials,
+        sampler=options.sampler,
+        seed=options.seed,
+        questions=options.questions,
+    )
+    scorer = find_scorer(options.suite, device=options.device)
+    with SearchProgress(quiet=options.quiet) as progress:
+        found = search(
+            spec,
+            space,
+            scorer,
+            output=options.output,
+            wanted=wanted,
+            options=RunOptions(device=options.device, threads=options.threads),
+            listener=progress,
+        )
+    if options.json:
+        print_json(found.as_dict())
+    else:
+        print(printable(found.as_markdown()))
+        say(f"wrote {options.output}: best.yaml, search.md, result.json", file=sys.stderr)
+    return 0
+
+
+COMMAND = Command(
+    summary="find the settings of a merge that score best; says how much of the gain is luck",
+    examples=(
+        "outliermerge search merge.yaml --space space.yaml --suite evals/tiny.yaml -o search",
+        "outliermerge search merge.yaml --space space.yaml --suite mine.scores:score -o search \\\n"
+        "      --trials 60 --sampler cmaes",
+    ),
+    overview="outliermerge search merge.yaml --space space.yaml --suite tiny -o search",
+    add_arguments=add_arguments,
+    run=run,
+    goes_on=True,
+)
