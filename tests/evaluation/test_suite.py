@@ -14,6 +14,7 @@ from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_pa
 from outliermerge.evaluation.suite import Suite, load_suite
 
 SUITES = Path(__file__).parents[2] / "evals"
+SHIPPED = ("mllm", "paper", "paper-judge", "text", "tiny", "tiny-text")
 
 TASK = "- {title: MMStar, task: mmstar, metric: 'average,none'}\n"
 
@@ -44,7 +45,8 @@ def test_a_suite_says_only_its_tasks_and_the_rest_has_defaults(tmp_path):
     assert (suite.name, task.title, task.scale) == ("own", "MMStar", 100)
     assert (suite.tasks_folder, suite.data) == (None, None)
     assert (suite.limit_of(task), suite.generation_of(task)) == (None, {})
-    assert (suite.document.model_type, suite.document.batch_size) == ("llava_hf", 1)
+    assert (suite.document.harness, suite.model_type) == ("lmms_eval", "llava_hf")
+    assert suite.document.batch_size == 1
 
 
 def test_a_task_has_its_own_limit_and_generation_before_the_suites(tmp_path):
@@ -153,7 +155,7 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("load_in_8bit: 1\ntasks:\n" + TASK, "FILE:1:15: load_in_8bit: found 1"),
         ("judge: sometimes\ntasks:\n" + TASK, "FILE:1:8: judge: found 'sometimes'"),
         ("dtype: float8\ntasks:\n" + TASK, "FILE:1:8: dtype: found 'float8'"),
-        ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: found 'llava'"),
+        ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: lmms_eval has no model "),
         ("generation: 4\ntasks:\n" + TASK, "FILE:1:13: generation: found 4"),
         ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found nothing, "
          "expected a mapping"),
@@ -304,18 +306,19 @@ def test_a_model_type_whose_packages_are_absent_is_refused_by_name(monkeypatch):
     check_packages("llava_hf", load_in_8bit=True)
 
 
-@pytest.mark.parametrize("name", ["paper", "paper-judge", "tiny"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
         ours = task_files.own_files(suite.tasks_folder, suite.data)
-        definition = task_files.definition_of(task.task, ours)
+        definition = task_files.definition_of(task.task, ours, suite.document.harness)
         config, _ = task_files._keys(definition.file, None, ())
-        metrics = {entry["metric"] for entry in config["metric_list"][0]}
+        listed = config.get("metric_list") or config["aggregate_metric_list"]  # of a group
+        metrics = {entry["metric"] for entry in listed[0]}
         assert task.metric.partition(",")[0] in metrics
 
 
 def test_every_suite_that_ships_is_looked_at():
     names = {path.stem for path in SUITES.glob("*.yaml")}
-    assert names == {"paper", "paper-judge", "tiny"}
+    assert names == set(SHIPPED)
