@@ -6,8 +6,9 @@ import argparse
 import sys
 
 from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, say
+from outliermerge.cli.shipped import find_file
 from outliermerge.cli.specs import read_spec
-from outliermerge.errors import printable
+from outliermerge.errors import as_path, printable
 
 _SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions of each task that a trial is asked (default 100)",
     )
     parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="search with only N questions of each task of a suite, held-out ones included",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -70,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     require_search()
     from outliermerge.cli.search_progress import SearchProgress
     from outliermerge.output.options import RunOptions
+    from outliermerge.search.functions import is_function
     from outliermerge.search.scorers import find_scorer
     from outliermerge.search.search import Wanted, search
     from outliermerge.search.space import load_space
@@ -82,7 +90,12 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         questions=options.questions,
     )
-    scorer = find_scorer(options.suite, device=options.device)
+    scorer = find_scorer(
+        options.suite if is_function(options.suite) else find_file(options.suite, "suite"),
+        device=options.device,
+        folder=as_path(options.output) / "work",
+        limit=options.limit,
+    )
     with SearchProgress(quiet=options.quiet) as progress:
         found = search(
             spec,

@@ -1,8 +1,9 @@
 """Which questions a search asks: a half is held out, and of the other a part tells models apart.
 
-The part is a stratified sample (Neyman 1934): questions on which the models that are known before
-the search differ are asked more often than those on which they agree. The weights undo that, so
-that the weighted mean estimates the mean over the whole half.
+The part is a stratified sample: questions on which the models that are known before the search
+differ are asked more often than those on which they agree. The weights undo that. A merge's mean
+over the whole half is estimated by the difference estimator of surveys: the known models' mean over
+the half, plus the weighted mean of the differences from it where the merge was asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Answers = Mapping[str, Mapping[str, float]]
 
 LEAST_QUESTIONS = 4  # of a task: two to search with, and two that are held out
 _NUM_STRATA = 3  # of the questions on which models differ
-_LEAST_SHARE = 0.1  # of a sample goes to the questions on which models agree
+_BY_SIZE = 0.5  # of a sample is shared by the strata's sizes, the rest as Neyman (1934) does
 _SHARES = (0.25, 0.5, 1.0)  # of a sample, after which a trial may be stopped
 
 
@@ -31,11 +32,13 @@ class Sample:
 
     Attributes:
         asked: by task the questions that each trial is asked, in order, with their weights.
-        searched: by task the half that these are from.
+        expected: by task the known models' mean score on each question of the half they are from.
+        searched: by task that half.
         held_out: by task the other half, which no trial is asked.
     """
 
     asked: Mapping[str, Mapping[str, float]]
+    expected: Mapping[str, Mapping[str, float]]
     searched: Mapping[str, Sequence[str]]
     held_out: Mapping[str, Sequence[str]]
 
@@ -56,13 +59,13 @@ class Sample:
     def estimate(
         self, answers: Answers, step: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, float]:
-        """Return by task the weighted mean over the asked questions, or those of a step."""
+        """Return by task the estimated mean over the half, from the asked questions or a step's."""
         found = {}
         for task, weights in self.asked.items():
-            names = weights if step is None else step[task]
+            names, expected = weights if step is None else step[task], self.expected[task]
             total = math.fsum(weights[name] for name in names)
-            weighted = (weights[name] * answers[task][name] for name in names)
-            found[task] = math.fsum(weighted) / total
+            more = (weights[name] * (answers[task][name] - expected[name]) for name in names)
+            found[task] = statistics.fmean(expected.values()) + math.fsum(more) / total
         return found
 
 
@@ -77,7 +80,7 @@ def sample(known: Sequence[Answers], *, number: int, seed: int) -> Sample:
     Raises:
         OutlierMergeError: a task has too few questions, or the models were not asked the same.
     """
-    asked, searched, held_out = {}, {}, {}
+    asked, expected, searched, held_out = {}, {}, {}, {}
     for task, answers in known[0].items():
         if len(answers) < LEAST_QUESTIONS:
             raise OutlierMergeError(
@@ -91,8 +94,12 @@ def sample(known: Sequence[Answers], *, number: int, seed: int) -> Sample:
         order = in_order(answers, seed=seed, what=task)
         middle = (len(order) + 1) // 2
         searched[task], held_out[task] = order[:middle], order[middle:]
-        asked[task] = _stratified(searched[task], [one[task] for one in known], number)
-    return Sample(asked, searched, held_out)
+        own = [one[task] for one in known]
+        expected[task] = {
+            name: statistics.fmean(one[name] for one in own) for name in searched[task]
+        }
+        asked[task] = _stratified(searched[task], own, number)
+    return Sample(asked, expected, searched, held_out)
 
 
 def in_order(names: Mapping[str, object] | Sequence[str], *, seed: int, what: str) -> list[str]:
@@ -142,15 +149,19 @@ def _stratified(
 
 
 def _sizes(strata: Sequence[Sequence[float]], number: int) -> list[int]:
-    """Return how many questions of each stratum are taken: as its size times its spread."""
-    parts = [len(spreads) * statistics.fmean(spreads) for spreads in strata]
-    total = sum(parts)
-    least = _LEAST_SHARE * number
-    wanted = [max(least, number * part / total if total else number) for part in parts]
-    scale = number / sum(wanted)
+    """Return how many questions of each stratum are taken: half by size, half by size × spread.
+
+    Neyman's shares alone would leave few questions to the stratum on which the known models agree,
+    each with a large weight; a merge may differ from all of them there.
+    """
+    total, spread = sum(map(len, strata)), sum(map(sum, strata))
+    wanted = []
+    for spreads in strata:
+        by_size = len(spreads) / total
+        by_spread = sum(spreads) / spread if spread else by_size
+        wanted.append(number * (_BY_SIZE * by_size + (1 - _BY_SIZE) * by_spread))
     sizes = [
-        min(len(spreads), max(1, round(scale * want)))
-        for spreads, want in zip(strata, wanted, strict=True)
+        min(len(spreads), max(1, round(want))) for spreads, want in zip(strata, wanted, strict=True)
     ]
     # What rounding and small strata leave goes to the strata that have questions left.
     while sum(sizes) != number and number >= len(strata):

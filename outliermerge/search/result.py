@@ -42,7 +42,7 @@ class Row:
     """A candidate's scores, each the mean over tasks.
 
     Attributes:
-        asked: on the questions of trials, weighted.
+        asked: estimated from the questions that trials are asked.
         searched: on all questions of the half that these are from.
         held_out: on the other half; `tasks` has it by task.
         gain, stderr: on that half, minus the defaults, with the standard error of the pairs.
@@ -165,8 +165,8 @@ class Found:
             for key in ("asked", "searched", "held_out")
         )
         facts = (
-            f"{len(self.trials)} trials ({counts}). asked: {asked} questions that trials are "
-            f"asked, weighted; searched: the {searched} that these are from, by which the best is "
+            f"{len(self.trials)} trials ({counts}). asked: estimated from {asked} questions, which "
+            f"trials are asked; searched: all {searched} that these are from, by which the best is "
             f"chosen; held out: {held_out} others, which no trial was asked; gain: held out, minus "
             "the defaults, ± one standard error of the pairs."
         )

@@ -70,6 +70,7 @@ def load_model(path: Path, *, device: str = "cpu") -> Any:
     except ImportError as error:
         said = "transformers is not installed: pip install transformers"
         raise OutlierMergeError(said) from error
+    transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, str(names[0]), None)
     if kind is None:
         raise OutlierMergeError(
