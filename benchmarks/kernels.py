@@ -58,7 +58,9 @@ def calls(kernels: Any, raws: list[Any]) -> dict[str, Callable[[], Any]]:
     out, half = np.zeros(NUM, np.uint16), [0.5, 0.5]
     narrow = [np.zeros((3 << 16) + 1, np.uint64) for _ in range(4)]
     wide = tuple(np.zeros((1 << 15) + 1, np.uint64) for _ in range(2))
-    kept_bits = (bytearray(2 * (NUM // 8 + SPARE_BYTES)),) if "[, kept]" in kernels.drawn.__doc__ else ()
+    kept_bits = (
+        (bytearray(2 * (NUM // 8 + SPARE_BYTES)),) if "[, kept]" in kernels.drawn.__doc__ else ()
+    )
     della = [1, 1, 1, 1, 0], half + half + [0.15, 0.15] + half
     kept, least, most, varied = at(0.8), at(0.1), at(0.99), float(np.quantile(spread, 0.9))
 

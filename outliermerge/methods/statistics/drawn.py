@@ -62,6 +62,13 @@ class DrawnScale:
         drops = any(0 < density < 1 for density in parameters["density"])
         return int(drops and parameters["rescale"] and parameters["rescale_by"] == "l1")
 
+    def held_bytes(self, num_models: int, num_elements: int, parameters: Mapping[str, Any]) -> int:
+        """Return the memory for what kernels keep by rank: one bit an element, within a limit."""
+        if not (self.by_row and self.num_passes(parameters)):
+            return 0
+        own = min(-(-num_elements // 8), _KEPT_BYTES // num_models)
+        return num_models * (own + SPARE_BYTES)
+
     def start(
         self,
         num_models: int,
@@ -74,7 +81,8 @@ class DrawnScale:
             return [1.0] * num_models
         assert context is not None
         epsilon = parameters.get("epsilon", [0.0] * num_models)
-        return _Norms(self, context, parameters["density"], epsilon, num_elements)
+        num_bytes = self.held_bytes(num_models, num_elements, parameters)
+        return _Norms(self, context, parameters["density"], epsilon, num_bytes)
 
 
 class _Norms:
@@ -85,15 +93,14 @@ class _Norms:
     with_start = True
 
     def __init__(
-        self, need: DrawnScale, context: Context, density: Any, epsilon: Any, num_elements: int
+        self, need: DrawnScale, context: Context, density: Any, epsilon: Any, num_bytes: int
     ) -> None:
         self.by_row = need.by_row
         self._probability, self._context = need.probability, context
         self._density, self._epsilon = density, epsilon
         self._before = [array("d") for _ in density]
         self._after = [array("d") for _ in density]
-        num_bytes = min(-(-num_elements // 8), _KEPT_BYTES // len(density))
-        self._kept = bytearray((num_bytes + SPARE_BYTES) * len(density)) if need.by_row else None
+        self._kept = bytearray(num_bytes) if num_bytes else None
 
     def measure(self, block_ME: Tensor, start: int = 0) -> list[tuple[array[float], array[float]]]:
         self._kept = None
