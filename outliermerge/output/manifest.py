@@ -20,14 +20,14 @@ from outliermerge.checkpoint.checksum import (
     file_checksum,
     header_checksum,
 )
-from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.beside import CARD_NAME, MANIFEST_NAME
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
-from outliermerge.output.card import CARD_NAME, model_card
+from outliermerge.output.card import model_card
 from outliermerge.output.drift import measure_drift
 from outliermerge.output.folder import OutputFolder, finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest

@@ -17,7 +17,7 @@ from outliermerge.checkpoint.folders.absent import (
     names_of,
     path_meant,
 )
-from outliermerge.checkpoint.folders.beside import sidecars_of
+from outliermerge.checkpoint.folders.beside import CARD_NAME, sidecars_of
 from outliermerge.checkpoint.folders.chosen import (
     NO_WEIGHTS,
     parts_of,
@@ -174,7 +174,8 @@ def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | Non
             folder = snapshot(wanted, folder.name or revision)  # of one commit
             return folder
 
-        return fetch(wanted_files(names, fetch))
+        # The card tells the model's licence.
+        return fetch([*wanted_files(names, fetch), *({CARD_NAME} & {*names})])
     except OutlierMergeError:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ from typing import Literal
 import xxhash
 
 from outliermerge.checkpoint.checksum import file_checksum
-from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
+from outliermerge.checkpoint.folders.beside import CARD_NAME, MANIFEST_NAME
 from outliermerge.checkpoint.folders.chosen import wanted_files
 from outliermerge.checkpoint.formats.safetensors_file import MAX_HEADER_BYTES
 from outliermerge.checkpoint.formats.table import SUFFIXES
@@ -47,7 +47,7 @@ _USUAL_NAMES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE", MANIFEST_NAME,
+    "processor_config.json", "LICENSE", CARD_NAME, MANIFEST_NAME,
 )  # fmt: skip
 
 Streamed = Literal["", "headers", "all"]
@@ -158,7 +158,7 @@ class _Fetch:
         else:
             try:
                 wanted = wanted_files(names, self._fetch)
-                wanted += [name for name in names if name == MANIFEST_NAME]
+                wanted += [name for name in names if name in (CARD_NAME, MANIFEST_NAME)]
             except OutlierMergeError as error:
                 raise OutlierMergeError(f"{place.address}: {error}") from error
         others = [n for n in wanted if n.endswith(SUFFIXES) and not n.endswith(_BY_RANGES)]
