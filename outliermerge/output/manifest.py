@@ -38,7 +38,7 @@ from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.repeated import check_inputs, relative_to
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
-from outliermerge.storage.stand_ins import elsewhere
+from outliermerge.storage.stand_ins import elsewhere, with_addresses
 
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
@@ -244,7 +244,7 @@ def verify_folder(
         try:
             metas = read_header(path)
         except OutlierMergeError as error:
-            differences.append(str(error))
+            differences.append(with_addresses(str(error)))
             continue
         if _checksum(header_checksum, path) != shard["header"]:
             changed_headers.add(file)
