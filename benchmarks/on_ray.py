@@ -1,11 +1,12 @@
 """Merges on a Ray cluster whose machines read from an object store, each by a line of its own.
 
-The machines are raylets of one processor, all on this one. An S3 server on the loopback answers each
-request 10 ms late, and each machine at its own port, by which it gets no more bytes in a second than
-it is told. Three models of random weights are merged by ties, in one part and in one a machine.
+The machines are raylets of one processor, all on this machine. An S3 server on the loopback answers
+each request 10 ms late. It answers each machine at a port of its own, where it sends no more bytes
+in a second than it is told. Three models of random weights are merged by ties, in one part and in
+one a machine, by workers that have started before: here all would start on the same processors.
 What `plan` foretells of bytes, requests and seconds is compared with what happens.
 
-    python benchmarks/on_ray.py [--runs 3] [--machines 8] [--megabytes 80,160,320] [--line 5]
+    python benchmarks/on_ray.py [--runs 3] [--machines 8] [--megabytes 40,80,160] [--line 1]
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from elsewhere import LATENCY_SECONDS, NAMES, save_model
-from measure import Figures, measure, medians, progress, script, surroundings
+from measure import Figures, medians, progress, surroundings
+
+import outliermerge
+from outliermerge.output.cost import Machine, cost_of
+from outliermerge.output.ray import run_on_ray
+from outliermerge.planning.plan import Plan
 
 RESULT = Path(__file__).parent / "results" / "on_ray.json"
 COLUMNS = 512  # so that there are many tensors, and parts are about equal
@@ -98,6 +106,7 @@ def cpu_seconds() -> float:
 
 
 def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    import ray
     from ray.cluster_utils import Cluster
 
     os.chdir(folder)
@@ -123,24 +132,27 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "XDG_CACHE_HOME": str(folder / "cache"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+    machines = sorted({1, options.machines})
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     try:
         for url in server.urls[1:]:
             cluster.add_node(num_cpus=1, env_vars={"AWS_ENDPOINT_URL": url})
+        ray.init(address=cluster.address, log_to_driver=False)
+        _one(options.megabytes[0], options.machines, server)  # starts the workers
         runs: dict[tuple[int, int], list[Figures]] = {}
         for number in range(options.runs):
-            for size in options.megabytes:
-                for num_parts in sorted({1, options.machines}):
-                    figures = _one(size, num_parts, cluster.address, server)
-                    runs.setdefault((size, num_parts), []).append(figures)
-                    progress(
-                        f"{number + 1}/{options.runs}, {size} MB a model, {num_parts} parts: "
-                        f"{figures['wall_seconds']:.1f} s"
-                    )
-        foretold = {size: _foretold(size, options) for size in options.megabytes}
+            for size, num_parts in product(options.megabytes, machines):
+                figures = _one(size, num_parts, server)
+                runs.setdefault((size, num_parts), []).append(figures)
+                progress(
+                    f"{number + 1}/{options.runs}, {size} MB a model, {num_parts} parts: "
+                    f"{figures['wall_seconds']:.1f} s"
+                )
+        plans = {size: outliermerge.plan(f"{size}.json") for size in options.megabytes}
     finally:
+        ray.shutdown()
         cluster.shutdown()
         server.end()
     cases = []
@@ -149,12 +161,12 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         times = [one / run["wall_seconds"] for one, run in zip(of_one, each, strict=True)]
         cases.append(
             {
-                "gigabytes": round(3 * size / 1000, 3),
+                "gigabytes": round(plans[size].num_read_bytes / 1e9, 3),
                 "machines": num_parts,
                 "times_one": round(statistics.median(times), 2),
                 "times_one_range": [round(min(times), 2), round(max(times), 2)],
                 **medians(each),
-                **{f"foretold_{key}": value for key, value in foretold[size][num_parts].items()},
+                "foretold": foretold(plans[size], num_parts, options.line),
             }
         )
     return {
@@ -165,25 +177,29 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _one(size: int, num_parts: int, address: str, server: _Server) -> Figures:
+def foretold(plan: Plan, num_machines: int, line: float) -> dict[str, Any]:
+    """Return what `plan` says of bytes, requests and seconds."""
+    machine = Machine(line * 1e6, LATENCY_SECONDS)
+    return cost_of(plan, num_machines, machine).as_dict()
+
+
+def _one(size: int, num_parts: int, server: _Server) -> Figures:
     """Merge models of a size in so many parts."""
     for name in ("out", "cache"):
         shutil.rmtree(name, ignore_errors=True)
     server.asked()
-    before = cpu_seconds()
-    command = [script("outliermerge"), "run", f"{size}.json", "out", "--executor", "ray"]
-    command += ["--address", address, "--threads", "1", "--parts", str(num_parts)]
-    figures = measure([*command, "--no-load-check", "--quiet"])
+    before, began = cpu_seconds(), time.perf_counter()
+    plan = outliermerge.plan(f"{size}.json")
+    run_on_ray(plan, Path("out"), outliermerge.RunOptions(threads=1), num_parts=num_parts)
+    figures = {"wall_seconds": time.perf_counter() - began}
+    figures["cpu_seconds"] = cpu_seconds() - before
     asked = server.asked()
-    figures["cpu_seconds_of_all"] = cpu_seconds() - before
     figures["requests"] = sum(num > LARGE_BYTES for each in asked[1:] for num in each)
     figures["small_requests"] = sum(num <= LARGE_BYTES for each in asked for num in each)
-    figures["gigabytes_fetched"] = sum(map(sum, asked)) / 1e9
-    return figures
-
-
-def _foretold(size: int, options: argparse.Namespace) -> dict[int, dict[str, float]]:
-    return {1: {}, options.machines: {}}
+    figures["gigabytes_fetched"] = (
+        sum(num for each in asked[1:] for num in each if num > LARGE_BYTES) / 1e9
+    )
+    return {key: round(value, 4) for key, value in figures.items()}
 
 
 def main() -> None:
@@ -193,11 +209,11 @@ def main() -> None:
     parser.add_argument(
         "--megabytes",
         type=lambda text: list(map(int, text.split(","))),
-        default=[80, 160, 320],
-        help="of a model, several sizes (default 80,160,320)",
+        default=[40, 80, 160],
+        help="of a model, several sizes (default 40,80,160)",
     )
     parser.add_argument(
-        "--line", type=float, default=5, help="megabytes a second of a machine (default 5)"
+        "--line", type=float, default=1, help="megabytes a second of a machine (default 1)"
     )
     parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
