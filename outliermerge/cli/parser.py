@@ -19,6 +19,7 @@ COMMANDS = {
     "search": "search",
     "join": "join",
     "verify": "verify",
+    "push": "push",
     "eval": "evaluate",
     "compare": "compare",
     "stats": "stats",

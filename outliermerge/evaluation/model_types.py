@@ -26,6 +26,7 @@ class ModelType:
         packages: the packages that it imports besides transformers.
         architectures: the `model_type` of the configs that it loads; empty if it loads all.
         own_code: whether it runs the Python files of the checkpoint.
+        ignores: generation settings that it does not read, of those that others read.
     """
 
     path_argument: str = "pretrained"
@@ -38,6 +39,7 @@ class ModelType:
     packages: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     own_code: bool = False
+    ignores: tuple[str, ...] = ()
 
 
 _QWEN = ("qwen_vl_utils", "torchvision", "decord")
@@ -56,6 +58,7 @@ MODEL_TYPES = {
         packages=("torchvision", "decord", "timm", "einops"),
         architectures=("internvl_chat",),
         own_code=True,
+        ignores=("temperature", "top_p", "until"),
     ),
     "qwen2_vl": ModelType(takes_dtype=False, packages=_QWEN, architectures=("qwen2_vl",)),
     "qwen2_5_vl": ModelType(
@@ -85,7 +88,7 @@ class Harness:
         extra: the extra of this package that installs it.
         worker: the module that runs it.
         model_types: its model types by their names, the default one first.
-        generation: the generation settings that its model types read; they ignore all others.
+        generation: the generation settings that its model types read; they pass over all others.
     """
 
     title: str

@@ -231,7 +231,9 @@ def _wrong(
         is_whole: nothing has been left out of it, so that its model type can be the cause.
         but: generation settings of tasks that are passed over.
     """
-    known = HARNESSES[document.harness].generation
+    harness = HARNESSES[document.harness]
+    kind = harness.model_types.get(_model_type(document), ModelType())
+    known = [name for name in harness.generation if name not in kind.ignores]
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
         if task.title in RESERVED:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,13 @@ import pytest
 from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation import task_files
-from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages
+from outliermerge.evaluation.model_types import (
+    HARNESSES,
+    MODEL_TYPES,
+    ModelType,
+    check_packages,
+    model_arguments,
+)
 from outliermerge.evaluation.suite import Suite, load_suite
 
 SUITES = Path(__file__).parents[2] / "evals"
@@ -317,6 +325,38 @@ def test_every_shipped_suite_names_tasks_that_there_are(name):
         listed = config.get("metric_list") or config["aggregate_metric_list"]  # of a group
         metrics = {entry["metric"] for entry in listed[0]}
         assert task.metric.partition(",")[0] in metrics
+
+
+@pytest.mark.parametrize(
+    ("harness", "name"),
+    [(harness, name) for harness in HARNESSES for name in HARNESSES[harness].model_types],
+)
+def test_a_model_type_has_the_arguments_that_it_is_given(harness, name):
+    """The classes are read, not imported: they import vllm and others."""
+    text = {"hf": "huggingface.py", "vllm": "vllm_causallms.py"}
+    file = text[name] if harness == "lm_eval" else f"simple/{name}.py"
+    (home,) = find_spec(harness).submodule_search_locations
+    tree = ast.parse(Path(home, "models", file).read_text())
+    taken = {
+        argument.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        for argument in [*node.args.args, *node.args.kwonlyargs]
+    }
+    _, given = model_arguments(
+        name, path="m", device="cpu", dtype="auto", load_in_8bit=False, extra={}, harness=harness
+    )
+    if (harness, name) == ("lmms_eval", "vllm"):
+        taken.add("dtype")  # it hands on to vllm what it does not know
+    assert given.keys() | {"batch_size"} <= taken
+    assert ("dtype" in given) == HARNESSES[harness].model_types[name].takes_dtype
+
+
+def test_internvl2_reads_few_generation_settings(tmp_path):
+    text = "model_type: internvl2\ngeneration: {SETTING: 1}\ntasks:\n" + TASK
+    _load(tmp_path, text.replace("SETTING", "num_beams"))
+    said = "no generation setting 'temperature'"
+    assert said in _refusal(tmp_path, text.replace("SETTING", "temperature"))
 
 
 def test_every_suite_that_ships_is_looked_at():

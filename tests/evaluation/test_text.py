@@ -11,9 +11,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -44,6 +46,7 @@ BROKEN = {
     "dataless": "dataset_kwargs: {data_files: {test: absent.jsonl}}\n",
     "alone": "dataset_kwargs: {data_files: {test: sums.jsonl}}\ntraining_split: null\n",
     "always_bare": "num_fewshot: 0\n",
+    "unsafe": "unsafe_code: true\n",
 }
 UTILS = """\
 import os
@@ -172,7 +175,7 @@ def asked(place: Path, warm: Path, own_command: object) -> Done:
 @pytest.fixture(scope="module")
 def broken(place: Path, warm: Path) -> Done:
     """A good model on good and bad tasks, and a group of tasks."""
-    names = ("undefined", "deadly", "dataless")
+    names = ("unsafe", "undefined", "deadly", "dataless")
     tasks = [
         *(_task(name) for name in names),
         *(_task(name, num_fewshot=1) for name in ("alone", "always_bare")),
@@ -312,6 +315,7 @@ def test_contributions_have_the_score_as_mean_and_its_standard_error():
 @pytest.mark.parametrize(
     ("title", "reason"),
     [
+        ("unsafe", "which is marked as unsafe. Set confirm_run_unsafe_code=True"),
         ("undefined", "ZeroDivisionError"),
         ("deadly", "lm-eval's process was killed (signal 9)"),
         ("dataless", "its data absent.jsonl is nowhere"),
@@ -445,6 +449,30 @@ def test_the_command_sets_the_examples_of_all_tasks(place):
     suite = load_suite(file, num_fewshot=0, apply_chat_template=True)
     assert [suite.shots_of(task) for task in suite.document.tasks] == [0, 0]
     assert suite.document.apply_chat_template
+
+
+def test_vllm_gets_its_arguments_and_makes_its_batches(place, monkeypatch):
+    """It cannot run here: what it would be asked for is looked at."""
+    asked = []
+
+    @contextmanager
+    def stub(request: dict[str, Any], **rest: Any) -> Iterator[tuple[Any, Any]]:
+        asked.append(request)
+        yield Mock(**{"wait.return_value": 3}), iter(())
+
+    monkeypatch.setattr(evaluate_module, "worker", stub)
+    monkeypatch.setattr(evaluate_module, "check_packages", lambda *_, **__: None)
+    settings = {"model_type": "vllm", "dtype": "bfloat16", "confirm_run_unsafe_code": True}
+    file = _write_suite(place / "vllm.yaml", [_task("tiny_sums", num_fewshot=2)], **settings,
+                        model_args={"gpu_memory_utilization": 0.8})  # fmt: skip
+    scores = evaluate_module.evaluate([str(place / "a")], load_suite(file), output=place / "vllm")
+    (request,) = asked
+    assert request["model_args"] == {
+        "pretrained": str(place / "a"), "dtype": "bfloat16", "gpu_memory_utilization": 0.8,
+    }  # fmt: skip
+    assert (request["model_type"], request["batch_size"]) == ("vllm", "auto")
+    assert request["tasks"][0]["num_fewshot"] == 2 and request["confirm_run_unsafe_code"]
+    assert "lm-eval's process ended with exit code 3" in scores.failures[0][2]
 
 
 def test_a_suite_that_asks_for_a_judge_is_refused(place, capsys, monkeypatch):
