@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, say
+from outliermerge.cli.search_helpers import Helpers
 from outliermerge.cli.shipped import find_file
-from outliermerge.cli.specs import read_spec
-from outliermerge.errors import as_path, printable
+from outliermerge.cli.specs import STANDARD_INPUT, read_spec
+from outliermerge.errors import ArgumentError, argument, as_path, printable
 
 _SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
+_STRATEGIES = ("sampler", "greedy-soup", "prune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", metavar="SPEC", help="a YAML file, or the name of a shipped spec")
     parser.add_argument(
         "--space",
-        required=True,
         metavar="YAML",
         help="what is searched: by key, named as in `sweep`, a range such as {low: 1, high: 4} or "
         "a list of choices",
@@ -47,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what chooses their settings (default tpe); with nsga2 each task is an objective",
     )
     parser.add_argument(
+        "--strategy",
+        choices=_STRATEGIES,
+        default="sampler",
+        help="in place of a sampler and a space: greedy-soup adds models, best first, while that "
+        "does no harm; prune leaves out layers of task vectors where that does none",
+    )
+    parser.add_argument(
         "--questions",
         type=count,
         default=100,
@@ -66,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the sampler, and of which questions are asked (default 0)",
     )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="processes that take trials; with --device cuda each has a GPU (default 1)",
+    )
     add_machine(parser)
     add_json(parser)
 
@@ -82,28 +98,36 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.search.search import Wanted, search
     from outliermerge.search.space import load_space
 
+    if options.jobs > 1 and (options.spec == STANDARD_INPUT or options.strategy != "sampler"):
+        what = "the standard input" if options.spec == STANDARD_INPUT else options.strategy
+        raise ArgumentError(f"{argument('jobs')}: {what} is for one process")
+    device = "cuda:0" if options.jobs > 1 and options.device == "cuda" else options.device
     spec = read_spec(options)
-    space = load_space(options.space)
+    space = None if options.space is None else load_space(options.space)
     wanted = Wanted(
         trials=options.trials,
         sampler=options.sampler,
         seed=options.seed,
         questions=options.questions,
+        strategy=options.strategy,
     )
     scorer = find_scorer(
         options.suite if is_function(options.suite) else find_file(options.suite, "suite"),
-        device=options.device,
+        device=device,
         folder=as_path(options.output) / "work",
         limit=options.limit,
     )
-    with SearchProgress(quiet=options.quiet) as progress:
+    with (
+        Helpers(options, partial(say, file=sys.stderr)) as helpers,
+        SearchProgress(quiet=options.quiet, on_begun=helpers.start) as progress,
+    ):
         found = search(
             spec,
             space,
             scorer,
             output=options.output,
             wanted=wanted,
-            options=RunOptions(device=options.device, threads=options.threads),
+            options=RunOptions(device=device, threads=options.threads),
             listener=progress,
         )
     if options.json:
@@ -120,6 +144,7 @@ COMMAND = Command(
         "outliermerge search merge.yaml --space space.yaml --suite evals/tiny.yaml -o search",
         "outliermerge search merge.yaml --space space.yaml --suite mine.scores:score -o search \\\n"
         "      --trials 60 --sampler cmaes",
+        "outliermerge search merge.yaml --strategy greedy-soup --suite mine.scores:score -o soup",
     ),
     overview="outliermerge search merge.yaml --space space.yaml --suite tiny -o search",
     add_arguments=add_arguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -24,9 +25,14 @@ from outliermerge.search.trials import Trial
 
 
 class SearchProgress(Listener):
-    """A bar of trials with the best so far; without a terminal, a line for each trial."""
+    """A bar of trials with the best so far; without a terminal, a line for each trial.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    Args:
+        on_begun: called when the questions are chosen.
+    """
+
+    def __init__(self, *, quiet: bool = False, on_begun: Callable[[], None] = lambda: None) -> None:
+        self._on_begun = on_begun
         self._quiet, self._console = quiet, Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -66,6 +72,7 @@ class SearchProgress(Listener):
             f"each trial is merged {where} and asked {questions.num_asked} of {searched} "
             f"questions; {held_out} are held out"
         )
+        self._on_begun()
 
     def trial(self, trial: Trial, most: int) -> None:
         """Show a trial's score, and the best so far."""

@@ -117,6 +117,9 @@ class Found:
             f"the search, {row.asked - defaults.asked:+.{digits}f} over the defaults on those that "
             f"trials are asked; on held-out questions it is {row.gain:+.{digits}f}{error}."
         )
+        parents = [each for each in self.rows if each.kind == "parent"]
+        better = [each.name for each in parents if each.held_out > row.held_out]
+        said += f" {', '.join(better)} alone scores more there." if better else ""
         if row.stderr is None:
             return said
         if row.gain > _SEPARATED * row.stderr:
@@ -215,7 +218,7 @@ def _held_out(candidate: Candidate, sample: Sample) -> dict[str, dict[str, float
     }
 
 
-def mean(tasks: Mapping[str, float]) -> float:
+def mean(tasks: Mapping[Any, float]) -> float:
     """Return the mean over tasks."""
     return math.fsum(tasks.values()) / len(tasks)
 

@@ -20,6 +20,7 @@ from outliermerge.search.samplers import SAMPLERS, check_sampler, grid_points, m
 from outliermerge.search.scorer import Scorer
 from outliermerge.search.space import Ask, Space
 from outliermerge.search.space_check import check_space
+from outliermerge.search.strategies import STRATEGIES, Drawn, GreedySoup, Prune, Strategy
 from outliermerge.search.trials import Running, Trial, Trials, exclusive
 from outliermerge.search.workplace import Workplace
 from outliermerge.spec.check import MergeSpec
@@ -42,18 +43,25 @@ class Wanted:
         sampler: what chooses their values.
         seed: of the sampler, and of which questions are asked.
         questions: how many questions of each task a trial is asked.
+        strategy: `sampler`, `greedy-soup` or `prune`.
     """
 
     trials: int = 30
     sampler: str = "tpe"
     seed: int = 0
     questions: int = 100
+    strategy: str = "sampler"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ArgumentError(
                 f"{argument('sampler')}: found {shown(self.sampler)}, expected one of "
                 f"{', '.join(SAMPLERS)}"
+            )
+        if self.strategy not in STRATEGIES:
+            raise ArgumentError(
+                f"{argument('strategy')}: found {shown(self.strategy)}, expected one of "
+                f"{', '.join(STRATEGIES)}"
             )
 
 
@@ -75,7 +83,7 @@ class Listener:
 
 def search(
     spec: MergeSpec,
-    space: Space,
+    space: Space | None,
     scorer: Scorer,
     *,
     output: str | Path,
@@ -91,7 +99,7 @@ def search(
 
     Args:
         spec: the merge.
-        space: what varies.
+        space: what varies; None for a strategy other than "sampler".
         scorer: scores merges.
         output: the folder for the result; a search that is there goes on.
         wanted: what to do.
@@ -104,20 +112,15 @@ def search(
         OutlierMergeError: a model cannot be merged or scored.
     """
     document = spec.as_dict()
-    check_space(space, document)
-    points = grid_points(lambda ask: space.build(document, ask)) if wanted.sampler == "grid" else []
-    check_sampler(
-        wanted.sampler,
-        [space.dimensions(document, methods) for methods in space.combinations(document)],
-    )
-    most = min(wanted.trials, len(points)) if points else wanted.trials
+    strategy, points = _strategy(spec, space, wanted)
     folder = as_path(output).absolute()
     with naming(folder, "made"):
         (folder / "work").mkdir(parents=True, exist_ok=True)
     chosen, listener = options or RunOptions(), listener or Listener()
     settings = {
         "spec": document,
-        "space": space.text,
+        "space": space.text if space else "",
+        "strategy": wanted.strategy,
         "scorer": dict(scorer.identity()),
         "sampler": wanted.sampler,
         "seed": wanted.seed,
@@ -137,20 +140,49 @@ def search(
         trials = Trials(folder, len(questions.asked) if tasks_apart else 1)
         stack.callback(trials.close)
         listener.begun(questions, in_memory=workplace.is_in_memory(plan(spec)))
+        if strategy.in_order:  # then one process at a time
+            stack.enter_context(exclusive(folder / "work" / "order.lock"))
+        strategy.begin(known, questions)
         sampler = make_sampler(wanted.sampler, wanted.seed, points)
-        while (running := trials.next(most, sampler)) is not None:
-            _try(running, document, space, ledger, questions, apart=tasks_apart)
+        while (values := strategy.follow(trials.all())) is not None:
+            if (running := trials.next(strategy.most, sampler, values or None)) is None:
+                break
+            _try(running, document, strategy, ledger, questions, apart=tasks_apart)
             everyone = trials.all()
-            listener.trial(everyone[running.number - 1], most)
+            listener.trial(everyone[running.number - 1], strategy.most)
             _refuse_hopeless(everyone)
         trials.wait()
         with exclusive(folder / "work" / "result.lock"):
             found = _confirm(
-                trials, known, document, space, ledger, questions,
+                trials, known, document, strategy, ledger, questions,
                 listener=listener, settings=settings, notes=notes, apart=tasks_apart,
             )  # fmt: skip
             _write(found, folder)
     return found
+
+
+def _strategy(
+    spec: MergeSpec, space: Space | None, wanted: Wanted
+) -> tuple[Strategy, list[dict[str, Any]]]:
+    """Return what chooses the trials, and the points of a grid."""
+    document = spec.as_dict()
+    if wanted.strategy != "sampler":
+        if space is not None:
+            raise ArgumentError(
+                f"{argument('space')}: {wanted.strategy} chooses what it tries: leave it out"
+            )
+        if wanted.strategy == "prune":
+            return Prune(document, plan(spec), wanted.trials), []
+        return GreedySoup(document), []
+    if space is None:
+        raise ArgumentError(f"{argument('space')}: name the file of what is searched")
+    check_space(space, document)
+    points = grid_points(lambda ask: space.build(document, ask)) if wanted.sampler == "grid" else []
+    check_sampler(
+        wanted.sampler,
+        [space.dimensions(document, methods) for methods in space.combinations(document)],
+    )
+    return Drawn(space, min(wanted.trials, len(points)) if points else wanted.trials), points
 
 
 def _stamps(spec: MergeSpec) -> list[list[Any]]:
@@ -203,20 +235,21 @@ def _ask_known(
 def _try(
     running: Running,
     spec: Mapping[str, Any],
-    space: Space,
+    strategy: Strategy,
     ledger: Ledger,
     questions: Sample,
     *,
     apart: bool,
 ) -> None:
     """Merge and score a trial; one that is hopeless is stopped after a part of the questions."""
-    document = space.build(spec, running.ask)
-    steps = questions.shares()
+    document = strategy.build(spec, running.ask)
+    is_stopped_early = not (apart or strategy.in_order)
+    steps = questions.shares() if is_stopped_early else questions.shares()[-1:]
     try:
-        for number, step in enumerate(steps[-1:] if apart else steps):
+        for number, step in enumerate(steps):
             tasks = questions.estimate(ledger.ask(document, step), step)
-            is_last = apart or number == len(steps) - 1
-            if not apart and running.is_hopeless(mean(tasks), number) and not is_last:
+            is_last = step is steps[-1]
+            if is_stopped_early and running.is_hopeless(mean(tasks), number) and not is_last:
                 running.stopped()
                 return
     except OutlierMergeError as error:
@@ -238,7 +271,7 @@ def _confirm(
     trials: Trials,
     known: Sequence[Candidate],
     spec: Mapping[str, Any],
-    space: Space,
+    strategy: Strategy,
     ledger: Ledger,
     questions: Sample,
     *,
@@ -257,7 +290,7 @@ def _confirm(
     for trial in done:
         if len(candidates) == NUM_CONFIRMED:
             break
-        document = space.build(spec, _answering(trial.point))
+        document = strategy.build(spec, _answering(trial.point))
         if any(document == other.document for other in candidates.values()):
             continue
         name = f"trial {trial.number}"

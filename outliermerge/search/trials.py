@@ -20,7 +20,9 @@ from outliermerge.search.space import Dimension
 from outliermerge.storage.system import lock
 
 TRIALS_NAME = "trials.sqlite"
-_STUDY, _OWNER, _REASON = "search", "process", "reason"
+STUDY = "search"
+"""The study's name in the file."""
+_OWNER, _REASON = "process", "reason"
 _WAIT_SECONDS = 0.1
 _BUSY_SECONDS = 120  # that a process waits for another that writes the file
 
@@ -110,7 +112,6 @@ class Trials:
 
     def __init__(self, folder: Path, num_objectives: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        path = (folder / TRIALS_NAME).absolute()
         self._work = folder / "work"
         self._work.mkdir(parents=True, exist_ok=True)
         self._name = uuid.uuid4().hex
@@ -119,18 +120,15 @@ class Trials:
         try:
             with exclusive(self._work / "ask.lock"):
                 self._study = optuna.create_study(
-                    storage=optuna.storages.RDBStorage(
-                        f"sqlite:///{path}",
-                        engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
-                    ),
-                    study_name=_STUDY,
+                    storage=storage_of(folder),
+                    study_name=STUDY,
                     directions=["maximize"] * num_objectives,
                     pruner=pruner,
                     load_if_exists=True,
                 )
         except Exception as error:  # of SQLAlchemy, whose errors have no single class
             said = str(error).partition("\n")[0]
-            raise OutlierMergeError(f"{path}: cannot be used: {said}") from error
+            raise OutlierMergeError(f"{folder / TRIALS_NAME}: cannot be used: {said}") from error
 
     def close(self) -> None:
         """Let go of the file."""
@@ -209,6 +207,14 @@ def _plain(trial: FrozenTrial) -> Trial:
         values=tuple(trial.values) if is_done else (),
         reason=str(trial.user_attrs.get(_REASON, "")),
         steps=steps,
+    )
+
+
+def storage_of(folder: Path) -> optuna.storages.RDBStorage:
+    """Return the storage of a search's folder."""
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{(folder / TRIALS_NAME).absolute()}",
+        engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
     )
 
 
