@@ -190,7 +190,7 @@ def _front(result: Mapping[str, Any]) -> str:
         f"<title>trial {trial['number']}</title></circle>"
         for trial in done
     )
-    text = "<p>Full: trials that no other is better than in all tasks"
+    text = "<p>Filled: trials that no other is better than in all tasks"
     text += ", shown by the first two of them" if len(tasks) > 2 else ""
     return (
         f"{text}.</p>"
@@ -219,7 +219,7 @@ class _Scale:
         return f"{_LEFT + self._share(value, self._xs) * (_WIDTH - _LEFT - 20):.1f}"
 
     def y(self, value: float) -> str:
-        return f"{_HEIGHT - _BOTTOM - self._share(value, self._ys) * (_HEIGHT - _BOTTOM - 20):.1f}"
+        return f"{_HEIGHT - _BOTTOM - self._share(value, self._ys) * (_HEIGHT - _BOTTOM - 36):.1f}"
 
     @staticmethod
     def _share(value: float, ends: tuple[float, float]) -> float:

@@ -232,6 +232,118 @@ class TestTrials:
         }  # fmt: skip
 
 
+class TestStrategies:
+    def searched(self, strategy: str, *words: str, suite: str = "scored:closeness") -> Any:
+        given = ["spec.yaml", "--strategy", strategy, "--suite", suite, "-o", strategy]
+        assert cli(["search", *given, "--questions", "8", "-q", *words]) == 0
+        return result(strategy)
+
+    def test_a_greedy_soup_keeps_models_that_do_no_harm(self, place, models):
+        spec = yaml.safe_load(Path("spec.yaml").read_text()) | {"merge_method": "linear"}
+        del spec["base_model"]
+        names = ["a", "base", "b"]  # means 1, 0, 0.2: b is best alone, and a brings it near 0.5
+        spec["models"] = [{"model": str(models / name)} for name in names]
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        found = self.searched("greedy-soup")
+        tried = [
+            [names[int(name[-1]) - 1] for name, value in trial["point"].items() if value == "in"]
+            for trial in found["trials"]
+        ]
+        assert [sorted(one) for one in tried] == [["b"], ["b", "base"], ["a", "b"]]
+        best = yaml.safe_load(Path("greedy-soup/best.yaml").read_text())
+        assert [Path(one["model"]).name for one in best["models"]] == ["a", "b"]
+
+    def test_parts_of_task_vectors_are_left_out_where_that_does_no_harm(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        base = {f"layers.{i}.up.w": torch.zeros(4, 4) for i in range(2)} | {"head": torch.zeros(3)}
+        save_tensors(Path("base"), base)
+        # Only the second layer of a, and what is outside layers of b, bring the mean near 0.5.
+        save_tensors(Path("a"), {n: t + (0.6 if "1" in n else -9) for n, t in base.items()})
+        save_tensors(Path("b"), {n: t + (0.4 if n == "head" else -5) for n, t in base.items()})
+        models = [{"model": "a", "parameters": {"weight": 0.9}}, {"model": "b"}]
+        spec = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        found = self.searched("prune", suite="scored:means")
+        assert len(found["trials"]) == 6
+        best = yaml.safe_load(Path("prune/best.yaml").read_text())
+        assert [one["parameters"]["weight"] for one in best["models"]] == [
+            [
+                {"filter": "layers.0.", "value": 0},
+                {"filter": "layers.1.", "value": 0.9},
+                {"value": 0},
+            ],
+            [
+                {"filter": "layers.0.", "value": 0},
+                {"filter": "layers.1.", "value": 0},
+                {"value": 1.0},
+            ],
+        ]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--strategy", "prune", "--space", "space.yaml"), "--space: prune chooses what"),
+            (("--strategy", "greedy-soup", "--jobs", "2"), "--jobs: greedy-soup is for one"),
+            ((), "--space: name the file"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, words, said, place, capsys):
+        given = ["spec.yaml", "--suite", "scored:closeness", "-o", "out"]
+        assert cli(["search", *given, *words]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_pruning_needs_weights_of_task_vectors(self, place, capsys):
+        spec = yaml.safe_load(Path("spec.yaml").read_text()) | {"merge_method": "linear"}
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        given = ["spec.yaml", "--suite", "scored:closeness", "-o", "out", "--strategy", "prune"]
+        assert cli(["search", *given]) == 2
+        assert "which linear is not" in capsys.readouterr().err
+
+
+class TestProcesses:
+    def test_several_share_the_trials_of_a_folder(self, place, capfd):
+        assert search("--trials", "8", "--jobs", "2", suite="scored:unhurried") == 0
+        found = result()
+        assert [trial["number"] for trial in found["trials"]] == list(range(1, 9))
+        assert all(trial["state"] != "running" for trial in found["trials"])
+        assert "failed" not in capfd.readouterr().err
+        assert not list(Path("out/work").glob("*.process"))
+
+    def test_a_trial_is_for_one_process_until_that_is_gone(self, tmp_path):
+        sampler = make_sampler("random", 0, [])
+        first, second = Trials(tmp_path, 1), Trials(tmp_path, 1)
+        one, two = first.next(3, sampler), second.next(3, sampler)
+        assert one and two and (one.number, two.number) == (1, 2)
+        two.done([0.5])
+        first.close()  # as when its process ends
+        again = second.next(3, sampler)
+        assert again and again.number == 1
+        again.done([0.1])
+        second.close()
+
+
+class TestPage:
+    def test_it_shows_the_search_and_needs_no_network(self, place, capsys):
+        words = ("--sampler", "nsga2", "--trials", "4")
+        assert search(*words, suite="scored:two_tasks") == 0
+        for _ in range(2):  # its own page is replaced
+            assert cli(["report", "out", "-o", "page.html"]) == 0
+        page = Path("page.html").read_text()
+        assert "trial 3" in page and "What matters" in page and "Front" in page
+        assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+        assert page.count("<circle") == 4 + len(
+            [trial for trial in result()["trials"] if trial["values"]]
+        )
+
+    def test_a_search_without_result_has_no_page(self, place, capsys):
+        assert search("--trials", "1") == 0
+        Path("out/result.json").unlink()
+        assert cli(["report", "out", "-o", "page.html"]) == 1
+        assert "has no result yet" in capsys.readouterr().err
+
+
 class TestRefusals:
     def refused(self, capsys, *words: str, suite: str = "scored:closeness") -> str:
         assert search(*words, suite=suite) in (1, 2)
