@@ -123,7 +123,7 @@ class TestSuites:
     )
     def test_what_is_not_there_is_told(self, words, said, texts, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        spec = {"merge_method": "linear", "models": [{"model": str(texts / "a")}] * 2}
+        spec = {"merge_method": "linear", "models": [{"model": str(texts / name)} for name in "ab"]}
         Path("spec.yaml").write_text(yaml.safe_dump(spec))
         Path("space.yaml").write_text("weight: [0.2, 1]\n")
         assert cli(["search", "spec.yaml", "--space", "space.yaml", "-o", "out", *words]) in (1, 2)
