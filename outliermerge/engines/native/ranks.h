@@ -60,6 +60,7 @@ static int take_row(Ranked *row, size_t length) {
     row->kept = (uint8_t *)(row->tops + padded);
     row->open = row->kept + padded;
     row->alike = row->open + padded;
+    for (size_t i = length; i < padded; i++) row->sizes[i] = UINT32_MAX; /* below none */
     return 1;
 }
 
@@ -221,6 +222,25 @@ static uint32_t rank_among(const uint32_t *restrict sizes, size_t num, size_t at
     return rank;
 }
 
+/* The rank of an element in its row. */
+static uint32_t rank_in_row(const Ranked *row, size_t at) {
+#if defined(__AVX512F__)
+    const __m512i *sizes = (const __m512i *)row->sizes, own = _mm512_set1_epi32((int)row->sizes[at]);
+    const size_t near = at / 16, num = (row->length + 15) / 16;
+    uint32_t rank = 0, before = (1u << at % 16) - 1;
+#pragma GCC unroll 4
+    for (size_t i = 0; i < near; i++)
+        rank += (uint32_t)__builtin_popcount(_mm512_cmple_epu32_mask(sizes[i], own));
+    rank += (uint32_t)__builtin_popcount(_mm512_cmpeq_epu32_mask(sizes[near], own) & before);
+#pragma GCC unroll 4
+    for (size_t i = near; i < num; i++)
+        rank += (uint32_t)__builtin_popcount(_mm512_cmplt_epu32_mask(sizes[i], own));
+    return rank;
+#else
+    return rank_among(row->sizes, row->length, at);
+#endif
+}
+
 /* Sort magnitudes by bin, stably, and write where the unsure ones are. starts moves to the ends. */
 static void group_by_bin(const Ranked *row, size_t num_unsure) {
     const uint16_t *restrict bins = row->bins;
@@ -286,7 +306,7 @@ static void settle(const Ranked *row, size_t num, uint64_t counter, uint64_t ste
     size_t work = 0;
     if (num <= FEW) {
         for (size_t k = 0; k < num; k++) {
-            uint32_t i = row->unsure[k], rank = rank_among(row->sizes, row->length, i);
+            uint32_t i = row->unsure[k], rank = rank_in_row(row, i);
             row->kept[i] = is_kept(row, rank, counter + i * step, second_key);
         }
         return;
@@ -317,27 +337,30 @@ static void apply_kept(const uint8_t *restrict kept, float *restrict values, siz
         for (size_t i = 0; i < num; i++) values[i] *= kept[i] ? 1.0f : 0.0f;
 }
 
-/* Keep values[0], values[stride], ... at random, by rank. place is that of the first one in the
- * tensor. With `divide` what is kept is divided by its probability. */
-static void keep_by_rank(Ranked *row, float *values, size_t stride, const uint64_t *keys,
-                         uint64_t place, int divide) {
+/* Choose by rank which of values[0], values[stride], ... are kept, and write it to row->kept. place
+ * is that of the first one in the tensor. */
+static void choose_by_rank(Ranked *row, const float *values, size_t stride, const uint64_t *keys,
+                           uint64_t place) {
     const uint64_t counter = counter_of(place, keys), step = stride * GAMMA;
     const uint32_t most = stride == 1 ? take_sizes(values, 1, row->sizes, row->length)
                                       : take_sizes(values, stride, row->sizes, row->length);
-    if (divide) {
-        find_ranks(row);
-        for (size_t i = 0; i < row->length; i++) {
-            double kept = is_kept(row, row->at[i], counter + i * step, keys[1]);
-            double value = (double)(values[i * stride] * (float)kept);
-            values[i * stride] = (float)(value * (1 / chance_of(row, row->at[i])));
-        }
-        return;
-    }
     take_tops(counter, step, keys[1], row->tops, row->length);
     count_sizes(row, most);
     bound_groups(row);
     settle(row, decide_by_bins(row, decide_by_groups(row)), counter, step, keys[1]);
-    apply_kept(row->kept, values, stride, row->length);
+}
+
+/* Keep them, divided by the probability of that. */
+static void divide_by_chance(Ranked *row, float *values, size_t stride, const uint64_t *keys,
+                             uint64_t place) {
+    const uint64_t counter = counter_of(place, keys), step = stride * GAMMA;
+    take_sizes(values, stride, row->sizes, row->length);
+    find_ranks(row);
+    for (size_t i = 0; i < row->length; i++) {
+        double kept = is_kept(row, row->at[i], counter + i * step, keys[1]);
+        double value = (double)(values[i * stride] * (float)kept);
+        values[i * stride] = (float)(value * (1 / chance_of(row, row->at[i])));
+    }
 }
 
 #endif
