@@ -157,7 +157,6 @@ static size_t decide_by_groups(const Ranked *row) {
     const __m512i highs[2] = {_mm512_loadu_si512(row->highs), _mm512_loadu_si512(row->highs + 32)};
     const __m512i columns = _mm512_set1_epi16(COLUMNS - 1), half = _mm512_set1_epi16(GROUPS);
     const __m128i by = _mm_cvtsi32_si128((int)shift);
-    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (size_t i = 0; i < length; i += 32) { /* what is behind the row's end is zero, or old */
         __mmask32 valid = length - i >= 32 ? ~0u : (1u << (length - i)) - 1;
         __m512i top = _mm512_loadu_si512(tops + i), bin = _mm512_loadu_si512(bins + i);
@@ -166,14 +165,9 @@ static size_t decide_by_groups(const Ranked *row) {
         group = _mm512_subs_epu16(group, half);
         __mmask32 below = _mm512_cmplt_epu16_mask(top, _mm512_permutex2var_epi16(lows[0], group, lows[1]));
         __mmask32 above = _mm512_cmpgt_epu16_mask(top, _mm512_permutex2var_epi16(highs[0], group, highs[1]));
-        __mmask32 open = valid & ~(below | above);
+        uint32_t open = valid & ~(below | above);
         _mm256_storeu_si256((void *)(kept + i), _mm256_maskz_set1_epi8(below, 1));
-        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)open, at));
-        num += (size_t)__builtin_popcount(open & 0xFFFF);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
-        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)(open >> 16), at));
-        num += (size_t)__builtin_popcount(open >> 16);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+        for (; open; open &= open - 1) unsure[num++] = (uint32_t)(i + (size_t)__builtin_ctz(open));
     }
 #else
     uint32_t bounds[2 * GROUPS]; /* the low one, and how far the high one is from it */
