@@ -164,6 +164,7 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         cases.append(
             {
                 "gigabytes": round(plans[size].num_read_bytes / 1e9, 3),
+                "line_megabytes_per_second": options.line,
                 "machines": num_parts,
                 "times_one": round(statistics.median(times), 2),
                 "times_one_range": [round(min(times), 2), round(max(times), 2)],
@@ -173,7 +174,6 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         **surroundings(options.runs, also=["obstore", "ray"]),
-        "line_megabytes_per_second": options.line,
         "latency_milliseconds": LATENCY_SECONDS * 1000,
         "cases": cases,
     }

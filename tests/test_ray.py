@@ -21,7 +21,7 @@ import torch
 import yaml
 from checkpoints import save_tensors
 from documents import ROOT
-from kinds import STAGE, save_models, save_specs
+from kinds import save_models, save_specs
 from waiting import LIMIT_SECONDS, wait_for
 
 from outliermerge import optional
@@ -62,8 +62,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, method in (("slow", "slow:slow"), ("quick", "linear")):
         spec = {"merge_method": method, "models": both}
         (root / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    stage = {"name": "half", "merge_method": "linear", "models": both}
+    staged = {"stages": [stage], "merge_method": "linear", "models": [both[0], {"model": "half"}]}
+    (root / "staged.yaml").write_text(yaml.safe_dump(staged))
     save_models(root / "llamas")
-    save_specs(root, root / "llamas")
+    save_specs(root, root / "llamas", gate_mode="random")
     return root
 
 
@@ -239,27 +242,21 @@ def test_an_error_of_a_part_is_told_once(
 @pytest.mark.parametrize(
     ("command", "name", "more"),
     [
-        ("sweep", "quick", ["--set", "weight=0.25,0.75"]),
-        ("run", "stages", ["--keep", STAGE]),
-        ("moe", "moe", ["--no-routing"]),
+        ("sweep", "quick", ["--set", "weight=0.25,0.75", "--parts", "2"]),
+        ("run", "staged", ["--keep", "half"]),
+        ("moe", "moe", ["--no-routing", "--parts", "1"]),
     ],
 )
 def test_other_outputs_than_one_merge_are_written_on_a_cluster(
-    connected: Any,
-    here: Path,
-    tmp_path: Path,
-    own_cache: Path,
-    command: str,
-    name: str,
-    more: list[str],
+    connected: Any, here: Path, tmp_path: Path, command: str, name: str, more: list[str]
 ) -> None:
     there, alone = tmp_path / "there" / "out", tmp_path / "alone" / "out"
     for folder in (there, alone):
         folder.parent.mkdir()
     more = [*more, "--no-load-check"]
-    words = line(connected, name, there, *more, "--parts", "2", command=command)
-    assert cli.main(words) == 0
-    assert cli.main([command, f"{name}.yaml", "-o", str(alone), "--threads", "1", *more]) == 0
+    assert cli.main(line(connected, name, there, *more, command=command)) == 0
+    own = [word for word in more if word != "--parts" and not word.isdecimal()]
+    assert cli.main([command, f"{name}.yaml", "-o", str(alone), "--threads", "1", *own]) == 0
     assert files_of(alone.parent)
     assert files_of(there.parent) == files_of(alone.parent)
 
@@ -310,16 +307,19 @@ def test_the_machine_of_the_driver_is_not_asked_for_a_gpu(
     def asked(*_: object) -> None:
         raise AssertionError("asked for a GPU")
 
-    for name in ("is_available", "device_count"):
-        monkeypatch.setattr(torch.cuda, name, asked)
+    def said(device: str) -> str:
+        words = line(connected, "quick", tmp_path / "out", "--device", device, "-v")
+        assert cli.main(words) == 2
+        return capsys.readouterr().err
+
+    refusal = "error: device cuda is not on this machine: it has 0 CUDA device(s)"
     node = cluster.add_node(num_cpus=1, num_gpus=1)
     try:
-        for device in ("cuda", "auto"):
-            words = line(connected, "quick", tmp_path / "out", "--device", device, "-v")
-            assert cli.main(words) == 2
-            said = capsys.readouterr().err
-            assert "error: device cuda is not on this machine: it has 0 CUDA device(s)" in said
-            assert said.count("error: ") == 1
+        with monkeypatch.context() as patch:
+            for name in ("is_available", "device_count"):
+                patch.setattr(torch.cuda, name, asked)
+            assert refusal in said("cuda")
+        assert refusal in said("auto")  # of the cluster, not of this machine
     finally:
         cluster.remove_node(node)
 

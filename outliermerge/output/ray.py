@@ -89,8 +89,7 @@ def run_on_ray(
             f"{argument('fresh', True)}: parts do not start over. Remove OUT.partial and "
             "OUT.partial.journal* first."
         )
-    for plan, output in plans:
-        refuse_taken(plan, output, overwrite=chosen.overwrite)
+    refuse_taken(*plans[0], overwrite=chosen.overwrite)
     with connected(address):
         if chosen.device == "auto":
             chosen = replace(chosen, device="cuda" if has_gpus() else "cpu")
@@ -102,6 +101,9 @@ def run_on_ray(
             "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans) + _PROGRAM_BYTES,
         }
         states = states_of_all(plans, chosen.in_parts())
+        for (plan, output), found in zip(plans, states, strict=True):
+            if found is None:
+                refuse_taken(plan, output, overwrite=chosen.overwrite)
         numbers = _numbers(plans, states, num_parts, lambda: num_at_once(needs))
         began = time.monotonic()
         driver = _Driver(plans, numbers, needs, replace(chosen, threads=num_cpus))
