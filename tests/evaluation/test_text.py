@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -33,7 +34,7 @@ from outliermerge.evaluation.early import check_models
 from outliermerge.evaluation.scores import Score, load_scores
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.evaluation.table import make_table
-from outliermerge.evaluation.text_worker import Worker, _contributions
+from outliermerge.evaluation.text_worker import Worker, _check_examples, _contributions
 from outliermerge.evaluation.worker_process import worker
 
 ROOT = Path(__file__).parents[2]
@@ -484,6 +485,17 @@ def test_a_tag_is_no_task():
         runner.check({"task": "ai2_arc"})
     with pytest.raises(LookupError, match="Did you mean 'arc_challenge'"):
         runner.check({"task": "arc_chalenge"})
+
+
+def test_examples_of_a_task_that_is_a_class_are_those_of_its_splits():
+    task = SimpleNamespace(
+        task_name="own", OUTPUT_TYPE="generate_until", config=SimpleNamespace(num_fewshot=None),
+        has_training_docs=lambda: True, has_validation_docs=lambda: False,
+    )  # fmt: skip
+    _check_examples(task, 3)
+    task.has_training_docs = task.has_validation_docs
+    with pytest.raises(ValueError, match="own has no examples to show"):
+        _check_examples(task, 3)
 
 
 # What is refused before a model is loaded
