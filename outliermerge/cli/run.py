@@ -120,7 +120,8 @@ def _refuse_reading_twice(planned: Plan) -> None:
             raise OutlierMergeError(
                 f"{task.method.name}: measures {', '.join(measured)} of the whole models before it "
                 "merges, so that all is read twice: leave out "
-                f"{argument('delete_inputs_as_read')}. {argument('stream')} and {argument('cache_size')} bound the disk, and read again."
+                f"{argument('delete_inputs_as_read')}. With {argument('stream')}, "
+                f"{argument('cache_size')} bounds the disk."
             )
 
 
