@@ -94,10 +94,7 @@ def split(pages: dict[str, bytes], seed: int) -> dict[str, np.ndarray]:
         test, validation = SHARES["test"], SHARES["validation"]
         part = "test" if drawn < test else "validation" if drawn < test + validation else "training"
         parts[part].append(pages[name])
-    return {
-        part: np.frombuffer(b"\n".join(texts), dtype=np.uint8)
-        for part, texts in parts.items()
-    }
+    return {part: np.frombuffer(b"\n".join(texts), dtype=np.uint8) for part, texts in parts.items()}
 
 
 @dataclass

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from evals.evidence.packages import cache
 from evals.evidence.training import Family, State, World
 
 SIZES = (2, 4, 6)
+
+# A model to score, and what is to be known of it.
+Scored = tuple[State, Mapping[str, Any]]
 
 
 def folder_of(family: Family, seed: int, root: Path) -> Path:
@@ -84,13 +88,14 @@ class Seed:
             self.score_parents(distance)
             for size in SIZES:
                 self.score_merges(distance, size)
+        _write(self.folder / "scores" / "done", b"")
 
     def score_parents(self, distance: str) -> None:
         """Score the base and every fine-tune on all tasks."""
         every = self.family.tasks
         self._scored("base", every, lambda: (self.base()["state"], {}))
         for task in every:
-            self._scored(f"{distance}/{task}", every, lambda: (self.tuned(task)[distance], {}))
+            self._scored(f"{distance}/{task}", every, partial(self._task_model, task, distance))
 
     def score_merges(self, distance: str, size: int) -> None:
         """Score the merges of the first tasks' models by every method."""
@@ -103,41 +108,44 @@ class Seed:
             record.parent.mkdir(parents=True, exist_ok=True)
             _write(record, json.dumps(facts(base, models)).encode())
         for method in methods_of(size):
-
-            def default() -> tuple[State, dict[str, Any]]:
-                return merged(method, base, models, {}, self.seed), {}
-
-            def chosen() -> tuple[State, dict[str, Any]]:
-                found = self._search(method, base, models, tasks)
-                return merged(method, base, models, found["chosen"], self.seed), found
-
+            default = partial(self._default, method, base, models)
             self._scored(f"{folder}/{method}-default", tasks, default)
             if SPACES[method]:
+                chosen = partial(self._chosen, method, base, models, tasks)
                 self._scored(f"{folder}/{method}-chosen", tasks, chosen)
 
     def score_joint(self) -> None:
         """Train on all tasks of a merge at once, and score."""
         for size in SIZES:
             tasks = self.family.tasks[:size]
-            self._scored(f"joint-{size}", tasks, lambda: (self.joint(size)["state"], {}))
+            self._scored(f"joint-{size}", tasks, partial(self._joint_model, size))
 
-    def _search(
-        self, method: str, base: State, models: Sequence[State], tasks: Sequence[str]
-    ) -> dict[str, Any]:
+    def _task_model(self, task: str, distance: str) -> Scored:
+        return self.tuned(task)[distance], {}
+
+    def _joint_model(self, size: int) -> Scored:
+        return self.joint(size)["state"], {}
+
+    def _default(self, method: str, base: State, models: list[State]) -> Scored:
+        return merged(method, base, models, {}, self.seed), {}
+
+    def _chosen(
+        self, method: str, base: State, models: list[State], tasks: Sequence[str]
+    ) -> Scored:
+        """Choose a method's parameters by the mean of all tasks' validation scores."""
         tried = []
         for parameters in candidates(method):
-            state = merged(method, base, list(models), parameters, self.seed)
+            state = merged(method, base, models, parameters, self.seed)
             means = [self._examples(state, task, "validation").mean() for task in tasks]
             tried.append((float(np.mean(means)), parameters))
         best = (min if self.family.lower_is_better else max)(tried, key=lambda one: one[0])
-        return {"chosen": best[1], "tried": tried}
+        state = merged(method, base, models, best[1], self.seed)
+        return state, {"chosen": best[1], "tried": tried}
 
     def _examples(self, state: State, task: str, split: str) -> np.ndarray:
         return self.world.score(self.base(), state, task, split)
 
-    def _scored(
-        self, name: str, tasks: Sequence[str], make: Callable[[], tuple[State, Mapping[str, Any]]]
-    ) -> None:
+    def _scored(self, name: str, tasks: Sequence[str], make: Callable[[], Scored]) -> None:
         """Score a model on the test split, unless that was done."""
         path = self.folder / "scores" / f"{name}.npz"
         if path.is_file():

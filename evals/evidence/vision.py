@@ -39,10 +39,10 @@ BASE = [
 class Recipe:
     """What the models depend on but the seed."""
 
-    width: int = 64
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
+    width: int = 48
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 2
     patch: int = 7
     batch: int = 64
     base_steps: int = 1000
