@@ -6,6 +6,7 @@ import gzip
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,17 @@ class LanguageWorld:
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Return the bits per byte of each window."""
-        model = self._model(state)
+        model = self._scored
+        model.load_state_dict(state)
         count = {"validation": self.recipe.num_validation, "test": self.recipe.num_test}[split]
         drawn = np.random.default_rng([self.seed, count, *task.encode()])
         windows_NW = self._windows(task, split, count, drawn)
         losses_NW = torch.cat([_losses(model, part) for part in windows_NW.split(32)])
         return (losses_NW[:, CONTEXT - 1 :].mean(1) / np.log(2)).numpy().astype(np.float64)
+
+    @cached_property
+    def _scored(self) -> LlamaForCausalLM:
+        return self._model()
 
     def _model(self, state: State | None = None) -> LlamaForCausalLM:
         recipe = self.recipe

@@ -38,9 +38,10 @@ def debian(name: str) -> Path:
     return target
 
 
-def version(name: str) -> str:
-    """Return the version of a Debian package in the cache."""
-    return (debian(name) / "VERSION").read_text().strip()
+def versions() -> dict[str, str]:
+    """Return the versions of the Debian packages in the cache."""
+    found = sorted((cache() / "debian").glob("*/VERSION"))
+    return {path.parent.name: path.read_text().strip() for path in found}
 
 
 def npm(name: str, number: str) -> Path:

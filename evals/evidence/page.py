@@ -25,6 +25,7 @@ FIGURE = Path(__file__).with_name("gains.png")
 MARKS = ("<!-- evidence -->\n", "<!-- end of evidence -->\n")
 LEVEL = 0.05
 OURS = "min_sigma"
+DRAWN = ("min_sigma", "task_arithmetic", "ties", "dare_ties", "breadcrumbs", "model_stock")
 UNITS = {"language": "bits per byte", "vision": "points", "encoder": "points"}
 DIGITS = {"language": 3, "vision": 1, "encoder": 1}
 NAMES = {
@@ -89,9 +90,12 @@ def _cell(title: str, family: Family, cell: str, name: str) -> str:
     mean, error = mean_and_error(values)
     if math.isnan(error) and len(family["seeds"]) == 1:
         error = _within(family, cell, name)
-    digits = DIGITS[title]
-    shown = f"{mean:+.{digits}f}"
-    return shown if math.isnan(error) else f"{shown} ± {error:.{digits}f}"
+    return _shown(mean, error, DIGITS[title])
+
+
+def _shown(mean: float, error: float, digits: int) -> str:
+    text = f"{mean:+.{digits}f}"
+    return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
 def table(title: str, family: Family, kind: str) -> str:
@@ -101,9 +105,7 @@ def table(title: str, family: Family, kind: str) -> str:
     lines = ["| over the average | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(columns)]
     controls = ["base", "task model", "joint"] if kind == "default" else []
     shown = [(name, name) for name in controls]
-    methods = [name for name in SPACES if name != "linear"]
-    shown += [(f"`{name}`", f"{name}-{kind}") for name in methods if kind == "default"]
-    shown += [(f"`{name}`", f"{name}-{kind}") for name in methods if kind != "default"]
+    shown += [(f"`{name}`", f"{name}-{kind}") for name in SPACES if name != "linear"]
     best = {
         cell: max(
             (row for _, row in shown[len(controls) :] if gains(family, cell, row)),
@@ -122,43 +124,35 @@ def table(title: str, family: Family, kind: str) -> str:
     return "\n".join(lines)
 
 
-def comparisons(families: Mapping[str, Family], kind: str) -> dict[tuple[str, str, str], float]:
-    """Return Holm's p of every comparison of min-σ with another method, over all families.
-
-    A key is a family, a setting and a method.
-    """
-    found = {}
-    for title, family in families.items():
-        for cell in cells(family):
-            for method in SPACES:
-                name = f"{method}-{kind}"
-                if method != OURS and gains(family, cell, name):
-                    differences = gains(family, cell, f"{OURS}-{kind}", name)
-                    found[title, cell, method] = p_value(differences)
-    return dict(zip(found, holm(list(found.values())), strict=True))
-
-
 def duels(families: Mapping[str, Family], kind: str) -> str:
-    """Return as Markdown where min-σ is better and worse than each method."""
-    corrected = comparisons(families, kind)
+    """Return as Markdown by how much min-σ is better than each method, over all settings."""
+    ours = f"{OURS}-{kind}"
+    # [method, family][setting][seed]
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for method in SPACES:
+        for title, family in families.items():
+            each = [gains(family, cell, ours, f"{method}-{kind}") for cell in cells(family)]
+            if method != OURS and any(each):
+                found[method, title] = [values for values in each if values]
+    by_seed = {key: [statistics.fmean(v) for v in zip(*f, strict=True)] for key, f in found.items()}
+    corrected = holm([p_value(values) for values in by_seed.values()])
+    sure = {key for key, p in zip(by_seed, corrected, strict=True) if p < LEVEL}
     lines = [
-        "| min-σ against | " + " | ".join(families) + " |",
+        "| min-σ over | " + " | ".join(families) + " |",
         "|:--|" + "--:|" * len(families),
     ]
-    for method in SPACES:
-        if method == OURS:
-            continue
+    for method in dict.fromkeys(method for method, _ in found):
         texts = []
-        for title, family in families.items():
-            settings = [c for c in cells(family) if (title, c, method) in corrected]
-            means = {
-                cell: statistics.fmean(gains(family, cell, f"{OURS}-{kind}", f"{method}-{kind}"))
-                for cell in settings
-            }
-            sure = [cell for cell in settings if corrected[title, cell, method] < LEVEL]
-            better, worse = (sum(s * means[c] > 0 for c in settings) for s in (1, -1))
-            sure_better, sure_worse = (sum(s * means[c] > 0 for c in sure) for s in (1, -1))
-            texts.append(f"{better} : {worse} ({sure_better} : {sure_worse})" if settings else "–")
+        for title in families:
+            key = (method, title)
+            if key not in found:
+                texts.append("–")
+                continue
+            means = [statistics.fmean(values) for values in found[key]]
+            better, worse = (sum(sign * mean > 0 for mean in means) for sign in (1, -1))
+            shown = _shown(*mean_and_error(by_seed[key]), DIGITS[title])
+            texts.append(f"**{shown}**" if key in sure else shown)
+            texts[-1] += f" ({better} : {worse})"
         name = "average" if method == "linear" else f"`{method}`"
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
@@ -276,9 +270,9 @@ def _parts(results: Mapping[str, Any]) -> Iterator[str]:
         yield {"default": "With the defaults:", "chosen": "With chosen parameters:"}[kind]
         yield duels(families, kind)
     yield (
-        "Settings in which min-σ's mean is better : worse; in brackets those in which Student's t, "
-        f"paired by seed, tells the difference at {LEVEL} after Holm's correction for all "
-        f"{len(comparisons(families, 'chosen'))} comparisons of a table."
+        "Mean over settings, ± one standard error over seeds; in brackets the number of settings "
+        "in which min-σ's mean is better : worse. Bold where Student's t over the seeds tells the "
+        f"difference from 0 at {LEVEL}, after Holm's correction for all comparisons of a table."
     )
     yield "### What the task vectors are like"
     yield facts_table(families)
@@ -294,7 +288,6 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     families = {name: family for name, family in results["families"].items() if family["seeds"]}
-    methods = ("min_sigma", "task_arithmetic", "ties", "dare_ties", "breadcrumbs", "model_stock")
     figure, axes = plt.subplots(
         len(families), 2, figsize=(9, 3 * len(families)), squeeze=False, layout="constrained"
     )
@@ -302,7 +295,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for axis, distance in zip(axis_row, family["steps"], strict=True):
             own = [cell for cell in cells(family) if cell.startswith(distance)]
             sizes = [int(cell.partition("/")[2]) for cell in own]
-            for method in methods:
+            for method in DRAWN:
+                if not gains(family, own[0], f"{method}-chosen"):
+                    continue
                 found = [mean_and_error(gains(family, cell, f"{method}-chosen")) for cell in own]
                 means, errors = zip(*found, strict=True)
                 shown = [0 if math.isnan(error) else error for error in errors]

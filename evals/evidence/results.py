@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from evals.evidence.families import FAMILIES
-from evals.evidence.packages import cache
+from evals.evidence.packages import cache, versions
 from evals.evidence.run import SIZES, folder_of
 from evals.evidence.training import Family
 
@@ -112,6 +112,7 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     found = collect(list(FAMILIES.values()), cache())
+    found["packages"] = versions()
     # A line for each row.
     RESULTS.write_text(json.dumps(found, separators=(",", ":")).replace("},", "},\n") + "\n")
     for name, family in found["families"].items():

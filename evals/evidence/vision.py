@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ class VisionWorld:
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Return which images are told right."""
-        model, head = self._model(state), self._head(base["heads"][task])
+        model, head = self._scored, self._head(base["heads"][task])
+        model.load_state_dict(state)
         name, _, change = task.partition("-")
         images, labels, rows = self._rows(name, split)
         found = [
@@ -151,6 +153,10 @@ class VisionWorld:
         rows = np.random.default_rng([self.seed, *name.encode()]).permutation(len(images))
         held = len(images) - self.recipe.num_validation
         return images, labels, rows[held:] if split == "validation" else rows[:held]
+
+    @cached_property
+    def _scored(self) -> ViTModel:
+        return self._model()
 
     def _model(self, state: State | None = None) -> ViTModel:
         recipe = self.recipe
