@@ -34,7 +34,8 @@ def debian(name: str) -> Path:
             ["dpkg-deb", "-f", files[0], "Version"], check=True, capture_output=True, text=True
         ).stdout.strip()
         (folder / "content" / "VERSION").write_text(version + "\n")
-        (folder / "content").rename(target)
+        if not target.is_dir():  # another process may have been faster
+            (folder / "content").rename(target)
     return target
 
 
@@ -58,5 +59,6 @@ def npm(name: str, number: str) -> Path:
             raise SystemExit(f"npm's package {name} could not be fetched: {done.stderr.strip()}")
         with tarfile.open(files[0]) as archive:
             archive.extractall(made, filter="data")
-        Path(made, "package").rename(target)
+        if not target.is_dir():
+            Path(made, "package").rename(target)
     return target

@@ -234,20 +234,35 @@ def chosen_parameters(family: Family) -> str:
     return "\n".join(lines)
 
 
+INTRODUCTION = """\
+## Three families, all methods
+
+A language model on bytes whose fine-tunes learn other languages, a vision transformer, and the
+upper layers of all-MiniLM-L6-v2: 2, 4 and 6 task models of each, near to the base and farther from
+it, merged by every method of the package. What is trained on what, what is scored, and how
+parameters are chosen: [evals/evidence](../evals/evidence/README.md). `make evidence` trains and
+scores all of it; `python evals/evidence/page.py` writes what follows, and the figure, from
+[the committed results](../evals/evidence/results.json)."""
+
+
 def report(results: Mapping[str, Any]) -> str:
-    """Return the generated part of the page."""
-    return "\n\n".join(_parts(results)) + "\n"
+    """Return the generated part of the page: nothing, unless there are results."""
+    parts = list(_parts(results))
+    return "\n\n".join(parts) + "\n" if parts else ""
 
 
 def _parts(results: Mapping[str, Any]) -> Iterator[str]:
     families = {name: family for name, family in results["families"].items() if family["seeds"]}
+    if not families:
+        return
+    yield INTRODUCTION
     yield (
-        "### Seeds\n\n"
+        f"Seeds that are complete on {results['date']}: "
         + "; ".join(
-            f"{name}: {', '.join(family['seeds']) or 'none yet'}"
+            f"{name}: {', '.join(family['seeds']) or 'none'}"
             for name, family in results["families"].items()
         )
-        + f" ({results['date']})."
+        + "."
     )
     for title, family in families.items():
         num = len(family["seeds"])
@@ -262,8 +277,6 @@ def _parts(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"### {title.capitalize()}: parameters chosen on validation data"
         yield table(title, family, "chosen")
         yield chosen_parameters(family)
-    if not families:
-        return
     yield "![gains over the average, by the number of task models](../evals/evidence/gains.png)"
     yield "### min-σ against each method"
     for kind in ("default", "chosen"):
