@@ -123,8 +123,9 @@ class MergeMethod:
         """The documentation for authors of specs: of the arguments only what a spec can set."""
         text, _, arguments = self.documentation.partition("\n\nArgs:\n")
         arguments, _, rest = arguments.partition("\n\n")
-        entries = re.findall(r"^ {4}(\w+?)_?: (.+(?:\n {5,}.+)*)", arguments, re.MULTILINE)
-        lines = [f"    {name}: {words}" for name, words in entries if name in self.parameters]
+        words = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", arguments, re.MULTILINE))
+        named = ((one.name, words.get(one.python_name)) for one in self.parameters.values())
+        lines = [f"    {name}: {said}" for name, said in named if said]
         parts = [text, "\n".join(["Parameters:", *lines]) if lines else "", rest]
         return "\n\n".join(filter(None, parts))
 
