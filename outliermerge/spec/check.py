@@ -11,6 +11,7 @@ from typing import Any
 from outliermerge.arguments import checked, wrong
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
+from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method, meant_method
 from outliermerge.spec.agreement import check_base, method_of, modifiers_of, names_of, wrong_sources
@@ -157,9 +158,9 @@ class MergeSpec:
             return plain_reference(self.document.tokenizer_source)
         return None if self.tokenizer.is_union else self.tokenizer.source
 
-    def method_for(self, parameters: Mapping[str, Any]) -> str:
+    def method_for(self, parameters: Mapping[str, Any], context: Context) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
-        method = self.method.of(parameters) if parameters else self.method
+        method = self.method.of(parameters, context) if parameters else self.method
         written = self.document.merge_method
         return written if method is find_method(written) else method.path
 
