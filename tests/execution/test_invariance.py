@@ -109,6 +109,8 @@ def bits(tensor: Tensor) -> bytes:
 
 METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "min_sigma": {"t": 1.3, "weight": 0.7},
+    "min_sigma by rows": {"sigma": "row", "scale": "mad", "conflict": "elect", "t": 1.1},
+    "min_sigma of models": {"sigma": "model", "scale": "mad", "t": 1.1},
     "linear": {"weight": 0.3},
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
     "ties": {"density": 0.3, "weight": 0.7, "rescale": True},
