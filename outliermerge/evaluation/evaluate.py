@@ -108,7 +108,7 @@ def evaluate(
         [(reference, path) for _, reference, path in paths],
         harness=document.harness,
         own_code=bool(document.model_args.get("trust_remote_code")),
-        chat_template=document.apply_chat_template,
+        chat_template=document.apply_chat_template and "tokenizer" not in document.model_args,
     )
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):

@@ -214,6 +214,8 @@ def paired_stderr(units: Mapping[str, float], base: Mapping[str, float]) -> floa
 def _settings(run: Scores) -> dict[str, str]:
     """Return as text the settings that must be equal for two runs to be comparable."""
     values = {label: run.settings.get(key) for key, label in _SETTINGS.items()}
+    if not run.settings.get("apply_chat_template"):
+        del values[_SETTINGS["fewshot_as_multiturn"]]  # there are turns only in a chat
     versions = run.settings.get("versions") or {}
     values |= {package.replace("_", "-"): version for package, version in versions.items()}
     words = {True: "yes", False: "no"}

@@ -197,16 +197,16 @@ def _check_examples(task: Any, asked: int | None) -> None:
             f"{name} is asked without examples by its own file, which lm-eval obeys: set its "
             "num_fewshot to 0"
         )
-    config = task.fewshot_cfg
-    if not (
-        config.split or config.samples or task.has_training_docs() or task.has_validation_docs()
-    ):
+    config = getattr(task, "fewshot_cfg", None)  # a task that is a class has none
+    named = config is not None and (config.split or config.samples)
+    if not (named or task.has_training_docs() or task.has_validation_docs()):
         raise ValueError(
             f"{name} has no examples to show: it names no fewshot_split, training_split or "
             "validation_split, and lm-eval would take the questions of the test with their answers"
         )
-    if len(task.sampler.df) < asked:
-        raise ValueError(f"{name} has {len(task.sampler.df)} examples to show, not {asked}")
+    sampler = getattr(task, "sampler", None)
+    if sampler is not None and len(sampler.df) < asked:
+        raise ValueError(f"{name} has {len(sampler.df)} examples to show, not {asked}")
 
 
 def _asked(task: Any, limit: int | None) -> int:
