@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from outliermerge.cli.in_parts import add_part, add_ray, check_ray, run_one_part
+from outliermerge.cli.in_parts import (
+    add_keep,
+    add_part,
+    add_ray,
+    carried_out,
+    check_ray,
+    resolved,
+    run_one_part,
+)
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
@@ -24,20 +32,13 @@ from outliermerge.cli.terminal import MergeBar, print_result
 from outliermerge.errors import OutlierMergeError, argument
 
 if TYPE_CHECKING:
-    from outliermerge.output.options import RunOptions
-    from outliermerge.planning.plan import Plan
+    from outliermerge.planning.plan import Options, Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
-    parser.add_argument(
-        "--keep",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="also write this stage of the merge, beside the output as OUTPUT-NAME; repeatable",
-    )
+    add_keep(parser)
     parser.add_argument(
         "--delete-inputs-as-read",
         dest="stream",
@@ -59,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
     """
     from outliermerge import api as merge
     from outliermerge.execution.computing import slowness_note
-    from outliermerge.output.run import run_plans
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
@@ -71,27 +71,18 @@ def run(options: argparse.Namespace) -> int:
     if options.stream == "only":
         _refuse_reading_twice(planned)
     if options.verbose:
-        say(_in_a_line(planned, run_options(options)), file=sys.stderr)
+        say(_in_a_line(planned, resolved(options)), file=sys.stderr)
     check_ray(options)
-    if options.part:
-        return run_one_part(planned, output, options, notes=note_of(options))
     plans = merge.plans_of(planned, output, options.keep)
+    if options.part:
+        return run_one_part(plans, options, notes=note_of(options))
     work_bytes = sum(each.work_bytes for each, _ in plans)
-    if options.executor_name != "ray":
-        run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
+    computing = resolved(options)  # what is not here is said before a bar is drawn
     with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        if options.executor_name == "ray":
-            from outliermerge.output.ray import run_on_ray
-
-            address, num_parts = options.address, options.parts
-            ((_, path),) = plans
-            one = run_on_ray(planned, path, chosen, address=address, num_parts=num_parts)
-            result, *kept = [one]
-        else:
-            result, *kept = run_plans(plans, chosen)
+        result, *kept = carried_out(plans, chosen, options)
         bar.done()
-    slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
+    slow = slowness_note(computing, kernels=chosen.kernels)
     notes = [
         *note_of(options),
         *([slow] if slow else []),
@@ -125,9 +116,8 @@ def _refuse_reading_twice(planned: Plan) -> None:
             )
 
 
-def _in_a_line(planned: Plan, chosen: RunOptions) -> str:
+def _in_a_line(planned: Plan, options: Options) -> str:
     """Return in a line what is about to be merged, and how."""
-    options = chosen.on_this_machine()
     spec = planned.spec
     what = ", ".join(model.reference for model in spec.models)
     if spec.modules:
