@@ -29,6 +29,7 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import MergeBar, print_result
+from outliermerge.errors import OutlierMergeError, argument
 
 if TYPE_CHECKING:
     from outliermerge.planning.plan import Options, Plan
@@ -38,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
     add_keep(parser)
+    parser.add_argument(
+        "--delete-inputs-as-read",
+        dest="stream",
+        action="store_const",
+        const="only",
+        help="as --stream, and refuse what would need the inputs on the disk: models in folders, "
+        "of which nothing is deleted, and methods that read the whole models twice",
+    )
     add_part(parser)
     add_ray(parser)
     add_lenient(parser)
@@ -59,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     if options.random_seed is not None:
         spec = spec.with_seed(options.random_seed)
     planned = merge.plan(spec, shard_size=options.shard_size)
+    if options.stream == "only":
+        _refuse_reading_twice(planned)
     if options.verbose:
         say(_in_a_line(planned, resolved(options)), file=sys.stderr)
     check_ray(options)
@@ -86,6 +97,23 @@ def run(options: argparse.Namespace) -> int:
             print_result(each)
     print_notes(notes, options)
     return 0
+
+
+def _refuse_reading_twice(planned: Plan) -> None:
+    """Refuse a method that measures whole models before it merges: all of them would be kept."""
+    from outliermerge.execution.passes import needs_of
+    from outliermerge.planning.merged import merge_of
+
+    inside = [merge_of(source) for job in planned.jobs for _, source in job.sources]
+    tasks = [job.task for job in planned.jobs if job.action == "merge"]
+    for task in (*tasks, *(merge.task for merge in inside if merge)):
+        if measured := needs_of(task, "model"):
+            raise OutlierMergeError(
+                f"{task.method.name}: measures {', '.join(measured)} of the whole models before it "
+                "merges, so that all is read twice: leave out "
+                f"{argument('delete_inputs_as_read')}. With {argument('stream')}, "
+                f"{argument('cache_size')} bounds the disk."
+            )
 
 
 def _in_a_line(planned: Plan, options: Options) -> str:

@@ -52,8 +52,11 @@ _USUAL_NAMES = (
     "processor_config.json", "LICENSE", CARD_NAME, MANIFEST_NAME,
 )  # fmt: skip
 
-Streamed = Literal["", "headers", "all"]
-"""What is read by ranges of models which a hub id names: nothing, their headers, or the weights."""
+Streamed = Literal["", "headers", "all", "only"]
+"""What is read by ranges of models which a hub id names: nothing, their headers, or the weights.
+
+`only` refuses models of the user's own folders, too.
+"""
 _STREAMED: ContextVar[Streamed] = ContextVar("_STREAMED", default="")
 
 
