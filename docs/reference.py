@@ -26,7 +26,9 @@ from outliermerge.spec.schema import json_schema
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *sorted((DOCS / "reference").glob("*.md")))
-_IN_ONE_ROW = ("iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge")
+_IN_ONE_ROW = (
+    "iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge", "pcb", "consensus_ta", "metagpt",
+)  # fmt: skip
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -62,7 +64,7 @@ def methods_table() -> str:
         if method.name not in _IN_ONE_ROW
     ]
     links = [f"[`{name}`](docs/reference/methods.md#{name})" for name in _IN_ONE_ROW]
-    rows.append([" ".join(links), "Not in mergekit, and on whole matrices", "by method", "papers"])
+    rows.append([" ".join(links), "From papers; not in mergekit", "by method", "papers"])
     return _table(["`merge_method`", "what it does", "parameters and defaults", "from"], *rows)
 
 

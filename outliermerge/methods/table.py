@@ -6,9 +6,12 @@ from outliermerge.arguments import checked
 from outliermerge.errors import SpecError, nearest, quoted
 from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
+from outliermerge.methods.competition import pcb
+from outliermerge.methods.consensus_masks import consensus_ta
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.elsewhere import known_elsewhere
 from outliermerge.methods.isotropic import iso_c, iso_cts
+from outliermerge.methods.metagpt import metagpt
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.model_stock import model_stock
 from outliermerge.methods.nearswap import nearswap
@@ -60,6 +63,9 @@ METHODS: dict[str, MergeMethod] = {
         swudi,
         aswudi,
         resmerge,
+        pcb,
+        consensus_ta,
+        metagpt,
         passthrough,
     )
 }
