@@ -20,7 +20,7 @@ from outliermerge.cli.terminal import value_text
 from outliermerge.evaluation.paper import paper_rows
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import METHODS, MODIFIERS
 from outliermerge.spec.moe import ExpertEntry, MoeDocument
 from outliermerge.spec.schema import json_schema
 
@@ -77,6 +77,11 @@ def commands_table() -> str:
 def methods() -> str:
     """Every method with its documentation and the ranges of its parameters."""
     return "\n\n".join(map(_method, METHODS.values()))
+
+
+def modifiers() -> str:
+    """Every modifier, as methods are documented."""
+    return "\n\n".join(map(_method, MODIFIERS.values()))
 
 
 def _method(method: MergeMethod) -> str:
@@ -182,6 +187,7 @@ def paper_table() -> str:
 
 PARTS = {
     "methods": methods,
+    "modifiers": modifiers,
     "spec-keys": spec_keys,
     "moe-keys": moe_keys,
     "commands": commands,

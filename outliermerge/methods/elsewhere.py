@@ -45,8 +45,7 @@ _KNOWN = {
         "git_rebasin zipit",
         "ties": "pcb twin twin_merging twinmerging consensus_ta "
         "consensus_ties localize_and_stitch widen cat cat_merging star",
-        "task_arithmetic": "swudi aswudi resmerge lines task_vector task_vectors ta cart cabs "
-        "metagpt",
+        "task_arithmetic": "swudi aswudi resmerge task_vector task_vectors ta cart cabs metagpt",
         "pcb": "pcb_merging",
         "consensus_ta": "consensus",
         "passthrough": "frankenmerge franken moe",
