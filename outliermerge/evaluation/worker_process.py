@@ -1,4 +1,4 @@
-"""Starts the subprocess that runs lmms-eval on one model, and listens to it."""
+"""Starts the subprocess that runs a harness on one model, and listens to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outliermerge.storage.machine import kill_all, was_killed
 # "" is the working directory; a data set's file there must not be imported as a module.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path); "
-    "from outliermerge.evaluation.worker import main; main()"
+    "from outliermerge.evaluation.{} import main; main()"
 )
 # The form of tqdm's progress bars; the number before belongs to the same bar.
 _BAR = re.compile(rb"(\d+)/(\d+) \[")
@@ -33,18 +33,20 @@ def worker(
     log: Path,
     environment: Mapping[str, str],
     on_progress: Callable[[int, int], None],
+    program: str = "worker",
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
     """Start a worker; yield it and its events, and end it when the block is left.
 
     Args:
         request: the request that outliermerge.evaluation.worker reads.
         folder: the working directory.
-        log: the file for everything that lmms-eval prints.
+        log: the file for everything that the harness prints.
         environment: variables that are added to this process's.
         on_progress: called with the number of questions done and of all questions in a step.
+        program: the module that it runs; `question_worker` reads further lines after the request.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", _START],
+        [sys.executable, "-c", _START.format(program)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -57,8 +59,11 @@ def worker(
     listener.start()
     try:
         try:
-            process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
-            process.stdin.close()
+            request = {**request, "parent": os.getpid()}
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            if program == "worker":
+                process.stdin.close()
         except BrokenPipeError:
             pass  # the worker ended at once: its exit code and log say why
         yield process, _events(process.stdout)
@@ -92,7 +97,7 @@ def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) ->
             on_progress(int(bars[-1][0]), int(bars[-1][1]))
 
 
-def why_it_ended(returncode: int, log: Path, start: int) -> str:
+def why_it_ended(harness: str, returncode: int, log: Path, start: int) -> str:
     """Return in words how a worker ended before it was done; its log begins at `start`."""
     if was_killed(returncode):
         how = "was killed (signal 9), as the system does when memory runs out"
@@ -103,4 +108,4 @@ def why_it_ended(returncode: int, log: Path, start: int) -> str:
     text = log.read_bytes()[start:].decode("utf-8", "replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines()]
     said = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
-    return f"lmms-eval's process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")
+    return f"{harness}'s process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")

@@ -25,7 +25,7 @@ from outliermerge.output.division import divided, part_of, part_work_bytes
 from outliermerge.output.folder import OutputFolder, begun_by_another, differing
 from outliermerge.output.journal import BusyError, Journal, parts, process, told
 from outliermerge.output.manifest import identity
-from outliermerge.output.names import journal_path, real_output
+from outliermerge.output.names import journal_path, partial_folder, real_output
 from outliermerge.output.naming import is_named
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
@@ -220,10 +220,25 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
             load.
     """
-    final, chosen = real_output(as_path(output)), chosen or RunOptions()
-    states = states_of(plan, final, chosen.on_this_machine())
-    if not all(state.is_whole for state in states):
-        raise NotWholeError(final, states)
+    (result,) = join_all([(plan, as_path(output))], chosen or RunOptions())
+    return result
+
+
+def join_all(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[RunResult]:
+    """Finish outputs whose parts are written, all or none of them; see `join`.
+
+    The parts' device need not be on this machine.
+    """
+    options = chosen.in_parts()
+    outputs = [real_output(output) for _, output in plans]
+    found = states_of_all(plans, options)
+    if None in found:
+        index = found.index(None)
+        states_of(plans[index][0], outputs[index], options)  # says why there are none
+    states = [each or [] for each in found]
+    for final, each in zip(outputs, states, strict=True):
+        if not all(state.is_whole for state in each):
+            raise NotWholeError(final, each)
 
     def refuse(
         targets: Sequence[Target],
@@ -232,13 +247,33 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         on_progress: Callable[[int], None],
         folder: Path | None,
     ) -> None:
-        lost = {job.name for job in targets[0].jobs}
-        if lost:
-            raise NotWholeError(final, [_without(plan, state, lost) for state in states])
-        execute(targets, options, on_progress=on_progress, folder=folder)  # what must be equal
+        for target, final, each in zip(targets, outputs, states, strict=True):
+            lost = {job.name for job in target.jobs}
+            if lost:
+                raise NotWholeError(final, [_without(target.plan, state, lost) for state in each])
+        here = replace(options, device="cpu")  # for what must be equal
+        execute(targets, here, on_progress=on_progress, folder=folder)
 
-    (result,) = run_plans([(plan, as_path(output))], replace(chosen, executor=refuse, fresh=False))
-    return result
+    return run_plans(plans, replace(chosen, executor=refuse, fresh=False), options=options)
+
+
+def states_of_all(
+    plans: Sequence[tuple[Plan, Path]], options: Options
+) -> list[list[PartState] | None]:
+    """Return for each output how far its parts are; None where nothing of it is written.
+
+    They are as `states_of` returns them. Of outputs that get their names together, the first may
+    be the last that has a journal.
+    """
+    found: list[list[PartState] | None] = []
+    for plan, output in plans:
+        final = real_output(output)
+        if os.path.lexists(journal_path(final)):
+            found.append(states_of(plan, final, options))
+        else:
+            all_named = found[:1] == [[]] and final.exists()
+            found.append([] if all_named else None)
+    return found
 
 
 def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
@@ -256,6 +291,12 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             raise OutlierMergeError(
                 f"{final}: exists already, and no part of it is being written. It was joined "
                 "before, or is another output; `outliermerge verify` checks it."
+            )
+        if parts(final):
+            raise OutlierMergeError(
+                f"{journal_path(final)}: is missing, and without it nobody can tell what was "
+                f"begun in {partial_folder(final)}. Put it back, or remove that folder and the "
+                "journals beside it, and run the parts again."
             )
         raise OutlierMergeError(
             f"{final}: no part of it is being written. Run its parts first, each with "

@@ -147,9 +147,8 @@ class MergeSpec:
             parts = "; ".join(f"{n}: {m.merge.in_a_line}" for n, m in self.modules.items())
             return f"{self.base.reference} with {parts}"
         models = ", ".join(model.reference for model in self.models)
-        return f"{self.method.name} of {models}" + (
-            f" onto {self.base.reference}" if self.base else ""
-        )
+        onto = f" onto {self.base.reference}" if self.base else ""
+        return f"{self.method.name} of {models}{onto}"
 
     @property
     def tokenizer_owner(self) -> str | None:
@@ -161,8 +160,8 @@ class MergeSpec:
     def method_for(self, parameters: Mapping[str, Any], context: Context) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
         method = self.method.of(parameters, context) if parameters else self.method
-        written = self.document.merge_method
-        return written if method is find_method(written) else method.path
+        named = self.document.merge_method
+        return named if method is find_method(named) else method.path
 
     def modifiers_for(self, context: Context) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """Return the modifiers of a tensor."""

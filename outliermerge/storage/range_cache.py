@@ -12,9 +12,10 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.failures import naming
@@ -23,28 +24,45 @@ from outliermerge.storage.system import punch, write_at
 
 CHUNK_BYTES = 1 << 21
 REQUEST_CHUNKS = 4  # at most
-_NUM_CONNECTIONS = 16
+NUM_CONNECTIONS = 16
 _AHEAD_BYTES = 1 << 29
 _WAIT_SECONDS = 1.0  # then a waiting thread looks again, so a lost wake-up costs no more than that
 
 
 @dataclass(eq=False)
-class CachedObject:
-    """An object, and the sparse file with what has been read of it."""
+class Chunked:
+    """An object that is fetched in whole chunks.
 
-    remote: RemoteObject
-    state: State
-    descriptor: int
+    Attributes:
+        num_bytes: its size.
+        chunk_bytes: it is cut into chunks of so many bytes.
+    """
+
+    num_bytes: int
     chunk_bytes: int
-    chunks: dict[int, _Chunk] = field(default_factory=dict)
 
     def size_of(self, number: int) -> int:
         """Return the number of bytes of a chunk; the last may be shorter."""
-        return min(self.chunk_bytes, self.state.num_bytes - number * self.chunk_bytes)
+        return min(self.chunk_bytes, self.num_bytes - number * self.chunk_bytes)
 
     def numbers(self, start: int, stop: int) -> range:
         """Return the chunks in which a range of bytes is."""
         return range(start // self.chunk_bytes, -(-stop // self.chunk_bytes))
+
+
+@dataclass(eq=False)
+class CachedObject(Chunked):
+    """An object, and the sparse file with what has been read of it.
+
+    Attributes:
+        given_back: the chunks of which all was given back, which are not fetched ahead again.
+    """
+
+    remote: RemoteObject
+    state: State
+    descriptor: int
+    chunks: dict[int, _Chunk] = field(default_factory=dict)
+    given_back: set[int] = field(default_factory=set)
 
 
 Range = tuple[CachedObject, int, int]
@@ -56,10 +74,12 @@ class _Chunk:
     is_there: bool = False
     is_read: bool = False
     num_held: int = 0
+    given_back: set[tuple[int, int]] = field(default_factory=set)  # its parts; none overlap
     error: BaseException | None = None
 
 
 _Request = tuple[CachedObject, list[int]]
+_AnyObject = TypeVar("_AnyObject", bound=Chunked)
 
 
 class RangeCache:
@@ -97,7 +117,7 @@ class RangeCache:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 descriptor = os.dup(file.fileno())
             os.ftruncate(descriptor, state.num_bytes)
-        found = CachedObject(remote, state, descriptor, chunk_bytes)
+        found = CachedObject(state.num_bytes, chunk_bytes, remote, state, descriptor)
         self._objects.append(found)
         return found
 
@@ -142,8 +162,9 @@ class RangeCache:
 
         def release() -> None:
             with self._changed:
-                for *_, chunk in held:
+                for found, number, chunk in held:
                     chunk.num_held -= 1
+                    self._remove_if_done(found, number, chunk)
                 held.clear()
                 self._changed.notify_all()
 
@@ -155,12 +176,17 @@ class RangeCache:
     def read_ahead(self, ranges: Iterable[Range]) -> None:
         """Fetch ranges in this order as there is room; instead of those that were named before."""
         with self._changed:
-            self._ahead, self._next_ahead = _requests(list(ranges)), None
+            for found in self._objects:
+                found.given_back.clear()
+            self._ahead, self._next_ahead = requests_of(list(ranges)), None
             self._start_threads()
             self._changed.notify_all()
 
     def drop(self, dropped: Iterable[Range]) -> None:
-        """Give back ranges that are not read again soon."""
+        """Give back ranges that are not read again soon.
+
+        A chunk goes when all of its bytes were given back, such as those of several tensors.
+        """
         with self._changed:
             for found, start, stop in dropped:
                 for number in found.numbers(start, stop):
@@ -169,9 +195,9 @@ class RangeCache:
                         continue
                     self._note_read(found, number, chunk)
                     first = number * found.chunk_bytes
-                    inside = start <= first and first + found.size_of(number) <= stop
-                    if inside and not chunk.num_held:
-                        self._remove(found, number)
+                    end = first + found.size_of(number)
+                    chunk.given_back.add((max(start, first), min(stop, end)))
+                    self._remove_if_done(found, number, chunk)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -205,6 +231,14 @@ class RangeCache:
             chunk.is_read = True
             self._unread_bytes -= found.size_of(number)
 
+    def _remove_if_done(self, found: CachedObject, number: int, chunk: _Chunk) -> None:
+        """Forget a chunk that nobody holds, if all of it was given back."""
+        num_bytes = sum(stop - start for start, stop in chunk.given_back)
+        if not chunk.num_held and num_bytes >= found.size_of(number):
+            if found.chunks.get(number) is chunk:
+                self._remove(found, number)
+            found.given_back.add(number)
+
     def _remove(self, found: CachedObject, number: int) -> None:
         """Forget a chunk that nobody holds."""
         chunk = found.chunks.pop(number)
@@ -228,7 +262,7 @@ class RangeCache:
         return True
 
     def _start_threads(self) -> None:
-        while len(self._threads) < _NUM_CONNECTIONS:
+        while len(self._threads) < NUM_CONNECTIONS:
             thread = threading.Thread(target=self._work, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -243,7 +277,9 @@ class RangeCache:
             self._next_ahead = next(self._ahead, None)
         while self._next_ahead is not None:
             found, left = self._next_ahead
-            groups = _in_requests([number for number in left if number not in found.chunks])
+            groups = _in_requests(
+                [n for n in left if n not in found.chunks and n not in found.given_back]
+            )
             if groups:
                 numbers = groups[0]  # others may have come in between meanwhile
                 num_bytes = sum(map(found.size_of, numbers))
@@ -310,9 +346,11 @@ class RangeCache:
             self.num_fetched_bytes += stop - start
 
 
-def _requests(ranges: list[Range]) -> Iterator[_Request]:
+def requests_of(
+    ranges: Sequence[tuple[_AnyObject, int, int]],
+) -> Iterator[tuple[_AnyObject, list[int]]]:
     """Yield what fetches ranges in their order; neighbours that come later are fetched at once."""
-    wanted: dict[CachedObject, set[int]] = {}
+    wanted: dict[_AnyObject, set[int]] = {}
     for found, start, stop in ranges:
         wanted.setdefault(found, set()).update(found.numbers(start, stop))
     for found, start, stop in ranges:

@@ -6,6 +6,7 @@ Keys, regions and endpoints are taken from the environment, as obstore documents
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -14,10 +15,20 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.optional import is_installed
 from outliermerge.storage import ranges
 from outliermerge.storage.addresses import without_secrets
-from outliermerge.storage.ranges import State, TransientError, Write, changed, check_state
+from outliermerge.storage.ranges import (
+    RefusedError,
+    State,
+    TransientError,
+    Write,
+    changed,
+    check_state,
+)
 
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
+_LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
+    r"status code: (3\d\d|4(?!08|25|29)\d\d)|redirect without LOCATION|dns error: .*not known"
+)
 
 
 class Store:
@@ -151,14 +162,16 @@ def _told(address: str, error: Exception) -> Exception:
     from obstore import exceptions
 
     text = without_secrets(str(error)).strip().split("\n")[0][:300]
+    advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+    if isinstance(error, exceptions.PermissionDeniedError) or "status code: 403" in text:
+        return RefusedError(f"{address}: cannot be read: {text}. {advice}")
     lasting = (
-        exceptions.PermissionDeniedError,
         exceptions.UnauthenticatedError,
         exceptions.NotSupportedError,
-        exceptions.InvalidPathError,
         exceptions.UnknownConfigurationKeyError,
     )
-    if isinstance(error, lasting):
-        advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+    if isinstance(error, lasting) or _LASTING.search(text):
         return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
+    if isinstance(error, (ValueError, exceptions.InvalidPathError)):  # of a name
+        return OutlierMergeError(f"{address}: is no valid address: {text}")
     return TransientError(text)
