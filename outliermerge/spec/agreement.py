@@ -7,7 +7,7 @@ from typing import Any
 
 from outliermerge.errors import SpecError, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import METHODS, MODIFIERS, find_method
 from outliermerge.spec.document import SpecDocument, references
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
@@ -46,6 +46,9 @@ def modifiers_of(
         if not method.uses_base:
             raise source.error(path, f"{method.name} merges weights: it has no task vector")
         try:
+            if not (":" in entry.modifier or entry.modifier in METHODS.keys() | MODIFIERS):
+                said = f"unknown modifier {quoted(entry.modifier)}."
+                raise SpecError(f"{said} {suggest(entry.modifier, MODIFIERS)}")
             modifier = find_method(entry.modifier)
             if modifier.space != "merged":
                 raise SpecError(f"{modifier.name} is a merge method, not a modifier")
