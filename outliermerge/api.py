@@ -10,12 +10,12 @@ from typing import Any
 from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, argument, as_path, quoted, suggest
+from outliermerge.errors import ArgumentError, argument, quoted, suggest
 from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.execution.transplant import add_rows
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
-from outliermerge.output.names import output_here
+from outliermerge.output.names import Final, as_final, output_here
 from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
 from outliermerge.planning.moe import Mixture, plan_mixture
@@ -113,7 +113,7 @@ def run(
 
 def plans_of(
     planned: Plan, output: str | Path | None, keep: Sequence[str]
-) -> list[tuple[Plan, Path]]:
+) -> list[tuple[Plan, Final]]:
     """Return a plan and those of stages that are written, too, each with its output.
 
     Raises:
@@ -121,8 +121,13 @@ def plans_of(
         ArgumentError: the merge has no such stage, or the output has a wrong name.
     """
     stages, final = planned.spec.all_stages, output_path(planned, output)
-    found = [(planned, final)]
+    found: list[tuple[Plan, Final]] = [(planned, final)]
     for name in dict.fromkeys(keep):
+        if isinstance(final, str):
+            raise ArgumentError(
+                f"{argument('keep')}: not with an output in a store ({final}): give the stage a "
+                "spec of its own"
+            )
         if name not in stages:
             advice = suggest(name, stages) if stages else "The spec has no `stages`."
             raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
@@ -327,7 +332,7 @@ def estimate(
         raise wrong("planned", planned, "what plan() returned")
     chosen = RunOptions.of(options, changes).on_this_machine()
     named = output or planned.spec.document.output
-    return estimate_run(planned, chosen, None if named is None else as_path(named))
+    return estimate_run(planned, chosen, None if named is None else as_final(named))
 
 
 @checked

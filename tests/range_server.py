@@ -49,8 +49,13 @@ class RangeServer:
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def handler(self) -> type[Handler]:
+        """What answers a request."""
+        return Handler
+
     def __enter__(self) -> RangeServer:
-        handler = type("Handler", (_Handler,), {"serving": self})
+        handler = type("Handler", (self.handler,), {"serving": self})
         self._lock, self._free_at = threading.Lock(), 0.0
         self._server = _Server(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -98,7 +103,7 @@ def etag_of(path: Path) -> str:
     return f'"{hashlib.md5(state.encode()).hexdigest()}"'
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     serving: RangeServer
     protocol_version = "HTTP/1.1"
     wbufsize = 0

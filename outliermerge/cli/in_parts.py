@@ -109,7 +109,7 @@ def run_one_part(
             "or leave it out"
         )
     final = output_path(planned, output)
-    jobs = part_of(planned, number, num_parts)
+    jobs = part_of(planned, number, num_parts, whole_files=isinstance(final, str))
     began = time.monotonic()
     run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
     with MergeBar(part_work_bytes(planned, jobs), 1, quiet=options.quiet) as bar:

@@ -21,6 +21,7 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import MergeBar, print_result
+from outliermerge.errors import ArgumentError, argument
 
 if TYPE_CHECKING:
     from outliermerge.output.options import RunOptions
@@ -75,6 +76,11 @@ def run(options: argparse.Namespace) -> int:
 
             address, num_parts = options.address, options.parts
             ((_, path),) = plans
+            if isinstance(path, str):
+                raise ArgumentError(
+                    f"output {path}: parts on a Ray cluster are written to a folder. To a store, "
+                    f"write them each by {argument('part', 'K/N')}"
+                )
             one = run_on_ray(planned, path, chosen, address=address, num_parts=num_parts)
             result, *kept = [one]
         else:

@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import checked
-from outliermerge.errors import OutlierMergeError, argument, as_path, listing
+from outliermerge.errors import OutlierMergeError, argument, listing
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
+from outliermerge.output.bucket_parts import run_part_in_store, written_in_store
 from outliermerge.output.division import divided, part_of, part_work_bytes
 from outliermerge.output.folder import OutputFolder, begun_by_another, differing
 from outliermerge.output.journal import BusyError, Journal, parts, process, told
 from outliermerge.output.manifest import identity
-from outliermerge.output.names import journal_path, real_output
+from outliermerge.output.names import Final, as_final, journal_path, real_output
 from outliermerge.output.naming import is_named
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
@@ -86,7 +87,7 @@ class NotWholeError(OutlierMergeError):
         states: of all parts.
     """
 
-    def __init__(self, final: Path, states: Sequence[PartState]) -> None:
+    def __init__(self, final: Final, states: Sequence[PartState]) -> None:
         self.final, self.states = final, tuple(states)
         left = self.unfinished
         super().__init__(
@@ -111,7 +112,7 @@ def run_part(
     """Write one part of an output, or the rest of it; return how many tensors were written.
 
     Args:
-        output: the final path of the whole output, a folder or a file.
+        output: the final path of the whole output, a folder or a file, or a folder's address.
         part: its number, counted from 1.
         chosen: how it is carried out, as for `run`; `fresh` and `load_check` are for the `run` that
             finishes the output.
@@ -122,18 +123,19 @@ def run_part(
             the memory budget is too small.
         OutlierMergeError: a model or the output folder cannot be used.
     """
-    jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
+    final, name = as_final(output), f"{part}-of-{num_parts}"
+    jobs = part_of(plan, part, num_parts, whole_files=isinstance(final, str))
     chosen = chosen or RunOptions()
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     require_engines(plan, options)
     plan.peak_memory_bytes(options)
+    if isinstance(final, str):
+        return run_part_in_store(plan, final, jobs, num_parts, name, chosen)
     with ExitStack() as stack:
         stamps = dict.fromkeys(plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folder = _held(
-            plan, real_output(as_path(output)), options, name, overwrite=chosen.overwrite
-        )
+        folder = _held(plan, real_output(final), options, name, overwrite=chosen.overwrite)
         try:
             if folder.is_finished:
                 folder.forget()
@@ -150,8 +152,8 @@ def run_part(
         progress = Progress(plan, marks_of(plan))
         facts = json.loads(json.dumps(identity(plan, options)))
         if journal.identity == facts:
-            progress.take_over(journal)
-            progress.forget_unfit(writer, allow_non_finite=options.allow_non_finite)
+            progress.take_over(journal.lines)
+            progress.forget_unfit(writer.checksum, allow_non_finite=options.allow_non_finite)
         else:  # none, or of another merge
             journal.begin(facts)
         journal.add({"process": process(name), "marks": marks_of(plan)})
@@ -220,7 +222,8 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
             load.
     """
-    final, chosen = real_output(as_path(output)), chosen or RunOptions()
+    named, chosen = as_final(output), chosen or RunOptions()
+    final = named if isinstance(named, str) else real_output(named)
     states = states_of(plan, final, chosen.on_this_machine())
     if not all(state.is_whole for state in states):
         raise NotWholeError(final, states)
@@ -234,23 +237,31 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
     ) -> None:
         lost = {job.name for job in targets[0].jobs}
         if lost:
-            raise NotWholeError(final, [_without(plan, state, lost) for state in states])
+            whole = isinstance(final, str)
+            raise NotWholeError(final, [_without(plan, s, lost, whole=whole) for s in states])
         execute(targets, options, on_progress=on_progress, folder=folder)  # what must be equal
 
-    (result,) = run_plans([(plan, as_path(output))], replace(chosen, executor=refuse, fresh=False))
+    (result,) = run_plans([(plan, named)], replace(chosen, executor=refuse, fresh=False))
     return result
 
 
-def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
+def states_of(plan: Plan, final: Final, options: Options) -> list[PartState]:
     """Return how far the parts of an output are, by their journals; empty if all is named already.
 
     Args:
-        final: the path that `real_output` returned.
+        final: the path that `real_output` returned, or an address.
 
     Raises:
         BusyError: another process holds the whole output.
         OutlierMergeError: nothing of it is written, or it was begun by another merge.
     """
+    facts = json.loads(json.dumps(identity(plan, options)))
+    if isinstance(final, str):
+        found = written_in_store(plan, final, facts)
+        if found is None:
+            return []
+        done, num_parts = found
+        return _states(plan, num_parts, done, {}, whole_files=True)
     if not os.path.lexists(journal_path(final)):
         if final.exists():
             raise OutlierMergeError(
@@ -261,7 +272,6 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             f"{final}: no part of it is being written. Run its parts first, each with "
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
-    facts = json.loads(json.dumps(identity(plan, options)))
     whole = Journal(final)
     try:
         if is_named(whole):
@@ -289,6 +299,18 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             done |= _written(journal, facts)
         finally:
             journal.close()
+    return _states(plan, num_parts, done, holders)
+
+
+def _states(
+    plan: Plan,
+    num_parts: int,
+    done: set[str],
+    holders: Mapping[str, str],
+    *,
+    whole_files: bool = False,
+) -> list[PartState]:
+    """Return the states of all parts, from what is done and who is writing which part."""
     return [
         PartState(
             number,
@@ -297,7 +319,7 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             tuple(job.name for job in jobs if job.name not in done),
             holders.get(f"{number}-of-{num_parts}", ""),
         )
-        for number, jobs in enumerate(divided(plan, num_parts), 1)
+        for number, jobs in enumerate(divided(plan, num_parts, whole_files=whole_files), 1)
     ]
 
 
@@ -306,7 +328,7 @@ def checksums_of(plan: Plan, output: Path, part: int, num_parts: int) -> dict[st
     journal = Journal(real_output(output), f"{part}-of-{num_parts}")
     try:
         progress = Progress(plan, marks_of(plan))
-        progress.take_over(journal)
+        progress.take_over(journal.lines)
     finally:
         journal.close()
     own = {job.name for job in part_of(plan, part, num_parts)}
@@ -317,7 +339,7 @@ def _written(journal: Journal, facts: dict[str, Any]) -> set[str]:
     return set(journal.all("tensor")) if journal.identity == facts else set()
 
 
-def _without(plan: Plan, state: PartState, lost: set[str]) -> PartState:
+def _without(plan: Plan, state: PartState, lost: set[str], *, whole: bool) -> PartState:
     """Return the state of a part after tensors of it were found to be damaged."""
-    jobs = part_of(plan, state.number, state.num_parts)
+    jobs = part_of(plan, state.number, state.num_parts, whole_files=whole)
     return replace(state, lacking=tuple(job.name for job in jobs if job.name in lost))

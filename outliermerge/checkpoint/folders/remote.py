@@ -50,6 +50,9 @@ _USUAL_NAMES = (
     "processor_config.json", "LICENSE", MANIFEST_NAME,
 )  # fmt: skip
 
+RECORDS = ".outliermerge/"
+"""The folder in an output in a store that is there until the output is finished."""
+
 Streamed = Literal["", "headers", "all"]
 """What is read by ranges of models which a hub id names: nothing, their headers, or the weights."""
 _STREAMED: ContextVar[Streamed] = ContextVar("_STREAMED", default="")
@@ -110,6 +113,11 @@ def place_of(address: str) -> Place:
         names = tuple(sorted(persistently(address, lambda: list(store.names(address)))))
         if not names:
             raise OutlierMergeError(f"{address}: nothing is there")
+        if MANIFEST_NAME not in names and any(name.startswith(RECORDS) for name in names):
+            raise OutlierMergeError(
+                f"{address}: is an output that is not finished: its weights are not all written. "
+                "To go on, start the same command again."
+            )
     return Place(address, partial(inside, address), names)
 
 
