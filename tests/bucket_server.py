@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
-from range_server import RangeServer, Handler, etag_of
+from range_server import Handler, RangeServer, etag_of
 
 FAULTS = ("429", "500", "503", "cut", "lost", "stall")
 """What can go wrong with a request that writes; `lost` is an answer that does not arrive."""

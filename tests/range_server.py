@@ -70,13 +70,7 @@ class RangeServer:
 
     def s3(self) -> dict[str, str]:
         """Return the environment with which obstore reads from this server."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key-of-the-test",
-            "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-            "AWS_REGION": "us-east-1",
-        }
+        return s3_at(self.url)
 
     def wait(self, num_bytes: int) -> None:
         """Wait until so many bytes have passed through the line that all answers share."""
@@ -86,6 +80,17 @@ class RangeServer:
                 self._free_at = max(self._free_at, now) + num_bytes / self.bytes_per_second
                 pause = self._free_at - now
             time.sleep(pause)
+
+
+def s3_at(url: str) -> dict[str, str]:
+    """Return the environment with which obstore uses an S3 server."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+    }
 
 
 class _Server(ThreadingHTTPServer):

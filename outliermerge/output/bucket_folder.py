@@ -262,7 +262,7 @@ class BucketFolder:
         self.writer.close()
         if self._is_ours and not self._part and not self.writer.has_begun:
             with suppress(OutlierMergeError):
-                self._records.remove(self._bucket.states())
+                self._records.withdraw()
         self._is_ours = False
         self._temporary.cleanup()
 

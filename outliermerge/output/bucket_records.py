@@ -152,6 +152,11 @@ class Records:
         own = [name for name in there if name.startswith(RECORDS) and name != _RUN]
         self._bucket.remove([*own, _RUN])
 
+    def withdraw(self) -> None:
+        """Remove the record of the run, unless another process has written something already."""
+        if not self.shards(self._bucket.states()):
+            self._bucket.remove([_RUN])
+
     def remove_shards(self, there: States) -> None:
         """Remove the records of shards, which are not to be taken over."""
         self._bucket.remove(name for name in there if name.startswith(_SHARDS))

@@ -16,7 +16,7 @@ from outliermerge.storage import ranges
 from outliermerge.storage.ranges import State
 from outliermerge.storage.store_objects import lasting, open_store, state_of, words_of
 
-PART_BYTES, NUM_AT_ONCE = 16 << 20, 4  # of an upload in parts; both are held in memory
+PART_BYTES, NUM_AT_ONCE = 16 << 20, 8  # of an upload in parts; both are held in memory
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _TIMEOUT_STALLS, _RETRY_SECONDS = 4, 600
 
@@ -120,7 +120,7 @@ class Bucket:
         import obstore
 
         with self._telling("written", name):
-            written = obstore.put(
+            obstore.put(
                 self._store,
                 self._folder + name,
                 iter(chunks),
@@ -128,8 +128,6 @@ class Bucket:
                 chunk_size=max(PART_BYTES, -(-num_bytes // _MOST_PARTS)),
                 max_concurrency=NUM_AT_ONCE,
             )
-            if written["e_tag"]:
-                return _plain(State(num_bytes, written["e_tag"]))
             return _plain(state_of(obstore.head(self._store, self._folder + name)))
 
     def remove(self, names: Iterable[str]) -> None:
