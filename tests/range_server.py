@@ -133,7 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         size = path.stat().st_size
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, stop = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
-        self.serving.ranges.append((name, start, stop))
+        if self.command == "GET":
+            self.serving.ranges.append((name, start, stop))
         etag = etag_of(path) if self.serving.has_versions else ""
         fault = self.serving.fault(name, start, stop)
         wanted = self.headers.get("If-Match")
