@@ -71,7 +71,7 @@ def run(
     options: RunOptions | None = None,
     **changes: Any,
 ) -> RunResult:
-    """Merge checkpoints on disk into a new model folder.
+    """Merge checkpoints into a new model folder.
 
     A run that was killed goes on where it stopped when it is started again, and gives the same
     bytes. The output has its name only when it is complete. In a notebook a bar shows how far it
@@ -79,7 +79,8 @@ def run(
 
     Args:
         spec: a YAML file, the same as a dict, the manifest of an output, or a plan.
-        output: the folder or .safetensors file to write; the spec's `output` by default.
+        output: the folder or .safetensors file to write, or the address of a folder in a store,
+            such as "s3://bucket/merged"; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         lenient: as for `plan`; it changes nothing about a plan.
         keep: names of stages that are written, too, each beside the output, as OUTPUT-NAME.

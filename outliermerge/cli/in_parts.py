@@ -28,7 +28,8 @@ def add_part(parser: argparse.ArgumentParser) -> None:
         type=_part,
         metavar="K/N",
         help="write only part K of N, in this process; `outliermerge join` finishes the output "
-        "when all are written. Parts may run at the same time, on machines that share its disk",
+        "when all are written. Parts may run at the same time, on machines that share its disk or "
+        "bucket",
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from bucket_server import FAULTS, BucketServer
+from outputs_elsewhere import NAMES, bucket_served, files_of, save_layers, spec_of, weights_in
 from range_server import s3_at
 from safetensors.torch import save_file
 from waiting import LIMIT_SECONDS
@@ -25,39 +26,22 @@ import outliermerge
 from outliermerge import RunOptions
 from outliermerge.cli.main import main
 from outliermerge.errors import ArgumentError, OutlierMergeError
-from outliermerge.output import bucket_writer
 from outliermerge.storage import bucket as buckets
 from outliermerge.storage import ranges
 
 pytest.importorskip("obstore")
 
-NAMES, NUM_LAYERS = ("base", "a", "b"), 6
 OUT, MANIFEST = "out/merged/", "outliermerge.json"
 ADDRESS = "s3://bucket/out/merged"
 SHARD_SIZE = "320KB"  # two layers
 RECORDS = ".outliermerge/"
 
 
-def _save(folder: Path, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
-    tensors: dict[str, torch.Tensor] = {}
-    for number in range(NUM_LAYERS):
-        start = f"model.layers.{number}"
-        tensors[f"{start}.mlp.weight"] = (torch.randn(300, 257, generator=draw) / 50).half()
-        tensors[f"{start}.norm.weight"] = torch.randn(257, generator=draw).half()
-        tensors[f"{start}.steps"] = torch.arange(5) + number
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "test", "num_hidden_layers": NUM_LAYERS}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(NAMES):
-        _save(folder / name, seed)
+        save_layers(folder / name, seed)
     return folder
 
 
@@ -65,36 +49,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[BucketServer]:
-    """A bucket, small parts of uploads, and a window that a tensor does not fit in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ranges, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(ranges, "LONGEST_WAIT_SECONDS", 0.005)
-    monkeypatch.setattr(buckets, "PART_BYTES", 50_000)
-    monkeypatch.setattr(bucket_writer, "WINDOW_BYTES", 100_000)
-    with BucketServer(tmp_path / "served") as served:
-        for name, value in served.s3().items():
-            monkeypatch.setenv(name, value)
+    with bucket_served(tmp_path / "served", monkeypatch) as served:
         yield served
-
-
-def _spec(at: Path | str, method: str = "ties", **more: Any) -> dict[str, Any]:
-    base = {} if method == "linear" else {"base_model": f"{at}/base"}
-    density = {"parameters": {"density": 0.3}} if method in ("ties", "della") else {}
-    models = [{"model": f"{at}/a"}, {"model": f"{at}/b"}]
-    return {"merge_method": method, "models": models, "dtype": "float16"} | base | density | more
 
 
 def _run(spec: dict[str, Any], output: str = ADDRESS, **more: Any) -> outliermerge.RunResult:
     return outliermerge.run(spec, output=output, shard_size=SHARD_SIZE, **more)
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def _weights(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if "safetensors" in name}
 
 
 def _puts(server: BucketServer) -> Counter[str]:
@@ -117,9 +78,9 @@ def _puts(server: BucketServer) -> Counter[str]:
 def test_an_output_in_a_store_is_that_on_a_disk(
     models: Path, server: BucketServer, method: str, more: dict[str, Any]
 ) -> None:
-    local = _run(_spec(models, method), "local", **more)
-    there = _run(_spec(models, method), **more)
-    assert server.objects(OUT) == _files(Path(local.output))
+    local = _run(spec_of(models, method), "local", **more)
+    there = _run(spec_of(models, method), **more)
+    assert server.objects(OUT) == files_of(Path(local.output))
     assert (there.output, there.manifest) == (ADDRESS, local.manifest)
     assert not server.uploads
     assert outliermerge.verify(ADDRESS) == []
@@ -129,31 +90,31 @@ def test_stages_and_slices_go_to_a_store(models: Path, server: BucketServer) -> 
     def spec() -> dict[str, Any]:
         whole = [{"model": f"{models}/{name}", "layer_range": [0, 4]} for name in ("a", "b")]
         again = [{"model": "mixed", "layer_range": [2, 6]}]
-        stage = _spec(models, "linear") | {"name": "mixed"}
+        stage = spec_of(models, "linear") | {"name": "mixed"}
         slices = [{"sources": whole[:1]}, {"sources": again}]
         return {"stages": [stage], "merge_method": "passthrough", "slices": slices}
 
     local, _ = _run(spec(), "local"), _run(spec())
-    assert server.objects(OUT) == _files(Path(local.output))
+    assert server.objects(OUT) == files_of(Path(local.output))
 
 
 def test_models_and_output_may_be_in_the_same_bucket(models: Path, server: BucketServer) -> None:
     for name in NAMES:
         (server.folder / "bucket" / name).mkdir(parents=True)
-        for file, content in _files(models / name).items():
+        for file, content in files_of(models / name).items():
             (server.folder / "bucket" / name / file).write_bytes(content)
-    local = _run(_spec(models), "local")
-    _run(_spec("s3://bucket"))
-    assert _weights(server.objects(OUT)) == _weights(_files(Path(local.output)))
+    local = _run(spec_of(models), "local")
+    _run(spec_of("s3://bucket"))
+    assert weights_in(server.objects(OUT)) == weights_in(files_of(Path(local.output)))
     for output in ("s3://bucket/base", "s3://bucket/base/new"):
         with pytest.raises(OutlierMergeError, match=r"is, holds or is inside the model .*/base"):
-            _run(_spec("s3://bucket"), output)
+            _run(spec_of("s3://bucket"), output)
 
 
-def test_a_run_that_could_not_write_goes_on_with_whole_files(
+def test_a_run_that_could_not_write_goes_on_with_wholefiles_of(
     models: Path, server: BucketServer
 ) -> None:
-    local = _run(_spec(models), "local")
+    local = _run(spec_of(models), "local")
     for number in range(1, 4):
 
         def fault(method: str, name: str, part: int, number: int = number) -> str:
@@ -161,7 +122,7 @@ def test_a_run_that_could_not_write_goes_on_with_whole_files(
 
         server.write_fault = fault
         with pytest.raises(OutlierMergeError) as caught:
-            _run(_spec(models))
+            _run(spec_of(models))
         assert f"{ADDRESS}/model-0000{number}-of-00003.safetensors: cannot be written" in str(
             caught.value
         )
@@ -171,11 +132,11 @@ def test_a_run_that_could_not_write_goes_on_with_whole_files(
             outliermerge.verify(ADDRESS)
     server.write_fault = lambda method, name, part: ""
     before = _puts(server)
-    done = _run(_spec(models))
+    done = _run(spec_of(models))
     files = [entry["file"] for entry in done.manifest["tensors"].values()]
     assert done.num_resumed == len(files) - files.count("model-00003-of-00003.safetensors") > 0
     assert _puts(server) - before == {"model-00003-of-00003.safetensors": 2}  # begun, and ended
-    assert _weights(server.objects(OUT)) == _weights(_files(Path(local.output)))
+    assert weights_in(server.objects(OUT)) == weights_in(files_of(Path(local.output)))
     assert not [name for name in server.objects(OUT) if name.startswith(RECORDS)]
 
 
@@ -190,7 +151,7 @@ def test_faults_never_give_wrong_bytes(
     monkeypatch.setattr(ranges, "STALL_SECONDS", 0.1)
     server.stall_seconds = 0.6
     draw, did = random.Random(3), Counter[str]()
-    wanted = _files(Path(_run(_spec(models), "local").output))
+    wanted = files_of(Path(_run(spec_of(models), "local").output))
 
     def fault(method: str, name: str, part: int) -> str:
         kind = draw.choice(FAULTS) if draw.random() < 0.25 else ""
@@ -204,7 +165,7 @@ def test_faults_never_give_wrong_bytes(
         address, refused = f"{ADDRESS}-{number}", 0
         while True:
             try:
-                _run(_spec(models), address)
+                _run(spec_of(models), address)
                 break
             except OutlierMergeError as error:
                 refused += 1
@@ -232,9 +193,9 @@ def test_a_run_that_is_killed_goes_on(
     models: Path, server: BucketServer, num_kills: int, tmp_path: Path
 ) -> None:
     """Kill the process while an object or a part of one is written, or right after that."""
-    local = _run(_spec(models), "local")
+    local = _run(spec_of(models), "local")
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps(_spec(models)))
+    spec.write_text(json.dumps(spec_of(models)))
     draw, kills, number = random.Random(1), 0, 0
     while kills < num_kills:
         number += 1
@@ -258,15 +219,15 @@ def test_a_run_that_is_killed_goes_on(
             kills += not is_done
             there = server.objects(out)
             if not is_done and MANIFEST in there:  # then all that is left is to remove the records
-                assert _weights(there) == _weights(_files(Path(local.output)))
+                assert weights_in(there) == weights_in(files_of(Path(local.output)))
         there = server.objects(out)
-        assert _weights(there) == _weights(_files(Path(local.output)))
-        assert there.keys() == _files(Path(local.output)).keys()
+        assert weights_in(there) == weights_in(files_of(Path(local.output)))
+        assert there.keys() == files_of(Path(local.output)).keys()
         assert outliermerge.verify(f"s3://bucket/{out}") == []
 
 
 def test_the_manifest_comes_last(models: Path, server: BucketServer) -> None:
-    _run(_spec(models))
+    _run(spec_of(models))
     names = [name.removeprefix(f"bucket/{OUT}") for method, name, _ in server.written]
     last = names.index(MANIFEST)
     assert names[last + 1 :] == ["bucket"]  # the records are removed
@@ -274,13 +235,13 @@ def test_the_manifest_comes_last(models: Path, server: BucketServer) -> None:
 
 
 def test_two_processes_may_write_one_output(models: Path, server: BucketServer) -> None:
-    local = _run(_spec(models), "local")
+    local = _run(spec_of(models), "local")
     server.latency_seconds = 0.01
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            _run(_spec(models))
+            _run(spec_of(models))
         except BaseException as error:
             errors.append(error)
 
@@ -292,8 +253,8 @@ def test_two_processes_may_write_one_output(models: Path, server: BucketServer) 
     server.latency_seconds = 0
     assert not errors
     there = server.objects(OUT)
-    assert _weights(there) == _weights(_files(Path(local.output)))
-    assert there.keys() == _files(Path(local.output)).keys()
+    assert weights_in(there) == weights_in(files_of(Path(local.output)))
+    assert there.keys() == files_of(Path(local.output)).keys()
 
 
 def test_another_merge_is_refused_while_one_is_unfinished(
@@ -301,20 +262,23 @@ def test_another_merge_is_refused_while_one_is_unfinished(
 ) -> None:
     server.write_fault = lambda method, name, part: "503" if "model-00002" in name else ""
     with pytest.raises(OutlierMergeError, match="cannot be written"):
-        _run(_spec(models))
+        _run(spec_of(models))
     server.write_fault = lambda method, name, part: ""
     with pytest.raises(OutlierMergeError) as caught:
-        _run(_spec(models, "linear"))
+        _run(spec_of(models, "linear"))
     assert "was begun by another merge: the spec" in str(caught.value)
     assert "Use fresh=True to start over" in str(caught.value)
     with pytest.raises(OutlierMergeError, match="begun by another merge"):
-        outliermerge.run(_spec(models, "linear"), output=ADDRESS, shard_size="200KB")
+        outliermerge.run(spec_of(models, "linear"), output=ADDRESS, shard_size="200KB")
     done = outliermerge.run(
-        _spec(models, "linear"), output=ADDRESS, shard_size="200KB", options=RunOptions(fresh=True)
+        spec_of(models, "linear"),
+        output=ADDRESS,
+        shard_size="200KB",
+        options=RunOptions(fresh=True),
     )
-    local = outliermerge.run(_spec(models, "linear"), output="local", shard_size="200KB")
+    local = outliermerge.run(spec_of(models, "linear"), output="local", shard_size="200KB")
     assert done.num_resumed == 0
-    assert server.objects(OUT) == _files(Path(local.output))
+    assert server.objects(OUT) == files_of(Path(local.output))
 
 
 def test_a_merge_that_was_started_over_by_another_does_not_finish(
@@ -330,7 +294,7 @@ def test_a_merge_that_was_started_over_by_another_does_not_finish(
 
     server.on_write = start_over
     with pytest.raises(OutlierMergeError, match="another merge has started it over, or somebody"):
-        _run(_spec(models))
+        _run(spec_of(models))
     assert MANIFEST not in server.objects(OUT)
 
 
@@ -342,20 +306,20 @@ def test_weights_that_were_replaced_meanwhile_are_found(models: Path, server: Bu
 
     server.on_write = replace
     with pytest.raises(OutlierMergeError) as caught:
-        _run(_spec(models, "linear"))
+        _run(spec_of(models, "linear"))
     assert "weight files are not as they were written" in str(caught.value)
     assert "model-00001-of-00003.safetensors" in str(caught.value)
     before = _puts(server)
-    _run(_spec(models, "linear"))
+    _run(spec_of(models, "linear"))
     assert _puts(server) - before == {"model-00001-of-00003.safetensors": 2}
     assert outliermerge.verify(ADDRESS) == []
 
 
 def test_an_old_output_is_replaced_only_when_asked(models: Path, server: BucketServer) -> None:
-    outliermerge.run(_spec(models, "linear"), output=ADDRESS, shard_size="200KB")
+    outliermerge.run(spec_of(models, "linear"), output=ADDRESS, shard_size="200KB")
     before = server.objects(OUT)
     with pytest.raises(OutlierMergeError, match="exists already"):
-        _run(_spec(models))
+        _run(spec_of(models))
     assert server.objects(OUT) == before
     order: list[tuple[str, bool]] = []
 
@@ -363,10 +327,10 @@ def test_an_old_output_is_replaced_only_when_asked(models: Path, server: BucketS
         order.append((name, MANIFEST in server.objects(OUT)))
 
     server.on_write = note
-    _run(_spec(models), overwrite=True)
+    _run(spec_of(models), overwrite=True)
     server.on_write = lambda name, part: None
-    local = _run(_spec(models), "local")
-    assert server.objects(OUT) == _files(Path(local.output))
+    local = _run(spec_of(models), "local")
+    assert server.objects(OUT) == files_of(Path(local.output))
     # It is no output from the first weight file on, until the last object.
     begun = next(i for i, (name, _) in enumerate(order) if "model-" in name)
     assert [there for _, there in order[begun:-1]] == [False] * (len(order) - begun - 1)
@@ -377,14 +341,14 @@ def test_what_outliermerge_did_not_write_is_left_alone(models: Path, server: Buc
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OutlierMergeError, match=r"is not empty, and has no outliermerge.json"):
-        _run(_spec(models), overwrite=True)
+        _run(spec_of(models), overwrite=True)
     (folder / "notes.txt").unlink()
-    _run(_spec(models))
+    _run(spec_of(models))
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OutlierMergeError, match=r"did not write in the new output:\n.*notes.txt"):
-        _run(_spec(models), overwrite=True)
+        _run(spec_of(models), overwrite=True)
     with pytest.raises(OutlierMergeError, match="is inside the output s3://bucket/out/merged"):
-        _run(_spec(models), f"{ADDRESS}/deeper")
+        _run(spec_of(models), f"{ADDRESS}/deeper")
     assert (folder / "notes.txt").read_text() == "mine"
 
 
@@ -400,7 +364,7 @@ def test_what_outliermerge_did_not_write_is_left_alone(models: Path, server: Buc
 )
 def test_addresses_that_take_no_output_are_refused(models: Path, output: str, said: str) -> None:
     with pytest.raises(ArgumentError) as caught:
-        outliermerge.run(_spec(models), output=output)
+        outliermerge.run(spec_of(models), output=output)
     assert said in str(caught.value) and "word" not in str(caught.value)
 
 
@@ -408,7 +372,7 @@ def test_what_is_not_written_to_a_store_is_refused(
     models: Path, server: BucketServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps(_spec(models)))
+    spec.write_text(json.dumps(spec_of(models)))
     for more in (["--executor", "ray"], ["--keep", "mixed"]):
         assert main(["run", str(spec), "-o", ADDRESS, *more]) in (1, 2)
     assert main(["sweep", str(spec), "--set", "lambda=1,2", "-o", ADDRESS]) == 2
@@ -425,7 +389,7 @@ def test_parts_write_whole_files_and_are_joined(
     models: Path, server: BucketServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps(_spec(models)))
+    spec.write_text(json.dumps(spec_of(models)))
     run = ["run", str(spec), "-o", ADDRESS, "--shard-size", SHARD_SIZE]
     join = ["join", str(spec), "-o", ADDRESS, "--shard-size", SHARD_SIZE]
     assert main([*join]) == 1 and "no part of it is being written" in capsys.readouterr().err
@@ -450,21 +414,21 @@ def test_parts_write_whole_files_and_are_joined(
     assert "part 2/2 lacks 4 of 8 tensors" in capsys.readouterr().err
     assert main([*run, "--part", "2/2"]) == 0
     assert main([*join]) == 0
-    local = _run(_spec(models), "local")
-    assert server.objects(OUT) == _files(Path(local.output))
+    local = _run(spec_of(models), "local")
+    assert server.objects(OUT) == files_of(Path(local.output))
 
 
-def test_a_plan_shows_parts_of_whole_files(
+def test_a_plan_shows_parts_of_wholefiles_of(
     models: Path, server: BucketServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps(_spec(models)))
+    spec.write_text(json.dumps(spec_of(models)))
     said = ["plan", str(spec), "-o", ADDRESS, "--shard-size", SHARD_SIZE, "--parts", "2", "--json"]
     assert main(said) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["output"] == ADDRESS
     assert sorted(part["num_tensors"] for part in plan["parts"]) == [8, 10]
-    _run(_spec(models))
+    _run(spec_of(models))
     assert main(said) == 0
     assert "a run would stop: s3://bucket/out/merged: exists already" in capsys.readouterr().out
 
@@ -477,10 +441,10 @@ def test_keys_are_nowhere(
 
     server.write_fault = fault
     with pytest.raises(OutlierMergeError) as caught:
-        _run(_spec(models))
+        _run(spec_of(models))
     texts = [*server.objects("").values(), str(caught.value).encode(), caplog.text.encode()]
     server.write_fault = lambda method, name, part: ""
-    _run(_spec(models))
+    _run(spec_of(models))
     texts += server.objects("").values()
     texts += [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     for key in ("key-of-the-test", "secret-of-the-test"):
@@ -493,11 +457,11 @@ def test_a_changed_input_is_merged_again(
     """An input that was copied again has other marks: what was made of it is compared."""
     for name in NAMES:
         (tmp_path / "own" / name).mkdir(parents=True)
-        for file, content in _files(models / name).items():
+        for file, content in files_of(models / name).items():
             (tmp_path / "own" / name / file).write_bytes(content)
     server.write_fault = lambda method, name, part: "503" if "model-00003" in name else ""
     with pytest.raises(OutlierMergeError):
-        _run(_spec(tmp_path / "own"))
+        _run(spec_of(tmp_path / "own"))
     server.write_fault = lambda method, name, part: ""
     path = tmp_path / "own" / "a" / "model.safetensors"
     status, content = path.stat(), bytearray(path.read_bytes())
@@ -505,9 +469,9 @@ def test_a_changed_input_is_merged_again(
     path.unlink()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    _run(_spec(tmp_path / "own"))
-    local = _run(_spec(tmp_path / "own"), "local")
-    assert _weights(server.objects(OUT)) == _weights(_files(Path(local.output)))
+    _run(spec_of(tmp_path / "own"))
+    local = _run(spec_of(tmp_path / "own"), "local")
+    assert weights_in(server.objects(OUT)) == weights_in(files_of(Path(local.output)))
 
 
 def test_a_run_without_a_network_says_so(
@@ -515,7 +479,7 @@ def test_a_run_without_a_network_says_so(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(OutlierMergeError, match="Is the network there"):
-        _run(_spec(models))
+        _run(spec_of(models))
 
 
 def test_a_real_s3_server(
@@ -539,11 +503,11 @@ def test_a_real_s3_server(
         client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
         client.create_bucket(Bucket="bucket")
         spec = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "large")}]}
-        _run(_spec(models))
+        _run(spec_of(models))
         outliermerge.run(spec, output="s3://bucket/large")
         with pytest.raises(OutlierMergeError, match="exists already"):
-            _run(_spec(models))
-        _run(_spec(models, "linear"), overwrite=True)
+            _run(spec_of(models))
+        _run(spec_of(models, "linear"), overwrite=True)
         found = client.list_objects_v2(Bucket="bucket")["Contents"]
         there = {
             each["Key"]: client.get_object(Bucket="bucket", Key=each["Key"])["Body"].read()
@@ -553,11 +517,8 @@ def test_a_real_s3_server(
         assert outliermerge.verify(ADDRESS) == []
     finally:
         server.stop()
-    local = {
-        **{OUT + k: v for k, v in _files(Path(_run(_spec(models, "linear"), "a").output)).items()},
-        **{
-            f"large/{name}": content
-            for name, content in _files(Path(outliermerge.run(spec, output="b").output)).items()
-        },
-    }
+    small = _run(spec_of(models, "linear"), "small").output
+    large = outliermerge.run(spec, output="large-here").output
+    local = {f"{OUT}{name}": content for name, content in files_of(Path(small)).items()}
+    local |= {f"large/{name}": content for name, content in files_of(Path(large)).items()}
     assert there == local
