@@ -19,6 +19,7 @@ from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.threads import Target, execute
 from outliermerge.output.names import Final
 from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.bucket import NUM_AT_ONCE, PART_BYTES
 from outliermerge.storage.machine import path_of, resident_bytes
 from outliermerge.storage.stand_ins import stand_in
 from outliermerge.storage.system import open_direct, reserve
@@ -102,6 +103,8 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
     if program is not None and needs_torch and not has_torch:
         program += _TORCH_BYTES
     blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES + _RUN_BYTES
+    if isinstance(output, str):
+        blocks += min(plan.num_written_bytes, (NUM_AT_ONCE + 1) * PART_BYTES)
     speed, basis = None, ""
     if needs_torch and not has_torch:
         basis = "not tried, since torch computes a part of it"

@@ -26,8 +26,10 @@ import outliermerge
 from outliermerge import RunOptions
 from outliermerge.cli.main import main
 from outliermerge.errors import ArgumentError, OutlierMergeError
+from outliermerge.output import bucket_writer
 from outliermerge.storage import bucket as buckets
 from outliermerge.storage import ranges
+from outliermerge.storage.system import punch
 
 pytest.importorskip("obstore")
 
@@ -224,6 +226,24 @@ def test_a_run_that_is_killed_goes_on(
         assert weights_in(there) == weights_in(files_of(Path(local.output)))
         assert there.keys() == files_of(Path(local.output)).keys()
         assert outliermerge.verify(f"s3://bucket/{out}") == []
+
+
+def test_blocks_that_wait_take_bounded_disk_space(
+    models: Path, server: BucketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def punched(descriptor: int, position: int, num_bytes: int) -> bool:
+        held.append(os.fstat(descriptor).st_blocks * 512)
+        return punch(descriptor, position, num_bytes)
+
+    monkeypatch.setattr(bucket_writer, "punch", punched)
+    server.in_bytes_per_second = 1e6  # merging is faster
+    _run(spec_of(models, "linear"), threads=2)
+    total = sum(len(content) for content in server.objects(OUT).values())
+    window = bucket_writer.WINDOW_BYTES
+    two_tensors, headers = 2 * 300 * 257 * 2, 3 * 2 * 4096
+    assert 0 < max(held) < window + two_tensors + headers + 50_000 < total / 2
 
 
 def test_the_manifest_comes_last(models: Path, server: BucketServer) -> None:
