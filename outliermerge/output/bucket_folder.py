@@ -78,7 +78,9 @@ class BucketFolder:
         self._shards = {shard.file: shard for shard in plan.shards}
         self._states: dict[str, State] = {}  # of the weight files that are there
         self._is_ours = False  # the record of the run was made here
-        self.writer = BucketWriter(self._bucket, on_begin=self._begin, on_shard=self._add)
+        self.writer = BucketWriter(
+            self._bucket, on_begin=self._begin, on_end=self._check_ours, on_shard=self._add
+        )
         self._temporary = tempfile.TemporaryDirectory(prefix="outliermerge-")
         self.path = Path(self._temporary.name)
         try:
@@ -189,6 +191,16 @@ class BucketFolder:
             if there.get(MANIFEST_NAME) == self._begun.old_manifest:
                 self._bucket.remove([MANIFEST_NAME])
 
+    def _check_ours(self) -> None:
+        """Raise OutlierMergeError if another process has started over or finished meanwhile."""
+        begun = self._records.begun()
+        if begun is None or differing(begun.identity, self._identity):
+            raise OutlierMergeError(
+                f"{self.final}: another process has finished it or started it over meanwhile, or "
+                f"somebody has removed {RECORDS} from it. `outliermerge verify` tells if it is "
+                "whole."
+            )
+
     def _add(self, shard: Shard, state: State, results: list[tuple[Job, JobResult]]) -> None:
         """Note that a weight file is there."""
         lines = [line_of(job, result) for job, result in results]
@@ -209,23 +221,18 @@ class BucketFolder:
             OutlierMergeError: somebody has changed the folder, or the store does not take it.
         """
         self.writer.wait()
-        others = sorted({*files} - {MANIFEST_NAME})
-        begun = self._records.begun()
+        self._check_ours()
         there = self._bucket.states()
-        if begun is None and MANIFEST_NAME in there:
-            return  # another process with the same merge was faster
-        if begun is None or differing(begun.identity, self._identity):
-            raise OutlierMergeError(
-                f"{self.final}: another merge has started it over, or somebody has removed "
-                f"{RECORDS} from it. Start the command again when nothing else writes there."
-            )
-        self._refuse_foreign(there, begun)
+        self._refuse_foreign(there, self._begun)
         self._check_shards()
-        self._records.add_files(others)
+        others = sorted({*files} - {MANIFEST_NAME})
+        ours = {*self._begun.old, *self._records.files()}
+        self._records.add_files(sorted({*others, *self._records.files()}))
         for name in others:
             self._bucket.put(name, self.path / name)
-        left = {*begun.old, *self._records.files()} - {*others, *self._shards, MANIFEST_NAME}
-        self._bucket.remove(sorted(left & there.keys()))
+        ours -= {*others, *self._shards, MANIFEST_NAME}
+        self._bucket.remove(sorted(ours & there.keys()))
+        self._check_ours()
         self._bucket.put(MANIFEST_NAME, self.path / MANIFEST_NAME)
 
     def _check_shards(self) -> None:

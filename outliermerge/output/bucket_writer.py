@@ -1,9 +1,9 @@
 """Writes the shards of an output into a store while they are made; no whole shard is held here.
 
-Threads write blocks to their places in an unnamed sparse file, in which the shards lie one after
-the other. What is there without a gap goes up in order, in parts, and is given back to the disk.
-Jobs come in the order of their places, and one that is too far ahead waits. So the file's disk
-space is bounded, and the block that all others wait for never waits itself.
+Threads write blocks to their places in unnamed sparse files, one for a shard. What is there without
+a gap goes up in order, in parts, and is given back to the disk. Jobs come in the order of their
+places, and one that is too far ahead waits. So the files' disk space is bounded, and the block that
+all others wait for never waits itself.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class BucketWriter:
 
     Args:
         on_begin: called before the first shard goes up.
+        on_end: called before the last bytes of a shard go up; what it raises, aborts that.
         on_shard: called when a shard is there, with its state and the results of its tensors.
     """
 
@@ -49,13 +50,15 @@ class BucketWriter:
         bucket: Bucket,
         *,
         on_begin: Callable[[], None],
+        on_end: Callable[[], None],
         on_shard: Callable[[Shard, State, list[tuple[Job, JobResult]]], None],
     ) -> None:
-        self._bucket, self._on_begin, self._on_shard = bucket, on_begin, on_shard
+        self._bucket = bucket
+        self._on_begin, self._on_end, self._on_shard = on_begin, on_end, on_shard
         self._changed = threading.Condition()
-        self._descriptor, self._folder = -1, cache_folder("uploads")
+        self._folder, self._files = cache_folder("uploads"), dict[str, int]()
         self._shards: list[Shard] = []
-        self._starts: dict[str, int] = {}  # of the shards in the file
+        self._starts: dict[str, int] = {}  # of the shards, as if they lay one after the other
         self._jobs: dict[str, list[Job]] = {}  # of a shard, in the order of their places
         self._free: set[str] = set()  # tensors that are made before their turn
         self._ready: dict[int, int] = {}  # beyond the frontier, the ends of ranges by their starts
@@ -79,36 +82,39 @@ class BucketWriter:
         end = 0
         for shard in self._shards:
             self._starts[shard.file] = end
+            self._ready[end] = end + len(shard.header)
             end += shard.num_bytes
+        with self._changed:
+            self._advance()
         ordered = [job for jobs in self._jobs.values() for job in jobs]
         self._digests = {job.name: bytearray() for job in ordered}
         self._free = {job.name for job in ordered if job.action == "equal"}
         return ordered
 
     def _start(self) -> None:
-        """Open the file and start to upload, once."""
+        """Start to upload, once."""
         with self._changed:
-            if self._thread is not None:
-                return
-            with naming(self._folder, "written"):
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                with tempfile.TemporaryFile(dir=self._folder) as file:
-                    self._descriptor = os.dup(file.fileno())
-                for shard in self._shards:
-                    start = self._starts[shard.file]
-                    write_exactly(self._descriptor, start, memoryview(shard.header))
-                    self._ready[start] = start + len(shard.header)
-            self._advance()
-            self._thread = threading.Thread(target=self._upload_all, daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._upload_all, daemon=True)
+                self._thread.start()
+
+    def _opened(self, file: str) -> int:
+        """Return the unnamed file of a shard."""
+        with self._changed:
+            if file not in self._files:
+                with naming(self._folder, "written"):
+                    self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    with tempfile.TemporaryFile(dir=self._folder) as unnamed:
+                        self._files[file] = os.dup(unnamed.fileno())
+            return self._files[file]
 
     def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
-        """Return the file, an element's position in it, and -1; waits while it is far ahead."""
+        """Return a file, an element's position in it, and -1; waits while it is far ahead."""
         self._start()
         position = self._position(tensor, start)
         if tensor.name not in self._free:
             self._wait(lambda: position - self._passed < WINDOW_BYTES)
-        return self._descriptor, position, -1
+        return self._opened(tensor.file), position - self._starts[tensor.file], -1
 
     def _position(self, tensor: OutputTensor, start: int) -> int:
         return self._starts[tensor.file] + tensor.offset + start * tensor.dtype.num_bytes
@@ -183,15 +189,14 @@ class BucketWriter:
             self._changed.release()
 
     def close(self) -> None:
-        """Stop uploading, and give the file back."""
+        """Stop uploading, and give the files back."""
         self.stop()
         if self._thread is not None:
             self._thread.join(_PATIENCE_SECONDS)
-            if self._thread.is_alive():  # it waits for the store, and reads the file once more
+            if self._thread.is_alive():  # it waits for the store, and may read once more
                 return
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     @property
     def has_begun(self) -> bool:
@@ -236,24 +241,39 @@ class BucketWriter:
                     "written: the disk, or what connects it, fails"
                 )
         self._on_shard(shard, state, results)
+        with self._changed:
+            if shard.file in self._files:
+                os.close(self._files.pop(shard.file))
 
     def _chunks(self, shard: Shard) -> Iterator[bytearray]:
         """Yield the bytes of a shard in order, when they are there."""
-        position = self._starts[shard.file]
-        end = position + shard.num_bytes
+        start = position = self._starts[shard.file]
+        end = start + shard.num_bytes
         pieces = _Pieces(shard, self._jobs[shard.file], self._digests)
         while position < end:
             self._wait(partial(self._is_ready, position))
             stop = min(self._frontier, end, position + _CHUNK_BYTES)
-            content = bytearray(stop - position)
-            with naming(self._folder, "read back"):
-                read_exactly(self._descriptor, position, memoryview(content))
-            punch(self._descriptor, position, stop - position)
+            content = self._taken(shard, position - start, stop - start)
             pieces.take(memoryview(content))
+            if stop == end:
+                with ThreadPoolExecutor(1) as other:  # no call of obstore may be inside of another
+                    other.submit(self._on_end).result()
             with self._changed:
                 self._passed = position = stop
                 self._changed.notify_all()
             yield content
+
+    def _taken(self, shard: Shard, start: int, stop: int) -> bytearray:
+        """Return bytes of a shard, which are given back to the disk."""
+        header = bytearray(shard.header[start:stop])
+        start += len(header)
+        if start == stop:
+            return header
+        content, descriptor = bytearray(stop - start), self._opened(shard.file)
+        with naming(self._folder, "read back"):
+            read_exactly(descriptor, start, memoryview(content))
+        punch(descriptor, start, len(content))
+        return header + content
 
     def _is_ready(self, position: int) -> bool:
         return self._frontier > position
