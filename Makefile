@@ -114,7 +114,7 @@ $(VENV)/.demo: $(VENV)/.package
 # lmms-eval's own list of needs brings a torchvision that a CPU build of torch cannot load.
 $(VENV)/.eval: $(VENV)/.package evals/requirements-cpu.txt
 	@echo "setting up $(VENV) for evaluations (once)"
-	@$(INSTALL) 'outliermerge[family,torch]' -r evals/requirements-cpu.txt
+	@$(INSTALL) 'outliermerge[eval-text,family,torch]' -r evals/requirements-cpu.txt
 	@$(INSTALL) --no-deps lmms-eval==0.7.3
 	@touch $@
 

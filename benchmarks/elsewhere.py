@@ -97,14 +97,14 @@ class _Server:
         return counts
 
 
-def save_model(folder: Path, num_bytes: int, seed: int) -> None:
+def save_model(folder: Path, num_bytes: int, seed: int, *, columns: int = COLUMNS) -> None:
     """Save layers of 16-bit noise, and what else a model's folder has."""
     folder.mkdir(parents=True)
-    num_layers = max(1, num_bytes // (5 * 2 * COLUMNS * COLUMNS))
+    num_layers = max(1, num_bytes // (5 * 2 * columns * columns))
     names = [
-        (f"model.layers.{layer}.{name}", DTYPES["float16"], (rows, COLUMNS))
+        (f"model.layers.{layer}.{name}", DTYPES["float16"], (rows, columns))
         for layer in range(num_layers)
-        for name, rows in (("attention", COLUMNS), ("up", 4 * COLUMNS), ("norm", 1))
+        for name, rows in (("attention", columns), ("up", 4 * columns), ("norm", 1))
     ]
     header, _ = make_header(names)
     draw = np.random.default_rng(seed)

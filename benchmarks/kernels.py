@@ -22,7 +22,7 @@ from measure import progress, surroundings
 
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.methods.context import Context
-from outliermerge.methods.kernel_call import packed, packed_keys
+from outliermerge.methods.kernel_call import SPARE_BYTES, packed, packed_keys
 
 RESULT = Path(__file__).parent / "results" / "kernels.json"
 COLUMNS = 896  # of a row, for DELLA; as in a model of 0.5B
@@ -58,6 +58,10 @@ def calls(kernels: Any, raws: list[Any]) -> dict[str, Callable[[], Any]]:
     out, half = np.zeros(NUM, np.uint16), [0.5, 0.5]
     narrow = [np.zeros((3 << 16) + 1, np.uint64) for _ in range(4)]
     wide = tuple(np.zeros((1 << 15) + 1, np.uint64) for _ in range(2))
+    kept_bits = (
+        (bytearray(2 * (NUM // 8 + SPARE_BYTES)),) if "[, kept]" in kernels.drawn.__doc__ else ()
+    )
+    della = [1, 1, 1, 1, 0], half + half + [0.15, 0.15] + half
     kept, least, most, varied = at(0.8), at(0.1), at(0.99), float(np.quantile(spread, 0.9))
 
     def merge(name: str, scalars: list[float], vectors: list[float], block: Any = deltas,
@@ -84,11 +88,10 @@ def calls(kernels: Any, raws: list[Any]) -> dict[str, Callable[[], Any]]:
         "dare_linear: merge": merge("dare", [1, 0, 0, 1], half + half + [2, 2] + half),
         "dare_ties: merge": merge("dare", [1, 0, 1, 1], half + half + [2, 2] + half),
         "della: norms": lambda: kernels.drawn(
-            deltas, 0, packed(half), packed([0.15, 0.15]), keys, *rows
+            deltas, 0, packed(half), packed([0.15, 0.15]), keys, *rows, *kept_bits
         ),
-        "della: merge": merge(
-            "della", [1, 1, 1, 1, 0], half + half + [0.15, 0.15] + half, more=rows
-        ),
+        "della: merge": merge("della", *della, more=(*rows, *kept_bits)),
+        "della: merge, ranking once more": merge("della", *della, more=rows),
         "sce: count in a window": lambda: kernels.variances(deltas, low(varied), 0, narrow[0]),
         "sce: sums of squares": lambda: kernels.squares(deltas, varied),
         "sce: merge": merge("sce", [varied, 0], half),

@@ -45,7 +45,8 @@ def link_the_project(folder: Path) -> None:
     """Make a folder in which the project's commands run, but for `make`."""
     if (folder / "evals").exists():
         return
-    (folder / "merge_configs").symlink_to(ROOT / "merge_configs")
+    for name in ("merge_configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
     (folder / "evals" / "data").mkdir(parents=True)
     for path in (ROOT / "evals").iterdir():
         if path.name != "data":

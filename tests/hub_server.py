@@ -66,8 +66,12 @@ class HubServer:
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def handler(self) -> type[Handler]:
+        return Handler
+
     def __enter__(self) -> HubServer:
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
@@ -137,8 +141,8 @@ def _blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
+class Handler(BaseHTTPRequestHandler):
+    hub: Any
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -183,6 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer: Any = {
             "id": repo_id,
             "sha": commit_of(folder),
+            "private": repo_id in self.hub.private,
             "siblings": [{"rfilename": name} for name in names],
         }
         if what == "tree":

@@ -123,9 +123,9 @@ def test_the_pages_name_targets_and_extras_that_exist():
     assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", text, re.M)) <= targets
     project = (ROOT / "pyproject.toml").read_text()
     extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    wanted = set(re.findall(r"'\.\[([\w,]+)\]'", text))
+    wanted = set(re.findall(r"'\.\[([\w,-]+)\]'", text))
     assert {name for names in wanted for name in names.split(",")} <= set(
-        re.findall(r"^(\w+) = \[", extras, re.M)
+        re.findall(r"^([\w-]+) = \[", extras, re.M)
     )
 
 

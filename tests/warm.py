@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 MODULES = (
     *("lmms_eval.evaluator", "lmms_eval.tasks", "lmms_eval.models.chat.llava_hf"),
+    *("lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("transformers.models.llava.modeling_llava", "matplotlib.figure"),
     *("outliermerge.cli.main", "outliermerge.evaluation.evaluate"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:N, or auto (default: the suite's)")
     parser.add_argument("--dtype", help="auto, float16, bfloat16 or float32 (default: the suite's)")
     parser.add_argument(
-        "--model-type", metavar="TYPE", help="llava_hf, qwen2_5_vl or vllm (default: the suite's)"
+        "--model-type",
+        metavar="TYPE",
+        help="the harness's class for models, such as llava_hf or hf (default: the suite's)",
     )
     parser.add_argument(
         "--load-in-8bit",
@@ -54,6 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="how answers are generated, such as max_new_tokens=32; repeatable",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=partial(count, least=0),
+        metavar="N",
+        help="show N answered questions before each (lm_eval; default: the suite's)",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="ask in the model's chat format (lm_eval; default: the suite's)",
     )
     parser.add_argument(
         "--data", metavar="DIR", help="look for data sets in this folder before the hub"
@@ -84,7 +99,17 @@ def run(options: argparse.Namespace) -> int:
 
     overrides = {
         key: getattr(options, key)
-        for key in ("limit", "device", "dtype", "model_type", "load_in_8bit", "batch_size", "data")
+        for key in (
+            "limit",
+            "device",
+            "dtype",
+            "model_type",
+            "load_in_8bit",
+            "batch_size",
+            "data",
+            "num_fewshot",
+            "apply_chat_template",
+        )
     }
     suite = load_suite(
         find_file(options.suite, "suite"),
@@ -96,7 +121,10 @@ def run(options: argparse.Namespace) -> int:
         raise SpecError(
             f"--baseline {options.baseline}: no such model. {suggest(options.baseline, names)}"
         )
-    with EvaluationProgress(suite.document.tasks, options.models, quiet=options.quiet) as progress:
+    tasks, harness = suite.document.tasks, suite.harness.title
+    with EvaluationProgress(
+        tasks, options.models, harness=harness, quiet=options.quiet
+    ) as progress:
         scores = evaluate(
             options.models,
             suite,
@@ -131,7 +159,7 @@ def _generation(settings: list[str]) -> dict[str, Any]:
 
 
 COMMAND = Command(
-    summary="score models by lmms-eval on a suite of benchmarks; what is scored is not run again",
+    summary="score models on a suite of benchmarks by lmms-eval or lm-eval; what is scored is kept",
     examples=(
         "outliermerge eval merged/llava_math --suite paper --output scores",
         "outliermerge eval base=org/base merged/average merged/min_sigma \\\n"

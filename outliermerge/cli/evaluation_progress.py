@@ -28,9 +28,14 @@ class EvaluationProgress(Listener):
     """A bar for each running model and one for all; without a terminal, a line per result."""
 
     def __init__(
-        self, tasks: Sequence[object], models: Sequence[object], *, quiet: bool = False
+        self,
+        tasks: Sequence[object],
+        models: Sequence[object],
+        *,
+        harness: str = "lmms-eval",
+        quiet: bool = False,
     ) -> None:
-        self._quiet = quiet
+        self._harness, self._quiet = harness, quiet
         self._console = Console(stderr=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -74,7 +79,7 @@ class EvaluationProgress(Listener):
 
     def loading(self, model: str, titles: Sequence[str]) -> None:
         """Show the model."""
-        self._line(f"{model}: starting lmms-eval for {', '.join(titles)}")
+        self._line(f"{model}: starting {self._harness} for {', '.join(titles)}")
         self._show(model, "loading", 0, None)
 
     def progress(self, model: str, title: str, done: int, total: int) -> None:
@@ -114,5 +119,6 @@ def _warning(score: Score) -> str:
 
 
 def _shown(score: Score) -> str:
-    stderr = "" if score.stderr is None else f" ± {score.stderr:.1f}"
-    return f"{score.score:.1f}{stderr}"
+    digits = 3 if score.lower_is_better else 1
+    stderr = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
+    return f"{score.score:.{digits}f}{stderr}"

@@ -16,6 +16,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, quo
 from outliermerge.optional import INSTALL_TORCH
 from outliermerge.storage.addresses import without_secrets
 from outliermerge.storage.failures import failure
+from outliermerge.storage.stand_ins import with_addresses
 
 EXIT_INTERRUPTED = 130
 
@@ -155,6 +156,6 @@ def _exit_code(command: Command, options: argparse.Namespace) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    text = message.text(flag) if isinstance(message, OutlierMergeError) else message
-    say(f"error: {text}", file=sys.stderr)
+    text = message.text(flag) if isinstance(message, OutlierMergeError) else str(message)
+    say(f"error: {with_addresses(text)}", file=sys.stderr)
     return code

@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "sweep",
     "join": "join",
     "verify": "verify",
+    "push": "push",
     "eval": "evaluate",
     "compare": "compare",
     "stats": "stats",

@@ -29,6 +29,7 @@ from outliermerge.cli.terminal import check_loading
 from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
+    from outliermerge.output.cost import Cost
     from outliermerge.output.estimate import Estimate
     from outliermerge.output.load_check import Verdict
     from outliermerge.output.names import Final
@@ -81,6 +82,7 @@ def show_plan(
         further: facts, each a label and words.
     """
     from outliermerge.execution.computing import slowness_note, why_none
+    from outliermerge.output.cost import in_words
     from outliermerge.output.division import part_costs
     from outliermerge.output.estimate import estimate_run
     from outliermerge.output.names import free_disk_bytes
@@ -108,10 +110,14 @@ def show_plan(
     costs = []
     if num_parts:
         costs = part_costs(planned, num_parts, chosen, estimate, whole_files=not is_here)
+    fetching = list(_costs_elsewhere(planned, chosen))
+    if fetching:
+        further = [*further, ("elsewhere", in_words(fetching))]
     if options.json:
         said = _as_json(planned, named, chosen, estimate, took, free, verdict, with_tensors)
         in_parts = {"parts": [cost.as_dict() for cost in costs]} if costs else {}
-        print_json(said | in_parts)
+        elsewhere = {"elsewhere": [cost.as_dict() for cost in fetching]} if fetching else {}
+        print_json(said | in_parts | elsewhere)
     else:
         print_plan(
             planned,
@@ -134,6 +140,15 @@ def show_plan(
             f"{planned.num_written_bytes:,}",
             file=sys.stderr,
         )
+
+
+def _costs_elsewhere(planned: Plan, options: Options) -> Iterator[Cost]:
+    """Yield what the plan takes on one machine and on many, if models are elsewhere."""
+    from outliermerge.output.cost import Machine, cost_of, is_elsewhere
+
+    if is_elsewhere(planned):
+        machine = Machine(cache_bytes=options.cache_bytes)
+        yield from (cost_of(planned, number, machine) for number in (1, 64))
 
 
 def _taken(planned: Plan, output: Final) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import (
@@ -38,24 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify an output; return 1 if it differs."""
-    from outliermerge.output import manifest
+    from outliermerge.output.manifest import card_notes
     from outliermerge.output.names import manifest_path, output_here
     from outliermerge.storage.addresses import is_address
-    from outliermerge.storage.machine import num_threads
-    from outliermerge.storage.stamps import FileStamp
 
     folder = output_here(options.folder)
     named = options.folder if is_address(options.folder) else str(folder)
-    shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
-    total = sum(FileStamp.of(path).num_bytes for path in shards if path.exists())
-    with progress_bar("verifying", quiet=options.quiet) as bar:
-        task: Any = bar.add_task("verifying", total=total)
-        differences = manifest.verify_folder(
-            folder,
-            threads=num_threads(options.threads),
-            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
-        )
-    notes = manifest.card_notes(folder)
+    differences = differences_of(folder, options)
+    notes = card_notes(folder)
     verdict = None
     if options.load:
         from outliermerge.output.verify_load import check_folder
@@ -79,6 +70,23 @@ def run(options: argparse.Namespace) -> int:
             say(f"checked by {by}")
     print_notes(notes, options)
     return EXIT_FAILED if differences else EXIT_DONE
+
+
+def differences_of(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Return what of an output differs from its manifest; a bar counts what is read."""
+    from outliermerge.output.manifest import verify_folder
+    from outliermerge.storage.machine import num_threads
+    from outliermerge.storage.stamps import FileStamp
+
+    shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
+    total = sum(FileStamp.of(path).num_bytes for path in shards if path.exists())
+    with progress_bar("verifying", quiet=options.quiet) as bar:
+        task: Any = bar.add_task("verifying", total=total)
+        return verify_folder(
+            folder,
+            threads=num_threads(options.threads),
+            on_progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
 
 
 COMMAND = Command(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS
 from outliermerge.checkpoint.sources import DType
 from outliermerge.engines.torch import TorchEngine
-from outliermerge.methods.kernel_call import CODES, KernelCall, Place, packed_keys
+from outliermerge.methods.kernel_call import CODES, KernelCall, Place, kept_in, packed_keys
 from outliermerge.methods.statistics.base import Pass, raw_pass
 from outliermerge.methods.task import Task
 from outliermerge.storage.machine import PAGE_BYTES, whole_pages
@@ -157,7 +157,10 @@ class KernelEngine:
         digests, results = self._kernels.merge(
             _block(first, sources, num_elements),
             tuple(
-                (*arguments, CODES[task.out_dtype.name], place, keys, start, *call.rows)
+                (
+                    *(*arguments, CODES[task.out_dtype.name], place, keys, start, *call.rows),
+                    *kept_in(call.kept, task.num_models, start, num_elements),
+                )
                 for task, (call, arguments, keys), place in variants
             ),
             self._scratch([task.out_dtype for task, _, _ in variants], num_elements),

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from outliermerge.errors import OutlierMergeError
-from outliermerge.evaluation.table import AVG, Table
+from outliermerge.evaluation.cells import AVG, Table
 from outliermerge.output.replaceable import GENERATOR
 from outliermerge.storage.files import write_whole
 
@@ -56,7 +56,7 @@ def draw(table: Table, path: Path) -> None:
         for place, cell in zip(places, cells, strict=True):
             if cell.failure is not None:
                 axes.text(place + shift, 0, "  failed", rotation=90, ha="center", fontsize=6)
-    axes.set_xticks(places, [textwrap.fill(column, 11) for column in columns])
+    axes.set_xticks(places, [textwrap.fill(table.heading(column), 11) for column in columns])
     axes.set_xlim(places[0] - 0.5, places[-1] + 0.5)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("score")

@@ -1,4 +1,4 @@
-"""Evaluates models on a suite: scores with a record are reused, lmms-eval computes the others."""
+"""Evaluates models on a suite: scores with a record are reused, a harness computes the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from outliermerge.evaluation.early import check_models, lacking_by_task
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
 from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
-    MODEL_TYPES,
     check_packages,
     model_arguments,
 )
@@ -38,6 +37,8 @@ from outliermerge.execution.threads import choose_device
 from outliermerge.storage.system import lock
 
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
+# How lm_eval asks all tasks of a suite.
+HOW_ASKED = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
 OUTPUT_NAMES = (SCORES_NAME, TABLE_NAME, CHART_NAME)
 
 
@@ -54,7 +55,7 @@ class Listener:
         """The record of a score was changed since it was written; the score is computed again."""
 
     def loading(self, model: str, titles: Sequence[str]) -> None:
-        """lmms-eval is starting and loads the model for these tasks."""
+        """The harness is starting and loads the model for these tasks."""
 
     def progress(self, model: str, title: str, done: int, total: int) -> None:
         """Questions have been answered, or documents prepared."""
@@ -72,7 +73,7 @@ def evaluate(
     threads: int = 1,
     listener: Listener | None = None,
 ) -> Scores:
-    """Score models by lmms-eval and write scores.json.
+    """Score models by the suite's harness and write scores.json.
 
     A model and task that were already scored with the same weights, settings, data and versions are
     not run again. If a task fails, it is reported as failed, and the others continue.
@@ -81,38 +82,46 @@ def evaluate(
         models: folders or hub ids. "NAME=PATH" gives a model another name in tables than the
             folder's.
         suite: the tasks and settings, from `load_suite`.
-        output: the folder for scores.json, the records, the answers and lmms-eval's logs.
+        output: the folder for scores.json, the records, the answers and the harness's logs.
         jobs: how many models are evaluated at the same time.
         threads: processor threads for each model on a CPU.
         listener: its methods are called at each event.
 
     Raises:
         SpecError: a judge is needed and none is named.
-        OutlierMergeError: a model or lmms-eval is missing, a model is of a type that lmms-eval's
+        OutlierMergeError: a model or the harness is missing, a model is of a type that the suite's
             model type does not load, or two models have the same name.
     """
     listener = listener or Listener()
-    installed = versions()
-    check_packages(suite.document.model_type, load_in_8bit=suite.document.load_in_8bit)
+    document = suite.document
+    installed = versions(document.harness)
+    check_packages(suite.model_type, load_in_8bit=document.load_in_8bit, harness=document.harness)
     _check_judge(suite)
-    device = choose_device(suite.document.device)
-    kind = MODEL_TYPES[suite.document.model_type]
-    dtype = suite.document.dtype
-    if dtype == "auto" and device == "cpu" and kind.takes_dtype:
+    device = choose_device(document.device)
+    dtype = document.dtype
+    if dtype == "auto" and device == "cpu" and suite.kind.takes_dtype:
         dtype = "float32"
     paths = find_models(models)
-    check_models(suite.document.model_type, [(reference, path) for _, reference, path in paths])
+    check_models(
+        suite.model_type,
+        [(reference, path) for _, reference, path in paths],
+        harness=document.harness,
+        own_code=bool(document.model_args.get("trust_remote_code")),
+        chat_template=document.apply_chat_template,
+    )
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     settings = {
-        "model_type": suite.document.model_type,
-        "model_args": suite.document.model_args,
+        "model_type": suite.model_type,
+        "model_args": document.model_args,
         "device": device.partition(":")[0],
         "dtype": dtype,
-        "load_in_8bit": suite.document.load_in_8bit,
-        "batch_size": suite.document.batch_size,
+        "load_in_8bit": document.load_in_8bit,
+        "batch_size": document.batch_size,
     }
+    if document.harness == "lm_eval":
+        settings |= {key: getattr(document, key) for key in HOW_ASKED}
     for name in OUTPUT_NAMES:
         check_place(folder / name)
     with _alone_in(folder):
@@ -211,7 +220,7 @@ class _Run:
     def _run_worker(
         self, model: EvaluatedModel, pending: Sequence[SuiteTask], device: str, threads: int
     ) -> list[SuiteTask]:
-        """Run lmms-eval on some tasks; return the tasks that it did not reach."""
+        """Run the harness on some tasks; return the tasks that it did not reach."""
         left = {task.title: task for task in pending}
         current: str | None = None
         image_backend = reason = ""
@@ -228,7 +237,7 @@ class _Run:
             self._request(model, pending, device),
             folder=self._suite.data or self._folder / "work",
             log=log,
-            environment=_environment(device, threads),
+            environment=self._environment(device, threads),
             on_progress=on_progress,
         ) as (process, events):
             self._workers.add(process)
@@ -253,7 +262,7 @@ class _Run:
             self._workers.discard(process)
         if not left or self._stopped.is_set():
             return []
-        reason = reason or why_it_ended(returncode, log, log_start)
+        reason = reason or why_it_ended(self._suite.harness.title, returncode, log, log_start)
         if current:
             failed = [left.pop(current)]
         elif len(left) < len(pending):  # it ended between two tasks: the next start tries the rest
@@ -269,17 +278,22 @@ class _Run:
     ) -> dict[str, Any]:
         suite = self._suite
         name, arguments = model_arguments(
-            suite.document.model_type,
+            suite.model_type,
             path=str(model.path),
             device=device,
             dtype=self._settings["dtype"],
             load_in_8bit=suite.document.load_in_8bit,
             extra=suite.document.model_args,
+            harness=suite.document.harness,
         )
         return {
+            "worker": suite.harness.worker,
             "model_type": name,
             "model_args": arguments,
-            "batch_size": suite.document.batch_size,
+            "batch_size": "auto" if suite.kind.own_batches else suite.document.batch_size,
+            **{
+                key: getattr(suite.document, key) for key in (*HOW_ASKED, "confirm_run_unsafe_code")
+            },
             "tasks_folder": str(suite.tasks_folder) if suite.tasks_folder else None,
             "work_folder": str(self._folder / "work"),
             "tasks": [
@@ -290,6 +304,7 @@ class _Run:
                     "scale": task.scale,
                     "limit": suite.limit_of(task),
                     "generation": suite.generation_of(task),
+                    "num_fewshot": suite.shots_of(task),
                     "answers_path": str(self._records.answers_path(model, task)),
                 }
                 for task in pending
@@ -327,6 +342,7 @@ class _Run:
             settings={
                 **self._settings,
                 "limit": self._suite.document.limit,
+                **self._shots(),
                 "image_backend": ", ".join(sorted({score.image_backend for score in scored})),
                 "date": max((score.date for score in scored), default=date.today().isoformat()),
             },
@@ -336,10 +352,15 @@ class _Run:
         scores.save(self._folder)
         return scores
 
+    def _shots(self) -> dict[str, int]:
+        shots = self._suite.document.num_fewshot
+        return {} if shots is None else {"num_fewshot": shots}
 
-def _environment(device: str, threads: int) -> dict[str, str]:
-    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":
-        # Without this setting, one run was ten times slower on a busy machine.
-        environment["OMP_NUM_THREADS"] = str(threads)
-    return environment
+    def _environment(self, device: str, threads: int) -> dict[str, str]:
+        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        if device == "cpu":
+            # Without this setting, one run was ten times slower on a busy machine.
+            environment["OMP_NUM_THREADS"] = str(threads)
+        if self._suite.document.confirm_run_unsafe_code:
+            environment["HF_ALLOW_CODE_EVAL"] = "1"  # the metric of such tasks asks for it
+        return environment

@@ -13,6 +13,7 @@ import xxhash
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.formats import check_place, digest_of, load, write_json
+from outliermerge.evaluation.model_types import HARNESSES, HarnessName
 
 STAMPS_NAME = "fingerprints.json"
 # These files do not change a model's answers.
@@ -77,21 +78,22 @@ class Fingerprints:
         return digest
 
 
-def versions() -> dict[str, str]:
+def versions(harness: HarnessName = "lmms_eval") -> dict[str, str]:
     """Return the versions of the packages that scores depend on.
 
     Raises:
-        OutlierMergeError: lmms-eval is not installed.
+        OutlierMergeError: the harness is not installed.
     """
+    used = HARNESSES[harness]
     try:
         return {
-            "lmms_eval": version("lmms-eval"),
+            harness: version(used.package),
             "transformers": version("transformers"),
             "torch": version("torch"),
             "outliermerge": version("outliermerge"),
         }
     except PackageNotFoundError as error:
+        cuda = " (without CUDA: see the README)" if harness == "lmms_eval" else ""
         raise OutlierMergeError(
-            f"{error.name} is not installed here: pip install 'outliermerge[eval]' "
-            "(without CUDA: see the README)"
+            f"{error.name} is not installed here: pip install 'outliermerge[{used.extra}]'{cuda}"
         ) from error

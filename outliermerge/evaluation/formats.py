@@ -63,6 +63,7 @@ class _ScoreNumbers(_FileEntry):
     num_samples: _Count
     num_empty: _Count
     seconds: _Positive
+    lower_is_better: bool = False
 
 
 class ResultEntry(_ScoreNumbers):
@@ -163,6 +164,10 @@ class SettingsEntry(_FileEntry):
     batch_size: _Count | None = None
     versions: dict[str, _Text | None] | None = None
     limit: _Count | None = None
+    num_fewshot: _Count | None = None
+    apply_chat_template: bool | None = None
+    system_instruction: _Text | None = None
+    fewshot_as_multiturn: bool | None = None
     image_backend: _Text | None = None
     date: _Text | None = None
 

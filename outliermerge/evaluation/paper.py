@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outliermerge.evaluation.table import AVG, GAIN, Cell, Row, Table
+from outliermerge.evaluation.cells import AVG, GAIN, Cell, Row, Table
 
 PAPER_TITLES = ("MathVista", "MMStar", "MMMU", "WeMath", "AI2D", "DynaMath", "GeoQA")
 

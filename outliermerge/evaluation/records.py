@@ -39,7 +39,7 @@ class Records:
     """The records of a folder, for one suite at given settings and versions.
 
     A record is found if the model's files, the task's files and local data, the settings and the
-    versions are unchanged. lmms-eval's own cache is not used, because its key is the model's path.
+    versions are unchanged. The harnesses' own caches are not used: their keys are models' paths.
     """
 
     def __init__(
@@ -52,14 +52,16 @@ class Records:
         versions: Mapping[str, str],
     ) -> None:
         self._folder = folder
-        torchvision = version("torchvision") if util.find_spec("torchvision") else None
+        harness = suite.document.harness
+        packages: dict[str, str | None] = {}
+        packages |= {name: versions[name] for name in (harness, "transformers", "torch")}
+        if harness == "lmms_eval":  # it prepares images
+            found = util.find_spec("torchvision")
+            packages["torchvision"] = version("torchvision") if found else None
         common = {
             "format": FORMAT,
             "settings": dict(settings),
-            "versions": {
-                **{name: versions[name] for name in ("lmms_eval", "transformers", "torch")},
-                "torchvision": torchvision,
-            },
+            "versions": packages,
             "judge": {name: os.environ.get(name) for name in _JUDGE}
             if suite.document.judge
             else None,
@@ -128,8 +130,10 @@ class Records:
 
 
 def _task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) -> dict[str, Any]:
-    files = task_files(task.task, suite.tasks_folder, suite.data)
+    files = task_files(task.task, suite.tasks_folder, suite.data, harness=suite.document.harness)
+    shots = suite.shots_of(task)
     return {
+        **({} if shots is None else {"num_fewshot": shots}),
         "task": task.task,
         "metric": task.metric,
         "scale": task.scale,

@@ -35,9 +35,9 @@ class Score:
     """A model's score on one task.
 
     Attributes:
-        task: lmms-eval's name.
+        task: the harness's name.
         metric: the key of the score among `metrics`, such as "accuracy,none".
-        score: 0–100.
+        score: 0–100; bits per byte and perplexity are as they are.
         stderr: standard error of the mean of `units`, on the same scale; None if there are no
             units.
         num_samples: questions answered.
@@ -45,7 +45,9 @@ class Score:
         seconds: wall time of the task, loading of the model excluded.
         metrics: all numbers that the task reports, unchanged.
         units: the score of each independent observation, 0–100, by its name. An observation is a
-            question, or a group of questions that belong together.
+            question, or a group of questions that belong together. Of a ratio of sums, such as
+            bits per byte, each observation's contribution, whose mean is the score.
+        lower_is_better: whether a lower score is a better one.
         image_backend: the library that prepared the images, "pil" or torchvision.
         date: the date of the run.
         record: the file with all this, relative to scores.json.
@@ -61,6 +63,7 @@ class Score:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict, repr=False)
+    lower_is_better: bool = False
     image_backend: str = ""
     date: str = ""
     record: str = ""
@@ -102,7 +105,8 @@ class Scores:
     Attributes:
         suite: the suite's name.
         titles: the tasks' titles, in order.
-        settings: device, dtype, load_in_8bit, model_type, limit, image_backend, versions, date.
+        settings: device, dtype, load_in_8bit, model_type, limit, image_backend, versions, date, and
+            of lm-eval how questions are put.
         models: the models' scores, in the given order.
         unsealed: names of models with scores that were read without a checksum.
     """

@@ -1,4 +1,4 @@
-"""A suite: a YAML file that lists tasks of lmms-eval and their settings."""
+"""A suite: a YAML file that lists tasks of a harness and their settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from outliermerge.errors import OutlierMergeError, as_path, quoted, suggest
 from outliermerge.evaluation.formats import MAX_NAME
-from outliermerge.evaluation.model_types import MODEL_TYPES
+from outliermerge.evaluation.model_types import HARNESSES, Harness, HarnessName, ModelType
 from outliermerge.spec.document import dtype_name
 from outliermerge.spec.settings import SettingError, SpecPath
 from outliermerge.spec.text import Mistakes, SpecText, parse_mapping, read_text
@@ -28,12 +28,13 @@ from outliermerge.spec.validation import (
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 _Count = Annotated[int, Field(ge=1, le=10**9)]
-# Settings that lmms-eval's model types read; they silently ignore all others.
-GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "until")
+_Shots = Annotated[int, Field(ge=0, le=10_000)]
 RESERVED = ("avg", "gain")
 # What stands for a required value that is wrong, so that the rest of the suite can be checked.
 _STAND_IN = "?"
 _STAND_INS = {"title": _STAND_IN, "task": _STAND_IN, "metric": _STAND_IN}
+# Metrics of texts' likelihoods. They are no shares of 100.
+_LIKELIHOODS = ("bits_per_byte", "byte_perplexity", "perplexity", "word_perplexity")
 
 
 class _SuiteEntry(BaseModel):
@@ -44,22 +45,28 @@ class SuiteTask(_SuiteEntry):
     """One column of the table."""
 
     title: _Name = Field(description="the column's title")
-    task: _Name = Field(description="lmms-eval's name of the task")
+    task: _Name = Field(description="the harness's name of the task")
     metric: _Name = Field(description='the key of its score: "metric,filter"')
     scale: Literal[1, 100] = Field(100, description="what makes the metric 0–100")
     limit: _Count | None = Field(None, description="questions asked; all of them by default")
     generation: dict[str, Any] = Field({}, description="generation settings, over the task's own")
+    num_fewshot: _Shots | None = Field(
+        None, description="questions with their answers before each; lm_eval only"
+    )
 
 
 class SuiteDocument(_SuiteEntry):
     """The keys of a suite."""
 
+    harness: HarnessName = Field("lmms_eval", description="lm_eval for models of text alone")
     tasks: list[SuiteTask] = Field(min_length=1)
-    tasks_folder: _Text | None = Field(None, description="tasks of our own, beside lmms-eval's")
+    tasks_folder: _Text | None = Field(None, description="tasks of our own, beside the harness's")
     data: _Text | None = Field(
         None, description="a folder with data sets under their hub ids, which win over the hub"
     )
-    model_type: Literal["llava_hf", "qwen2_5_vl", "vllm"] = "llava_hf"
+    model_type: _Text | None = Field(
+        None, description="the harness's class for models: llava_hf or hf where none is named"
+    )
     model_args: dict[str, Any] = Field({}, description="for the model type, besides ours")
     device: _Text = Field("auto", description="cpu, cuda, cuda:N, or auto")
     dtype: Annotated[
@@ -70,6 +77,13 @@ class SuiteDocument(_SuiteEntry):
     limit: _Count | None = Field(None, description="questions a task, where it says nothing")
     generation: dict[str, Any] = Field({}, description="for all tasks; a task's own win")
     judge: bool = Field(False, description="some task asks a language model whether answers fit")
+    num_fewshot: _Shots | None = Field(None, description="for tasks without their own")
+    apply_chat_template: bool = Field(False, description="ask in the model's chat format")
+    system_instruction: _Text | None = Field(None, description="a text before all questions")
+    fewshot_as_multiturn: bool = Field(True, description="examples are turns of the chat")
+    confirm_run_unsafe_code: bool = Field(
+        False, description="tasks may run the code that a model writes"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,21 @@ class Suite:
     tasks_folder: Path | None
     data: Path | None
 
+    @property
+    def harness(self) -> Harness:
+        """The harness that asks its questions."""
+        return HARNESSES[self.document.harness]
+
+    @property
+    def model_type(self) -> str:
+        """The harness's name of the class that loads the models."""
+        return _model_type(self.document)
+
+    @property
+    def kind(self) -> ModelType:
+        """The arguments of the model type."""
+        return self.harness.model_types[self.model_type]
+
     def limit_of(self, task: SuiteTask) -> int | None:
         """Return how many questions of a task are asked; None for all."""
         return task.limit or self.document.limit
@@ -93,6 +122,14 @@ class Suite:
     def generation_of(self, task: SuiteTask) -> dict[str, Any]:
         """Return the generation settings that replace those of the task's own file."""
         return {**self.document.generation, **task.generation}
+
+    def shots_of(self, task: SuiteTask) -> int | None:
+        """Return the number of examples before each question; None for the task's own."""
+        return self.document.num_fewshot if task.num_fewshot is None else task.num_fewshot
+
+
+def _model_type(document: SuiteDocument) -> str:
+    return document.model_type or next(iter(HARNESSES[document.harness].model_types))
 
 
 def load_suite(path: str | Path, **overrides: Any) -> Suite:
@@ -157,11 +194,10 @@ def _over(
     document: SuiteDocument, given: Mapping[str, Any], mistakes: Mistakes
 ) -> SuiteDocument | None:
     """Return a suite with the command's settings, which also replace those of single tasks."""
-    limit, generation = given.get("limit"), given.get("generation", {})
+    generation = given.get("generation", {})
+    of_all = {key: given[key] for key in ("limit", "num_fewshot") if key in given}
     tasks = [
-        task.model_copy(
-            update={"limit": limit or task.limit, "generation": {**task.generation, **generation}}
-        )
+        task.model_copy(update={**of_all, "generation": {**task.generation, **generation}})
         for task in document.tasks
     ]
     merged = {**given, "generation": {**document.generation, **generation}}
@@ -195,6 +231,9 @@ def _wrong(
         is_whole: nothing has been left out of it, so that its model type can be the cause.
         but: generation settings of tasks that are passed over.
     """
+    harness = HARNESSES[document.harness]
+    kind = harness.model_types.get(_model_type(document), ModelType())
+    known = [name for name in harness.generation if name not in kind.ignores]
     first: dict[tuple[str, str], int] = {}
     for index, task in enumerate(document.tasks):
         if task.title in RESERVED:
@@ -207,21 +246,48 @@ def _wrong(
                 said = f"{quoted(value)} stands twice, first in tasks[{earlier}]"
                 yield SettingError(("tasks", index, key), said)
         kept = {key: value for key, value in task.generation.items() if key not in but}
-        yield from _wrong_settings(kept, GENERATION, ("tasks", index, "generation"))
-    yield from _wrong_settings(document.generation, GENERATION, ("generation",))
+        yield from _wrong_settings(kept, known, ("tasks", index, "generation"))
+        if task.metric.partition(",")[0] in _LIKELIHOODS and task.scale != 1:
+            said = f"found {task.scale}, expected 1: {task.metric} is no share of 100"
+            yield SettingError(("tasks", index, "scale"), said)
+    yield from _wrong_settings(document.generation, known, ("generation",))
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", document.device):
         said = f"found {quoted(document.device)}, expected cpu, cuda, cuda:N or auto"
         yield SettingError(("device",), said)
     yield from _wrong_settings(document.model_args, None, ("model_args",))
-    if not is_whole:
+    if document.harness != "lm_eval":
+        yield from _of_lm_eval(document)
+    if is_whole:
+        yield from _wrong_for_its_type(document)
+
+
+def _of_lm_eval(document: SuiteDocument) -> Iterator[SettingError]:
+    """Yield the settings that only lm_eval has."""
+    said = f"{document.harness} has no such setting, only lm_eval has it"
+    for key in ("num_fewshot", "apply_chat_template", "system_instruction",
+                "fewshot_as_multiturn", "confirm_run_unsafe_code"):  # fmt: skip
+        if getattr(document, key) != SuiteDocument.model_fields[key].default:
+            yield SettingError((key,), said, at_key=True)
+    for index, task in enumerate(document.tasks):
+        if task.num_fewshot is not None and document.num_fewshot is None:
+            yield SettingError(("tasks", index, "num_fewshot"), said, at_key=True)
+
+
+def _wrong_for_its_type(document: SuiteDocument) -> Iterator[SettingError]:
+    name, kinds = _model_type(document), HARNESSES[document.harness].model_types
+    if name not in kinds:
+        said = f"{document.harness} has no model type {quoted(name)}. {suggest(name, kinds)}"
+        yield SettingError(("model_type",), said)
         return
-    name, kind = document.model_type, MODEL_TYPES[document.model_type]
+    kind = kinds[name]
     if document.load_in_8bit and kind.model_8bit is None:
         yield SettingError(("load_in_8bit",), f"{name} cannot load in 8 bit here")
     if document.dtype != "auto" and not kind.takes_dtype:
         yield SettingError(("dtype",), f"{name} takes the checkpoint's dtype: leave it at auto")
     if document.batch_size > 1 and kind.one_at_a_time:
         yield SettingError(("batch_size",), f"{name} takes one question at a time")
+    if document.batch_size > 1 and kind.own_batches:
+        yield SettingError(("batch_size",), f"{name} makes its batches by itself: leave it out")
     for key in document.model_args:
         if key in (kind.path_argument, "device", "device_map", "dtype", "batch_size"):
             said = f"{quoted(key)} is set by the command"

@@ -6,161 +6,32 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-from outliermerge.errors import OutlierMergeError, shown, suggest
+from outliermerge.errors import OutlierMergeError, suggest
+from outliermerge.evaluation.cells import AVG, GAIN, Cell, Row, Table
 from outliermerge.evaluation.scores import Failure, ModelScores, Score, Scores, check_names
-
-AVG = "avg"
-GAIN = "gain"
 
 _SETTINGS = {
     "limit": "limit",
     "device": "device",
     "dtype": "dtype",
     "load_in_8bit": "8 bit",
+    "num_fewshot": "examples",
+    "apply_chat_template": "chat template",
+    "system_instruction": "system instruction",
+    "fewshot_as_multiturn": "examples as turns",
     "model_type": "model type",
     "image_backend": "image backend",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table; without value and failure, the task was not evaluated.
-
-    Attributes:
-        value: 0–100, or points gained.
-        stderr: the standard error of `value`; None if it is not known.
-        failure: why there is no value.
-    """
-
-    value: float | None = None
-    stderr: float | None = None
-    failure: str | None = None
-
-    def text(self, *, signed: bool = False, bold: bool = False) -> str:
-        """Return the text of the cell, with one decimal.
-
-        >>> Cell(44.54, 1.21).text(bold=True), Cell(1.2).text(signed=True), Cell().text()
-        ('**44.5** ± 1.2', '+1.2', '–')
-        """
-        if self.value is None:
-            return "–" if self.failure is None else "failed"
-        shown = _shown(self.value)
-        score = f"{shown:+.1f}" if signed and shown else f"{shown:.1f}"
-        score = f"**{score}**" if bold else score
-        return score if self.stderr is None else f"{score} ± {self.stderr:.1f}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model of a table; a line separates rows of different groups."""
-
-    name: str
-    group: Literal["parent", "merged", "paper"]
-    cells: Mapping[str, Cell]
-
-    def cell(self, column: str) -> Cell:
-        """Return the cell of a column, an empty one if there is none."""
-        return self.cells.get(column, Cell())
-
-
-@dataclass(frozen=True)
-class Table:
-    """Scores of models, in the order in which they are shown.
-
-    Attributes:
-        suite: the suite's name.
-        titles: the tasks' titles.
-        averaged: the titles whose mean is `avg`: the tasks on which all models have a score.
-        rows: a row for each model.
-        baseline: the row that `gain` compares with; None if there is no column `gain`.
-        notes: facts that a reader needs to compare the numbers.
-        facts: the suite, the settings, the versions and the date.
-    """
-
-    suite: str
-    titles: tuple[str, ...]
-    averaged: tuple[str, ...]
-    rows: tuple[Row, ...]
-    baseline: str | None = None
-    notes: tuple[str, ...] = ()
-    facts: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The titles, `avg`, and `gain` if there is a baseline."""
-        return (*self.titles, AVG, *([GAIN] if self.baseline is not None else []))
-
-    def best(self, column: str) -> frozenset[str]:
-        """Return the names of the rows with the highest value, rounded as shown.
-
-        Fewer than two rows have no best one; the paper's rows do not count.
-        """
-        cells = ((row.name, row.cell(column).value) for row in self.rows if row.group != "paper")
-        shown = {name: _shown(value) for name, value in cells if value is not None}
-        if len(shown) < 2:
-            return frozenset()
-        return frozenset(name for name, value in shown.items() if value == max(shown.values()))
-
-    def as_markdown(self) -> str:
-        """Return the table, then the facts, then the notes."""
-        columns = {column: self.best(column) for column in self.columns}
-        lines = [["model", *columns]]
-        for index, row in enumerate(self.rows):
-            if index and row.group != self.rows[index - 1].group:
-                lines.append([""] * len(lines[0]))
-            cells = (
-                row.cell(column).text(signed=column == GAIN, bold=row.name in best)
-                for column, best in columns.items()
-            )
-            lines.append([row.name, *cells])
-        lines = [[shown(text).replace("|", "\\|") for text in line] for line in lines]
-        widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
-        lines.insert(1, [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])])
-        table = []
-        for first, *rest in lines:
-            texts = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
-            table.append(f"| {' | '.join(texts)} |")
-        legend = "Best of each column in bold; ± one standard error"
-        if self.baseline is not None:
-            legend += f"; gain: avg minus that of {self.baseline}, ± of paired differences"
-        notes = ["", *(f"- {shown(note, 1000)}" for note in self.notes)] if self.notes else []
-        facts = shown(f"{', '.join(self.facts)}.", 1000)
-        return "\n".join([*table, "", facts, shown(f"{legend}.", 1000), *notes]) + "\n"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the table for JSON, its numbers unrounded."""
-        best = {column: self.best(column) for column in self.columns}
-        return {
-            "suite": self.suite,
-            "titles": list(self.titles),
-            "averaged": list(self.averaged),
-            "baseline": self.baseline,
-            "rows": [
-                {
-                    "name": row.name,
-                    "group": row.group,
-                    "tasks": {t: _task(row.cells[t]) for t in self.titles if t in row.cells},
-                    "avg": row.cell(AVG).value,
-                    "avg_stderr": row.cell(AVG).stderr,
-                    "gain": row.cell(GAIN).value,
-                    "gain_stderr": row.cell(GAIN).stderr,
-                    "best": [column for column in self.columns if row.name in best[column]],
-                }
-                for row in self.rows
-            ],
-            "notes": list(self.notes),
-            "facts": list(self.facts),
-        }
 
 
 def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
     """Return the scores of one or several runs as one table (arXiv 2501.10661, Table 4).
 
     Parents come first, then the average, then other merges, then min-σ by descending t.
-    For the K tasks on which all models have a score s_k with standard error e_k::
+    For the K tasks on which all models have a score s_k with standard error e_k, without those of
+    which lower scores are better if there are others::
 
         avg      = Σ s_k / K                    its error  √(Σ e_k²) / K
         gain     = avg − avg of the baseline    its error  √(Σ p_k²) / K
@@ -180,11 +51,15 @@ def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
     titles = tuple(dict.fromkeys(title for run in runs for title in run.titles))
     for column in {AVG, GAIN} & set(titles):
         raise OutlierMergeError(f"a task cannot be titled {column!r}: the table has such a column")
-    averaged = tuple(t for t in titles if all(isinstance(m.tasks.get(t), Score) for m in models))
+    complete = [t for t in titles if all(isinstance(m.tasks.get(t), Score) for m in models)]
+    losses = _losses(models)
+    averaged = tuple(t for t in complete if t not in losses) or tuple(complete)
+    if averaged and losses.issuperset(averaged):
+        losses |= {AVG, GAIN}
     facts, notes = _facts(runs)
     notes += _unsealed_notes(runs) + _metric_notes(models, titles)
     chosen, baseline_notes = _baseline(models, baseline)
-    notes += _averaged_notes(titles, averaged) + baseline_notes
+    notes += _averaged_notes(titles, averaged, complete) + baseline_notes
     rows = []
     for model in models:
         cells = {title: _cell(model.tasks[title]) for title in titles if title in model.tasks}
@@ -207,6 +82,14 @@ def make_table(runs: Sequence[Scores], *, baseline: str | None = None) -> Table:
         baseline=chosen.name if chosen else None,
         notes=tuple(notes),
         facts=tuple(facts),
+        losses=losses,
+    )
+
+
+def _losses(models: Sequence[ModelScores]) -> frozenset[str]:
+    results = (task for model in models for task in model.tasks.items())
+    return frozenset(
+        title for title, found in results if isinstance(found, Score) and found.lower_is_better
     )
 
 
@@ -328,16 +211,6 @@ def _paired(units: Mapping[str, float], base: Mapping[str, float]) -> float | No
     return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def _shown(value: float) -> float:
-    return round(value, 1) + 0.0  # -0.0 is shown as 0.0
-
-
-def _task(cell: Cell) -> dict[str, Any]:
-    if cell.failure is not None:
-        return {"failed": cell.failure}
-    return {"score": cell.value, "stderr": cell.stderr}
-
-
 def _settings(run: Scores) -> dict[str, str]:
     """Return as text the settings that must be equal for two runs to be comparable."""
     values = {label: run.settings.get(key) for key, label in _SETTINGS.items()}
@@ -390,9 +263,13 @@ def _metric_notes(models: Sequence[ModelScores], titles: Sequence[str]) -> list[
     return notes
 
 
-def _averaged_notes(titles: Sequence[str], averaged: Sequence[str]) -> list[str]:
+def _averaged_notes(
+    titles: Sequence[str], averaged: Sequence[str], complete: Sequence[str]
+) -> list[str]:
     if not averaged:
         return ["No avg: there is no task on which all models have a score."]
-    left_out = ", ".join(title for title in titles if title not in averaged)
-    note = f"avg is over {', '.join(averaged)}; not all models have a score on {left_out}."
-    return [note] if left_out else []
+    absent = [title for title in titles if title not in complete]
+    losses = [title for title in complete if title not in averaged]
+    reasons = [f"not all models have a score on {', '.join(absent)}"] if absent else []
+    reasons += [f"lower is better in {', '.join(losses)}"] if losses else []
+    return [f"avg is over {', '.join(averaged)}; {'; '.join(reasons)}."] if reasons else []

@@ -1,13 +1,14 @@
-"""The local files of a task of lmms-eval, which may change.
+"""The local files of a task, which may change.
 
-All files of the user's tasks folder must be readable: lmms-eval reads them when it starts, in the
-process of each model, and ends with a traceback if one is broken.
+All files of the user's tasks folder must be readable: the harness reads them when it starts, in the
+process of each model. lmms-eval ends with a traceback if one is broken, lm-eval passes it over.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import util
@@ -17,17 +18,20 @@ from typing import Any
 import yaml
 
 from outliermerge.errors import OutlierMergeError, SpecError, quoted
+from outliermerge.evaluation.model_types import HarnessName
 from outliermerge.spec.text import Loader, error_at
 from outliermerge.spec.yaml_words import in_words
 from outliermerge.storage.files import small_bytes
 
 # Names of readers that `datasets` takes instead of a hub id.
 _BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
+# A line that may define a task, a group or a tag of this name.
+_NAMED = r"(?m)^(?:(?:task|group|tag)\b.*|\s*- *[\"']?)NAME[\"']?(?:\W|$)"
 _MAX_INCLUDES = 20  # nested includes; lmms-eval's own are three deep
 
 
 class _Loader(Loader):
-    """Reads lmms-eval's task files, ignoring their tags for functions and objects."""
+    """Reads task files, ignoring their tags for functions and objects."""
 
 
 for _prefix in ("!", "tag:yaml.org,2002:python/"):
@@ -42,6 +46,7 @@ class TaskFile:
         file: the file's path.
         parts: the file and all files that it includes.
         names: the names of the task or the groups that it defines.
+        tags: names under which lm-eval runs it with others.
         members: the names of a group's tasks.
         source: the data set's name, or the name of its reader.
         patterns: the patterns of its data files.
@@ -50,21 +55,29 @@ class TaskFile:
     file: Path
     parts: tuple[Path, ...]
     names: tuple[str, ...]
+    tags: tuple[str, ...]
     members: tuple[str, ...]
     source: str | None
     patterns: tuple[str, ...]
 
 
-def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[Path]:
+def task_files(
+    task: str,
+    tasks_folder: Path | None,
+    data: Path | None,
+    *,
+    harness: HarnessName = "lmms_eval",
+) -> list[Path]:
     """Return the files of a task, or of a group's tasks, and their local data files.
 
-    For lmms-eval's own tasks only local data: their files are determined by its version.
+    For the harness's own tasks only local data: their files are determined by its version.
 
     Raises:
         SpecError: a file of the tasks folder cannot be read, includes a missing file or itself; or
             a group contains itself.
     """
     ours = own_files(tasks_folder, data)
+    theirs = _OfHarness(harness, data)
     found: set[Path] = set()
     done: set[str] = set()
 
@@ -72,44 +85,68 @@ def task_files(task: str, tasks_folder: Path | None, data: Path | None) -> list[
         if name in within:
             circle = " holds ".join(map(quoted, (*within[within.index(name) :], name)))
             raise SpecError(f"{tasks_folder}: a group of tasks holds itself: {circle}")
-        definition = definition_of(name, ours, data)
-        if name in done or definition is None:
+        if name in done:
             return
-        done.add(name)
-        if definition in ours:
-            # The code of functions that a file names is in the file's folder.
-            for part in definition.parts:
-                found.update(path for path in part.parent.iterdir() if path.is_file())
-        found.update(_local_data(definition, data))
-        for member in definition.members:
-            if member not in done or member in (*within, name):
-                add(member, (*within, name))
+        own = [defined for defined in ours if name in defined.names][:1]
+        for definition in own or theirs.defining(name):
+            done.add(name)
+            if definition in ours:
+                # The code of functions that a file names is in the file's folder.
+                for part in definition.parts:
+                    found.update(path for path in part.parent.iterdir() if path.is_file())
+            found.update(_local_data(definition, data))
+            for member in definition.members:
+                if member not in done or member in (*within, name):
+                    add(member, (*within, name))
 
     add(task, ())
     return sorted(found)
 
 
 def definition_of(
-    task: str, ours: tuple[TaskFile, ...] = (), data: Path | None = None
+    task: str, ours: tuple[TaskFile, ...] = (), harness: HarnessName = "lmms_eval"
 ) -> TaskFile | None:
-    """Return the file that defines a task: from the tasks folder, or else lmms-eval's."""
+    """Return the file that defines a task: from the tasks folder, or else the harness's."""
     for defined in ours:
         if task in defined.names:
             return defined
-    spec = util.find_spec("lmms_eval")
-    official = [Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ()]
-    # Few tasks are in a file of another name; only for these all files are searched.
-    for pattern in (f"{glob.escape(task)}.yaml" if "/" not in task else "*.yaml", "*.yaml"):
-        for file in sorted(file for place in official for file in place.rglob(pattern)):
-            if task.encode() not in file.read_bytes():
+    return next(iter(_OfHarness(harness, Path()).defining(task)), None)
+
+
+class _OfHarness:
+    """The files of a harness's own tasks. Without a `data` folder none has data of ours."""
+
+    def __init__(self, harness: HarnessName, data: Path | None) -> None:
+        self._package, self._data = harness, data
+        self._files: list[Path] | None = None
+
+    def defining(self, task: str) -> list[TaskFile]:
+        """Return the file of a task or group, or the files of all tasks with a tag."""
+        if self._data is None:
+            return []
+        if self._files is None:
+            spec = util.find_spec(self._package)
+            places = (spec and spec.submodule_search_locations) or ()
+            self._files = sorted(
+                f for place in places for f in Path(place, "tasks").rglob("*.yaml")
+            )
+        # Few tasks are in a file of another name; only for these all files are searched.
+        of_its_name = [file for file in self._files if file.name == f"{task}.yaml"]
+        named = re.compile(_NAMED.replace("NAME", re.escape(task)).encode())
+        tagged = []
+        for file in (*of_its_name, *self._files):
+            text = file.read_bytes()
+            if task.encode() not in text or not named.search(text):
                 continue
             try:
-                defined = _read(file, data)
-            except OutlierMergeError:  # lmms-eval's own
+                defined = _read(file, self._data)
+            except OutlierMergeError:  # the harness's own
                 continue
             if task in defined.names:
-                return defined
-    return None
+                return [defined]
+            if task in defined.tags:
+                tagged.append(defined)
+        return tagged
 
 
 def own_files(folder: Path | None, data: Path | None) -> tuple[TaskFile, ...]:
@@ -159,6 +196,7 @@ def _read(file: Path, data: Path | None) -> TaskFile:
         parts=tuple(dict.fromkeys(parts)),
         names=texts("group", value_of("group"))
         + (() if isinstance(task, list) else texts("task", task)),
+        tags=texts("tag", value_of("tag")),
         members=texts("task", [member for member in members if member is not None]),
         source=source,
         patterns=tuple(text for each in of_splits for text in texts("dataset_kwargs", each)),
@@ -224,7 +262,7 @@ def _wrong(file: Path, key: str, value: object, expected: str) -> SpecError:
 
 
 def _local_data(task: TaskFile, data: Path | None) -> Iterator[Path]:
-    """Yield data files from where lmms-eval and `datasets` look: beside the task, and in `data`."""
+    """Yield data files from where workers and `datasets` look: beside the task, and in `data`."""
     if task.source is None:
         return
     generic = task.source in _BUILDERS

@@ -1,4 +1,4 @@
-"""Starts the subprocess that runs lmms-eval on one model, and listens to it."""
+"""Starts the subprocess that runs a harness on one model, and listens to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def worker(
     Args:
         request: the request that outliermerge.evaluation.worker reads.
         folder: the working directory.
-        log: the file for everything that lmms-eval prints.
+        log: the file for everything that the harness prints.
         environment: variables that are added to this process's.
         on_progress: called with the number of questions done and of all questions in a step.
     """
@@ -92,7 +92,7 @@ def _tee(descriptor: int, log: Path, on_progress: Callable[[int, int], None]) ->
             on_progress(int(bars[-1][0]), int(bars[-1][1]))
 
 
-def why_it_ended(returncode: int, log: Path, start: int) -> str:
+def why_it_ended(harness: str, returncode: int, log: Path, start: int) -> str:
     """Return in words how a worker ended before it was done; its log begins at `start`."""
     if was_killed(returncode):
         how = "was killed (signal 9), as the system does when memory runs out"
@@ -103,4 +103,4 @@ def why_it_ended(returncode: int, log: Path, start: int) -> str:
     text = log.read_bytes()[start:].decode("utf-8", "replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines()]
     said = [line for line in lines if line and "it/s]" not in line and "s/it]" not in line]
-    return f"lmms-eval's process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")
+    return f"{harness}'s process {how}" + (f". Its last words: {said[-1][:500]}" if said else "")

@@ -63,7 +63,7 @@ def merge_tensor(
     prepared = [engine.prepare(task, own) for task, own in zip(tasks, needs, strict=True)]
     feed.count(feed.num_elements)
     done: list[T] = yield Round(partial(feed.merge, prepared=prepared), feed.spans())
-    return needs, done
+    return [{name: list(value) for name, value in own.items()} for own in needs], done
 
 
 def _named(task: Task, scope: str, measured: Measured) -> dict[str, list[Any]]:

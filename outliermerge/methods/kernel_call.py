@@ -11,6 +11,9 @@ from typing import Any, TypeAlias
 CODES = {"bfloat16": "b", "float16": "e", "float32": "f"}
 """The dtypes that kernels support, and the codes that kernels use for them."""
 
+SPARE_BYTES = 4
+"""Behind the bits of what is kept, so that kernels can read more than one byte at once."""
+
 Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
 """Where bytes are: in memory, or in a file, given by its descriptor and the position of the first
 byte. A third number is a second descriptor for direct writes, or -1."""
@@ -36,6 +39,7 @@ class KernelCall:
         keys: two 64-bit keys of random numbers for each model; none if the kernel draws none.
         rows: the elements of a row, and how many of them are ranked together, for a kernel that
             goes by rows.
+        kept: a bit for each element of each model that is kept, for a kernel that may know it.
         counts: the name under which the kernel's counts are reported; empty if it counts nothing.
     """
 
@@ -46,6 +50,7 @@ class KernelCall:
     counts: str = ""
     keys: Sequence[tuple[int, int]] = ()
     rows: tuple[int, int] = (0, 0)
+    kept: bytearray | None = None
 
     def arguments(self) -> tuple[str, bytes, bytes]:
         """Return the kernel's name, scalars and vectors as the CPU kernels take them."""
@@ -73,6 +78,15 @@ class Kernel:
         call = self.function(parameters, needs, **more)
         assert call.name == self.name, f"{call.name} is called where {self.name} is declared"
         return call
+
+
+def kept_in(
+    kept: bytearray | None, num_models: int, start: int, num_elements: int
+) -> tuple[bytearray, ...]:
+    """Return the bits if they are those of a block, too, in a tuple; else an empty one."""
+    if kept is None or (start + num_elements + 7) // 8 > len(kept) // num_models - SPARE_BYTES:
+        return ()
+    return (kept,)
 
 
 def packed(numbers: Sequence[float]) -> bytes:

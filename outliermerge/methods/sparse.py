@@ -86,6 +86,7 @@ def _della_kernel(
         ),
         keys=[context.keys(model) for model in range(len(weights))],
         rows=ranked_rows(context),
+        kept=getattr(needs["scale"], "kept", None),
     )
 
 

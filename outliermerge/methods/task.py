@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,13 @@ class Task:
     @property
     def num_models(self) -> int:
         return len(self.dtypes) - self.is_delta
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory for what statistics keep until the tensor is merged, where kernels measure."""
+        size = math.prod(self.shape)
+        needs = [need for need in self.method.needs.values() if hasattr(need, "held_bytes")]
+        return sum(need.held_bytes(self.num_models, size, self.parameters) for need in needs)
 
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether a backend with kernels of these names supports this merge and its dtypes."""

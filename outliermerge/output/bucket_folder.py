@@ -203,6 +203,7 @@ class BucketFolder:
 
     def _add(self, shard: Shard, state: State, results: list[tuple[Job, JobResult]]) -> None:
         """Note that a weight file is there."""
+        self._check_ours()
         lines = [line_of(job, result) for job, result in results]
         self._records.add_shard(shard.file, state, self._marks, lines)
         self._states[shard.file] = state

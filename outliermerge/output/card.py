@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
-from outliermerge.checkpoint.folders.hub import is_hub_id
 from outliermerge.errors import shown
+from outliermerge.output.licences import hub_ids, licence_lines, licence_note, licences_of
 from outliermerge.output.recipe import RECIPE_NAME, from_here, renamed
 from outliermerge.planning.plan import Input, Plan, Stacked
 from outliermerge.spec.text import as_yaml
 
-CARD_NAME = "README.md"
 _HERE = '"path/to/this/folder"'
 _PROMPT = '"The capital of France is"'
 _QUESTION = "What is the capital of France?"
@@ -36,8 +35,8 @@ def model_card(
         command: makes the output again.
     """
     sidecars = {sidecar.name for sidecar in plan.sidecars}
-    models = {model.reference: model for model in plan.models}.values()
-    on_hub = [_repository(entry) for entry in models if _is_on_hub(entry)]
+    models = [*{model.reference: model for model in plan.models}.values()]
+    on_hub = dict.fromkeys(name for entry in models for name in hub_ids(entry))
     front = ["---"]
     if on_hub:
         front += ["base_model:", *(f"- {json.dumps(name)}" for name in on_hub)]
@@ -48,7 +47,7 @@ def model_card(
         front += ["library_name: sentence-transformers"]
     elif "config.json" in sidecars:
         front += ["library_name: transformers"]
-    front += ["tags:", "- merge", "- outliermerge", "---"]
+    front += [*licence_lines(models), "tags:", "- merge", "- outliermerge", "---"]
     method = plan.spec.method
     paper = f" ({method.paper})" if method.paper and not plan.modules else ""
     parts = [
@@ -60,6 +59,7 @@ def model_card(
     if snippet := usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
     parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
+    parts += filter(None, [licence_note(models)])
     if plan.stacked is not None:
         parts += ["## Layers", _layers(plan, plan.stacked)]
     if plan.spec.all_stages:
@@ -306,20 +306,12 @@ def with_error(value: float, error: float) -> str:
 
 
 def _parent(entry: Input) -> str:
+    name, ids = _code(from_here(entry.reference)), hub_ids(entry)
+    if len(ids) == 1:
+        name = f"[{name}](https://huggingface.co/{ids[0]})"
     role = " (base)" if entry.role == "base" else ""
-    if not _is_on_hub(entry):
-        return f"- {_code(from_here(entry.reference))}{role}"
-    repository = _repository(entry)
-    return f"- [{_code(entry.reference)}](https://huggingface.co/{repository}){role}"
-
-
-def _is_on_hub(entry: Input) -> bool:
-    is_local = Path(entry.reference).absolute() == entry.checkpoint.root
-    return is_hub_id(entry.reference.removeprefix("hf://")) and not is_local
-
-
-def _repository(entry: Input) -> str:
-    return entry.reference.removeprefix("hf://").partition("@")[0]
+    licences = " and ".join(map(str, licences_of(entry)))
+    return f"- {name}{role}" + (f", licence {_code(licences)}" if licences else "")
 
 
 def _quote(text: str) -> str:

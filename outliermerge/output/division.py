@@ -52,14 +52,18 @@ def part_work_bytes(plan: Plan, jobs: Iterable[Job]) -> int:
     own = {job.name for job in jobs}
     if not own:
         return 0
-    merges = [job for job in plan.jobs if job.action == "merge"]
-    measured = any(needs_of(job.task, "model") for job in merges)
+    measured = measures_model(plan)
     return sum(
         plan.num_work_bytes(job)
         if job.name in own
         else (job.num_passes - 1) * sum(source.num_bytes for _, source in job.sources)
         for job in (plan.jobs if measured else filter(lambda job: job.name in own, plan.jobs))
     )
+
+
+def measures_model(plan: Plan) -> bool:
+    """Tell whether the method measures the whole model before it merges a tensor of it."""
+    return any(needs_of(job.task, "model") for job in plan.jobs if job.action == "merge")
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,11 @@ class OutputFolder:
         if number is not None:
             is_folder = self.path.is_dir() and not self.path.is_symlink()
             found = set(files_in(self.path)) if is_folder else {"what is no folder"}
-            foreign = found - ours if number in self._journal.all("folder") else found
-            self._refuse_foreign(foreign)
+            if number in self._journal.all("folder"):
+                self._refuse_foreign(found - ours)
+            else:
+                known = f" A broken merge goes on only with its {journal_path(self.final).name}."
+                self._refuse_foreign(found, known)
         self._check_room()
         changed = differing(self._journal.identity, identity)
         if self._part and not changed:  # other parts may be at work, with their own lines
@@ -158,11 +161,11 @@ class OutputFolder:
         """The names of the files beside the weights that this run or an earlier run wrote."""
         return {name for names in self._journal.all("files") for name in names}
 
-    def _refuse_foreign(self, names: Iterable[str]) -> None:
+    def _refuse_foreign(self, names: Iterable[str], more: str = "") -> None:
         if names:
             raise OutlierMergeError(
                 f"{self.path}: the merge is written there, but it holds something else:\n"
-                f"{listing(sorted(names))}\nMove it away or choose another output."
+                f"{listing(sorted(names))}\nMove it away or choose another output.{more}"
             )
 
     def _make(self) -> None:

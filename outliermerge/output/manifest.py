@@ -20,7 +20,7 @@ from outliermerge.checkpoint.checksum import (
     file_checksum,
     header_checksum,
 )
-from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.beside import CARD_NAME, MANIFEST_NAME
 from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
@@ -28,7 +28,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
-from outliermerge.output.card import CARD_NAME, model_card
+from outliermerge.output.card import model_card
 from outliermerge.output.drift import measure_drift
 from outliermerge.output.folder import finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
@@ -40,7 +40,7 @@ from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.repeated import check_inputs, relative_to
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.failures import naming
-from outliermerge.storage.stand_ins import elsewhere
+from outliermerge.storage.stand_ins import elsewhere, with_addresses
 
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
@@ -246,7 +246,7 @@ def verify_folder(
         try:
             metas = read_header(path)
         except OutlierMergeError as error:
-            differences.append(str(error))
+            differences.append(with_addresses(str(error)))
             continue
         if _checksum(header_checksum, path) != shard["header"]:
             changed_headers.add(file)

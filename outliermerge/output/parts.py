@@ -26,7 +26,13 @@ from outliermerge.output.division import divided, part_of, part_work_bytes
 from outliermerge.output.folder import OutputFolder, begun_by_another, differing
 from outliermerge.output.journal import BusyError, Journal, parts, process, told
 from outliermerge.output.manifest import identity
-from outliermerge.output.names import Final, as_final, journal_path, real_output
+from outliermerge.output.names import (
+    Final,
+    as_final,
+    journal_path,
+    partial_folder,
+    real_output,
+)
 from outliermerge.output.naming import is_named
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
@@ -267,6 +273,12 @@ def states_of(plan: Plan, final: Final, options: Options) -> list[PartState]:
             raise OutlierMergeError(
                 f"{final}: exists already, and no part of it is being written. It was joined "
                 "before, or is another output; `outliermerge verify` checks it."
+            )
+        if parts(final):
+            raise OutlierMergeError(
+                f"{journal_path(final)}: is missing, and without it nobody can tell what was "
+                f"begun in {partial_folder(final)}. Put it back, or remove that folder and the "
+                "journals beside it, and run the parts again."
             )
         raise OutlierMergeError(
             f"{final}: no part of it is being written. Run its parts first, each with "

@@ -32,6 +32,7 @@ from outliermerge.spec.stages import stage_of
 from outliermerge.spec.text import Mistakes, SpecText
 from outliermerge.storage.addresses import is_address
 from outliermerge.storage.stamps import told_by_name
+from outliermerge.storage.stand_ins import naming_addresses
 
 _NO_STAGES: Mapping[str, Callable[[], Input]] = {}
 
@@ -187,6 +188,7 @@ def _files(entry: Input) -> list[Path]:
     return [stamp.path.resolve() for stamp in entry.checkpoint.weight_files]
 
 
+@naming_addresses()
 def open_model(
     reference: str,
     rename: Rename,
@@ -237,11 +239,14 @@ def is_combined(reference: str) -> bool:
     """Tell whether a reference names a model and an adapter; an address can have a `+` in it."""
     if "+" not in reference or as_path(reference).exists():
         return False
-    return not is_address(reference) or _is_named(split_reference(reference)[1])
+    return not is_address(reference) or _is_named(split_reference(reference)[1], loosely=False)
 
 
-def _is_named(reference: str) -> bool:
-    return is_address(reference) or as_path(reference).exists() or is_hub_id(reference)
+def _is_named(reference: str, *, loosely: bool = True) -> bool:
+    """Tell whether a text names a model; loosely also where it may be the rest of an address."""
+    if is_address(reference) or as_path(reference).exists():
+        return True
+    return is_hub_id(reference) and loosely
 
 
 def _open_adapter(

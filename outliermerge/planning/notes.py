@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from outliermerge.checkpoint.folders.beside import CARD_NAME
 from outliermerge.errors import WARNING, listing
 from outliermerge.planning.plan import Input, Job, Sidecar
 from outliermerge.spec.check import MergeSpec
@@ -106,7 +107,7 @@ def merge_notes(
     left_behind = [
         name
         for name in checkpoint.left_behind
-        if name != "README.md" and not name.endswith(".index.json")
+        if name != CARD_NAME and not name.endswith(".index.json")
     ]
     if left_behind:
         left = listing(left_behind, limit=5)

@@ -199,12 +199,18 @@ class Plan:
         return options.threads * peak + self._held_bytes(options)
 
     def _held_bytes(self, options: Options) -> int:
-        """Return the memory for merges that are read more than once; the rest goes to the disk."""
-        held = 0
+        """Return the memory that is held while tensors are merged.
+
+        It is for merges that are read more than once, of which the rest goes to the disk, and for
+        what statistics keep of a tensor: while one is merged, the next is measured.
+        """
+        held = kept = 0
         for job in self.jobs:
+            if job.action == "merge" and options.uses_kernels(job):
+                kept = max(kept, job.task.held_bytes)
             again = read_again(job.num_passes, (source for _, source in job.sources))
             held = max(held, sum(merge.num_bytes for merge in again))
-        return min(options.memory_bytes, options.threads * held)
+        return min(options.memory_bytes, options.threads * held) + 2 * kept
 
     def block_memory_bytes(self, options: Options) -> int:
         """Return the memory that blocks take as a rule; `peak_memory_bytes` is the most.

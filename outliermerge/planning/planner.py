@@ -53,11 +53,13 @@ from outliermerge.planning.vocabulary_by_token import align_inputs
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.settings import SpecPath, find_layers
 from outliermerge.storage.stamps import Watched, open_file, refuse_text, told_by_name, watching
+from outliermerge.storage.stand_ins import naming_addresses
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_MEMORY_BYTES = 2**30
 
 
+@naming_addresses()
 def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     """Plan a merge from a spec and the headers of its models.
 

@@ -9,22 +9,33 @@ from __future__ import annotations
 import re
 from itertools import count
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 STORES = ("s3", "gs", "az")
 SCHEMES = (*STORES, "http", "https", "hf")
 _HIDDEN = "REDACTED"
+_ANY_SCHEME = "|".join(SCHEMES)
 _ADDRESS = re.compile(
     # A password may have an apostrophe; one that ends a quoted text is not followed by a letter.
-    rf"\b(?:{'|'.join(SCHEMES)})://(?:(?:[^\s'\"<>`/?#]|'(?=\w))*@)?[^\s'\"<>`]+",
+    # After a plus another address may begin, of an adapter.
+    rf"\b(?:{_ANY_SCHEME})://(?:(?:[^\s'\"<>`/?#]|'(?=\w))*@)?"
+    rf"(?:(?!\+(?:{_ANY_SCHEME})://)[^\s'\"<>`])+",
     re.IGNORECASE,
 )
 _SECRET = re.compile(
-    r"^(x-(amz|goog)-(signature|credential)|signature|sig|.*(token|key|secret|password|passwd|pwd)"
-    r"|pass|awsaccesskeyid|googleaccessid|policy|key-pair-id|credentials?|auth|authorization|code"
-    r"|jwt|hmac|hdn\w+|__gda__)$",
+    r"^(.*(token|key|secret|password|passwd|pwd)|pass|(x-(amz|goog)-)?credentials?|auth|jwt|code"
+    r"|authorization|awsaccesskeyid|googleaccessid|policy|key-pair-id)$",
     re.IGNORECASE,
 )
+_SIGNATURE = re.compile(
+    r"^(x-(amz|goog)-signature|signature|sig|hmac|hdn\w+|__gda__)$", re.IGNORECASE
+)
+_OF_SIGNATURE = re.compile(  # what is made anew with each signature of the same object
+    r"^(x-(amz|goog)-(credential|date|expires|security-token)|awsaccesskeyid|googleaccessid|expires"
+    r"|policy|key-pair-id|se|st|ske|skt)$",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 _REDACTED = re.compile(rf"{_HIDDEN}(-\d+)?")
 _FULL: dict[str, str] = {}  # whole addresses by what is shown of them; they are in no file
 
@@ -60,28 +71,61 @@ def shown_in(value: Any) -> Any:
 
 
 def _shown(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return address
-    user, _, host = parts.netloc.rpartition("@")
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    secrets = [user, *(value for name, value in query if _SECRET.match(name))]
-    if all(not secret or _REDACTED.fullmatch(secret) for secret in secrets):
-        return address
     for number in count(1):
-        # Of two addresses that differ only in their secrets, each is shown otherwise.
-        hidden = _HIDDEN if number == 1 else f"{_HIDDEN}-{number}"
-        kept = [(name, hidden if value and _SECRET.match(name) else value) for name, value in query]
-        shown = urlunsplit(
-            parts._replace(
-                netloc=f"{hidden}@{host}" if user else parts.netloc,
-                query=parts.query if kept == query else urlencode(kept),
-            )
-        )
-        if _FULL.setdefault(shown, address) == address:
+        # Of two addresses that differ only in their secrets, each is shown otherwise: these may
+        # be of different objects. With a new signature an object is the same.
+        shown = _hidden(address, _HIDDEN if number == 1 else f"{_HIDDEN}-{number}")
+        if shown == address:
+            return address
+        known = _FULL.setdefault(shown, address)
+        if known == address or _hidden(known) == _hidden(address):
+            _FULL[shown] = address
             return shown
     raise AssertionError
+
+
+def _hidden(address: str, hidden: str = "") -> str:
+    """Return an address without its signature, and with a word in place of its other secrets.
+
+    Args:
+        hidden: the word; other secrets stay without it.
+    """
+    if hidden:
+        address = _USER.sub(lambda found: _hide(found[0], hidden), address)
+    start, _, rest = address.partition("://")
+    path = re.split(r"[?#]", rest, maxsplit=1)[0]
+    # Each second word separates. In a path a value ends at a slash; behind it, it may have some.
+    words = [*re.split("([;/])", path), *re.split("([?&;#])", rest[len(path) :])[1:]]
+    pairs = [word.partition("=") for word in words[::2]]
+    names = [unquote(name) for name, _, _ in pairs]
+    for number, before in enumerate(["/", *words[1::2]]):
+        if before == "/":  # it is part of the path
+            pairs[number], names[number] = (words[2 * number], "", ""), ""
+    is_signed = any(map(_SIGNATURE.match, names))
+    for number, (written, equals, value) in enumerate(pairs):
+        name = names[number]
+        of_signature = _SIGNATURE.match(name) or (is_signed and _OF_SIGNATURE.match(name))
+        if value and of_signature:
+            value = _hide(value, _HIDDEN)
+        elif value and hidden and _SECRET.match(name):
+            value = _hide(value, hidden)
+        else:
+            value = _nested(value, hidden)
+        words[2 * number] = (written if equals else _nested(written, hidden)) + equals + value
+    return f"{start}://{''.join(words)}"
+
+
+def _hide(secret: str, hidden: str) -> str:
+    return secret if _REDACTED.fullmatch(secret) else hidden
+
+
+def _nested(text: str, hidden: str) -> str:
+    """Return a part of an address in which another one may be, escaped."""
+    inner = unquote(text)
+    if inner == text:
+        return text
+    shown = _hidden(inner, hidden) if "://" in inner else _nested(inner, hidden)
+    return text if shown == inner else quote(shown, safe="")
 
 
 def with_secrets(address: str) -> str:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from outliermerge.storage.machine import cache_folder
 from outliermerge.storage.objects import Objects
-from outliermerge.storage.range_cache import CHUNK_BYTES, REQUEST_CHUNKS, CachedObject, RangeCache
+from outliermerge.storage.range_cache import (
+    CHUNK_BYTES,
+    REQUEST_CHUNKS,
+    CachedObject,
+    Chunked,
+    RangeCache,
+    requests_of,
+)
 from outliermerge.storage.ranges import State
 from outliermerge.storage.stand_ins import stand_in
 from outliermerge.storage.system import read_at
@@ -19,6 +28,7 @@ _SMALL_BYTES = 4096
 
 FileRange = tuple[Path, int, int]
 """A file, the position of some of its bytes, and how many they are."""
+_AnyObject = TypeVar("_AnyObject", bound=Chunked)
 
 
 class CachedFiles:
@@ -79,16 +89,7 @@ class CachedFiles:
 
     def read_ahead(self, tensors: Iterable[Sequence[FileRange]]) -> None:
         """Fetch ranges in the order of the groups that are read together, as there is room."""
-        wanted, most_bytes = [], CHUNK_BYTES * REQUEST_CHUNKS
-        for group in tensors:
-            own = [(self._opened(path), start, num_bytes) for path, start, num_bytes in group]
-            there = [(found, start, count) for found, start, count in own if found is not None]
-            most = max((num_bytes for _, _, num_bytes in there), default=0)
-            for step in range(0, most, most_bytes):
-                for found, start, num_bytes in there:
-                    if step < num_bytes:
-                        end = start + min(step + most_bytes, num_bytes)
-                        wanted.append((found, start + step, end))
+        wanted = _in_order(tensors, self._opened)
         if wanted and self._cache is not None:
             self._cache.read_ahead(wanted)
 
@@ -135,3 +136,39 @@ class CachedFiles:
         is_large = found.num_bytes > CHUNK_BYTES * REQUEST_CHUNKS
         chunk_bytes = _SMALL_BYTES if self._scattered and is_large else CHUNK_BYTES
         return self._cache.add(remote, State(found.num_bytes, found.version), chunk_bytes)
+
+
+def num_fetched(tensors: Iterable[Sequence[FileRange]]) -> tuple[int, int]:
+    """Return how many requests fetch ranges ahead, and of how many bytes; nothing is asked for.
+
+    Args:
+        tensors: as for `CachedFiles.read_ahead`.
+    """
+
+    @cache
+    def opened(path: Path) -> Chunked | None:
+        found = stand_in(path)
+        return None if found is None else Chunked(found.num_bytes, CHUNK_BYTES)
+
+    num_requests = num_bytes = 0
+    for found, numbers in requests_of(_in_order(tensors, opened)):
+        num_requests += 1
+        num_bytes += sum(map(found.size_of, numbers))
+    return num_requests, num_bytes
+
+
+def _in_order(
+    tensors: Iterable[Sequence[FileRange]], opened: Callable[[Path], _AnyObject | None]
+) -> list[tuple[_AnyObject, int, int]]:
+    """Return ranges of objects, with their ends, in the order in which they are read."""
+    wanted, most_bytes = [], CHUNK_BYTES * REQUEST_CHUNKS
+    for group in tensors:
+        own = [(opened(path), start, num_bytes) for path, start, num_bytes in group]
+        there = [(found, start, count) for found, start, count in own if found is not None]
+        most = max((num_bytes for _, _, num_bytes in there), default=0)
+        for step in range(0, most, most_bytes):
+            for found, start, num_bytes in there:
+                if step < num_bytes:
+                    end = start + min(step + most_bytes, num_bytes)
+                    wanted.append((found, start + step, end))
+    return wanted

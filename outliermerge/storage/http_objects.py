@@ -5,16 +5,24 @@ from __future__ import annotations
 import base64
 import http.client
 import re
+import socket
 import ssl
 import threading
 import urllib.request
 from collections.abc import Mapping
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.storage import ranges
 from outliermerge.storage.addresses import lacks_secrets, with_secrets, without_secrets
-from outliermerge.storage.ranges import State, TransientError, Write, changed, check_state
+from outliermerge.storage.ranges import (
+    RefusedError,
+    State,
+    TransientError,
+    Write,
+    changed,
+    check_state,
+)
 
 _MAX_REDIRECTS = 6
 _PIECE_BYTES = 1 << 20
@@ -61,6 +69,10 @@ class HttpClient:
             self.drop(url)
             if isinstance(error, ssl.SSLCertVerificationError):
                 raise OutlierMergeError(f"https://{key[1]}: {error.verify_message}") from None
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+                raise OutlierMergeError(
+                    f"{key[0]}://{key[1]}: there is no server of the name {connection.host}"
+                ) from None
             if is_kept and isinstance(error, (http.client.RemoteDisconnected, ConnectionError)):
                 return self.get(url, headers)  # the server has closed a connection that was idle
             raise TransientError(_reason(error)) from None
@@ -199,6 +211,8 @@ class HttpObject:
             try:
                 own = self._headers if _host(url) == _host(first) else {}
                 answer = self._client.get(url, {**own, **headers})
+            except OutlierMergeError:
+                raise
             except ValueError as error:  # of its port, or of a name that no server can have
                 what = "leads to what is" if url != first else "is"
                 raise OutlierMergeError(
@@ -236,17 +250,22 @@ class HttpObject:
         if answer.status in (200, 206) and encoding == "identity":
             return
         self._client.drop(url)
-        if answer.status in _AGAIN or answer.status in (200, 206):
-            what = f"the server answers {answer.status}"
-            if encoding != "identity":
-                what = f"the server answers in the encoding {encoding}"
+        if answer.status in _AGAIN:
             wait = answer.getheader("Retry-After", "")
+            what = f"the server answers {answer.status}"
             raise TransientError(what, float(wait) if wait.isdecimal() else 0.0)
+        if answer.status in (200, 206):
+            raise OutlierMergeError(
+                f"{self.address}: the server answers in the encoding {shown(encoding)}, which was "
+                "not asked for, and ranges of which are of other bytes. It must send such files as "
+                "they are."
+            )
         said = answer.getheader("X-Error-Message") or answer.reason
         advice = ""
         if answer.status in (401, 403):
             advice = " Has the address expired, or does it need a token or a signature?"
-        raise OutlierMergeError(
+        kind = RefusedError if answer.status == 403 else OutlierMergeError
+        raise kind(
             f"{self.address}: the server answers {answer.status} ({without_secrets(said)}).{advice}"
         )
 

@@ -43,6 +43,22 @@ def blobs_of(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
+def repository_of(path: Path) -> str:
+    """Return the hub's id of the model that a path is in, in the hub's cache or ours; "" if none.
+
+    >>> repository_of(Path("/cache/models--org--name/snapshots/0a1b/config.json"))
+    'org/name'
+    """
+    if (model := elsewhere(path)) is not None:
+        there = model.address.partition("@")[0]
+        return there.removeprefix("hf://") if there.startswith("hf://") else ""
+    for revision in (path, *path.parents):
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository.name.removeprefix("models--").replace("--", "/", 1)
+    return ""
+
+
 def listed_files(snapshot: Path) -> list[str]:
     """Return all files of a model that is not all here, fetched or not; empty if not known.
 

@@ -12,9 +12,10 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage.failures import naming
@@ -23,28 +24,40 @@ from outliermerge.storage.system import punch, write_at
 
 CHUNK_BYTES = 1 << 21
 REQUEST_CHUNKS = 4  # at most
-_NUM_CONNECTIONS = 16
+NUM_CONNECTIONS = 16
 _AHEAD_BYTES = 1 << 29
 _WAIT_SECONDS = 1.0  # then a waiting thread looks again, so a lost wake-up costs no more than that
 
 
 @dataclass(eq=False)
-class CachedObject:
+class Chunked:
+    """An object that is fetched in whole chunks.
+
+    Attributes:
+        num_bytes: its size.
+        chunk_bytes: it is cut into chunks of so many bytes.
+    """
+
+    num_bytes: int
+    chunk_bytes: int
+
+    def size_of(self, number: int) -> int:
+        """Return the number of bytes of a chunk; the last may be shorter."""
+        return min(self.chunk_bytes, self.num_bytes - number * self.chunk_bytes)
+
+    def numbers(self, start: int, stop: int) -> range:
+        """Return the chunks in which a range of bytes is."""
+        return range(start // self.chunk_bytes, -(-stop // self.chunk_bytes))
+
+
+@dataclass(eq=False)
+class CachedObject(Chunked):
     """An object, and the sparse file with what has been read of it."""
 
     remote: RemoteObject
     state: State
     descriptor: int
-    chunk_bytes: int
     chunks: dict[int, _Chunk] = field(default_factory=dict)
-
-    def size_of(self, number: int) -> int:
-        """Return the number of bytes of a chunk; the last may be shorter."""
-        return min(self.chunk_bytes, self.state.num_bytes - number * self.chunk_bytes)
-
-    def numbers(self, start: int, stop: int) -> range:
-        """Return the chunks in which a range of bytes is."""
-        return range(start // self.chunk_bytes, -(-stop // self.chunk_bytes))
 
 
 Range = tuple[CachedObject, int, int]
@@ -60,6 +73,7 @@ class _Chunk:
 
 
 _Request = tuple[CachedObject, list[int]]
+_AnyObject = TypeVar("_AnyObject", bound=Chunked)
 
 
 class RangeCache:
@@ -97,7 +111,7 @@ class RangeCache:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 descriptor = os.dup(file.fileno())
             os.ftruncate(descriptor, state.num_bytes)
-        found = CachedObject(remote, state, descriptor, chunk_bytes)
+        found = CachedObject(state.num_bytes, chunk_bytes, remote, state, descriptor)
         self._objects.append(found)
         return found
 
@@ -155,7 +169,7 @@ class RangeCache:
     def read_ahead(self, ranges: Iterable[Range]) -> None:
         """Fetch ranges in this order as there is room; instead of those that were named before."""
         with self._changed:
-            self._ahead, self._next_ahead = _requests(list(ranges)), None
+            self._ahead, self._next_ahead = requests_of(list(ranges)), None
             self._start_threads()
             self._changed.notify_all()
 
@@ -228,7 +242,7 @@ class RangeCache:
         return True
 
     def _start_threads(self) -> None:
-        while len(self._threads) < _NUM_CONNECTIONS:
+        while len(self._threads) < NUM_CONNECTIONS:
             thread = threading.Thread(target=self._work, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -310,9 +324,11 @@ class RangeCache:
             self.num_fetched_bytes += stop - start
 
 
-def _requests(ranges: list[Range]) -> Iterator[_Request]:
+def requests_of(
+    ranges: Sequence[tuple[_AnyObject, int, int]],
+) -> Iterator[tuple[_AnyObject, list[int]]]:
     """Yield what fetches ranges in their order; neighbours that come later are fetched at once."""
-    wanted: dict[CachedObject, set[int]] = {}
+    wanted: dict[_AnyObject, set[int]] = {}
     for found, start, stop in ranges:
         wanted.setdefault(found, set()).update(found.numbers(start, stop))
     for found, start, stop in ranges:

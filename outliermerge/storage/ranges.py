@@ -59,6 +59,10 @@ class TransientError(Exception):
         self.wait_seconds = wait_seconds
 
 
+class RefusedError(OutlierMergeError):
+    """A server that answers 403: it may so hide that there is no such object."""
+
+
 def persistently(
     address: str, ask: Callable[[], T], *, is_stopped: Callable[[], bool] = lambda: False
 ) -> T:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from outliermerge.errors import OutlierMergeError
+from outliermerge.storage.addresses import inside
 from outliermerge.storage.machine import cache_folder
 
 _RECORD = "objects.json"
@@ -77,6 +81,40 @@ def stand_in(path: Path) -> StandIn | None:
     home = _home(path)
     assert home is not None
     return found.files.get("/".join(path.relative_to(home).parts[1:]))
+
+
+def with_addresses(text: str) -> str:
+    """Return a text with the addresses of models in place of their private folders here."""
+    place = rf"{re.escape(str(private_folder()))}{re.escape(os.sep)}[0-9a-f]+/[^/\s]+"
+    return re.sub(rf"({place})((?:/[^\s:;,'\"]+)?)", _addressed, text)
+
+
+def _addressed(found: re.Match[str]) -> str:
+    model = elsewhere(Path(found[1]))
+    if model is None:
+        return found[0]
+    name = found[2].strip("/").rstrip(".")
+    if name in model.files:
+        address = model.files[name].address
+    else:
+        address = inside(model.address, name) if name else model.address
+    return address + found[2][len(found[2].rstrip(".")) :]
+
+
+@contextmanager
+def naming_addresses() -> Iterator[None]:
+    """Name models by their addresses in errors of what looks at their private folders here.
+
+    Raises:
+        OutlierMergeError: instead of another.
+    """
+    try:
+        yield
+    except OutlierMergeError as error:
+        text = with_addresses(error.marked)
+        if type(error) is not OutlierMergeError or text == error.marked:
+            raise
+        raise OutlierMergeError(text) from error
 
 
 def true_size(path: Path, num_bytes: int) -> int:

@@ -6,6 +6,7 @@ Keys, regions and endpoints are taken from the environment, as obstore documents
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,23 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.optional import is_installed
 from outliermerge.storage import ranges
 from outliermerge.storage.addresses import without_secrets
-from outliermerge.storage.ranges import State, TransientError, Write, changed, check_state
+from outliermerge.storage.ranges import (
+    RefusedError,
+    State,
+    TransientError,
+    Write,
+    changed,
+    check_state,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
+_LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
+    r"status code: (3\d\d|4(?!08|25|29)\d\d)|redirect without LOCATION|dns error: .*not known"
+)
 
 
 def open_store(
@@ -170,16 +181,13 @@ def lasting(error: Exception) -> bool:
     """Tell whether asking again would give the same error."""
     from obstore import exceptions
 
-    return isinstance(
-        error,
-        (
-            exceptions.PermissionDeniedError,
-            exceptions.UnauthenticatedError,
-            exceptions.NotSupportedError,
-            exceptions.InvalidPathError,
-            exceptions.UnknownConfigurationKeyError,
-        ),
+    kinds = (
+        exceptions.PermissionDeniedError,
+        exceptions.UnauthenticatedError,
+        exceptions.NotSupportedError,
+        exceptions.UnknownConfigurationKeyError,
     )
+    return isinstance(error, kinds) or bool(_LASTING.search(words_of(error)))
 
 
 def words_of(error: Exception) -> str:
@@ -189,7 +197,14 @@ def words_of(error: Exception) -> str:
 
 def _told(address: str, error: Exception) -> Exception:
     """Return the error for one of obstore's: whether to ask again, and in whose words."""
+    from obstore import exceptions
+
+    text = words_of(error)
+    advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+    if isinstance(error, exceptions.PermissionDeniedError) or "status code: 403" in text:
+        return RefusedError(f"{address}: cannot be read: {text}. {advice}")
     if lasting(error):
-        advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
-        return OutlierMergeError(f"{address}: cannot be read: {words_of(error)}. {advice}")
-    return TransientError(words_of(error))
+        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
+    if isinstance(error, (ValueError, exceptions.InvalidPathError)):  # of a name
+        return OutlierMergeError(f"{address}: is no valid address: {text}")
+    return TransientError(text)

@@ -72,8 +72,9 @@ class Layout:
 PICKLED = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 LAYOUTS = {
     "every-format": Layout(
-        ("1_Pooling/config.json", "LICENSE", "config.json", "merges.txt", "model.safetensors"),
-        ("README.md", "assets/deep/config.json", "consolidated.safetensors",
+        ("1_Pooling/config.json", "LICENSE", "README.md", "config.json", "merges.txt",
+         "model.safetensors"),
+        ("assets/deep/config.json", "consolidated.safetensors",
          "flax_model.msgpack", "model.Q4_K_M.gguf", "model.fp16.safetensors",
          "onnx/config.json", "onnx/model.onnx", "optimizer.pt", "original/consolidated.00.pth",
          "original/params.json", "pytorch_model.bin", "tf_model.h5", "training_args.bin"),

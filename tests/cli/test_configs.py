@@ -56,7 +56,7 @@ def call(built: Path, tmp_path: Path):
 def test_a_wheel_has_the_paper_s_specs_and_suites(built, call):
     listed = json.loads(call("configs", "--json").stdout)
     assert {entry["name"] for entry in listed if entry["kind"] == "suite"} == {
-        "paper", "paper-judge",
+        "mllm", "paper", "paper-judge", "text",
     }  # fmt: skip
     names = [entry["name"] for entry in listed if entry["kind"] == "spec"]
     assert "llava_math" in names

@@ -15,7 +15,7 @@ from kernel_blocks import MODULES, block_of, draw, raw, values_of
 from torch import Tensor
 
 from outliermerge.methods.context import Context
-from outliermerge.methods.kernel_call import packed, packed_keys
+from outliermerge.methods.kernel_call import SPARE_BYTES, packed, packed_keys
 from outliermerge.methods.sparsify import by_density, by_rank, drawn
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 from outliermerge.methods.statistics.drawn import DrawnScale, ranked_rows
@@ -163,6 +163,51 @@ def test_a_merge_of_pieces_is_that_of_the_whole(stored):
                 (i, span_of(sources, files, i, min(i + step, num))) for i in range(0, num, step)
             ]
             assert b"".join(merged(module, block, start) for start, block in blocks) == wanted
+
+
+@pytest.mark.parametrize("codes", ["fbef", "fbb", "bb"])
+@pytest.mark.parametrize(("shape", "first"), [((9, 3001), 0), ((9, 3001), 1), ((40, 3000), 33)])
+def test_a_merge_by_what_the_norms_kept_is_one_that_ranks_again(codes, shape, first):
+    context, num = Context("w", shape, seed=2), math.prod(shape)
+    sources = draw(codes, num)
+    for source, values in zip(sources[1:], ((math.inf, math.nan), (0.0, -0.0)), strict=False):
+        source[::97], source[::89] = values
+    num_models = len(sources) - 1
+    keys, rows = packed_keys([context.keys(m) for m in range(num_models)]), ranked_rows(context)
+    numbers = [*[0.5] * num_models, *DENSITY[:num_models], *EPSILON[:num_models], 1.5, 2, 0.5]
+    vectors = packed(numbers[: 4 * num_models])
+    chances = packed(DENSITY[:num_models]), packed(EPSILON[:num_models])
+    block = block_of(codes, sources, is_delta=True)
+    start = first * shape[1]  # what is merged alone
+    part = block_of(codes, [source[start:] for source in sources], is_delta=True)
+    for module in MODULES:
+        kept = bytearray(num_models * (-(-num // 8) + SPARE_BYTES))
+        sums = module.drawn(block, 0, *chances, keys, *rows, kept)
+        assert sums == module.drawn(block, 0, *chances, keys, *rows)
+        for consensus, normalize in itertools.product((0, 1, 2), (0, 1)):
+            scalars = packed([0.7, normalize, consensus, 0.9, 0.0])
+            found = []
+            for bits in ((), (kept,)):
+                out = torch.empty(num - start)
+                variant = "della", scalars, vectors, "f", raw(out), keys, start, *rows, *bits
+                module.merge(part, (variant,))
+                found.append(out.view(torch.int32))
+            assert torch.equal(*found), (consensus, normalize, module.__name__)
+
+
+def test_a_buffer_for_what_is_kept_that_does_not_fit_is_refused():
+    context, sources = Context("w", (4, 8)), draw("fff", 32)
+    keys, rows = packed_keys([context.keys(model) for model in range(2)]), ranked_rows(context)
+    chances, block = (packed([0.5] * 2), packed([0.1] * 2)), block_of("fff", sources, is_delta=True)
+    kept = bytearray(2 * (4 + SPARE_BYTES))
+    variant = "della", packed([1.0] * 5), packed([0.5] * 8), "f", bytearray(128), keys, 0, *rows
+    for module in MODULES:
+        with pytest.raises(ValueError, match="too short"):
+            module.drawn(block, 0, *chances, keys, *rows, kept[2:])
+        with pytest.raises(ValueError, match="too short"):
+            module.merge(block, ((*variant, kept[2:]),))
+        with pytest.raises(ValueError, match="multiple of 8"):
+            module.drawn(block, 4, *chances, keys, 4, 4, kept)
 
 
 def test_a_file_that_ends_within_a_row_beyond_the_block_is_an_error(stored):

@@ -54,6 +54,41 @@ def test_others_are_left_to_lmms_eval(tmp_path, model_type, config):
     check_models(model_type, [_model(tmp_path / "one", config)])
 
 
+def test_a_checkpoint_that_lacks_its_own_code_is_refused(tmp_path):
+    # InternVL's: the config names some files, which import from others beside them.
+    classes = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel",
+               "AutoTokenizer": ["there--tokens.Tokens", None]}  # fmt: skip
+    name, folder = _model(tmp_path / "one", {"model_type": "internvl_chat", "auto_map": classes})
+    (folder / "configuration_x.py").write_text("from .parts import Part\n")
+    with pytest.raises(OutlierMergeError) as raised:
+        check_models("internvl2", [(name, folder)])
+    assert "its folder lacks modeling_x.py, parts.py. Copy the .py files" in str(raised.value)
+    check_models("vllm", [(name, folder)])  # runs no code of it, unless told to
+    with pytest.raises(OutlierMergeError, match=r"modeling_x\.py"):
+        check_models("vllm", [(name, folder)], own_code=True)
+    for file in ("modeling_x.py", "parts.py"):
+        (folder / file).write_text("")
+    check_models("internvl2", [(name, folder)])
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "said"),
+    [
+        ("merged", "qwen3_vl", None),
+        ("merged-30B-A3B", "qwen3_vl_moe", None),
+        ("merged", "qwen3_vl_moe", "has no such part, but its type is qwen3_vl_moe"),
+        ("merged-A3B", "qwen3_5", "has one, but its type is qwen3_5"),
+    ],
+)
+def test_lmms_eval_tells_a_mixture_of_experts_by_its_path(tmp_path, folder, kind, said):
+    model = _model(tmp_path / folder, {"model_type": kind, "vision_config": {}})
+    if said is None:
+        check_models("qwen3_vl", [model])
+    else:
+        with pytest.raises(OutlierMergeError, match=f"{said}. Rename the folder"):
+            check_models("qwen3_vl", [model])
+
+
 def test_a_text_model_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate_module, "worker", None)
     _, model = _model(tmp_path / "text", TEXT)

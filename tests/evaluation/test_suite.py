@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,17 @@ import pytest
 from outliermerge.cli import main as cli
 from outliermerge.errors import OutlierMergeError, SpecError
 from outliermerge.evaluation import task_files
-from outliermerge.evaluation.model_types import MODEL_TYPES, ModelType, check_packages
+from outliermerge.evaluation.model_types import (
+    HARNESSES,
+    MODEL_TYPES,
+    ModelType,
+    check_packages,
+    model_arguments,
+)
 from outliermerge.evaluation.suite import Suite, load_suite
 
 SUITES = Path(__file__).parents[2] / "evals"
+SHIPPED = ("mllm", "paper", "paper-judge", "text", "tiny", "tiny-text")
 
 TASK = "- {title: MMStar, task: mmstar, metric: 'average,none'}\n"
 
@@ -44,7 +53,8 @@ def test_a_suite_says_only_its_tasks_and_the_rest_has_defaults(tmp_path):
     assert (suite.name, task.title, task.scale) == ("own", "MMStar", 100)
     assert (suite.tasks_folder, suite.data) == (None, None)
     assert (suite.limit_of(task), suite.generation_of(task)) == (None, {})
-    assert (suite.document.model_type, suite.document.batch_size) == ("llava_hf", 1)
+    assert (suite.document.harness, suite.model_type) == ("lmms_eval", "llava_hf")
+    assert suite.document.batch_size == 1
 
 
 def test_a_task_has_its_own_limit_and_generation_before_the_suites(tmp_path):
@@ -153,7 +163,7 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("load_in_8bit: 1\ntasks:\n" + TASK, "FILE:1:15: load_in_8bit: found 1"),
         ("judge: sometimes\ntasks:\n" + TASK, "FILE:1:8: judge: found 'sometimes'"),
         ("dtype: float8\ntasks:\n" + TASK, "FILE:1:8: dtype: found 'float8'"),
-        ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: found 'llava'"),
+        ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: lmms_eval has no model "),
         ("generation: 4\ntasks:\n" + TASK, "FILE:1:13: generation: found 4"),
         ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found nothing, "
          "expected a mapping"),
@@ -304,18 +314,51 @@ def test_a_model_type_whose_packages_are_absent_is_refused_by_name(monkeypatch):
     check_packages("llava_hf", load_in_8bit=True)
 
 
-@pytest.mark.parametrize("name", ["paper", "paper-judge", "tiny"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_suite_names_tasks_that_there_are(name):
     suite = load_suite(SUITES / f"{name}.yaml")
     assert suite.document.judge == (name == "paper-judge")
     for task in suite.document.tasks:
         ours = task_files.own_files(suite.tasks_folder, suite.data)
-        definition = task_files.definition_of(task.task, ours)
+        definition = task_files.definition_of(task.task, ours, suite.document.harness)
         config, _ = task_files._keys(definition.file, None, ())
-        metrics = {entry["metric"] for entry in config["metric_list"][0]}
+        listed = config.get("metric_list") or config["aggregate_metric_list"]  # of a group
+        metrics = {entry["metric"] for entry in listed[0]}
         assert task.metric.partition(",")[0] in metrics
+
+
+@pytest.mark.parametrize(
+    ("harness", "name"),
+    [(harness, name) for harness in HARNESSES for name in HARNESSES[harness].model_types],
+)
+def test_a_model_type_has_the_arguments_that_it_is_given(harness, name):
+    """The classes are read, not imported: they import vllm and others."""
+    text = {"hf": "huggingface.py", "vllm": "vllm_causallms.py"}
+    file = text[name] if harness == "lm_eval" else f"simple/{name}.py"
+    (home,) = find_spec(harness).submodule_search_locations
+    tree = ast.parse(Path(home, "models", file).read_text())
+    taken = {
+        argument.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        for argument in [*node.args.args, *node.args.kwonlyargs]
+    }
+    _, given = model_arguments(
+        name, path="m", device="cpu", dtype="auto", load_in_8bit=False, extra={}, harness=harness
+    )
+    if (harness, name) == ("lmms_eval", "vllm"):
+        taken.add("dtype")  # it hands on to vllm what it does not know
+    assert given.keys() | {"batch_size"} <= taken
+    assert ("dtype" in given) == HARNESSES[harness].model_types[name].takes_dtype
+
+
+def test_internvl2_reads_few_generation_settings(tmp_path):
+    text = "model_type: internvl2\ngeneration: {SETTING: 1}\ntasks:\n" + TASK
+    _load(tmp_path, text.replace("SETTING", "num_beams"))
+    said = "no generation setting 'temperature'"
+    assert said in _refusal(tmp_path, text.replace("SETTING", "temperature"))
 
 
 def test_every_suite_that_ships_is_looked_at():
     names = {path.stem for path in SUITES.glob("*.yaml")}
-    assert names == {"paper", "paper-judge", "tiny"}
+    assert names == set(SHIPPED)

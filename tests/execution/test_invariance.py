@@ -160,6 +160,23 @@ def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     assert (len(blocks) == 1) == whole
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2 * CHUNK_ELEMENTS // 8])
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_how_much_della_keeps_of_its_first_reading_changes_no_byte(
+    method, kept_bytes, matrices, tmp_path, monkeypatch
+):
+    spec = large_spec(method, matrices)
+    spec["parameters"] = {"density": 0.4, "epsilon": 0.2}
+    planned = outliermerge.plan(spec)
+    wide = next(job for job in planned.jobs if job.name == "wide.weight")
+    whole = outliermerge.run(planned, output=tmp_path / "whole", threads=2).output
+    assert wide.task.held_bytes > kept_bytes + CHUNK_ELEMENTS // 8
+    monkeypatch.setattr("outliermerge.methods.statistics.drawn._KEPT_BYTES", kept_bytes)
+    assert wide.task.held_bytes <= kept_bytes + 8 * wide.task.num_models
+    part = outliermerge.run(planned, output=tmp_path / "part", threads=2).output
+    assert digest(part) == digest(whole)
+
+
 def test_a_run_repeated_gives_the_same_files(large, tmp_path):
     spec = large_spec("min_sigma", large)
     folders = [outliermerge.run(spec, output=tmp_path / n).output for n in "ab"]

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from checkpoints import load_folder, save_tensors
 from families import save_llama, tune
 
@@ -271,3 +272,60 @@ def test_the_card_says_which_layers_of_slices_are_from_where(tmp_path):
 def save_llamas(folder):
     base = save_llama(folder / "base")
     return str(base), str(tune(base, folder / "task", seed=1))
+
+
+def _card_of_merge(tmp_path, *cards):
+    """Merge models whose cards have these texts; return the output's card and its front matter."""
+    places = []
+    for number, card in enumerate(cards):
+        place = tmp_path / f"model{number}"
+        save_tensors(place, {"w": torch.full((2, 2), float(number))})
+        if card is not None:
+            (place / "README.md").write_text(card)
+        places.append({"model": str(place)})
+    outliermerge.run({"merge_method": "linear", "models": places}, output=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    return text, yaml.safe_load(text[4:].partition("\n---\n")[0])
+
+
+LLAMA = "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://host/terms\n---\n# A"
+
+
+@pytest.mark.parametrize(
+    ("cards", "front", "said"),
+    [
+        (["---\nlicense: mit\ntags: [a]\n---\n", "---\nlicense: mit\n---"], {"license": "mit"}, ""),
+        (["---\nlicense: [mit]\n---\n", "---\r\nlicense: mit\r\n---\r\n"], {"license": "mit"}, ""),
+        (
+            [LLAMA, LLAMA],
+            {"license": "other", "license_name": "llama3", "license_link": "https://host/terms"},
+            "",
+        ),
+        (["---\nlicense: mit\n---\n", LLAMA], {"license": "other"}, "different licences"),
+        (["---\nlicense: mit\n---\n", None], {}, "licence of 1 of the 2 models is not known"),
+        ([None, "# No front matter\n"], {}, "licence of any model is not known"),
+        (["---\nlicense: mit\n---\n", "---\n: [\n---\n"], {}, "1 of the 2 models"),
+        (
+            ["---\nlicense: mit\n---\n", LLAMA, "---\nlicense: \n---\n"],
+            {},
+            "1 of the 3 models is not known here, and the others differ",
+        ),
+        (["---\nlicense: yes\n---\n", '---\nlicense: "True"\n---'], {"license": "True"}, ""),
+    ],
+)
+def test_the_card_has_the_licence_that_all_models_have(tmp_path, cards, front, said):
+    text, found = _card_of_merge(tmp_path, *cards)
+    assert {key: value for key, value in found.items() if key.startswith("license")} == front
+    assert ("licences" in text or "licence of" in text) == bool(said)
+    assert said in text
+    for number, card in enumerate(cards):
+        (row,) = [
+            line for line in text.splitlines() if f"model{number}`" in line and line[0] == "-"
+        ][:1]
+        assert ("licence `" in row) == ("license: " in (card or "").replace("license: \n", ""))
+
+
+def test_a_card_that_cannot_be_read_is_no_reason_to_fail(tmp_path):
+    (tmp_path / "model0" / "README.md").mkdir(parents=True)
+    _, found = _card_of_merge(tmp_path, None, "---\nlicense: mit\n---\n")
+    assert "license" not in found

@@ -182,6 +182,20 @@ def test_no_part_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_journal_that_was_removed_by_hand_is_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert cli.main(words(models, "ties", output, "--part", "1/2")) == 0
+    journal_path(output).unlink()
+    capsys.readouterr()
+    for word, said in (("join", "is missing"), ("run", "goes on only with its")):
+        assert cli.main([word, *words(models, "ties", output)[1:4]]) == 1
+        told = capsys.readouterr().err
+        assert said in told and journal_path(output).name in told
+    assert parts(output) == ["1-of-2"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -21,6 +21,7 @@ SIDECAR_PATTERNS = ("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.py
                     "LICENSE*", "NOTICE*")  # fmt: skip
 _FILE_ENDS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes")
 MANIFEST_NAME = "outliermerge.json"
+CARD_NAME = "README.md"
 TRAINING_FILES = re.compile(
     r"^((train(ing|er)?_args|optim|optimizer.*|(lr_)?scheduler(_\d+)?"
     r"|((grad|loss)_)?scaler|sampler.*|dataloader.*)\.(bin|pt|pth|json)"

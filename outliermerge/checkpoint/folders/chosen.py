@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.folders.beside import sidecars_of
@@ -83,5 +83,6 @@ def weights_of(names: Collection[str], folder: Path, parts: Collection[str]) -> 
             if isinstance(weight_map, dict):
                 files = [str(file) for file in dict.fromkeys(weight_map.values())]
             files.append(choice.index)
-        chosen += [prefix + file for file in files]
+        # An index may say `./model.safetensors`, which is no name in a store.
+        chosen += [PurePosixPath(prefix + file).as_posix() for file in files]
     return chosen

@@ -17,7 +17,7 @@ from outliermerge.checkpoint.folders.absent import (
     names_of,
     path_meant,
 )
-from outliermerge.checkpoint.folders.beside import sidecars_of
+from outliermerge.checkpoint.folders.beside import CARD_NAME, sidecars_of
 from outliermerge.checkpoint.folders.chosen import (
     NO_WEIGHTS,
     parts_of,
@@ -32,7 +32,7 @@ from outliermerge.checkpoint.folders.remote import (
 )
 from outliermerge.checkpoint.formats.table import SUFFIXES
 from outliermerge.errors import OutlierMergeError, as_path, direct, listing, quoted, shown
-from outliermerge.storage.addresses import is_address
+from outliermerge.storage.addresses import is_address, without_secrets
 
 _LOGGER = logging.getLogger(__name__)
 _HUB = "hf://"
@@ -160,7 +160,7 @@ def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | Non
             repo_id, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
         )
     except RevisionNotFoundError as error:
-        raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
+        raise OutlierMergeError(f"{reason_of(error, repo_id, revision)}.") from error
     except Exception as error:
         return _from_cache(repo_id, revision, error, only)
     names = [file.rfilename for file in info.siblings or ()]
@@ -174,12 +174,13 @@ def _fetch(repo_id: str, revision: str | None, only: Callable[[str], bool] | Non
             folder = snapshot(wanted, folder.name or revision)  # of one commit
             return folder
 
-        return fetch(wanted_files(names, fetch))
+        # The card tells the model's licence.
+        return fetch([*wanted_files(names, fetch), *({CARD_NAME} & {*names})])
     except OutlierMergeError:
         raise
     except Exception as error:
         kept = "\nFiles that have arrived are kept: the same command goes on with the others."
-        reason = _reason(error, repo_id, revision)
+        reason = reason_of(error, repo_id, revision)
         refused = isinstance(error, GatedRepoError)
         raise OutlierMergeError(f"{reason}.{'' if refused else kept}") from error
 
@@ -201,7 +202,7 @@ def _stream(repo_id: str, revision: str | None, only: Callable[[str], bool] | No
             repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     except RevisionNotFoundError as error:
-        raise OutlierMergeError(f"{_reason(error, repo_id, revision)}.") from error
+        raise OutlierMergeError(f"{reason_of(error, repo_id, revision)}.") from error
     except Exception as error:
         return _from_cache(repo_id, revision, error, only)
     commit = info.sha or revision or "main"
@@ -229,7 +230,7 @@ def _from_cache(
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    reason = _reason(error, repo_id, revision)
+    reason = reason_of(error, repo_id, revision)
     try:
         folder = Path(
             hub.snapshot_download(
@@ -271,7 +272,8 @@ def _lacking(repo_id: str, folder: Path, only: Callable[[str], bool] | None) -> 
     return sorted(needed - present) + ([] if weights else [NO_WEIGHTS])
 
 
-def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+def reason_of(error: Exception, repo_id: str, revision: str | None) -> str:
+    """Return in words what an error of the hub's client means."""
     from huggingface_hub import constants, errors, get_token
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -294,7 +296,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
             return f"the hub refuses the token that was sent: {log_in}"
         case errors.HfHubHTTPError() if error.server_message:
             return f"the hub answers {error.response.status_code}: {error.server_message}"
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
     if isinstance(error, (OSError, errors.HFValidationError)):
         return text
     return f"the connection to the hub failed: {text}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Literal
 import xxhash
 
 from outliermerge.checkpoint.checksum import file_checksum
-from outliermerge.checkpoint.folders.beside import MANIFEST_NAME
+from outliermerge.checkpoint.folders.beside import CARD_NAME, MANIFEST_NAME
 from outliermerge.checkpoint.folders.chosen import wanted_files
 from outliermerge.checkpoint.formats.safetensors_file import MAX_HEADER_BYTES
 from outliermerge.checkpoint.formats.table import SUFFIXES
@@ -27,7 +28,7 @@ from outliermerge.storage.failures import naming
 from outliermerge.storage.files import MAX_LARGE_BYTES, MAX_MANIFEST_BYTES
 from outliermerge.storage.json_text import is_web_page, parse_json
 from outliermerge.storage.objects import Objects
-from outliermerge.storage.ranges import RemoteObject, State, persistently
+from outliermerge.storage.ranges import RefusedError, RemoteObject, State, persistently
 from outliermerge.storage.stamps import Watched, watching
 from outliermerge.storage.stand_ins import (
     Elsewhere,
@@ -37,6 +38,7 @@ from outliermerge.storage.stand_ins import (
     write_record,
 )
 
+_LOGGER = logging.getLogger(__name__)
 _BY_RANGES = ".safetensors"
 _FIRST_BYTES = 1 << 18  # most headers of a shard, and most small files, fit
 _NUM_CONNECTIONS = 8
@@ -47,7 +49,7 @@ _USUAL_NAMES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE", MANIFEST_NAME,
+    "processor_config.json", "LICENSE", CARD_NAME, MANIFEST_NAME,
 )  # fmt: skip
 
 RECORDS = ".outliermerge/"
@@ -110,10 +112,13 @@ def place_of(address: str) -> Place:
     names: tuple[str, ...] | None = None
     if address.partition("://")[0].lower() in STORES:
         store = Objects().store(address)
-        names = tuple(sorted(persistently(address, lambda: list(store.names(address)))))
-        if not names:
+        # Keys may allow to read, but not to list: then the usual names are asked for.
+        with suppress(RefusedError):
+            names = tuple(sorted(persistently(address, lambda: list(store.names(address)))))
+        if names == ():
             raise OutlierMergeError(f"{address}: nothing is there")
-        if MANIFEST_NAME not in names and any(name.startswith(RECORDS) for name in names):
+        is_begun = any(name.startswith(RECORDS) for name in names or ())
+        if is_begun and MANIFEST_NAME not in (names or ()):
             raise OutlierMergeError(
                 f"{address}: is an output that is not finished: its weights are not all written. "
                 "To go on, start the same command again."
@@ -139,6 +144,11 @@ def fetch_model(place: Place, only: Callable[[str], bool] | None = None) -> Path
         fetch = _Fetch(place, Path(folder))
         try:
             return fetch.run(only)
+        except OutlierMergeError as error:
+            text = error.marked.replace(f"{fetch.folder}/", "")
+            if text == error.marked:
+                raise
+            raise OutlierMergeError(text) from error
         finally:
             fetch.objects.close()
 
@@ -150,11 +160,12 @@ class _Fetch:
         self._place, self._new = place, new
         self._name = "".join(c for c in file_name(place.address) if c.isalnum() or c in "-_.@")
         self._name = self._name.strip(".") or "model"
-        self._folder = new / self._name
-        self._folder.mkdir()
+        self.folder = new / self._name
+        self.folder.mkdir()
         self.objects = Objects()
         self._firsts: dict[str, tuple[State, bytes] | None] = {}
         self._states: dict[str, State] = {}
+        self._refused: dict[str, RefusedError] = {}
 
     def run(self, only: Callable[[str], bool] | None) -> Path:
         place = self._place
@@ -166,7 +177,7 @@ class _Fetch:
         else:
             try:
                 wanted = wanted_files(names, self._fetch)
-                wanted += [name for name in names if name == MANIFEST_NAME]
+                wanted += [name for name in names if name in (CARD_NAME, MANIFEST_NAME)]
             except OutlierMergeError as error:
                 raise OutlierMergeError(f"{place.address}: {error}") from error
         others = [n for n in wanted if n.endswith(SUFFIXES) and not n.endswith(_BY_RANGES)]
@@ -181,9 +192,11 @@ class _Fetch:
     def _asked_for(self) -> list[str]:
         """Return which of the usual files a web server has, and those that a manifest names."""
         with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-            found = zip(_USUAL_NAMES, pool.map(self._first, _USUAL_NAMES), strict=True)
+            found = zip(_USUAL_NAMES, pool.map(self._if_there, _USUAL_NAMES), strict=True)
             # Some servers answer with a page, and not with 404, where a file is not there.
             names = [n for n, first in found if first is not None and not is_web_page(first[1])]
+        if self._refused:
+            self._settle_refused(names)
         if not names:
             raise OutlierMergeError(
                 f"{self._place.address}: no model is there: the server has none of "
@@ -194,6 +207,32 @@ class _Fetch:
             named = [manifest.get(key) for key in ("files", "shards")]
             names += [n for part in named if isinstance(part, dict) for n in part if n not in names]
         return names
+
+    def _if_there(self, name: str) -> tuple[State, bytes] | None:
+        try:
+            return self._first(name)
+        except RefusedError as error:
+            self._refused[name] = error
+            return None
+
+    def _settle_refused(self, found: Sequence[str]) -> None:
+        """Take files that are refused for absent: stores that may not be listed answer so.
+
+        Raises:
+            OutlierMergeError: all are refused, also those that were read a moment ago.
+        """
+        name, error = next(iter(self._refused.items()))
+        if not found:
+            raise error
+        there = self._object(found[0])
+        persistently(there.address, partial(there.first, 1))
+        _LOGGER.warning(
+            "%s: the server refuses %d of the usual files (403), such as %s: they are taken to be "
+            "absent, as stores that may not be listed say so",
+            self._place.address,
+            len(self._refused),
+            name,
+        )
 
     def _first(self, name: str) -> tuple[State, bytes] | None:
         if name not in self._firsts:
@@ -209,7 +248,7 @@ class _Fetch:
         missing = [name for name in dict.fromkeys(names) if name not in self._states]
         with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
             list(pool.map(self._save, missing))
-        return self._folder
+        return self.folder
 
     def _save(self, name: str) -> None:
         parts = PurePosixPath(name).parts
@@ -229,7 +268,7 @@ class _Fetch:
             raise OutlierMergeError(
                 f"{found.address}: has {num_bytes:,} bytes, more than a file beside weights has"
             )
-        path = self._folder / name
+        path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
 
         with path.open("wb") as file:
@@ -253,7 +292,7 @@ class _Fetch:
         """Give the folder the name that belongs to what is in it."""
         place, states = self._place, sorted(self._states.items())
         # Where a server gives no version, only the contents show that a file was written again.
-        contents = [file_checksum(self._folder / name) for name, _ in states]
+        contents = [file_checksum(self.folder / name) for name, _ in states]
         facts = repr((place.address, place.version, states, contents))
         final = private_folder(xxhash.xxh3_128_hexdigest(facts.encode("utf-8", "surrogatepass")))
         if elsewhere(final / self._name) is None:

@@ -27,14 +27,15 @@ static void norms_of_piece(const Block *block, const Choice *choice, uint64_t pl
 }
 
 PyDoc_STRVAR(drawn_doc,
-             "drawn(block, start, chances, epsilons, keys[, row, length]) -> bytes\n\n"
+             "drawn(block, start, chances, epsilons, keys[, row, length[, kept]]) -> bytes\n\n"
              "Sums of each model's magnitudes, and of those kept at random. chances and epsilons are "
              "float32 (M,), keys as of merge, start the block's first element in the tensor. By "
              "default in each piece of 65,536 elements, float64 (pieces, M, 2). With rows of so many "
              "elements, of which as many as `length` are ranked together, probabilities go by rank, "
              "from chance - epsilon to chance + epsilon; the sums are those of the rows that begin in "
              "the block, float64 (rows, M, 2). A block in files may begin and end within a row, which "
-             "is then read as a whole.");
+             "is then read as a whole. kept, a writable buffer, gets a bit for each element of the "
+             "tensor, (M, bytes) with 4 bytes to spare, for a block that begins at a multiple of 8.");
 
 static PyObject *py_drawn(PyObject *module, PyObject *args) {
     Block block;
@@ -42,8 +43,10 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
     const char *chances, *epsilons, *keys;
     Py_ssize_t sizes[3], elements = 0, length = 0;
     int failed = 0, error = 0;
-    if (!PyArg_ParseTuple(args, "O&Ky#y#y#|nn", take, &block, &first, &chances, sizes,
-                          &epsilons, sizes + 1, &keys, sizes + 2, &elements, &length))
+    Py_buffer view = {0};
+    Kept bits;
+    if (!PyArg_ParseTuple(args, "O&Ky#y#y#|nnw*", take, &block, &first, &chances, sizes, &epsilons,
+                          sizes + 1, &keys, sizes + 2, &elements, &length, &view))
         return NULL;
     const size_t models = block.num_models, vector = models * sizeof(float);
     Rows rows = {0};
@@ -55,7 +58,9 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "numbers and keys for each model are needed");
     else if (memory == NULL)
         PyErr_NoMemory();
-    else if (!elements || take_rows(&rows, &block, (size_t)elements, (size_t)length, first)) {
+    else if (view.buf != NULL && (first % 8 || !elements))
+        PyErr_SetString(PyExc_ValueError, "bits are kept of rows, from a multiple of 8 on");
+    else if (takes_kept(&bits, &view, &block, first) && (!elements || take_rows(&rows, &block, (size_t)elements, (size_t)length, first))) {
         if (elements) {
             uint64_t size = (uint64_t)elements, last = first + block.num_elements;
             num_units = (last + size - 1) / size - (first + size - 1) / size;
@@ -77,6 +82,7 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
             failed = !fetch(&block, start, num);
             if (!failed && elements) {
                 failed = !work_on_rows(&block, &rows, keep_of_row, &kept, start, num);
+                if (bits.bits != NULL) pack_kept(&bits, &block, &rows, first + start, num);
             } else if (!failed) {
                 norms_of_piece(&block, &kept.choice, first + start, num, kept.norms.sums);
                 kept.norms.sums += 2 * models;
@@ -87,6 +93,7 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
     }
     PyMem_RawFree(memory);
     if (elements) free_rows(&rows);
+    PyBuffer_Release(&view);
     return finished(&block, result, failed, error);
 }
 

@@ -11,6 +11,7 @@ typedef struct {
     float *numbers; /* its scalars and vectors */
     uint64_t *keys;
     Rows rows;
+    Py_buffer kept;
     uint64_t first; /* the block's first element in the tensor */
     int is_finite;
     Place out;
@@ -32,7 +33,7 @@ static const Method *method_of(const char *name, size_t scalar_bytes, size_t vec
     return NULL;
 }
 
-/* Parse (method, scalars, vectors, code, out[, keys, start, row, length]). */
+/* Parse (method, scalars, vectors, code, out[, keys, start, row, length[, kept]]). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
     const char *name, *scalars, *vectors, *keys = NULL;
     Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0, row = 0, length = 0;
@@ -41,9 +42,9 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     int code;
     size_t models = block->num_models, num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     variant->is_finite = 1;
-    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#Knn", &name, &scalars, &scalar_bytes, &vectors,
+    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#Knny*", &name, &scalars, &scalar_bytes, &vectors,
                           &vector_bytes, &code, &out, &keys, &key_bytes, &first,
-                          &row, &length))
+                          &row, &length, &variant->kept))
         return 0;
     variant->method = method_of(name, (size_t)scalar_bytes, (size_t)vector_bytes, models);
     if (variant->method == NULL) return 0;
@@ -62,7 +63,11 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
         release_place(&variant->out);
         return 0;
     }
-    if (variant->method->prepare != NULL) {
+    if (!takes_kept(&variant->call.kept, &variant->kept, block, first)) {
+        release_place(&variant->out);
+        return 0;
+    }
+    if (variant->method->prepare != NULL && variant->kept.buf == NULL) {
         if (!take_rows(&variant->rows, block, (size_t)row, (size_t)length, first)) {
             release_place(&variant->out);
             return 0;
@@ -110,9 +115,9 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
 PyDoc_STRVAR(merge_doc,
              "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
              "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out\n"
-             "[, keys, start, row, length]): keys are two uint64 for each model, which random numbers\n"
+             "[, keys, start, row, length[, kept]]): keys are two uint64 for each model, which random numbers\n"
              "are made of, and start is the block's first element in the tensor; row and length are\n"
-             "as of drawn, for a method that goes by rows;\n"
+             "as of drawn, for a method that goes by rows; kept, for della, is what drawn wrote;\n"
              "scalars and vectors are bytes of float32, as many scalars, and as many vectors of a\n"
              "number for each model, as methods() tells; out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
              "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"
@@ -168,6 +173,7 @@ static PyObject *py_merge(PyObject *module, PyObject *args) {
     for (size_t i = 0; variants != NULL && i < num_variants; i++) {
         if (i < num_taken) release_place(&variants[i].out);
         free_rows(&variants[i].rows);
+        PyBuffer_Release(&variants[i].kept);
         PyMem_RawFree(variants[i].keys);
         PyMem_RawFree(variants[i].numbers);
         PyMem_RawFree(variants[i].call.counts);

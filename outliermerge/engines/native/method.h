@@ -8,7 +8,7 @@
 #ifndef OUTLIERMERGE_METHOD_H
 #define OUTLIERMERGE_METHOD_H
 
-#include "whole_rows.h"
+#include "drawn.h"
 
 /* The arguments of a method; they are the same for the whole tensor. */
 typedef struct {
@@ -18,6 +18,7 @@ typedef struct {
     uint64_t place;       /* of the step's first element in the tensor */
     const uint64_t *keys; /* of random numbers, (M, 2) */
     Rows *rows;           /* for a method that prepares pieces; else NULL */
+    Kept kept;            /* of a method that keeps by rank, where that is known */
 } Call;
 
 typedef struct {

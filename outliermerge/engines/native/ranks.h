@@ -2,40 +2,51 @@
  * magnitude.
  *
  * Sorting is mostly avoided. Magnitudes are counted in bins, which bounds every rank, and so every
- * probability. For nearly all elements these bounds decide. For the others the exact rank is
- * counted, so that the choice is that of a stable sort. */
+ * probability. For nearly all elements the bounds of some neighbouring bins together decide, for
+ * most of the others those of their own bin. For the rest the exact rank is counted, so that the
+ * choice is that of a stable sort. */
 #ifndef OUTLIERMERGE_RANKS_H
 #define OUTLIERMERGE_RANKS_H
 
 #include "random.h"
 
 enum {
-    ZEROS = 16, /* bins for zeros, so that counting many of them one by one does not stall */
-    FEWEST_BINS = 256,
-    MOST_BINS = 1 << 14,
-    OCTAVES = 16, /* that the bins span below the largest magnitude */
-    FEW = 12,     /* unsure elements whose ranks are counted in the whole row */
-    PATIENCE = 64, /* comparisons for each element of a row, before the row is sorted */
+    ZEROS = 16,     /* bins for zeros, so that counting many of them one by one does not stall */
+    MOST_BINS = 2048,
+    OCTAVES = 16,   /* that the bins span below the largest magnitude */
+    COLUMNS = 16,   /* of the table of bins */
+    GROUPS = 64,    /* of bins, of the upper half of the octaves */
+    FEW = 16,       /* unsure elements whose ranks are counted in the whole row */
+    PATIENCE = 64,  /* comparisons for each element of a row, before the row is sorted */
     DIGIT = 11,
 };
 
-/* Memory for a row, and what is known of it. */
+enum { UNKNOWN, ALIKE, NOT_ALIKE };
+
+typedef uint32_t Counts __attribute__((vector_size(COLUMNS * 4)));
+
+/* Memory for a row, and what is known of it. Bins follow one another down the columns of a table, so
+ * that all columns are added up at once. */
 typedef struct {
     size_t length;
     double least, range;   /* the probability of rank 0, and how much larger the last one's is */
+    unsigned digits;       /* of the number of bins */
     uint32_t *sizes;       /* magnitudes' bits */
-    uint32_t *other;       /* bounds, then magnitudes by bin, or an order */
+    uint32_t *other;       /* magnitudes by bin, or an order */
     uint32_t *unsure, *at; /* elements whose rank is to be counted, and where they are by bin */
-    uint16_t *bins, *tops; /* the first 16 random bits */
-    uint8_t *kept, *open;
-    uint32_t *counts, *starts, *limits; /* of bins */
+    uint16_t *bins, *tops; /* places in the table; the first 16 random bits */
+    uint8_t *kept, *open, *alike;
+    uint32_t *counts, *starts; /* of bins; the first rank in them */
+    uint16_t lows[GROUPS], highs[GROUPS]; /* bounds of a group's probabilities, in steps of 2^-16 */
     void *memory;
 } Ranked;
 
 static int take_row(Ranked *row, size_t length) {
-    size_t padded = (length + 63) / 64 * 64, bins = ZEROS + MOST_BINS + 64;
+    size_t padded = (length + 63) / 64 * 64, bins = MOST_BINS + ZEROS;
     row->length = length;
-    row->memory = PyMem_RawCalloc(padded * 22 + 3 * bins * sizeof(uint32_t) + 64, 1);
+    row->digits = 9;
+    while ((size_t)4 << row->digits <= length && 1 << row->digits < MOST_BINS) row->digits++;
+    row->memory = PyMem_RawCalloc(padded * 22 + bins * 9 + 64, 1);
     if (row->memory == NULL) return 0;
     uint32_t *next = (uint32_t *)(((uintptr_t)row->memory + 63) & ~(uintptr_t)63);
     row->sizes = next;
@@ -44,24 +55,20 @@ static int take_row(Ranked *row, size_t length) {
     row->at = next += padded;
     row->counts = next += padded;
     row->starts = next += bins;
-    row->limits = next += bins;
     row->bins = (uint16_t *)(next += bins);
     row->tops = row->bins + padded;
     row->kept = (uint8_t *)(row->tops + padded);
     row->open = row->kept + padded;
+    row->alike = row->open + padded;
     return 1;
 }
 
 /* All NaN are alike, and larger than infinity. Returns the largest. */
-static uint32_t take_sizes(const float *restrict values, size_t stride, uint32_t *restrict sizes,
+INLINE uint32_t take_sizes(const float *restrict values, size_t stride, uint32_t *restrict sizes,
                            size_t num) {
     uint32_t most = 0;
-    if (stride != 1)
-        for (size_t i = 0; i < num; i++) sizes[i] = bits_of(values[i * stride]);
-    else
-        memcpy(sizes, values, num * sizeof *sizes);
     for (size_t i = 0; i < num; i++) {
-        uint32_t size = sizes[i] & MAGNITUDE;
+        uint32_t size = bits_of(values[i * stride]) & MAGNITUDE;
         size = size > INFINITE ? INFINITE + 1u : size;
         sizes[i] = size;
         most = size > most ? size : most;
@@ -77,99 +84,130 @@ static void take_tops(uint64_t counter, uint64_t step, uint64_t second_key,
     }
 }
 
-/* Find the bins, count them, and return how many there are. */
-static size_t count_sizes(const Ranked *row, uint32_t most) {
+/* Find the bins, and count them. */
+static void count_sizes(const Ranked *row, uint32_t most) {
     const uint32_t *restrict sizes = row->sizes;
     uint16_t *restrict bins = row->bins;
     uint32_t *restrict counts = row->counts;
-    unsigned digits = 8;
-    while (((size_t)2 << digits) <= row->length && 1 << digits < MOST_BINS) digits++;
-    const uint32_t num_bins = 1u << digits, shift = 23 - (digits - 4); /* OCTAVES is 2^4 */
-    const uint32_t span = num_bins << shift, low = most >= span ? most + 1 - span : 0;
+    const uint32_t columns = row->digits - 4, shift = 23 - columns; /* OCTAVES is 2^4 */
+    const uint32_t span = 1u << (row->digits + shift), low = most >= span ? most + 1 - span : 0;
+    const uint32_t below = (1u << columns) - 1, zeros = 1u << row->digits;
     const size_t length = row->length;
     for (size_t i = 0; i < length; i++) {
-        uint32_t above = sizes[i] > low ? (sizes[i] - low) >> shift : 0;
-        uint32_t bin = sizes[i] == 0 ? (uint32_t)i % ZEROS : ZEROS + above;
-        bins[i] = (uint16_t)bin;
+        uint32_t bin = (sizes[i] > low ? sizes[i] - low : 0) >> shift;
+        uint32_t place = (bin & below) * COLUMNS | bin >> columns;
+        bins[i] = (uint16_t)(sizes[i] ? place : zeros + i % ZEROS);
     }
-    memset(counts, 0, (ZEROS + num_bins) * sizeof *counts);
+    memset(counts, 0, (zeros + ZEROS) * sizeof *counts);
 #pragma GCC unroll 4
     for (size_t i = 0; i < length; i++) counts[bins[i]]++;
-    return ZEROS + num_bins;
+    for (size_t i = 0; i < ZEROS; i++) counts[0] += counts[zeros + i];
 }
 
-/* Write each bin's first rank, and bounds of the probabilities of its elements, in steps of 2^-16.
- * The bounds are a quarter of a step apart from those that rounding could give. */
-static void bound_bins(const Ranked *row, size_t num_bins) {
-    uint32_t *restrict starts = row->starts, *restrict limits = row->limits;
-    const uint32_t *restrict counts = row->counts;
-    uint32_t rank = 0;
-#pragma GCC unroll 8
-    for (size_t bin = 0; bin < num_bins; bin++) {
-        starts[bin] = rank;
-        rank += counts[bin];
+/* Write each bin's first rank, and the bounds of groups: a quarter of a step apart from those that
+ * rounding could give. The first group has all bins of the lower half of the octaves, too. */
+static void bound_groups(Ranked *row) {
+    const Counts *counts = (const Counts *)row->counts;
+    Counts *starts = (Counts *)row->starts, sums = {0}, before;
+    const size_t rows = (size_t)1 << row->digits >> 4, step = rows / 8;
+    for (size_t i = 0; i < rows; i++) {
+        starts[i] = sums;
+        sums += counts[i];
     }
-    starts[num_bins] = rank;
+    uint32_t total = 0;
+    for (int column = 0; column < COLUMNS; column++) {
+        before[column] = total;
+        total += sums[column];
+    }
+    for (size_t i = 0; i < rows; i++) starts[i] += before;
+    uint32_t num_zeros = 0;
+    for (size_t i = (size_t)1 << row->digits; i < ((size_t)1 << row->digits) + ZEROS; i++) {
+        row->starts[i] = num_zeros;
+        num_zeros += row->counts[i];
+    }
+    row->starts[0] = num_zeros; /* they are counted there, too */
+    row->counts[0] -= num_zeros;
+    float first[GROUPS + 1];
+    for (size_t group = 0; group < GROUPS; group++)
+        first[group] = (float)row->starts[group % 8 * step * COLUMNS + 8 + group / 8];
+    first[0] = 0;
+    first[GROUPS] = (float)total;
     const float least = (float)(row->least * 65536);
     const float slope = (float)(row->range * 65536 / (double)(row->length - 1));
-    for (size_t bin = 0; bin < num_bins; bin++) {
-        float first = (float)starts[bin] * slope + least;
-        float last = (float)starts[bin + 1] * slope + least;
-        float low = (first < last ? first : last) - 0.25f;
-        float high = (first < last ? last : first) + 0.25f;
-        low = low < 0 ? 0.0f : low > 65535 ? 65535.0f : low;
-        high = high < 0 ? 0.0f : high > 65535 ? 65535.0f : high;
-        limits[bin] = (uint32_t)(int32_t)low << 16 | (uint32_t)(int32_t)high;
+    for (size_t group = 0; group < GROUPS; group++) {
+        float one = first[group] * slope + least, other = first[group + 1] * slope + least;
+        float low = (one < other ? one : other) - 0.25f, high = (one < other ? other : one) + 0.25f;
+        row->lows[group] = (uint16_t)(low < 0 ? 0.0f : low > 65535 ? 65535.0f : low);
+        row->highs[group] = (uint16_t)(high < 0 ? 0.0f : high > 65535 ? 65535.0f : high);
     }
 }
 
-/* Decide what the random number alone tells, and list the others: they are in row->unsure, and what
- * their number is in row->at. Returns how many there are. */
-static size_t decide_by_tops(const Ranked *row, size_t num_bins) {
-    const uint32_t first = row->limits[0], last = row->limits[num_bins - 1];
-    const uint32_t one = first >> 16, other = last >> 16;
-    const uint32_t low = one < other ? one : other;
-    const uint32_t top_of_first = first & 0xFFFF, top_of_last = last & 0xFFFF;
-    const uint32_t high = top_of_first > top_of_last ? top_of_first : top_of_last;
-    const uint16_t *restrict tops = row->tops;
+/* Decide what the random number and the bounds of groups tell, and list the others in row->unsure.
+ * Returns how many there are. */
+static size_t decide_by_groups(const Ranked *row) {
+    const unsigned shift = row->digits - 3;
+    const uint16_t *restrict tops = row->tops, *restrict bins = row->bins;
     uint8_t *restrict kept = row->kept;
     uint32_t *restrict unsure = row->unsure;
     const size_t length = row->length; /* a copy: bytes that are written might be any memory */
     size_t num = 0;
-    for (size_t i = 0; i < length; i++) kept[i] = tops[i] < low;
-#if defined(__AVX512F__)
-    const __m512i from = _mm512_set1_epi32((int)low), span = _mm512_set1_epi32((int)(high - low));
+#if defined(__AVX512BW__)
+    const __m512i lows[2] = {_mm512_loadu_si512(row->lows), _mm512_loadu_si512(row->lows + 32)};
+    const __m512i highs[2] = {_mm512_loadu_si512(row->highs), _mm512_loadu_si512(row->highs + 32)};
+    const __m512i columns = _mm512_set1_epi16(COLUMNS - 1), half = _mm512_set1_epi16(GROUPS);
+    const __m128i by = _mm_cvtsi32_si128((int)shift);
     __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (size_t i = 0; i < length; i += 16) { /* tops are zero, or old, behind the row's end */
-        __mmask16 valid = length - i >= 16 ? 0xFFFF : (__mmask16)((1u << (length - i)) - 1);
-        __m512i top = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(tops + i)));
-        __mmask16 open = _mm512_mask_cmple_epu32_mask(valid, _mm512_sub_epi32(top, from), span);
-        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32(open, at));
-        num += (size_t)__builtin_popcount(open);
+    for (size_t i = 0; i < length; i += 32) { /* what is behind the row's end is zero, or old */
+        __mmask32 valid = length - i >= 32 ? ~0u : (1u << (length - i)) - 1;
+        __m512i top = _mm512_loadu_si512(tops + i), bin = _mm512_loadu_si512(bins + i);
+        __m512i group = _mm512_slli_epi16(_mm512_and_si512(bin, columns), 3);
+        group = _mm512_or_si512(group, _mm512_srl_epi16(bin, by));
+        group = _mm512_subs_epu16(group, half);
+        __mmask32 below = _mm512_cmplt_epu16_mask(top, _mm512_permutex2var_epi16(lows[0], group, lows[1]));
+        __mmask32 above = _mm512_cmpgt_epu16_mask(top, _mm512_permutex2var_epi16(highs[0], group, highs[1]));
+        __mmask32 open = valid & ~(below | above);
+        _mm256_storeu_si256((void *)(kept + i), _mm256_maskz_set1_epi8(below, 1));
+        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)open, at));
+        num += (size_t)__builtin_popcount(open & 0xFFFF);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)(open >> 16), at));
+        num += (size_t)__builtin_popcount(open >> 16);
         at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
     }
 #else
+    uint32_t bounds[2 * GROUPS]; /* the low one, and how far the high one is from it */
+    for (size_t i = 0; i < 2 * GROUPS; i++) {
+        uint32_t group = i < GROUPS ? 0 : (uint32_t)i - GROUPS, low = row->lows[group];
+        bounds[i] = low << 16 | (row->highs[group] - low);
+    }
     for (size_t i = 0; i < length; i++) {
+        uint32_t bin = bins[i], top = tops[i];
+        uint32_t both = bounds[((bin % COLUMNS) << 3 | bin >> shift) % (2 * GROUPS)];
+        uint32_t away = top - (both >> 16);
+        kept[i] = (uint8_t)(away >> 31);
         unsure[num] = (uint32_t)i;
-        num += (uint32_t)tops[i] - low <= high - low;
+        num += away <= (both & 0xFFFF);
     }
 #endif
     return num;
 }
 
-/* Decide the listed elements by the bounds of their bins; list again what they leave open, and mark
- * it. */
+/* Decide the listed elements by the bounds of their bins; list again what they leave open. */
 static size_t decide_by_bins(const Ranked *row, size_t num_listed) {
-    const uint16_t *restrict bins = row->bins, *restrict tops = row->tops;
-    const uint32_t *restrict limits = row->limits;
+    const float least = (float)(row->least * 65536);
+    const float slope = (float)(row->range * 65536 / (double)(row->length - 1));
     uint8_t *restrict kept = row->kept;
-    uint32_t *unsure = row->unsure;
+    uint32_t *restrict unsure = row->unsure;
     size_t num = 0;
     for (size_t k = 0; k < num_listed; k++) {
-        uint32_t i = unsure[k], both = limits[bins[i]], top = tops[i];
-        kept[i] = top < both >> 16;
+        uint32_t i = unsure[k], bin = row->bins[i], start = row->starts[bin];
+        float one = (float)start * slope + least;
+        float other = (float)(start + row->counts[bin]) * slope + least;
+        float low = (one < other ? one : other) - 1.25f, high = (one < other ? other : one) + 0.25f;
+        float top = row->tops[i];
+        kept[i] = top < low;
         unsure[num] = i;
-        num += (top >= both >> 16) & (top <= (both & 0xFFFF));
+        num += (row->sizes[i] != 0) & (top >= low) & (top <= high);
     }
     return num;
 }
@@ -184,14 +222,30 @@ static uint32_t rank_among(const uint32_t *restrict sizes, size_t num, size_t at
 }
 
 /* Sort magnitudes by bin, stably, and write where the unsure ones are. starts moves to the ends. */
-static void group_by_bin(const Ranked *row) {
-    size_t found = 0;
-    for (size_t i = 0; i < row->length; i++) {
-        uint32_t to = row->starts[row->bins[i]]++;
-        row->other[to] = row->sizes[i];
-        row->at[found] = to;
-        found += row->open[i];
+static void group_by_bin(const Ranked *row, size_t num_unsure) {
+    const uint16_t *restrict bins = row->bins;
+    const uint32_t *restrict sizes = row->sizes;
+    uint32_t *restrict starts = row->starts, *restrict other = row->other;
+    size_t i = 0;
+    for (size_t k = 0; k <= num_unsure; k++) {
+        size_t stop = k < num_unsure ? row->unsure[k] : row->length;
+#pragma GCC unroll 4
+        for (; i < stop; i++) other[starts[bins[i]]++] = sizes[i];
+        if (k < num_unsure) row->at[k] = starts[bins[i]];
     }
+}
+
+/* The rank of an unsure element of a bin, when magnitudes are sorted by bin. Of a bin whose
+ * magnitudes are all equal it is where the element is; row->alike tells which bins are. */
+static uint32_t rank_in_bin(const Ranked *row, uint32_t bin, uint32_t at) {
+    const uint32_t count = row->counts[bin], start = row->starts[bin] - count;
+    const uint32_t *restrict members = row->other + start;
+    if (row->alike[bin] == UNKNOWN) {
+        uint32_t differing = 0;
+        for (size_t i = 0; i < count; i++) differing |= members[i] ^ members[0];
+        row->alike[bin] = differing ? NOT_ALIKE : ALIKE;
+    }
+    return row->alike[bin] == ALIKE ? at : start + rank_among(members, count, at - start);
 }
 
 /* Write all ranks to `at`: a radix sort, which leaves out digits that are all alike. */
@@ -247,13 +301,10 @@ static void settle(const Ranked *row, size_t num, uint64_t counter, uint64_t ste
                 row->kept[i] = is_kept(row, row->at[i], counter + i * step, second_key);
         return;
     }
-    memset(row->open, 0, row->length);
-    for (size_t k = 0; k < num; k++) row->open[row->unsure[k]] = 1;
-    group_by_bin(row);
+    group_by_bin(row, num);
+    memset(row->alike, UNKNOWN, (1u << row->digits) + ZEROS);
     for (size_t k = 0; k < num; k++) {
-        uint32_t i = row->unsure[k], bin = row->bins[i], count = row->counts[bin];
-        uint32_t start = row->starts[bin] - count;
-        uint32_t rank = start + rank_among(row->other + start, count, row->at[k] - start);
+        uint32_t i = row->unsure[k], rank = rank_in_bin(row, row->bins[i], row->at[k]);
         row->kept[i] = is_kept(row, rank, counter + i * step, second_key);
     }
 }
@@ -268,10 +319,11 @@ static void apply_kept(const uint8_t *restrict kept, float *restrict values, siz
 
 /* Keep values[0], values[stride], ... at random, by rank. place is that of the first one in the
  * tensor. With `divide` what is kept is divided by its probability. */
-static void keep_by_rank(const Ranked *row, float *values, size_t stride, const uint64_t *keys,
+static void keep_by_rank(Ranked *row, float *values, size_t stride, const uint64_t *keys,
                          uint64_t place, int divide) {
     const uint64_t counter = counter_of(place, keys), step = stride * GAMMA;
-    uint32_t most = take_sizes(values, stride, row->sizes, row->length);
+    const uint32_t most = stride == 1 ? take_sizes(values, 1, row->sizes, row->length)
+                                      : take_sizes(values, stride, row->sizes, row->length);
     if (divide) {
         find_ranks(row);
         for (size_t i = 0; i < row->length; i++) {
@@ -282,9 +334,9 @@ static void keep_by_rank(const Ranked *row, float *values, size_t stride, const 
         return;
     }
     take_tops(counter, step, keys[1], row->tops, row->length);
-    const size_t num_bins = count_sizes(row, most);
-    bound_bins(row, num_bins);
-    settle(row, decide_by_bins(row, decide_by_tops(row, num_bins)), counter, step, keys[1]);
+    count_sizes(row, most);
+    bound_groups(row);
+    settle(row, decide_by_bins(row, decide_by_groups(row)), counter, step, keys[1]);
     apply_kept(row->kept, values, stride, row->length);
 }
 

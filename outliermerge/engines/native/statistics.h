@@ -32,6 +32,11 @@ INLINE Doubles doubles_of(const float *from) {
 #endif
 }
 
+INLINE Doubles magnitudes_of(Doubles values) {
+    typedef int64_t Integers __attribute__((vector_size(WIDTH * 8)));
+    return (Doubles)((Integers)values & INT64_MAX);
+}
+
 INLINE double sum_of(Lanes lanes) {
     double total = 0;
     for (int part = 0; part < VECTORS; part++)

@@ -88,7 +88,8 @@ class Statistic(Protocol):
     A statistic that kernels can measure also has `kernels`: the names of the kernel functions that
     its passes call. A statistic of a whole model has `scope = "model"`; if a parameter of the
     method says so, `scope_parameter` is its name. If `with_context` is set, `start` gets the
-    tensor's context as a keyword.
+    tensor's context as a keyword. One whose result takes memory until the tensor is merged tells
+    how much: `held_bytes`, which is called like `start`.
 
     Attributes:
         depends_on: names of the method's parameters that the statistic depends on.

@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from outliermerge.methods.context import Context
-from outliermerge.methods.kernel_call import RawBlock, packed, packed_keys
+from outliermerge.methods.kernel_call import (
+    SPARE_BYTES,
+    RawBlock,
+    kept_in,
+    packed,
+    packed_keys,
+)
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass, Scope
 from outliermerge.methods.statistics.trim import l1_scale
 
@@ -23,6 +29,15 @@ Probability: TypeAlias = Callable[..., Any]
 """Returns the probability to keep each element of a model's block, or one for all.
 
 Args: the block, its context, and the model's density and epsilon."""
+
+
+_KEPT_BYTES = 32 << 20  # of a tensor; elements beyond are ranked once more when they are merged
+
+
+class Scales(list[float]):
+    """The factor of each model, and what kernels kept by rank: bits, None where torch measured."""
+
+    kept: bytearray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,13 @@ class DrawnScale:
         drops = any(0 < density < 1 for density in parameters["density"])
         return int(drops and parameters["rescale"] and parameters["rescale_by"] == "l1")
 
+    def held_bytes(self, num_models: int, num_elements: int, parameters: Mapping[str, Any]) -> int:
+        """Return the memory for what kernels keep by rank: one bit an element, within a limit."""
+        if not (self.by_row and self.num_passes(parameters)):
+            return 0
+        own = min(-(-num_elements // 8), _KEPT_BYTES // num_models)
+        return num_models * (own + SPARE_BYTES)
+
     def start(
         self,
         num_models: int,
@@ -59,7 +81,8 @@ class DrawnScale:
             return [1.0] * num_models
         assert context is not None
         epsilon = parameters.get("epsilon", [0.0] * num_models)
-        return _Norms(self, context, parameters["density"], epsilon)
+        num_bytes = self.held_bytes(num_models, num_elements, parameters)
+        return _Norms(self, context, parameters["density"], epsilon, num_bytes)
 
 
 class _Norms:
@@ -69,14 +92,18 @@ class _Norms:
     kernel = "drawn"
     with_start = True
 
-    def __init__(self, need: DrawnScale, context: Context, density: Any, epsilon: Any) -> None:
+    def __init__(
+        self, need: DrawnScale, context: Context, density: Any, epsilon: Any, num_bytes: int
+    ) -> None:
         self.by_row = need.by_row
         self._probability, self._context = need.probability, context
         self._density, self._epsilon = density, epsilon
         self._before = [array("d") for _ in density]
         self._after = [array("d") for _ in density]
+        self._kept = bytearray(num_bytes) if num_bytes else None
 
     def measure(self, block_ME: Tensor, start: int = 0) -> list[tuple[array[float], array[float]]]:
+        self._kept = None
         context = replace(self._context, start=start)
         # As methods get them: rounded to the block's dtype.
         density, epsilon = (
@@ -97,8 +124,11 @@ class _Norms:
         num_models, context = len(self._before), self._context
         keys = packed_keys([context.keys(model) for model in range(num_models)])
         rows = ranked_rows(context) if self.by_row else ()
+        if start % 8:  # another block writes a part of the same byte
+            self._kept = None
+        kept = kept_in(self._kept, num_models, start, block[2])
         sums = array("d", kernels.drawn(
-            block, start, packed(self._density), packed(self._epsilon), keys, *rows
+            block, start, packed(self._density), packed(self._epsilon), keys, *rows, *kept
         ))  # fmt: skip
         step = 2 * num_models
         return [(sums[at::step], sums[at + 1 :: step]) for at in range(0, step, 2)]
@@ -117,11 +147,13 @@ class _Norms:
             self._before[model] += before
             self._after[model] += after
 
-    def finish(self) -> list[float]:
-        return [
+    def finish(self) -> Scales:
+        scales = Scales(
             l1_scale(math.fsum(before), math.fsum(after))
             for before, after in zip(self._before, self._after, strict=True)
-        ]
+        )
+        scales.kept = self._kept
+        return scales
 
 
 def row_size(context: Context, num_elements: int) -> int:
