@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-minilm eval eval-paper study study-peft weight-tables test test-gpu test-interop \
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft evidence weight-tables test test-gpu test-interop \
 	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
@@ -42,6 +42,13 @@ study: $(VENV)/.eval ## train, merge and score the small family for five seeds i
 
 study-peft: $(VENV)/.dev ## train a real encoder by noise, LoRA and LoRA with a scale (ten minutes)
 	@$(IN_VENV) $(BIN)/python evals/peft/study.py
+
+evidence: $(VENV)/.dev ## train, merge and score three families of models for five seeds (many hours)
+	@$(IN_VENV) $(BIN)/python evals/evidence/run.py vision
+	@$(IN_VENV) $(BIN)/python evals/evidence/run.py language
+	@$(IN_VENV) $(BIN)/python evals/evidence/run.py encoder
+	@$(IN_VENV) $(BIN)/python evals/evidence/results.py
+	@$(IN_VENV) $(BIN)/python evals/evidence/page.py
 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py

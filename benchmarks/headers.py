@@ -3,7 +3,7 @@
 The files have the names and shapes of the real ones, in FP8 with scales, and are sparse: a server
 on the loopback has no more to give than the headers. The plan is the real one.
 
-    python benchmarks/headers.py [--latency 30] [--line 1] [--work 2]
+    python benchmarks/headers.py [--latency 30] [--line 1] [--work 10]
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> None:
         "--line", type=float, default=1, help="gigabytes a second of a machine (default 1)"
     )
     parser.add_argument(
-        "--work", type=float, default=2, help="gigabytes that it computes a second (default 2)"
+        "--work", type=float, default=10, help="gigabytes that it computes a second (default 10)"
     )
     parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
     options = parser.parse_args()

@@ -14,11 +14,12 @@ from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS
 
 EQUAL = "yes"
+NOT_THERE = "not in mergekit"
 TIES_KEPT = "yes, but elements tied at a limit are all kept"
 BY_PROBABILITY = "yes with `rescale_by: l1`; by default what is kept is divided by its probability"
 # What `make parity` compares, and why a method gives other values; see docs/studies/parity.md.
 AGREES = {
-    "min_sigma": "not in mergekit",
+    "min_sigma": NOT_THERE,
     "linear": EQUAL,
     "task_arithmetic": EQUAL,
     "ties": TIES_KEPT,
@@ -38,6 +39,12 @@ AGREES = {
     "model_stock": "with `compat: mergekit`, which draws short vectors to the base at any angle",
     "nearswap": EQUAL,
     "arcee_fusion": "with `compat: mergekit`; by default in float64, with exact quartiles",
+    "iso_c": NOT_THERE,
+    "iso_cts": NOT_THERE,
+    "tsv_m": NOT_THERE,
+    "swudi": NOT_THERE,
+    "aswudi": NOT_THERE,
+    "resmerge": NOT_THERE,
     "passthrough": EQUAL,
 }
 PEAK = "peak_anonymous_megabytes"

@@ -49,9 +49,17 @@ OTHERS: dict[str, dict[str, float]] = {
     "della_linear": {"weight": 0.5, "density": 0.5},
     "ram": {},
     "ramplus_tl": {},
+    "iso_c": {},
+    "iso_cts": {},
+    "tsv_m": {},
+    "swudi": {},
+    "aswudi": {},
+    "resmerge": {},
 }
 OF_THE_MERGE = ("t", "select_topk")  # parameters that a model cannot set for itself
-WITHOUT_PEER = ("passthrough", "min_sigma")
+WITHOUT_PEER = (
+    "passthrough", "min_sigma", "iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge",
+)  # fmt: skip
 MEMORY = "64MB"
 SWEEP = "t=2,2.5,3"
 NOTE = (

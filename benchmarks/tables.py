@@ -12,11 +12,13 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods_table import methods
+from elsewhere_tables import elsewhere, headers, on_ray
+from markdown_tables import markdown, number
+from methods_table import PEAK, methods
 from report import START_UP, Report, fit, median, overheads, ratio, round_ratios
 
 ROOT = Path(__file__).parent.parent
@@ -25,31 +27,10 @@ NOT_CACHED = ("3B", "7B")  # their inputs are about as large as the memory
 COPIES = {"copy": "plain copy", "direct copy": "copy past the page cache"}
 LOW_MEMORY = "outliermerge --memory 64MB"
 TORCH = "outliermerge --no-kernels"
-PEAK = "peak_anonymous_megabytes"
 METHODS = (
     "linear", "task_arithmetic", "min_sigma", "ties", "slerp", "model_stock", "dare_linear",
     "dare_ties", "breadcrumbs", "della", "sce", "passthrough",
 )  # fmt: skip
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table, or nothing where no row has a figure."""
-    rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
-    if not rows:
-        return ""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float | None) -> str:
-    """Write a figure with two digits or more.
-
-    >>> number(0.123), number(1.26), number(21.4), number(1234.6), number(None)
-    ('0.12', '1.3', '21', '1235', '–')
-    """
-    if value is None:
-        return "–"
-    return f"{value:.{2 if value < 0.995 else 1 if value < 9.95 else 0}f}"
 
 
 def machine(report: Report) -> str:
@@ -281,18 +262,6 @@ def looking(content: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def elsewhere(content: dict[str, Any]) -> str:
-    """Merges of models in an object store, from the JSON that elsewhere.py writes."""
-    return markdown(
-        ["models in S3", "wall s", "over the line's time", "CPU s", "memory MB"],
-        (
-            [name, number(case["wall_seconds"]), f"{content['over_the_line'][name]:.2f}",
-             number(case["cpu_seconds"]), number(case[PEAK])]
-            for name, case in content["processes"].items()
-        ),
-    )  # fmt: skip
-
-
 def kernels(content: dict[str, Any]) -> str:
     """What kernels cost, from the JSON that kernels.py writes."""
     keys = ("nanoseconds", "nanoseconds before")
@@ -325,16 +294,11 @@ def sections(results: Path = RESULTS) -> dict[str, str]:
     if (results / "speed.json").is_file():
         report = Report.load(results / "speed.json")
         found = {name: write(report) for name, write in SECTIONS.items()}
-    if (results / "inputs.json").is_file():
-        found["inputs"] = inputs(json.loads((results / "inputs.json").read_text()))
-    if (results / "looking.json").is_file():
-        found["looking"] = looking(json.loads((results / "looking.json").read_text()))
-    if (results / "elsewhere.json").is_file():
-        found["elsewhere"] = elsewhere(json.loads((results / "elsewhere.json").read_text()))
-    if (results / "kernels.json").is_file():
-        found["kernels"] = kernels(json.loads((results / "kernels.json").read_text()))
-    if (results / "methods.json").is_file():
-        found["methods"] = methods(json.loads((results / "methods.json").read_text()))
+    others = (inputs, looking, elsewhere, on_ray, headers, kernels, methods)
+    for write in others:
+        path = results / f"{write.__name__}.json"
+        if path.is_file():
+            found[write.__name__] = write(json.loads(path.read_text()))
     return {name: text for name, text in found.items() if text}
 
 

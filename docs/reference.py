@@ -26,6 +26,7 @@ from outliermerge.spec.schema import json_schema
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *sorted((DOCS / "reference").glob("*.md")))
+_IN_ONE_ROW = ("iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge")
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -58,7 +59,10 @@ def methods_table() -> str:
             _linked(method.paper),
         ]
         for method in METHODS.values()
+        if method.name not in _IN_ONE_ROW
     ]
+    links = [f"[`{name}`](docs/reference/methods.md#{name})" for name in _IN_ONE_ROW]
+    rows.append([" ".join(links), "Not in mergekit, and on whole matrices", "by method", "papers"])
     return _table(["`merge_method`", "what it does", "parameters and defaults", "from"], *rows)
 
 

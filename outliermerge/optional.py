@@ -56,3 +56,17 @@ def require_ray(what: str) -> None:
             f"{what} needs Ray, which is not installed. Install it on every machine of the "
             "cluster: pip install 'outliermerge[ray]'"
         )
+
+
+def require_search() -> None:
+    """Refuse a search before it begins, where its packages are not installed.
+
+    Raises:
+        OutlierMergeError: they are not.
+    """
+    absent = [name for name in ("optuna", "cmaes") if not is_installed(name)]
+    if absent:
+        raise OutlierMergeError(
+            f"a search needs {' and '.join(absent)}, not installed here: "
+            "pip install 'outliermerge[search]'"
+        )

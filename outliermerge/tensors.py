@@ -148,12 +148,13 @@ def merge_tensors(
         raise OutlierMergeError("no models to merge")
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
-    if any(scope_of(need, resolved) == "model" for need in found.of(resolved).needs.values()):
+    context = Context(name, tuple(getattr(models[0], "shape", ())), seed=seed)
+    needs = found.of(resolved, context).needs.values()
+    if any(scope_of(need, resolved) == "model" for need in needs):
         raise ArgumentError(
             f"{found.name} measures whole models with these parameters: "
             "use merge_state_dicts or run"
         )
-    context = Context(name, tuple(getattr(models[0], "shape", ())), seed=seed)
     merge = _prepared(models, base, found, resolved, context)
     if not isinstance(merge, TensorMerge):
         return merge
@@ -246,7 +247,7 @@ def _prepared(
         return models[0].detach().to(first.device, first.dtype, copy=True)
     sources = [base, *models] if method.uses_base and base is not None else list(models)
     task = Task(
-        method=method.of(resolved),
+        method=method.of(resolved, context),
         parameters=resolved,
         dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
         out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],

@@ -29,10 +29,10 @@ collect_ignore = ["contributed"]  # files for copies of the package
 
 # The files that take longest, each half a minute or more, begin first: else one worker of
 # `make test` would be left with one of them when the others have nothing more to do.
-LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "test_benchmarks.py",
-           "test_demo.py", "test_report.py", "test_package.py", "test_contributing.py",
-           "test_ray.py", "test_family.py", "test_kill.py", "test_house.py", "test_shipped.py",
-           "test_speed.py")  # fmt: skip
+LONGEST = ("test_documents.py", "test_report_page.py", "test_evaluation.py", "test_text.py",
+           "test_benchmarks.py", "test_demo.py", "test_report.py", "test_package.py",
+           "test_contributing.py", "test_ray.py", "test_family.py", "test_kill.py",
+           "test_house.py", "test_shipped.py", "test_speed.py")  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is obeyed

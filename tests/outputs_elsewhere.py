@@ -48,7 +48,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def weights_in(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if "safetensors" in name}
+    return {name: content for name, content in files.items() if name.startswith("model")}
 
 
 @contextmanager

@@ -101,6 +101,8 @@ def test_the_yaml_of_a_page_has_keys_of_specs(page, place, monkeypatch):
     monkeypatch.chdir(place)
     for block in blocks(page, "yaml"):
         document = yaml.safe_load(block.text)
+        if block.file == "space.yaml":  # of a search, which the page's command reads
+            continue
         if "experts" in document:
             load_moe_spec(document)
             continue

@@ -1,4 +1,4 @@
-"""`run --executor ray`: parts as tasks on a Ray cluster of several nodes, on this machine.
+"""`--executor ray`: parts as tasks on a Ray cluster of several nodes, on this machine.
 
 More kills are tried by `make faults`.
 """
@@ -21,10 +21,12 @@ import torch
 import yaml
 from checkpoints import save_tensors
 from documents import ROOT
+from kinds import save_models, save_specs
 from waiting import LIMIT_SECONDS, wait_for
 
 from outliermerge import optional
 from outliermerge.cli import main as cli
+from outliermerge.output.folder import OutputFolder
 from outliermerge.output.names import journal_path
 from outliermerge.output.writer import OutputWriter
 
@@ -60,6 +62,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, method in (("slow", "slow:slow"), ("quick", "linear")):
         spec = {"merge_method": method, "models": both}
         (root / f"{name}.yaml").write_text(yaml.safe_dump(spec))
+    stage = {"name": "half", "merge_method": "linear", "models": both}
+    staged = {"stages": [stage], "merge_method": "linear", "models": [both[0], {"model": "half"}]}
+    (root / "staged.yaml").write_text(yaml.safe_dump(staged))
+    save_models(root / "llamas")
+    save_specs(root, root / "llamas", gate_mode="random")
     return root
 
 
@@ -68,8 +75,9 @@ def cluster(place: Path) -> Iterator[Any]:
     """A head without processors, and nodes of one processor each."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(place), before]))
-    noticed_soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed_soon}
+    config = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    config["worker_niceness"] = 0  # else workers wait for all else that this machine does
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
     started = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         started.add_node(num_cpus=1)
@@ -95,9 +103,14 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def line(cluster: Any, name: str, output: Path, *more: str) -> list[str]:
-    words = ["run", f"{name}.yaml", "-o", str(output), "--executor", "ray", "--threads", "1"]
+def line(cluster: Any, name: str, output: Path, *more: str, command: str = "run") -> list[str]:
+    words = [command, f"{name}.yaml", "-o", str(output), "--executor", "ray", "--threads", "1"]
     return [*words, "--address", cluster.address, "--memory", "64MiB", *more]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def assert_as_alone(place: Path, name: str, output: Path) -> None:
@@ -224,6 +237,91 @@ def test_an_error_of_a_part_is_told_once(
     assert said.count("error: ") == 1
     assert "has values that are infinite" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "more"),
+    [
+        ("sweep", "quick", ["--set", "weight=0.25,0.75", "--parts", "2"]),
+        ("run", "staged", ["--keep", "half"]),
+        ("moe", "moe", ["--no-routing", "--parts", "1"]),
+    ],
+)
+def test_other_outputs_than_one_merge_are_written_on_a_cluster(
+    connected: Any, here: Path, tmp_path: Path, command: str, name: str, more: list[str]
+) -> None:
+    there, alone = tmp_path / "there" / "out", tmp_path / "alone" / "out"
+    for folder in (there, alone):
+        folder.parent.mkdir()
+    more = [*more, "--no-load-check"]
+    assert cli.main(line(connected, name, there, *more, command=command)) == 0
+    own = [word for word in more if word != "--parts" and not word.isdecimal()]
+    assert cli.main([command, f"{name}.yaml", "-o", str(alone), "--threads", "1", *own]) == 0
+    assert files_of(alone.parent)
+    assert files_of(there.parent) == files_of(alone.parent)
+
+
+def test_a_sweep_that_was_stopped_goes_on_with_what_is_left(
+    connected: Any, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, num_joined = tmp_path / "swept", []
+    words = line(connected, "quick", output, "--set", "weight=0.25,0.75", "--json", command="sweep")
+    name, forget = OutputFolder.name, OutputFolder.forget
+
+    def stop(self: OutputFolder) -> Any:
+        if num_joined:
+            raise KeyboardInterrupt
+        num_joined.append(1)
+        return name(self)
+
+    with monkeypatch.context() as patch:  # one output has its name, the other not yet
+        patch.setattr(OutputFolder, "name", stop)
+        assert cli.main(words) == 130
+    num_joined.clear()
+
+    def stop_forgetting(self: OutputFolder) -> None:
+        if num_joined:
+            raise KeyboardInterrupt
+        num_joined.append(1)
+        forget(self)
+
+    with monkeypatch.context() as patch:  # both have their names, one has no journal any more
+        patch.setattr(OutputFolder, "forget", stop_forgetting)
+        assert cli.main(words) == 130
+    assert cli.main(words) == 0
+    assert {path.name for path in output.iterdir()} == {"weight=0.25", "weight=0.75"}
+    assert cli.main(["sweep", "quick.yaml", "-o", str(tmp_path / "alone"), *words[-3:-1]]) == 0
+    assert files_of(output) == files_of(tmp_path / "alone")
+
+
+def test_the_machine_of_the_driver_is_not_asked_for_a_gpu(
+    cluster: Any,
+    connected: Any,
+    here: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that says that it has a GPU, and has none, refuses; the driver does not."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("asked for a GPU")
+
+    def said(device: str) -> str:
+        words = line(connected, "quick", tmp_path / "out", "--device", device, "-v")
+        assert cli.main(words) == 2
+        return capsys.readouterr().err
+
+    refusal = "error: device cuda is not on this machine: it has 0 CUDA device(s)"
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    try:
+        with monkeypatch.context() as patch:
+            for name in ("is_available", "device_count"):
+                patch.setattr(torch.cuda, name, asked)
+            assert refusal in said("cuda")
+        assert refusal in said("auto")  # of the cluster, not of this machine
+    finally:
+        cluster.remove_node(node)
 
 
 @pytest.mark.faults

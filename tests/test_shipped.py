@@ -120,6 +120,7 @@ def test_the_make_targets_exist():
         "demo-minilm",
         "study",
         "study-peft",
+        "evidence",
         "weight-tables",
         "eval-paper",
         "test",

@@ -129,7 +129,12 @@ class Rater(nn.Module):
 
 def read_texts(archive: Path) -> list[tuple[float, str]]:
     """Return ratings from -4 to 4 and texts, each text once, from vaderSentiment's sdist."""
-    found: dict[str, float] = {}
+    return [(rating, text) for _, rating, text in read_rated(archive)]
+
+
+def read_rated(archive: Path) -> list[tuple[str, float, str]]:
+    """Return the source, the rating and the text of each text of vaderSentiment's sdist."""
+    found: dict[str, tuple[str, float]] = {}
     with tarfile.open(archive) as outer:
         (name,) = (name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         inner = outer.extractfile(name)
@@ -140,8 +145,8 @@ def read_texts(archive: Path) -> list[tuple[float, str]]:
                 assert member is not None
                 for line in member.read().decode("utf-8", errors="replace").splitlines():
                     _, rating, text = line.split("\t", 2)
-                    found.setdefault(text.strip(), float(rating))
-    return [(rating, text) for text, rating in found.items()]
+                    found.setdefault(text.strip(), (source, float(rating)))
+    return [(source, rating, text) for text, (source, rating) in found.items()]
 
 
 def split(rows: list[tuple[float, str]], tokenizer: Any, settings: Settings) -> list[Texts]:

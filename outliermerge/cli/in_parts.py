@@ -18,7 +18,10 @@ from outliermerge.errors import ArgumentError, argument, quoted
 
 if TYPE_CHECKING:
     from outliermerge.output.division import PartCost
-    from outliermerge.planning.plan import Plan
+    from outliermerge.output.names import Final
+    from outliermerge.output.options import RunOptions
+    from outliermerge.output.run import RunResult
+    from outliermerge.planning.plan import Options, Plan
 
 
 def add_part(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,17 @@ def _part(text: str) -> tuple[int, int]:
     )
 
 
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    """Add --keep."""
+    parser.add_argument(
+        "--keep",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="also write this stage of the merge, beside the output as OUTPUT-NAME; repeatable",
+    )
+
+
 def add_ray(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge on a Ray cluster."""
     parser.add_argument(
@@ -66,7 +80,7 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         "--parts",
         type=count,
         metavar="N",
-        help="parts on the Ray cluster (default: as many as run at the same time)",
+        help="parts of each output on the Ray cluster (default: as many as run at the same time)",
     )
 
 
@@ -77,26 +91,55 @@ def check_ray(options: argparse.Namespace) -> None:
         ArgumentError: there is one.
     """
     if options.executor_name == "ray":
-        for name in ("part", "keep"):
-            if getattr(options, name):
-                raise ArgumentError(f"{argument(name)}: not with {argument('executor', 'ray')}")
+        if getattr(options, "part", None):
+            raise ArgumentError(f"{argument('part')}: not with {argument('executor', 'ray')}")
         return
     for name in ("address", "parts"):
         if getattr(options, name) is not None:
             raise ArgumentError(f"{argument(name)}: only with {argument('executor', 'ray')}")
 
 
+def resolved(options: argparse.Namespace) -> Options:
+    """Return the options of a plan that is carried out here, or else on a Ray cluster.
+
+    Raises:
+        ArgumentError: one is wrong, or what it names is not on this machine and must be.
+    """
+    chosen = run_options(options)
+    return chosen.in_parts() if options.executor_name == "ray" else chosen.on_this_machine()
+
+
+def carried_out(
+    plans: Sequence[tuple[Plan, Final]], chosen: RunOptions, options: argparse.Namespace
+) -> list[RunResult]:
+    """Carry out plans by what --executor names."""
+    if options.executor_name == "ray":
+        from outliermerge.output.ray import run_on_ray
+
+        on_disks = []
+        for plan, output in plans:
+            if isinstance(output, str):
+                raise ArgumentError(
+                    f"output {output}: parts on a Ray cluster are written to a folder. To a store, "
+                    f"write them each by {argument('part', 'K/N')}"
+                )
+            on_disks.append((plan, output))
+        return run_on_ray(on_disks, chosen, address=options.address, num_parts=options.parts)
+    from outliermerge.output.run import run_plans
+
+    return run_plans(plans, chosen)
+
+
 def run_one_part(
-    planned: Plan, output: str | None, options: argparse.Namespace, *, notes: Sequence[str]
+    plans: Sequence[tuple[Plan, Final]], options: argparse.Namespace, *, notes: Sequence[str]
 ) -> int:
-    """Write a part of a plan, and print what was done.
+    """Write a part of each plan, and print what was done.
 
     Raises:
         ArgumentError: a flag is given that is for whole outputs.
     """
     from outliermerge.output.division import part_of, part_work_bytes
     from outliermerge.output.parts import run_part
-    from outliermerge.output.run import output_path
 
     number, num_parts = options.part
     if options.fresh:
@@ -104,24 +147,27 @@ def run_one_part(
             f"{argument('fresh', True)}: a part does not start over what other parts have "
             "written. Remove OUT.partial and OUT.partial.journal* while no part is running."
         )
-    if getattr(options, "keep", None):
-        raise ArgumentError(
-            f"{argument('keep')}: a stage is not written in parts. Write it by a run of its own, "
-            "or leave it out"
-        )
-    final = output_path(planned, output)
-    jobs = part_of(planned, number, num_parts, whole_files=isinstance(final, str))
+    jobs = [
+        (plan, part_of(plan, number, num_parts, whole_files=isinstance(output, str)))
+        for plan, output in plans
+    ]
     began = time.monotonic()
     run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
-    with MergeBar(part_work_bytes(planned, jobs), 1, quiet=options.quiet) as bar:
+    work_bytes = sum(part_work_bytes(plan, own) for plan, own in jobs)
+    with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance)
-        num_written = run_part(planned, final, number, num_parts, chosen)
+        num_written = sum(
+            run_part(plan, output, number, num_parts, chosen) for plan, output in plans
+        )
         bar.done()
+    num_tensors = sum(len(own) for _, own in jobs)
+    (planned, final), *kept = plans
     done: dict[str, Any] = {
         "output": str(final),
+        **({"kept": [str(output) for _, output in kept]} if kept else {}),
         "part": number,
         "num_parts": num_parts,
-        "num_tensors": len(jobs),
+        "num_tensors": num_tensors,
         "num_written": num_written,
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -129,10 +175,10 @@ def run_one_part(
     if options.json:
         print_json(done | {"notes": notes})
     elif not options.quiet:
-        before = len(jobs) - num_written
+        before = num_tensors - num_written
         say(
-            f"part {number}/{num_parts} of {final} is done: {num_written} of {len(jobs)} tensors "
-            f"written in {done['seconds']:.1f} s"
+            f"part {number}/{num_parts} of {' and '.join(str(path) for _, path in plans)} is done: "
+            f"{num_written} of {num_tensors} tensors written in {done['seconds']:.1f} s"
             + (f", {before} were there from an earlier run" if before else "")
         )
     print_notes(notes, options)
@@ -164,6 +210,7 @@ def command_of_part(options: argparse.Namespace, command: str, output: str, part
         words += ["--shard-size", options.shard_size]
     if options.device != "cpu":
         words += ["--device", options.device]
+    words += [word for name in options.keep for word in ("--keep", name)]
     words += ["--no-kernels"] * options.no_kernels
     words += ["--lenient"] * options.lenient
     words += ["--overwrite"] * options.overwrite

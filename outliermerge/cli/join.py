@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli.in_parts import command_of_part
+from outliermerge.cli.in_parts import add_keep, command_of_part
 from outliermerge.cli.parts import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -39,35 +39,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-non-finite", action="store_true", help="go on over infinite or NaN values"
     )
+    add_keep(parser)
     add_lenient(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Finish an output; return 1, and say what is left to do, if parts of it are not done."""
-    from outliermerge.output.parts import NotWholeError, join
-    from outliermerge.output.run import output_path
+    from outliermerge.api import plans_of
+    from outliermerge.output.parts import NotWholeError, join_all
 
     planned = _planned(options)
-    final = output_path(planned, named_output(options))
-    chosen = run_options(options)
+    plans = plans_of(planned, named_output(options), options.keep)
     try:
         with status("reading all tensors back", quiet=options.quiet):
-            result = join(planned, final, chosen)
+            result, *kept = join_all(plans, run_options(options))
     except NotWholeError as error:
-        _print_left(error, planned, str(final), options)
+        _print_left(error, planned, str(plans[0][1]), options)
         return EXIT_FAILED
     checked = result.load_check.notes if result.load_check else ()
     notes = [*planned.notes, *checked]
     if options.json:
-        print_json({"whole": True} | result.as_dict() | {"notes": notes})
+        stages = {"kept": [each.as_dict() for each in kept]} if kept else {}
+        print_json({"whole": True} | result.as_dict() | {"notes": notes} | stages)
     elif not options.quiet:
-        say(
-            f"joined {shown(result.output)}: {len(result.manifest['tensors'])} tensors, "
-            f"{result.manifest['num_parameters']:,} parameters, each read back and as written, "
-            f"{result.seconds:.1f} s"
-        )
-        print_loading(result)
-        print_remarks(replace(result, num_resumed=0))  # all were there, as they should
+        for each in (result, *kept):
+            say(
+                f"joined {shown(each.output)}: {len(each.manifest['tensors'])} tensors, "
+                f"{each.manifest['num_parameters']:,} parameters, each read back and as written, "
+                f"{each.seconds:.1f} s"
+            )
+            print_loading(each)
+            print_remarks(replace(each, num_resumed=0))  # all were there, as they should
     print_notes(notes, options)
     return EXIT_DONE
 
@@ -104,7 +106,8 @@ def _print_left(
         ]
         print_json({"output": output, "whole": False, "parts": parts})
     left = error.unfinished
-    said = f"{shown(output)}: is not whole, {len(left)} of {len(error.states)} parts are not done:"
+    number = f"{len(left)} of {len(error.states)} parts"
+    said = f"{shown(error.final)}: is not whole, {number} are not done:"
     lines = [f"error: {said}", listing((state.in_words for state in left), limit=_MOST_COMMANDS)]
     if commands:
         lines.append("Run them, then join again:")

@@ -6,7 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.cli.in_parts import add_part, run_one_part
+from outliermerge.cli.in_parts import (
+    add_part,
+    add_ray,
+    carried_out,
+    check_ray,
+    resolved,
+    run_one_part,
+)
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
@@ -54,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show to which experts the prompts are routed (default); it takes a forward pass",
     )
     add_part(parser)
+    add_ray(parser)
     add_mergekit_flags(parser)
     for flag in (
         "load-in-4bit",
@@ -67,13 +75,14 @@ def run(options: argparse.Namespace) -> int:
     """Make a mixture, and print what was done and where its routers send the prompts."""
     from outliermerge import api
     from outliermerge.execution.routers import add_routers
-    from outliermerge.output.run import output_path, refuse_taken, run_plans
+    from outliermerge.output.run import output_path, refuse_taken
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
     output = named_output(options)
     mixture = api.plan_moe(_read_spec(options), shard_size=options.shard_size)
-    chosen = run_options(options).on_this_machine()
+    check_ray(options)
+    chosen = resolved(options)
     mixture.plan.peak_memory_bytes(chosen)  # refuses a budget that is too small
     notes = note_of(options)
     if options.dry_run:
@@ -95,12 +104,13 @@ def run(options: argparse.Namespace) -> int:
     if options.part:
         with status("computing the routers", quiet=options.quiet):
             mixture, _ = add_routers(mixture, device=chosen.device, show_routing=False)
-        return run_one_part(mixture.plan, output, options, notes=notes)
+        return run_one_part([(mixture.plan, path)], options, notes=notes)
+    device = "cpu" if options.executor_name == "ray" else chosen.device
     with status("computing the routers", quiet=options.quiet):
-        mixture, routing = add_routers(mixture, device=chosen.device, show_routing=options.routing)
+        mixture, routing = add_routers(mixture, device=device, show_routing=options.routing)
     with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet) as bar:
         asked = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        (result,) = run_plans([(mixture.plan, path)], asked)
+        (result,) = carried_out([(mixture.plan, path)], asked, options)
         bar.done()
     notes += [*mixture.plan.notes, *(result.load_check.notes if result.load_check else ())]
     if options.json:

@@ -16,6 +16,7 @@ COMMANDS = {
     "moe": "moe",
     "tokenizer": "tokenizer",
     "sweep": "sweep",
+    "search": "search",
     "join": "join",
     "verify": "verify",
     "push": "push",

@@ -8,6 +8,9 @@ from pathlib import Path
 from outliermerge.cli.parts import Command, add_machine, say
 from outliermerge.cli.terminal import reading_bar
 from outliermerge.cli.weights import add_base, add_filter
+from outliermerge.optional import require_search
+
+_TRIALS_NAME = "trials.sqlite"  # of a search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="+",
         help="models: folders, files, hub ids, adapters; one that is an output of `run` is shown "
-        "with its recipe, and how far it moved",
+        "with its recipe, and how far it moved; or the folder of a search",
     )
     parser.add_argument(
         "-o",
@@ -43,13 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page, and figures if they are asked for."""
+    output, searched = Path(options.output), Path(options.models[0])
+    if len(options.models) == 1 and (searched / _TRIALS_NAME).is_file():
+        require_search()
+        from outliermerge.search.page import write_page
+
+        say(f"wrote {write_page(searched, output)}")
+        return 0
     from outliermerge.analysis.report.build import build_report
 
     with reading_bar(quiet=options.quiet) as callbacks:
         page = build_report(
             options.models,
             base=options.base,
-            output=Path(options.output),
+            output=output,
             png=Path(options.png) if options.png else None,
             t=options.t,
             filter=options.filter,
@@ -67,6 +77,7 @@ COMMAND = Command(
         "outliermerge report models/minilm -o report.html",
         "outliermerge report models/a models/b --base models/base -o report.html --png figures",
         "outliermerge report merged -o merged.html",
+        "outliermerge report found -o search.html",
     ),
     overview="outliermerge report merged -o merged.html",
     add_arguments=add_arguments,

@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from outliermerge.cli.in_parts import add_part, add_ray, check_ray, run_one_part
+from outliermerge.cli.in_parts import (
+    add_keep,
+    add_part,
+    add_ray,
+    carried_out,
+    check_ray,
+    resolved,
+    run_one_part,
+)
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.mergekit_flags import add_mergekit_flags, note_of
 from outliermerge.cli.parts import (
@@ -21,22 +29,23 @@ from outliermerge.cli.parts import (
 )
 from outliermerge.cli.specs import named_output, read_spec
 from outliermerge.cli.terminal import MergeBar, print_result
-from outliermerge.errors import ArgumentError, argument
+from outliermerge.errors import OutlierMergeError, argument
 
 if TYPE_CHECKING:
-    from outliermerge.output.options import RunOptions
-    from outliermerge.planning.plan import Plan
+    from outliermerge.planning.plan import Options, Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a merge, and mergekit-yaml's."""
     add_running(parser)
+    add_keep(parser)
     parser.add_argument(
-        "--keep",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="also write this stage of the merge, beside the output as OUTPUT-NAME; repeatable",
+        "--delete-inputs-as-read",
+        dest="stream",
+        action="store_const",
+        const="only",
+        help="as --stream, and refuse what would need the inputs on the disk: models in folders, "
+        "of which nothing is deleted, and methods that read the whole models twice",
     )
     add_part(parser)
     add_ray(parser)
@@ -51,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
     """
     from outliermerge import api as merge
     from outliermerge.execution.computing import slowness_note
-    from outliermerge.output.run import run_plans
 
     if options.cuda and options.device == "cpu":
         options.device = "cuda"
@@ -60,33 +68,21 @@ def run(options: argparse.Namespace) -> int:
     if options.random_seed is not None:
         spec = spec.with_seed(options.random_seed)
     planned = merge.plan(spec, shard_size=options.shard_size)
+    if options.stream == "only":
+        _refuse_reading_twice(planned)
     if options.verbose:
-        say(_in_a_line(planned, run_options(options)), file=sys.stderr)
+        say(_in_a_line(planned, resolved(options)), file=sys.stderr)
     check_ray(options)
-    if options.part:
-        return run_one_part(planned, output, options, notes=note_of(options))
     plans = merge.plans_of(planned, output, options.keep)
+    if options.part:
+        return run_one_part(plans, options, notes=note_of(options))
     work_bytes = sum(each.work_bytes for each, _ in plans)
-    if options.executor_name != "ray":
-        run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
+    computing = resolved(options)  # what is not here is said before a bar is drawn
     with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        if options.executor_name == "ray":
-            from outliermerge.output.ray import run_on_ray
-
-            address, num_parts = options.address, options.parts
-            ((_, path),) = plans
-            if isinstance(path, str):
-                raise ArgumentError(
-                    f"output {path}: parts on a Ray cluster are written to a folder. To a store, "
-                    f"write them each by {argument('part', 'K/N')}"
-                )
-            one = run_on_ray(planned, path, chosen, address=address, num_parts=num_parts)
-            result, *kept = [one]
-        else:
-            result, *kept = run_plans(plans, chosen)
+        result, *kept = carried_out(plans, chosen, options)
         bar.done()
-    slow = slowness_note(chosen.on_this_machine(), kernels=chosen.kernels)
+    slow = slowness_note(computing, kernels=chosen.kernels)
     notes = [
         *note_of(options),
         *([slow] if slow else []),
@@ -103,9 +99,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _in_a_line(planned: Plan, chosen: RunOptions) -> str:
+def _refuse_reading_twice(planned: Plan) -> None:
+    """Refuse a method that measures whole models before it merges: all of them would be kept."""
+    from outliermerge.execution.passes import needs_of
+    from outliermerge.planning.merged import merge_of
+
+    inside = [merge_of(source) for job in planned.jobs for _, source in job.sources]
+    tasks = [job.task for job in planned.jobs if job.action == "merge"]
+    for task in (*tasks, *(merge.task for merge in inside if merge)):
+        if measured := needs_of(task, "model"):
+            raise OutlierMergeError(
+                f"{task.method.name}: measures {', '.join(measured)} of the whole models before it "
+                "merges, so that all is read twice: leave out "
+                f"{argument('delete_inputs_as_read')}. With {argument('stream')}, "
+                f"{argument('cache_size')} bounds the disk."
+            )
+
+
+def _in_a_line(planned: Plan, options: Options) -> str:
     """Return in a line what is about to be merged, and how."""
-    options = chosen.on_this_machine()
     spec = planned.spec
     what = ", ".join(model.reference for model in spec.models)
     if spec.modules:

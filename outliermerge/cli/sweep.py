@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.cli.in_parts import add_ray, carried_out, check_ray, resolved
 from outliermerge.cli.parts import (
     BAR_EXPLAINED,
     Command,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "modules.NAME. or slices.N. before it, of that part. Several --set are combined",
     )
     add_running(parser)
+    add_ray(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,11 +72,13 @@ def run(options: argparse.Namespace) -> int:
     if output is None and spec.document.output is None:
         raise SpecError(f"{spec.source.file}: no output: give --output or `output:` in the spec")
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
-    total = sweeps.work_bytes(variants)
-    run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
+    check_ray(options)
+    plans = [(each.plan, sweeps.output_of(each, output)) for each in variants]
+    total = sweeps.work_bytes(variants, read_once=options.executor_name != "ray")
+    resolved(options)  # what is not here is said before a bar is drawn
     with MergeBar(total, len(variants), quiet=options.quiet) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
-        results = sweeps.sweep(variants, output=output, options=chosen)
+        results = carried_out(plans, chosen, options)
         bar.done()
     said = [note for variant in variants for note in variant.plan.notes]
     said += [note for result in results if result.load_check for note in result.load_check.notes]
@@ -144,6 +148,7 @@ COMMAND = Command(
     examples=(
         "outliermerge sweep merge.yaml --set t=2,2.5,3 --output merged/t",
         "outliermerge sweep merge.yaml --set merge_method=linear,task_arithmetic --output merged",
+        "outliermerge sweep merge.yaml --set t=2,2.5,3 --output merged --executor ray",
         "outliermerge sweep merge.yaml --set models.1.weight=0.3,0.5 --set lambda=0.8,1 --output m",
     ),
     overview="outliermerge sweep merge.yaml --set t=2,2.5,3 --output merged/sweep",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import threading
@@ -13,16 +12,22 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError, SpecError
+from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.early import check_models, lacking_by_task
 from outliermerge.evaluation.fingerprint import Fingerprints, versions
 from outliermerge.evaluation.formats import check_place
 from outliermerge.evaluation.model_types import (
     check_packages,
-    model_arguments,
 )
 from outliermerge.evaluation.models import EvaluatedModel, find_models, merge_of
 from outliermerge.evaluation.records import DamagedRecordError, Records
+from outliermerge.evaluation.requests import (
+    HOW_ASKED,
+    check_judge,
+    dtype_of,
+    environment_of,
+    request_of,
+)
 from outliermerge.evaluation.scores import (
     SCORES_NAME,
     Failure,
@@ -37,8 +42,6 @@ from outliermerge.execution.threads import choose_device
 from outliermerge.storage.system import lock
 
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
-# How lm_eval asks all tasks of a suite.
-HOW_ASKED = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
 OUTPUT_NAMES = (SCORES_NAME, TABLE_NAME, CHART_NAME)
 
 
@@ -96,18 +99,16 @@ def evaluate(
     document = suite.document
     installed = versions(document.harness)
     check_packages(suite.model_type, load_in_8bit=document.load_in_8bit, harness=document.harness)
-    _check_judge(suite)
+    check_judge(suite)
     device = choose_device(document.device)
-    dtype = document.dtype
-    if dtype == "auto" and device == "cpu" and suite.kind.takes_dtype:
-        dtype = "float32"
+    dtype = dtype_of(suite, device)
     paths = find_models(models)
     check_models(
         suite.model_type,
         [(reference, path) for _, reference, path in paths],
         harness=document.harness,
         own_code=bool(document.model_args.get("trust_remote_code")),
-        chat_template=document.apply_chat_template,
+        chat_template=document.apply_chat_template and "tokenizer" not in document.model_args,
     )
     folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
@@ -144,19 +145,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
         if not lock(file.fileno()):
             raise OutlierMergeError(f"{folder}: another evaluation is writing there")
         yield
-
-
-def _check_judge(suite: Suite) -> None:
-    if os.environ.get("API_TYPE") == "dummy":
-        raise SpecError("API_TYPE=dummy makes lmms-eval's judge invent scores: unset it")
-    if suite.document.judge and not (
-        os.environ.get("OPENAI_API_KEY")
-        or (os.environ.get("API_TYPE") == "local" and os.environ.get("LLM_JUDGE_URL"))
-    ):
-        raise SpecError(
-            f"the suite {suite.name} needs a judge: set OPENAI_API_KEY (and OPENAI_API_URL, "
-            "MODEL_VERSION where they are not OpenAI's), or API_TYPE=local and LLM_JUDGE_URL"
-        )
 
 
 class _Run:
@@ -237,7 +225,7 @@ class _Run:
             self._request(model, pending, device),
             folder=self._suite.data or self._folder / "work",
             log=log,
-            environment=self._environment(device, threads),
+            environment=environment_of(self._suite, device, threads),
             on_progress=on_progress,
         ) as (process, events):
             self._workers.add(process)
@@ -276,40 +264,15 @@ class _Run:
     def _request(
         self, model: EvaluatedModel, pending: Sequence[SuiteTask], device: str
     ) -> dict[str, Any]:
-        suite = self._suite
-        name, arguments = model_arguments(
-            suite.model_type,
-            path=str(model.path),
+        return request_of(
+            self._suite,
+            pending,
+            path=model.path,
             device=device,
             dtype=self._settings["dtype"],
-            load_in_8bit=suite.document.load_in_8bit,
-            extra=suite.document.model_args,
-            harness=suite.document.harness,
+            work_folder=self._folder / "work",
+            answers={task.title: self._records.answers_path(model, task) for task in pending},
         )
-        return {
-            "worker": suite.harness.worker,
-            "model_type": name,
-            "model_args": arguments,
-            "batch_size": "auto" if suite.kind.own_batches else suite.document.batch_size,
-            **{
-                key: getattr(suite.document, key) for key in (*HOW_ASKED, "confirm_run_unsafe_code")
-            },
-            "tasks_folder": str(suite.tasks_folder) if suite.tasks_folder else None,
-            "work_folder": str(self._folder / "work"),
-            "tasks": [
-                {
-                    "title": task.title,
-                    "task": task.task,
-                    "metric": task.metric,
-                    "scale": task.scale,
-                    "limit": suite.limit_of(task),
-                    "generation": suite.generation_of(task),
-                    "num_fewshot": suite.shots_of(task),
-                    "answers_path": str(self._records.answers_path(model, task)),
-                }
-                for task in pending
-            ],
-        }
 
     def _finish(self, model: EvaluatedModel, task: SuiteTask, result: Score | Failure) -> None:
         with self._lock:
@@ -355,12 +318,3 @@ class _Run:
     def _shots(self) -> dict[str, int]:
         shots = self._suite.document.num_fewshot
         return {} if shots is None else {"num_fewshot": shots}
-
-    def _environment(self, device: str, threads: int) -> dict[str, str]:
-        environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        if device == "cpu":
-            # Without this setting, one run was ten times slower on a busy machine.
-            environment["OMP_NUM_THREADS"] = str(threads)
-        if self._suite.document.confirm_run_unsafe_code:
-            environment["HF_ALLOW_CODE_EVAL"] = "1"  # the metric of such tasks asks for it
-        return environment

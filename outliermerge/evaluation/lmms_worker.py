@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from outliermerge.evaluation.worker_results import (
     answer_of,
+    documents_of,
     known,
     no_such_task,
     number,
+    question_scores,
     unit_scores,
     write_answers,
 )
@@ -52,6 +55,7 @@ class Worker:
         from lmms_eval import models
 
         request = self._request
+        self._model: Any = None  # that of the trial before, if a search goes on with another
         self._model = models.get_model(request["model_type"]).create_from_arg_string(
             "", {**request["model_args"], "batch_size": request["batch_size"]}
         )
@@ -65,25 +69,27 @@ class Worker:
 
         self._swallowed.clear()
         name, metric = entry["task"], entry["metric"]
-        task = self._load_task(entry)
-        results = simple_evaluate(
-            model=self._model,
-            tasks=[task or name],
-            task_manager=self._tasks,
-            limit=entry["limit"],
-            batch_size=self._request["batch_size"],
-            bootstrap_iters=0,  # this package computes standard errors from the units
-            log_samples=True,
-            verbosity="WARNING",
-            # Several threads would share one random generator: MMMU guesses if it finds no answer.
-            process_docs_parallel=1,
-            # Otherwise images are decoded once more to score texts.
-            cli_args=Namespace(
-                process_with_media=False,
-                output_path=self._request["work_folder"],
-                log_samples_suffix="",
-            ),
-        )
+        task, wanted = self._load_task(entry), entry.get("questions")
+        with _only(None if wanted is None else documents_of(wanted)):
+            results = simple_evaluate(
+                model=self._model,
+                tasks=[task or name],
+                task_manager=self._tasks,
+                limit=entry["limit"],
+                batch_size=self._request["batch_size"],
+                bootstrap_iters=0,  # this package computes standard errors from the units
+                log_samples=True,
+                verbosity="WARNING",
+                # Several threads would share one random generator: MMMU guesses if it finds no
+                # answer.
+                process_docs_parallel=1,
+                # Otherwise images are decoded once more to score texts.
+                cli_args=Namespace(
+                    process_with_media=False,
+                    output_path=self._request["work_folder"],
+                    log_samples_suffix="",
+                ),
+            )
         samples = results["samples"].get(name, [])
         write_answers(samples, entry["answers_path"], without=_NOT_KEPT)
         found = {key: number(value) for key, value in results["results"].get(name, {}).items()}
@@ -94,8 +100,11 @@ class Worker:
             raise LookupError(f"the results have no number {metric!r}. {known(metrics)}")
         answers = {sample["doc_id"]: answer_of(sample) for sample in samples}
         asked = results["n-samples"].get(name, {}).get("effective")
-        if asked is not None and answers.keys() != set(range(asked)):
-            raise RuntimeError(f"{asked} questions were asked, {len(answers)} came back")
+        expected: Sequence[int] | None = None if asked is None else range(asked)
+        if wanted is not None:
+            expected = documents_of(wanted)
+        if expected is not None and answers.keys() != set(expected):
+            raise RuntimeError(f"{len(expected)} questions were asked, {len(answers)} came back")
         if self._swallowed:
             first = self._swallowed[0]
             raise RuntimeError(f"{len(self._swallowed)} answers could not be made: {first}")
@@ -105,6 +114,7 @@ class Worker:
             "num_samples": len(answers),
             "num_empty": sum(not answer.strip() for answer in answers.values()),
             "units": _units(task, samples, metric, entry["scale"]),
+            **({"questions": _questions(task, samples, entry)} if "questions" in entry else {}),
             "lower_is_better": task is not None and _is_loss(task, metric),
         }
 
@@ -133,6 +143,38 @@ def _units(
     name = metric.partition(",")[0]
     aggregate = task.aggregation()[name]
     return {unit: score * scale for unit, score in unit_scores(samples, name, aggregate).items()}
+
+
+def _questions(
+    task: Any, samples: Iterable[Mapping[str, Any]], entry: Mapping[str, Any]
+) -> dict[str, float]:
+    if task is None:
+        raise ValueError(f"{entry['task']} is a group of tasks: name the tasks to search by")
+    name = entry["metric"].partition(",")[0]
+    scores = question_scores(samples, name, task.aggregation()[name])
+    return {question: score * entry["scale"] for question, score in scores.items()}
+
+
+@contextmanager
+def _only(documents: Sequence[int] | None) -> Iterator[None]:
+    """Let lmms-eval, which has no such option, go through some documents only; None for all."""
+    from lmms_eval import evaluator, utils
+
+    if documents is None:
+        yield
+        return
+    made, wanted = utils.create_iterator, frozenset(documents)
+
+    def create_iterator(raw: Iterable[Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+        for one in made(raw, *arguments, **options):
+            if (one if isinstance(one, int) else one[0]) in wanted:
+                yield one
+
+    utils.create_iterator = evaluator.create_iterator = create_iterator
+    try:
+        yield
+    finally:
+        utils.create_iterator = evaluator.create_iterator = made
 
 
 def _is_loss(task: Any, metric: str) -> bool:

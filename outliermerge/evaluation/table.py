@@ -172,10 +172,10 @@ def _cell(result: Score | Failure) -> Cell:
 
 def _average(cells: Sequence[Cell]) -> Cell:
     values = [cell.value for cell in cells if cell.value is not None]
-    return Cell(math.fsum(values) / len(values), _pooled([cell.stderr for cell in cells]))
+    return Cell(math.fsum(values) / len(values), pooled_stderr([cell.stderr for cell in cells]))
 
 
-def _pooled(stderrs: Sequence[float | None]) -> float | None:
+def pooled_stderr(stderrs: Sequence[float | None]) -> float | None:
     """Return the standard error of a mean of independent numbers: √(Σ e²) / K."""
     known = [stderr for stderr in stderrs if stderr is not None]
     return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
@@ -192,18 +192,18 @@ def _gain(model: ModelScores, base: ModelScores, titles: Sequence[str]) -> tuple
         assert isinstance(ours, Score) and isinstance(theirs, Score)
         differences.append(ours.score - theirs.score)
         if ours.units.keys() == theirs.units.keys():
-            stderrs.append(_paired(ours.units, theirs.units))
+            stderrs.append(paired_stderr(ours.units, theirs.units))
         else:
             unpaired.append(title)
     note = (
         f"{model.name}: its gain has no standard error: its questions of {', '.join(unpaired)} "
         f"are not those of {base.name} (another limit, or other data)."
     )
-    stderr = None if unpaired else _pooled(stderrs)
+    stderr = None if unpaired else pooled_stderr(stderrs)
     return Cell(math.fsum(differences) / len(titles), stderr), [note] if unpaired else []
 
 
-def _paired(units: Mapping[str, float], base: Mapping[str, float]) -> float | None:
+def paired_stderr(units: Mapping[str, float], base: Mapping[str, float]) -> float | None:
     """Return std(d, ddof=1) / √n of the differences d, None for fewer than two."""
     differences = [units[name] - base[name] for name in units]
     if len(differences) < 2:
@@ -214,6 +214,8 @@ def _paired(units: Mapping[str, float], base: Mapping[str, float]) -> float | No
 def _settings(run: Scores) -> dict[str, str]:
     """Return as text the settings that must be equal for two runs to be comparable."""
     values = {label: run.settings.get(key) for key, label in _SETTINGS.items()}
+    if not run.settings.get("apply_chat_template"):
+        del values[_SETTINGS["fewshot_as_multiturn"]]  # there are turns only in a chat
     versions = run.settings.get("versions") or {}
     values |= {package.replace("_", "-"): version for package, version in versions.items()}
     words = {True: "yes", False: "no"}

@@ -26,7 +26,7 @@ from outliermerge.storage.files import small_bytes
 # Names of readers that `datasets` takes instead of a hub id.
 _BUILDERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 # A line that may define a task, a group or a tag of this name.
-_NAMED = r"(?m)^(?:(?:task|group|tag)\b.*|\s*- *[\"']?)NAME[\"']?(?:\W|$)"
+_NAMED = rb"(?m)^(?:(?:task|group|tag)\b.*|\s*- *[\"']?)NAME[\"']?(?:\W|$)"
 _MAX_INCLUDES = 20  # nested includes; lmms-eval's own are three deep
 
 
@@ -132,11 +132,12 @@ class _OfHarness:
             )
         # Few tasks are in a file of another name; only for these all files are searched.
         of_its_name = [file for file in self._files if file.name == f"{task}.yaml"]
-        named = re.compile(_NAMED.replace("NAME", re.escape(task)).encode())
+        wanted = task.encode("utf-8", "surrogatepass")  # YAML can escape what no file holds
+        named = re.compile(_NAMED.replace(b"NAME", re.escape(wanted)))
         tagged = []
         for file in (*of_its_name, *self._files):
             text = file.read_bytes()
-            if task.encode() not in text or not named.search(text):
+            if wanted not in text or not named.search(text):
                 continue
             try:
                 defined = _read(file, self._data)

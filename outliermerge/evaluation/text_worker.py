@@ -9,9 +9,11 @@ from typing import Any
 
 from outliermerge.evaluation.worker_results import (
     answer_of,
+    documents_of,
     known,
     no_such_task,
     number,
+    question_scores,
     unit_scores,
     write_answers,
 )
@@ -51,6 +53,7 @@ class Worker:
         request = self._request
         name = request["model_type"]
         model_class = _hf_8bit() if name == "hf_8bit" else get_model(name)
+        self._model: Any = None  # that of the trial before, if a search goes on with another
         self._model = model_class.create_from_arg_obj(
             dict(request["model_args"]), {"batch_size": request["batch_size"]}
         )
@@ -63,6 +66,10 @@ class Worker:
         request, name = self._request, entry["task"]
         loaded = self._tasks.load([name])
         tasks = loaded["tasks"]
+        wanted = entry.get("questions")
+        if "questions" in entry and name not in tasks:
+            raise ValueError(f"{name} is a group of tasks: name the tasks to search by")
+        chosen = None if wanted is None else documents_of(wanted)
         for task in tasks.values():
             _check_examples(task, entry["num_fewshot"])
         results = simple_evaluate(
@@ -70,7 +77,8 @@ class Worker:
             tasks=[loaded["groups"].get(name) or tasks[name]],
             task_manager=self._tasks,
             num_fewshot=entry["num_fewshot"],
-            limit=entry["limit"],
+            limit=entry["limit"] if chosen is None else None,
+            samples=None if chosen is None else {name: chosen},
             batch_size=request["batch_size"],
             bootstrap_iters=0,  # this package computes standard errors from the units
             gen_kwargs=dict(entry["generation"]) or None,
@@ -88,15 +96,15 @@ class Worker:
         }
         if entry["metric"] not in metrics:
             raise LookupError(f"the results have no number {entry['metric']!r}. {known(metrics)}")
-        metric, _, chosen = entry["metric"].partition(",")
+        metric, _, filtered = entry["metric"].partition(",")
         samples = {
-            task: [sample for sample in results["samples"][task] if sample["filter"] == chosen]
+            task: [sample for sample in results["samples"][task] if sample["filter"] == filtered]
             for task in tasks
         }
         for task, answered in samples.items():
-            asked = _asked(tasks[task], entry["limit"])
-            if {sample["doc_id"] for sample in answered} != set(range(asked)):
-                raise RuntimeError(f"{asked} questions were asked, {len(answered)} came back")
+            asked = chosen or range(_asked(tasks[task], entry["limit"]))
+            if {sample["doc_id"] for sample in answered} != set(asked):
+                raise RuntimeError(f"{len(asked)} questions were asked, {len(answered)} came back")
         write_answers(
             ({"task": task, **sample} for task, given in samples.items() for sample in given),
             entry["answers_path"],
@@ -117,6 +125,11 @@ class Worker:
                 for task in tasks
                 for unit, value in _units(tasks[task], samples[task], metric).items()
             },
+            **(
+                {"questions": _questions(tasks[name], samples[name], entry)}
+                if "questions" in entry
+                else {}
+            ),
             "lower_is_better": any(
                 task.higher_is_better().get(metric) is False for task in tasks.values()
             ),
@@ -184,16 +197,16 @@ def _check_examples(task: Any, asked: int | None) -> None:
             f"{name} is asked without examples by its own file, which lm-eval obeys: set its "
             "num_fewshot to 0"
         )
-    config = task.fewshot_cfg
-    if not (
-        config.split or config.samples or task.has_training_docs() or task.has_validation_docs()
-    ):
+    config = getattr(task, "fewshot_cfg", None)  # a task that is a class has none
+    named = config is not None and (config.split or config.samples)
+    if not (named or task.has_training_docs() or task.has_validation_docs()):
         raise ValueError(
             f"{name} has no examples to show: it names no fewshot_split, training_split or "
             "validation_split, and lm-eval would take the questions of the test with their answers"
         )
-    if len(task.sampler.df) < asked:
-        raise ValueError(f"{name} has {len(task.sampler.df)} examples to show, not {asked}")
+    sampler = getattr(task, "sampler", None)
+    if sampler is not None and len(sampler.df) < asked:
+        raise ValueError(f"{name} has {len(sampler.df)} examples to show, not {asked}")
 
 
 def _asked(task: Any, limit: int | None) -> int:
@@ -239,6 +252,17 @@ def _units(task: Any, samples: Sequence[Mapping[str, Any]], name: str) -> dict[s
             strict=True,
         )
     )
+
+
+def _questions(
+    task: Any, samples: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the score of each question alone, such as the bits per byte of each text."""
+    from lm_eval.api import metrics
+
+    metric = entry["metric"].partition(",")[0]
+    scores = question_scores(samples, metric, task.aggregation().get(metric, metrics.mean))
+    return {name: score * entry["scale"] for name, score in scores.items()}
 
 
 def _contributions(

@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -22,14 +23,21 @@ from outliermerge.evaluation.worker_results import Runner
 def main() -> None:
     """Evaluate the tasks of the request."""
     request = json.load(sys.stdin)
-    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
+    with telling(request["parent"]) as tell:
+        _evaluate_all(request, tell)
+
+
+@contextmanager
+def telling(parent: int) -> Iterator[Callable[..., None]]:
+    """Yield what tells events to the parent; this process ends when the parent does."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as events:
         os.dup2(2, 1)
 
         def tell(**event: Any) -> None:
             events.write(json.dumps(event, allow_nan=False) + "\n")
 
-        _evaluate_all(request, tell)
+        yield tell
 
 
 def _end_with(parent: int) -> None:
@@ -47,14 +55,14 @@ def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None
             runner.check(entry)
             entries.append(entry)
         except Exception as error:
-            tell(event="failed", title=entry["title"], reason=_reason(error))
+            tell(event="failed", title=entry["title"], reason=reason_of(error))
     if not entries:
         return
-    _refuse_made_up_weights()
+    refuse_made_up_weights()
     try:
         image_backend = runner.load()
     except Exception as error:
-        tell(event="not loaded", reason=_reason(error))
+        tell(event="not loaded", reason=reason_of(error))
         raise
     tell(event="loaded", image_backend=image_backend)
     for entry in entries:
@@ -63,13 +71,13 @@ def _evaluate_all(request: Mapping[str, Any], tell: Callable[..., None]) -> None
         try:
             result = runner.evaluate(entry)
         except Exception as error:
-            tell(event="failed", title=entry["title"], reason=_reason(error))
+            tell(event="failed", title=entry["title"], reason=reason_of(error))
             continue
         result["seconds"] = time.monotonic() - started
         tell(event="finished", title=entry["title"], result=result)
 
 
-def _refuse_made_up_weights() -> None:
+def refuse_made_up_weights() -> None:
     """Make transformers fail if a checkpoint lacks weights, instead of drawing them at random."""
     import transformers
 
@@ -85,7 +93,7 @@ def _refuse_made_up_weights() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return in a few lines what went wrong."""
     attempt = getattr(error, "last_attempt", None)  # tenacity's RetryError hides the cause
     if attempt is not None and attempt.exception() is not None:

@@ -19,7 +19,7 @@ from outliermerge.storage.machine import kill_all, was_killed
 # "" is the working directory; a data set's file there must not be imported as a module.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path); "
-    "from outliermerge.evaluation.worker import main; main()"
+    "from outliermerge.evaluation.{} import main; main()"
 )
 # The form of tqdm's progress bars; the number before belongs to the same bar.
 _BAR = re.compile(rb"(\d+)/(\d+) \[")
@@ -33,6 +33,7 @@ def worker(
     log: Path,
     environment: Mapping[str, str],
     on_progress: Callable[[int, int], None],
+    program: str = "worker",
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
     """Start a worker; yield it and its events, and end it when the block is left.
 
@@ -42,9 +43,10 @@ def worker(
         log: the file for everything that the harness prints.
         environment: variables that are added to this process's.
         on_progress: called with the number of questions done and of all questions in a step.
+        program: the module that it runs; `question_worker` reads further lines after the request.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", _START],
+        [sys.executable, "-c", _START.format(program)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -57,8 +59,11 @@ def worker(
     listener.start()
     try:
         try:
-            process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
-            process.stdin.close()
+            request = {**request, "parent": os.getpid()}
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            if program == "worker":
+                process.stdin.close()
         except BrokenPipeError:
             pass  # the worker ended at once: its exit code and log say why
         yield process, _events(process.stdout)

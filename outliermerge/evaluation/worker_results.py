@@ -14,7 +14,10 @@ _LARGEST = 1e138
 
 
 class Runner(Protocol):
-    """A harness in its process. A request is what `evaluate.py` sends; an entry is of one task."""
+    """A harness in its process. A request is what `requests.py` makes; an entry is of one task.
+
+    A search adds `questions` to an entry: those that are asked, None for all.
+    """
 
     def check(self, entry: Mapping[str, Any]) -> None:
         """Raise an exception if the harness has no such task; called before `load`."""
@@ -65,14 +68,44 @@ def unit_scores(
         if name not in sample or sample["doc_id"] in documents:
             return {}  # a group of tasks, or several filters whose values cannot be told apart
         documents.add(sample["doc_id"])
-        value = sample[name]
-        unit = value["unit"] if isinstance(value, dict) and "unit" in value else sample["doc_id"]
-        units.setdefault(str(unit), []).append(value)
+        units.setdefault(_unit_of(sample, name), []).append(sample[name])
     try:
         scores = {unit: number(aggregate(values)) for unit, values in units.items()}
     except Exception:  # a task's own code may raise anything; its score exists anyway
         return {}
     return {unit: score for unit, score in scores.items() if score is not None}
+
+
+def question_scores(
+    samples: Iterable[Mapping[str, Any]], name: str, aggregate: Callable[[list[Any]], Any]
+) -> dict[str, float]:
+    """Return the score of each unit by the numbers of its documents, such as "4" or "4,5,6".
+
+    Raises:
+        ValueError: the aggregation cannot be applied to a single unit.
+    """
+    groups: dict[str, list[int]] = {}
+    given = list(samples)
+    for sample in given:
+        groups.setdefault(_unit_of(sample, name), []).append(sample["doc_id"])
+    scores = unit_scores(given, name, aggregate)
+    if not given or scores.keys() != groups.keys():
+        raise ValueError(f"{name} is no score of single questions, by which a search compares")
+    return {",".join(map(str, sorted(groups[unit]))): score for unit, score in scores.items()}
+
+
+def documents_of(questions: Iterable[str]) -> list[int]:
+    """Return the numbers of the documents of questions that `question_scores` has named.
+
+    >>> documents_of(["4", "2,3"])
+    [2, 3, 4]
+    """
+    return sorted(int(number) for name in questions for number in name.split(","))
+
+
+def _unit_of(sample: Mapping[str, Any], name: str) -> str:
+    value = sample.get(name)
+    return str(value["unit"] if isinstance(value, dict) and "unit" in value else sample["doc_id"])
 
 
 def answer_of(sample: Mapping[str, Any]) -> str:

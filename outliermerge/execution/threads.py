@@ -73,11 +73,14 @@ def choose_options(
 ) -> Options:
     """Return the options with which a plan is run on this machine.
 
+    Args:
+        device: as `choose_device` returns it.
+
     Raises:
         ArgumentError: an option is wrong.
     """
     return Options(
-        device=choose_device(device),
+        device=device,
         threads=num_threads(threads),
         memory_bytes=parse_bytes(str(memory), "memory"),
         kernels=names() if kernels else frozenset(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from outliermerge.arguments import checked, named
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, suggest
+from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import Kernel
 from outliermerge.methods.parameter import Parameter, declared
 from outliermerge.methods.statistics.base import Statistic
@@ -60,6 +61,8 @@ class MergeMethod:
         with_base: the method that takes its place if there is a base model, or None.
         variant: returns the method that takes its place for some resolved parameters, or None. That
             method gets the parameters that it declares.
+        for_tensor: returns the method that takes its place for some tensors, or None; it gets the
+            parameters that it declares.
     """
 
     name: str
@@ -80,6 +83,7 @@ class MergeMethod:
     base_as: BaseAs
     with_base: MergeMethod | None
     variant: Callable[[Mapping[str, Any]], MergeMethod | None]
+    for_tensor: Callable[[Context], MergeMethod | None]
 
     def __repr__(self) -> str:
         return short_repr(
@@ -106,9 +110,9 @@ class MergeMethod:
         """Whether there must be a base model."""
         return self.uses_base or self.base_as == "first"
 
-    def of(self, parameters: Mapping[str, Any]) -> MergeMethod:
+    def of(self, parameters: Mapping[str, Any], context: Context) -> MergeMethod:
         """Return the method that merges a tensor with these resolved parameters."""
-        return self.variant(parameters) or self
+        return self.for_tensor(context) or self.variant(parameters) or self
 
     @property
     def summary(self) -> str:
@@ -123,8 +127,9 @@ class MergeMethod:
         """The documentation for authors of specs: of the arguments only what a spec can set."""
         text, _, arguments = self.documentation.partition("\n\nArgs:\n")
         arguments, _, rest = arguments.partition("\n\n")
-        entries = re.findall(r"^ {4}(\w+?)_?: (.+(?:\n {5,}.+)*)", arguments, re.MULTILINE)
-        lines = [f"    {name}: {words}" for name, words in entries if name in self.parameters]
+        words = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", arguments, re.MULTILINE))
+        named = ((one.name, words.get(one.python_name)) for one in self.parameters.values())
+        lines = [f"    {name}: {said}" for name, said in named if said]
         parts = [text, "\n".join(["Parameters:", *lines]) if lines else "", rest]
         return "\n\n".join(filter(None, parts))
 
@@ -204,6 +209,11 @@ def _itself(parameters: Mapping[str, Any]) -> MergeMethod | None:
 
 
 @named
+def _for_all(context: Context) -> MergeMethod | None:
+    return None
+
+
+@named
 def _usual_workspace(num_sources: int) -> int:
     return 5 * num_sources + 4  # measured for the methods of this package
 
@@ -226,6 +236,7 @@ def merge_method(
     base_as: BaseAs = "reference",
     with_base: MergeMethod | None = None,
     variant: Callable[[Mapping[str, Any]], MergeMethod | None] = _itself,
+    for_tensor: Callable[[Context], MergeMethod | None] = _for_all,
 ) -> Callable[[Callable[..., Any]], MergeMethod]:
     """Make a merge method from a function on blocks.
 
@@ -251,6 +262,7 @@ def merge_method(
         base_as: what a base model is to a method on weights; see MergeMethod.
         with_base: the method that takes its place where there is a base model.
         variant: returns the method that takes its place for resolved parameters, or None.
+        for_tensor: returns the method that takes its place for some tensors, or None.
 
     Raises:
         TypeError: the signature does not fit these rules.
@@ -307,6 +319,7 @@ def merge_method(
             base_as=base_as,
             with_base=with_base,
             variant=variant,
+            for_tensor=for_tensor,
         )
 
     return decorate

@@ -32,9 +32,11 @@ _KNOWN = {
         "dare_ties": "dare_ties_merging",
         "ties": "ties_merging emr emr_merging magmax tall_mask randes magnitude_diff_pruning "
         "concrete concrete_subspace concrete_task_arithmetic",
-        "task_arithmetic": "adamerging task_wise_adamerging layer_wise_adamerging wudi "
-        "wudi_merging iso_c iso_cts isotropic isotropic_merging tsv tsv_m tsvm "
-        "task_singular_vector doge_ta dop expo fw fw_merging surgery trust_region bitdelta knots",
+        "task_arithmetic": "adamerging task_wise_adamerging layer_wise_adamerging iso_c iso_cts "
+        "tsv_m doge_ta dop expo fw fw_merging surgery trust_region bitdelta knots",
+        "iso_c": "isotropic isotropic_merging",
+        "tsv_m": "tsv tsvm task_singular_vector",
+        "swudi": "wudi wudi_merging",
         "passthrough": "depth_upscaling mixtral_upscaling smile_upscaling we_moe wemoe "
         "rankone_moe sparse_we_moe pwe_moe",
     },
@@ -43,7 +45,8 @@ _KNOWN = {
         "git_rebasin zipit",
         "ties": "pcb pcb_merging twin twin_merging twinmerging consensus consensus_ta "
         "consensus_ties localize_and_stitch widen cat cat_merging star",
-        "task_arithmetic": "lines task_vector task_vectors ta cart cabs metagpt",
+        "task_arithmetic": "swudi aswudi resmerge lines task_vector task_vectors ta cart cabs "
+        "metagpt",
         "passthrough": "frankenmerge franken moe",
     },
 }
@@ -54,6 +57,8 @@ _SAME = {
     "mean": "linear", "model_soup": "linear", "model_soups": "linear", "uniform_soup": "linear",
     "add_difference": "task_arithmetic", "task_vector": "task_arithmetic",
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
+    "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
+    "task_singular_vector": "tsv_m",
 }  # fmt: skip
 _PLACES = {
     name: (tool, nearest)

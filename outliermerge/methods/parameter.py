@@ -30,6 +30,7 @@ class Parameter:
         per_model: whether each model may have its own.
         bounds: the range of valid values.
         choices: the valid texts; empty where every text is valid.
+        python_name: the function's keyword.
     """
 
     name: str
@@ -38,10 +39,7 @@ class Parameter:
     per_model: bool
     bounds: Interval
     choices: tuple[str, ...] = ()
-
-    @property
-    def python_name(self) -> str:
-        return self.name + "_" if self.name == "lambda" else self.name
+    python_name: str = ""
 
     @property
     def range(self) -> str:
@@ -130,4 +128,5 @@ def declared(function: Callable[..., Any], keyword: inspect.Parameter) -> Parame
         per_model=per_model,
         bounds=Interval(**bounds),
         choices=choices,
+        python_name=keyword.name,
     )

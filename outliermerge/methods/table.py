@@ -8,12 +8,15 @@ from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.elsewhere import known_elsewhere
+from outliermerge.methods.isotropic import iso_c, iso_cts
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.model_stock import model_stock
 from outliermerge.methods.nearswap import nearswap
 from outliermerge.methods.nuslerp import nuslerp
 from outliermerge.methods.ram import ram, ramplus_tl
+from outliermerge.methods.resmerge import resmerge
 from outliermerge.methods.sce import sce
+from outliermerge.methods.singular_vectors import tsv_m
 from outliermerge.methods.sparse import (
     breadcrumbs,
     breadcrumbs_ties,
@@ -24,6 +27,7 @@ from outliermerge.methods.sparse import (
 )
 from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
+from outliermerge.methods.wudi import aswudi, swudi
 
 _SURE = 0.7  # a name so alike is meant: of a name of four letters, three are right
 
@@ -50,6 +54,12 @@ METHODS: dict[str, MergeMethod] = {
         model_stock,
         nearswap,
         arcee_fusion,
+        iso_c,
+        iso_cts,
+        tsv_m,
+        swudi,
+        aswudi,
+        resmerge,
         passthrough,
     )
 }

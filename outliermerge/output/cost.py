@@ -25,13 +25,13 @@ class Machine:
     Attributes:
         line_bytes: that it receives in a second, and sends.
         latency_seconds: until a request is answered.
-        work_bytes: of all passes that it computes in a second.
+        work_bytes: of all passes that it computes in a second; one core did 0.66 GB of FP8 weights.
         cache_bytes: the most that it keeps of what it reads again.
     """
 
     line_bytes: float = 1e9
     latency_seconds: float = 0.03
-    work_bytes: float = 2e9
+    work_bytes: float = 10e9
     cache_bytes: int = DEFAULT_CACHE_BYTES
 
 

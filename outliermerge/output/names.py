@@ -134,6 +134,11 @@ def real_output(named: Path) -> Path:
     return named if is_plain else real
 
 
+def real_final(named: Final) -> Final:
+    """Return the path that an output's name leads to, or its address."""
+    return named if isinstance(named, str) else real_output(named)
+
+
 def free_disk_bytes(folder: Path) -> int:
     """Return the free bytes of the disk of a folder, which need not exist yet."""
     place = folder.absolute()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from outliermerge.arguments import checked, nothing, wrong
 from outliermerge.checkpoint.layout import parse_bytes
-from outliermerge.execution.threads import Executor, choose_options, execute
+from outliermerge.execution.threads import Executor, choose_device, choose_options, execute
 from outliermerge.planning.plan import Options
 from outliermerge.planning.planner import DEFAULT_MEMORY_BYTES
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
@@ -84,8 +84,22 @@ or 1GiB.
         Raises:
             ArgumentError: one is wrong.
         """
+        return self._resolved(choose_device(self.device))
+
+    def in_parts(self) -> Options:
+        """Return the options of a plan whose parts are written on other machines.
+
+        The device is taken as it is named, and not looked for here.
+
+        Raises:
+            ArgumentError: an option is wrong.
+        """
+        is_named = self.device.partition(":")[0] == "cuda"
+        return self._resolved(self.device if is_named else choose_device(self.device))
+
+    def _resolved(self, device: str) -> Options:
         return choose_options(
-            device=self.device,
+            device=device,
             memory=self.memory,
             threads=self.threads,
             kernels=self.kernels,

@@ -31,6 +31,7 @@ from outliermerge.output.names import (
     as_final,
     journal_path,
     partial_folder,
+    real_final,
     real_output,
 )
 from outliermerge.output.naming import is_named
@@ -228,11 +229,25 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
             load.
     """
-    named, chosen = as_final(output), chosen or RunOptions()
-    final = named if isinstance(named, str) else real_output(named)
-    states = states_of(plan, final, chosen.on_this_machine())
-    if not all(state.is_whole for state in states):
-        raise NotWholeError(final, states)
+    (result,) = join_all([(plan, as_final(output))], chosen or RunOptions())
+    return result
+
+
+def join_all(plans: Sequence[tuple[Plan, Final]], chosen: RunOptions) -> list[RunResult]:
+    """Finish outputs whose parts are written, all or none of them; see `join`.
+
+    The parts' device need not be on this machine.
+    """
+    options = chosen.in_parts()
+    outputs = [real_final(output) for _, output in plans]
+    found = states_of_all(plans, options)
+    if None in found:
+        index = found.index(None)
+        states_of(plans[index][0], outputs[index], options)  # says why there are none
+    states = [each or [] for each in found]
+    for final, each in zip(outputs, states, strict=True):
+        if not all(state.is_whole for state in each):
+            raise NotWholeError(final, each)
 
     def refuse(
         targets: Sequence[Target],
@@ -241,14 +256,35 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         on_progress: Callable[[int], None],
         folder: Path | None,
     ) -> None:
-        lost = {job.name for job in targets[0].jobs}
-        if lost:
-            whole = isinstance(final, str)
-            raise NotWholeError(final, [_without(plan, s, lost, whole=whole) for s in states])
-        execute(targets, options, on_progress=on_progress, folder=folder)  # what must be equal
+        for target, final, each in zip(targets, outputs, states, strict=True):
+            lost = {job.name for job in target.jobs}
+            if lost:
+                raise NotWholeError(
+                    final, [_without(target.plan, state, lost, final) for state in each]
+                )
+        here = replace(options, device="cpu")  # for what must be equal
+        execute(targets, here, on_progress=on_progress, folder=folder)
 
-    (result,) = run_plans([(plan, named)], replace(chosen, executor=refuse, fresh=False))
-    return result
+    return run_plans(plans, replace(chosen, executor=refuse, fresh=False), options=options)
+
+
+def states_of_all(
+    plans: Sequence[tuple[Plan, Final]], options: Options
+) -> list[list[PartState] | None]:
+    """Return for each output how far its parts are; None where nothing of it is written.
+
+    They are as `states_of` returns them. Of outputs that get their names together, the first may
+    be the last that has a journal.
+    """
+    found: list[list[PartState] | None] = []
+    for plan, output in plans:
+        final = real_final(output)
+        if isinstance(final, str) or os.path.lexists(journal_path(final)):
+            found.append(states_of(plan, final, options))
+        else:
+            all_named = found[:1] == [[]] and final.exists()
+            found.append([] if all_named else None)
+    return found
 
 
 def states_of(plan: Plan, final: Final, options: Options) -> list[PartState]:
@@ -351,7 +387,7 @@ def _written(journal: Journal, facts: dict[str, Any]) -> set[str]:
     return set(journal.all("tensor")) if journal.identity == facts else set()
 
 
-def _without(plan: Plan, state: PartState, lost: set[str], *, whole: bool) -> PartState:
+def _without(plan: Plan, state: PartState, lost: set[str], final: Final) -> PartState:
     """Return the state of a part after tensors of it were found to be damaged."""
-    jobs = part_of(plan, state.number, state.num_parts, whole_files=whole)
+    jobs = part_of(plan, state.number, state.num_parts, whole_files=isinstance(final, str))
     return replace(state, lacking=tuple(job.name for job in jobs if job.name in lost))

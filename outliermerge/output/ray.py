@@ -1,90 +1,82 @@
-"""Places the parts of a merge as tasks on a Ray cluster.
+"""Places the parts of merges as tasks on a Ray cluster.
 
 A task plans the merge again on its machine and writes one part. What has been written is on the
 output's disk, which all machines share: a part whose worker, machine or driver is lost goes on from
-there. Ray itself retries nothing, so that each try is counted here.
+there.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
+from outliermerge.errors import ArgumentError, argument, shown
 from outliermerge.optional import require_ray
-from outliermerge.output.journal import BusyError, entry_of
-from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.cluster import Tasks, connected, has_gpus, num_at_once, usual_cpus
+from outliermerge.output.journal import entry_of
+from outliermerge.output.names import Final, journal_path, partial_folder, real_output
 from outliermerge.output.options import RunOptions
-from outliermerge.output.parts import NotWholeError, checksums_of, join, run_part, states_of
+from outliermerge.output.parts import (
+    NotWholeError,
+    PartState,
+    checksums_of,
+    join_all,
+    run_part,
+    states_of_all,
+)
 from outliermerge.output.run import RunResult, refuse_taken
 from outliermerge.output.writer import OutputWriter
+from outliermerge.planning.moe import held_values, plan_with_values
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
-from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.moe import MoeSpec
 from outliermerge.storage.machine import num_threads
 
-_POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
-_NUM_CPUS = 4  # of a part, where the threads are not given
 _PROGRAM_BYTES = 300_000_000  # of the interpreter, the plan and what is imported
-_MOST_LOSSES = 10  # of one part, without a tensor written in between
-_logger = logging.getLogger(__name__)
+
+_Part = tuple[int, int]
+"""The number of an output, from 0, and of a part of it, from 1."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a task needs to write parts.
+    """What a task needs to write parts; the attributes have an entry for each output.
 
     Attributes:
-        here: the driver's folder, which the paths of a spec are relative to.
+        plans: what plans it again.
+        outputs: the final paths.
+        num_parts: how many parts each has.
+        chosen: how each part is written.
     """
 
-    spec: MergeSpec
-    shard_bytes: int | None
-    output: Path
-    num_parts: int
-    here: Path
+    plans: tuple[Callable[[], Plan], ...]
+    outputs: tuple[Path, ...]
+    num_parts: tuple[int, ...]
     chosen: RunOptions
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of a task.
-
-    Attributes:
-        checksums: by tensor, of the part that it has written.
-        busy: why the part is being written by another process.
-        error: the kind and the text of an error that would come again.
-    """
-
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    busy: str = ""
-    error: tuple[str, str] | None = None
-
-
 def run_on_ray(
-    planned: Plan,
-    output: Path,
+    plans: Sequence[tuple[Plan, Path]],
     chosen: RunOptions,
     *,
     address: str | None = None,
     num_parts: int | None = None,
-) -> RunResult:
-    """Carry out a plan in parts, each a task on a Ray cluster; the output is that of `run`.
+) -> list[RunResult]:
+    """Carry out plans in parts, each a task on a Ray cluster; the outputs are those of `run_plans`.
 
     Args:
-        output: the final path; its disk, and those of the models, are shared by all machines.
+        plans: each with the final path of its output; the outputs' disk, and those of the models,
+            are shared by all machines.
         chosen: as for `run`. `threads` are those of a part, and the CPUs that it asks Ray for;
-            `memory` is that of a part.
+            `memory` is that of a part. The `device` need not be on this machine.
         address: of the cluster; without one Ray looks for a running one, or starts one here.
-        num_parts: as many as can run at the same time, or those that were begun, by default.
+        num_parts: of each output; as many as can run at the same time, or those that were begun,
+            by default.
 
     Raises:
         ArgumentError: an option is wrong.
@@ -97,151 +89,168 @@ def run_on_ray(
             f"{argument('fresh', True)}: parts do not start over. Remove OUT.partial and "
             "OUT.partial.journal* first."
         )
-    refuse_taken(planned, output, overwrite=chosen.overwrite)
-    options = replace(chosen, device="cpu").on_this_machine()  # a driver may have no GPU
-    with _connected(address):
-        num_cpus = chosen.threads or _num_cpus()
-        options = replace(options, threads=num_cpus)
+    refuse_taken(*plans[0], overwrite=chosen.overwrite)
+    with connected(address):
+        if chosen.device == "auto":
+            chosen = replace(chosen, device="cuda" if has_gpus() else "cpu")
+        num_cpus = chosen.threads or usual_cpus()
+        options = replace(chosen.in_parts(), threads=num_cpus)
         needs = {
             "num_cpus": num_cpus,
             "num_gpus": 0 if chosen.device == "cpu" else 1,
-            "memory": planned.peak_memory_bytes(options) + _PROGRAM_BYTES,
+            "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans) + _PROGRAM_BYTES,
         }
-        final = real_output(output)
-        begun = os.path.lexists(journal_path(final))
-        states = states_of(planned, final, chosen.on_this_machine()) if begun else []
-        if states and num_parts not in (None, len(states)):
-            raise ArgumentError(
-                f"{argument('parts', num_parts)}: {final} was begun in {len(states)} parts. Leave "
-                "it out, to go on with these"
-            )
-        number = num_parts or len(states) or _num_at_once(needs, planned)
-        work = _Work(
-            planned.spec,
-            planned.shard_bytes,
-            output.absolute(),
-            number,
-            Path.cwd(),
-            RunOptions(
-                device=chosen.device,
-                memory=chosen.memory,
-                threads=num_cpus,
-                kernels=chosen.kernels,
-                overwrite=chosen.overwrite,
-                allow_non_finite=chosen.allow_non_finite,
-            ),
-        )
+        states = states_of_all(plans, chosen.in_parts())
+        for (plan, output), found in zip(plans, states, strict=True):
+            if found is None:
+                refuse_taken(plan, output, overwrite=chosen.overwrite)
+        numbers = _numbers(plans, states, num_parts, lambda: num_at_once(needs))
         began = time.monotonic()
-        driver = _Driver(planned, final, work, needs, chosen)
-        left = [s.number for s in states if not s.is_whole] if states else range(1, number + 1)
-        if not begun or states:  # else it has its name already
-            driver.write(left)
+        driver = _Driver(plans, numbers, needs, replace(chosen, threads=num_cpus))
+        driver.write(
+            (index, number)
+            for index, found in enumerate(states)
+            for number in (
+                range(1, numbers[index] + 1)
+                if found is None
+                else [state.number for state in found if not state.is_whole]
+            )
+        )
+        outputs: list[Final] = [real_output(output) for _, output in plans]
         while True:
             worked = time.monotonic() - began
             try:
-                done = join(planned, output, replace(chosen, on_progress=lambda num_bytes: None))
+                done = join_all(plans, replace(chosen, on_progress=lambda num_bytes: None))
+                break
             except NotWholeError as error:
-                driver.write(state.number for state in error.unfinished)
-                continue
-            made = {name for state in states for name in state.lacking}
-            jobs = [job for job in planned.jobs if not begun or job.name in made]
-            return replace(
-                done,
-                num_resumed=len(planned.jobs) - len(jobs),
-                input_bytes=sum(job.num_read_bytes for job in jobs),
-                written_bytes=sum(job.num_written_bytes for job in jobs),
-                disk_bytes=None,  # the cluster's are not known
-                work_seconds=worked,
-                seconds=worked + done.seconds,
+                index = outputs.index(error.final)
+                driver.write((index, state.number) for state in error.unfinished)
+        return [
+            _told(plan, found, result, worked)
+            for (plan, _), found, result in zip(plans, states, done, strict=True)
+        ]
+
+
+def _numbers(
+    plans: Sequence[tuple[Plan, Path]],
+    states: Sequence[Sequence[PartState] | None],
+    num_parts: int | None,
+    at_once: Callable[[], int],
+) -> list[int]:
+    """Return how many parts each output has.
+
+    Raises:
+        ArgumentError: one was begun in another number.
+    """
+    for (_, output), found in zip(plans, states, strict=True):
+        if found and num_parts not in (None, len(found)):
+            raise ArgumentError(
+                f"{argument('parts', num_parts)}: {real_output(output)} was begun in {len(found)} "
+                "parts. Leave it out, to go on with these"
             )
+    if num_parts is None and None in states:
+        num_parts = -(-at_once() // len(plans))
+        most = [min(num_parts, len(plan.jobs)) for plan, _ in plans]
+    else:
+        most = [num_parts or 1] * len(plans)
+    return [len(found) if found else max(1, n) for found, n in zip(states, most, strict=True)]
+
+
+def _told(
+    plan: Plan, before: Sequence[PartState] | None, joined: RunResult, worked: float
+) -> RunResult:
+    """Return the result of joining an output, with what was done before that.
+
+    Args:
+        before: how far its parts were when the command began.
+    """
+    jobs = list(plan.jobs)
+    if before is not None:
+        made = {name for state in before for name in state.lacking}
+        jobs = [job for job in jobs if job.name in made]
+    return replace(
+        joined,
+        num_resumed=len(plan.jobs) - len(jobs),
+        input_bytes=sum(job.num_read_bytes for job in jobs),
+        written_bytes=sum(job.num_written_bytes for job in jobs),
+        disk_bytes=None,  # the cluster's are not known
+        work_seconds=worked,
+        seconds=worked + joined.seconds,
+    )
 
 
 class _Driver:
-    """Keeps the parts of an output as tasks on the cluster until all are written and proven."""
+    """Keeps the parts of outputs as tasks on the cluster until all are written and proven."""
 
     def __init__(
-        self, plan: Plan, final: Path, work: _Work, needs: dict[str, Any], chosen: RunOptions
+        self,
+        plans: Sequence[tuple[Plan, Path]],
+        numbers: Sequence[int],
+        needs: Mapping[str, float],
+        chosen: RunOptions,
     ) -> None:
-        import ray
-
-        self._plan, self._final, self._chosen = plan, final, chosen
-        self._num_parts = work.num_parts
-        self._task = ray.remote(max_retries=0, **needs)(_write_part)
-        self._work = ray.put(work)
-        self._written = _Written(plan, final, work.num_parts)
-        self._losses = Counter[int]()
+        self._plans, self._chosen = plans, chosen
         self._threads = num_threads(0)
+        self._written = [
+            _Written(plan, real_output(output), number)
+            for (plan, output), number in zip(plans, numbers, strict=True)
+        ]
+        work = _Work(
+            tuple(_again(plan) for plan, _ in plans),
+            tuple(output.absolute() for _, output in plans),
+            tuple(numbers),
+            RunOptions(
+                device=chosen.device,
+                memory=chosen.memory,
+                threads=chosen.threads,
+                kernels=chosen.kernels,
+                overwrite=chosen.overwrite,
+                allow_non_finite=chosen.allow_non_finite,
+                cache_size=chosen.cache_size,
+            ),
+        )
+        self._tasks = Tasks[_Part](
+            _write_part,
+            work,
+            needs,
+            name=self._name,
+            has_progressed=lambda part: self._written[part[0]].has_grown(part[1]),
+            on_wait=self._advance,
+        )
 
-    def write(self, numbers: Any) -> None:
+    def write(self, parts: Iterable[_Part]) -> None:
         """Write parts.
 
         Raises:
             OutlierMergeError: one fails, or is lost too often.
         """
-        import ray
+        self._tasks.run(parts, self._take)
 
-        pending = {self._start(number): number for number in numbers}
-        try:
-            while pending:
-                ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
-                self._chosen.on_progress(self._written.advance())
-                for reference in ready:
-                    number = pending.pop(reference)
-                    if self._is_left(number, reference):
-                        pending[self._start(number)] = number
-            self._chosen.on_progress(self._written.advance())
-        finally:
-            for reference in pending:
-                ray.cancel(reference, force=True)
+    def _name(self, part: _Part) -> str:
+        index, number = part
+        of = f" of {shown(self._plans[index][1])}" if len(self._plans) > 1 else ""
+        return f"part {number}/{self._written[index].num_parts}{of}"
 
-    def _start(self, number: int) -> Any:
-        return self._task.remote(self._work, number)
+    def _advance(self) -> None:
+        self._chosen.on_progress(sum(written.advance() for written in self._written))
 
-    def _is_left(self, number: int, reference: Any) -> bool:
-        """Tell whether a part whose task has ended is to be written again."""
-        import ray
+    def _take(self, part: _Part, checksums: Mapping[str, str]) -> str:
+        """Return why a part that is written must be written again; "" if it arrived well."""
+        damaged = self._damaged(part[0], checksums)
+        if not damaged:
+            return ""
+        return (
+            f"{self._name(part)}: {len(damaged)} tensors, such as {shown(damaged[0])}, arrived "
+            "with other bytes than were written"
+        )
 
-        what = f"part {number}/{self._num_parts}"
-        try:
-            outcome: _Outcome = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            reason = shown(str(error.cause).partition("\n")[0], 500)
-            raise OutlierMergeError(f"{what} failed on the cluster: {reason}") from error
-        except ray.exceptions.RayError as error:  # of the worker, its machine or the cluster
-            return self._lost(number, f"{what} was lost: {type(error).__name__}")
-        if outcome.error is not None:
-            kind, text = outcome.error
-            raise (ArgumentError if kind == "ArgumentError" else OutlierMergeError)(text)
-        if outcome.busy:
-            return self._lost(number, outcome.busy)
-        damaged = self._damaged(outcome.checksums)
-        if damaged:
-            return self._lost(
-                number,
-                f"{what}: {len(damaged)} tensors, such as {shown(damaged[0])}, arrived with other "
-                "bytes than were written",
-            )
-        return False
-
-    def _lost(self, number: int, why: str) -> bool:
-        """Count a loss of a part; it is written again."""
-        if self._written.has_grown(number):
-            self._losses[number] = 0
-        self._losses[number] += 1
-        if self._losses[number] > _MOST_LOSSES:
-            raise OutlierMergeError(
-                f"{why}, {_MOST_LOSSES} times without a tensor written in between. The same "
-                "command goes on from here."
-            )
-        _logger.warning("%s; it goes on", why)
-        return True
-
-    def _damaged(self, checksums: Mapping[str, str]) -> list[str]:
+    def _damaged(self, index: int, checksums: Mapping[str, str]) -> list[str]:
         """Return the tensors whose bytes, read here, are not those that were written."""
-        jobs = [job for job in self._plan.jobs if job.name in checksums]
-        writer = OutputWriter(partial_folder(self._final))
+        plan, output = self._plans[index]
+        jobs = [job for job in plan.jobs if job.name in checksums]
+        writer = OutputWriter(partial_folder(real_output(output)))
         try:
-            writer.open(self._plan)  # for each part anew: then the disk's server tells the newest
+            writer.open(plan)  # for each part anew: then the disk's server tells the newest
             with ThreadPoolExecutor(self._threads) as pool:
                 found = pool.map(lambda job: writer.checksum(job.output), jobs)
                 return [
@@ -257,6 +266,7 @@ class _Written:
     """Follows what the journals say is written, as the parts' processes add lines to them."""
 
     def __init__(self, plan: Plan, final: Path, num_parts: int) -> None:
+        self.num_parts = num_parts
         self._sizes = {job.name: plan.num_work_bytes(job) for job in plan.jobs}
         names = {0: "", **{n: f"{n}-of-{num_parts}" for n in range(1, num_parts + 1)}}
         self._paths = {number: journal_path(final, name) for number, name in names.items()}
@@ -295,70 +305,16 @@ class _Written:
         return whole.split(b"\n")
 
 
-def _write_part(work: _Work, number: int) -> _Outcome:
-    """Write a part; this is what a worker of the cluster runs."""
-    try:
-        os.chdir(work.here)
-    except OSError as error:
-        text = f"{work.here}: is not on machine {os.uname().nodename}: {error.strerror}. All "
-        return _Outcome(error=("", text + "machines of the cluster must share it."))
-    try:
-        plan = make_plan(work.spec, shard_bytes=work.shard_bytes)
-        run_part(plan, work.output, number, work.num_parts, work.chosen)
-        return _Outcome(checksums_of(plan, work.output, number, work.num_parts))
-    except BusyError as error:  # by a task that was taken for lost; it may be about to end
-        time.sleep(_BUSY_SECONDS)
-        return _Outcome(busy=error.marked)
-    except OutlierMergeError as error:  # its class may not survive pickling
-        return _Outcome(error=(type(error).__name__, error.marked))
+def _again(plan: Plan) -> Callable[[], Plan]:
+    """Return what makes a plan again on another machine, where its files have other stamps."""
+    if isinstance(plan.spec, MoeSpec):
+        return partial(plan_with_values, plan.spec, plan.shard_bytes, held_values(plan))
+    return partial(make_plan, plan.spec, shard_bytes=plan.shard_bytes)
 
 
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Connect to a cluster, unless this process is connected already.
-
-    Raises:
-        OutlierMergeError: there is none at the address.
-    """
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OutlierMergeError(
-            f"{argument('address', address)}: no Ray cluster can be reached: {shown(reason, 300)}"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _alive() -> list[dict[str, float]]:
-    """Return the resources of each machine of the cluster."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _num_cpus() -> int:
-    """Return the CPUs of a part: a few, or all of the smallest machine."""
-    sizes = [int(node.get("CPU", 0)) for node in _alive()]
-    return max(1, min([_NUM_CPUS, *filter(None, sizes)]))
-
-
-def _num_at_once(needs: Mapping[str, float], plan: Plan) -> int:
-    """Return how many parts can run at the same time, at least 1 and at most one a tensor."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    wanted = {names[key]: value for key, value in needs.items() if value}
-    fitting = sum(
-        int(min(node.get(name, 0) // value for name, value in wanted.items())) for node in _alive()
-    )
-    if not fitting:
-        said = ", ".join(f"{name} {value:,}" for name, value in wanted.items())
-        _logger.warning("no machine of the cluster has what a part asks for now (%s)", said)
-    return max(1, min(fitting, len(plan.jobs)))
+def _write_part(work: _Work, part: _Part) -> dict[str, str]:
+    """Write a part on a machine of the cluster; return the checksums of its tensors."""
+    index, number = part
+    plan, output, num_parts = work.plans[index](), work.outputs[index], work.num_parts[index]
+    run_part(plan, output, number, num_parts, work.chosen)
+    return checksums_of(plan, output, number, num_parts)

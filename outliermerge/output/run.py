@@ -108,18 +108,23 @@ class RunResult:
         }
 
 
-def run_plans(plans: Sequence[tuple[Plan, Final]], chosen: RunOptions) -> list[RunResult]:
+def run_plans(
+    plans: Sequence[tuple[Plan, Final]], chosen: RunOptions, *, options: Options | None = None
+) -> list[RunResult]:
     """Carry out plans, each into its own output; what they read of the same tensors is read once.
 
     With `load_check`, an output that would not load keeps the name of an unfinished one, and a
     run with a corrected config goes on from there.
+
+    Args:
+        options: those of the plans, if they are not `chosen.on_this_machine()`.
 
     Raises:
         ArgumentError: an option is wrong, or the memory budget is too small.
         OutlierMergeError: a model or an output folder is not fit for it, or an output would not
             load.
     """
-    options, on_progress = chosen.on_this_machine(), chosen.on_progress
+    options, on_progress = options or chosen.on_this_machine(), chosen.on_progress
     for plan, final in plans:
         if isinstance(final, str) and len(plans) > 1:
             raise ArgumentError(

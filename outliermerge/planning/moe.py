@@ -85,15 +85,8 @@ class Mixture:
             values[layer + self.architecture.router] = matrix[:num_routed].tobytes()
             if self.architecture.shared_router:
                 values[layer + self.architecture.shared_router] = matrix[num_routed:].tobytes()
-        jobs = []
-        for job in self.plan.jobs:
-            source = job.sources[0][1]
-            if isinstance(source, HeldTensor):
-                held = replace(source, values=values[job.name])
-                job = replace(job, sources=((0, held),))
-            jobs.append(job)
-        plan = replace(self.plan, jobs=tuple(jobs), notes=(*self.plan.notes, *notes))
-        return replace(self, plan=plan)
+        plan = _with_values(self.plan, values)
+        return replace(self, plan=replace(plan, notes=(*plan.notes, *notes)))
 
 
 def plan_mixture(spec: MoeSpec, *, shard_bytes: int | None = None) -> Mixture:
@@ -114,6 +107,36 @@ def plan_mixture(spec: MoeSpec, *, shard_bytes: int | None = None) -> Mixture:
     check_sizes(mixture.plan)
     plan = replace(mixture.plan, files=watched.stamps, shard_bytes=shard_bytes)
     return replace(mixture, plan=plan)
+
+
+def held_values(plan: Plan) -> dict[str, bytes]:
+    """Return the values of a mixture's routers by the names of their tensors."""
+    sources = ((job.name, job.sources[0][1]) for job in plan.jobs)
+    return {
+        name: source.values
+        for name, source in sources
+        if isinstance(source, HeldTensor) and source.values is not None
+    }
+
+
+def plan_with_values(spec: MoeSpec, shard_bytes: int | None, values: Mapping[str, bytes]) -> Plan:
+    """Plan a mixture whose routers were computed elsewhere.
+
+    Args:
+        values: what `held_values` returned there.
+    """
+    return _with_values(plan_mixture(spec, shard_bytes=shard_bytes).plan, values)
+
+
+def _with_values(plan: Plan, values: Mapping[str, bytes]) -> Plan:
+    jobs = []
+    for job in plan.jobs:
+        source = job.sources[0][1]
+        if isinstance(source, HeldTensor):
+            held = replace(source, values=values[job.name])
+            job = replace(job, sources=((0, held),))
+        jobs.append(job)
+    return replace(plan, jobs=tuple(jobs))
 
 
 class _Planner:

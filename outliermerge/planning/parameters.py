@@ -167,8 +167,12 @@ def check_scopes(
 ) -> None:
     """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
     merges = [job for job in jobs if job.action == "merge"]
-    needs = method.needs.values()
-    if all(scope_of(need, job.parameters) == "tensor" for job in merges for need in needs):
+    tasks = [job.task for job in merges]
+    if not any(
+        scope_of(need, task.parameters) == "model"
+        for task in tasks
+        for need in task.method.needs.values()
+    ):
         return
     orders = {job.name: [number for number, _ in job.sources] for job in merges}
     for job in merges:

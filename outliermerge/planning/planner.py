@@ -271,17 +271,18 @@ class _Planner:
         if self.modules:
             owner = next((module.name for module in self.modules if name in module.names), None)
             why = f"module {shown(owner)}" if owner else "in no module, the base model's"
-        method, dtype = self.spec.method_for(parameters), self._compute_dtype(sources)
+        original = self.tied.followers.get(name, name)
+        context = context_of(
+            original, output.shape, self.layers.get(original), self.spec.document.seed
+        )
+        method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
         job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":
             return job
-        original = self.tied.followers.get(name, name)
         holders = [number for number, _ in sources if number in self.model_numbers]
         return replace(
             job,
-            context=context_of(
-                original, output.shape, self.layers.get(original), self.spec.document.seed
-            ),
+            context=context,
             auxiliary=self.auxiliaries.of(original, output.shape, holders),
             modifiers=self.spec.modifiers,
         )

@@ -178,10 +178,16 @@ def output_of(variant: Variant, output: str | Path | None) -> Path:
     return path
 
 
-def work_bytes(variants: Sequence[Variant]) -> int:
-    """Return the bytes that pass through a sweep, its models read once."""
+def work_bytes(variants: Sequence[Variant], *, read_once: bool = True) -> int:
+    """Return the bytes that pass through a sweep.
+
+    Args:
+        read_once: its models are read once for all, and not for each.
+    """
     first, *others = (variant.plan for variant in variants)
-    return first.work_bytes + sum(each.num_written_bytes for each in others)
+    return first.work_bytes + sum(
+        each.num_written_bytes if read_once else each.work_bytes for each in others
+    )
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from outliermerge.arguments import checked, wrong
 from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
+from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method, meant_method
 from outliermerge.spec.agreement import check_base, method_of, modifiers_of, names_of, wrong_sources
@@ -146,9 +147,8 @@ class MergeSpec:
             parts = "; ".join(f"{n}: {m.merge.in_a_line}" for n, m in self.modules.items())
             return f"{self.base.reference} with {parts}"
         models = ", ".join(model.reference for model in self.models)
-        return f"{self.method.name} of {models}" + (
-            f" onto {self.base.reference}" if self.base else ""
-        )
+        onto = f" onto {self.base.reference}" if self.base else ""
+        return f"{self.method.name} of {models}{onto}"
 
     @property
     def tokenizer_owner(self) -> str | None:
@@ -157,11 +157,11 @@ class MergeSpec:
             return plain_reference(self.document.tokenizer_source)
         return None if self.tokenizer.is_union else self.tokenizer.source
 
-    def method_for(self, parameters: Mapping[str, Any]) -> str:
+    def method_for(self, parameters: Mapping[str, Any], context: Context) -> str:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
-        method = self.method.of(parameters) if parameters else self.method
-        written = self.document.merge_method
-        return written if method is find_method(written) else method.path
+        method = self.method.of(parameters, context) if parameters else self.method
+        named = self.document.merge_method
+        return named if method is find_method(named) else method.path
 
     @property
     def all_stages(self) -> dict[str, MergeSpec]:

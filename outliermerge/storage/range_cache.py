@@ -52,12 +52,17 @@ class Chunked:
 
 @dataclass(eq=False)
 class CachedObject(Chunked):
-    """An object, and the sparse file with what has been read of it."""
+    """An object, and the sparse file with what has been read of it.
+
+    Attributes:
+        given_back: the chunks of which all was given back, which are not fetched ahead again.
+    """
 
     remote: RemoteObject
     state: State
     descriptor: int
     chunks: dict[int, _Chunk] = field(default_factory=dict)
+    given_back: set[int] = field(default_factory=set)
 
 
 Range = tuple[CachedObject, int, int]
@@ -69,6 +74,7 @@ class _Chunk:
     is_there: bool = False
     is_read: bool = False
     num_held: int = 0
+    given_back: set[tuple[int, int]] = field(default_factory=set)  # its parts; none overlap
     error: BaseException | None = None
 
 
@@ -156,8 +162,9 @@ class RangeCache:
 
         def release() -> None:
             with self._changed:
-                for *_, chunk in held:
+                for found, number, chunk in held:
                     chunk.num_held -= 1
+                    self._remove_if_done(found, number, chunk)
                 held.clear()
                 self._changed.notify_all()
 
@@ -169,12 +176,17 @@ class RangeCache:
     def read_ahead(self, ranges: Iterable[Range]) -> None:
         """Fetch ranges in this order as there is room; instead of those that were named before."""
         with self._changed:
+            for found in self._objects:
+                found.given_back.clear()
             self._ahead, self._next_ahead = requests_of(list(ranges)), None
             self._start_threads()
             self._changed.notify_all()
 
     def drop(self, dropped: Iterable[Range]) -> None:
-        """Give back ranges that are not read again soon."""
+        """Give back ranges that are not read again soon.
+
+        A chunk goes when all of its bytes were given back, such as those of several tensors.
+        """
         with self._changed:
             for found, start, stop in dropped:
                 for number in found.numbers(start, stop):
@@ -183,9 +195,9 @@ class RangeCache:
                         continue
                     self._note_read(found, number, chunk)
                     first = number * found.chunk_bytes
-                    inside = start <= first and first + found.size_of(number) <= stop
-                    if inside and not chunk.num_held:
-                        self._remove(found, number)
+                    end = first + found.size_of(number)
+                    chunk.given_back.add((max(start, first), min(stop, end)))
+                    self._remove_if_done(found, number, chunk)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -218,6 +230,14 @@ class RangeCache:
         if not chunk.is_read:
             chunk.is_read = True
             self._unread_bytes -= found.size_of(number)
+
+    def _remove_if_done(self, found: CachedObject, number: int, chunk: _Chunk) -> None:
+        """Forget a chunk that nobody holds, if all of it was given back."""
+        num_bytes = sum(stop - start for start, stop in chunk.given_back)
+        if not chunk.num_held and num_bytes >= found.size_of(number):
+            if found.chunks.get(number) is chunk:
+                self._remove(found, number)
+            found.given_back.add(number)
 
     def _remove(self, found: CachedObject, number: int) -> None:
         """Forget a chunk that nobody holds."""
@@ -257,7 +277,9 @@ class RangeCache:
             self._next_ahead = next(self._ahead, None)
         while self._next_ahead is not None:
             found, left = self._next_ahead
-            groups = _in_requests([number for number in left if number not in found.chunks])
+            groups = _in_requests(
+                [n for n in left if n not in found.chunks and n not in found.given_back]
+            )
             if groups:
                 numbers = groups[0]  # others may have come in between meanwhile
                 num_bytes = sum(map(found.size_of, numbers))

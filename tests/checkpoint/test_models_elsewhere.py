@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import outliermerge
 from outliermerge.cli.main import main
 from outliermerge.errors import OutlierMergeError
+from outliermerge.storage.range_cache import RangeCache
 
 FORMS = ("{url}/bucket", "s3://bucket")
 
@@ -256,3 +257,42 @@ def test_a_real_s3_server(tmp_path: Path, own_cache: Path, monkeypatch: pytest.M
     assert weights_of(there.output) == weights_of(local.output)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"a-secret-of-this-test" in path.read_bytes()]
+
+
+def _spec_file(at: str, method: str = "ties", **parameters: object) -> str:
+    spec = spec_of(at, method)
+    spec.setdefault("parameters", {}).update(parameters)
+    Path("spec.json").write_text(json.dumps(spec))
+    return "spec.json"
+
+
+def test_inputs_are_deleted_as_they_are_read_and_never_a_users(
+    served: RangeServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+) -> None:
+    at, flag = f"{served.url}/bucket", "--delete-inputs-as-read"
+    monkeypatch.setattr("outliermerge.storage.cached_files.CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("outliermerge.storage.range_cache._AHEAD_BYTES", 1 << 16)
+    kept: list[int] = []
+    close = RangeCache.close
+
+    def note(cache: RangeCache) -> None:
+        kept.append(cache.kept_bytes)
+        close(cache)
+
+    monkeypatch.setattr(RangeCache, "close", note)
+    local = outliermerge.run(spec_of(str(served.folder / "bucket")), output="local")
+    assert main(["run", _spec_file(at), "there", flag, "--threads", "1"]) == 0
+    assert weights_of(Path("there")) == weights_of(local.output)
+    largest = 3 * 300 * 257 * 2  # bytes of all models' tensors of one name
+    assert max(kept) <= largest + 6 * 3 * (1 << 12)  # and chunks of which a part is not done
+    assert list((own_cache / "ranges").iterdir()) == []
+    capsys.readouterr()
+    assert main(["run", _spec_file(str(served.folder / "bucket")), "other", flag]) == 1
+    assert "nothing of yours is deleted" in capsys.readouterr().err
+    assert main(["run", _spec_file(at, trim="model"), "other", flag]) == 1
+    told = capsys.readouterr().err
+    assert "of the whole models before it merges" in told and flag in told
+    assert not Path("other.partial").exists()

@@ -13,11 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
+import pyarrow.parquet
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from text_models import save_text_model
 from waiting import LIMIT_SECONDS
@@ -30,7 +34,7 @@ from outliermerge.evaluation.early import check_models
 from outliermerge.evaluation.scores import Score, load_scores
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.evaluation.table import make_table
-from outliermerge.evaluation.text_worker import Worker, _contributions
+from outliermerge.evaluation.text_worker import Worker, _check_examples, _contributions
 from outliermerge.evaluation.worker_process import worker
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +242,85 @@ def test_questions_are_put_in_the_chat_format_with_examples(asked):
     assert prompt.count("<user>") == 3 and prompt.endswith("<assistant>")
 
 
+# lm-eval's own tasks, on replicas of their data under the hub's ids
+
+
+def _official(folder: Path) -> None:
+    """Write a few questions in the schemas of the data sets that evals/text.yaml asks."""
+    many = range(26)  # ARC's examples, and one
+    arc = [
+        {
+            "id": str(number),
+            "question": f"{number} + 1?",
+            "choices": {"text": ["1", "x", "y", "z"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[number % 4],
+        }
+        for number in many
+    ]
+    _put(folder / "allenai/ai2_arc", "ARC-Challenge", train=arc, validation=arc, test=arc)
+    endings = {"ctx_a": "A cat", "ctx_b": "it", "activity_label": "Pets", "label": "1"}
+    hella = [{**endings, "ind": number, "endings": ["a", "b", "c", "d"]} for number in many]
+    _put(folder / "Rowan/hellaswag", "default", train=hella, validation=hella, test=hella)
+    question = {"question": "?", "subject": "x", "choices": ["a", "b", "c", "d"], "answer": 2}
+    for subject in _configs("mmlu/default", "mmlu_*.yaml"):
+        _put(folder / "cais/mmlu", subject, test=[question], validation=[question],
+             dev=[question] * 5)  # fmt: skip
+    choices = {"choices": ["yes", "no"], "labels": [1, 0]}
+    truth = {"question": "Is it?", "mc1_targets": choices, "mc2_targets": choices}
+    _put(folder / "truthfulqa/truthful_qa", "multiple_choice", validation=[truth])
+    grande = {"sentence": "A saw B as _ was big.", "option1": "A", "option2": "B", "answer": "2"}
+    rows = [{**grande, "sentence": f"{number}: {grande['sentence']}"} for number in many]
+    _put(folder / "allenai/winogrande", "winogrande_xl", train=rows, validation=rows)
+    gsm = [{"question": f"{n} + 1?", "answer": f"So.\n#### {n + 1}"} for n in many]
+    _put(folder / "openai/gsm8k", "main", train=gsm, test=gsm)
+    for name in _configs("leaderboard/bbh_mc", "*.yaml"):
+        _put(folder / "SaylorTwift/bbh", name, test=[{"input": "Is it?", "target": "(A)"}])
+
+
+def _configs(folder: str, pattern: str) -> list[str]:
+    """Return the configurations that lm-eval's task files of a folder name."""
+    (home,) = find_spec("lm_eval").submodule_search_locations
+    texts = (path.read_text() for path in Path(home, "tasks", folder).glob(pattern))
+    named = [re.findall(r'^"?dataset_name"?: "?(\w+)', text, re.M) for text in texts]
+    return sorted(name for names in named for name in names)
+
+
+def _put(folder: Path, config: str, **splits: list[dict[str, Any]]) -> None:
+    import datasets
+
+    (folder / config).mkdir(parents=True)
+    for split, rows in splits.items():
+        file = folder / config / f"{split}.parquet"
+        pyarrow.parquet.write_table(datasets.Dataset.from_list(rows).data.table, file)
+    readme = folder / "README.md"
+    listed = readme.read_text().splitlines()[2:-1] if readme.exists() else []
+    listed += [f"- config_name: {config}", *(["  default: true"] if config == "default" else [])]
+    listed += ["  data_files:"]
+    for split in splits:
+        listed += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+    readme.write_text("\n".join(["---", "configs:", *listed, "---", ""]))
+
+
+@pytest.mark.faults
+def test_the_leaderboards_tasks_score_models_as_the_suite_names_them(place, warm):
+    # But IFEval: it downloads rules of NLTK when it is imported.
+    _official(place / "sets")
+    suite = yaml.safe_load((ROOT / "evals" / "text.yaml").read_text())
+    tasks = [task for task in suite["tasks"] if task["title"] != "IFEval"]
+    file = place / "official.yaml"
+    file.write_text(json.dumps({"harness": "lm_eval", "device": "cpu", "tasks": tasks}))
+    options = ["--suite", file, "--data", place / "sets", "--limit", 1]
+    done = _eval(place, warm, "official", "a", *options, "--generation", "max_gen_toks=4")
+    found = done.tasks("a")
+    assert done.code == 0, done.err
+    counts = {title: result["num_samples"] for title, result in found.items()}
+    assert counts == {
+        "ARC-C": 1, "HellaSwag": 1, "MMLU": 57, "TruthfulQA": 1, "WinoGrande": 1, "GSM8K": 1,
+        "BBH": 24,
+    }  # fmt: skip
+    assert all(found[title]["num_units"] == count for title, count in counts.items())
+
+
 # Tables
 
 
@@ -402,6 +485,17 @@ def test_a_tag_is_no_task():
         runner.check({"task": "ai2_arc"})
     with pytest.raises(LookupError, match="Did you mean 'arc_challenge'"):
         runner.check({"task": "arc_chalenge"})
+
+
+def test_examples_of_a_task_that_is_a_class_are_those_of_its_splits():
+    task = SimpleNamespace(
+        task_name="own", OUTPUT_TYPE="generate_until", config=SimpleNamespace(num_fewshot=None),
+        has_training_docs=lambda: True, has_validation_docs=lambda: False,
+    )  # fmt: skip
+    _check_examples(task, 3)
+    task.has_training_docs = task.has_validation_docs
+    with pytest.raises(ValueError, match="own has no examples to show"):
+        _check_examples(task, 3)
 
 
 # What is refused before a model is loaded

@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 from checkpoints import save_tensors
-from kinds import KINDS, command, save_models, save_specs
+from kinds import KINDS, STAGE, command, save_models, save_specs
 from waiting import LIMIT_SECONDS, held, stopped
 
 import outliermerge
 from outliermerge.cli import main as cli
+from outliermerge.execution import threads
 from outliermerge.output.division import divided, part_costs, part_work_bytes
 from outliermerge.output.journal import Journal, parts
 from outliermerge.output.names import journal_path
@@ -34,7 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = {f"w{n}": torch.randn(30 + 5 * n, 40, generator=generator) for n in range(NUM_TENSORS)}
     for name in ("base", "one", "two"):
         moved = {k: t + 0.01 * torch.randn(t.shape, generator=generator) for k, t in base.items()}
+        buffer = {"ids": torch.arange(5)}  # that must be equal
         save_tensors(root / name, base if name == "base" else moved)
+        save_tensors(root / "equal" / name, (base if name == "base" else moved) | buffer)
     for method, parameters in {
         "ties": {"density": 0.4},
         "task_arithmetic": {"weight": 0.5},
@@ -47,6 +50,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "parameters": parameters,
         }
         (root / f"{method}.yaml").write_text(yaml.safe_dump(document))
+    equal = (root / "task_arithmetic.yaml").read_text().replace(str(root), str(root / "equal"))
+    (root / "equal.yaml").write_text(equal)
     save_models(root / "llamas")
     save_specs(root, root / "llamas")
     return root
@@ -213,12 +218,46 @@ def test_flags_that_do_not_go_together_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_is_not_written_in_parts(
+def test_kept_stages_are_written_in_parts_beside_the_output(
     models: Path, tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--keep", "skills", "--part", "1/2")
-    assert cli.main(words(models, "stages", tmp_path / "out", *more)) == 2
-    assert "--keep: a stage is not written in parts" in capsys.readouterr().err
+    output, keep = tmp_path / "out", ("--keep", STAGE)
+    names = {"out", f"out-{STAGE}"}
+    assert cli.main(words(models, "stages", output, "--part", "2/2", *keep)) == 0
+    assert cli.main(join(models, "stages", output, *keep)) == 1
+    assert f"--part 1/2 --keep {STAGE}" in capsys.readouterr().err
+    assert not names & {path.name for path in tmp_path.iterdir()}
+    assert cli.main(words(models, "stages", output, "--part", "1/2", *keep)) == 0
+    assert cli.main(join(models, "stages", output, *keep)) == 0
+    assert capsys.readouterr().out.count("joined ") == 2
+    assert {path.name for path in tmp_path.iterdir() if "out" in path.name} == names
+    whole = tmp_path / "whole" / "out"
+    assert cli.main(words(models, "stages", whole, *keep)) == 0
+    for name in names:
+        assert contents(tmp_path / name) == contents(tmp_path / "whole" / name)
+
+
+def test_neither_join_nor_a_driver_asks_for_the_gpus_of_the_parts(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, whole = tmp_path / "out", tmp_path / "whole" / "out"
+    cuda = ("--device", "cuda")
+    with monkeypatch.context() as patch:  # a machine whose GPU is a CPU
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(threads, "devices", lambda name: ["cpu"])
+        for part in ("1/2", "2/2"):
+            assert cli.main(words(models, "equal", output, "--part", part, *cuda)) == 0
+        assert cli.main(words(models, "equal", whole, *cuda)) == 0
+
+    def asked(*_: object) -> None:
+        raise AssertionError("asked for a GPU")
+
+    for name in ("is_available", "device_count", "current_device", "_lazy_init", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    assert outliermerge.RunOptions(device="cuda:3").in_parts().device == "cuda:3"
+    assert cli.main(join(models, "equal", output, *cuda)) == 0
+    assert contents(output) == contents(whole)
 
 
 def test_another_number_of_parts_is_refused(

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -208,5 +209,25 @@ def test_what_is_read_before_its_turn_leaves_no_gap_behind(made: Made, tmp_path:
         assert _read(cache, found, 0, SIZE) == content
         asked = [stop - start for _, start, stop in server.ranges[1:]]
         assert sum(asked) == SIZE
+    finally:
+        cache.close()
+
+
+def test_a_chunk_goes_when_all_its_tensors_are_done(made: Made, tmp_path: Path) -> None:
+    server, content = made
+    cache = RangeCache(tmp_path, 100 * CHUNK)
+    try:
+        found = _opened(cache, f"{server.url}/bucket/weights")
+        edges = [0, CHUNK // 2, 2 * CHUNK + 100, 3 * CHUNK]
+        pieces = [(found, *pair) for pair in pairwise(edges)]
+        held = [cache.take([piece]) for piece in pieces]
+        kept = []
+        for piece, release in zip(pieces, held, strict=True):
+            cache.drop([piece])
+            cache.drop([piece])  # once more: it counts once
+            release()
+            kept.append(cache.kept_bytes)
+        assert kept == [3 * CHUNK, CHUNK, 0]
+        assert _read(cache, found, 0, CHUNK) == content[:CHUNK]  # again
     finally:
         cache.close()

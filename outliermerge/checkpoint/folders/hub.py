@@ -63,6 +63,11 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     """
     local = as_path(reference)
     if local.exists():
+        if streamed() == "only" and only is None:
+            raise OutlierMergeError(
+                f"model {quoted(reference)}: is yours and on this machine, and nothing of yours is "
+                "deleted. Leave out the deletion of inputs, or name its address."
+            )
         return direct(local.absolute())
     refuse_absent(reference)
     on_hub = reference.removeprefix(_HUB)
@@ -72,7 +77,7 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     assert match is not None
     repo_id, revision = match["id"], match["revision"]
     try:
-        if on_hub != reference or streamed() == "all":
+        if on_hub != reference or streamed() in ("all", "only"):
             return _stream(repo_id, revision, only)
         if streamed() == "headers" and only is None:
             with suppress(OutlierMergeError):  # then it is fetched, which tells what is wrong

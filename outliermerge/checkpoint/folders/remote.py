@@ -55,8 +55,11 @@ _USUAL_NAMES = (
 RECORDS = ".outliermerge/"
 """The folder in an output in a store that is there until the output is finished."""
 
-Streamed = Literal["", "headers", "all"]
-"""What is read by ranges of models which a hub id names: nothing, their headers, or the weights."""
+Streamed = Literal["", "headers", "all", "only"]
+"""What is read by ranges of models which a hub id names: nothing, their headers, or the weights.
+
+`only` refuses models of the user's own folders, too.
+"""
 _STREAMED: ContextVar[Streamed] = ContextVar("_STREAMED", default="")
 
 

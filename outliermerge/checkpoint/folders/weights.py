@@ -171,7 +171,10 @@ def _weight_map(index: Path) -> dict[str, Path]:
         raise OutlierMergeError(f"{index}: not an index: no valid JSON weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise OutlierMergeError(f"{index}: not an index: weight_map names no tensor")
+    paths: dict[str, Path] = {}
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in paths:  # there are far more tensors than files
+            continue
         if not isinstance(file, str) or not file or not file.isprintable():
             raise OutlierMergeError(f"{index}: tensor {name!r}: {file!r} is not a file name")
         parts = PurePosixPath(file)
@@ -179,15 +182,14 @@ def _weight_map(index: Path) -> dict[str, Path]:
             raise OutlierMergeError(
                 f"{index}: tensor {name!r}: {file!r} is outside the folder: refused"
             )
-    missing = sorted(
-        {file for file in weight_map.values() if not os.path.lexists(index.parent / file)}
-    )
+        paths[file] = index.parent / file
+    missing = sorted(file for file, path in paths.items() if not os.path.lexists(path))
     if missing:
         raise OutlierMergeError(
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
             "Fetch the model again."
         )
-    return {name: index.parent / file for name, file in weight_map.items()}
+    return {name: paths[file] for name, file in weight_map.items()}
 
 
 def _check_index(
@@ -206,10 +208,11 @@ def _check_index(
     layers = {_layer(name) for name in files}
     wrong, absent = [], []
     for name, path in weight_map.items():
+        if files.get(name) == path:
+            continue
         said = f"{name}: the index says {path.relative_to(index.parent)}"
         if name in files:
-            if files[name] != path:
-                wrong.append(f"{said}, it is in {files[name].name}")
+            wrong.append(f"{said}, it is in {files[name].name}")
             continue
         place, numbers = _numbered(name)
         # A gap in the layers is an error; a tied head, or a layer after the last one, may be

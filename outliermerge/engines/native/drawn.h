@@ -12,39 +12,83 @@ typedef struct {
     int divide;           /* what is kept by the probability */
 } Choice;
 
-static void keep_some(Rows *rows, const Choice *choice, size_t model, float *values,
-                      uint64_t place) {
-    const double chance = choice->chances[model], epsilon = choice->epsilons[model];
-    const uint64_t *keys = choice->keys + 2 * model;
-    if (chance <= 0) {
-        memset(values, 0, rows->elements * sizeof *values);
-    } else if (chance >= 1 || rows->length < 2) {
-        float factor = choice->divide ? (float)(1 / chance) : 1.0f;
-        keep_at_random(values, keys, place, limit_of(chance), factor, rows->elements);
-    } else {
-        size_t stride = rows->elements / rows->length;
-        rows->row.least = chance - epsilon;
-        rows->row.range = 2 * epsilon;
-        for (size_t i = 0; i < stride; i++)
-            keep_by_rank(&rows->row, values + i, stride, keys, place + i, choice->divide);
-    }
+/* Add magnitudes to lanes, from the first one on. */
+static void add_magnitudes(Lanes *into, const float *restrict values, size_t num) {
+    for (size_t lane = 0; lane < num; lane++)
+        into->parts[lane / WIDTH][lane % WIDTH] += fabsf(values[lane]);
 }
 
-/* Sums of magnitudes of a row of each model (M, 2): of all, and of what is kept. */
-typedef struct {
-    double *sums; /* of the rows that begin in the block, one after the other; NULL if not wanted */
-} Norms;
-
 static double norm_of(const float *restrict values, size_t num) {
-    float magnitudes[LANES];
-    Lanes lanes = {{{0}}};
-    size_t i = 0;
-    for (; i + LANES <= num; i += LANES)
+    const size_t whole = num / LANES * LANES;
+    Lanes lanes = {{{0}}}, total;
+    for (size_t i = 0; i < whole; i += LANES)
         for (int part = 0; part < VECTORS; part++)
             lanes.parts[part] += magnitudes_of(doubles_of(values + i + part * WIDTH));
-    for (size_t k = i; k < num; k++) magnitudes[k - i] = fabsf(values[k]);
-    add_row(&lanes, magnitudes, num - i);
-    return sum_of(lanes);
+    total = lanes; /* lanes stay in registers */
+    add_magnitudes(&total, values + whole, num - whole);
+    return sum_of(total);
+}
+
+/* Drop what is not kept, and add up magnitudes before and after. */
+static void drop_and_add(const uint8_t *restrict kept, float *restrict values, size_t num,
+                         double *sums) {
+#if defined(__AVX512DQ__)
+    const size_t whole = num / LANES * LANES;
+    Lanes all = {{{0}}}, left = {{{0}}}, before, after;
+    for (size_t i = 0; i < whole; i += LANES) {
+        __m512 row = _mm512_loadu_ps(values + i);
+        __m512i some = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(kept + i)));
+        __m512 dropped = _mm512_mul_ps(row, _mm512_cvtepi32_ps(some));
+        _mm512_storeu_ps(values + i, dropped);
+        all.parts[0] += magnitudes_of((Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(row)));
+        all.parts[1] += magnitudes_of((Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(row, 1)));
+        left.parts[0] += magnitudes_of((Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(dropped)));
+        left.parts[1] += magnitudes_of((Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(dropped, 1)));
+    }
+    before = all;
+    after = left;
+    add_magnitudes(&before, values + whole, num - whole);
+    apply_kept(kept + whole, values + whole, 1, num - whole);
+    add_magnitudes(&after, values + whole, num - whole);
+    sums[0] = sum_of(before);
+    sums[1] = sum_of(after);
+#else
+    sums[0] = norm_of(values, num);
+    apply_kept(kept, values, 1, num);
+    sums[1] = norm_of(values, num);
+#endif
+}
+
+/* Drop some elements of a row. sums, if not NULL, are those of magnitudes before and after. */
+static void keep_some(Rows *rows, const Choice *choice, size_t model, float *values,
+                      uint64_t place, double *sums) {
+    const double chance = choice->chances[model], epsilon = choice->epsilons[model];
+    const uint64_t *keys = choice->keys + 2 * model;
+    const size_t stride = rows->elements / rows->length;
+    const int is_by_rank = chance > 0 && chance < 1 && rows->length > 1;
+    rows->row.least = chance - epsilon;
+    rows->row.range = 2 * epsilon;
+    if (is_by_rank && sums && stride == 1) {
+        choose_by_rank(&rows->row, values, 1, keys, place);
+        drop_and_add(rows->row.kept, values, rows->elements, sums);
+        return;
+    }
+    if (sums) sums[0] = norm_of(values, rows->elements);
+    if (chance <= 0) {
+        memset(values, 0, rows->elements * sizeof *values);
+    } else if (!is_by_rank) {
+        float factor = choice->divide ? (float)(1 / chance) : 1.0f;
+        keep_at_random(values, keys, place, limit_of(chance), factor, rows->elements);
+    }
+    for (size_t i = 0; i < stride && is_by_rank; i++) {
+        if (choice->divide) {
+            divide_by_chance(&rows->row, values + i, stride, keys, place + i);
+        } else {
+            choose_by_rank(&rows->row, values + i, stride, keys, place + i);
+            apply_kept(rows->row.kept, values + i, stride, rows->length);
+        }
+    }
+    if (sums) sums[1] = norm_of(values, rows->elements);
 }
 
 /* A bit for each element of a tensor that is kept, for all models; 0 also where it is NaN. */
@@ -93,19 +137,17 @@ static void unpack_kept(const Kept *kept, size_t model, uint64_t place, float *r
 
 typedef struct {
     Choice choice;
-    Norms norms;
+    double *sums; /* of magnitudes of the rows that begin in the block (rows, M, 2): of all, and of
+                   * what is kept; NULL if not wanted */
 } RowsKept;
 
 static void keep_of_row(Rows *rows, const WholeRow *row, void *with) {
     RowsKept *kept = with;
-    double *sums = row->begins ? kept->norms.sums : NULL;
-    for (size_t model = 0; model < row->models; model++) {
-        float *own = row->values + model * row->apart;
-        if (sums) sums[2 * model] = norm_of(own, rows->elements);
-        keep_some(rows, &kept->choice, model, own, row->place);
-        if (sums) sums[2 * model + 1] = norm_of(own, rows->elements);
-    }
-    if (sums) kept->norms.sums += 2 * row->models;
+    double *sums = row->begins ? kept->sums : NULL;
+    for (size_t model = 0; model < row->models; model++)
+        keep_some(rows, &kept->choice, model, row->values + model * row->apart, row->place,
+                  sums ? sums + 2 * model : NULL);
+    if (sums) kept->sums += 2 * row->models;
 }
 
 #endif

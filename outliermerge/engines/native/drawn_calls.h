@@ -74,8 +74,8 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
         memcpy(own_keys, keys, (size_t)sizes[2]);
         memcpy(numbers, chances, vector);
         memcpy(numbers + models, epsilons, vector);
-        RowsKept kept = {.choice = {numbers, numbers + models, own_keys, 0},
-                           .norms = {.sums = (double *)PyBytes_AS_STRING(result)}};
+        RowsKept kept = {{numbers, numbers + models, own_keys, 0},
+                         (double *)PyBytes_AS_STRING(result)};
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
             size_t num = least(PIECE, block.num_elements - start);
@@ -84,8 +84,8 @@ static PyObject *py_drawn(PyObject *module, PyObject *args) {
                 failed = !work_on_rows(&block, &rows, keep_of_row, &kept, start, num);
                 if (bits.bits != NULL) pack_kept(&bits, &block, &rows, first + start, num);
             } else if (!failed) {
-                norms_of_piece(&block, &kept.choice, first + start, num, kept.norms.sums);
-                kept.norms.sums += 2 * models;
+                norms_of_piece(&block, &kept.choice, first + start, num, kept.sums);
+                kept.sums += 2 * models;
             }
             error = errno;
         }

@@ -60,6 +60,7 @@ static int take_row(Ranked *row, size_t length) {
     row->kept = (uint8_t *)(row->tops + padded);
     row->open = row->kept + padded;
     row->alike = row->open + padded;
+    for (size_t i = length; i < padded; i++) row->sizes[i] = UINT32_MAX; /* below none */
     return 1;
 }
 
@@ -156,7 +157,6 @@ static size_t decide_by_groups(const Ranked *row) {
     const __m512i highs[2] = {_mm512_loadu_si512(row->highs), _mm512_loadu_si512(row->highs + 32)};
     const __m512i columns = _mm512_set1_epi16(COLUMNS - 1), half = _mm512_set1_epi16(GROUPS);
     const __m128i by = _mm_cvtsi32_si128((int)shift);
-    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     for (size_t i = 0; i < length; i += 32) { /* what is behind the row's end is zero, or old */
         __mmask32 valid = length - i >= 32 ? ~0u : (1u << (length - i)) - 1;
         __m512i top = _mm512_loadu_si512(tops + i), bin = _mm512_loadu_si512(bins + i);
@@ -165,14 +165,9 @@ static size_t decide_by_groups(const Ranked *row) {
         group = _mm512_subs_epu16(group, half);
         __mmask32 below = _mm512_cmplt_epu16_mask(top, _mm512_permutex2var_epi16(lows[0], group, lows[1]));
         __mmask32 above = _mm512_cmpgt_epu16_mask(top, _mm512_permutex2var_epi16(highs[0], group, highs[1]));
-        __mmask32 open = valid & ~(below | above);
+        uint32_t open = valid & ~(below | above);
         _mm256_storeu_si256((void *)(kept + i), _mm256_maskz_set1_epi8(below, 1));
-        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)open, at));
-        num += (size_t)__builtin_popcount(open & 0xFFFF);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
-        _mm512_storeu_si512(unsure + num, _mm512_maskz_compress_epi32((__mmask16)(open >> 16), at));
-        num += (size_t)__builtin_popcount(open >> 16);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+        for (; open; open &= open - 1) unsure[num++] = (uint32_t)(i + (size_t)__builtin_ctz(open));
     }
 #else
     uint32_t bounds[2 * GROUPS]; /* the low one, and how far the high one is from it */
@@ -219,6 +214,25 @@ static uint32_t rank_among(const uint32_t *restrict sizes, size_t num, size_t at
     for (size_t i = 0; i < at; i++) rank += sizes[i] <= own;
     for (size_t i = at; i < num; i++) rank += sizes[i] < own;
     return rank;
+}
+
+/* The rank of an element in its row. */
+static uint32_t rank_in_row(const Ranked *row, size_t at) {
+#if defined(__AVX512F__)
+    const __m512i *sizes = (const __m512i *)row->sizes, own = _mm512_set1_epi32((int)row->sizes[at]);
+    const size_t near = at / 16, num = (row->length + 15) / 16;
+    uint32_t rank = 0, before = (1u << at % 16) - 1;
+#pragma GCC unroll 4
+    for (size_t i = 0; i < near; i++)
+        rank += (uint32_t)__builtin_popcount(_mm512_cmple_epu32_mask(sizes[i], own));
+    rank += (uint32_t)__builtin_popcount(_mm512_cmpeq_epu32_mask(sizes[near], own) & before);
+#pragma GCC unroll 4
+    for (size_t i = near; i < num; i++)
+        rank += (uint32_t)__builtin_popcount(_mm512_cmplt_epu32_mask(sizes[i], own));
+    return rank;
+#else
+    return rank_among(row->sizes, row->length, at);
+#endif
 }
 
 /* Sort magnitudes by bin, stably, and write where the unsure ones are. starts moves to the ends. */
@@ -286,7 +300,7 @@ static void settle(const Ranked *row, size_t num, uint64_t counter, uint64_t ste
     size_t work = 0;
     if (num <= FEW) {
         for (size_t k = 0; k < num; k++) {
-            uint32_t i = row->unsure[k], rank = rank_among(row->sizes, row->length, i);
+            uint32_t i = row->unsure[k], rank = rank_in_row(row, i);
             row->kept[i] = is_kept(row, rank, counter + i * step, second_key);
         }
         return;
@@ -317,27 +331,30 @@ static void apply_kept(const uint8_t *restrict kept, float *restrict values, siz
         for (size_t i = 0; i < num; i++) values[i] *= kept[i] ? 1.0f : 0.0f;
 }
 
-/* Keep values[0], values[stride], ... at random, by rank. place is that of the first one in the
- * tensor. With `divide` what is kept is divided by its probability. */
-static void keep_by_rank(Ranked *row, float *values, size_t stride, const uint64_t *keys,
-                         uint64_t place, int divide) {
+/* Choose by rank which of values[0], values[stride], ... are kept, and write it to row->kept. place
+ * is that of the first one in the tensor. */
+static void choose_by_rank(Ranked *row, const float *values, size_t stride, const uint64_t *keys,
+                           uint64_t place) {
     const uint64_t counter = counter_of(place, keys), step = stride * GAMMA;
     const uint32_t most = stride == 1 ? take_sizes(values, 1, row->sizes, row->length)
                                       : take_sizes(values, stride, row->sizes, row->length);
-    if (divide) {
-        find_ranks(row);
-        for (size_t i = 0; i < row->length; i++) {
-            double kept = is_kept(row, row->at[i], counter + i * step, keys[1]);
-            double value = (double)(values[i * stride] * (float)kept);
-            values[i * stride] = (float)(value * (1 / chance_of(row, row->at[i])));
-        }
-        return;
-    }
     take_tops(counter, step, keys[1], row->tops, row->length);
     count_sizes(row, most);
     bound_groups(row);
     settle(row, decide_by_bins(row, decide_by_groups(row)), counter, step, keys[1]);
-    apply_kept(row->kept, values, stride, row->length);
+}
+
+/* Keep them, divided by the probability of that. */
+static void divide_by_chance(Ranked *row, float *values, size_t stride, const uint64_t *keys,
+                             uint64_t place) {
+    const uint64_t counter = counter_of(place, keys), step = stride * GAMMA;
+    take_sizes(values, stride, row->sizes, row->length);
+    find_ranks(row);
+    for (size_t i = 0; i < row->length; i++) {
+        double kept = is_kept(row, row->at[i], counter + i * step, keys[1]);
+        double value = (double)(values[i * stride] * (float)kept);
+        values[i * stride] = (float)(value * (1 / chance_of(row, row->at[i])));
+    }
 }
 
 #endif

@@ -130,10 +130,15 @@ class StandardDeviation:
 
     Chunk means and squared deviations are combined by Chan's formula, which stays accurate if the
     mean is large compared with σ.
+
+    Attributes:
+        scope_parameter: the method's parameter that says whether the elements are those of one
+            tensor or of all merged tensors of a model; empty if `scope` says so.
     """
 
     depends_on: tuple[str, ...] = ()
     scope: Scope = "tensor"
+    scope_parameter: str = ""
     kernels: ClassVar = ("moments",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:

@@ -1,0 +1,56 @@
+"""Tables of merges of models that are elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markdown_tables import markdown, number
+from methods_table import PEAK
+
+
+def elsewhere(content: dict[str, Any]) -> str:
+    """Merges of models in an object store, from the JSON that elsewhere.py writes."""
+    return markdown(
+        ["models in S3", "wall s", "over the line's time", "CPU s", "memory MB"],
+        (
+            [name, number(case["wall_seconds"]), f"{content['over_the_line'][name]:.2f}",
+             number(case["cpu_seconds"]), number(case[PEAK])]
+            for name, case in content["processes"].items()
+        ),
+    )  # fmt: skip
+
+
+def on_ray(content: dict[str, Any]) -> str:
+    """Merges on a Ray cluster against one machine and the model, from on_ray.py's JSON."""
+    rows = []
+    for case in content["cases"]:
+        told, least, most = case["foretold"], *case["times_one_range"]
+        line = case["line_megabytes_per_second"]
+        rows.append(
+            [
+                f"{case['gigabytes']:.2f} GB on {case['machines']}, {line:g} MB/s each",
+                f"{case['wall_seconds']:.0f}",
+                f"{case['times_one']:.1f} ({least:.1f}–{most:.1f})",
+                f"{told['seconds']:.0f}",
+                f"{case['gigabytes_fetched']:.3f}",
+                f"{told['fetched_bytes'] / 1e9:.3f}",
+                f"{case['requests']:.0f}",
+                str(told["requests"]),
+                number(case["cpu_seconds"]),
+            ]
+        )
+    header = ["models in S3, on machines of Ray", "wall s", "times as fast as one", "foretold s"]
+    header += ["GB fetched", "foretold", "requests", "foretold", "CPU s of all"]
+    return markdown(header, rows)
+
+
+def headers(content: dict[str, Any]) -> str:
+    """What a merge as large as DeepSeek-V3 would take, from headers.py's JSON."""
+    return markdown(
+        ["machines", "TB fetched", "requests", "hours"],
+        (
+            [str(cost["machines"]), f"{cost['fetched_bytes'] / 1e12:.2f}",
+             f"{cost['requests']:,}", f"{cost['seconds'] / 3600:.2f}"]
+            for cost in content["costs"]
+        ),
+    )  # fmt: skip

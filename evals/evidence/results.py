@@ -1,0 +1,123 @@
+"""The committed results: collected from what run.py left in the cache, and read again.
+
+    python evals/evidence/results.py
+
+A row of results.json is a model that was scored on the test split. For each task it has the mean
+over the examples, and the standard error of the mean difference from the average of the same
+models, example by example.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+import transformers
+
+from evals.evidence.families import FAMILIES
+from evals.evidence.packages import cache, versions
+from evals.evidence.run import SIZES, folder_of
+from evals.evidence.training import Family
+
+RESULTS = Path(__file__).with_name("results.json")
+SEEDS = (1, 2, 3, 4, 5)
+AVERAGE = "linear-default"
+
+Row = dict[str, Any]
+
+
+def collect(families: Sequence[Family], root: Path, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """Return the results of all seeds that are complete but for the joint training."""
+    found: dict[str, Any] = {}
+    for family in families:
+        own = {}
+        for seed in seeds:
+            folder = folder_of(family, seed, root) / "scores"
+            if (result := _seed(family, folder)) is not None:
+                own[str(seed)] = result
+        found[family.name] = {
+            "tasks": family.tasks,
+            "recipe": asdict(family.recipe),
+            "steps": family.steps,
+            "joint_steps": family.joint_steps,
+            "lower_is_better": family.lower_is_better,
+            "factor": family.factor,
+            "seeds": own,
+        }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "families": found,
+    }
+
+
+def _seed(family: Family, folder: Path) -> dict[str, Any] | None:
+    if not (folder / "done").is_file():
+        return None
+    singles = [folder / "base.npz", *sorted(folder.glob("joint-*.npz"))]
+    singles += [folder / distance / f"{t}.npz" for distance in family.steps for t in family.tasks]
+    merges = {}
+    for distance in family.steps:
+        for size in SIZES:
+            own = folder / distance / str(size)
+            average = _examples(own / f"{AVERAGE}.npz")
+            merges[f"{distance}/{size}"] = {
+                "facts": _rounded(json.loads((own / "facts.json").read_text())[""]),
+                "rows": {p.stem: _row(p, average) for p in sorted(own.glob("*.npz"))},
+            }
+    return {
+        "models": {str(p.relative_to(folder).with_suffix("")): _row(p, None) for p in singles},
+        "merges": merges,
+    }
+
+
+def _examples(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as found:
+        return {n: found[n].astype(np.float64) for n in found.files if n != "about"}
+
+
+def _row(path: Path, average: Mapping[str, np.ndarray] | None) -> Row:
+    with np.load(path) as found:
+        about = json.loads(found["about"].item())
+    row: Row = {"scores": []}
+    if average is not None:
+        row["errors"] = []
+    for task, scores in _examples(path).items():
+        row["scores"].append(float(f"{scores.mean():.6g}"))
+        if average is not None:
+            error = (scores - average[task]).std(ddof=1) / len(scores) ** 0.5
+            row["errors"].append(float(f"{error:.3g}"))
+    if "chosen" in about:
+        row["parameters"] = _rounded(about["chosen"])
+    return row
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in values.items()
+    }
+
+
+def main() -> None:
+    found = collect(list(FAMILIES.values()), cache())
+    found["packages"] = versions()
+    # A line for each row.
+    RESULTS.write_text(json.dumps(found, separators=(",", ":")).replace("},", "},\n") + "\n")
+    for name, family in found["families"].items():
+        print(f"{name}: seeds {', '.join(family['seeds']) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

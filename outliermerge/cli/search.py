@@ -1,0 +1,153 @@
+"""`search`: find the settings of a merge that score best."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, say
+from outliermerge.cli.search_helpers import Helpers
+from outliermerge.cli.shipped import find_file
+from outliermerge.cli.specs import STANDARD_INPUT, read_spec
+from outliermerge.errors import ArgumentError, argument, as_path, printable
+
+_SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
+_STRATEGIES = ("sampler", "greedy-soup", "prune")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for the merge, what varies, and what scores it."""
+    parser.add_argument("spec", metavar="SPEC", help="a YAML file, or the name of a shipped spec")
+    parser.add_argument(
+        "--space",
+        metavar="YAML",
+        help="what is searched: by key, named as in `sweep`, a range such as {low: 1, high: 4} or "
+        "a list of choices",
+    )
+    parser.add_argument(
+        "--suite",
+        required=True,
+        metavar="SUITE",
+        help="what scores a merge: a suite of `eval`, or a function package.module:function that "
+        "returns a number for each question",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder for best.yaml, the table and the trials; a search that is there goes on",
+    )
+    parser.add_argument(
+        "--trials", type=count, default=30, metavar="N", help="merges that are tried (default 30)"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=_SAMPLERS,
+        default="tpe",
+        help="what chooses their settings (default tpe); with nsga2 each task is an objective",
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=_STRATEGIES,
+        default="sampler",
+        help="in place of a sampler and a space: greedy-soup adds models, best first, while that "
+        "does no harm; prune leaves out layers of task vectors where that does none",
+    )
+    parser.add_argument(
+        "--questions",
+        type=count,
+        default=100,
+        metavar="N",
+        help="questions of each task that a trial is asked (default 100)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="search with only N questions of each task of a suite, held-out ones included",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the sampler, and of which questions are asked (default 0)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="processes that take trials; with --device cuda each has a GPU (default 1)",
+    )
+    add_machine(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, and print the table."""
+    from outliermerge.optional import require_search
+
+    require_search()
+    from outliermerge.cli.search_progress import SearchProgress
+    from outliermerge.output.options import RunOptions
+    from outliermerge.search.functions import is_function
+    from outliermerge.search.scorers import find_scorer
+    from outliermerge.search.search import Wanted, search
+    from outliermerge.search.space import load_space
+
+    if options.jobs > 1 and (options.spec == STANDARD_INPUT or options.strategy != "sampler"):
+        what = "the standard input" if options.spec == STANDARD_INPUT else options.strategy
+        raise ArgumentError(f"{argument('jobs')}: {what} is for one process")
+    device = "cuda:0" if options.jobs > 1 and options.device == "cuda" else options.device
+    spec = read_spec(options)
+    space = None if options.space is None else load_space(options.space)
+    wanted = Wanted(
+        trials=options.trials,
+        sampler=options.sampler,
+        seed=options.seed,
+        questions=options.questions,
+        strategy=options.strategy,
+    )
+    scorer = find_scorer(
+        options.suite if is_function(options.suite) else find_file(options.suite, "suite"),
+        device=device,
+        folder=as_path(options.output) / "work",
+        limit=options.limit,
+    )
+    with (
+        Helpers(options, partial(say, file=sys.stderr)) as helpers,
+        SearchProgress(quiet=options.quiet, on_begun=helpers.start) as progress,
+    ):
+        found = search(
+            spec,
+            space,
+            scorer,
+            output=options.output,
+            wanted=wanted,
+            options=RunOptions(device=device, threads=options.threads),
+            listener=progress,
+        )
+    if options.json:
+        print_json(found.as_dict())
+    else:
+        print(printable(found.as_markdown()))
+        say(f"wrote {options.output}: best.yaml, search.md, result.json", file=sys.stderr)
+    return 0
+
+
+COMMAND = Command(
+    summary="find the settings of a merge that score best; says how much of the gain is luck",
+    examples=(
+        "outliermerge search merge.yaml --space space.yaml --suite evals/tiny.yaml -o search",
+        "outliermerge search merge.yaml --space space.yaml --suite mine.scores:score -o search \\\n"
+        "      --trials 60 --sampler cmaes",
+        "outliermerge search merge.yaml --strategy greedy-soup --suite mine.scores:score -o soup",
+    ),
+    overview="outliermerge search merge.yaml --space space.yaml --suite tiny -o search",
+    add_arguments=add_arguments,
+    run=run,
+    goes_on=True,
+)

@@ -1,0 +1,35 @@
+"""Chooses what scores the merges of a search, by what a command line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outliermerge.errors import ArgumentError, argument
+from outliermerge.evaluation.suite import load_suite
+from outliermerge.search.functions import FunctionScorer, is_function
+from outliermerge.search.scorer import Scorer
+from outliermerge.search.suites import SuiteScorer
+
+
+def find_scorer(
+    name: str, *, device: str, folder: Path, threads: int = 1, limit: int | None = None
+) -> Scorer:
+    """Return a scorer.
+
+    Args:
+        name: the file of a suite, or package.module:function.
+        device: where the models of a function are loaded; a suite names its own.
+        folder: for the files of a harness.
+        threads: of a harness.
+        limit: how many questions of each task of a suite there are.
+
+    Raises:
+        ArgumentError: a function is given a limit.
+        SpecError: there is no such function or suite, or it is wrong.
+        OutlierMergeError: the harness or its data are not there.
+    """
+    if is_function(name):
+        if limit is not None:
+            raise ArgumentError(f"{argument('limit')}: a function has the questions that it has")
+        return FunctionScorer(name, device=device)
+    return SuiteScorer(load_suite(name, limit=limit), folder=folder, threads=threads)

@@ -1,0 +1,229 @@
+"""The evidence: each family from its base to the page at a tiny size, and the committed results."""
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from transformers import BertConfig, BertModel
+
+from evals.evidence import encoder, language, page, results, run, vision
+from evals.evidence.facts import FACTS, facts
+from evals.evidence.methods import BUDGET, SPACES, candidates, merged
+from evals.evidence.significance import holm, p_value
+from outliermerge import METHODS
+
+STEPS = {"near": 2, "far": 4}
+COMPARED = ("min_sigma", "linear", "task_arithmetic", "ties", "slerp")
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyLanguage(language.Language):
+    recipe: language.Recipe = dataclasses.field(
+        default_factory=lambda: language.Recipe(
+            width=16,
+            hidden=16,
+            layers=1,
+            heads=2,
+            batch=4,
+            base_steps=6,
+            num_validation=2,
+            num_test=4,
+        )
+    )
+    steps: dict = dataclasses.field(default_factory=lambda: STEPS)
+    joint_steps: int = 2
+
+    def world(self, seed):
+        texts = {
+            name: language.split(
+                {f"{page}.1": bytes([65 + n, 97 + page % 9]) * 100 for page in range(60)}, seed
+            )
+            for n, name in enumerate((*language.BASE, *self.tasks))
+        }
+        return language.LanguageWorld(self.recipe, seed, texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyVision(vision.Vision):
+    recipe: vision.Recipe = dataclasses.field(
+        default_factory=lambda: vision.Recipe(
+            width=8,
+            hidden=8,
+            layers=1,
+            heads=2,
+            batch=4,
+            base_steps=6,
+            probe_images=20,
+            probe_steps=3,
+            num_validation=10,
+            num_test=20,
+        )
+    )
+    steps: dict = dataclasses.field(default_factory=lambda: STEPS)
+    joint_steps: int = 2
+
+    def world(self, seed):
+        drawn = torch.Generator().manual_seed(seed)
+        images, labels = torch.rand(60, 28, 28, generator=drawn), torch.arange(60) % 10
+        splits = {"training": (images, labels), "test": (images[:30], labels[:30])}
+        return vision.VisionWorld(self.recipe, seed, dict.fromkeys(vision.SETS, splits))
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyEncoder(encoder.Encoder):
+    recipe: encoder.Recipe = dataclasses.field(
+        default_factory=lambda: encoder.Recipe(
+            tuned_layers=1,
+            max_tokens=6,
+            num_training=16,
+            num_validation=4,
+            num_test=8,
+            probe_steps=3,
+            batch=4,
+        )
+    )
+    steps: dict = dataclasses.field(default_factory=lambda: STEPS)
+    joint_steps: int = 2
+
+    def world(self, seed):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=8,
+        )  # fmt: skip
+        rows = [(f"{n} {n % 3}", n % 3) for n in range(80)]
+        return encoder.EncoderWorld(
+            self.recipe,
+            seed,
+            BertModel(config).eval(),
+            lambda texts: [[1 + int(word) % 39 for word in text.split()] for text in texts],
+            dict.fromkeys(self.tasks, rows),
+        )
+
+
+@pytest.mark.parametrize(
+    "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
+)
+def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SIZES", (2,))
+    monkeypatch.setattr(results, "SIZES", (2,))
+    monkeypatch.setattr("evals.evidence.methods.BUDGET", 2)
+    monkeypatch.setattr(run, "methods_of", lambda size: COMPARED)
+    for number in (1, 2):
+        seed = run.Seed(family, number, tmp_path)
+        seed.train()
+        seed.score()
+        seed.score_joint()
+    found = results.collect([family], tmp_path, (1, 2, 3))
+    own = found["families"][family.name]
+    assert list(own["seeds"]) == ["1", "2"]
+    rows = own["seeds"]["1"]["merges"]["far/2"]["rows"]
+    assert {name.rpartition("-")[0] for name in rows} == set(COMPARED)
+    text = page.report(json.loads(json.dumps(found)))
+    assert "`min_sigma`" in text and "± " in text and "nan" not in text
+    page.draw(found, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 5000
+
+    # A second run finds all in the folder, and gives the same.
+    def refuse(*arguments):
+        raise AssertionError("made again")
+
+    again = run.Seed(family, 1, tmp_path)
+    monkeypatch.setattr(again.world, "tune", refuse)
+    monkeypatch.setattr(again, "_examples", refuse)
+    again.train()
+    again.score()
+    assert results.collect([family], tmp_path, (1, 2, 3)) == found
+
+
+def test_the_same_seed_gives_the_same_models_and_another_one_others():
+    def far(seed):
+        world = TinyLanguage().world(seed)
+        return world.tune(world.base(), ["german"], 4, {4})[4]
+
+    one, same, other = far(1), far(1), far(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_page_is_in_one_split_only_and_with_its_translations():
+    pages = {f"man1/{number}.1.gz": f"page {number} ".encode() * 40 for number in range(300)}
+    translated = {name: text.replace(b"page", b"Seite") for name, text in pages.items()}
+    parts, others = language.split(pages, 1), language.split(translated, 1)
+    names = {part: set(text.tobytes().split(b" ")[1::2]) for part, text in parts.items()}
+    assert not names["test"] & names["training"] and not names["test"] & names["validation"]
+    assert 0.05 < len(names["test"]) / 300 < 0.15
+    for part, text in others.items():
+        assert set(text.tobytes().split(b" ")[1::2]) == names[part]
+
+
+def test_a_changed_image_is_told_by_what_was_done_to_it():
+    images = torch.arange(28.0 * 28).reshape(1, 28, 28)
+    turned = vision.CHANGES["turned"](images)[0]
+    assert turned[0].tolist() == images[0, :, -1].tolist()
+    swapped = vision.CHANGES["swapped"](images)[0]
+    assert torch.equal(swapped[:, :14], images[0, :, 14:])
+
+
+def test_all_methods_that_merge_several_models_are_compared():
+    several = {n for n, m in METHODS.items() if m.space != "merged" and m.name != "passthrough"}
+    assert set(SPACES) == several
+
+
+@pytest.mark.parametrize("method", SPACES)
+def test_what_is_tried_of_a_method_is_within_its_budget_and_merges(method):
+    drawn = torch.Generator().manual_seed(0)
+    base, *models = ({"w": torch.rand(8, 8, generator=drawn)} for _ in range(3))
+    tried = candidates(method)
+    assert tried[0] == {} and len(tried) <= BUDGET
+    assert len({json.dumps(one) for one in tried}) == len(tried)
+    found = [merged(method, base, models, one, 0)["w"] for one in tried]
+    assert all(each.isfinite().all() for each in found)
+
+
+def test_facts_of_task_vectors_are_those_of_a_calculation_by_hand():
+    drawn = torch.Generator().manual_seed(0)
+    base, one, two = ({"w": torch.rand(50, 40, generator=drawn)} for _ in range(3))
+    left, right = ((each["w"] - base["w"]).double().flatten() for each in (one, two))
+    found = facts(base, [one, two])
+    assert found["w"] == found[""] and set(found["w"]) == set(FACTS)
+    assert found[""]["cosine"] == pytest.approx(
+        (left @ right / left.norm() / right.norm()).item(), rel=1e-5
+    )
+    assert found[""]["kurtosis"] == pytest.approx(
+        np.mean([stats.kurtosis(each, fisher=False) for each in (left, right)]), rel=1e-5
+    )
+    assert found[""]["sign_conflicts"] == pytest.approx(((left * right) < 0).double().mean().item())
+    sigma = min(left.std(correction=0), right.std(correction=0))
+    kept = [(each.abs() > 2 * sigma).double().mean().item() for each in (left, right)]
+    assert found[""]["outliers"] == pytest.approx(statistics.fmean(kept))
+
+
+def test_p_values_are_those_of_a_paired_t_test_and_holm_orders_them():
+    left, right = [1.0, 2.0, 4.0, 3.5], [0.5, 2.5, 2.0, 2.0]
+    differences = [a - b for a, b in zip(left, right, strict=True)]
+    assert p_value(differences) == pytest.approx(stats.ttest_rel(left, right).pvalue)
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert p_value([0.0, 0.0]) == 1.0 and p_value([0.2]) == 1.0
+
+
+def test_the_page_has_what_the_committed_results_say():
+    found = json.loads(results.RESULTS.read_text())
+    assert page.MARKS[0] + page.report(found) + page.MARKS[1] in page.PAGE.read_text()
+
+
+def test_the_committed_results_are_of_the_recipes_in_the_code():
+    found = json.loads(results.RESULTS.read_text())["families"]
+    for name, family in run.FAMILIES.items():
+        assert found[name]["recipe"] == dataclasses.asdict(family.recipe)
+        assert found[name]["steps"] == family.steps and found[name]["tasks"] == list(family.tasks)
