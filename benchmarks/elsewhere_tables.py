@@ -20,6 +20,11 @@ def elsewhere(content: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def elsewhere_output(content: dict[str, Any]) -> str:
+    """The same merges with outputs in a folder and in the bucket, from elsewhere.py --output."""
+    return elsewhere(content)
+
+
 def on_ray(content: dict[str, Any]) -> str:
     """Merges on a Ray cluster against one machine and the model, from on_ray.py's JSON."""
     rows = []
