@@ -52,10 +52,10 @@ def on_ray(content: dict[str, Any]) -> str:
 def headers(content: dict[str, Any]) -> str:
     """What a merge as large as DeepSeek-V3 would take, from headers.py's JSON."""
     return markdown(
-        ["machines", "TB fetched", "requests", "hours"],
+        ["machines", "TB fetched", "requests", "foretold s"],
         (
             [str(cost["machines"]), f"{cost['fetched_bytes'] / 1e12:.2f}",
-             f"{cost['requests']:,}", f"{cost['seconds'] / 3600:.2f}"]
+             f"{cost['requests']:,}", f"{cost['seconds']:,.0f}"]
             for cost in content["costs"]
         ),
     )  # fmt: skip

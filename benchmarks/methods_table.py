@@ -45,6 +45,9 @@ AGREES = {
     "swudi": NOT_THERE,
     "aswudi": NOT_THERE,
     "resmerge": NOT_THERE,
+    "pcb": NOT_THERE,
+    "consensus_ta": NOT_THERE,
+    "metagpt": NOT_THERE,
     "passthrough": EQUAL,
 }
 PEAK = "peak_anonymous_megabytes"

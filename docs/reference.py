@@ -20,13 +20,15 @@ from outliermerge.cli.terminal import value_text
 from outliermerge.evaluation.paper import paper_rows
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import METHODS, MODIFIERS
 from outliermerge.spec.moe import ExpertEntry, MoeDocument
 from outliermerge.spec.schema import json_schema
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *sorted((DOCS / "reference").glob("*.md")))
-_IN_ONE_ROW = ("iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge")
+_IN_ONE_ROW = (
+    "iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge", "pcb", "consensus_ta", "metagpt",
+)  # fmt: skip
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -62,7 +64,7 @@ def methods_table() -> str:
         if method.name not in _IN_ONE_ROW
     ]
     links = [f"[`{name}`](docs/reference/methods.md#{name})" for name in _IN_ONE_ROW]
-    rows.append([" ".join(links), "Not in mergekit, and on whole matrices", "by method", "papers"])
+    rows.append([" ".join(links), "From papers; not in mergekit", "by method", "papers"])
     return _table(["`merge_method`", "what it does", "parameters and defaults", "from"], *rows)
 
 
@@ -75,6 +77,11 @@ def commands_table() -> str:
 def methods() -> str:
     """Every method with its documentation and the ranges of its parameters."""
     return "\n\n".join(map(_method, METHODS.values()))
+
+
+def modifiers() -> str:
+    """Every modifier, as methods are documented."""
+    return "\n\n".join(map(_method, MODIFIERS.values()))
 
 
 def _method(method: MergeMethod) -> str:
@@ -180,6 +187,7 @@ def paper_table() -> str:
 
 PARTS = {
     "methods": methods,
+    "modifiers": modifiers,
     "spec-keys": spec_keys,
     "moe-keys": moe_keys,
     "commands": commands,

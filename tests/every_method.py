@@ -9,6 +9,7 @@ from outliermerge.methods.table import METHODS
 SEVERAL = [name for name, method in METHODS.items() if method.max_models is None]
 OF_DELTAS = [name for name, method in METHODS.items() if method.uses_base]
 NEEDS_BASE = [name for name, method in METHODS.items() if method.needs_base]
+OF_MATRICES = [name for name, method in METHODS.items() if method.cut == "tensor"]
 WITH_KERNELS = [name for name, method in METHODS.items() if method.kernel is not None]
 BY_ANGLES: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.3},

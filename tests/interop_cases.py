@@ -28,6 +28,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.25},
     "nuslerp": {"nuslerp_flatten": False},
     "model_stock": {"filter_wise": True},
+    "pcb": {"trim": "tensor"},  # these tools show a method one tensor at a time
+    "metagpt": {"norms": "tensor"},
     "passthrough": {"scale": 0.5},
 }
 

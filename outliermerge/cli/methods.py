@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print methods."""
-    from outliermerge.methods.table import METHODS, find_method
+    from outliermerge.methods.table import METHODS, MODIFIERS, find_method
 
     chosen = [find_method(options.name)] if options.name else list(METHODS.values())
     if options.json:
@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
         print_method(chosen[0])
     else:
         print_methods(chosen)
+        print(f"Modifiers of what a method has merged: {', '.join(MODIFIERS)}")
     return EXIT_DONE
 
 

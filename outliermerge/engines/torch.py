@@ -243,6 +243,8 @@ def merge_block(
     for modifier, parameters in task.modifiers:
         own = modifier.arguments(parameters, like=merged_E)
         own |= {"context": context} if modifier.takes_context else {}
+        if modifier.takes_deltas:
+            own["deltas"] = view_for(modifier.cut, block_ME, task.shape)
         view = view_for(modifier.cut, merged_E[None], task.shape)[0]
         merged_E = _flat(modifier, modifier.function(view, **own), block_SE)
     if task.is_delta:

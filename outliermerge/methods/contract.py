@@ -47,6 +47,7 @@ class MergeMethod:
             the names and shapes of its weights. The function gets each as a block like the models'
             (M, …).
         takes_context: whether the function has the keyword `context`.
+        takes_deltas: whether it is a modifier with the keyword `deltas`, the task vectors (M, …).
         workspace: returns, for a number of sources (the models, and the base where it uses one),
             the largest number of tensors of a block's size that the function allocates.
         idempotent: tells, for resolved parameters (per-model ones as tuples), whether the merge of
@@ -73,6 +74,7 @@ class MergeMethod:
     parameters: Mapping[str, Parameter]
     auxiliary: tuple[str, ...]
     takes_context: bool
+    takes_deltas: bool
     workspace: Callable[[int], int]
     idempotent: Callable[[Mapping[str, Any]], bool]
     check: Callable[[Mapping[str, Any]], None]
@@ -297,6 +299,7 @@ def merge_method(
         if kernel is not None and (auxiliary or space == "merged"):
             raise TypeError(f"{function.__name__}: a kernel takes only the models and the base")
         others = {one for wanted in given.values() for one in wanted} | {"context"}
+        others |= {"deltas"} if space == "merged" else set()
         parameters = [
             declared(function, keyword) for keyword in keywords if keyword.name not in others
         ]
@@ -308,6 +311,7 @@ def merge_method(
             needs=dict(needs or {}),
             auxiliary=auxiliary,
             takes_context="context" in names,
+            takes_deltas=space == "merged" and "deltas" in names,
             workspace=workspace,
             parameters={parameter.name: parameter for parameter in parameters},
             idempotent=idempotent,

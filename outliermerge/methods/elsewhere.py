@@ -43,10 +43,11 @@ _KNOWN = {
     "": {
         "linear": "model_soup model_soups greedy_soup uniform_soup average mean swa ema rebasin "
         "git_rebasin zipit",
-        "ties": "pcb pcb_merging twin twin_merging twinmerging consensus consensus_ta "
+        "ties": "pcb twin twin_merging twinmerging consensus_ta "
         "consensus_ties localize_and_stitch widen cat cat_merging star",
-        "task_arithmetic": "swudi aswudi resmerge lines task_vector task_vectors ta cart cabs "
-        "metagpt",
+        "task_arithmetic": "swudi aswudi resmerge task_vector task_vectors ta cart cabs metagpt",
+        "pcb": "pcb_merging",
+        "consensus_ta": "consensus",
         "passthrough": "frankenmerge franken moe",
     },
 }
@@ -58,7 +59,7 @@ _SAME = {
     "add_difference": "task_arithmetic", "task_vector": "task_arithmetic",
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
     "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
-    "task_singular_vector": "tsv_m",
+    "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "consensus": "consensus_ta",
 }  # fmt: skip
 _PLACES = {
     name: (tool, nearest)

@@ -6,9 +6,13 @@ from outliermerge.arguments import checked
 from outliermerge.errors import SpecError, nearest, quoted
 from outliermerge.methods.arcee_fusion import arcee_fusion
 from outliermerge.methods.averaging import linear, passthrough
+from outliermerge.methods.competition import pcb
+from outliermerge.methods.consensus_masks import consensus_ta
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.elsewhere import known_elsewhere
 from outliermerge.methods.isotropic import iso_c, iso_cts
+from outliermerge.methods.lines import lines
+from outliermerge.methods.metagpt import metagpt
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.model_stock import model_stock
 from outliermerge.methods.nearswap import nearswap
@@ -26,6 +30,7 @@ from outliermerge.methods.sparse import (
     della_linear,
 )
 from outliermerge.methods.spherical import karcher, multislerp, slerp
+from outliermerge.methods.svc import svc
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
 from outliermerge.methods.wudi import aswudi, swudi
 
@@ -60,15 +65,21 @@ METHODS: dict[str, MergeMethod] = {
         swudi,
         aswudi,
         resmerge,
+        pcb,
+        consensus_ta,
+        metagpt,
         passthrough,
     )
 }
 """The merge methods by name."""
 
+MODIFIERS: dict[str, MergeMethod] = {modifier.name: modifier for modifier in (lines, svc)}
+"""The modifiers of merged task vectors by name."""
+
 
 @checked
 def find_method(name: str) -> MergeMethod:
-    """Return a method by its name in the table, or by `package.module:function`.
+    """Return a method or modifier by its name in the tables, or by `package.module:function`.
 
     Raises:
         SpecError: there is no such method.
@@ -78,6 +89,8 @@ def find_method(name: str) -> MergeMethod:
     """
     if ":" in name:
         return import_method(name)
+    if name in MODIFIERS:
+        return MODIFIERS[name]
     if name not in METHODS:
         said = known_elsewhere(name, METHODS)
         if said is None:

@@ -146,7 +146,7 @@ def aswudi(
 
     y = √λ over the eigenvalues λ of C; `participation`: ⌈(Σy)²/Σy²⌉ eigenvectors;
     `gavish_donoho`: as many as have y above a multiple of the median that depends on the shape.
-    f(λ) = 1 for these, 0 for others; the rest is as in swudi.
+    f(λ) = 1 for these, 0 for others; W* = W + λ(θ − θV f(Λ)Vᵀ + DV (f(Λ)/Λ)Vᵀ) as in swudi.
 
     The published code takes `participation` for CLIP and T5, and `gavish_donoho` for language
     models that were trained whole. Tensors that are no matrices are averaged.

@@ -284,7 +284,7 @@ class _Planner:
             job,
             context=context,
             auxiliary=self.auxiliaries.of(original, output.shape, holders),
-            modifiers=self.spec.modifiers,
+            modifiers=self.spec.modifiers_for(context),
         )
 
     def _drafts(self) -> list[Draft]:

@@ -156,7 +156,7 @@ class SliceEntry(_SpecEntry):
 class ModifierEntry(_SpecEntry):
     """A modifier: it changes the merged task vector before the base is added."""
 
-    modifier: str = Field(min_length=1, description="Named as package.module:function.")
+    modifier: str = Field(min_length=1, description="lines, svc, or package.module:function.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Its parameters.")
 
 

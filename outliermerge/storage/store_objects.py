@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
 _LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
-    r"status code: (3\d\d|4(?!08|25|29)\d\d)|redirect without LOCATION|dns error: .*not known"
+    r"status code: (3\d\d|4(?!08|25|29)\d\d|50[15])|redirect without LOCATION"
+    r"|dns error: .*not known"
 )
 
 

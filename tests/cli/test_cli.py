@@ -22,7 +22,7 @@ from waiting import LIMIT_SECONDS, held, stopped
 
 import outliermerge.cli as cli_package
 from outliermerge.cli import main as cli
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import METHODS, MODIFIERS
 from outliermerge.spec.moe import parse_moe_spec
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -593,6 +593,7 @@ class TestMethods:
             for parameter in method.parameters.values():
                 assert re.search(rf"^ +{parameter.name} ", following, re.MULTILINE)
             assert method.paper in following
+        assert f"what a method has merged: {', '.join(MODIFIERS)}" in text
 
     @pytest.mark.parametrize("name", METHODS)
     def test_one_method_has_its_formula(
@@ -617,7 +618,8 @@ class TestMethods:
         assert sorted(told) == sorted(method.parameters)
         # No argument of the function that no spec can set, and no shape of one.
         assert not re.search(r"\b\w+_[A-Z]{1,3}\b|\b[a-z]\w*_\b|\(.*\bM\b.*\)|Args:", text)
-        assert not any(re.search(rf"^ +{need}: ", text, re.MULTILINE) for need in method.needs)
+        needs = method.needs.keys() - method.parameters  # of min_sigma both are called sigma
+        assert not any(re.search(rf"^ +{need}: ", text, re.MULTILINE) for need in needs)
 
     def test_json_describes_the_parameters(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["methods", "--json"]) == 0

@@ -85,7 +85,7 @@ BY_ROWS = {"nuslerp": {"nuslerp_flatten": False}, "model_stock": {"filter_wise":
     ("method", "parameters"),
     [
         *((name, {"density": 0.5} if "density" in method.parameters else {})
-          for name, method in METHODS.items()),
+          for name, method in METHODS.items() if method.kernel is not None),
         *BY_ROWS.items(),
     ],
 )  # fmt: skip

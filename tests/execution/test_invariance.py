@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import as_many_as, family, load_folder, save_tensors
-from every_method import BY_ANGLES, NEEDS_BASE, SEVERAL
+from every_method import BY_ANGLES, NEEDS_BASE, OF_MATRICES, SEVERAL
 from torch import Tensor
 
 import outliermerge
@@ -126,6 +126,7 @@ BY_ROW = ("arcee_fusion", "della", "della_linear")
 ROW_BUDGETS = [(1, "60KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
 RANK_BUDGETS = [(1, "100KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
 TENSOR_BUDGETS = [(1, "43MB"), (1, "1GB"), (2, "1GB"), (4, "200MB")]
+MATRIX_BUDGETS = [(1, "80MB"), (2, "1GB"), (4, "320MB")]
 
 
 def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
@@ -141,12 +142,14 @@ def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     by_row = "row_" in method or "by rows" in method or method in BY_ROW
-    whole = "tensor_" in method or "by columns" in method
+    of_matrices = method in OF_MATRICES
+    whole = "tensor_" in method or "by columns" in method or of_matrices
     planned = outliermerge.plan(large_spec(method, matrices if by_row else large))
     wide = next(job for job in planned.jobs if job.name == "wide.weight")
     blocks, digests, statistics = set(), [], []
     budgets = ROW_BUDGETS if by_row else TENSOR_BUDGETS if whole else BUDGETS
     budgets = RANK_BUDGETS if "della" in method else budgets
+    budgets = MATRIX_BUDGETS if of_matrices else budgets
     for threads, memory in budgets:
         num_bytes = int(memory[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[memory[-2:]]
         options = Options(device="cpu", threads=threads, memory_bytes=num_bytes)

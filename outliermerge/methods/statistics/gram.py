@@ -31,11 +31,14 @@ class Gram:
     Attributes:
         with_base: include the base's weights as the first row, shape (S, S); for methods on task
             vectors.
+        scope_parameter: the method's parameter that says whether the products are those of one
+            tensor or of all merged tensors of a model; empty if `scope` says so.
     """
 
     with_base: bool = False
     depends_on: tuple[str, ...] = ()
     scope: Scope = "tensor"
+    scope_parameter: str = ""
     kernels: ClassVar = ("gram",)
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:

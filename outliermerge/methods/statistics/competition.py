@@ -1,0 +1,103 @@
+"""The statistic of PCB: bounds of magnitudes, and of the scores by which models compete.
+
+Shape suffixes: M models, E elements of a block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from outliermerge.methods.statistics.base import Pass, Scope, scope_of
+from outliermerge.methods.statistics.trim import Search, Select, sampled_first
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TAIL = 1e-4  # of the smallest and of the largest magnitudes, as in the published code
+
+
+def scores(deltas_ME: Tensor, least_M1: Tensor, most_M1: Tensor) -> Tensor:
+    """Return exp(N x²) tanh(δ Σδ), with x where |δ| is between its bounds, from 0 to 1."""
+    width_M1 = (most_M1 - least_M1).masked_fill(most_M1 <= least_M1, 1)
+    place_ME = (deltas_ME.abs().clamp(least_M1, most_M1) - least_M1) / width_M1
+    size_ME = (place_ME.square() * len(deltas_ME)).exp()
+    return size_ME * (deltas_ME * deltas_ME.sum(0)).tanh()
+
+
+@dataclass(frozen=True)
+class Competition:
+    """Bounds of magnitudes, then the least score that wins and the largest score, shape (4, M).
+
+    Ranks are found exactly, as by `Trim`. Scores below 0 count as 0.
+
+    Attributes:
+        scope_parameter: the method's parameter that says whether the elements are those of one
+            tensor or of all merged tensors of a model; empty if `scope` says so.
+    """
+
+    depends_on: tuple[str, ...] = ("density",)
+    scope: Scope = "tensor"
+    scope_parameter: str = ""
+    rows: ClassVar = ("least magnitude", "largest magnitude", "least score", "largest score")
+
+    def num_passes(self, parameters: Mapping[str, Any]) -> int:
+        return 2
+
+    def start(
+        self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
+    ) -> Pass | list[Any]:
+        if num_elements == 0:
+            return [[0.0] * num_models] * 4
+        n = num_elements
+        ranks = (n - int(n * _TAIL), n - max(0, int(n * (1 - _TAIL) - 1)))
+        wins = n - min(n - 1, int(n * (1 - parameters["density"])))
+        samples = scope_of(self, parameters) == "tensor"
+
+        def search(ranks: tuple[int, ...]) -> Search:
+            each = tuple(rank for rank in ranks for _ in range(num_models))
+            whole = Search(num_models, each, (0.0,) * len(each))
+            return sampled_first(whole, n) if samples else whole
+
+        return _Magnitudes(search(ranks), search((wins,)))
+
+
+class _Magnitudes(Select):
+    def __init__(self, search: Search, then: Search) -> None:
+        super().__init__(search)
+        self._then = then
+
+    def again(self, search: Search) -> Select:
+        return _Magnitudes(search, self._then)
+
+    def finish(self) -> Pass | list[Any]:
+        found = super().finish()
+        return _Scores(self._then, found[:2]) if isinstance(found, list) else found
+
+
+class _Scores(Select):
+    """Counts scores by their bits, and finds the largest."""
+
+    kernel = ""
+
+    def __init__(self, search: Search, bounds: Sequence[list[float]]) -> None:
+        super().__init__(search)
+        self._bounds, self._largest = bounds, [0.0] * search.num_models
+        self._largest_lock = threading.Lock()
+
+    def measure(self, block_ME: Tensor) -> None:
+        least_M1, most_M1 = (block_ME.new_tensor(row)[:, None] for row in self._bounds)
+        scores_ME = scores(block_ME, least_M1, most_M1).relu()
+        super().measure(scores_ME)
+        with self._largest_lock:
+            found = scores_ME.amax(1).tolist()
+            self._largest = [max(pair) for pair in zip(self._largest, found, strict=True)]
+
+    def again(self, search: Search) -> Select:
+        return _Scores(search, self._bounds)
+
+    def finish(self) -> Pass | list[Any]:
+        found = super().finish()
+        return [*self._bounds, found[0], self._largest] if isinstance(found, list) else found
