@@ -2,9 +2,11 @@
 
 An S3 server on the loopback, in a process of its own, answers each request 10 ms late, and sends no
 more bytes in a second than it is told. Three models of random weights (base, two task models) are
-merged from it; beside it the other way, which is to download them, and to merge then.
+merged from it; beside it the other way, which is to download them, and to merge then. --output
+measures instead what it costs to write the output to the bucket while models are read from it.
 
     python benchmarks/elsewhere.py [--runs 3] [--megabytes 270] [--line 40] [--method ties]
+                                   [--output]
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from measure import alternate, medians, progress, script, surroundings
 from outliermerge.checkpoint.formats.safetensors_file import make_header
 from outliermerge.checkpoint.sources import DTYPES
 
-RESULT = Path(__file__).parent / "results" / "elsewhere.json"
+RESULTS = Path(__file__).parent / "results"
 NAMES, LATENCY_SECONDS = ("base", "one", "two"), 0.010
 COLUMNS = 2048
 DOWNLOAD_AND_MERGE = """
@@ -53,17 +55,28 @@ subprocess.run([*command, spec, out], check=True)
 def serve(folder: Path, bytes_per_second: float) -> None:
     """Serve a folder; at the end say how many requests for ranges there were, of which bytes."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from range_server import RangeServer
+    from bucket_server import BucketServer
 
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    server = RangeServer(folder, latency_seconds=LATENCY_SECONDS, bytes_per_second=bytes_per_second)
+    server = BucketServer(
+        folder,
+        latency_seconds=LATENCY_SECONDS,
+        bytes_per_second=bytes_per_second,
+        in_bytes_per_second=bytes_per_second,
+    )
     with server:
         print(server.url, flush=True)
         ended.wait()
         asked = [stop - start for _, start, stop in server.ranges]
         large = sum(num_bytes > 1 << 18 for num_bytes in asked)
-        counts = {"requests": len(asked), "large": large, "bytes": sum(asked)}
+        counts = {
+            "requests": len(asked),
+            "large": large,
+            "bytes": sum(asked),
+            "writing": len(server.written),
+            "bytes_in": sum(num_bytes for *_, num_bytes in server.written),
+        }
         print(json.dumps(counts), flush=True)
 
 
@@ -108,7 +121,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=270, help="of a model (default 270)")
     parser.add_argument("--line", type=float, default=40, help="megabytes a second (default 40)")
     parser.add_argument("--method", default="ties", choices=["linear", "ties"])
-    parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
+    parser.add_argument("--output", action="store_true", help="write to the bucket, too")
+    parser.add_argument("--results", type=Path, help="the JSON file to write")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     line = options.line * 1e6
@@ -120,8 +134,10 @@ def main() -> None:
         result = measured(folder, options, line)
     finally:
         shutil.rmtree(folder)
-    options.results.write_text(json.dumps(result, indent=1) + "\n")
-    progress(f"wrote {options.results}")
+    name = "elsewhere_output.json" if options.output else "elsewhere.json"
+    file = options.results or RESULTS / name
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    progress(f"wrote {file}")
 
 
 def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str, Any]:
@@ -150,6 +166,12 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
             *(sys.executable, "-c", DOWNLOAD_AND_MERGE, *merge, "here.json", "out")
         ],
     }
+    if options.output:
+        ways = {
+            "to a folder": [*merge, "elsewhere.json", "out"],
+            "to the bucket": [*merge, "elsewhere.json", "s3://bucket/out"],
+        }
+    num_bytes = sum(path.stat().st_size for path in Path("served").rglob("*") if path.is_file())
     servers = {name: _Server(options.line) for name in ways}  # one each, to count its requests
     commands = {
         name: ["env", f"AWS_ENDPOINT_URL={servers[name].url}", *words]
@@ -157,7 +179,7 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
     }
 
     def clean() -> None:
-        for name in ("out", "downloaded", "cache"):
+        for name in ("out", "downloaded", "cache", "served/bucket/out"):
             shutil.rmtree(name, ignore_errors=True)
 
     try:
@@ -166,10 +188,15 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
         asked = {name: server.end() for name, server in servers.items()}
     if failed:
         raise SystemExit("\n".join(failed.values()))
-    num_bytes = sum(path.stat().st_size for path in Path("served").rglob("*") if path.is_file())
     ideal = num_bytes / line
     figures = {name: medians(each) for name, each in runs.items()}
-    of_ranges = asked["by ranges"]
+    of_ranges = asked["to the bucket" if options.output else "by ranges"]
+    writing = {
+        "written_over_the_output": round(
+            of_ranges["bytes_in"] / options.runs / (num_bytes / len(NAMES)), 3
+        ),
+        "requests_that_write": round(of_ranges["writing"] / options.runs),
+    }
     return {
         **surroundings(options.runs, also=["obstore"]),
         "method": options.method,
@@ -183,6 +210,7 @@ def measured(folder: Path, options: argparse.Namespace, line: float) -> dict[str
         "fetched_over_stored": round(of_ranges["bytes"] / options.runs / num_bytes, 3),
         "requests": round(of_ranges["requests"] / options.runs),
         "requests_for_more_than_256_kib": round(of_ranges["large"] / options.runs),
+        **(writing if options.output else {}),
         "processes": figures,
     }
 

@@ -20,6 +20,11 @@ def elsewhere(content: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def elsewhere_output(content: dict[str, Any]) -> str:
+    """The same merges with outputs in a folder and in the bucket, from elsewhere.py --output."""
+    return elsewhere(content)
+
+
 def on_ray(content: dict[str, Any]) -> str:
     """Merges on a Ray cluster against one machine and the model, from on_ray.py's JSON."""
     rows = []
@@ -47,10 +52,10 @@ def on_ray(content: dict[str, Any]) -> str:
 def headers(content: dict[str, Any]) -> str:
     """What a merge as large as DeepSeek-V3 would take, from headers.py's JSON."""
     return markdown(
-        ["machines", "TB fetched", "requests", "hours"],
+        ["machines", "TB fetched", "requests", "foretold s"],
         (
             [str(cost["machines"]), f"{cost['fetched_bytes'] / 1e12:.2f}",
-             f"{cost['requests']:,}", f"{cost['seconds'] / 3600:.2f}"]
+             f"{cost['requests']:,}", f"{cost['seconds']:,.0f}"]
             for cost in content["costs"]
         ),
     )  # fmt: skip

@@ -181,7 +181,7 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def foretold(plan: Plan, num_machines: int, line: float) -> dict[str, Any]:
     """Return what `plan` says of bytes, requests and seconds."""
-    machine = Machine(line * 1e6, LATENCY_SECONDS)
+    machine = Machine(line_bytes=line * 1e6, latency_seconds=LATENCY_SECONDS)
     return cost_of(plan, num_machines, machine).as_dict()
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from outliermerge.arguments import checked, wrong
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, argument, as_path, quoted, suggest
+from outliermerge.errors import ArgumentError, argument, quoted, suggest
 from outliermerge.execution.routers import Routing, add_routers
 from outliermerge.execution.transplant import add_rows
 from outliermerge.output.estimate import Estimate, estimate_run
 from outliermerge.output.manifest import verify_folder
-from outliermerge.output.names import output_here
+from outliermerge.output.names import Final, as_final, output_here
 from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, refuse_taken, run_plans
 from outliermerge.planning.moe import Mixture, plan_mixture
@@ -71,7 +71,7 @@ def run(
     options: RunOptions | None = None,
     **changes: Any,
 ) -> RunResult:
-    """Merge checkpoints on disk into a new model folder.
+    """Merge checkpoints into a new model folder.
 
     A run that was killed goes on where it stopped when it is started again, and gives the same
     bytes. The output has its name only when it is complete. In a notebook a bar shows how far it
@@ -79,7 +79,8 @@ def run(
 
     Args:
         spec: a YAML file, the same as a dict, the manifest of an output, or a plan.
-        output: the folder or .safetensors file to write; the spec's `output` by default.
+        output: the folder or .safetensors file to write, or the address of a folder in a store,
+            such as "s3://bucket/merged"; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with a plan.
         lenient: as for `plan`; it changes nothing about a plan.
         keep: names of stages that are written, too, each beside the output, as OUTPUT-NAME.
@@ -113,7 +114,7 @@ def run(
 
 def plans_of(
     planned: Plan, output: str | Path | None, keep: Sequence[str]
-) -> list[tuple[Plan, Path]]:
+) -> list[tuple[Plan, Final]]:
     """Return a plan and those of stages that are written, too, each with its output.
 
     Raises:
@@ -121,8 +122,13 @@ def plans_of(
         ArgumentError: the merge has no such stage, or the output has a wrong name.
     """
     stages, final = planned.spec.all_stages, output_path(planned, output)
-    found = [(planned, final)]
+    found: list[tuple[Plan, Final]] = [(planned, final)]
     for name in dict.fromkeys(keep):
+        if isinstance(final, str):
+            raise ArgumentError(
+                f"{argument('keep')}: not with an output in a store ({final}): give the stage a "
+                "spec of its own"
+            )
         if name not in stages:
             advice = suggest(name, stages) if stages else "The spec has no `stages`."
             raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
@@ -327,7 +333,7 @@ def estimate(
         raise wrong("planned", planned, "what plan() returned")
     chosen = RunOptions.of(options, changes).on_this_machine()
     named = output or planned.spec.document.output
-    return estimate_run(planned, chosen, None if named is None else as_path(named))
+    return estimate_run(planned, chosen, None if named is None else as_final(named))
 
 
 @checked

@@ -49,8 +49,13 @@ class RangeServer:
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def handler(self) -> type[Handler]:
+        """What answers a request."""
+        return Handler
+
     def __enter__(self) -> RangeServer:
-        handler = type("Handler", (_Handler,), {"serving": self})
+        handler = type("Handler", (self.handler,), {"serving": self})
         self._lock, self._free_at = threading.Lock(), 0.0
         self._server = _Server(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
@@ -65,13 +70,7 @@ class RangeServer:
 
     def s3(self) -> dict[str, str]:
         """Return the environment with which obstore reads from this server."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key-of-the-test",
-            "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-            "AWS_REGION": "us-east-1",
-        }
+        return s3_at(self.url)
 
     def wait(self, num_bytes: int) -> None:
         """Wait until so many bytes have passed through the line that all answers share."""
@@ -81,6 +80,17 @@ class RangeServer:
                 self._free_at = max(self._free_at, now) + num_bytes / self.bytes_per_second
                 pause = self._free_at - now
             time.sleep(pause)
+
+
+def s3_at(url: str) -> dict[str, str]:
+    """Return the environment with which obstore uses an S3 server."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+    }
 
 
 class _Server(ThreadingHTTPServer):
@@ -98,7 +108,7 @@ def etag_of(path: Path) -> str:
     return f'"{hashlib.md5(state.encode()).hexdigest()}"'
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     serving: RangeServer
     protocol_version = "HTTP/1.1"
     wbufsize = 0
@@ -123,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         size = path.stat().st_size
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, stop = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
-        self.serving.ranges.append((name, start, stop))
+        if self.command == "GET":
+            self.serving.ranges.append((name, start, stop))
         etag = etag_of(path) if self.serving.has_versions else ""
         fault = self.serving.fault(name, start, stop)
         wanted = self.headers.get("If-Match")

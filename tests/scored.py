@@ -73,3 +73,17 @@ def returns_text(model):
 def two_questions(model):
     """Give too few scores."""
     return {"a": 1.0, "b": 2.0}
+
+
+def unhurried(model, questions=None):
+    """Take a moment, so that others get trials, too."""
+    time.sleep(0.2)
+    return closeness(model, questions)
+
+
+def means(model, questions=None):
+    """Return how close each tensor's mean is to what is best for it."""
+    best = {"layers.0.up.w": 0.0, "layers.1.up.w": 0.5, "head": 0.4}
+    error = sum(abs(float(model[name].mean()) - wanted) for name, wanted in best.items())
+    names = TARGETS if questions is None else questions
+    return {name: -error for name in names}

@@ -101,7 +101,7 @@ class TinyEncoder(encoder.Encoder):
             vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=8,
         )  # fmt: skip
-        rows = [(f"{n} {n % 3}", n % 3) for n in range(80)]
+        rows = [(f"{n} " * (2 + n % 3), n % 3) for n in range(80)]
         return encoder.EncoderWorld(
             self.recipe,
             seed,
@@ -154,6 +154,19 @@ def test_the_same_seed_gives_the_same_models_and_another_one_others():
     one, same, other = far(1), far(1), far(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_encoder_in_two_halves_is_the_whole_one():
+    world = TinyEncoder().world(0)
+    part = world._part("noun", "test")
+    rows = np.arange(len(part.labels))
+    halves = encoder._features(world._upper(), *part.batch(rows))
+    drawn = sorted((world._draw(text), text) for text, _ in world.rows["noun"])
+    (tokens,) = world.tokens_of([drawn[0][1]])
+    with torch.inference_mode():
+        whole = world.encoder(input_ids=torch.tensor([tokens])).last_hidden_state[0].mean(0)
+    expected = torch.nn.functional.normalize(whole, dim=0) * len(whole) ** 0.5
+    assert torch.allclose(halves[0], expected, atol=1e-5)
 
 
 def test_a_page_is_in_one_split_only_and_with_its_translations():

@@ -17,9 +17,8 @@ from outliermerge.cli.terminal import MergeBar, open_console
 from outliermerge.errors import ArgumentError, argument, quoted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from outliermerge.output.division import PartCost
+    from outliermerge.output.names import Final
     from outliermerge.output.options import RunOptions
     from outliermerge.output.run import RunResult
     from outliermerge.planning.plan import Options, Plan
@@ -32,7 +31,8 @@ def add_part(parser: argparse.ArgumentParser) -> None:
         type=_part,
         metavar="K/N",
         help="write only part K of N, in this process; `outliermerge join` finishes the output "
-        "when all are written. Parts may run at the same time, on machines that share its disk",
+        "when all are written. Parts may run at the same time, on machines that share its disk or "
+        "bucket",
     )
 
 
@@ -110,20 +110,28 @@ def resolved(options: argparse.Namespace) -> Options:
 
 
 def carried_out(
-    plans: Sequence[tuple[Plan, Path]], chosen: RunOptions, options: argparse.Namespace
+    plans: Sequence[tuple[Plan, Final]], chosen: RunOptions, options: argparse.Namespace
 ) -> list[RunResult]:
     """Carry out plans by what --executor names."""
     if options.executor_name == "ray":
         from outliermerge.output.ray import run_on_ray
 
-        return run_on_ray(plans, chosen, address=options.address, num_parts=options.parts)
+        on_disks = []
+        for plan, output in plans:
+            if isinstance(output, str):
+                raise ArgumentError(
+                    f"output {output}: parts on a Ray cluster are written to a folder. To a store, "
+                    f"write them each by {argument('part', 'K/N')}"
+                )
+            on_disks.append((plan, output))
+        return run_on_ray(on_disks, chosen, address=options.address, num_parts=options.parts)
     from outliermerge.output.run import run_plans
 
     return run_plans(plans, chosen)
 
 
 def run_one_part(
-    plans: Sequence[tuple[Plan, Path]], options: argparse.Namespace, *, notes: Sequence[str]
+    plans: Sequence[tuple[Plan, Final]], options: argparse.Namespace, *, notes: Sequence[str]
 ) -> int:
     """Write a part of each plan, and print what was done.
 
@@ -139,7 +147,10 @@ def run_one_part(
             f"{argument('fresh', True)}: a part does not start over what other parts have "
             "written. Remove OUT.partial and OUT.partial.journal* while no part is running."
         )
-    jobs = [(plan, part_of(plan, number, num_parts)) for plan, _ in plans]
+    jobs = [
+        (plan, part_of(plan, number, num_parts, whole_files=isinstance(output, str)))
+        for plan, output in plans
+    ]
     began = time.monotonic()
     run_options(options).on_this_machine()  # what it lacks is said before a bar is drawn
     work_bytes = sum(part_work_bytes(plan, own) for plan, own in jobs)

@@ -75,18 +75,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _planned(options: argparse.Namespace) -> Plan:
-    """Return the plan of the merge, or of the mixture, that a spec is for."""
+    """Return the plan of the merge, or of the mixture, that a spec is for.
+
+    The routers of a mixture are not computed: the parts have written them.
+    """
     from outliermerge import api
-    from outliermerge.execution.routers import add_routers
     from outliermerge.spec.moe import MoeSpec
 
     spec = read_any_spec(options)
-    if not isinstance(spec, MoeSpec):
-        return api.plan(spec, shard_size=options.shard_size)
-    mixture = api.plan_moe(spec, shard_size=options.shard_size)
-    device = run_options(options).on_this_machine().device
-    with status("computing the routers", quiet=options.quiet):
-        return add_routers(mixture, device=device, show_routing=False)[0].plan
+    if isinstance(spec, MoeSpec):
+        return api.plan_moe(spec, shard_size=options.shard_size).plan
+    return api.plan(spec, shard_size=options.shard_size)
 
 
 def _print_left(

@@ -141,8 +141,8 @@ def add_planning(parser: argparse.ArgumentParser, *, spec: str = _SPEC) -> None:
         "folder",
         metavar="DIR",
         nargs="?",
-        help="the folder to write, or a .safetensors file where the models are such files; else "
-        "--output or the `output:` of the spec names it",
+        help="the folder to write, or its address (s3://, gs://, az://), or a .safetensors file "
+        "where the models are such files; else --output or the `output:` of the spec names it",
     )
     _add_planning(parser)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from outliermerge.output.cost import Cost
     from outliermerge.output.estimate import Estimate
     from outliermerge.output.load_check import Verdict
+    from outliermerge.output.names import Final
     from outliermerge.planning.plan import Options, Plan
 
 
@@ -90,7 +91,8 @@ def show_plan(
     chosen = run_options(options).on_this_machine()
     named = named_output(options) or planned.spec.document.output
     output = output_path(planned, named) if named else None
-    free = free_disk_bytes(output or Path.cwd())
+    is_here = not isinstance(output, str)
+    free = free_disk_bytes(Path(output) if output and is_here else Path.cwd())
     planned.peak_memory_bytes(chosen)  # refuses a budget that is too small
     estimate = estimate_run(planned, chosen, output)
     began = time.perf_counter()
@@ -105,7 +107,9 @@ def show_plan(
     slow = slowness_note(chosen, kernels=not options.no_kernels)
     if slow and not why_not:
         planned = replace(planned, notes=(*planned.notes, slow))
-    costs = part_costs(planned, num_parts, chosen, estimate) if num_parts else []
+    costs = []
+    if num_parts:
+        costs = part_costs(planned, num_parts, chosen, estimate, whole_files=not is_here)
     fetching = list(_costs_elsewhere(planned, chosen))
     if fetching:
         further = [*further, ("elsewhere", in_words(fetching))]
@@ -130,7 +134,7 @@ def show_plan(
     print_notes(planned.notes, options)
     if why_not:
         say(f"warning: a run here would fail: {why_not}", file=sys.stderr)
-    if planned.num_written_bytes > free:
+    if is_here and planned.num_written_bytes > free:
         print(
             f"warning: the disk has {free:,} bytes free, the output needs "
             f"{planned.num_written_bytes:,}",
@@ -147,12 +151,12 @@ def _costs_elsewhere(planned: Plan, options: Options) -> Iterator[Cost]:
         yield from (cost_of(planned, number, machine) for number in (1, 64))
 
 
-def _taken(planned: Plan, output: Path) -> Iterator[str]:
+def _taken(planned: Plan, output: Final) -> Iterator[str]:
     """Yield what a run would find under an output's name."""
     from outliermerge.output.names import journal_path, partial_folder, real_output
     from outliermerge.output.run import refuse_taken
 
-    if os.path.lexists(journal_path(real_output(output))):
+    if isinstance(output, Path) and os.path.lexists(journal_path(real_output(output))):
         yield f"{partial_folder(output)} is there: a run of the same merge goes on with it"
     try:
         refuse_taken(planned, output, overwrite=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from outliermerge.cli.lines import human_bytes
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from outliermerge.output.estimate import Estimate
     from outliermerge.output.load_check import Verdict
+    from outliermerge.output.names import Final
     from outliermerge.planning.plan import Input, LayersOf, Options, Plan
     from outliermerge.spec.check import MergeSpec
 
@@ -49,7 +49,7 @@ class Took(NamedTuple):
 def print_plan(
     plan: Plan,
     *,
-    output: Path | None,
+    output: Final | None,
     options: Options,
     estimate: Estimate,
     took: Took,
@@ -73,8 +73,8 @@ def print_plan(
         (
             "disk",
             f"reads {human_bytes(plan.num_read_bytes)}, writes "
-            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s); "
-            f"{human_bytes(free_bytes)} free",
+            f"{human_bytes(plan.num_written_bytes)} in {len(plan.shards)} file(s)"
+            + ("" if isinstance(output, str) else f"; {human_bytes(free_bytes)} free"),
         ),
         ("time", _time(estimate, took)),
         ("peak memory", _memory(estimate, options)),

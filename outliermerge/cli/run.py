@@ -139,6 +139,7 @@ COMMAND = Command(
         "outliermerge run llava_math --output merged/llava_math",
         "outliermerge run merge.yaml merged --overwrite --memory 2GiB --device cuda",
         "outliermerge run merge.yaml merged --part 3/16",
+        "outliermerge run merge.yaml -o s3://bucket/merged",
         "outliermerge run merge.yaml merged --executor ray --address auto",
         "outliermerge merge.yaml merged --cuda",
     ),

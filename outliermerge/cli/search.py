@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SUITE",
         help="what scores a merge: a suite of `eval`, or a function package.module:function that "
-        "returns a number for each question",
+        "returns a number for each question, or entropy:FILE or agreement:FILE of unlabelled texts",
     )
     parser.add_argument(
         "-o",
@@ -93,7 +93,6 @@ def run(options: argparse.Namespace) -> int:
     require_search()
     from outliermerge.cli.search_progress import SearchProgress
     from outliermerge.output.options import RunOptions
-    from outliermerge.search.functions import is_function
     from outliermerge.search.scorers import find_scorer
     from outliermerge.search.search import Wanted, search
     from outliermerge.search.space import load_space
@@ -112,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         strategy=options.strategy,
     )
     scorer = find_scorer(
-        options.suite if is_function(options.suite) else find_file(options.suite, "suite"),
+        options.suite if ":" in options.suite else find_file(options.suite, "suite"),
         device=device,
         folder=as_path(options.output) / "work",
         limit=options.limit,

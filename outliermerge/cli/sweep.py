@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.cli.in_parts import add_ray, carried_out, check_ray, resolved
@@ -96,10 +97,11 @@ def print_outputs(results: Sequence[RunResult]) -> None:
     """Print a row for each output: where it is, and how far it is from the base."""
     drifts = [result.manifest.get("drift") or {} for result in results]
     columns = _columns(drifts)
-    print_words(open_console(), f"in {results[0].output.parent}:")
+    paths = [Path(result.output) for result in results]
+    print_words(open_console(), f"in {paths[0].parent}:")
     table = NamedTable("output", *columns)
-    for result, drift in zip(results, drifts, strict=True):
-        table.add_row(result.output.name, *_cells(drift, columns))
+    for path, drift in zip(paths, drifts, strict=True):
+        table.add_row(path.name, *_cells(drift, columns))
     table.print(open_console())
     if columns:
         kept = _KEPT if any("kept" in title for title in columns) else ""

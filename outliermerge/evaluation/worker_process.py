@@ -71,6 +71,8 @@ def worker(
         end(process)
         process.wait()
         listener.join()
+        with suppress(OSError):  # what it has not read
+            process.stdin.close()
         process.stdout.close()
         process.stderr.close()
 

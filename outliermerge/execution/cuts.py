@@ -25,11 +25,17 @@ class Sink(Protocol):
     def place(self, tensor: OutputTensor, start: int) -> tuple[int, int, int]:
         """Return a file, an element's position in it, and the file for direct writes, or -1."""
 
+    def wrote(self, tensor: OutputTensor, span: Span) -> None:
+        """Note that kernels have written a span to its place."""
+
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         """Write elements from `start` on."""
 
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
-        """Read back elements from `start` on."""
+    def digests(self, tensor: OutputTensor, start: int, out: memoryview) -> bytes:
+        """Return the digests of written pieces from `start` on; `out` has the size of them all."""
+
+    def stop(self) -> None:
+        """Let no thread go on waiting in one of the calls; it gets an error."""
 
 
 class Work:

@@ -140,6 +140,8 @@ class FileFeed:
         self._note_all(span, read)
         if not all(finite for finite, _, _ in results):
             return self._merge_blocks(span, prepared)
+        for job, sink in self.outputs:
+            sink.wrote(job.output, span)
         self.on_progress((span[1] - span[0]) * work.moved_bytes)
         digests = [[pieces] for pieces in read]
         return [

@@ -199,7 +199,12 @@ def execute(
                 reader.read_ahead(job.sources for job in merges)
                 known[id(target)] = yield from runner(target.plan).measure_model(merges)
 
-        calls = {"prepare": prepare, "on_stop": reader.stop}
+        def stop() -> None:
+            reader.stop()
+            for target in targets:
+                target.sink.stop()
+
+        calls = {"prepare": prepare, "on_stop": stop}
         lock = threading.Lock()
         known: dict[int, Measured] = {id(target): {} for target in targets}
         # Buffers that must be equal are compared first, in order, because a difference refuses the

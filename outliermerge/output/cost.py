@@ -23,13 +23,15 @@ class Machine:
     """A machine, as far as it decides how long a merge takes.
 
     Attributes:
-        line_bytes: that it receives in a second, and sends.
+        line_bytes: that it receives in a second.
+        disk_bytes: of the output that it writes in a second, and reads back.
         latency_seconds: until a request is answered.
         work_bytes: of all passes that it computes in a second; one core did 0.66 GB of FP8 weights.
         cache_bytes: the most that it keeps of what it reads again.
     """
 
     line_bytes: float = 1e9
+    disk_bytes: float = 1e9
     latency_seconds: float = 0.03
     work_bytes: float = 10e9
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -88,7 +90,7 @@ def cost_of(plan: Plan, num_machines: int, machine: Machine) -> Cost:
         num_requests, fetched_bytes = num_requests + requests, fetched_bytes + num_bytes
         seconds = max(
             num_bytes / machine.line_bytes,
-            sum(job.num_written_bytes for job in jobs) / machine.line_bytes,
+            sum(job.num_written_bytes for job in jobs) / machine.disk_bytes,
             requests * machine.latency_seconds / NUM_CONNECTIONS,
             part_work_bytes(plan, jobs) / machine.work_bytes,
         )
@@ -96,7 +98,7 @@ def cost_of(plan: Plan, num_machines: int, machine: Machine) -> Cost:
     planning = first * machine.latency_seconds / NUM_CONNECTIONS
     seconds = _START_SECONDS + planning + longest
     if num_machines > 1:
-        seconds += _PARTS_SECONDS + plan.num_written_bytes / machine.line_bytes
+        seconds += _PARTS_SECONDS + plan.num_written_bytes / machine.disk_bytes
     return Cost(num_machines, machine, fetched_bytes, num_requests, first, seconds)
 
 

@@ -13,11 +13,12 @@ from outliermerge.output.estimate import FIXED_SECONDS, Estimate
 from outliermerge.planning.plan import Job, Options, Plan
 
 
-def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
+def part_of(plan: Plan, part: int, num_parts: int, *, whole_files: bool = False) -> list[Job]:
     """Return the jobs of a part: consecutive jobs of the plan, with about equal bytes per part.
 
     Args:
         part: its number, counted from 1.
+        whole_files: all jobs of a weight file are of one part, as a store needs it.
 
     Raises:
         ArgumentError: there is no part of that number.
@@ -26,17 +27,20 @@ def part_of(plan: Plan, part: int, num_parts: int) -> list[Job]:
         raise ArgumentError(
             f"part: found {part} of {num_parts}, expected one from 1 to {num_parts}"
         )
-    return divided(plan, num_parts)[part - 1]
+    return divided(plan, num_parts, whole_files=whole_files)[part - 1]
 
 
-def divided(plan: Plan, num_parts: int) -> list[list[Job]]:
+def divided(plan: Plan, num_parts: int, *, whole_files: bool = False) -> list[list[Job]]:
     """Return the jobs of all parts."""
     found: list[list[Job]] = [[] for _ in range(num_parts)]
-    sizes = [plan.num_work_bytes(job) for job in plan.jobs]
+    groups: dict[str, list[Job]] = {}
+    for job in plan.jobs:
+        groups.setdefault(job.output.file if whole_files else job.name, []).append(job)
+    sizes = [sum(map(plan.num_work_bytes, jobs)) for jobs in groups.values()]
     total = max(1, sum(sizes))
     middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
-    for job, middle in zip(plan.jobs, middles, strict=True):
-        found[min(num_parts - 1, int(middle * num_parts / total))].append(job)
+    for jobs, middle in zip(groups.values(), middles, strict=True):
+        found[min(num_parts - 1, int(middle * num_parts / total))] += jobs
     return found
 
 
@@ -94,15 +98,23 @@ class PartCost:
         }
 
 
-def part_costs(plan: Plan, num_parts: int, options: Options, estimate: Estimate) -> list[PartCost]:
+def part_costs(
+    plan: Plan,
+    num_parts: int,
+    options: Options,
+    estimate: Estimate,
+    *,
+    whole_files: bool = False,
+) -> list[PartCost]:
     """Return what each part of a plan takes on a machine like this one.
 
     Args:
+        whole_files: as for `part_of`.
         estimate: of the whole plan on this machine; its speed is taken for that of each part.
     """
     fixed = estimate.block_bytes - plan.block_memory_bytes(options)
     found = []
-    for number, jobs in enumerate(divided(plan, num_parts), 1):
+    for number, jobs in enumerate(divided(plan, num_parts, whole_files=whole_files), 1):
         work_bytes = part_work_bytes(plan, jobs)
         stored = {meta for job in (*jobs, *plan.checks) for meta in job.stored}
         memory_bytes, seconds = estimate.program_bytes, None

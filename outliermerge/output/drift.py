@@ -15,6 +15,7 @@ from typing import Any
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 from outliermerge.execution.jobs import JobResult
+from outliermerge.output.bucket_writer import BucketWriter
 from outliermerge.output.writer import OutputWriter
 from outliermerge.planning.plan import Job, Plan
 
@@ -46,7 +47,7 @@ class _Sums:
 
 
 def measure_drift(
-    plan: Plan, results: Mapping[str, JobResult], writer: OutputWriter
+    plan: Plan, results: Mapping[str, JobResult], writer: OutputWriter | BucketWriter
 ) -> dict[str, Any]:
     """Return how far the merge is from its base, as JSON values.
 
@@ -87,13 +88,16 @@ def measure_drift(
     for job in chosen:
         wanted = max(_LEAST_ELEMENTS, sample * job.num_elements // total)
         runs.append(_spans(job.num_elements, wanted, num_runs))
+    pairs = zip(chosen, runs, strict=True)
+    written = iter(writer.read_back([(job.output, span) for job, spans in pairs for span in spans]))
     with Reader(scattered=True) as reader:
         reader.read_ahead_of(_ranges(chosen, runs))
         for job, spans in zip(chosen, runs, strict=True):
             sampled = sum(stop - start for start, stop in spans)
             num_sampled += sampled
             factor = job.num_elements / sampled
-            found = [_sums(_values(job, span, reader, writer)).scaled(factor) for span in spans]
+            values = (_values(job, span, reader, next(written)) for span in spans)
+            found = [_sums(each).scaled(factor) for each in values]
             strata.append(_Stratum(found, sampled / job.num_elements))
     sums = [sum(each) for each in zip(*(row for s in strata for row in s.rows), strict=True)]
     base, _, *rest = sums
@@ -211,7 +215,7 @@ def _ranges(
 
 
 def _values(
-    job: Job, span: tuple[int, int], reader: Reader, writer: OutputWriter
+    job: Job, span: tuple[int, int], reader: Reader, written: bytes
 ) -> list[Sequence[float]]:
     """Return the values of a span: of the base, of each model, and of the output."""
     found = []
@@ -219,12 +223,10 @@ def _values(
         raw = bytearray((span[1] - span[0]) * source.dtype.num_bytes)
         source.read(reader, *span, memoryview(raw))
         found.append(_floats(raw, source.dtype.name))
-    raw = bytearray((span[1] - span[0]) * job.output.dtype.num_bytes)
-    writer.read(job.output, span[0], memoryview(raw))
-    return [*found, _floats(raw, job.output.dtype.name)]
+    return [*found, _floats(written, job.output.dtype.name)]
 
 
-def _floats(raw: bytearray, dtype: str) -> Sequence[float]:
+def _floats(raw: bytes | bytearray, dtype: str) -> Sequence[float]:
     """Return stored values; numpy is not imported for so few."""
     if dtype == "float16":
         return struct.unpack(f"<{len(raw) // 2}e", raw)

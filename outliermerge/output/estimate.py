@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outliermerge.checkpoint.checksum import PIECE_ELEMENTS
+from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.execution.threads import Target, execute
+from outliermerge.output.names import Final
 from outliermerge.planning.plan import Job, Options, Plan
+from outliermerge.storage.bucket import NUM_AT_ONCE, PART_BYTES
 from outliermerge.storage.machine import path_of, resident_bytes
 from outliermerge.storage.stand_ins import stand_in
 from outliermerge.storage.system import open_direct, reserve
@@ -83,7 +85,7 @@ class Estimate:
         }
 
 
-def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
+def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate:
     """Estimate what a run takes, by merging a few megabytes of the models.
 
     The trial takes a fraction of a second and leaves nothing behind. A plan that torch computes is
@@ -101,11 +103,15 @@ def estimate_run(plan: Plan, options: Options, output: Path | None) -> Estimate:
     if program is not None and needs_torch and not has_torch:
         program += _TORCH_BYTES
     blocks = plan.block_memory_bytes(options) + options.threads * _THREAD_BYTES + _RUN_BYTES
+    if isinstance(output, str):
+        blocks += min(plan.num_written_bytes, (NUM_AT_ONCE + 1) * PART_BYTES)
     speed, basis = None, ""
     if needs_torch and not has_torch:
         basis = "not tried, since torch computes a part of it"
     elif any(stand_in(stamp.path) for e in plan.all_inputs for stamp in e.checkpoint.weight_files):
         basis = "not tried, since models are read from elsewhere"
+    elif isinstance(output, str):
+        basis = "not tried, since the output is written elsewhere"
     elif options.device != "cpu":
         basis = f"not tried on {options.device}"
     else:
@@ -198,8 +204,15 @@ class _TrialSink:
     def write(self, tensor: OutputTensor, start: int, data: memoryview) -> None:
         write_exactly(*self.place(tensor, start)[:2], data)
 
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
+    def wrote(self, tensor: OutputTensor, span: tuple[int, int]) -> None:
+        pass
+
+    def digests(self, tensor: OutputTensor, start: int, out: memoryview) -> bytes:
         read_exactly(*self.place(tensor, start)[:2], out)
+        return piece_digests(out, tensor.dtype.num_bytes)
+
+    def stop(self) -> None:
+        pass
 
     def close(self) -> None:
         """Bring what was written to the disk, as a run does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class OutputFolder:
     Attributes:
         final: the path that the output gets at the end.
         path: the folder in which it is written, OUT.partial.
+        unfinished: the same, for messages.
         writer: writes its weight files.
         is_finished: an earlier run had written everything, and the renaming is complete now.
     """
@@ -78,6 +79,7 @@ class OutputFolder:
         """
         check_apart(plan, final)
         self.final, self.path = final, partial_folder(final)
+        self.unfinished = self.path
         self.writer = OutputWriter(self.path)
         self._plan, self._part = plan, part
         self._shard_names = [shard.file for shard in plan.shards]
@@ -127,7 +129,7 @@ class OutputFolder:
         self._check_room()
         changed = differing(self._journal.identity, identity)
         if self._part and not changed:  # other parts may be at work, with their own lines
-            self._progress.take_over(self._journal)
+            self._progress.take_over(self._journal.lines)
         elif fresh or not self._take_over():
             if number is not None:
                 remove_files(self.path, ours)
@@ -144,12 +146,12 @@ class OutputFolder:
         Raises:
             BusyError: another process is writing a part of it.
         """
-        found = self._progress.take_over(self._journal)
+        found = self._progress.take_over(self._journal.lines)
         for part in parts(self.final):
             journal = Journal(self.final, part)
             try:
                 if journal.identity == self._journal.identity:
-                    found |= self._progress.take_over(journal)
+                    found |= self._progress.take_over(journal.lines)
             finally:
                 journal.close()
         return found
@@ -195,7 +197,7 @@ class OutputFolder:
         """Forget the tensors of an earlier run that this run may not take over."""
         if not self.is_finished:
             self._progress.forget_unfit(
-                self.writer, allow_non_finite=allow_non_finite, threads=threads
+                self.writer.checksum, allow_non_finite=allow_non_finite, threads=threads
             )
 
     def share(self, num_parts: int) -> None:
@@ -218,6 +220,10 @@ class OutputFolder:
         """Results by tensor."""
         return self._progress.done
 
+    def ordered(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """Return jobs that are to be done in the order in which they are to be done."""
+        return jobs
+
     def record(self, job: Job, result: JobResult) -> None:
         """Note in the journal that a tensor is written; one thread at a time may call this."""
         self.done[job.name] = result
@@ -226,17 +232,7 @@ class OutputFolder:
     def write_files(self, contents: Mapping[str, bytes | Path]) -> None:
         """Write or copy files beside the weights, replacing those of an earlier run."""
         self._journal.add({"files": sorted(contents)})
-        for name, data in contents.items():
-            with naming(self.path / name, "written"):
-                descriptor = make_inside(self.path, name)
-                try:
-                    position = 0
-                    for part in _parts(data):
-                        write_exactly(descriptor, position, memoryview(part))
-                        position += len(part)
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+        write_beside(self.path, contents)
 
     def finish(self, files: Iterable[str]) -> None:
         """Sync everything to disk, and note in the journal that renaming begins.
@@ -305,6 +301,21 @@ def finish_interrupted(final: Path) -> None:
                 journal.remove()
         finally:
             journal.close()
+
+
+def write_beside(folder: Path, contents: Mapping[str, bytes | Path]) -> None:
+    """Write or copy files into a folder, and sync them to disk."""
+    for name, data in contents.items():
+        with naming(folder / name, "written"):
+            descriptor = make_inside(folder, name)
+            try:
+                position = 0
+                for part in _parts(data):
+                    write_exactly(descriptor, position, memoryview(part))
+                    position += len(part)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _parts(data: bytes | Path) -> Iterator[bytes]:

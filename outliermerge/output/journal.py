@@ -105,7 +105,7 @@ class Journal:
         """Start over, with the identity of a merge."""
         self.clear()
         self.identity = json.loads(json.dumps(identity))
-        self._write(_line({"outliermerge journal": 2, "identity": self.identity}))
+        self._write(entry_line({"outliermerge journal": 2, "identity": self.identity}))
         self.add(more)
 
     def clear(self) -> None:
@@ -116,7 +116,7 @@ class Journal:
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry."""
         self.lines.append(json.loads(json.dumps(entry)))
-        self._write(_line(entry))
+        self._write(entry_line(entry))
 
     def last(self, key: str) -> Any:
         """Return the newest value of a key; None if no line has the key."""
@@ -167,7 +167,8 @@ class Journal:
             raise failure(self.path, "written", error) from error
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
+def entry_line(entry: Mapping[str, Any]) -> bytes:
+    """Return the line of an entry, with its checksum."""
     text = json.dumps(entry).encode()
     return text + b"\t" + xxhash.xxh3_64_hexdigest(text).encode() + b"\n"
 

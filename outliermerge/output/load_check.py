@@ -89,7 +89,7 @@ class Verdict:
             "as_base": {folder: dict(found) for folder, found in self.as_base.items()},
         }
 
-    def raise_if_bad(self, left: Path | None = None) -> None:
+    def raise_if_bad(self, left: Path | str | None = None) -> None:
         """Raise OutlierMergeError if the output does not load, or not with the values merged.
 
         A run says which folder is left.
@@ -267,7 +267,7 @@ class LoadCheck:
             self._process.wait()
         self._files.close()
 
-    def raise_if_bad(self, left: Sequence[Path]) -> None:
+    def raise_if_bad(self, left: Sequence[Path | str]) -> None:
         """Raise OutlierMergeError if the check has already found that an output does not load."""
         if self._process is None or self._process.poll() is not None:
             for verdict, folder in zip(self.verdicts(), left, strict=True):

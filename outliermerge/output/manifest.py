@@ -21,6 +21,7 @@ from outliermerge.checkpoint.checksum import (
     header_checksum,
 )
 from outliermerge.checkpoint.folders.beside import CARD_NAME, MANIFEST_NAME
+from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.reader import Reader
@@ -29,10 +30,11 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
 from outliermerge.output.card import model_card
 from outliermerge.output.drift import measure_drift
-from outliermerge.output.folder import OutputFolder, finish_interrupted
+from outliermerge.output.folder import finish_interrupted
 from outliermerge.output.manifest_file import MANIFEST_FORMAT, read_manifest
 from outliermerge.output.mergekit_config import MERGEKIT_NAME, mergekit_text
 from outliermerge.output.names import real_output, shard_path
+from outliermerge.output.opened import Output
 from outliermerge.output.recipe import RECIPE_NAME, command, recipe_of, recipe_text
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.repeated import check_inputs, relative_to
@@ -43,9 +45,9 @@ from outliermerge.storage.stand_ins import elsewhere, with_addresses
 if TYPE_CHECKING:
     from outliermerge.output.load_check import Verdict
 
-# Names that git, the hub's client and desktops leave in a folder; no loader reads them.
+# Names that git, the hub's client, desktops and killed runs leave; no loader reads them.
 _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingface", ".locks",
-             ".DS_Store"}  # fmt: skip
+             ".DS_Store", RECORDS.rstrip("/")}  # fmt: skip
 
 
 def identity(plan: Plan, options: Options) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
 
 def write_sidecars(
     plan: Plan,
-    folder: OutputFolder,
+    folder: Output,
     options: Options,
     *,
     load_check: Verdict | None = None,
@@ -91,7 +93,7 @@ def write_sidecars(
             has read other values.
     """
     inputs = _inputs(plan, folder.done)
-    check_inputs(plan, inputs, folder.path)
+    check_inputs(plan, inputs, folder.unfinished)
     drift = measure_drift(plan, folder.done, folder.writer)
     contents = sidecar_contents(plan)
     indexes = make_indexes((job.output for job in plan.jobs), plan.components)

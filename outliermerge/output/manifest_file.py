@@ -55,6 +55,15 @@ def read_manifest(folder: str | Path) -> Manifest:
             meant = f". Did you mean {quoted(str(near))}?" if near else ""
             raise OutlierMergeError(f"{folder}: no such file or folder{meant}")
         raise OutlierMergeError(f"{folder}: no {path.name}: {what}")
+    return parsed_manifest(data, path)
+
+
+def parsed_manifest(data: bytes, path: Path | str) -> Manifest:
+    """Return the manifest that a file holds.
+
+    Raises:
+        OutlierMergeError: outliermerge did not write it.
+    """
     try:
         manifest = parse_json(data, max_values=MAX_MANIFEST_VALUES, unique=False)
     except ValueError as error:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.errors import OutlierMergeError, as_path
-from outliermerge.storage.addresses import is_address, without_secrets
+from outliermerge.errors import ArgumentError, OutlierMergeError, as_path
+from outliermerge.storage.addresses import STORES, is_address, without_secrets
+
+Final: TypeAlias = Path | str
+"""Where an output is in the end: a path of this machine, or the address of a folder in a store."""
 
 _LONGEST = ".partial.journal"
 
@@ -37,20 +41,64 @@ def manifest_path(final: Path) -> Path:
     return final / MANIFEST_NAME
 
 
-def output_here(named: str | Path) -> Path:
+def output_here(named: str | Path, file: str = "") -> Path:
     """Return the path of an output: of one that is elsewhere, that of its private folder.
+
+    Args:
+        file: the only file of it that is wanted; all, of weights the headers, without it.
 
     Raises:
         OutlierMergeError: it is elsewhere, and cannot be read.
     """
     if isinstance(named, str) and is_address(named):
-        return resolve(without_secrets(named), lambda name: True)
+        return resolve(without_secrets(named), lambda name: name == file or not file)
     return as_path(named)
 
 
 def shard_path(final: Path, file: str) -> Path:
     """Return the path of a shard: in the output's folder, or the output itself."""
     return final / file if final.is_dir() else final
+
+
+def as_final(named: Final) -> Final:
+    """Return the path or the address that names an output.
+
+    Raises:
+        ArgumentError: nothing is written to such an address.
+        OutlierMergeError: no file can have that name.
+    """
+    return _address(named) if isinstance(named, str) and is_address(named) else as_path(named)
+
+
+def _address(named: str) -> str:
+    """Return the address of an output in a store.
+
+    Raises:
+        ArgumentError: nothing is written to such an address.
+    """
+    address = without_secrets(named).rstrip("/")
+    scheme, _, rest = address.partition("://")
+    bucket, _, folder = rest.partition("/")
+    if scheme.lower() == "hf":
+        raise ArgumentError(
+            f"output {address}: nothing is written to the hub directly: write a folder, and "
+            "`outliermerge push` it"
+        )
+    if scheme.lower() not in STORES:
+        raise ArgumentError(
+            f"output {address}: a web server takes no outputs: write a folder, or to a store "
+            "(s3://, gs://, az://)"
+        )
+    if "@" in bucket or address != named.rstrip("/"):
+        raise ArgumentError(
+            f"output {address}: keys are no part of it: they are taken from the environment "
+            "(AWS_…, GOOGLE_…, AZURE_…)"
+        )
+    if not folder or "?" in folder or "#" in folder or "" in folder.split("/"):
+        raise ArgumentError(
+            f"output {address}: expected a folder of a bucket: {scheme}://bucket/name"
+        )
+    return f"{scheme.lower()}://{rest}"
 
 
 def real_output(named: Path) -> Path:
@@ -84,6 +132,11 @@ def real_output(named: Path) -> Path:
     # `resolve` would follow links.
     is_plain = named.name == real.name and os.path.abspath(named) == str(real)  # noqa: PTH100
     return named if is_plain else real
+
+
+def real_final(named: Final) -> Final:
+    """Return the path that an output's name leads to, or its address."""
+    return named if isinstance(named, str) else real_output(named)
 
 
 def free_disk_bytes(folder: Path) -> int:

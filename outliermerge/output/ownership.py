@@ -19,7 +19,9 @@ from outliermerge.output.names import (
     shard_path,
 )
 from outliermerge.planning.plan import Plan
+from outliermerge.storage.bucket import Bucket
 from outliermerge.storage.failures import naming
+from outliermerge.storage.stand_ins import elsewhere
 from outliermerge.storage.system import files_in
 
 
@@ -60,6 +62,24 @@ def check_apart(plan: Plan, final: Path) -> None:
             )
 
 
+def check_apart_in_store(plan: Plan, final: str, bucket: Bucket) -> None:
+    """Refuse an address that is, contains or is inside a model of the merge or an output.
+
+    Raises:
+        OutlierMergeError: the output would damage it.
+    """
+    for entry in plan.models:
+        there = elsewhere(entry.checkpoint.root)
+        address = f"{there.address}/" if there is not None else ""
+        if address.startswith(f"{final}/") or (address and f"{final}/".startswith(address)):
+            raise OutlierMergeError(
+                f"{final}: is, holds or is inside the model {shown(entry.reference)}: choose "
+                "another output"
+            )
+    if parent := bucket.parent_with(MANIFEST_NAME):
+        raise OutlierMergeError(f"{final}: is inside the output {parent}: choose another output")
+
+
 def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
     """Refuse a path if what is there may not be replaced.
 
@@ -85,7 +105,7 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
         )
     found = read_manifest(final)
     if final.is_dir():
-        foreign = sorted(set(files_in(final)) - _listed(found) - {MANIFEST_NAME})
+        foreign = sorted(set(files_in(final)) - listed(found) - {MANIFEST_NAME})
         if foreign:
             raise OutlierMergeError(
                 f"{final}: {argument('overwrite', True)} would remove what outliermerge did not "
@@ -118,8 +138,9 @@ def _check_removable(folder: Path) -> None:
 
 def owned_files(folder: Path) -> set[str]:
     """Return the files that an old output's manifest lists; empty if it has no manifest."""
-    return _listed(read_manifest(folder)) if manifest_path(folder).is_file() else set()
+    return listed(read_manifest(folder)) if manifest_path(folder).is_file() else set()
 
 
-def _listed(manifest: Mapping[str, Any]) -> set[str]:
+def listed(manifest: Mapping[str, Any]) -> set[str]:
+    """Return the files that a manifest lists."""
     return {*manifest["shards"], *manifest["files"]}

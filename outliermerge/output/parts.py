@@ -10,22 +10,30 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from outliermerge.arguments import checked
-from outliermerge.errors import OutlierMergeError, argument, as_path, listing
+from outliermerge.errors import OutlierMergeError, argument, listing
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, execute
+from outliermerge.output.bucket_parts import run_part_in_store, written_in_store
 from outliermerge.output.division import divided, part_of, part_work_bytes
 from outliermerge.output.folder import OutputFolder, begun_by_another, differing
 from outliermerge.output.journal import BusyError, Journal, parts, process, told
 from outliermerge.output.manifest import identity
-from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.names import (
+    Final,
+    as_final,
+    journal_path,
+    partial_folder,
+    real_final,
+    real_output,
+)
 from outliermerge.output.naming import is_named
 from outliermerge.output.options import RunOptions
 from outliermerge.output.resumed import marks_of
@@ -86,7 +94,7 @@ class NotWholeError(OutlierMergeError):
         states: of all parts.
     """
 
-    def __init__(self, final: Path, states: Sequence[PartState]) -> None:
+    def __init__(self, final: Final, states: Sequence[PartState]) -> None:
         self.final, self.states = final, tuple(states)
         left = self.unfinished
         super().__init__(
@@ -111,7 +119,7 @@ def run_part(
     """Write one part of an output, or the rest of it; return how many tensors were written.
 
     Args:
-        output: the final path of the whole output, a folder or a file.
+        output: the final path of the whole output, a folder or a file, or a folder's address.
         part: its number, counted from 1.
         chosen: how it is carried out, as for `run`; `fresh` and `load_check` are for the `run` that
             finishes the output.
@@ -122,18 +130,19 @@ def run_part(
             the memory budget is too small.
         OutlierMergeError: a model or the output folder cannot be used.
     """
-    jobs, name = part_of(plan, part, num_parts), f"{part}-of-{num_parts}"
+    final, name = as_final(output), f"{part}-of-{num_parts}"
+    jobs = part_of(plan, part, num_parts, whole_files=isinstance(final, str))
     chosen = chosen or RunOptions()
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     require_engines(plan, options)
     plan.peak_memory_bytes(options)
+    if isinstance(final, str):
+        return run_part_in_store(plan, final, jobs, num_parts, name, chosen)
     with ExitStack() as stack:
         stamps = dict.fromkeys(plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folder = _held(
-            plan, real_output(as_path(output)), options, name, overwrite=chosen.overwrite
-        )
+        folder = _held(plan, real_output(final), options, name, overwrite=chosen.overwrite)
         try:
             if folder.is_finished:
                 folder.forget()
@@ -150,8 +159,8 @@ def run_part(
         progress = Progress(plan, marks_of(plan))
         facts = json.loads(json.dumps(identity(plan, options)))
         if journal.identity == facts:
-            progress.take_over(journal)
-            progress.forget_unfit(writer, allow_non_finite=options.allow_non_finite)
+            progress.take_over(journal.lines)
+            progress.forget_unfit(writer.checksum, allow_non_finite=options.allow_non_finite)
         else:  # none, or of another merge
             journal.begin(facts)
         journal.add({"process": process(name), "marks": marks_of(plan)})
@@ -220,17 +229,17 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
         OutlierMergeError: nothing of it is written, it was begun by another merge, or it would not
             load.
     """
-    (result,) = join_all([(plan, as_path(output))], chosen or RunOptions())
+    (result,) = join_all([(plan, as_final(output))], chosen or RunOptions())
     return result
 
 
-def join_all(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[RunResult]:
+def join_all(plans: Sequence[tuple[Plan, Final]], chosen: RunOptions) -> list[RunResult]:
     """Finish outputs whose parts are written, all or none of them; see `join`.
 
     The parts' device need not be on this machine.
     """
     options = chosen.in_parts()
-    outputs = [real_output(output) for _, output in plans]
+    outputs = [real_final(output) for _, output in plans]
     found = states_of_all(plans, options)
     if None in found:
         index = found.index(None)
@@ -250,7 +259,9 @@ def join_all(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Run
         for target, final, each in zip(targets, outputs, states, strict=True):
             lost = {job.name for job in target.jobs}
             if lost:
-                raise NotWholeError(final, [_without(target.plan, state, lost) for state in each])
+                raise NotWholeError(
+                    final, [_without(target.plan, state, lost, final) for state in each]
+                )
         here = replace(options, device="cpu")  # for what must be equal
         execute(targets, here, on_progress=on_progress, folder=folder)
 
@@ -258,7 +269,7 @@ def join_all(plans: Sequence[tuple[Plan, Path]], chosen: RunOptions) -> list[Run
 
 
 def states_of_all(
-    plans: Sequence[tuple[Plan, Path]], options: Options
+    plans: Sequence[tuple[Plan, Final]], options: Options
 ) -> list[list[PartState] | None]:
     """Return for each output how far its parts are; None where nothing of it is written.
 
@@ -267,8 +278,8 @@ def states_of_all(
     """
     found: list[list[PartState] | None] = []
     for plan, output in plans:
-        final = real_output(output)
-        if os.path.lexists(journal_path(final)):
+        final = real_final(output)
+        if isinstance(final, str) or os.path.lexists(journal_path(final)):
             found.append(states_of(plan, final, options))
         else:
             all_named = found[:1] == [[]] and final.exists()
@@ -276,16 +287,23 @@ def states_of_all(
     return found
 
 
-def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
+def states_of(plan: Plan, final: Final, options: Options) -> list[PartState]:
     """Return how far the parts of an output are, by their journals; empty if all is named already.
 
     Args:
-        final: the path that `real_output` returned.
+        final: the path that `real_output` returned, or an address.
 
     Raises:
         BusyError: another process holds the whole output.
         OutlierMergeError: nothing of it is written, or it was begun by another merge.
     """
+    facts = json.loads(json.dumps(identity(plan, options)))
+    if isinstance(final, str):
+        found = written_in_store(plan, final, facts)
+        if found is None:
+            return []
+        done, num_parts = found
+        return _states(plan, num_parts, done, {}, whole_files=True)
     if not os.path.lexists(journal_path(final)):
         if final.exists():
             raise OutlierMergeError(
@@ -302,7 +320,6 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             f"{final}: no part of it is being written. Run its parts first, each with "
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
-    facts = json.loads(json.dumps(identity(plan, options)))
     whole = Journal(final)
     try:
         if is_named(whole):
@@ -330,6 +347,18 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             done |= _written(journal, facts)
         finally:
             journal.close()
+    return _states(plan, num_parts, done, holders)
+
+
+def _states(
+    plan: Plan,
+    num_parts: int,
+    done: set[str],
+    holders: Mapping[str, str],
+    *,
+    whole_files: bool = False,
+) -> list[PartState]:
+    """Return the states of all parts, from what is done and who is writing which part."""
     return [
         PartState(
             number,
@@ -338,7 +367,7 @@ def states_of(plan: Plan, final: Path, options: Options) -> list[PartState]:
             tuple(job.name for job in jobs if job.name not in done),
             holders.get(f"{number}-of-{num_parts}", ""),
         )
-        for number, jobs in enumerate(divided(plan, num_parts), 1)
+        for number, jobs in enumerate(divided(plan, num_parts, whole_files=whole_files), 1)
     ]
 
 
@@ -347,7 +376,7 @@ def checksums_of(plan: Plan, output: Path, part: int, num_parts: int) -> dict[st
     journal = Journal(real_output(output), f"{part}-of-{num_parts}")
     try:
         progress = Progress(plan, marks_of(plan))
-        progress.take_over(journal)
+        progress.take_over(journal.lines)
     finally:
         journal.close()
     own = {job.name for job in part_of(plan, part, num_parts)}
@@ -358,7 +387,7 @@ def _written(journal: Journal, facts: dict[str, Any]) -> set[str]:
     return set(journal.all("tensor")) if journal.identity == facts else set()
 
 
-def _without(plan: Plan, state: PartState, lost: set[str]) -> PartState:
+def _without(plan: Plan, state: PartState, lost: set[str], final: Final) -> PartState:
     """Return the state of a part after tensors of it were found to be damaged."""
-    jobs = part_of(plan, state.number, state.num_parts)
+    jobs = part_of(plan, state.number, state.num_parts, whole_files=isinstance(final, str))
     return replace(state, lacking=tuple(job.name for job in jobs if job.name in lost))

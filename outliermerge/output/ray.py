@@ -19,7 +19,7 @@ from outliermerge.errors import ArgumentError, argument, shown
 from outliermerge.optional import require_ray
 from outliermerge.output.cluster import Tasks, connected, has_gpus, num_at_once, usual_cpus
 from outliermerge.output.journal import entry_of
-from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.names import Final, journal_path, partial_folder, real_output
 from outliermerge.output.options import RunOptions
 from outliermerge.output.parts import (
     NotWholeError,
@@ -116,7 +116,7 @@ def run_on_ray(
                 else [state.number for state in found if not state.is_whole]
             )
         )
-        outputs = [real_output(output) for _, output in plans]
+        outputs: list[Final] = [real_output(output) for _, output in plans]
         while True:
             worked = time.monotonic() - began
             try:

@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.display import short_repr
-from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, argument, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError, argument
 from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
 from outliermerge.notebook import NotebookBar, in_notebook
-from outliermerge.output.folder import OutputFolder
+from outliermerge.output.bucket_folder import check_begun_or_free
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import Manifest, read_manifest
-from outliermerge.output.names import journal_path, partial_folder, real_output
+from outliermerge.output.names import (
+    Final,
+    as_final,
+    journal_path,
+    output_here,
+    real_output,
+)
+from outliermerge.output.opened import Output, open_output
 from outliermerge.output.options import RunOptions
 from outliermerge.output.ownership import check_apart, check_free
-from outliermerge.output.resumed import marks_of
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import disk_bytes_read
 from outliermerge.storage.stamps import OtherBytesError, Watched, watching
@@ -37,7 +43,7 @@ class RunResult:
     """What a finished merge did.
 
     Attributes:
-        output: the folder.
+        output: the folder, or its address.
         manifest: the contents of its outliermerge.json.
         num_resumed: tensors that an earlier, killed run had already written.
         input_bytes, written_bytes: of the tensors worked on now.
@@ -50,7 +56,7 @@ class RunResult:
         left_behind: where files are that somebody put into the old output during the merge.
     """
 
-    output: Path
+    output: Final
     manifest: Mapping[str, Any]
     num_resumed: int
     input_bytes: int
@@ -103,7 +109,7 @@ class RunResult:
 
 
 def run_plans(
-    plans: Sequence[tuple[Plan, Path]], chosen: RunOptions, *, options: Options | None = None
+    plans: Sequence[tuple[Plan, Final]], chosen: RunOptions, *, options: Options | None = None
 ) -> list[RunResult]:
     """Carry out plans, each into its own output; what they read of the same tensors is read once.
 
@@ -119,7 +125,12 @@ def run_plans(
             load.
     """
     options, on_progress = options or chosen.on_this_machine(), chosen.on_progress
-    for plan, _ in plans:
+    for plan, final in plans:
+        if isinstance(final, str) and len(plans) > 1:
+            raise ArgumentError(
+                f"output {final}: several outputs at once are not written to a store. Write them "
+                "to folders, or one by one"
+            )
         require_engines(plan, options)
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
@@ -134,21 +145,19 @@ def run_plans(
         stamps = dict.fromkeys(stamp for plan, _ in plans for stamp in plan.files)
         watched = stack.enter_context(watching(Watched(stamps)))
         watched.check()
-        folders: list[OutputFolder] = []
+        folders: list[Output] = []
         for plan, final in plans:
-            with watching(Watched()):  # an old output is no input
-                folder = OutputFolder(
-                    plan,
-                    real_output(final),
-                    identity=identity(plan, options),
-                    marks=marks_of(plan),
-                    fresh=chosen.fresh,
-                    overwrite=chosen.overwrite,
-                    all_named=bool(folders) and folders[0].all_named,
-                )
+            folder = open_output(
+                plan,
+                final,
+                identity=identity(plan, options),
+                fresh=chosen.fresh,
+                overwrite=chosen.overwrite,
+                all_named=bool(folders) and folders[0].all_named,
+            )
             stack.callback(folder.close)
             folders.append(folder)
-        unfinished = [partial_folder(folder.final) for folder in folders]
+        unfinished = [folder.unfinished for folder in folders]
         check = None
         if chosen.load_check:
             from outliermerge.output.load_check import LoadCheck
@@ -161,7 +170,11 @@ def run_plans(
         for (plan, _), folder in zip(plans, folders, strict=True):
             left = [job for job in plan.jobs if job.name not in folder.done]
             left = [] if folder.is_finished else left
-            targets.append(Target(plan, left, folder.writer, if_unchanged(watched, folder.record)))
+            targets.append(
+                Target(
+                    plan, folder.ordered(left), folder.writer, if_unchanged(watched, folder.record)
+                )
+            )
             on_progress(plan.work_bytes - sum(map(plan.num_work_bytes, left)))
         working = time.monotonic()
 
@@ -171,7 +184,9 @@ def run_plans(
                 check.raise_if_bad(unfinished)
 
         try:
-            chosen.executor(targets, options, on_progress=on_block, folder=folders[0].final.parent)
+            one = folders[0].final
+            place = None if isinstance(one, str) else one.parent
+            chosen.executor(targets, options, on_progress=on_block, folder=place)
         except OutlierMergeError as error:
             for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()
@@ -184,7 +199,7 @@ def run_plans(
             verdicts = [*check.verdicts()]
             check.raise_if_bad(unfinished)
         manifests = [
-            read_manifest(folder.final)
+            read_manifest(output_here(folder.final, MANIFEST_NAME))
             if folder.is_finished
             else write_sidecars(plan, folder, options, load_check=verdict)
             for (plan, _), folder, verdict in zip(plans, folders, verdicts, strict=True)
@@ -227,7 +242,7 @@ def if_unchanged(
 
 
 def _forget_incomplete(
-    plans: Sequence[tuple[Plan, Path]], folders: Sequence[OutputFolder], options: Options
+    plans: Sequence[tuple[Plan, Final]], folders: Sequence[Output], options: Options
 ) -> None:
     """Do tensors again that were made in one reading for several outputs, and reached only some.
 
@@ -247,7 +262,7 @@ def _forget_incomplete(
 
 
 def name_all(
-    folders: Sequence[OutputFolder], manifests: Sequence[Mapping[str, Any]]
+    folders: Sequence[Output], manifests: Sequence[Mapping[str, Any]]
 ) -> list[Path | None]:
     """Give outputs their names, when all of them are on the disk; no journal goes before that.
 
@@ -267,33 +282,48 @@ def name_all(
     return foreign
 
 
-def refuse_taken(planned: Plan, output: Path, *, overwrite: bool) -> None:
+def refuse_taken(planned: Plan, output: Final, *, overwrite: bool) -> None:
     """Refuse an output that is taken, before work that goes before the run.
 
     Raises:
         OutlierMergeError: something is there, and no killed run can go on to it.
     """
+    if isinstance(output, str):
+        check_begun_or_free(planned, output, overwrite=overwrite)
+        return
     final = real_output(output)
     if not os.path.lexists(journal_path(final)):
         check_apart(planned, final)
         check_free(planned, final, overwrite=overwrite)
 
 
-def output_path(planned: Plan, output: str | Path | None) -> Path:
-    """Return the folder or file that an argument or else the spec names.
+def output_path(planned: Plan, output: Final | None) -> Final:
+    """Return the folder or file that an argument or else the spec names, or a folder's address.
 
     Raises:
         SpecError: neither names one.
-        ArgumentError: a file is named where a folder is written, or the reverse.
+        ArgumentError: a file is named where a folder is written, or the reverse, or nothing can be
+            written there.
     """
     named = output or planned.spec.document.output
     if named is None:
         file = planned.spec.source.file
         raise SpecError(f"{file}: no output: give {argument('output')} or `output:` in the spec")
     try:
-        path = as_path(named)
+        path = as_final(named)
+    except ArgumentError:
+        raise
     except OutlierMergeError as error:
         raise ArgumentError(f"output: {error}") from error
+    if isinstance(path, str):
+        if planned.is_one_file:
+            raise ArgumentError(
+                f"output {path}: {planned.inputs[0].reference} is a single file and so is the "
+                "output: only folders are written to a store. Write a file, and copy it there"
+            )
+        if path.endswith(".safetensors"):
+            raise ArgumentError(f"output {path}: a folder is written: leave out .safetensors")
+        return path
     if planned.is_one_file and path.suffix != ".safetensors":
         raise ArgumentError(
             f"output {path}: {planned.inputs[0].reference} is a single file and so is the output: "

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from outliermerge.checkpoint.checksum import checksum_in_file
+from outliermerge.checkpoint.checksum import checksum_in_file, piece_digests
 from outliermerge.checkpoint.layout import OutputTensor, Shard
 from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
-from outliermerge.output.journal import Journal
 from outliermerge.output.resumed import made_of_others
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.failures import failure, naming
@@ -27,6 +27,9 @@ from outliermerge.storage.system import (
     open_inside,
     reserve,
 )
+
+WrittenSpan: TypeAlias = tuple[OutputTensor, tuple[int, int]]
+"""A tensor of an output, and the first element and the end of a span of it."""
 
 
 class OutputWriter:
@@ -120,8 +123,27 @@ class OutputWriter:
         with naming(self._folder / tensor.file, "written", tensor=tensor.name):
             write_exactly(*self.place(tensor, start)[:2], data)
 
-    def read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
-        """Read back elements from `start` on."""
+    def wrote(self, tensor: OutputTensor, span: tuple[int, int]) -> None:
+        """Note nothing: what is written is there."""
+
+    def stop(self) -> None:
+        """Do nothing: no thread waits here."""
+
+    def digests(self, tensor: OutputTensor, start: int, out: memoryview) -> bytes:
+        """Return the digests of written pieces from `start` on; `out` has the size of them all."""
+        self._read(tensor, start, out)
+        return piece_digests(out, tensor.dtype.num_bytes)
+
+    def read_back(self, spans: Sequence[WrittenSpan]) -> list[bytes]:
+        """Return the bytes of spans of written tensors."""
+        found = []
+        for tensor, (start, stop) in spans:
+            out = bytearray((stop - start) * tensor.dtype.num_bytes)
+            self._read(tensor, start, memoryview(out))
+            found.append(bytes(out))
+        return found
+
+    def _read(self, tensor: OutputTensor, start: int, out: memoryview) -> None:
         with naming(self._folder / tensor.file, "read back", tensor=tensor.name):
             read_exactly(*self.place(tensor, start)[:2], out)
 
@@ -161,10 +183,10 @@ class Progress:
         }
         self._marks = dict(marks)
 
-    def take_over(self, journal: Journal) -> bool:
-        """Take over the tensors that a journal lists as done; tell whether it lists any."""
+    def take_over(self, lines: Iterable[Mapping[str, Any]]) -> bool:
+        """Take over the tensors that a journal's lines list as done; tell whether any do."""
         found, marks = False, None
-        for line in journal.lines:
+        for line in lines:
             marks = line.get("marks", marks)  # of the process that wrote the next lines
             if "tensor" not in line:
                 continue
@@ -177,7 +199,11 @@ class Progress:
         return found
 
     def forget_unfit(
-        self, writer: OutputWriter, *, allow_non_finite: bool, threads: int = 1
+        self,
+        checksum: Callable[[OutputTensor], str] | None,
+        *,
+        allow_non_finite: bool,
+        threads: int = 1,
     ) -> None:
         """Forget the tensors of an earlier run that this run may not take over.
 
@@ -185,6 +211,7 @@ class Progress:
         inputs have now, or contain infinite or NaN values that only that run allowed.
 
         Args:
+            checksum: reads a tensor back; None where it is known that the bytes are as written.
             threads: read so many tensors at the same time.
         """
 
@@ -193,7 +220,7 @@ class Progress:
             return (
                 job is not None
                 and not (result.non_finite and not allow_non_finite)
-                and writer.checksum(job.output) == result.checksum
+                and (checksum is None or checksum(job.output) == result.checksum)
             )
 
         names = list(self.done)

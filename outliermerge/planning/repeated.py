@@ -39,7 +39,7 @@ def check_sizes(plan: Plan) -> None:
     _refuse(plan, changed)
 
 
-def check_inputs(plan: Plan, inputs: Sequence[Mapping[str, Any]], written: Path) -> None:
+def check_inputs(plan: Plan, inputs: Sequence[Mapping[str, Any]], written: Path | str) -> None:
     """Refuse to finish a repeated merge if other values were read than then.
 
     Args:

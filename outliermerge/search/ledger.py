@@ -11,10 +11,11 @@ import xxhash
 
 from outliermerge.api import plan
 from outliermerge.errors import OutlierMergeError
+from outliermerge.evaluation.formats import load
 from outliermerge.search.questions import Answers
 from outliermerge.search.scorer import Scorer
 from outliermerge.search.workplace import Merged, Workplace
-from outliermerge.storage.files import load_json, write_whole
+from outliermerge.storage.files import write_whole
 
 Questions = Mapping[str, Sequence[str]]
 
@@ -84,8 +85,8 @@ class Ledger:
 
     def _read(self, document: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found = load_json(self._path(document))
-        except OutlierMergeError:  # damaged: it is asked again
+            found = load(self._path(document))
+        except OutlierMergeError:  # there is none, or it is damaged: it is asked again
             found = None
         return found if isinstance(found, dict) else {}
 

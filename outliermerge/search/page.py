@@ -12,10 +12,11 @@ from typing import Any
 import optuna
 
 from outliermerge.errors import OutlierMergeError
+from outliermerge.evaluation.formats import load
 from outliermerge.output.replaceable import GENERATOR, refuse_foreign
 from outliermerge.search.search import BEST_NAME, RESULT_NAME
 from outliermerge.search.trials import STUDY, storage_of
-from outliermerge.storage.files import load_json, small_bytes, write_whole
+from outliermerge.storage.files import small_bytes, write_whole
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 320, 64, 40
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -42,8 +43,9 @@ def write_page(folder: Path, output: Path) -> Path:
             at the output.
     """
     refuse_foreign(output, "page")
-    if (result := load_json(folder / RESULT_NAME)) is None:
+    if not (folder / RESULT_NAME).is_file():
         raise OutlierMergeError(f"{folder}: the search has no result yet: let it finish")
+    result = load(folder / RESULT_NAME)
     try:
         page = _page(folder.resolve().name, result, importances(folder), _best(folder))
     except (KeyError, TypeError, StopIteration) as error:
@@ -190,7 +192,7 @@ def _front(result: Mapping[str, Any]) -> str:
         f"<title>trial {trial['number']}</title></circle>"
         for trial in done
     )
-    text = "<p>Full: trials that no other is better than in all tasks"
+    text = "<p>Filled: trials that no other is better than in all tasks"
     text += ", shown by the first two of them" if len(tasks) > 2 else ""
     return (
         f"{text}.</p>"
@@ -219,7 +221,7 @@ class _Scale:
         return f"{_LEFT + self._share(value, self._xs) * (_WIDTH - _LEFT - 20):.1f}"
 
     def y(self, value: float) -> str:
-        return f"{_HEIGHT - _BOTTOM - self._share(value, self._ys) * (_HEIGHT - _BOTTOM - 20):.1f}"
+        return f"{_HEIGHT - _BOTTOM - self._share(value, self._ys) * (_HEIGHT - _BOTTOM - 36):.1f}"
 
     @staticmethod
     def _share(value: float, ends: tuple[float, float]) -> float:

@@ -9,6 +9,7 @@ from outliermerge.evaluation.suite import load_suite
 from outliermerge.search.functions import FunctionScorer, is_function
 from outliermerge.search.scorer import Scorer
 from outliermerge.search.suites import SuiteScorer
+from outliermerge.search.unlabelled import KINDS, UnlabelledScorer
 
 
 def find_scorer(
@@ -17,7 +18,7 @@ def find_scorer(
     """Return a scorer.
 
     Args:
-        name: the file of a suite, or package.module:function.
+        name: the file of a suite, package.module:function, entropy:FILE or agreement:FILE.
         device: where the models of a function are loaded; a suite names its own.
         folder: for the files of a harness.
         threads: of a harness.
@@ -28,6 +29,9 @@ def find_scorer(
         SpecError: there is no such function or suite, or it is wrong.
         OutlierMergeError: the harness or its data are not there.
     """
+    kind, colon, path = name.partition(":")
+    if colon and kind in KINDS:
+        return UnlabelledScorer(kind, path, device=device)
     if is_function(name):
         if limit is not None:
             raise ArgumentError(f"{argument('limit')}: a function has the questions that it has")

@@ -216,8 +216,10 @@ def _ask_known(
     known: list[Candidate] = []
     with exclusive(folder / "work" / "known.lock"):
         if scorer.learns:
+            base = spec.base.reference if spec.base else None
             for name, document in documents.items():
-                scorer.learn(name, ledger.merge(document))
+                if document["models"][0]["model"] != base:
+                    scorer.learn(name, ledger.merge(document))
         for name, document in documents.items():
             listener.asking(name)
             try:

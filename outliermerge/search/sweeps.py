@@ -20,6 +20,7 @@ from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import set_key
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
+from outliermerge.storage.addresses import is_address, without_secrets
 
 _MAX_OUTPUTS = 1000
 _IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
@@ -169,8 +170,12 @@ def output_of(variant: Variant, output: str | Path | None) -> Path:
         ArgumentError: the argument cannot be the output.
     """
     folder = output or variant.plan.spec.document.output
+    if isinstance(folder, str) and is_address(folder):
+        raise ArgumentError(f"output {without_secrets(folder)}: a sweep is written to folders")
     named = None if folder is None else Path(folder) / variant.name
-    return output_path(variant.plan, named)
+    path = output_path(variant.plan, named)
+    assert isinstance(path, Path)
+    return path
 
 
 def work_bytes(variants: Sequence[Variant], *, read_once: bool = True) -> int:

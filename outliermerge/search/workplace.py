@@ -162,9 +162,11 @@ class Workplace:
         parent = self._parent(plan)
         with naming(parent, "written"):
             parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-            self._lock = file = (self._folder / _LOCK_NAME).open("w")
+            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=parent))
+            self._lock = file = (made / _LOCK_NAME).open("w")
             lock(file.fileno())
+            # Only now another process sees it as one that may be forgotten.
+            self._folder = made.rename(parent / made.name.removeprefix("."))
         self._writer = OutputWriter(self._folder)
         self._writer.open(plan, make=True)
 

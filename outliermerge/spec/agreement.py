@@ -8,9 +8,19 @@ from typing import Any
 from outliermerge.errors import SpecError, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS, MODIFIERS, find_method
-from outliermerge.spec.document import SpecDocument, references
+from outliermerge.spec.document import SlicedDocument, SpecDocument, references
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
+
+_OTHER_COMMANDS = {
+    "donor": "the recipe of a transplant: run the command `outliermerge tokenizer transplant …` "
+    "that recipe.yaml begins with",
+    "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
+    "model_type": "a model's config.json, not a spec: write one with `merge_method` and `models`",
+    "genome": "a file for mergekit-evolve: `outliermerge search SPEC --space FILE --suite SUITE` "
+    "searches a spec's parameters, models and layers; write the genome as a spec and a space",
+}
+"""By a key that no merge has: what a file with it is, and what to do with it."""
 
 
 def check_base(document: SpecDocument, method: MergeMethod, source: SpecText) -> None:
@@ -27,7 +37,10 @@ def names_of(document: SpecDocument) -> list[str]:
 
 
 def wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecError]:
-    """Yield an error for each file's owner that is none of the models."""
+    """Yield an error for each file's owner that is none of the models, and for a stack of none."""
+    if document.stack is not None and not isinstance(document, SlicedDocument):
+        said = "`stack` names the layers that `slices` are of; without them it has no effect"
+        yield source.error(("stack",), said, at_key=True)
     known = ["base", *names_of(document)]
     for key in ("config_source", "processor_source"):
         wanted = getattr(document, key)
@@ -72,3 +85,10 @@ def method_of(raw: Mapping[str, Any], source: SpecText) -> MergeMethod | None:
             ("merge_method",), f"{method.name} changes what a method has merged: see `modifiers`"
         )
     return method
+
+
+def check_command(raw: Mapping[str, Any], source: SpecText) -> None:
+    """Refuse a file that another command runs."""
+    for key, said in _OTHER_COMMANDS.items():
+        if key in raw and raw.get("merge_method", "moe") in ("moe", "transplant"):
+            raise source.error((key,), said, at_key=True)

@@ -14,7 +14,14 @@ from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import find_method, meant_method
-from outliermerge.spec.agreement import check_base, method_of, modifiers_of, names_of, wrong_sources
+from outliermerge.spec.agreement import (
+    check_base,
+    check_command,
+    method_of,
+    modifiers_of,
+    names_of,
+    wrong_sources,
+)
 from outliermerge.spec.chat_templates import check_template_name
 from outliermerge.spec.document import (
     EXTRA,
@@ -51,15 +58,6 @@ _POLICIES = {"missing": MISSING, "extra": EXTRA, "unequal": UNEQUAL, "other_file
 _STAND_INS = {"merge_method": "", "model": STAND_IN, "models": [{"model": STAND_IN}],
               "modifier": STAND_IN, "layer_range": [0, 1],
               "sources": [{"model": STAND_IN, "layer_range": [0, 1]}]}  # fmt: skip
-_OTHER_COMMANDS = {
-    "donor": "the recipe of a transplant: run the command `outliermerge tokenizer transplant …` "
-    "that recipe.yaml begins with",
-    "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
-    "model_type": "a model's config.json, not a spec: write one with `merge_method` and `models`",
-    "genome": "a file for mergekit-evolve: genomes are not searched here. `outliermerge sweep` "
-    "merges a spec with several values of its parameters, and `outliermerge eval` scores models",
-}
-"""By a key that no merge has: what a file with it is, and what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +249,8 @@ def parse_spec(text: str, *, file: str = "spec", lenient: bool = False) -> Merge
     """
     duplicates: list[SpecError] = []
     documents = parse_documents(text, file=file, mistakes=duplicates)
-    for raw, source in documents or [(None, SpecText(file))]:
-        as_mapping(raw, source, "merge_method")
+    for each in documents or [(None, SpecText(file))]:
+        as_mapping(*each, "merge_method")
     raw, source = one_document(documents)
     return _check(raw, replace(source, lenient=lenient), duplicates)
 
@@ -261,9 +259,7 @@ def _check(
     raw: dict[str, Any], source: SpecText, duplicates: Sequence[SpecError] = ()
 ) -> MergeSpec:
     """Check a merge and its stages."""
-    for key, said in _OTHER_COMMANDS.items():
-        if key in raw and raw.get("merge_method", "moe") in ("moe", "transplant"):
-            raise source.error((key,), said, at_key=True)
+    check_command(raw, source)
     mistakes = Mistakes(source)
     for duplicate in duplicates:
         mistakes.add(duplicate)
@@ -312,12 +308,10 @@ def _check_merge(
         mistakes.refuse()
         raise AssertionError("a document that is not valid has problems")
     rename = mistakes.attempt(partial(parse_rename, document.rename, ("rename",)), Rename())
-    policies = {
-        key: mistakes.attempt(
-            partial(parse_policy, getattr(document, key), words, (key,)), Setting()
-        )
-        for key, words in _POLICIES.items()
-    }
+    policies = {}
+    for key, words in _POLICIES.items():
+        policy = partial(parse_policy, getattr(document, key), words, (key,))
+        policies[key] = mistakes.attempt(policy, Setting())
     base = mistakes.attempt(partial(base_of, document, source), None)
     if method is not None and document.base_model is not None:
         method = method.with_base or method
@@ -332,18 +326,14 @@ def _check_merge(
             models = models_of_slices(slices)
         else:
             models = models_of(document.models, method, base, mistakes, are_all=is_whole)
-        settings = parameter_settings(
-            document.parameters, method, ("parameters",), mistakes, of_model=False
-        )
+        of_all = document.parameters
+        settings = parameter_settings(of_all, method, ("parameters",), mistakes, of_model=False)
         for one in slices:
             notes += check_required(method, {**one.settings, **settings}, one.models, mistakes)
         if not is_sliced:
             notes += check_required(method, settings, models, mistakes)
     if method is not None and is_whole:
         mistakes.attempt(partial(check_base, document, method, source), None)
-        if document.stack is not None and not is_sliced:
-            said = "`stack` names the layers that `slices` are of; without them it has no effect"
-            mistakes.found.append(source.error(("stack",), said, at_key=True))
         mistakes.found += wrong_sources(document, source)
         modifiers = mistakes.attempt(partial(modifiers_of, document, method, source), modifiers)
     if is_whole:

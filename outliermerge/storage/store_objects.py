@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.optional import is_installed
@@ -24,11 +24,49 @@ from outliermerge.storage.ranges import (
     check_state,
 )
 
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
 _LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
-    r"status code: (3\d\d|4(?!08|25|29)\d\d)|redirect without LOCATION|dns error: .*not known"
+    r"status code: (3\d\d|4(?!08|25|29)\d\d|50[15])|redirect without LOCATION"
+    r"|dns error: .*not known"
 )
+
+
+def open_store(
+    address: str, *, timeout_seconds: float, retry_config: RetryConfig
+) -> tuple[str, Any]:
+    """Return the address of the bucket that an address is in, and obstore's object for it.
+
+    Raises:
+        OutlierMergeError: obstore is not installed, or the address is wrong.
+    """
+    if not is_installed("obstore"):
+        raise OutlierMergeError(
+            f"{address}: needs obstore, which is not installed. Install it: "
+            "pip install 'outliermerge[remote]'"
+        )
+    from obstore.store import from_url
+
+    scheme, _, rest = address.partition("://")
+    root = f"{scheme}://{rest.partition('/')[0]}"
+    allow_http = any(
+        os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true")
+        for vendor in ("AWS", "GOOGLE", "AZURE")
+    )
+    stalled = timedelta(seconds=ranges.STALL_SECONDS)
+    client: ClientConfig = {
+        "allow_http": allow_http,
+        "timeout": timedelta(seconds=timeout_seconds),
+        "connect_timeout": stalled,
+    }
+    try:
+        store = from_url(root, client_options=client, retry_config=retry_config)
+    except Exception as error:  # obstore's errors of wrong settings are of several kinds
+        raise OutlierMergeError(f"{address}: {without_secrets(str(error))}") from error
+    return root, store
 
 
 class Store:
@@ -39,32 +77,14 @@ class Store:
     """
 
     def __init__(self, address: str) -> None:
-        if not is_installed("obstore"):
-            raise OutlierMergeError(
-                f"{address}: reading it needs obstore, which is not installed. Install it: "
-                "pip install 'outliermerge[remote]'"
-            )
-        from obstore.store import from_url
-
-        scheme, _, rest = address.partition("://")
-        self.root = f"{scheme}://{rest.partition('/')[0]}"
-        stalled = timedelta(seconds=ranges.STALL_SECONDS)
-        allow_http = any(
-            os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true")
-            for vendor in ("AWS", "GOOGLE", "AZURE")
+        self.root, self._store = open_store(
+            address,
+            timeout_seconds=8 * ranges.STALL_SECONDS,
+            retry_config={
+                "max_retries": 0,
+                "retry_timeout": timedelta(seconds=ranges.STALL_SECONDS),
+            },
         )
-        try:
-            self._store: Any = from_url(
-                self.root,
-                client_options={
-                    "allow_http": allow_http,
-                    "timeout": 8 * stalled,
-                    "connect_timeout": stalled,
-                },
-                retry_config={"max_retries": 0, "retry_timeout": stalled},
-            )
-        except Exception as error:  # obstore's errors of wrong settings are of several kinds
-            raise OutlierMergeError(f"{address}: {without_secrets(str(error))}") from error
 
     def key(self, address: str) -> str:
         """Return the name of an object in the bucket."""
@@ -111,7 +131,7 @@ class StoreObject:
 
         try:
             answer = obstore.get(self._store, self._key, options={"range": (0, num_bytes)})
-            state = _state(answer.meta)
+            state = state_of(answer.meta)
             content = bytes(answer.bytes())
         except FileNotFoundError:
             return None
@@ -132,7 +152,7 @@ class StoreObject:
         done = 0
         try:
             answer = obstore.get(self._store, self._key, options=options)
-            check_state(self.address, state, _state(answer.meta))
+            check_state(self.address, state, state_of(answer.meta))
             if tuple(answer.range) != (start, stop):
                 raise TransientError("the store answers with another range")
             for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
@@ -153,24 +173,38 @@ class StoreObject:
             raise TransientError(f"the answer ends after {done:,} of {stop - start:,} bytes")
 
 
-def _state(meta: Any) -> State:
+def state_of(meta: Any) -> State:
+    """Return the state that obstore gives of an object."""
     return State(meta["size"], meta.get("e_tag") or str(meta["last_modified"]))
+
+
+def lasting(error: Exception) -> bool:
+    """Tell whether asking again would give the same error."""
+    from obstore import exceptions
+
+    kinds = (
+        exceptions.PermissionDeniedError,
+        exceptions.UnauthenticatedError,
+        exceptions.NotSupportedError,
+        exceptions.UnknownConfigurationKeyError,
+    )
+    return isinstance(error, kinds) or bool(_LASTING.search(words_of(error)))
+
+
+def words_of(error: Exception) -> str:
+    """Return the first line of an error of obstore, without secrets."""
+    return without_secrets(str(error)).strip().split("\n")[0][:300].rstrip(":. ")
 
 
 def _told(address: str, error: Exception) -> Exception:
     """Return the error for one of obstore's: whether to ask again, and in whose words."""
     from obstore import exceptions
 
-    text = without_secrets(str(error)).strip().split("\n")[0][:300]
+    text = words_of(error)
     advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
     if isinstance(error, exceptions.PermissionDeniedError) or "status code: 403" in text:
         return RefusedError(f"{address}: cannot be read: {text}. {advice}")
-    lasting = (
-        exceptions.UnauthenticatedError,
-        exceptions.NotSupportedError,
-        exceptions.UnknownConfigurationKeyError,
-    )
-    if isinstance(error, lasting) or _LASTING.search(text):
+    if lasting(error):
         return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
     if isinstance(error, (ValueError, exceptions.InvalidPathError)):  # of a name
         return OutlierMergeError(f"{address}: is no valid address: {text}")

@@ -952,7 +952,7 @@ def test_no_file_of_the_data_folder_stands_for_a_module(small, name):
     (small / "sets" / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
     log = small / "log"
     with worker(
-        {"tasks": []},
+        {"worker": "outliermerge.evaluation.lmms_worker", "tasks": []},
         folder=small / "sets",
         log=log,
         environment={"PYTHONPATH": str(small / "stub")},

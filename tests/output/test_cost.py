@@ -20,12 +20,14 @@ from outliermerge.output.cost import Machine, cost_of, is_elsewhere
 from outliermerge.planning.plan import Plan
 from outliermerge.storage import cached_files, range_cache
 
+CHUNK_BYTES = 1 << 14
+
 
 @pytest.fixture
 def large(served: RangeServer, monkeypatch: pytest.MonkeyPatch) -> RangeServer:
     """Models of several small chunks, instead of the ones of two."""
     for module in (range_cache, cached_files):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 14)
+        monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
     draw = np.random.default_rng(0)
     for name in NAMES:
         folder = served.folder / "bucket" / "large" / name
@@ -67,7 +69,8 @@ def test_parts_fetch_the_bytes_that_were_foretold(
     ]
     assert sum(num_bytes for _, num_bytes in found) == cost.fetched_bytes
     # A thread that needs a range before it was fetched ahead asks for a part of it by itself.
-    assert abs(sum(number for number, _ in found) / cost.num_requests - 1) < 0.25
+    num_requests = sum(number for number, _ in found)
+    assert 0.75 * cost.num_requests <= num_requests <= cost.fetched_bytes / CHUNK_BYTES + 9
     whole = cost_of(plan, 1, Machine())
     assert plan.num_read_bytes < whole.fetched_bytes < cost.fetched_bytes
     assert (whole.first_requests, whole.num_machines) == (3, 1)
@@ -84,18 +87,19 @@ def test_what_does_not_fit_into_the_cache_is_fetched_twice(large: RangeServer) -
 
 def test_the_time_is_that_of_what_takes_longest(large: RangeServer) -> None:
     plan = planned("linear")
-    quick = Machine(line_bytes=1e12, latency_seconds=0.0, work_bytes=1e12)
+    quick = Machine(line_bytes=1e12, disk_bytes=1e12, latency_seconds=0.0, work_bytes=1e12)
     least = cost_of(plan, 1, quick).seconds
     whole = cost_of(plan, 1, quick)
     for slow, seconds in (
         ({"line_bytes": 1e3}, whole.fetched_bytes / 1e3),
         ({"work_bytes": 1e3}, plan.work_bytes / 1e3),
+        ({"disk_bytes": 1e3}, sum(job.num_written_bytes for job in plan.jobs) / 1e3),
         ({"latency_seconds": 16.0}, whole.num_requests + 3),
     ):
         assert cost_of(plan, 1, replace(quick, **slow)).seconds - least == pytest.approx(seconds)
     # On several machines the output is read back by one of them.
-    shared = cost_of(plan, 4, replace(quick, line_bytes=1e3)).seconds
-    assert shared > plan.num_written_bytes / 1e3
+    shared = cost_of(plan, 4, replace(quick, disk_bytes=1e3)).seconds
+    assert shared > 1.25 * plan.num_written_bytes / 1e3
 
 
 def test_plan_says_what_models_elsewhere_take(

@@ -675,7 +675,8 @@ class TestManifest:
             assert entry["sources"] == [str(folder) for folder in models.values()]
         assert tensors["head.weight"]["action"] == "merge"
         assert tensors["head.weight"]["parameters"] == {
-            "t": 2.5, "weight": [1.0, 1.0], "lambda": 1.0
+            "t": 2.5, "weight": [1.0, 1.0], "lambda": 1.0,
+            "sigma": "tensor", "scale": "std", "conflict": "sum",
         }  # fmt: skip
         assert tensors["layers.0.steps"]["action"] == "copy"
         assert "statistics" not in tensors["layers.0.steps"]

@@ -25,6 +25,7 @@ from outliermerge.search.samplers import make_sampler
 from outliermerge.search.space import Dimension
 from outliermerge.search.trials import Trials
 from outliermerge.search.workplace import Workplace
+from outliermerge.storage.system import lock
 
 
 @pytest.fixture(scope="module")
@@ -103,28 +104,31 @@ class TestWinner:
         assert "No trial is better" in result()["verdict"]
         assert yaml.safe_load(Path("out/best.yaml").read_text()) == spec
 
-    def test_json_has_all(self, place, capsys):
+    def test_json_has_all_and_nothing_else_is_left(self, place, capsys):
         assert search("--trials", "3", "--json") == 0
         assert json.loads(capsys.readouterr().out) == result()
+        assert not [path for path in Path("out/work").iterdir() if path.suffix != ".lock"]
+        assert {path.name for path in Path("out").iterdir()} == {
+            "best.yaml", "result.json", "scores", "search.json", "search.md", "trials.sqlite",
+            "work",
+        }  # fmt: skip
 
 
 class TestTrials:
-    def test_a_search_that_goes_on_tries_what_one_in_a_go_does(self, place):
-        assert search("--sampler", "cmaes", "--trials", "5", output="whole") == 0
-        for trials in ("2", "5"):
-            assert search("--sampler", "cmaes", "--trials", trials) == 0
-        assert tried("out") == tried("whole")
-        assert len({json.dumps(point) for point, *_ in tried("out")}) == 5
-
-    @pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2"])
-    def test_what_a_trial_is_depends_on_those_before_and_on_its_number(self, sampler, tmp_path):
+    # More than TPE draws at random, and than a generation of NSGA-II.
+    @pytest.mark.parametrize(
+        ("sampler", "number"), [("tpe", 12), ("cmaes", 6),
+                              pytest.param("nsga2", 18, marks=pytest.mark.faults)],
+    )  # fmt: skip
+    def test_what_a_trial_is_depends_on_those_before_and_on_its_number(
+        self, sampler, number, tmp_path
+    ):
         dimensions = [
             Dimension("a", 0.0, 1.0),
             Dimension("b", 1, 9, 2, is_whole=True),
             Dimension("c", 0.01, 1.0, log=True),
             Dimension("d", choices={"x": 1, "y": 2}),
         ]
-        number = 20  # more than the first generation of NSGA-II, and than TPE draws at random
 
         def tried_by(folder: str, parts: list[int], seed: int = 3) -> list[Any]:
             (tmp_path / folder).mkdir()
@@ -143,7 +147,7 @@ class TestTrials:
 
         trials_left: dict[str, Any] = {}
         whole = tried_by("whole", [number])
-        assert tried_by("parts", [2, 13, 18, number]) == whole
+        assert tried_by("parts", [2, number - 1, number]) == whole
         assert tried_by("other", [2], seed=4) != whole[:2]
         assert {point["b"] for point in whole} <= {1, 3, 5, 7, 9}
 
@@ -169,11 +173,13 @@ class TestTrials:
         time.sleep(0.5)  # it is at the fourth, which takes for ever
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert search("--trials", "5", suite="scored:slow") == 0
+        for trials in ("4", "5"):  # and again with more
+            assert search("--trials", trials, suite="scored:slow") == 0
         assert tried("out") == tried("whole")
+        assert len({json.dumps(point) for point, *_ in tried("out")}) == 5
 
     def test_hopeless_trials_are_stopped_after_a_part_of_the_questions(self, place):
-        assert search("--trials", "12", "--sampler", "random") == 0
+        assert search("--trials", "9", "--sampler", "random") == 0
         found = result()["trials"]
         stopped = [trial for trial in found if trial["state"] == "stopped"]
         assert stopped and all(len(trial["steps"]) < 3 for trial in stopped)
@@ -182,11 +188,11 @@ class TestTrials:
     def test_a_grid_has_all_combinations(self, place):
         Path("space.yaml").write_text(
             "merge_method: [task_arithmetic, ties, linear]\n"
-            "lambda: {low: 0.25, high: 1, step: 0.25}\ndensity: [0.5, 1]\n"
+            "lambda: {low: 0.25, high: 0.75, step: 0.5}\ndensity: [0.5, 1]\n"
         )
         assert search("--sampler", "grid", "--trials", "99") == 0
         points = [point for point, *_ in tried()]
-        assert len(points) == 4 + 4 * 2 + 1
+        assert len(points) == 2 + 2 * 2 + 1
         assert {"merge_method": "linear"} in points  # it has neither parameter
         assert {"merge_method": "ties", "lambda": 0.75, "density": "0.5"} in points
 
@@ -221,15 +227,119 @@ class TestTrials:
         assert "failed" in states and "done" in states
         assert any("too large" in note for note in result()["notes"])
 
-    def test_nothing_is_left_behind(self, place):
-        assert search("--trials", "2") == 0
-        assert not list(Path("/dev/shm").glob(f"outliermerge-search-{os.getpid()}*"))
-        assert not [path for path in Path("out/work").iterdir() if path.suffix != ".lock"]
-        # The trials that were scored are not made again.
-        assert {path.name for path in Path("out").iterdir()} == {
-            "best.yaml", "result.json", "scores", "search.json", "search.md", "trials.sqlite",
-            "work",
-        }  # fmt: skip
+
+class TestStrategies:
+    def searched(self, strategy: str, *words: str, suite: str = "scored:closeness") -> Any:
+        given = ["spec.yaml", "--strategy", strategy, "--suite", suite, "-o", strategy]
+        assert cli(["search", *given, "--questions", "8", "-q", *words]) == 0
+        return result(strategy)
+
+    def test_a_greedy_soup_keeps_models_that_do_no_harm(self, place, models):
+        spec = yaml.safe_load(Path("spec.yaml").read_text()) | {"merge_method": "linear"}
+        del spec["base_model"]
+        names = ["a", "base", "b"]  # means 1, 0, 0.2: b is best alone, and a brings it near 0.5
+        spec["models"] = [{"model": str(models / name)} for name in names]
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        found = self.searched("greedy-soup")
+        tried = [
+            [names[int(name[-1]) - 1] for name, value in trial["point"].items() if value == "in"]
+            for trial in found["trials"]
+        ]
+        assert [sorted(one) for one in tried] == [["b"], ["b", "base"], ["a", "b"]]
+        one, two, three = (sum(trial["values"]) for trial in found["trials"])
+        assert two < one <= three  # so the second was not kept for the third
+
+    def test_parts_of_task_vectors_are_left_out_where_that_does_no_harm(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        base = {f"layers.{i}.up.w": torch.zeros(4, 4) for i in range(2)} | {"head": torch.zeros(3)}
+        save_tensors(Path("base"), base)
+        # Only the second layer of a, and what is outside layers of b, bring the mean near 0.5.
+        save_tensors(Path("a"), {n: t + (0.6 if "1" in n else -9) for n, t in base.items()})
+        save_tensors(Path("b"), {n: t + (0.4 if n == "head" else -5) for n, t in base.items()})
+        models = [{"model": "a", "parameters": {"weight": 0.9}}, {"model": "b"}]
+        spec = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        found = self.searched("prune", suite="scored:means")
+        assert len(found["trials"]) == 6
+        best = yaml.safe_load(Path("prune/best.yaml").read_text())
+        assert [one["parameters"]["weight"] for one in best["models"]] == [
+            [
+                {"filter": "layers.0.", "value": 0},
+                {"filter": "layers.1.", "value": 0.9},
+                {"value": 0},
+            ],
+            [
+                {"filter": "layers.0.", "value": 0},
+                {"filter": "layers.1.", "value": 0},
+                {"value": 1.0},
+            ],
+        ]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--strategy", "prune", "--space", "space.yaml"), "--space: prune chooses what"),
+            (("--strategy", "greedy-soup", "--jobs", "2"), "--jobs: greedy-soup is for one"),
+            ((), "--space: name the file"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, words, said, place, capsys):
+        given = ["spec.yaml", "--suite", "scored:closeness", "-o", "out"]
+        assert cli(["search", *given, *words]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_pruning_needs_weights_of_task_vectors(self, place, capsys):
+        spec = yaml.safe_load(Path("spec.yaml").read_text()) | {"merge_method": "linear"}
+        Path("spec.yaml").write_text(yaml.safe_dump(spec))
+        given = ["spec.yaml", "--suite", "scored:closeness", "-o", "out", "--strategy", "prune"]
+        assert cli(["search", *given]) == 2
+        assert "which linear is not" in capsys.readouterr().err
+
+
+class TestProcesses:
+    def test_several_share_the_trials_of_a_folder(self, place, monkeypatch, capfd):
+        here = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+        monkeypatch.setenv("PYTHONPATH", here)
+        assert search("--trials", "5", "--jobs", "2", suite="scored:unhurried") == 0
+        found = result()
+        assert [trial["number"] for trial in found["trials"]] == list(range(1, 6))
+        assert all(trial["state"] != "running" for trial in found["trials"])
+        assert "failed" not in capfd.readouterr().err
+        assert not list(Path("out/work").glob("*.process"))
+
+    def test_a_trial_is_for_one_process_until_that_is_gone(self, tmp_path):
+        sampler = make_sampler("random", 0, [])
+        first, second = Trials(tmp_path, 1), Trials(tmp_path, 1)
+        one, two = first.next(3, sampler), second.next(3, sampler)
+        assert one and two and (one.number, two.number) == (1, 2)
+        two.done([0.5])
+        first.close()  # as when its process ends
+        again = second.next(3, sampler)
+        assert again and again.number == 1
+        again.done([0.1])
+        second.close()
+
+
+class TestPage:
+    def test_it_shows_the_search_and_needs_no_network(self, place, capsys):
+        words = ("--sampler", "nsga2", "--trials", "4")
+        assert search(*words, suite="scored:two_tasks") == 0
+        for _ in range(2):  # its own page is replaced
+            assert cli(["report", "out", "-o", "page.html"]) == 0
+        page = Path("page.html").read_text()
+        assert "trial 3" in page and "What matters" in page and "Front" in page
+        assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+        assert page.count("<circle") == 4 + len(
+            [trial for trial in result()["trials"] if trial["values"]]
+        )
+
+    def test_a_search_without_result_has_no_page(self, place, capsys):
+        assert search("--trials", "1") == 0
+        Path("out/result.json").unlink()
+        assert cli(["report", "out", "-o", "page.html"]) == 1
+        assert "has no result yet" in capsys.readouterr().err
 
 
 class TestRefusals:
@@ -341,6 +451,16 @@ class TestWorkplace:
         assert not folder.exists()
         all_ = len(outliermerge.plan(spec).jobs)
         assert numbers == [all_, sum("layers.1." in name for name in expected), all_, all_]
+
+    def test_what_a_killed_search_left_in_memory_is_removed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("outliermerge.search.workplace._MEMORY_DISK", tmp_path)
+        for name in ("gone", "alive"):
+            (tmp_path / f"outliermerge-search-{name}").mkdir()
+            (tmp_path / f"outliermerge-search-{name}" / ".lock").touch()
+        with (tmp_path / "outliermerge-search-alive" / ".lock").open("r+") as file:
+            assert lock(file.fileno())
+            with Workplace(tmp_path / "work", RunOptions()):
+                assert [path.name for path in tmp_path.iterdir()] == ["outliermerge-search-alive"]
 
     def test_where_memory_does_not_do_it_is_on_the_disk(self, place, models, monkeypatch):
         monkeypatch.setattr("outliermerge.search.workplace._SHARE", 0)

@@ -186,7 +186,7 @@ def test_a_file_for_mergekit_evolve_is_pointed_to_sweep(arguments, tmp_path, cap
     file.write_text("genome:\n  models: [a, b]\n  merge_method: linear\ntasks: []\n")
     assert cli([*arguments, str(file), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "mergekit-evolve" in said and "outliermerge sweep" in said
+    assert "mergekit-evolve" in said and "outliermerge search" in said
 
 
 def test_mergekits_forms_of_prompts_are_read():

@@ -52,6 +52,9 @@ _USUAL_NAMES = (
     "processor_config.json", "LICENSE", CARD_NAME, MANIFEST_NAME,
 )  # fmt: skip
 
+RECORDS = ".outliermerge/"
+"""The folder in an output in a store that is there until the output is finished."""
+
 Streamed = Literal["", "headers", "all", "only"]
 """What is read by ranges of models which a hub id names: nothing, their headers, or the weights.
 
@@ -117,6 +120,12 @@ def place_of(address: str) -> Place:
             names = tuple(sorted(persistently(address, lambda: list(store.names(address)))))
         if names == ():
             raise OutlierMergeError(f"{address}: nothing is there")
+        is_begun = any(name.startswith(RECORDS) for name in names or ())
+        if is_begun and MANIFEST_NAME not in (names or ()):
+            raise OutlierMergeError(
+                f"{address}: is an output that is not finished: its weights are not all written. "
+                "To go on, start the same command again."
+            )
     return Place(address, partial(inside, address), names)
 
 

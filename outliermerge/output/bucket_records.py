@@ -1,0 +1,162 @@
+"""The records of an unfinished output in a store: small objects in its folder `.outliermerge`.
+
+`run.jsonl` says which merge has begun it, and is made only where there is none. For each shard that
+is there, `shards/FILE.jsonl` has its state and the results of its tensors. The lines are those of
+journals. All of them are removed when the output is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from outliermerge.checkpoint.folders.remote import RECORDS
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.journal import entry_line, entry_of, process
+from outliermerge.storage.bucket import Bucket
+from outliermerge.storage.ranges import State
+
+_RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
+_SHARDS, _END = f"{RECORDS}shards/", ".jsonl"
+_NUM_READS = 8
+
+States = Mapping[str, State]
+"""The objects of an output's folder, by name."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the record of a run says.
+
+    Attributes:
+        identity: of the merge.
+        shards: the names of its weight files.
+        old: the names of what was there before, and is removed at the end.
+        old_manifest: the state of the manifest that was there before.
+    """
+
+    identity: Mapping[str, Any]
+    shards: tuple[str, ...]
+    old: tuple[str, ...]
+    old_manifest: State | None
+
+    def is_finished(self, there: States, manifest: str) -> bool:
+        """Tell whether its manifest is there, so that only the records are left to be removed."""
+        return manifest in there and there[manifest] != self.old_manifest
+
+
+class Records:
+    """The records of an output, for one merge."""
+
+    def __init__(self, bucket: Bucket, identity: Mapping[str, Any]) -> None:
+        self._bucket, self._identity = bucket, json.loads(json.dumps(identity))
+        facts = json.dumps(self._identity, sort_keys=True)
+        self._begun = xxhash.xxh3_128_hexdigest(facts.encode())  # marks the records of shards
+
+    def begun(self) -> Begun | None:
+        """Return what has begun the output; None if nothing has.
+
+        Raises:
+            OutlierMergeError: the record is of another version.
+        """
+        content = self._bucket.get(_RUN)
+        if content is None:
+            return None
+        lines = [entry for entry in map(entry_of, content.split(b"\n")) if entry is not None]
+        try:
+            first, rest = lines[0], lines[1]
+            old = rest["old_manifest"]
+            return Begun(
+                first["identity"],
+                tuple(rest["shards"]),
+                tuple(rest["old"]),
+                old and State(**old),
+            )
+        except (LookupError, TypeError, AttributeError):
+            raise OutlierMergeError(
+                f"{self._bucket.address}/{_RUN}: is damaged, or of another version of "
+                "outliermerge. Remove it and what is beside it to start over."
+            ) from None
+
+    def begin(
+        self, shards: Sequence[str], old: Iterable[str], old_manifest: State | None, *, new: bool
+    ) -> bool:
+        """Note which merge begins the output; False if it had to be new, and is not.
+
+        Args:
+            new: make no record where there is one.
+        """
+        rest = {
+            "shards": list(shards),
+            "old": sorted(old),
+            "old_manifest": old_manifest and asdict(old_manifest),
+            "process": process(),
+        }
+        first = {"outliermerge journal": 2, "identity": self._identity}
+        return self._bucket.put(_RUN, entry_line(first) + entry_line(rest), new=new)
+
+    def add_shard(
+        self, file: str, state: State, marks: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Note that a shard is there.
+
+        Args:
+            marks: identify the inputs' files.
+            lines: of its tensors.
+        """
+        first = {"begun": self._begun, "file": file, "state": asdict(state), "marks": dict(marks)}
+        content = b"".join(map(entry_line, (first, *lines)))
+        self._bucket.put(f"{_SHARDS}{file}{_END}", content)
+
+    def shards(self, there: States) -> dict[str, list[dict[str, Any]]]:
+        """Return by file the lines of the shards that are there as the merge has written them."""
+        names = [n for n in there if n.startswith(_SHARDS) and n.endswith(_END)]
+        with ThreadPoolExecutor(_NUM_READS) as pool:
+            contents = list(pool.map(self._bucket.get, names))
+        found = {}
+        for name, content in zip(names, contents, strict=True):
+            file = name.removeprefix(_SHARDS).removesuffix(_END)
+            lines = [entry for entry in map(entry_of, (content or b"").split(b"\n")) if entry]
+            if not lines or lines[0].get("begun") != self._begun or file not in there:
+                continue
+            if lines[0].get("state") == asdict(there[file]):
+                found[file] = lines
+        return found
+
+    def share(self, num_parts: int) -> int:
+        """Note into how many parts the output is divided, and return what was noted first."""
+        self._bucket.put(_PARTS, entry_line({"num_parts": num_parts}), new=True)
+        return self.num_parts() or num_parts
+
+    def num_parts(self) -> int | None:
+        """Return into how many parts the output is divided; None if it is not."""
+        entry = entry_of((self._bucket.get(_PARTS) or b"").rstrip(b"\n"))
+        return None if entry is None else entry.get("num_parts")
+
+    def add_files(self, names: Iterable[str]) -> None:
+        """Note the files that will be written beside the weights."""
+        self._bucket.put(_FILES, entry_line({"files": sorted(names)}))
+
+    def files(self) -> set[str]:
+        """Return the files beside the weights that a killed run may have written."""
+        entry = entry_of((self._bucket.get(_FILES) or b"").rstrip(b"\n"))
+        return set() if entry is None else set(entry.get("files", ()))
+
+    def remove(self, there: States) -> None:
+        """Remove all records, that of the run last."""
+        own = [name for name in there if name.startswith(RECORDS) and name != _RUN]
+        self._bucket.remove([*own, _RUN])
+
+    def withdraw(self) -> None:
+        """Remove the record of the run, unless another process has written something already."""
+        if not self.shards(self._bucket.states()):
+            self._bucket.remove([_RUN])
+
+    def remove_shards(self, there: States) -> None:
+        """Remove the records of shards, which are not to be taken over."""
+        self._bucket.remove(name for name in there if name.startswith(_SHARDS))
