@@ -259,11 +259,13 @@ def test_parts_are_read_back_by_other_nodes_than_their_writers_and_not_by_the_dr
     assert_as_alone(here, "quick", output)
 
 
+@pytest.mark.parametrize("lost", ["bytes", "end", "file"])
 def test_parts_of_an_earlier_command_are_read_back_before_they_are_joined(
     connected: Any,
     here: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    lost: str,
 ) -> None:
     output, drivers = tmp_path / "out", []
 
@@ -274,7 +276,13 @@ def test_parts_of_an_earlier_command_are_read_back_before_they_are_joined(
     with monkeypatch.context() as patch:
         patch.setattr(_Driver, "read_back", stop)
         assert cli.main(line(connected, "quick", output, "--parts", "2")) == 1
-    _damage(drivers[0], "w5")
+    file = tmp_path / "out.partial" / "model.safetensors"
+    if lost == "bytes":
+        _damage(drivers[0], "w5")
+    elif lost == "end":
+        os.truncate(file, file.stat().st_size - 1000)
+    else:
+        file.unlink()
     assert not output.exists()
     assert cli.main(line(connected, "quick", output)) == 0
     assert_as_alone(here, "quick", output)

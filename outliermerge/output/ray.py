@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from outliermerge.checkpoint.layout import OutputTensor
-from outliermerge.errors import ArgumentError, argument, shown
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.optional import require_ray
 from outliermerge.output.cluster import (
     Tasks,
@@ -294,7 +294,7 @@ class _Driver:
         """Read parts back, on other machines than those that wrote them where there are others.
 
         Raises:
-            OutlierMergeError: one cannot be read, or the task is lost too often.
+            OutlierMergeError: a task is lost too often.
         """
         self._reading.run(parts, self._take_read)
 
@@ -308,6 +308,8 @@ class _Driver:
 
     def _take_written(self, part: _Part, written: _Written) -> str:
         self._parts[part] = written
+        for name in written.checksums:
+            self.checksums[part[0]].pop(name, None)
         return ""
 
     def _take_read(self, part: _Part, checksums: Mapping[str, str]) -> str:
@@ -325,12 +327,12 @@ class _Driver:
         """Tell whether a part was read back with other bytes than were written."""
         read = self.checksums[part[0]]
         found = self._parts[part].checksums.items()
-        damaged = [name for name, checksum in found if read[name] != checksum]
+        damaged = [name for name, checksum in found if read.get(name) != checksum]
         if damaged:
             self._writing.count_loss(
                 part,
-                f"{self._name(part)}: {len(damaged)} tensor(s), such as {shown(damaged[0])}, arrived "
-                "with other bytes than were written",
+                f"{self._name(part)}: {len(damaged)} tensor(s), such as {shown(damaged[0])}, "
+                "arrived with other bytes than were written",
             )
         return bool(damaged)
 
@@ -351,13 +353,25 @@ def _write_part(work: _Work, part: _Part) -> _Written:
 
 
 def _read_part(work: _Reading, part: _Part) -> dict[str, str]:
-    """Read a part back on a machine of the cluster; return the checksums of its tensors."""
-    tensors = work.tensors[part]
+    """Read a part back on a machine of the cluster; return the checksums of its tensors.
+
+    What cannot be read is left out. The driver's machine then tries it, and says what is wrong.
+    """
     writer = OutputWriter(work.folders[part[0]])
+    tensors = work.tensors[part]
+
+    def checksum(tensor: OutputTensor) -> str:
+        try:
+            return writer.checksum(tensor)
+        except OutlierMergeError:
+            return ""
+
     try:
         writer.open_again({tensor.file for tensor in tensors})
         with ThreadPoolExecutor(work.threads) as pool:
-            found = pool.map(writer.checksum, tensors)
-            return {tensor.name: checksum for tensor, checksum in zip(tensors, found, strict=True)}
+            found = zip(tensors, pool.map(checksum, tensors), strict=True)
+            return {tensor.name: checksum for tensor, checksum in found if checksum}
+    except OutlierMergeError:
+        return {}
     finally:
         writer.close()
