@@ -132,3 +132,25 @@ def test_metagpt_of_models_that_change_nothing_is_the_base():
 def test_one_tensor_alone_is_refused_where_whole_models_are_measured(method):
     with pytest.raises(outliermerge.ArgumentError, match="measures whole models"):
         outliermerge.merge_tensors([torch.ones(2)], base=torch.zeros(2), method=method)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("pcb", {}),
+        ("ties", {"trim": "model", "density": 0.3}),
+        ("min_sigma", {"sigma": "model", "scale": "mad"}),
+    ],
+)
+def test_ranks_over_tensors_of_several_dtypes_are_found(method, parameters, states):
+    base, models, other = (
+        {n: t.double() for n, t in state.items()} for state in (states[0], *states[1][:2])
+    )
+    mixed = [
+        {n: t.float() if n == "wide" else t for n, t in state.items()}
+        for state in (base, models, other)
+    ]
+    merged = outliermerge.merge_state_dicts(mixed[1:], base=mixed[0], method=method, **parameters)
+    wide = outliermerge.merge_state_dicts([models, other], base=base, method=method, **parameters)
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor.double(), wide[name], atol=1e-5), name
