@@ -152,8 +152,18 @@ class BucketFolder:
         self.done.clear()
         self._records.remove_shards(self._bucket.states())
 
-    def forget_unfit(self, *, allow_non_finite: bool, threads: int = 1) -> None:
-        """Forget the weight files of an earlier run that this run may not take over."""
+    def forget_unfit(
+        self,
+        *,
+        allow_non_finite: bool,
+        threads: int = 1,
+        read_back: Mapping[str, str] | None = None,
+    ) -> None:
+        """Forget the weight files of an earlier run that this run may not take over.
+
+        Args:
+            read_back: is for outputs on disks; here the states of the files tell their bytes.
+        """
         if self.is_finished:
             return
         self._progress.forget_unfit(None, allow_non_finite=allow_non_finite, threads=threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -179,10 +179,18 @@ def join(plan: Plan, output: str | Path, chosen: RunOptions | None = None) -> Ru
     return result
 
 
-def join_all(plans: Sequence[tuple[Plan, Final]], chosen: RunOptions) -> list[RunResult]:
+def join_all(
+    plans: Sequence[tuple[Plan, Final]],
+    chosen: RunOptions,
+    read_back: Sequence[Mapping[str, str]] | None = None,
+) -> list[RunResult]:
     """Finish outputs whose parts are written, all or none of them; see `join`.
 
     The parts' device need not be on this machine.
+
+    Args:
+        read_back: for each output by tensor the checksums of what other machines have read back.
+            These are compared with those that the parts have noted; other tensors are read here.
     """
     options = chosen.in_parts()
     outputs = [real_final(output) for _, output in plans]
@@ -214,7 +222,8 @@ def join_all(plans: Sequence[tuple[Plan, Final]], chosen: RunOptions) -> list[Ru
         ]
         execute(left, here, on_progress=on_progress, folder=folder)
 
-    return run_plans(plans, replace(chosen, executor=refuse, fresh=False), options=options)
+    chosen = replace(chosen, executor=refuse, fresh=False)
+    return run_plans(plans, chosen, options=options, read_back=read_back)
 
 
 def _without_compared(target: Target, states: Iterable[PartState]) -> Target:
