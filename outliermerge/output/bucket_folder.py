@@ -24,6 +24,7 @@ from outliermerge.output.bucket_writer import BucketWriter
 from outliermerge.output.folder import differing, write_beside
 from outliermerge.output.manifest_file import parsed_manifest
 from outliermerge.output.ownership import check_apart_in_store, listed
+from outliermerge.output.resumed import compared_in
 from outliermerge.output.writer import Progress, line_of
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.bucket import Bucket
@@ -177,6 +178,16 @@ class BucketFolder:
                 f"{argument('part')}: {self.final} was begun in {known} parts, not in {num_parts}. "
                 f"Go on with parts of {known}. {to_start_over_in_store(self.final)}"
             )
+
+    @property
+    def compared(self) -> set[int]:
+        """The numbers of the plan's checks that this part has done with the inputs as they are."""
+        lines = self._records.compared(self._bucket.states()).get(self._part, ())
+        return compared_in(lines, self._marks)
+
+    def add_compared(self, numbers: Iterable[int]) -> None:
+        """Note which of the plan's checks this part has done."""
+        self._records.add_compared(self._part, self._marks, numbers)
 
     def record(self, job: Job, result: JobResult) -> None:
         """Note that a tensor is written; one thread at a time may call this."""

@@ -21,14 +21,8 @@ from outliermerge.output.cluster import Tasks, connected, has_gpus, num_at_once,
 from outliermerge.output.journal import entry_of
 from outliermerge.output.names import Final, journal_path, partial_folder, real_output
 from outliermerge.output.options import RunOptions
-from outliermerge.output.parts import (
-    NotWholeError,
-    PartState,
-    checksums_of,
-    join_all,
-    run_part,
-    states_of_all,
-)
+from outliermerge.output.part_states import NotWholeError, PartState, states_of_all
+from outliermerge.output.parts import checksums_of, join_all, run_part
 from outliermerge.output.run import RunResult, refuse_taken
 from outliermerge.output.writer import OutputWriter
 from outliermerge.planning.moe import held_values, plan_with_values

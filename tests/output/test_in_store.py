@@ -74,7 +74,6 @@ def _puts(server: BucketServer) -> Counter[str]:
         ("linear", {}),
         ("della", {"kernels": False, "threads": 2, "memory": "4MiB"}),
         ("model_stock", {}),
-        ("ties", {"kernels": False, "memory": "32MiB"}),
     ],
 )
 def test_an_output_in_a_store_is_that_on_a_disk(
@@ -190,7 +189,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("num_kills", [4, pytest.param(60, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(60, marks=pytest.mark.faults)])
 def test_a_run_that_is_killed_goes_on(
     models: Path, server: BucketServer, num_kills: int, tmp_path: Path
 ) -> None:
