@@ -107,7 +107,7 @@ class BucketFolder:
                 begun = None
             if begun is not None and not fresh:
                 if changed := differing(begun.identity, self._identity):
-                    raise begun_in_store_by_another(self.final, changed)
+                    raise begun_in_store_by_another(self.final, changed, in_parts=bool(self._part))
                 self._take_over(there)
                 return begun, False
             old = self._replaceable(there, begun, overwrite=overwrite)
@@ -186,8 +186,7 @@ class BucketFolder:
         if known != num_parts:
             raise ArgumentError(
                 f"{argument('part')}: {self.final} was begun in {known} parts, not in {num_parts}. "
-                f"Go on with parts of {known}; or start over: stop all parts, and remove what is "
-                f"in {self.final}/{RECORDS}"
+                f"Go on with parts of {known}. {to_start_over_in_store(self.final)}"
             )
 
     @property
@@ -344,9 +343,17 @@ def check_free_in_store(bucket: Bucket, there: States, *, overwrite: bool) -> se
     return names
 
 
-def begun_in_store_by_another(final: str, changed: list[str]) -> OutlierMergeError:
+def begun_in_store_by_another(
+    final: str, changed: list[str], *, in_parts: bool
+) -> OutlierMergeError:
     """Return the error for an unfinished output of another merge."""
+    over = f"Use {argument('fresh', True)} to start over, when nothing else writes there."
     return OutlierMergeError(
-        f"{final}: was begun by another merge: {', '.join(changed)} changed since. Use "
-        f"{argument('fresh', True)} to start over, when nothing else writes there."
+        f"{final}: was begun by another merge: {', '.join(changed)} changed since. "
+        + (to_start_over_in_store(final) if in_parts else over)
     )
+
+
+def to_start_over_in_store(final: str) -> str:
+    """Return a sentence on how an output that parts have begun is started over."""
+    return f"To start over, stop all parts and remove all that is in {final}/."

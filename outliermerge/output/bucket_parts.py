@@ -94,7 +94,7 @@ def written_in_store(
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
     if changed := differing(begun.identity, facts):
-        raise begun_in_store_by_another(final, changed)
+        raise begun_in_store_by_another(final, changed, in_parts=True)
     if begun.is_finished(there, MANIFEST_NAME):
         return None
     num_parts = records.num_parts()

@@ -81,7 +81,7 @@ class Records:
         except (LookupError, TypeError, AttributeError):
             raise OutlierMergeError(
                 f"{self._bucket.address}/{_RUN}: is damaged, or of another version of "
-                "outliermerge. Remove it and what is beside it to start over."
+                f"outliermerge. To start over, remove all that is in {self._bucket.address}/."
             ) from None
 
     def begin(
