@@ -326,6 +326,7 @@ def check_free_in_store(bucket: Bucket, there: States, *, overwrite: bool) -> se
 def begun_in_store_by_another(final: str, changed: list[str]) -> OutlierMergeError:
     """Return the error for an unfinished output of another merge."""
     return OutlierMergeError(
-        f"{final}: was begun by another merge: {', '.join(changed)} changed since. Use "
-        f"{argument('fresh', True)} to start over, when nothing else writes there."
+        f"{final}: was begun by another merge: {', '.join(changed)} changed since. To go on, use "
+        f"the spec and flags that it was begun with. Use {argument('fresh', True)} to start over, "
+        "when nothing else writes there; in parts, remove what is there instead."
     )

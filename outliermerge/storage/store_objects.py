@@ -53,8 +53,11 @@ def open_store(
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.partition('/')[0]}"
     allow_http = any(
-        os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true")
-        for vendor in ("AWS", "GOOGLE", "AZURE")
+        value.lower() in ("1", "true")
+        if name.endswith("_ALLOW_HTTP")
+        else "ENDPOINT" in name and value.startswith("http://")  # who sets that means it
+        for name, value in os.environ.items()
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))
     )
     stalled = timedelta(seconds=ranges.STALL_SECONDS)
     client: ClientConfig = {
@@ -196,16 +199,22 @@ def words_of(error: Exception) -> str:
     return without_secrets(str(error)).strip().split("\n")[0][:300].rstrip(":. ")
 
 
+def advice(words: str) -> str:
+    """Return what to look at after an error that would come again."""
+    if "status code: 404" in words:
+        return "Is there such a bucket, at that endpoint?"
+    return "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+
+
 def _told(address: str, error: Exception) -> Exception:
     """Return the error for one of obstore's: whether to ask again, and in whose words."""
     from obstore import exceptions
 
     text = words_of(error)
-    advice = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
     if isinstance(error, exceptions.PermissionDeniedError) or "status code: 403" in text:
-        return RefusedError(f"{address}: cannot be read: {text}. {advice}")
+        return RefusedError(f"{address}: cannot be read: {text}. {advice(text)}")
     if lasting(error):
-        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
+        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice(text)}")
     if isinstance(error, (ValueError, exceptions.InvalidPathError)):  # of a name
         return OutlierMergeError(f"{address}: is no valid address: {text}")
     return TransientError(text)
