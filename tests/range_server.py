@@ -86,7 +86,6 @@ def s3_at(url: str) -> dict[str, str]:
     """Return the environment with which obstore uses an S3 server."""
     return {
         "AWS_ENDPOINT_URL": url,
-        "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "key-of-the-test",
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
         "AWS_REGION": "us-east-1",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.cli.lines import human_bytes
 from outliermerge.cli.parts import count, print_json, print_notes, run_options, say
 from outliermerge.cli.plan_tables import duration
-from outliermerge.cli.tables import NamedTable
+from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import MergeBar, open_console
 from outliermerge.errors import ArgumentError, argument, quoted
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from outliermerge.output.options import RunOptions
     from outliermerge.output.run import RunResult
     from outliermerge.planning.plan import Options, Plan
+
+_NO_FILE = (
+    ": there are fewer tensors than parts or, in a store, fewer weight files. A smaller "
+    "--shard-size, the same for all parts and join, makes more files."
+)
 
 
 def add_part(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +188,7 @@ def run_one_part(
         say(
             f"part {number}/{num_parts} of {' and '.join(str(path) for _, path in plans)} is done: "
             f"{num_written} of {num_tensors} tensors written in {done['seconds']:.1f} s"
+            + ("" if num_tensors else _NO_FILE)
             + (f", {before} were there from an earlier run" if before else "")
         )
     print_notes(notes, options)
@@ -205,6 +211,8 @@ def print_parts(costs: Sequence[PartCost]) -> None:
     console = open_console()
     console.print()
     table.print(console)
+    if not all(cost.num_tensors for cost in costs):
+        print_words(console, f"Some parts have no tensors{_NO_FILE}")
 
 
 def command_of_part(options: argparse.Namespace, command: str, output: str, part: str) -> str:

@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
     planned = _planned(options)
     plans = plans_of(planned, named_output(options), options.keep)
     try:
-        with status("reading all tensors back", quiet=options.quiet):
+        in_store = isinstance(plans[0][1], str)
+        doing = "looking at all weight files" if in_store else "reading all tensors back"
+        with status(doing, quiet=options.quiet):
             result, *kept = join_all(plans, run_options(options))
     except NotWholeError as error:
         _print_left(error, planned, str(plans[0][1]), options)
@@ -64,9 +66,14 @@ def run(options: argparse.Namespace) -> int:
         print_json({"whole": True} | result.as_dict() | {"notes": notes} | stages)
     elif not options.quiet:
         for each in (result, *kept):
+            proved = (
+                "each weight file of the size and ETag that its part noted"
+                if in_store
+                else "each read back and as written"
+            )
             say(
                 f"joined {shown(each.output)}: {len(each.manifest['tensors'])} tensors, "
-                f"{each.manifest['num_parameters']:,} parameters, each read back and as written, "
+                f"{each.manifest['num_parameters']:,} parameters, {proved}, "
                 f"{each.seconds:.1f} s"
             )
             print_loading(each)
@@ -133,7 +140,8 @@ COMMAND = Command(
     explanation="""\
 Each part is written by `outliermerge run SPEC DIR --part K/N` (of a mixture of experts: `moe`);
 join is given the same spec and flags. It merges nothing. It reads every tensor back and compares
-its checksum with the one that its part has noted. If parts lack tensors or are still being
+its checksum with the one that its part has noted; in a store it compares the sizes and ETags of
+the weight files, and `verify` reads them back. If parts lack tensors or are still being
 written, it names them with the commands that write them, and its exit code is 1.
 """,
 )

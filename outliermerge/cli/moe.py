@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
     device = "cpu" if options.executor_name == "ray" else chosen.device
     with status("computing the routers", quiet=options.quiet):
         mixture, routing = add_routers(mixture, device=device, show_routing=options.routing)
-    with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet) as bar:
+    on_ray = options.executor_name == "ray"
+    with MergeBar(mixture.plan.work_bytes, 1, quiet=options.quiet, on_ray=on_ray) as bar:
         asked = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         (result,) = carried_out([(mixture.plan, path)], asked, options)
         bar.done()

@@ -23,6 +23,10 @@ The progress counts the bytes of all passes: a tensor is read once to merge it, 
 each pass that its method first measures it in; and it is written once. Without a terminal it is a
 line every 5 seconds; OUTLIERMERGE_PROGRESS_SECONDS sets another interval, and 0 none.
 """
+_FOLDER = (
+    "the folder to write, or its address (s3://, gs://, az://), or a .safetensors file where the "
+    "models are such files"
+)
 _SPEC = (
     "a YAML file; the outliermerge.json of an output, to repeat its merge; the name of a spec that "
     "`configs` lists; or - for the standard input"
@@ -130,19 +134,21 @@ def add_baseline(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_planning(parser: argparse.ArgumentParser, *, spec: str = _SPEC) -> None:
+def add_planning(
+    parser: argparse.ArgumentParser, *, spec: str = _SPEC, folder: str = _FOLDER
+) -> None:
     """Add the flags of a merge that its plan needs.
 
     Args:
         spec: what the spec can be, in words.
+        folder: what can be written, in words.
     """
     parser.add_argument("spec", metavar="SPEC", help=spec)
     parser.add_argument(
         "folder",
         metavar="DIR",
         nargs="?",
-        help="the folder to write, or its address (s3://, gs://, az://), or a .safetensors file "
-        "where the models are such files; else --output or the `output:` of the spec names it",
+        help=f"{folder}; else --output or the `output:` of the spec names it",
     )
     _add_planning(parser)
 
@@ -187,16 +193,21 @@ def add_lenient(parser: argparse.ArgumentParser) -> None:
 
 
 def add_running(
-    parser: argparse.ArgumentParser, *, has_spec: bool = True, spec: str = _SPEC
+    parser: argparse.ArgumentParser,
+    *,
+    has_spec: bool = True,
+    spec: str = _SPEC,
+    folder: str = _FOLDER,
 ) -> None:
     """Add the flags of a merge that is carried out.
 
     Args:
         has_spec: add the arguments for a spec and what to write, too.
         spec: what the spec can be, in words.
+        folder: what can be written, in words.
     """
     if has_spec:
-        add_planning(parser, spec=spec)
+        add_planning(parser, spec=spec, folder=folder)
     else:
         _add_planning(parser)
     parser.add_argument(

@@ -17,6 +17,7 @@ from outliermerge.cli.tables import (
 )
 from outliermerge.cli.terminal import open_console, text
 from outliermerge.errors import as_path, shown
+from outliermerge.storage.addresses import is_address
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +119,8 @@ def _print_models(console: Console, plan: Plan) -> None:
     for name, stage in plan.spec.all_stages.items():
         print_words(console, f"stage {shown(name)}: {stage.in_a_line}{_given(stage)}")
     for reference, root in places:
-        console.print(text(f"{shown(reference)} is in {shown(str(root))}"), soft_wrap=True)
+        small = " (config, tokenizer and headers)" if is_address(reference) else ""
+        console.print(text(f"{shown(reference)} is in {shown(str(root))}{small}"), soft_wrap=True)
     console.print()
 
 

@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> int:
         return run_one_part(plans, options, notes=note_of(options))
     work_bytes = sum(each.work_bytes for each, _ in plans)
     computing = resolved(options)  # what is not here is said before a bar is drawn
-    with MergeBar(work_bytes, len(plans), quiet=options.quiet) as bar:
+    on_ray = options.executor_name == "ray"
+    with MergeBar(work_bytes, len(plans), quiet=options.quiet, on_ray=on_ray) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         result, *kept = carried_out(plans, chosen, options)
         bar.done()

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parameter, or models.N.PARAMETER of the N-th model, from 1; with stages.NAME., "
         "modules.NAME. or slices.N. before it, of that part. Several --set are combined",
     )
-    add_running(parser)
+    add_running(parser, folder="the folder in which each output gets one of its own")
     add_ray(parser)
 
 
@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
     plans = [(each.plan, sweeps.output_of(each, output)) for each in variants]
     total = sweeps.work_bytes(variants, read_once=options.executor_name != "ray")
     resolved(options)  # what is not here is said before a bar is drawn
-    with MergeBar(total, len(variants), quiet=options.quiet) as bar:
+    on_ray = options.executor_name == "ray"
+    with MergeBar(total, len(variants), quiet=options.quiet, on_ray=on_ray) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         results = carried_out(plans, chosen, options)
         bar.done()

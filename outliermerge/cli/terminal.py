@@ -64,12 +64,16 @@ class MergeBar:
     Args:
         total_bytes: of all passes.
         num_outputs: that are made together.
+        on_ray: say until the first bytes that Ray starts, which can take a minute.
     """
 
-    def __init__(self, total_bytes: int, num_outputs: int, *, quiet: bool) -> None:
-        self._total, self._num = total_bytes, num_outputs
+    def __init__(
+        self, total_bytes: int, num_outputs: int, *, quiet: bool, on_ray: bool = False
+    ) -> None:
+        self._total, self._num, self._is_starting = total_bytes, num_outputs, on_ray
         self._bar: Any = progress_bar("merging", quiet=quiet, counted=BYTES_OF_ALL_PASSES)
-        self._task: Any = self._bar.add_task("merging", total=total_bytes)
+        doing = "waiting for Ray" if on_ray else "merging"
+        self._task: Any = self._bar.add_task(doing, total=total_bytes)
 
     def __enter__(self) -> MergeBar:
         self._bar.__enter__()
@@ -80,6 +84,9 @@ class MergeBar:
 
     def advance(self, num_bytes: int) -> None:
         """Count bytes; called by any thread."""
+        if self._is_starting and num_bytes:
+            self._is_starting = False
+            self._bar.update(self._task, description="merging")
         self._bar.advance(self._task, num_bytes)
 
     def wait(self) -> None:

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="OUT",
-        help="an output of outliermerge: its folder, or its .safetensors file",
+        help="an output of outliermerge: its folder, or its .safetensors file, or its address "
+        "(s3://, gs://, az://, https://, hf://)",
     )
     parser.add_argument(
         "--load",

@@ -349,7 +349,8 @@ def begun_in_store_by_another(
     """Return the error for an unfinished output of another merge."""
     over = f"Use {argument('fresh', True)} to start over, when nothing else writes there."
     return OutlierMergeError(
-        f"{final}: was begun by another merge: {', '.join(changed)} changed since. "
+        f"{final}: was begun by another merge: {', '.join(changed)} changed since. To go on, use "
+        "the spec and flags that it was begun with. "
         + (to_start_over_in_store(final) if in_parts else over)
     )
 

@@ -135,7 +135,8 @@ def _fetched(phases: Sequence[Sequence[Job]], cache_bytes: int) -> tuple[int, in
 
 def in_words(costs: Sequence[Cost]) -> str:
     """Return costs on several numbers of machines as a line that a person reads."""
-    first = costs[0]
+    first, *more = costs
+    costs = [first, *(cost for cost in more if cost.seconds < first.seconds)]
     times = ", ".join(f"{cost.seconds:,.0f} s on {cost.num_machines}" for cost in costs)
     return (
         f"fetches {human_bytes(first.fetched_bytes)} in {first.num_requests:,} requests; if each "

@@ -253,6 +253,8 @@ class Push:
             return " ".join(str(error).split()).rstrip(".")
         reason = reason_of(error, self.repo_id, self.revision).rstrip(".")
         may_write = " (has your token the right to write there?)" if "answers 403" in reason else ""
+        if "xet" in reason:
+            may_write = ". If the server has no xet, set HF_HUB_DISABLE_XET=1"
         return reason + may_write
 
 

@@ -85,7 +85,7 @@ def stand_in(path: Path) -> StandIn | None:
 
 def with_addresses(text: str) -> str:
     """Return a text with the addresses of models in place of their private folders here."""
-    place = rf"{re.escape(str(private_folder()))}{re.escape(os.sep)}[0-9a-f]+/[^/\s]+"
+    place = rf"{re.escape(str(private_folder()))}{re.escape(os.sep)}[0-9a-f]+/[\w.@-]*[\w@-]"
     return re.sub(rf"({place})((?:/[^\s:;,'\"]+)?)", _addressed, text)
 
 

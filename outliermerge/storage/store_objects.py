@@ -56,7 +56,11 @@ def open_store(
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.partition('/')[0]}"
     allow_http = any(
-        os.environ.get(f"{vendor}_ALLOW_HTTP", "").lower() in ("1", "true") for vendor in _VENDORS
+        value.lower() in ("1", "true")
+        if name.endswith("_ALLOW_HTTP")
+        else "ENDPOINT" in name and value.startswith("http://")  # who sets that means it
+        for name, value in os.environ.items()
+        if name.partition("_")[0] in _VENDORS
     )
     stalled = timedelta(seconds=ranges.STALL_SECONDS)
     client: ClientConfig = {
@@ -228,7 +232,7 @@ def words_of(error: Exception) -> str:
 def advice_on(error: Exception) -> str:
     """Return what to do about an error that asking again does not mend."""
     is_absent = "status code: 404" in words_of(error)
-    return f"Is there such a bucket? {_ADVICE}" if is_absent else _ADVICE
+    return f"Is there such a bucket, at that endpoint? {_ADVICE}" if is_absent else _ADVICE
 
 
 def _told(address: str, error: Exception) -> Exception:

@@ -31,7 +31,15 @@ from outliermerge.checkpoint.folders.remote import (
     streamed,
 )
 from outliermerge.checkpoint.formats.table import SUFFIXES
-from outliermerge.errors import OutlierMergeError, as_path, direct, listing, quoted, shown
+from outliermerge.errors import (
+    OutlierMergeError,
+    argument,
+    as_path,
+    direct,
+    listing,
+    quoted,
+    shown,
+)
 from outliermerge.storage.addresses import is_address, without_secrets
 
 _LOGGER = logging.getLogger(__name__)
@@ -66,7 +74,8 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
         if streamed() == "only" and only is None:
             raise OutlierMergeError(
                 f"model {quoted(reference)}: is yours and on this machine, and nothing of yours is "
-                "deleted. Leave out the deletion of inputs, or name its address."
+                f"deleted. Leave out {argument('delete_inputs_as_read', True)}, or name its "
+                "address."
             )
         return direct(local.absolute())
     refuse_absent(reference)
