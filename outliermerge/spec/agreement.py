@@ -17,8 +17,8 @@ _OTHER_COMMANDS = {
     "that recipe.yaml begins with",
     "experts": "a file for mergekit-moe: run it with `outliermerge moe FILE DIR`",
     "model_type": "a model's config.json, not a spec: write one with `merge_method` and `models`",
-    "genome": "a file for mergekit-evolve: `outliermerge search SPEC --space FILE --suite SUITE` "
-    "searches a spec's parameters, models and layers; write the genome as a spec and a space",
+    "genome": "a file for mergekit-evolve: `outliermerge search` searches a spec's parameters, "
+    "models and layers; write the genome as a spec and a space",
 }
 """By a key that no merge has: what a file with it is, and what to do with it."""
 
