@@ -7,6 +7,7 @@ networks do wrong while something is written.
 from __future__ import annotations
 
 import hashlib
+import html
 import re
 import shutil
 import tempfile
@@ -114,18 +115,18 @@ class _WritingHandler(Handler):
         if self._refused(fault):
             return
         if "delete" in query:
-            keys = re.findall(r"<Key>(.*?)</Key>", body.decode())
+            keys = [html.unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", body.decode())]
             with self.serving.putting:
                 for key in keys:
                     (self.serving.folder / name / key).unlink(missing_ok=True)
-            deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+            deleted = "".join(f"<Deleted><Key>{html.escape(key)}</Key></Deleted>" for key in keys)
             return self._answered(fault, 200, f"<DeleteResult>{deleted}</DeleteResult>".encode())
         if "uploads" in query:
             upload = uuid4().hex
             self.serving.uploads[upload] = (name, {})
             answer = (
-                f"<InitiateMultipartUploadResult><Bucket>bucket</Bucket><Key>{name}</Key>"
-                f"<UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
+                f"<InitiateMultipartUploadResult><Bucket>bucket</Bucket>"
+                f"<Key>{html.escape(name)}</Key><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
             )
             return self._answered(fault, 200, answer.encode())
         found = self.serving.uploads.pop(query["uploadId"][0], None)
@@ -141,7 +142,7 @@ class _WritingHandler(Handler):
         self.serving.on_write(name, 0)
         answer = (
             "<CompleteMultipartUploadResult><Location>here</Location><Bucket>bucket</Bucket>"
-            f"<Key>{name}</Key><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
+            f"<Key>{html.escape(name)}</Key><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
         )
         self._answered(fault, 200, answer.encode(), etag)
 

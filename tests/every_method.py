@@ -11,6 +11,11 @@ OF_DELTAS = [name for name, method in METHODS.items() if method.uses_base]
 NEEDS_BASE = [name for name, method in METHODS.items() if method.needs_base]
 OF_MATRICES = [name for name, method in METHODS.items() if method.cut == "tensor"]
 WITH_KERNELS = [name for name, method in METHODS.items() if method.kernel is not None]
+OF_ONE_TENSOR: dict[str, dict[str, Any]] = {
+    "pcb": {"trim": "tensor"},
+    "metagpt": {"norms": "tensor"},
+}
+"""Parameters of methods that by default measure whole models, where there is one tensor only."""
 BY_ANGLES: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.3},
     "nuslerp": {"weight": 0.7},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from checkpoints import as_many_as, load_folder
+from every_method import OF_ONE_TENSOR
 from torch import Tensor
 
 import outliermerge
@@ -28,8 +29,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.25},
     "nuslerp": {"nuslerp_flatten": False},
     "model_stock": {"filter_wise": True},
-    "pcb": {"trim": "tensor"},  # these tools show a method one tensor at a time
-    "metagpt": {"norms": "tensor"},
+    **OF_ONE_TENSOR,  # these tools show a method one tensor at a time
     "passthrough": {"scale": 0.5},
 }
 

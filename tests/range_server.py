@@ -130,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self._say(404, b"<Error><Code>NoSuchKey</Code></Error>")
         size = path.stat().st_size
+        if self.headers.get("Range") and not size:
+            return self._say(416, b"<Error><Code>InvalidRange</Code></Error>")
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, stop = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
         if self.command == "GET":

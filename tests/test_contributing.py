@@ -53,7 +53,7 @@ ADDITIONS = {
         (
             (
                 f"{PACKAGE}/methods/table.py",
-                "from outliermerge.methods.elsewhere import known_elsewhere\n",
+                "from outliermerge.methods.lines import lines\n",
                 "from outliermerge.methods.magmax import magmax\n",
             ),
             (f"{PACKAGE}/methods/table.py", "        passthrough,\n", "        magmax,\n"),

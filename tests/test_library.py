@@ -8,14 +8,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import torch
 import yaml
 from annotated_types import Interval
 from checkpoints import load_folder, save_tensors
-from every_method import OF_DELTAS, SEVERAL
+from every_method import OF_DELTAS, OF_ONE_TENSOR, SEVERAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +44,11 @@ def _tensors(seed: int) -> dict[str, torch.Tensor]:
         "steps": torch.arange(10),
         "mask": torch.tensor([True, False]),
     }
+
+
+def alone(method: str) -> dict[str, Any]:
+    """Return the parameters that let a method merge one tensor."""
+    return OF_ONE_TENSOR.get(method, {})
 
 
 def _family(num_models: int = 2) -> tuple[dict, list[dict]]:
@@ -371,14 +376,19 @@ class TestTensors:
         whole = torch.randn(3, 40, 60, generator=generator)
         base, one, two = (tensor.T for tensor in whole)
         assert not base.is_contiguous()
-        strided = outliermerge.merge_tensors([one, two], base=base, method=method)
+        strided = outliermerge.merge_tensors([one, two], base=base, method=method, **alone(method))
         plain = outliermerge.merge_tensors(
-            [one.contiguous(), two.contiguous()], base=base.contiguous(), method=method
+            [one.contiguous(), two.contiguous()],
+            base=base.contiguous(),
+            method=method,
+            **alone(method),
         )
         every_second = torch.zeros(3, 60, 80)
         every_second[:, :, ::2] = torch.stack([base, one, two])
         views = every_second[:, :, ::2]
-        sliced = outliermerge.merge_tensors([views[1], views[2]], base=views[0], method=method)
+        sliced = outliermerge.merge_tensors(
+            [views[1], views[2]], base=views[0], method=method, **alone(method)
+        )
         assert _same_bits(strided, plain)
         assert _same_bits(sliced, plain)
         assert strided.is_contiguous()
@@ -388,9 +398,9 @@ class TestTensors:
     def test_the_result_needs_no_gradient(self, method: str, equal: bool) -> None:
         base = torch.nn.Parameter(torch.ones(4, 5))
         models = [torch.nn.Parameter(base.detach() + (0 if equal else n)) for n in (1, 2)]
-        merged = outliermerge.merge_tensors(models, base=base, method=method)
+        merged = outliermerge.merge_tensors(models, base=base, method=method, **alone(method))
         plain = outliermerge.merge_tensors(
-            [model.detach() for model in models], base=base.detach(), method=method
+            [model.detach() for model in models], base=base.detach(), method=method, **alone(method)
         )
         assert torch.equal(merged, plain)
         assert not merged.requires_grad
@@ -449,7 +459,9 @@ class TestTensors:
     @pytest.mark.parametrize("method", [name for name in OF_DELTAS if name in SEVERAL])
     def test_models_equal_to_the_base_give_the_base(self, method: str) -> None:
         base = torch.tensor([0.1, -0.0, 3e-41, 1e30])
-        merged = outliermerge.merge_tensors([base.clone()] * 3, base=base, method=method)
+        merged = outliermerge.merge_tensors(
+            [base.clone()] * 3, base=base, method=method, **alone(method)
+        )
         assert _same_bits(merged, base)
 
 

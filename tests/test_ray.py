@@ -26,8 +26,10 @@ from waiting import LIMIT_SECONDS, wait_for
 
 from outliermerge import optional
 from outliermerge.cli import main as cli
+from outliermerge.errors import OutlierMergeError
 from outliermerge.output.folder import OutputFolder
-from outliermerge.output.names import journal_path
+from outliermerge.output.names import journal_path, partial_folder
+from outliermerge.output.ray import _Driver
 from outliermerge.output.writer import OutputWriter
 
 ray = pytest.importorskip("ray")
@@ -204,23 +206,85 @@ def test_a_lost_driver_goes_on(cluster: Any, here: Path, tmp_path: Path) -> None
 
 
 def test_a_tensor_that_arrives_with_other_bytes_is_written_again(
+    connected: Any,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output, take, damaged = tmp_path / "out", _Driver._take_written, []
+
+    def damaging(self: _Driver, part: tuple[int, int], written: Any) -> str:
+        if "w5" in written.checksums and not damaged:
+            damaged.append(part)
+            _damage(self, "w5")
+        return take(self, part, written)
+
+    monkeypatch.setattr(_Driver, "_take_written", damaging)
+    assert cli.main(line(connected, "quick", output)) == 0
+    assert len(damaged) == 1
+    assert "1 tensor(s), such as w5, arrived with other bytes than were" in caplog.text
+    assert_as_alone(here, "quick", output)
+
+
+def _damage(driver: _Driver, name: str) -> None:
+    ((plan, output),) = driver._plans
+    (tensor,) = (job.output for job in plan.jobs if job.name == name)
+    with (partial_folder(output) / tensor.file).open("r+b") as file:
+        file.seek(tensor.offset + 3)
+        file.write(b"x")
+
+
+def test_parts_are_read_back_by_other_nodes_than_their_writers_and_not_by_the_driver(
     connected: Any, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, checksum, damaged = tmp_path / "out", OutputWriter.checksum, []
+    output, pairs, read = tmp_path / "out", [], []
+    other, checksum = _Driver._other_machine, OutputWriter.checksum
 
-    def damaging(self: OutputWriter, tensor: Any) -> str:
-        if tensor.name == "w5" and not damaged:
-            damaged.append(tensor.name)
-            path = tmp_path / "out.partial" / tensor.file
-            with path.open("r+b") as file:
-                file.seek(tensor.offset + 3)
-                file.write(b"x")
+    def noted(self: _Driver, part: tuple[int, int]) -> str:
+        pairs.append((self._parts[part].machine, other(self, part)))
+        return pairs[-1][1]
+
+    def reading(self: OutputWriter, tensor: Any) -> str:
+        read.append(tensor.name)
         return checksum(self, tensor)
 
+    monkeypatch.setattr(_Driver, "_other_machine", noted)
+    monkeypatch.setattr(OutputWriter, "checksum", reading)
+    assert cli.main(line(connected, "quick", output, "--parts", "4")) == 0
+    nodes = {node.node_id for node in connected.worker_nodes}
+    assert len(pairs) == 4
+    assert all({writer, reader} == nodes for writer, reader in pairs)
+    assert read == []
+    assert_as_alone(here, "quick", output)
+
+
+@pytest.mark.parametrize("lost", ["bytes", "end", "file"])
+def test_parts_of_an_earlier_command_are_read_back_before_they_are_joined(
+    connected: Any,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    output, drivers = tmp_path / "out", []
+
+    def stop(self: _Driver, parts: Any) -> None:
+        drivers.append(self)
+        raise OutlierMergeError("stopped before it was read back")
+
     with monkeypatch.context() as patch:
-        patch.setattr(OutputWriter, "checksum", damaging)
-        assert cli.main(line(connected, "quick", output)) == 0
-    assert damaged == ["w5"]
+        patch.setattr(_Driver, "read_back", stop)
+        assert cli.main(line(connected, "quick", output, "--parts", "2")) == 1
+    file = tmp_path / "out.partial" / "model.safetensors"
+    if lost == "bytes":
+        _damage(drivers[0], "w5")
+    elif lost == "end":
+        os.truncate(file, file.stat().st_size - 1000)
+    else:
+        file.unlink()
+    assert not output.exists()
+    assert cli.main(line(connected, "quick", output)) == 0
     assert_as_alone(here, "quick", output)
 
 

@@ -102,7 +102,7 @@ def _weights(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "way",

@@ -10,19 +10,21 @@ from evals.evidence.training import State
 
 BUDGET = 9  # merges scored on validation data for a method: its defaults and eight others
 
-_SCALE = (0.1, 1.2)
+_SCALE = (0.1, 1.2)  # of what is a sum over models
+_WIDE = (0.3, 2.0)  # of what is a mean over models, or about as long as a task vector
+_START = ["sum", "mean", "zero"]
 # From least to most; of a list, one is taken. Those whose range starts at 1e-6 are drawn by their
 # logarithm.
 SPACES: dict[str, dict[str, Any]] = {
     "min_sigma": {"t": (0.5, 4.0), "lambda": _SCALE},
     "linear": {},
     "task_arithmetic": {"lambda": _SCALE},
-    "ties": {"density": (0.1, 1.0), "lambda": (0.3, 2.0)},
+    "ties": {"density": (0.1, 1.0), "lambda": _WIDE},
     "dare_linear": {"density": (0.1, 1.0), "lambda": _SCALE},
     "dare_ties": {"density": (0.1, 1.0), "lambda": _SCALE},
     "breadcrumbs": {"density": (0.1, 1.0), "lambda": _SCALE, "gamma": (0.0, 0.1)},
     "breadcrumbs_ties": {"density": (0.1, 1.0), "lambda": _SCALE, "gamma": (0.0, 0.1)},
-    "della": {"density": (0.2, 0.8), "lambda": (0.3, 2.0)},
+    "della": {"density": (0.2, 0.8), "lambda": _WIDE},
     "della_linear": {"density": (0.2, 0.8), "lambda": _SCALE},
     "sce": {"select_topk": (0.05, 1.0)},
     "ram": {"epsilon": (1e-6, 1e-2)},
@@ -30,6 +32,15 @@ SPACES: dict[str, dict[str, Any]] = {
     "multislerp": {},
     "karcher": {},
     "model_stock": {"filter_wise": [True]},
+    "iso_c": {"lambda": _WIDE},
+    "iso_cts": {"lambda": _WIDE, "common_space_fraction": (0.3, 0.95)},
+    "tsv_m": {"lambda": _WIDE},
+    "swudi": {"lambda": _WIDE, "start": _START, "rank_ratio": (0.3, 1.0)},
+    "aswudi": {"lambda": _WIDE, "start": _START},
+    "resmerge": {"lambda": _WIDE, "head_ratio": (0.0, 1.0)},
+    "pcb": {"lambda": _WIDE, "density": (0.05, 0.5)},
+    "consensus_ta": {"lambda": _SCALE, "tall_mask_lambda": (0.1, 0.7)},
+    "metagpt": {"lambda": _WIDE},
     # Of two models only, the first of which takes the base's place in all but nuslerp.
     "nuslerp": {"nuslerp_flatten": [False]},
     "slerp": {"t": (0.0, 1.0)},

@@ -26,7 +26,7 @@ import transformers
 
 from evals.evidence.families import FAMILIES
 from evals.evidence.packages import cache, versions
-from evals.evidence.run import SIZES, folder_of
+from evals.evidence.run import SIZES, folder_of, rows_of
 from evals.evidence.training import Family
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -63,7 +63,13 @@ def collect(families: Sequence[Family], root: Path, seeds: Sequence[int] = SEEDS
 
 
 def _seed(family: Family, folder: Path) -> dict[str, Any] | None:
-    if not (folder / "done").is_file():
+    needed = [
+        folder / distance / str(size) / f"{name}.npz"
+        for distance in family.steps
+        for size in SIZES
+        for name in rows_of(size)
+    ]
+    if not all(path.is_file() for path in needed):
         return None
     singles = [folder / "base.npz", *sorted(folder.glob("joint-*.npz"))]
     singles += [folder / distance / f"{t}.npz" for distance in family.steps for t in family.tasks]

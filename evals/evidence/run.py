@@ -44,6 +44,12 @@ def folder_of(family: Family, seed: int, root: Path) -> Path:
     return root / f"{family.name}-{digest[:8]}" / f"seed-{seed}"
 
 
+def rows_of(size: int) -> list[str]:
+    """Return the names of what is scored of the merges of so many models."""
+    kinds = {method: ["default", *["chosen"] * bool(SPACES[method])] for method in methods_of(size)}
+    return [f"{method}-{kind}" for method, every in kinds.items() for kind in every]
+
+
 class Seed:
     """What is made of one seed of a family, in a folder."""
 
@@ -88,7 +94,6 @@ class Seed:
             self.score_parents(distance)
             for size in SIZES:
                 self.score_merges(distance, size)
-        _write(self.folder / "scores" / "done", b"")
 
     def score_parents(self, distance: str) -> None:
         """Score the base and every fine-tune on all tasks."""

@@ -143,15 +143,18 @@ def run_one_part(
     Raises:
         ArgumentError: a flag is given that is for whole outputs.
     """
+    from outliermerge.output.bucket_folder import to_start_over_in_store
     from outliermerge.output.division import part_of, part_work_bytes
+    from outliermerge.output.folder import to_start_over
     from outliermerge.output.parts import run_part
 
     number, num_parts = options.part
     if options.fresh:
+        _, first = plans[0]
+        over = to_start_over_in_store(first) if isinstance(first, str) else to_start_over(first)
         raise ArgumentError(
             f"{argument('fresh', True)}: a part does not start over what other parts have "
-            "written. While no part is running, remove OUT.partial and OUT.partial.journal*; of an "
-            "output in a store, all that is there."
+            f"written. {over}"
         )
     jobs = [
         (plan, part_of(plan, number, num_parts, whole_files=isinstance(output, str)))

@@ -24,7 +24,7 @@ from outliermerge.cli.terminal import print_loading, print_remarks, status
 from outliermerge.errors import listing, shown
 
 if TYPE_CHECKING:
-    from outliermerge.output.parts import NotWholeError
+    from outliermerge.output.part_states import NotWholeError
     from outliermerge.planning.plan import Plan
 
 _MOST_COMMANDS = 20
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Finish an output; return 1, and say what is left to do, if parts of it are not done."""
     from outliermerge.api import plans_of
-    from outliermerge.output.parts import NotWholeError, join_all
+    from outliermerge.output.part_states import NotWholeError
+    from outliermerge.output.parts import join_all
 
     planned = _planned(options)
     plans = plans_of(planned, named_output(options), options.keep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
         guard_streams()
+        if arguments is None:
+            _end_as_interrupted()
         words = sys.argv[1:] if arguments is None else arguments
         code = _main([without_secrets(word) for word in words])
         sys.stdout.flush()
@@ -40,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         return EXIT_DONE
+
+
+def _end_as_interrupted() -> None:
+    """Let what asks a program to end do what Ctrl-C does: uploads are aborted, folders removed."""
+    for name in ("SIGTERM", "SIGHUP"):  # of a scheduler; of a terminal that is closed
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not: nohup
+            signal.signal(number, signal.default_int_handler)
 
 
 def _main(arguments: list[str]) -> int:

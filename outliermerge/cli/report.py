@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         page = build_report(
             options.models,
             base=options.base,
-            output=output,
+            output=options.output,
             png=Path(options.png) if options.png else None,
             t=options.t,
             filter=options.filter,

@@ -140,12 +140,12 @@ def run(options: argparse.Namespace) -> int:
 COMMAND = Command(
     summary="find the settings of a merge that score best; says how much of the gain is luck",
     examples=(
-        "outliermerge search merge.yaml --space space.yaml --suite evals/tiny.yaml -o search",
+        "outliermerge search merge.yaml --space space.yaml --suite paper -o search",
         "outliermerge search merge.yaml --space space.yaml --suite mine.scores:score -o search \\\n"
         "      --trials 60 --sampler cmaes",
         "outliermerge search merge.yaml --strategy greedy-soup --suite mine.scores:score -o soup",
     ),
-    overview="outliermerge search merge.yaml --space space.yaml --suite tiny -o search",
+    overview="outliermerge search merge.yaml --space space.yaml --suite paper -o search",
     add_arguments=add_arguments,
     run=run,
     goes_on=True,

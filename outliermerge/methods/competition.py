@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 @merge_method(
     space="delta",
     needs={"limits": Competition(scope_parameter="trim")},
-    workspace=lambda num_sources: 7 * num_sources + 4,
     paper="arXiv 2410.02396",
 )
 def pcb(

@@ -162,7 +162,8 @@ def aswudi(
     def filtered(values_L: Tensor, num_rows: int) -> Tensor:
         roots_L = values_L.sqrt()
         if rank == "participation":
-            num = math.ceil(float(roots_L.sum() ** 2 / values_L.sum()))
+            share = float(roots_L.sum() ** 2 / values_L.sum())
+            num = math.ceil(share) if math.isfinite(share) else len(values_L)
         else:
             least = _threshold(num_rows, len(values_L)) * float(roots_L.median())
             num = int((roots_L > least).sum())

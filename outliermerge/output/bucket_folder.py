@@ -24,6 +24,7 @@ from outliermerge.output.bucket_writer import BucketWriter
 from outliermerge.output.folder import differing, write_beside
 from outliermerge.output.manifest_file import parsed_manifest
 from outliermerge.output.ownership import check_apart_in_store, listed
+from outliermerge.output.resumed import compared_in
 from outliermerge.output.writer import Progress, line_of
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.bucket import Bucket
@@ -106,7 +107,7 @@ class BucketFolder:
                 begun = None
             if begun is not None and not fresh:
                 if changed := differing(begun.identity, self._identity):
-                    raise begun_in_store_by_another(self.final, changed)
+                    raise begun_in_store_by_another(self.final, changed, in_parts=bool(self._part))
                 self._take_over(there)
                 return begun, False
             old = self._replaceable(there, begun, overwrite=overwrite)
@@ -151,8 +152,18 @@ class BucketFolder:
         self.done.clear()
         self._records.remove_shards(self._bucket.states())
 
-    def forget_unfit(self, *, allow_non_finite: bool, threads: int = 1) -> None:
-        """Forget the weight files of an earlier run that this run may not take over."""
+    def forget_unfit(
+        self,
+        *,
+        allow_non_finite: bool,
+        threads: int = 1,
+        read_back: Mapping[str, str] | None = None,
+    ) -> None:
+        """Forget the weight files of an earlier run that this run may not take over.
+
+        Args:
+            read_back: is for outputs on disks; here the states of the files tell their bytes.
+        """
         if self.is_finished:
             return
         self._progress.forget_unfit(None, allow_non_finite=allow_non_finite, threads=threads)
@@ -175,9 +186,18 @@ class BucketFolder:
         if known != num_parts:
             raise ArgumentError(
                 f"{argument('part')}: {self.final} was begun in {known} parts, not in {num_parts}. "
-                f"Go on with parts of {known}; or start over: stop all parts, and remove what is "
-                f"in {self.final}/{RECORDS}"
+                f"Go on with parts of {known}. {to_start_over_in_store(self.final)}"
             )
+
+    @property
+    def compared(self) -> set[int]:
+        """The numbers of the plan's checks that this part has done with the inputs as they are."""
+        lines = self._records.compared(self._bucket.states()).get(self._part, ())
+        return compared_in(lines, self._marks)
+
+    def add_compared(self, numbers: Iterable[int]) -> None:
+        """Note which of the plan's checks this part has done."""
+        self._records.add_compared(self._part, self._marks, numbers)
 
     def record(self, job: Job, result: JobResult) -> None:
         """Note that a tensor is written; one thread at a time may call this."""
@@ -323,10 +343,18 @@ def check_free_in_store(bucket: Bucket, there: States, *, overwrite: bool) -> se
     return names
 
 
-def begun_in_store_by_another(final: str, changed: list[str]) -> OutlierMergeError:
+def begun_in_store_by_another(
+    final: str, changed: list[str], *, in_parts: bool
+) -> OutlierMergeError:
     """Return the error for an unfinished output of another merge."""
+    over = f"Use {argument('fresh', True)} to start over, when nothing else writes there."
     return OutlierMergeError(
         f"{final}: was begun by another merge: {', '.join(changed)} changed since. To go on, use "
-        f"the spec and flags that it was begun with. Use {argument('fresh', True)} to start over, "
-        "when nothing else writes there; in parts, remove what is there instead."
+        "the spec and flags that it was begun with. "
+        + (to_start_over_in_store(final) if in_parts else over)
     )
+
+
+def to_start_over_in_store(final: str) -> str:
+    """Return a sentence on how an output that parts have begun is started over."""
+    return f"To start over, stop all parts and remove all that is in {final}/."

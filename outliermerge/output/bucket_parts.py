@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
@@ -16,6 +17,7 @@ from outliermerge.output.folder import differing
 from outliermerge.output.manifest import identity
 from outliermerge.output.opened import open_output
 from outliermerge.output.options import RunOptions
+from outliermerge.output.resumed import compared_in, marks_of
 from outliermerge.output.run import if_unchanged
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.bucket import Bucket
@@ -23,9 +25,19 @@ from outliermerge.storage.stamps import OtherBytesError, Watched, watching
 
 
 def run_part_in_store(
-    plan: Plan, final: str, jobs: Sequence[Job], num_parts: int, name: str, chosen: RunOptions
+    plan: Plan,
+    final: str,
+    jobs: Sequence[Job],
+    checks: Mapping[int, Job],
+    num_parts: int,
+    name: str,
+    chosen: RunOptions,
 ) -> int:
-    """Write the jobs of a part, or the rest of them; return how many tensors were written."""
+    """Write the jobs of a part, or the rest of them; return how many tensors were written.
+
+    Args:
+        checks: by number those of the plan's checks that the part does.
+    """
     options, on_progress = chosen.on_this_machine(), chosen.on_progress
     with ExitStack() as stack:
         watched = stack.enter_context(watching(Watched(dict.fromkeys(plan.files))))
@@ -40,9 +52,12 @@ def run_part_in_store(
         folder.share(num_parts)
         folder.forget_unfit(allow_non_finite=options.allow_non_finite)
         left = [job for job in jobs if job.name not in folder.done]
+        known = folder.compared
+        to_compare = tuple(check for number, check in checks.items() if number not in known)
         on_progress(part_work_bytes(plan, jobs) - part_work_bytes(plan, left))
         record = if_unchanged(watched, folder.record)
-        target = Target(plan, folder.ordered(left), folder.writer, record)
+        own = replace(plan, checks=to_compare)
+        target = Target(own, folder.ordered(left), folder.writer, record)
         try:
             chosen.executor([target], options, on_progress=on_progress, folder=None)
         except OutlierMergeError as error:
@@ -51,14 +66,18 @@ def run_part_in_store(
             watched.check()  # a change explains what went wrong
             raise
         watched.check()
+        if to_compare:
+            folder.add_compared(checks)
         folder.writer.wait()
     return len(left)
 
 
 def written_in_store(
     plan: Plan, final: str, facts: Mapping[str, Any]
-) -> tuple[set[str], int] | None:
-    """Return which tensors of an output are written, and in how many parts; None if all is done.
+) -> tuple[int, set[str], dict[str, set[int]]] | None:
+    """Return how many parts an output has, and which tensors are written; None if all is done.
+
+    The numbers of the plan's checks that are done come third, by part.
 
     Raises:
         OutlierMergeError: nothing of it is written, it was begun by another merge, or not in parts.
@@ -75,7 +94,7 @@ def written_in_store(
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
     if changed := differing(begun.identity, facts):
-        raise begun_in_store_by_another(final, changed)
+        raise begun_in_store_by_another(final, changed, in_parts=True)
     if begun.is_finished(there, MANIFEST_NAME):
         return None
     num_parts = records.num_parts()
@@ -85,4 +104,7 @@ def written_in_store(
             "with it."
         )
     lines = [line for lines in records.shards(there).values() for line in lines]
-    return {line["tensor"] for line in lines if "tensor" in line}, num_parts
+    done = {line["tensor"] for line in lines if "tensor" in line}
+    compared = records.compared(there).items()
+    marks = marks_of(plan)
+    return num_parts, done, {part: compared_in(own, marks) for part, own in compared}

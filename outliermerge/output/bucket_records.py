@@ -1,8 +1,9 @@
 """The records of an unfinished output in a store: small objects in its folder `.outliermerge`.
 
 `run.jsonl` says which merge has begun it, and is made only where there is none. For each shard that
-is there, `shards/FILE.jsonl` has its state and the results of its tensors. The lines are those of
-journals. All of them are removed when the output is finished.
+is there, `shards/FILE.jsonl` has its state and the results of its tensors; `equal/PART.jsonl` says
+which of the plan's checks a part has done. The lines are those of journals. All of them are removed
+when the output is finished.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from outliermerge.storage.bucket import Bucket
 from outliermerge.storage.ranges import State
 
 _RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
-_SHARDS, _END = f"{RECORDS}shards/", ".jsonl"
+_SHARDS, _EQUAL, _END = f"{RECORDS}shards/", f"{RECORDS}equal/", ".jsonl"
 _NUM_READS = 8
 
 States = Mapping[str, State]
@@ -80,7 +81,7 @@ class Records:
         except (LookupError, TypeError, AttributeError):
             raise OutlierMergeError(
                 f"{self._bucket.address}/{_RUN}: is damaged, or of another version of "
-                "outliermerge. Remove it and what is beside it to start over."
+                f"outliermerge. To start over, remove all that is in {self._bucket.address}/."
             ) from None
 
     def begin(
@@ -115,18 +116,36 @@ class Records:
 
     def shards(self, there: States) -> dict[str, list[dict[str, Any]]]:
         """Return by file the lines of the shards that are there as the merge has written them."""
-        names = [n for n in there if n.startswith(_SHARDS) and n.endswith(_END)]
+        return {
+            file: lines
+            for file, lines in self._lines(there, _SHARDS).items()
+            if file in there and lines[0].get("state") == asdict(there[file])
+        }
+
+    def _lines(self, there: States, start: str) -> dict[str, list[dict[str, Any]]]:
+        """Return by name, without start and end, the lines of the records of this merge."""
+        names = [n for n in there if n.startswith(start) and n.endswith(_END)]
         with ThreadPoolExecutor(_NUM_READS) as pool:
             contents = list(pool.map(self._bucket.get, names))
         found = {}
         for name, content in zip(names, contents, strict=True):
-            file = name.removeprefix(_SHARDS).removesuffix(_END)
             lines = [entry for entry in map(entry_of, (content or b"").split(b"\n")) if entry]
-            if not lines or lines[0].get("begun") != self._begun or file not in there:
-                continue
-            if lines[0].get("state") == asdict(there[file]):
-                found[file] = lines
+            if lines and lines[0].get("begun") == self._begun:
+                found[name.removeprefix(start).removesuffix(_END)] = lines
         return found
+
+    def add_compared(self, part: str, marks: Mapping[str, Any], numbers: Iterable[int]) -> None:
+        """Note which of the plan's checks a part has done.
+
+        Args:
+            marks: identify the inputs' files.
+        """
+        entry = {"begun": self._begun, "marks": dict(marks), "equal": [*numbers]}
+        self._bucket.put(f"{_EQUAL}{part}{_END}", entry_line(entry))
+
+    def compared(self, there: States) -> dict[str, list[dict[str, Any]]]:
+        """Return by part the lines that say which checks it has done."""
+        return self._lines(there, _EQUAL)
 
     def share(self, num_parts: int) -> int:
         """Note into how many parts the output is divided, and return what was noted first."""

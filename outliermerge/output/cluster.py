@@ -21,6 +21,7 @@ from outliermerge.output.journal import BusyError
 _POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
 _NUM_CPUS = 4  # of a task, where the threads are not given
 _MOST_LOSSES = 10  # of one task, without progress in between
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # their names on a machine
 _logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
@@ -54,6 +55,8 @@ class Tasks(Generic[Key]):
         has_progressed: tells whether a task has done something since this was asked last: then its
             losses are counted from the beginning.
         on_wait: called about twice a second.
+        place: returns the machine, as `machines` returns them, on which the task of a key should
+            run; "" for any.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class Tasks(Generic[Key]):
         name: Callable[[Key], str],
         has_progressed: Callable[[Key], bool],
         on_wait: Callable[[], None],
+        place: Callable[[Key], str] = lambda key: "",
     ) -> None:
         import ray
 
         self._task = ray.remote(max_retries=0, **needs)(_called)
         self._shared = ray.put((function, shared, Path.cwd()))
         self._name, self._has_progressed, self._on_wait = name, has_progressed, on_wait
+        self._place = place
         self._losses = Counter[Key]()
 
     def run(self, keys: Iterable[Key], take: Callable[[Key, Any], str]) -> None:
@@ -93,7 +98,7 @@ class Tasks(Generic[Key]):
                 for reference in ready:
                     key = pending.pop(reference)
                     if why := self._why_again(key, reference, take):
-                        self._count_loss(key, why)
+                        self.count_loss(key, why)
                         pending[self._start(key)] = key
             self._on_wait()
         finally:
@@ -101,7 +106,13 @@ class Tasks(Generic[Key]):
                 ray.cancel(reference, force=True)
 
     def _start(self, key: Key) -> Any:
-        return self._task.remote(self._shared, key)
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        machine, task = self._place(key), self._task
+        if machine:  # soft: it runs elsewhere if that one is gone
+            strategy = NodeAffinitySchedulingStrategy(machine, soft=True)
+            task = task.options(scheduling_strategy=strategy)
+        return task.remote(self._shared, key)
 
     def _why_again(self, key: Key, reference: Any, take: Callable[[Key, Any], str]) -> str:
         """Return why a task that has ended is to be done again; "" if it is done."""
@@ -120,7 +131,12 @@ class Tasks(Generic[Key]):
             raise (ArgumentError if kind == "ArgumentError" else OutlierMergeError)(text)
         return outcome.busy or take(key, outcome.value)
 
-    def _count_loss(self, key: Key, why: str) -> None:
+    def count_loss(self, key: Key, why: str) -> None:
+        """Count that the work of a task is lost.
+
+        Raises:
+            OutlierMergeError: it was lost too often, with no progress in between.
+        """
         if self._has_progressed(key):
             self._losses[key] = 0
         self._losses[key] += 1
@@ -174,32 +190,46 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _alive() -> list[dict[str, float]]:
+def _alive() -> dict[str, dict[str, float]]:
     """Return the resources of each machine of the cluster."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def this_machine() -> str:
+    """Return the machine on which a task runs."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def machines(needs: Needs) -> list[str]:
+    """Return the machines on which a task can run, in an order that stays."""
+    return sorted(machine for machine, has in _alive().items() if _num_fitting(has, needs))
+
+
+def _num_fitting(has: Mapping[str, float], needs: Needs) -> int:
+    """Return how many tasks a machine can run at the same time."""
+    wanted = {_RESOURCES[key]: value for key, value in needs.items() if value}
+    return int(min(has.get(name, 0) // value for name, value in wanted.items()))
 
 
 def usual_cpus() -> int:
     """Return the CPUs of a task: a few, or all of the smallest machine."""
-    sizes = [int(node.get("CPU", 0)) for node in _alive()]
+    sizes = [int(node.get("CPU", 0)) for node in _alive().values()]
     return max(1, min([_NUM_CPUS, *filter(None, sizes)]))
 
 
 def has_gpus() -> bool:
     """Tell whether a machine of the cluster has a GPU."""
-    return any(node.get("GPU") for node in _alive())
+    return any(node.get("GPU") for node in _alive().values())
 
 
 def num_at_once(needs: Needs) -> int:
     """Return how many tasks can run at the same time, at least 1."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    wanted = {names[key]: value for key, value in needs.items() if value}
-    fitting = sum(
-        int(min(node.get(name, 0) // value for name, value in wanted.items())) for node in _alive()
-    )
+    fitting = sum(_num_fitting(has, needs) for has in _alive().values())
     if not fitting:
-        said = ", ".join(f"{name} {value:,}" for name, value in wanted.items())
+        said = ", ".join(f"{_RESOURCES[key]} {value:,}" for key, value in needs.items() if value)
         _logger.warning("no machine of the cluster has what a task asks for now (%s)", said)
     return max(1, fitting)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from outliermerge.display import human_bytes
-from outliermerge.output.division import divided, measures_model, part_work_bytes
+from outliermerge.output.division import checks_of, divided, measures_model, part_work_bytes
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES, num_fetched
 from outliermerge.storage.range_cache import NUM_CONNECTIONS
@@ -76,21 +76,28 @@ def cost_of(plan: Plan, num_machines: int, machine: Machine) -> Cost:
     """Return what a plan takes on machines that each write a part.
 
     A part takes as long as the slowest of its fetching, waiting for answers, computing and writing,
-    as these go on at the same time. Where there are several, the tensors are read back in the end,
-    by one machine. The sample for the card's drift is not counted. Every part fetches what must be
-    equal, and all tensors where the method measures the whole model first.
+    as these go on at the same time. Where there are several, each reads a part of the output back
+    in the end, as on Ray; `join` without Ray reads all of it on one machine. The sample for the
+    card's drift is not counted. Where the method measures the whole model first, every part fetches
+    all tensors.
     """
     files = [stamp.path for e in plan.models for stamp in e.checkpoint.weight_files]
     first = len(set(filter(stand_in, files)))
     measured = [job for job in plan.jobs if job.action == "merge"] if measures_model(plan) else []
     num_requests = fetched_bytes = 0
-    longest = 0.0
-    for jobs in filter(None, divided(plan, num_machines)):
-        requests, num_bytes = _fetched([plan.checks, measured, jobs], machine.cache_bytes)
+    longest, most_written = 0.0, 0
+    for number, jobs in enumerate(divided(plan, num_machines), 1):
+        checks = [*checks_of(plan, number, num_machines).values()]
+        if not (jobs or checks):
+            continue
+        phases = [checks, measured if jobs else [], jobs]
+        requests, num_bytes = _fetched(phases, machine.cache_bytes)
         num_requests, fetched_bytes = num_requests + requests, fetched_bytes + num_bytes
+        written = sum(job.num_written_bytes for job in jobs)
+        most_written = max(most_written, written)
         seconds = max(
             num_bytes / machine.line_bytes,
-            sum(job.num_written_bytes for job in jobs) / machine.disk_bytes,
+            written / machine.disk_bytes,
             requests * machine.latency_seconds / NUM_CONNECTIONS,
             part_work_bytes(plan, jobs) / machine.work_bytes,
         )
@@ -98,7 +105,7 @@ def cost_of(plan: Plan, num_machines: int, machine: Machine) -> Cost:
     planning = first * machine.latency_seconds / NUM_CONNECTIONS
     seconds = _START_SECONDS + planning + longest
     if num_machines > 1:
-        seconds += _PARTS_SECONDS + plan.num_written_bytes / machine.disk_bytes
+        seconds += _PARTS_SECONDS + most_written / machine.disk_bytes
     return Cost(num_machines, machine, fetched_bytes, num_requests, first, seconds)
 
 

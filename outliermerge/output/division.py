@@ -44,6 +44,11 @@ def divided(plan: Plan, num_parts: int, *, whole_files: bool = False) -> list[li
     return found
 
 
+def checks_of(plan: Plan, part: int, num_parts: int) -> dict[int, Job]:
+    """Return by number those of the plan's checks that a part does."""
+    return dict([*enumerate(plan.checks)][part - 1 :: num_parts])
+
+
 def part_work_bytes(plan: Plan, jobs: Iterable[Job]) -> int:
     """Return the bytes that pass through a part, every pass counted.
 
@@ -116,7 +121,8 @@ def part_costs(
     found = []
     for number, jobs in enumerate(divided(plan, num_parts, whole_files=whole_files), 1):
         work_bytes = part_work_bytes(plan, jobs)
-        stored = {meta for job in (*jobs, *plan.checks) for meta in job.stored}
+        checks = checks_of(plan, number, num_parts).values()
+        stored = {meta for job in (*jobs, *checks) for meta in job.stored}
         memory_bytes, seconds = estimate.program_bytes, None
         if memory_bytes is not None:
             own = replace(plan, jobs=tuple(jobs))

@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import write_exactly
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
@@ -193,11 +195,25 @@ class OutputFolder:
         """Forget all tensors: they may have been made from two states of an input."""
         self.done.clear()
 
-    def forget_unfit(self, *, allow_non_finite: bool, threads: int = 1) -> None:
-        """Forget the tensors of an earlier run that this run may not take over."""
+    def forget_unfit(
+        self,
+        *,
+        allow_non_finite: bool,
+        threads: int = 1,
+        read_back: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Forget the tensors of an earlier run that this run may not take over.
+
+        Args:
+            read_back: by tensor the checksums of the bytes that other machines have read back.
+        """
+
+        def checksum(tensor: OutputTensor) -> str:
+            return read_back.get(tensor.name) or self.writer.checksum(tensor)
+
         if not self.is_finished:
             self._progress.forget_unfit(
-                self.writer.checksum, allow_non_finite=allow_non_finite, threads=threads
+                checksum, allow_non_finite=allow_non_finite, threads=threads
             )
 
     def share(self, num_parts: int) -> None:

@@ -225,6 +225,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "marks": lambda value: isinstance(value, dict),
     "process": lambda value: isinstance(value, dict),
     "folder": lambda value: type(value) is int,
+    "equal": lambda value: _are(value, lambda number: type(number) is int),
     "num_parts": lambda value: type(value) is int and 0 < value < _MOST_PARTS,
     "naming": lambda value: bool(value) and _are(value, _is_move),
 }

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TypeAlias
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.errors import ArgumentError, OutlierMergeError, as_path
+from outliermerge.errors import ArgumentError, OutlierMergeError, as_path, shown
 from outliermerge.storage.addresses import STORES, is_address, without_secrets
 
 Final: TypeAlias = Path | str
 """Where an output is in the end: a path of this machine, or the address of a folder in a store."""
 
 _LONGEST = ".partial.journal"
+_LONGEST_KEY = 900  # bytes; an object's name has at most 1,024, and files have names in the folder
+_ANY_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # no drive, which has one letter
 
 
 def partial_folder(final: Path) -> Path:
@@ -67,7 +70,29 @@ def as_final(named: Final) -> Final:
         ArgumentError: nothing is written to such an address.
         OutlierMergeError: no file can have that name.
     """
-    return _address(named) if isinstance(named, str) and is_address(named) else as_path(named)
+    if isinstance(named, str) and is_address(named):
+        return _address(named)
+    if _ANY_SCHEME.match(str(named)):  # also of an address that was made a path, as `s3:/bucket`
+        raise ArgumentError(
+            f"output {without_secrets(str(named))}: is no address that an output can have. Write "
+            "to a store as the text s3://bucket/name (or gs://, az://), or name a folder; one "
+            "whose name begins so by its whole path"
+        )
+    return as_path(named)
+
+
+def as_local(named: Final, what: str) -> Path:
+    """Return the path that names what is written to this machine alone.
+
+    Raises:
+        ArgumentError: it is an address.
+        OutlierMergeError: no file can have that name.
+    """
+    if isinstance(named, str) and is_address(named):
+        raise ArgumentError(f"output {without_secrets(named)}: {what}")
+    final = as_final(named)
+    assert isinstance(final, Path)
+    return final
 
 
 def _address(named: str) -> str:
@@ -97,6 +122,15 @@ def _address(named: str) -> str:
     if not folder or "?" in folder or "#" in folder or "" in folder.split("/"):
         raise ArgumentError(
             f"output {address}: expected a folder of a bucket: {scheme}://bucket/name"
+        )
+    if any(part in (".", "..") for part in folder.split("/")):
+        raise ArgumentError(f"output {address}: a store has no folders `.` and `..`")
+    if not folder.isprintable():
+        raise ArgumentError(f"output {shown(address)}: has characters that cannot be printed")
+    if len(folder.encode()) > _LONGEST_KEY:
+        raise ArgumentError(
+            f"output {address[:60]}…: its name has {len(folder.encode()):,} bytes, and at most "
+            f"{_LONGEST_KEY} leave room for the names of its files"
         )
     return f"{scheme.lower()}://{rest}"
 

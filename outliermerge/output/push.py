@@ -64,6 +64,11 @@ class Push:
                 f"{self.repo_id}: no token of the hub is here: run `hf auth login` or set "
                 "HF_TOKEN. It must have the right to write."
             )
+        if not token.isascii() or not token.isprintable():
+            raise OutlierMergeError(
+                f"{self.repo_id}: the token of the hub has characters that are in none: run `hf "
+                "auth login` again or set HF_TOKEN to all of the token and nothing else."
+            )
         self._api = hub.HfApi(token=token, library_name="outliermerge")
         self.is_new = self.is_there = False
         self._has_branch = True

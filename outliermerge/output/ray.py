@@ -2,12 +2,11 @@
 
 A task plans the merge again on its machine and writes one part. What has been written is on the
 output's disk, which all machines share: a part whose worker, machine or driver is lost goes on from
-there.
+there. Further tasks read the parts back, each on another machine than the one that wrote it.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,27 +14,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from outliermerge.errors import ArgumentError, argument, shown
+from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.optional import require_ray
-from outliermerge.output.cluster import Tasks, connected, has_gpus, num_at_once, usual_cpus
-from outliermerge.output.journal import entry_of
-from outliermerge.output.names import Final, journal_path, partial_folder, real_output
-from outliermerge.output.options import RunOptions
-from outliermerge.output.parts import (
-    NotWholeError,
-    PartState,
-    checksums_of,
-    join_all,
-    run_part,
-    states_of_all,
+from outliermerge.output.cluster import (
+    Tasks,
+    connected,
+    has_gpus,
+    machines,
+    num_at_once,
+    this_machine,
+    usual_cpus,
 )
+from outliermerge.output.division import part_of
+from outliermerge.output.followed import Followed
+from outliermerge.output.names import Final, partial_folder, real_output
+from outliermerge.output.options import RunOptions
+from outliermerge.output.part_states import NotWholeError, PartState, states_of_all
+from outliermerge.output.parts import checksums_of, join_all, run_part
 from outliermerge.output.run import RunResult, refuse_taken
 from outliermerge.output.writer import OutputWriter
 from outliermerge.planning.moe import held_values, plan_with_values
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.spec.moe import MoeSpec
-from outliermerge.storage.machine import num_threads
 
 _PROGRAM_BYTES = 300_000_000  # of the interpreter, the plan and what is imported
 
@@ -58,6 +60,34 @@ class _Work:
     outputs: tuple[Path, ...]
     num_parts: tuple[int, ...]
     chosen: RunOptions
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What became of a part.
+
+    Attributes:
+        checksums: of its tensors, as they were written.
+        machine: that wrote it.
+    """
+
+    checksums: Mapping[str, str]
+    machine: str
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a task needs to read parts back.
+
+    Attributes:
+        folders: in which the outputs are being written.
+        tensors: of each part.
+        threads: read so many tensors at the same time.
+    """
+
+    folders: tuple[Path, ...]
+    tensors: Mapping[_Part, tuple[OutputTensor, ...]]
+    threads: int
 
 
 def run_on_ray(
@@ -116,11 +146,18 @@ def run_on_ray(
                 else [state.number for state in found if not state.is_whole]
             )
         )
+        driver.read_back(
+            (index, state.number)
+            for index, found in enumerate(states)
+            for state in found or ()
+            if state.is_whole
+        )
         outputs: list[Final] = [real_output(output) for _, output in plans]
         while True:
             worked = time.monotonic() - began
             try:
-                done = join_all(plans, replace(chosen, on_progress=lambda num_bytes: None))
+                quietly = replace(chosen, on_progress=lambda num_bytes: None)
+                done = join_all(plans, quietly, driver.checksums)
                 break
             except NotWholeError as error:
                 index = outputs.index(error.final)
@@ -180,7 +217,11 @@ def _told(
 
 
 class _Driver:
-    """Keeps the parts of outputs as tasks on the cluster until all are written and proven."""
+    """Keeps the parts of outputs as tasks on the cluster until all are written and proven.
+
+    Attributes:
+        checksums: for each output by tensor that of the bytes that were read back.
+    """
 
     def __init__(
         self,
@@ -190,9 +231,10 @@ class _Driver:
         chosen: RunOptions,
     ) -> None:
         self._plans, self._chosen = plans, chosen
-        self._threads = num_threads(0)
-        self._written = [
-            _Written(plan, real_output(output), number)
+        self.checksums: list[dict[str, str]] = [{} for _ in plans]
+        self._parts: dict[_Part, _Written] = {}
+        self._followed = [
+            Followed(plan, real_output(output), number)
             for (plan, output), number in zip(plans, numbers, strict=True)
         ]
         work = _Work(
@@ -209,100 +251,90 @@ class _Driver:
                 cache_size=chosen.cache_size,
             ),
         )
-        self._tasks = Tasks[_Part](
+        self._writing = Tasks[_Part](
             _write_part,
             work,
             needs,
             name=self._name,
-            has_progressed=lambda part: self._written[part[0]].has_grown(part[1]),
+            has_progressed=lambda part: self._followed[part[0]].has_grown(part[1]),
             on_wait=self._advance,
+        )
+        self._reading_needs = {"num_cpus": needs["num_cpus"], "memory": _PROGRAM_BYTES}
+        self._reading = Tasks[_Part](
+            _read_part,
+            _Reading(
+                tuple(partial_folder(real_output(output)) for _, output in plans),
+                {
+                    (index, number): tuple(job.output for job in part_of(plan, number, num_parts))
+                    for index, ((plan, _), num_parts) in enumerate(zip(plans, numbers, strict=True))
+                    for number in range(1, num_parts + 1)
+                },
+                chosen.threads,
+            ),
+            self._reading_needs,
+            name=lambda part: f"reading back {self._name(part)}",
+            has_progressed=lambda part: False,
+            on_wait=lambda: None,
+            place=self._other_machine,
         )
 
     def write(self, parts: Iterable[_Part]) -> None:
-        """Write parts.
+        """Write parts, and read them back; those that arrived with other bytes are written again.
 
         Raises:
             OutlierMergeError: one fails, or is lost too often.
         """
-        self._tasks.run(parts, self._take)
+        left = list(parts)
+        while left:
+            self._writing.run(left, self._take_written)
+            self.read_back(left)
+            left = [part for part in left if self._is_damaged(part)]
+
+    def read_back(self, parts: Iterable[_Part]) -> None:
+        """Read parts back, on other machines than those that wrote them where there are others.
+
+        Raises:
+            OutlierMergeError: a task is lost too often.
+        """
+        self._reading.run(parts, self._take_read)
 
     def _name(self, part: _Part) -> str:
         index, number = part
         of = f" of {shown(self._plans[index][1])}" if len(self._plans) > 1 else ""
-        return f"part {number}/{self._written[index].num_parts}{of}"
+        return f"part {number}/{self._followed[index].num_parts}{of}"
 
     def _advance(self) -> None:
-        self._chosen.on_progress(sum(written.advance() for written in self._written))
+        self._chosen.on_progress(sum(followed.advance() for followed in self._followed))
 
-    def _take(self, part: _Part, checksums: Mapping[str, str]) -> str:
-        """Return why a part that is written must be written again; "" if it arrived well."""
-        damaged = self._damaged(part[0], checksums)
-        if not damaged:
+    def _take_written(self, part: _Part, written: _Written) -> str:
+        self._parts[part] = written
+        for name in written.checksums:
+            self.checksums[part[0]].pop(name, None)
+        return ""
+
+    def _take_read(self, part: _Part, checksums: Mapping[str, str]) -> str:
+        self.checksums[part[0]] |= checksums
+        return ""
+
+    def _other_machine(self, part: _Part) -> str:
+        """Return the machine that reads a part back; "" if all the same."""
+        written, found = self._parts.get(part), machines(self._reading_needs)
+        if written is None or written.machine not in found:
             return ""
-        return (
-            f"{self._name(part)}: {len(damaged)} tensors, such as {shown(damaged[0])}, arrived "
-            "with other bytes than were written"
-        )
+        return found[(found.index(written.machine) + 1) % len(found)]
 
-    def _damaged(self, index: int, checksums: Mapping[str, str]) -> list[str]:
-        """Return the tensors whose bytes, read here, are not those that were written."""
-        plan, output = self._plans[index]
-        jobs = [job for job in plan.jobs if job.name in checksums]
-        writer = OutputWriter(partial_folder(real_output(output)))
-        try:
-            writer.open(plan)  # for each part anew: then the disk's server tells the newest
-            with ThreadPoolExecutor(self._threads) as pool:
-                found = pool.map(lambda job: writer.checksum(job.output), jobs)
-                return [
-                    job.name
-                    for job, checksum in zip(jobs, found, strict=True)
-                    if checksum != checksums[job.name]
-                ]
-        finally:
-            writer.close()
-
-
-class _Written:
-    """Follows what the journals say is written, as the parts' processes add lines to them."""
-
-    def __init__(self, plan: Plan, final: Path, num_parts: int) -> None:
-        self.num_parts = num_parts
-        self._sizes = {job.name: plan.num_work_bytes(job) for job in plan.jobs}
-        names = {0: "", **{n: f"{n}-of-{num_parts}" for n in range(1, num_parts + 1)}}
-        self._paths = {number: journal_path(final, name) for number, name in names.items()}
-        self._read = dict.fromkeys(names, 0)
-        self._seen: set[str] = set()
-        self._grown: set[int] = set()
-
-    def advance(self) -> int:
-        """Return the bytes of work that were done since the last call."""
-        done = 0
-        for number, path in self._paths.items():
-            for line in self._lines(number, path):
-                name = (entry_of(line) or {}).get("tensor")
-                if name in self._sizes and name not in self._seen:
-                    self._seen.add(name)
-                    self._grown.add(number)
-                    done += self._sizes[name]
-        return done
-
-    def has_grown(self, number: int) -> bool:
-        """Tell whether a part has written a tensor since this was asked last."""
-        is_grown = number in self._grown
-        self._grown.discard(number)
-        return is_grown
-
-    def _lines(self, number: int, path: Path) -> list[bytes]:
-        try:
-            with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < self._read[number]:  # it was begun anew
-                    self._read[number] = 0
-                file.seek(self._read[number])
-                whole, newline, _ = file.read().rpartition(b"\n")
-        except OSError:  # it is not there yet, or not any more
-            return []
-        self._read[number] += len(whole) + len(newline)
-        return whole.split(b"\n")
+    def _is_damaged(self, part: _Part) -> bool:
+        """Tell whether a part was read back with other bytes than were written."""
+        read = self.checksums[part[0]]
+        found = self._parts[part].checksums.items()
+        damaged = [name for name, checksum in found if read.get(name) != checksum]
+        if damaged:
+            self._writing.count_loss(
+                part,
+                f"{self._name(part)}: {len(damaged)} tensor(s), such as {shown(damaged[0])}, "
+                "arrived with other bytes than were written",
+            )
+        return bool(damaged)
 
 
 def _again(plan: Plan) -> Callable[[], Plan]:
@@ -312,9 +344,34 @@ def _again(plan: Plan) -> Callable[[], Plan]:
     return partial(make_plan, plan.spec, shard_bytes=plan.shard_bytes)
 
 
-def _write_part(work: _Work, part: _Part) -> dict[str, str]:
-    """Write a part on a machine of the cluster; return the checksums of its tensors."""
+def _write_part(work: _Work, part: _Part) -> _Written:
+    """Write a part on a machine of the cluster."""
     index, number = part
     plan, output, num_parts = work.plans[index](), work.outputs[index], work.num_parts[index]
     run_part(plan, output, number, num_parts, work.chosen)
-    return checksums_of(plan, output, number, num_parts)
+    return _Written(checksums_of(plan, output, number, num_parts), this_machine())
+
+
+def _read_part(work: _Reading, part: _Part) -> dict[str, str]:
+    """Read a part back on a machine of the cluster; return the checksums of its tensors.
+
+    What cannot be read is left out. The driver's machine then tries it, and says what is wrong.
+    """
+    writer = OutputWriter(work.folders[part[0]])
+    tensors = work.tensors[part]
+
+    def checksum(tensor: OutputTensor) -> str:
+        try:
+            return writer.checksum(tensor)
+        except OutlierMergeError:
+            return ""
+
+    try:
+        writer.open_again({tensor.file for tensor in tensors})
+        with ThreadPoolExecutor(work.threads) as pool:
+            found = zip(tensors, pool.map(checksum, tensors), strict=True)
+            return {tensor.name: checksum for tensor, checksum in found if checksum}
+    except OutlierMergeError:
+        return {}
+    finally:
+        writer.close()

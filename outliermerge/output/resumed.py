@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
 from outliermerge.checkpoint.reader import Reader
@@ -36,6 +37,21 @@ def _is_told_by_path(path: Path) -> bool:
         return False
     found = stand_in(path)
     return found is None or bool(found.version)
+
+
+def compared_in(lines: Iterable[Mapping[str, Any]], marks: Mapping[str, list[int]]) -> set[int]:
+    """Return the numbers of the plan's checks that the lines of a journal say were passed.
+
+    Args:
+        marks: of the inputs' files; what was compared when these had others does not count.
+    """
+    found, is_same = set[int](), False
+    for line in lines:
+        if "marks" in line:  # of the process that wrote the next lines
+            is_same = line["marks"] == marks
+        if is_same:
+            found.update(line.get("equal", ()))
+    return found
 
 
 def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> list[str]:

@@ -109,7 +109,11 @@ class RunResult:
 
 
 def run_plans(
-    plans: Sequence[tuple[Plan, Final]], chosen: RunOptions, *, options: Options | None = None
+    plans: Sequence[tuple[Plan, Final]],
+    chosen: RunOptions,
+    *,
+    options: Options | None = None,
+    read_back: Sequence[Mapping[str, str]] | None = None,
 ) -> list[RunResult]:
     """Carry out plans, each into its own output; what they read of the same tensors is read once.
 
@@ -118,6 +122,8 @@ def run_plans(
 
     Args:
         options: those of the plans, if they are not `chosen.on_this_machine()`.
+        read_back: for each output by tensor the checksums of what other machines have read back of
+            an earlier run's bytes; other tensors are read back here.
 
     Raises:
         ArgumentError: an option is wrong, or the memory budget is too small.
@@ -163,8 +169,12 @@ def run_plans(
             from outliermerge.output.load_check import LoadCheck
 
             check = stack.enter_context(LoadCheck.of_plans([plan for plan, _ in plans]))
-        for folder in folders:
-            folder.forget_unfit(allow_non_finite=options.allow_non_finite, threads=options.threads)
+        for folder, checksums in zip(folders, read_back or [{}] * len(folders), strict=True):
+            folder.forget_unfit(
+                allow_non_finite=options.allow_non_finite,
+                threads=options.threads,
+                read_back=checksums,
+            )
         _forget_incomplete(plans, folders, options)
         targets = []
         for (plan, _), folder in zip(plans, folders, strict=True):

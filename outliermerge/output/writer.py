@@ -67,6 +67,16 @@ class OutputWriter:
             self.close()
             raise
 
+    def open_again(self, files: Iterable[str]) -> None:
+        """Open files that are made, to read them back.
+
+        Raises:
+            OutlierMergeError: one cannot be opened.
+        """
+        for file in files:
+            with naming(self._folder / file, "read back"):
+                self._files[file] = open_inside(self._folder, file)
+
     def _open(self, shard: Shard, inputs: set[tuple[int, int]], *, make: bool) -> int:
         path = self._folder / shard.file
         try:

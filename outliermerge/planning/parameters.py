@@ -11,6 +11,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.statistics.base import scope_of
+from outliermerge.methods.table import find_method
 from outliermerge.planning.plan import Job
 from outliermerge.planning.slices import Part
 from outliermerge.spec.check import MergeSpec
@@ -26,6 +27,16 @@ def context_of(name: str, shape: tuple[int, ...], layer: Layer | None, seed: int
     if layer is None:
         return Context(name, shape, seed=seed)
     return Context(name, shape, layer.index, layer.num_layers, seed)
+
+
+def modifiers_for(spec: MergeSpec, context: Context) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Return the modifiers of a tensor: what `find_method` finds each by, and its parameters."""
+    found = []
+    for name, own in spec.modifiers:
+        modifier = find_method(name)
+        chosen = modifier.of(own, context)
+        found.append((name if chosen is modifier else chosen.path, own))
+    return tuple(found)
 
 
 class Parameters:

@@ -28,6 +28,7 @@ from outliermerge.planning.parameters import (
     check_scopes,
     context_of,
     gradients_of,
+    modifiers_for,
     without_unused_filters,
 )
 from outliermerge.planning.plan import Input, Job, Module, Plan, Stacked
@@ -284,7 +285,7 @@ class _Planner:
             job,
             context=context,
             auxiliary=self.auxiliaries.of(original, output.shape, holders),
-            modifiers=self.spec.modifiers_for(context),
+            modifiers=modifiers_for(self.spec, context),
         )
 
     def _drafts(self) -> list[Draft]:

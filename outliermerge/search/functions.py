@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from outliermerge.errors import OutlierMergeError, SpecError, quoted, shown
 from outliermerge.optional import require_torch
 from outliermerge.search.questions import Answers
@@ -81,8 +83,12 @@ class FunctionScorer:
         self._models = LoadedModel(device)
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the function's name."""
-        return {"function": self._name}
+        """Return the function's name, and a hash of its own lines."""
+        try:
+            lines = inspect.getsource(self._function)
+        except (OSError, TypeError):  # it has none
+            lines = ""
+        return {"function": self._name, "lines": xxhash.xxh3_64_hexdigest(lines.encode())}
 
     def learn(self, name: str, parent: Merged) -> None:
         """Take up nothing."""

@@ -19,7 +19,7 @@ def find_scorer(
 
     Args:
         name: the file of a suite, package.module:function, entropy:FILE or agreement:FILE.
-        device: where the models of a function are loaded; a suite names its own.
+        device: where models are loaded; a suite names its own, which another than cpu replaces.
         folder: for the files of a harness.
         threads: of a harness.
         limit: how many questions of each task of a suite there are.
@@ -36,4 +36,8 @@ def find_scorer(
         if limit is not None:
             raise ArgumentError(f"{argument('limit')}: a function has the questions that it has")
         return FunctionScorer(name, device=device)
-    return SuiteScorer(load_suite(name, limit=limit), folder=folder, threads=threads)
+    return SuiteScorer(
+        load_suite(name, limit=limit, device=None if device == "cpu" else device),
+        folder=folder,
+        threads=threads,
+    )

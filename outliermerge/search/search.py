@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.api import plan
-from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path, shown
+from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
+from outliermerge.output.names import as_local
 from outliermerge.output.options import RunOptions
 from outliermerge.search.ledger import Ledger
 from outliermerge.search.parents import parents_of
@@ -113,7 +114,7 @@ def search(
     """
     document = spec.as_dict()
     strategy, points = _strategy(spec, space, wanted)
-    folder = as_path(output).absolute()
+    folder = as_local(output, "a search is written to a folder").absolute()
     with naming(folder, "made"):
         (folder / "work").mkdir(parents=True, exist_ok=True)
     chosen, listener = options or RunOptions(), listener or Listener()

@@ -14,13 +14,13 @@ from typing import Any
 from outliermerge.api import plan
 from outliermerge.arguments import checked, wrong
 from outliermerge.errors import ArgumentError, SpecError, argument, shown
+from outliermerge.output.names import as_local
 from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import set_key
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
-from outliermerge.storage.addresses import is_address, without_secrets
 
 _MAX_OUTPUTS = 1000
 _IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
@@ -170,9 +170,9 @@ def output_of(variant: Variant, output: str | Path | None) -> Path:
         ArgumentError: the argument cannot be the output.
     """
     folder = output or variant.plan.spec.document.output
-    if isinstance(folder, str) and is_address(folder):
-        raise ArgumentError(f"output {without_secrets(folder)}: a sweep is written to folders")
-    named = None if folder is None else Path(folder) / variant.name
+    named = None
+    if folder is not None:
+        named = as_local(folder, "a sweep is written to folders") / variant.name
     path = output_path(variant.plan, named)
     assert isinstance(path, Path)
     return path

@@ -161,15 +161,6 @@ class MergeSpec:
         named = self.document.merge_method
         return named if method is find_method(named) else method.path
 
-    def modifiers_for(self, context: Context) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        """Return the modifiers of a tensor."""
-        found = []
-        for name, own in self.modifiers:
-            modifier = find_method(name)
-            chosen = modifier.of(own, context)
-            found.append((name if chosen is modifier else chosen.path, own))
-        return tuple(found)
-
     @property
     def all_stages(self) -> dict[str, MergeSpec]:
         """The stages that this merge is made of, each after those that it uses."""

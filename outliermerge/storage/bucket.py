@@ -14,7 +14,7 @@ from pathlib import Path
 from outliermerge.errors import OutlierMergeError
 from outliermerge.storage import ranges
 from outliermerge.storage.ranges import State
-from outliermerge.storage.store_objects import advice, lasting, open_store, state_of, words_of
+from outliermerge.storage.store_objects import advice_on, lasting, open_store, state_of, words_of
 
 PART_BYTES, NUM_AT_ONCE = 16 << 20, 8  # of an upload in parts; both are held in memory
 _MOST_PARTS = 9_000  # S3 takes 10,000
@@ -153,9 +153,8 @@ class Bucket:
             raise
         except Exception as error:
             if lasting(error):
-                words = words_of(error)
                 raise OutlierMergeError(
-                    f"{where}: cannot be {what}: {words}. {advice(words)}"
+                    f"{where}: cannot be {what}: {words_of(error)}. {advice_on(error)}"
                 ) from None
             raise OutlierMergeError(
                 f"{where}: cannot be {what}: {words_of(error)}. Is the network there? The same "

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
+_ADVICE = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+_VENDORS = "AWS", "GOOGLE", "AZURE"
 _LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
     r"status code: (3\d\d|4(?!08|25|29)\d\d|50[15])|redirect without LOCATION"
     r"|dns error: .*not known"
@@ -50,6 +52,7 @@ def open_store(
         )
     from obstore.store import from_url
 
+    _check_environment(address)
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.partition('/')[0]}"
     allow_http = any(
@@ -57,7 +60,7 @@ def open_store(
         if name.endswith("_ALLOW_HTTP")
         else "ENDPOINT" in name and value.startswith("http://")  # who sets that means it
         for name, value in os.environ.items()
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))
+        if name.startswith(tuple(f"{vendor}_" for vendor in _VENDORS))
     )
     stalled = timedelta(seconds=ranges.STALL_SECONDS)
     client: ClientConfig = {
@@ -68,8 +71,23 @@ def open_store(
     try:
         store = from_url(root, client_options=client, retry_config=retry_config)
     except Exception as error:  # obstore's errors of wrong settings are of several kinds
-        raise OutlierMergeError(f"{address}: {without_secrets(str(error))}") from error
+        raise OutlierMergeError(f"{address}: {words_of(error)}. {_ADVICE}") from error
     return root, store
+
+
+def _check_environment(address: str) -> None:
+    """Refuse keys with a line's end or the like, at which obstore's client ends in a panic.
+
+    Raises:
+        OutlierMergeError: a variable has such a value, which is not shown.
+    """
+    for name, value in os.environ.items():
+        is_key = name.startswith(tuple(f"{vendor}_" for vendor in _VENDORS))
+        if is_key and name != "GOOGLE_SERVICE_ACCOUNT_KEY" and re.search(r"[\0-\x1f\x7f]", value):
+            raise OutlierMergeError(
+                f"{address}: the environment's {name} has a line's end or another control "
+                "character, as of a file with Windows' ends of lines. Set it without."
+            )
 
 
 class Store:
@@ -139,10 +157,22 @@ class StoreObject:
         except FileNotFoundError:
             return None
         except Exception as error:
+            if "status code: 416" in str(error) and (empty := self._empty()) is not None:
+                return empty, b""
             raise _told(self.address, error) from None
         if len(content) != min(num_bytes, state.num_bytes):
             raise TransientError(f"the answer ends after {len(content):,} bytes")
         return state, content
+
+    def _empty(self) -> State | None:
+        """Return the state of an object without bytes, of which no range can be had."""
+        import obstore
+
+        try:
+            state = state_of(obstore.head(self._store, self._key))
+        except Exception as error:
+            raise _told(self.address, error) from None
+        return None if state.num_bytes else state
 
     def read(self, start: int, stop: int, state: State, write: Write) -> None:
         """Hand the bytes from start to stop (excluded) of a known state to `write`, in order."""
@@ -199,22 +229,21 @@ def words_of(error: Exception) -> str:
     return without_secrets(str(error)).strip().split("\n")[0][:300].rstrip(":. ")
 
 
-def advice(words: str) -> str:
-    """Return what to look at after an error that would come again."""
-    if "status code: 404" in words:
-        return "Is there such a bucket, at that endpoint?"
-    return "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
+def advice_on(error: Exception) -> str:
+    """Return what to do about an error that asking again does not mend."""
+    is_absent = "status code: 404" in words_of(error)
+    return f"Is there such a bucket? {_ADVICE}" if is_absent else _ADVICE
 
 
 def _told(address: str, error: Exception) -> Exception:
     """Return the error for one of obstore's: whether to ask again, and in whose words."""
     from obstore import exceptions
 
-    text = words_of(error)
+    text, advice = words_of(error), advice_on(error)
     if isinstance(error, exceptions.PermissionDeniedError) or "status code: 403" in text:
-        return RefusedError(f"{address}: cannot be read: {text}. {advice(text)}")
+        return RefusedError(f"{address}: cannot be read: {text}. {advice}")
     if lasting(error):
-        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice(text)}")
+        return OutlierMergeError(f"{address}: cannot be read: {text}. {advice}")
     if isinstance(error, (ValueError, exceptions.InvalidPathError)):  # of a name
         return OutlierMergeError(f"{address}: is no valid address: {text}")
     return TransientError(text)

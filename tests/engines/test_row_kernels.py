@@ -44,11 +44,12 @@ def task_of(case: str, num_models: int, codes: str, shape: tuple[int, ...]) -> T
     elif method.with_base is not None:
         method = method.with_base
     parameters = method.resolve(num_models, given)
-    method = method.of(parameters)
+    context = Context("w", shape, seed=1)
+    method = method.of(parameters, context)
     return Task(
         method=method, parameters={key: parameters[key] for key in method.parameters},
         out_dtype=DTYPES["float32"], dtypes=tuple(DTYPES[NAMES[code]] for code in codes),
-        compute_dtype="float32", shape=shape, context=Context("w", shape, seed=1),
+        compute_dtype="float32", shape=shape, context=context,
     )  # fmt: skip
 
 

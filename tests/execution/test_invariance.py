@@ -126,7 +126,7 @@ BY_ROW = ("arcee_fusion", "della", "della_linear")
 ROW_BUDGETS = [(1, "60KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
 RANK_BUDGETS = [(1, "100KB"), (1, "300KB"), (2, "7MB"), (4, "1GB")]
 TENSOR_BUDGETS = [(1, "43MB"), (1, "1GB"), (2, "1GB"), (4, "200MB")]
-MATRIX_BUDGETS = [(1, "80MB"), (2, "1GB"), (4, "320MB")]
+MATRIX_BUDGETS = [(1, "80MB"), (4, "320MB")]
 
 
 def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:

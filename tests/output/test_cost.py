@@ -97,9 +97,9 @@ def test_the_time_is_that_of_what_takes_longest(large: RangeServer) -> None:
         ({"latency_seconds": 16.0}, whole.num_requests + 3),
     ):
         assert cost_of(plan, 1, replace(quick, **slow)).seconds - least == pytest.approx(seconds)
-    # On several machines the output is read back by one of them.
+    # Several machines write the output, and then read it back.
     shared = cost_of(plan, 4, replace(quick, disk_bytes=1e3)).seconds
-    assert shared > 1.25 * plan.num_written_bytes / 1e3
+    assert 0.5 * plan.num_written_bytes / 1e3 < shared < 0.75 * plan.num_written_bytes / 1e3
 
 
 def test_plan_says_what_models_elsewhere_take(

@@ -21,6 +21,8 @@ from hub_uploads import UploadHub
 
 import outliermerge
 from outliermerge.cli.main import main
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.push import Push
 
 TO = "org/merged"
 
@@ -323,3 +325,12 @@ def test_an_output_of_one_file_is_sent_with_its_manifest(
     names = ["one.safetensors", "one.safetensors.outliermerge.json"]
     assert sorted(_contents(hub.repositories[TO])) == names
     assert outliermerge.verify(hub.repositories[TO] / "one.safetensors") == []
+
+
+def test_a_token_that_is_none_is_not_sent(
+    hub: UploadHub, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}é")
+    with pytest.raises(OutlierMergeError, match="characters that are in none") as caught:
+        Push(merged, TO)
+    assert TOKEN not in str(caught.value) and not hub.requests

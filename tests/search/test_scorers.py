@@ -53,11 +53,11 @@ def units_of(folder: Path, suite: Any, output: Path) -> dict[str, dict[str, floa
 
 class TestSuites:
     def test_questions_of_lm_eval_score_as_in_eval(self, texts, tmp_path, in_warm):
-        suite = load_suite(ROOT / "evals" / "tiny-text.yaml", limit=6)
+        suite = load_suite(ROOT / "evals" / "tiny-text.yaml", limit=5)
         scorer = SuiteScorer(suite, folder=tmp_path / "work")
         try:
             whole = scorer.score(model_at(texts / "a"), None)
-            chosen = {"sums": ["4", "1"], "words": ["5"], "bits per byte": ["0", "3"]}
+            chosen = {"sums": ["4", "1"], "words": ["2"], "bits per byte": ["0", "3"]}
             part = scorer.score(model_at(texts / "a"), chosen)
             other = scorer.score(model_at(texts / "b"), {"sums": ["4", "1"]})
         finally:
@@ -75,15 +75,15 @@ class TestSuites:
         from evals.family import data
 
         data.write_test_sets(tmp_path / "data", 5, 12)
-        suite = load_suite(ROOT / "evals" / "tiny.yaml", limit=6, data=str(tmp_path / "data"))
+        suite = load_suite(ROOT / "evals" / "tiny.yaml", limit=4, data=str(tmp_path / "data"))
         scorer = SuiteScorer(suite, folder=tmp_path / "work")
         try:
             whole = scorer.score(model_at(FAMILY / "maths"), None)
-            part = scorer.score(model_at(FAMILY / "maths"), {"mathematics": ["5", "2"]})
+            part = scorer.score(model_at(FAMILY / "maths"), {"mathematics": ["3", "2"]})
         finally:
             scorer.close()
         assert whole == units_of(FAMILY / "maths", suite, tmp_path / "eval")
-        assert part == {"mathematics": {name: whole["mathematics"][name] for name in ("2", "5")}}
+        assert part == {"mathematics": {name: whole["mathematics"][name] for name in ("2", "3")}}
 
     def test_what_goes_wrong_is_told_and_the_next_model_is_scored(self, texts, tmp_path, in_warm):
         suite = load_suite(ROOT / "evals" / "tiny-text.yaml", limit=4)
@@ -99,6 +99,7 @@ class TestSuites:
         finally:
             scorer.close()
 
+    @pytest.mark.faults
     def test_a_search_by_a_suite(self, texts, tmp_path, in_warm, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         models = [{"model": str(texts / name)} for name in ("a", "b")]

@@ -115,15 +115,11 @@ class TestWinner:
 
 
 class TestTrials:
-    def test_a_search_that_goes_on_tries_what_one_in_a_go_does(self, place):
-        assert search("--sampler", "cmaes", "--trials", "5", output="whole") == 0
-        for trials in ("2", "5"):
-            assert search("--sampler", "cmaes", "--trials", trials) == 0
-        assert tried("out") == tried("whole")
-        assert len({json.dumps(point) for point, *_ in tried("out")}) == 5
-
     # More than TPE draws at random, and than a generation of NSGA-II.
-    @pytest.mark.parametrize(("sampler", "number"), [("tpe", 12), ("cmaes", 6), ("nsga2", 18)])
+    @pytest.mark.parametrize(
+        ("sampler", "number"), [("tpe", 12), ("cmaes", 6),
+                              pytest.param("nsga2", 18, marks=pytest.mark.faults)],
+    )  # fmt: skip
     def test_what_a_trial_is_depends_on_those_before_and_on_its_number(
         self, sampler, number, tmp_path
     ):
@@ -177,8 +173,10 @@ class TestTrials:
         time.sleep(0.5)  # it is at the fourth, which takes for ever
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert search("--trials", "5", suite="scored:slow") == 0
+        for trials in ("4", "5"):  # and again with more
+            assert search("--trials", trials, suite="scored:slow") == 0
         assert tried("out") == tried("whole")
+        assert len({json.dumps(point) for point, *_ in tried("out")}) == 5
 
     def test_hopeless_trials_are_stopped_after_a_part_of_the_questions(self, place):
         assert search("--trials", "9", "--sampler", "random") == 0
@@ -304,9 +302,9 @@ class TestProcesses:
     def test_several_share_the_trials_of_a_folder(self, place, monkeypatch, capfd):
         here = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
         monkeypatch.setenv("PYTHONPATH", here)
-        assert search("--trials", "8", "--jobs", "2", suite="scored:unhurried") == 0
+        assert search("--trials", "5", "--jobs", "2", suite="scored:unhurried") == 0
         found = result()
-        assert [trial["number"] for trial in found["trials"]] == list(range(1, 9))
+        assert [trial["number"] for trial in found["trials"]] == list(range(1, 6))
         assert all(trial["state"] != "running" for trial in found["trials"])
         assert "failed" not in capfd.readouterr().err
         assert not list(Path("out/work").glob("*.process"))

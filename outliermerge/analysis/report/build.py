@@ -21,7 +21,7 @@ from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_path
 from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
-from outliermerge.output.names import manifest_path
+from outliermerge.output.names import as_local, manifest_path
 from outliermerge.output.replaceable import refuse_foreign
 from outliermerge.storage.addresses import is_address
 from outliermerge.storage.files import write_whole
@@ -72,7 +72,8 @@ def build_report(
     """
     named = [str(each) for each in ([models] if isinstance(models, (str, Path)) else models)]
     named = [str(resolve(each)) if is_address(each) else each for each in named]
-    output, png = as_path(output), None if png is None else as_path(png)
+    output = as_local(output, "a page is written to this machine")
+    png = None if png is None else as_path(png)
     if not 1 <= t <= 5:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not named:

@@ -139,6 +139,7 @@ class Search:
         num_bins: how many bins.
         chunks: the chunks that are read; None for all.
         whole: for a sample, the search on the whole tensor that follows.
+        narrow: look at values rounded to float32, because tensors of a model have several dtypes.
     """
 
     num_models: int
@@ -150,6 +151,7 @@ class Search:
     num_bins: int = 1 << (_DIGIT_BITS - 1)  # the sign bit is always 0
     chunks: tuple[int, ...] | None = None
     whole: Search | None = None
+    narrow: bool = False
 
 
 class Select:
@@ -164,6 +166,7 @@ class Select:
         self.chunks: Sequence[int] | None = search.chunks
         self._lows = search.lows or (0,) * len(search.ranks)
         self._num_bits = 32
+        self._widths: set[int] = set()
         self._lock = threading.Lock()
         # One more bin counts all magnitudes above the others. Kernels count into these arrays.
         self._counts: list[numpy.ndarray[Any, Any] | None] = [
@@ -178,7 +181,9 @@ class Select:
     def measure(self, block_ME: Tensor) -> None:
         import torch
 
+        block_ME = block_ME.float() if self.search.narrow else block_ME
         self._num_bits = 8 * block_ME.element_size()
+        self._widths.add(self._num_bits)
         integer = torch.int32 if self._num_bits == 32 else torch.int64
         num_bins, shift = self.search.num_bins, self._shift()
         for place, total in enumerate(self._counts):
@@ -192,6 +197,7 @@ class Select:
                 total += counts.astype("uint64")
 
     def measure_raw(self, kernels: Any, block: RawBlock) -> None:
+        self._widths.add(32)
         kernels.histogram(block, self._lows, self._shift(), tuple(self._counts))
 
     def add(self, share: None) -> None:
@@ -202,11 +208,13 @@ class Select:
         return Select(search)
 
     def finish(self) -> Pass | list[Any]:
+        search = self.search
+        if len(self._widths) > 1:
+            return self.again(replace(search, narrow=True))
         found = [
             None if rank is None else self._find(place, rank)
-            for place, rank in enumerate(self.search.ranks)
+            for place, rank in enumerate(search.ranks)
         ]
-        search = self.search
         if search.whole is not None:
             if self._num_bits != 32:
                 return self.again(search.whole)
