@@ -60,7 +60,7 @@ def open_store(
         if name.endswith("_ALLOW_HTTP")
         else "ENDPOINT" in name and value.startswith("http://")  # who sets that means it
         for name, value in os.environ.items()
-        if name.partition("_")[0] in _VENDORS
+        if name.startswith(tuple(f"{vendor}_" for vendor in _VENDORS))
     )
     stalled = timedelta(seconds=ranges.STALL_SECONDS)
     client: ClientConfig = {

@@ -130,6 +130,16 @@ def test_after_the_merge_the_check_that_is_waited_for_takes_the_place_of_100_per
         assert not is_terminal or ("merged" in shown(bar) and "checking" not in shown(bar))
 
 
+def test_until_the_first_bytes_ray_is_waited_for(monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", False)
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+    with MergeBar(1000, 1, quiet=False, on_ray=True) as bar:
+        bar.advance(0)
+        assert bar._bar.line(time.monotonic()).startswith("waiting for Ray")
+        bar.advance(500)
+        assert bar._bar.line(time.monotonic()).startswith("merging")
+
+
 def test_a_long_wait_without_a_terminal_is_told_in_a_line(monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)

@@ -468,7 +468,10 @@ def test_parts_write_whole_files_and_are_joined(
     assert main([*join]) == 1
     assert "part 2/2 lacks 4 of 8 tensors" in capsys.readouterr().err
     assert main([*run, "--part", "2/2"]) == 0
+    capsys.readouterr()
     assert main([*join]) == 0
+    said = capsys.readouterr().out  # what is not read back is not said to be
+    assert "each weight file of the size and ETag that its part noted" in said
     local = _run(spec_of(models), "local")
     assert server.objects(OUT) == files_of(Path(local.output))
 
