@@ -613,7 +613,7 @@ def test_what_is_wrong_with_a_store_is_told_in_one_line(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "Is there such a bucket?" in said("s3://absent/merged")
+    assert "Is there such a bucket, at that endpoint?" in said("s3://absent/merged")
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     assert "Account must be specified. Which keys are used" in said("az://bucket/merged")
     for name in ("AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
