@@ -159,8 +159,9 @@ _HOMES = {
 
 _COMMANDS = {
     "completion": "", "configs": "", "convert_config": "", "eval": "",
-    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "report": "build_report",
-    "schema": "", "stats": "weight_stats", "tokenizer": "transplant",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "push": "",
+    "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
+    "tokenizer": "transplant",
 }  # fmt: skip
 """Commands of the program that have another name here, or no function."""
 
