@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from models_elsewhere import NAMES, spec_of, weights_of
-from range_server import RangeServer, _Handler
+from range_server import Handler, RangeServer
 
 import outliermerge
 from outliermerge.checkpoint.folders import remote
@@ -28,12 +28,12 @@ def test_models_whose_addresses_differ_only_in_keys_are_not_mixed_up(
     for name, file in files.items():
         shutil.copy(bucket / name / "model-00001-of-00002.safetensors", file)
 
-    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+    def get(handler: Any, get: Any = Handler.do_GET) -> None:
         name = parse_qs(urlsplit(handler.path).query)["key"][0]
         handler.path = f"/bucket/{name}.safetensors"
         get(handler)
 
-    monkeypatch.setattr(_Handler, "do_GET", get)
+    monkeypatch.setattr(Handler, "do_GET", get)
     made = []
     for number, at in enumerate((files.get, f"{served.url}/m.safetensors?key={{}}".format)):
         spec = spec_of("", "ties")
@@ -49,11 +49,11 @@ def test_without_versions_what_was_written_again_is_read_again(
 ) -> None:
     """Also where all files keep their sizes: a header that is kept would give wrong tensors."""
 
-    def send(handler: Any, name: str, value: str, send: Any = _Handler.send_header) -> None:
+    def send(handler: Any, name: str, value: str, send: Any = Handler.send_header) -> None:
         if name != "Last-Modified":
             send(handler, name, value)
 
-    monkeypatch.setattr(_Handler, "send_header", send)
+    monkeypatch.setattr(Handler, "send_header", send)
     served.has_versions = False
     bucket = served.folder / "bucket"
     shards = [bucket / name / "model-00001-of-00002.safetensors" for name in NAMES]
@@ -104,7 +104,7 @@ def test_what_is_no_address_is_refused(own_cache: Path, address: str, said: str)
 def test_a_redirect_to_what_is_no_address_is_refused(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
-    monkeypatch.setattr(_Handler, "do_GET", lambda handler: _redirect(handler, location))
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: _redirect(handler, location))
     with pytest.raises(OutlierMergeError, match="leads to what is no valid address"):
         outliermerge.plan(spec_of(served.url, "linear"))
 
@@ -112,7 +112,7 @@ def test_a_redirect_to_what_is_no_address_is_refused(
 def test_a_redirect_on_the_same_host_keeps_the_user(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+    def get(handler: Any, get: Any = Handler.do_GET) -> None:
         if handler.path.startswith("/old/"):
             _redirect(handler, f"{served.url}/bucket/{handler.path[5:]}")
         elif "Authorization" in handler.headers:
@@ -120,7 +120,7 @@ def test_a_redirect_on_the_same_host_keeps_the_user(
         else:
             handler._say(401, b"")
 
-    monkeypatch.setattr(_Handler, "do_GET", get)
+    monkeypatch.setattr(Handler, "do_GET", get)
     at = served.url.replace("//", "//me:c0ffee@") + "/old"
     assert outliermerge.plan(spec_of(at, "linear")).num_read_bytes
 
@@ -136,10 +136,10 @@ def _redirect(handler: Any, location: str) -> None:
 def test_lengths_that_no_file_has_are_refused(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch, length: str
 ) -> None:
-    def send(handler: Any, name: str, value: str, send: Any = _Handler.send_header) -> None:
+    def send(handler: Any, name: str, value: str, send: Any = Handler.send_header) -> None:
         send(handler, name, f"bytes 0-9/{length}" if name == "Content-Range" else value)
 
-    monkeypatch.setattr(_Handler, "send_header", send)
+    monkeypatch.setattr(Handler, "send_header", send)
     with pytest.raises(OutlierMergeError, match="without saying which range"):
         outliermerge.plan(spec_of(f"{served.url}/bucket", "linear"))
 
@@ -147,13 +147,13 @@ def test_lengths_that_no_file_has_are_refused(
 def test_a_page_in_place_of_404_is_no_file(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+    def get(handler: Any, get: Any = Handler.do_GET) -> None:
         if (served.folder / handler.path.strip("/")).is_file():
             get(handler)
         else:
             handler._say(200, b"<!DOCTYPE html><html>Nothing is here.</html>")
 
-    monkeypatch.setattr(_Handler, "do_GET", get)
+    monkeypatch.setattr(Handler, "do_GET", get)
     local = outliermerge.run(spec_of(str(served.folder / "bucket"), "linear"), output="local")
     there = outliermerge.run(spec_of(f"{served.url}/bucket", "linear"), output="there")
     assert weights_of(there.output) == weights_of(local.output)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from models_elsewhere import INDEX, NAMES, spec_of, weights_of
-from range_server import RangeServer, _Handler
+from range_server import Handler, RangeServer
 
 import outliermerge
 from outliermerge.cli.main import main
@@ -42,7 +42,7 @@ def _at(form: str, server: RangeServer) -> str:
 def _forbidding(monkeypatch: pytest.MonkeyPatch, server: RangeServer, *, after: int = 1000) -> None:
     """Let the server answer 403 where a store that may not be listed does, or to all some time."""
 
-    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+    def get(handler: Any, get: Any = Handler.do_GET) -> None:
         parts = urlsplit(handler.path)
         path = server.folder / parts.path.strip("/")
         if "list-type" in parts.query or not path.is_file() or len(server.headers) >= after:
@@ -51,7 +51,7 @@ def _forbidding(monkeypatch: pytest.MonkeyPatch, server: RangeServer, *, after: 
         else:
             get(handler)
 
-    monkeypatch.setattr(_Handler, "do_GET", get)
+    monkeypatch.setattr(Handler, "do_GET", get)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -101,12 +101,12 @@ def test_what_cannot_pass_is_asked_once(served: RangeServer, address: str, said:
 def test_an_encoding_is_refused_at_once(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def send(handler: Any, name: str, value: str, send: Any = _Handler.send_header) -> None:
+    def send(handler: Any, name: str, value: str, send: Any = Handler.send_header) -> None:
         send(handler, name, value)
         if name == "ETag":
             send(handler, "Content-Encoding", "gzip")
 
-    monkeypatch.setattr(_Handler, "send_header", send)
+    monkeypatch.setattr(Handler, "send_header", send)
     with pytest.raises(OutlierMergeError, match="answers in the encoding gzip"):
         outliermerge.plan(spec_of(f"{served.url}/bucket", "linear"))
 
@@ -169,13 +169,13 @@ def test_an_index_may_name_files_from_here(served: RangeServer, form: str) -> No
 def test_a_merge_whose_signatures_are_renewed_goes_on(
     served: RangeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def get(handler: Any, get: Any = _Handler.do_GET) -> None:
+    def get(handler: Any, get: Any = Handler.do_GET) -> None:
         if f"X-Amz-Signature={signature}" in handler.path:
             get(handler)
         else:
             handler._say(403, b"")
 
-    monkeypatch.setattr(_Handler, "do_GET", get)
+    monkeypatch.setattr(Handler, "do_GET", get)
     signature = "first"
     bucket = served.folder / "bucket"
     for name in NAMES:
