@@ -181,7 +181,7 @@ def test_other_commands_point_to_this_one(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["plan"], []])
-def test_a_file_for_mergekit_evolve_is_pointed_to_sweep(arguments, tmp_path, capsys):
+def test_a_file_for_mergekit_evolve_is_pointed_to_search(arguments, tmp_path, capsys):
     file = tmp_path / "evolve.yaml"
     file.write_text("genome:\n  models: [a, b]\n  merge_method: linear\ntasks: []\n")
     assert cli([*arguments, str(file), str(tmp_path / "out")]) == 2
