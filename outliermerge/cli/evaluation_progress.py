@@ -9,16 +9,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 
+from outliermerge.cli.terminal import counting_bars
 from outliermerge.errors import readable, shown
 from outliermerge.evaluation.evaluate import Listener
 from outliermerge.evaluation.scores import Failure, Score
@@ -37,16 +30,7 @@ class EvaluationProgress(Listener):
     ) -> None:
         self._harness, self._quiet = harness, quiet
         self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
+        self._bars = counting_bars(self._console, quiet=quiet)
         self._all = self._bars.add_task("models × tasks", total=len(tasks) * len(models))
         self._hashed = self._bars.add_task("MB of models hashed", total=None, visible=False)
         self._rows: dict[str, TaskID] = {}

@@ -8,15 +8,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from outliermerge.cli.terminal import counting_bars
 from outliermerge.errors import readable
 from outliermerge.search.questions import Sample
 from outliermerge.search.result import settings_text
@@ -34,16 +27,7 @@ class SearchProgress(Listener):
     def __init__(self, *, quiet: bool = False, on_begun: Callable[[], None] = lambda: None) -> None:
         self._on_begun = on_begun
         self._quiet, self._console = quiet, Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
+        self._bar = counting_bars(self._console, quiet=quiet)
         self._task = self._bar.add_task("search", total=None)
         self._best: tuple[float, int] | None = None
 

@@ -44,6 +44,22 @@ def progress_bar(
     return progress.Progress(*_columns(counted), console=console, disable=quiet)
 
 
+def counting_bars(console: Console, *, quiet: bool) -> Progress:
+    """Return bars with the number done and the time left, shown at a terminal only."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+
+
 def _columns(counted: str) -> list[ProgressColumn]:
     from rich import progress
 
