@@ -5,8 +5,10 @@
 
 #include "convert.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 enum { WIDTH = 8 };
 #elif defined(__AVX2__)
 enum { WIDTH = 4 };
