@@ -10,7 +10,7 @@ from outliermerge.cli.parts import Command, add_json, add_machine, count, print_
 from outliermerge.cli.search_helpers import Helpers
 from outliermerge.cli.shipped import find_file
 from outliermerge.cli.specs import STANDARD_INPUT, read_spec
-from outliermerge.errors import ArgumentError, argument, as_path, printable
+from outliermerge.errors import ArgumentError, argument, printable
 
 _SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
 _STRATEGIES = ("sampler", "greedy-soup", "prune")
@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
     require_search()
     from outliermerge.cli.search_progress import SearchProgress
+    from outliermerge.output.names import as_local
     from outliermerge.output.options import RunOptions
     from outliermerge.search.scorers import find_scorer
     from outliermerge.search.search import Wanted, search
@@ -100,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs > 1 and (options.spec == STANDARD_INPUT or options.strategy != "sampler"):
         what = "the standard input" if options.spec == STANDARD_INPUT else options.strategy
         raise ArgumentError(f"{argument('jobs')}: {what} is for one process")
+    output = as_local(options.output, "a search is written to a folder")
     device = "cuda:0" if options.jobs > 1 and options.device == "cuda" else options.device
     spec = read_spec(options)
     space = None if options.space is None else load_space(options.space)
@@ -113,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     scorer = find_scorer(
         options.suite if ":" in options.suite else find_file(options.suite, "suite"),
         device=device,
-        folder=as_path(options.output) / "work",
+        folder=output / "work",
         limit=options.limit,
     )
     with (
@@ -124,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
             spec,
             space,
             scorer,
-            output=options.output,
+            output=output,
             wanted=wanted,
             options=RunOptions(device=device, threads=options.threads),
             listener=progress,
@@ -133,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(found.as_dict())
     else:
         print(printable(found.as_markdown()))
-        say(f"wrote {options.output}: best.yaml, search.md, result.json", file=sys.stderr)
+        say(f"wrote {output}: best.yaml, search.md, result.json", file=sys.stderr)
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from outliermerge.errors import as_path
 from outliermerge.storage.machine import kill_all
 
 _PASSED_ON = ("space", "suite", "trials", "sampler", "strategy", "questions", "limit", "seed",
@@ -32,7 +33,7 @@ class Helpers:
 
     def start(self) -> None:
         """Start them."""
-        folder = Path(self._options.output) / "work"
+        folder = as_path(self._options.output) / "work"
         for number in range(2, self._options.jobs + 1):
             log = folder / f"process-{number}.log"
             with log.open("wb") as file:
