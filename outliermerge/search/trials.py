@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import statistics
 import time
 import uuid
@@ -10,11 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import quote
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.search.samplers import distribution_of
@@ -24,6 +26,8 @@ from outliermerge.storage.system import lock
 TRIALS_NAME = "trials.sqlite"
 STUDY = "search"
 """The study's name in the file."""
+# Of the database, and of values in it that are not what was written.
+_ERRORS = (SQLAlchemyError, sqlite3.Error, OptunaError, ValueError, KeyError)
 _OWNER, _REASON, _TAKEN = "process", "reason", "taken"
 _WAIT_SECONDS = 0.1
 _BUSY_SECONDS = 120  # that a process waits for another that writes the file
@@ -137,7 +141,6 @@ class Trials:
         self._path, self._work = folder / TRIALS_NAME, folder / "work"
         self._work.mkdir(parents=True, exist_ok=True)
         self._name = uuid.uuid4().hex
-        self._own = _locked(self._work / f"{self._name}.process")
         self.at_work: dict[int, Running] = {}
         with self.using(), exclusive(self._work / "ask.lock"):
             self.study = optuna.create_study(
@@ -146,6 +149,7 @@ class Trials:
                 directions=["maximize"] * num_objectives,
                 load_if_exists=True,
             )
+        self._own = _locked(self._work / f"{self._name}.process")
 
     @contextmanager
     def using(self) -> Iterator[None]:
@@ -154,7 +158,7 @@ class Trials:
             yield
         except OutlierMergeError:
             raise
-        except Exception as error:  # of SQLAlchemy, sqlite and Optuna, which share no class
+        except _ERRORS as error:
             said = str(error).partition("\n")[0]
             raise OutlierMergeError(
                 f"{self._path}: cannot be used: {shown(said, 300)}. If it is damaged, remove it: "
@@ -269,10 +273,12 @@ def _plain(trial: FrozenTrial) -> Trial:
 
 def storage_of(folder: Path) -> optuna.storages.RDBStorage:
     """Return the storage of a search's folder."""
-    path = quote(str((folder / TRIALS_NAME).absolute()))  # signs in it may be special in an address
+    path = (folder / TRIALS_NAME).absolute()  # in an address, some signs of it would be special
     return optuna.storages.RDBStorage(
-        f"sqlite:///file:{path}?uri=true",
-        engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
+        f"sqlite:///{TRIALS_NAME}",
+        engine_kwargs={
+            "creator": lambda: sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+        },
     )
 
 
