@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-minilm eval eval-paper study study-peft evidence weight-tables test test-gpu test-interop \
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft evidence search-language weight-tables test test-gpu test-interop \
 	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
@@ -49,6 +49,9 @@ evidence: $(VENV)/.dev ## train, merge and score three families of models for fi
 	@$(IN_VENV) $(BIN)/python evals/evidence/run.py encoder
 	@$(IN_VENV) $(BIN)/python evals/evidence/results.py
 	@$(IN_VENV) $(BIN)/python evals/evidence/page.py
+
+search-language: $(VENV)/.dev ## search merges of small language models, and confirm on other pages (half an hour)
+	@$(IN_VENV) $(BIN)/python evals/evidence/searched.py
 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
