@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--rate: found {options.rate}, expected more than 0")
     if options.small and (options.data or options.model != parser.get_default("model")):
         parser.error("--small makes its own model and data: leave out --model and --data")
+
+
+def hush() -> None:
+    """Let transformers and peft say nothing of their own but errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # peft asks transformers by a name that it has given up.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, quoted
 
 SOURCE = "https://github.com/AGI-Edgerunners/LLM-Adapters"
 TRAINING = "ft-training_set/commonsense_170k.json"
@@ -57,7 +57,7 @@ def read_test(folder: str, task: str) -> list[Row]:
         _expect_text(row, "instruction", path, number)
         if row.get("answer") not in words:
             raise OutlierMergeError(
-                f"{path}: row {number}: answer is {shown(row.get('answer'))}, expected "
+                f"{path}: row {number}: answer is {quoted(row.get('answer'))}, expected "
                 f"{' or '.join(words)}"
             )
     return rows
@@ -74,14 +74,14 @@ def _read(path: Path) -> list[Row]:
     except ValueError as error:
         raise OutlierMergeError(f"{path}: is not JSON ({error})") from error
     if not isinstance(rows, list) or not rows:
-        raise OutlierMergeError(f"{path}: found {shown(rows)}, expected a list of rows")
+        raise OutlierMergeError(f"{path}: found {quoted(rows)}, expected a list of rows")
     return rows
 
 
 def _expect_text(row: Any, key: str, path: Path, number: int) -> None:
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise OutlierMergeError(f"{path}: row {number}: {key} is {shown(value)}, expected a text")
+        raise OutlierMergeError(f"{path}: row {number}: {key} is {quoted(value)}, expected a text")
 
 
 def prompt(row: Row) -> str:

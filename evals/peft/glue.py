@@ -14,7 +14,7 @@ import torch
 
 from evals.peft.runs import first_line
 from evals.peft.study import Texts
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, quoted
 
 HUB = "nyu-mll/glue"
 Row = dict[str, Any]
@@ -178,11 +178,11 @@ def _from_file(path: Path) -> tuple[list[Row], list[str]]:
 
 def _check(row: Any, task: Task, place: str) -> None:
     if not isinstance(row, dict):
-        raise OutlierMergeError(f"{place}: found {shown(row)}, expected an object")
+        raise OutlierMergeError(f"{place}: found {quoted(row)}, expected an object")
     for key in task.texts:
         if not isinstance(row.get(key), str):
             raise OutlierMergeError(
-                f"{place}: {key} is {shown(row.get(key))}, expected a text; {task.title}'s rows "
+                f"{place}: {key} is {quoted(row.get(key))}, expected a text; {task.title}'s rows "
                 f"have {', '.join(task.texts)} and label"
             )
     label = row.get("label")
@@ -194,10 +194,10 @@ def _check(row: Any, task: Task, place: str) -> None:
     is_number = isinstance(label, (int, float)) and not isinstance(label, bool)
     if task.num_labels == 1:
         if not is_number or not math.isfinite(label):
-            raise OutlierMergeError(f"{place}: label is {shown(label)}, expected a number")
+            raise OutlierMergeError(f"{place}: label is {quoted(label)}, expected a number")
     elif not is_number or label not in range(task.num_labels):
         raise OutlierMergeError(
-            f"{place}: label is {shown(label)}, expected 0 to {task.num_labels - 1}"
+            f"{place}: label is {quoted(label)}, expected 0 to {task.num_labels - 1}"
         )
 
 

@@ -28,7 +28,9 @@ def table2(folder: Path) -> tuple[str, str]:
             size = NUM_TRAIN if split == "train" else NUM_TEST
             rows = [_glue_row(task, f"{name}/{split}", number) for number in range(size)]
             _write(data / name / f"{split}.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
-    size = _save_tokenizer(model, (*GOOD, *BAD, *OTHER), "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]")
+    size = _save_tokenizer(
+        model, (*GOOD, *BAD, *OTHER), "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]"
+    )
     torch.manual_seed(0)
     config = DebertaV2Config(
         vocab_size=size,
@@ -46,6 +48,7 @@ def table2(folder: Path) -> tuple[str, str]:
         norm_rel_ebd="layer_norm",
         position_biased_input=False,
         pooler_hidden_size=32,
+        initializer_range=0.2,  # so large that texts differ and can be told apart
     )
     DebertaV2Model(config).save_pretrained(model)
     return str(model), str(data)

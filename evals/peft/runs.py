@@ -305,7 +305,9 @@ def _restore(
 ) -> None:
     shapes = {name: parameter.shape for name, parameter in trained.items()}
     if {name: tensor.shape for name, tensor in state["trained"].items()} != shapes:
-        raise OutlierMergeError(f"{path} is of another model. Remove it to train from the beginning")
+        raise OutlierMergeError(
+            f"{path} is of another model. Remove it to train from the beginning"
+        )
     for name, parameter in trained.items():
         parameter.data.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])

@@ -41,6 +41,8 @@ from outliermerge import rng  # noqa: E402
 RESULTS, TABLE = Path(__file__).with_name("results.json"), Path(__file__).with_name("README.md")
 SOURCES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 MATRICES = ["query", "key", "value", "dense"]
+# The states that are rated do not pass the pooler.
+WHERE = {"target_modules": MATRICES, "exclude_modules": ["pooler.dense"]}
 MARKS = ("<!-- results -->\n", "<!-- end of results -->\n")
 
 
@@ -53,17 +55,13 @@ class Arm:
     kind: str = "none"
     keys: Mapping[str, Any] = field(default_factory=dict)
 
-    def adapt(
-        self, encoder: nn.Module, seed: int, targets: Sequence[str] = MATRICES
-    ) -> nn.Module:
-        """Return the encoder with what this arm trains of it; targets are the names of matrices."""
+    def adapt(self, encoder: nn.Module, seed: int, where: Mapping[str, Any] = WHERE) -> nn.Module:
+        """Return the encoder with what this arm trains of it; `where` are keys of adapters."""
         import peft
 
         from outliermerge.peft import NoiseConfig, ScaledLoraConfig
 
         encoder.requires_grad_(self.kind == "full")
-        # The states that are rated do not pass the pooler.
-        where = {"target_modules": list(targets), "exclude_modules": ["pooler.dense"]}
         if self.kind == "noise":
             return peft.get_peft_model(encoder, NoiseConfig(**where, seed=seed))
         if self.kind == "lora":
@@ -283,9 +281,9 @@ def study(
 
 
 def mean_and_error(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Return the mean and its standard error, std(ddof=1) / √n, as a text; of one value no error."""
-    if len(values) == 1:
-        return f"{values[0]:{sign}.{digits}f}"
+    """Return the mean and its standard error, std(ddof=1) / √n, where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.{digits}f}" if values else "–"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):{sign}.{digits}f} ± {error:.{digits}f}"
 

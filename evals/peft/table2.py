@@ -32,11 +32,12 @@ from evals.peft.study import Arm, Texts, mean_and_error
 from outliermerge.errors import OutlierMergeError
 
 MODEL, TYPE = "microsoft/deberta-v3-base", "deberta-v2"
-TARGETS = ("query_proj", "key_proj", "value_proj", "dense")  # Q, K, V, O, up, down
+TARGETS = ["query_proj", "key_proj", "value_proj", "dense"]  # Q, K, V, O, up, down
+WHERE = {"target_modules": TARGETS}
 HEAD = ("pooler.", "classifier.")
 BATCH, WARMUP, SEEDS = 32, 0.1, (1, 2, 3, 4, 5)
 FULL_RATE = 2e-5  # the paper has none for training all parameters
-SMALL = Recipe("", "", 1e-2, batch=8, epochs=2, warmup=WARMUP, max_tokens=32)
+SMALL = Recipe("", "", 1e-2, batch=8, epochs=3, warmup=WARMUP, max_tokens=32)
 SMALL_TASKS, SMALL_SEEDS = ("cola", "stsb"), (1, 2)
 
 METHODS = {
@@ -58,7 +59,7 @@ PAPER = {
 
 
 class Spectral(nn.Module):
-    """U · relu(σ + δ) · V in place of a weight U · σ · V; δ is trained (SVDiff, arXiv 2303.11305)."""
+    """U · relu(σ + δ) · V in place of a weight U · σ · V, with δ trained (arXiv 2303.11305)."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -138,8 +139,8 @@ def load_model(name: str, task: glue.Task, seed: int) -> nn.Module:
     head = {each for each, _ in model.named_parameters() if each.startswith(HEAD)}
     if absent := sorted(new - head):
         raise OutlierMergeError(
-            f"--model {name}: has no {absent[0]} (and {len(absent) - 1} others): it would be trained "
-            "from random weights. Name a whole pretrained DeBERTa"
+            f"--model {name}: has no {absent[0]} (and {len(absent) - 1} others), which would be "
+            "trained from random values. Name a whole pretrained DeBERTa"
         )
     if present := sorted(head - new):
         raise OutlierMergeError(
@@ -150,7 +151,7 @@ def load_model(name: str, task: glue.Task, seed: int) -> nn.Module:
 
 
 def adapt(model: Any, method: str, seed: int) -> int:
-    """Freeze what a method does not train; return how many parameters it trains besides the head."""
+    """Freeze what a method does not train; return the number of what it trains of the encoder."""
     arm, name, encoder = METHODS[method], model.base_model_prefix, model.base_model
     if arm.kind == "svdiff":
         encoder.requires_grad_(False)
@@ -158,13 +159,13 @@ def adapt(model: Any, method: str, seed: int) -> int:
             spectral = Spectral(layer.weight.data)
             nn.utils.parametrize.register_parametrization(layer, "weight", spectral)
     elif arm.kind == "gaussian":
-        encoder = METHODS["noise"].adapt(encoder, seed, TARGETS)
+        encoder = METHODS["noise"].adapt(encoder, seed, WHERE)
         for layer in encoder.modules():
             if hasattr(layer, "scaled_noise_s"):
                 layer.base_layer.weight.data.zero_()
                 layer.scaled_noise_s["default"].data.fill_(1.0)
     else:
-        encoder = arm.adapt(encoder, seed, TARGETS)
+        encoder = arm.adapt(encoder, seed, WHERE)
     setattr(model, name, encoder)
     return sum(p.numel() for p in encoder.parameters() if p.requires_grad)
 
@@ -239,18 +240,18 @@ def table(found: Mapping[Key, Mapping[str, Any]]) -> str:
         if own:
             counts = sorted({run["num_trained"] for run in own.values()})
             cells = [arm.title, " / ".join(f"{count:,}" for count in counts)]
-            cells += [mean_and_error([*each.values()]) if each else "–" for each in scores.values()]
+            cells += [mean_and_error([*each.values()]) for each in scores.values()]
             shared = set.intersection(*(set(each) for each in scores.values()))
             means = [statistics.fmean(each[s] for each in scores.values()) for s in sorted(shared)]
-            lines.append("| " + " | ".join([*cells, mean_and_error(means) if means else "–"]) + " |")
+            lines.append("| " + " | ".join([*cells, mean_and_error(means)]) + " |")
         if own and method in PAPER:
             count, *cited = PAPER[method]
             lines.append(f"| *paper* | {count} | " + " | ".join(f"{s:.2f}" for s in cited) + " |")
     seeds = len({key[2] for key in found})
     return "\n".join(lines) + (
-        f"\n\nMean of {seeds} {'seed' if seeds == 1 else 'seeds'} ± one standard error, of the last "
-        "weights on the development set; parameters are without the head's. Matthews's correlation "
-        "of CoLA, the mean of Pearson's and Spearman's of STS-B, otherwise accuracy. *Paper*: "
+        f"\n\nMean of {seeds} {'seed' if seeds == 1 else 'seeds'} ± one standard error, of the "
+        "last weights on the development set; parameters are without the head's. CoLA: Matthews's "
+        "correlation; STS-B: the mean of Pearson's and Spearman's; otherwise accuracy. *Paper*: "
         "Table 2 of arXiv 2501.10661, cited.\n"
     )
 
@@ -268,14 +269,16 @@ def work(options: argparse.Namespace) -> int:
     """Make the runs that are not there, and the table."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    commands.hush()
     device = commands.device_of(options.device)
     if options.small:
         options.model, options.data = replicas.table2(options.output / "replica")
     tasks = options.tasks or (SMALL_TASKS if options.small else tuple(glue.TASKS))
     seeds = options.seeds or (SMALL_SEEDS if options.small else SEEDS)
-    records, same = Records(options.output), {"model": options.model, "data": options.data or glue.HUB}
+    records, same = (
+        Records(options.output),
+        {"model": options.model, "data": options.data or glue.HUB},
+    )
     records.all(**same)
     keys = [(name, method, s) for name in tasks for method in options.methods for s in seeds]
     recipes: dict[Key, Recipe] = {key: recipe_of(key[0], key[1], options) for key in keys}
@@ -290,10 +293,12 @@ def work(options: argparse.Namespace) -> int:
         rows = {split: glue.read(name, split, options.data) for split in splits}
         return {split: glue.texts(task, rows[split], tokenizer, size) for split in splits}
 
+    # What is wrong with any of them is told before the first is trained on.
+    for name in dict.fromkeys(str(key[0]) for key in todo):
+        parts(name)
+
     def run(key: Key, title: str) -> None:
-        one_run(
-            key, recipes[key], parts(str(key[0])), records, device, options.micro_batch, title
-        )
+        one_run(key, recipes[key], parts(str(key[0])), records, device, options.micro_batch, title)
 
     code = commands.make_runs({key: partial(run, key) for key in todo})
     records.write_table(table(records.all(**same)))

@@ -1,9 +1,9 @@
 """Table 3 of arXiv 2501.10661: LoRA with and without a trained scale, on commonsense questions.
 
     git clone --depth 1 https://github.com/AGI-Edgerunners/LLM-Adapters
-    python evals/peft/table3.py --data LLM-Adapters                     # LLaMA-7B, ranks 16 and 32
+    python evals/peft/table3.py --data LLM-Adapters          # LLaMA-7B, ranks 16 and 32
     python evals/peft/table3.py --data LLM-Adapters --model meta-llama/Llama-2-7b-hf
-    python evals/peft/table3.py --small                                 # a replica on a CPU, seconds
+    python evals/peft/table3.py --small                      # a replica on a CPU, seconds
 
 What is there is kept: the same command goes on where it was stopped, and processes that share the
 models, ranks, methods or seeds among them may have one --output.
@@ -33,7 +33,7 @@ from evals.peft.study import Arm, Texts, mean_and_error
 from outliermerge.errors import OutlierMergeError
 
 MODEL = "huggyllama/llama-7b"
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RANKS, SEEDS = (16, 32), (1,)
 BATCH, EPOCHS, WARMUP, MAX_TOKENS, DROPOUT = 16, 3, 100, 256, 0.05
 NUM_BEAMS, NEW_TOKENS = 4, 32
@@ -100,13 +100,12 @@ class Written:
 
 def training_texts(folder: str, tokenizer: Any, max_tokens: int) -> Texts:
     """Return prompts with answers as tokens, which end by the end of text where it has room."""
-    written = [
-        commonsense.prompt(row) + row["output"] for row in commonsense.read_training(folder)
-    ]
+    written = [commonsense.prompt(row) + row["output"] for row in commonsense.read_training(folder)]
     tokens = tokenizer(written, truncation=True, max_length=max_tokens)["input_ids"]
-    end = tokenizer.eos_token_id
-    ended = [each + [end] if len(each) < max_tokens and each[-1] != end else each for each in tokens]
-    return Texts(ended, torch.zeros(len(ended)))
+    for each in tokens:
+        if len(each) < max_tokens and each[-1] != tokenizer.eos_token_id:
+            each.append(tokenizer.eos_token_id)
+    return Texts(tokens, torch.zeros(len(tokens)))
 
 
 def load_model(name: str, dtype: str) -> nn.Module:
@@ -130,8 +129,8 @@ def load_model(name: str, dtype: str) -> nn.Module:
     there = {each.rpartition(".")[2] for each, _ in model.named_modules()}
     if lacking := sorted(set(TARGETS) - there):
         raise OutlierMergeError(
-            f"--model {name}: is a {model.config.model_type}, without {', '.join(lacking)}. Table 3 "
-            "is of models with the matrices of a Llama"
+            f"--model {name}: is a {model.config.model_type}, without {', '.join(lacking)}. Table "
+            "3 is of models with the matrices of a Llama"
         )
     return model  # type: ignore[no-any-return]
 
@@ -213,7 +212,7 @@ class Command:
         base = load_model(recipe.model, recipe.dtype)
         total = sum(parameter.numel() for parameter in base.parameters())
         torch.manual_seed(int(seed))
-        model: Any = arm.adapt(base, int(seed), TARGETS).to(self.device)
+        model: Any = arm.adapt(base, int(seed), {"target_modules": TARGETS}).to(self.device)
         folder = self.records.folder / "adapters" / self.records.path(key).stem
         found = self.records.read(key, recipe)
         if found is None:
@@ -237,8 +236,8 @@ class Command:
             self.records.checkpoint(key).unlink(missing_ok=True)
         elif not folder.is_dir():
             raise OutlierMergeError(
-                f"{folder} is not there, but {self.records.path(key)} says that it was trained. Remove "
-                "the latter to train it again"
+                f"{folder} is not there, but {self.records.path(key)} says that it was trained. "
+                "Remove the latter to train it again"
             )
         else:
             weights = peft.load_peft_weights(str(folder), device="cpu")
@@ -281,26 +280,32 @@ def table(found: Mapping[Key, Mapping[str, Any]]) -> str:
         "| model | trained | parameters, % | " + " | ".join(titles) + " | mean |",
         "|:--|:--|--:|" + "--:|" * (len(titles) + 1),
     ]
-    for model, method, rank in sorted({key[:3] for key in found}, key=lambda key: (key[0], key[2], key[1])):
+    for model, method, rank in sorted(
+        {key[:3] for key in found}, key=lambda key: (key[0], key[2], key[1])
+    ):
         runs = [run for key, run in found.items() if key[:3] == (model, method, rank)]
-        cells = [str(model), f"{METHODS[str(method)].title}, r = {rank}", f"{runs[0]['percent']:.2f}"]
+        cells = [
+            str(model),
+            f"{METHODS[str(method)].title}, r = {rank}",
+            f"{runs[0]['percent']:.2f}",
+        ]
         for task in commonsense.TASKS:
             scores = [run["scores"][task]["score"] for run in runs if task in run["scores"]]
-            cells.append(mean_and_error(scores, 1) if scores else "–")
+            cells.append(mean_and_error(scores, 1))
         means = [
             statistics.fmean(score["score"] for score in run["scores"].values())
             for run in runs
             if set(run["scores"]) == set(commonsense.TASKS)
         ]
-        lines.append("| " + " | ".join([*cells, mean_and_error(means, 1) if means else "–"]) + " |")
+        lines.append("| " + " | ".join([*cells, mean_and_error(means, 1)]) + " |")
         if cited := PAPER.get((str(model), str(method), int(rank))):
             said = " | ".join(f"{score:.1f}" for score in cited[1:])
             lines.append(f"| | *paper* | {cited[0]:.2f} | {said} |")
     unread = sum(score["unread"] for run in found.values() for score in run["scores"].values())
     return "\n".join(lines) + (
-        "\n\nRight answers in %; mean of the seeds ± one standard error where there are several. An "
-        f"answer is the first of a task's words in what the model writes; {unread} texts had none "
-        "and count as wrong. *Paper*: Table 3 of arXiv 2501.10661, cited.\n"
+        "\n\nRight answers in %; mean of the seeds ± one standard error where there are several. "
+        f"An answer is the first of a task's words in what the model writes; {unread} texts had "
+        "none and count as wrong. *Paper*: Table 3 of arXiv 2501.10661, cited.\n"
     )
 
 
@@ -320,8 +325,7 @@ def work(options: argparse.Namespace) -> int:
     """Make the runs that are not there, and the table."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    commands.hush()
     device = commands.device_of(options.device)
     if options.small:
         options.model, options.data = replicas.table3(options.output / "replica")
@@ -341,6 +345,8 @@ def work(options: argparse.Namespace) -> int:
         for seed in seeds
     }
     todo = [key for key, recipe in recipes.items() if command.lacking(key, recipe)]
+    if any(command.records.read(key, recipes[key]) is None for key in todo):
+        _ = command.training  # what is wrong with it is told before a model is loaded
     code = commands.make_runs({key: partial(command.run, key, recipes[key]) for key in todo})
     command.records.write_table(table(command.records.all()))
     return code

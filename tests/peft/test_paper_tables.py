@@ -7,6 +7,7 @@ import math
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ from outliermerge.errors import OutlierMergeError
 
 RECIPE = runs.Recipe("model", "data", 1e-2, batch=8, epochs=2, warmup=0.1, max_tokens=32)
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transformers_words() -> Iterator[None]:
+    """The commands hush transformers; other tests may listen to it."""
+    before = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +82,14 @@ def test_metrics_by_hand():
     assert glue.score(glue.TASKS["rte"], logits, np.array([1, 1])) == {"accuracy": 50.0}
 
 
-@pytest.mark.parametrize(
-    ("rows", "error"), [(table2.PAPER, 0.006), (table3.PAPER, 0.11)], ids=["table 2", "table 3"]
-)
-def test_the_cited_means_are_those_of_the_cited_scores(rows, error):
-    """One of Table 3's is off by 0.1 in the paper."""
-    for _, *scores, mean in rows.values():
+@pytest.mark.parametrize("rows", [table2.PAPER, table3.PAPER], ids=["table 2", "table 3"])
+def test_the_cited_means_are_those_of_the_cited_scores(rows):
+    """But for two that are off in the paper itself."""
+    digits = 0.05 if rows is table3.PAPER else 0.005
+    for key, (_, *scores, mean) in rows.items():
         assert len(scores) == 8
-        assert statistics.fmean(scores) == pytest.approx(mean, abs=error)
+        off = {"gaussian": 0.1263, ("LLaMA-7B", "lora", 16): 0.1}.get(key, 0.0)
+        assert statistics.fmean(scores) == pytest.approx(mean + off, abs=digits * 1.01)
 
 
 # Training.
@@ -152,7 +164,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, value):
-    with pytest.raises(runs.Diverged, match=r"a line: at step 3 of 6 the loss is .*--rate than 0\.01"):
+    with pytest.raises(runs.Diverged, match=r"at step 3 of 6 the loss is .*--rate than 0\.01"):
         train(Line(3, value), tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
 
@@ -161,7 +173,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     train(Line(), path)
     other = runs.Recipe("model", "data", 2e-2, batch=8, epochs=2, warmup=0.1, max_tokens=32)
-    with pytest.raises(OutlierMergeError, match=r"a\.pt is of another recipe: rate 0\.01, now 0\.02"):
+    with pytest.raises(OutlierMergeError, match=r"a\.pt is of another recipe: rate 0\.01, now"):
         train(Line(), path, recipe=other)
     with pytest.raises(OutlierMergeError, match=r"a\.pt is of another model"):
         train(Line(), path, nn.Linear(1, 1))
@@ -222,7 +234,18 @@ def test_table_2_on_the_replica(tmp_path, capsys, monkeypatch):
 
 
 def test_table_2_scores_pairs_numbers_and_mismatched_sentences(tmp_path):
-    more = ("--tasks", "mnli", "stsb", "mrpc", "--methods", "noise", "--seeds", "1", "--epochs", "1")
+    more = (
+        "--tasks",
+        "mnli",
+        "stsb",
+        "mrpc",
+        "--methods",
+        "noise",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+    )
     assert small2(tmp_path, *more) == 0
     found = records_of(tmp_path)
     assert {"validation_matched", "validation_mismatched"} <= found["mnli-noise-1"].keys()
@@ -240,7 +263,9 @@ def test_training_begins_at_the_pretrained_model(glue_replica, method):
         before = model(**inputs).logits
         table2.adapt(model, method, 1)
         assert torch.equal(model(**inputs).logits, before)
-    head = {name for name, p in model.named_parameters() if p.requires_grad and "deberta" not in name}
+    head = {
+        name for name, p in model.named_parameters() if p.requires_grad and "deberta" not in name
+    }
     assert head == {
         *("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
     }
@@ -288,7 +313,9 @@ def test_a_folder_has_runs_of_one_recipe(tmp_path, capsys):
     more = ("--tasks", "cola", "--seeds", "1", "--methods", "head", "--epochs", "1")
     assert small2(tmp_path, *more) == 0
     assert small2(tmp_path, *more, "--rate", "0.5") == 1
-    assert "cola-head-1.json is of another recipe: rate 0.01, now 0.5. Name" in capsys.readouterr().err
+    assert (
+        "cola-head-1.json is of another recipe: rate 0.01, now 0.5. Name" in capsys.readouterr().err
+    )
     path = next((tmp_path / "runs").iterdir())
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"recipe": record["recipe"] | {"model": "else"}}))
@@ -306,7 +333,10 @@ def test_a_folder_has_runs_of_one_recipe(tmp_path, capsys):
         ("", "has no rows"),
         ('{"sentence": "a"', "validation.jsonl:1: is not JSON"),
         ("[1]", "validation.jsonl:1: found [1], expected an object"),
-        ('{"text": "a", "label": 0}', "sentence is None, expected a text; CoLA's rows have sentence"),
+        (
+            '{"text": "a", "label": 0}',
+            "sentence is None, expected a text; CoLA's rows have sentence",
+        ),
         ('{"sentence": "a", "label": 1}\n\n{"sentence": "b"}', "validation.jsonl:3: has no label"),
         ('{"sentence": "a", "label": -1}', "validation.jsonl:1: has no label. GLUE keeps"),
         ('{"sentence": "a", "label": 2}', "label is 2, expected 0 to 1"),
@@ -327,7 +357,9 @@ def test_bad_rows_of_glue_are_told(glue_replica, tmp_path, capsys, line, said):
 
 def test_numbers_are_asked_of_a_task_of_numbers(tmp_path):
     (tmp_path / "stsb").mkdir()
-    (tmp_path / "stsb" / "train.jsonl").write_text('{"sentence1": "", "sentence2": "", "label": NaN}')
+    (tmp_path / "stsb" / "train.jsonl").write_text(
+        '{"sentence1": "", "sentence2": "", "label": NaN}'
+    )
     with pytest.raises(OutlierMergeError, match="label is nan, expected a number"):
         glue.read("stsb", "train", str(tmp_path))
 
@@ -336,7 +368,7 @@ def test_models_that_are_no_pretrained_deberta_are_refused(glue_replica, llama_r
     task = glue.TASKS["cola"]
     with pytest.raises(OutlierMergeError, match="its model_type is llama, expected deberta-v2"):
         table2.load_model(llama_replica[0], task, 1)
-    with pytest.raises(OutlierMergeError, match="AutoConfig cannot load it: .*hf download"):
+    with pytest.raises(OutlierMergeError, match=r"AutoConfig cannot load it: .*hf download"):
         table2.load_model(str(tmp_path / "absent"), task, 1)
     model = table2.load_model(glue_replica[0], task, 1)
     for labels in (2, 3):
@@ -345,11 +377,17 @@ def test_models_that_are_no_pretrained_deberta_are_refused(glue_replica, llama_r
         made.save_pretrained(tmp_path / f"tuned{labels}")
     with pytest.raises(OutlierMergeError, match=r"has classifier\.bias, so it is tuned to a task"):
         table2.load_model(str(tmp_path / "tuned2"), task, 1)
-    with pytest.raises(OutlierMergeError, match=r"has pooler\.dense\.bias, so it is tuned to a task"):
+    with pytest.raises(
+        OutlierMergeError, match=r"has pooler\.dense\.bias, so it is tuned to a task"
+    ):
         table2.load_model(str(tmp_path / "tuned3"), task, 1)
-    state = {name: each for name, each in model.deberta.state_dict().items() if "layer.1" not in name}
+    state = {
+        name: each for name, each in model.deberta.state_dict().items() if "layer.1" not in name
+    }
     model.deberta.save_pretrained(tmp_path / "part", state_dict=state)
-    with pytest.raises(OutlierMergeError, match=r"has no deberta\.encoder\.layer\.1\.attention.*and"):
+    with pytest.raises(
+        OutlierMergeError, match=r"has no deberta\.encoder\.layer\.1\.attention.*and"
+    ):
         table2.load_model(str(tmp_path / "part"), task, 1)
 
 
@@ -364,7 +402,7 @@ def test_rows_come_from_the_hub_through_datasets(glue_replica, tmp_path, monkeyp
         "    path: stsb/train.jsonl\n---\n"
     )
     assert glue.read("stsb", "train", None) == glue.read("stsb", "train", glue_replica[1])
-    with pytest.raises(OutlierMergeError, match="stsb, test: .*give the tasks as files: --data"):
+    with pytest.raises(OutlierMergeError, match=r"stsb, test: .*give the tasks as files: --data"):
         glue.read("stsb", "test", None)
 
 
@@ -419,9 +457,9 @@ def test_scores_are_the_share_of_right_words(llama_replica, tmp_path, monkeypatc
         "unread": 1,
     }
     lines = (tmp_path / "answers" / "m-lora-4-1-boolq.jsonl").read_text().splitlines()
-    assert [json.loads(line)["read"] == row["answer"] for line, row in zip(lines, rows, strict=True)] == [
-        *(True, False, False, True)
-    ]
+    assert [
+        json.loads(line)["read"] == row["answer"] for line, row in zip(lines, rows, strict=True)
+    ] == [*(True, False, False, True)]
 
 
 @pytest.mark.parametrize(
@@ -470,7 +508,8 @@ def test_the_loss_is_the_mean_over_tokens_without_the_filling(llama_replica):
     written = table3.Written(texts, CPU)
     together = written.loss(model, [0, 1])
     alone = sum(
-        model(input_ids=torch.tensor([tokens]), labels=torch.tensor([tokens])).loss * (len(tokens) - 1)
+        model(input_ids=torch.tensor([tokens]), labels=torch.tensor([tokens])).loss
+        * (len(tokens) - 1)
         for tokens in texts.tokens
     )
     torch.testing.assert_close(together, alone)
@@ -485,7 +524,11 @@ def test_the_loss_is_the_mean_over_tokens_without_the_filling(llama_replica):
         (commonsense.TRAINING, "[]", "expected a list of rows"),
         (commonsense.TRAINING, '[{"instruction": "a"}]', "row 0: output is None, expected a text"),
         ("dataset/boolq/test.json", None, "test.json is not there"),
-        ("dataset/boolq/test.json", '[{"instruction": "a"}]', "row 0: answer is None, expected true"),
+        (
+            "dataset/boolq/test.json",
+            '[{"instruction": "a"}]',
+            "row 0: answer is None, expected true",
+        ),
         ("dataset/boolq/test.json", '[{"answer": "true"}]', "row 0: instruction is None"),
     ],
 )
@@ -502,7 +545,9 @@ def test_bad_questions_are_told(llama_replica, tmp_path, capsys, file, text, sai
 
 
 def test_models_without_the_matrices_of_a_llama_are_refused(glue_replica, tmp_path):
-    with pytest.raises(OutlierMergeError, match="AutoModelForCausalLM cannot load it: Unrecognized"):
+    with pytest.raises(
+        OutlierMergeError, match="AutoModelForCausalLM cannot load it: Unrecognized"
+    ):
         table3.load_model(glue_replica[0], "float32")
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -561,4 +606,7 @@ def test_a_command_ends_without_a_traceback(capsys):
     assert "stopped; the same command goes on" in ends(KeyboardInterrupt())
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert "smaller --micro-batch" in ends(memory)
-    assert ends(OSError(28, "No space left on device")) == "error: [Errno 28] No space left on device\n"
+    assert (
+        ends(OSError(28, "No space left on device"))
+        == "error: [Errno 28] No space left on device\n"
+    )
