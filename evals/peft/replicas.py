@@ -15,6 +15,7 @@ from outliermerge.rng import uniform
 NUM_TRAIN, NUM_TEST = 48, 16
 GOOD, BAD = ("fine", "bright", "warm"), ("dull", "broken", "cold")
 OTHER = tuple("the a film day road was is and very quite so rather not it".split())
+TRAINED = ("boolq", "ARC-Easy")  # few words, so that they are learnt in a few steps
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 
@@ -65,8 +66,8 @@ def table3(folder: Path) -> tuple[str, str]:
     }
     trained = [
         _question(task, f"{task}/train", number)
-        for task in commonsense.TASKS
-        for number in range(NUM_TRAIN // len(commonsense.TASKS))
+        for task in TRAINED
+        for number in range(NUM_TRAIN // len(TRAINED))
     ]
     _write(data / commonsense.TRAINING, json.dumps(trained))
     for task, rows in tests.items():
@@ -85,6 +86,7 @@ def table3(folder: Path) -> tuple[str, str]:
         max_position_embeddings=256,
         bos_token_id=SPECIAL.index("[CLS]"),
         eos_token_id=SPECIAL.index("[SEP]"),
+        initializer_range=0.1,
         pad_token_id=SPECIAL.index("[PAD]"),
     )
     LlamaForCausalLM(config).save_pretrained(model)
@@ -116,7 +118,7 @@ def _question(task: str, name: str, number: int) -> dict[str, Any]:
     choices = commonsense.TASKS[task][1]
     answer = draw(choices)
     words = " ".join(draw(OTHER) for _ in range(draw(range(4, 9))))
-    instruction = f"Please choose the correct answer: {words}\n\nAnswer format: {'/'.join(choices)}"
+    instruction = f"{words}\n\nAnswer format: {'/'.join(choices)}"
     output = f"the correct answer is {answer}"
     return {"instruction": instruction, "input": "", "output": output, "answer": answer}
 

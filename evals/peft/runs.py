@@ -273,7 +273,7 @@ def train(
             terms, total = examples.num_terms(rows), torch.zeros((), device=device)
             for start in range(0, len(rows), micro_batch):
                 loss = examples.loss(model, rows[start : start + micro_batch]) / terms
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(trained.values(), CLIP)
             if not math.isfinite(total) or not math.isfinite(norm):

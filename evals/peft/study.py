@@ -180,7 +180,7 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int = 0) -> lis
 
 def factor(step: int, steps: int, warm: int) -> float:
     """Return what the rate is multiplied by: up over the first steps, then down to 0."""
-    return min((step + 1) / warm, (steps - step) / (steps - warm))
+    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def train(rater: Rater, texts: Texts, head_rate: float, rate: float, size: int, seed: int) -> None:

@@ -147,7 +147,7 @@ def load_model(name: str, task: glue.Task, seed: int) -> nn.Module:
             f"--model {name}: has {present[0]}, so it is tuned to a task already. Name the "
             f"pretrained model, such as {MODEL}"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def adapt(model: Any, method: str, seed: int) -> int:

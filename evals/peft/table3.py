@@ -41,7 +41,7 @@ METHODS = {
     "lora": Arm("LoRA", (), "lora", {"train_scale": False}),
     "lora_s": Arm("LoRA + s", (), "lora"),
 }
-SMALL = Recipe("", "", 1e-2, batch=8, epochs=2, warmup=0.1, max_tokens=64)
+SMALL = Recipe("", "", 3e-2, batch=8, epochs=8, warmup=0.1, max_tokens=64)
 SMALL_RANKS, SMALL_SEEDS, SMALL_TASKS, SMALL_NEW_TOKENS = (4,), (1, 2), ("boolq", "ARC-Easy"), 6
 
 # The last part of a model's name: its name in the paper, and Table 11's rates at ranks 16 and 32.
@@ -132,7 +132,7 @@ def load_model(name: str, dtype: str) -> nn.Module:
             f"--model {name}: is a {model.config.model_type}, without {', '.join(lacking)}. Table "
             "3 is of models with the matrices of a Llama"
         )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @torch.inference_mode()
@@ -173,7 +173,8 @@ def recipe_of(rank: int, options: argparse.Namespace) -> Recipe:
     if options.small:
         rate = options.rate or SMALL.rate
         epochs = options.epochs or SMALL.epochs
-        return replace(SMALL, model=options.model, data=options.data, rate=rate, epochs=epochs)
+        same = {"model": options.model, "data": options.data, "dtype": options.dtype}
+        return replace(SMALL, **same, rate=rate, epochs=epochs)
     rate = options.rate or family(options.model)[1].get(rank, OTHER_RATE)
     epochs = options.epochs or EPOCHS
     return Recipe(

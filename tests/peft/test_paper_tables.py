@@ -85,7 +85,8 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize("rows", [table2.PAPER, table3.PAPER], ids=["table 2", "table 3"])
 def test_the_cited_means_are_those_of_the_cited_scores(rows):
     """But for two that are off in the paper itself."""
-    digits = 0.05 if rows is table3.PAPER else 0.005
+    # Some of Table 3's are cut off where others are rounded.
+    digits = 0.065 if rows is table3.PAPER else 0.005
     for key, (_, *scores, mean) in rows.items():
         assert len(scores) == 8
         off = {"gaussian": 0.1263, ("LLaMA-7B", "lora", 16): 0.1}.get(key, 0.0)
@@ -150,6 +151,12 @@ def test_training_lowers_the_loss_and_the_seed_matters(tmp_path):
     assert not torch.equal(model[0].weight, other[0].weight)
 
 
+def test_a_training_of_one_step_moves(tmp_path):
+    recipe = runs.Recipe("m", "d", 1e-2, batch=32, epochs=1, warmup=100, max_tokens=1)
+    model, told = train(Line(), tmp_path / "a.pt", recipe=recipe)
+    assert told["steps"] == 1 and not torch.equal(model[0].weight, line_model()[0].weight)
+
+
 def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
     def trained(micro_batch: int) -> list[torch.Tensor]:
         model = line_model()
@@ -208,9 +215,10 @@ def small2(folder: Path, *more: str) -> int:
 
 
 def test_table_2_on_the_replica(tmp_path, capsys, monkeypatch):
-    assert small2(tmp_path, "--tasks", "cola", "--seeds", "1", "2") == 0
+    assert small2(tmp_path, "--tasks", "cola", "--seeds", "1") == 0
+    assert small2(tmp_path, "--tasks", "cola", "--seeds", "2", "--methods", "noise") == 0
     found = records_of(tmp_path)
-    assert len(found) == 2 * len(table2.METHODS)
+    assert len(found) == len(table2.METHODS) + 1
     trained = {name: found[f"cola-{name}-1"]["num_trained"] for name in table2.METHODS}
     # Two layers of Q, K, V, O (32 × 32), up and down (32 × 48); rank 8.
     assert trained["head"] == 0 and trained["noise"] == trained["gaussian"] == 12
@@ -219,7 +227,7 @@ def test_table_2_on_the_replica(tmp_path, capsys, monkeypatch):
     model = transformers.AutoModel.from_pretrained(tmp_path / "replica" / "model")
     assert trained["full"] == sum(p.numel() for p in model.parameters())
     full = found["cola-full-1"]
-    assert full["losses"][1] < full["losses"][0] and full["score"] > 0
+    assert full["losses"][2] < full["losses"][0] and full["score"] > 30
     assert found["cola-noise-1"]["losses"] != found["cola-noise-2"]["losses"]
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
@@ -228,9 +236,8 @@ def test_table_2_on_the_replica(tmp_path, capsys, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["runs"]) == len(found)
     assert not list((tmp_path / "checkpoints").iterdir())
-    # All is there: nothing is trained again. Another seed is trained alone.
     monkeypatch.setattr(table2, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert small2(tmp_path, "--tasks", "cola") == 0
+    assert small2(tmp_path, "--tasks", "cola", "--seeds", "1") == 0
 
 
 def test_table_2_scores_pairs_numbers_and_mismatched_sentences(tmp_path):
@@ -414,13 +421,14 @@ def small3(folder: Path, *more: str) -> int:
 
 
 def test_table_3_on_the_replica(tmp_path, capsys, monkeypatch):
-    assert small3(tmp_path, "--seeds", "1", "2", "--tasks", "boolq") == 0
+    assert small3(tmp_path, "--seeds", "1", "--tasks", "boolq") == 0
     found = records_of(tmp_path)
-    assert set(found) == {f"model-{m}-4-{seed}" for m in ("lora", "lora_s") for seed in (1, 2)}
+    assert set(found) == {"model-lora-4-1", "model-lora_s-4-1"}
     plain, scaled = found["model-lora-4-1"], found["model-lora_s-4-1"]
     assert scaled["num_trained"] == plain["num_trained"] + 10  # Q, K, V, up, down of two layers
     assert plain["num_trained"] == 2 * 4 * (3 * 64 + 2 * 80)
-    assert plain["losses"][1] < plain["losses"][0]
+    assert plain["losses"][-1] < 0.7 * plain["losses"][0]
+    assert scaled["scores"]["boolq"]["unread"] < 8  # it has learnt to answer, if not what
     assert plain["scales"] == [] and len(scaled["scales"]) == 10 and any(scaled["scales"])
     assert scaled["scores"]["boolq"]["questions"] == replicas.NUM_TEST
     table = (tmp_path / "table.md").read_text()
