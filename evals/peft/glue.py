@@ -134,10 +134,11 @@ def read(name: str, split: str, folder: str | None) -> list[Row]:
 
 
 def _from_hub(name: str, split: str) -> list[Row]:
+    needed = ("train", TASKS[name].validation, TASKS[name].beside)
+    files = " and ".join(f"FOLDER/{name}/{each}.jsonl" for each in needed if each)
     advice = (
-        f"Where the hub cannot be reached, give the tasks as files: --data FOLDER, with "
-        f"FOLDER/{name}/train.jsonl and FOLDER/{name}/{TASKS[name].validation}.jsonl, a row of "
-        f"{HUB} on each line"
+        "Where the hub cannot be reached, give the tasks as files: --data FOLDER, with "
+        f"{files}, a row of {HUB} on each line"
     )
     try:
         import datasets

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,9 +106,12 @@ class Records:
         return found
 
     def write(self, key: Key, recipe: Recipe, found: Mapping[str, Any]) -> None:
-        """Record what a run has found."""
+        """Record what a run has found: from then on it needs no checkpoint."""
         record = {"key": key, "recipe": asdict(recipe), "found": found}
         write_text(self.path(key), json.dumps(record, indent=1) + "\n")
+        checkpoint = self.checkpoint(key)
+        for path in checkpoint.parent.glob(f"{checkpoint.name}*"):  # and what killed runs left
+            path.unlink()
 
     def all(self, **same: str) -> dict[Key, dict[str, Any]]:
         """Return what the runs of this folder have found, by their keys.
@@ -190,7 +194,10 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-        raise OutlierMergeError(f"{path} cannot be written: {first_line(error)}") from error
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OutlierMergeError(
+            f"{path} cannot be written, with {free:,.1f} MB free there: {first_line(error)}"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

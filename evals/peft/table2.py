@@ -221,7 +221,6 @@ def one_run(
         found[split] = glue.score(task, logits, parts[split].ratings.numpy())
     found["score"] = found[task.validation][task.metrics[0]]
     records.write(key, recipe, found)
-    records.checkpoint(key).unlink(missing_ok=True)
     print(f"{title}: {task.metrics[0]} {found['score']:.2f}", file=sys.stderr, flush=True)
 
 

@@ -41,7 +41,7 @@ METHODS = {
     "lora": Arm("LoRA", (), "lora", {"train_scale": False}),
     "lora_s": Arm("LoRA + s", (), "lora"),
 }
-SMALL = Recipe("", "", 3e-2, batch=8, epochs=8, warmup=0.1, max_tokens=64)
+SMALL = Recipe("", "", 3e-2, batch=8, epochs=6, warmup=0.1, max_tokens=64)
 SMALL_RANKS, SMALL_SEEDS, SMALL_TASKS, SMALL_NEW_TOKENS = (4,), (1, 2), ("boolq", "ARC-Easy"), 6
 
 # The last part of a model's name: its name in the paper, and Table 11's rates at ranks 16 and 32.
@@ -234,7 +234,6 @@ class Command:
             ]
             found["scores"] = {}
             self.records.write(key, recipe, found)
-            self.records.checkpoint(key).unlink(missing_ok=True)
         elif not folder.is_dir():
             raise OutlierMergeError(
                 f"{folder} is not there, but {self.records.path(key)} says that it was trained. "

@@ -195,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         raise RuntimeError("file write failed\nC++ frames")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OutlierMergeError, match=r"a\.pt cannot be written: file write failed$"):
+    with pytest.raises(OutlierMergeError, match=r"a\.pt cannot be written, with .* MB free"):
         train(Line(), tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
 
