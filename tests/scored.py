@@ -103,3 +103,15 @@ def gives_no_task(model, questions=None):
 def exits(model, questions=None):
     """End the program, as functions do that are main functions, too."""
     raise SystemExit(3)
+
+
+def interrupted(model, questions=None):
+    """Be interrupted at a call on some questions that a variable names."""
+    global interruptions
+    interruptions += questions is not None
+    if interruptions == int(os.environ.get("INTERRUPT_AT", "-1")):
+        raise KeyboardInterrupt
+    return closeness(model, questions)
+
+
+interruptions = 0

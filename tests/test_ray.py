@@ -406,7 +406,7 @@ def test_parts_on_a_cluster_are_written_to_a_bucket(
 ) -> None:
     pytest.importorskip("obstore")
     there = f"{command}-{name}/out"
-    more = [*more, "--no-load-check", "--shard-size", "20KB"]
+    more = [*more, "--no-load-check", "--shard-size", "2KB"]
     address = Path(f"s3://bucket/{there}")
     words = line(connected, name, address, *more, command=command)
     words[words.index(str(address))] = f"s3://bucket/{there}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import statistics
 import time
@@ -21,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.search.samplers import distribution_of
 from outliermerge.search.space import Dimension
+from outliermerge.storage.failures import failure
 from outliermerge.storage.system import lock
 
 TRIALS_NAME = "trials.sqlite"
@@ -159,7 +161,14 @@ class Trials:
         except OutlierMergeError:
             raise
         except _ERRORS as error:
-            said = str(error).partition("\n")[0]
+            cause: BaseException = error
+            while (under := cause.__cause__ or cause.__context__) is not None:
+                cause = under  # Optuna says no more than that it failed
+            said = str(cause).partition("\n")[0]
+            if "disk is full" in said:
+                raise failure(
+                    self._path, "written", OSError(errno.ENOSPC, "", str(self._path))
+                ) from error
             raise OutlierMergeError(
                 f"{self._path}: cannot be used: {shown(said, 300)}. If it is damaged, remove it: "
                 "what merges have scored is kept in `scores`, and trials are made again from that"

@@ -60,8 +60,8 @@ class TestEarlyStops:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_min_trials=3)
         drawn = torch.Generator().manual_seed(0)
         agreed = []
-        for _ in range(30):
-            running = trials.next(30, sampler)
+        for _ in range(20):
+            running = trials.next(20, sampler)
             assert running
             steps = torch.rand(3, generator=drawn).tolist()
             bars, stopped = trials.bars(3), None
@@ -78,7 +78,7 @@ class TestEarlyStops:
                 running._trial.report(steps[2], 2)
                 running.done([steps[2]])
         trials.close()
-        assert 10 < sum(agreed) < 40
+        assert 5 < sum(agreed) < 25
 
 
 class TestTrials:
@@ -125,7 +125,13 @@ class TestDamage:
             file.write_text(text)
             assert ledger.record(spec) == {}
 
-    @pytest.mark.parametrize("damage", ["cut", "text", "pages", "folder"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "pages",
+            *(pytest.param(one, marks=pytest.mark.faults) for one in ("cut", "text", "folder")),
+        ],
+    )
     def test_a_damaged_storage_is_told_and_what_was_scored_is_not_lost(self, damage, place, capsys):
         assert cli(words()) == 0
         whole, file = tried(), Path("out", TRIALS_NAME)
@@ -170,6 +176,7 @@ class TestFullDisk:
         assert "No space left on device" in said and "bytes free" in said
         assert cli(words()) == 0
 
+    @pytest.mark.faults
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of processes")
     def test_a_storage_that_cannot_grow_is_told(self, place):
         assert cli(words()) == 0
@@ -186,6 +193,24 @@ class TestFullDisk:
         )  # fmt: skip
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "trials.sqlite: cannot be used: " in done.stderr
+
+    def test_a_storage_on_a_full_disk_is_told(self, tmp_path):
+        trials = Trials(tmp_path, 1)
+        running = trials.next(1, make_sampler("random", 0, []))
+        assert running
+        connect = trials.study._storage._backend.engine.pool._creator  # type: ignore[attr-defined]
+
+        def full() -> Any:
+            found = connect()
+            found.execute("pragma max_page_count = 1")  # SQLite then says what a full disk says
+            return found
+
+        trials.study._storage._backend.engine.pool._creator = full  # type: ignore[attr-defined]
+        trials.study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        with pytest.raises(OutlierMergeError, match=r"No space left on device.*bytes free"):
+            for _ in range(200):
+                running._trials.next(9999, make_sampler("random", 0, []))
+        trials.close()
 
 
 class TestChangedInputs:
@@ -294,7 +319,19 @@ def cli_options(*given: str) -> Any:
 
 
 class TestInterrupts:
-    @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.faults)])
+    def test_an_interrupt_in_a_function_ends_it_and_it_goes_on(self, place, capsys, monkeypatch):
+        monkeypatch.setenv("INTERRUPT_AT", "3")
+        assert cli(words("scored:interrupted", 3)) == 130
+        said = capsys.readouterr().err
+        assert said.strip() == "error: interrupted: the same command goes on from here"
+        assert not list(Path("out/work").glob("*.process"))
+        monkeypatch.delenv("INTERRUPT_AT")
+        assert cli(words("scored:interrupted", 3)) == 0
+        assert cli(words("scored:interrupted", 3, "whole")) == 0
+        assert tried() == tried("whole")
+
+    @pytest.mark.faults
+    @pytest.mark.parametrize("jobs", [1, 2])
     def test_ctrl_c_ends_it_with_one_line_and_it_goes_on(self, jobs, place):
         given = [*words("scored:unhurried", 12)[:-1], "--jobs", str(jobs)]  # not -q
         path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
@@ -313,10 +350,6 @@ class TestInterrupts:
         assert last == "error: interrupted: the same command goes on from here"
         assert b"Traceback" not in said
         assert not list(Path("out/work").glob("*.process"))
-        if jobs == 1:
-            assert cli(words("scored:unhurried", 4)) == 0
-            assert cli(words("scored:unhurried", 4, "whole")) == 0
-            assert tried() == tried("whole")
 
 
 class TestScorers:

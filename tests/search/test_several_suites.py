@@ -132,6 +132,7 @@ def written(folder: Path, name: str, **changes: Any) -> Any:
 
 
 class TestOfOneHarness:
+    @pytest.mark.faults
     def test_one_process_asks_them_as_it_asks_each(self, tmp_path, monkeypatch, warm):
         monkeypatch.setattr(sys, "executable", str(warm))
         monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
