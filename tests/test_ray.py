@@ -418,7 +418,7 @@ def test_parts_on_a_cluster_are_written_to_a_bucket(
 ) -> None:
     pytest.importorskip("obstore")
     there = f"{command}-{name}/out"
-    more = [*more, "--no-load-check", "--shard-size", "20KB"]
+    more = [*more, "--no-load-check", "--shard-size", "5KB"]
     address = Path(f"s3://bucket/{there}")
     words = line(connected, name, address, *more, command=command)
     words[words.index(str(address))] = f"s3://bucket/{there}"
@@ -428,7 +428,7 @@ def test_parts_on_a_cluster_are_written_to_a_bucket(
     assert cli.main([command, f"{name}.yaml", "-o", str(alone), "--threads", "1", *own]) == 0
     wanted = files_of(tmp_path)
     assert bucket.objects(f"{command}-{name}/") == wanted
-    assert sum(file.endswith(".safetensors") for file in wanted) > 2
+    assert sum(file.endswith(".safetensors") for file in wanted) > 1
 
 
 def test_a_lost_node_costs_a_bucket_nothing(
