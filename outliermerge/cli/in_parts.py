@@ -77,16 +77,21 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         "cluster, in parts, whose machines share the disks of the models and of the output, or its "
         "bucket",
     )
-    parser.add_argument(
-        "--address",
-        metavar="A",
-        help="address of the Ray cluster (default: one that runs on this machine, else a new one)",
-    )
+    add_address(parser)
     parser.add_argument(
         "--parts",
         type=count,
         metavar="N",
         help="parts of each output on the Ray cluster (default: as many as run at the same time)",
+    )
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of which Ray cluster."""
+    parser.add_argument(
+        "--address",
+        metavar="A",
+        help="address of the Ray cluster (default: one that runs on this machine, else a new one)",
     )
 
 
@@ -101,7 +106,7 @@ def check_ray(options: argparse.Namespace) -> None:
             raise ArgumentError(f"{argument('part')}: not with {argument('executor', 'ray')}")
         return
     for name in ("address", "parts"):
-        if getattr(options, name) is not None:
+        if getattr(options, name, None) is not None:
             raise ArgumentError(f"{argument(name)}: only with {argument('executor', 'ray')}")
 
 

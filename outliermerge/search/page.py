@@ -175,7 +175,7 @@ def _bars(weights: Mapping[str, float]) -> str:
 
 
 def _front(result: Mapping[str, Any]) -> str:
-    tasks = list(result["questions"])
+    tasks = result["objectives"]
     done = [trial for trial in result["trials"] if trial["values"]]
     front = set(result["front"])
     best = [trial for trial in done if trial["number"] in front]
@@ -192,7 +192,7 @@ def _front(result: Mapping[str, Any]) -> str:
         f"<title>trial {trial['number']}</title></circle>"
         for trial in done
     )
-    text = "<p>Filled: trials that no other is better than in all tasks"
+    text = "<p>Filled: trials that no other is better than in all objectives"
     text += ", shown by the first two of them" if len(tasks) > 2 else ""
     return (
         f"{text}.</p>"
