@@ -161,7 +161,7 @@ def _run(
 
 
 def _run_program(arguments: list[str]) -> None:
-    """Do what `python` does with these: -W FILTER, then -c TEXT, -m MODULE or a file, and the rest."""
+    """Do what `python` does with these: any -W, then -c TEXT, -m MODULE or a file, and the rest."""
     while arguments[0] == "-W":
         warnings._setoption(arguments[1])
         arguments = arguments[2:]
