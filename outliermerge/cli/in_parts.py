@@ -74,7 +74,8 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         choices=("threads", "ray"),
         default="threads",
         help="what carries the merge out: threads of this process (default), or ray: a Ray "
-        "cluster, in parts, whose machines share the disks of the models and the output",
+        "cluster, in parts, whose machines share the disks of the models and of the output, or its "
+        "bucket",
     )
     add_address(parser)
     parser.add_argument(
@@ -126,15 +127,7 @@ def carried_out(
     if options.executor_name == "ray":
         from outliermerge.output.ray import run_on_ray
 
-        on_disks = []
-        for plan, output in plans:
-            if isinstance(output, str):
-                raise ArgumentError(
-                    f"output {output}: parts on a Ray cluster are written to a folder. To a store, "
-                    f"write them each by {argument('part', 'K/N')}"
-                )
-            on_disks.append((plan, output))
-        return run_on_ray(on_disks, chosen, address=options.address, num_parts=options.parts)
+        return run_on_ray(plans, chosen, address=options.address, num_parts=options.parts)
     from outliermerge.output.run import run_plans
 
     return run_plans(plans, chosen)

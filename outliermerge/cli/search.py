@@ -14,7 +14,7 @@ from outliermerge.cli.parts import Command, add_json, add_machine, count, print_
 from outliermerge.cli.search_helpers import Helpers, gpus_of
 from outliermerge.cli.shipped import find_file
 from outliermerge.cli.specs import STANDARD_INPUT, read_spec
-from outliermerge.errors import ArgumentError, argument, as_path, printable
+from outliermerge.errors import ArgumentError, argument, printable
 
 if TYPE_CHECKING:
     from outliermerge.search.scorer import Scorer
@@ -111,6 +111,7 @@ def run(options: argparse.Namespace) -> int:
 
     require_search()
     from outliermerge.cli.search_progress import SearchProgress
+    from outliermerge.output.names import as_local
     from outliermerge.output.options import RunOptions
     from outliermerge.search.on_ray import Cluster
     from outliermerge.search.search import Wanted, search
@@ -122,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(f"{argument('jobs')}: {options.strategy} is for one process")
     if jobs > 1 and not on_ray and options.spec == STANDARD_INPUT:
         raise ArgumentError(f"{argument('jobs')}: the standard input is for one process")
+    output = as_local(options.output, "a search is written to a folder")
     spec = read_spec(options)
     space = None if options.space is None else load_space(options.space)
     wanted = Wanted(
@@ -133,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
     )
     names = [name if ":" in name else find_file(name, "suite") for name in options.suite]
     make = partial(_scorer, names, options.device, options.limit)
-    work = as_path(options.output) / "work"
-    scorer = make(work)
+    scorer = make(output / "work")
     gpus = [] if on_ray else gpus_of(jobs, (options.device, scorer.device))
     with (
         Helpers(options, 1 if on_ray else jobs, gpus, partial(say, file=sys.stderr)) as helpers,
@@ -144,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
             spec,
             space,
             scorer,
-            output=options.output,
+            output=output,
             wanted=wanted,
             options=RunOptions(
                 device="cuda:0" if gpus and options.device != "cpu" else options.device,
@@ -157,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
         print_json(found.as_dict())
     else:
         print(printable(found.as_markdown()))
-        say(f"wrote {options.output}: best.yaml, search.md, result.json", file=sys.stderr)
+        say(f"wrote {output}: best.yaml, search.md, result.json", file=sys.stderr)
     return 0
 
 
