@@ -17,7 +17,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-minilm eval eval-paper study study-peft paper-table2 paper-table3 \
-	evidence weight-tables test test-gpu test-interop faults fuzz parity check docs release-check bench bench-check bench-gpu clean
+	evidence search-language weight-tables test test-gpu test-interop \
+	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -55,6 +56,9 @@ evidence: $(VENV)/.dev ## train, merge and score three families of models for fi
 	@$(IN_VENV) $(BIN)/python evals/evidence/run.py encoder
 	@$(IN_VENV) $(BIN)/python evals/evidence/results.py
 	@$(IN_VENV) $(BIN)/python evals/evidence/page.py
+
+search-language: $(VENV)/.dev ## search merges of small language models, and confirm on other pages (half an hour)
+	@$(IN_VENV) $(BIN)/python evals/evidence/searched.py
 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
