@@ -213,7 +213,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, value):
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(runs.Diverged, match=r"at step 3 of 6 the loss is .*--rate than 0\.01"):
         train(Line(3, value), tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
