@@ -277,15 +277,13 @@ class _Planner:
             original, output.shape, self.layers.get(original), self.spec.document.seed
         )
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
-        job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":
-            return job
+            return Job(action, method, parameters, sources, output, dtype, why)
         holders = [number for number, _ in sources if number in self.model_numbers]
-        return replace(
-            job,
-            context=context,
-            auxiliary=self.auxiliaries.of(original, output.shape, holders),
-            modifiers=modifiers_for(self.spec, context),
+        auxiliary = self.auxiliaries.of(original, output.shape, holders)
+        modifiers = modifiers_for(self.spec, context)
+        return Job(
+            action, method, parameters, sources, output, dtype, why, context, auxiliary, modifiers
         )
 
     def _drafts(self) -> list[Draft]:

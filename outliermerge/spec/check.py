@@ -13,7 +13,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method, meant_method
+from outliermerge.methods.table import find_method, meant_method, method_named
 from outliermerge.spec.agreement import (
     check_base,
     check_command,
@@ -162,7 +162,7 @@ class MergeSpec:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
         method = self.method.of(parameters, context) if parameters else self.method
         named = self.document.merge_method
-        return named if method is find_method(named) else method.path
+        return named if method is method_named(named) else method.path
 
     @property
     def all_stages(self) -> dict[str, MergeSpec]:
