@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +78,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     """
     if shard_bytes is None and spec.repeated is not None:
         shard_bytes = spec.repeated.shard_bytes
-    with told_by_name(), watching(Watched()) as watched:
+    with told_by_name(), watching(Watched()) as watched, _without_collections():
         plan = _Planner(spec, {}).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
@@ -84,6 +87,18 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
     return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python not look for cycles: what a plan makes stays, and there is more and more of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Planner:
