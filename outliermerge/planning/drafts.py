@@ -136,9 +136,7 @@ class Drafter:
             return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
         return self._draft_weight(name, own, found)
 
-    def _draft_weight(
-        self, name: str, own: Numbered, found: tuple[Numbered, ...]
-    ) -> Draft | None:
+    def _draft_weight(self, name: str, own: Numbered, found: tuple[Numbered, ...]) -> Draft | None:
         """Return the draft of a tensor that has one shape in all models, and floats."""
         holders = [number for number, _ in found]
         if len(found) < len(self.model_numbers) and not self._may_lack(

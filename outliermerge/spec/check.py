@@ -13,7 +13,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method, meant_method, method_named
+from outliermerge.methods.table import meant_method, method_named
 from outliermerge.spec.agreement import (
     check_base,
     check_command,
