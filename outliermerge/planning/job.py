@@ -268,9 +268,23 @@ class Job:
             compute_dtype=self.compute_dtype,
             shape=self.output.shape,
             context=self.context,
-            auxiliary=tuple(source.dtype for source in self.auxiliary),
+            auxiliary=tuple(source.dtype for source in self.in_blocks),
             modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
         )
+
+    @property
+    def in_blocks(self) -> tuple[Source, ...]:
+        """The auxiliary tensors that are read with the blocks of the models."""
+        return self.auxiliary[: len(self.auxiliary) - len(self.prepared)]
+
+    @property
+    def prepared(self) -> tuple[Source, ...]:
+        """The auxiliary tensors that are read whole, once."""
+        method = find_method(self.method)
+        if not method.prepared:
+            return ()
+        num_models = len(self.auxiliary) // len(method.auxiliary)
+        return self.auxiliary[num_models * len(method.in_blocks) :]
 
     @property
     def num_passes(self) -> int:

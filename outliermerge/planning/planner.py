@@ -10,6 +10,7 @@ from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import listing, shown
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import find_method
 from outliermerge.planning.advice import overlooked, refuse_unused
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
@@ -236,6 +237,7 @@ class _Planner:
             notes=(
                 *self.found.notes,
                 *self.alignment.notes,
+                *self.auxiliaries.notes,
                 *sidecar_notes,
                 *stop_notes,
                 *template_notes,
@@ -276,15 +278,16 @@ class _Planner:
         context = context_of(
             original, output.shape, self.layers.get(original), self.spec.document.seed
         )
+        holders = [number for number, _ in sources if number in self.model_numbers]
+        context = replace(context, lacks=self.auxiliaries.lacking(original, holders))
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
         job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":
             return job
-        holders = [number for number, _ in sources if number in self.model_numbers]
         return replace(
             job,
             context=context,
-            auxiliary=self.auxiliaries.of(original, output.shape, holders),
+            auxiliary=self.auxiliaries.of(original, output.shape, holders, find_method(method)),
             modifiers=modifiers_for(self.spec, context),
         )
 
