@@ -195,7 +195,8 @@ class Summing:
         ids = given.get("input_ids", torch.zeros(1, 0, dtype=torch.int64))
         self.sums.num_tokens += ids.shape[-1]
         if "fisher" in self._kinds:
-            self._likelihood(output, ids, num_prompt, sample, number).backward()
+            total: Any = self._likelihood(output, ids, num_prompt, sample, number)
+            total.backward()
             for unit in self._units:
                 for name, parameter in unit.parameters.items():
                     if parameter.grad is not None:
@@ -225,16 +226,15 @@ class Summing:
         """Return the log-likelihood of the labels: next tokens, or the class."""
         import torch
 
-        logits = getattr(output, "logits", None)
+        logits, labels = getattr(output, "logits", None), None
         if logits is None:
             raise OutlierMergeError(
                 f"{shown(self._loaded.reference)}: gives no logits, so that there is no likelihood "
                 "whose Fisher information could be measured"
             )
         if logits.ndim == 2:
-            labels = (
-                None if sample.label is None else torch.tensor([sample.label], device=logits.device)
-            )
+            if sample.label is not None:
+                labels = torch.tensor([sample.label], device=logits.device)
             what = "a class as its `label`"
         else:
             if not _predicts_next(self._loaded.module):
