@@ -76,6 +76,8 @@ def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()
         entry = entry | {"model": names[entry["model"]]}
         if "auxiliary" in entry:
             entry["auxiliary"] = {k: new(place) for k, place in entry["auxiliary"].items()}
+        if "statistics" in entry:
+            entry["statistics"] = new(entry["statistics"])
         models.append(entry)
     if models:
         document["models"] = models

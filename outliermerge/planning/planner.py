@@ -13,6 +13,7 @@ from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import listing, shown
 from outliermerge.methods.contract import MergeMethod
+from outliermerge.methods.table import method_named
 from outliermerge.planning.advice import overlooked, refuse_unused
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
@@ -251,6 +252,7 @@ class _Planner:
             notes=(
                 *self.found.notes,
                 *self.alignment.notes,
+                *self.auxiliaries.notes,
                 *sidecar_notes,
                 *stop_notes,
                 *template_notes,
@@ -291,11 +293,14 @@ class _Planner:
         context = context_of(
             original, output.shape, self.layers.get(original), self.spec.document.seed
         )
+        holders = [number for number, _ in sources if number in self.model_numbers]
+        if lacks := self.auxiliaries.lacking(original, holders):
+            context = replace(context, lacks=lacks)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
         if action != "merge":
             return Job(action, method, parameters, sources, output, dtype, why)
-        holders = [number for number, _ in sources if number in self.model_numbers]
-        auxiliary = self.auxiliaries.of(original, output.shape, holders)
+        own = method_named(method)
+        auxiliary = self.auxiliaries.of(original, output.shape, holders, own)
         modifiers = modifiers_for(self.spec, context)
         return Job(
             action, method, parameters, sources, output, dtype, why, context, auxiliary, modifiers

@@ -149,6 +149,11 @@ class ModelEntry(BaseEntry):
         description="Further tensors of this model for the method, by their name in the method: "
         "a folder or file whose tensors have the model's names and shapes.",
     )
+    statistics: Reference | None = Field(
+        default=None,
+        description="A folder that `outliermerge measure` has written for this model, for methods "
+        "that take statistics of data.",
+    )
 
 
 _Layer = Annotated[int, Field(strict=True)]
