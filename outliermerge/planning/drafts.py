@@ -132,6 +132,8 @@ class Drafter:
                 return None
         own = (self.first, first)
         if is_buffer(held) or is_rope:
+            if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
+                return None
             draft = self._draft_unmergeable(name, own, found)
             return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
         return self._draft_weight(name, own, found)

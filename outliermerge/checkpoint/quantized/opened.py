@@ -269,9 +269,7 @@ def _compressed_tensors(model: QuantizedModel) -> Changes:
 def _scaled(model: QuantizedModel, blocks: Mapping[str, list[_Block]]) -> Changes:
     """Read weights with scales; `blocks` gives what a scale may cover, by the end of its name."""
     changes: Changes = {}
-    for name, weight in model.tensors.items():
-        if weight.dtype.name not in CODES:
-            continue
+    for name in [name for name, meta in model.tensors.items() if meta.dtype.name in CODES]:
         end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
         if end is not None:
             changes |= _scaled_weight(model, name, name + end, blocks[end])
