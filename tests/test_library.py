@@ -637,9 +637,7 @@ class TestImport:
             "from outliermerge import *\n"
             "assert callable(merge_state_dicts)\n"
         )
-        done = subprocess.run(
-            [warm_torch, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         pairs = [line.split() for line in done.stdout.splitlines()]
         assert [name for name, _ in pairs] == list(outliermerge.__all__)
@@ -706,9 +704,7 @@ class TestImport:
             assert torch.get_default_dtype() == torch.float32
             assert torch.equal(torch.get_rng_state(), generator), "the random generator moved"
         """)
-        done = subprocess.run(
-            [warm_torch, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
     def test_threads_that_the_caller_starts_later_are_left_as_they_are(
@@ -729,8 +725,6 @@ class TestImport:
             outliermerge.merge_tensors([torch.ones(9), torch.zeros(9)], method="linear")
             print(before, in_a_new_thread())
         """)
-        done = subprocess.run(
-            [warm_torch, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["3", "3"]

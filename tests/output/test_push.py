@@ -212,6 +212,7 @@ STEPS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("status", [500, 403, -1])
 def test_a_push_that_breaks_goes_on(
