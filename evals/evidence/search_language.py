@@ -96,17 +96,14 @@ def searched(folder: Path, trials: int, seed: int) -> dict[str, Any]:
 def confirm(
     seed: Seed, folder: Path, tasks: Sequence[str], found: Mapping[str, Any]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Score the winner, the methods' defaults, the average and the parents on test windows."""
+    """Score the winner, the methods' defaults and the average on test windows."""
     assert isinstance(seed.world, LanguageWorld)
     specs = {method: spec_of(folder, method, tasks) for method in (*METHODS, "linear")}
-    specs["winner"] = found["best"]["spec"]
     drawn = {task: windows(seed.world, task, "test", NUM_TEST) for task in tasks}
     scores = {}
-    paths = {name: folder / name for name in ("base", *tasks)}
-    for name, spec in specs.items():
-        paths[name] = folder / "merged" / name
-        outliermerge.run(spec, output=paths[name], overwrite=True, threads=1)
-    for name, path in paths.items():
+    for name, spec in {**specs, "winner": found["best"]["spec"]}.items():
+        path = folder / "merged" / name
+        outliermerge.run(spec, output=path, overwrite=True, threads=1)
         model = LlamaForCausalLM.from_pretrained(path).eval()
         scores[name] = {task: bits_per_byte(model, drawn[task]) for task in tasks}
     return scores
