@@ -334,3 +334,20 @@ def test_a_token_that_is_none_is_not_sent(
     with pytest.raises(OutlierMergeError, match="a character that is not ASCII in it") as caught:
         Push(merged, TO)
     assert TOKEN not in str(caught.value) and not hub.requests
+
+
+def test_a_hub_without_xet_is_told_with_what_to_do(
+    hub: UploadHub,
+    merged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert main(["push", str(merged), TO]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and TOKEN not in said
+    assert "If the server has no xet, set HF_HUB_DISABLE_XET=1." in said
+    assert not hub.commits
