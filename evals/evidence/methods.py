@@ -47,6 +47,14 @@ SPACES: dict[str, dict[str, Any]] = {
     "nearswap": {"t": (1e-6, 1e-1)},
     "arcee_fusion": {},
 }
+# Options of min-σ that the paper has not, each a row of its own.
+VARIANTS = {
+    "min_sigma_row": {"sigma": "row"},
+    "min_sigma_model": {"sigma": "model"},
+    "min_sigma_mad": {"scale": "mad"},
+    "min_sigma_elect": {"conflict": "elect"},
+}
+SPACES |= {name: SPACES["min_sigma"] for name in VARIANTS}
 WITHOUT_BASE = ("linear", "karcher")  # a base would be one of the models, or only give the names
 PAIRS = ("slerp", "nearswap", "arcee_fusion")
 
@@ -98,4 +106,6 @@ def merged(
         base, models = models[0], models[1:]
     start = None if method in WITHOUT_BASE else base
     given = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
+    if method in VARIANTS:
+        method, given = "min_sigma", {**given, **VARIANTS[method]}
     return outliermerge.merge_state_dicts(models, base=start, method=method, seed=seed, **given)

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from evals.evidence.facts import FACTS
-from evals.evidence.methods import SPACES
+from evals.evidence.methods import SPACES, VARIANTS
 from evals.evidence.results import AVERAGE, RESULTS
 from evals.evidence.significance import holm, mean_and_error, p_value, rank_correlation
 
@@ -98,6 +98,12 @@ def _shown(mean: float, error: float, digits: int) -> str:
     return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
+def written(method: str) -> str:
+    """Return a method, or min-σ with one of its options, as it is written in a spec."""
+    options = [f"`{name}: {value}`" for name, value in VARIANTS.get(method, {}).items()]
+    return ", ".join([f"`{OURS if options else method}`", *options])
+
+
 def table(title: str, family: Family, kind: str) -> str:
     """Return the gains over the average as Markdown; kind is `default` or `chosen`."""
     columns = cells(family)
@@ -105,7 +111,7 @@ def table(title: str, family: Family, kind: str) -> str:
     lines = ["| over the average | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(columns)]
     controls = ["base", "task model", "joint"] if kind == "default" else []
     shown = [(name, name) for name in controls]
-    shown += [(f"`{name}`", f"{name}-{kind}") for name in SPACES if name != "linear"]
+    shown += [(written(name), f"{name}-{kind}") for name in SPACES if name != "linear"]
     best = {
         cell: max(
             (row for _, row in shown[len(controls) :] if gains(family, cell, row)),
@@ -153,7 +159,7 @@ def duels(families: Mapping[str, Family], kind: str) -> str:
             shown = _shown(*mean_and_error(by_seed[key]), DIGITS[title])
             texts.append(f"**{shown}**" if key in sure else shown)
             texts[-1] += f" ({better} : {worse})"
-        name = "average" if method == "linear" else f"`{method}`"
+        name = "average" if method == "linear" else written(method)
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
