@@ -16,11 +16,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-minilm eval eval-paper study study-peft evidence weight-tables test test-gpu test-interop \
+.PHONY: help install demo demo-minilm eval eval-paper study study-peft paper-table2 paper-table3 \
+	evidence search-language weight-tables test test-gpu test-interop \
 	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
 
 install: $(VENV)/.package ## the package alone, without torch: .venv/bin/outliermerge merges, verifies, measures
 
@@ -43,12 +44,21 @@ study: $(VENV)/.eval ## train, merge and score the small family for five seeds i
 study-peft: $(VENV)/.dev ## train a real encoder by noise, LoRA and LoRA with a scale (ten minutes)
 	@$(IN_VENV) $(BIN)/python evals/peft/study.py
 
+paper-table2: $(VENV)/.paper ## the paper's Table 2, noise in DeBERTaV3 on GLUE (needs a GPU and the hub) [ARGS=--small]
+	@$(IN_VENV) $(BIN)/python evals/peft/table2.py $(ARGS)
+
+paper-table3: $(VENV)/.paper ## the paper's Table 3, LoRA with a scale in a Llama (needs a GPU and the hub) [ARGS=--small]
+	@$(IN_VENV) $(BIN)/python evals/peft/table3.py $(ARGS)
+
 evidence: $(VENV)/.dev ## train, merge and score three families of models for five seeds (many hours)
 	@$(IN_VENV) $(BIN)/python evals/evidence/run.py vision
 	@$(IN_VENV) $(BIN)/python evals/evidence/run.py language
 	@$(IN_VENV) $(BIN)/python evals/evidence/run.py encoder
 	@$(IN_VENV) $(BIN)/python evals/evidence/results.py
 	@$(IN_VENV) $(BIN)/python evals/evidence/page.py
+
+search-language: $(VENV)/.dev ## search merges of small language models, and confirm on other pages (half an hour)
+	@$(IN_VENV) $(BIN)/python evals/evidence/searched.py
 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py
@@ -158,6 +168,11 @@ $(VENV)/.dev: $(VENV)/.package
 	@echo "setting up $(VENV) for development (once)"
 	@$(INSTALL) 'outliermerge[demo,dev,docs]'
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.paper: $(VENV)/.package
+	@echo "setting up $(VENV) for the paper's tables (once)"
+	@$(INSTALL) 'outliermerge[paper]'
+	@touch $@
 
 $(VENV)/.release: $(VENV)/.package
 	@echo "setting up $(VENV) for releases (once)"

@@ -5,7 +5,7 @@ more bytes in a second than it is told. Three models of random weights (base, tw
 merged from it; beside it the other way, which is to download them, and to merge then. --output
 measures instead what it costs to write the output to the bucket while models are read from it.
 
-    python benchmarks/elsewhere.py [--runs 3] [--megabytes 270] [--line 40] [--method ties]
+    python benchmarks/elsewhere.py [--runs 3] [--megabytes 1000] [--line 40] [--method ties]
                                    [--output]
 """
 
@@ -118,7 +118,7 @@ def save_model(folder: Path, num_bytes: int, seed: int, *, columns: int = COLUMN
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--runs", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--megabytes", type=int, default=270, help="of a model (default 270)")
+    parser.add_argument("--megabytes", type=int, default=1000, help="of a model (default 1000)")
     parser.add_argument("--line", type=float, default=40, help="megabytes a second (default 40)")
     parser.add_argument("--method", default="ties", choices=["linear", "ties"])
     parser.add_argument("--output", action="store_true", help="write to the bucket, too")

@@ -124,11 +124,6 @@ def plans_of(
     stages, final = planned.spec.all_stages, output_path(planned, output)
     found: list[tuple[Plan, Final]] = [(planned, final)]
     for name in dict.fromkeys(keep):
-        if isinstance(final, str):
-            raise ArgumentError(
-                f"{argument('keep')}: not with an output in a store ({final}): give the stage a "
-                "spec of its own"
-            )
         if name not in stages:
             advice = suggest(name, stages) if stages else "The spec has no `stages`."
             raise ArgumentError(f"{argument('keep')}: no stage {quoted(name)}. {advice}")
@@ -137,10 +132,18 @@ def plans_of(
                 f"{argument('keep')}: the stage {quoted(name)} is written as OUTPUT-NAME, and its "
                 "name has a slash. Give it another name"
             )
-        path = final.with_name(f"{final.stem if planned.is_one_file else final.name}-{name}")
         stage = make_plan(stages[name], shard_bytes=planned.shard_bytes)
-        found.append((stage, path.with_name(path.name + final.suffix * planned.is_one_file)))
+        found.append((stage, _beside(final, name, is_one_file=planned.is_one_file)))
     return found
+
+
+def _beside(final: Final, name: str, *, is_one_file: bool) -> Final:
+    """Return where a stage is written, beside the output."""
+    if isinstance(final, str):
+        return as_final(f"{final}-{name}")
+    if is_one_file:
+        return final.with_name(f"{final.stem}-{name}{final.suffix}")
+    return final.with_name(f"{final.name}-{name}")
 
 
 @dataclass(frozen=True)

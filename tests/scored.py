@@ -87,3 +87,31 @@ def means(model, questions=None):
     error = sum(abs(float(model[name].mean()) - wanted) for name, wanted in best.items())
     names = TARGETS if questions is None else questions
     return {name: -error for name in names}
+
+
+def gives_others(model, questions=None):
+    """Give scores for other questions than those that are asked."""
+    found = closeness(model)
+    return found if questions is None else {f"other {name}": 0.0 for name in questions}
+
+
+def gives_no_task(model, questions=None):
+    """Give a task, which is lacking when only some questions are asked."""
+    return {"one" if questions is None else "other": closeness(model)}
+
+
+def exits(model, questions=None):
+    """End the program, as functions do that are main functions, too."""
+    raise SystemExit(3)
+
+
+def interrupted(model, questions=None):
+    """Be interrupted at a call on some questions that a variable names."""
+    global interruptions
+    interruptions += questions is not None
+    if interruptions == int(os.environ.get("INTERRUPT_AT", "-1")):
+        raise KeyboardInterrupt
+    return closeness(model, questions)
+
+
+interruptions = 0

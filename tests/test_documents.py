@@ -121,8 +121,8 @@ def test_every_file_of_a_page_is_used_and_has_one_text():
 
 def test_the_pages_name_targets_and_extras_that_exist():
     text = "\n".join(page.read_text() for page in PAGES)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", text, re.M)) <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]+)", text, re.M)) <= targets
     project = (ROOT / "pyproject.toml").read_text()
     extras = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     wanted = set(re.findall(r"'\.\[([\w,-]+)\]'", text))

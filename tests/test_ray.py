@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bucket_server import BucketServer
 from checkpoints import save_tensors
-from documents import ROOT
 from kinds import save_models, save_specs
+from outputs_elsewhere import bucket_served
+from ray_cluster import cluster_of
 from waiting import LIMIT_SECONDS, wait_for
 
 from outliermerge import optional
@@ -33,7 +35,7 @@ from outliermerge.output.ray import _Driver
 from outliermerge.output.writer import OutputWriter
 
 ray = pytest.importorskip("ray")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
+pytest.importorskip("ray.cluster_utils")
 
 # Ray leaves sockets to the garbage collector, and warns of versions to come.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -49,6 +51,14 @@ def add_slowly(journal, entry, add=Journal.add):
 
 Journal.add, slow = add_slowly, METHODS["linear"]
 """
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
+    """A bucket, whose keys are in the environment in which the cluster is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        with bucket_served(tmp_path_factory.mktemp("served"), patch) as server:
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +83,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(place: Path) -> Iterator[Any]:
+def cluster(place: Path, bucket: BucketServer) -> Iterator[Any]:
     """A head without processors, and nodes of one processor each."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(place), before]))
-    config = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
-    config["worker_niceness"] = 0  # else workers wait for all else that this machine does
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
-    started = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        started.add_node(num_cpus=1)
-    yield started
-    started.shutdown()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with cluster_of(2, place) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +384,74 @@ def test_the_machine_of_the_driver_is_not_asked_for_a_gpu(
         assert refusal in said("auto")  # of the cluster, not of this machine
     finally:
         cluster.remove_node(node)
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "more"),
+    [
+        ("run", "quick", []),
+        ("sweep", "quick", ["--set", "weight=0.25,0.75", "--parts", "2"]),
+        ("run", "staged", ["--keep", "half"]),
+        ("moe", "moe", ["--no-routing", "--parts", "3"]),
+    ],
+)
+def test_parts_on_a_cluster_are_written_to_a_bucket(
+    connected: Any,
+    bucket: BucketServer,
+    here: Path,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    more: list[str],
+) -> None:
+    pytest.importorskip("obstore")
+    there = f"{command}-{name}/out"
+    more = [*more, "--no-load-check", "--shard-size", "2KB"]
+    address = Path(f"s3://bucket/{there}")
+    words = line(connected, name, address, *more, command=command)
+    words[words.index(str(address))] = f"s3://bucket/{there}"
+    assert cli.main(words) == 0
+    alone = tmp_path / "out"
+    own = [word for word in more if word != "--parts" and not word.isdecimal()]
+    assert cli.main([command, f"{name}.yaml", "-o", str(alone), "--threads", "1", *own]) == 0
+    wanted = files_of(tmp_path)
+    assert bucket.objects(f"{command}-{name}/") == wanted
+    assert sum(file.endswith(".safetensors") for file in wanted) > 2
+
+
+def test_a_lost_node_costs_a_bucket_nothing(
+    cluster: Any, bucket: BucketServer, here: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore")
+    words = line(cluster, "slow", tmp_path, "--parts", str(NUM_PARTS), "--shard-size", "15KB")
+    words[words.index(str(tmp_path))] = "s3://bucket/lost/out"
+    command = [sys.executable, "-m", "outliermerge", *words]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert wait_for(lambda: bool(bucket.objects("lost/out/model-")) or driver.poll() is not None)
+    _replace_a_node(cluster, random.Random(1))
+    _, said = driver.communicate(timeout=LIMIT_SECONDS)
+    assert driver.returncode == 0, said
+    assert "was lost: " in said
+    own = [word for word in words[words.index("--shard-size") :]]
+    subprocess.run(
+        [sys.executable, "-m", "outliermerge", "run", "slow.yaml", "-o", tmp_path / "alone", *own],
+        check=True,
+    )
+    assert bucket.objects("lost/out/") == files_of(tmp_path / "alone")
+
+
+def test_a_corrected_spec_needs_no_flag_where_nothing_was_written(
+    connected: Any, here: Path, tmp_path: Path
+) -> None:
+    bad = {f"w{n}": torch.full((30, 40), float("inf")) for n in range(NUM_TENSORS)}
+    save_tensors(tmp_path / "bad", bad)
+    models = [{"model": "base"}, {"model": str(tmp_path / "bad")}]
+    spec = {"merge_method": "linear", "models": models}
+    (here / "worse.yaml").write_text(yaml.safe_dump(spec))
+    output = tmp_path / "out"
+    assert cli.main(line(connected, "worse", output, "--quiet", "--parts", "3")) == 1
+    assert cli.main(line(connected, "quick", output, "--quiet", "--parts", "2")) == 0
+    assert_as_alone(here, "quick", output)
 
 
 @pytest.mark.faults

@@ -120,6 +120,8 @@ def test_the_make_targets_exist():
         "demo-minilm",
         "study",
         "study-peft",
+        "paper-table2",
+        "paper-table3",
         "evidence",
         "weight-tables",
         "eval-paper",

@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 import torch
 import yaml
+from bucket_server import BucketServer
 from checkpoints import save_tensors
 from documents import ROOT
+from outputs_elsewhere import files_of
 from waiting import LIMIT_SECONDS
 
 import outliermerge
@@ -50,9 +52,12 @@ def _program(path: Path, words: str) -> None:
     path.chmod(0o755)
 
 
-def _submit(place: Path, environment: dict[str, str]) -> tuple[str, str]:
+def _submit(
+    place: Path, environment: dict[str, str], output: str = "", flags: Sequence[str] = ()
+) -> tuple[str, str]:
     """Submit the merge; return the numbers of the array and of the join."""
-    command = [str(SUBMIT), str(place / "merge.yaml"), str(place / "out"), str(NUM_PARTS)]
+    words = [str(place / "merge.yaml"), output or str(place / "out"), str(NUM_PARTS), *flags]
+    command = [str(SUBMIT), *words]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
@@ -77,6 +82,23 @@ def test_the_scripts_for_slurm_are_carried_out_by_plain_processes(place: Path) -
     assert _submit(place, dict(os.environ)) == ("1", "2")
     _assert_joined(place)
     assert (place / "job-1").read_text() == "0 0 0 0"
+
+
+@pytest.mark.parametrize("in_store", [False, True])
+def test_flags_behind_the_number_go_to_the_parts_and_to_the_join_of_plain_processes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_store: bool
+) -> None:
+    _program(place / "bin" / "sbatch", str(ROOT / "tests" / "stand_in_sbatch.py"))
+    flags = ["--shard-size", "12KB", "--no-load-check"]
+    with BucketServer(tmp_path / "served") as server:
+        output = "s3://bucket/out" if in_store else str(place / "out")
+        _submit(place, {**os.environ, **server.s3()}, output, flags)
+        assert (place / "job-1").read_text() == "0 0 0 0"
+        assert (place / "job-2").read_text() == "0", (place / "slurm-2.out").read_text()
+        found = server.objects("out/") if in_store else files_of(place / "out")
+    outliermerge.run(place / "merge.yaml", output=place / "whole", shard_size="12KB")
+    assert found == files_of(place / "whole")
+    assert sum(name.endswith(".safetensors") for name in found) == 6  # of two tensors each
 
 
 def test_where_a_part_fails_the_join_says_by_plain_processes_which_is_to_be_run_again(

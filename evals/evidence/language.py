@@ -108,7 +108,7 @@ class LanguageWorld:
 
     def base(self) -> dict[str, Any]:
         """Train on the base's languages in turn."""
-        model = self._model()
+        model = self.model()
         self._fit(model, "base", [BASE], self.recipe.base_steps, self.recipe.base_rate)
         return {"state": copied(model)}
 
@@ -116,7 +116,7 @@ class LanguageWorld:
         self, base: dict[str, Any], tasks: Sequence[str], steps: int, keep: Collection[int]
     ) -> dict[int, State]:
         """Train the base on languages, with some windows of its own."""
-        model = self._model(base["state"])
+        model = self.model(base["state"])
         own = [tuple(tasks)] * (self.recipe.replay - 1)
         return self._fit(model, "-".join(tasks), [*own, BASE], steps, self.recipe.rate, keep)
 
@@ -127,15 +127,14 @@ class LanguageWorld:
         model.load_state_dict(state)
         count = {"validation": self.recipe.num_validation, "test": self.recipe.num_test}[split]
         drawn = np.random.default_rng([self.seed, count, *task.encode()])
-        windows_NW = self._windows(task, split, count, drawn)
-        losses_NW = torch.cat([_losses(model, part) for part in windows_NW.split(32)])
-        return (losses_NW[:, CONTEXT - 1 :].mean(1) / np.log(2)).numpy().astype(np.float64)
+        return bits_per_byte(model, self.windows(task, split, count, drawn))
 
     @cached_property
     def _scored(self) -> LlamaForCausalLM:
-        return self._model()
+        return self.model()
 
-    def _model(self, state: State | None = None) -> LlamaForCausalLM:
+    def model(self, state: State | None = None) -> LlamaForCausalLM:
+        """Return a model with a state; without one as the seed makes it."""
         recipe = self.recipe
         torch.manual_seed(self.seed)
         model = LlamaForCausalLM(
@@ -171,17 +170,25 @@ class LanguageWorld:
                 language = groups[group][places[group] % len(groups[group])]
                 places[group] += 1
                 turn += 1
-                windows.append(self._windows(language, "training", 1, drawn))
+                windows.append(self.windows(language, "training", 1, drawn))
             return _losses(model, torch.cat(windows)).mean()
 
         return fit(model, loss, steps, rate, keep)
 
-    def _windows(
+    def windows(
         self, language: str, split: str, count: int, drawn: np.random.Generator
     ) -> torch.Tensor:
+        """Draw windows of the pages of a split."""
         text = self.texts[language][split]
         starts = drawn.integers(0, len(text) - WINDOW, count)
         return torch.from_numpy(np.stack([text[s : s + WINDOW] for s in starts]).astype(np.int64))
+
+
+@torch.inference_mode()
+def bits_per_byte(model: LlamaForCausalLM, windows_NW: torch.Tensor) -> np.ndarray:
+    """Return the bits per byte of each window, without the bytes that are its context."""
+    losses_NW = torch.cat([_losses(model, part) for part in windows_NW.split(32)])
+    return (losses_NW[:, CONTEXT - 1 :].mean(1) / np.log(2)).numpy().astype(np.float64)
 
 
 def _losses(model: LlamaForCausalLM, windows_NW: torch.Tensor) -> torch.Tensor:

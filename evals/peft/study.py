@@ -41,6 +41,8 @@ from outliermerge import rng  # noqa: E402
 RESULTS, TABLE = Path(__file__).with_name("results.json"), Path(__file__).with_name("README.md")
 SOURCES = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 MATRICES = ["query", "key", "value", "dense"]
+# The states that are rated do not pass the pooler.
+WHERE = {"target_modules": MATRICES, "exclude_modules": ["pooler.dense"]}
 MARKS = ("<!-- results -->\n", "<!-- end of results -->\n")
 
 
@@ -53,15 +55,13 @@ class Arm:
     kind: str = "none"
     keys: Mapping[str, Any] = field(default_factory=dict)
 
-    def adapt(self, encoder: nn.Module, seed: int) -> nn.Module:
-        """Return the encoder with what this arm trains of it."""
+    def adapt(self, encoder: nn.Module, seed: int, where: Mapping[str, Any] = WHERE) -> nn.Module:
+        """Return the encoder with what this arm trains of it; `where` are keys of adapters."""
         import peft
 
         from outliermerge.peft import NoiseConfig, ScaledLoraConfig
 
         encoder.requires_grad_(self.kind == "full")
-        # The states that are rated do not pass the pooler.
-        where = {"target_modules": MATRICES, "exclude_modules": ["pooler.dense"]}
         if self.kind == "noise":
             return peft.get_peft_model(encoder, NoiseConfig(**where, seed=seed))
         if self.kind == "lora":
@@ -165,15 +165,22 @@ def split(rows: list[tuple[float, str]], tokenizer: Any, settings: Settings) -> 
     return parts
 
 
-def batches(texts: Texts, size: int, seed: int) -> list[list[int]]:
-    """Return the texts once in random batches, each of texts of about one length."""
-    order = rng.uniform(seed, "order", 0, len(texts.tokens)).argsort().tolist()
+def batches(lengths: Sequence[int], size: int, seed: int, epoch: int = 0) -> list[list[int]]:
+    """Return the places of texts, each once, in random batches of texts of about one length."""
+    num = len(lengths)
+    order = rng.uniform(seed, "order", epoch * num, (epoch + 1) * num).argsort().tolist()
     groups = []
     for start in range(0, len(order), 16 * size):
-        group = sorted(order[start : start + 16 * size], key=lambda row: len(texts.tokens[row]))
+        group = sorted(order[start : start + 16 * size], key=lambda row: lengths[row])
         groups += [group[at : at + size] for at in range(0, len(group), size)]
-    shuffled = rng.uniform(seed, "batches", 0, len(groups)).argsort().tolist()
+    num = len(groups)
+    shuffled = rng.uniform(seed, "batches", epoch * num, (epoch + 1) * num).argsort().tolist()
     return [groups[place] for place in shuffled]
+
+
+def factor(step: int, steps: int, warm: int) -> float:
+    """Return what the rate is multiplied by: up over the first steps, then down to 0."""
+    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def train(rater: Rater, texts: Texts, head_rate: float, rate: float, size: int, seed: int) -> None:
@@ -182,10 +189,10 @@ def train(rater: Rater, texts: Texts, head_rate: float, rate: float, size: int, 
     groups = [{"params": rater.head.parameters(), "lr": head_rate}]
     groups += [{"params": own, "lr": rate}] if own else []
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    steps = batches(texts, size, seed)
+    steps = batches([len(tokens) for tokens in texts.tokens], size, seed)
     warm = max(1, len(steps) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (len(steps) - step) / (len(steps) - warm))
+        optimizer, lambda step: factor(step, len(steps), warm)
     )
     for rows in steps:
         inputs, ratings = texts.batch(rows)
@@ -274,7 +281,9 @@ def study(
 
 
 def mean_and_error(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Return the mean and its standard error, std(ddof=1) / √n, as a text."""
+    """Return the mean and its standard error, std(ddof=1) / √n, where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.{digits}f}" if values else "–"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):{sign}.{digits}f} ± {error:.{digits}f}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from outliermerge.cli.parts import Command, add_baseline, add_json, print_json
 from outliermerge.errors import printable
@@ -32,21 +31,19 @@ def run(options: argparse.Namespace) -> int:
     from outliermerge.evaluation.paper import with_paper
     from outliermerge.evaluation.scores import load_scores
     from outliermerge.evaluation.table import make_table
-    from outliermerge.output.replaceable import refuse_foreign
+    from outliermerge.output.replaceable import writable
     from outliermerge.storage.files import write_whole
 
-    if options.markdown:
-        refuse_foreign(Path(options.markdown), "markdown")
-    if options.chart:
-        refuse_foreign(Path(options.chart), "png")
+    markdown = writable(options.markdown, "markdown") if options.markdown else None
+    chart = writable(options.chart, "png") if options.chart else None
     scores = [load_scores(path) for path in options.scores]
     table = make_table(scores, baseline=options.baseline)
     if options.paper:
         table = with_paper(table)
-    if options.markdown:
-        write_whole(Path(options.markdown), (table.as_markdown() + "\n").encode())
-    if options.chart:
-        draw(table, Path(options.chart))
+    if markdown is not None:
+        write_whole(markdown, (table.as_markdown() + "\n").encode())
+    if chart is not None:
+        draw(table, chart)
     if options.json:
         print_json(table.as_dict())
     else:

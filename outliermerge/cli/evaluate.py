@@ -6,12 +6,11 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import Command, add_baseline, add_json, count, print_json, say
 from outliermerge.cli.shipped import find_file
-from outliermerge.errors import SpecError, printable, suggest
+from outliermerge.errors import SpecError, as_path, printable, suggest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
             listener=progress,
         )
     table = make_table([scores], baseline=options.baseline)
-    folder = Path(options.output).expanduser()
+    folder = as_path(options.output)
     write_whole(folder / TABLE_NAME, (table.as_markdown() + "\n").encode())
     draw(table, folder / CHART_NAME)
     if options.json:

@@ -74,18 +74,24 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         choices=("threads", "ray"),
         default="threads",
         help="what carries the merge out: threads of this process (default), or ray: a Ray "
-        "cluster, in parts, whose machines share the disks of the models and the output",
+        "cluster, in parts, whose machines share the disks of the models and of the output, or its "
+        "bucket",
     )
-    parser.add_argument(
-        "--address",
-        metavar="A",
-        help="address of the Ray cluster (default: one that runs on this machine, else a new one)",
-    )
+    add_address(parser)
     parser.add_argument(
         "--parts",
         type=count,
         metavar="N",
         help="parts of each output on the Ray cluster (default: as many as run at the same time)",
+    )
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of which Ray cluster."""
+    parser.add_argument(
+        "--address",
+        metavar="A",
+        help="address of the Ray cluster (default: one that runs on this machine, else a new one)",
     )
 
 
@@ -100,7 +106,7 @@ def check_ray(options: argparse.Namespace) -> None:
             raise ArgumentError(f"{argument('part')}: not with {argument('executor', 'ray')}")
         return
     for name in ("address", "parts"):
-        if getattr(options, name) is not None:
+        if getattr(options, name, None) is not None:
             raise ArgumentError(f"{argument(name)}: only with {argument('executor', 'ray')}")
 
 
@@ -121,15 +127,7 @@ def carried_out(
     if options.executor_name == "ray":
         from outliermerge.output.ray import run_on_ray
 
-        on_disks = []
-        for plan, output in plans:
-            if isinstance(output, str):
-                raise ArgumentError(
-                    f"output {output}: parts on a Ray cluster are written to a folder. To a store, "
-                    f"write them each by {argument('part', 'K/N')}"
-                )
-            on_disks.append((plan, output))
-        return run_on_ray(on_disks, chosen, address=options.address, num_parts=options.parts)
+        return run_on_ray(plans, chosen, address=options.address, num_parts=options.parts)
     from outliermerge.output.run import run_plans
 
     return run_plans(plans, chosen)

@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page, and figures if they are asked for."""
-    output, searched = Path(options.output), Path(options.models[0])
+    searched = Path(options.models[0])
     if len(options.models) == 1 and (searched / _TRIALS_NAME).is_file():
         require_search()
         from outliermerge.search.page import write_page
 
-        say(f"wrote {write_page(searched, output)}")
+        say(f"wrote {write_page(searched, options.output)}")
         return 0
     from outliermerge.analysis.report.build import build_report
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             options.models,
             base=options.base,
             output=options.output,
-            png=Path(options.png) if options.png else None,
+            png=options.png or None,
             t=options.t,
             filter=options.filter,
             device=options.device,

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from outliermerge.cli.in_parts import add_address, check_ray
 from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, say
-from outliermerge.cli.search_helpers import Helpers
+from outliermerge.cli.search_helpers import Helpers, gpus_of
 from outliermerge.cli.shipped import find_file
 from outliermerge.cli.specs import STANDARD_INPUT, read_spec
-from outliermerge.errors import ArgumentError, argument, as_path, printable
+from outliermerge.errors import ArgumentError, argument, printable
+
+if TYPE_CHECKING:
+    from outliermerge.search.scorer import Scorer
 
 _SAMPLERS = ("tpe", "cmaes", "nsga2", "grid", "random")
 _STRATEGIES = ("sampler", "greedy-soup", "prune")
@@ -27,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--suite",
+        action="append",
         required=True,
         metavar="SUITE",
         help="what scores a merge: a suite of `eval`, or a function package.module:function that "
-        "returns a number for each question, or entropy:FILE or agreement:FILE of unlabelled texts",
+        "returns a number for each question, or entropy:FILE or agreement:FILE of unlabelled "
+        "texts; several --suite count alike",
     )
     parser.add_argument(
         "-o",
@@ -46,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         choices=_SAMPLERS,
         default="tpe",
-        help="what chooses their settings (default tpe); with nsga2 each task is an objective",
+        help="what chooses their settings (default tpe); with nsga2 each task, or each of several "
+        "suites, is an objective",
     )
     parser.add_argument(
         "--strategy",
@@ -78,10 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=count,
-        default=1,
         metavar="N",
-        help="processes that take trials; with --device cuda each has a GPU (default 1)",
+        help="trials at the same time: processes here, each with a GPU of its own where GPUs are "
+        "used (default 1), or tasks on a Ray cluster (default: as many as fit)",
     )
+    parser.add_argument(
+        "--executor",
+        dest="executor_name",
+        choices=("processes", "ray"),
+        default="processes",
+        help="where trials are merged and scored: processes of this machine (default), or ray: "
+        "tasks on a Ray cluster, whose machines share the disk of the models",
+    )
+    add_address(parser)
     add_machine(parser)
     add_json(parser)
 
@@ -92,15 +111,19 @@ def run(options: argparse.Namespace) -> int:
 
     require_search()
     from outliermerge.cli.search_progress import SearchProgress
+    from outliermerge.output.names import as_local
     from outliermerge.output.options import RunOptions
-    from outliermerge.search.scorers import find_scorer
+    from outliermerge.search.on_ray import Cluster
     from outliermerge.search.search import Wanted, search
     from outliermerge.search.space import load_space
 
-    if options.jobs > 1 and (options.spec == STANDARD_INPUT or options.strategy != "sampler"):
-        what = "the standard input" if options.spec == STANDARD_INPUT else options.strategy
-        raise ArgumentError(f"{argument('jobs')}: {what} is for one process")
-    device = "cuda:0" if options.jobs > 1 and options.device == "cuda" else options.device
+    check_ray(options)
+    jobs, on_ray = options.jobs or 1, options.executor_name == "ray"
+    if jobs > 1 and options.strategy != "sampler":
+        raise ArgumentError(f"{argument('jobs')}: {options.strategy} is for one process")
+    if jobs > 1 and not on_ray and options.spec == STANDARD_INPUT:
+        raise ArgumentError(f"{argument('jobs')}: the standard input is for one process")
+    output = as_local(options.output, "a search is written to a folder")
     spec = read_spec(options)
     space = None if options.space is None else load_space(options.space)
     wanted = Wanted(
@@ -110,31 +133,40 @@ def run(options: argparse.Namespace) -> int:
         questions=options.questions,
         strategy=options.strategy,
     )
-    scorer = find_scorer(
-        options.suite if ":" in options.suite else find_file(options.suite, "suite"),
-        device=device,
-        folder=as_path(options.output) / "work",
-        limit=options.limit,
-    )
+    names = [name if ":" in name else find_file(name, "suite") for name in options.suite]
+    make = partial(_scorer, names, options.device, options.limit)
+    scorer = make(output / "work")
+    gpus = [] if on_ray else gpus_of(jobs, (options.device, scorer.device))
     with (
-        Helpers(options, partial(say, file=sys.stderr)) as helpers,
+        Helpers(options, 1 if on_ray else jobs, gpus, partial(say, file=sys.stderr)) as helpers,
         SearchProgress(quiet=options.quiet, on_begun=helpers.start) as progress,
     ):
         found = search(
             spec,
             space,
             scorer,
-            output=options.output,
+            output=output,
             wanted=wanted,
-            options=RunOptions(device=device, threads=options.threads),
+            options=RunOptions(
+                device="cuda:0" if gpus and options.device != "cpu" else options.device,
+                threads=options.threads,
+            ),
             listener=progress,
+            cluster=Cluster(make, options.address, options.jobs) if on_ray else None,
         )
     if options.json:
         print_json(found.as_dict())
     else:
         print(printable(found.as_markdown()))
-        say(f"wrote {options.output}: best.yaml, search.md, result.json", file=sys.stderr)
+        say(f"wrote {output}: best.yaml, search.md, result.json", file=sys.stderr)
     return 0
+
+
+def _scorer(names: Sequence[str], device: str, limit: int | None, folder: Path) -> Scorer:
+    """Make what scores, on any machine; `folder` is for its files."""
+    from outliermerge.search.scorers import find_scorer
+
+    return find_scorer(names, device=device, folder=folder, limit=limit)
 
 
 COMMAND = Command(
@@ -144,6 +176,9 @@ COMMAND = Command(
         "outliermerge search merge.yaml --space space.yaml --suite mine.scores:score -o search \\\n"
         "      --trials 60 --sampler cmaes",
         "outliermerge search merge.yaml --strategy greedy-soup --suite mine.scores:score -o soup",
+        "outliermerge search merge.yaml --space space.yaml --suite a.yaml --suite b.yaml \\\n"
+        "      -o found --sampler nsga2",
+        "outliermerge search merge.yaml --space space.yaml --suite paper -o found --executor ray",
     ),
     overview="outliermerge search merge.yaml --space space.yaml --suite paper -o search",
     add_arguments=add_arguments,

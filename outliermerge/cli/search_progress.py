@@ -11,9 +11,9 @@ from rich.markup import escape
 
 from outliermerge.cli.terminal import counting_bars
 from outliermerge.errors import readable
+from outliermerge.search.phases import Listener
 from outliermerge.search.questions import Sample
 from outliermerge.search.result import settings_text
-from outliermerge.search.search import Listener
 from outliermerge.search.trials import Trial
 
 
@@ -47,11 +47,10 @@ class SearchProgress(Listener):
         """Say who is asked."""
         self._line(f"asking {name} all questions")
 
-    def begun(self, questions: Sample, *, in_memory: bool) -> None:
+    def begun(self, questions: Sample, *, where: str) -> None:
         """Say how many questions a trial is asked."""
         searched = sum(map(len, questions.searched.values()))
         held_out = sum(map(len, questions.held_out.values()))
-        where = "in memory" if in_memory else "on the disk"
         self._line(
             f"each trial is merged {where} and asked {questions.num_asked} of {searched} "
             f"questions; {held_out} are held out"

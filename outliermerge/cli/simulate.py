@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.parts import Command, count, say
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     with reading_bar("simulating", quiet=options.quiet) as callbacks:
         found = simulate(seed=options.seed, num_points=options.points, **callbacks)
     if options.png:
-        draw(found, Path(options.png))
+        draw(found, options.png)
         say(f"wrote {options.png}", file=sys.stderr)
     if write_files(options, found.as_dict(), []):
         print_simulation(found)

@@ -28,6 +28,7 @@ from outliermerge.cli.terminal import (
 from outliermerge.errors import SpecError, shown
 
 if TYPE_CHECKING:
+    from outliermerge.output.names import Final
     from outliermerge.output.run import RunResult
 
 _KEPT = " kept: outliers kept whole."
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parameter, or models.N.PARAMETER of the N-th model, from 1; with stages.NAME., "
         "modules.NAME. or slices.N. before it, of that part. Several --set are combined",
     )
-    add_running(parser, folder="the folder in which each output gets one of its own")
+    add_running(
+        parser, folder="the folder in which each output gets one of its own, or its address"
+    )
     add_ray(parser)
 
 
@@ -74,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
     variants = sweeps.plan_sweep(spec, settings, shard_size=options.shard_size)
     check_ray(options)
     plans = [(each.plan, sweeps.output_of(each, output)) for each in variants]
-    total = sweeps.work_bytes(variants, read_once=options.executor_name != "ray")
+    on_ray, in_store = options.executor_name == "ray", isinstance(plans[0][1], str)
+    total = sweeps.work_bytes(variants, read_once=not (on_ray or in_store))
     resolved(options)  # what is not here is said before a bar is drawn
-    on_ray = options.executor_name == "ray"
     with MergeBar(total, len(variants), quiet=options.quiet, on_ray=on_ray) as bar:
         chosen = run_options(options, on_progress=bar.advance, on_waiting=bar.wait)
         results = carried_out(plans, chosen, options)
@@ -98,25 +101,33 @@ def print_outputs(results: Sequence[RunResult]) -> None:
     """Print a row for each output: where it is, and how far it is from the base."""
     drifts = [result.manifest.get("drift") or {} for result in results]
     columns = _columns(drifts)
-    paths = [Path(result.output) for result in results]
-    print_words(open_console(), f"in {paths[0].parent}:")
+    folders, names = zip(*(_folder_and_name(result.output) for result in results), strict=True)
+    print_words(open_console(), f"in {folders[0]}:")
     table = NamedTable("output", *columns)
-    for path, drift in zip(paths, drifts, strict=True):
-        table.add_row(path.name, *_cells(drift, columns))
+    for name, drift in zip(names, drifts, strict=True):
+        table.add_row(name, *_cells(drift, columns))
     table.print(open_console())
     if columns:
         kept = _KEPT if any("kept" in title for title in columns) else ""
         print_words(open_console(), _EXPLAINED + kept, "dim")
     else:
         print_words(open_console(), _NOT_MEASURED, "dim")
-    first = results[0]  # all were worked on together
-    worked = sum(result.written_bytes for result in results) + first.input_bytes
+    first = results[0]  # all were worked on together, and read together but for a store
+    read = results if isinstance(first.output, str) else results[:1]
+    worked = sum(each.written_bytes for each in results) + sum(each.input_bytes for each in read)
     print_words(open_console(), f"wrote {len(results)} outputs: {work_in_words(first, worked)}")
     checked = {result.load_check.by: result for result in results if result.load_check}
     for result in checked.values():
         print_loading(result)
     for result in results:
         print_remarks(result)
+
+
+def _folder_and_name(output: Final) -> tuple[str, str]:
+    if isinstance(output, Path):
+        return str(output.parent), output.name
+    folder, _, name = output.rpartition("/")
+    return folder, name
 
 
 def _columns(drifts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:

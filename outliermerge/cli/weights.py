@@ -7,11 +7,10 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from outliermerge.cli.parts import plain_json, say
-from outliermerge.errors import SpecError, as_path
+from outliermerge.errors import SpecError
 
 MOMENTS = (
     ("σ", "std", "{:.2g}"),
@@ -67,9 +66,9 @@ def add_table_files(parser: argparse.ArgumentParser) -> None:
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Before anything is read, refuse files that could not be written."""
+    """Before anything is read, refuse files that could not be written; else make them paths."""
     from outliermerge.analysis.extras import require
-    from outliermerge.output.replaceable import Kind, refuse_foreign
+    from outliermerge.output.replaceable import Kind, writable
 
     kinds: tuple[Kind, ...] = ("json", "csv", "parquet", "png")
     given = ((kind, getattr(options, kind, None)) for kind in kinds)
@@ -81,7 +80,7 @@ def check_files(options: argparse.Namespace) -> None:
             continue
         if file in ("", "-") or list(named.values()).count(file) > 1:
             raise SpecError(f"--{kind}: found {file!r}, expected a file of its own")
-        refuse_foreign(as_path(file), kind)
+        setattr(options, kind, writable(file, kind))
     if "png" in named:
         require("matplotlib.figure", "a figure")
 
@@ -94,14 +93,14 @@ def write_files(
 
     for name, write in (("csv", export.write_csv), ("parquet", export.write_parquet)):
         if file := getattr(options, name, None):
-            write(Path(file), rows)
+            write(file, rows)
     if options.json == "-":
         print(plain_json(export.to_json(table)))
         return False
     if options.json:
-        export.write_json(Path(options.json), table)
+        export.write_json(options.json, table)
     written = [
-        file for name in ("json", "csv", "parquet") if (file := getattr(options, name, None))
+        str(file) for name in ("json", "csv", "parquet") if (file := getattr(options, name, None))
     ]
     if written:
         say(f"wrote {', '.join(written)}", file=sys.stderr)

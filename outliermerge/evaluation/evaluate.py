@@ -39,6 +39,7 @@ from outliermerge.evaluation.scores import (
 from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execution.threads import choose_device
+from outliermerge.output.names import as_local
 from outliermerge.storage.system import lock
 
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
@@ -95,6 +96,7 @@ def evaluate(
         OutlierMergeError: a model or the harness is missing, a model is of a type that the suite's
             model type does not load, or two models have the same name.
     """
+    folder = as_local(output, "scores are written to a folder of this machine").absolute()
     listener = listener or Listener()
     document = suite.document
     installed = versions(document.harness)
@@ -110,7 +112,6 @@ def evaluate(
         own_code=bool(document.model_args.get("trust_remote_code")),
         chat_template=document.apply_chat_template and "tokenizer" not in document.model_args,
     )
-    folder = Path(output).expanduser().absolute()
     for name in ("records", "logs", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     settings = {

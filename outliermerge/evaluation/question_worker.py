@@ -26,7 +26,7 @@ def main() -> None:
                 runner.check(entry)
             refuse_made_up_weights()
         except Exception as error:
-            tell(event="failed", reason=reason_of(error))
+            tell(event="failed", reason=reason_of(error), is_over=True)
             return
         loaded = ""
         for line in sys.stdin:

@@ -67,7 +67,7 @@ class Records:
             else None,
         }
         self._identities = {
-            task.title: common | _task_identity(task, suite, fingerprints)
+            task.title: common | task_identity(task, suite, fingerprints)
             for task in suite.document.tasks
         }
 
@@ -129,7 +129,8 @@ class Records:
         return path.relative_to(self._folder).as_posix()
 
 
-def _task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) -> dict[str, Any]:
+def task_identity(task: SuiteTask, suite: Suite, fingerprints: Fingerprints) -> dict[str, Any]:
+    """Return what a task's scores depend on besides the model, its files and data hashed."""
     files = task_files(task.task, suite.tasks_folder, suite.data, harness=suite.document.harness)
     shots = suite.shots_of(task)
     return {

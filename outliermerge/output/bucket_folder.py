@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from outliermerge.execution.jobs import JobResult
 from outliermerge.output.bucket_records import Begun, Records, States
 from outliermerge.output.bucket_writer import BucketWriter
 from outliermerge.output.folder import differing, write_beside
-from outliermerge.output.manifest_file import parsed_manifest
-from outliermerge.output.ownership import check_apart_in_store, listed
+from outliermerge.output.journal import process, told
+from outliermerge.output.ownership import check_apart_in_store, check_free_in_store
 from outliermerge.output.resumed import compared_in
 from outliermerge.output.writer import Progress, line_of
 from outliermerge.planning.plan import Job, Plan
@@ -45,8 +46,6 @@ class BucketFolder:
         is_finished: an earlier run had written everything.
     """
 
-    all_named = False
-
     def __init__(
         self,
         plan: Plan,
@@ -56,6 +55,7 @@ class BucketFolder:
         marks: Mapping[str, list[int]],
         fresh: bool = False,
         overwrite: bool = False,
+        all_named: bool = False,
         part: str = "",
     ) -> None:
         """Begin the output, or take over what an earlier run has written of it.
@@ -65,6 +65,7 @@ class BucketFolder:
             marks: identify the inputs' files.
             fresh: start over, without the tensors of an earlier run.
             overwrite: replace an existing output. It is one no more when the first file is written.
+            all_named: an earlier run has completed all outputs of this command.
             part: the part of the plan for which it is opened.
 
         Raises:
@@ -85,7 +86,9 @@ class BucketFolder:
         self._temporary = tempfile.TemporaryDirectory(prefix="outliermerge-")
         self.path = Path(self._temporary.name)
         try:
-            self._begun, self.is_finished = self._open(fresh=fresh, overwrite=overwrite)
+            self._begun, self.is_finished = self._open(
+                fresh=fresh, overwrite=overwrite, all_named=all_named
+            )
             for shard in plan.shards:
                 place = self.path / shard.file
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -94,33 +97,43 @@ class BucketFolder:
             self.close()
             raise
 
-    def _open(self, *, fresh: bool, overwrite: bool) -> tuple[Begun, bool]:
+    def _open(self, *, fresh: bool, overwrite: bool, all_named: bool) -> tuple[Begun, bool]:
         """Return what has begun the output, this run as a rule, and whether it is finished."""
+        own = Begun(self._identity, tuple(self._shards), (), None, process(self._part))
         for _ in range(_NUM_LOOKS):
             there = self._bucket.states()
             begun = self._records.begun()
+            if begun is None and all_named and MANIFEST_NAME in there:
+                return own, True
             if begun is not None and begun.is_finished(there, MANIFEST_NAME):
                 if not fresh and not differing(begun.identity, self._identity):
                     self._take_over(there)
                     return begun, True
                 self._records.remove(there)
                 begun = None
-            if begun is not None and not fresh:
+            is_left = begun is not None and not self._part and begun.has_ended
+            is_left = is_left and not self._records.has_work(there)  # so that nothing is lost
+            if begun is not None and not fresh and not is_left:
                 if changed := differing(begun.identity, self._identity):
-                    raise begun_in_store_by_another(self.final, changed, in_parts=bool(self._part))
+                    raise begun_in_store_by_another(
+                        self.final, changed, told(begun.process), in_parts=bool(self._part)
+                    )
+                if MANIFEST_NAME in there:  # of an old output, which is still whole
+                    check_free_in_store(self._bucket, there, overwrite=overwrite)
                 self._take_over(there)
                 return begun, False
             old = self._replaceable(there, begun, overwrite=overwrite)
             self._records.remove_shards(there)
             before = begun.old_manifest if begun is not None else there.get(MANIFEST_NAME)
-            if self._records.begin([*self._shards], old, before, new=begun is None):
+            own = replace(own, old=tuple(sorted(old)), old_manifest=before)
+            if self._records.write(own, new=begun is None):
                 self._is_ours = True
-                return Begun(self._identity, tuple(self._shards), tuple(old), before), False
+                return own, False
         raise OutlierMergeError(f"{self.final}: other runs begin it again and again. Stop them.")
 
     def _replaceable(self, there: States, begun: Begun | None, *, overwrite: bool) -> set[str]:
         """Return what is there and will be replaced or removed."""
-        if begun is not None:
+        if begun is not None and MANIFEST_NAME not in there:
             self._refuse_foreign(there, begun)
             return {*begun.shards, *begun.old, *self._records.files()} & there.keys()
         return check_free_in_store(self._bucket, there, overwrite=overwrite)
@@ -204,6 +217,14 @@ class BucketFolder:
         self.done[job.name] = result
         self.writer.note(job, result)
 
+    def wait(self) -> None:
+        """Return when all that was written is in the store.
+
+        Raises:
+            OutlierMergeError: it cannot be written.
+        """
+        self.writer.wait()
+
     def _begin(self) -> None:
         """Take away the manifest of an old output, before anything of it is replaced."""
         if self._begun.old_manifest is not None:
@@ -276,8 +297,14 @@ class BucketFolder:
     def name(self) -> None:
         """Do nothing: with its manifest an output is complete."""
 
+    @property
+    def all_named(self) -> bool:
+        """Tell whether an earlier run has completed all outputs of this command."""
+        return self.is_finished and self._begun.all_named
+
     def say_all_named(self) -> None:
-        """Do nothing: one output at a time is written to a store."""
+        """Note that all outputs of this command are complete."""
+        self._records.write(replace(self._begun, all_named=True))
 
     def forget(self) -> None:
         """Remove the records of an output that is complete."""
@@ -286,71 +313,41 @@ class BucketFolder:
         self.close()
 
     def close(self) -> None:
-        """Stop writing; forget an output of which nothing is written."""
+        """Stop writing; give up an output of which nothing is finished."""
         self.writer.close()
-        if self._is_ours and not self._part and not self.writer.has_begun:
+        if self._is_ours and not self._part and not self._states:
             with suppress(OutlierMergeError):
-                self._records.withdraw()
+                self._give_up()
         self._is_ours = False
         self._temporary.cleanup()
 
+    def _give_up(self) -> None:
+        """Remove the record of the run, or let it say that nobody goes on with the run.
 
-def check_begun_or_free(plan: Plan, final: str, *, overwrite: bool) -> None:
-    """Refuse an address that is taken, unless a run has begun to write there.
-
-    Raises:
-        OutlierMergeError: something is there, and no killed run can go on to it.
-    """
-    bucket = Bucket(final)
-    there = bucket.states()
-    if not any(name.startswith(RECORDS) for name in there):
-        check_apart_in_store(plan, final, bucket)
-        check_free_in_store(bucket, there, overwrite=overwrite)
-
-
-def check_free_in_store(bucket: Bucket, there: States, *, overwrite: bool) -> set[str]:
-    """Return the names of an old output that may be replaced; empty where nothing is.
-
-    Raises:
-        OutlierMergeError: what is there may not be replaced.
-    """
-    names = {name for name in there if not name.startswith(RECORDS)}
-    if not names:
-        return set()
-    if MANIFEST_NAME not in names:
-        raise OutlierMergeError(
-            f"{bucket.address}: is not empty, and has no {MANIFEST_NAME}, so that it is no output "
-            f"of outliermerge:\n{listing(sorted(names))}\nMove it away or choose another output."
-        )
-    if not overwrite:
-        raise OutlierMergeError(
-            f"{bucket.address}: exists already. Use {argument('overwrite', True)} to replace it, "
-            f"or choose another {argument('output')}."
-        )
-    where = f"{bucket.address}/{MANIFEST_NAME}"
-    manifest = parsed_manifest(bucket.get(MANIFEST_NAME) or b"", where)
-    if foreign := sorted(names - listed(manifest) - {MANIFEST_NAME}):
-        raise OutlierMergeError(
-            f"{bucket.address}: {argument('overwrite', True)} would leave what outliermerge did "
-            f"not write in the new output:\n{listing(foreign)}\nMove it away."
-        )
-    for name, shard in manifest["shards"].items():
-        if name in there and there[name].num_bytes != shard["num_bytes"]:
-            raise OutlierMergeError(
-                f"{bucket.address}/{name}: is not the file that {MANIFEST_NAME} says outliermerge "
-                "wrote. Move it away, or remove it."
-            )
-    return names
+        It stays where only the record tells that files there are ours.
+        """
+        there, begun = self._bucket.states(), self._begun
+        if self._records.has_work(there):  # of another process with the same merge
+            return
+        ours = {*begun.shards, *begun.old, *self._records.files()} & there.keys()
+        if ours and MANIFEST_NAME not in there:
+            self._records.write(replace(begun, process={}))
+        else:
+            self._records.remove(there)
 
 
 def begun_in_store_by_another(
-    final: str, changed: list[str], *, in_parts: bool
+    final: str, changed: list[str], holder: str, *, in_parts: bool
 ) -> OutlierMergeError:
-    """Return the error for an unfinished output of another merge."""
+    """Return the error for an unfinished output of another merge.
+
+    Args:
+        holder: a phrase on the process that has begun it.
+    """
     over = f"Use {argument('fresh', True)} to start over, when nothing else writes there."
     return OutlierMergeError(
-        f"{final}: was begun by another merge: {', '.join(changed)} changed since. To go on, use "
-        "the spec and flags that it was begun with. "
+        f"{final}: was begun by another merge{holder}: {', '.join(changed)} changed since. To go "
+        "on, use the spec and flags that it was begun with. "
         + (to_start_over_in_store(final) if in_parts else over)
     )
 

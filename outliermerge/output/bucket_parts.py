@@ -11,9 +11,10 @@ from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.threads import Target
 from outliermerge.output.bucket_folder import BucketFolder, begun_in_store_by_another
-from outliermerge.output.bucket_records import Records
+from outliermerge.output.bucket_records import RUN, Records
 from outliermerge.output.division import part_work_bytes
 from outliermerge.output.folder import differing
+from outliermerge.output.journal import told
 from outliermerge.output.manifest import identity
 from outliermerge.output.opened import open_output
 from outliermerge.output.options import RunOptions
@@ -72,6 +73,12 @@ def run_part_in_store(
     return len(left)
 
 
+def seen_in_store(final: str) -> tuple[bool, bool]:
+    """Return whether an address has the record of a run, and whether it has a manifest."""
+    there = Bucket(final).states()
+    return RUN in there, MANIFEST_NAME in there
+
+
 def written_in_store(
     plan: Plan, final: str, facts: Mapping[str, Any]
 ) -> tuple[int, set[str], dict[str, set[int]]] | None:
@@ -94,7 +101,7 @@ def written_in_store(
             f"{argument('part', '1/N')} to {argument('part', 'N/N')}."
         )
     if changed := differing(begun.identity, facts):
-        raise begun_in_store_by_another(final, changed, in_parts=True)
+        raise begun_in_store_by_another(final, changed, told(begun.process), in_parts=True)
     if begun.is_finished(there, MANIFEST_NAME):
         return None
     num_parts = records.num_parts()

@@ -9,7 +9,8 @@ when the output is finished.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,11 +19,12 @@ import xxhash
 
 from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.errors import OutlierMergeError
-from outliermerge.output.journal import entry_line, entry_of, process
+from outliermerge.output.journal import entry_line, entry_of
 from outliermerge.storage.bucket import Bucket
+from outliermerge.storage.machine import has_ended
 from outliermerge.storage.ranges import State
 
-_RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
+RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
 _SHARDS, _EQUAL, _END = f"{RECORDS}shards/", f"{RECORDS}equal/", ".jsonl"
 _NUM_READS = 8
 
@@ -39,12 +41,23 @@ class Begun:
         shards: the names of its weight files.
         old: the names of what was there before, and is removed at the end.
         old_manifest: the state of the manifest that was there before.
+        process: what is known of the process that began it; nothing if that has given it up.
+        all_named: all outputs of its command are complete.
     """
 
     identity: Mapping[str, Any]
     shards: tuple[str, ...]
     old: tuple[str, ...]
     old_manifest: State | None
+    process: Mapping[str, Any]
+    all_named: bool = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process that began it has surely ended."""
+        is_here = self.process.get("host") == socket.gethostname()
+        pid = self.process.get("pid")
+        return not self.process or (is_here and isinstance(pid, int) and has_ended(pid))
 
     def is_finished(self, there: States, manifest: str) -> bool:
         """Tell whether its manifest is there, so that only the records are left to be removed."""
@@ -65,7 +78,7 @@ class Records:
         Raises:
             OutlierMergeError: the record is of another version.
         """
-        content = self._bucket.get(_RUN)
+        content = self._bucket.get(RUN)
         if content is None:
             return None
         lines = [entry for entry in map(entry_of, content.split(b"\n")) if entry is not None]
@@ -77,29 +90,30 @@ class Records:
                 tuple(rest["shards"]),
                 tuple(rest["old"]),
                 old and State(**old),
+                dict(rest["process"]),
+                bool(rest.get("all named")),
             )
-        except (LookupError, TypeError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise OutlierMergeError(
-                f"{self._bucket.address}/{_RUN}: is damaged, or of another version of "
+                f"{self._bucket.address}/{RUN}: is damaged, or of another version of "
                 f"outliermerge. To start over, remove all that is in {self._bucket.address}/."
             ) from None
 
-    def begin(
-        self, shards: Sequence[str], old: Iterable[str], old_manifest: State | None, *, new: bool
-    ) -> bool:
-        """Note which merge begins the output; False if it had to be new, and is not.
+    def write(self, begun: Begun, *, new: bool = False) -> bool:
+        """Note what has begun the output; False if it had to be new, and is not.
 
         Args:
             new: make no record where there is one.
         """
         rest = {
-            "shards": list(shards),
-            "old": sorted(old),
-            "old_manifest": old_manifest and asdict(old_manifest),
-            "process": process(),
+            "shards": begun.shards,
+            "old": begun.old,
+            "old_manifest": begun.old_manifest and asdict(begun.old_manifest),
+            "process": begun.process,
+            **({"all named": True} if begun.all_named else {}),
         }
-        first = {"outliermerge journal": 2, "identity": self._identity}
-        return self._bucket.put(_RUN, entry_line(first) + entry_line(rest), new=new)
+        first = {"outliermerge journal": 2, "identity": begun.identity}
+        return self._bucket.put(RUN, entry_line(first) + entry_line(rest), new=new)
 
     def add_shard(
         self, file: str, state: State, marks: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]
@@ -168,14 +182,19 @@ class Records:
 
     def remove(self, there: States) -> None:
         """Remove all records, that of the run last."""
-        own = [name for name in there if name.startswith(RECORDS) and name != _RUN]
-        self._bucket.remove([*own, _RUN])
+        own = [name for name in there if name.startswith(RECORDS) and name != RUN]
+        self._bucket.remove([*own, RUN])
 
-    def withdraw(self) -> None:
-        """Remove the record of the run, unless another process has written something already."""
-        if not self.shards(self._bucket.states()):
-            self._bucket.remove([_RUN])
+    def has_work(self, there: States) -> bool:
+        """Tell whether a run has finished something, or parts may be doing so."""
+        return any(name.startswith((_SHARDS, _EQUAL, _PARTS)) for name in there)
 
     def remove_shards(self, there: States) -> None:
         """Remove the records of shards, which are not to be taken over."""
         self._bucket.remove(name for name in there if name.startswith(_SHARDS))
+
+
+def noted_files(there: States) -> set[str]:
+    """Return the names of the shards that have a record."""
+    records = (name for name in there if name.startswith(_SHARDS) and name.endswith(_END))
+    return {name.removeprefix(_SHARDS).removesuffix(_END) for name in records}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +21,7 @@ from outliermerge.output.journal import BusyError
 
 _POLL_SECONDS, _BUSY_SECONDS = 0.5, 5
 _NUM_CPUS = 4  # of a task, where the threads are not given
-_MOST_LOSSES = 10  # of one task, without progress in between
+_MOST_LOSSES = 10
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # their names on a machine
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class Tasks(Generic[Key]):
         on_wait: called about twice a second.
         place: returns the machine, as `machines` returns them, on which the task of a key should
             run; "" for any.
+        most_losses: of one task, without progress in between.
+        on_lost: called with a key whose task was lost more often, and why, in place of an error;
+            the others go on.
     """
 
     def __init__(
@@ -69,37 +73,52 @@ class Tasks(Generic[Key]):
         has_progressed: Callable[[Key], bool],
         on_wait: Callable[[], None],
         place: Callable[[Key], str] = lambda key: "",
+        most_losses: int = _MOST_LOSSES,
+        on_lost: Callable[[Key, str], None] | None = None,
     ) -> None:
         import ray
 
         self._task = ray.remote(max_retries=0, **needs)(_called)
         self._shared = ray.put((function, shared, Path.cwd()))
         self._name, self._has_progressed, self._on_wait = name, has_progressed, on_wait
-        self._place = place
+        self._place, self._most_losses, self._on_lost = place, most_losses, on_lost
         self._losses = Counter[Key]()
 
-    def run(self, keys: Iterable[Key], take: Callable[[Key, Any], str]) -> None:
+    def run(
+        self,
+        keys: Iterable[Key],
+        take: Callable[[Key, Any], str],
+        *,
+        at_once: int | None = None,
+    ) -> None:
         """Carry out tasks.
 
         Args:
+            keys: the next ones are asked for when their tasks can be given.
             take: called with each key and what the function returned, as they come; returns why
                 the task is to be done again, "" if it is well.
+            at_once: most tasks that are given at the same time; None for all.
 
         Raises:
             OutlierMergeError: a task fails, or is lost too often.
         """
         import ray
 
-        pending = {self._start(key): key for key in keys}
+        waiting, pending = iter(keys), dict[Any, Key]()
         try:
-            while pending:
+            while True:
+                free = None if at_once is None else at_once - len(pending)
+                for key in islice(waiting, free):
+                    pending[self._start(key)] = key
+                if not pending:
+                    break
                 ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
                 self._on_wait()
                 for reference in ready:
                     key = pending.pop(reference)
                     if why := self._why_again(key, reference, take):
-                        self.count_loss(key, why)
-                        pending[self._start(key)] = key
+                        if self.count_loss(key, why):
+                            pending[self._start(key)] = key
             self._on_wait()
         finally:
             for reference in pending:
@@ -131,8 +150,8 @@ class Tasks(Generic[Key]):
             raise (ArgumentError if kind == "ArgumentError" else OutlierMergeError)(text)
         return outcome.busy or take(key, outcome.value)
 
-    def count_loss(self, key: Key, why: str) -> None:
-        """Count that the work of a task is lost.
+    def count_loss(self, key: Key, why: str) -> bool:
+        """Count that the work of a task is lost; tell whether to give it again.
 
         Raises:
             OutlierMergeError: it was lost too often, with no progress in between.
@@ -140,12 +159,16 @@ class Tasks(Generic[Key]):
         if self._has_progressed(key):
             self._losses[key] = 0
         self._losses[key] += 1
-        if self._losses[key] > _MOST_LOSSES:
+        if self._losses[key] > self._most_losses:
+            if self._on_lost is not None:
+                self._on_lost(key, why)
+                return False
             raise OutlierMergeError(
-                f"{why}, {_MOST_LOSSES} times without a tensor written in between. The same "
+                f"{why}, {self._most_losses} times without a tensor written in between. The same "
                 "command goes on from here."
             )
         _logger.warning("%s; it goes on", why)
+        return True
 
 
 def _called(sent: tuple[Callable[[Any, Any], Any], Any, Path], key: Any) -> _Outcome:

@@ -14,7 +14,7 @@ from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import write_exactly
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
-from outliermerge.output.journal import Journal, parts, process, remove_parts
+from outliermerge.output.journal import BusyError, Journal, parts, process, remove_parts
 from outliermerge.output.names import free_disk_bytes, journal_path, partial_folder
 from outliermerge.output.naming import begin_naming, finish_naming, is_named, old_inodes
 from outliermerge.output.ownership import check_apart, check_free
@@ -223,7 +223,7 @@ class OutputFolder:
             ArgumentError: it was begun in another number of parts.
         """
         known = self._journal.last("num_parts")
-        if known is None:
+        if known is None or (known != num_parts and has_no_tensor(self.final, self._journal)):
             self._journal.add({"num_parts": num_parts})
         elif known != num_parts:
             raise ArgumentError(
@@ -244,6 +244,9 @@ class OutputFolder:
         """Note in the journal that a tensor is written; one thread at a time may call this."""
         self.done[job.name] = result
         self._journal.add(line_of(job, result))
+
+    def wait(self) -> None:
+        """Do nothing: what is written is there."""
 
     def write_files(self, contents: Mapping[str, bytes | Path]) -> None:
         """Write or copy files beside the weights, replacing those of an earlier run."""
@@ -317,6 +320,27 @@ def finish_interrupted(final: Path) -> None:
                 journal.remove()
         finally:
             journal.close()
+
+
+def has_no_tensor(final: Path, journal: Journal) -> bool:
+    """Tell whether an output has no finished tensor, and none of its parts is being written.
+
+    Args:
+        journal: that of the whole output.
+    """
+    if journal.all("tensor"):
+        return False
+    for part in parts(final):
+        try:
+            own = Journal(final, part)
+        except BusyError:
+            return False
+        try:
+            if own.all("tensor"):
+                return False
+        finally:
+            own.close()
+    return True
 
 
 def write_beside(folder: Path, contents: Mapping[str, bytes | Path]) -> None:

@@ -1,37 +1,49 @@
-"""The progress of parts that other processes write, by their journals."""
+"""The progress of parts that other processes write, by their journals or records."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from outliermerge.errors import OutlierMergeError
+from outliermerge.output.bucket_records import noted_files
+from outliermerge.output.division import divided
 from outliermerge.output.journal import entry_of
-from outliermerge.output.names import journal_path
+from outliermerge.output.names import Final, journal_path
 from outliermerge.planning.plan import Plan
+from outliermerge.storage.bucket import Bucket
+
+_LOOK_SECONDS = 5.0  # between two listings of a folder in a store
 
 
 class Followed:
-    """Follows what the journals say is written, as the parts' processes add lines to them."""
+    """Follows what the parts' processes note as written.
 
-    def __init__(self, plan: Plan, final: Path, num_parts: int) -> None:
-        self.num_parts = num_parts
+    Args:
+        final: the path that `real_output` returned, or an address.
+    """
+
+    def __init__(self, plan: Plan, final: Final, num_parts: int) -> None:
+        self.num_parts, self._final = num_parts, final
         self._sizes = {job.name: plan.num_work_bytes(job) for job in plan.jobs}
-        names = {0: "", **{n: f"{n}-of-{num_parts}" for n in range(1, num_parts + 1)}}
-        self._paths = {number: journal_path(final, name) for number, name in names.items()}
-        self._read = dict.fromkeys(names, 0)
         self._seen: set[str] = set()
         self._grown: set[int] = set()
+        self._bucket = Bucket(final) if isinstance(final, str) else None
+        self._jobs = divided(plan, num_parts, whole_files=self._bucket is not None)
+        self._read = dict.fromkeys(range(num_parts + 1), 0)
+        self._next_look = 0.0
 
     def advance(self) -> int:
         """Return the bytes of work that were done since the last call."""
         done = 0
-        for number, path in self._paths.items():
-            for line in self._lines(number, path):
-                name = (entry_of(line) or {}).get("tensor")
-                if name in self._sizes and name not in self._seen:
-                    self._seen.add(name)
-                    self._grown.add(number)
-                    done += self._sizes[name]
+        for number, name in self._in_journals() if self._bucket is None else self._in_records():
+            if name in self._sizes and name not in self._seen:
+                self._seen.add(name)
+                self._grown.add(number)
+                done += self._sizes[name]
         return done
 
     def has_grown(self, number: int) -> bool:
@@ -39,6 +51,29 @@ class Followed:
         is_grown = number in self._grown
         self._grown.discard(number)
         return is_grown
+
+    def _in_records(self) -> Iterator[tuple[int, str]]:
+        """Yield the tensors of the weight files that are there, each with the number of its part.
+
+        A store is asked now and then; if it does not answer, it is asked again later.
+        """
+        if self._bucket is None or time.monotonic() < self._next_look:
+            return
+        files = set[str]()
+        with suppress(OutlierMergeError):
+            files = noted_files(self._bucket.states())
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        for number, jobs in enumerate(self._jobs, 1):
+            yield from ((number, job.name) for job in jobs if job.output.file in files)
+
+    def _in_journals(self) -> Iterator[tuple[int, str]]:
+        """Yield the tensors in lines of journals that are new, each with the number of its part."""
+        assert isinstance(self._final, Path)
+        for number in self._read:
+            name = f"{number}-of-{self.num_parts}" if number else ""
+            for line in self._lines(number, journal_path(self._final, name)):
+                if (tensor := (entry_of(line) or {}).get("tensor")) is not None:
+                    yield number, tensor
 
     def _lines(self, number: int, path: Path) -> list[bytes]:
         try:

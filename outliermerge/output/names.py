@@ -81,18 +81,21 @@ def as_final(named: Final) -> Final:
     return as_path(named)
 
 
-def as_local(named: Final, what: str) -> Path:
+def as_local(named: Final, what: str = "it is written to this machine") -> Path:
     """Return the path that names what is written to this machine alone.
+
+    Args:
+        what: says so, in an error.
 
     Raises:
         ArgumentError: it is an address.
         OutlierMergeError: no file can have that name.
     """
-    if isinstance(named, str) and is_address(named):
-        raise ArgumentError(f"output {without_secrets(named)}: {what}")
-    final = as_final(named)
-    assert isinstance(final, Path)
-    return final
+    if _ANY_SCHEME.match(str(named)):
+        raise ArgumentError(
+            f"output {without_secrets(str(named))}: {what}, and this is an address: name a path"
+        )
+    return as_path(named)
 
 
 def _address(named: str) -> str:

@@ -31,8 +31,8 @@ def open_output(
         OutlierMergeError: something else is there, or an unfinished output of another merge.
     """
     facts: dict[str, Any] = {"identity": identity, "marks": marks_of(plan), "fresh": fresh}
-    facts |= {"overwrite": overwrite, "part": part}
+    facts |= {"overwrite": overwrite, "all_named": all_named, "part": part}
     with watching(Watched()):  # files of an old output are not inputs: do not note them
         if isinstance(final, str):
             return BucketFolder(plan, final, **facts)
-        return OutputFolder(plan, real_output(final), all_named=all_named, **facts)
+        return OutputFolder(plan, real_output(final), **facts)

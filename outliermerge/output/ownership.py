@@ -9,8 +9,9 @@ from typing import Any
 
 from outliermerge.checkpoint.checksum import header_checksum
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
+from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.errors import OutlierMergeError, argument, listing, shown
-from outliermerge.output.manifest_file import read_manifest
+from outliermerge.output.manifest_file import parsed_manifest, read_manifest
 from outliermerge.output.names import (
     journal_path,
     manifest_path,
@@ -21,40 +22,44 @@ from outliermerge.output.names import (
 from outliermerge.planning.plan import Plan
 from outliermerge.storage.bucket import Bucket
 from outliermerge.storage.failures import naming
-from outliermerge.storage.stand_ins import elsewhere
+from outliermerge.storage.ranges import State
+from outliermerge.storage.stand_ins import all_elsewhere
 from outliermerge.storage.system import files_in
 
 
 def check_apart(plan: Plan, final: Path) -> None:
     """Refuse an output path that is, contains or is inside a model of the merge.
 
-    It may not hold auxiliary tensors either.
+    It may not be or hold anything else either that the plan has read, such as a tokenizer's files.
 
     Raises:
         OutlierMergeError: the output would damage them, or is inside another output, whose folder
             would no longer be as its manifest says.
     """
-    others = dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
-    if plan.tokenizer is not None:  # it may be that of a model which is not merged
-        others |= {sidecar.path: "file" for sidecar in plan.sidecars}
-    for path, what in others.items():
-        if final.resolve() in (path.resolve(), *path.resolve().parents):
-            raise OutlierMergeError(
-                f"{final}: is or holds the {what} {shown(str(path))}: choose another output"
-            )
+    own = (final, partial_folder(final), replaced_path(final), journal_path(final))
+    places = {place: place.resolve() for place in own}
     for entry in plan.models:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder
             roots |= {path.parent for path in files}
-        for place in (final, partial_folder(final), replaced_path(final), journal_path(final)):
-            resolved = place.resolve()
+        for place, resolved in places.items():
             for root in roots:
                 if root == resolved or resolved in root.parents or root in resolved.parents:
                     raise OutlierMergeError(
                         f"{place}: is, holds or is inside the model {shown(entry.reference)}: "
                         "choose another output"
                     )
+    others = dict.fromkeys((path for path, stamp in plan.files if stamp is not None), "file")
+    others |= dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
+    for path, what in others.items():
+        real, link = path.resolve(), path.parent.resolve() / path.name
+        for place, resolved in places.items():
+            if resolved in (real, *real.parents, link, *link.parents):
+                raise OutlierMergeError(
+                    f"{place}: is or holds the {what} {shown(str(path))}, which the merge reads: "
+                    "choose another output"
+                )
     for parent in final.resolve().parents:
         if (parent / MANIFEST_NAME).is_file():
             raise OutlierMergeError(
@@ -63,21 +68,29 @@ def check_apart(plan: Plan, final: Path) -> None:
 
 
 def check_apart_in_store(plan: Plan, final: str, bucket: Bucket) -> None:
-    """Refuse an address that is, contains or is inside a model of the merge or an output.
+    """Refuse an address that is, contains or is inside a model that is read, or an output.
 
     Raises:
         OutlierMergeError: the output would damage it.
     """
-    for entry in plan.models:
-        there = elsewhere(entry.checkpoint.root)
-        address = f"{there.address}/" if there is not None else ""
-        if address.startswith(f"{final}/") or (address and f"{final}/".startswith(address)):
+    roots = [root for entry in plan.models for root in (entry.checkpoint.root, entry.home)]
+    output = _folders(final)
+    for model in all_elsewhere([*roots, *(path for path, stamp in plan.files if stamp)]):
+        address = _folders(model.address)
+        shorter = min(len(address), len(output))
+        if address[:shorter] == output[:shorter]:
             raise OutlierMergeError(
-                f"{final}: is, holds or is inside the model {shown(entry.reference)}: choose "
-                "another output"
+                f"{final}: is, holds or is inside the model {shown(model.address)}, which the "
+                "merge reads: choose another output"
             )
     if parent := bucket.parent_with(MANIFEST_NAME):
         raise OutlierMergeError(f"{final}: is inside the output {parent}: choose another output")
+
+
+def _folders(address: str) -> list[str]:
+    """Return an address's scheme, bucket and folders, as the store takes them."""
+    scheme, _, rest = address.partition("://")
+    return [scheme.lower(), *filter(None, rest.split("/"))]
 
 
 def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
@@ -123,6 +136,54 @@ def check_free(plan: Plan, final: Path, *, overwrite: bool) -> None:
                 f"{path}: is not the file that {manifest.name} says outliermerge wrote. "
                 "Move it away, or remove it."
             )
+
+
+def check_begun_or_free(plan: Plan, final: str, *, overwrite: bool) -> None:
+    """Refuse an address that is taken, unless a run has begun to write there.
+
+    Raises:
+        OutlierMergeError: something is there, and no killed run can go on to it.
+    """
+    bucket = Bucket(final)
+    there = bucket.states()
+    if not any(name.startswith(RECORDS) for name in there):
+        check_apart_in_store(plan, final, bucket)
+        check_free_in_store(bucket, there, overwrite=overwrite)
+
+
+def check_free_in_store(bucket: Bucket, there: Mapping[str, State], *, overwrite: bool) -> set[str]:
+    """Return the names of an old output that may be replaced; empty where nothing is.
+
+    Raises:
+        OutlierMergeError: what is there may not be replaced.
+    """
+    names = {name for name in there if not name.startswith(RECORDS)}
+    if not names:
+        return set()
+    if MANIFEST_NAME not in names:
+        raise OutlierMergeError(
+            f"{bucket.address}: is not empty, and has no {MANIFEST_NAME}, so that it is no output "
+            f"of outliermerge:\n{listing(sorted(names))}\nMove it away or choose another output."
+        )
+    if not overwrite:
+        raise OutlierMergeError(
+            f"{bucket.address}: exists already. Use {argument('overwrite', True)} to replace it, "
+            f"or choose another {argument('output')}."
+        )
+    where = f"{bucket.address}/{MANIFEST_NAME}"
+    manifest = parsed_manifest(bucket.get(MANIFEST_NAME) or b"", where)
+    if foreign := sorted(names - listed(manifest) - {MANIFEST_NAME}):
+        raise OutlierMergeError(
+            f"{bucket.address}: {argument('overwrite', True)} would leave what outliermerge did "
+            f"not write in the new output:\n{listing(foreign)}\nMove it away."
+        )
+    for name, shard in manifest["shards"].items():
+        if name in there and there[name].num_bytes != shard["num_bytes"]:
+            raise OutlierMergeError(
+                f"{bucket.address}/{name}: is not the file that {MANIFEST_NAME} says outliermerge "
+                "wrote. Move it away, or remove it."
+            )
+    return names
 
 
 def _check_removable(folder: Path) -> None:

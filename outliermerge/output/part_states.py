@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError, argument, listing
-from outliermerge.output.bucket_parts import written_in_store
+from outliermerge.output.bucket_parts import seen_in_store, written_in_store
 from outliermerge.output.division import divided, part_of
-from outliermerge.output.folder import begun_by_another, differing
+from outliermerge.output.folder import begun_by_another, differing, has_no_tensor
 from outliermerge.output.journal import BusyError, Journal, parts, told
 from outliermerge.output.manifest import identity
 from outliermerge.output.names import Final, journal_path, partial_folder, real_final
@@ -86,22 +87,40 @@ class NotWholeError(OutlierMergeError):
 
 
 def states_of_all(
-    plans: Sequence[tuple[Plan, Final]], options: Options
+    plans: Sequence[tuple[Plan, Final]], options: Options, *, pass_over_empty: bool = False
 ) -> list[list[PartState] | None]:
     """Return for each output how far its parts are; None where nothing of it is written.
 
     They are as `states_of` returns them. Of outputs that get their names together, the first may
     be the last that has a journal.
+
+    Args:
+        pass_over_empty: return None for an output on a disk that was begun, but of which no tensor
+            is finished and no part is being written.
     """
     found: list[list[PartState] | None] = []
     for plan, output in plans:
         final = real_final(output)
-        if isinstance(final, str) or os.path.lexists(journal_path(final)):
+        if isinstance(final, str):
+            is_begun, is_there = seen_in_store(final)
+        else:
+            is_begun, is_there = os.path.lexists(journal_path(final)), final.exists()
+            if is_begun and pass_over_empty and _is_empty(final):
+                found.append(None)
+                continue
+        if is_begun:
             found.append(states_of(plan, final, options))
         else:
-            all_named = found[:1] == [[]] and final.exists()
-            found.append([] if all_named else None)
+            found.append([] if found[:1] == [[]] and is_there else None)
     return found
+
+
+def _is_empty(final: Path) -> bool:
+    journal = Journal(final)
+    try:
+        return has_no_tensor(final, journal)
+    finally:
+        journal.close()
 
 
 def states_of(plan: Plan, final: Final, options: Options) -> list[PartState]:

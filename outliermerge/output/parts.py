@@ -87,12 +87,12 @@ def run_part(
             if folder.is_finished:
                 folder.forget()
                 return 0
+            folder.share(num_parts)
             journal = Journal(folder.final, name)
             stack.callback(journal.close)
             writer = OutputWriter(folder.path)
             stack.callback(writer.close)
             writer.open(plan)
-            folder.share(num_parts)
             by_run = set(folder.done)
         finally:
             folder.close()
@@ -203,6 +203,11 @@ def join_all(
         if not all(state.is_whole for state in each):
             raise NotWholeError(final, each)
 
+    found_of = {
+        id(plan): (final, each)
+        for (plan, _), final, each in zip(plans, outputs, states, strict=True)
+    }
+
     def refuse(
         targets: Sequence[Target],
         options: Options,
@@ -210,16 +215,15 @@ def join_all(
         on_progress: Callable[[int], None],
         folder: Path | None,
     ) -> None:
-        for target, final, each in zip(targets, outputs, states, strict=True):
+        for target in targets:
+            final, each = found_of[id(target.plan)]
             lost = {job.name for job in target.jobs}
             if lost:
                 raise NotWholeError(
                     final, [without(target.plan, state, lost, final) for state in each]
                 )
         here = replace(options, device="cpu")  # for what must be equal
-        left = [
-            _without_compared(target, each) for target, each in zip(targets, states, strict=True)
-        ]
+        left = [_without_compared(target, found_of[id(target.plan)][1]) for target in targets]
         execute(left, here, on_progress=on_progress, folder=folder)
 
     chosen = replace(chosen, executor=refuse, fresh=False)

@@ -18,6 +18,7 @@ from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import manifest_path, real_output, shard_path
 from outliermerge.storage.addresses import is_address
 from outliermerge.storage.files import read_bytes
+from outliermerge.storage.hub_token import hub_token
 from outliermerge.storage.stamps import FileStamp
 
 if TYPE_CHECKING:
@@ -58,16 +59,11 @@ class Push:
         self.output = _output(output, repo_id)
         self.files = _files_of(self.output)
         self._stamps = {name: FileStamp.of(path) for name, path in self.files.items()}
-        token = hub.get_token()
+        token = hub_token()
         if token is None:
             raise OutlierMergeError(
                 f"{self.repo_id}: no token of the hub is here: run `hf auth login` or set "
                 "HF_TOKEN. It must have the right to write."
-            )
-        if not token.isascii() or not token.isprintable():
-            raise OutlierMergeError(
-                f"{self.repo_id}: the token of the hub has characters that are in none: run `hf "
-                "auth login` again or set HF_TOKEN to all of the token and nothing else."
             )
         self._api = hub.HfApi(token=token, library_name="outliermerge")
         self.is_new = self.is_there = False

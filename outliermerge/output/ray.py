@@ -17,6 +17,7 @@ from pathlib import Path
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
 from outliermerge.optional import require_ray
+from outliermerge.output.bucket_folder import to_start_over_in_store
 from outliermerge.output.cluster import (
     Tasks,
     connected,
@@ -27,8 +28,9 @@ from outliermerge.output.cluster import (
     usual_cpus,
 )
 from outliermerge.output.division import part_of
+from outliermerge.output.folder import to_start_over
 from outliermerge.output.followed import Followed
-from outliermerge.output.names import Final, partial_folder, real_output
+from outliermerge.output.names import Final, partial_folder, real_final, real_output
 from outliermerge.output.options import RunOptions
 from outliermerge.output.part_states import NotWholeError, PartState, states_of_all
 from outliermerge.output.parts import checksums_of, join_all, run_part
@@ -38,6 +40,7 @@ from outliermerge.planning.moe import held_values, plan_with_values
 from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.spec.moe import MoeSpec
+from outliermerge.storage.bucket import UPLOAD_BYTES
 
 _PROGRAM_BYTES = 300_000_000  # of the interpreter, the plan and what is imported
 
@@ -51,13 +54,13 @@ class _Work:
 
     Attributes:
         plans: what plans it again.
-        outputs: the final paths.
+        outputs: the final paths or addresses.
         num_parts: how many parts each has.
         chosen: how each part is written.
     """
 
     plans: tuple[Callable[[], Plan], ...]
-    outputs: tuple[Path, ...]
+    outputs: tuple[Final, ...]
     num_parts: tuple[int, ...]
     chosen: RunOptions
 
@@ -91,7 +94,7 @@ class _Reading:
 
 
 def run_on_ray(
-    plans: Sequence[tuple[Plan, Path]],
+    plans: Sequence[tuple[Plan, Final]],
     chosen: RunOptions,
     *,
     address: str | None = None,
@@ -100,8 +103,8 @@ def run_on_ray(
     """Carry out plans in parts, each a task on a Ray cluster; the outputs are those of `run_plans`.
 
     Args:
-        plans: each with the final path of its output; the outputs' disk, and those of the models,
-            are shared by all machines.
+        plans: each with the final path or the address of its output. All machines share the
+            models' disks and the outputs' disk or store.
         chosen: as for `run`. `threads` are those of a part, and the CPUs that it asks Ray for;
             `memory` is that of a part. The `device` need not be on this machine.
         address: of the cluster; without one Ray looks for a running one, or starts one here.
@@ -115,10 +118,13 @@ def run_on_ray(
     """
     require_ray("executor ray")
     if chosen.fresh:
-        raise ArgumentError(
-            f"{argument('fresh', True)}: parts do not start over. Remove OUT.partial and "
-            "OUT.partial.journal* first."
+        _, output = plans[0]
+        over = (
+            to_start_over_in_store(output)
+            if isinstance(output, str)
+            else to_start_over(real_output(output))
         )
+        raise ArgumentError(f"{argument('fresh', True)}: parts do not start over. {over}")
     refuse_taken(*plans[0], overwrite=chosen.overwrite)
     with connected(address):
         if chosen.device == "auto":
@@ -128,9 +134,11 @@ def run_on_ray(
         needs = {
             "num_cpus": num_cpus,
             "num_gpus": 0 if chosen.device == "cpu" else 1,
-            "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans) + _PROGRAM_BYTES,
+            "memory": max(plan.peak_memory_bytes(options) for plan, _ in plans)
+            + _PROGRAM_BYTES
+            + UPLOAD_BYTES * isinstance(plans[0][1], str),
         }
-        states = states_of_all(plans, chosen.in_parts())
+        states = states_of_all(plans, chosen.in_parts(), pass_over_empty=True)
         for (plan, output), found in zip(plans, states, strict=True):
             if found is None:
                 refuse_taken(plan, output, overwrite=chosen.overwrite)
@@ -152,7 +160,7 @@ def run_on_ray(
             for state in found or ()
             if state.is_whole
         )
-        outputs: list[Final] = [real_output(output) for _, output in plans]
+        outputs = [real_final(output) for _, output in plans]
         while True:
             worked = time.monotonic() - began
             try:
@@ -169,7 +177,7 @@ def run_on_ray(
 
 
 def _numbers(
-    plans: Sequence[tuple[Plan, Path]],
+    plans: Sequence[tuple[Plan, Final]],
     states: Sequence[Sequence[PartState] | None],
     num_parts: int | None,
     at_once: Callable[[], int],
@@ -182,12 +190,15 @@ def _numbers(
     for (_, output), found in zip(plans, states, strict=True):
         if found and num_parts not in (None, len(found)):
             raise ArgumentError(
-                f"{argument('parts', num_parts)}: {real_output(output)} was begun in {len(found)} "
+                f"{argument('parts', num_parts)}: {real_final(output)} was begun in {len(found)} "
                 "parts. Leave it out, to go on with these"
             )
     if num_parts is None and None in states:
         num_parts = -(-at_once() // len(plans))
-        most = [min(num_parts, len(plan.jobs)) for plan, _ in plans]
+        most = [
+            min(num_parts, len(plan.shards if isinstance(output, str) else plan.jobs))
+            for plan, output in plans
+        ]
     else:
         most = [num_parts or 1] * len(plans)
     return [len(found) if found else max(1, n) for found, n in zip(states, most, strict=True)]
@@ -225,7 +236,7 @@ class _Driver:
 
     def __init__(
         self,
-        plans: Sequence[tuple[Plan, Path]],
+        plans: Sequence[tuple[Plan, Final]],
         numbers: Sequence[int],
         needs: Mapping[str, float],
         chosen: RunOptions,
@@ -234,12 +245,12 @@ class _Driver:
         self.checksums: list[dict[str, str]] = [{} for _ in plans]
         self._parts: dict[_Part, _Written] = {}
         self._followed = [
-            Followed(plan, real_output(output), number)
+            Followed(plan, real_final(output), number)
             for (plan, output), number in zip(plans, numbers, strict=True)
         ]
         work = _Work(
             tuple(_again(plan) for plan, _ in plans),
-            tuple(output.absolute() for _, output in plans),
+            tuple(o if isinstance(o, str) else o.absolute() for _, o in plans),
             tuple(numbers),
             RunOptions(
                 device=chosen.device,
@@ -263,7 +274,10 @@ class _Driver:
         self._reading = Tasks[_Part](
             _read_part,
             _Reading(
-                tuple(partial_folder(real_output(output)) for _, output in plans),
+                tuple(
+                    Path() if isinstance(output, str) else partial_folder(real_output(output))
+                    for _, output in plans
+                ),
                 {
                     (index, number): tuple(job.output for job in part_of(plan, number, num_parts))
                     for index, ((plan, _), num_parts) in enumerate(zip(plans, numbers, strict=True))
@@ -293,10 +307,13 @@ class _Driver:
     def read_back(self, parts: Iterable[_Part]) -> None:
         """Read parts back, on other machines than those that wrote them where there are others.
 
+        Those in a store are not: `join_all` compares the sizes and ETags of their files.
+
         Raises:
             OutlierMergeError: a task is lost too often.
         """
-        self._reading.run(parts, self._take_read)
+        on_disks = (part for part in parts if isinstance(self._plans[part[0]][1], Path))
+        self._reading.run(on_disks, self._take_read)
 
     def _name(self, part: _Part) -> str:
         index, number = part
@@ -349,7 +366,8 @@ def _write_part(work: _Work, part: _Part) -> _Written:
     index, number = part
     plan, output, num_parts = work.plans[index](), work.outputs[index], work.num_parts[index]
     run_part(plan, output, number, num_parts, work.chosen)
-    return _Written(checksums_of(plan, output, number, num_parts), this_machine())
+    of_disk = {} if isinstance(output, str) else checksums_of(plan, output, number, num_parts)
+    return _Written(of_disk, this_machine())
 
 
 def _read_part(work: _Reading, part: _Part) -> dict[str, str]:

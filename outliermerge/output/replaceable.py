@@ -10,6 +10,7 @@ from typing import Literal
 
 from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError
+from outliermerge.output.names import as_local
 from outliermerge.storage.failures import naming
 
 Kind = Literal["page", "json", "csv", "parquet", "png", "markdown"]
@@ -27,32 +28,35 @@ _JSON_KEYS = (
 )
 
 
-def refuse_foreign(path: Path, kind: Kind) -> None:
-    """Refuse a path if what is there is no earlier file of the kind, or is inside a model.
+def writable(named: str | Path, kind: Kind) -> Path:
+    """Return the path that names a file which may be written.
 
-    An empty file, a pipe and a device may be written to.
+    It is refused if what is there is no earlier file of the kind, or is inside a model. An empty
+    file, a pipe and a device may be written to.
 
     Raises:
+        ArgumentError: it is an address.
         OutlierMergeError: the file must not be replaced, or its folder is absent.
     """
+    path = as_local(named)
     if path.is_dir() or not path.parent.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise OutlierMergeError(f"{path}: cannot be written: {what}")
-    path = Path(os.path.realpath(path))
-    if not path.is_file() or not path.stat().st_size:
-        return
-    folder = path.parent
+    real = Path(os.path.realpath(path))
+    if not real.is_file() or not real.stat().st_size:
+        return path
+    folder = real.parent
     if holder := next((name for name in _OF_MODELS if (folder / name).is_file()), None):
         raise OutlierMergeError(
-            f"{path}: exists, and is in the folder of a model (there is a {holder}), where nothing "
+            f"{real}: exists, and is in the folder of a model (there is a {holder}), where nothing "
             "is replaced. Name a file elsewhere."
         )
     what, is_ours = _KINDS[kind]
-    with naming(path, "read"):
-        if is_ours(path):
-            return
+    with naming(real, "read"):
+        if is_ours(real):
+            return path
     raise OutlierMergeError(
-        f"{path}: exists, and is not {what} by outliermerge, so it is not replaced. Move it away, "
+        f"{real}: exists, and is not {what} by outliermerge, so it is not replaced. Move it away, "
         "or name another file."
     )
 

@@ -17,7 +17,6 @@ from outliermerge.execution.computing import require_engines
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.threads import Target, groups_of
 from outliermerge.notebook import NotebookBar, in_notebook
-from outliermerge.output.bucket_folder import check_begun_or_free
 from outliermerge.output.manifest import identity, write_sidecars
 from outliermerge.output.manifest_file import Manifest, read_manifest
 from outliermerge.output.names import (
@@ -29,7 +28,7 @@ from outliermerge.output.names import (
 )
 from outliermerge.output.opened import Output, open_output
 from outliermerge.output.options import RunOptions
-from outliermerge.output.ownership import check_apart, check_free
+from outliermerge.output.ownership import check_apart, check_begun_or_free, check_free
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.machine import disk_bytes_read
 from outliermerge.storage.stamps import OtherBytesError, Watched, watching
@@ -117,6 +116,7 @@ def run_plans(
 ) -> list[RunResult]:
     """Carry out plans, each into its own output; what they read of the same tensors is read once.
 
+    Outputs in a store are made one after the other, so that the models are read again for each.
     With `load_check`, an output that would not load keeps the name of an unfinished one, and a
     run with a corrected config goes on from there.
 
@@ -131,12 +131,7 @@ def run_plans(
             load.
     """
     options, on_progress = options or chosen.on_this_machine(), chosen.on_progress
-    for plan, final in plans:
-        if isinstance(final, str) and len(plans) > 1:
-            raise ArgumentError(
-                f"output {final}: several outputs at once are not written to a store. Write them "
-                "to folders, or one by one"
-            )
+    for plan, _ in plans:
         require_engines(plan, options)
         plan.peak_memory_bytes(options)  # refuses a budget that is too small
     started, disk_before = time.monotonic(), disk_bytes_read()
@@ -144,7 +139,9 @@ def run_plans(
         if on_progress is RunOptions.on_progress and in_notebook():
             first, *others = (plan for plan, _ in plans)
             total = first.work_bytes + sum(
-                plan.num_written_bytes if plan.inputs == first.inputs else plan.work_bytes
+                plan.num_written_bytes
+                if plan.inputs == first.inputs and isinstance(plans[0][1], Path)
+                else plan.work_bytes
                 for plan in others
             )
             on_progress = stack.enter_context(NotebookBar("the merge", total)).advance
@@ -195,8 +192,12 @@ def run_plans(
 
         try:
             one = folders[0].final
-            place = None if isinstance(one, str) else one.parent
-            chosen.executor(targets, options, on_progress=on_block, folder=place)
+            if isinstance(one, Path):
+                chosen.executor(targets, options, on_progress=on_block, folder=one.parent)
+            else:  # an output at a time goes up, so that memory and disk are bounded
+                for target, folder in zip(targets, folders, strict=True):
+                    chosen.executor([target], options, on_progress=on_block, folder=None)
+                    folder.wait()
         except OutlierMergeError as error:
             for folder in folders if isinstance(error, OtherBytesError) else ():
                 folder.forget_all()
@@ -256,9 +257,10 @@ def _forget_incomplete(
 ) -> None:
     """Do tensors again that were made in one reading for several outputs, and reached only some.
 
-    So the manifests say the same of what was read, wherever a sweep was killed.
+    So the manifests say the same of what was read, wherever a sweep was killed. To a store each
+    is made for itself.
     """
-    if len(plans) == 1:
+    if len(plans) == 1 or isinstance(plans[0][1], str):
         return
     pairs = zip(plans, folders, strict=True)
     targets = [Target(plan, plan.jobs, folder.writer, folder.record) for (plan, _), folder in pairs]

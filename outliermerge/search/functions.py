@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -48,7 +49,7 @@ def import_function(name: str) -> Callable[..., Any]:
         raise SpecError(f"{name}: no module {quoted(error.name)} can be imported") from error
     except AttributeError as error:
         raise SpecError(f"{name}: {module_name} has no {quoted(attribute)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"{name}: importing it failed: {error}") from error
     if not callable(found):
         raise SpecError(f"{name}: is a {type(found).__name__}, expected a function")
@@ -67,12 +68,13 @@ class FunctionScorer:
 
     Args:
         name: package.module:function.
-        device: where models are loaded.
+        models: loads them; several scorers may share one.
     """
 
     learns = False
+    suites: tuple[str, ...] = ()
 
-    def __init__(self, name: str, *, device: str = "cpu") -> None:
+    def __init__(self, name: str, models: LoadedModel) -> None:
         require_torch(f"a search by {name}")
         self._name, self._function = name, import_function(name)
         try:
@@ -80,15 +82,14 @@ class FunctionScorer:
         except (TypeError, ValueError):  # some built-in functions
             parameters = set()
         self._takes = {"questions", "folder"} & parameters
-        self._models = LoadedModel(device)
+        self._models, self.device = models, models.device
 
     def identity(self) -> Mapping[str, Any]:
-        """Return the function's name, and a hash of its own lines."""
-        try:
-            lines = inspect.getsource(self._function)
-        except (OSError, TypeError):  # it has none
-            lines = ""
-        return {"function": self._name, "lines": xxhash.xxh3_64_hexdigest(lines.encode())}
+        """Return the function's name, and a hash of its module's file."""
+        module = sys.modules[self._name.partition(":")[0]]
+        file = getattr(module, "__file__", None)
+        lines = Path(file).read_bytes() if file else b""  # some built-in modules have none
+        return {"function": self._name, "module": xxhash.xxh3_64_hexdigest(lines)}
 
     def learn(self, name: str, parent: Merged) -> None:
         """Take up nothing."""
@@ -111,7 +112,7 @@ class FunctionScorer:
         try:
             with torch.inference_mode():
                 found = self._function(loaded, **given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OutlierMergeError(
                 f"{self._name}: failed: {type(error).__name__}: {error}"
             ) from error

@@ -13,7 +13,7 @@ import optuna
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.formats import load
-from outliermerge.output.replaceable import GENERATOR, refuse_foreign
+from outliermerge.output.replaceable import GENERATOR, writable
 from outliermerge.search.search import BEST_NAME, RESULT_NAME
 from outliermerge.search.trials import STUDY, storage_of
 from outliermerge.storage.files import small_bytes, write_whole
@@ -35,14 +35,14 @@ pre { background: var(--card); border: 1px solid var(--line); padding: .75rem; o
 """
 
 
-def write_page(folder: Path, output: Path) -> Path:
+def write_page(folder: Path, output: str | Path) -> Path:
     """Write the page of a search.
 
     Raises:
         OutlierMergeError: the search is not finished, its files are damaged, or something else is
             at the output.
     """
-    refuse_foreign(output, "page")
+    page_path = writable(output, "page")
     if not (folder / RESULT_NAME).is_file():
         raise OutlierMergeError(f"{folder}: the search has no result yet: let it finish")
     result = load(folder / RESULT_NAME)
@@ -52,8 +52,8 @@ def write_page(folder: Path, output: Path) -> Path:
         raise OutlierMergeError(
             f"{folder / RESULT_NAME}: is not what `outliermerge search` wrote ({error})"
         ) from error
-    write_whole(output, page.encode("utf-8", "replace"))
-    return output
+    write_whole(page_path, page.encode("utf-8", "replace"))
+    return page_path
 
 
 def importances(folder: Path) -> dict[str, float]:
@@ -175,7 +175,7 @@ def _bars(weights: Mapping[str, float]) -> str:
 
 
 def _front(result: Mapping[str, Any]) -> str:
-    tasks = list(result["questions"])
+    tasks = result["objectives"]
     done = [trial for trial in result["trials"] if trial["values"]]
     front = set(result["front"])
     best = [trial for trial in done if trial["number"] in front]
@@ -192,7 +192,7 @@ def _front(result: Mapping[str, Any]) -> str:
         f"<title>trial {trial['number']}</title></circle>"
         for trial in done
     )
-    text = "<p>Filled: trials that no other is better than in all tasks"
+    text = "<p>Filled: trials that no other is better than in all objectives"
     text += ", shown by the first two of them" if len(tasks) > 2 else ""
     return (
         f"{text}.</p>"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import xxhash
 
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.evaluation.table import pooled_stderr
 
 Answers = Mapping[str, Mapping[str, float]]
 """The score of each question by task; more is better."""
@@ -27,6 +29,26 @@ _SHARES = (0.25, 0.5, 1.0)  # of a sample, after which a trial may be stopped
 
 
 @dataclass(frozen=True)
+class Suite:
+    """A suite of several.
+
+    Attributes:
+        tasks: their names.
+        worst, best: the lowest and highest score of the models that are known before the search,
+            on the half that is searched. Suites have different units: between these two every
+            suite goes from 0 to 1.
+    """
+
+    tasks: tuple[str, ...]
+    worst: float
+    best: float
+
+    def scaled(self, score: float) -> float:
+        """Return a score, 0 where the worst of the known models is, 1 where the best is."""
+        return (score - self.worst) / (self.best - self.worst)
+
+
+@dataclass(frozen=True)
 class Sample:
     """The questions of a search.
 
@@ -35,12 +57,14 @@ class Sample:
         expected: by task the known models' mean score on each question of the half they are from.
         searched: by task that half.
         held_out: by task the other half, which no trial is asked.
+        suites: the suites of several, each with its tasks; each is then an objective.
     """
 
     asked: Mapping[str, Mapping[str, float]]
     expected: Mapping[str, Mapping[str, float]]
     searched: Mapping[str, Sequence[str]]
     held_out: Mapping[str, Sequence[str]]
+    suites: Mapping[str, Suite] = field(default_factory=dict)
 
     @property
     def num_asked(self) -> int:
@@ -68,17 +92,50 @@ class Sample:
             found[task] = statistics.fmean(expected.values()) + math.fsum(more) / total
         return found
 
+    def objectives(self, tasks: Mapping[str, float]) -> dict[str, float]:
+        """Return the objectives of a search from scores by task: tasks, or scaled suites."""
+        if not self.suites:
+            return dict(tasks)
+        return {
+            name: suite.scaled(mean({task: tasks[task] for task in suite.tasks}))
+            for name, suite in self.suites.items()
+        }
 
-def sample(known: Sequence[Answers], *, number: int, seed: int) -> Sample:
+    def overall(self, tasks: Mapping[str, float]) -> float:
+        """Return the mean over tasks, or over scaled suites."""
+        return mean(self.objectives(tasks))
+
+    def stderr(self, errors: Mapping[str, float | None]) -> float | None:
+        """Return the standard error of `overall` from those of tasks; None if one is not known."""
+        if not self.suites:
+            return pooled_stderr(list(errors.values()))
+        own = [
+            (suite, pooled_stderr([errors[task] for task in suite.tasks]))
+            for suite in self.suites.values()
+        ]
+        return pooled_stderr(
+            [None if error is None else error / (suite.best - suite.worst) for suite, error in own]
+        )
+
+    def value(self, answers: Answers, step: Mapping[str, Sequence[str]] | None = None) -> float:
+        """Return the estimated score of a merge."""
+        return self.overall(self.estimate(answers, step))
+
+
+def sample(
+    known: Sequence[Answers], *, number: int, seed: int, suites: Sequence[str] = ()
+) -> Sample:
     """Choose the questions of a search.
 
     Args:
         known: the answers of models that were asked all questions.
         number: how many questions of each task a trial is asked.
         seed: of the order in which questions are taken.
+        suites: their names, where there are several; tasks are then called SUITE/TASK.
 
     Raises:
-        OutlierMergeError: a task has too few questions, or the models were not asked the same.
+        OutlierMergeError: a task has too few questions, the models were not asked the same, or a
+            suite cannot be scaled.
     """
     asked, expected, searched, held_out = {}, {}, {}, {}
     for task, answers in known[0].items():
@@ -99,7 +156,20 @@ def sample(known: Sequence[Answers], *, number: int, seed: int) -> Sample:
             name: statistics.fmean(one[name] for one in own) for name in searched[task]
         }
         asked[task] = _stratified(searched[task], own, number)
-    return Sample(asked, expected, searched, held_out)
+    found = {name: _suite(name, known, searched) for name in suites}
+    return Sample(asked, expected, searched, held_out, found)
+
+
+def _suite(name: str, known: Sequence[Answers], searched: Mapping[str, Sequence[str]]) -> Suite:
+    """Return a suite, with the ends of its scale."""
+    own = {task: names for task, names in searched.items() if task.startswith(f"{name}/")}
+    scores = [mean(mean_of(answers, own)) for answers in known]
+    if min(scores) == max(scores):
+        raise OutlierMergeError(
+            f"suite {shown(name)}: all models that are known before the search score "
+            f"{scores[0]:.4g}, so that it cannot be scaled beside the others. Leave it out"
+        )
+    return Suite(tuple(own), min(scores), max(scores))
 
 
 def in_order(names: Mapping[str, object] | Sequence[str], *, seed: int, what: str) -> list[str]:
@@ -114,6 +184,11 @@ def in_order(names: Mapping[str, object] | Sequence[str], *, seed: int, what: st
 def number_of(seed: int, *names: object) -> int:
     """Return 64 bits that depend on a seed and on names."""
     return int(xxhash.xxh3_64_intdigest(repr((seed, *names)).encode()))
+
+
+def mean(tasks: Mapping[Any, float]) -> float:
+    """Return the mean over tasks."""
+    return math.fsum(tasks.values()) / len(tasks)
 
 
 def mean_of(answers: Answers, names: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from outliermerge.errors import shown
-from outliermerge.evaluation.table import paired_stderr, pooled_stderr
-from outliermerge.search.questions import Answers, Sample, mean_of
+from outliermerge.evaluation.table import paired_stderr
+from outliermerge.search.questions import Answers, Sample, Suite, mean, mean_of
 from outliermerge.search.trials import Trial
 from outliermerge.spec.text import as_yaml
 
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate's scores, each the mean over tasks.
+    """A candidate's scores, each the mean over tasks, or over suites that are scaled.
 
     Attributes:
         asked: estimated from the questions that trials are asked.
@@ -69,9 +69,11 @@ class Found:
         document, checksum: its spec, and the checksum of its tensors.
         questions: how many there are by task: asked, searched and held out.
         trials: all of them.
-        front: numbers of trials that none is better than in all tasks, if tasks are objectives.
+        front: numbers of trials that none is better than in all tasks or suites, if these are
+            objectives.
         settings: of the search.
         notes: what a reader needs to know besides.
+        suites: of several suites each with its tasks and its scale.
     """
 
     rows: tuple[Row, ...]
@@ -83,6 +85,7 @@ class Found:
     front: tuple[int, ...]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    suites: Mapping[str, Suite] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """Return a row by its name."""
@@ -97,6 +100,8 @@ class Found:
             "rows": [vars(row) for row in self.rows],
             "trials": [vars(trial) for trial in self.trials],
             "front": list(self.front),
+            "objectives": list(self.suites or self.questions),
+            "suites": {name: vars(suite) for name, suite in self.suites.items()},
             "verdict": self.verdict,
             "notes": list(self.notes),
         }
@@ -139,7 +144,8 @@ class Found:
     def as_markdown(self) -> str:
         """Return the table with the verdict and notes."""
         digits = self._decimals
-        lines = [["model", "asked", "searched", "held out", "gain", "settings"]]
+        names = list(self.suites)
+        lines = [["model", "asked", "searched", "held out", "gain", *names, "settings"]]
         for row in self.rows:
             gain = f"{row.gain:+.{digits}f}"
             if row.kind == "defaults":
@@ -148,7 +154,9 @@ class Found:
                 gain += f" ± {row.stderr:.{digits}f}"
             name = f"**{row.name}**" if row.name == self.best else row.name
             scores = (row.asked, row.searched, row.held_out)
-            lines.append([name, *(f"{score:.{digits}f}" for score in scores), gain, row.settings])
+            own = [mean({task: row.tasks[task] for task in s.tasks}) for s in self.suites.values()]
+            cells = [*(f"{score:.{digits}f}" for score in scores), gain]
+            lines.append([name, *cells, *(f"{score:.4g}" for score in own), row.settings])
         lines = [[shown(cell, 200).replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rules = [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:-1])]
@@ -173,6 +181,12 @@ class Found:
             f"chosen; held out: {held_out} others, which no trial was asked; gain: held out, minus "
             "the defaults, ± one standard error of the pairs."
         )
+        if self.suites:
+            facts += (
+                " Of each suite, 0 is what the worst and 1 what the best of the models scores that "
+                "were known before; asked, searched, held out and gain are means over the suites, "
+                f"{', '.join(self.suites)} the held-out scores in their own units."
+            )
         notes = [f"- {shown(note, 1000)}" for note in self.notes]
         return "\n".join([*table, "", facts, "", self.verdict, *([""] if notes else []), *notes])
 
@@ -190,22 +204,23 @@ class Found:
 def make_rows(candidates: Sequence[Candidate], sample: Sample) -> list[Row]:
     """Return the scores of candidates; one of them is the defaults."""
     base = next(each for each in candidates if each.kind == "defaults")
+    held_out = sample.overall(mean_of(base.answers, sample.held_out))
     rows = []
     for each in candidates:
         tasks = mean_of(each.answers, sample.held_out)
         own, theirs = (_held_out(one, sample) for one in (each, base))
-        errors = [paired_stderr(own[task], theirs[task]) for task in sample.held_out]
+        errors = {task: paired_stderr(own[task], theirs[task]) for task in sample.held_out}
         rows.append(
             Row(
                 name=each.name,
                 kind=each.kind,
                 settings=settings_text(each.point or {}),
-                asked=mean(sample.estimate(each.answers)),
-                searched=mean(mean_of(each.answers, sample.searched)),
-                held_out=mean(tasks),
+                asked=sample.value(each.answers),
+                searched=sample.overall(mean_of(each.answers, sample.searched)),
+                held_out=sample.overall(tasks),
                 tasks=tasks,
-                gain=mean(tasks) - mean(mean_of(base.answers, sample.held_out)),
-                stderr=None if each is base else pooled_stderr(errors),
+                gain=sample.overall(tasks) - held_out,
+                stderr=None if each is base else sample.stderr(errors),
             )
         )
     return rows
@@ -216,11 +231,6 @@ def _held_out(candidate: Candidate, sample: Sample) -> dict[str, dict[str, float
         task: {name: candidate.answers[task][name] for name in names}
         for task, names in sample.held_out.items()
     }
-
-
-def mean(tasks: Mapping[Any, float]) -> float:
-    """Return the mean over tasks."""
-    return math.fsum(tasks.values()) / len(tasks)
 
 
 def settings_text(point: Mapping[str, Any]) -> str:

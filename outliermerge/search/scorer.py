@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.execution.threads import choose_device
 from outliermerge.search.questions import Answers
 from outliermerge.search.workplace import Merged
 from outliermerge.storage.files import load_json
@@ -18,6 +19,10 @@ class Scorer(Protocol):
 
     learns: bool
     """Whether it is to be shown the parents first."""
+    device: str
+    """Where models are loaded, as an option names it."""
+    suites: tuple[str, ...]
+    """The names of several suites, whose tasks are called SUITE/TASK; none where there is one."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return what the scores depend on besides the model, as JSON values."""
@@ -33,10 +38,14 @@ class Scorer(Protocol):
 
 
 class LoadedModel:
-    """The model that was loaded last."""
+    """The model that was loaded last.
+
+    Args:
+        device: cpu, cuda, cuda:N, or auto.
+    """
 
     def __init__(self, device: str) -> None:
-        self._device, self._checksum, self._model = device, "", None
+        self.device, self._checksum, self._model = device, "", None
 
     def load(self, model: Merged) -> Any:
         """Return a model, loaded if it is not the last one.
@@ -46,7 +55,7 @@ class LoadedModel:
         """
         if self._checksum != model.checksum:
             self.forget()  # its memory is needed
-            self._model = load_model(model.path, device=self._device)
+            self._model = load_model(model.path, device=choose_device(self.device))
             self._checksum = model.checksum
         return self._model
 

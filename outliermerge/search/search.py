@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outliermerge.api import plan
-from outliermerge.errors import ArgumentError, OutlierMergeError, argument, shown
+from outliermerge.errors import ArgumentError, argument, shown
 from outliermerge.output.names import as_local
 from outliermerge.output.options import RunOptions
+from outliermerge.planning.plan import Plan
+from outliermerge.search.asking import Executor, Here
 from outliermerge.search.ledger import Ledger
-from outliermerge.search.parents import parents_of
-from outliermerge.search.questions import Sample, mean_of, sample
-from outliermerge.search.result import DEFAULTS, Candidate, Found, make_rows, mean
+from outliermerge.search.on_ray import Cluster, OnRay
+from outliermerge.search.phases import Listener, Trying, ask_known, confirm
+from outliermerge.search.questions import sample
+from outliermerge.search.result import Found
 from outliermerge.search.samplers import SAMPLERS, check_sampler, grid_points, make_sampler
 from outliermerge.search.scorer import Scorer
-from outliermerge.search.space import Ask, Space
+from outliermerge.search.space import Space
 from outliermerge.search.space_check import check_space
 from outliermerge.search.strategies import STRATEGIES, Drawn, GreedySoup, Prune, Strategy
-from outliermerge.search.trials import Running, Trial, Trials, exclusive
+from outliermerge.search.trials import Trials, exclusive
 from outliermerge.search.workplace import Workplace
 from outliermerge.spec.check import MergeSpec
 from outliermerge.storage.failures import naming
@@ -31,8 +34,6 @@ from outliermerge.storage.files import load_json, write_whole
 SETTINGS_NAME, RESULT_NAME, TABLE_NAME, BEST_NAME = (
     "search.json", "result.json", "search.md", "best.yaml",
 )  # fmt: skip
-NUM_CONFIRMED = 3
-_MOST_FAILURES = 5  # before the first trial with a score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +67,6 @@ class Wanted:
             )
 
 
-class Listener:
-    """Callbacks for events of a search. These do nothing."""
-
-    def asking(self, name: str) -> None:
-        """A model that is known before the search is asked all questions."""
-
-    def begun(self, questions: Sample, *, in_memory: bool) -> None:
-        """The questions are chosen."""
-
-    def trial(self, trial: Trial, most: int) -> None:
-        """A trial is over."""
-
-    def confirming(self, name: str) -> None:
-        """A trial is asked the questions that were held out."""
-
-
 def search(
     spec: MergeSpec,
     space: Space | None,
@@ -91,6 +76,7 @@ def search(
     wanted: Wanted,
     options: RunOptions | None = None,
     listener: Listener | None = None,
+    cluster: Cluster | None = None,
 ) -> Found:
     """Search the settings of a merge, and write what was found.
 
@@ -106,6 +92,7 @@ def search(
         wanted: what to do.
         options: how merges are carried out.
         listener: its methods are called at each event.
+        cluster: where merges are made and scored, if not in this process.
 
     Raises:
         SpecError: a key or value of the space is wrong.
@@ -118,6 +105,7 @@ def search(
     with naming(folder, "made"):
         (folder / "work").mkdir(parents=True, exist_ok=True)
     chosen, listener = options or RunOptions(), listener or Listener()
+    planned = plan(spec)
     settings = {
         "spec": document,
         "space": space.text if space else "",
@@ -126,37 +114,42 @@ def search(
         "sampler": wanted.sampler,
         "seed": wanted.seed,
         "questions": wanted.questions,
-        "files": _stamps(spec),
+        "files": _stamps(planned),
     }
     _check_same(folder, settings)
     with ExitStack() as stack:
         stack.callback(scorer.close)
-        workplace = stack.enter_context(Workplace(folder / "work", chosen))
-        ledger = Ledger(folder / "scores", workplace, scorer)
-        known, notes = _ask_known(spec, ledger, scorer, folder, listener)
+        ledger = Ledger(folder / "scores")
+        executor: Executor
+        if cluster is None:
+            workplace = stack.enter_context(Workplace(folder / "work", chosen))
+            executor = Here(ledger, workplace, scorer)
+        else:
+            on_ray = OnRay(cluster, ledger, planned, chosen, folder / "work", scorer.device)
+            executor = stack.enter_context(on_ray)
+        known, notes = ask_known(spec, executor, ledger, scorer, folder, listener)
         questions = sample(
-            [each.answers for each in known], number=wanted.questions, seed=wanted.seed
+            [each.answers for each in known],
+            number=wanted.questions,
+            seed=wanted.seed,
+            suites=scorer.suites,
         )
-        tasks_apart = wanted.sampler == "nsga2" and len(questions.asked) > 1
-        trials = Trials(folder, len(questions.asked) if tasks_apart else 1)
+        num_objectives = len(questions.objectives(dict.fromkeys(questions.asked, 0.0)))
+        apart = wanted.sampler == "nsga2" and num_objectives > 1
+        trials = Trials(folder, num_objectives if apart else 1)
         stack.callback(trials.close)
-        listener.begun(questions, in_memory=workplace.is_in_memory(plan(spec)))
+        listener.begun(questions, where=executor.where(planned))
         if strategy.in_order:  # then one process at a time
             stack.enter_context(exclusive(folder / "work" / "order.lock"))
         strategy.begin(known, questions)
+        trying = Trying(document, strategy, trials, ledger, questions, listener, apart=apart)
         sampler = make_sampler(wanted.sampler, wanted.seed, points)
-        while (values := strategy.follow(trials.all())) is not None:
-            if (running := trials.next(strategy.most, sampler, values or None)) is None:
-                break
-            _try(running, document, strategy, ledger, questions, apart=tasks_apart)
-            everyone = trials.all()
-            listener.trial(everyone[running.number - 1], strategy.most)
-            _refuse_hopeless(everyone)
+        executor.run(trying.requests(sampler), trying.take, in_order=strategy.in_order)
         trials.wait()
         with exclusive(folder / "work" / "result.lock"):
-            found = _confirm(
-                trials, known, document, strategy, ledger, questions,
-                listener=listener, settings=settings, notes=notes, apart=tasks_apart,
+            found = confirm(
+                trials, known, document, strategy, executor, ledger, questions,
+                listener=listener, settings=settings, notes=notes, apart=apart,
             )  # fmt: skip
             _write(found, folder)
     return found
@@ -186,11 +179,12 @@ def _strategy(
     return Drawn(space, min(wanted.trials, len(points)) if points else wanted.trials), points
 
 
-def _stamps(spec: MergeSpec) -> list[list[Any]]:
+def _stamps(planned: Plan) -> list[list[Any]]:
     """Return the models' files as they are, by which a changed model is known."""
-    found = plan(spec).files
     return [
-        [str(path), stamp.num_bytes, stamp.mtime_ns] for path, stamp in found if stamp is not None
+        [str(path), stamp.num_bytes, stamp.mtime_ns]
+        for path, stamp in planned.files
+        if stamp is not None
     ]
 
 
@@ -207,131 +201,6 @@ def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder}: holds a search with other settings: {', '.join(changed)} changed since. "
             f"Name another folder by {argument('output')}, or remove this one"
         )
-
-
-def _ask_known(
-    spec: MergeSpec, ledger: Ledger, scorer: Scorer, folder: Path, listener: Listener
-) -> tuple[list[Candidate], list[str]]:
-    """Ask the parents and the spec as it is all questions."""
-    documents, notes = dict(parents_of(spec)), list[str]()
-    known: list[Candidate] = []
-    with exclusive(folder / "work" / "known.lock"):
-        if scorer.learns:
-            base = spec.base.reference if spec.base else None
-            for name, document in documents.items():
-                if document["models"][0]["model"] != base:
-                    scorer.learn(name, ledger.merge(document))
-        for name, document in documents.items():
-            listener.asking(name)
-            try:
-                answers = ledger.ask(document, None)
-            except OutlierMergeError as error:
-                notes.append(f"{name} is not in the table: it has no scores by itself: {error}")
-                continue
-            known.append(Candidate(name, "parent", document, answers))
-        listener.asking(DEFAULTS)
-        document = spec.as_dict()
-        known.append(Candidate(DEFAULTS, "defaults", document, ledger.ask(document, None)))
-    return known, notes
-
-
-def _try(
-    running: Running,
-    spec: Mapping[str, Any],
-    strategy: Strategy,
-    ledger: Ledger,
-    questions: Sample,
-    *,
-    apart: bool,
-) -> None:
-    """Merge and score a trial; one that is hopeless is stopped after a part of the questions."""
-    document = strategy.build(spec, running.ask)
-    is_stopped_early = not (apart or strategy.in_order)
-    steps = questions.shares() if is_stopped_early else questions.shares()[-1:]
-    try:
-        for number, step in enumerate(steps):
-            tasks = questions.estimate(ledger.ask(document, step), step)
-            is_last = step is steps[-1]
-            if is_stopped_early and running.is_hopeless(mean(tasks), number) and not is_last:
-                running.stopped()
-                return
-    except OutlierMergeError as error:
-        running.failed(str(error))
-        return
-    running.done(list(tasks.values()) if apart else [mean(tasks)])
-
-
-def _refuse_hopeless(trials: Sequence[Trial]) -> None:
-    """Stop a search of which nothing comes."""
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if len(failed) >= _MOST_FAILURES and not any(trial.steps or trial.values for trial in trials):
-        raise OutlierMergeError(
-            f"the first {len(failed)} trials failed. The last of them: {failed[-1].reason}"
-        )
-
-
-def _confirm(
-    trials: Trials,
-    known: Sequence[Candidate],
-    spec: Mapping[str, Any],
-    strategy: Strategy,
-    ledger: Ledger,
-    questions: Sample,
-    *,
-    listener: Listener,
-    settings: Mapping[str, Any],
-    notes: Sequence[str],
-    apart: bool,
-) -> Found:
-    """Ask the best trials all questions, and choose the winner by those of the search."""
-    everyone = trials.all()
-    done = sorted((t for t in everyone if t.values), key=lambda t: (-sum(t.values), t.number))
-    candidates: dict[str, Candidate] = {}
-    everything = {
-        task: [*own, *questions.held_out[task]] for task, own in questions.searched.items()
-    }
-    for trial in done:
-        if len(candidates) == NUM_CONFIRMED:
-            break
-        document = strategy.build(spec, _answering(trial.point))
-        if any(document == other.document for other in candidates.values()):
-            continue
-        name = f"trial {trial.number}"
-        listener.confirming(name)
-        answers = ledger.ask(document, everything)
-        candidates[name] = Candidate(name, "trial", document, answers, trial.point)
-    *parents, defaults = known
-
-    def searched(candidate: Candidate) -> float:
-        return mean(mean_of(candidate.answers, questions.searched))
-
-    ordered = sorted(candidates.values(), key=searched, reverse=True)
-    best = max([defaults, *ordered], key=searched)
-    failed = [trial for trial in everyone if trial.state == "failed"]
-    reasons = [f"trial {trial.number} failed: {trial.reason}" for trial in failed[:3]]
-    more = [f"{len(failed) - 3} more failed"] if len(failed) > 3 else []
-    return Found(
-        rows=tuple(make_rows([*parents, defaults, *ordered], questions)),
-        best=best.name,
-        document=best.document,
-        checksum=ledger.checksum(best.document),
-        questions={
-            task: {
-                "asked": len(asked),
-                "searched": len(questions.searched[task]),
-                "held_out": len(questions.held_out[task]),
-            }
-            for task, asked in questions.asked.items()
-        },
-        trials=tuple(everyone),
-        front=tuple(trials.front()) if apart else (),
-        settings=settings,
-        notes=(*notes, *reasons, *more),
-    )
-
-
-def _answering(point: Mapping[str, Any]) -> Ask:
-    return lambda dimension: point[dimension.name]
 
 
 def _write(found: Found, folder: Path) -> None:

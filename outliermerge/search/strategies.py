@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from outliermerge.errors import SpecError, shown
 from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import method_of
-from outliermerge.search.questions import Sample, mean_of
-from outliermerge.search.result import Candidate, mean
+from outliermerge.search.questions import Sample, mean, mean_of
+from outliermerge.search.result import Candidate
 from outliermerge.search.space import Ask, Dimension, Space
 from outliermerge.search.trials import Trial
 from outliermerge.spec.settings import find_layers
@@ -93,7 +93,7 @@ class GreedySoup:
     def begin(self, known: Sequence[Candidate], questions: Sample) -> None:
         """Sort the models by their own scores on the half that is searched."""
         own = {
-            candidate.document["models"][0]["model"]: mean(
+            candidate.document["models"][0]["model"]: questions.overall(
                 mean_of(candidate.answers, questions.searched)
             )
             for candidate in known
@@ -192,7 +192,7 @@ class Prune:
 
     def begin(self, known: Sequence[Candidate], questions: Sample) -> None:
         """Begin with the score of the whole merge, on the questions of trials."""
-        self._start = mean(questions.estimate(known[-1].answers))
+        self._start = questions.value(known[-1].answers)
 
     def follow(self, trials: Sequence[Trial]) -> Mapping[str, Any] | None:
         """Return what is left so far without the next part."""

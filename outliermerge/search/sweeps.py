@@ -13,14 +13,15 @@ from typing import Any
 
 from outliermerge.api import plan
 from outliermerge.arguments import checked, wrong
-from outliermerge.errors import ArgumentError, SpecError, argument, shown
-from outliermerge.output.names import as_local
+from outliermerge.errors import ArgumentError, SpecError, argument, as_path, shown
+from outliermerge.output.names import Final
 from outliermerge.output.options import RunOptions, showing_options
 from outliermerge.output.run import RunResult, output_path, run_plans
 from outliermerge.planning.plan import Plan
 from outliermerge.search.keys import set_key
 from outliermerge.spec.check import MergeSpec, load_spec
 from outliermerge.spec.text import plain_yaml
+from outliermerge.storage.addresses import is_address
 
 _MAX_OUTPUTS = 1000
 _IN_DICT = re.compile(r"^spec: ", re.MULTILINE)  # what the changed spec is called in messages
@@ -127,8 +128,8 @@ def sweep(
     Args:
         spec: a YAML file, the same as a dict, or what plan_sweep returned.
         settings: values by key, as plan_sweep takes them; not with its variants.
-        output: the folder that gets a folder for each combination, such as `t=2`; the spec's
-            `output` by default.
+        output: the folder, or its address, that gets a folder for each combination, such as
+            `t=2`; the spec's `output` by default.
         shard_size: most bytes of a weight file, 5GB by default; not with variants.
         options: how it is carried out, as for `run`.
         **changes: single fields of `RunOptions`.
@@ -162,20 +163,20 @@ def sweep(
     return run_plans([(each.plan, output_of(each, output)) for each in variants], chosen)
 
 
-def output_of(variant: Variant, output: str | Path | None) -> Path:
-    """Return the folder or file of one combination.
+def output_of(variant: Variant, output: str | Path | None) -> Final:
+    """Return the folder or file of one combination, or the address of a folder.
 
     Raises:
         SpecError: neither the argument nor the spec names a folder.
         ArgumentError: the argument cannot be the output.
     """
     folder = output or variant.plan.spec.document.output
-    named = None
-    if folder is not None:
-        named = as_local(folder, "a sweep is written to folders") / variant.name
-    path = output_path(variant.plan, named)
-    assert isinstance(path, Path)
-    return path
+    named: Final | None = None
+    if isinstance(folder, str) and is_address(folder):
+        named = f"{folder.rstrip('/')}/{variant.name}"
+    elif folder is not None:
+        named = as_path(folder) / variant.name
+    return output_path(variant.plan, named)
 
 
 def work_bytes(variants: Sequence[Variant], *, read_once: bool = True) -> int:

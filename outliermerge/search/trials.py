@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
+import statistics
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,20 +14,27 @@ from pathlib import Path
 from typing import IO, Any
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.search.samplers import distribution_of
 from outliermerge.search.space import Dimension
+from outliermerge.storage.failures import failure
 from outliermerge.storage.system import lock
 
 TRIALS_NAME = "trials.sqlite"
 STUDY = "search"
 """The study's name in the file."""
-_OWNER, _REASON = "process", "reason"
+# Of the database, and of values in it that are not what was written.
+_ERRORS = (SQLAlchemyError, sqlite3.Error, OptunaError, ValueError, KeyError)
+_OWNER, _REASON, _TAKEN = "process", "reason", "taken"
 _WAIT_SECONDS = 0.1
 _BUSY_SECONDS = 120  # that a process waits for another that writes the file
+_MOST_TAKEN = 3  # times that a trial is begun
+_LEAST_DONE = 5  # trials before one is stopped after a part of its questions
 
 
 @dataclass(frozen=True)
@@ -58,48 +68,59 @@ _STATES = {
 
 
 class Running:
-    """A trial that this process works on."""
+    """A trial that this process works on.
 
-    def __init__(
-        self, study: optuna.Study, trial: optuna.Trial, noted: Mapping[int, float]
-    ) -> None:
-        self._study, self._trial, self._noted = study, trial, noted
+    Attributes:
+        number: from 1.
+    """
 
-    @property
-    def number(self) -> int:
-        """Its number, from 1."""
-        return self._trial.number + 1
+    def __init__(self, trials: Trials, trial: optuna.Trial, noted: Mapping[int, float]) -> None:
+        self._trials, self._trial, self._noted = trials, trial, noted
+        self.number = trial.number + 1
 
     def ask(self, dimension: Dimension) -> Any:
         """Return its value of a dimension."""
         trial, kind = self._trial, distribution_of(dimension)
-        if dimension.choices is not None:
-            return trial.suggest_categorical(dimension.name, list(dimension.choices))
-        if isinstance(kind, optuna.distributions.IntDistribution):
-            return trial.suggest_int(dimension.name, kind.low, kind.high, step=kind.step)
-        assert isinstance(kind, optuna.distributions.FloatDistribution)
-        return trial.suggest_float(
-            dimension.name, kind.low, kind.high, step=kind.step, log=kind.log
-        )
+        with self._trials.using():
+            if dimension.choices is not None:
+                return trial.suggest_categorical(dimension.name, list(dimension.choices))
+            if isinstance(kind, optuna.distributions.IntDistribution):
+                return trial.suggest_int(dimension.name, kind.low, kind.high, step=kind.step)
+            assert isinstance(kind, optuna.distributions.FloatDistribution)
+            return trial.suggest_float(
+                dimension.name, kind.low, kind.high, step=kind.step, log=kind.log
+            )
 
-    def is_hopeless(self, value: float, step: int) -> bool:
-        """Note the score after a part of the questions; tell whether to stop."""
-        if step not in self._noted:  # by a process that was killed
-            self._trial.report(value, step)
-        return bool(self._trial.should_prune())
+    def scored(self, values: Sequence[float]) -> None:
+        """Note the scores after each part of the questions."""
+        with self._trials.using():
+            for step, value in enumerate(values):
+                if step not in self._noted:  # by a process that was killed
+                    self._trial.report(value, step)
 
     def done(self, values: Sequence[float]) -> None:
         """Note the scores."""
-        self._study.tell(self._trial, list(values))
+        self._tell(values=list(values))
 
     def stopped(self) -> None:
         """Note that it was stopped."""
-        self._study.tell(self._trial, state=TrialState.PRUNED)
+        self._tell(state=TrialState.PRUNED)
 
     def failed(self, reason: str) -> None:
         """Note that it has no score."""
-        self._trial.set_user_attr(_REASON, reason[:2000])
-        self._study.tell(self._trial, state=TrialState.FAIL)
+        with self._trials.using():
+            self._trial.set_user_attr(_REASON, reason[:2000])
+        self._tell(state=TrialState.FAIL)
+
+    def left(self) -> None:
+        """Note that its process ends without an answer, and is not killed by it."""
+        with suppress(OutlierMergeError), self._trials.using():
+            self._trial.set_user_attr(_TAKEN, self._trial.user_attrs.get(_TAKEN, 1) - 1)
+
+    def _tell(self, **told: Any) -> None:
+        with self._trials.using():
+            self._trials.study.tell(self._trial, **told)
+        self._trials.at_work.pop(self.number, None)
 
 
 class Trials:
@@ -108,38 +129,64 @@ class Trials:
     Args:
         folder: of the search.
         num_objectives: how many scores a trial has.
+
+    Attributes:
+        study: Optuna's.
+        at_work: by number the trials that this process works on.
+
+    Raises:
+        OutlierMergeError: the file cannot be used; so do all methods.
     """
 
     def __init__(self, folder: Path, num_objectives: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._work = folder / "work"
+        self._path, self._work = folder / TRIALS_NAME, folder / "work"
         self._work.mkdir(parents=True, exist_ok=True)
         self._name = uuid.uuid4().hex
+        self.at_work: dict[int, Running] = {}
+        with self.using(), exclusive(self._work / "ask.lock"):
+            self.study = optuna.create_study(
+                storage=storage_of(folder),
+                study_name=STUDY,
+                directions=["maximize"] * num_objectives,
+                load_if_exists=True,
+            )
         self._own = _locked(self._work / f"{self._name}.process")
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_min_trials=3)
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Say in one message why the file cannot be used."""
         try:
-            with exclusive(self._work / "ask.lock"):
-                self._study = optuna.create_study(
-                    storage=storage_of(folder),
-                    study_name=STUDY,
-                    directions=["maximize"] * num_objectives,
-                    pruner=pruner,
-                    load_if_exists=True,
-                )
-        except Exception as error:  # of SQLAlchemy, whose errors have no single class
-            said = str(error).partition("\n")[0]
-            raise OutlierMergeError(f"{folder / TRIALS_NAME}: cannot be used: {said}") from error
+            yield
+        except OutlierMergeError:
+            raise
+        except _ERRORS as error:
+            cause: BaseException = error
+            while (under := cause.__cause__ or cause.__context__) is not None:
+                cause = under  # Optuna says no more than that it failed
+            said = str(cause).partition("\n")[0]
+            if "disk is full" in said:
+                raise failure(
+                    self._path, "written", OSError(errno.ENOSPC, "", str(self._path))
+                ) from error
+            raise OutlierMergeError(
+                f"{self._path}: cannot be used: {shown(said, 300)}. If it is damaged, remove it: "
+                "what merges have scored is kept in `scores`, and trials are made again from that"
+            ) from error
 
     def close(self) -> None:
         """Let go of the file."""
-        self._study._storage.remove_session()
+        for running in self.at_work.values():
+            running.left()
+        self.study._storage.remove_session()
         self._own.close()
         with suppress(OSError):
             (self._work / f"{self._name}.process").unlink()
 
     def all(self) -> list[Trial]:
         """Return all trials by their numbers."""
-        return [_plain(trial) for trial in self._study.get_trials(deepcopy=False)]
+        with self.using():
+            return [_plain(trial) for trial in self.study.get_trials(deepcopy=False)]
 
     def next(
         self, most: int, sampler: BaseSampler, fixed: Mapping[str, Any] | None = None
@@ -151,37 +198,59 @@ class Trials:
             sampler: chooses its values.
             fixed: its values, which no sampler chooses.
         """
-        self._study.sampler = sampler
-        with exclusive(self._work / "ask.lock"):
-            trials = self._study.get_trials(deepcopy=False)
+        with self.using(), exclusive(self._work / "ask.lock"):
+            self.study.sampler = sampler
+            trials = self.study.get_trials(deepcopy=False)
             for trial in trials:
-                if trial.state is TrialState.RUNNING and self._is_left(trial):
-                    left = optuna.trial.Trial(self._study, trial._trial_id)
-                    return self._taken(left, trial.intermediate_values)
+                if trial.state is not TrialState.RUNNING or not self._is_left(trial):
+                    continue
+                left = optuna.trial.Trial(self.study, trial._trial_id)
+                running = self._taken(left, trial.intermediate_values)
+                if left.user_attrs[_TAKEN] <= _MOST_TAKEN:
+                    return running
+                running.failed(f"{_MOST_TAKEN} processes were killed while they worked on it")
             is_waiting = any(trial.state is TrialState.WAITING for trial in trials)
             if len(trials) >= most and not is_waiting:
                 return None
             if fixed is not None and not is_waiting:
-                self._study.enqueue_trial(dict(fixed))
-            return self._taken(self._study.ask())
+                self.study.enqueue_trial(dict(fixed))
+            return self._taken(self.study.ask())
+
+    def bars(self, num_steps: int) -> list[float | None]:
+        """Return for each step of a trial the score below which it is stopped; None for none.
+
+        It is the median of the trials that are done, of their scores after the same step.
+        """
+        with self.using():
+            done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        found: list[float | None] = []
+        for step in range(num_steps - 1):
+            values = [own[step] for trial in done if step in (own := trial.intermediate_values)]
+            found.append(statistics.median(values) if len(values) >= _LEAST_DONE else None)
+        return [*found, None]
 
     def wait(self) -> None:
         """Wait until no other process works on a trial."""
-        while any(
-            trial.state is TrialState.RUNNING and not self._is_left(trial)
-            for trial in self._study.get_trials(deepcopy=False)
-        ):
+        while True:
+            with self.using():
+                trials = self.study.get_trials(deepcopy=False)
+            if not any(
+                trial.state is TrialState.RUNNING and not self._is_left(trial) for trial in trials
+            ):
+                return
             time.sleep(_WAIT_SECONDS)
 
     def _taken(self, trial: optuna.Trial, noted: Mapping[int, float] | None = None) -> Running:
         trial.set_user_attr(_OWNER, self._name)
-        return Running(self._study, trial, noted or {})
+        trial.set_user_attr(_TAKEN, trial.user_attrs.get(_TAKEN, 0) + 1)
+        running = self.at_work[trial.number + 1] = Running(self, trial, noted or {})
+        return running
 
     def _is_left(self, trial: FrozenTrial) -> bool:
         """Tell whether the process that worked on a trial is gone."""
         owner = trial.user_attrs.get(_OWNER)
         if owner is None or owner == self._name:
-            return True
+            return trial.number + 1 not in self.at_work
         path = self._work / f"{owner}.process"
         try:
             with path.open("r+") as file:
@@ -194,7 +263,8 @@ class Trials:
 
     def front(self) -> list[int]:
         """Return the numbers of the trials that no other is better than in all objectives."""
-        return [trial.number + 1 for trial in self._study.best_trials]
+        with self.using():
+            return [trial.number + 1 for trial in self.study.best_trials]
 
 
 def _plain(trial: FrozenTrial) -> Trial:
@@ -212,9 +282,12 @@ def _plain(trial: FrozenTrial) -> Trial:
 
 def storage_of(folder: Path) -> optuna.storages.RDBStorage:
     """Return the storage of a search's folder."""
+    path = (folder / TRIALS_NAME).absolute()  # in an address, some signs of it would be special
     return optuna.storages.RDBStorage(
-        f"sqlite:///{(folder / TRIALS_NAME).absolute()}",
-        engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
+        f"sqlite:///{TRIALS_NAME}",
+        engine_kwargs={
+            "creator": lambda: sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+        },
     )
 
 

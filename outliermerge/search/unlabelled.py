@@ -31,18 +31,20 @@ class UnlabelledScorer:
     Args:
         kind: `entropy` or `agreement`.
         path: a file with a JSON object a line, with a `text`.
-        device: where models are loaded.
+        models: loads them; several scorers may share one.
 
     Raises:
         SpecError: there is no such file, or a line is wrong.
     """
 
-    def __init__(self, kind: str, path: str, *, device: str = "cpu") -> None:
+    suites: tuple[str, ...] = ()
+
+    def __init__(self, kind: str, path: str, models: LoadedModel) -> None:
         require_torch(f"a search by {kind}")
         self._kind, self._texts = kind, _texts(as_path(path))
         self.learns = kind == "agreement"
         self._path = path
-        self._models = LoadedModel(device)
+        self._models, self.device = models, models.device
         self._tokens: dict[str, Any] = {}
         self._parents: dict[str, dict[str, Any]] = {}
 

@@ -17,6 +17,7 @@ from outliermerge.storage.ranges import State
 from outliermerge.storage.store_objects import advice_on, lasting, open_store, state_of, words_of
 
 PART_BYTES, NUM_AT_ONCE = 16 << 20, 8  # of an upload in parts; both are held in memory
+UPLOAD_BYTES = PART_BYTES * NUM_AT_ONCE
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _TIMEOUT_STALLS, _RETRY_SECONDS = 4, 600
 

@@ -21,7 +21,8 @@ _ADVICE = {
     errno.EACCES: "You have no right to it: ask its owner, or change its permissions.",
     errno.EPERM: "You have no right to it: ask its owner, or change its permissions.",
     errno.EROFS: "That disk can only be read: choose another.",
-    errno.ENOENT: "It was there a moment ago: did something else remove it?",
+    errno.ENOENT: "It was found before, so something has removed or renamed it since, or its disk "
+    "is gone. Put it back, and give the same command again.",
     errno.ENOMEM: f"Memory is short: give a smaller {argument('memory')} or fewer "
     f"{argument('threads')}.",
     errno.EMFILE: "Too many files are open: raise the limit (ulimit -n).",
@@ -62,8 +63,10 @@ another disk.
     else:
         reason = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
     advice = _no_room(path, needed_bytes) if number == errno.ENOSPC else _ADVICE.get(number or 0)
-    if number == errno.ENOENT and what in ("made", "written") and path.parent.is_dir():
+    if number == errno.ENOENT and what in ("made", "written"):
         advice = f"Nothing can be made in {path.parent}: choose another place."
+        if not path.parent.is_dir():
+            advice = f"There is no folder {path.parent}: make it, or choose another place."
     if isinstance(error, EOFError):
         advice = "It has become shorter: was it changed, or not copied as a whole?"
     return OutlierMergeError(f"{where}: cannot be {what}: {reason}. {advice or ''}".rstrip(" "))

@@ -165,6 +165,19 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, _KILLED)
 
 
+def has_ended(pid: int) -> bool:
+    """Tell whether no process of this machine has a number; False if the system cannot tell."""
+    if not hasattr(os, "killpg"):  # there `os.kill` would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user
+        return False
+    return False
+
+
 def was_killed(returncode: int) -> bool:
     """Tell whether a process was ended by a signal that it cannot catch."""
     return returncode == -_KILLED

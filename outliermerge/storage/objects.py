@@ -6,6 +6,7 @@ import threading
 
 from outliermerge.storage.addresses import STORES, is_address
 from outliermerge.storage.http_objects import HttpClient, HttpObject
+from outliermerge.storage.hub_token import hub_token
 from outliermerge.storage.ranges import RemoteObject
 from outliermerge.storage.store_objects import Store
 
@@ -54,5 +55,6 @@ def _hub_headers(address: str) -> dict[str, str]:
 
     if not address.startswith(f"{constants.ENDPOINT}/") or "/resolve/" not in address:
         return {}
+    hub_token()  # refuses what would be no header
     found: dict[str, str] = build_hf_headers(library_name="outliermerge")
     return found

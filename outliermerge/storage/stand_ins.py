@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +71,13 @@ def elsewhere(path: Path) -> Elsewhere | None:
         return Elsewhere(record["address"], record["version"], tuple(record["names"]), files)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def all_elsewhere(paths: Iterable[Path]) -> list[Elsewhere]:
+    """Return what is known of the models in whose private folders paths are, of each once."""
+    by_home = {_home(path): path for path in paths}
+    found = (elsewhere(path) for home, path in by_home.items() if home is not None)
+    return [model for model in found if model is not None]
 
 
 def stand_in(path: Path) -> StandIn | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.errors import OutlierMergeError
+from outliermerge.errors import OutlierMergeError, quoted
 from outliermerge.optional import is_installed
 from outliermerge.storage import ranges
 from outliermerge.storage.addresses import without_secrets
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _MAX_LISTED = 20_000
 _PIECE_BYTES = 1 << 20
 _ADVICE = "Which keys are used is in the environment (AWS_…, GOOGLE_…, AZURE_…)."
-_VENDORS = "AWS", "GOOGLE", "AZURE"
+_VENDOR_OF = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+_ENDPOINT = re.compile("(AWS|AZURE|AZURE_STORAGE)_ENDPOINT(_URL(_S3)?)?")
+_YES, _NO = ("1", "true", "on", "yes", "y"), ("0", "false", "off", "no", "n")  # to obstore
 _LASTING = re.compile(  # of answers, which obstore has no kinds of errors for
     r"status code: (3\d\d|4(?!08|25|29)\d\d|50[15])|redirect without LOCATION"
     r"|dns error: .*not known"
@@ -55,16 +57,9 @@ def open_store(
     _check_environment(address)
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.partition('/')[0]}"
-    allow_http = any(
-        value.lower() in ("1", "true")
-        if name.endswith("_ALLOW_HTTP")
-        else "ENDPOINT" in name and value.startswith("http://")  # who sets that means it
-        for name, value in os.environ.items()
-        if name.startswith(tuple(f"{vendor}_" for vendor in _VENDORS))
-    )
     stalled = timedelta(seconds=ranges.STALL_SECONDS)
     client: ClientConfig = {
-        "allow_http": allow_http,
+        "allow_http": _allows_http(address),
         "timeout": timedelta(seconds=timeout_seconds),
         "connect_timeout": stalled,
     }
@@ -75,6 +70,35 @@ def open_store(
     return root, store
 
 
+def _allows_http(address: str) -> bool:
+    """Tell whether a store may be asked without TLS: so the environment says, or its endpoint.
+
+    Raises:
+        OutlierMergeError: the environment says no, and names such an endpoint.
+    """
+    vendor = _VENDOR_OF[address.partition("://")[0].lower()]
+    plain = [
+        name
+        for name, value in os.environ.items()
+        if _ENDPOINT.fullmatch(name) and value.lower().startswith("http://")
+        if name.startswith(f"{vendor}_")
+    ]
+    variable = f"{vendor}_ALLOW_HTTP"
+    said = os.environ.get(variable)
+    if said is None:
+        return bool(plain)  # who names one means it
+    if said.lower() not in (*_YES, *_NO):
+        raise OutlierMergeError(
+            f"{address}: the environment's {variable} is {quoted(said)}, expected true or false"
+        )
+    if plain and said.lower() in _NO:
+        raise OutlierMergeError(
+            f"{address}: the environment's {variable} is {said}, and the endpoint in {plain[0]} "
+            f"begins with http://. Name one that begins with https://, or unset {variable}."
+        )
+    return said.lower() in _YES
+
+
 def _check_environment(address: str) -> None:
     """Refuse keys with a line's end or the like, at which obstore's client ends in a panic.
 
@@ -82,7 +106,7 @@ def _check_environment(address: str) -> None:
         OutlierMergeError: a variable has such a value, which is not shown.
     """
     for name, value in os.environ.items():
-        is_key = name.startswith(tuple(f"{vendor}_" for vendor in _VENDORS))
+        is_key = name.startswith(tuple(f"{vendor}_" for vendor in _VENDOR_OF.values()))
         if is_key and name != "GOOGLE_SERVICE_ACCOUNT_KEY" and re.search(r"[\0-\x1f\x7f]", value):
             raise OutlierMergeError(
                 f"{address}: the environment's {name} has a line's end or another control "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -443,6 +445,40 @@ class TestRefusals:
             1,
             _error(gone, tmp_path, "org/a", reason),
         )
+
+    @pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_one\x0bhf_two"])
+    def test_a_token_that_is_no_header_is_told_and_not_shown(
+        self, hub: HubServer, tmp_path: Path, token: str
+    ) -> None:
+        code, told = _call(tmp_path, hub.environment(tmp_path / "home", HF_TOKEN=token), "org/a")
+
+        assert code == 1 and not hub.requests
+        assert "the token of the hub has a " in told and "set HF_TOKEN to the token and" in told
+        assert "hf_one" not in told and "hf_two" not in told
+
+    def test_an_answer_that_is_no_http_is_told_with_what_to_do(self, tmp_path: Path) -> None:
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nno header\r\n\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            thread = threading.Thread(target=answer)
+            thread.start()
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            environment = HubServer({}).environment(tmp_path / "home") | {"HF_ENDPOINT": url}
+            code, told = _call(tmp_path, environment, "org/a")
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+        assert code == 1
+        assert "is not to be understood (illegal header line: " in told
+        assert f"HF_ENDPOINT is {url}: is a hub there, without a proxy before it?" in told
 
 
 class TestCache:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import outliermerge
 from outliermerge.cli import main as cli
-from outliermerge.output.cost import Machine, cost_of, is_elsewhere
+from outliermerge.output.cost import Machine, cost_of, in_words, is_elsewhere
 from outliermerge.planning.plan import Plan
 from outliermerge.storage import cached_files, range_cache
 
@@ -115,3 +115,13 @@ def test_plan_says_what_models_elsewhere_take(
     assert f"in {one['requests']} requests; if each machine gets 1 GB a second, about 1 s" in said
     assert not is_elsewhere(outliermerge.plan(spec_of("served/bucket")))
     assert cli.main([*words[:-1], "--parts", "2", "--no-load-check"]) == 0
+
+
+def test_a_plan_says_how_long_many_machines_take_where_they_are_faster(large: RangeServer) -> None:
+    plan, slow = planned("linear"), Machine(line_bytes=1e4)
+    one, few = (cost_of(plan, number, slow) for number in (1, 4))
+    said = in_words([one, few])
+    assert said.endswith(f"about {one.seconds:,.0f} s on 1, {few.seconds:,.0f} s on 4")
+    assert few.seconds < 0.5 * one.seconds
+    # Where they take as long, they are not told of.
+    assert in_words([one, replace(few, seconds=one.seconds)]).endswith(f"{one.seconds:,.0f} s on 1")

@@ -331,6 +331,6 @@ def test_a_token_that_is_none_is_not_sent(
     hub: UploadHub, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", f"{TOKEN}é")
-    with pytest.raises(OutlierMergeError, match="characters that are in none") as caught:
+    with pytest.raises(OutlierMergeError, match="a character that is not ASCII in it") as caught:
         Push(merged, TO)
     assert TOKEN not in str(caught.value) and not hub.requests

@@ -17,6 +17,7 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.evaluate import evaluate
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.search.functions import is_function
+from outliermerge.search.scorer import LoadedModel
 from outliermerge.search.suites import SuiteScorer
 from outliermerge.search.unlabelled import UnlabelledScorer
 from outliermerge.search.workplace import Merged
@@ -141,7 +142,9 @@ class TestUnlabelled:
     def test_entropy_is_that_of_the_next_tokens(self, texts, lines):
         import transformers
 
-        found = UnlabelledScorer("entropy", lines).score(model_at(texts / "a"), None)["entropy"]
+        found = UnlabelledScorer("entropy", lines, LoadedModel("cpu")).score(
+            model_at(texts / "a"), None
+        )["entropy"]
         model = transformers.LlamaForCausalLM.from_pretrained(texts / "a")
         tokenizer = transformers.AutoTokenizer.from_pretrained(texts / "a")
         ids = torch.tensor([tokenizer("Two")["input_ids"]])
@@ -152,7 +155,7 @@ class TestUnlabelled:
         assert found.keys() == {"1", "2", "3", "4"}
 
     def test_agreement_is_with_the_parents(self, texts, lines):
-        scorer = UnlabelledScorer("agreement", lines)
+        scorer = UnlabelledScorer("agreement", lines, LoadedModel("cpu"))
         scorer.learn("a", model_at(texts / "a"))
         alone = scorer.score(model_at(texts / "a"), {"agreement": ["1", "3"]})
         assert alone == {"agreement": {"1": 1.0, "3": 1.0}}
@@ -181,7 +184,7 @@ class TestUnlabelled:
     def test_wrong_lines_are_told(self, line, said, tmp_path):
         (tmp_path / "texts.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
         with pytest.raises(OutlierMergeError, match=r"texts\.jsonl:2: ") as error:
-            UnlabelledScorer("entropy", str(tmp_path / "texts.jsonl"))
+            UnlabelledScorer("entropy", str(tmp_path / "texts.jsonl"), LoadedModel("cpu"))
         assert said in str(error.value)
 
 

@@ -22,7 +22,7 @@ from outliermerge.errors import ArgumentError, OutlierMergeError, argument, as_p
 from outliermerge.notebook import with_bar
 from outliermerge.output.manifest_file import read_manifest
 from outliermerge.output.names import as_local, manifest_path
-from outliermerge.output.replaceable import refuse_foreign
+from outliermerge.output.replaceable import writable
 from outliermerge.storage.addresses import is_address
 from outliermerge.storage.files import write_whole
 
@@ -73,7 +73,7 @@ def build_report(
     named = [str(each) for each in ([models] if isinstance(models, (str, Path)) else models)]
     named = [str(resolve(each)) if is_address(each) else each for each in named]
     output = as_local(output, "a page is written to this machine")
-    png = None if png is None else as_path(png)
+    png = None if png is None else as_local(png, "figures are drawn into a folder of this machine")
     if not 1 <= t <= 5:
         raise ArgumentError(f"{argument('t')}: found {t}, expected a number from 1 to 5")
     if not named:
@@ -83,7 +83,7 @@ def build_report(
         check_matplotlib()
         if png.exists() and not png.is_dir():
             raise OutlierMergeError(f"{png}: is a file, expected a folder for figures")
-    refuse_foreign(output, "page")
+    output = writable(output, "page")
     how: dict[str, Any] = {
         "device": device, "threads": threads, "on_total": on_total, "on_progress": on_progress
     }  # fmt: skip

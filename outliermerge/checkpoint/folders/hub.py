@@ -41,6 +41,7 @@ from outliermerge.errors import (
     shown,
 )
 from outliermerge.storage.addresses import is_address, without_secrets
+from outliermerge.storage.hub_token import hub_token
 
 _LOGGER = logging.getLogger(__name__)
 _HUB = "hf://"
@@ -82,10 +83,14 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
     on_hub = reference.removeprefix(_HUB)
     if is_address(on_hub):
         return fetch_model(place_of(on_hub), only)
+    from huggingface_hub import constants
+
     match = _HUB_ID.match(on_hub)
     assert match is not None
     repo_id, revision = match["id"], match["revision"]
     try:
+        if not constants.HF_HUB_OFFLINE:
+            hub_token()  # refuses what no client could send
         if on_hub != reference or streamed() in ("all", "only"):
             return _stream(repo_id, revision, only)
         if streamed() == "headers" and only is None:
@@ -93,8 +98,6 @@ def resolve(reference: str, only: Callable[[str], bool] | None = None) -> Path:
                 return _stream(repo_id, revision, None)
         return _fetch(repo_id, revision, only)
     except OutlierMergeError as error:
-        from huggingface_hub import constants
-
         command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
         asked = "" if constants.HF_HUB_OFFLINE else f", then at {constants.ENDPOINT}"
         absolute = direct(local.absolute())
@@ -313,4 +316,7 @@ def reason_of(error: Exception, repo_id: str, revision: str | None) -> str:
     text = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
     if isinstance(error, (OSError, errors.HFValidationError)):
         return text
+    if text.lower().startswith("illegal"):  # an answer that is no HTTP
+        asked = f"HF_ENDPOINT is {constants.ENDPOINT}: is a hub there, without a proxy before it"
+        return f"the answer of the hub is not to be understood ({text}). {asked}?"
     return f"the connection to the hub failed: {text}"

@@ -1,0 +1,124 @@
+"""What the commands of the paper's tables take and say alike."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.peft.runs import Diverged, Key, first_line
+from outliermerge.errors import OutlierMergeError
+
+
+def arguments(text: str, *, model: str, output: str, micro_batch: int) -> argparse.ArgumentParser:
+    """Return a parser with what both tables take."""
+    parser = argparse.ArgumentParser(
+        description=text.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--small", action="store_true", help="try it on a replica: seconds on a CPU, no hub")
+    add("--model", default=model, help="an id of the hub, or a folder")
+    add("--seeds", type=int, nargs="+", default=None, help="of order, adapters, noise, dropout")
+    add("--rate", type=float, help="learning rate in place of the recipe's")
+    add("--epochs", type=int, help="passes over the training data in place of the recipe's")
+    add("--micro-batch", type=int, default=micro_batch, help="examples on the device at once")
+    add("--device", default="auto", help="cpu, cuda or cuda:1; auto is cuda if there is one")
+    add("--output", type=Path, default=Path(output), help="folder of records and the table")
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing, and --small with a model or data."""
+    given = {"--epochs": options.epochs, "--micro-batch": options.micro_batch}
+    for flag, value in given.items():
+        if value is not None and value < 1:
+            parser.error(f"{flag}: found {value}, expected 1 or more")
+    if options.rate is not None and not 0 < options.rate < math.inf:
+        parser.error(f"--rate: found {options.rate}, expected more than 0")
+    if options.small and (options.data or options.model != parser.get_default("model")):
+        parser.error("--small makes its own model and data: leave out --model and --data")
+
+
+def hush() -> None:
+    """Let transformers and peft say nothing of their own but errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # peft asks transformers by a name that it has given up.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device that is there.
+
+    Raises:
+        OutlierMergeError: it is not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OutlierMergeError(f"--device {name}: {first_line(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OutlierMergeError(f"--device {name}: expected cpu, cuda or cuda:1")
+    return device
+
+
+def pretrained(kind: Any, model: str, **keys: Any) -> Any:
+    """Return what a class of transformers makes of a model.
+
+    Raises:
+        OutlierMergeError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(model, **keys)
+    except OSError as error:
+        raise OutlierMergeError(
+            f"--model {model}: {kind.__name__} cannot load it: {first_line(error)}. Where the hub "
+            f"cannot be reached, run `hf download {model} --local-dir FOLDER` elsewhere, and give "
+            "the folder as --model"
+        ) from error
+    except (ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise OutlierMergeError(
+            f"--model {model}: {kind.__name__} cannot load it: {first_line(error)}"
+        ) from error
+
+
+def make_runs(runs: Mapping[Key, Callable[[str], None]]) -> int:
+    """Make runs one after the other; return 1 if some diverged, else 0.
+
+    Args:
+        runs: functions, which get a title for their progress.
+    """
+    failed = 0
+    for number, (key, run) in enumerate(runs.items(), 1):
+        try:
+            run(f"{number}/{len(runs)} {', '.join(map(str, key))}")
+        except Diverged as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    return int(failed > 0)
+
+
+def ended(work: Callable[[], int]) -> int:
+    """Do the work of a command; return its exit code."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        text = f"{first_line(error)} Give a smaller --micro-batch"
+    except (OutlierMergeError, OSError) as error:
+        text = str(error)
+    except KeyboardInterrupt:
+        text = "stopped; the same command goes on from the last checkpoint"
+    print(f"error: {text}", file=sys.stderr)
+    return 1
