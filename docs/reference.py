@@ -20,7 +20,7 @@ from outliermerge.cli.terminal import value_text
 from outliermerge.evaluation.paper import paper_rows
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
-from outliermerge.methods.table import METHODS, MODIFIERS
+from outliermerge.methods.table import EVERY, METHODS, MODIFIERS
 from outliermerge.spec.moe import ExpertEntry, MoeDocument
 from outliermerge.spec.schema import json_schema
 
@@ -76,7 +76,7 @@ def commands_table() -> str:
 
 def methods() -> str:
     """Every method with its documentation and the ranges of its parameters."""
-    return "\n\n".join(map(_method, METHODS.values()))
+    return "\n\n".join(map(_method, EVERY.values()))
 
 
 def modifiers() -> str:

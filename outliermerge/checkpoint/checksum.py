@@ -14,10 +14,12 @@ from pathlib import Path
 import xxhash
 
 from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.checkpoint.sources import Reading, Source
 
 PIECE_ELEMENTS = 65_536
 """How many elements have one digest. PIECE in engines/native/block.h is the same number."""
 DIGEST_BYTES = 16
+_BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
 
 
 def piece_digests(data: memoryview, num_item_bytes: int) -> bytes:
@@ -31,6 +33,17 @@ def piece_digests(data: memoryview, num_item_bytes: int) -> bytes:
 def tensor_checksum(digests: Iterable[bytes]) -> str:
     """Return a tensor's checksum from its pieces' digests, in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(digests))
+
+
+def source_checksum(source: Source, reader: Reading) -> str:
+    """Return the checksum of a tensor, which is read for it."""
+    size, digests = source.dtype.num_bytes, []
+    for start in range(0, source.num_elements, _BLOCK_ELEMENTS):
+        stop = min(start + _BLOCK_ELEMENTS, source.num_elements)
+        raw = memoryview(bytearray((stop - start) * size))
+        source.read(reader, start, stop, raw)
+        digests.append(piece_digests(raw, size))
+    return tensor_checksum(digests)
 
 
 def header_checksum(path: Path) -> str:
@@ -65,8 +78,7 @@ def checksum_in_file(read: Callable[[int, memoryview], None], tensor: OutputTens
     Raises:
         EOFError: the file ends before the tensor does.
     """
-    elements = 16 * PIECE_ELEMENTS
-    buffer = memoryview(bytearray(elements * tensor.dtype.num_bytes))
+    buffer = memoryview(bytearray(_BLOCK_ELEMENTS * tensor.dtype.num_bytes))
     num_bytes = tensor.num_bytes
     digests = []
     for start in range(0, num_bytes, len(buffer)):

@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print methods."""
-    from outliermerge.methods.table import METHODS, MODIFIERS, find_method
+    from outliermerge.methods.table import EVERY, MODIFIERS, find_method
 
-    chosen = [find_method(options.name)] if options.name else list(METHODS.values())
+    chosen = [find_method(options.name)] if options.name else list(EVERY.values())
     if options.json:
         print_json([_describe(method) for method in chosen])
         return EXIT_DONE

@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenizer": "tokenizer",
     "sweep": "sweep",
     "search": "search",
+    "measure": "measure",
     "join": "join",
     "verify": "verify",
     "push": "push",

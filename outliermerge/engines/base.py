@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from outliermerge.checkpoint.sources import DType
 from outliermerge.methods.statistics.base import Pass
 from outliermerge.methods.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Engine(Protocol):
@@ -16,7 +19,9 @@ class Engine(Protocol):
     def buffer(self, slot: object, num_bytes: int) -> memoryview:
         """Return this thread's buffer for a slot; every call for the slot gives the same memory."""
 
-    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+    def prepare(
+        self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Iterator[Tensor]]
+    ) -> Any:
         """Return what `merge` takes as `prepared`, once for a whole tensor."""
 
     def measure(

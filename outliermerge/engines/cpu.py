@@ -39,7 +39,7 @@ class KernelEngine:
             found = self._own.by_slot[slot] = whole_pages(num_bytes)
         return found[:num_bytes]
 
-    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Any]) -> Any:
         """Return the kernel's call, its arguments and its keys."""
         assert task.method.kernel is not None
         call = task.method.kernel(task.parameters, needs, task.context)

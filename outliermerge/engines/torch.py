@@ -48,9 +48,24 @@ class TorchEngine:
         array: Any = found[:num_bytes].numpy()
         return memoryview(array)
 
-    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return the needs as they are; each device makes its own tensors of them."""
-        return needs
+    def prepare(
+        self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Iterator[Tensor]]
+    ) -> Any:
+        """Return the needs as they are, of which each device makes its own tensors, and the wholes.
+
+        Args:
+            wholes: the auxiliary tensors that the method takes whole, the models' one by one.
+        """
+        import torch
+
+        made: dict[str, Any] = dict(needs)
+        with self._own.stream():
+            for name, tensors in wholes.items():
+                wide = (one.to(self._own.device, torch.float64) for one in tensors)
+                made[name] = task.method.prepared[name].make(wide, task.parameters)
+            if wholes and self._own.device.type == "cuda":  # other streams will read them
+                torch.cuda.synchronize(self._own.device)
+        return made
 
     def measure(
         self,
@@ -128,8 +143,10 @@ class TensorEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
-        """Return the needs."""
+    def prepare(
+        self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Iterator[Tensor]]
+    ) -> Any:
+        """Return the needs; in memory there are no wholes."""
         return needs
 
     def measure(
@@ -186,13 +203,16 @@ class _Own(threading.local):
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def keywords(task: Task, needs: Mapping[str, list[Any]], like: Tensor) -> dict[str, Any]:
+def keywords(task: Task, needs: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
     """Return needs and parameters as the method's function takes them, on a block's device."""
     import torch
 
     empty = like.new_empty(0)
     return task.method.arguments(task.parameters, like=empty) | {
-        name: empty.new_tensor(value, dtype=torch.float64) for name, value in needs.items()
+        name: value.to(like.device)
+        if isinstance(value, torch.Tensor)
+        else empty.new_tensor(value, dtype=torch.float64)
+        for name, value in needs.items()
     }
 
 
@@ -227,7 +247,7 @@ def merge_block(
     method, num_sources = task.method, len(task.dtypes)
     more: dict[str, Any] = {}
     others_AE = block_SE[num_sources:]
-    for number, name in enumerate(method.auxiliary):
+    for number, name in enumerate(method.in_blocks):
         rows = others_AE[number * task.num_models : (number + 1) * task.num_models]
         more[name] = view_for(method.cut, rows, task.shape)
     block_SE = block_SE[:num_sources]

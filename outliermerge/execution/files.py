@@ -13,6 +13,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.errors import OutlierMergeError, argument
+from outliermerge.execution.auxiliary import wholes
 from outliermerge.execution.cuts import Sink, Work
 from outliermerge.execution.passes import NeedKey, Span
 from outliermerge.methods.statistics.base import Pass
@@ -75,6 +76,10 @@ class FileFeed:
     @property
     def measured_elements(self) -> int:
         return self.work.measured_elements
+
+    def wholes(self, task: Task) -> Mapping[str, Any]:
+        """Return what a method takes whole, by its keywords."""
+        return wholes(task, self.work.job.prepared, self._reader)
 
     def spans(self) -> list[Span]:
         return self.work.spans()
@@ -165,7 +170,7 @@ class FileFeed:
                 work.note_raw(row, block, raw)
             others = [
                 self.read(source, block, ("auxiliary", number))
-                for number, source in enumerate(work.job.auxiliary)
+                for number, source in enumerate(work.job.in_blocks)
             ]
             for each, task, made, (job, sink) in zip(
                 done, self.tasks, prepared, self.outputs, strict=True

@@ -48,6 +48,10 @@ class MemoryFeed:
         self.measured_elements = {"element": limit, "row": max(row, limit // row * row),
                                   "tensor": max(1, self.num_elements)}[task.cut]  # fmt: skip
 
+    def wholes(self, task: Task) -> Mapping[str, Any]:
+        """Return nothing: only a merge of files is given auxiliary tensors."""
+        return {}
+
     def spans(self) -> list[Span]:
         return spans(self.num_elements, self.measured_elements)
 

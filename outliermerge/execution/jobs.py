@@ -13,6 +13,7 @@ from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.errors import OutlierMergeError, listing
+from outliermerge.execution.auxiliary import refuse_other_models
 from outliermerge.execution.cuts import Sink
 from outliermerge.execution.exact import are_whole, same_values
 from outliermerge.execution.files import FileFeed, WrittenSpan
@@ -263,6 +264,8 @@ class JobRunner:
                 result.read[number] = tensor_checksum(pieces)
             if not feed.work.in_pieces:
                 yield from self._checksum_again(feed, job, sink, result)
+            checksums = [result.read[number] for number, _ in job.sources]
+            refuse_other_models(job.task, job.auxiliary, checksums.__getitem__)
             result.read_bytes = feed.work.read_bytes
             results.append(result)
         return results

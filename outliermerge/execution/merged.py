@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
 from outliermerge.errors import OutlierMergeError, argument, shown
+from outliermerge.execution.auxiliary import refuse_other_models, wholes
 from outliermerge.execution.passes import Measured, NeedKey, Span, measure, needs_of, spans
 from outliermerge.execution.rounds import run_here
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS, Pass
@@ -156,7 +158,12 @@ class _Feed:
         if of_model := needs_of(task, "model"):
             together = self.of_model()
             needs |= {name: together[key] for name, key in of_model.items()}
-        return self.engine.prepare(task, needs)
+        others = self.merged.sources[len(task.dtypes) :]
+        refuse_other_models(
+            task, others, lambda row: source_checksum(self.merged.sources[row], self.reader)
+        )
+        whole = others[len(task.auxiliary) :]
+        return self.engine.prepare(task, needs, wholes(task, whole, self.reader))
 
     def count(self, num_elements: int) -> None:
         """Count nothing: reads are counted by the reader of this merge."""
@@ -179,7 +186,7 @@ class _Feed:
             finite = self.engine.is_finite(first.dtype, raw)
             self.engine.convert(first.dtype, raw, task.out_dtype, out)
         else:
-            raws = self._read(span, self.merged.sources)
+            raws = self._read(span, self.merged.sources[: task.num_sources])
             finite, fits, _ = self.engine.merge(task, prepared, raws, num_elements, out, span[0])
             finite = finite and fits
         if not finite and not self.allow_non_finite:

@@ -22,12 +22,15 @@ T = TypeVar("T", covariant=True)
 class Prepares(Protocol):
     """The part of an engine that `merge_tensor` calls itself; the feed calls the rest."""
 
-    def prepare(self, task: Task, needs: Mapping[str, list[Any]]) -> Any:
+    def prepare(self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Any]) -> Any:
         """Return what the merge of a block needs, from the statistics of the whole tensor."""
 
 
 class Feed(Readable, Protocol[T]):
     """A tensor's sources, and where the merged blocks go."""
+
+    def wholes(self, task: Task) -> Mapping[str, Any]:
+        """Return what the method takes whole, by its keywords."""
 
     def spans(self) -> list[Span]:
         """Return the spans of the merge; a thread works on one at a time."""
@@ -60,7 +63,9 @@ def merge_tensor(
     needs = [_named(task, "tensor", measured) for task in tasks]
     for own, task, of_model in zip(needs, tasks, known, strict=False):
         own |= _named(task, "model", of_model)
-    prepared = [engine.prepare(task, own) for task, own in zip(tasks, needs, strict=True)]
+    prepared = [
+        engine.prepare(task, own, feed.wholes(task)) for task, own in zip(tasks, needs, strict=True)
+    ]
     feed.count(feed.num_elements)
     done: list[T] = yield Round(partial(feed.merge, prepared=prepared), feed.spans())
     return [{name: list(value) for name, value in own.items()} for own in needs], done

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.methods.contract import merge_method
+from outliermerge.methods.context import Context
+from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.kernel_call import Kernel, KernelCall, to_float32
 from outliermerge.methods.parameter import PerModel
 
@@ -95,3 +96,27 @@ def passthrough(weights_ME: Tensor, *, scale: PerModel = 1.0) -> Tensor:
     """
     scaled_E: Tensor = weights_ME[0] * scale[0]
     return scaled_E
+
+
+def check_weights(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for weights that are negative, or all 0."""
+    weights = parameters["weight"]
+    if min(weights) < 0 or not any(weights):
+        raise ValueError(f"found the weights {list(weights)}, expected none below 0, and one above")
+
+
+@merge_method(
+    space="weight",
+    check=check_weights,
+    idempotent=lambda parameters: True,
+    kernel=Kernel("weighted_sum", lambda own, needs: weighted_sum(normalized(own["weight"]))),
+)
+def averaged_weights(weights_ME: Tensor, *, weight: PerModel = 1.0) -> Tensor:
+    """Average weights: W* = Σ wᵢWᵢ / Σ wᵢ."""
+    merged_E: Tensor = (weights_ME * (weight / weight.sum())[:, None]).sum(0)
+    return merged_E
+
+
+def unless_measured(context: Context) -> MergeMethod | None:
+    """Return the method for a tensor for which no model has what the method takes besides it."""
+    return averaged_weights if context.lacks else None

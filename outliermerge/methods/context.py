@@ -22,6 +22,7 @@ class Context:
         num_layers: the number of layers in its stack; 0 for a tensor outside layers.
         seed: the merge's random seed.
         start: the first element of the block.
+        lacks: the auxiliary tensors of the method that no model has for this tensor.
     """
 
     name: str = ""
@@ -30,6 +31,7 @@ class Context:
     num_layers: int = 0
     seed: int = 0
     start: int = 0
+    lacks: tuple[str, ...] = ()
 
     @property
     def columns(self) -> int:

@@ -15,6 +15,7 @@ from outliermerge.errors import SpecError, suggest
 from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import Kernel
 from outliermerge.methods.parameter import Parameter, declared
+from outliermerge.methods.prepared import Prepared
 from outliermerge.methods.statistics.base import Statistic
 from outliermerge.optional import INSTALL_TORCH
 
@@ -45,7 +46,8 @@ class MergeMethod:
         parameters: the method's parameters by YAML name.
         auxiliary: keywords for further tensors of each model, such as Fisher diagonals, which have
             the names and shapes of its weights. The function gets each as a block like the models'
-            (M, …).
+            (M, …). Those of `prepared` come last.
+        prepared: those that are taken whole and have shapes of their own, such as Gram matrices.
         takes_context: whether the function has the keyword `context`.
         takes_deltas: whether it is a modifier with the keyword `deltas`, the task vectors (M, …).
         workspace: returns, for a number of sources (the models, and the base where it uses one),
@@ -73,6 +75,7 @@ class MergeMethod:
     needs: Mapping[str, Statistic]
     parameters: Mapping[str, Parameter]
     auxiliary: tuple[str, ...]
+    prepared: Mapping[str, Prepared]
     takes_context: bool
     takes_deltas: bool
     workspace: Callable[[int], int]
@@ -101,6 +104,11 @@ class MergeMethod:
     def path(self) -> str:
         """Where it can be imported from: `package.module:function`."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    @property
+    def in_blocks(self) -> tuple[str, ...]:
+        """The auxiliary tensors that the function gets block by block."""
+        return self.auxiliary[: len(self.auxiliary) - len(self.prepared)]
 
     @property
     def uses_base(self) -> bool:
@@ -227,6 +235,7 @@ def merge_method(
     cut: Cut = "element",
     needs: Mapping[str, Statistic] | None = None,
     auxiliary: tuple[str, ...] = (),
+    prepared: Mapping[str, Prepared] | None = None,
     workspace: Callable[[int], int] = _usual_workspace,
     idempotent: Callable[[Mapping[str, Any]], bool] = _never,
     check: Callable[[Mapping[str, Any]], None] = _accept,
@@ -252,6 +261,7 @@ def merge_method(
         cut: `element`, `row` or `tensor`: how finely a tensor may be split.
         needs: the statistics that the function needs, by keyword.
         auxiliary: keywords for further tensors that each model has besides its weights.
+        prepared: keywords for those that are taken whole, with what is made of them.
         workspace: returns how many tensors of a block's size the function allocates, for a number
             of sources.
         idempotent: tells for given parameters whether the merge of equal models is the same model.
@@ -280,7 +290,8 @@ def merge_method(
     def decorate(function: Callable[..., Any]) -> MergeMethod:
         keywords = list(inspect.signature(function).parameters.values())[1:]
         names = [keyword.name for keyword in keywords]
-        given = {"need": [*(needs or {})], "auxiliary tensor": [*auxiliary]}
+        further = (*auxiliary, *(prepared or {}))
+        given = {"need": [*(needs or {})], "auxiliary tensor": [*further]}
         given |= {"base": ["base"]} if space == "both" else {}
         for kind, wanted in given.items():
             for one in wanted:
@@ -294,9 +305,9 @@ def merge_method(
         for word, kinds in ((space, get_args(Space)), (cut, get_args(Cut))):
             if word not in kinds:
                 raise TypeError(f"{function.__name__}: found {word!r}, expected {', '.join(kinds)}")
-        if space == "merged" and (needs or auxiliary):
+        if space == "merged" and (needs or further):
             raise TypeError(f"{function.__name__}: a modifier has neither needs nor auxiliaries")
-        if kernel is not None and (auxiliary or space == "merged"):
+        if kernel is not None and (further or space == "merged"):
             raise TypeError(f"{function.__name__}: a kernel takes only the models and the base")
         others = {one for wanted in given.values() for one in wanted} | {"context"}
         others |= {"deltas"} if space == "merged" else set()
@@ -309,7 +320,8 @@ def merge_method(
             space=space,
             cut=cut,
             needs=dict(needs or {}),
-            auxiliary=auxiliary,
+            auxiliary=further,
+            prepared=dict(prepared or {}),
             takes_context="context" in names,
             takes_deltas=space == "merged" and "deltas" in names,
             workspace=workspace,

@@ -25,9 +25,10 @@ _KNOWN = {
         "model_stock": "n_model_stock",
     },
     "FusionBench's": {
-        "linear": "simple_average weighted_average linear_interpolation regmean regmean_plusplus "
-        "regmean_plus_plus fisher fisher_merging simple_ensemble weighted_ensemble gossip opcm "
-        "model_recombination ada_svd dawe",
+        "linear": "simple_average weighted_average linear_interpolation regmean fisher "
+        "simple_ensemble weighted_ensemble gossip opcm model_recombination ada_svd dawe",
+        "fisher": "fisher_merging",
+        "regmean": "regmean_plusplus regmean_plus_plus",
         "dare_linear": "dare dare_simple_average dare_task_arithmetic",
         "dare_ties": "dare_ties_merging",
         "ties": "ties_merging emr emr_merging magmax tall_mask randes magnitude_diff_pruning "
@@ -59,7 +60,8 @@ _SAME = {
     "add_difference": "task_arithmetic", "task_vector": "task_arithmetic",
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
     "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
-    "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "consensus": "consensus_ta",
+    "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "fisher_merging": "fisher",
+    "consensus": "consensus_ta",
 }  # fmt: skip
 _PLACES = {
     name: (tool, nearest)

@@ -10,6 +10,7 @@ from outliermerge.methods.competition import pcb
 from outliermerge.methods.consensus_masks import consensus_ta
 from outliermerge.methods.contract import MergeMethod, import_method
 from outliermerge.methods.elsewhere import known_elsewhere
+from outliermerge.methods.fisher import fisher
 from outliermerge.methods.isotropic import iso_c, iso_cts
 from outliermerge.methods.lines import lines
 from outliermerge.methods.metagpt import metagpt
@@ -18,6 +19,7 @@ from outliermerge.methods.model_stock import model_stock
 from outliermerge.methods.nearswap import nearswap
 from outliermerge.methods.nuslerp import nuslerp
 from outliermerge.methods.ram import ram, ramplus_tl
+from outliermerge.methods.regmean import regmean
 from outliermerge.methods.resmerge import resmerge
 from outliermerge.methods.sce import sce
 from outliermerge.methods.singular_vectors import tsv_m
@@ -73,6 +75,12 @@ METHODS: dict[str, MergeMethod] = {
 }
 """The merge methods by name."""
 
+WITH_DATA: dict[str, MergeMethod] = {method.name: method for method in (regmean, fisher)}
+"""The merge methods that take statistics of data besides the models, by name."""
+
+EVERY = METHODS | WITH_DATA
+"""All merge methods by name."""
+
 MODIFIERS: dict[str, MergeMethod] = {modifier.name: modifier for modifier in (lines, svc)}
 """The modifiers of merged task vectors by name."""
 
@@ -87,19 +95,30 @@ def find_method(name: str) -> MergeMethod:
     >>> find_method("min_sigma").space
     'delta'
     """
+    return method_named(name)
+
+
+def method_named(name: str) -> MergeMethod:
+    """Do as `find_method`, without a check of the argument: plans ask for each tensor.
+
+    Raises:
+        SpecError: there is no such method.
+    """
     if ":" in name:
         return import_method(name)
     if name in MODIFIERS:
         return MODIFIERS[name]
+    if name in WITH_DATA:
+        return WITH_DATA[name]
     if name not in METHODS:
-        said = known_elsewhere(name, METHODS)
+        said = known_elsewhere(name, EVERY)
         if said is None:
             said = f"unknown merge method {quoted(name)}."
             if sure := meant_method(name):
                 raise SpecError(f"{said} Did you mean {sure.name!r}?")
-            near = nearest(name, METHODS)
+            near = nearest(name, EVERY)
             meant = f" Did you mean {near!r}?" if near else ""
-            said += f"{meant} Valid: {', '.join(sorted(METHODS))}."
+            said += f"{meant} Valid: {', '.join(sorted(EVERY))}."
         raise SpecError(f"{said} A method of your own is named package.module:function.")
     return METHODS[name]
 
@@ -110,5 +129,5 @@ def meant_method(name: str) -> MergeMethod | None:
     >>> meant_method("task-arithmatic").name
     'task_arithmetic'
     """
-    sure = nearest(name, METHODS, cutoff=_SURE)
-    return None if sure is None or known_elsewhere(name, METHODS) else METHODS[sure]
+    sure = nearest(name, EVERY, cutoff=_SURE)
+    return None if sure is None or known_elsewhere(name, EVERY) else EVERY[sure]

@@ -24,8 +24,8 @@ class Task:
         compute_dtype: the dtype of the arithmetic.
         shape: the shape of the whole tensor.
         context: the tensor's name and place in the model, for methods that ask for it.
-        auxiliary: the dtypes of the method's auxiliary tensors: all models' of the first kind, then
-            of the next.
+        auxiliary: the dtypes of the auxiliary tensors that are read in blocks: all models' of the
+            first kind, then of the next.
         modifiers: the modifiers of the merged task vector, in order, with resolved parameters.
     """
 
@@ -52,6 +52,19 @@ class Task:
     @property
     def num_models(self) -> int:
         return len(self.dtypes) - self.is_delta
+
+    @property
+    def num_sources(self) -> int:
+        """How many tensors are read block by block."""
+        return len(self.dtypes) + len(self.auxiliary)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """The memory for what is made of whole auxiliary tensors, and to make it."""
+        return sum(
+            8 * math.prod(one.shape(self.shape)) * one.workspace(self.num_models)
+            for one in self.method.prepared.values()
+        )
 
     @property
     def held_bytes(self) -> int:

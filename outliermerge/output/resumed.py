@@ -6,15 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from outliermerge.checkpoint.checksum import PIECE_ELEMENTS, piece_digests, tensor_checksum
+from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.sources import Source
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.passes import needs_of
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.storage.stand_ins import elsewhere, stand_in
-
-_BLOCK_ELEMENTS = 16 * PIECE_ELEMENTS
 
 
 def marks_of(plan: Plan) -> dict[str, list[int]]:
@@ -74,16 +71,6 @@ def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:
         return False
     first = next(iter(result.read.values()))
     return all(
-        _checksum(source, reader) == result.read.get(number, first)
+        source_checksum(source, reader) == result.read.get(number, first)
         for number, source in job.sources
     )
-
-
-def _checksum(source: Source, reader: Reader) -> str:
-    size, digests = source.dtype.num_bytes, []
-    for start in range(0, source.num_elements, _BLOCK_ELEMENTS):
-        stop = min(start + _BLOCK_ELEMENTS, source.num_elements)
-        raw = memoryview(bytearray((stop - start) * size))
-        source.read(reader, start, stop, raw)
-        digests.append(piece_digests(raw, size))
-    return tensor_checksum(digests)

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.hub import resolve
+from outliermerge.checkpoint.measured import Statistics
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.models import ModelSpec
 from outliermerge.storage.stamps import told_by_name
 
 
@@ -27,34 +30,73 @@ class Auxiliaries:
         self._names = spec.method.auxiliary
         self._tensors: dict[tuple[str, int], Mapping[str, Source]] = {}
         self._files: dict[tuple[str, int], str] = {}
+        self._lacking: dict[str, list[str]] = {}
         for model, number in zip(spec.models, model_numbers, strict=True):
-            for name, reference in model.auxiliary.items():
+            for name in self._names:
+                reference = model.auxiliary.get(name, model.statistics)
+                place = (*model.path, "statistics")
+                if name in model.auxiliary:
+                    place = (*model.path, "auxiliary", name)
                 try:
                     with told_by_name():
-                        opened = open_checkpoint(resolve(reference))
+                        self._tensors[name, number] = _opened(model, name)
                 except OutlierMergeError as error:
-                    place = (*model.path, "auxiliary", name)
                     raise OutlierMergeError(str(spec.source.error(place, str(error)))) from error
-                self._tensors[name, number] = opened.tensors
                 self._files[name, number] = reference
 
-    def of(self, tensor: str, shape: tuple[int, ...], holders: Sequence[int]) -> tuple[Source, ...]:
+    def lacking(self, tensor: str, holders: Sequence[int]) -> tuple[str, ...]:
+        """Return the kinds that none of the models that have a tensor has for it."""
+        return tuple(
+            name
+            for name in self._names
+            if not any(tensor in self._tensors[name, number] for number in holders)
+        )
+
+    def of(
+        self, tensor: str, shape: tuple[int, ...], holders: Sequence[int], method: MergeMethod
+    ) -> tuple[Source, ...]:
         """Return a tensor's auxiliary tensors: all models' of the first kind, then of the next.
+
+        Args:
+            tensor: its name in the merge.
+            shape: the shape of the weights.
+            holders: the numbers of the models that have it.
+            method: what merges it.
 
         Raises:
             OutlierMergeError: an auxiliary tensor is missing, or has another shape.
         """
         found = []
-        for name in self._names:
+        for name in method.auxiliary:
+            whole = method.prepared.get(name)
+            wanted = shape if whole is None else whole.shape(shape)
             for number in holders:
                 source = self._tensors[name, number].get(tensor)
-                if source is None or source.shape != shape or not source.dtype.is_float:
+                if source is None or source.shape != wanted or not source.dtype.is_float:
                     what = "is not in it" if source is None else (
                         f"is {source.dtype.name} {list(source.shape)}"
                     )  # fmt: skip
+                    has = f"the model has {list(shape)}"
                     raise OutlierMergeError(
-                        f"{self._files[name, number]}: {shown(tensor)} {what}, expected a "
-                        f"floating-point tensor {list(shape)}, as the model has it"
+                        f"{self._files[name, number]}: {name} of {shown(tensor)} {what}, expected "
+                        f"a floating-point tensor {list(wanted)}, as {has}"
                     )
                 found.append(source)
+        if lacking := [name for name in self._names if name not in method.auxiliary]:
+            self._lacking.setdefault(" and ".join(lacking), []).append(tensor)
         return tuple(found)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the tensors that were looked up: those that have nothing."""
+        return [
+            f"{len(tensors)} tensor(s) such as {shown(tensors[0])} have no {names} in the "
+            "statistics, and are averaged"
+            for names, tensors in self._lacking.items()
+        ]
+
+
+def _opened(model: ModelSpec, name: str) -> Mapping[str, Source]:
+    if name in model.auxiliary:
+        return open_checkpoint(resolve(model.auxiliary[name])).tensors
+    return Statistics(resolve(model.statistics)).tensors(name)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import xxhash
 
+from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import (
     DTYPES,
     DType,
@@ -40,7 +41,7 @@ class MergedSource(Sized):
         name: for messages.
         task: how they are merged.
         sources: the base, where the method uses one, then the models; then the method's auxiliary
-            tensors.
+            tensors, those that are taken whole last.
         stored_dtype: the dtype of an output if the spec does not set one; None is the task's.
         whole: the merge that it is a tensor of, where the method measures whole models.
     """
@@ -94,7 +95,8 @@ class MergedSource(Sized):
 
         A method on whole tensors needs it for the whole tensor.
         """
-        task, sizes = self.task, [source.dtype.num_bytes for source in self.sources]
+        task, in_blocks = self.task, self.sources[: self.task.num_sources]
+        sizes = [source.dtype.num_bytes for source in in_blocks]
         compute = DTYPES[task.compute_dtype].num_bytes
         workspace = [
             task.method.workspace(len(sizes)),
@@ -102,7 +104,8 @@ class MergedSource(Sized):
         ]
         elements = self.num_elements if task.cut == "tensor" else self.block_elements
         per_element = sum(sizes) + self.dtype.num_bytes + compute * (len(sizes) + max(workspace))
-        return min(elements, self.num_elements) * per_element + bytes_of_merges(self.sources)
+        block = min(elements, self.num_elements) * per_element
+        return block + task.prepared_bytes + bytes_of_merges(self.sources)
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop, in `dtype`.
@@ -149,7 +152,7 @@ def merge_of(source: Source) -> MergedSource | None:
 
 
 def bytes_of_merges(sources: Iterable[Source]) -> int:
-    """Return the memory that a thread needs for the sources that are merges of others.
+    """Return the memory that a thread needs for sources that are computed of others.
 
     They are read one after the other, but buffers are kept.
     """
@@ -157,7 +160,8 @@ def bytes_of_merges(sources: Iterable[Source]) -> int:
         (
             source.work_bytes
             if isinstance(source, MergedSource)
-            else bytes_of_merges(inner(source))
+            else (source.work_bytes if isinstance(source, Swapped) else 0)
+            + bytes_of_merges(inner(source))
             for source in sources
         ),
         default=0,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.layout import Shard
-from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.checkpoint.sources import DTYPES, inner
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
@@ -154,6 +155,23 @@ class Plan:
         inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
         return (inside.task.method.name, inside.task.compute_dtype) if inside else None
 
+    @cached_property
+    def _unlike(self) -> list[Job]:
+        """Jobs that differ in more than names; any other job takes as much memory as one of these.
+
+        Layers and experts have the same shapes, so that these are few.
+        """
+        found: dict[tuple[Any, ...], Job] = {}
+        for job in self.jobs:
+            sources = (*(source for _, source in job.sources), *job.auxiliary)
+            key = (
+                *(job.action, job.method, job.compute_dtype, job.output.dtype, job.output.shape),
+                *(id(job.parameters), job.modifiers and id(job), len(job.auxiliary)),
+                *(id(s) if inner(s) else (type(s), s.dtype, s.shape) for s in sources),
+            )
+            found.setdefault(key, job)
+        return [*found.values()]
+
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""
         return job.num_passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
@@ -170,7 +188,8 @@ class Plan:
             ArgumentError: not even the smallest block fits the memory budget.
         """
         unit = _block_unit(job)
-        fits = options.memory_bytes // (options.threads * self._bytes_per_element(job, options))
+        own_bytes = options.memory_bytes // options.threads - _prepared_bytes(job)
+        fits = own_bytes // self._bytes_per_element(job, options)
         if fits < min(unit, job.num_elements):
             needed = self._least_bytes(job, options)
             least = max(self._least_bytes(each, options) for each in self.jobs)
@@ -187,15 +206,17 @@ class Plan:
     def _least_bytes(self, job: Job, options: Options) -> int:
         """Return the memory that the smallest blocks of a tensor take."""
         num_elements = min(_block_unit(job), job.num_elements)
-        return options.threads * self._bytes_per_element(job, options) * num_elements
+        block = self._bytes_per_element(job, options) * num_elements
+        return options.threads * (block + _prepared_bytes(job))
 
     def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
         peak = 0
-        for job in self.jobs:
+        for job in self._unlike:
             block = min(self.block_elements(job, options), job.num_elements)
             stages = bytes_of_merges(source for _, source in job.sources)
-            peak = max(peak, block * self._bytes_per_element(job, options) + stages)
+            work = block * self._bytes_per_element(job, options) + _prepared_bytes(job)
+            peak = max(peak, work + stages)
         return options.threads * peak + self._held_bytes(options)
 
     def _held_bytes(self, options: Options) -> int:
@@ -205,7 +226,7 @@ class Plan:
         what statistics keep of a tensor: while one is merged, the next is measured.
         """
         held = kept = 0
-        for job in self.jobs:
+        for job in self._unlike:
             if job.action == "merge" and options.uses_kernels(job):
                 kept = max(kept, job.task.held_bytes)
             again = read_again(job.num_passes, (source for _, source in job.sources))
@@ -218,20 +239,21 @@ class Plan:
         Kernels hold a block of the output, and only pieces of the sources.
         """
         peak = 0
-        for job in self.jobs:
+        for job in self._unlike:
             block = min(self.block_elements(job, options), job.num_elements)
             whole = block * self._bytes_per_element(job, options)
             if not options.uses_torch(job) and not job.auxiliary:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
-            peak = max(peak, whole + bytes_of_merges(source for _, source in job.sources))
+            whole += _prepared_bytes(job) + bytes_of_merges(source for _, source in job.sources)
+            peak = max(peak, whole)
         return options.threads * peak + self._held_bytes(options)
 
     def _bytes_per_element(self, job: Job, options: Options) -> int:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
-        raw += sum(source.dtype.num_bytes for source in job.auxiliary)
+        raw += sum(source.dtype.num_bytes for source in job.in_blocks)
         # Computed sources hold their rows in float32 while they are made.
         raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
         if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
@@ -241,7 +263,7 @@ class Plan:
         if job.action != "merge" or not options.uses_torch(job):
             return raw
         compute = DTYPES[job.compute_dtype].num_bytes
-        rows = num_sources + len(job.auxiliary)
+        rows = num_sources + len(job.in_blocks)
         workspaces = [find_method(job.method).workspace(num_sources)]
         workspaces += [find_method(name).workspace(1) for name, _ in job.modifiers]
         return raw + compute * (rows + max(workspaces))
@@ -327,6 +349,11 @@ class Plan:
             "stored_names": [source.name for _, source in job.sources],
             "parameters": dict(job.parameters),
         }
+
+
+def _prepared_bytes(job: Job) -> int:
+    """Return the memory for what is made of whole auxiliary tensors, which a thread may hold."""
+    return job.task.prepared_bytes if job.prepared else 0
 
 
 def _block_unit(job: Job) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from outliermerge.checkpoint.measured import KINDS
 from outliermerge.errors import OutlierMergeError, as_path, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.document import EXTRA, MISSING, ModelEntry, SpecDocument
@@ -38,6 +39,7 @@ class ModelSpec:
         settings: the settings of the method's parameters for this model.
         missing, extra: the model's own policies, which take precedence over the spec's.
         auxiliary: the folder or file of each auxiliary input, by its name in the method.
+        statistics: the folder of what `measure` has written, for the other auxiliary inputs.
     """
 
     reference: str
@@ -47,6 +49,7 @@ class ModelSpec:
     missing: Setting = field(default_factory=Setting)
     extra: Setting = field(default_factory=Setting)
     auxiliary: Mapping[str, str] = field(default_factory=dict)
+    statistics: str = ""
 
 
 def base_of(document: SpecDocument, source: SpecText) -> ModelSpec | None:
@@ -109,6 +112,7 @@ def models_of(
                     partial(parse_policy, entry.extra, EXTRA, (*path, "extra")), Setting()
                 ),
                 auxiliary=mistakes.attempt(partial(_auxiliary, entry, method, path, source), {}),
+                statistics=entry.statistics or "",
             )
         )
     if base is not None and method.base_as == "first":
@@ -190,11 +194,16 @@ def _auxiliary(
                 f"{method.name} takes no {quoted(name)}. {suggest(name, method.auxiliary)}",
                 at_key=True,
             )
+    if entry.statistics is not None and not method.auxiliary:
+        raise source.error(
+            (*path, "statistics"), f"{method.name} takes no statistics. Remove them.", at_key=True
+        )
     for name in method.auxiliary:
-        if name not in entry.auxiliary:
-            raise source.error(
-                path, f"{method.name} needs {name!r} of each model: `auxiliary: {{{name}: FILE}}`"
-            )
+        if name not in entry.auxiliary and entry.statistics is None:
+            way = f"`auxiliary: {{{name}: FILE}}`"
+            if name in KINDS:
+                way = f"`statistics: DIR`, which `outliermerge measure` writes, or {way}"
+            raise source.error(path, f"{method.name} needs {name!r} of each model: {way}")
     return entry.auxiliary
 
 
@@ -209,7 +218,7 @@ def _refuse_on_base(
             + " parameters have no effect. Remove them.",
             at_key=True,
         )
-    for key in ("rename", "missing", "extra", "auxiliary"):
+    for key in ("rename", "missing", "extra", "auxiliary", "statistics"):
         if getattr(entry, key) not in (None, {}):
             where = " Write it under `base_model`." if key == "rename" else " Remove it."
             raise source.error(

@@ -7,7 +7,7 @@ from typing import Any
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import EVERY
 from outliermerge.spec.document import DTYPE_ABBREVIATIONS, SpecDocument, by_filters
 from outliermerge.spec.inert import INERT_PARAMETERS, LABEL
 from outliermerge.spec.modules import KEEP, MODULES, OF_MODULE
@@ -31,7 +31,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["merge_method"] = {
         "description": SpecDocument.model_fields["merge_method"].description,
         "anyOf": [
-            {"enum": list(METHODS)},
+            {"enum": list(EVERY)},
             {"type": "string", "pattern": r"^[\w.]+:\w+$"},
         ],
     }
@@ -60,7 +60,7 @@ def json_schema() -> dict[str, Any]:
         "description": "As at the top, if all slices have the same.",
     }
     schema["dependentRequired"] = {"stack": ["slices"]}
-    schema["allOf"] = [_by_method(method, base_is_named=True) for method in METHODS.values()]
+    schema["allOf"] = [_by_method(method, base_is_named=True) for method in EVERY.values()]
     schema["properties"][MODULES] |= {
         "minProperties": 1,
         "additionalProperties": _module_schema(schema["properties"]),
@@ -79,7 +79,7 @@ def _module_schema(properties: dict[str, Any]) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {key: properties[key] for key in OF_MODULE} | {KEEP: keep},
         "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
-        "allOf": [_by_method(method, base_is_named=False) for method in METHODS.values()],
+        "allOf": [_by_method(method, base_is_named=False) for method in EVERY.values()],
     }
 
 

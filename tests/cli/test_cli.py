@@ -22,7 +22,7 @@ from waiting import LIMIT_SECONDS, held, stopped
 
 import outliermerge.cli as cli_package
 from outliermerge.cli import main as cli
-from outliermerge.methods.table import METHODS, MODIFIERS
+from outliermerge.methods.table import EVERY, MODIFIERS
 from outliermerge.spec.moe import parse_moe_spec
 
 COMMANDS = tuple(cli.COMMANDS)
@@ -586,7 +586,7 @@ class TestMethods:
         monkeypatch.setenv("COLUMNS", "300")
         assert cli.main(["methods"]) == 0
         text = "\n" + capsys.readouterr().out
-        for method in METHODS.values():
+        for method in EVERY.values():
             part = text.partition(f"\n{method.name} ")[2]
             assert method.summary in part.splitlines()[0]
             following = re.split(r"\n(?=\w)", part)[0]
@@ -595,7 +595,7 @@ class TestMethods:
             assert method.paper in following
         assert f"what a method has merged: {', '.join(MODIFIERS)}" in text
 
-    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_one_method_has_its_formula(
         self, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -603,15 +603,15 @@ class TestMethods:
         text = capsys.readouterr().out
         assert text.startswith(name)
         assert "W* = " in text
-        assert METHODS[name].paper in text
-        for parameter in METHODS[name].parameters:
+        assert EVERY[name].paper in text
+        for parameter in EVERY[name].parameters:
             assert re.search(rf"^{parameter} ", text, re.MULTILINE)
 
-    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_one_method_is_told_in_the_words_of_a_spec(
         self, name: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        method = METHODS[name]
+        method = EVERY[name]
         assert cli.main(["methods", name]) == 0
         text = capsys.readouterr().out
         told = re.findall(r"^ {4}(\S+): ", text, re.MULTILINE)
@@ -624,7 +624,7 @@ class TestMethods:
     def test_json_describes_the_parameters(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["methods", "--json"]) == 0
         listed = json.loads(capsys.readouterr().out)
-        assert [entry["name"] for entry in listed] == list(METHODS)
+        assert [entry["name"] for entry in listed] == list(EVERY)
         [ties] = [entry for entry in listed if entry["name"] == "ties"]
         assert ties["space"] == "delta"
         assert ties["cut"] == "element"
@@ -648,7 +648,7 @@ class TestMethods:
         [
             ("min_sgima", "Did you mean 'min_sigma'?"),
             ("tie", "Did you mean 'ties'?"),
-            ("qqqq", f"Valid: {', '.join(sorted(METHODS))}."),
+            ("qqqq", f"Valid: {', '.join(sorted(EVERY))}."),
             ("nowhere:function", "no module 'nowhere' can be imported"),
             ("json:nothing", "json has no 'nothing'"),
             ("json:dumps", "expected a function decorated with @outliermerge.merge_method"),

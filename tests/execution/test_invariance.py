@@ -115,6 +115,7 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
     "ties": {"density": 0.3, "weight": 0.7, "rescale": True},
     "passthrough": {"scale": 0.3},
+    "sce of some": {"select_topk": 0.2},
     "test_invariance:row_peak": {"share": 0.4},
     "test_invariance:row_scaled": {"weight": 0.7},
     "test_invariance:tensor_reversed": {"scale": 0.3},

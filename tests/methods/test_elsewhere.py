@@ -6,7 +6,7 @@ import pytest
 
 from outliermerge.errors import SpecError
 from outliermerge.methods.elsewhere import _KNOWN, _PLACES, _SAME, known_elsewhere
-from outliermerge.methods.table import METHODS, find_method
+from outliermerge.methods.table import EVERY, find_method
 
 FEW = ("min_sigma", "linear", "task_arithmetic", "ties", "passthrough")
 NAMES = [name for groups in _KNOWN.values() for names in groups.values() for name in names.split()]
@@ -18,7 +18,7 @@ def test_no_name_is_listed_twice():
 
 
 @pytest.mark.parametrize("name", sorted(_PLACES))
-@pytest.mark.parametrize("here", [FEW, tuple(METHODS)], ids=["few", "all"])
+@pytest.mark.parametrize("here", [FEW, tuple(EVERY)], ids=["few", "all"])
 def test_each_names_its_tool_and_a_method_that_is_here(name, here):
     said = known_elsewhere(name, here)
     assert name in said
@@ -36,18 +36,18 @@ def test_a_method_that_was_added_is_the_nearest_to_others(name):
     assert "mergekit's" in known_elsewhere(name, FEW)
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(_PLACES) if name not in METHODS])
+@pytest.mark.parametrize("name", [name for name in sorted(_PLACES) if name not in EVERY])
 def test_the_table_says_it(name):
     with pytest.raises(SpecError) as raised:
         find_method(name)
-    assert str(raised.value).startswith(known_elsewhere(name, METHODS))
+    assert str(raised.value).startswith(known_elsewhere(name, EVERY))
 
 
 @pytest.mark.parametrize("name", ["zzz", ""])
 def test_a_name_that_nobody_knows_gets_all_valid_ones(name):
     with pytest.raises(SpecError) as raised:
         find_method(name)
-    assert f"Valid: {', '.join(sorted(METHODS))}." in str(raised.value)
+    assert f"Valid: {', '.join(sorted(EVERY))}." in str(raised.value)
     assert "Did you mean" not in str(raised.value)
 
 

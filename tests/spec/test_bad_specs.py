@@ -10,7 +10,7 @@ from checkpoints import save_tensors
 
 from outliermerge import SpecError
 from outliermerge.cli import main as cli
-from outliermerge.methods.table import METHODS
+from outliermerge.methods.table import EVERY
 from outliermerge.spec.check import load_spec
 
 NAMES = ("embed.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight")
@@ -47,7 +47,7 @@ NO_MODELS = "merge_method: ties\nbase_model: DIR/base\n"
 OF_MODEL = NO_MODELS + "models:\n  - model: DIR/a\n    parameters:\n"
 LINEAR = HEAD.replace("ties\nbase_model: DIR/base", "linear")
 DTYPES = "'float16', 'bfloat16', 'float32' or 'float64'"
-ALL_METHODS = ", ".join(sorted(METHODS))
+ALL_METHODS = ", ".join(sorted(EVERY))
 YOUR_OWN = "A method of your own is named package.module:function."
 A_VALUE = "expected a value, a list of values or filter entries"
 

@@ -5,8 +5,10 @@
 
 #include "convert.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 enum { WIDTH = 8 };
 #elif defined(__AVX2__)
 enum { WIDTH = 4 };
@@ -58,6 +60,19 @@ static void add_row(Lanes *into, const float *restrict row, size_t num) {
             sums.parts[part] += doubles_of(row + i + part * WIDTH);
     for (size_t lane = 0; i < num; i++, lane++)
         sums.parts[lane / WIDTH][lane % WIDTH] += row[i];
+    *into = sums;
+}
+
+static void add_squares(Lanes *into, const float *restrict row, size_t num) {
+    Lanes sums = *into;
+    size_t i = 0;
+    for (; i + LANES <= num; i += LANES)
+        for (int part = 0; part < VECTORS; part++) {
+            Doubles values = doubles_of(row + i + part * WIDTH);
+            sums.parts[part] += values * values;
+        }
+    for (size_t lane = 0; i < num; i++, lane++)
+        sums.parts[lane / WIDTH][lane % WIDTH] += (double)row[i] * (double)row[i];
     *into = sums;
 }
 
@@ -130,20 +145,6 @@ static void count_many(Bins bins, const uint32_t *restrict offsets, const uint8_
                        uint32_t *restrict counts, size_t num) {
     for (size_t i = 0; i < num; i++)
         if (inside[i]) counts[offsets[i] >> bins.shift]++;
-}
-
-/* Count into bins that threads share: for a window that contains few values. `inside` has room for
- * a multiple of eight entries; those from num on are zero. */
-static void count_few(Bins bins, const uint32_t *restrict offsets, const uint8_t *restrict inside,
-                      uint64_t *restrict counts, size_t num) {
-    for (size_t i = 0; i < num; i += 8) {
-        uint64_t left;
-        memcpy(&left, inside + i, 8);
-        for (; left != 0; left &= left - 1) { /* each turn handles one set bit */
-            size_t at = i + (size_t)(__builtin_ctzll(left) >> 3);
-            __atomic_fetch_add(counts + (offsets[at] >> bins.shift), 1, __ATOMIC_RELAXED);
-        }
-    }
 }
 
 #endif

@@ -1,0 +1,1 @@
+"""Runs models over data: statistics for merge methods, and merges that are fitted to data."""

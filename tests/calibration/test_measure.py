@@ -1,0 +1,314 @@
+"""Statistics of models on data, against sums in float64 that the tests make themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import load_folder
+from documents import ROOT
+from families import save_llama
+from PIL import Image
+from text_models import save_text_model
+from torch import Tensor
+
+import outliermerge
+from outliermerge import OutlierMergeError, SpecError
+from outliermerge.calibration.data import Sample, read_samples, samples_hash
+from outliermerge.calibration.measure import Wanted, measure
+from outliermerge.calibration.model import Feeder, Loaded, load
+from outliermerge.calibration.sums import Summing, Sums
+from outliermerge.cli.main import main
+
+SAMPLES = [
+    *(Sample(f"number {n} is {n * n}.") for n in range(6)),
+    Sample(prompt="three and four", text=" are seven"),
+    Sample(prompt="two", text=" is even"),
+]
+Q = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("measure")
+    save_text_model(folder / "a", seed=0)
+    save_text_model(folder / "b", seed=1)
+    lines = [
+        {"text": one.text} if not one.prompt else {"prompt": one.prompt, "completion": one.text}
+        for one in SAMPLES
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(place) -> Loaded:
+    return load(str(place / "a"), device="cpu", what="measure")
+
+
+@pytest.fixture(scope="module")
+def measured(place, loaded) -> Path:
+    measure(loaded, SAMPLES, output=place / "all", wanted=Wanted(), data="data.jsonl")
+    return place / "all"
+
+
+def tokens_of(folder: Path, sample: Sample) -> tuple[Tensor, int]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    before = tokenizer(sample.prompt)["input_ids"] if sample.prompt else []
+    return torch.tensor([before + tokenizer(sample.text)["input_ids"]]), len(before)
+
+
+@pytest.fixture(scope="module")
+def expected(place) -> dict[str, dict[str, Tensor]]:
+    model = transformers.LlamaForCausalLM.from_pretrained(place / "a", dtype=torch.float64)
+    inputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def note(module: Any, given: Any, name: str = f"{name}.weight") -> None:
+                inputs.setdefault(name, []).append(given[0][0].detach())
+
+            module.register_forward_pre_hook(note)
+    fisher = {name: torch.zeros_like(one) for name, one in model.named_parameters()}
+    for sample in SAMPLES:
+        ids, num_prompt = tokens_of(place / "a", sample)
+        logs = model(input_ids=ids).logits[0].log_softmax(-1)
+        places = range(max(1, num_prompt), ids.shape[1])
+        total = sum(logs[at - 1, ids[0, at]] for at in places)
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
+            fisher[name] += grad.square() / len(SAMPLES)
+    rows = {name: torch.cat(found) for name, found in inputs.items()}
+    return {
+        "gram": {name: x.T @ x / len(x) for name, x in rows.items()},
+        "mean": {name: x.mean(0) for name, x in rows.items()},
+        "fisher": fisher,
+    }
+
+
+@pytest.mark.parametrize("kind", ["gram", "mean", "fisher"])
+def test_statistics_are_those_of_sums_in_float64(kind, measured, expected):
+    found = load_folder(measured / kind)
+    assert found.keys() == expected[kind].keys()
+    for name, wanted in expected[kind].items():
+        largest = float(wanted.abs().max())
+        assert torch.allclose(found[name].double(), wanted, rtol=1e-4, atol=1e-5 * largest), name
+        assert found[name].dtype == torch.float32
+
+
+def test_the_manifest_says_of_what_they_are(measured, place):
+    manifest = json.loads((measured / "statistics.json").read_text())
+    assert manifest["statistics"].keys() == {"gram", "fisher", "mean"}
+    assert "data's own labels" in manifest["statistics"]["fisher"]["definition"]
+    num_tokens = sum(tokens_of(place / "a", one)[0].shape[1] for one in SAMPLES)
+    assert (manifest["data"]["num_samples"], manifest["data"]["num_tokens"]) == (8, num_tokens)
+    norm = sum(
+        float(one.double().square().sum()) for one in load_folder(measured / "gram").values()
+    )
+    assert manifest["statistics"]["gram"]["norm"] == pytest.approx(norm**0.5)
+    assert manifest["versions"]["transformers"] == transformers.__version__
+    assert manifest["tensors"].keys() == load_folder(place / "a").keys()
+    assert {path.name for path in measured.iterdir()} == {
+        "gram", "mean", "fisher", "statistics.json"
+    }  # fmt: skip
+
+
+def test_less_memory_takes_more_passes_and_changes_no_value(loaded, measured, tmp_path):
+    seen = set()
+    measure(
+        loaded, SAMPLES, output=tmp_path / "out", wanted=Wanted(), memory_bytes=200_000,
+        on_progress=lambda done, total: seen.add(total),
+    )  # fmt: skip
+    (total,) = seen
+    assert total > 3 * len(SAMPLES)
+    for kind in ("gram", "mean", "fisher"):
+        assert len(list((tmp_path / "out" / kind).glob("*.safetensors"))) > 3
+        one, other = load_folder(tmp_path / "out" / kind), load_folder(measured / kind)
+        assert all(one[name].equal(other[name]) for name in other)
+
+
+@pytest.mark.parametrize("stop", [3, 11])
+def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(stop, loaded, tmp_path):
+    """It is stopped in the first or the second of its passes."""
+
+    def run(name: str, on_progress: Any = lambda done, total: None) -> dict[str, bytes]:
+        wanted = Wanted(("gram", "fisher"), "sampled")
+        measure(
+            loaded, SAMPLES, output=tmp_path / name, wanted=wanted, save_every=2,
+            memory_bytes=700_000, on_progress=on_progress,
+        )  # fmt: skip
+        files = (tmp_path / name).rglob("*")
+        return {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files if f.is_file()}
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= stop:
+            raise KeyboardInterrupt
+
+    begun = []
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", interrupt)
+    assert not (tmp_path / "stopped").exists()
+    again = run("stopped", lambda done, total: begun.append(done))
+    assert begun[:2] == ([2, 3] if stop == 3 else [8, 10])  # whole passes are not repeated
+    assert again == whole
+
+
+def test_part_of_other_statistics_is_not_gone_on_with(loaded, tmp_path):
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    wanted = Wanted(("mean",))
+    with pytest.raises(KeyboardInterrupt):
+        measure(
+            loaded, SAMPLES, output=tmp_path / "s", wanted=wanted, save_every=1, on_progress=stop
+        )
+    with pytest.raises(OutlierMergeError, match=r"s\.partial: holds part of other .*another data"):
+        measure(loaded, SAMPLES[1:], output=tmp_path / "s", wanted=wanted)
+    measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted)
+    with pytest.raises(OutlierMergeError, match=r"/s: is there already"):
+        measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted)
+
+
+def test_drawn_labels_are_the_models_and_the_seeds(loaded):
+    def drawn(seed: int, number: int) -> Tensor:
+        feeder = Feeder(loaded, with_images=False, max_tokens=9)
+        summing = Summing(loaded, feeder, [], [], fisher="sampled", seed=seed, sums=Sums())
+        return summing._drawn(logits, number)
+
+    wanted = torch.tensor([0.6, 0.0, 0.3, 0.1])
+    logits = wanted.log().expand(20_000, 4)
+    found = drawn(0, 1)
+    shares = found.bincount(minlength=4) / len(found)
+    assert torch.allclose(shares, wanted, atol=0.015) and shares[1] == 0
+    assert found.equal(drawn(0, 1))
+    assert not found.equal(drawn(1, 1)) and not found.equal(drawn(0, 2))
+
+
+def test_images_go_through_the_processor_of_a_vlm(tmp_path):
+    """The model of the small family: its parameters have other names than its tensors."""
+    model = ROOT / "evals/family/models/base"
+    for number in range(2):
+        Image.new("RGB", (32, 32), (90 * number, 20, 200)).save(tmp_path / f"{number}.png")
+    lines = [
+        {"prompt": "<image>what colour?", "completion": " red", "images": [f"{number}.png"]}
+        for number in range(2)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["measure", str(model), "--data", str(tmp_path / "data.jsonl"), "-q"]
+    assert main([*given, "-o", str(tmp_path / "out")]) == 0
+    stored = load_folder(model)
+    grams, fisher = load_folder(tmp_path / "out/gram"), load_folder(tmp_path / "out/fisher")
+    assert fisher.keys() <= stored.keys() and len(fisher) > 0.9 * len(stored)
+    linear = [name for name in grams if "vision" in name and "q_proj" in name]
+    assert linear and all(grams[name].diagonal().min() > 0 for name in linear)
+    assert all(fisher[name].shape == stored[name].shape for name in fisher)
+    Path(tmp_path / "1.png").write_bytes(b"no image")
+    assert main([*given, "-o", str(tmp_path / "x")]) == 1
+
+
+def test_a_shared_weight_is_no_linear_layer(tmp_path):
+    folder = save_llama(tmp_path / "tied", tied=True)
+    found = load(str(folder), device="cpu", what="measure")
+    from outliermerge.calibration.sums import units_of
+
+    names = {unit.inputs for unit in units_of(found, ["gram"])}
+    assert None not in names and not any("embed" in name or "head" in name for name in names)
+    fishers = [name for unit in units_of(found, ["fisher"]) for name in unit.parameters]
+    assert sorted(fishers) == sorted(set(found.names.values()))
+
+
+def test_regmean_and_fisher_merge_what_was_measured(place, measured, tmp_path, capsys):
+    given = ["measure", str(place / "b"), "--data", str(place / "data.jsonl")]
+    given += ["-o", str(tmp_path / "b"), "--statistics", "gram,fisher", "--json"]
+    assert main(given) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["data"]["num_samples"] == 8 and printed["output"] == str(tmp_path / "b")
+    models = [
+        {"model": str(place / "a"), "statistics": str(measured)},
+        {"model": str(place / "b"), "statistics": str(tmp_path / "b")},
+    ]
+    for method, parameters in (("regmean", {"reduce": 1.0}), ("fisher", {})):
+        spec = {"merge_method": method, "models": models, "parameters": parameters}
+        outliermerge.run(spec, output=tmp_path / method)
+    w = [load_folder(place / name) for name in "ab"]
+    g = [load_folder(folder / "gram") for folder in (measured, tmp_path / "b")]
+
+    def loss(merged: Tensor, name: str) -> float:
+        errors = (((merged - one[name]) @ gram[name] * (merged - one[name])).sum() for one, gram
+                  in zip(w, g, strict=True))  # fmt: skip
+        return float(sum(errors))
+
+    best = load_folder(tmp_path / "regmean")
+    for name in (Q, DOWN):
+        mean = (w[0][name] + w[1][name]) / 2
+        assert loss(best[name], name) < 0.9 * loss(mean, name)
+        moved = best[name] + torch.randn(best[name].shape) * best[name].std() / 10
+        assert loss(best[name], name) < loss(moved, name)
+    swapped = [models[0], models[1] | {"statistics": str(measured)}]
+    spec = {"merge_method": "regmean", "models": swapped}
+    with pytest.raises(OutlierMergeError, match="these statistics are of another model"):
+        outliermerge.run(spec, output=tmp_path / "no")
+
+
+def test_samples_are_read_from_lines_and_parquet(place, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    assert read_samples(str(place / "data.jsonl")) == SAMPLES
+    assert read_samples(str(place / "data.jsonl"), limit=2) == SAMPLES[:2]
+    table = pyarrow.table({"content": ["one", "two"], "label": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    found = read_samples(str(tmp_path / "d.parquet"), column="content")
+    assert found == [Sample("one", label=0), Sample("two", label=1)]
+    assert samples_hash(found) != samples_hash([Sample("one", label=1), Sample("two", label=1)])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": 3}', r"1: found the keys text; expected \{"),
+        ("[1]", r"1: found '\[1\]', expected \{"),
+        ('{"text": "a"}\n{', r"2: .*expected \{"),
+        ('{"text": "a", "images": 3}', "1: images: expected a list of files"),
+        ("\n", "holds no samples"),
+    ],
+)
+def test_a_wrong_line_is_told_by_its_number(line, said, tmp_path):
+    (tmp_path / "d.jsonl").write_text(line)
+    with pytest.raises(SpecError, match=said):
+        read_samples(str(tmp_path / "d.jsonl"))
+
+
+def test_what_cannot_be_measured_is_told(place, tmp_path, capsys):
+    data = ["--data", str(place / "data.jsonl")]
+    assert main(["measure", str(place / "a"), *data, "--statistics", "grams"]) == 2
+    assert "no statistic 'grams'. Did you mean 'gram'?" in capsys.readouterr().err
+    assert main(["measure", str(place / "a"), "--data", str(tmp_path / "no.jsonl")]) == 2
+    assert "no such file of samples" in capsys.readouterr().err
+    assert main(["measure", str(tmp_path), *data, "-o", str(tmp_path / "x")]) == 1
+    capsys.readouterr()
+    config = json.loads((place / "a/config.json").read_text())
+    for change, said in (
+        ({"architectures": ["Nothing"]}, "has no Nothing"),
+        ({"architectures": None}, "names a class of transformers"),
+        ({"is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"quantization_config": {}}, "are quantised"),
+    ):
+        folder = tmp_path / "changed"
+        folder.mkdir(exist_ok=True)
+        for file in (place / "a").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert main(["measure", str(folder), *data, "-o", str(tmp_path / "x")]) == 1
+        assert said in capsys.readouterr().err
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+    assert main(["measure", str(folder), *data, "-o", str(tmp_path / "x")]) == 1
+    assert "its tokenizer does not load" in capsys.readouterr().err

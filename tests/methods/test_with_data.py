@@ -1,0 +1,265 @@
+"""Methods that take statistics of data, against their formulas in float64."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import load_folder, save_tensors
+from statistics_of import save_statistics
+from stopping import stopping_after
+from torch import Tensor
+
+import outliermerge
+from outliermerge import OutlierMergeError, SpecError
+from outliermerge.methods.table import WITH_DATA
+
+SHAPES = {
+    "layers.0.q.weight": (150, 40),
+    "layers.0.down.weight": (40, 61),
+    "layers.0.norm.weight": (40,),
+    "embed.weight": (30, 40),
+    "scalar": (),
+}
+LINEAR = [name for name in SHAPES if name.startswith("layers") and "norm" not in name]
+WEIGHTS = [1.0, 0.5, 2.0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Three models of one base, and their statistics: inputs are few, and one is never there."""
+    folder, drawn = tmp_path_factory.mktemp("measured"), torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    base = {name: random(*shape) for name, shape in SHAPES.items()}
+    for number in range(3):
+        model = {name: base[name] + random(*shape) / 3 for name, shape in SHAPES.items()}
+        save_tensors(folder / f"m{number}", model)
+        grams = {}
+        for name in LINEAR:
+            inputs = random(25, SHAPES[name][1]) * torch.logspace(-3, 1, SHAPES[name][1])
+            inputs[:, 7] = 0
+            grams[name] = inputs.T @ inputs / len(inputs)
+        fishers = {
+            n: random(*shape).square() * 1e-8 for n, shape in SHAPES.items() if n != "scalar"
+        }
+        fishers["embed.weight"][3] = 0
+        save_statistics(folder / f"s{number}", folder / f"m{number}", gram=grams, fisher=fishers)
+    return folder
+
+
+def spec_of(place: Path, method: str, num: int = 3, **more: Any) -> dict[str, Any]:
+    models = [
+        {
+            "model": str(place / f"m{number}"),
+            "statistics": str(place / f"s{number}"),
+            "parameters": {"weight": WEIGHTS[number]},
+        }
+        for number in range(num)
+    ]
+    return {"merge_method": method, "models": models, "parameters": more}
+
+
+def regmean(
+    name: str, w: list[Tensor], s: list[dict[str, Any]], p: dict[str, Any]
+) -> Tensor | None:
+    if name not in LINEAR:
+        return None
+    grams = []
+    for own, weight in zip(s, WEIGHTS, strict=False):
+        gram = weight * own["gram"][name].double()
+        grams.append(torch.where(torch.eye(len(gram)) > 0, gram, gram * p.get("reduce", 0.9)))
+    kept = torch.arange(len(grams[0])) != 7  # this input is never there: averaged
+    grams = [gram[kept][:, kept] for gram in grams]
+    right = sum(one[:, kept] @ gram for one, gram in zip(w, grams, strict=True))
+    merged = mean(w)
+    merged[:, kept] = torch.linalg.solve(sum(grams), right, left=False)
+    return merged
+
+
+def fisher(name: str, w: list[Tensor], s: list[dict[str, Any]], p: dict[str, Any]) -> Tensor | None:
+    if name == "scalar":
+        return None
+    shares = [
+        weight * (own["fisher"][name].double() + p.get("epsilon", 1e-12))
+        for own, weight in zip(s, WEIGHTS, strict=False)
+    ]
+    return sum(share * one for share, one in zip(shares, w, strict=True)) / sum(shares)
+
+
+def mean(w: list[Tensor]) -> Tensor:
+    total = sum(WEIGHTS[: len(w)])
+    return sum(one * weight for one, weight in zip(w, WEIGHTS, strict=False)) / total
+
+
+ORACLES = {f.__name__: f for f in (regmean, fisher)}
+CASES: dict[str, dict[str, Any]] = {
+    "regmean": {},
+    "regmean reduced": {"reduce": 0.3},
+    "regmean diagonal": {"reduce": 0.0},
+    "fisher": {},
+    "fisher epsilon": {"epsilon": 1e-8},
+}
+
+
+def test_every_method_with_data_is_tried():
+    assert {case.partition(" ")[0] for case in CASES} == set(WITH_DATA)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_those_of_the_formula(case, num, place, tmp_path):
+    name = case.partition(" ")[0]
+    outliermerge.run(spec_of(place, name, num, **CASES[case]), output=tmp_path / "out")
+    models = [load_folder(place / f"m{number}") for number in range(num)]
+    statistics = [
+        {kind: load_folder(place / f"s{number}" / kind) for kind in ("gram", "fisher")}
+        for number in range(num)
+    ]
+    for tensor, found in load_folder(tmp_path / "out").items():
+        weights = [model[tensor].double() for model in models]
+        wanted = ORACLES[name](tensor, weights, statistics, CASES[case])
+        wanted = mean(weights) if wanted is None else wanted
+        assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6), tensor
+
+
+def test_full_gram_matrices_may_be_singular(place, tmp_path):
+    """25 inputs for 61 columns of two models: what the data say is met, the rest is the mean's."""
+    outliermerge.run(spec_of(place, "regmean", 2, reduce=1.0), output=tmp_path / "out")
+    name = "layers.0.down.weight"
+    found = load_folder(tmp_path / "out")[name].double()
+    w = [load_folder(place / f"m{n}")[name].double() for n in range(2)]
+    g = [WEIGHTS[n] * load_folder(place / f"s{n}/gram")[name].double() for n in range(2)]
+    total, wanted = sum(g), sum(a @ b for a, b in zip(w, g, strict=True))
+    assert torch.allclose(found @ total, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max())
+    assert torch.allclose(found[:, 7], mean(w)[:, 7], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if " " not in c])
+def test_bytes_depend_on_neither_threads_memory_nor_resuming(case, place, tmp_path, monkeypatch):
+    spec = spec_of(place, case, 3, **CASES[case])
+
+    def digest(name: str, **options: Any) -> str:
+        outliermerge.run(spec, output=tmp_path / name, **options)
+        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+
+    first = digest("first", threads=1)
+    assert digest("many", threads=3, memory="64MB") == first
+    assert digest("small", threads=1, memory=500_000 if case != "fisher" else 9_000_000) == first
+    with stopping_after(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
+        digest("stopped", threads=1)
+    assert digest("stopped", threads=1) == first
+
+
+def test_a_plan_refuses_too_little_memory_for_gram_matrices(place, tmp_path):
+    said = r"is too little for tensor 'layers\.0\.down\.weight'"
+    with pytest.raises(OutlierMergeError, match=said):
+        outliermerge.run(spec_of(place, "regmean"), output=tmp_path / "x", threads=1, memory=90_000)
+
+
+def test_the_order_of_models_changes_rounding_only(place, tmp_path):
+    for name in WITH_DATA:
+        spec = spec_of(place, name)
+        outliermerge.run(spec, output=tmp_path / name)
+        turned = spec | {"models": spec["models"][::-1]}
+        outliermerge.run(turned, output=tmp_path / f"{name}-turned")
+        pair = load_folder(tmp_path / name), load_folder(tmp_path / f"{name}-turned")
+        for tensor in SHAPES:
+            assert torch.allclose(pair[0][tensor], pair[1][tensor], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", WITH_DATA)
+def test_equal_models_stay_as_they_are(method, place, tmp_path):
+    spec = spec_of(place, method, 2)
+    twin = save_tensors(tmp_path / "twin", load_folder(place / "m0"))
+    spec["models"][1]["model"] = str(twin)
+    spec["models"][1]["statistics"] = str(
+        save_statistics(
+            tmp_path / "s",
+            twin,
+            gram=load_folder(place / "s1/gram"),
+            fisher=load_folder(place / "s1/fisher"),
+        )
+    )
+    outliermerge.run(spec, output=tmp_path / "out")
+    for name, tensor in load_folder(tmp_path / "out").items():
+        assert tensor.equal(load_folder(place / "m0")[name])
+
+
+@pytest.mark.parametrize("method", WITH_DATA)
+def test_a_stage_gives_the_values_of_a_merge_of_its_own(method, place, tmp_path):
+    spec = spec_of(place, method, 2)
+    outliermerge.run(spec, output=tmp_path / "alone")
+    stages = {
+        "stages": [{"name": "inner"} | spec],
+        "merge_method": "passthrough",
+        "models": [{"model": "inner"}],
+        "parameters": {"scale": 1.0},
+    }
+    outliermerge.run(stages, output=tmp_path / "staged")
+    alone, staged = load_folder(tmp_path / "alone"), load_folder(tmp_path / "staged")
+    assert all(staged[name].equal(alone[name]) for name in alone)
+    spec["models"][1]["statistics"] = str(place / "s0")
+    with pytest.raises(OutlierMergeError, match="these statistics are of another model"):
+        outliermerge.run(stages | {"stages": [{"name": "inner"} | spec]}, output=tmp_path / "x")
+
+
+@pytest.mark.parametrize("method", WITH_DATA)
+def test_statistics_of_another_model_are_refused(method, place, tmp_path):
+    spec = spec_of(place, method, 2)
+    spec["models"][1]["statistics"] = str(place / "s0")
+    with pytest.raises(OutlierMergeError, match=r"/s0: these statistics are of another model: its"):
+        outliermerge.run(spec, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
+    spec = spec_of(place, "regmean", 2)
+    del spec["models"][1]["statistics"]
+    with pytest.raises(SpecError, match=r"regmean needs 'gram' of each model: `statistics: DIR`"):
+        outliermerge.plan(spec)
+    with pytest.raises(SpecError, match="linear takes no statistics"):
+        outliermerge.plan(spec_of(place, "linear", 2))
+
+    def refused(**kinds: dict[str, Tensor]) -> str:
+        spec = spec_of(place, "regmean", 2)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        spec["models"][1]["statistics"] = str(save_statistics(folder, place / "m1", **kinds))
+        with pytest.raises(OutlierMergeError) as raised:
+            outliermerge.run(spec, output=tmp_path / "out")
+        return str(raised.value)
+
+    grams = load_folder(place / "s1/gram")
+    lacking = {name: gram for name, gram in grams.items() if "q" not in name}
+    assert "gram of layers.0.q.weight is not in it, expected a floating" in refused(gram=lacking)
+    wrong = grams | {"layers.0.q.weight": torch.ones(3, 3)}
+    assert "is float32 [3, 3], expected a floating-point tensor [40, 40]" in refused(gram=wrong)
+    assert "holds no gram, only fisher: measure" in refused(fisher=grams)
+    broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"] * torch.nan}
+    assert "layers.0.q.weight has values that are infinite or NaN" in refused(gram=broken)
+    spec["models"][1]["statistics"] = str(place / "m1")
+    with pytest.raises(OutlierMergeError, match=r"no statistics\.json in it"):
+        outliermerge.plan(spec)
+
+
+def test_the_plan_says_what_is_averaged_and_counts_what_is_read(place):
+    plan = outliermerge.plan(spec_of(place, "regmean"))
+    (note,) = (note for note in plan.notes if "gram" in note)
+    assert note.startswith("3 tensor(s) such as ") and note.endswith("are averaged")
+    plain = outliermerge.plan({"merge_method": "linear", "models": [{"model": str(place / "m0")}]})
+    assert plan.num_read_bytes > 3 * plain.num_read_bytes
+    recipe = json.dumps(plan.spec.as_dict())
+    assert str(place / "s2") in recipe
+
+
+def test_weights_below_0_are_refused(place):
+    spec = spec_of(place, "fisher", 2)
+    spec["models"][0]["parameters"]["weight"] = -1
+    with pytest.raises(SpecError, match="expected none below 0"):
+        outliermerge.plan(spec)
