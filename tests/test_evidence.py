@@ -146,6 +146,7 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     assert results.collect([family], tmp_path, (1, 2, 3)) == found
 
 
+@pytest.mark.faults  # it runs a command
 def test_a_search_of_a_family_is_confirmed_on_test_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(search_language, "FAMILIES", {"language": TinyLanguage()})
     monkeypatch.setattr(search_language, "cache", lambda: tmp_path)
