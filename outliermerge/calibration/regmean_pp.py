@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.arguments import nothing
 from outliermerge.calibration.data import Sample
 from outliermerge.calibration.measure import Partial, Wanted
-from outliermerge.calibration.model import Feeder, Loaded, load
+from outliermerge.calibration.model import Feeder, Loaded, Several, load
+from outliermerge.calibration.specs import plain_values, refuse_all_but_models
 from outliermerge.calibration.sums import Summing, Sums, Unit, units_of
-from outliermerge.checkpoint.folders.folder import open_checkpoint
-from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.checkpoint.reader import Reader
-from outliermerge.errors import OutlierMergeError, SpecError, shown
+from outliermerge.errors import SpecError, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.table import find_method
 from outliermerge.spec.check import MergeSpec
-from outliermerge.spec.settings import Setting, find_layers
+from outliermerge.spec.settings import find_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,22 +58,11 @@ def alternation_of(spec: MergeSpec) -> Alternation:
             f"{spec.source.file}: merge_method: found {shown(spec.method.name)}, expected regmean: "
             "a spec is measured for RegMean++ only"
         )
-    document = spec.document
-    if spec.slices or spec.modules or spec.stages or document.tokenizer or document.vocabulary:
-        raise SpecError(
-            f"{spec.source.file}: RegMean++ is for plain `models`, without slices, modules, stages "
-            "and other vocabularies"
-        )
-    given: dict[str, Any] = {}
-    for name, parameter in spec.method.parameters.items():
-        levels = [(model.settings, spec.settings) for model in spec.models]
-        values = [
-            _number(next((s[name] for s in level if name in s), None), parameter.default, spec)
-            for level in levels
-        ]
-        given[name] = values if parameter.per_model else values[0]
-    if any(model.rename.rules for model in spec.models):
-        raise SpecError(f"{spec.source.file}: RegMean++ takes models without `rename`")
+    refuse_all_but_models(spec, "RegMean++")
+    given = {
+        name: plain_values(spec, name) if one.per_model else plain_values(spec, name)[0]
+        for name, one in spec.method.parameters.items()
+    }
     folders = tuple(Path(model.statistics) for model in spec.models)
     if len({folder.absolute() for folder in folders}) < len(folders):
         raise SpecError(f"{spec.source.file}: each model needs `statistics: DIR` of its own")
@@ -84,17 +71,6 @@ def alternation_of(spec: MergeSpec) -> Alternation:
         folders,
         spec.method.resolve(len(spec.models), given),
     )
-
-
-def _number(setting: Setting | None, default: Any, spec: MergeSpec) -> Any:
-    if setting is None or not setting.entries:
-        return default
-    entry = setting.entries[0]
-    if entry.filter is not None or entry.at(0.0) != entry.at(1.0):
-        raise SpecError(
-            f"{spec.source.file}: RegMean++ takes one number for each parameter, and no filters"
-        )
-    return entry.at(0.0)
 
 
 def measure_alternating(
@@ -124,7 +100,8 @@ def measure_alternating(
         OutlierMergeError: a model does not fit, or a folder is there.
     """
     loaded = load(merge.models[0], device=device, what="RegMean++")
-    models = _Models(loaded, merge)
+    several = Several(loaded, merge.models)
+    models = _Models(several, merge.parameters)
     units = units_of(loaded, _KINDS)
     groups = _groups(loaded, units)
     wanted = Wanted(_KINDS, max_tokens=max_tokens)
@@ -133,7 +110,7 @@ def measure_alternating(
         inputs_of = {"merged": {"models": list(merge.models), **merge.parameters}, "model": number}
         partials.append(
             Partial(
-                models.loaded(number), own, folder, wanted,
+                several.loaded(number), own, folder, wanted,
                 data=data[number], num_groups=len(groups), units=units,
                 more=json.loads(json.dumps(inputs_of)),
             )
@@ -179,78 +156,41 @@ def _groups(loaded: Loaded, units: Sequence[Unit]) -> list[tuple[list[str], list
 
 
 class _Models:
-    """The models' tensors, and the module into which they are put.
+    """The models' tensors, and the module into which they and their merges are put."""
 
-    Raises:
-        OutlierMergeError: a model has other tensors.
-    """
-
-    def __init__(self, loaded: Loaded, merge: Alternation) -> None:
-        self._loaded, self._merge = loaded, merge
-        self._checkpoints = [open_checkpoint(resolve(reference)) for reference in merge.models]
-        named = dict(loaded.module.named_parameters())
-        self._parameters = {tensor: named[name] for name, tensor in loaded.names.items()}
-        for reference, checkpoint in zip(merge.models, self._checkpoints, strict=True):
-            for name, parameter in self._parameters.items():
-                source = checkpoint.tensors.get(name)
-                if source is None or source.shape != tuple(parameter.shape):
-                    what = "is not in it" if source is None else f"is {[*source.shape]}"
-                    raise OutlierMergeError(
-                        f"{shown(reference)}: {shown(name)} {what}, expected "
-                        f"{[*parameter.shape]}, as {shown(merge.models[0])} has it"
-                    )
-
-    def loaded(self, number: int) -> Loaded:
-        """Return the module as one of the models."""
-        reference, checkpoint = self._merge.models[number], self._checkpoints[number]
-        return replace(self._loaded, reference=reference, checkpoint=checkpoint)
+    def __init__(self, several: Several, parameters: Mapping[str, Any]) -> None:
+        self._several, self._parameters = several, parameters
 
     def put(self, names: Sequence[str], number: int) -> None:
         """Put a model's tensors into the module."""
         for name in names:
-            self._set(name, self._read(name)[number])
+            self._several.put(name, self._several.read(name)[number])
 
     def average(self) -> None:
         """Put the mean of the models into the module."""
-        for name in self._parameters:
-            self._set(name, self._mean(name))
+        for name in self._several.names:
+            self._several.put(name, self._mean(name))
 
     def merge(self, names: Sequence[str], grams: Sequence[Mapping[str, Tensor]]) -> None:
         """Put the merge of a layer into the module: by Gram matrices, or the mean."""
         import torch
 
-        method, parameters = find_method("regmean"), self._merge.parameters
+        method, parameters = find_method("regmean"), self._parameters
         for name in names or grams[0]:
             if name not in grams[0]:
-                self._set(name, self._mean(name))
+                self._several.put(name, self._mean(name))
                 continue
-            weights_MRC = torch.stack(self._read(name))
+            weights_MRC = torch.stack(self._several.read(name))
             made = method.prepared["gram"].make(
                 (own[name].to(weights_MRC.device).double() for own in grams), parameters
             )
             own = method.arguments(parameters, like=weights_MRC.new_empty(0))
             context = Context(name, tuple(weights_MRC.shape[1:]))
-            self._set(name, method.function(weights_MRC, gram=made, context=context, **own))
+            merged_RC = method.function(weights_MRC, gram=made, context=context, **own)
+            self._several.put(name, merged_RC)
 
     def _mean(self, name: str) -> Tensor:
-        weights = self._merge.parameters["weight"]
-        pairs = zip(self._read(name), weights, strict=True)
+        weights = self._parameters["weight"]
+        pairs = zip(self._several.read(name), weights, strict=True)
         total: Tensor = sum(one * weight for one, weight in pairs) / sum(weights)
         return total
-
-    def _read(self, name: str) -> list[Tensor]:
-        with Reader() as reader:
-            sources = [checkpoint.tensors[name] for checkpoint in self._checkpoints]
-            return [
-                reader.values(source, 0, source.num_elements)
-                .view(source.shape)
-                .to(self._loaded.device)
-                .float()
-                for source in sources
-            ]
-
-    def _set(self, name: str, value: Tensor) -> None:
-        import torch
-
-        with torch.no_grad():
-            self._parameters[name].copy_(value)

@@ -147,7 +147,7 @@ def test_what_cannot_be_merged_layer_by_layer_is_told(place, tmp_path, capsys):
         2, merge_method="fisher", parameters={}
     )
     filtered = {"reduce": [{"filter": "mlp", "value": 0.5}, {"value": 0.9}]}
-    assert "one number for each parameter" in refused(2, parameters=filtered)
+    assert "reduce: found filters or several values" in refused(2, parameters=filtered)
     assert "given 3 time(s), expected 2" in refused(2, "--data", str(place / "d0.jsonl"))
     assert "the spec names the folders" in refused(2, "-o", str(tmp_path / "x"))
     model = ["measure", str(place / "m0"), *["--data", str(place / "d0.jsonl")] * 2]
