@@ -235,6 +235,8 @@ class BucketFolder:
     def _check_ours(self) -> None:
         """Raise OutlierMergeError if another process has started over or finished meanwhile."""
         begun = self._records.begun()
+        if begun is None:  # what was noted since is no part of what is finished
+            self._records.remove_late(self._bucket.states())
         if begun is None or differing(begun.identity, self._identity):
             raise OutlierMergeError(
                 f"{self.final}: another process has finished it or started it over meanwhile, or "

@@ -185,6 +185,10 @@ class Records:
         own = [name for name in there if name.startswith(RECORDS) and name != _RUN]
         self._bucket.remove([*own, _RUN])
 
+    def remove_late(self, there: States) -> None:
+        """Remove what was noted after the record of the run was removed."""
+        self._bucket.remove(n for n in there if n.startswith(RECORDS) and n != _RUN)
+
     def remove_shards(self, there: States) -> None:
         """Remove the records of shards, which are not to be taken over."""
         self._bucket.remove(name for name in there if name.startswith(_SHARDS))
