@@ -8,6 +8,7 @@ from there, and gives the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -86,30 +87,17 @@ def measure(
     Raises:
         OutlierMergeError: the folder is there, or holds part of something else; the model fails.
     """
-    if output.exists():
-        raise OutlierMergeError(f"{output}: is there already. Name another folder, or remove it.")
     units = units_of(loaded, wanted.statistics)
-    if not units:
-        raise OutlierMergeError(
-            f"{shown(loaded.reference)}: has nothing to measure: no linear layers that are tensors "
-            "of its files"
-        )
     groups = in_groups(units, wanted.statistics, memory_bytes)
-    measured = sorted({name for unit in units for name in _names(unit)})
-    with Reader() as reader:
-        tensors = {n: source_checksum(loaded.checkpoint.tensors[n], reader) for n in measured}
-    facts = _facts(loaded, samples, wanted, data, tensors)
-    partial = output.with_name(output.name + ".partial")
-    _begin(partial, facts | {"num_groups": len(groups)})
+    partial = Partial(
+        loaded, samples, output, wanted, data=data, num_groups=len(groups), units=units
+    )
     with_images = any(sample.images for sample in samples)
     feeder = Feeder(loaded, with_images=with_images, max_tokens=wanted.max_tokens)
     progress, total = 0, len(groups) * len(samples)
-    squares: dict[str, list[float]] = {}
-    num_tokens = 0
     for number, group in enumerate(groups, start=1):
-        record = partial / f"group-{number}.json"
-        if not record.exists():
-            sums = _restored(partial, number, loaded.device)
+        if not partial.has(number):
+            sums = partial.restored(number)
             summing = Summing(
                 loaded, feeder, group, wanted.statistics,
                 fisher=wanted.fisher, seed=wanted.seed, sums=sums,
@@ -119,20 +107,151 @@ def measure(
                     on_progress(progress + place, total)
                     summing.add(samples[place], place)
                     if sums.num_samples % save_every == 0:
-                        _save(partial, number, sums)
-            _write_group(partial, number, len(groups), group, sums, wanted.statistics)
+                        partial.save(number, sums)
+            partial.write_group(number, group, sums)
         progress += len(samples)
         on_progress(progress, total)
-        done = load_json(record)
-        num_tokens = done["num_tokens"]
-        for kind, norm in done["norms"].items():
-            squares.setdefault(kind, []).append(norm)
-    manifest = _manifest(partial, facts, wanted, squares, num_tokens, loaded)
-    (partial / _STATE).unlink(missing_ok=True)
-    for path in (partial / _IDENTITY, *partial.glob("group-*.json")):
-        path.unlink()
-    partial.rename(output)
-    return manifest
+    return partial.finish()
+
+
+class Partial:
+    """Statistics in the making: a folder with the groups of modules that are done, and sums.
+
+    Args:
+        loaded: the model.
+        samples: the data.
+        output: the folder that it becomes.
+        wanted: what is measured.
+        data: what the data are called.
+        num_groups: into how many groups the modules are divided.
+        units: the modules.
+        more: what the statistics depend on besides, as JSON values.
+
+    Raises:
+        OutlierMergeError: the folder is there, or there is part of other statistics; there is
+            nothing to measure.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        samples: Sequence[Sample],
+        output: Path,
+        wanted: Wanted,
+        *,
+        data: str,
+        num_groups: int,
+        units: Sequence[Unit],
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        if output.exists():
+            raise OutlierMergeError(
+                f"{output}: is there already. Name another folder, or remove it."
+            )
+        if not units:
+            raise OutlierMergeError(
+                f"{shown(loaded.reference)}: has nothing to measure: no linear layers that are "
+                "tensors of its files"
+            )
+        self._output, self._folder = output, output.with_name(output.name + ".partial")
+        self._loaded, self._wanted, self._num_groups = loaded, wanted, num_groups
+        measured = sorted({name for unit in units for name in _names(unit)})
+        with Reader() as reader:
+            tensors = {n: source_checksum(loaded.checkpoint.tensors[n], reader) for n in measured}
+        self._facts = _facts(loaded, samples, wanted, data, tensors)
+        self._facts["settings"] |= more or {}
+        _begin(self._folder, self._facts | {"num_groups": num_groups})
+
+    def has(self, number: int) -> bool:
+        """Tell whether a group is done."""
+        return self._record(number).exists()
+
+    def tensors(self, number: int, kind: str) -> dict[str, Any]:
+        """Return the statistics of a group that is done, as they are written."""
+        from safetensors.torch import load_file
+
+        path = self._folder / kind / self._file(number)
+        return load_file(path) if path.exists() else {}
+
+    def save(self, number: int, sums: Sums) -> None:
+        """Save the sums so far, and of how many samples they are, in one file."""
+        from safetensors.torch import save
+
+        facts = {"group": number, "num_samples": sums.num_samples, "num_tokens": sums.num_tokens}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in sums.tensors.items()}
+        content = save(tensors, {key: str(value) for key, value in facts.items()})
+        write_whole(self._folder / _STATE, content)
+
+    def restored(self, number: int) -> Sums:
+        """Return the sums that were saved for a group; new ones where there are none."""
+        from safetensors import safe_open
+
+        path = self._folder / _STATE
+        if not path.exists():
+            return Sums()
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+            if int(facts["group"]) != number:
+                return Sums()
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).to(self._loaded.device) for name in names}
+        return Sums(tensors, int(facts["num_samples"]), int(facts["num_tokens"]))
+
+    def write_group(self, number: int, group: Sequence[Unit], sums: Sums) -> None:
+        """Write the statistics of a group, then the record that it is done."""
+        from safetensors.torch import save_file
+
+        norms, names = {}, {}
+        for kind in self._wanted.statistics:
+            tensors = {
+                name: tensor
+                for unit in group
+                for (_, name), tensor in sums.means(unit, [kind]).items()
+            }
+            if tensors:
+                (self._folder / kind).mkdir(exist_ok=True)
+                save_file(tensors, self._folder / kind / self._file(number))
+                norms[kind], names[kind] = norm_of(tensors), list(tensors)
+        record = {"num_tokens": sums.num_tokens, "norms": norms, "names": names}
+        write_whole(self._record(number), json.dumps(record).encode())
+
+    def finish(self) -> dict[str, Any]:
+        """Write the indexes and the manifest, give the folder its name, and return the manifest."""
+        records = [load_json(self._record(n)) for n in range(1, self._num_groups + 1)]
+        kinds: dict[str, Any] = {}
+        for kind in self._wanted.statistics:
+            files = {
+                name: self._file(number)
+                for number, record in enumerate(records, start=1)
+                for name in record["names"].get(kind, ())
+            }
+            if not files:
+                continue
+            index = json.dumps({"metadata": {}, "weight_map": files}, indent=1)
+            write_whole(self._folder / kind / "model.safetensors.index.json", index.encode())
+            said = f"fisher {self._wanted.fisher}" if kind == "fisher" else kind
+            kinds[kind] = {
+                "definition": DEFINITIONS[said],
+                "num_tensors": len(files),
+                "norm": math.hypot(*(record["norms"].get(kind, 0) for record in records)),
+            }
+        manifest = {"format": STATISTICS_FORMAT, "statistics": kinds, **self._facts}
+        manifest["data"] |= {"num_tokens": records[-1]["num_tokens"]}
+        if self._loaded.unknown:
+            manifest["not_measured"] = list(self._loaded.unknown)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        write_whole(self._folder / STATISTICS_NAME, text.encode())
+        (self._folder / _STATE).unlink(missing_ok=True)
+        for path in (self._folder / _IDENTITY, *self._folder.glob("group-*.json")):
+            path.unlink()
+        self._folder.rename(self._output)
+        return manifest
+
+    def _file(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self._num_groups:05d}.safetensors"
+
+    def _record(self, number: int) -> Path:
+        return self._folder / f"group-{number}.json"
 
 
 def _names(unit: Unit) -> set[str]:
@@ -180,98 +299,6 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
         return
     partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())
-
-
-def _save(partial: Path, number: int, sums: Sums) -> None:
-    """Save the sums so far, and of how many samples they are, in one file."""
-    from safetensors.torch import save
-
-    facts = {"group": number, "num_samples": sums.num_samples, "num_tokens": sums.num_tokens}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in sums.tensors.items()}
-    write_whole(partial / _STATE, save(tensors, {key: str(value) for key, value in facts.items()}))
-
-
-def _restored(partial: Path, number: int, device: str) -> Sums:
-    """Return the sums that were saved for a group; new ones where there are none."""
-    from safetensors import safe_open
-
-    path = partial / _STATE
-    if not path.exists():
-        return Sums()
-    with safe_open(path, "pt") as file:
-        facts = file.metadata()
-        if int(facts["group"]) != number:
-            return Sums()
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
-    return Sums(tensors, int(facts["num_samples"]), int(facts["num_tokens"]))
-
-
-def _write_group(
-    partial: Path,
-    number: int,
-    num_groups: int,
-    group: Sequence[Unit],
-    sums: Sums,
-    kinds: Sequence[str],
-) -> None:
-    """Write the statistics of a group: a file for each kind, then the record that it is done."""
-    from safetensors.torch import save_file
-
-    norms = {}
-    for kind in kinds:
-        tensors = {
-            name: tensor
-            for unit in group
-            for (own, name), tensor in sums.means(unit, [kind]).items()
-            if own == kind
-        }
-        if not tensors:
-            continue
-        (partial / kind).mkdir(exist_ok=True)
-        file = f"model-{number:05d}-of-{num_groups:05d}.safetensors"
-        save_file(tensors, partial / kind / file)
-        names = {name: file for name in tensors}
-        norms[kind] = norm_of(tensors)
-        write_whole(partial / kind / f"{file}.json", json.dumps(names).encode())
-    record = {"num_tokens": sums.num_tokens, "norms": norms}
-    write_whole(partial / f"group-{number}.json", json.dumps(record).encode())
-
-
-def _manifest(
-    partial: Path,
-    facts: Mapping[str, Any],
-    wanted: Wanted,
-    norms: Mapping[str, Sequence[float]],
-    num_tokens: int,
-    loaded: Loaded,
-) -> dict[str, Any]:
-    """Write the indexes of the files and the manifest."""
-    kinds: dict[str, Any] = {}
-    for kind in wanted.statistics:
-        weight_map: dict[str, str] = {}
-        for path in sorted((partial / kind).glob("*.json")):
-            weight_map |= load_json(path)
-            path.unlink()
-        if not weight_map:
-            continue
-        index = {"metadata": {}, "weight_map": weight_map}
-        write_whole(
-            partial / kind / "model.safetensors.index.json", json.dumps(index, indent=1).encode()
-        )
-        said = f"fisher {wanted.fisher}" if kind == "fisher" else kind
-        norm = sum(one * one for one in norms.get(kind, ())) ** 0.5
-        kinds[kind] = {
-            "definition": DEFINITIONS[said],
-            "num_tensors": len(weight_map),
-            "norm": norm,
-        }
-    manifest: dict[str, Any] = {"format": STATISTICS_FORMAT, "statistics": kinds, **facts}
-    manifest["data"] = {**facts["data"], "num_tokens": num_tokens}
-    if loaded.unknown:
-        manifest["not_measured"] = list(loaded.unknown)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    write_whole(partial / STATISTICS_NAME, text.encode())
-    return manifest
 
 
 def remove_unfinished(output: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.calibration.data import Sample
@@ -150,6 +150,68 @@ def _holds(source: Source, values: Tensor, reader: Reader) -> bool:
     num = min(_COMPARED, values.numel())
     stored = reader.values(source, 0, num).to(values.device, values.dtype)
     return torch.equal(stored.nan_to_num(), values.reshape(-1)[:num].nan_to_num())
+
+
+class Several:
+    """The tensors of models of one kind, and the module that takes them.
+
+    Args:
+        loaded: one of them, or their base.
+        references: the models.
+
+    Raises:
+        OutlierMergeError: a model has other tensors.
+    """
+
+    def __init__(self, loaded: Loaded, references: Sequence[str]) -> None:
+        self._loaded, self._references = loaded, references
+        self._checkpoints = [open_checkpoint(resolve(reference)) for reference in references]
+        named = dict(loaded.module.named_parameters())
+        self._parameters = {tensor: named[name] for name, tensor in loaded.names.items()}
+        for reference, checkpoint in zip(references, self._checkpoints, strict=True):
+            for name, parameter in self._parameters.items():
+                source = checkpoint.tensors.get(name)
+                if source is None or source.shape != tuple(parameter.shape):
+                    what = "is not in it" if source is None else f"is {[*source.shape]}"
+                    raise OutlierMergeError(
+                        f"{shown(reference)}: {shown(name)} {what}, expected "
+                        f"{[*parameter.shape]}, as {shown(loaded.reference)} has it"
+                    )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parameters)
+
+    def loaded(self, number: int) -> Loaded:
+        """Return the module as one of the models."""
+        return replace(
+            self._loaded,
+            reference=self._references[number],
+            checkpoint=self._checkpoints[number],
+        )
+
+    def read(self, name: str) -> list[Tensor]:
+        """Return a tensor of each model, in float32."""
+        with Reader() as reader:
+            sources = [checkpoint.tensors[name] for checkpoint in self._checkpoints]
+            return [
+                reader.values(source, 0, source.num_elements)
+                .view(source.shape)
+                .to(self._loaded.device)
+                .float()
+                for source in sources
+            ]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the module's parameter for a tensor."""
+        return self._parameters[name]
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Put a tensor into the module."""
+        import torch
+
+        with torch.no_grad():
+            self._parameters[name].copy_(value)
 
 
 class Feeder:

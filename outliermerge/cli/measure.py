@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
 from outliermerge.cli.tables import NamedTable
 from outliermerge.cli.terminal import counting_bars, open_console
 from outliermerge.errors import ArgumentError, argument, as_path, suggest
 
+if TYPE_CHECKING:
+    from outliermerge.calibration.data import Sample
+
+    Samples: TypeAlias = Sequence[Sequence[Sample]]
+    Progress: TypeAlias = Callable[[int, int], None]
+    Found: TypeAlias = Sequence[tuple[Path, Mapping[str, Any]]]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the data, and what is measured."""
-    parser.add_argument("model", metavar="MODEL", help="a folder or a hub id: org/name")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder or a hub id: org/name; or a spec of a merge by regmean, for RegMean++: its "
+        "models are measured behind the merge of the layers before, into the folders that it names "
+        "as their `statistics`",
+    )
     parser.add_argument(
         "--data",
         required=True,
+        action="append",
         metavar="FILE",
-        help="a .jsonl or .parquet file of samples, or a data set of the hub: org/name",
+        help="a .jsonl or .parquet file of samples, or a data set of the hub: org/name; for a spec "
+        "one for each model, in its order",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", help="the folder to write (default: MODEL-statistics)"
@@ -84,56 +101,98 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from outliermerge.calibration.data import read_samples
+    from outliermerge.execution.threads import choose_device
+
+    _kinds(options.statistics)
+    of_spec = options.model.endswith((".yaml", ".yml"))
+    if not of_spec and len(options.data) > 1:
+        raise ArgumentError(f"{argument('data')}: given twice, expected once for a model")
+    device = choose_device(options.device)
+    device = "cuda:0" if device == "cuda" else device
+    samples = [
+        read_samples(name, limit=options.samples, column=options.column, split=options.split)
+        for name in options.data
+    ]
+    with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
+        task = bar.add_task("loading the model", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.update(task, description="samples of all passes", completed=done, total=total)
+
+        measure = _measure_merge if of_spec else _measure_model
+        found = measure(options, samples, device, on_progress)
+    if options.json:
+        print_json([{"output": str(output)} | dict(manifest) for output, manifest in found])
+        return 0
+    for output, manifest in found:
+        table = NamedTable("statistic", "tensors", "norm")
+        for kind, entry in manifest["statistics"].items():
+            table.add_row(kind, str(entry["num_tensors"]), f"{entry['norm']:.4g}")
+        table.print(open_console())
+        data, unknown = manifest["data"], manifest.get("not_measured", ())
+        say(
+            f"wrote {output}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens",
+            file=sys.stderr,
+        )
+        if unknown and not options.quiet:
+            say(
+                f"note: {len(unknown)} parameter(s) are no tensors of the files as they are, such "
+                f"as {unknown[0]}, and were not measured",
+                file=sys.stderr,
+            )
+    return 0
+
+
+def _measure_model(
+    options: argparse.Namespace, samples: Samples, device: str, on_progress: Progress
+) -> Found:
     from outliermerge.calibration.measure import Wanted, measure, remove_unfinished
     from outliermerge.calibration.model import load
     from outliermerge.checkpoint.layout import parse_bytes
-    from outliermerge.execution.threads import choose_device
 
-    kinds = _kinds(options.statistics)
     memory_bytes = parse_bytes(options.memory, "memory")
     output = as_path(options.output or f"{Path(options.model.rstrip('/')).name}-statistics")
-    samples = read_samples(
-        options.data, limit=options.samples, column=options.column, split=options.split
-    )
-    device = choose_device(options.device)
     if options.fresh:
         remove_unfinished(output)
-    with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
-        task = bar.add_task("loading the model", total=None)
-        loaded = load(
-            options.model, device="cuda:0" if device == "cuda" else device, what="measure"
-        )
-        manifest = measure(
-            loaded,
-            samples,
-            output=output,
-            wanted=Wanted(kinds, options.fisher, options.max_tokens, options.seed),
-            data=options.data,
-            memory_bytes=memory_bytes,
-            save_every=options.save_every,
-            on_progress=lambda done, total: bar.update(
-                task, description="samples of all passes", completed=done, total=total
-            ),
-        )
-    if options.json:
-        print_json({"output": str(output)} | dict(manifest))
-        return 0
-    table = NamedTable("statistic", "tensors", "norm")
-    for kind, entry in manifest["statistics"].items():
-        table.add_row(kind, str(entry["num_tensors"]), f"{entry['norm']:.4g}")
-    table.print(open_console())
-    data = manifest["data"]
-    say(
-        f"wrote {output}: {data['num_samples']:,} samples, {data['num_tokens']:,} tokens",
-        file=sys.stderr,
+    manifest = measure(
+        load(options.model, device=device, what="measure"),
+        samples[0],
+        output=output,
+        wanted=Wanted(_kinds(options.statistics), options.fisher, options.max_tokens, options.seed),
+        data=options.data[0],
+        memory_bytes=memory_bytes,
+        save_every=options.save_every,
+        on_progress=on_progress,
     )
-    if loaded.unknown and not options.quiet:
-        say(
-            f"note: {len(loaded.unknown)} parameter(s) are no tensors of the files as they are, "
-            f"such as {loaded.unknown[0]}, and were not measured",
-            file=sys.stderr,
+    return [(output, manifest)]
+
+
+def _measure_merge(
+    options: argparse.Namespace, samples: Samples, device: str, on_progress: Progress
+) -> Found:
+    from outliermerge.calibration.measure import remove_unfinished
+    from outliermerge.calibration.regmean_pp import alternation_of, measure_alternating
+    from outliermerge.spec.check import load_spec
+
+    if options.output is not None:
+        raise ArgumentError(f"{argument('output')}: the spec names the folders: leave it out")
+    merge = alternation_of(load_spec(options.model))
+    if len(samples) != len(merge.models):
+        raise ArgumentError(
+            f"{argument('data')}: given {len(samples)} time(s), expected {len(merge.models)}: one "
+            f"for each model of {options.model}"
         )
-    return 0
+    for folder in merge.folders if options.fresh else ():
+        remove_unfinished(folder)
+    found = measure_alternating(
+        merge,
+        samples,
+        device=device,
+        data=options.data,
+        max_tokens=options.max_tokens,
+        on_progress=on_progress,
+    )
+    return list(zip(merge.folders, found, strict=True))
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -155,6 +214,7 @@ COMMAND = Command(
         "outliermerge measure models/chat --data chats.jsonl --statistics gram --samples 256 \\\n"
         "      --device cuda",
         "outliermerge measure models/chat --data org/name --split train --column content",
+        "outliermerge measure merge.yaml --data chats.jsonl --data maths.jsonl",
     ),
     overview="outliermerge measure models/chat --data chats.jsonl -o statistics/chat",
     add_arguments=add_arguments,

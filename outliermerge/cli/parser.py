@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "sweep",
     "search": "search",
     "measure": "measure",
+    "fit": "fit",
     "join": "join",
     "verify": "verify",
     "push": "push",

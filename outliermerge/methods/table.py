@@ -13,6 +13,7 @@ from outliermerge.methods.elsewhere import known_elsewhere
 from outliermerge.methods.fisher import fisher
 from outliermerge.methods.isotropic import iso_c, iso_cts
 from outliermerge.methods.lines import lines
+from outliermerge.methods.mats import mats, mats_fisher
 from outliermerge.methods.metagpt import metagpt
 from outliermerge.methods.min_sigma import min_sigma
 from outliermerge.methods.model_stock import model_stock
@@ -75,7 +76,9 @@ METHODS: dict[str, MergeMethod] = {
 }
 """The merge methods by name."""
 
-WITH_DATA: dict[str, MergeMethod] = {method.name: method for method in (regmean, fisher)}
+WITH_DATA: dict[str, MergeMethod] = {
+    method.name: method for method in (regmean, fisher, mats, mats_fisher)
+}
 """The merge methods that take statistics of data besides the models, by name."""
 
 EVERY = METHODS | WITH_DATA

@@ -111,7 +111,8 @@ class Drafter:
         first = self.reference[name]
         held = [first, *(source for _, source in found)]
         if _are_weights(name, held):
-            return self._draft_weight(name, (self.first, first), found)
+            is_whole = self._may_be_lacked(name, holders)
+            return self._draft_weight(name, (self.first, first), found) if is_whole else None
         no_floats = not any(source.dtype.is_float for source in held)
         is_rope = is_frequencies(name, held)
         no_weight = no_floats or is_buffer(held) or is_rope
@@ -130,6 +131,8 @@ class Drafter:
                     f"{_describe(source)} in {self._place(name, number)}",
                 )
                 return None
+        if not self._may_be_lacked(name, holders):
+            return None
         own = (self.first, first)
         if is_buffer(held) or is_rope:
             if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
@@ -141,10 +144,6 @@ class Drafter:
     def _draft_weight(self, name: str, own: Numbered, found: tuple[Numbered, ...]) -> Draft | None:
         """Return the draft of a tensor that has one shape in all models, and floats."""
         holders = [number for number, _ in found]
-        if len(found) < len(self.model_numbers) and not self._may_lack(
-            name, [n for n in self.model_numbers if n not in holders]
-        ):
-            return None
         dtype = self._stored(own[1])
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
@@ -205,6 +204,11 @@ class Drafter:
         action: Literal["copy", "equal"] = "equal" if len(found) > 1 else "copy"
         dtype = held[0].out_dtype if is_buffer(held) else self._stored(held[0])
         return name, action, found, {}, dtype, "extra, copied"
+
+    def _may_be_lacked(self, name: str, holders: Sequence[int]) -> bool:
+        """Tell whether the models that do not hold a tensor may lack it."""
+        lacking = [n for n in self.model_numbers if n not in holders]
+        return not lacking or self._may_lack(name, lacking)
 
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
         allowed = True

@@ -228,7 +228,7 @@ def test_regmean_and_fisher_merge_what_was_measured(place, measured, tmp_path, c
     given = ["measure", str(place / "b"), "--data", str(place / "data.jsonl")]
     given += ["-o", str(tmp_path / "b"), "--statistics", "gram,fisher", "--json"]
     assert main(given) == 0
-    printed = json.loads(capsys.readouterr().out)
+    (printed,) = json.loads(capsys.readouterr().out)
     assert printed["data"]["num_samples"] == 8 and printed["output"] == str(tmp_path / "b")
     models = [
         {"model": str(place / "a"), "statistics": str(measured)},

@@ -98,14 +98,54 @@ def mean(w: list[Tensor]) -> Tensor:
     return sum(one * weight for one, weight in zip(w, WEIGHTS, strict=False)) / total
 
 
-ORACLES = {f.__name__: f for f in (regmean, fisher)}
+def by_scipy(a: Tensor, b: Tensor, start: Tensor, p: dict[str, Any]) -> Tensor:
+    """Solve xa = b, x flat as the published code has it; a diagonal is a vector."""
+    import numpy
+    from scipy.sparse.linalg import LinearOperator, cg
+
+    def apply(x: Any) -> Any:
+        x = torch.from_numpy(x).view(b.shape)
+        return (x * a if a.shape == b.shape else x @ a).flatten().numpy()
+
+    start = start * 0 if p.get("init") == "zero" else start
+    operator = LinearOperator((b.numel(), b.numel()), matvec=apply, dtype=numpy.float64)
+    most = {"maxiter": p.get("iterations", 100), "rtol": p.get("tolerance", 1e-5)}
+    found, _ = cg(operator, b.flatten().numpy(), x0=start.flatten().numpy(), **most)
+    return torch.from_numpy(found).view(b.shape)
+
+
+def mats(name: str, w: list[Tensor], s: list[dict[str, Any]], p: Any) -> Tensor | None:
+    if name not in LINEAR:
+        return None
+    grams = [a * own["gram"][name].double() for a, own in zip(WEIGHTS, s, strict=False)]
+    right = sum(one @ gram for one, gram in zip(w, grams, strict=True))
+    return by_scipy(sum(grams), right, mean(w), p)
+
+
+def mats_fisher(name: str, w: list[Tensor], s: list[dict[str, Any]], p: Any) -> Tensor | None:
+    if name == "scalar":
+        return None
+    shares = [a * own["fisher"][name].double() for a, own in zip(WEIGHTS, s, strict=False)]
+    right = sum(share * one for share, one in zip(shares, w, strict=True))
+    return by_scipy(sum(shares), right, mean(w), p)
+
+
+ORACLES = {f.__name__: f for f in (regmean, fisher, mats, mats_fisher)}
 CASES: dict[str, dict[str, Any]] = {
     "regmean": {},
     "regmean reduced": {"reduce": 0.3},
     "regmean diagonal": {"reduce": 0.0},
     "fisher": {},
     "fisher epsilon": {"epsilon": 1e-8},
+    "mats": {"iterations": 8},
+    "mats few": {"iterations": 4, "tolerance": 0.0},
+    "mats zero": {"iterations": 9, "init": "zero", "tolerance": 0.01},
+    "mats_fisher": {"iterations": 8},
+    "mats_fisher few": {"iterations": 3, "tolerance": 0.0, "init": "zero"},
 }
+
+
+SMALL = {"regmean": 500_000, "fisher": 9_000_000, "mats": 3_000_000, "mats_fisher": 3_000_000}
 
 
 def test_every_method_with_data_is_tried():
@@ -127,6 +167,25 @@ def test_values_are_those_of_the_formula(case, num, place, tmp_path):
         wanted = ORACLES[name](tensor, weights, statistics, CASES[case])
         wanted = mean(weights) if wanted is None else wanted
         assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6), tensor
+
+
+@pytest.mark.parametrize("method", ["mats", "mats_fisher"])
+def test_conjugate_gradients_end_at_the_tolerance(method, place, tmp_path):
+    spec = spec_of(place, method, 2, tolerance=0.01)
+    outliermerge.run(spec, output=tmp_path / "out")
+    kind, name = "gram" if method == "mats" else "fisher", "layers.0.q.weight"
+    w = [load_folder(place / f"m{n}")[name].double() for n in range(2)]
+    s = [WEIGHTS[n] * load_folder(place / f"s{n}" / kind)[name].double() for n in range(2)]
+
+    def product(x: Tensor, a: Tensor) -> Tensor:
+        return x @ a if method == "mats" else x * a
+
+    right = sum(product(one, a) for one, a in zip(w, s, strict=True))
+
+    def residual(x: Tensor) -> float:
+        return float((product(x, sum(s)) - right).norm() / right.norm())
+
+    assert residual(load_folder(tmp_path / "out")[name].double()) < 0.0101 < residual(mean(w))
 
 
 def test_full_gram_matrices_may_be_singular(place, tmp_path):
@@ -151,7 +210,7 @@ def test_bytes_depend_on_neither_threads_memory_nor_resuming(case, place, tmp_pa
 
     first = digest("first", threads=1)
     assert digest("many", threads=3, memory="64MB") == first
-    assert digest("small", threads=1, memory=500_000 if case != "fisher" else 9_000_000) == first
+    assert digest("small", threads=1, memory=SMALL[case]) == first
     with stopping_after(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         digest("stopped", threads=1)
     assert digest("stopped", threads=1) == first
@@ -165,13 +224,13 @@ def test_a_plan_refuses_too_little_memory_for_gram_matrices(place, tmp_path):
 
 def test_the_order_of_models_changes_rounding_only(place, tmp_path):
     for name in WITH_DATA:
-        spec = spec_of(place, name)
+        spec = spec_of(place, name, **CASES[name])
         outliermerge.run(spec, output=tmp_path / name)
         turned = spec | {"models": spec["models"][::-1]}
         outliermerge.run(turned, output=tmp_path / f"{name}-turned")
         pair = load_folder(tmp_path / name), load_folder(tmp_path / f"{name}-turned")
         for tensor in SHAPES:
-            assert torch.allclose(pair[0][tensor], pair[1][tensor], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(pair[0][tensor], pair[1][tensor], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", WITH_DATA)

@@ -152,18 +152,24 @@ INLINE uint32_t bin_of(Bins bins, float value) {
 
 static void count_row(const float *row, size_t num, Histogram *into) {
     const Bins bins = into->bins;
-    if (into->own != NULL) { /* a window that contains most values */
-        uint32_t offsets[STEP];
-        uint8_t inside[STEP];
-        into->num_above += find_bins(row, bins, offsets, inside, num);
-        count_many(bins, offsets, inside, into->own, num);
+#if defined(__AVX512F__)
+    if (into->own == NULL) {
+        uint32_t picked[STEP + 16];
+        uint64_t *counts = into->view.buf;
+        size_t num_picked = pick(row, bins, picked, &into->num_above, num);
+        for (size_t i = 0; i < num_picked; i++)
+            __atomic_fetch_add(counts + bin_of(bins, row[picked[i]]), 1, __ATOMIC_RELAXED);
         return;
     }
-    uint32_t picked[STEP + 16];
-    uint64_t *counts = into->view.buf;
-    size_t num_picked = pick(row, bins, picked, &into->num_above, num);
-    for (size_t i = 0; i < num_picked; i++)
-        __atomic_fetch_add(counts + bin_of(bins, row[picked[i]]), 1, __ATOMIC_RELAXED);
+#endif
+    uint32_t offsets[STEP];
+    uint8_t inside[STEP];
+    if (num < STEP) memset(inside, 0, sizeof inside);
+    into->num_above += find_bins(row, bins, offsets, inside, num);
+    if (into->own != NULL)
+        count_many(bins, offsets, inside, into->own, num);
+    else
+        count_few(bins, offsets, inside, into->view.buf, num);
 }
 
 static void finish_counts(Histogram *from) {

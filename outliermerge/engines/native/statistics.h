@@ -147,4 +147,18 @@ static void count_many(Bins bins, const uint32_t *restrict offsets, const uint8_
         if (inside[i]) counts[offsets[i] >> bins.shift]++;
 }
 
+/* Count into bins that threads share: for a window that contains few values. `inside` has room for
+ * a multiple of eight entries; those from num on are zero. */
+static void count_few(Bins bins, const uint32_t *restrict offsets, const uint8_t *restrict inside,
+                      uint64_t *restrict counts, size_t num) {
+    for (size_t i = 0; i < num; i += 8) {
+        uint64_t left;
+        memcpy(&left, inside + i, 8);
+        for (; left != 0; left &= left - 1) { /* each turn handles one set bit */
+            size_t at = i + (size_t)(__builtin_ctzll(left) >> 3);
+            __atomic_fetch_add(counts + (offsets[at] >> bins.shift), 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
 #endif

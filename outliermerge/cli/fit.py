@@ -1,0 +1,117 @@
+"""`fit`: fit the weights of a merge to data without labels, and write the spec."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from outliermerge.cli.parts import Command, add_json, count, print_json, say
+from outliermerge.cli.terminal import counting_bars
+from outliermerge.errors import ArgumentError, argument, as_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the spec, the data, and how weights are fitted."""
+    parser.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="a YAML file of a merge by task_arithmetic; its weights are the start (0.3 is usual)",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="samples as for `measure`, without labels; given again for another task",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="YAML", help="the spec to write, for `run`"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("model", "layer", "tensor"),
+        default="layer",
+        help="fit a weight for each model, for each of its layers (default), or for each tensor",
+    )
+    parser.add_argument(
+        "--steps", type=count, default=100, metavar="N", help="steps of Adam (default 100)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=1e-3, metavar="X", help="its learning rate (default 0.001)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=count,
+        default=4,
+        metavar="N",
+        help="samples of each --data in a step (default 4)",
+    )
+    parser.add_argument(
+        "--samples", type=count, metavar="N", help="take only the first N samples (default all)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=count,
+        default=512,
+        metavar="N",
+        help="tokens of a sample that are taken, without images (default 512)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="what runs the model: cpu (default), cuda or cuda:N"
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fit weights, write the spec, and print the entropy before and after."""
+    from rich.console import Console
+
+    from outliermerge.calibration.data import read_samples
+    from outliermerge.calibration.fit import Wanted, fit
+    from outliermerge.execution.threads import choose_device
+    from outliermerge.spec.check import load_spec
+    from outliermerge.spec.text import as_yaml
+    from outliermerge.storage.files import write_whole
+
+    if not options.rate > 0:
+        raise ArgumentError(f"{argument('rate')}: found {options.rate}, expected more than 0")
+    output = as_path(options.output)
+    spec = load_spec(options.spec)
+    samples = [read_samples(name, limit=options.samples) for name in options.data]
+    device = choose_device(options.device)
+    with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
+        task = bar.add_task("loading the models", total=None)
+        found = fit(
+            spec,
+            samples,
+            wanted=Wanted(
+                options.by, options.steps, options.rate, options.batch, options.max_tokens
+            ),
+            device="cuda:0" if device == "cuda" else device,
+            on_progress=lambda done, total: bar.update(
+                task, description="steps", completed=done, total=total
+            ),
+        )
+    write_whole(output, as_yaml(found.document).encode())
+    if options.json:
+        entropy = {"before": found.before, "after": found.after}
+        print_json({"output": str(output), "entropy": entropy, "spec": found.document})
+    else:
+        print(f"entropy in nats: {found.before:.4f} before, {found.after:.4f} after")
+        say(f"wrote {output}: outliermerge run {output} DIR", file=sys.stderr)
+    return 0
+
+
+COMMAND = Command(
+    summary="fit the weights of task vectors to data without labels (AdaMerging)",
+    examples=(
+        "outliermerge fit merge.yaml --data chats.jsonl --data maths.jsonl -o fitted.yaml",
+        "outliermerge fit merge.yaml --data chats.jsonl -o fitted.yaml --by model --steps 300",
+    ),
+    add_arguments=add_arguments,
+    run=run,
+    explanation="""\
+The weights are moved so that the merged model is surer of what it predicts for the samples: its
+entropy becomes less (arXiv 2310.02575). Surer is not better: score the merge, too.
+""",
+)

@@ -1,0 +1,170 @@
+"""MaTS: merges in task parameter subspaces, by conjugate gradients.
+
+Each model has a system whose solution it is; the merge solves the sum of the systems, iterated from
+a start, so that what the data do not say stays as it was at the start.
+
+Shape suffixes: M models, R rows (outputs), C columns (inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from annotated_types import Ge
+
+from outliermerge.methods.averaging import check_weights, unless_measured
+from outliermerge.methods.contract import merge_method
+from outliermerge.methods.parameter import PerModel
+from outliermerge.methods.prepared import Prepared
+from outliermerge.methods.regmean import gram_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Init: TypeAlias = Literal["mean", "zero"]
+
+
+def solved(
+    apply: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    *,
+    iterations: int,
+    tolerance: float,
+) -> Tensor:
+    """Return what conjugate gradients give for apply(x) = right, a tensor being one vector.
+
+    They end when the residual is at most `tolerance` times the right side, or in a direction of
+    which the system says nothing.
+    """
+    x, residual = start, right - apply(start)
+    direction, size = residual.clone(), float(residual.square().sum())
+    limit = (tolerance * float(right.norm())) ** 2
+    for _ in range(iterations):
+        if size <= limit:
+            break
+        applied = apply(direction)
+        curvature = float((direction * applied).sum())
+        if curvature <= 0:
+            break
+        step = size / curvature
+        x = x + step * direction
+        residual -= step * applied
+        before, size = size, float(residual.square().sum())
+        direction = residual + (size / before) * direction
+    return x
+
+
+def _start(weights: Tensor, weight_M: Tensor, init: str) -> Tensor:
+    if init == "zero":
+        return weights.new_zeros(weights.shape[1:])
+    total = weights[0] * weight_M[0]
+    for one, weight in zip(weights[1:], weight_M[1:], strict=True):
+        total += one * weight
+    return total / weight_M.sum()
+
+
+def _weighted(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+    import torch
+
+    return torch.stack(
+        [gram_CC.mul_(own) for gram_CC, own in zip(grams, parameters["weight"], strict=True)]
+    )
+
+
+@merge_method(
+    space="weight",
+    cut="tensor",
+    prepared={"gram": Prepared(gram_shape, _weighted, lambda num_models: 2 * num_models + 2)},
+    for_tensor=unless_measured,
+    workspace=lambda num_sources: 2 * num_sources + 14,
+    idempotent=lambda parameters: bool(parameters["init"] == "mean"),
+    check=check_weights,
+    paper="arXiv 2312.04339",
+)
+def mats(
+    weights_MRC: Tensor,
+    *,
+    gram: Tensor,
+    iterations: Annotated[int, Ge(1)] = 100,
+    init: Init = "mean",
+    tolerance: Annotated[float, Ge(0)] = 1e-5,
+    weight: PerModel = 1.0,
+) -> Tensor:
+    """MaTS with Gram matrices: RegMean's system, iterated from the mean.
+
+    Conjugate gradients for W*(Σ wᵢGᵢ) = Σ wᵢWᵢGᵢ, in float64; the matrix is one vector.
+
+    Few iterations leave the weights near the start where inputs are rare. Gᵢ as in regmean, whole.
+    The published code can start from the base model, too, which is not here. What has no Gram
+    matrix is averaged.
+
+    Args:
+        weights_MRC: the models' weights.
+        gram: the models' Gram matrices.
+        iterations: how many at most.
+        init: the start: the mean of the models, or zero.
+        tolerance: of the residual, relative to the right side, at which the iteration ends.
+        weight: wᵢ.
+    """
+    wide_MRC = weights_MRC.double()
+    right_RC = wide_MRC[0] @ gram[0]
+    total_CC = gram[0].clone()
+    for wide_RC, gram_CC in zip(wide_MRC[1:], gram[1:], strict=True):
+        right_RC += wide_RC @ gram_CC
+        total_CC += gram_CC
+    return solved(
+        lambda x_RC: x_RC @ total_CC,
+        right_RC,
+        _start(wide_MRC, weight.double(), init),
+        iterations=iterations,
+        tolerance=tolerance,
+    ).to(weights_MRC.dtype)
+
+
+@merge_method(
+    space="weight",
+    cut="tensor",
+    auxiliary=("fisher",),
+    for_tensor=unless_measured,
+    workspace=lambda num_sources: 6 * num_sources + 14,
+    idempotent=lambda parameters: bool(parameters["init"] == "mean"),
+    check=check_weights,
+    paper="arXiv 2312.04339",
+)
+def mats_fisher(
+    weights: Tensor,
+    *,
+    fisher: Tensor,
+    iterations: Annotated[int, Ge(1)] = 100,
+    init: Init = "mean",
+    tolerance: Annotated[float, Ge(0)] = 1e-5,
+    weight: PerModel = 1.0,
+) -> Tensor:
+    """MaTS with diagonal Fisher information: Fisher averaging, iterated from the mean.
+
+    Conjugate gradients for (Σ wᵢFᵢ)W* = Σ wᵢFᵢWᵢ, in float64; a tensor is one vector.
+
+    As `fisher`, but weights of which the data say little stay near the start, the more the fewer
+    the iterations. The published code can start from the base model, too, which is not here. What
+    was not measured is averaged.
+
+    Args:
+        weights: the models' weights.
+        fisher: Fᵢ of each model.
+        iterations: how many at most.
+        init: the start: the mean of the models, or zero.
+        tolerance: of the residual, relative to the right side, at which the iteration ends.
+        weight: wᵢ.
+    """
+    wide, shape = weights.double(), [-1, *[1] * (weights.ndim - 1)]
+    share = fisher.double() * weight.double().view(shape)
+    total, right = share.sum(0), (share * wide).sum(0)
+    return solved(
+        lambda x: x * total,
+        right,
+        _start(wide, weight.double(), init),
+        iterations=iterations,
+        tolerance=tolerance,
+    ).to(weights.dtype)
