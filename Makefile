@@ -58,7 +58,7 @@ evidence: $(VENV)/.dev ## train, merge and score three families of models for fi
 	@$(IN_VENV) $(BIN)/python evals/evidence/page.py
 
 search-language: $(VENV)/.dev ## search merges of small language models, and confirm on other pages (half an hour)
-	@$(IN_VENV) $(BIN)/python evals/evidence/searched.py
+	@$(IN_VENV) $(BIN)/python evals/evidence/search_language.py
 
 weight-tables: $(VENV)/.dev ## the paper's tables on real weights; trains ten adapters (fifteen minutes)
 	@$(IN_VENV) $(BIN)/python evals/weights/tables.py

@@ -48,6 +48,7 @@ CONFIG = {
     "v_head_dim": 128,
     "num_attention_heads": 128,
     "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "quantization_config": {
         "activation_scheme": "dynamic",

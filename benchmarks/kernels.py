@@ -92,7 +92,9 @@ def calls(kernels: Any, raws: list[Any]) -> dict[str, Callable[[], Any]]:
         ),
         "della: merge": merge("della", *della, more=(*rows, *kept_bits)),
         "della: merge, ranking once more": merge("della", *della, more=rows),
-        "sce: count in a window": lambda: kernels.variances(deltas, low(varied), 0, narrow[0]),
+        "sce: count in a window, and add up squares": lambda: kernels.variances(
+            deltas, low(varied), 0, narrow[0]
+        ),
         "sce: sums of squares": lambda: kernels.squares(deltas, varied),
         "sce: merge": merge("sce", [varied, 0], half),
         "nuslerp by rows: merge": merge("nuslerp_rows", [], half, more=rows),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from warm import warm_python
+from warm import LMMS_EVAL, TORCH, warm_python
 
 if TYPE_CHECKING:
     from range_server import RangeServer
@@ -59,7 +59,14 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Path]:
     """A program that stands for `python`, and has imported lmms-eval already (`warm.py`)."""
-    with warm_python() as program:
+    with warm_python(LMMS_EVAL) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def warm_torch() -> Iterator[Path]:
+    """As `warm`, of a process that has imported torch and nothing of the package."""
+    with warm_python(TORCH) as program:
         yield program
 
 

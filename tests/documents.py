@@ -55,8 +55,12 @@ def link_the_project(folder: Path) -> None:
     subprocess.run(command, cwd=folder, check=True)
 
 
-def make_place(folder: Path) -> Path:
+def make_place(folder: Path, python: Path) -> Path:
     """Make a folder with the models and files that the pages name, the models small.
+
+    Args:
+        folder: where.
+        python: what runs the programs.
 
     Returns:
         A folder with the programs `outliermerge` and `outliermerge-mergekit`.
@@ -109,7 +113,7 @@ def make_place(folder: Path) -> Path:
         program = bin_folder / name
         program.write_text(
             f"#!/bin/sh\nexport PYTHONPATH={json.dumps(str(ROOT))}:$PYTHONPATH\n"
-            f'exec {json.dumps(sys.executable)} -m {module} "$@"\n'
+            f'exec {json.dumps(str(python))} -m {module} "$@"\n'
         )
         program.chmod(0o755)
     return bin_folder

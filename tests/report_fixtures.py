@@ -14,8 +14,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tab():
-    with open_tab() as page:
+def tab(tmp_path_factory):
+    with open_tab(tmp_path_factory.mktemp("tab") / "page.html") as page:
         yield page
 
 

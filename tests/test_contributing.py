@@ -26,6 +26,7 @@ from compiling import quick_compiler
 ROOT = Path(__file__).parent.parent
 ADDED = Path(__file__).parent / "contributed"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+BINARIES = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,12 @@ def make_house(folder: Path, *added: str) -> Path:
             assert content.count(anchor) == 1, (kind, file, anchor)
             (folder / file).write_text(content.replace(anchor, anchor + text))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _warm(warm_torch, monkeypatch):
+    """Import torch once for all processes of the copies, which import the package themselves."""
+    monkeypatch.setattr(sys, "executable", str(warm_torch))
 
 
 # From Python 3.12 on, forking is warned of where a library has started threads.
@@ -406,11 +413,11 @@ def test_the_tour_leads_through_files_that_are_there():
 
 
 def test_additions_pass_the_checks_of_the_house(tmp_path):
-    house, binaries = make_house(tmp_path, *ADDITIONS), Path(sys.executable).parent
+    house = make_house(tmp_path, *ADDITIONS)
     for program, *arguments in (["ruff", "check"], ["ruff", "format", "--check"], ["lint-imports"]):
-        output_of([binaries / program, *arguments], house)
+        output_of([BINARIES / program, *arguments], house)
 
 
 @pytest.mark.faults  # it takes a minute
 def test_additions_pass_mypy(tmp_path):
-    output_of([Path(sys.executable).parent / "mypy"], make_house(tmp_path, *ADDITIONS))
+    output_of([BINARIES / "mypy"], make_house(tmp_path, *ADDITIONS))

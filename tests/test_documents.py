@@ -40,10 +40,10 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Path:
     """A folder with the models and files that the pages name."""
     folder = tmp_path_factory.mktemp("documents")
-    make_place(folder)
+    make_place(folder, warm)
     return folder
 
 
@@ -263,7 +263,7 @@ def test_every_link_of_the_site_leads_somewhere(site):
 # The notebook
 
 
-def test_the_notebook_runs_and_its_outputs_are_whole(tmp_path):
+def test_the_notebook_runs_and_its_outputs_are_whole(tmp_path, warm):
     cells: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -272,7 +272,7 @@ def test_the_notebook_runs_and_its_outputs_are_whole(tmp_path):
     assert "/tmp" not in NOTEBOOK.read_text()
     text = "\n".join("".join(cell["source"]) for cell in code)
     done = subprocess.run(
-        [sys.executable, "-c", text],
+        [warm, "-c", text],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

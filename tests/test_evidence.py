@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers import BertConfig, BertModel
 
-from evals.evidence import encoder, language, page, results, run, searched, vision
+from evals.evidence import encoder, language, page, results, run, search_language, vision
 from evals.evidence.facts import FACTS, facts
 from evals.evidence.methods import BUDGET, SPACES, VARIANTS, candidates, merged
 from evals.evidence.significance import holm, p_value
@@ -146,26 +146,27 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     assert results.collect([family], tmp_path, (1, 2, 3)) == found
 
 
+@pytest.mark.faults  # it runs a command
 def test_a_search_of_a_family_is_confirmed_on_test_pages(tmp_path, monkeypatch):
-    monkeypatch.setattr(searched, "FAMILIES", {"language": TinyLanguage()})
-    monkeypatch.setattr(searched, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(searched, "NUM_VALIDATION", 8)
-    monkeypatch.setattr(searched, "NUM_TEST", 6)
-    row = searched.row_of(1, 2, 3, 1)
-    assert sum(row["trials"].values()) == 3 and row["gains"].keys() == set(searched.METHODS)
+    monkeypatch.setattr(search_language, "FAMILIES", {"language": TinyLanguage()})
+    monkeypatch.setattr(search_language, "cache", lambda: tmp_path)
+    monkeypatch.setattr(search_language, "NUM_VALIDATION", 8)
+    monkeypatch.setattr(search_language, "NUM_TEST", 6)
+    row = search_language.row_of(1, 2, 3, 1)
+    assert sum(row["trials"].values()) == 3 and row["gains"].keys() == set(search_language.METHODS)
     folder = run.folder_of(TinyLanguage(), 1, tmp_path) / "search-2-1"
-    best = searched.LlamaForCausalLM.from_pretrained(folder / "merged" / "winner").eval()
-    default = searched.LlamaForCausalLM.from_pretrained(folder / "merged" / "ties").eval()
+    best = search_language.LlamaForCausalLM.from_pretrained(folder / "merged" / "winner").eval()
+    default = search_language.LlamaForCausalLM.from_pretrained(folder / "merged" / "ties").eval()
     differences = []
     for task in ("german", "french"):
         world = TinyLanguage().world(1)
-        drawn = searched.windows(world, task, "test", 6)
+        drawn = search_language.windows(world, task, "test", 6)
         own, theirs = (language.bits_per_byte(model, drawn) for model in (best, default))
         differences.append(theirs - own)
     assert row["gains"]["ties"][0] == pytest.approx(np.mean(differences), abs=1e-7)
     expected = np.hypot(*(one.std(ddof=1) / 6**0.5 for one in differences)) / 2
     assert row["gains"]["ties"][1] == pytest.approx(expected, abs=1e-7)
-    assert f"| {row['bits']['winner']:.4f} |" in searched.page_of([row])
+    assert f"| {row['bits']['winner']:.4f} |" in search_language.page_of([row])
 
 
 def test_the_same_seed_gives_the_same_models_and_another_one_others():

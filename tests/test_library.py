@@ -503,7 +503,9 @@ class TestOwnMethods:
         block = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
         assert largest(block, scale=0.5).tolist() == [1.0, 1.0]
 
-    def test_one_in_a_module_runs_from_the_command_line(self, tmp_path: Path) -> None:
+    def test_one_in_a_module_runs_from_the_command_line(
+        self, tmp_path: Path, warm_torch: Path
+    ) -> None:
         base, models = _family()
         _save(tmp_path, base, models)
         (tmp_path / "my_methods.py").write_text(
@@ -550,7 +552,7 @@ class TestOwnMethods:
                 if only_run and command[0] != "run":
                     continue
                 done = subprocess.run(
-                    [sys.executable, "-m", "outliermerge", *map(str, command)],
+                    [warm_torch, "-m", "outliermerge", *map(str, command)],
                     capture_output=True,
                     text=True,
                     env=environment,
@@ -626,7 +628,7 @@ class TestImport:
         assert "outliermerge" in modules
         assert modules.isdisjoint({"torch", "transformers", "pydantic", "yaml", "numpy", "rich"})
 
-    def test_every_name_resolves_in_a_new_process(self) -> None:
+    def test_every_name_resolves_in_a_new_process(self, warm_torch: Path) -> None:
         code = (
             "import outliermerge\n"
             "for name in outliermerge.__all__:\n"
@@ -635,9 +637,7 @@ class TestImport:
             "from outliermerge import *\n"
             "assert callable(merge_state_dicts)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         pairs = [line.split() for line in done.stdout.splitlines()]
         assert [name for name, _ in pairs] == list(outliermerge.__all__)
@@ -683,7 +683,9 @@ class TestImport:
         with pytest.raises(AttributeError, match=f"Did you mean '{meant}'"):
             getattr(outliermerge, asked)
 
-    def test_the_caller_s_threads_are_left_as_they_are(self, tmp_path: Path) -> None:
+    def test_the_caller_s_threads_are_left_as_they_are(
+        self, tmp_path: Path, warm_torch: Path
+    ) -> None:
         """In a new process: torch's settings are of the process."""
         _save(tmp_path, *_family())
         (tmp_path / "spec.yaml").write_text(yaml.safe_dump(_spec(tmp_path, "min_sigma")))
@@ -702,12 +704,12 @@ class TestImport:
             assert torch.get_default_dtype() == torch.float32
             assert torch.equal(torch.get_rng_state(), generator), "the random generator moved"
         """)
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
-    def test_threads_that_the_caller_starts_later_are_left_as_they_are(self) -> None:
+    def test_threads_that_the_caller_starts_later_are_left_as_they_are(
+        self, warm_torch: Path
+    ) -> None:
         code = textwrap.dedent("""
             import threading, torch, outliermerge
             torch.set_num_threads(3)
@@ -723,8 +725,6 @@ class TestImport:
             outliermerge.merge_tensors([torch.ones(9), torch.zeros(9)], method="linear")
             print(before, in_a_new_thread())
         """)
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([warm_torch, "-c", code], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["3", "3"]

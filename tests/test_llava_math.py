@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -496,12 +495,12 @@ def test_the_plan_shows_what_differs_between_the_published_models(world, monkeyp
         assert difference in shown, difference
 
 
-def test_it_is_fetched_from_the_hub_by_its_ids(world, merged, tmp_path):
+def test_it_is_fetched_from_the_hub_by_its_ids(world, merged, tmp_path, warm_torch):
     """Unchanged, from a hub that has the three repositories: the same bytes as from folders."""
     ids = (HF_BASE, INSTRUCT, MATHS)
     with HubServer({name: world / name for name in ids}) as hub:
         done = subprocess.run(
-            [sys.executable, "-m", "outliermerge", "run", str(SPECS / "llava_math.yaml")],
+            [warm_torch, "-m", "outliermerge", "run", str(SPECS / "llava_math.yaml")],
             cwd=tmp_path,
             env=hub.environment(tmp_path / "home"),
             capture_output=True,

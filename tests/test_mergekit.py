@@ -312,6 +312,7 @@ def test_ties_of_bfloat16_keeps_what_mergekit_keeps_and_the_ties(
     assert more > 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", [case for case in SPECS if SPECS[case]["method"] in SAID_ALIKE])
 def test_what_an_output_says_in_mergekits_form_gives_its_values(
     case, families, merge_by_mergekit, tmp_path

@@ -59,7 +59,7 @@ def test_every_method_has_a_row_and_a_word_on_mergekit():
         ("ties", {"density": 0.2, "rescale": True}, 3),
         ("dare_ties", {"density": 0.5}, 1),
         ("dare_ties", {"density": 0.5, "rescale_by": "l1"}, 2),
-        ("sce", {"select_topk": 0.1}, 3),
+        ("sce", {"select_topk": 0.1}, 2),
         ("nearswap", {}, 1),
     ],
 )

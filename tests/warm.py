@@ -1,10 +1,10 @@
-"""A Python that has imported lmms-eval: what it runs are forks of one process.
+"""A Python that has imported what takes long to import: what it runs are forks of one process.
 
-Importing lmms-eval takes seconds of a processor, and an evaluation starts a process for each model.
-`warm_python` starts this file as a process that imports it once, and gives a program that stands
-for `python`: it hands its arguments, folder, variables and streams to that process, which runs them
-in a fork, and ends as the fork does. A fork that starts `sys.executable` starts that program. Where
-options of Python come first, the program is Python itself.
+Importing torch takes a second of a processor, and lmms-eval, which an evaluation does for each
+model, takes many. `warm_python` starts this file as a process that imports it once, and gives a
+program that stands for `python`: it hands its arguments, folder, variables and streams to that
+process, which runs them in a fork, and ends as the fork does. A fork that starts `sys.executable`
+starts that program. Where options of Python other than -W come first, it is Python itself.
 
 What modules read when they are imported, such as HF_DATASETS_CACHE, is the same for all forks, and
 a signal does not reach them: what is about either needs a process of its own.
@@ -23,24 +23,28 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any, NoReturn
 
-MODULES = (
+LMMS_EVAL = (
     *("lmms_eval.evaluator", "lmms_eval.tasks", "lmms_eval.models.chat.llava_hf"),
     *("lm_eval.evaluator", "lm_eval.models.huggingface"),
     *("transformers.models.llava.modeling_llava", "matplotlib.figure"),
     *("outliermerge.cli.main", "outliermerge.evaluation.evaluate"),
 )
+# Of what the package needs, what reads no variables when it is imported; not the package, of which
+# a fork may import a copy.
+TORCH = ("torch", "pydantic", "rich.progress", "safetensors.torch", "tokenizers", "yaml")
 READ_AT_IMPORT = ("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "OMP_WAIT_POLICY")
 
 CLIENT = """\
 #!{python} -ISE
 import json, os, socket, sys
-if sys.argv[1] in ("-I", "-S", "-E", "-W", "-X"):
+if sys.argv[1] in ("-I", "-S", "-E", "-X"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 parent = os.getppid()
 server = socket.socket(socket.AF_UNIX)
@@ -64,7 +68,7 @@ os._exit(code)
 
 
 @contextmanager
-def warm_python() -> Iterator[Path]:
+def warm_python(modules: Sequence[str]) -> Iterator[Path]:
     """Start the process; yield the program that stands for `python`, with `outliermerge` beside."""
     with tempfile.TemporaryDirectory(prefix="warm") as folder:  # a socket's path must be short
         program, command = Path(folder, "python"), Path(folder, "outliermerge")
@@ -77,7 +81,7 @@ def warm_python() -> Iterator[Path]:
             listener.bind(address)
             listener.listen(64)
             process = subprocess.Popen(
-                [sys.executable, __file__, str(listener.fileno()), str(program)],
+                [sys.executable, __file__, str(listener.fileno()), str(program), *modules],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
                 env=os.environ
@@ -89,10 +93,10 @@ def warm_python() -> Iterator[Path]:
             process.communicate()
 
 
-def main(listener: socket.socket, program: str) -> None:
+def main(listener: socket.socket, program: str, modules: Sequence[str]) -> None:
     """Run what clients ask for, each in a fork, until the standard input ends."""
     sys.path.pop(0)  # the folder of this file
-    for module in MODULES:
+    for module in modules:
         importlib.import_module(module)
     sys.executable = program
     keepers = []
@@ -136,6 +140,7 @@ def _run(
     kept = {name: os.environ[name] for name in READ_AT_IMPORT if name in os.environ}
     os.environ.clear()
     os.environ.update(variables | kept)
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     os.getppid = lambda: parent
     if "OMP_NUM_THREADS" in variables:  # which torch has read
         sys.modules["torch"].set_num_threads(int(variables["OMP_NUM_THREADS"]))
@@ -156,7 +161,10 @@ def _run(
 
 
 def _run_program(arguments: list[str]) -> None:
-    """Do what `python` does with these arguments: -c TEXT, -m MODULE, or a file, and the rest."""
+    """Do what `python` does with these: any -W, then -c TEXT, -m MODULE or a file, and the rest."""
+    while arguments[0] == "-W":
+        warnings._setoption(arguments[1])
+        arguments = arguments[2:]
     first, *rest = arguments
     if first == "-c":
         code: CodeType = compile(rest[0], "<string>", "exec")
@@ -174,4 +182,4 @@ def _run_program(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3:])

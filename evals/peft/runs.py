@@ -284,6 +284,7 @@ def train(
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(trained.values(), CLIP)
             if not math.isfinite(total) or not math.isfinite(norm):
+                checkpoint.unlink(missing_ok=True)
                 raise Diverged(
                     f"{title}: at step {step + 1} of {steps} the loss is {float(total):g} and the "
                     f"gradient's norm {float(norm):g}. Nothing of this run is kept; try a smaller "

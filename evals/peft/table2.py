@@ -217,6 +217,7 @@ def one_run(
     for split in filter(None, (task.validation, task.beside)):
         logits = Labelled(parts[split], device).logits(model, micro_batch)
         if not np.isfinite(logits).all():
+            records.checkpoint(key).unlink()
             raise Diverged(f"{title}: the trained model says NaN or infinity. Nothing is kept")
         found[split] = glue.score(task, logits, parts[split].ratings.numpy())
     found["score"] = found[task.validation][task.metrics[0]]

@@ -122,7 +122,10 @@ def component_of(name: str, components: Iterable[str]) -> str:
     >>> component_of("unet/conv_in.weight", ["unet", "vae"])
     'unet'
     """
-    return next((part for part in components if part and name.startswith(f"{part}/")), "")
+    for part in components:
+        if part and name.startswith(f"{part}/"):
+            return part
+    return ""
 
 
 def make_indexes(tensors: Iterable[OutputTensor], components: Mapping[str, str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from outliermerge.checkpoint.sources import Source
+from outliermerge.checkpoint.rearranged import Cut, Joined, Swapped
+from outliermerge.checkpoint.sources import Source, inner
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.kernel_call import CODES
@@ -29,8 +30,8 @@ def reads_by_torch(sources: Iterable[Source], options: Options | None = None) ->
                 return True
             pending += () if source in seen else source.sources
             seen.add(source)
-        elif isinstance(source, Restored):
-            pending.append(source.source)
+        elif isinstance(source, Restored | Joined | Cut | Swapped):
+            pending += inner(source)
         elif source.stored != (source,) or any(meta.offset is None for meta in source.stored):
             return True
     return False

@@ -20,7 +20,7 @@ from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.checkpoint.layout import Shard
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing
 from outliermerge.execution.jobs import JobResult
-from outliermerge.output.bucket_records import Begun, Records, States
+from outliermerge.output.bucket_records import Begun, Records, States, has_work
 from outliermerge.output.bucket_writer import BucketWriter
 from outliermerge.output.folder import differing, write_beside
 from outliermerge.output.journal import process, told
@@ -112,7 +112,7 @@ class BucketFolder:
                 self._records.remove(there)
                 begun = None
             is_left = begun is not None and not self._part and begun.has_ended
-            is_left = is_left and not self._records.has_work(there)  # so that nothing is lost
+            is_left = is_left and not has_work(there)  # so that nothing is lost
             if begun is not None and not fresh and not is_left:
                 if changed := differing(begun.identity, self._identity):
                     raise begun_in_store_by_another(
@@ -327,7 +327,7 @@ class BucketFolder:
         It stays where only the record tells that files there are ours.
         """
         there, begun = self._bucket.states(), self._begun
-        if self._records.has_work(there):  # of another process with the same merge
+        if has_work(there):  # of another process with the same merge
             return
         ours = {*begun.shards, *begun.old, *self._records.files()} & there.keys()
         if ours and MANIFEST_NAME not in there:

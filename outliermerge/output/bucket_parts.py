@@ -11,7 +11,7 @@ from outliermerge.checkpoint.folders.folder import MANIFEST_NAME
 from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.threads import Target
 from outliermerge.output.bucket_folder import BucketFolder, begun_in_store_by_another
-from outliermerge.output.bucket_records import RUN, Records
+from outliermerge.output.bucket_records import Records, has_work
 from outliermerge.output.division import part_work_bytes
 from outliermerge.output.folder import differing
 from outliermerge.output.journal import told
@@ -74,9 +74,16 @@ def run_part_in_store(
 
 
 def seen_in_store(final: str) -> tuple[bool, bool]:
-    """Return whether an address has the record of a run, and whether it has a manifest."""
-    there = Bucket(final).states()
-    return RUN in there, MANIFEST_NAME in there
+    """Return whether parts of an output have begun or finished it, and whether it has a manifest.
+
+    A record of a run that was killed before it noted its parts counts for nothing.
+    """
+    bucket = Bucket(final)
+    there, begun = bucket.states(), Records(bucket, {}).begun()
+    is_there = MANIFEST_NAME in there
+    if begun is None:
+        return False, is_there
+    return begun.is_finished(there, MANIFEST_NAME) or has_work(there), is_there
 
 
 def written_in_store(

@@ -24,7 +24,7 @@ from outliermerge.storage.bucket import Bucket
 from outliermerge.storage.machine import has_ended
 from outliermerge.storage.ranges import State
 
-RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
+_RUN, _PARTS, _FILES = (f"{RECORDS}{name}.jsonl" for name in ("run", "parts", "files"))
 _SHARDS, _EQUAL, _END = f"{RECORDS}shards/", f"{RECORDS}equal/", ".jsonl"
 _NUM_READS = 8
 
@@ -78,7 +78,7 @@ class Records:
         Raises:
             OutlierMergeError: the record is of another version.
         """
-        content = self._bucket.get(RUN)
+        content = self._bucket.get(_RUN)
         if content is None:
             return None
         lines = [entry for entry in map(entry_of, content.split(b"\n")) if entry is not None]
@@ -95,7 +95,7 @@ class Records:
             )
         except (LookupError, TypeError, ValueError, AttributeError):
             raise OutlierMergeError(
-                f"{self._bucket.address}/{RUN}: is damaged, or of another version of "
+                f"{self._bucket.address}/{_RUN}: is damaged, or of another version of "
                 f"outliermerge. To start over, remove all that is in {self._bucket.address}/."
             ) from None
 
@@ -113,7 +113,7 @@ class Records:
             **({"all named": True} if begun.all_named else {}),
         }
         first = {"outliermerge journal": 2, "identity": begun.identity}
-        return self._bucket.put(RUN, entry_line(first) + entry_line(rest), new=new)
+        return self._bucket.put(_RUN, entry_line(first) + entry_line(rest), new=new)
 
     def add_shard(
         self, file: str, state: State, marks: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]
@@ -182,16 +182,17 @@ class Records:
 
     def remove(self, there: States) -> None:
         """Remove all records, that of the run last."""
-        own = [name for name in there if name.startswith(RECORDS) and name != RUN]
-        self._bucket.remove([*own, RUN])
-
-    def has_work(self, there: States) -> bool:
-        """Tell whether a run has finished something, or parts may be doing so."""
-        return any(name.startswith((_SHARDS, _EQUAL, _PARTS)) for name in there)
+        own = [name for name in there if name.startswith(RECORDS) and name != _RUN]
+        self._bucket.remove([*own, _RUN])
 
     def remove_shards(self, there: States) -> None:
         """Remove the records of shards, which are not to be taken over."""
         self._bucket.remove(name for name in there if name.startswith(_SHARDS))
+
+
+def has_work(there: States) -> bool:
+    """Tell whether a run has finished something, or parts may be doing so."""
+    return any(name.startswith((_SHARDS, _EQUAL, _PARTS)) for name in there)
 
 
 def noted_files(there: States) -> set[str]:

@@ -209,7 +209,7 @@ def _stored_shapes(plan: Plan) -> Shapes:
     for name, source in unchanged.items():
         folder = component_of(name, plan.components)
         shapes[f"{folder}/{source.name}" if folder else source.name] = source.shape
-    return shapes
+    return shapes if len(shapes) == len(unchanged) else {}  # some are parts of one tensor
 
 
 class LoadCheck:

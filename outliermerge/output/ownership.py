@@ -50,8 +50,8 @@ def check_apart(plan: Plan, final: Path) -> None:
                         f"{place}: is, holds or is inside the model {shown(entry.reference)}: "
                         "choose another output"
                     )
-    others = dict.fromkeys((path for path, stamp in plan.files if stamp is not None), "file")
-    others |= dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
+    others = dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
+    others |= {path: "file" for path, stamp in plan.files if stamp and path not in others}
     for path, what in others.items():
         real, link = path.resolve(), path.parent.resolve() / path.name
         for place, resolved in places.items():

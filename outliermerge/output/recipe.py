@@ -105,6 +105,8 @@ def renamed(document: Mapping[str, Any], name: Name, stages: Container[str] = ()
 
     if isinstance(tokenizer := document.get("tokenizer"), dict):
         document["tokenizer"] = _named(tokenizer, of_owner)
+    if (layout := document.get("layout")) in names:
+        document["layout"] = names[layout]
     return document | {key: of_owner(document[key]) for key in _SOURCES if key in document}
 
 

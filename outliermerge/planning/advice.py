@@ -105,8 +105,9 @@ def advise(inputs: Sequence[Input], unpaired: Mapping[int, Unpaired]) -> list[st
             paragraphs.append(
                 f"Of {where}, these may be the same weights under another name or in another "
                 f"form:\n{listing(one.doubtful)}\n"
-                "`rename` on the model pairs those that are only named otherwise. Convert it first "
-                "where they are fused, split or transposed. Only where they are others, `extra` "
+                "`rename` on the model pairs those that are only named otherwise, `convert` in the "
+                "spec those that are fused, split or transposed. Convert the model first where "
+                "that does not say it. Only where they are others, `extra` "
                 "and `missing` with filters of their names decide of them: a policy for all loses "
                 "what was trained."
             )

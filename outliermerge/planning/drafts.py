@@ -99,19 +99,20 @@ class Drafter:
         self.spec, self.method, self.part, self.inputs = spec, spec.method, part, part.inputs
         self.model_numbers, self.first = list(part.numbers), part.first
         self.reference: Mapping[str, Source] = part.inputs[part.first].checkpoint.tensors
+        self._held = [(n, part.inputs[n].checkpoint.tensors) for n in self.model_numbers]
         self.tied, self.policies, self.parameters, self.found = tied, policies, parameters, found
 
     def draft(self, name: str) -> Draft | None:
         """Return the draft of a tensor; None if it is left out or does not fit."""
-        holders = [
-            number
-            for number in self.model_numbers
-            if name in self.inputs[number].checkpoint.tensors
-        ]
+        found = tuple((number, own[name]) for number, own in self._held if name in own)
+        holders = [number for number, _ in found]
         if name not in self.reference:
             return self._draft_extra(name, holders)
         first = self.reference[name]
-        held = [first, *(self.inputs[number].checkpoint.tensors[name] for number in holders)]
+        held = [first, *(source for _, source in found)]
+        if _are_weights(name, held):
+            is_whole = self._may_be_lacked(name, holders)
+            return self._draft_weight(name, (self.first, first), found) if is_whole else None
         no_floats = not any(source.dtype.is_float for source in held)
         is_rope = is_frequencies(name, held)
         no_weight = no_floats or is_buffer(held) or is_rope
@@ -120,8 +121,7 @@ class Drafter:
             kinds = " or ".join(dict.fromkeys(source.dtype.name for source in held))
             reason = f"{kinds} buffer, the base model's"
             return name, "copy", ((self.first, first),), {}, first.out_dtype, reason
-        for number in holders:
-            source = self.inputs[number].checkpoint.tensors[name]
+        for number, source in found:
             both_float = source.dtype.is_float and first.dtype.is_float
             if source.shape != first.shape or not (both_float or is_buffer(held)):
                 self.found.misfits.append((name, number))
@@ -131,28 +131,31 @@ class Drafter:
                     f"{_describe(source)} in {self._place(name, number)}",
                 )
                 return None
-        if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
+        if not self._may_be_lacked(name, holders):
             return None
         own = (self.first, first)
-        found = tuple((n, self.inputs[n].checkpoint.tensors[name]) for n in holders)
-        dtype = self._stored(first)
         if is_buffer(held) or is_rope:
+            if not self._may_lack(name, [n for n in self.model_numbers if n not in holders]):
+                return None
             draft = self._draft_unmergeable(name, own, found)
             return (*draft[:5], "RoPE's frequencies, which models differ in") if is_rope else draft
+        return self._draft_weight(name, own, found)
+
+    def _draft_weight(self, name: str, own: Numbered, found: tuple[Numbered, ...]) -> Draft | None:
+        """Return the draft of a tensor that has one shape in all models, and floats."""
+        holders = [number for number, _ in found]
+        dtype = self._stored(own[1])
         if not holders:
             return name, "copy", (own,), {}, dtype, "in no task model"
         if self.method.space == "weight":
-            found = tuple(
-                (n, self.inputs[n].checkpoint.tensors[name]) if n in holders else own
-                for n in self.model_numbers
-            )
+            found = tuple((n, held[name]) if name in held else own for n, held in self._held)
             holders = list(self.model_numbers)
         parameters = self.parameters.of(name, holders)
         if len(found) == 1 and self.method.idempotent(parameters):
             return name, "copy", found, {}, dtype, "one model, unchanged by the method"
         if self.method.uses_base:
             found = (own, *found)
-        one_source = len({source for _, source in found}) == 1 and len(found) > 1
+        one_source = len(found) > 1 and all(source == found[0][1] for _, source in found[1:])
         if one_source and (self.method.uses_base or self.method.idempotent(parameters)):
             return name, "copy", found[:1], {}, dtype, "the same tensor in every model"
         return name, "merge", found, parameters, dtype, ""
@@ -202,6 +205,11 @@ class Drafter:
         dtype = held[0].out_dtype if is_buffer(held) else self._stored(held[0])
         return name, action, found, {}, dtype, "extra, copied"
 
+    def _may_be_lacked(self, name: str, holders: Sequence[int]) -> bool:
+        """Tell whether the models that do not hold a tensor may lack it."""
+        lacking = [n for n in self.model_numbers if n not in holders]
+        return not lacking or self._may_lack(name, lacking)
+
     def _may_lack(self, name: str, lacking: list[int]) -> bool:
         allowed = True
         for number in lacking:
@@ -246,6 +254,14 @@ def check_tied(spec: MergeSpec, inputs: Sequence[Input], tied: TiedCopy) -> Job:
     unwritten = OutputTensor(tied.name, copy.dtype, copy.shape, "", 0)
     sources = ((tied.number, copy), (tied.number, original))
     return Job("equal", spec.method.name, {}, sources, unwritten, reason=reason)
+
+
+def _are_weights(name: str, held: Sequence[Source]) -> bool:
+    """Tell whether a tensor has floats, and one shape, in all models; most have."""
+    shape = held[0].shape
+    return not name.endswith("inv_freq") and all(
+        source.dtype.is_float and source.shape == shape for source in held
+    )
 
 
 def _describe(source: Source) -> str:

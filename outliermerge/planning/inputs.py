@@ -19,6 +19,7 @@ from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
 from outliermerge.planning.extra_state import one_extra_state
+from outliermerge.planning.one_layout import in_one_layout
 from outliermerge.planning.owners import kind_of
 from outliermerge.planning.plan import Input
 from outliermerge.planning.scalars import in_shapes_of
@@ -86,6 +87,10 @@ def open_inputs(
                 (*model.path, "model"), f"{model.reference!r} is the same model as {other!r}"
             )
         numbers.append(number)
+    try:
+        inputs = in_one_layout(spec, inputs)
+    except SettingError as error:
+        raise spec.source.error(error.path, str(error)) from error
     first, *others = one_extra_state(inputs)
     tensors = first.checkpoint.tensors
     return (first, *(in_shapes_of(tensors, entry) for entry in others)), numbers

@@ -15,7 +15,7 @@ from outliermerge.display import short_repr
 from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import is_measured_by
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import find_method, method_named
 from outliermerge.methods.task import Task
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
@@ -261,7 +261,7 @@ class Job:
     def task(self) -> Task:
         """How it is merged."""
         return Task(
-            method=find_method(self.method),
+            method=method_named(self.method),
             parameters=self.parameters,
             dtypes=tuple(source.dtype for _, source in self.sources),
             out_dtype=self.output.dtype,
@@ -269,7 +269,7 @@ class Job:
             shape=self.output.shape,
             context=self.context,
             auxiliary=tuple(source.dtype for source in self.in_blocks),
-            modifiers=tuple((find_method(name), own) for name, own in self.modifiers),
+            modifiers=tuple((method_named(name), own) for name, own in self.modifiers),
         )
 
     @property
@@ -290,7 +290,7 @@ class Job:
     def num_passes(self) -> int:
         """How often its sources are usually read."""
         merges = self.action == "merge"
-        return find_method(self.method).num_passes(self.parameters) if merges else 1
+        return method_named(self.method).num_passes(self.parameters) if merges else 1
 
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether the CPU kernels, which know methods of these names, can do it."""

@@ -39,7 +39,10 @@ def how_to_convert(names: Collection[str], others: Collection[str], places: tupl
             "weights in two forms, which no rename pairs. Loading and saving with one version of "
             f"transformers makes one form of both: load {one} with transformers 5 and save it by "
             "save_pretrained(FOLDER, save_original_format=False), which fuses them as transformers "
-            "does. A policy for such tensors would lose what was trained in them."
+            "does. No other program is needed where transformers is installed and both models "
+            "have a config.json with a model type that it converts, or where `convert` in the spec "
+            "says what is made of what. A policy for such tensors would lose what was trained in "
+            "them."
         )
     image = {_image_layout(names): places[0], _image_layout(others): places[1]}
     if {"diffusers", "original"} <= image.keys():

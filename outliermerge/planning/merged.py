@@ -9,6 +9,7 @@ from functools import cached_property
 
 import xxhash
 
+from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import (
     DTYPES,
     DType,
@@ -151,7 +152,7 @@ def merge_of(source: Source) -> MergedSource | None:
 
 
 def bytes_of_merges(sources: Iterable[Source]) -> int:
-    """Return the memory that a thread needs for the sources that are merges of others.
+    """Return the memory that a thread needs for sources that are computed of others.
 
     They are read one after the other, but buffers are kept.
     """
@@ -159,7 +160,8 @@ def bytes_of_merges(sources: Iterable[Source]) -> int:
         (
             source.work_bytes
             if isinstance(source, MergedSource)
-            else bytes_of_merges(inner(source))
+            else (source.work_bytes if isinstance(source, Swapped) else 0)
+            + bytes_of_merges(inner(source))
             for source in sources
         ),
         default=0,

@@ -11,7 +11,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.parameter import Parameter
 from outliermerge.methods.statistics.base import scope_of
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import method_named
 from outliermerge.planning.plan import Job
 from outliermerge.planning.slices import Part
 from outliermerge.spec.check import MergeSpec
@@ -30,10 +30,10 @@ def context_of(name: str, shape: tuple[int, ...], layer: Layer | None, seed: int
 
 
 def modifiers_for(spec: MergeSpec, context: Context) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    """Return the modifiers of a tensor: what `find_method` finds each by, and its parameters."""
+    """Return the modifiers of a tensor: what `method_named` finds each by, and its parameters."""
     found = []
     for name, own in spec.modifiers:
-        modifier = find_method(name)
+        modifier = method_named(name)
         chosen = modifier.of(own, context)
         found.append((name if chosen is modifier else chosen.path, own))
     return tuple(found)
@@ -55,14 +55,24 @@ class Parameters:
         self._spec, self._method, self._part, self._used = spec, spec.method, part, used
         self._models = dict(zip(part.numbers, part.models, strict=True))
         self.any_resolved = False
+        settings = [*part.levels, *(model.settings for model in part.models)]
+        entries = [e for level in settings for own in level.values() for e in own.entries]
+        self._by_name = any(entry.filter is not None for entry in entries)
+        self._by_layer = any(entry.is_gradient for entry in entries)
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def of(self, name: str, holders: list[int]) -> dict[str, Any]:
         """Return a tensor's parameters for the inputs that have it.
+
+        Tensors share them where no setting tells them apart.
 
         Raises:
             SpecError: the values contradict one another.
         """
         position = self._part.positions.get(name, 0.0)
+        key = (name if self._by_name else "", position if self._by_layer else 0.0, *holders)
+        if (known := self._known.get(key)) is not None:
+            return known
         given: dict[str, Any] = {}
         self.any_resolved = True
         for parameter in self._method.parameters.values():
@@ -79,10 +89,17 @@ class Parameters:
             else:
                 levels = self._part.levels
                 given[parameter.name] = self._value(name, parameter, position, levels)
+        values = (len(holders), *((k, tuple(v) if isinstance(v, list) else v)
+                                  for k, v in given.items()))  # fmt: skip
         try:
-            return self._method.resolve(len(holders), given)
+            if values not in self._known:
+                self._known[values] = self._method.resolve(len(holders), given)
         except SpecError as error:
             raise SpecError(f"{self._spec.source.file}: tensor {name!r}: {error}") from error
+        found = self._known[values]
+        if not self._by_name:
+            self._known[key] = found
+        return found
 
     def _value(
         self,
@@ -154,6 +171,8 @@ def gradients_of(
         names: by name in the output the name in the merge.
         layers: by name in the merge the layer.
     """
+    if len({id(job.parameters) for job in jobs if job.action == "merge"}) < 2:
+        return {}
     seen: dict[str, dict[str, dict[int, set[Any]]]] = {}
     for job in jobs:
         layer: Layer | None = layers.get(names[job.name])
@@ -178,11 +197,11 @@ def check_scopes(
 ) -> None:
     """Raise OutlierMergeError where a method measures whole models and one lacks a tensor."""
     merges = [job for job in jobs if job.action == "merge"]
-    tasks = [job.task for job in merges]
+    distinct = {(job.method, id(job.parameters)): job for job in merges}
     if not any(
-        scope_of(need, task.parameters) == "model"
-        for task in tasks
-        for need in task.method.needs.values()
+        scope_of(need, job.parameters) == "model"
+        for job in distinct.values()
+        for need in method_named(job.method).needs.values()
     ):
         return
     orders = {job.name: [number for number, _ in job.sources] for job in merges}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.layout import Shard
-from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.checkpoint.sources import DTYPES, inner
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
@@ -154,6 +155,23 @@ class Plan:
         inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
         return (inside.task.method.name, inside.task.compute_dtype) if inside else None
 
+    @cached_property
+    def _unlike(self) -> list[Job]:
+        """Jobs that differ in more than names; any other job takes as much memory as one of these.
+
+        Layers and experts have the same shapes, so that these are few.
+        """
+        found: dict[tuple[Any, ...], Job] = {}
+        for job in self.jobs:
+            sources = (*(source for _, source in job.sources), *job.auxiliary)
+            key = (
+                *(job.action, job.method, job.compute_dtype, job.output.dtype, job.output.shape),
+                *(id(job.parameters), job.modifiers and id(job), len(job.auxiliary)),
+                *(id(s) if inner(s) else (type(s), s.dtype, s.shape) for s in sources),
+            )
+            found.setdefault(key, job)
+        return [*found.values()]
+
     def num_work_bytes(self, job: Job) -> int:
         """Bytes that pass through the job, every pass counted."""
         return job.num_passes * sum(s.num_bytes for _, s in job.sources) + job.num_written_bytes
@@ -194,7 +212,7 @@ class Plan:
     def peak_memory_bytes(self, options: Options) -> int:
         """Return the most memory that blocks and their intermediate results take."""
         peak = 0
-        for job in self.jobs:
+        for job in self._unlike:
             block = min(self.block_elements(job, options), job.num_elements)
             stages = bytes_of_merges(source for _, source in job.sources)
             work = block * self._bytes_per_element(job, options) + _prepared_bytes(job)
@@ -208,7 +226,7 @@ class Plan:
         what statistics keep of a tensor: while one is merged, the next is measured.
         """
         held = kept = 0
-        for job in self.jobs:
+        for job in self._unlike:
             if job.action == "merge" and options.uses_kernels(job):
                 kept = max(kept, job.task.held_bytes)
             again = read_again(job.num_passes, (source for _, source in job.sources))
@@ -221,7 +239,7 @@ class Plan:
         Kernels hold a block of the output, and only pieces of the sources.
         """
         peak = 0
-        for job in self.jobs:
+        for job in self._unlike:
             block = min(self.block_elements(job, options), job.num_elements)
             whole = block * self._bytes_per_element(job, options)
             if not options.uses_torch(job) and not job.auxiliary:

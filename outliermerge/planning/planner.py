@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from outliermerge.checkpoint.layout import OutputTensor, plan_layout
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import listing, shown
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method
+from outliermerge.methods.table import method_named
 from outliermerge.planning.advice import overlooked, refuse_unused
 from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
@@ -76,7 +79,7 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
     """
     if shard_bytes is None and spec.repeated is not None:
         shard_bytes = spec.repeated.shard_bytes
-    with told_by_name(), watching(Watched()) as watched:
+    with told_by_name(), watching(Watched()) as watched, _without_collections():
         plan = _Planner(spec, {}).plan(shard_bytes)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
@@ -85,6 +88,18 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         refuse_text(entry.checkpoint.root)
     check_sizes(plan)
     return replace(plan, layer_map=layer_map(plan), files=watched.stamps, shard_bytes=shard_bytes)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python not look for cycles: what a plan makes stays, and there is more and more of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Planner:
@@ -279,16 +294,16 @@ class _Planner:
             original, output.shape, self.layers.get(original), self.spec.document.seed
         )
         holders = [number for number, _ in sources if number in self.model_numbers]
-        context = replace(context, lacks=self.auxiliaries.lacking(original, holders))
+        if lacks := self.auxiliaries.lacking(original, holders):
+            context = replace(context, lacks=lacks)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
-        job = Job(action, method, parameters, sources, output, dtype, why)
         if action != "merge":
-            return job
-        return replace(
-            job,
-            context=context,
-            auxiliary=self.auxiliaries.of(original, output.shape, holders, find_method(method)),
-            modifiers=modifiers_for(self.spec, context),
+            return Job(action, method, parameters, sources, output, dtype, why)
+        own = method_named(method)
+        auxiliary = self.auxiliaries.of(original, output.shape, holders, own)
+        modifiers = modifiers_for(self.spec, context)
+        return Job(
+            action, method, parameters, sources, output, dtype, why, context, auxiliary, modifiers
         )
 
     def _drafts(self) -> list[Draft]:

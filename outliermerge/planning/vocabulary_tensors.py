@@ -53,12 +53,16 @@ def find_vocabulary_tensors(
     sure: dict[str, dict[int, int]] = {}
     axes: dict[str, int] = {}
     unclear: list[str] = []
+    counts = {size for size, _ in sizes}
     for name in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors):
         held = {
             number: checkpoint.tensors[name]
             for number, checkpoint in enumerate(checkpoints)
             if name in checkpoint.tensors
         }
+        is_sized = not all(counts.isdisjoint(source.shape) for source in held.values())
+        if not is_sized and _NUMBERED.search(name):
+            continue  # neither its shape nor its name is of the vocabulary
         axis = axes[name] = _axis(name, held, sizes)
         rows = {number: source.shape[axis] for number, source in held.items() if source.shape}
         if (

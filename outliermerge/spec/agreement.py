@@ -8,6 +8,7 @@ from typing import Any
 from outliermerge.errors import SpecError, quoted, suggest
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.methods.table import METHODS, MODIFIERS, find_method
+from outliermerge.spec.convert import IN_MEMORY
 from outliermerge.spec.document import SlicedDocument, SpecDocument, references
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.text import SpecText
@@ -47,6 +48,10 @@ def wrong_sources(document: SpecDocument, source: SpecText) -> Iterator[SpecErro
         if wanted is not None and wanted not in known:
             said = f"{quoted(wanted)} is none of the models. {suggest(wanted, known)}"
             yield source.error((key,), said)
+    layouts = [IN_MEMORY, *names_of(document)]
+    if document.layout is not None and document.layout not in layouts:
+        said = f"{quoted(document.layout)} is neither {IN_MEMORY!r} nor one of the models."
+        yield source.error(("layout",), f"{said} {suggest(document.layout, layouts)}")
 
 
 def modifiers_of(

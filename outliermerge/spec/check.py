@@ -13,7 +13,7 @@ from outliermerge.display import short_repr
 from outliermerge.errors import SpecError, as_path, shown
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod
-from outliermerge.methods.table import find_method, meant_method
+from outliermerge.methods.table import meant_method, method_named
 from outliermerge.spec.agreement import (
     check_base,
     check_command,
@@ -23,6 +23,7 @@ from outliermerge.spec.agreement import (
     wrong_sources,
 )
 from outliermerge.spec.chat_templates import check_template_name
+from outliermerge.spec.convert import Conversion, parse_conversions
 from outliermerge.spec.document import (
     EXTRA,
     MISSING,
@@ -89,6 +90,7 @@ class MergeSpec:
         settings: global parameter settings.
         modifiers: the modifiers of the merged task vector: names and resolved parameters.
         rename: the rename for the output's tensors.
+        conversions: rules for tensors that one model has apart and another together.
         missing, extra, unequal: policies for all models.
         other_files: the policy for files of tensors that are not read.
         tokenizer: the tokenizer whose tokens decide which rows the output has, or None.
@@ -108,6 +110,7 @@ class MergeSpec:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     rename: Rename = field(default_factory=Rename)
+    conversions: tuple[Conversion, ...] = ()
     missing: Setting = field(default_factory=Setting)
     extra: Setting = field(default_factory=Setting)
     unequal: Setting = field(default_factory=Setting)
@@ -159,7 +162,7 @@ class MergeSpec:
         """Return what `find_method` finds a tensor's method by; a copy has no parameters."""
         method = self.method.of(parameters, context) if parameters else self.method
         named = self.document.merge_method
-        return named if method is find_method(named) else method.path
+        return named if method is method_named(named) else method.path
 
     @property
     def all_stages(self) -> dict[str, MergeSpec]:
@@ -308,6 +311,9 @@ def _check_merge(
         mistakes.refuse()
         raise AssertionError("a document that is not valid has problems")
     rename = mistakes.attempt(partial(parse_rename, document.rename, ("rename",)), Rename())
+    conversions = mistakes.attempt(
+        partial(parse_conversions, document.convert, ("convert",)), tuple[Conversion, ...]()
+    )
     policies = {}
     for key, words in _POLICIES.items():
         policy = partial(parse_policy, getattr(document, key), words, (key,))
@@ -353,6 +359,7 @@ def _check_merge(
         settings=settings,
         modifiers=modifiers,
         rename=rename,
+        conversions=conversions,
         tokenizer=tokenizer,
         source=source,
         slices=slices,

@@ -85,6 +85,32 @@ _RenameField = Annotated[
 ]  # fmt: skip
 
 
+_CONVERSION_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["from", "to"],
+    "additionalProperties": False,
+    "properties": {
+        "from": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+            ]
+        },
+        "to": {"type": "string", "minLength": 1},
+        "axis": {"type": "integer", "minimum": 0},
+        "transpose": {"type": "boolean"},
+    },
+}
+_ConvertField = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [_CONVERSION_SCHEMA,
+                   {"type": "array", "items": _CONVERSION_SCHEMA, "minItems": 1},
+                   {"type": "null"}]}
+    ),
+]  # fmt: skip
+
+
 Reference = Annotated[str, Field(min_length=1), AfterValidator(direct_reference)]
 """The name of a model, or of a path."""
 
@@ -226,6 +252,19 @@ class SpecDocument(_SpecEntry):
     )
     rename: _RenameField = Field(
         default=None, description="Changes the names of the merge to those of the output."
+    )
+    convert: _ConvertField = Field(
+        default=None,
+        description="Tensors that one model has apart and another together, a rule or a list of "
+        "rules: `from` (parts of names, in order; `*` is a number), `to` (what takes their place), "
+        "`axis` (along which they lie side by side, after those of all numbers are stacked), "
+        "`transpose` (the last two axes are swapped). Rules hold in both directions. What "
+        "transformers converts itself needs none.",
+    )
+    layout: Reference | None = Field(
+        default=None,
+        description="The model whose names and forms of tensors the output has, or `transformers`: "
+        "those that its class has in memory. By default the base model's.",
     )
     missing: Annotated[Any, _policy(MISSING)] = Field(
         default=None,

@@ -16,10 +16,10 @@ _MAX_MODULES = 1000
 
 # Keys at the top that a module takes, unless it has its own.
 _INHERITED = ("base_model", "merge_method", "parameters", "missing", "extra", "unequal",
-              "other_files", "seed", "dtype")  # fmt: skip
-OF_WHOLE = ("other_files", "seed", "dtype")
+              "other_files", "seed", "dtype", "convert")  # fmt: skip
+OF_WHOLE = ("other_files", "seed", "dtype", "convert")
 """Keys at the top that are for all modules, and that none may have."""
-_NOT_IN_MODULE = (*OF_WHOLE, "out_dtype", "rename", "tokenizer", "tokenizer_source",
+_NOT_IN_MODULE = (*OF_WHOLE, "out_dtype", "rename", "layout", "tokenizer", "tokenizer_source",
                   "chat_template", "config_source", "processor_source", "tie_word_embeddings",
                   "stack", "stages", MODULES, "output")  # fmt: skip
 _ONLY_IN_MODULE = ("models", "slices", "modifiers", "vocabulary")

@@ -238,7 +238,7 @@ class Layer:
         return self.index / (self.num_layers - 1) if self.num_layers > 1 else 1.0
 
 
-_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)$")
+_INDEX = re.compile(r"(?:^|\.)(\d+)\.(?=.)")
 
 
 def find_layers(names: Iterable[str]) -> dict[str, Layer]:
@@ -256,9 +256,10 @@ def find_layers(names: Iterable[str]) -> dict[str, Layer]:
     found: dict[str, tuple[str, int]] = {}
     sizes: dict[str, int] = {}
     for name in names:
-        match = _LAYER.match(name)
-        if match and "." in match["rest"]:
-            stack, index = match["stack"], int(match["index"])
+        match = _INDEX.search(name)
+        if match and name.find(".", match.end() + 1) > 0:
+            stack, index = name[: match.start(1)], int(match[1])
             found[name] = (stack, index)
             sizes[stack] = max(sizes.get(stack, 0), index + 1)
-    return {name: Layer(stack, index, sizes[stack]) for name, (stack, index) in found.items()}
+    layers = {place: Layer(*place, sizes[place[0]]) for place in dict.fromkeys(found.values())}
+    return {name: layers[place] for name, place in found.items()}

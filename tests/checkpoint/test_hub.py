@@ -456,7 +456,9 @@ class TestRefusals:
         assert "the token of the hub has a " in told and "set HF_TOKEN to the token and" in told
         assert "hf_one" not in told and "hf_two" not in told
 
-    def test_an_answer_that_is_no_http_is_told_with_what_to_do(self, tmp_path: Path) -> None:
+    def test_an_answer_that_is_no_http_is_told_with_what_to_do(
+        self, hub: HubServer, tmp_path: Path
+    ) -> None:
         def answer() -> None:
             while True:
                 try:
@@ -471,7 +473,7 @@ class TestRefusals:
             thread = threading.Thread(target=answer)
             thread.start()
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            environment = HubServer({}).environment(tmp_path / "home") | {"HF_ENDPOINT": url}
+            environment = hub.environment(tmp_path / "home", HF_ENDPOINT=url)
             code, told = _call(tmp_path, environment, "org/a")
             listening.shutdown(socket.SHUT_RDWR)
             thread.join()

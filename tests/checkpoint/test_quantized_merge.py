@@ -26,6 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "passthrough"])
 def test_quantised_task_models_merge_as_their_dequantised_selves(method, models, tmp_path):
     def run(suffix: str) -> dict[str, torch.Tensor]:

@@ -159,12 +159,12 @@ def test_a_short_wait_is_not_told(capsys, quiet):
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_plan_says_that_it_waits_for_a_library_that_knows_defaults(tmp_path, quiet):
+def test_a_plan_says_that_it_waits_for_a_library_that_knows_defaults(tmp_path, warm_torch, quiet):
     pair(tmp_path)
     for name, more in (("good", {"attention_bias": False}), ("bad", {})):
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"} | more))
     done = subprocess.run(
-        [sys.executable, "-m", "outliermerge", "plan", "spec.yaml", "--no-load-check", "--json"]
+        [warm_torch, "-m", "outliermerge", "plan", "spec.yaml", "--no-load-check", "--json"]
         + ["--quiet"] * quiet,
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},

@@ -286,12 +286,12 @@ def test_another_reading_that_gives_other_bytes_is_noticed(models, tmp_path, mon
     (path,) = folders[1].glob("*.safetensors")
     real = KernelEngine.prepare
 
-    def prepare(engine: KernelEngine, task: Task, needs: Any) -> Any:
+    def prepare(engine: KernelEngine, task: Task, needs: Any, wholes: Any) -> Any:
         if task.shape == (NUM_ELEMENTS,):
             with path.open("r+b") as file:
                 file.seek(-NUM_ELEMENTS, 2)  # its middle
                 file.write(bytes(range(1, 9)))
-        return real(engine, task, needs)
+        return real(engine, task, needs, wholes)
 
     monkeypatch.setattr(KernelEngine, "prepare", prepare)
     monkeypatch.setattr(Watched, "note", lambda *_: None)  # no stamp tells

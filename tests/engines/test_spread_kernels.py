@@ -38,11 +38,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def measured(need: Any, parameters: Any, sources: list[Tensor], codes: str, module: Any) -> Any:
-    """Return a statistic that a module measures, or torch where there is none, chunk by chunk."""
+def measured(
+    need: Any,
+    parameters: Any,
+    sources: list[Tensor],
+    codes: str,
+    module: Any,
+    kernels: list[str] | None = None,
+) -> Any:
+    """Return a statistic that a module measures, or torch where there is none, chunk by chunk.
+
+    The names of the passes' kernels are appended to `kernels`.
+    """
     num = len(sources[0])
     state = need.start(len(sources) - 1, num, parameters)
     while not isinstance(state, list):
+        if kernels is not None:
+            kernels.append(state.kernel)
         chunks = range(-(-num // CHUNK_ELEMENTS)) if state.chunks is None else state.chunks
         for chunk in chunks:
             part = slice(chunk * CHUNK_ELEMENTS, (chunk + 1) * CHUNK_ELEMENTS)
@@ -133,6 +145,9 @@ def large_sources(kind: str) -> list[Tensor]:
     elif kind == "a sample alike":
         for source in sources[1:]:
             source[: 29 * CHUNK_ELEMENTS] = 1
+    elif kind == "near one another":
+        near = 1 + torch.rand(len(sources[0]), generator=torch.Generator().manual_seed(0)) / 1000
+        sources[1:] = [sources[0].bfloat16(), sources[0].half(), sources[0] + near]
     if kind == "alike":
         sources[2:] = [sources[1].clone() for _ in sources[2:]]
     elif kind == "ties":
@@ -160,6 +175,77 @@ def test_sce_selects_and_weighs_the_same_by_kernels_as_by_torch(compat, select_t
     assert found == found[:1] * len(found)
     assert found[0] == pytest.approx([least, *weights], rel=1e-12, abs=0)
     assert found[0][0] == least
+
+
+@pytest.mark.parametrize("codes", ["bbb", "fbef", "eeee", "bbfbfb"])
+def test_squares_of_each_variance_in_a_window_are_found_with_it(codes):
+    num, num_bins = CHUNK_ELEMENTS + 1001, 1 << 16
+    sources = draw(codes, num)
+    values_ME = values_of(sources, is_delta=True)
+    spread = variance(values_ME).numpy()
+    squares_ME = values_ME.double().square().numpy()
+    bits = spread.view(np.uint32).astype(np.int64)
+    low = int(np.sort(bits)[num * 3 // 5])
+    inside, above = (bits >= low) & (bits < low + num_bins), bits >= low + num_bins
+    expected = np.bincount(bits[inside] - low, minlength=num_bins + 1)
+    expected[-1] = above.sum()
+    pieces = [slice(0, CHUNK_ELEMENTS), slice(CHUNK_ELEMENTS, num)]
+    keys = [np.unique(spread[piece][inside[piece]]) for piece in pieces]
+    results = set()
+    for module in MODULES:
+        counts = np.zeros(num_bins + 1, np.uint64)
+        block = block_of(codes, sources, is_delta=True)
+        num_nonzero, squares, levels = module.variances(block, low, 0, counts)
+        results.add((num_nonzero, squares, levels))
+        assert num_nonzero == np.count_nonzero(spread)
+        assert np.array_equal(counts, expected)
+        found = np.frombuffer(levels).reshape(-1, len(codes))
+        assert len(found) == sum(map(len, keys))
+        sums_PM, of_pieces = np.frombuffer(squares).reshape(2, -1), np.split(found, [len(keys[0])])
+        for piece, sums, own in zip(pieces, sums_PM, of_pieces, strict=True):
+            assert sums == pytest.approx((squares_ME * above)[:, piece].sum(1), rel=1e-12)
+            for variance_, *of_level in own:
+                alike = spread[piece] == variance_
+                assert alike.any()
+                assert of_level == pytest.approx(squares_ME[:, piece][:, alike].sum(1), rel=1e-12)
+    assert len(results) == 1
+    assert module.variances(block, 0, 16, np.zeros((1 << 15) + 1, np.uint64))[1:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "kernels"),
+    [
+        ("drawn", None, ["variances"] * 2),
+        ("ties", None, ["variances"] * 2),
+        ("ties", 100, ["variances"] * 2 + ["squares"]),
+        ("near one another", None, ["variances"] * 2 + ["squares"]),
+        ("a fair sample", None, ["variances"] * 2),
+        ("a misleading sample", None, ["variances"] * 4),
+    ],
+)
+def test_sce_reads_once_more_where_a_window_has_too_many_variances(
+    kind, most, kernels, monkeypatch
+):
+    if most is not None:
+        monkeypatch.setattr("outliermerge.methods.statistics.spread._LISTED_BYTES", most)
+    sources = large_sources(kind)
+    parameters = {"select_topk": 0.3, "compat": "none"}
+    by_torch = measured(Spread(), parameters, sources, "fbef", None)
+    for module in MODULES:
+        called: list[str] = []
+        found = measured(Spread(), parameters, sources, "fbef", module, called)
+        assert called == kernels
+        assert found == pytest.approx(by_torch, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_models_weigh_the_same_where_one_has_what_is_not_finite(value):
+    sources = draw("fff", 3000)
+    sources[2][1027] = value
+    for module in [None, *MODULES]:
+        parameters = {"select_topk": 0.3, "compat": "none"}
+        _, *weights = measured(Spread(), parameters, sources, "fff", module)
+        assert weights == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("num_models", [1, 2, 3, 7])

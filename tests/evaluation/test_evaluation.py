@@ -317,6 +317,7 @@ def both(place: Path, warm: Path) -> tuple[Done, Done]:
         place,
         [place / "good", "--suite", suite, "--json"],
         place / "out_tasks",
+        warm,
         TEST_WAIT=str(place / "free"),
     )
     suite = _write_suite(place / "one.yaml", [_task("mmstar")])
@@ -421,11 +422,6 @@ def test_without_a_terminal_each_result_is_a_line(tasks_run):
     assert "good: Fixed 50.0 ± 33.3" in starts
     assert "good: No_Such_Task failed: LookupError: lmms-eval has no task of this name" in starts
     assert len(starts) == 10 and "\x1b" not in tasks_run.err and "\r" not in tasks_run.err
-
-
-def test_modules_in_the_data_folder_are_not_imported(tasks_run):
-    # It holds torch.py and datasets/, and is the working directory.
-    assert "shadowed" not in (tasks_run.output / "logs" / "good.log").read_text()
 
 
 def test_nothing_is_written_into_the_data_folder(tasks_run, place):
@@ -602,6 +598,11 @@ def test_ctrl_c_ends_the_command_and_its_worker(ended_runs):
     assert "failed" not in interrupted.err and "Traceback" not in interrupted.err
     tasks = Done(130, "", "", output).tasks("moved")
     assert "error" not in tasks.get("Waiting", {})
+
+
+def test_modules_in_the_data_folder_are_not_imported(ended_runs):
+    # It holds torch.py and datasets/, and is the working directory; this worker is no fork.
+    assert "shadowed" not in (ended_runs[2] / "logs" / "moved.log").read_text()
 
 
 # What is scored again, without lmms-eval: a worker that answers at once

@@ -115,6 +115,7 @@ METHODS: dict[str, dict[str, Any]] = {name: {} for name in TABLE} | {
     "task_arithmetic": {"weight": 0.3, "lambda": 0.9},
     "ties": {"density": 0.3, "weight": 0.7, "rescale": True},
     "passthrough": {"scale": 0.3},
+    "sce of some": {"select_topk": 0.2},
     "test_invariance:row_peak": {"share": 0.4},
     "test_invariance:row_scaled": {"weight": 0.7},
     "test_invariance:tensor_reversed": {"scale": 0.3},
@@ -188,6 +189,7 @@ def test_a_run_repeated_gives_the_same_files(large, tmp_path):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", SEVERAL)
 def test_shard_size_changes_no_tensor(method, tmp_path):
     base, models = family("llama", tmp_path, dtype=torch.bfloat16, shard_size="40KB")
@@ -291,6 +293,7 @@ def test_equal_models_are_not_copied_where_the_method_changes_them(tmp_path):
     assert result.manifest["tensors"]["w"]["action"] == "merge"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", SEVERAL)
 def test_tensors_equal_in_all_models_are_copied(method, tmp_path):
     base, models = family("mixtral", tmp_path, dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ import yaml
 from checkpoints import load_folder, save_tensors
 
 import outliermerge
+from outliermerge.cli.main import main
 from outliermerge.errors import ArgumentError, OutlierMergeError
 
 NUM_TENSORS = 6
@@ -107,3 +108,23 @@ def test_not_while_a_part_is_being_written(place: Path) -> None:
     options = outliermerge.RunOptions(executor=execute)
     outliermerge.run_part(outliermerge.plan(_spec(place)), output, 1, 2, options)
     assert said
+
+
+def test_parts_without_work_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "spec.yaml").write_text(yaml.safe_dump(_spec(place)))
+    spec, output = str(place / "spec.yaml"), str(place / "outputs" / "out")
+    why = "there are fewer tensors than parts or, in a store, fewer weight files. A smaller"
+    plan = ["plan", spec, "-o", output, "--no-load-check", "--parts"]
+    assert main([*plan, "7"]) == 0
+    assert f"Some parts have no tensors: {why}" in " ".join(capsys.readouterr().out.split())
+    assert main([*plan, "6"]) == 0
+    assert "Some parts have no tensors" not in " ".join(capsys.readouterr().out.split())
+    idle = []
+    for number in range(1, 8):
+        assert main(["run", spec, "-o", output, "--part", f"{number}/7"]) == 0
+        said = capsys.readouterr().out
+        assert ("0 of 0 tensors written" in said) == (why in said)
+        idle += [number] * (why in said)
+    assert len(idle) == 1
+    assert main(["join", spec, "-o", output]) == 0
+    _assert_merged(place)

@@ -18,6 +18,8 @@ from waiting import LIMIT_SECONDS
 
 import outliermerge
 from outliermerge.errors import OutlierMergeError
+from outliermerge.output.bucket_folder import BucketFolder
+from outliermerge.output.part_states import states_of_all
 
 pytest.importorskip("obstore")
 
@@ -191,3 +193,29 @@ def test_an_old_output_that_is_whole_is_replaced_only_when_asked(
     _run(spec_of(models, method), overwrite=True)
     local = files_of(Path(str(_run(spec_of(models, method), f"{tmp_path}/local").output)))
     assert server.objects(OUT) == local
+
+
+def test_parts_that_were_stopped_before_they_were_counted_are_none(
+    models: Path, server: BucketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a cluster's driver begins them, instead of looking for how many there are."""
+    plan = outliermerge.plan(spec_of(models), shard_size=SHARD_SIZE)
+    options = outliermerge.RunOptions().in_parts()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketFolder, "share", stop)
+        with pytest.raises(KeyboardInterrupt):
+            outliermerge.run_part(plan, ADDRESS, 1, 2)
+    assert server.objects(OUT).keys() == {".outliermerge/run.jsonl"}
+    assert states_of_all([(plan, ADDRESS)], options) == [None]
+    with pytest.raises(OutlierMergeError, match="not divided into parts"):
+        outliermerge.join(plan, ADDRESS)
+    for number in (1, 2):
+        assert outliermerge.run_part(plan, ADDRESS, number, 2) > 0
+    (states,) = states_of_all([(plan, ADDRESS)], options)
+    assert states is not None and all(state.is_whole for state in states)
+    outliermerge.join(plan, ADDRESS)
+    assert outliermerge.verify(ADDRESS) == []

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bucket_server import BucketServer
 from outputs_elsewhere import NAMES, bucket_served, files_of, save_layers, spec_of
+from waiting import LIMIT_SECONDS
 
 import outliermerge
 from outliermerge.cli.main import main
@@ -163,3 +168,72 @@ def test_names_that_no_address_can_have_are_refused(models: Path, server: Bucket
     with pytest.raises(ArgumentError, match="a web server takes no outputs"):
         outliermerge.sweep(spec_of(models), LAMBDAS, output="https://host/swept")
     assert not server.written
+
+
+KEEP = ["run", "--keep", "half", "-o", "s3://bucket/there"]
+COMMANDS = {
+    "a sweep": [["sweep", "--set", "lambda=0.5,1", "-o", ADDRESS]],
+    "a kept stage": [KEEP],
+    "parts and a kept stage": [
+        [*KEEP, "--part", "1/2"],
+        [*KEEP, "--part", "2/2"],
+        ["join", *KEEP[1:]],
+    ],
+}
+DRIVER = """
+import sys
+from outliermerge.cli.main import main
+from outliermerge.output import bucket_writer
+from outliermerge.storage import bucket
+bucket.PART_BYTES, bucket_writer.WINDOW_BYTES = 50_000, 100_000
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", COMMANDS)
+def test_commands_that_are_killed_again_and_again_go_on(
+    models: Path,
+    server: BucketServer,
+    tmp_path: Path,
+    what: str,
+    record_property: Callable[..., None],
+) -> None:
+    spec = spec_of(models) if what == "a sweep" else _staged(models)
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    draw, kills = random.Random(what), 0
+    for command, *words in COMMANDS[what]:
+        line = [command, str(tmp_path / "spec.json"), *words, "--shard-size", SHARD_SIZE, "-q"]
+        while True:
+            process: subprocess.Popen[bytes] | None = None
+            left = [draw.randrange(1, 40)]
+
+            def kill(name: str, part: int, left: list[int] = left) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    assert process is not None  # noqa: B023
+                    process.send_signal(signal.SIGKILL)  # noqa: B023
+                    process.wait()  # noqa: B023
+
+            server.on_write = kill
+            process = subprocess.Popen([sys.executable, "-c", DRIVER, *line])
+            if process.wait(LIMIT_SECONDS) == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+            kills += 1
+    server.on_write = lambda name, part: None
+    for address in {name.partition("/")[0] for name in server.objects()}:
+        local = tmp_path / "local" / address
+        if what == "a sweep":
+            continue
+        if not local.exists():
+            outliermerge.run(
+                spec, output=tmp_path / "local" / "there", shard_size=SHARD_SIZE, keep=["half"]
+            )
+        assert server.objects(f"{address}/") == files_of(local)
+    if what == "a sweep":
+        for variant in outliermerge.plan_sweep(spec, {"lambda": [0.5, 1]}, shard_size=SHARD_SIZE):
+            outliermerge.run(variant.plan, output=tmp_path / "local" / variant.name)
+        assert server.objects("swept/") == files_of(tmp_path / "local")
+    assert kills
+    record_property("points", kills)

@@ -93,6 +93,49 @@ def test_the_cited_means_are_those_of_the_cited_scores(rows):
         assert statistics.fmean(scores) == pytest.approx(mean + off, abs=digits * 1.01)
 
 
+def test_as_many_parameters_are_trained_as_in_table_2():
+    config = transformers.DebertaV2Config(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        position_buckets=256,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+    )
+    with torch.device("meta"):
+        model = transformers.DebertaV2ForSequenceClassification(config)
+    assert table2.adapt(model, "full", 1) == pytest.approx(184e6, rel=0.01)
+    matrices = table2._matrices(model.deberta)
+    assert f"{sum(min(each.weight.shape) for each in matrices):,}" == table2.PAPER["svdiff"][0]
+    assert str(table2.adapt(model, "noise", 1)) == table2.PAPER["noise"][0]
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("LLaMA-7B", {}),
+        (
+            "LLaMA3-8B",
+            {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
+        ),
+    ],
+)
+def test_as_many_parameters_are_trained_as_in_table_3(name, config, rank):
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    trained = sum(
+        rank * sum(module.weight.shape)
+        for where, module in model.named_modules()
+        if where.rpartition(".")[2] in table3.TARGETS
+    )
+    percent = 100 * trained / sum(p.numel() for p in model.parameters())
+    assert percent == pytest.approx(table3.PAPER[name, "lora", rank][0], abs=0.006)
+
+
 # Training.
 
 
@@ -170,7 +213,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, value):
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(runs.Diverged, match=r"at step 3 of 6 the loss is .*--rate than 0\.01"):
         train(Line(3, value), tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()

@@ -34,6 +34,7 @@ def _save(path: Path, kind: str, k: float) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 @pytest.mark.parametrize("task", STATES)
 @pytest.mark.parametrize("base", STATES)

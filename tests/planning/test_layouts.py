@@ -83,8 +83,11 @@ def test_the_conversion_of_experts_works_as_it_is_named(tmp_path):
     task.config.save_pretrained(tmp_path / "fused")
     fused = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     save_file(fused, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "fused" / "config.json").unlink()  # else the type is known, and needs no advice
+    (tmp_path / "apart" / "config.json").rename(tmp_path / "config.json")
     message = refusal(spec_of(tmp_path / "apart", tmp_path / "fused"))
     assert f"load {tmp_path / 'apart'} with transformers 5" in message
+    (tmp_path / "config.json").rename(tmp_path / "apart" / "config.json")
     again = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "apart")
     again.save_pretrained(tmp_path / "converted", save_original_format=False)
     spec = spec_of(tmp_path / "converted", tmp_path / "fused")

@@ -208,8 +208,7 @@ class TestFullDisk:
         trials.study._storage._backend.engine.pool._creator = full  # type: ignore[attr-defined]
         trials.study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
         with pytest.raises(OutlierMergeError, match=r"No space left on device.*bytes free"):
-            for _ in range(200):
-                running._trials.next(9999, make_sampler("random", 0, []))
+            running.failed("é" * 2000)
         trials.close()
 
 
@@ -255,18 +254,10 @@ class TestChangedInputs:
 
         assert identity("cuda:0") == identity("cuda:1") != identity("cpu")
 
-    @pytest.mark.parametrize(
-        ("changes", "said"),
-        [
-            ({"seed": "1"}, "seed"),
-            ({"questions": "9"}, "questions"),
-            ({"sampler": "random"}, "sampl"),
-        ],
-    )
-    def test_other_flags_are_another_search(self, changes, said, place, capsys):
-        assert cli(words()) == 0
-        flags = [word for key, value in changes.items() for word in (f"--{key}", value)]
-        assert said in self.refused(capsys, *words(), *flags)
+    def test_other_flags_are_another_search(self, place, capsys):
+        assert cli(words(trials=1)) == 0
+        for flag, value in (("seed", "1"), ("questions", "9"), ("sampler", "random")):
+            assert flag in self.refused(capsys, *words(), f"--{flag}", value)
 
 
 class TestGpus:
@@ -357,8 +348,8 @@ class TestScorers:
         ("suite", "said"),
         [
             ("scored:gives_others", "gave no score for 2 questions"),
-            ("scored:gives_no_task", "gave no score"),
             ("scored:exits", "failed: SystemExit"),
+            pytest.param("scored:gives_no_task", "gave no score", marks=pytest.mark.faults),
         ],
     )
     def test_trials_that_are_scored_wrongly_are_failed(self, suite, said, place, capsys):

@@ -82,7 +82,7 @@ class TestFunctions:
     suites = ("--suite", "scored:closeness", "--suite", "scored:two_tasks")
 
     def test_suites_count_alike_and_the_table_has_their_own_units(self, place, capsys):
-        found = searched(*self.suites, "--trials", "6")
+        found = searched(*self.suites, "--trials", "4")
         tasks = ["closeness/score", "two_tasks/one", "two_tasks/zero"]
         assert list(found["questions"]) == tasks
         assert found["objectives"] == ["closeness", "two_tasks"]
@@ -102,7 +102,7 @@ class TestFunctions:
         assert cli(["report", "out", "-o", "page.html"]) == 0
 
     def test_suites_are_objectives_of_nsga2(self, place):
-        found = searched(*self.suites, "--trials", "6", "--sampler", "nsga2")
+        found = searched(*self.suites, "--trials", "4", "--sampler", "nsga2")
         assert all(len(trial["values"]) == 2 for trial in found["trials"])
         assert found["front"]
         assert cli(["report", "out", "-o", "page.html"]) == 0

@@ -125,6 +125,7 @@ def test_faults_never_give_wrong_bytes(
     record_property("points", num_faults)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", ADDRESSES)
 @pytest.mark.parametrize("kind", PASSING)
 def test_what_passes_is_tried_again(made: Made, form: str, kind: str, tmp_path: Path) -> None:

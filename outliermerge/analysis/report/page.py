@@ -9,6 +9,7 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -54,8 +55,7 @@ def render_page(title: str, payload: Mapping[str, Any], *, kind: str = "Weights 
         "POLICY": policy,
         "STYLE": _resource("page.css"),
         "DATA": embedded_json(payload),
-        # Packed it is two fifths as large; the page unpacks it into the script that has this hash.
-        "PLOTLY": base64.b64encode(gzip.compress(scripts[0].encode(), 6, mtime=0)).decode(),
+        "PLOTLY": _packed(scripts[0]),
         "SCRIPT": scripts[1],
     }
     template = _resource("page.html")
@@ -72,6 +72,12 @@ def embedded_json(payload: Mapping[str, Any]) -> str:
     """
     text = json.dumps(payload, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c")
+
+
+@lru_cache(maxsize=1)  # packing it takes most of the time of a small page
+def _packed(script: str) -> str:
+    """Return plotly.js two fifths as large; the page unpacks it to the script of that hash."""
+    return base64.b64encode(gzip.compress(script.encode(), 6, mtime=0)).decode()
 
 
 def _hash(script: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
@@ -28,6 +29,8 @@ MAX_HEADER_BYTES = 100_000_000
 # have up to 64 axes.
 MAX_HEADER_VALUES, MAX_AXES = 4_000_000, 64
 PAGE_BYTES = 4096
+# A space before a colon, and a backslash at the end of a text.
+_UNUSUAL = re.compile(r'"\s+:|\\\\"')
 
 
 def read_header(path: Path) -> list[TensorMeta]:
@@ -102,7 +105,7 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
             f"{MAX_HEADER_VALUES:,} allowed: not a model's file. Fetch it again."
         )
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = _decoded(raw)
     except (ValueError, RecursionError) as error:
         raise OutlierMergeError(f"{path}: the header is not valid JSON: {error}") from error
     except _DuplicateKeyError as error:
@@ -115,7 +118,8 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
     ):
         raise OutlierMergeError(f"{path}: the header's __metadata__ is not an object of texts")
     data_start = 8 + header_length
-    metas = [_tensor(path, name, entry, data_start) for name, entry in header.items()]
+    known: dict[tuple[Any, ...], tuple[DType, tuple[int, ...], int]] = {}
+    metas = [_tensor(path, name, entry, data_start, known) for name, entry in header.items()]
     metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
     _check_contiguous(path, metas, data_start, num_file_bytes)
     return metas, metadata or {}
@@ -123,6 +127,28 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
 
 class _DuplicateKeyError(Exception):
     pass
+
+
+def _decoded(raw: bytes) -> Any:
+    """Return the value of a JSON text; no object in it names a key twice.
+
+    Raises:
+        ValueError, RecursionError: it is not valid.
+        _DuplicateKeyError: a key stands twice.
+    """
+    text = raw.decode("utf-8")
+    header = json.loads(text)
+    # Decoding takes much longer with a look at each object. Usually the colons behind quotes are
+    # as many as there are keys, so that none has been lost.
+    num_colons = text.count('":') - text.count('\\":')
+    is_usual = isinstance(header, dict) and not _UNUSUAL.search(text)
+    if not is_usual or num_colons != _num_keys(header):
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    return header
+
+
+def _num_keys(header: dict[str, Any]) -> int:
+    return len(header) + sum(len(entry) for entry in header.values() if type(entry) is dict)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,7 +164,34 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
+def _tensor(
+    path: Path,
+    name: str,
+    entry: object,
+    data_start: int,
+    known: dict[tuple[Any, ...], tuple[DType, tuple[int, ...], int]],
+) -> TensorMeta:
+    """Return a tensor of a header.
+
+    Args:
+        known: takes up dtypes, shapes and sizes that have been checked; most occur many times.
+    """
+    try:
+        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+        dtype, shape, num_bytes = known[entry["dtype"], shape]  # type: ignore[index]
+        is_plain = name.isascii() and len(name) <= MAX_TENSOR_NAME
+        if is_plain and type(start) is type(stop) is int and 0 <= start <= stop < 2**63:
+            if stop - start == num_bytes:
+                return TensorMeta(name, dtype, shape, path, data_start + start)
+    except (KeyError, TypeError, ValueError):
+        pass  # it is new, or wrong
+    meta = _checked(path, name, entry, data_start)
+    if all(type(size) is int for size in meta.shape):
+        known[meta.dtype.code, meta.shape] = meta.dtype, meta.shape, meta.num_bytes
+    return meta
+
+
+def _checked(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
     def fail(what: str) -> OutlierMergeError:
         return OutlierMergeError(f"{path}: tensor {quoted(name)}: {what}")
 
@@ -181,8 +234,8 @@ def _check_contiguous(
 ) -> None:
     position = data_start
     for meta in metas:
-        assert meta.offset is not None
         if meta.offset != position:
+            assert meta.offset is not None
             what = "overlaps the tensor before it" if meta.offset < position else "follows a hole"
             raise OutlierMergeError(
                 f"{path}: tensor {quoted(meta.name)} {what}: it starts at byte {meta.offset}, "

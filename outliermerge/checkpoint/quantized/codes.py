@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 
 from outliermerge.checkpoint.sources import TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
@@ -71,7 +71,8 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     }
     if not codes:
         return
-    by_place = _by_place(tensors)
+    wanted = {place for name in codes for place in (name, name.rpartition(".")[0])}
+    by_place = _by_place(tensors, wanted)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
         for other, part in _beside(name, by_place):
@@ -124,20 +125,32 @@ def _are_codes(meta: TensorMeta) -> bool:
     )
 
 
-def _by_place(tensors: Collection[str]) -> Mapping[str, list[str]]:
-    """Return names by their possible places: scales.a.b_c.d by a.b_c.d, scales.a.b_c and others.
+def _by_place(tensors: Collection[str], wanted: Container[str]) -> Mapping[str, list[str]]:
+    """Return names by those of their possible places that are wanted.
+
+    The places of scales.a.b_c.d are a.b_c.d, scales.a.b_c and others.
 
     These places are the module, its parent, beginnings of the name, and the name after a word for
     scales.
     """
     places: dict[str, list[str]] = defaultdict(list)
+    cuts_of: dict[str, list[int]] = {}  # names have few ends and heads
+    is_word: dict[str, bool] = {}
     for name in tensors:
         module = name.rpartition(".")[0]
         head, _, tail = name.partition(".")
-        cuts = [len(module) + cut.start() for cut in re.finditer("[._:/]", name[len(module) :])]
-        owners = {module, module.rpartition(".")[0], *(name[:cut] for cut in cuts)}
-        for owner in owners | ({tail} if _NAMED.search(head) else set()):
-            places[owner].append(name)
+        end = name[len(module) :]
+        if end not in cuts_of:
+            cuts_of[end] = [cut.start() for cut in re.finditer("[._:/]", end) if cut.start()]
+        if head not in is_word:
+            is_word[head] = _NAMED.search(head) is not None
+        owners = [module, module.rpartition(".")[0]]
+        owners += [name[: len(module) + cut] for cut in cuts_of[end]]
+        if is_word[head]:
+            owners.append(tail)
+        for owner in owners:
+            if owner in wanted:
+                places[owner].append(name)
     return places
 
 

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -207,7 +208,7 @@ def _read(model: QuantizedModel, model_type: object) -> Changes:
         if changes and name not in changes and meta.dtype.name in (*CODES, "uint8"):
             if meta.dtype.is_float or name.endswith(".weight"):
                 model.broken(name, f"quantised ({meta.dtype.name}), but its {scales} is missing")
-    left = [name for name in model.tensors if _COMPANIONS.search(name) and name not in changes]
+    left = [name for name in model.tensors if name not in changes and _COMPANIONS.search(name)]
     if left:
         what = f"is no part of a complete quantised weight ({method}). All such:"
         model.broken(left[0], f"{what}\n{listing(left)}")
@@ -268,9 +269,9 @@ def _compressed_tensors(model: QuantizedModel) -> Changes:
 def _scaled(model: QuantizedModel, blocks: Mapping[str, list[_Block]]) -> Changes:
     """Read weights with scales; `blocks` gives what a scale may cover, by the end of its name."""
     changes: Changes = {}
-    for name, weight in model.tensors.items():
+    for name in [name for name, meta in model.tensors.items() if meta.dtype.name in CODES]:
         end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
-        if end is not None and weight.dtype.name in CODES:
+        if end is not None:
             changes |= _scaled_weight(model, name, name + end, blocks[end])
     return changes
 
@@ -282,19 +283,7 @@ def _scaled_weight(
     zero_point = model.tensors.get(f"{name}_zero_point")
     if len(weight.shape) < 2 or not weight.num_elements:
         model.broken(name, f"has a scale, but is no matrix: its shape is {weight.shape}")
-    *stack, R, C = weight.shape
-    sizes = {(min(rows or R, R), min(columns or C, C)) for rows, columns in blocks}
-    # Stacked experts have a scale for each half, gate and up, even if one block covers both.
-    if stack and R % 2 == 0:
-        sizes |= {(R // 2, columns) for rows, columns in sizes if rows == R}
-    grids = {size: (*stack, -(-R // size[0]), -(-C // size[1])) for size in sizes}
-    # A last dimension of 1 may be left out, and the only scale of a tensor may have any shape.
-    fitting = [
-        size
-        for size, grid in grids.items()
-        if scale.shape in (grid, grid[:-1] if grid[-1] == 1 else grid)
-        or scale.num_elements == math.prod(grid) == 1
-    ]
+    fitting, grids = _fitting(weight.shape, scale.shape, tuple(blocks))
     if fitting and scale.dtype.name == "uint8":
         model.broken(
             scale_name,
@@ -318,6 +307,27 @@ def _scaled_weight(
     gone = [scale_name, f"{name}_zero_point", f"{name}_activation_scale"]
     gone += [stem + activation for activation in ACTIVATIONS]
     return {name: tensor, **{other: None for other in gone if other in model.tensors}}
+
+
+@lru_cache(maxsize=1024)
+def _fitting(
+    weight: tuple[int, ...], scale: tuple[int, ...], blocks: tuple[_Block, ...]
+) -> tuple[list[tuple[int, int]], dict[tuple[int, int], tuple[int, ...]]]:
+    """Return the sizes of blocks that shapes allow, and by size the shape that scales have."""
+    *stack, R, C = weight
+    sizes = {(min(rows or R, R), min(columns or C, C)) for rows, columns in blocks}
+    # Stacked experts have a scale for each half, gate and up, even if one block covers both.
+    if stack and R % 2 == 0:
+        sizes |= {(R // 2, columns) for rows, columns in sizes if rows == R}
+    grids = {size: (*stack, -(-R // size[0]), -(-C // size[1])) for size in sizes}
+    # A last dimension of 1 may be left out, and the only scale of a tensor may have any shape.
+    fitting = [
+        size
+        for size, grid in grids.items()
+        if scale in (grid, grid[:-1] if grid[-1] == 1 else grid)
+        or math.prod(scale) == math.prod(grid) == 1
+    ]
+    return fitting, grids
 
 
 def _bnb(model: QuantizedModel) -> Changes:

@@ -109,47 +109,67 @@ typedef struct {
     uint64_t num_above;
 } Histogram;
 
-#if defined(__AVX512F__)
-/* Count into bins that threads share: what is in the window is picked out first. */
-static void count_picked(const float *restrict row, size_t num, Histogram *into) {
-    uint32_t picked[STEP + 16];
-    const uint32_t width = into->bins.num_bins << into->bins.shift;
-    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE), one = _mm512_set1_epi32(1);
-    const __m512i low = _mm512_set1_epi32((int)into->bins.low), end = _mm512_set1_epi32((int)width);
-    __m512i num_above = _mm512_setzero_si512();
+/* List where magnitudes of a row are in the window, and count those above it. */
+static size_t pick(const float *restrict row, Bins bins, uint32_t *restrict picked,
+                   uint64_t *num_above, size_t num) {
     size_t num_picked = 0;
+#if defined(__AVX512F__)
+    const uint32_t width = bins.num_bins << bins.shift;
+    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE), one = _mm512_set1_epi32(1);
+    const __m512i low = _mm512_set1_epi32((int)bins.low), end = _mm512_set1_epi32((int)width);
+    __m512i above = _mm512_setzero_si512();
+    __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (size_t i = 0; i < num; i += 16) {
         __mmask16 valid = num - i >= 16 ? 0xFFFF : (__mmask16)((1u << (num - i)) - 1);
         __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, row + i), magnitude);
         __m512i offsets = _mm512_sub_epi32(bits, low);
         __mmask16 inside = _mm512_mask_cmplt_epu32_mask(valid, offsets, end);
         __mmask16 from_low = _mm512_mask_cmpge_epu32_mask(valid, bits, low);
-        num_above = _mm512_mask_add_epi32(num_above, from_low & (__mmask16)~inside, num_above, one);
-        _mm512_storeu_si512(picked + num_picked, _mm512_maskz_compress_epi32(inside, offsets));
+        above = _mm512_mask_add_epi32(above, from_low & (__mmask16)~inside, above, one);
+        _mm512_storeu_si512(picked + num_picked, _mm512_maskz_compress_epi32(inside, places));
+        places = _mm512_add_epi32(places, _mm512_set1_epi32(16));
         num_picked += (size_t)__builtin_popcount(inside);
     }
-    into->num_above += (uint32_t)_mm512_reduce_add_epi32(num_above);
-    uint64_t *counts = into->view.buf;
-    for (size_t i = 0; i < num_picked; i++)
-        __atomic_fetch_add(counts + (picked[i] >> into->bins.shift), 1, __ATOMIC_RELAXED);
-}
+    *num_above += (uint32_t)_mm512_reduce_add_epi32(above);
+#else
+    uint32_t offsets[STEP];
+    uint8_t inside[STEP];
+    if (num < STEP) memset(inside, 0, sizeof inside);
+    *num_above += find_bins(row, bins, offsets, inside, num);
+    for (size_t i = 0; i < num; i += 8) {
+        uint64_t left;
+        memcpy(&left, inside + i, 8);
+        for (; left != 0; left &= left - 1) /* each turn handles one set bit */
+            picked[num_picked++] = (uint32_t)i + (uint32_t)(__builtin_ctzll(left) >> 3);
+    }
 #endif
+    return num_picked;
+}
+
+INLINE uint32_t bin_of(Bins bins, float value) {
+    return ((bits_of(value) & MAGNITUDE) - bins.low) >> bins.shift;
+}
 
 static void count_row(const float *row, size_t num, Histogram *into) {
+    const Bins bins = into->bins;
 #if defined(__AVX512F__)
     if (into->own == NULL) {
-        count_picked(row, num, into);
+        uint32_t picked[STEP + 16];
+        uint64_t *counts = into->view.buf;
+        size_t num_picked = pick(row, bins, picked, &into->num_above, num);
+        for (size_t i = 0; i < num_picked; i++)
+            __atomic_fetch_add(counts + bin_of(bins, row[picked[i]]), 1, __ATOMIC_RELAXED);
         return;
     }
 #endif
     uint32_t offsets[STEP];
     uint8_t inside[STEP];
     if (num < STEP) memset(inside, 0, sizeof inside);
-    into->num_above += find_bins(row, into->bins, offsets, inside, num);
+    into->num_above += find_bins(row, bins, offsets, inside, num);
     if (into->own != NULL)
-        count_many(into->bins, offsets, inside, into->own, num);
+        count_many(bins, offsets, inside, into->own, num);
     else
-        count_few(into->bins, offsets, inside, into->view.buf, num);
+        count_few(bins, offsets, inside, into->view.buf, num);
 }
 
 static void finish_counts(Histogram *from) {

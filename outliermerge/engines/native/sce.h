@@ -39,13 +39,50 @@ static void keep_selected(float *restrict row, const float *restrict variances, 
     for (size_t i = 0; i < num; i++) row[i] *= variances[i] >= least ? 1.0f : 0.0f;
 }
 
+/* The variance of few values, with the operations of find_variances. */
+INLINE float variance_of(const float *values, size_t models) {
+    const float share = (float)(1.0 / (double)models);
+    float mean = values[0], sum = 0;
+    for (size_t model = 1; model < models; model++) mean += values[model];
+    mean *= share;
+    for (size_t model = 0; model < models; model++) {
+        float away = values[model] - mean;
+        sum = model ? sum + away * away : away * away;
+    }
+    return sum * share;
+}
+
+INLINE void load_few_varied(const Block *block, size_t start, size_t num,
+                            float *restrict variances, char code, size_t models) {
+    const Few few = few_of(block, start);
+    const float *restrict base = block->base;
+    float *restrict rows = block->rows;
+    for (size_t i = 0; i < num; i++) {
+        float values[3];
+        for (size_t model = 0; model < models; model++)
+            rows[model * ROW + i] = values[model] = load(code, few.from[model], i) - base[i];
+        variances[i] = variance_of(values, models);
+    }
+}
+
+/* Load the rows of all models, and find their variances. The row of means is overwritten. */
+static void load_varied(const Block *block, size_t start, size_t num, float *means,
+                        float *variances) {
+    RETURN_FOR_FEW(block, load_few_varied(block, start, num, variances, CODE, MODELS));
+    for (size_t model = 0; model < block->num_models; model++)
+        load_model(block, model, start, num);
+    find_variances(block, means, variances, num);
+}
+
 /* Load the rows of all models, and drop what is not selected. The two rows are overwritten. */
 static void load_selected(const Block *block, size_t start, size_t num, float least, float *means,
                           float *variances) {
-    for (size_t model = 0; model < block->num_models; model++)
-        load_model(block, model, start, num);
-    if (!(least > 0)) return;
-    find_variances(block, means, variances, num);
+    if (!(least > 0)) {
+        for (size_t model = 0; model < block->num_models; model++)
+            load_model(block, model, start, num);
+        return;
+    }
+    load_varied(block, start, num, means, variances);
     for (size_t model = 0; model < block->num_models; model++)
         keep_selected(block->rows + model * ROW, variances, least, num);
 }
@@ -60,19 +97,6 @@ static void add_weighted_agreeing(const float *restrict row, const float *restri
         out[i] = is_first ? agreeing * weight : out[i] + agreeing * weight;
         divisor[i] = is_first ? share : divisor[i] + share;
     }
-}
-
-/* The variance of few values, with the operations of find_variances. */
-INLINE float variance_of(const float *values, size_t models) {
-    const float share = (float)(1.0 / (double)models);
-    float mean = values[0], sum = 0;
-    for (size_t model = 1; model < models; model++) mean += values[model];
-    mean *= share;
-    for (size_t model = 0; model < models; model++) {
-        float away = values[model] - mean;
-        sum = model ? sum + away * away : away * away;
-    }
-    return sum * share;
 }
 
 INLINE void merge_few_sce(const Block *block, const Call *call, size_t start, size_t num,

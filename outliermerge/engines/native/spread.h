@@ -3,50 +3,111 @@
 #ifndef OUTLIERMERGE_SPREAD_H
 #define OUTLIERMERGE_SPREAD_H
 
-#include "measure.h"
+#include "levels.h"
 #include "sce.h"
 
+/* Sums of squares of each model in a piece; `memory` has room for 64 bytes more. */
+static Lanes *lanes_in(char *memory) {
+    return (Lanes *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+}
+
+/* Add squares of what is selected for its variance; the rows are overwritten. */
+static void add_selected(Lanes *squares, const Block *block, const float *variances, float from,
+                         size_t num) {
+    for (size_t model = 0; model < block->num_models; model++) {
+        float *row = block->rows + model * ROW;
+        keep_selected(row, variances, from, num);
+        add_squares(squares + model, row, num);
+    }
+}
+
+/* Write a piece's sums, and return where the next ones go. */
+static char *write_sums(const Lanes *squares, size_t models, char *out) {
+    for (size_t model = 0; model < models; model++, out += sizeof(double)) {
+        const double sum = sum_of(squares[model]);
+        memcpy(out, &sum, sizeof sum);
+    }
+    return out;
+}
+
+static PyObject *squares_of_pieces(const Block *block) {
+    size_t num_pieces = (block->num_elements + PIECE - 1) / PIECE;
+    return PyBytes_FromStringAndSize(NULL,
+                                     (Py_ssize_t)(num_pieces * block->num_models * sizeof(double)));
+}
+
 PyDoc_STRVAR(variances_doc,
-             "variances(block, low, shift, counts) -> int\n\n"
-             "Count the variances over models by their bits, as histogram counts magnitudes. Returns "
-             "how many are not 0.");
+             "variances(block, low, shift, counts) -> (num_nonzero, squares, levels)\n\n"
+             "Count the variances over models by their bits, as histogram counts magnitudes, and how "
+             "many are not 0. If shift is 0, squares are the sums that the function squares returns "
+             "for what lies above the window, and levels are each variance in the window of a piece "
+             "and the sums of squares there, float64 (levels, 1 + M), or None where a piece has too "
+             "many; else both are None.");
 
 static PyObject *py_variances(PyObject *module, PyObject *args) {
     Block block;
-    PyObject *low, *counts;
+    PyObject *low, *counts, *sums = NULL, *result = NULL;
     unsigned int shift;
     int failed = 0, error = 0;
     Histogram into = {0};
     if (!PyArg_ParseTuple(args, "O&OIO", take, &block, &low, &shift, &counts)) return NULL;
+    const size_t models = block.num_models;
     uint64_t num_nonzero = 0;
     int is_taken = block.num_elements <= UINT32_MAX && take_histogram(&into, counts, low, shift);
     if (!is_taken && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a block is too large");
-    if (is_taken) {
-        float *means = block.rows + block.num_models * ROW, *variances = means + ROW;
+    Levels *levels = NULL;
+    char *memory = NULL;
+    if (is_taken && shift == 0) {
+        sums = squares_of_pieces(&block);
+        levels = take_levels(&block);
+        memory = PyMem_RawMalloc(models * sizeof(Lanes) + 64);
+        if (levels == NULL || memory == NULL) PyErr_NoMemory();
+    }
+    if (!PyErr_Occurred()) {
+        const uint32_t end = into.bins.low + (into.bins.num_bins << shift);
+        const float above = end > INFINITE ? NAN : float_of(end); /* no value is above NaN */
+        float *means = block.rows + models * ROW, *variances = means + ROW;
+        char *out = sums ? PyBytes_AS_STRING(sums) : NULL;
+        Lanes *squares = lanes_in(memory);
         Py_BEGIN_ALLOW_THREADS;
         for (size_t start = 0; start < block.num_elements && !failed; start += PIECE) {
             size_t num = least(PIECE, block.num_elements - start);
             failed = !fetch(&block, start, num);
             error = errno;
+            if (levels) memset(squares, 0, models * sizeof *squares);
             for (size_t i = 0; i < num && !failed; i += STEP) {
                 size_t step = least(STEP, num - i);
                 load_base(&block, i, step);
-                for (size_t model = 0; model < block.num_models; model++)
-                    load_model(&block, model, i, step);
-                find_variances(&block, means, variances, step);
+                load_varied(&block, i, step, means, variances);
                 uint32_t nonzero = 0;
                 for (size_t k = 0; k < step; k++) nonzero += variances[k] != 0;
                 num_nonzero += nonzero;
-                count_row(variances, step, &into);
+                if (levels) {
+                    add_levels(levels, &block, variances, step, &into);
+                    add_selected(squares, &block, variances, above, step);
+                } else {
+                    count_row(variances, step, &into);
+                }
+            }
+            if (levels && !failed) {
+                finish_levels(levels, &into);
+                out = write_sums(squares, models, out);
             }
         }
         if (!failed) finish_counts(&into);
         Py_END_ALLOW_THREADS;
+        result = Py_BuildValue("(KOy#)", num_nonzero, sums ? sums : Py_None,
+                               levels && levels->fits ? (char *)levels->found : NULL,
+                               levels ? (Py_ssize_t)((char *)levels->end - (char *)levels->found) : 0);
+    }
+    if (is_taken) {
         PyBuffer_Release(&into.view);
         PyMem_RawFree(into.own);
     }
-    return finished(&block, is_taken ? PyLong_FromUnsignedLongLong(num_nonzero) : NULL, failed,
-                    error);
+    Py_XDECREF(sums);
+    free_levels(levels);
+    PyMem_RawFree(memory);
+    return finished(&block, result, failed, error);
 }
 
 PyDoc_STRVAR(squares_doc,
@@ -59,13 +120,11 @@ static PyObject *py_squares(PyObject *module, PyObject *args) {
     float from;
     int failed = 0, error = 0;
     if (!PyArg_ParseTuple(args, "O&f", take, &block, &from)) return NULL;
-    size_t models = block.num_models, num_pieces = (block.num_elements + PIECE - 1) / PIECE;
-    char *memory = PyMem_RawMalloc(models * sizeof(Moments) + 64);
-    Moments *moments = (Moments *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    PyObject *result = memory == NULL ? PyErr_NoMemory()
-                                      : PyBytes_FromStringAndSize(
-                                            NULL, (Py_ssize_t)(num_pieces * models * 8));
+    const size_t models = block.num_models;
+    char *memory = PyMem_RawMalloc(models * sizeof(Lanes) + 64);
+    PyObject *result = memory == NULL ? PyErr_NoMemory() : squares_of_pieces(&block);
     if (result != NULL) {
+        Lanes *squares = lanes_in(memory);
         char *out = PyBytes_AS_STRING(result);
         float *means = block.rows + models * ROW, *variances = means + ROW;
         Py_BEGIN_ALLOW_THREADS;
@@ -73,19 +132,15 @@ static PyObject *py_squares(PyObject *module, PyObject *args) {
             size_t num = least(PIECE, block.num_elements - start);
             failed = !fetch(&block, start, num);
             error = errno;
-            memset(moments, 0, models * sizeof *moments); /* so deviations are those from 0 */
+            memset(squares, 0, models * sizeof *squares);
             for (size_t i = 0; i < num && !failed; i += STEP) {
                 size_t step = least(STEP, num - i);
                 load_base(&block, i, step);
                 load_selected(&block, i, step, from, means, variances);
                 for (size_t model = 0; model < models; model++)
-                    add_moments(moments + model, block.rows + model * ROW, step);
+                    add_squares(squares + model, block.rows + model * ROW, step);
             }
-            for (size_t model = 0; model < models && !failed; model++) {
-                const double sum = sum_of(moments[model].squares);
-                memcpy(out, &sum, sizeof sum);
-                out += sizeof sum;
-            }
+            if (!failed) out = write_sums(squares, models, out);
         }
         Py_END_ALLOW_THREADS;
     }

@@ -5,8 +5,10 @@
 
 #include "convert.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 enum { WIDTH = 8 };
 #elif defined(__AVX2__)
 enum { WIDTH = 4 };
@@ -58,6 +60,19 @@ static void add_row(Lanes *into, const float *restrict row, size_t num) {
             sums.parts[part] += doubles_of(row + i + part * WIDTH);
     for (size_t lane = 0; i < num; i++, lane++)
         sums.parts[lane / WIDTH][lane % WIDTH] += row[i];
+    *into = sums;
+}
+
+static void add_squares(Lanes *into, const float *restrict row, size_t num) {
+    Lanes sums = *into;
+    size_t i = 0;
+    for (; i + LANES <= num; i += LANES)
+        for (int part = 0; part < VECTORS; part++) {
+            Doubles values = doubles_of(row + i + part * WIDTH);
+            sums.parts[part] += values * values;
+        }
+    for (size_t lane = 0; i < num; i++, lane++)
+        sums.parts[lane / WIDTH][lane % WIDTH] += (double)row[i] * (double)row[i];
     *into = sums;
 }
 

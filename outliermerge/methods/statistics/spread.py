@@ -39,6 +39,10 @@ def variance(block_ME: Tensor) -> Tensor:
     return total_E.mul_(share)
 
 
+_LISTED_BYTES = 32 << 20  # of a tensor; where more is found in a window, it is read once more
+_MOST_LEVELS = 2048  # that kernels list of a chunk
+
+
 @dataclass(frozen=True)
 class Spread:
     """The least variance that is kept, then each model's weight, shape (1 + M,).
@@ -54,7 +58,14 @@ class Spread:
     kernels: ClassVar = ("variances", "squares")
 
     def num_passes(self, parameters: Mapping[str, Any]) -> int:
-        return 2 if 0 < parameters["select_topk"] < 1 else 1
+        return 1
+
+    def held_bytes(self, num_models: int, num_elements: int, parameters: Mapping[str, Any]) -> int:
+        """Return the memory for what kernels list of the variances in a window, at most."""
+        if not 0 < parameters["select_topk"] < 1:
+            return 0
+        most = -(-num_elements // CHUNK_ELEMENTS) * _MOST_LEVELS * (1 + num_models) * 8
+        return min(most, _LISTED_BYTES)
 
     def start(
         self, num_models: int, num_elements: int, parameters: Mapping[str, Any]
@@ -68,7 +79,11 @@ class Spread:
 
 
 class _Variances(Select):
-    """Counts variances by their bits; the rank wanted follows from how many are not 0."""
+    """Counts variances by their bits; the rank wanted follows from how many are not 0.
+
+    Kernels also add up squares: of variances above those counted, and for each of those counted,
+    so that no other pass is needed to add up what is kept.
+    """
 
     kernel = "variances"
 
@@ -76,17 +91,27 @@ class _Variances(Select):
         super().__init__(search)
         self._num_models, self._share, self._least = num_models, share, least
         self._num_nonzero = 0
+        self._above: list[bytes] = []
+        self._levels: list[bytes] | None = []  # None where they are not known, or too many
+        self._num_bytes = 0
 
     def measure(self, block_ME: Tensor) -> Any:
         variance_E = variance(block_ME)
         super().measure(variance_E[None])
-        return int(variance_E.count_nonzero())
+        return int(variance_E.count_nonzero()), None, None
 
     def measure_raw(self, kernels: Any, block: RawBlock, **_: int) -> Any:
         return kernels.variances(block, self._lows[0], self._shift(), self._counts[0])
 
     def add(self, share: Any) -> None:
-        self._num_nonzero += share
+        num_nonzero, above, levels = share
+        self._num_nonzero += num_nonzero
+        self._num_bytes += len(levels or b"")
+        if levels is None or self._levels is None or self._num_bytes > _LISTED_BYTES:
+            self._levels = None
+            return
+        self._above.append(above)
+        self._levels.append(levels)
 
     def again(self, search: Search) -> Select:
         return _Variances(search, self._num_models, self._share, self._least)
@@ -97,9 +122,24 @@ class _Variances(Select):
             return _Squares(self._num_models, math.inf, self._least)
         self.search = replace(self.search, ranks=(max(1, rank),))
         found: Any = super().finish()
-        if isinstance(found, list):
-            return _Squares(self._num_models, found[0][0], self._least)
-        return found  # type: ignore[no-any-return]
+        if not isinstance(found, list):
+            return found  # type: ignore[no-any-return]
+        threshold = found[0][0]
+        if self._levels is None:
+            return _Squares(self._num_models, threshold, self._least)
+        return [threshold, *_weights(self._squares(threshold), self._least)]
+
+    def _squares(self, threshold: float) -> list[float]:
+        """Return the sums of squares of what is kept, (M,)."""
+        import numpy
+
+        assert self._levels is not None
+        levels = numpy.frombuffer(b"".join(self._levels)).reshape(-1, 1 + self._num_models)
+        kept = levels[levels[:, 0] >= threshold, 1:]
+        above = numpy.frombuffer(b"".join(self._above)).reshape(-1, self._num_models)
+        # Added up one after the other, and not as numpy likes: every machine gives the same bits.
+        inside = kept.cumsum(0)[-1:]
+        return [math.fsum(sums) for sums in zip(*above.tolist(), *inside.tolist(), strict=True)]
 
 
 class _Squares:
@@ -131,7 +171,12 @@ class _Squares:
 
     def finish(self) -> list[float]:
         squares = [math.fsum(values) for values in self._sums]
-        total = math.fsum(squares)
-        if not self._least < total < math.inf:  # infinite or NaN: a merge names whose value is
-            return [self._threshold, *([1 / len(squares)] * len(squares))]
-        return [self._threshold, *(square / total for square in squares)]
+        return [self._threshold, *_weights(squares, self._least)]
+
+
+def _weights(squares: list[float], least: float) -> list[float]:
+    """Return each model's share in sums of squares."""
+    total = math.fsum(squares)
+    if not least < total < math.inf:  # infinite or NaN: a merge names whose value is
+        return [1 / len(squares)] * len(squares)
+    return [square / total for square in squares]
