@@ -8,7 +8,7 @@ from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.hub import resolve
 from outliermerge.checkpoint.measured import Statistics
 from outliermerge.checkpoint.sources import Source
-from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.models import ModelSpec
@@ -82,7 +82,7 @@ class Auxiliaries:
                         f"a floating-point tensor {list(wanted)}, as {has}"
                     )
                 found.append(source)
-        if lacking := [name for name in self._names if name not in method.auxiliary]:
+        if lacking := self.lacking(tensor, holders):
             self._lacking.setdefault(" and ".join(lacking), []).append(tensor)
         return tuple(found)
 
@@ -99,4 +99,4 @@ class Auxiliaries:
 def _opened(model: ModelSpec, name: str) -> Mapping[str, Source]:
     if name in model.auxiliary:
         return open_checkpoint(resolve(model.auxiliary[name])).tensors
-    return Statistics(resolve(model.statistics)).tensors(name)
+    return Statistics(as_path(model.statistics)).tensors(name)

@@ -142,8 +142,6 @@ def _refuse_absent(spec: MergeSpec) -> None:
         at = model.path if model is spec.base else (*model.path, "model")
         named.append((at, model.reference))
         named += [((*model.path, "auxiliary", k), path) for k, path in model.auxiliary.items()]
-        if model.statistics:
-            named.append(((*model.path, "statistics"), model.statistics))
     if spec.tokenizer is not None and spec.tokenizer.is_outside:
         named.append((spec.tokenizer.path, spec.tokenizer.source))
     refuse_absent_models(spec.source, named, stages=spec.stages)

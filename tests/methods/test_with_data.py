@@ -302,6 +302,9 @@ def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
     assert "holds no gram, only fisher: measure" in refused(fisher=grams)
     broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"] * torch.nan}
     assert "layers.0.q.weight has values that are infinite or NaN" in refused(gram=broken)
+    spec["models"][1]["statistics"] = "statistics/none"
+    with pytest.raises(OutlierMergeError, match=r"statistics/none: no such folder, expected stat"):
+        outliermerge.plan(spec)
     spec["models"][1]["statistics"] = str(place / "m1")
     with pytest.raises(OutlierMergeError, match=r"no statistics\.json in it"):
         outliermerge.plan(spec)
