@@ -27,7 +27,7 @@ PAGES = {
     ROOT / "SECURITY.md": DOCS / "security.md",
     **{
         ROOT / "evals" / name / "README.md": DOCS / "studies" / f"{name}.md"
-        for name in ("family", "weights", "peft")
+        for name in ("family", "evidence", "weights", "peft")
     },
 }
 
