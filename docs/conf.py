@@ -56,7 +56,8 @@ def insert_reference(app: Any, name: str, source: list[str]) -> None:
 
 def of_included(app: Any, path: Path, page: str, content: list[str]) -> None:
     """Do the same for the links of a file that a page takes in."""
-    content[0] = within_site(content[0], DOCS / path, DOCS / page)
+    # `page` has no folder here (myst_parser 5.2).
+    content[0] = within_site(content[0], DOCS / path, DOCS / app.env.docname)
 
 
 def within_site(text: str, file: Path, page: Path) -> str:
