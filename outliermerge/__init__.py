@@ -159,7 +159,7 @@ _HOMES = {
 
 _COMMANDS = {
     "completion": "", "configs": "", "convert_config": "", "eval": "",
-    "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
+    "fit": "", "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",
 }  # fmt: skip
