@@ -158,8 +158,8 @@ _HOMES = {
 
 
 _COMMANDS = {
-    "completion": "", "configs": "", "convert_config": "", "eval": "",
-    "fit": "", "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
+    "completion": "", "configs": "", "convert_config": "", "eval": "", "fit": "",
+    "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",
 }  # fmt: skip
