@@ -158,7 +158,7 @@ _HOMES = {
 
 
 _COMMANDS = {
-    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "completion": "", "configs": "", "convert_config": "", "eval": "", "fit": "",
     "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",

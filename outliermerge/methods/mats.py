@@ -94,7 +94,7 @@ def mats(
 ) -> Tensor:
     """MaTS with Gram matrices: RegMean's system, iterated from the mean.
 
-    Conjugate gradients for W*(Σ wᵢGᵢ) = Σ wᵢWᵢGᵢ, in float64; the matrix is one vector.
+    W* = (Σ wᵢWᵢGᵢ)(Σ wᵢGᵢ)⁻¹ by conjugate gradients, in float64; the matrix is one vector.
 
     Few iterations leave the weights near the start where inputs are rare. Gᵢ as in regmean, whole.
     The published code can start from the base model, too, which is not here. What has no Gram
@@ -144,7 +144,7 @@ def mats_fisher(
 ) -> Tensor:
     """MaTS with diagonal Fisher information: Fisher averaging, iterated from the mean.
 
-    Conjugate gradients for (Σ wᵢFᵢ)W* = Σ wᵢFᵢWᵢ, in float64; a tensor is one vector.
+    W* = Σ wᵢFᵢWᵢ / Σ wᵢFᵢ by conjugate gradients, in float64; a tensor is one vector.
 
     As `fisher`, but weights of which the data say little stay near the start, the more the fewer
     the iterations. The published code can start from the base model, too, which is not here. What
