@@ -88,6 +88,7 @@ def _expert(at: str, models: Path, output: str) -> None:
 READING = [_model, _base_of_an_adapter, _tokenizer, _tokens_of_a_row, _donor, _expert]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("read", READING)
 @pytest.mark.parametrize("below", ["", "/deeper", "/.."])
 def test_an_output_in_a_store_replaces_nothing_that_is_read(
