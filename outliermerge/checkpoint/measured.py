@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.folders.folder import open_checkpoint
-from outliermerge.checkpoint.sources import DType, Reading, Sized, Source, TensorMeta
+from outliermerge.checkpoint.sources import OfSource, Reading, Source
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.storage.files import load_json
 
@@ -22,7 +22,7 @@ KINDS = ("gram", "fisher", "mean")
 
 
 @dataclass(frozen=True)
-class MeasuredTensor(Sized):
+class MeasuredTensor(OfSource):
     """A statistic of a tensor. A Source.
 
     Attributes:
@@ -36,24 +36,8 @@ class MeasuredTensor(Sized):
     of_checksum: str
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
-
-    @property
-    def out_dtype(self) -> DType:
-        return self.source.out_dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return self.source.stored
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop, in `dtype`."""

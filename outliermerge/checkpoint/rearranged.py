@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.sources import DType, Reading, Sized, Source, TensorMeta
+from outliermerge.checkpoint.sources import DType, OfSource, Reading, Sized, Source, TensorMeta
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,7 +93,7 @@ class Joined(Sized):
 
 
 @dataclass(frozen=True)
-class Cut(Sized):
+class Cut(OfSource):
     """Columns of a tensor (outer, …). A Source.
 
     Attributes:
@@ -105,22 +105,6 @@ class Cut(Sized):
     start: int
     stop: int
     shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
-
-    @property
-    def out_dtype(self) -> DType:
-        return self.source.out_dtype
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return self.source.stored
 
     @property
     def row(self) -> int:
@@ -146,7 +130,7 @@ class Cut(Sized):
 
 
 @dataclass(frozen=True)
-class Swapped(Sized):
+class Swapped(OfSource):
     """A tensor (outer, a, b, inner) as (outer, b, a, inner). A Source."""
 
     source: Source
@@ -154,22 +138,6 @@ class Swapped(Sized):
     a: int
     b: int
     shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
-
-    @property
-    def out_dtype(self) -> DType:
-        return self.source.out_dtype
-
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return self.source.stored
 
     @property
     def inner(self) -> int:

@@ -138,6 +138,32 @@ class Sized:
         return self.num_elements * self.dtype.num_bytes
 
 
+class OfSource(Sized):
+    """What is made of one source, whose name and dtypes it has."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+
+        @property
+        def source(self) -> Source: ...
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def out_dtype(self) -> DType:
+        return self.source.out_dtype
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.source.stored
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMeta(Sized):
     """One stored tensor: its name, type and shape, and where its bytes are. A Source.
