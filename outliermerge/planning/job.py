@@ -15,7 +15,7 @@ from outliermerge.display import short_repr
 from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import is_measured_by
-from outliermerge.methods.table import find_method, method_named
+from outliermerge.methods.table import method_named
 from outliermerge.methods.task import Task
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
@@ -280,7 +280,7 @@ class Job:
     @property
     def prepared(self) -> tuple[Source, ...]:
         """The auxiliary tensors that are read whole, once."""
-        method = find_method(self.method)
+        method = method_named(self.method)
         if not method.prepared:
             return ()
         num_models = len(self.auxiliary) // len(method.auxiliary)
