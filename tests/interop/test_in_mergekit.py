@@ -73,6 +73,7 @@ def run_mergekit(document: dict[str, Any], folder: Path) -> int:
 
 
 @every_method
+@pytest.mark.sampled(3)
 def test_mergekit_writes_what_a_run_writes(name, llamas, tmp_path):
     base, models = llamas[0] if with_base(name) else None, models_of(name, llamas[1])
     parameters = PARAMETERS.get(name, {})
