@@ -61,6 +61,7 @@ VARIANTS = {
     "min_sigma_elect": {"conflict": "elect"},
 }
 SPACES |= {name: SPACES["min_sigma"] for name in VARIANTS}
+LEFT_OUT = ("wudi",)  # its 300 steps for each merge are hours; swudi and aswudi solve the same
 WITHOUT_BASE = ("linear", "karcher")  # a base would be one of the models, or only give the names
 PAIRS = ("slerp", "nearswap", "arcee_fusion")
 

@@ -141,7 +141,7 @@ def test_names_of_mergekit_stay_mergekits():
     }
     not_mergekits = {
         "min_sigma", "aswudi", "consensus_ta", "iso_c", "iso_cts", "metagpt", "pcb", "resmerge",
-        "swudi", "tsv_m",
+        "swudi", "tsv_m", "wudi",
     }  # fmt: skip
     assert ours == not_mergekits | {f"outliermerge_{name}" for name in METHODS}
 
