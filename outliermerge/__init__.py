@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         transplant,
         verify,
     )
+    from outliermerge.calibration.library import fit, measure
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
@@ -86,9 +87,11 @@ __all__ = [
     "estimate",
     "find_method",
     "fingerprint_distance",
+    "fit",
     "join",
     "layer_spectra",
     "load_spec",
+    "measure",
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
@@ -136,9 +139,11 @@ _HOMES = {
     "estimate": "api",
     "find_method": "methods.table",
     "fingerprint_distance": "analysis.spectra_fingerprint",
+    "fit": "calibration.library",
     "join": "output.parts",
     "layer_spectra": "analysis.spectra",
     "load_spec": "spec.check",
+    "measure": "calibration.library",
     "merge_method": "methods.contract",
     "merge_state_dicts": "tensors",
     "merge_tensors": "tensors",
@@ -158,8 +163,8 @@ _HOMES = {
 
 
 _COMMANDS = {
-    "completion": "", "configs": "", "convert_config": "", "eval": "", "fit": "",
-    "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
+    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",
 }  # fmt: skip
