@@ -82,6 +82,7 @@ _KINDS: dict[str, _Kind] = {
             "kernels",
             "overwrite",
             "fresh",
+            "by_layer",
             "allow_non_finite",
             "load_check",
             "load",

@@ -9,6 +9,7 @@ from typing import Any
 from outliermerge.arguments import checked, nothing
 from outliermerge.calibration import fit as fitting
 from outliermerge.calibration import measure as measuring
+from outliermerge.calibration.by_layer import fits_whole, measure_by_layer
 from outliermerge.calibration.data import Sample, read_samples
 from outliermerge.calibration.fit import By, Fitted
 from outliermerge.calibration.measure import remove_unfinished
@@ -38,6 +39,7 @@ def measure(
     save_every: int = 50,
     seed: int = 0,
     device: str = "cpu",
+    by_layer: bool = False,
     fresh: bool = False,
     on_progress: Callable[[int, int], None] = nothing,
 ) -> dict[Path, Mapping[str, Any]]:
@@ -60,6 +62,8 @@ def measure(
         save_every: how many samples are lost at most if it is killed.
         seed: of labels that are drawn.
         device: what runs the model: "cpu", "cuda" or "cuda:N".
+        by_layer: have one layer in memory at a time, for `gram` and `mean`; so is a model measured
+            that does not fit in memory.
         fresh: start over instead of going on with a killed run.
         on_progress: called with the samples done, of all passes, and how many there are.
 
@@ -92,6 +96,17 @@ def measure(
     folder = as_path(str(output or f"{Path(str(model).rstrip('/')).name}-statistics"))
     if fresh:
         remove_unfinished(folder)
+    if by_layer or not fits_whole(str(model), chosen):
+        manifest = measure_by_layer(
+            str(model),
+            given[0],
+            output=folder,
+            wanted=measuring.Wanted(kinds, fisher, max_tokens, seed),
+            device=chosen,
+            data=names[0],
+            on_progress=on_progress,
+        )
+        return {folder: manifest}
     manifest = measuring.measure(
         load(str(model), device=chosen, what="measure"),
         given[0],

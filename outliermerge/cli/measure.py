@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", help="what runs the model: cpu (default), cuda or cuda:N"
     )
     parser.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="have one layer in memory at a time, and all samples between two layers; for gram and "
+        "mean; so is a model measured that does not fit in memory",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="start over instead of going on with a killed run"
     )
     add_json(parser)
@@ -107,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
             save_every=options.save_every,
             seed=options.seed,
             device=options.device,
+            by_layer=options.by_layer,
             fresh=options.fresh,
             on_progress=lambda done, total: bar.update(
                 task, description="samples of all passes", completed=done, total=total
