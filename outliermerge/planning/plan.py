@@ -124,7 +124,7 @@ class Plan:
     @property
     def is_one_file(self) -> bool:
         """Whether the output is a single file, as the reference is."""
-        return self.inputs[0].checkpoint.root.is_file()
+        return self.inputs[0].is_one_file
 
     @property
     def auxiliary_files(self) -> dict[Path, FileStamp | None]:

@@ -17,6 +17,7 @@ from outliermerge.checkpoint.quantized.bitsandbytes import bitsandbytes
 from outliermerge.checkpoint.quantized.blocks import fp8
 from outliermerge.checkpoint.quantized.codes import are_plain, refuse_codes
 from outliermerge.checkpoint.quantized.compressed import compressed_tensors
+from outliermerge.checkpoint.quantized.gguf import SUFFIX, from_gguf
 from outliermerge.checkpoint.quantized.gptq import awq, gptq
 from outliermerge.checkpoint.quantized.model import CODES, TAKE_ORIGINAL, Changes, QuantizedModel
 from outliermerge.checkpoint.quantized.mxfp4 import mxfp4
@@ -72,6 +73,8 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         OutlierMergeError: the method or layout is not supported, or tensors are missing, left over,
             or of a wrong shape.
     """
+    if checkpoint.root.suffix == SUFFIX:
+        return from_gguf(checkpoint)
     changes: Changes = {}
     renamed: dict[str, str] = {}
     notes: list[str] = []
