@@ -14,6 +14,7 @@ from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.folders.folder import open_checkpoint, refuse_unfinished
 from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
+from outliermerge.checkpoint.quantized.gguf import SUFFIX, gguf_home
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
@@ -230,7 +231,8 @@ def open_model(
     if root.is_dir() and is_adapter(root):
         return _open_adapter(reference, root, rename, role, base, None, unties, stages)
     checkpoint = dequantize(open_checkpoint(root))
-    return _renamed(Input(reference, role, checkpoint, home=root), rename)
+    home = gguf_home(root) if root.suffix == SUFFIX and root.is_file() else root
+    return _renamed(Input(reference, role, checkpoint, home=home), rename)
 
 
 def split_reference(reference: str) -> tuple[str, str]:
