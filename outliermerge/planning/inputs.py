@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
 from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.folders.folder import open_checkpoint, refuse_unfinished
@@ -18,6 +17,7 @@ from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.adapted_layout import open_over
 from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.one_layout import in_one_layout
 from outliermerge.planning.owners import kind_of
@@ -297,9 +297,7 @@ def _open_adapter(
         return rename(name) if is_over_base else name
 
     try:
-        adapted = open_adapter(
-            folder, under.checkpoint, target, lambda head: tied_heads(under, [head]).get(head)
-        )
+        adapted = open_over(folder, under, target, lambda head: tied_heads(under, [head]).get(head))
     except OutlierMergeError as error:
         best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
         if best is None or "`rename`" not in str(error):

@@ -470,13 +470,27 @@ def test_an_expert_is_adapted_by_its_own_name(tmp_path):
     _assert_same(found, expected)
 
 
-def test_fused_experts_of_transformers_5_are_refused(tmp_path):
+PACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one by one", "packed"])
+@pytest.mark.parametrize("targets", [PACKED, PACKED[1:]], ids=["both", "one"])
+def test_packed_experts_are_adapted_in_either_layout_of_the_base(targets, packed, tmp_path):
+    """Mixtral's files have each expert by itself, and its class all of them in one tensor."""
     save_model("mixtral", tmp_path / "base", dtype=torch.float32)
-    _adapt(tmp_path / "base", tmp_path / "adapter", target_modules=None,
-           target_parameters=["mlp.experts.gate_up_proj"])  # fmt: skip
-    with pytest.raises(OutlierMergeError) as caught:
-        outliermerge.plan(_spec(tmp_path / "base", tmp_path / "adapter"))
-    assert "  target_parameters: ['mlp.experts.gate_up_proj']\nMerge it with" in str(caught.value)
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if packed:
+        model.save_pretrained(tmp_path / "base", save_original_format=False)
+    # With another layer that is adapted, where experts are its neighbours.
+    _adapt(tmp_path / "base", tmp_path / "adapter", target_parameters=targets)
+    reference = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    reference.save_pretrained(tmp_path / "merged", save_original_format=not packed)
+    found = _run(_spec(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out")
+    expected, before = load_folder(tmp_path / "merged"), load_folder(tmp_path / "base")
+    _assert_same(found, expected)
+    changed = [name for name in found if not torch.equal(found[name], before[name])]
+    assert len(changed) > len(PACKED) and all("expert" in n or "q_proj" in n for n in changed)
 
 
 # Tied embeddings.
