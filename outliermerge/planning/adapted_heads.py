@@ -49,7 +49,7 @@ def settle_heads(
     """Decide for each head that a base ties whether it stays tied under an adapter.
 
     Args:
-        folder: the adapter's folder.
+        folder: the adapter's folder, or its only file.
         under: the adapter's base.
         adapted: the base's tensors as the adapter changes them.
         unties: the output has a head of its own, which can take the trained head.
@@ -58,7 +58,7 @@ def settle_heads(
         OutlierMergeError: head and embeddings become different tensors, and the name of one of them
             cannot be determined.
     """
-    config = read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME) if folder.is_dir() else {}
     _refuse_unnamed(folder, config, under, adapted)
     settling = _Settling(config, under, dict(adapted.tensors), unties)
     for head, original in tied_heads(under, filter(is_head, adapted.tensors)).items():

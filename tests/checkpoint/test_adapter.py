@@ -438,14 +438,14 @@ def test_what_stands_behind_a_plus_must_be_an_adapter(two):
         "base_model": str(two["base"]),
         "models": [{"model": f"{two['base']}+{two['merged1']}"}],
     }
-    with pytest.raises(OutlierMergeError, match=r"stands after a `\+` but is not a PEFT adapter"):
+    with pytest.raises(OutlierMergeError, match=r"stands after a `\+` but is not an adapter"):
         outliermerge.plan(spec)
 
 
 def test_an_adapter_that_names_no_base_is_refused(two, tmp_path):
     adapter = _copy(two["adapter1"], tmp_path / "adapter", base_model_name_or_path=None)
     spec = {"merge_method": "passthrough", "models": [{"model": str(adapter)}]}
-    with pytest.raises(OutlierMergeError, match="a PEFT adapter that names no base"):
+    with pytest.raises(OutlierMergeError, match="an adapter that names no base"):
         outliermerge.plan(spec)
 
 

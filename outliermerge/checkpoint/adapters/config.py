@@ -135,6 +135,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not config:
         raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is not enough to compute the weights, by its config.
+
+    Args:
+        path: the file that holds the config, for errors.
+    """
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind in _NEVER_MERGED:
         raise OutlierMergeError(
@@ -179,7 +189,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             + listing(f"{shown(key)}: {quoted(config[key])}" for key in unknown)
             + f"\n{advice}"
         )
-    return config
 
 
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:
