@@ -709,16 +709,53 @@ def test_an_adapter_beside_a_whole_model_is_taken(home, tmp_path):
     _assert_same(found, load_folder(home / "one-merged"))
 
 
-def test_weights_of_llava_beside_its_adapter_are_not_lost_in_silence(home, tmp_path):
-    """LLaVA's own LoRA training saves its trained projector as non_lora_trainables.bin."""
+BESIDE = "non_lora_trainables.bin"
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "", "model."])
+@pytest.mark.parametrize("file", [BESIDE, "non_lora_state_dict.bin"])
+def test_what_llava_trains_beside_its_adapter_is_read(file, start, home, tmp_path):
+    """By the rules of LLaVA's load_pretrained_model."""
     adapter = _copy(home / "one", tmp_path / "adapter")
-    projector = {"base_model.model.model.mm_projector.0.weight": torch.ones(4, 4)}
-    torch.save(projector, adapter / "non_lora_trainables.bin")
-    try:
-        notes = outliermerge.plan(_spec(home / "base", adapter)).notes
-    except OutlierMergeError as error:
-        notes = (str(error),)
-    assert "non_lora_trainables.bin" in "\n".join(notes)
+    norm, head = torch.rand(32), torch.rand(80, 32)
+    trained = {f"{start}model.norm.weight": norm}
+    trained |= {"base_model.model.lm_head.weight": head} if start else {}
+    torch.save(trained, adapter / file)
+    spec = _spec(home / "base", adapter)
+    expected = load_folder(home / "one-merged") | {"model.norm.weight": norm}
+    expected |= {"lm_head.weight": head} if start else {}
+    _assert_same(_run(spec, tmp_path / "out"), expected)
+    notes = "\n".join(outliermerge.plan(spec).notes)
+    assert f"{len(trained)} tensors stored whole" in notes and "left out" not in notes
+
+
+class _Command:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+def _beside(adapter: Path, content: Any, message: str, spec: dict[str, Any]) -> None:
+    torch.save(content, adapter / BESIDE)
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.plan(spec)
+    assert BESIDE in str(caught.value) and message in str(caught.value)
+
+
+def test_what_does_not_fit_beside_an_adapter_is_refused(home, tmp_path):
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    spec, prefix = _spec(home / "base", adapter), "base_model.model.model."
+    projector = f"{prefix}mm_projector.0.weight"
+    _beside(adapter, {projector: torch.ones(4, 4)}, "what was trained beside the LoRA", spec)
+    both = {projector: torch.ones(4, 4), f"{prefix}norm.weight": torch.ones(32)}
+    _beside(adapter, both, "take a base that has it", spec)
+    _beside(adapter, {f"{prefix}norm.weight": torch.ones(0)}, "are empty", spec)
+    _beside(adapter, {f"{prefix}norm.weight": _Command()}, "system", spec)
+    factor = f"{prefix}layers.0.self_attn.q_proj.lora_A.weight"
+    _beside(adapter, both | {factor: torch.ones(4, 32)}, "is of an adapter", spec)
+    (adapter / BESIDE).unlink()
+    (adapter / BESIDE).symlink_to("/etc/passwd")
+    with pytest.raises(OutlierMergeError, match=BESIDE):
+        outliermerge.plan(spec)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["the base itself", "inside the base"])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from outliermerge.checkpoint.adapters.config import (
+    BESIDE_NAMES,
     CONFIG_NAME,
     FILE_NAMES,
     SCALED_LORA,
@@ -105,7 +106,6 @@ class _Adapter:
         if not metas:
             raise self.refuse("holds no tensors. Save the adapter again.")
         refuse_ungathered(metas)
-        self.other_files, self.notes = beside_adapter(self.file, FILE_NAMES, metas)
         self.modules: dict[str, LayerParts] = {}
         self.whole: dict[str, TensorMeta] = {}
         for meta in metas:
@@ -124,6 +124,9 @@ class _Adapter:
                 raise self.refuse(f"tensor {meta.name!r} is of no known kind")
             elif ".original_module." not in name:  # the same as in the base
                 self._add_whole(WRAPPED.sub(".", name), meta)
+        beside = [folder / name for name in BESIDE_NAMES if is_there(folder / name)]
+        self.files = [self.file, *filter(self._adds_trained, beside)]
+        self.other_files, self.notes = beside_adapter(self.files, FILE_NAMES, metas)
         self.context = Context(self.file, self.config, self.patterns, self.base, self.rename)
         self.packed = PackedLayers(self.context, self.modules)
         self._check_names()
@@ -143,16 +146,39 @@ class _Adapter:
         if other is not meta and ".modules_to_save." not in other.name + meta.name:
             raise self.refuse(f"{other.name!r} and {meta.name!r} are the same tensor of the base")
 
+    def _adds_trained(self, file: Path) -> bool:
+        """Add what LLaVA's trainer saved of other weights, such as the projector, by its rules.
+
+        Returns:
+            Whether it is read: where the base has none of it, it is for another kind of model.
+        """
+        check_file(file, self.folder)
+        metas, _, _ = read_file(file)
+        refuse_ungathered(metas)
+        starts = ("model." if m.name.startswith("model.model.") else PREFIX for m in metas)
+        names = [
+            (WRAPPED.sub(".", meta.name.removeprefix(start)), meta)
+            for meta, start in zip(metas, starts, strict=True)
+        ]
+        if not any(self.rename(name) in self.base.tensors for name, _ in names):
+            return False
+        for name, meta in names:
+            if FACTOR.search(name):
+                raise OutlierMergeError(f"{file}: tensor {meta.name!r} is of an adapter")
+            self._add_whole(name, meta)
+        return True
+
     def _check_names(self) -> None:
         unknown = [
-            meta.name
+            f"{meta.name} ({meta.path.name})" if meta.path != self.file else meta.name
             for name, meta in self.whole.items()
             if self.rename(name) not in self.base.tensors and not is_saved_whole(self.config, name)
         ]
         if unknown:
             raise self.refuse(
                 f"it holds tensors that are neither LoRA's nor the base's:\n{listing(unknown)}\n"
-                "If the base names them otherwise, `rename` on this model maps the names."
+                "If the base names them otherwise, `rename` on this model maps the names; if it "
+                "lacks a part that was trained (a projector), take a base that has it."
             )
         origin: dict[str, str] = {}
         for name in dict.fromkeys(self._changed_names()):
@@ -174,7 +200,7 @@ class _Adapter:
             self.base,
             root=self.folder,
             tensors=tensors,
-            weight_files=(*self.base.weight_files, FileStamp.of(self.file)),
+            weight_files=(*self.base.weight_files, *map(FileStamp.of, self.files)),
             sidecars=(),
             left_behind=(),
             notes=(

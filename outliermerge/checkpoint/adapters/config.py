@@ -23,6 +23,8 @@ CONFIG_NAME = "adapter_config.json"
 SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
 PATTERNS = ("rank_pattern", "alpha_pattern")
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# What LLaVA's trainers, and others after them, save of what was trained beside the LoRA.
+BESIDE_NAMES = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 # Keys that a config may have: they are read here, or do not affect the merged weights.
 _READ = {
     "LORA": {
