@@ -470,13 +470,27 @@ def test_an_expert_is_adapted_by_its_own_name(tmp_path):
     _assert_same(found, expected)
 
 
-def test_fused_experts_of_transformers_5_are_refused(tmp_path):
+PACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one by one", "packed"])
+@pytest.mark.parametrize("targets", [PACKED, PACKED[1:]], ids=["both", "one"])
+def test_packed_experts_are_adapted_in_either_layout_of_the_base(targets, packed, tmp_path):
+    """Mixtral's files have each expert by itself, and its class all of them in one tensor."""
     save_model("mixtral", tmp_path / "base", dtype=torch.float32)
-    _adapt(tmp_path / "base", tmp_path / "adapter", target_modules=None,
-           target_parameters=["mlp.experts.gate_up_proj"])  # fmt: skip
-    with pytest.raises(OutlierMergeError) as caught:
-        outliermerge.plan(_spec(tmp_path / "base", tmp_path / "adapter"))
-    assert "  target_parameters: ['mlp.experts.gate_up_proj']\nMerge it with" in str(caught.value)
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if packed:
+        model.save_pretrained(tmp_path / "base", save_original_format=False)
+    # With another layer that is adapted, where experts are its neighbours.
+    _adapt(tmp_path / "base", tmp_path / "adapter", target_parameters=targets)
+    reference = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    reference.save_pretrained(tmp_path / "merged", save_original_format=not packed)
+    found = _run(_spec(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out")
+    expected, before = load_folder(tmp_path / "merged"), load_folder(tmp_path / "base")
+    _assert_same(found, expected)
+    changed = [name for name in found if not torch.equal(found[name], before[name])]
+    assert len(changed) > len(PACKED) and all("expert" in n or "q_proj" in n for n in changed)
 
 
 # Tied embeddings.
@@ -695,16 +709,53 @@ def test_an_adapter_beside_a_whole_model_is_taken(home, tmp_path):
     _assert_same(found, load_folder(home / "one-merged"))
 
 
-def test_weights_of_llava_beside_its_adapter_are_not_lost_in_silence(home, tmp_path):
-    """LLaVA's own LoRA training saves its trained projector as non_lora_trainables.bin."""
+BESIDE = "non_lora_trainables.bin"
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "", "model."])
+@pytest.mark.parametrize("file", [BESIDE, "non_lora_state_dict.bin"])
+def test_what_llava_trains_beside_its_adapter_is_read(file, start, home, tmp_path):
+    """By the rules of LLaVA's load_pretrained_model."""
     adapter = _copy(home / "one", tmp_path / "adapter")
-    projector = {"base_model.model.model.mm_projector.0.weight": torch.ones(4, 4)}
-    torch.save(projector, adapter / "non_lora_trainables.bin")
-    try:
-        notes = outliermerge.plan(_spec(home / "base", adapter)).notes
-    except OutlierMergeError as error:
-        notes = (str(error),)
-    assert "non_lora_trainables.bin" in "\n".join(notes)
+    norm, head = torch.rand(32), torch.rand(80, 32)
+    trained = {f"{start}model.norm.weight": norm}
+    trained |= {"base_model.model.lm_head.weight": head} if start else {}
+    torch.save(trained, adapter / file)
+    spec = _spec(home / "base", adapter)
+    expected = load_folder(home / "one-merged") | {"model.norm.weight": norm}
+    expected |= {"lm_head.weight": head} if start else {}
+    _assert_same(_run(spec, tmp_path / "out"), expected)
+    notes = "\n".join(outliermerge.plan(spec).notes)
+    assert f"{len(trained)} tensors stored whole" in notes and "left out" not in notes
+
+
+class _Command:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+def _beside(adapter: Path, content: Any, message: str, spec: dict[str, Any]) -> None:
+    torch.save(content, adapter / BESIDE)
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.plan(spec)
+    assert BESIDE in str(caught.value) and message in str(caught.value)
+
+
+def test_what_does_not_fit_beside_an_adapter_is_refused(home, tmp_path):
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    spec, prefix = _spec(home / "base", adapter), "base_model.model.model."
+    projector = f"{prefix}mm_projector.0.weight"
+    _beside(adapter, {projector: torch.ones(4, 4)}, "what was trained beside the LoRA", spec)
+    both = {projector: torch.ones(4, 4), f"{prefix}norm.weight": torch.ones(32)}
+    _beside(adapter, both, "take a base that has it", spec)
+    _beside(adapter, {f"{prefix}norm.weight": torch.ones(0)}, "are empty", spec)
+    _beside(adapter, {f"{prefix}norm.weight": _Command()}, "system", spec)
+    factor = f"{prefix}layers.0.self_attn.q_proj.lora_A.weight"
+    _beside(adapter, both | {factor: torch.ones(4, 32)}, "is of an adapter", spec)
+    (adapter / BESIDE).unlink()
+    (adapter / BESIDE).symlink_to("/etc/passwd")
+    with pytest.raises(OutlierMergeError, match=BESIDE):
+        outliermerge.plan(spec)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["the base itself", "inside the base"])
