@@ -86,6 +86,9 @@ _KINDS: dict[str, _Kind] = {
             "load",
             "lenient",
             "routing",
+            "factor_embeddings",
+            "partial",
+            "randomized",
         ),
         _SWITCH,
     ),
@@ -93,6 +96,10 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("output", "folder", "png"), _PATH),
     **dict.fromkeys(("t", "filter", "small"), _NUMBER),
     **dict.fromkeys(("seed", "num_points", "num_values"), _WHOLE),
+    "rank": (lambda value: value is None or _WHOLE[0](value), "a whole number"),
+    **dict.fromkeys(
+        ("energy", "error"), (lambda value: value is None or _NUMBER[0](value), "a number")
+    ),
     "threads": _COUNT,
     "device": (
         lambda value: isinstance(value, str) and _DEVICE.fullmatch(value) is not None,
