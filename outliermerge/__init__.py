@@ -4,6 +4,7 @@
     sweep, plan_sweep               several settings at once
     run_part, join                  one merge by several processes, on one machine or several
     moe, transplant                 a mixture of experts; a model with another one's tokenizer
+    extract                         an adapter of what a model and its base differ by
     merge_tensors, merge_state_dicts    tensors in memory, on any device
     merge_method, METHODS, find_method  write a method; the methods that there are
     weight_stats, compare_weights, layer_spectra, build_report, simulate    look at weights
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     )
     from outliermerge.calibration.library import fit, measure
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
+    from outliermerge.extraction.extract import extract
+    from outliermerge.extraction.report import Extraction
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
     from outliermerge.methods.parameter import PerModel
@@ -63,6 +66,7 @@ __all__ = [
     "Comparison",
     "Context",
     "Estimate",
+    "Extraction",
     "Gram",
     "LayerSpectra",
     "Manifest",
@@ -85,6 +89,7 @@ __all__ = [
     "build_report",
     "compare_weights",
     "estimate",
+    "extract",
     "find_method",
     "fingerprint_distance",
     "fit",
@@ -114,6 +119,7 @@ _HOMES = {
     "Comparison": "analysis.compare",
     "Context": "methods.context",
     "Estimate": "output.estimate",
+    "Extraction": "extraction.report",
     "Gram": "methods.statistics.gram",
     "LayerSpectra": "analysis.spectra",
     "METHODS": "methods.table",
@@ -137,6 +143,7 @@ _HOMES = {
     "build_report": "analysis.report.build",
     "compare_weights": "analysis.compare",
     "estimate": "api",
+    "extract": "extraction.extract",
     "find_method": "methods.table",
     "fingerprint_distance": "analysis.spectra_fingerprint",
     "fit": "calibration.library",

@@ -88,6 +88,9 @@ _KINDS: dict[str, _Kind] = {
             "load",
             "lenient",
             "routing",
+            "factor_embeddings",
+            "partial",
+            "randomized",
         ),
         _SWITCH,
     ),
@@ -98,6 +101,10 @@ _KINDS: dict[str, _Kind] = {
     "rate": _NUMBER,
     **dict.fromkeys(("steps", "batch", "max_tokens", "save_every"), _POSITIVE),
     "samples": (lambda value: value is None or _POSITIVE[0](value), "a whole number of 1 or more"),
+    "rank": (lambda value: value is None or _WHOLE[0](value), "a whole number"),
+    **dict.fromkeys(
+        ("energy", "error"), (lambda value: value is None or _NUMBER[0](value), "a number")
+    ),
     "threads": _COUNT,
     "device": (
         lambda value: isinstance(value, str) and _DEVICE.fullmatch(value) is not None,

@@ -1,0 +1,80 @@
+"""Makes an adapter of what a model and its base differ by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from outliermerge.arguments import checked, nothing
+from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.execution.threads import choose_device
+from outliermerge.extraction.making import Making
+from outliermerge.extraction.pair import open_pairs
+from outliermerge.extraction.report import Extraction, Settings
+from outliermerge.notebook import with_bar
+from outliermerge.optional import require_torch
+from outliermerge.output.names import as_local
+
+
+@checked
+@with_bar("the extraction")
+def extract(
+    model: str | Path,
+    *,
+    base: str | Path,
+    output: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    factor_embeddings: bool = False,
+    partial: bool = False,
+    randomized: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+    rename: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+    memory: int | str = "4GiB",
+    on_total: Callable[[int], None] = nothing,
+    on_progress: Callable[[int], None] = nothing,
+) -> Extraction:
+    """Write what a model and its base differ by as an adapter of peft.
+
+    Each matrix that differs is factored: W' − W ≈ BA, by its largest singular values. Embeddings,
+    heads, vectors, and matrices of which the factors would be larger, are saved whole. The error
+    of each tensor is measured of the factors as they are written. Nothing is left out in silence.
+
+    Args:
+        model: a folder, a file, a hub id, an adapter, or `base+adapter`.
+        base: the model that it was made of.
+        output: the folder to write.
+        rank: the rank of every matrix, or with `energy` the most.
+        energy: the least share of each change's squared norm that is kept, up to 1.
+        error: the most that may be lost of each change: ‖W' − W − BA‖ / ‖W' − W‖.
+        factor_embeddings: also factor embeddings and heads.
+        partial: leave out changed tensors that no adapter can hold, and list them.
+        randomized: find singular vectors from a random start: faster, and a little less is kept.
+        seed: of the random start.
+        dtype: of the factors: float32, bfloat16 or float16.
+        rename: from the model's tensor names to the base's: a named map, or rules as YAML.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        threads: how many matrices are factored at once; 0 chooses by processors and `memory`.
+        memory: most memory for what is computed at once.
+        on_total: called once, before reading, with the bytes to read, of all passes.
+        on_progress: called with the bytes just read, by any thread.
+
+    Raises:
+        ArgumentError: an argument is wrong, or the memory is too little.
+        OutlierMergeError: a model is absent or broken, the output is taken, a changed tensor
+            cannot be held, or nothing differs.
+    """
+    settings = Settings(rank, energy, error, factor_embeddings, partial, randomized, seed, dtype)
+    settings.wanted()
+    require_torch("an extraction")
+    pairs = open_pairs(model, base, rename=rename)
+    making = Making(
+        pairs, settings, device=choose_device(device), threads=threads,
+        memory_bytes=parse_bytes(str(memory), "memory"),
+    )  # fmt: skip
+    on_total(making.work_bytes)
+    return making.make(as_local(output), on_progress)
