@@ -201,7 +201,7 @@ class JobRunner:
 
     def _copy(self, feed: FileFeed, job: Job, sink: Sink) -> Steps[JobResult]:
         number, meta = job.sources[0]
-        converts = meta.dtype != job.output.dtype
+        converts, keys = meta.dtype != job.output.dtype, job.task.rounding_keys
 
         def copy_blocks(span: Span) -> WrittenSpan:
             done = WrittenSpan(digests=[[]])
@@ -213,7 +213,9 @@ class JobRunner:
                     done.bad.add(0)
                 if converts:
                     out = feed.work.out(job, block)
-                    fits = feed.engine.convert(meta.dtype, raw, job.output.dtype, out)
+                    fits = feed.engine.convert(
+                        meta.dtype, raw, job.output.dtype, out, keys, block[0]
+                    )
                     done.fits = done.fits and (fits or bool(done.bad))
                 feed.refuse_non_finite(job, [done])
                 feed.write(job, sink, block, out, done)

@@ -227,6 +227,7 @@ class Job:
         context: the tensor's place in the merge.
         auxiliary: the method's auxiliary tensors, of all models for one after the other.
         modifiers: what is done to the merged task vector: names and resolved parameters.
+        stochastic: whether the output is rounded at random, up or down.
     """
 
     action: Literal["merge", "copy", "equal"]
@@ -239,6 +240,7 @@ class Job:
     context: Context = field(default_factory=Context)
     auxiliary: tuple[Source, ...] = ()
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    stochastic: bool = False
 
     def __repr__(self) -> str:
         shape, what = list(self.output.shape), f"{self.action} by {self.method}"
@@ -270,6 +272,7 @@ class Job:
             context=self.context,
             auxiliary=tuple(source.dtype for source in self.in_blocks),
             modifiers=tuple((method_named(name), own) for name, own in self.modifiers),
+            stochastic=self.stochastic,
         )
 
     @property

@@ -297,13 +297,16 @@ class _Planner:
         if lacks := self.auxiliaries.lacking(original, holders):
             context = replace(context, lacks=lacks)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
+        stochastic = self.spec.document.rounding == "stochastic" and output.dtype.is_float
         if action != "merge":
-            return Job(action, method, parameters, sources, output, dtype, why)
+            job = Job(action, method, parameters, sources, output, dtype, why)
+            return replace(job, context=context, stochastic=True) if stochastic else job
         own = method_named(method)
         auxiliary = self.auxiliaries.of(original, output.shape, holders, own)
         modifiers = modifiers_for(self.spec, context)
         return Job(
-            action, method, parameters, sources, output, dtype, why, context, auxiliary, modifiers
+            *(action, method, parameters, sources, output, dtype, why, context, auxiliary),
+            *(modifiers, stochastic),
         )
 
     def _drafts(self) -> list[Draft]:

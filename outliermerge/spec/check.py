@@ -270,7 +270,7 @@ def _check(
     for name, index in in_order(raw, mistakes):
         entry, path = dict(raw[STAGES][index]), (STAGES, index)
         del entry[NAME]
-        for key in ("output", STAGES):
+        for key in ("output", "rounding", STAGES):
             if entry.pop(key, None) is not None:
                 said = f"a stage has no `{key}`: it belongs to the merge of the output"
                 mistakes.add(source.error((*path, key), said, at_key=True))

@@ -250,6 +250,11 @@ class SpecDocument(_SpecEntry):
     out_dtype: DTypeName | None = Field(
         default=None, description="The output's dtype; the base model's own by default."
     )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        description="How bfloat16 and float16 outputs are rounded: `nearest` (default), or "
+        "`stochastic`: up or down at random, so that the mean over seeds is the exact value.",
+    )
     rename: _RenameField = Field(
         default=None, description="Changes the names of the merge to those of the output."
     )
