@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -245,6 +246,7 @@ class JobRunner:
             checksum=tensor_checksum(piece for item in items for piece in item.written),
             read={number: tensor_checksum(piece for item in items for piece in item.digests[0])},
             read_bytes=feed.work.read_bytes,
+            statistics=_coding_error(self._reader.noted(meta)),
             non_finite=feed.non_finite(job, items),
         )
 
@@ -291,6 +293,18 @@ class JobRunner:
         for row, (number, meta) in enumerate(job.sources):
             digests = yield Round(partial(read, row=row, meta=meta), pieces)
             result.read[number] = tensor_checksum(digests)
+
+
+def _coding_error(squares: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return how far codes are from what they stand for: the root of the mean of squares.
+
+    Args:
+        squares: for each piece the sums of squares, of what is off and of the values.
+    """
+    if not squares:
+        return {}
+    off, whole = (math.fsum(each) for each in zip(*squares, strict=True))
+    return {"quantization_error": float(f"{math.sqrt(off / whole) if whole else 0.0:.4g}")}
 
 
 def _keeps_equal_models(job: Job) -> bool:

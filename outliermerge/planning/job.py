@@ -228,6 +228,8 @@ class Job:
         auxiliary: the method's auxiliary tensors, of all models for one after the other.
         modifiers: what is done to the merged task vector: names and resolved parameters.
         stochastic: whether the output is rounded at random, up or down.
+        of: the job whose weight it quantises, where the output is quantised.
+        is_companion: it stands beside the codes of a weight, and has no parameters of the model.
     """
 
     action: Literal["merge", "copy", "equal"]
@@ -241,6 +243,8 @@ class Job:
     auxiliary: tuple[Source, ...] = ()
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     stochastic: bool = False
+    of: Job | None = None
+    is_companion: bool = False
 
     def __repr__(self) -> str:
         shape, what = list(self.output.shape), f"{self.action} by {self.method}"
