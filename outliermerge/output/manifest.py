@@ -163,9 +163,11 @@ def _manifest(
                     "dtype": job.output.dtype.name,
                     "shape": list(job.output.shape),
                     "checksum": results[job.name].checksum,
-                    "action": results[job.name].action,
-                    "sources": [plan.inputs[number].reference for number, _ in job.sources],
-                    "parameters": dict(job.parameters),
+                    "action": job.of.action if job.of else results[job.name].action,
+                    "sources": [
+                        plan.inputs[number].reference for number, _ in (job.of or job).sources
+                    ],
+                    "parameters": dict((job.of or job).parameters),
                     "statistics": results[job.name].statistics,
                     "non_finite": results[job.name].non_finite,
                 }
