@@ -41,12 +41,20 @@ _PARTS = {
 _NAMED = [(re.compile(rf"^(?P<layer>.+?)(?:{end})$"), part) for end, part in _PARTS.items()]
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>hada_[wt]\d(?:_[ab])?)$"), ""))
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>lokr_[wt]\d(?:_[ab])?)$"), ""))
+# A fast answer, since a model may have many names.
+_HINT = re.compile(
+    r"lora_(?:[AB]|down|up|linear_layer)\b|[._]lora\.(?:down|up)\.|hada_w1|lokr_w1"
+    r"|\.(?:on_input|diff|w_norm)$",
+    re.MULTILINE,
+)
 _FACTORS = re.compile(r"(?:hada|lokr)_w1|lora_down|lora_up|on_input|diff")
 _ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def is_single_file(lora: Checkpoint) -> bool:
     """Tell whether a file holds nothing but an adapter, and says how much that adds."""
+    if not _HINT.search("\n".join(lora.tensors)):
+        return False
     layers: dict[str, set[str]] = defaultdict(set)
     for name in lora.tensors:
         layer, part = _named(name)
