@@ -617,18 +617,29 @@ def test_added_tokens_of_an_adapter_that_has_no_tokenizer(home, tmp_path):
 
 @pytest.mark.parametrize("num_rows", [84, 72], ids=["grown", "cut"])
 @pytest.mark.parametrize(
-    "keys",
+    ("base", "keys"),
     [
-        {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
-        {"trainable_token_indices": [3, 9]},
+        ("base", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        ("base", {"trainable_token_indices": [3, 9]}),
+        ("tied", {"trainable_token_indices": [3, 9]}),
     ],
-    ids=["LoRA of both ends", "trained tokens"],
+    ids=["LoRA of both ends", "trained tokens", "trained tokens of a tied model"],
 )
-def test_adapters_of_a_resized_vocabulary(keys, num_rows, home, tmp_path):
+def test_adapters_of_a_resized_vocabulary(base, keys, num_rows, home, tmp_path):
     """peft saves the resized embeddings and head whole, beside their factors."""
-    merged = _adapt(home / "base", tmp_path / "adapter", num_rows=num_rows, **keys)
+    merged = _adapt(home / base, tmp_path / "adapter", num_rows=num_rows, **keys)
     _assert_same(_run(_alone(tmp_path / "adapter"), tmp_path / "out"), merged)
-    assert merged["lm_head.weight"].shape[0] == num_rows
+    assert merged["model.embed_tokens.weight"].shape[0] == num_rows
+
+
+def test_trained_tokens_of_a_tied_model_that_differ_in_its_head_are_refused(home, tmp_path):
+    _adapt(home / "tied", tmp_path / "adapter", num_rows=84, trainable_token_indices=[3, 9])
+    weights = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(weights)
+    stored["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] += 1
+    save_file(stored, weights)
+    with pytest.raises(OutlierMergeError, match=r"lm_head\.weight"):
+        outliermerge.run(_alone(tmp_path / "adapter"), output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("reference", ["{run}", "{base}+{run}"])
