@@ -113,7 +113,9 @@ class _Settling:
                 return  # compared
             is_given = False  # saved unchanged
         if is_given:
-            same = _same_change(own, value) if is_one and not self.unties else None
+            tokens = isinstance(own, ReplacedRows) and isinstance(value, ReplacedRows)
+            may_be_one = (is_one or tokens) and not self.unties
+            same = _same_change(own, value) if may_be_one else None
             if same is None:
                 self._part(head, own)
             else:
@@ -171,6 +173,8 @@ def _same_change(head: Source, embeddings: Source) -> list[tuple[Source, Source]
     """Return what must be equal for two changes to be the same; None if they differ."""
     if isinstance(head, ReplacedRows) and isinstance(embeddings, ReplacedRows):
         pairs: list[tuple[Source, Source]] = [(head.new, embeddings.new)]
+        if head.base is not embeddings.base:  # of a resized vocabulary both are saved
+            pairs.append((head.base, embeddings.base))
         is_one = head.indices == embeddings.indices
     elif type(head) is type(embeddings) is LowRankSum:
         assert isinstance(head, LowRankSum) and isinstance(embeddings, LowRankSum)

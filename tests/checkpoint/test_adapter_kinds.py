@@ -9,11 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted import Layers
 from checkpoints import save_tensors
 from peft.tuners.lokr import layer as lokr
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.folders.folder import open_checkpoint
@@ -28,24 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*_pattern keys did not match.*",  # it says so of parameters, and takes them
 )
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class Layers(nn.Module):
-    """One layer of each kind that adapters are for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(12, 18)
-        self.square = nn.Linear(12, 12)
-        self.turned = Conv1D(18, 12)  # stores (in, out)
-        self.conv1 = nn.Conv1d(8, 12, 3)
-        self.conv2 = nn.Conv2d(8, 12, (3, 2))
-        self.point = nn.Conv2d(8, 12, 1)
-        self.same = nn.Conv2d(8, 8, 3)
-        self.conv3 = nn.Conv3d(8, 12, (2, 3, 2))
-        self.grouped = nn.Conv2d(8, 12, 3, groups=2)
-        self.embedding = nn.Embedding(16, 12)
 
 
 CASES: dict[str, peft.PeftConfig] = {

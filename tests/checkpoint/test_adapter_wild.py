@@ -615,6 +615,49 @@ def test_added_tokens_of_an_adapter_that_has_no_tokenizer(home, tmp_path):
     assert model.config.vocab_size == 84
 
 
+@pytest.mark.parametrize("num_rows", [84, 72], ids=["grown", "cut"])
+@pytest.mark.parametrize(
+    ("base", "keys"),
+    [
+        ("base", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        ("base", {"trainable_token_indices": [3, 9]}),
+        ("tied", {"trainable_token_indices": [3, 9]}),
+    ],
+    ids=["LoRA of both ends", "trained tokens", "trained tokens of a tied model"],
+)
+def test_adapters_of_a_resized_vocabulary(base, keys, num_rows, home, tmp_path):
+    """peft saves the resized embeddings and head whole, beside their factors."""
+    merged = _adapt(home / base, tmp_path / "adapter", num_rows=num_rows, **keys)
+    _assert_same(_run(_alone(tmp_path / "adapter"), tmp_path / "out"), merged)
+    assert merged["model.embed_tokens.weight"].shape[0] == num_rows
+
+
+def test_trained_tokens_of_a_tied_model_that_differ_in_its_head_are_refused(home, tmp_path):
+    _adapt(home / "tied", tmp_path / "adapter", num_rows=84, trainable_token_indices=[3, 9])
+    weights = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(weights)
+    stored["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] += 1
+    save_file(stored, weights)
+    with pytest.raises(OutlierMergeError, match=r"lm_head\.weight"):
+        outliermerge.run(_alone(tmp_path / "adapter"), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("reference", ["{run}", "{base}+{run}"])
+def test_the_checkpoints_of_a_training_are_named(reference, home, tmp_path):
+    """Trainers save an adapter into each folder `checkpoint-500`, and at the end beside them."""
+    for step in (10, 20):
+        shutil.copytree(home / "one", tmp_path / f"run/checkpoint-{step}")
+    model = reference.format(run=tmp_path / "run", base=home / "base")
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.plan(_spec(home / "base", model))
+    assert all(f"{tmp_path}/run/checkpoint-{step}" in str(caught.value) for step in (10, 20))
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(home / "two" / name, tmp_path / "run")
+    torch.save({}, tmp_path / "run/checkpoint-10/optimizer.pt")
+    found = _run(_spec(home / "base", model), tmp_path / "out")
+    _assert_same(found, load_folder(home / "two-merged"))
+
+
 def test_an_adapter_with_added_tokens_alone_can_be_loaded(grown, tmp_path):
     folder, merged = grown
     _assert_same(_run(_alone(folder / "adapter"), tmp_path / "out"), merged)

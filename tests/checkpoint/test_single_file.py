@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import Layers
 from checkpoints import load_folder, save_tensors
 from safetensors.torch import load_file, save_file
-from test_adapter_kinds import Layers
 
 import outliermerge
 from outliermerge.checkpoint.adapters.single_file import is_single_file, open_single_file
@@ -279,6 +279,27 @@ def test_a_lora_after_a_plus_is_one_of_that_model(tmp_path):
     del spec["base_model"]
     with pytest.raises(OutlierMergeError, match="an adapter that names no base"):
         outliermerge.plan(spec | {"merge_method": "passthrough"})
+
+
+def test_two_files_over_one_base_are_two_task_models(base, tmp_path):
+    for name, parts in (("a", LINEAR), ("b", LOHA)):
+        stored = {f"lycoris_linear.{p}": t for p, t in parts.items()}
+        save_file(stored | {"lycoris_linear.alpha": A}, tmp_path / f"{name}.safetensors")
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(tmp_path / f"{name}.safetensors")} for name in "ab"],
+        "parameters": {"weight": 0.5},
+    }
+    found = load_folder(outliermerge.run(spec, output=tmp_path / "out").output)
+    before = load_folder(base)
+    change = (lora(LINEAR) + loha(LOHA)) * 3 / 8
+    expected = (before["linear.weight"].double() + change).float()
+    torch.testing.assert_close(found["linear.weight"], expected, rtol=2e-6, atol=1e-5)
+    assert torch.equal(found["conv2.weight"], before["conv2.weight"])
+    twice = spec | {"models": [spec["models"][0]] * 2}
+    with pytest.raises(OutlierMergeError, match="stands twice"):
+        outliermerge.plan(twice)
 
 
 U = "lora_unet_linear."

@@ -123,8 +123,27 @@ def _add_text(kohya: dict[str, torch.Tensor], base: Path, target: Path) -> None:
     save_file(tensors, target / "text_encoder/model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.fixture(scope="module")
+def expected(pipeline, files, tmp_path_factory) -> dict[str, Path]:
+    """What diffusers makes of the two files that differ in their alphas."""
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in ("diffusers", "kohya")}
+    base, _ = pipeline
+    for kind, folder in made.items():
+        reference = diffusers.StableDiffusionPipeline.from_pretrained(
+            base, safety_checker=None, tokenizer=None, feature_extractor=None
+        )
+        reference.load_lora_weights(files[kind])
+        reference.fuse_lora()
+        reference.unload_lora_weights()
+        for part in ("unet", "text_encoder"):
+            getattr(reference, part).save_pretrained(folder / part)
+    # Of kohya's file it loses layers of a text encoder that transformers 5 made.
+    _add_text(load_file(files["kohya"]), base, made["kohya"])
+    return made
+
+
 @pytest.mark.parametrize("kind", ["diffusers", "kohya", "original"])
-def test_a_file_is_what_diffusers_merges_into_a_pipeline(kind, pipeline, files, tmp_path):
+def test_a_file_is_what_diffusers_merges_into_a_pipeline(kind, pipeline, files, expected, tmp_path):
     base, _ = pipeline
     spec = {
         "merge_method": "passthrough",
@@ -132,22 +151,13 @@ def test_a_file_is_what_diffusers_merges_into_a_pipeline(kind, pipeline, files, 
     }
     output = outliermerge.run(spec, output=tmp_path / "out").output
     assert outliermerge.verify(output) == []
-    reference = diffusers.StableDiffusionPipeline.from_pretrained(
-        base, safety_checker=None, tokenizer=None, feature_extractor=None
-    )
-    path = files["kohya" if kind == "original" else kind]
-    reference.load_lora_weights(path)
-    reference.fuse_lora()
-    reference.unload_lora_weights()
-    reference.save_pretrained(tmp_path / "expected")
-    if kind != "diffusers":  # which here loses the layers of a text encoder of transformers 5
-        _add_text(load_file(path), base, tmp_path / "expected")
+    merged = expected["diffusers" if kind == "diffusers" else "kohya"]
     num_changed = 0
     for part in ("unet", "text_encoder"):
         before = load_folder(base / part)
-        found, expected = load_folder(output / part), load_folder(tmp_path / "expected" / part)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
+        found, wanted = load_folder(output / part), load_folder(merged / part)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
             num_changed += not torch.equal(found[name], before[name])
     assert num_changed > 20

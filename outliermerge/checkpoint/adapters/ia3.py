@@ -55,7 +55,8 @@ class Ia3Layers:
         self.context.check_floats(base, vector)
         shape, number = base.shape, vector.num_elements
         is_linear = len(shape) == 2
-        if len(vector.shape) != len(shape) or len(shape) < 2 or number != max(vector.shape):
+        is_vector = len(vector.shape) == len(shape) and number == max(vector.shape, default=0)
+        if not is_vector or len(shape) < 2 or 0 in shape:
             raise self._misfit(module, vector, shape)
         of_inputs = self._is_of_inputs(vector) if is_linear else self._is_feedforward(module)
         by_row = not of_inputs

@@ -17,6 +17,7 @@ from outliermerge.checkpoint.adapters.products import (
     Size,
     Tucker,
     Whole,
+    described,
 )
 from outliermerge.checkpoint.adapters.tensors import as_of, transposed
 from outliermerge.checkpoint.sources import Source, TensorMeta
@@ -60,7 +61,7 @@ def product_of(kind: str, parts: Parts) -> tuple[Product, int | None]:
         up, down = _take(parts, "lora_up"), _take(parts, "lora_down")
         mid = parts.pop("lora_mid", None)
         if not down.shape:
-            raise MisfitError(f"{down.name} is a scalar")
+            raise MisfitError(f"{shown(down.name)} is a scalar")
         return (Tucker(mid, up, down) if mid else Pair(up, down)), down.shape[0]
     return Whole(_take(parts, "diff")), None
 
@@ -78,9 +79,7 @@ def _whole_or_factored(
 def _factored(parts: Parts, a: str, b: str, core: TensorMeta | None) -> tuple[Product, int]:
     left, right = _take(parts, a), _take(parts, b)
     if len(left.shape) != 2 or len(right.shape) < 2:
-        raise MisfitError(
-            f"{left.name} {list(left.shape)} and {right.name} {list(right.shape)} are no matrices"
-        )
+        raise MisfitError(f"{described(left)} and {described(right)} are no matrices")
     if core is None:
         return Pair(left, right), right.shape[0]
     return Tucker(core, transposed(left), right), right.shape[0]
@@ -107,8 +106,8 @@ def summed(
     """
     if product.size != size_of(base):
         raise MisfitError(
-            f"its parts make a change of {list(product.size)}, but the base's {base.name} is "
-            f"{list(base.shape)}"
+            f"its parts make a change of {list(product.size)}, but the base's {shown(base.name)} "
+            f"is {list(base.shape)}"
         )
     return ProductSum(**as_of(base), base=base, product=product, scale=scale, alpha=alpha)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from outliermerge.checkpoint.computed import ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
+from outliermerge.errors import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,9 @@ class Pair:
     def __post_init__(self) -> None:
         left, right = self.left.shape, self.right.shape
         if len(left) < 2 or len(right) < 2 or math.prod(left[1:]) != right[0]:
-            raise MisfitError(f"{_of(self.left)} and {_of(self.right)} have no common rank")
+            raise MisfitError(
+                f"{described(self.left)} and {described(self.right)} have no common rank"
+            )
 
     @property
     def size(self) -> Size:
@@ -102,7 +105,8 @@ class Tucker:
         ranks = (math.prod(left[1:]), right[0]) if len(left) > 1 and len(right) > 1 else ()
         if len(core) < 3 or core[:2] != ranks:
             raise MisfitError(
-                f"{_of(self.core)}, {_of(self.left)} and {_of(self.right)} do not fit together"
+                f"{described(self.core)}, {described(self.left)} and {described(self.right)} do "
+                "not fit together"
             )
 
     @property
@@ -182,8 +186,9 @@ class Kronecker:
         return torch.cat(parts)
 
 
-def _of(source: Source) -> str:
-    return f"{source.name} {list(source.shape)}"
+def described(source: Source) -> str:
+    """Return a tensor's name and shape, for messages."""
+    return f"{shown(source.name)} {list(source.shape)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from outliermerge.checkpoint.adapters.config import LayerPatterns, check_config
 from outliermerge.checkpoint.adapters.context import Context
 from outliermerge.checkpoint.adapters.flat_names import Group, NotFoundError, groups_of, targets_of
 from outliermerge.checkpoint.adapters.lycoris import kind_of, product_of, summed
-from outliermerge.checkpoint.adapters.products import MisfitError, Multiplied
+from outliermerge.checkpoint.adapters.products import MisfitError, Multiplied, described
 from outliermerge.checkpoint.adapters.tensors import Rescaled, ShiftedBias, as_of
 from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, shown
@@ -41,12 +41,20 @@ _PARTS = {
 _NAMED = [(re.compile(rf"^(?P<layer>.+?)(?:{end})$"), part) for end, part in _PARTS.items()]
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>hada_[wt]\d(?:_[ab])?)$"), ""))
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>lokr_[wt]\d(?:_[ab])?)$"), ""))
+# A fast answer, since a model may have many names.
+_HINT = re.compile(
+    r"lora_(?:[AB]|down|up|linear_layer)\b|[._]lora\.(?:down|up)\.|hada_w1|lokr_w1"
+    r"|\.(?:on_input|diff|w_norm)$",
+    re.MULTILINE,
+)
 _FACTORS = re.compile(r"(?:hada|lokr)_w1|lora_down|lora_up|on_input|diff")
 _ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def is_single_file(lora: Checkpoint) -> bool:
     """Tell whether a file holds nothing but an adapter, and says how much that adds."""
+    if not _HINT.search("\n".join(lora.tensors)):
+        return False
     layers: dict[str, set[str]] = defaultdict(set)
     for name in lora.tensors:
         layer, part = _named(name)
@@ -194,7 +202,7 @@ class _File:
                 parts.get("alpha"),
                 parts.get("on_input"),
             ):
-                raise MisfitError(f"{source.name} is {source.dtype.name}, expected floats")
+                raise MisfitError(f"{shown(source.name)} is {source.dtype.name}, expected floats")
         alpha = parts.pop("alpha", None)
         if alpha is not None and alpha.num_elements != 1:
             raise MisfitError(f"alpha is {list(alpha.shape)}, expected one number")
@@ -213,7 +221,9 @@ class _File:
             tensors[target] = _rescaled(changed, magnitude) if magnitude else changed
             if bias_change is not None:
                 if alpha is not None:
-                    raise MisfitError(f"has alpha and {bias_change.name}, expected one of them")
+                    raise MisfitError(
+                        f"has alpha and {shown(bias_change.name)}, expected one of them"
+                    )
                 tensors[bias] = self._shifted(tensors, bias, bias_change, scale)
         elif change is None:
             raise MisfitError(f"has {', '.join(self.layers[layer])} without factors")
@@ -235,7 +245,7 @@ class _File:
         if base is None or base.shape != change.shape:
             has = "no such tensor" if base is None else list(base.shape)
             raise MisfitError(
-                f"{change.name} {list(change.shape)} is for {name}, of which the base has {has}"
+                f"{described(change)} is for {shown(name)}, of which the base has {has}"
             )
         return ShiftedBias(**as_of(base), base=base, change=change, scale=scale)
 
@@ -243,17 +253,16 @@ class _File:
         """Return a weight as LyCORIS's (IA)³ changes it, which leaves the bias."""
         on_input, vector = parts.pop("on_input"), parts.pop("weight", None)
         if vector is None or len(base.shape) < 2:
-            raise MisfitError(f"has {on_input.name} without a vector for a matrix")
+            raise MisfitError(f"has {shown(on_input.name)} without a vector for a matrix")
         rows, columns = base.shape[:2]
         if rows == columns:
             raise MisfitError(
                 f"its weight {list(base.shape)} is square, so its shape does not tell whether "
-                f"{vector.name} is for inputs or outputs. Merge it with LyCORIS's tools/merge.py."
+                f"{shown(vector.name)} is for inputs or outputs. Merge it with LyCORIS's "
+                "tools/merge.py."
             )
         if vector.num_elements not in (rows, columns):
-            raise MisfitError(
-                f"{vector.name} {list(vector.shape)} does not fit the base's {list(base.shape)}"
-            )
+            raise MisfitError(f"{described(vector)} does not fit the base's {list(base.shape)}")
         by_row = vector.num_elements == rows
         return Multiplied(**as_of(base), base=base, vector=vector, by_row=by_row, added=1.0)
 
@@ -264,7 +273,5 @@ def _rescaled(changed: Any, magnitude: TensorMeta) -> Rescaled:
     of_inputs = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 < math.prod(magnitude.shape)
     wanted = shape[1] if of_inputs and len(shape) > 1 else shape[0]
     if magnitude.num_elements != wanted:
-        raise MisfitError(
-            f"{magnitude.name} {list(magnitude.shape)} does not fit the base's {list(shape)}"
-        )
+        raise MisfitError(f"{described(magnitude)} does not fit the base's {list(shape)}")
     return Rescaled(**as_of(changed), direction=changed, magnitude=magnitude, by_column=of_inputs)
