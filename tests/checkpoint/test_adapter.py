@@ -246,6 +246,10 @@ def test_adapters_merge_as_the_models_that_peft_makes_of_them(method, two, tmp_p
             spec["parameters"] = {"density": 1.0}
         if method == "pcb":  # of a model, only tensors that an adapter changes are ranked
             spec["parameters"] = {"trim": "tensor"}
+        if (
+            method == "wudi"
+        ):  # a step has the rate's size: rounding decides its sign near slopes of 0
+            spec["parameters"] = {"learning_rate": 1e-8}
         output = outliermerge.run(spec, output=tmp_path / kind).output
         assert outliermerge.verify(output) == []
         return load_folder(output)

@@ -166,7 +166,7 @@ BROKEN = {
     "a file": (
         _is_file,
         "DIR/bad: is a file, expected a model folder or a file of weights (.safetensors, .bin, "
-        ".pt, .pth, .ckpt)",
+        ".pt, .pth, .ckpt, .gguf)",
     ),
     "empty": (_nothing, "DIR/bad: no weights (*.safetensors, *.bin, *.pt, *.pth): it is empty."),
     "no weights": (
@@ -176,7 +176,7 @@ BROKEN = {
     ),
     "adapter": (
         _adapter,
-        "DIR/bad: a PEFT adapter that names no base: write `base+adapter` as the model",
+        "DIR/bad: an adapter that names no base: write `base+adapter` as the model",
     ),
     "adapter without weights": (
         lambda bad: (bad / "adapter_config.json").write_text("{}"),
