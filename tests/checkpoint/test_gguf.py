@@ -317,6 +317,13 @@ def test_blocks_with_a_scale_that_is_nan_are_refused_as_they_are_read(tmp_path):
         read(source)
 
 
+def test_a_config_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutlierMergeError, match="cannot be written"):
+        outliermerge.plan({"merge_method": "linear", "models": [{"model": str(tiny)}]})
+
+
 def test_a_folder_of_gguf_files_says_to_name_one(tmp_path):
     (tmp_path / "model.gguf").write_bytes(header())
     with pytest.raises(OutlierMergeError, match=r"only GGUF: model.gguf. Name the file itself"):
