@@ -276,14 +276,19 @@ def _turned_back(source: Source, rows: int, name: str, values: Mapping[str, Any]
 
 def _joined(path: Path, name: str, parts: list[Source]) -> Source:
     """Return the only part, or experts' gate and up side by side."""
-    if len(parts) == 1:
+    is_pair = name.endswith("experts.gate_up_proj")
+    if len(parts) == 1 and not is_pair:
         return parts[0]
-    gate, up = sorted(parts, key=lambda part: "ffn_up" in part.name)
-    if len(parts) > 2 or gate.shape != up.shape or gate.dtype != up.dtype:
+    ends = [part.name.rpartition("_exps")[0].rpartition("_")[2] for part in parts]
+    kinds = {(part.shape, part.dtype) for part in parts}
+    if not is_pair or sorted(ends) != ["gate", "up"] or len(kinds) > 1 or len(parts[0].shape) != 3:
+        found = ", ".join(f"{quoted(part.name)} {list(part.shape)}" for part in parts)
+        what = "ffn_gate_exps and ffn_up_exps of one shape (experts, rows, columns)"
         raise OutlierMergeError(
-            f"{path}: tensor {quoted(parts[0].name)}: {parts[0].shape} and others are {name}, "
-            f"expected two of one shape and dtype, but found {parts[1].shape}"
+            f"{path}: {name} is made of {found}, expected {what if is_pair else 'one tensor'}. "
+            "Fetch it again."
         )
+    gate, up = sorted(parts, key=lambda part: "ffn_up" in part.name)
     return join([gate, up], 1)
 
 
