@@ -21,8 +21,9 @@ products, and so the values of adapted and quantised tensors."""
 class ComputedTensor(Sized, ABC):
     """A Source whose values are computed from stored tensors, in groups of rows.
 
-    A tensor (R, …) has R rows; the rows of a vector are its elements. Unless it `is_exact`, its rows
-    are always computed in the same groups, so that values do not depend on the blocks that are read.
+    A tensor (R, …) has R rows; the rows of a vector are its elements. Unless it `is_exact`, rows
+    are always computed in the same groups, so that values do not depend on the blocks that are
+    read.
 
     Attributes:
         name: a stored name, for messages.

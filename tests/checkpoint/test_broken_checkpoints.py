@@ -166,7 +166,7 @@ BROKEN = {
     "a file": (
         _is_file,
         "DIR/bad: is a file, expected a model folder or a file of weights (.safetensors, .bin, "
-        ".pt, .pth, .ckpt)",
+        ".pt, .pth, .ckpt, .gguf)",
     ),
     "empty": (_nothing, "DIR/bad: no weights (*.safetensors, *.bin, *.pt, *.pth): it is empty."),
     "no weights": (
