@@ -149,6 +149,7 @@ MIXED = {"attn_q": Kind.Q4_K, "attn_k": Kind.Q5_K, "attn_v": Kind.Q6_K, "ffn_dow
          "token_embd": Kind.BF16}  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("arch", MODELS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_is_what_transformers_makes_of_it(tmp_path, arch):
@@ -248,6 +249,7 @@ def header(*, magic=b"GGUF", version=3, tensors=(), values=(), counts=None) -> b
 
 
 LLAMA = ("general.architecture", 8, text("llama"))
+MOE_ARCH = ("general.architecture", 8, text("qwen3moe"))
 NORM = ("output_norm.weight", (8,), 0, 0)
 
 
@@ -293,6 +295,16 @@ NORM = ("output_norm.weight", (8,), 0, 0)
          "tensor 'blk.0.ssm_a': is not known of the architecture llama"),
         (header(values=[LLAMA], tensors=[("blk.0.attn_q.weight", (8, 8), 0, 0)]) + bytes(999),
          "tensor 'blk.0.attn_q.weight': has 8 rows for None attention heads"),
+        (header(values=[LLAMA], tensors=[(NORM[0], (8,), 28, 0)]) + bytes(99),
+         "tensor 'output_norm.weight': is of the type F64, which the package gguf does not"),
+        (header(values=[LLAMA], tensors=[("blk.0.ffn_up.weight", (8, 8), 0, 0),
+                                         ("blk.00.ffn_up.weight", (8, 8), 0, 256)]) + bytes(999),
+         "model.layers.0.mlp.up_proj.weight is made of 'blk.0.ffn_up.weight' [8, 8], 'blk.00.ffn"),
+        (header(values=[MOE_ARCH], tensors=[("blk.0.ffn_up_exps.weight", (8, 8, 2), 0, 0)])
+         + bytes(999), "expected ffn_gate_exps and ffn_up_exps of one shape"),
+        (header(values=[MOE_ARCH], tensors=[("blk.0.ffn_up_exps.weight", (8, 8, 2), 0, 0),
+                                            ("blk.0.ffn_gate_exps.weight", (8, 4, 2), 0, 512)])
+         + bytes(999), "expected ffn_gate_exps and ffn_up_exps of one shape"),
         (header(values=[LLAMA], tensors=[("output.weight", (256,), 15, 0)]) + bytes(999),
          "tensor 'output.weight': is of the type Q8_K, which the package gguf does not dequantise"),
     ],
@@ -315,6 +327,13 @@ def test_blocks_with_a_scale_that_is_nan_are_refused_as_they_are_read(tmp_path):
     source = dequantize(open_checkpoint(path)).tensors["lm_head.weight"]
     with pytest.raises(OutlierMergeError, match=r"tensor 'output.weight': has a scale that is NaN"):
         read(source)
+
+
+def test_a_config_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutlierMergeError, match="cannot be written"):
+        outliermerge.plan({"merge_method": "linear", "models": [{"model": str(tiny)}]})
 
 
 def test_a_folder_of_gguf_files_says_to_name_one(tmp_path):

@@ -180,6 +180,7 @@ def test_broken_tensors_are_refused_by_name(tmp_path, stored, said, name, messag
     ("said", "message"),
     [
         (config("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin' cannot be read"),
+        (config("gptq", checkpoint_format=["gptq"]), "checkpoint_format ['gptq'] cannot be read"),
         (config("gptq", bits=3), "GPTQ of 3 bits cannot be read (2, 4, 8 can)"),
         (config("gptq", bits="4"), "GPTQ of '4' bits cannot be read"),
         (config("awq", version="gemv"), "AWQ's version 'gemv' with 4 bits"),

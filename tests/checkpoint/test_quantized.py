@@ -395,14 +395,14 @@ def test_a_method_that_no_weight_uses_is_only_noted(tmp_path, quantization):
     ("quantization", "message"),
     [
         ({"quant_method": "hqq", "nbits": 4}, "hqq (4 bits), which cannot be read (awq, "
-         "bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, modelopt, mxfp4, quanto can). "
+         "bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, modelopt, mxfp4, quanto, "
+         "torchao can). "
          "Name the model that it was quantised from instead."),
         ({"quant_method": "gguf"}, "gguf, .* gguf_file=…) of transformers, then save_pretrained"),
         ({"quant_method": "hqq"}, "hqq, which cannot be read .* quantised from instead"),
         ({"quant_method": "aqlm"}, "aqlm, which cannot"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt's NVFP4 cannot be read "
          "(FP8, FP8_PER_CHANNEL_PER_TOKEN can). Name the model"),
-        ({"quant_method": "torchao"}, "torchao, which cannot"),
         ({"quant_method": "eetq"}, "eetq, which cannot"),
         ({"quant_method": "higgs"}, "higgs, which cannot"),
         ({"quant_method": "tomorrow"}, "tomorrow, which cannot"),

@@ -25,7 +25,7 @@ HEADER = "gguf"
 """The key of a file's texts under which the types of its tensors and its values are, as JSON."""
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
-_PLAIN = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
+_PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
 # By the number of a value's type how it is stored; 8 is a text, 9 a list.
 _VALUES = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
            11: "<q", 12: "<d"}  # fmt: skip

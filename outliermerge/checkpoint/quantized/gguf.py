@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from outliermerge.checkpoint.formats.gguf_file import HEADER
+from outliermerge.checkpoint.formats.gguf_file import HEADER, read_file
 from outliermerge.checkpoint.quantized.packed import OfPacked, refuse_scale
 from outliermerge.checkpoint.rearranged import join, reshaped, swap
 from outliermerge.checkpoint.sources import DTYPES, Checkpoint, DType, Reading, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing, quoted, shown
-from outliermerge.storage.files import write_whole
+from outliermerge.storage.failures import naming
 from outliermerge.storage.machine import cache_folder
 
 if TYPE_CHECKING:
@@ -173,15 +175,20 @@ def from_gguf(checkpoint: Checkpoint) -> Checkpoint:
 
 def gguf_home(path: Path) -> Path:
     """Return a folder in our cache with the config.json of a GGUF file, made of its header."""
-    from outliermerge.checkpoint.formats.gguf_file import read_file
-
     metas, _, texts = read_file(path)
     header = json.loads(texts[HEADER])
     config = _config(path, header, {meta.name for meta in metas}, _out_dtype(metas))
     content = json.dumps(config, indent=2).encode()
-    folder = cache_folder("gguf") / xxhash.xxh3_128_hexdigest(content)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", content)
+    home = cache_folder("gguf")
+    folder = home / xxhash.xxh3_128_hexdigest(content)
+    with naming(home, "written"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(content)
+            file.flush()
+            # Once it is there it stays: plans keep the stamps of what they have read.
+            with suppress(FileExistsError):
+                (folder / "config.json").hardlink_to(file.name)
     return folder
 
 
@@ -269,14 +276,19 @@ def _turned_back(source: Source, rows: int, name: str, values: Mapping[str, Any]
 
 def _joined(path: Path, name: str, parts: list[Source]) -> Source:
     """Return the only part, or experts' gate and up side by side."""
-    if len(parts) == 1:
+    is_pair = name.endswith("experts.gate_up_proj")
+    if len(parts) == 1 and not is_pair:
         return parts[0]
-    gate, up = sorted(parts, key=lambda part: "ffn_up" in part.name)
-    if len(parts) > 2 or gate.shape != up.shape or gate.dtype != up.dtype:
+    ends = [part.name.rpartition("_exps")[0].rpartition("_")[2] for part in parts]
+    kinds = {(part.shape, part.dtype) for part in parts}
+    if not is_pair or sorted(ends) != ["gate", "up"] or len(kinds) > 1 or len(parts[0].shape) != 3:
+        found = ", ".join(f"{quoted(part.name)} {list(part.shape)}" for part in parts)
+        what = "ffn_gate_exps and ffn_up_exps of one shape (experts, rows, columns)"
         raise OutlierMergeError(
-            f"{path}: tensor {quoted(parts[0].name)}: {parts[0].shape} and others are {name}, "
-            f"expected two of one shape and dtype, but found {parts[1].shape}"
+            f"{path}: {name} is made of {found}, expected {what if is_pair else 'one tensor'}. "
+            "Fetch it again."
         )
+    gate, up = sorted(parts, key=lambda part: "ffn_up" in part.name)
     return join([gate, up], 1)
 
 

@@ -29,7 +29,7 @@ def gptq(model: QuantizedModel) -> Changes:
     """Read GPTQ of 2, 4 and 8 bits, with groups in any order."""
     settings = model.settings
     layout = settings.get("checkpoint_format") or "gptq"
-    if layout not in _FORMATS:
+    if not isinstance(layout, str) or layout not in _FORMATS:
         model.refuse(
             f"GPTQ's checkpoint_format {layout!r} cannot be read ({', '.join(_FORMATS)} can). "
             f"{TAKE_ORIGINAL}"

@@ -22,6 +22,7 @@ from outliermerge.checkpoint.quantized.gptq import awq, gptq
 from outliermerge.checkpoint.quantized.model import CODES, TAKE_ORIGINAL, Changes, QuantizedModel
 from outliermerge.checkpoint.quantized.mxfp4 import mxfp4
 from outliermerge.checkpoint.quantized.scales import fbgemm, modelopt, quanto, undeclared
+from outliermerge.checkpoint.quantized.torchao import torchao
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import (
     DTYPES,
@@ -40,7 +41,7 @@ _CACHE_KEYS = ("kv_cache_scheme", "kv_cache_quant_algo")
 _CACHE = re.compile(r"(^|[./])(q|k|v|kv)_(scale|zero_point)$")
 _COMPANIONS = re.compile(
     r"(_scale_inv|weight_(scale|zero_point|shape|packed|g_idx|global_scale|format)|\.SCB"
-    r"|_proj_(blocks|scales)|\.(qweight|qzeros|scales|g_idx)"
+    r"|_proj_(blocks|scales)|\.(qweight|qzeros|scales|g_idx)|_weight_qdata"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+)$"
 )
 # Pairs of name endings that occur together only in quantised models.
@@ -228,4 +229,5 @@ _READERS: Mapping[str, tuple[Callable[[QuantizedModel], Changes], str]] = {
     "modelopt": (modelopt, "weight_scale"),
     "mxfp4": (mxfp4, "_scales"),
     "quanto": (quanto, "_scale"),
+    "torchao": (torchao, "scale"),
 }

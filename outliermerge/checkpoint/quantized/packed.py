@@ -27,6 +27,7 @@ class OfPacked(ComputedTensor):
     """A tensor (…, C) that is computed row by row of one (…, W)."""
 
     source: Source
+    is_exact = True
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:

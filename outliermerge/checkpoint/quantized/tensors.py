@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SMALL_BYTES = 1 << 20  # scales that are kept rather than read again for each group of rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class _MatrixTensor(ComputedTensor):
     """A tensor of matrices, also stacked (…, R, C); its rows are the rows of the matrices."""
@@ -80,7 +83,10 @@ class ScaledTensor(_MatrixTensor):
         low, high = int(block_row[0]), int(block_row[-1]) + 1
 
         def by_element(source: Source) -> Tensor:
-            blocks = reader.values(source, low * width, high * width).float().view(-1, width)
+            if isinstance(source, TensorMeta) and source.num_bytes <= _SMALL_BYTES:
+                blocks = reader.whole(source).view(-1, width)[low:high].float()
+            else:
+                blocks = reader.values(source, low * width, high * width).float().view(-1, width)
             if source is self.scale:
                 refuse_not_finite(blocks, source)
             blocks = blocks[block_row - low]
@@ -91,14 +97,15 @@ class ScaledTensor(_MatrixTensor):
 
         codes = reader.values(self.weight, first * num_columns, last * num_columns)
         if self.values:
-            values = torch.tensor(self.values)[codes.int()].view(-1, num_columns)
+            values = torch.tensor(self.values).index_select(0, codes.int()).view(-1, num_columns)
         else:
             values = _as_float32(codes).view(-1, num_columns)
         if self.zero_point is not None:
             values = values - by_element(self.zero_point)
         if self.zero:
             values = values - self.zero
-        return values * by_element(self.scale) * self.factor
+        values = values * by_element(self.scale)
+        return values if self.factor == 1 else values * self.factor
 
     def _order(self, reader: Reading, width: int) -> Tensor | None:
         """Return the block of each column, or None where -1 says that they are in order."""
