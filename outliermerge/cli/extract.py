@@ -22,10 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model: a folder, a file, a hub id, an adapter, or BASE+ADAPTER",
+        help="a model: a folder, a file, a hub id, an adapter, or BASE+ADAPTER; or a merge, of "
+        "adapters for example: a YAML file",
     )
     parser.add_argument(
-        "--base", metavar="BASE", required=True, help="the model that it was made of"
+        "--base",
+        metavar="BASE",
+        help="the model that it was made of; of a merge it is the spec's base_model",
     )
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the adapter's folder")
     parser.add_argument(
@@ -68,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the factors: float32 (default), bfloat16 or float16",
     )
     parser.add_argument(
+        "--core",
+        action="store_true",
+        help="of a merge of LoRAs: merge small matrices between bases of all (Core Space)",
+    )
+    parser.add_argument(
         "--by",
         choices=("module", "tensor"),
         default="module",
@@ -101,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
             randomized=options.randomized,
             seed=options.seed,
             dtype=options.dtype,
+            core=options.core,
             rename=options.rename,
             device=options.device,
             threads=options.threads,
@@ -168,10 +177,12 @@ def _range(ends: list[str]) -> str:
 
 
 COMMAND = Command(
-    summary="make an adapter (LoRA) of what a model and its base differ by",
+    summary="make an adapter (LoRA) of what a model, or a merge, and its base differ by",
     examples=(
         "outliermerge extract models/tuned --base models/minilm -o adapter --rank 16",
         "outliermerge extract org/tuned --base org/base -o adapter --energy 0.95 --rank 64",
+        "outliermerge extract adapters.yaml -o merged-adapter",
+        "outliermerge extract adapters.yaml -o merged-adapter --core --rank 16",
         "outliermerge extract models/tuned --base models/base -o adapter --error 0.1 \\\n"
         "      --factor-embeddings --dtype bfloat16 --json",
     ),
