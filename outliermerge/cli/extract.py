@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, print_notes
+from outliermerge.cli.parts import (
+    LOAD_CHECK_VARIABLE,
+    Command,
+    add_json,
+    add_machine,
+    count,
+    print_json,
+    print_notes,
+)
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import add_rename
@@ -87,6 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most memory for what is computed at once, besides the program's own (default 4GiB)",
     )
+    parser.add_argument(
+        "--load-check",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get(LOAD_CHECK_VARIABLE) != "0",
+        help="ask transformers, where installed, of which kinds the modules are, and refuse what "
+        f"peft would not load (default, unless {LOAD_CHECK_VARIABLE}=0)",
+    )
     add_rename(parser)
     add_machine(parser)
     add_json(parser)
@@ -114,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             threads=options.threads,
             memory=options.memory,
+            load_check=options.load_check,
             **callbacks,
         )
     left = (f"left out: {shown(name)}: {why}" for name, why in made.left_out.items())

@@ -10,6 +10,7 @@ from outliermerge.arguments import checked, nothing
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.errors import ArgumentError, argument
 from outliermerge.execution.threads import choose_device
+from outliermerge.extraction.classes import Classes, classes_of
 from outliermerge.extraction.making import Making
 from outliermerge.extraction.merges import is_merge, pairs_of_merge
 from outliermerge.extraction.pair import Pairs, open_pairs
@@ -41,6 +42,7 @@ def extract(
     device: str = "cpu",
     threads: int = 0,
     memory: int | str = "4GiB",
+    load_check: bool = False,
     on_total: Callable[[int], None] = nothing,
     on_progress: Callable[[int], None] = nothing,
 ) -> Extraction:
@@ -72,6 +74,9 @@ def extract(
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: how many matrices are factored at once; 0 chooses by processors and `memory`.
         memory: most memory for what is computed at once.
+        load_check: ask the class that the base's config names, where transformers is installed, of
+            which kinds its modules are, and refuse what peft would not load; else names and shapes
+            tell.
         on_total: called once, before reading, with the bytes to read, of all passes.
         on_progress: called with the bytes just read, by any thread.
 
@@ -89,6 +94,7 @@ def extract(
     making = Making(
         pairs, settings, device=choose_device(device), threads=threads,
         memory_bytes=parse_bytes(str(memory), "memory"),
+        classes=classes_of(pairs.base) if load_check else Classes(),
     )  # fmt: skip
     on_total(making.work_bytes)
     return making.make(as_local(output), on_progress)

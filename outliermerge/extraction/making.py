@@ -15,6 +15,7 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing, shown
 from outliermerge.execution.threads import torch_threads
+from outliermerge.extraction.classes import Classes
 from outliermerge.extraction.factors import Change, Factors, factored, matrix_shape, most_bytes
 from outliermerge.extraction.holding import FACTORED, How, Model, is_of_tokens
 from outliermerge.extraction.low_rank import in_core_space, is_unchanged, joined, low_rank_of
@@ -45,7 +46,7 @@ class Making:
         device: torch's device.
         threads: as for `extract`.
         memory_bytes: most memory for what is computed at once.
-        kinds: the kinds of the model's modules, where they are known.
+        classes: the kinds of the model's modules, where they are known.
 
     Raises:
         ArgumentError: the memory is too little for one matrix.
@@ -59,15 +60,13 @@ class Making:
         device: str,
         threads: int,
         memory_bytes: int,
-        kinds: Mapping[str, str] | None = None,
+        classes: Classes,
     ) -> None:
         self.pairs, self.settings = pairs, settings
         self.wanted = settings.wanted(of_merge=bool(pairs.model.made_of))
         self._device, self.tensors, self._memory_bytes = device, pairs.tensors, memory_bytes
-        self.model = Model(
-            {name: pair[1] for name, pair in self.tensors.items()},
-            kinds or {},
-        )
+        self.model = Model({name: pair[1] for name, pair in self.tensors.items()}, classes.kinds)
+        self.classes = classes
         self.low_rank = {n: low for n, pair in self.tensors.items() if (low := low_rank_of(*pair))}
         self.hows: dict[str, How] = {name: self._how(name) for name in self.tensors}
         self.changing = {name for name, pair in self.tensors.items() if not is_unchanged(*pair)}
@@ -166,6 +165,7 @@ class Making:
                         f"{shown(self.pairs.base.reference)}: there is nothing to extract"
                     )
                 self._write_nothing(folder)
+                self.classes.refuse_unknown([*self._ranks, *self._whole])
                 folder.close_weights(self._config())
                 self._read_back(folder.folder)
                 result = Extraction(
@@ -339,19 +339,22 @@ class Making:
 
         if self._ranks:
             return
-        free = [name for name in self.matrices if name.rpartition(".")[0] not in self._whole]
+        linear = [
+            name.removesuffix(".weight") for name, how in self.hows.items() if how == "linear"
+        ]
+        free = [m for m in linear if self.classes.may_have(m) and m not in self._whole]
         if not free:
             raise OutlierMergeError(
                 f"{shown(self.pairs.model.reference)}: the factors of each matrix would be larger "
                 f"than the matrix itself. Give {argument('rank')}, a smaller "
                 f"{argument('energy')} or a larger {argument('error')}"
             )
-        name = free[0]
+        name = f"{free[0]}.weight"
         base = self.tensors[name][0]
         rows, columns = matrix_shape(base)
         for key, tensor in self._keys(name, torch.zeros(rows, 1), torch.zeros(1, columns)):
             folder.add(key, DTYPES["float32"], tuple(tensor.shape), iter([tensor]))
-        self._ranks[name.rpartition(".")[0]] = 1
+        self._ranks[free[0]] = 1
 
     def _config(self) -> dict[str, object]:
         tied = {original.rpartition(".")[0] for original in self.pairs.heads.values()}
@@ -388,6 +391,8 @@ class Making:
 
     def _notes(self) -> tuple[str, ...]:
         notes = [*self.pairs.notes]
+        if self.classes.why_not:
+            notes.append(f"modules are told by names, not their class: {self.classes.why_not}")
         if self._tokenizer():
             notes.append(
                 "the model has other tokens than the base, so its tokenizer is beside the adapter: "
