@@ -339,9 +339,7 @@ class Making:
 
         if self._ranks:
             return
-        linear = [
-            name.removesuffix(".weight") for name, how in self.hows.items() if how == "linear"
-        ]
+        linear = [n.removesuffix(".weight") for n, how in self.hows.items() if how == "linear"]
         free = [m for m in linear if self.classes.may_have(m) and m not in self._whole]
         if not free:
             raise OutlierMergeError(
@@ -350,8 +348,7 @@ class Making:
                 f"{argument('energy')} or a larger {argument('error')}"
             )
         name = f"{free[0]}.weight"
-        base = self.tensors[name][0]
-        rows, columns = matrix_shape(base)
+        rows, columns = matrix_shape(self.tensors[name][0])
         for key, tensor in self._keys(name, torch.zeros(rows, 1), torch.zeros(1, columns)):
             folder.add(key, DTYPES["float32"], tuple(tensor.shape), iter([tensor]))
         self._ranks[free[0]] = 1
