@@ -91,6 +91,7 @@ _KINDS: dict[str, _Kind] = {
             "factor_embeddings",
             "partial",
             "randomized",
+            "core",
         ),
         _SWITCH,
     ),

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from outliermerge.cli.lines import human_bytes
-from outliermerge.cli.parts import Command, add_json, add_machine, count, print_json, print_notes
+from outliermerge.cli.parts import (
+    LOAD_CHECK_VARIABLE,
+    Command,
+    add_json,
+    add_machine,
+    count,
+    print_json,
+    print_notes,
+)
 from outliermerge.cli.tables import NamedTable, print_words
 from outliermerge.cli.terminal import open_console, reading_bar
 from outliermerge.cli.weights import add_rename
@@ -22,10 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model: a folder, a file, a hub id, an adapter, or BASE+ADAPTER",
+        help="a model: a folder, a file, a hub id, an adapter, or BASE+ADAPTER; or a merge, of "
+        "adapters for example: a YAML file",
     )
     parser.add_argument(
-        "--base", metavar="BASE", required=True, help="the model that it was made of"
+        "--base",
+        metavar="BASE",
+        help="the model that it was made of; of a merge it is the spec's base_model",
     )
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the adapter's folder")
     parser.add_argument(
@@ -68,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the factors: float32 (default), bfloat16 or float16",
     )
     parser.add_argument(
+        "--core",
+        action="store_true",
+        help="of a merge of LoRAs: merge small matrices between bases of all (Core Space)",
+    )
+    parser.add_argument(
         "--by",
         choices=("module", "tensor"),
         default="module",
@@ -78,6 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="4GiB",
         metavar="SIZE",
         help="most memory for what is computed at once, besides the program's own (default 4GiB)",
+    )
+    parser.add_argument(
+        "--load-check",
+        action=argparse.BooleanOptionalAction,
+        default=os.environ.get(LOAD_CHECK_VARIABLE) != "0",
+        help="ask transformers, where installed, of which kinds the modules are, and refuse what "
+        f"peft would not load (default, unless {LOAD_CHECK_VARIABLE}=0)",
     )
     add_rename(parser)
     add_machine(parser)
@@ -101,10 +125,12 @@ def run(options: argparse.Namespace) -> int:
             randomized=options.randomized,
             seed=options.seed,
             dtype=options.dtype,
+            core=options.core,
             rename=options.rename,
             device=options.device,
             threads=options.threads,
             memory=options.memory,
+            load_check=options.load_check,
             **callbacks,
         )
     left = (f"left out: {shown(name)}: {why}" for name, why in made.left_out.items())
@@ -168,10 +194,12 @@ def _range(ends: list[str]) -> str:
 
 
 COMMAND = Command(
-    summary="make an adapter (LoRA) of what a model and its base differ by",
+    summary="make an adapter (LoRA) of what a model, or a merge, and its base differ by",
     examples=(
         "outliermerge extract models/tuned --base models/minilm -o adapter --rank 16",
         "outliermerge extract org/tuned --base org/base -o adapter --energy 0.95 --rank 64",
+        "outliermerge extract adapters.yaml -o merged-adapter",
+        "outliermerge extract adapters.yaml -o merged-adapter --core --rank 16",
         "outliermerge extract models/tuned --base models/base -o adapter --error 0.1 \\\n"
         "      --factor-embeddings --dtype bfloat16 --json",
     ),

@@ -56,6 +56,11 @@ class Wanted:
         return (_ITERATIONS if self.randomized else 1) + 2
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether anything says how much is kept; else everything of a low-rank change is."""
+        return (self.rank, self.energy, self.error) != (None, None, None)
+
+    @property
     def least_error(self) -> float:
         """The error that rounding the factors may make, over the norm of their product."""
         unit = _ROUNDING[self.dtype.name]
@@ -170,14 +175,14 @@ def factored(change: Change, wanted: Wanted) -> Factors | None:
         change.skip(2)
         return None
     vectors_SK, squares_K, total = found
-    rank = _rank(squares_K, total, change.short, wanted)
+    rank = chosen_rank(squares_K, total, change.short, wanted)
     norm = math.sqrt(total)
     if wanted.rank is None and rank * (change.long + change.short) >= change.long * change.short:
         change.skip(2)
         return Factors(None, None, norm, 0.0, rank)
     projected_LK = _projected(change, vectors_SK[:, :rank])
     while True:
-        factors = _rounded(change, projected_LK, vectors_SK[:, :rank], wanted.dtype)
+        factors = balanced(projected_LK, vectors_SK[:, :rank], wanted.dtype)
         error = _error(change, *factors) / norm
         if not math.isfinite(error):
             raise OutlierMergeError(
@@ -245,7 +250,7 @@ def _checked_total(change: Change, total: float) -> float:
     return total
 
 
-def _rank(squares_K: Tensor, total: float, short: int, wanted: Wanted) -> int:
+def chosen_rank(squares_K: Tensor, total: float, short: int, wanted: Wanted) -> int:
     """Return the rank that is wanted, at most the number of values that can be told from 0."""
     most = max(1, int((squares_K > squares_K[0] * short * _EPSILON).sum()))
     if wanted.rank is not None:
@@ -278,10 +283,14 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], dim=1)
 
 
-def _rounded(
-    change: Change, projected_Lr: Tensor, vectors_Sr: Tensor, dtype: DType
-) -> tuple[Tensor, Tensor]:
-    """Return P (L, r) and Q (r, S), of equal norm for each singular value, in the dtype."""
+def balanced(projected_Lr: Tensor, vectors_Sr: Tensor, dtype: DType) -> tuple[Tensor, Tensor]:
+    """Return P (L, r) and Q (r, S), of equal norm for each singular value, in the dtype.
+
+    Args:
+        projected_Lr: left singular vectors, times the values.
+        vectors_Sr: right singular vectors.
+        dtype: of what is returned.
+    """
     import torch
 
     roots_r = projected_Lr.norm(dim=0).sqrt()

@@ -36,12 +36,10 @@ class Model:
         tensors: its tensors by name.
         kinds: the kinds of its modules by name, where its class could be asked; of the others a
             guess is made.
-        factor_embeddings: embeddings and heads are factored, not saved whole.
     """
 
     tensors: Mapping[str, Source]
     kinds: Mapping[str, str] = field(default_factory=dict)
-    factor_embeddings: bool = False
     _containers: frozenset[str] = field(init=False)
     _is_transposed: bool = field(init=False)
 
@@ -62,7 +60,7 @@ class Model:
         """Return the names of a module's tensors."""
         return [name for name in self.tensors if name.rpartition(".")[0] == module]
 
-    def how(self, name: str) -> How:
+    def how(self, name: str, *, factor_embeddings: bool = False) -> How:
         """Return how an adapter would hold a tensor if it was changed."""
         module, _, part = name.rpartition(".")
         shape = self.tensors[name].shape
@@ -70,15 +68,15 @@ class Model:
         if part == "bias" and weight is not None and len(weight.shape) > 1:
             return "bias"
         if part == "weight" and len(shape) > 1 and module:
-            if (how := self._how_matrix(module, shape)) != "whole":
+            if (how := self._how_matrix(module, shape, factor_embeddings)) != "whole":
                 return how
         is_packed = len(shape) == 3 and part != "weight"  # the experts of a layer
         return "whole" if self.is_leaf(module) and not is_packed else "not held"
 
-    def _how_matrix(self, module: str, shape: tuple[int, ...]) -> How:
+    def _how_matrix(self, module: str, shape: tuple[int, ...], factor_embeddings: bool) -> How:
         kind, last = self.kinds.get(module), module.rpartition(".")[2]
         # Not among layers that are stored transposed: fan_in_fan_out would not hold for the head.
-        factors = self.factor_embeddings and not self._is_transposed
+        factors = factor_embeddings and not self._is_transposed
         if min(shape) < 1 or (is_of_tokens(module) and not factors):
             return "whole"
         if kind is not None:

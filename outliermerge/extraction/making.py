@@ -15,14 +15,18 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.checkpoint.tokens import token_files
 from outliermerge.errors import ArgumentError, OutlierMergeError, argument, listing, shown
 from outliermerge.execution.threads import torch_threads
+from outliermerge.extraction.classes import Classes
 from outliermerge.extraction.factors import Change, Factors, factored, matrix_shape, most_bytes
 from outliermerge.extraction.holding import FACTORED, How, Model, is_of_tokens
+from outliermerge.extraction.low_rank import in_core_space, is_unchanged, joined, low_rank_of
+from outliermerge.extraction.merges import reader_of_merges
 from outliermerge.extraction.pair import Pairs
 from outliermerge.extraction.peft_config import peft_config, saved_whole
 from outliermerge.extraction.reading import blocks, difference, in_order
 from outliermerge.extraction.report import Extracted, Extraction, Settings
 from outliermerge.extraction.written import AdapterFolder, refuse_taken
 from outliermerge.planning.inputs import open_model
+from outliermerge.planning.merged import bytes_of_merges
 from outliermerge.spec.rename import Rename
 from outliermerge.storage.machine import keep_freed_memory, num_threads
 
@@ -42,7 +46,7 @@ class Making:
         device: torch's device.
         threads: as for `extract`.
         memory_bytes: most memory for what is computed at once.
-        kinds: the kinds of the model's modules, where they are known.
+        classes: the kinds of the model's modules, where they are known.
 
     Raises:
         ArgumentError: the memory is too little for one matrix.
@@ -56,18 +60,25 @@ class Making:
         device: str,
         threads: int,
         memory_bytes: int,
-        kinds: Mapping[str, str] | None = None,
+        classes: Classes,
     ) -> None:
-        self.pairs, self.settings, self.wanted = pairs, settings, settings.wanted()
-        self._device, self.tensors = device, pairs.tensors
-        self.model = Model(
-            {name: pair[1] for name, pair in self.tensors.items()},
-            kinds or {},
-            settings.factor_embeddings,
-        )
+        self.pairs, self.settings = pairs, settings
+        self.wanted = settings.wanted(of_merge=bool(pairs.model.made_of))
+        self._device, self.tensors, self._memory_bytes = device, pairs.tensors, memory_bytes
+        self.model = Model({name: pair[1] for name, pair in self.tensors.items()}, classes.kinds)
+        self.classes = classes
+        self.low_rank = {n: low for n, pair in self.tensors.items() if (low := low_rank_of(*pair))}
         self.hows: dict[str, How] = {name: self._how(name) for name in self.tensors}
-        self.matrices = [name for name, how in self.hows.items() if how in FACTORED]
-        needed = {n: most_bytes(*self.tensors[n], self.wanted) for n in self.matrices}
+        self.changing = {name for name, pair in self.tensors.items() if not is_unchanged(*pair)}
+        self.matrices = [
+            n for n, how in self.hows.items() if how in FACTORED and n in self.changing
+        ]
+        self._refuse_full_rank()
+        needed = {
+            name: bytes_of_merges(self.tensors[name]) + most_bytes(*self.tensors[name], self.wanted)
+            for name in self.matrices
+            if not self._is_small(name)
+        }
         largest = max(needed, key=lambda name: needed[name], default="")
         self.peak_bytes = needed.get(largest, 0)
         if self.peak_bytes > memory_bytes:
@@ -89,18 +100,43 @@ class Making:
     def _how(self, name: str) -> How:
         base, model = self.tensors[name]
         if base.shape == model.shape and base.dtype.is_float and model.dtype.is_float:
-            return self.model.how(name)
+            wanted = self.settings.factor_embeddings or name in self.low_rank
+            return self.model.how(name, factor_embeddings=wanted)
         module = name.rpartition(".")[0]
         is_grown = base.dtype.is_float and model.dtype.is_float and is_of_tokens(module)
         return "whole" if is_grown and self.model.is_leaf(module) else "not held"
+
+    def _is_small(self, name: str) -> bool:
+        """Tell whether a matrix is made of the factors of adapters, and never whole."""
+        low = self.low_rank.get(name)
+        return low is not None and (low.coefficients is not None or self.settings.core)
+
+    def _refuse_full_rank(self) -> None:
+        """Refuse a merge whose changes are not of low rank, if they are to be kept exactly."""
+        if self.wanted.is_bounded and not self.settings.core:
+            return
+        full = [name for name in self.matrices if not self._is_small(name)]
+        if full and self.settings.core:
+            raise OutlierMergeError(
+                f"{shown(self.pairs.model.reference)}: core space merges LoRAs of one base, and "
+                f"other things change:\n{listing(map(shown, full))}"
+            )
+        if full:
+            raise ArgumentError(
+                f"nothing says how much is kept, and the change of these tensors is no weighted "
+                f"sum of LoRAs, which could be kept whole:\n{listing(map(shown, full), limit=5)}\n"
+                f"Give {argument('rank')}, {argument('energy')} or {argument('error')}; or "
+                f"{argument('core', True)}, which merges in a basis of the adapters"
+            )
 
     @property
     def work_bytes(self) -> int:
         """The bytes of all passes."""
         return sum(
             (self.wanted.num_passes if self.hows[name] in FACTORED else 1)
-            * sum(source.num_bytes for source in pair)
-            for name, pair in self.tensors.items()
+            * sum(source.num_bytes for source in self.tensors[name])
+            for name in self.changing
+            if name not in self.matrices or not self._is_small(name)
         )
 
     def make(self, output: Path, on_progress: Callable[[int], None]) -> Extraction:
@@ -109,7 +145,11 @@ class Making:
         refuse_taken(output)
         keep_freed_memory()
         with ExitStack() as stack:
-            reader = stack.enter_context(Reader())
+            reader = stack.enter_context(
+                reader_of_merges(self._memory_bytes, self.workers)
+                if self.pairs.model.made_of
+                else Reader()
+            )
             alone = stack.enter_context(torch_threads())
             pool = stack.enter_context(ThreadPoolExecutor(self.workers, initializer=alone))
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -125,6 +165,7 @@ class Making:
                         f"{shown(self.pairs.base.reference)}: there is nothing to extract"
                     )
                 self._write_nothing(folder)
+                self.classes.refuse_unknown([*self._ranks, *self._whole])
                 folder.close_weights(self._config())
                 self._read_back(folder.folder)
                 result = Extraction(
@@ -149,13 +190,10 @@ class Making:
         self, reader: Reader, pool: ThreadPoolExecutor, on_progress: Callable[[int], None]
     ) -> tuple[dict[str, float], dict[str, str]]:
         """Return the norms of changes of what is not factored, and what no adapter can hold."""
-        for reference, head, twins in self.pairs.twins:
+        for message, head, twins in self.pairs.twins:
             if difference(head, *twins, reader):
-                raise OutlierMergeError(
-                    f"{shown(reference)}: stores {shown(head)} and the embeddings that it is tied "
-                    "to with other values. Which of them it has depends on what loads it"
-                )
-        others = [name for name, how in self.hows.items() if how not in FACTORED]
+                raise OutlierMergeError(message)
+        others = [n for n, how in self.hows.items() if how not in FACTORED and n in self.changing]
 
         def compare(name: str) -> float:
             norm = difference(name, *self.tensors[name], reader)
@@ -201,6 +239,9 @@ class Making:
     ) -> None:
         def factor(name: str) -> Factors | None:
             base, model = self.tensors[name]
+            if self._is_small(name):
+                merge = in_core_space if self.settings.core else joined
+                return merge(self.low_rank[name], reader, self.wanted)
             change = Change(
                 name, base, model, reader=reader, device=self._device, on_progress=on_progress
             )
@@ -298,19 +339,19 @@ class Making:
 
         if self._ranks:
             return
-        free = [name for name in self.matrices if name.rpartition(".")[0] not in self._whole]
+        linear = [n.removesuffix(".weight") for n, how in self.hows.items() if how == "linear"]
+        free = [m for m in linear if self.classes.may_have(m) and m not in self._whole]
         if not free:
             raise OutlierMergeError(
                 f"{shown(self.pairs.model.reference)}: the factors of each matrix would be larger "
                 f"than the matrix itself. Give {argument('rank')}, a smaller "
                 f"{argument('energy')} or a larger {argument('error')}"
             )
-        name = free[0]
-        base = self.tensors[name][0]
-        rows, columns = matrix_shape(base)
+        name = f"{free[0]}.weight"
+        rows, columns = matrix_shape(self.tensors[name][0])
         for key, tensor in self._keys(name, torch.zeros(rows, 1), torch.zeros(1, columns)):
             folder.add(key, DTYPES["float32"], tuple(tensor.shape), iter([tensor]))
-        self._ranks[name.rpartition(".")[0]] = 1
+        self._ranks[free[0]] = 1
 
     def _config(self) -> dict[str, object]:
         tied = {original.rpartition(".")[0] for original in self.pairs.heads.values()}
@@ -346,7 +387,9 @@ class Making:
         return {path.name: path for path in token_files(home)} if is_grown else {}
 
     def _notes(self) -> tuple[str, ...]:
-        notes = [*self.pairs.base.checkpoint.notes, *self.pairs.model.checkpoint.notes]
+        notes = [*self.pairs.notes]
+        if self.classes.why_not:
+            notes.append(f"modules are told by names, not their class: {self.classes.why_not}")
         if self._tokenizer():
             notes.append(
                 "the model has other tokens than the base, so its tokenizer is beside the adapter: "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outliermerge.checkpoint.config import read_json
@@ -28,6 +28,10 @@ from outliermerge.spec.text import plain_yaml
 from outliermerge.storage.addresses import without_secrets
 
 Pair = tuple[Source, Source]
+_PARTED = (
+    "{}: stores {} and the embeddings that it is tied to with other values. Which of them it has "
+    "depends on what loads it"
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Pairs:
         tensors: (base, model) by the base's name, where both have the tensor.
         apart: tensors that only one of them has, and why no adapter can hold them.
         heads: by name of a head the embeddings that both tie it to; it is not among the tensors.
-        twins: a model's copies of one tied tensor, which must be equal.
+        twins: what must be equal: the message if it is not, the name, the two tensors.
+        notes: notes for the user.
     """
 
     base: Input
@@ -48,6 +53,12 @@ class Pairs:
     apart: Mapping[str, str]
     heads: Mapping[str, str]
     twins: tuple[tuple[str, str, Pair], ...]
+
+    notes: tuple[str, ...] = ()
+
+    def with_twins(self, twins: Iterable[tuple[str, str, Pair]], notes: Iterable[str]) -> Pairs:
+        """Return the same with more that must be equal, and notes."""
+        return replace(self, twins=(*self.twins, *twins), notes=(*self.notes, *notes))
 
     @property
     def architectures(self) -> list[str]:
@@ -96,7 +107,11 @@ def paired(base: Input, model: Input) -> Pairs:
     heads, twins = {}, list[tuple[str, str, Pair]]()
     for entry, tensors, ties in ((base, theirs, before), (model, ours, after)):
         twins += (
-            (entry.reference, head, (tensors[head], tensors[original]))
+            (
+                _PARTED.format(shown(entry.reference), shown(head)),
+                head,
+                (tensors[head], tensors[original]),
+            )
             for head, original in ties.items()
             if head in tensors and tensors[head] is not tensors[original]
         )
@@ -118,7 +133,8 @@ def paired(base: Input, model: Input) -> Pairs:
         for name, source in own.items()
         if name not in others and not is_computed(name, source)
     }
-    return Pairs(base, model, common, apart, heads, tuple(twins))
+    notes = dict.fromkeys((*base.checkpoint.notes, *model.checkpoint.notes))
+    return Pairs(base, model, common, apart, heads, tuple(twins), tuple(notes))
 
 
 def _ties(entry: Input) -> dict[str, str]:

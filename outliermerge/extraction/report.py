@@ -30,19 +30,25 @@ class Settings:
     randomized: bool = False
     seed: int = 0
     dtype: str = "float32"
+    core: bool = False
 
-    def wanted(self) -> Wanted:
+    def wanted(self, *, of_merge: bool = False) -> Wanted:
         """Return how each matrix is factored.
+
+        Args:
+            of_merge: an adapter is made of a merge, of which everything may be kept.
 
         Raises:
             ArgumentError: an argument is out of range, or two contradict each other.
         """
         rank, energy, error = self.rank, self.energy, self.error
-        if rank is None and energy is None and error is None:
+        if rank is None and energy is None and error is None and not of_merge:
             raise ArgumentError(
                 f"nothing says how much is kept: give {argument('rank')}, {argument('energy')} or "
                 f"{argument('error')}"
             )
+        if self.core and not of_merge:
+            raise ArgumentError(f"{argument('core')}: is for merges: give a spec as the model")
         if error is not None and (rank is not None or energy is not None):
             other = argument("rank" if rank is not None else "energy")
             raise ArgumentError(f"{argument('error')}: is a bound, and {other} another: give one")

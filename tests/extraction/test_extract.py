@@ -219,6 +219,33 @@ def test_an_adapter_is_made_smaller(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["experts", pytest.param("norms", marks=pytest.mark.faults)])
+def test_the_class_says_which_modules_there_are(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, vocab_size=40, num_local_experts=2,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    mlp = model.model.layers[0].mlp
+    changed = mlp.experts.gate_up_proj if kind == "experts" else model.model.norm.weight
+    changed.data += 1
+    model.save_pretrained(tmp_path / "tuned")
+
+    def extract(**more: bool) -> Extraction:
+        return outliermerge.extract(
+            tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", rank=4, **more
+        )
+
+    if kind == "experts":
+        with pytest.raises(OutlierMergeError, match=r"MixtralForCausalLM has no modules(.|\n)*w1"):
+            extract(load_check=True)
+        assert not (tmp_path / "adapter").exists()
+    check_read_back(extract(load_check=kind == "norms"), tmp_path)
+
+
 def two(folder: Path, base: dict[str, torch.Tensor], model: dict[str, torch.Tensor]) -> list[str]:
     """Save two models without configs, and return a command that makes an adapter."""
     save_tensors(folder / "base", base)
