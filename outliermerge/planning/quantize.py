@@ -7,7 +7,7 @@ checkpoint/quantized/encoded.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,17 +104,17 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         for job in jobs
         if _is_linear(job) and job.name not in chosen
     ]
-    source_by_name = _sources(jobs, chosen)
+    source_by_name = sources_of(jobs, chosen)
     end = "_scale_inv" if entry.quant_method == "fp8" else "_scale"
     made: list[Job] = []
     for job in jobs:
         source = source_by_name.get(job.name)
         if source is None or job.name not in chosen:
-            made.append(job if source is None else _copy(job, job.name, source, is_merge=True))
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
         scales = _scales(entry, source, job.output.dtype)
-        made.append(_copy(job, job.name + end, scales, is_companion=True))
-        made.append(_copy(job, job.name, Codes(scales)))
+        made.append(copy_of(job, job.name + end, scales, is_companion=True))
+        made.append(copy_of(job, job.name, Codes(scales)))
     settings = _settings(entry, ignored)
     packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
     note = (
@@ -139,7 +139,7 @@ def _fits(entry: QuantizeEntry, shape: tuple[int, ...]) -> bool:
     return all(size % _BLOCK == 0 for size in whole)
 
 
-def _sources(jobs: Sequence[Job], chosen: set[str]) -> dict[str, Source]:
+def sources_of(jobs: Sequence[Job], chosen: Collection[str]) -> dict[str, Source]:
     """Return the merges to quantise as sources, tied ones as one.
 
     Where statistics are of the whole model, all merges become sources, so that they are measured
@@ -177,7 +177,7 @@ def _scales(entry: QuantizeEntry, source: Source, dtype: DType) -> Scales:
     )
 
 
-def _copy(
+def copy_of(
     job: Job, name: str, source: Source, *, is_companion: bool = False, is_merge: bool = False
 ) -> Job:
     """Return the job that writes a source in the place of a job, or beside it."""
@@ -248,12 +248,12 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     if settings is None and any(n.endswith("_quant_config.json") for n in checkpoint.left_behind):
         raise OutlierMergeError(f"{what} cannot be given back: it is described by modelopt's file")
     scale_names = {meta: name for name, meta in checkpoint.companions.items()}
-    source_by_name = _sources(jobs, set(held))
+    source_by_name = sources_of(jobs, set(held))
     made: list[Job] = []
     for job in jobs:
         source = source_by_name.get(job.name)
         if job.name not in held:
-            made.append(job if source is None else _copy(job, job.name, source, is_merge=True))
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
         assert source is not None
         before = held[job.name]
@@ -261,7 +261,7 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     used = {job.name for job in made}
     first = next(job for job in jobs if job.name in held)
     made += (
-        _copy(first, name, meta, is_companion=True)
+        copy_of(first, name, meta, is_companion=True)
         for name, meta in checkpoint.companions.items()
         if name not in used
     )
@@ -272,8 +272,8 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
 def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str) -> Iterator[Job]:
     """Yield the jobs of a weight's scales and codes, in the form that the base has."""
     if job.action == "copy" and source == before:  # the base's own bytes
-        yield _copy(job, scale_name, before.scale, is_companion=True)
-        yield _copy(job, job.name, before.weight)
+        yield copy_of(job, scale_name, before.scale, is_companion=True)
+        yield copy_of(job, job.name, before.weight)
         return
     scales = Scales(
         source=source,
@@ -283,5 +283,5 @@ def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str)
         scale_dtype=before.scale.dtype,
         held=before,
     )
-    yield _copy(job, scale_name, scales, is_companion=True)
-    yield _copy(job, job.name, Codes(scales))
+    yield copy_of(job, scale_name, scales, is_companion=True)
+    yield copy_of(job, job.name, Codes(scales))
