@@ -16,7 +16,7 @@ from typing import Any
 
 from outliermerge.checkpoint.checksum import GGUF_KEY
 from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.quantized.blocks import VALUES, Q8Blocks
+from outliermerge.checkpoint.quantized.q8 import VALUES, Q8Blocks
 from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import OutlierMergeError, listing, shown

@@ -83,6 +83,7 @@ def spec_of(folder: Path, **more: Any) -> dict[str, Any]:
     } | more
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_transformers_reads_back_what_was_merged(folder: Path, tmp_path: Path, form: str) -> None:
     spec = spec_of(folder, format="gguf", **FORMS[form])

@@ -149,6 +149,7 @@ def test_the_manifest_says_how_far_codes_are_off(
     assert some == (12 if output.name == "block" else 14)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "more",
     [
@@ -177,6 +178,7 @@ def test_any_method_is_quantised_as_its_plain_output_would_be(
             assert written[name].equal(rounded[name])
 
 
+@pytest.mark.sampled(3)
 def test_the_bytes_are_the_same_on_all_ways(output: Path, folder: Path, tmp_path: Path) -> None:
     spec = spec_of(folder, quantize=KINDS[output.name])
     options = outliermerge.RunOptions(threads=3, memory="8MiB")
@@ -184,7 +186,9 @@ def test_the_bytes_are_the_same_on_all_ways(output: Path, folder: Path, tmp_path
     for part in (2, 1, 3):
         run_part(outliermerge.plan(spec), tmp_path / "parts", part, 3)
     join(outliermerge.plan(spec), tmp_path / "parts")
-    for way in ("threads", "parts"):
+    run_part(outliermerge.plan(spec), tmp_path / "goes_on", 2, 3)
+    outliermerge.run(spec, output=tmp_path / "goes_on")
+    for way in ("threads", "parts", "goes_on"):
         for path in output.glob("*.safetensors"):
             assert path.read_bytes() == (tmp_path / way / path.name).read_bytes()
 
@@ -198,6 +202,7 @@ def _with_settings(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["int8", "fp8", "channel", "block"])
 def test_as_base_gives_back_what_came_in(folder: Path, tmp_path: Path, kind: str) -> None:
     base = _with_settings(folder / "base", tmp_path / "base", kind)
