@@ -174,6 +174,10 @@ def _not_checked(folder: str, why: str) -> str:
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan's output, each with the same part of the reference."""
+    if plan.is_one_file:
+        return [], ["a single file has no config beside it: nothing says what loads it"]
+    if plan.spec.document.format == "gguf":
+        return [], [_not_checked("", "this check knows no GGUF files")]
     contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
@@ -240,15 +244,7 @@ class LoadCheck:
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
         """Start to check the outputs that plans describe."""
-        alone = "a single file has no config beside it: nothing says what loads it"
-        gguf = "not checked that the output loads: this check knows no GGUF files"
-        outputs: list[tuple[Sequence[Part], Sequence[str]]] = []
-        for plan in plans:
-            if plan.is_one_file or plan.spec.document.format == "gguf":
-                outputs.append(([], [alone if plan.is_one_file else gguf]))
-            else:
-                outputs.append(_parts_of_plan(plan))
-        return cls(outputs, plans)
+        return cls([_parts_of_plan(plan) for plan in plans], plans)
 
     def _start(self) -> None:
         self._answer: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())

@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        return sum(job.num_elements for job in self.jobs if not job.is_companion)
+        return sum((job.of or job).num_elements for job in self.jobs if not job.is_companion)
 
     def merged_by(self, job: Job) -> tuple[str, str] | None:
         """Return the method that merges a tensor, and the dtype of its arithmetic; None if none.

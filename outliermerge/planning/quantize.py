@@ -14,6 +14,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.quantized.encoded import Codes, Scales
+from outliermerge.checkpoint.quantized.mx4 import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.quantized.tensors import ScaledTensor
 from outliermerge.checkpoint.sources import DTYPES, DType, Source
@@ -112,13 +113,19 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         if source is None or job.name not in chosen:
             made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
+        if entry.to == "mxfp4":
+            stem = job.name.removesuffix("weight")
+            made.append(copy_of(job, f"{stem}weight_scale", MxScales(source), is_companion=True))
+            made.append(copy_of(job, f"{stem}weight_packed", MxCodes(source)))
+            continue
         scales = _scales(entry, source, job.output.dtype)
         made.append(copy_of(job, job.name + end, scales, is_companion=True))
         made.append(copy_of(job, job.name, Codes(scales)))
     settings = _settings(entry, ignored)
     packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
+    per = "" if entry.to == "mxfp4" else f" per {entry.scale_of}"
     note = (
-        f"{len(chosen)} weights are quantised to {entry.to} per {entry.scale_of}; "
+        f"{len(chosen)} weights are quantised to {entry.to}{per}; "
         f"{len(jobs) - len(chosen)} tensors are not"
         + (f", {packed} packed experts among them" if packed else "")
     )
@@ -133,6 +140,8 @@ def _is_linear(job: Job) -> bool:
 
 def _fits(entry: QuantizeEntry, shape: tuple[int, ...]) -> bool:
     """Tell whether what multiplies in blocks can take a matrix: DeepSeek-V3 cuts blocks of rows."""
+    if entry.to == "mxfp4":
+        return shape[-1] % GROUP == 0
     if entry.scale_of != "block":
         return True
     whole = shape[1:] if entry.quant_method == "fp8" else shape
@@ -206,24 +215,45 @@ def _settings(entry: QuantizeEntry, ignored: Sequence[str]) -> dict[str, Any]:
             "weight_block_size": [_BLOCK, _BLOCK],
             "modules_to_not_convert": list(ignored),
         }
+    weights: dict[str, Any]
+    if entry.to == "mxfp4":
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": GROUP, "scale_dtype": "torch.uint8"}
+        return _compressed("mxfp4-pack-quantized", weights, None, ignored)
     is_float, per = entry.to == "fp8", entry.scale_of
     common = {
         "num_bits": 8,
         "type": "float" if is_float else "int",
         "symmetric": True,
     }
-    weights: dict[str, Any] = {**common, "dynamic": False, "strategy": per}
+    weights = {**common, "dynamic": False, "strategy": per}
     inputs: dict[str, Any] = {**common, "dynamic": True, "strategy": "token"}
     if per == "block":
         weights["block_structure"] = [_BLOCK, _BLOCK]
         inputs |= {"strategy": "group", "group_size": _BLOCK}
     layout = "float-quantized" if is_float else "int-quantized"
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return _compressed(layout, weights, inputs, ignored)
+
+
+def _compressed(
+    layout: str,
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
+    ignored: Sequence[str],
+) -> dict[str, Any]:
+    """Return a config of compressed-tensors: how linear layers' weights and inputs are coded."""
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"output_activations": None, "format": layout}},
+        "config_groups": {"group_0": group},
         "ignore": list(ignored),
     }
 

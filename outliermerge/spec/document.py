@@ -263,8 +263,8 @@ class SpecDocument(_SpecEntry):
     )
     quantize: QuantizeField | None = Field(
         default=None,
-        description="Quantises the output's weights: `fp8`, `int8` or `as-base`, or a mapping with "
-        "`to`, `per`, `quant_method` and `ignore`; with `format: gguf` it is `q8_0`.",
+        description="Quantises the output's weights: `fp8`, `int8`, `mxfp4` or `as-base`, or a "
+        "mapping with `to`, `per`, `quant_method` and `ignore`; with `format: gguf` it is `q8_0`.",
     )
     rename: _RenameField = Field(
         default=None, description="Changes the names of the merge to those of the output."

@@ -10,8 +10,13 @@ from outliermerge.spec.settings import SettingError
 
 AS_BASE = "as-base"
 Q8 = "q8_0"
-_PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",), AS_BASE: (), Q8: ()}
-_METHODS = {"fp8": ("compressed-tensors", "fp8"), "int8": ("compressed-tensors",)}
+_PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",)}
+_METHODS = {
+    "fp8": ("compressed-tensors", "fp8"),
+    "int8": ("compressed-tensors",),
+    "mxfp4": ("compressed-tensors",),
+}
+_WORDS = ("fp8", "int8", "mxfp4", AS_BASE, Q8)
 
 
 class QuantizeEntry(BaseModel):
@@ -19,9 +24,9 @@ class QuantizeEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    to: Literal["fp8", "int8", "as-base", "q8_0"] = Field(
-        description="`fp8` (E4M3), `int8`, or `as-base`: the format in which the base model is "
-        "stored. With `format: gguf` it is `q8_0`."
+    to: Literal["fp8", "int8", "mxfp4", "as-base", "q8_0"] = Field(
+        description="`fp8` (E4M3), `int8`, `mxfp4` (4 bits, a scale for 32), or `as-base`: the "
+        "format in which the base model is stored. With `format: gguf` it is `q8_0`."
     )
     per: Literal["channel", "tensor", "block"] | None = Field(
         default=None,
@@ -49,7 +54,7 @@ class _WordOrEntry:
     """The JSON schema of a value that may be only what weights are quantised to."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
-        return {"anyOf": [{"enum": [*_PER]}, handler(core)]}
+        return {"anyOf": [{"enum": [*_WORDS]}, handler(core)]}
 
 
 QuantizeField = Annotated[
@@ -78,8 +83,8 @@ def check_quantize(entry: QuantizeEntry | None, format_: str) -> None:
     if (entry.to == Q8) != (format_ == "gguf"):
         expected = "q8_0, with `format: gguf`" if format_ == "gguf" else "`format: gguf` with it"
         raise SettingError(("quantize",), f"found '{entry.to}', expected {expected}")
-    for key, valid in (("per", _PER[entry.to]), ("quant_method", _METHODS.get(entry.to, ()))):
-        value = getattr(entry, key)
+    for key, choices in {"per": _PER, "quant_method": _METHODS}.items():
+        value, valid = getattr(entry, key), choices.get(entry.to, ())
         if value is not None and value not in valid:
             expected = " or ".join(valid) if valid else "nothing"
             said = f"found '{value}', expected {expected}, for `to: {entry.to}`"
