@@ -193,9 +193,8 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     parts, notes = find_parts({job.name: job.output.shape for job in plan.jobs}, components, read)
     stored = _stored_shapes(plan)
     theirs, _ = find_parts(stored, components, lambda name: read_json(reference.home / name))
-    return [
-        replace(part, base=theirs.get(folder) if stored else None) for folder, part in parts.items()
-    ], notes
+    found = [replace(p, base=theirs.get(f) if stored else None) for f, p in parts.items()]
+    return found, notes
 
 
 def _stored_shapes(plan: Plan) -> Shapes:

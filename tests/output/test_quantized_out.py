@@ -71,7 +71,9 @@ def output(request: pytest.FixtureRequest, folder: Path) -> Path:
     size = sum(path.stat().st_size for path in (folder / kind).glob("*.safetensors"))
     assert planned.num_written_bytes == size
     assert planned.num_parameters == done.manifest["num_parameters"]
-    assert planned.num_parameters == outliermerge.plan(spec_of(folder)).num_parameters
+    plain = outliermerge.plan(spec_of(folder))
+    assert planned.num_parameters == plain.num_parameters
+    assert [job.name for job, _ in planned.weight_jobs] == [job.name for job in plain.jobs]
     assert verify_folder(folder / kind, threads=1) == []
     return folder / kind
 
