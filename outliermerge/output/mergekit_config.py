@@ -33,6 +33,7 @@ _OF_OURS = {"trim": "tensor", "consensus": "sum", "compat": "mergekit", "rescale
 _OTHERWISE: dict[str, Any] = {
     "modifiers": [],
     "quantize": None,
+    "format": "safetensors",
     "rounding": "nearest",
     "stack": None,
     "stages": [],

@@ -145,8 +145,13 @@ class Plan:
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
+    def weight_jobs(self) -> list[tuple[Job, Job]]:
+        """The job of each tensor of the model, and the job that writes it, which may be codes."""
+        return [(job.of or job, job) for job in self.jobs if not job.is_companion]
+
+    @property
     def num_parameters(self) -> int:
-        return sum(job.num_elements for job in self.jobs if not job.is_companion)
+        return sum(job.num_elements for job, _ in self.weight_jobs)
 
     def merged_by(self, job: Job) -> tuple[str, str] | None:
         """Return the method that merges a tensor, and the dtype of its arithmetic; None if none.

@@ -19,6 +19,7 @@ from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
+from outliermerge.planning.gguf import as_gguf
 from outliermerge.planning.inputs import open_inputs, open_tokenizer
 from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
@@ -82,6 +83,8 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         shard_bytes = spec.repeated.shard_bytes
     with told_by_name(), watching(Watched()) as watched, _without_collections():
         plan = _Planner(spec, {}).plan(shard_bytes)
+        if plan.spec.document.format == "gguf":
+            plan = as_gguf(plan)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
                 open_file(content).close()
@@ -221,7 +224,8 @@ class _Planner:
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
         made, settings, quantized_notes = jobs, None, list[str]()
-        if (entry := self.spec.document.quantize) is not None:
+        entry = self.spec.document.quantize
+        if entry is not None and self.spec.document.format != "gguf":
             found = quantized(self.spec, entry, self.inputs, jobs)
             shards, placed = plan_layout(
                 ((job.name, job.output.dtype, job.output.shape) for job in found.jobs),

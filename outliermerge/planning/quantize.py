@@ -7,13 +7,14 @@ checkpoint/quantized/encoded.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.quantized.encoded import Codes, Scales
+from outliermerge.checkpoint.quantized.mx4 import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.quantized.tensors import ScaledTensor
 from outliermerge.checkpoint.sources import DTYPES, DType, Source, TensorMeta
@@ -104,21 +105,27 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         for job in jobs
         if _is_linear(job) and job.name not in chosen
     ]
-    source_by_name = _sources(jobs, chosen)
+    source_by_name = sources_of(jobs, chosen)
     end = "_scale_inv" if entry.quant_method == "fp8" else "_scale"
     made: list[Job] = []
     for job in jobs:
         source = source_by_name.get(job.name)
         if source is None or job.name not in chosen:
-            made.append(job if source is None else _copy(job, job.name, source, is_merge=True))
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
+            continue
+        if entry.to == "mxfp4":
+            stem = job.name.removesuffix("weight")
+            made.append(copy_of(job, f"{stem}weight_scale", MxScales(source), is_companion=True))
+            made.append(copy_of(job, f"{stem}weight_packed", MxCodes(source)))
             continue
         scales = _scales(entry, source, job.output.dtype)
-        made.append(_copy(job, job.name + end, scales, is_companion=True))
-        made.append(_copy(job, job.name, Codes(scales)))
+        made.append(copy_of(job, job.name + end, scales, is_companion=True))
+        made.append(copy_of(job, job.name, Codes(scales)))
     settings = _settings(entry, ignored)
     packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
+    per = "" if entry.to == "mxfp4" else f" per {entry.scale_of}"
     note = (
-        f"{len(chosen)} weights are quantised to {entry.to} per {entry.scale_of}; "
+        f"{len(chosen)} weights are quantised to {entry.to}{per}; "
         f"{len(jobs) - len(chosen)} tensors are not"
         + (f", {packed} packed experts among them" if packed else "")
     )
@@ -133,13 +140,15 @@ def _is_linear(job: Job) -> bool:
 
 def _fits(entry: QuantizeEntry, shape: tuple[int, ...]) -> bool:
     """Tell whether what multiplies in blocks can take a matrix: DeepSeek-V3 cuts blocks of rows."""
+    if entry.to == "mxfp4":
+        return shape[-1] % GROUP == 0
     if entry.scale_of != "block":
         return True
     whole = shape[1:] if entry.quant_method == "fp8" else shape
     return all(size % _BLOCK == 0 for size in whole)
 
 
-def _sources(jobs: Sequence[Job], chosen: set[str]) -> dict[str, Source]:
+def sources_of(jobs: Sequence[Job], chosen: Collection[str]) -> dict[str, Source]:
     """Return the merges to quantise as sources, tied ones as one.
 
     Where statistics are of the whole model, all merges become sources, so that they are measured
@@ -177,7 +186,7 @@ def _scales(entry: QuantizeEntry, source: Source, dtype: DType) -> Scales:
     )
 
 
-def _copy(
+def copy_of(
     job: Job, name: str, source: Source, *, is_companion: bool = False, is_merge: bool = False
 ) -> Job:
     """Return the job that writes a source in the place of a job, or beside it."""
@@ -206,24 +215,45 @@ def _settings(entry: QuantizeEntry, ignored: Sequence[str]) -> dict[str, Any]:
             "weight_block_size": [_BLOCK, _BLOCK],
             "modules_to_not_convert": list(ignored),
         }
+    weights: dict[str, Any]
+    if entry.to == "mxfp4":
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": GROUP, "scale_dtype": "torch.uint8"}
+        return _compressed("mxfp4-pack-quantized", weights, None, ignored)
     is_float, per = entry.to == "fp8", entry.scale_of
     common = {
         "num_bits": 8,
         "type": "float" if is_float else "int",
         "symmetric": True,
     }
-    weights: dict[str, Any] = {**common, "dynamic": False, "strategy": per}
+    weights = {**common, "dynamic": False, "strategy": per}
     inputs: dict[str, Any] = {**common, "dynamic": True, "strategy": "token"}
     if per == "block":
         weights["block_structure"] = [_BLOCK, _BLOCK]
         inputs |= {"strategy": "group", "group_size": _BLOCK}
     layout = "float-quantized" if is_float else "int-quantized"
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return _compressed(layout, weights, inputs, ignored)
+
+
+def _compressed(
+    layout: str,
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
+    ignored: Sequence[str],
+) -> dict[str, Any]:
+    """Return a config of compressed-tensors: how linear layers' weights and inputs are coded."""
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"output_activations": None, "format": layout}},
+        "config_groups": {"group_0": group},
         "ignore": list(ignored),
     }
 
@@ -254,12 +284,12 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     if settings is None and any(n.endswith("_quant_config.json") for n in checkpoint.left_behind):
         raise OutlierMergeError(f"{what} cannot be given back: it is described by modelopt's file")
     scale_names: dict[Source, str] = {meta: name for name, meta in checkpoint.companions.items()}
-    source_by_name = _sources(jobs, set(held))
+    source_by_name = sources_of(jobs, set(held))
     made: list[Job] = []
     for job in jobs:
         source = source_by_name.get(job.name)
         if job.name not in held:
-            made.append(job if source is None else _copy(job, job.name, source, is_merge=True))
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
         assert source is not None
         before = held[job.name]
@@ -267,7 +297,7 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     used = {job.name for job in made}
     first = next(job for job in jobs if job.name in held)
     made += (
-        _copy(first, name, meta, is_companion=True)
+        copy_of(first, name, meta, is_companion=True)
         for name, meta in checkpoint.companions.items()
         if name not in used
     )
@@ -278,8 +308,8 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
 def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str) -> Iterator[Job]:
     """Yield the jobs of a weight's scales and codes, in the form that the base has."""
     if job.action == "copy" and source == before:  # the base's own bytes
-        yield _copy(job, scale_name, before.scale, is_companion=True)
-        yield _copy(job, job.name, before.weight)
+        yield copy_of(job, scale_name, before.scale, is_companion=True)
+        yield copy_of(job, job.name, before.weight)
         return
     scales = Scales(
         source=source,
@@ -289,5 +319,5 @@ def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str)
         scale_dtype=before.scale.dtype,
         held=before,
     )
-    yield _copy(job, scale_name, scales, is_companion=True)
-    yield _copy(job, job.name, Codes(scales))
+    yield copy_of(job, scale_name, scales, is_companion=True)
+    yield copy_of(job, job.name, Codes(scales))

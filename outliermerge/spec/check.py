@@ -271,7 +271,7 @@ def _check(
     for name, index in in_order(raw, mistakes):
         entry, path = dict(raw[STAGES][index]), (STAGES, index)
         del entry[NAME]
-        for key in ("output", "quantize", "rounding", STAGES):
+        for key in ("output", "format", "quantize", "rounding", STAGES):
             if entry.pop(key, None) is not None:
                 said = f"a stage has no `{key}`: it belongs to the merge of the output"
                 mistakes.add(source.error((*path, key), said, at_key=True))
@@ -350,7 +350,7 @@ def _check_merge(
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)
-        mistakes.attempt(partial(check_quantize, document.quantize), None)
+        mistakes.attempt(partial(check_quantize, document.quantize, document.format), None)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(

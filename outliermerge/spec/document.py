@@ -256,10 +256,15 @@ class SpecDocument(_SpecEntry):
         description="How bfloat16 and float16 outputs are rounded: `nearest` (default), or "
         "`stochastic`: up or down at random, so that the mean over seeds is the exact value.",
     )
+    format: Literal["safetensors", "gguf"] = Field(
+        default="safetensors",
+        description="What the weights are written as: `safetensors` (default), or `gguf`: one file "
+        "for llama.cpp, of models like Llama and Qwen.",
+    )
     quantize: QuantizeField | None = Field(
         default=None,
-        description="Quantises the output's weights: `fp8`, `int8` or `as-base`, or a mapping with "
-        "`to`, `per`, `quant_method` and `ignore`.",
+        description="Quantises the output's weights: `fp8`, `int8`, `mxfp4` or `as-base`, or a "
+        "mapping with `to`, `per`, `quant_method` and `ignore`; with `format: gguf` it is `q8_0`.",
     )
     rename: _RenameField = Field(
         default=None, description="Changes the names of the merge to those of the output."

@@ -9,8 +9,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from outliermerge.spec.settings import SettingError
 
 AS_BASE = "as-base"
-_PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",), AS_BASE: ()}
-_METHODS = {"fp8": ("compressed-tensors", "fp8"), "int8": ("compressed-tensors",), AS_BASE: ()}
+Q8 = "q8_0"
+_PER = {"fp8": ("channel", "tensor", "block"), "int8": ("channel",)}
+_METHODS = {
+    "fp8": ("compressed-tensors", "fp8"),
+    "int8": ("compressed-tensors",),
+    "mxfp4": ("compressed-tensors",),
+}
+_WORDS = ("fp8", "int8", "mxfp4", AS_BASE, Q8)
 
 
 class QuantizeEntry(BaseModel):
@@ -18,9 +24,9 @@ class QuantizeEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    to: Literal["fp8", "int8", "as-base"] = Field(
-        description="`fp8` (E4M3), `int8`, or `as-base`: the format in which the base model is "
-        "stored."
+    to: Literal["fp8", "int8", "mxfp4", "as-base", "q8_0"] = Field(
+        description="`fp8` (E4M3), `int8`, `mxfp4` (4 bits, a scale for 32), or `as-base`: the "
+        "format in which the base model is stored. With `format: gguf` it is `q8_0`."
     )
     per: Literal["channel", "tensor", "block"] | None = Field(
         default=None,
@@ -48,7 +54,7 @@ class _WordOrEntry:
     """The JSON schema of a value that may be only what weights are quantised to."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
-        return {"anyOf": [{"enum": [*_PER]}, handler(core)]}
+        return {"anyOf": [{"enum": [*_WORDS]}, handler(core)]}
 
 
 QuantizeField = Annotated[
@@ -63,23 +69,29 @@ def _as_word(entry: dict[str, Any]) -> Any:
     return entry if entry.keys() - {"to"} else entry["to"]
 
 
-def check_quantize(entry: QuantizeEntry | None) -> None:
+def check_quantize(entry: QuantizeEntry | None, format_: str) -> None:
     """Refuse keys that do not go together.
+
+    Args:
+        format_: of the output's files.
 
     Raises:
         SettingError: there are such keys.
     """
     if entry is None:
         return
-    for key, valid in (("per", _PER[entry.to]), ("quant_method", _METHODS[entry.to])):
-        value = getattr(entry, key)
+    if (entry.to == Q8) != (format_ == "gguf"):
+        expected = "q8_0, with `format: gguf`" if format_ == "gguf" else "`format: gguf` with it"
+        raise SettingError(("quantize",), f"found '{entry.to}', expected {expected}")
+    for key, choices in {"per": _PER, "quant_method": _METHODS}.items():
+        value, valid = getattr(entry, key), choices.get(entry.to, ())
         if value is not None and value not in valid:
-            expected = " or ".join(valid) if valid else "nothing: the base decides it"
+            expected = " or ".join(valid) if valid else "nothing"
             said = f"found '{value}', expected {expected}, for `to: {entry.to}`"
             raise SettingError(("quantize", key), said)
-    if entry.to == AS_BASE and entry.ignore:
+    if entry.to in (AS_BASE, Q8) and entry.ignore:
         raise SettingError(
-            ("quantize", "ignore"), "with `to: as-base` the base decides it: leave this out"
+            ("quantize", "ignore"), f"`to: {entry.to}` leaves no choice: leave this out"
         )
     if entry.quant_method == "fp8" and entry.scale_of != "block":
         raise SettingError(
