@@ -34,13 +34,13 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 _REFUSED = "the output does not load, as the base does not"
 _LEFT = "is left: the same command without the check goes on with it; else remove it."
 _KINDS = ("missing", "unexpected", "mismatched")
-_TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 600
 # "" is the working directory; a file of a model there must not be imported as a module.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from outliermerge.output.load_worker import main; main()"
 )
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -174,6 +174,10 @@ def _not_checked(folder: str, why: str) -> str:
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan's output, each with the same part of the reference."""
+    if plan.is_one_file:
+        return [], ["a single file has no config beside it: nothing says what loads it"]
+    if plan.spec.document.format == "gguf":
+        return [], [_not_checked("", "this check knows no GGUF files")]
     contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
@@ -189,9 +193,8 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     parts, notes = find_parts({job.name: job.output.shape for job in plan.jobs}, components, read)
     stored = _stored_shapes(plan)
     theirs, _ = find_parts(stored, components, lambda name: read_json(reference.home / name))
-    return [
-        replace(part, base=theirs.get(folder) if stored else None) for folder, part in parts.items()
-    ], notes
+    found = [replace(p, base=theirs.get(f) if stored else None) for f, p in parts.items()]
+    return found, notes
 
 
 def _stored_shapes(plan: Plan) -> Shapes:
@@ -240,9 +243,7 @@ class LoadCheck:
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
         """Start to check the outputs that plans describe."""
-        alone = "a single file has no config beside it: nothing says what loads it"
-        outputs = [([], [alone]) if plan.is_one_file else _parts_of_plan(plan) for plan in plans]
-        return cls(outputs, plans)
+        return cls([_parts_of_plan(plan) for plan in plans], plans)
 
     def _start(self) -> None:
         self._answer: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())
@@ -255,7 +256,7 @@ class LoadCheck:
                 stdin=request,
                 stdout=self._answer,
                 stderr=self._errors,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT},
             )
 
     def __enter__(self) -> LoadCheck:
@@ -293,7 +294,7 @@ class LoadCheck:
         if self._process is None:
             return [({"unknown": self._why_none}, None)] * len(self._requests)
         try:
-            code = self._process.wait(_TIMEOUT_SECONDS)
+            code = self._process.wait(TIMEOUT_SECONDS)
             self._answer.seek(0)
             if code == 0:
                 answers: list[Pair] = json.load(self._answer)
@@ -304,7 +305,7 @@ class LoadCheck:
             why = f"the process that asks transformers ended with code {code}: {last[:300]}"
         except subprocess.TimeoutExpired:
             self._process.kill()
-            why = f"transformers did not answer within {_TIMEOUT_SECONDS} s"
+            why = f"transformers did not answer within {TIMEOUT_SECONDS} s"
         return [({"unknown": why}, None)] * len(self._requests)
 
 

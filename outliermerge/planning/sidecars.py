@@ -254,7 +254,10 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
             level = reached(config, path)
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
-    return _drop_quantization(config) or changed
+    changed = _drop_quantization(config) or changed
+    if plan.quantization is not None:
+        config["quantization_config"] = dict(plan.quantization)
+    return changed or plan.quantization is not None
 
 
 def with_layers(

@@ -176,7 +176,7 @@ BROKEN = {
     ),
     "adapter": (
         _adapter,
-        "DIR/bad: a PEFT adapter that names no base: write `base+adapter` as the model",
+        "DIR/bad: an adapter that names no base: write `base+adapter` as the model",
     ),
     "adapter without weights": (
         lambda bad: (bad / "adapter_config.json").write_text("{}"),

@@ -290,7 +290,7 @@ NORM = ("output_norm.weight", (8,), 0, 0)
         (header(values=[("general.architecture", 8, text("rwkv"))], tensors=[NORM]) + bytes(99),
          "its general.architecture is 'rwkv', whose names of tensors are not known (llama, qwen2"),
         (header(values=[LLAMA, ("split.count", 2, b"\x03\0")], tensors=[NORM]) + bytes(99),
-         "is one of 3 parts. Join them first: llama-gguf-split --merge"),
+         "is one of 3 parts. Join them first by llama-gguf-split"),
         (header(values=[LLAMA], tensors=[("blk.0.ssm_a", (8,), 0, 0)]) + bytes(99),
          "tensor 'blk.0.ssm_a': is not known of the architecture llama"),
         (header(values=[LLAMA], tensors=[("blk.0.attn_q.weight", (8, 8), 0, 0)]) + bytes(999),

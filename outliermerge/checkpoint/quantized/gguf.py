@@ -203,8 +203,8 @@ def _architecture(path: Path, values: Mapping[str, Any]) -> _Architecture:
         )
     if values.get("split.count", 1) not in (0, 1):
         raise OutlierMergeError(
-            f"{path}: is one of {values['split.count']} parts. Join them first: llama-gguf-split "
-            "--merge FIRST_PART OUT.gguf"
+            f"{path}: is one of {values['split.count']} parts. Join them first by "
+            "llama-gguf-split of llama.cpp, which merges parts"
         )
     return _ARCHITECTURES[name]
 

@@ -76,9 +76,8 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.root.suffix == SUFFIX:
         return from_gguf(checkpoint)
-    changes: Changes = {}
+    changes, companions, notes = Changes(), dict[str, TensorMeta](), list[str]()
     renamed: dict[str, str] = {}
-    notes: list[str] = []
     for folder in checkpoint.components:
         home, prefix = checkpoint.root / folder, f"{folder}/" if folder else ""
         tensors = {
@@ -107,6 +106,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
         renamed |= model.renamed
+        companions |= {name: tensors[name] for name, new in found.items() if new is None}
         if is_stale:
             notes.append(
                 f"{home}: its config says that weights are quantised with {kind}, but none is: "
@@ -129,6 +129,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         notes=(*checkpoint.notes, *notes),
         sidecars=tuple(name for name in checkpoint.sidecars if name not in gone),
         left_behind=(*checkpoint.left_behind, *gone),
+        companions=companions,
     )
 
 
@@ -144,9 +145,8 @@ def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None
         settings = modelopt_settings.get("quantization")
         if isinstance(settings, dict):
             settings = {"quant_method": "modelopt", **settings}
-    if settings is None or isinstance(settings, dict):
-        return settings
-    return {"quant_method": settings}
+    is_known = settings is None or isinstance(settings, dict)
+    return settings if is_known else {"quant_method": settings}
 
 
 def _is_stale(settings: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) -> bool:
@@ -157,8 +157,8 @@ def _is_stale(settings: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) ->
 
 
 def _named_dtype(config: Mapping[str, Any]) -> DType | None:
-    levels = (config, text_config(config))
-    dtypes = [str(level.get(key)) for level in levels for key in ("dtype", "torch_dtype")]
+    keys, levels = ("dtype", "torch_dtype"), (config, text_config(config))
+    dtypes = [str(level.get(key)) for level in levels for key in keys]
     names = [name.removeprefix("torch.") for name in dtypes]
     return next((DTYPES[name] for name in names if name in FLOAT_DTYPES), None)
 
