@@ -19,12 +19,35 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.sources import Source
+from outliermerge.checkpoint.sources import Checkpoint, Source
 
 
 def read(source: Source) -> torch.Tensor:
     with Reader() as reader:
         return reader.values(source, 0, source.num_elements).view(source.shape)
+
+
+PLAIN = {"norm.weight": torch.ones(6)}
+
+
+def checkpoint(folder: Path, tensors: dict, quantization: object = None, **config) -> Checkpoint:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(folder)
+
+
+def scheme(**args) -> QuantizationScheme:
+    weights = QuantizationArgs(**{"num_bits": 8, "type": "float", **args})
+    return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def compressed_config(*schemes: QuantizationScheme, layout: str = "naive-quantized") -> dict:
+    groups = {f"group_{n}": json.loads(s.model_dump_json()) for n, s in enumerate(schemes)}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
 
 
 def fp8_quantized(name: str, values: torch.Tensor, block: list[int] | None) -> dict:

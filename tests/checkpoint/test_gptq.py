@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantizing import read
-from test_quantized import PLAIN, checkpoint
+from quantizing import PLAIN, checkpoint, read
 
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.quantized.opened import dequantize

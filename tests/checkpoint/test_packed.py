@@ -8,8 +8,7 @@ from checkpoints import load_folder
 from compressed_tensors.compressors.base import BaseCompressor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantizing import read
-from test_quantized import FP8, PLAIN, checkpoint, compressed_config, scheme
+from quantizing import PLAIN, checkpoint, compressed_config, read, scheme
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -18,6 +17,7 @@ from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 E8M0 = torch.float8_e8m0fnu
 

@@ -12,11 +12,10 @@ import torch
 import transformers
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantizing import fp8_quantized, read
-from safetensors.torch import save_file
+from quantizing import PLAIN, checkpoint, compressed_config, fp8_quantized, read, scheme
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -28,17 +27,6 @@ from outliermerge.errors import OutlierMergeError
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 8]}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-PLAIN = {"norm.weight": torch.ones(6)}
-
-
-def checkpoint(folder: Path, tensors: dict, quantization: object = None, **config) -> Checkpoint:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.clone().contiguous() for name, value in tensors.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config))
-    return open_checkpoint(folder)
 
 
 def four_bit(name: str, values: torch.Tensor, kind: str = "nf4", **options) -> tuple[dict, object]:
@@ -52,16 +40,6 @@ def four_bit_values(codes: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     # row is no whole number of them.
     shape, state.shape = state.shape, torch.Size([state.shape.numel()])
     return bnb.dequantize_4bit(codes, state).view(shape)
-
-
-def scheme(**args) -> QuantizationScheme:
-    weights = QuantizationArgs(**{"num_bits": 8, "type": "float", **args})
-    return QuantizationScheme(targets=["Linear"], weights=weights)
-
-
-def compressed_config(*schemes: QuantizationScheme, layout: str = "naive-quantized") -> dict:
-    groups = {f"group_{n}": json.loads(s.model_dump_json()) for n, s in enumerate(schemes)}
-    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
 
 
 def compressed(name: str, values: torch.Tensor, scheme: QuantizationScheme, **parts) -> tuple:
