@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         transplant,
         verify,
     )
+    from outliermerge.calibration.library import fit, measure
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
     from outliermerge.extraction.extract import extract
     from outliermerge.extraction.report import Extraction
@@ -91,9 +92,11 @@ __all__ = [
     "extract",
     "find_method",
     "fingerprint_distance",
+    "fit",
     "join",
     "layer_spectra",
     "load_spec",
+    "measure",
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
@@ -143,9 +146,11 @@ _HOMES = {
     "extract": "extraction.extract",
     "find_method": "methods.table",
     "fingerprint_distance": "analysis.spectra_fingerprint",
+    "fit": "calibration.library",
     "join": "output.parts",
     "layer_spectra": "analysis.spectra",
     "load_spec": "spec.check",
+    "measure": "calibration.library",
     "merge_method": "methods.contract",
     "merge_state_dicts": "tensors",
     "merge_tensors": "tensors",
@@ -165,8 +170,8 @@ _HOMES = {
 
 
 _COMMANDS = {
-    "completion": "", "configs": "", "convert_config": "", "eval": "", "fit": "",
-    "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
+    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",
 }  # fmt: skip

@@ -104,6 +104,19 @@ def stream_keys(seed: int, name: str) -> tuple[int, int]:
     return first, second
 
 
+def random_bits(
+    keys: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return 64 random bits for the places start to stop (excluded) of a stream, as int64.
+
+    Args:
+        keys: the stream's, from `stream_keys`.
+    """
+    import torch
+
+    return _bits(keys, start, stop, torch.device(device))
+
+
 def _bits(keys: tuple[int, int], start: int, stop: int, device: torch.device) -> Tensor:
     """Return 64 random bits for each place, as int64."""
     import torch

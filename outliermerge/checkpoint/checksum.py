@@ -46,11 +46,25 @@ def source_checksum(source: Source, reader: Reading) -> str:
     return tensor_checksum(digests)
 
 
+GGUF_KEY = "outliermerge.header_bytes"
+"""The first metadata of a GGUF file of ours: how many bytes are before its first tensor."""
+
+
 def header_checksum(path: Path) -> str:
-    """Return the checksum of a safetensors file's bytes before its first tensor."""
+    """Return the checksum of the bytes before the first tensor of a safetensors file.
+
+    Or of a GGUF file that this package has written.
+    """
     with path.open("rb") as file:
         length = file.read(8)
         there = os.fstat(file.fileno()).st_size
+        if length[:4] == b"GGUF":
+            at = 24 + 8 + len(GGUF_KEY) + 4
+            start = length + file.read(at)
+            num_bytes = int.from_bytes(start[at : at + 8], "little")
+            is_ours = start[32 : at - 4] == GGUF_KEY.encode() and num_bytes <= there
+            start += file.read(num_bytes - len(start)) if is_ours else b""
+            return xxhash.xxh3_128_hexdigest(start)
         header = file.read(min(int.from_bytes(length, "little"), there))
         if len(length + header) < min(8 + int.from_bytes(length, "little"), there):
             raise EOFError("the file ends early")

@@ -66,6 +66,7 @@ class Reader:
     ) -> None:
         self._free_bytes, self._folder, self._merges = held_bytes, folder, merges
         self._once: dict[object, _Once] = {}
+        self._noted: dict[object, dict[int, Any]] = {}
         self._watched = current_watch()
         self._files: dict[Path, int] = {}
         self._elsewhere = CachedFiles(cache_bytes, scattered=scattered)
@@ -114,6 +115,16 @@ class Reader:
         """Fill `out` with elements start to stop of a source that is a merge of others."""
         assert self._merges is not None, "this reader computes no merges"
         self._merges(self, source, start, stop, out)
+
+    def note(self, source: object, start: int, found: Any) -> None:
+        """Keep what was found when elements of a source were read, from an element on."""
+        with self._lock:
+            self._noted.setdefault(source, {})[start] = found
+
+    def noted(self, source: object) -> list[Any]:
+        """Return what was kept for a source, in the order of its elements, and forget it."""
+        with self._lock:
+            return [found for _, found in sorted(self._noted.pop(source, {}).items())]
 
     def held(self, source: Source, num_bytes: int, make: Callable[[memoryview], Any]) -> Any:
         """Return what `make` returned for a source at the first call, of room that it can fill.

@@ -58,7 +58,9 @@ _TABLE = (
     DType("float64", "F64", 8, True),
 )
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
-DTYPES_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
+# Exponents, of which scales of quantised weights are powers of two, are read as bytes.
+EXPONENTS = DType("uint8", "F8_E8M0", 1, False)
+DTYPES_BY_CODE = {dtype.code: dtype for dtype in (*_TABLE, EXPONENTS)}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -79,6 +81,9 @@ class Reading(Protocol):
 
     def merge(self, source: Any, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop of a source that is a merge of others."""
+
+    def note(self, source: object, start: int, found: Any) -> None:
+        """Keep what was found when elements of a source were read, from an element on."""
 
     def held(self, source: Source, num_bytes: int, make: Callable[[memoryview], Any]) -> Any:
         """Return what `make` returned for a source at the first call, of room that it can fill."""
@@ -216,6 +221,7 @@ class Checkpoint:
         other_files: further files of tensors, which are not read and are not copies.
         metadata: for each component's folder the metadata in its files' headers.
         whole: components whose loaders cannot read several shards.
+        companions: stored tensors that others are dequantised with, by name.
     """
 
     root: Path
@@ -228,6 +234,7 @@ class Checkpoint:
     other_files: tuple[Path, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
+    companions: Mapping[str, TensorMeta] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         files = f"{len(self.tensors)} tensors in {len(self.weight_files)} file(s)"

@@ -226,7 +226,8 @@ def _print_actions(console: Console, plan: Plan) -> None:
         "what happens", "tensors", "parameters", "loaded", "computed", "stored", justify="left"
     )
     groups: dict[str, list[Any]] = {}
-    for job in plan.jobs:
+    written = {id(job): writes.output.dtype.name for job, writes in plan.weight_jobs}
+    for job, _ in plan.weight_jobs:
         by = plan.merged_by(job)
         what = (
             f"merged by {by[0]}" if by else "copied" if job.action == "copy" else "copied if equal"
@@ -242,7 +243,7 @@ def _print_actions(console: Console, plan: Plan) -> None:
             f"{sum(job.num_elements for job in jobs):,}",
             ", ".join(sorted(stored)),
             ", ".join(sorted(computed)) or "not",
-            ", ".join(sorted({job.output.dtype.name for job in jobs})),
+            ", ".join(sorted({written[id(job)] for job in jobs})),
         )
     table.print(console)
     console.print()
@@ -252,7 +253,7 @@ def _print_parameters(console: Console, plan: Plan) -> None:
     """Print a row for each parameter, model and filter."""
     from outliermerge.planning.settings_used import used_settings
 
-    if not any(job.action == "merge" for job in plan.jobs):
+    if not any(job.action == "merge" for job, _ in plan.weight_jobs):
         return
     table = NamedTable("parameter", "value", "tensors", "model", "filter", justify="left")
     short = short_references([model.reference for model in plan.spec.models])

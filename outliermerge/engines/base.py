@@ -52,8 +52,21 @@ class Engine(Protocol):
     def is_finite(self, dtype: DType, raw: memoryview) -> bool:
         """Tell whether all values are finite."""
 
-    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
-        """Write the values to `out` in another dtype; tell whether all fit in its range."""
+    def convert(
+        self,
+        dtype: DType,
+        raw: memoryview,
+        out_dtype: DType,
+        out: memoryview,
+        keys: tuple[int, int] | None = None,
+        start: int = 0,
+    ) -> bool:
+        """Write the values to `out` in another dtype; tell whether all fit in its range.
+
+        Args:
+            keys: for rounding at random, as a task's `rounding_keys`.
+            start: the first element.
+        """
 
     def equal(self, a: memoryview, b: memoryview) -> bool:
         """Tell whether two buffers hold the same bytes."""

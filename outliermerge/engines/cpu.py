@@ -159,7 +159,8 @@ class KernelEngine:
             tuple(
                 (
                     *(*arguments, CODES[task.out_dtype.name], place, keys, start, *call.rows),
-                    *kept_in(call.kept, task.num_models, start, num_elements),
+                    *(kept_in(call.kept, task.num_models, start, num_elements) or (None,)),
+                    *_packed(task.rounding_keys),
                 )
                 for task, (call, arguments, keys), place in variants
             ),
@@ -193,11 +194,20 @@ class KernelEngine:
         finite: bool = self._kernels.all_finite(CODES[dtype.name], raw, len(raw) // dtype.num_bytes)
         return finite
 
-    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
+    def convert(
+        self,
+        dtype: DType,
+        raw: memoryview,
+        out_dtype: DType,
+        out: memoryview,
+        keys: tuple[int, int] | None = None,
+        start: int = 0,
+    ) -> bool:
         """Write the values to `out` in another dtype; tell whether all fit in its range."""
         block = (CODES[dtype.name].encode(), (raw,), len(raw) // dtype.num_bytes, False)
         call = KernelCall("weighted_sum", vectors=([1.0],))
-        variant = (*call.arguments(), CODES[out_dtype.name], out)
+        drawn = (b"", start, 0, 0, None, *_packed(keys)) if keys else ()
+        variant = (*call.arguments(), CODES[out_dtype.name], out, *drawn)
         _, ((fits, _, _),) = self._kernels.merge(block, (variant,))
         return bool(fits)
 
@@ -212,6 +222,10 @@ def _block(
 ) -> tuple[bytes, tuple[Place, ...], int, bool]:
     codes = "".join(CODES[dtype.name] for dtype in task.dtypes).encode()
     return codes, tuple(sources), num_elements, task.is_delta
+
+
+def _packed(keys: tuple[int, int] | None) -> tuple[bytes, ...]:
+    return () if keys is None else (packed_keys([keys]),)
 
 
 def _where(state: Pass, start: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.checkpoint.sources import DType
+from outliermerge.engines.rounding import rounded
 from outliermerge.methods.contract import Cut, MergeMethod
 from outliermerge.methods.statistics.base import Pass
 from outliermerge.methods.task import Task
@@ -58,11 +59,8 @@ class TorchEngine:
         """
         import torch
 
-        made: dict[str, Any] = dict(needs)
         with self._own.stream():
-            for name, tensors in wholes.items():
-                wide = (one.to(self._own.device, torch.float64) for one in tensors)
-                made[name] = task.method.prepared[name].make(wide, task.parameters)
+            made = made_of(task, needs, wholes, self._own.device)
             if wholes and self._own.device.type == "cuda":  # other streams will read them
                 torch.cuda.synchronize(self._own.device)
         return made
@@ -98,7 +96,9 @@ class TorchEngine:
             merged_E, report = merge_block(
                 task, block_SE, keywords(task, prepared, block_SE), start
             )
-            stored_E = merged_E.to(getattr(torch, task.out_dtype.name))
+            keys, dtype = task.rounding_keys, task.out_dtype.name
+            rounded_E = merged_E if keys is None else rounded(merged_E, dtype, keys, start)
+            stored_E = rounded_E.to(getattr(torch, dtype))
             fits_ = fits(merged_E, stored_E)
             _values(task.out_dtype, out).copy_(stored_E)  # waits for the stream
             return finite, fits_, {name: value.tolist() for name, value in report.items()}
@@ -107,10 +107,18 @@ class TorchEngine:
         """Tell whether no value is infinite or NaN."""
         return is_finite(_values(dtype, raw))
 
-    def convert(self, dtype: DType, raw: memoryview, out_dtype: DType, out: memoryview) -> bool:
+    def convert(
+        self,
+        dtype: DType,
+        raw: memoryview,
+        out_dtype: DType,
+        out: memoryview,
+        keys: tuple[int, int] | None = None,
+        start: int = 0,
+    ) -> bool:
         """Write the values to `out` in another dtype; tell whether all fit in its range."""
         values, stored = _values(dtype, raw), _values(out_dtype, out)
-        stored.copy_(values)
+        stored.copy_(values if keys is None else rounded(values, out_dtype.name, keys, start))
         return fits(values, stored)
 
     def equal(self, a: memoryview, b: memoryview) -> bool:
@@ -146,8 +154,8 @@ class TensorEngine:
     def prepare(
         self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Iterator[Tensor]]
     ) -> Any:
-        """Return the needs; in memory there are no wholes."""
-        return needs
+        """Return the needs, and what is made of the wholes."""
+        return made_of(task, needs, wholes, self._device)
 
     def measure(
         self,
@@ -201,6 +209,22 @@ class _Own(threading.local):
         import torch
 
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def made_of(
+    task: Task,
+    needs: Mapping[str, Any],
+    wholes: Mapping[str, Iterator[Tensor]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the needs, and what the method makes of the auxiliary tensors that it takes whole."""
+    import torch
+
+    made = dict(needs)
+    for name, tensors in wholes.items():
+        wide = (one.to(device, torch.float64) for one in tensors)
+        made[name] = task.method.prepared[name].make(wide, task.parameters)
+    return made
 
 
 def keywords(task: Task, needs: Mapping[str, Any], like: Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,7 +202,7 @@ class JobRunner:
 
     def _copy(self, feed: FileFeed, job: Job, sink: Sink) -> Steps[JobResult]:
         number, meta = job.sources[0]
-        converts = meta.dtype != job.output.dtype
+        converts, keys = meta.dtype != job.output.dtype, job.task.rounding_keys
 
         def copy_blocks(span: Span) -> WrittenSpan:
             done = WrittenSpan(digests=[[]])
@@ -213,7 +214,9 @@ class JobRunner:
                     done.bad.add(0)
                 if converts:
                     out = feed.work.out(job, block)
-                    fits = feed.engine.convert(meta.dtype, raw, job.output.dtype, out)
+                    fits = feed.engine.convert(
+                        meta.dtype, raw, job.output.dtype, out, keys, block[0]
+                    )
                     done.fits = done.fits and (fits or bool(done.bad))
                 feed.refuse_non_finite(job, [done])
                 feed.write(job, sink, block, out, done)
@@ -243,6 +246,7 @@ class JobRunner:
             checksum=tensor_checksum(piece for item in items for piece in item.written),
             read={number: tensor_checksum(piece for item in items for piece in item.digests[0])},
             read_bytes=feed.work.read_bytes,
+            statistics=_coding_error(self._reader.noted(meta)),
             non_finite=feed.non_finite(job, items),
         )
 
@@ -289,6 +293,18 @@ class JobRunner:
         for row, (number, meta) in enumerate(job.sources):
             digests = yield Round(partial(read, row=row, meta=meta), pieces)
             result.read[number] = tensor_checksum(digests)
+
+
+def _coding_error(squares: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return how far codes are from what they stand for: the root of the mean of squares.
+
+    Args:
+        squares: for each piece the sums of squares, of what is off and of the values.
+    """
+    if not squares:
+        return {}
+    off, whole = (math.fsum(each) for each in zip(*squares, strict=True))
+    return {"quantization_error": float(f"{math.sqrt(off / whole) if whole else 0.0:.4g}")}
 
 
 def _keeps_equal_models(job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from outliermerge.arguments import named, nothing
 from outliermerge.checkpoint.layout import parse_bytes
+from outliermerge.checkpoint.quantized.encoded import Codes, Scales
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
@@ -189,9 +191,16 @@ def execute(
             with lock:
                 for (target, job), result in zip(group, results, strict=True):
                     target.on_result(job, result)
-            reader.release(group[0][1].sources)
+            if not waits(group[0][1]):
+                reader.release(group[0][1].sources)
             if forgets:
                 reader.forget(group[0][1].sources)
+
+        def waits(job: Job) -> bool:
+            """Tell whether the codes, or the scales, of the same weight are still to be made."""
+            with lock:
+                pairs[scales_of(job)] -= 1
+                return scales_of(job) is not None and pairs[scales_of(job)] > 0
 
         def measure_model(target: Target) -> Steps[None]:
             merges = [job for job in target.plan.jobs if job.action == "merge"]
@@ -206,6 +215,7 @@ def execute(
 
         calls = {"prepare": prepare, "on_stop": stop}
         lock = threading.Lock()
+        pairs = Counter(scales_of(group[0][1]) for group in groups)
         known: dict[int, Measured] = {id(target): {} for target in targets}
         # Buffers that must be equal are compared first, in order, because a difference refuses the
         # merge.
@@ -216,6 +226,13 @@ def execute(
         run_all(map(run_group, must_be_equal), threads=1, **calls)
         reader.read_ahead(group[0][1].sources for group in others)
         run_all(map(run_group, others), threads=options.threads, **calls)
+
+
+def scales_of(job: Job) -> int | None:
+    """Return what tells the scales that a job writes, or needs for codes; None for other jobs."""
+    source = job.sources[0][1]
+    scales = source.scales if isinstance(source, Codes) else source
+    return id(scales) if isinstance(scales, Scales) else None
 
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:

@@ -27,6 +27,7 @@ class Task:
         auxiliary: the dtypes of the auxiliary tensors that are read in blocks: all models' of the
             first kind, then of the next.
         modifiers: the modifiers of the merged task vector, in order, with resolved parameters.
+        stochastic: round at random, up or down.
     """
 
     method: MergeMethod
@@ -38,6 +39,13 @@ class Task:
     context: Context = field(default_factory=Context)
     auxiliary: tuple[DType, ...] = ()
     modifiers: tuple[tuple[MergeMethod, Mapping[str, Any]], ...] = ()
+    stochastic: bool = False
+
+    @property
+    def rounding_keys(self) -> tuple[int, int] | None:
+        """What the random numbers are made of by which the output is rounded, if it is."""
+        is_short = self.out_dtype.name in ("bfloat16", "float16")
+        return self.context.keys(purpose="rounding") if self.stochastic and is_short else None
 
     @property
     def cut(self) -> Cut:

@@ -22,6 +22,10 @@ _PROMPT = '"The capital of France is"'
 _QUESTION = "What is the capital of France?"
 _TEXT = "A sentence."
 _MOST_ROWS = 40
+_OF_GGUF = (
+    "from transformers import AutoModelForCausalLM\n\n"
+    f'model = AutoModelForCausalLM.from_pretrained({_HERE}, gguf_file="model.gguf")'
+)
 
 
 def model_card(
@@ -56,7 +60,8 @@ def model_card(
         f"Made by outliermerge {version('outliermerge')} with {_code(plan.spec.title)}{paper}: "
         f"{plan.spec.summary}",
     ]
-    if snippet := usage(contents, sidecars):
+    is_gguf = plan.spec.document.format == "gguf"
+    if snippet := _OF_GGUF if is_gguf else usage(contents, sidecars):
         parts += ["## Use", f"```python\n{snippet}\n```"]
     parts += ["## Models", "\n".join(_parent(entry) for entry in models)]
     parts += filter(None, [licence_note(models)])

@@ -174,6 +174,10 @@ def _not_checked(folder: str, why: str) -> str:
 
 def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     """Return the parts of a plan's output, each with the same part of the reference."""
+    if plan.is_one_file:
+        return [], ["a single file has no config beside it: nothing says what loads it"]
+    if plan.spec.document.format == "gguf":
+        return [], [_not_checked("", "this check knows no GGUF files")]
     contents = sidecar_contents(plan)
     reference = plan.inputs[0]
     components = list(plan.components)
@@ -189,9 +193,8 @@ def _parts_of_plan(plan: Plan) -> tuple[list[Part], list[str]]:
     parts, notes = find_parts({job.name: job.output.shape for job in plan.jobs}, components, read)
     stored = _stored_shapes(plan)
     theirs, _ = find_parts(stored, components, lambda name: read_json(reference.home / name))
-    return [
-        replace(part, base=theirs.get(folder) if stored else None) for folder, part in parts.items()
-    ], notes
+    found = [replace(p, base=theirs.get(f) if stored else None) for f, p in parts.items()]
+    return found, notes
 
 
 def _stored_shapes(plan: Plan) -> Shapes:
@@ -240,9 +243,7 @@ class LoadCheck:
     @classmethod
     def of_plans(cls, plans: Sequence[Plan]) -> LoadCheck:
         """Start to check the outputs that plans describe."""
-        alone = "a single file has no config beside it: nothing says what loads it"
-        outputs = [([], [alone]) if plan.is_one_file else _parts_of_plan(plan) for plan in plans]
-        return cls(outputs, plans)
+        return cls([_parts_of_plan(plan) for plan in plans], plans)
 
     def _start(self) -> None:
         self._answer: IO[bytes] = self._files.enter_context(tempfile.TemporaryFile())

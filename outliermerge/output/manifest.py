@@ -25,6 +25,7 @@ from outliermerge.checkpoint.folders.remote import RECORDS
 from outliermerge.checkpoint.formats.safetensors_file import read_header
 from outliermerge.checkpoint.layout import OutputTensor, make_indexes
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import DTYPES, TensorMeta
 from outliermerge.errors import OutlierMergeError
 from outliermerge.execution.jobs import JobResult
 from outliermerge.optional import installed_version
@@ -36,6 +37,7 @@ from outliermerge.output.mergekit_config import MERGEKIT_NAME, mergekit_text
 from outliermerge.output.names import real_output, shard_path
 from outliermerge.output.opened import Output
 from outliermerge.output.recipe import RECIPE_NAME, command, recipe_of, recipe_text
+from outliermerge.planning.gguf import FILE
 from outliermerge.planning.plan import Options, Plan
 from outliermerge.planning.repeated import check_inputs, relative_to
 from outliermerge.planning.sidecars import sidecar_contents
@@ -162,10 +164,13 @@ def _manifest(
                     "file": job.output.file,
                     "dtype": job.output.dtype.name,
                     "shape": list(job.output.shape),
+                    **({"offset": job.output.offset} if job.output.file == FILE else {}),
                     "checksum": results[job.name].checksum,
-                    "action": results[job.name].action,
-                    "sources": [plan.inputs[number].reference for number, _ in job.sources],
-                    "parameters": dict(job.parameters),
+                    "action": job.of.action if job.of else results[job.name].action,
+                    "sources": [
+                        plan.inputs[number].reference for number, _ in (job.of or job).sources
+                    ],
+                    "parameters": dict((job.of or job).parameters),
                     "statistics": results[job.name].statistics,
                     "non_finite": results[job.name].non_finite,
                 }
@@ -244,7 +249,7 @@ def verify_folder(
         path = shard_path(folder, file)
         component = file.rpartition("/")[0]
         try:
-            metas = read_header(path)
+            metas = _placed(path, file, manifest) if file == FILE else read_header(path)
         except OutlierMergeError as error:
             differences.append(with_addresses(str(error)))
             continue
@@ -280,6 +285,21 @@ def verify_folder(
     differences += _differing_tensors(folder, to_read, manifest, threads, on_progress)
     differences += _differing_files(folder, manifest)
     return differences
+
+
+def _placed(path: Path, file: str, manifest: Mapping[str, Any]) -> list[TensorMeta]:
+    """Return the tensors of a GGUF file, as the manifest says: its header has a checksum.
+
+    Raises:
+        OutlierMergeError: there is no such file.
+    """
+    with naming(path, "read"):
+        path.stat()
+    tensors = {n: e for n, e in manifest["tensors"].items() if e["file"] == file}
+    return [
+        TensorMeta(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, entry["offset"])
+        for name, entry in tensors.items()
+    ]
 
 
 def _differing_tensors(

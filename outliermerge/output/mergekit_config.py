@@ -32,6 +32,9 @@ _OF_OURS = {"trim": "tensor", "consensus": "sum", "compat": "mergekit", "rescale
 # Keys for what mergekit does otherwise or not at all, with what leaves them without effect.
 _OTHERWISE: dict[str, Any] = {
     "modifiers": [],
+    "quantize": None,
+    "format": "safetensors",
+    "rounding": "nearest",
     "stack": None,
     "stages": [],
     "rename": None,

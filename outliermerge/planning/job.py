@@ -93,6 +93,11 @@ class Input:
         return [meta for meta in metas if meta.path in files]
 
     @property
+    def is_one_file(self) -> bool:
+        """Whether it is a file with nothing beside it; of some files a config is made."""
+        return self.checkpoint.root.is_file() and not self.home.is_dir()
+
+    @property
     def tokenizer_home(self) -> Path:
         """Where its tokenizer is: an adapter saved with added tokens has one of its own."""
         root = self.checkpoint.root
@@ -227,6 +232,9 @@ class Job:
         context: the tensor's place in the merge.
         auxiliary: the method's auxiliary tensors, of all models for one after the other.
         modifiers: what is done to the merged task vector: names and resolved parameters.
+        stochastic: whether the output is rounded at random, up or down.
+        of: the job whose weight it quantises, where the output is quantised.
+        is_companion: it stands beside the codes of a weight, and has no parameters of the model.
     """
 
     action: Literal["merge", "copy", "equal"]
@@ -239,6 +247,9 @@ class Job:
     context: Context = field(default_factory=Context)
     auxiliary: tuple[Source, ...] = ()
     modifiers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    stochastic: bool = False
+    of: Job | None = None
+    is_companion: bool = False
 
     def __repr__(self) -> str:
         shape, what = list(self.output.shape), f"{self.action} by {self.method}"
@@ -270,6 +281,7 @@ class Job:
             context=self.context,
             auxiliary=tuple(source.dtype for source in self.in_blocks),
             modifiers=tuple((method_named(name), own) for name, own in self.modifiers),
+            stochastic=self.stochastic,
         )
 
     @property

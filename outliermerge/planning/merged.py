@@ -9,6 +9,7 @@ from functools import cached_property
 
 import xxhash
 
+from outliermerge.checkpoint.quantized.encoded import Scales
 from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import (
     DTYPES,
@@ -160,7 +161,7 @@ def bytes_of_merges(sources: Iterable[Source]) -> int:
         (
             source.work_bytes
             if isinstance(source, MergedSource)
-            else (source.work_bytes if isinstance(source, Swapped) else 0)
+            else (source.work_bytes if isinstance(source, Swapped | Scales) else 0)
             + bytes_of_merges(inner(source))
             for source in sources
         ),

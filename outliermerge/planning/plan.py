@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.layout import Shard
+from outliermerge.checkpoint.quantized.packed import turned_in
 from outliermerge.checkpoint.sources import DTYPES, inner
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import ArgumentError, argument
@@ -62,6 +63,7 @@ class Plan:
         shard_bytes: most bytes of a weight file, if it is not the default.
         config: the output's config, where it is not the reference's.
         ids: by file of the config the token ids that change, by the keys that lead to them.
+        quantization: what the config says of quantised weights, where the spec asks for some.
         transplant: how good the rows of another tokenizer's tokens are, as JSON values.
     """
 
@@ -89,6 +91,7 @@ class Plan:
     config: Mapping[str, Any] | None = None
     ids: Mapping[str, Mapping[tuple[str, ...], Any]] = field(default_factory=dict)
     transplant: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         return short_repr(
@@ -123,7 +126,7 @@ class Plan:
     @property
     def is_one_file(self) -> bool:
         """Whether the output is a single file, as the reference is."""
-        return self.inputs[0].checkpoint.root.is_file()
+        return self.inputs[0].is_one_file
 
     @property
     def auxiliary_files(self) -> dict[Path, FileStamp | None]:
@@ -142,15 +145,20 @@ class Plan:
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
+    def weight_jobs(self) -> list[tuple[Job, Job]]:
+        """The job of each tensor of the model, and the job that writes it, which may be codes."""
+        return [(job.of or job, job) for job in self.jobs if not job.is_companion]
+
+    @property
     def num_parameters(self) -> int:
-        return sum(job.num_elements for job in self.jobs)
+        return sum(job.num_elements for job, _ in self.weight_jobs)
 
     def merged_by(self, job: Job) -> tuple[str, str] | None:
         """Return the method that merges a tensor, and the dtype of its arithmetic; None if none.
 
         A copy of what a module or a stage merges is merged by the method there.
         """
-        if job.action == "merge":
+        if (job.of or job).action == "merge":
             return self.spec.title, job.compute_dtype
         inside = merge_of(job.sources[0][1]) if job.action == "copy" else None
         return (inside.task.method.name, inside.task.compute_dtype) if inside else None
@@ -222,15 +230,17 @@ class Plan:
     def _held_bytes(self, options: Options) -> int:
         """Return the memory that is held while tensors are merged.
 
-        It is for merges that are read more than once, of which the rest goes to the disk, and for
-        what statistics keep of a tensor: while one is merged, the next is measured.
+        It is for merges that are read more than once and for packed codes that are turned, of which
+        the rest goes to the disk, and for what statistics keep of a tensor: while one is merged,
+        the next is measured.
         """
         held = kept = 0
         for job in self._unlike:
             if job.action == "merge" and options.uses_kernels(job):
                 kept = max(kept, job.task.held_bytes)
             again = read_again(job.num_passes, (source for _, source in job.sources))
-            held = max(held, sum(merge.num_bytes for merge in again))
+            whole = (*again, *turned_in(source for _, source in job.sources))
+            held = max(held, sum(one.num_bytes for one in whole))
         return min(options.memory_bytes, options.threads * held) + 2 * kept
 
     def block_memory_bytes(self, options: Options) -> int:
@@ -345,9 +355,9 @@ class Plan:
             "shape": list(job.output.shape),
             "dtype": job.output.dtype.name,
             "file": job.output.file,
-            "sources": [self.inputs[index].reference for index, _ in job.sources],
-            "stored_names": [source.name for _, source in job.sources],
-            "parameters": dict(job.parameters),
+            "sources": [self.inputs[index].reference for index, _ in (job.of or job).sources],
+            "stored_names": [source.name for _, source in (job.of or job).sources],
+            "parameters": dict((job.of or job).parameters),
         }
 
 

@@ -23,6 +23,8 @@ class Shown(Protocol):
     @property
     def jobs(self) -> Sequence[Job]: ...
     @property
+    def weight_jobs(self) -> list[tuple[Job, Job]]: ...
+    @property
     def notes(self) -> Sequence[str]: ...
     @property
     def num_read_bytes(self) -> int: ...
@@ -44,7 +46,8 @@ def plan_as_html(plan: Shown) -> str:
         for entry in plan.inputs
     ]
     groups: dict[tuple[str, str], list[Job]] = {}
-    for job in plan.jobs:
+    written = {id(job): writes.output.dtype.name for job, writes in plan.weight_jobs}
+    for job, _ in plan.weight_jobs:
         action = "merge" if plan.merged_by(job) else job.action
         groups.setdefault((action, job.reason), []).append(job)
     actions = [
@@ -53,7 +56,7 @@ def plan_as_html(plan: Shown) -> str:
             reason,
             len(jobs),
             f"{sum(job.num_elements for job in jobs):,}",
-            _counts(Counter(job.output.dtype.name for job in jobs)),
+            _counts(Counter(written[id(job)] for job in jobs)),
         )
         for (action, reason), jobs in groups.items()
     ]

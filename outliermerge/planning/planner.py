@@ -19,6 +19,7 @@ from outliermerge.planning.auxiliary import Auxiliaries
 from outliermerge.planning.chat_templates import choose_template
 from outliermerge.planning.class_labels import check_labels
 from outliermerge.planning.drafts import Draft, Drafter, Findings, check_tied
+from outliermerge.planning.gguf import as_gguf
 from outliermerge.planning.inputs import open_inputs, open_tokenizer
 from outliermerge.planning.layer_map import layer_map
 from outliermerge.planning.metadata import kept_metadata
@@ -38,6 +39,7 @@ from outliermerge.planning.parameters import (
 from outliermerge.planning.plan import Input, Job, Module, Plan, Stacked
 from outliermerge.planning.policies import Policies
 from outliermerge.planning.proof import prove
+from outliermerge.planning.quantize import quantized
 from outliermerge.planning.repeated import check_sizes
 from outliermerge.planning.sidecars import choose_sidecars, sidecar_contents, with_layers
 from outliermerge.planning.slices import (
@@ -81,6 +83,8 @@ def make_plan(spec: MergeSpec, *, shard_bytes: int | None = None) -> Plan:
         shard_bytes = spec.repeated.shard_bytes
     with told_by_name(), watching(Watched()) as watched, _without_collections():
         plan = _Planner(spec, {}).plan(shard_bytes)
+        if plan.spec.document.format == "gguf":
+            plan = as_gguf(plan)
         for content in sidecar_contents(plan).values():  # refuse now what cannot be written
             if isinstance(content, Path):
                 open_file(content).close()
@@ -208,7 +212,7 @@ class _Planner:
             self.spec = without_unused_filters(self.spec, self.used_settings, self.filtered_names)
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
-        if shard_bytes is None and checkpoint.root.is_dir():
+        if shard_bytes is None and not self.inputs[0].is_one_file:
             shard_bytes = DEFAULT_SHARD_BYTES
         metadata, metadata_notes = kept_metadata(self.inputs)
         shards, placed = plan_layout(
@@ -219,6 +223,19 @@ class _Planner:
             whole=checkpoint.whole,
         )
         jobs = tuple(self._job(draft, placed[written[draft[0]]]) for draft in drafts)
+        made, settings, quantized_notes = jobs, None, list[str]()
+        entry = self.spec.document.quantize
+        if entry is not None and self.spec.document.format != "gguf":
+            found = quantized(self.spec, entry, self.inputs, jobs)
+            shards, placed = plan_layout(
+                ((job.name, job.output.dtype, job.output.shape) for job in found.jobs),
+                shard_bytes=shard_bytes,
+                components=checkpoint.components,
+                metadata=metadata,
+                whole=checkpoint.whole,
+            )
+            made = tuple(replace(job, output=placed[job.name]) for job in found.jobs)
+            settings, quantized_notes = found.settings, [found.note]
         check_scopes(self.method, jobs, len(self.model_numbers), slices=self.stacked is not None)
         tokenizer = self.alignment.tokenizer
         wanted = self.outside.reference if self.outside else self.spec.tokenizer_owner
@@ -244,7 +261,7 @@ class _Planner:
         return Plan(
             spec=self.spec,
             inputs=self.inputs,
-            jobs=jobs,
+            jobs=made,
             shards=tuple(shards),
             sidecars=sidecars,
             gradients=gradients_of(jobs, {new: old for old, new in written.items()}, self.layers),
@@ -258,6 +275,7 @@ class _Planner:
                 *template_notes,
                 *metadata_notes,
                 *doubts,
+                *quantized_notes,
                 *(several_dtypes(self.stacked, jobs) if self.stacked else ()),
                 *check_labels(self.spec, self.inputs, jobs),
                 *overlooked(self.inputs, self.found.dropped),
@@ -276,6 +294,7 @@ class _Planner:
             tied=self.tied.followers,
             stacked=self._stacked(),
             modules=self.modules,
+            quantization=settings,
         )
 
     def _ending(self) -> list[Input]:
@@ -297,13 +316,16 @@ class _Planner:
         if lacks := self.auxiliaries.lacking(original, holders):
             context = replace(context, lacks=lacks)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
+        stochastic = self.spec.document.rounding == "stochastic" and output.dtype.is_float
         if action != "merge":
-            return Job(action, method, parameters, sources, output, dtype, why)
+            job = Job(action, method, parameters, sources, output, dtype, why)
+            return replace(job, context=context, stochastic=True) if stochastic else job
         own = method_named(method)
         auxiliary = self.auxiliaries.of(original, output.shape, holders, own)
         modifiers = modifiers_for(self.spec, context)
         return Job(
-            action, method, parameters, sources, output, dtype, why, context, auxiliary, modifiers
+            *(action, method, parameters, sources, output, dtype, why, context, auxiliary),
+            *(modifiers, stochastic),
         )
 
     def _drafts(self) -> list[Draft]:

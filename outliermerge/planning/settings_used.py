@@ -92,7 +92,7 @@ def _merged_names(plan: Plan) -> dict[str, list[tuple[str, str]]]:
     """
     found: dict[str, list[tuple[str, str]]] = {"": []}
     found |= {model.reference: [] for model in plan.spec.models}
-    for job in plan.jobs:
+    for job, _ in plan.weight_jobs:
         if job.action != "merge":
             continue
         name = job.context.name

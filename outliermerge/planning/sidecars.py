@@ -65,7 +65,7 @@ def choose_sidecars(
         OutlierMergeError: the configs differ so that a merge makes no sense.
     """
     document = spec.document
-    if inputs[0].checkpoint.root.is_file():
+    if inputs[0].is_one_file:
         for key in (*_SOURCES, "tokenizer", "chat_template"):
             if getattr(document, key) is not None:
                 raise spec.source.error(
@@ -77,7 +77,7 @@ def choose_sidecars(
         "processor": input_named(inputs, document.processor_source),
     }
     besides: dict[str, Beside] = {}
-    if not inputs[0].checkpoint.root.is_file():
+    if not inputs[0].is_one_file:
         besides = {entry.reference: Beside.of(entry) for entry in inputs}
     owners = {
         kind: besides.get(entry.reference) or Beside.of(entry)
@@ -254,7 +254,10 @@ def _change_config(config: Any, plan: Plan, dtypes: Sequence[str]) -> bool:
             level = reached(config, path)
             changed = changed or level.get("tie_word_embeddings") is not tie
             level["tie_word_embeddings"] = tie
-    return _drop_quantization(config) or changed
+    changed = _drop_quantization(config) or changed
+    if plan.quantization is not None:
+        config["quantization_config"] = dict(plan.quantization)
+    return changed or plan.quantization is not None
 
 
 def with_layers(

@@ -45,7 +45,7 @@ def as_input(name: str, plan: Plan, *, kind: str = "stage") -> Input:
     whole = WholeMerge()
     for job in plan.jobs:
         key = job.action, job.context.name or job.name, job.sources
-        tensors[job.name] = alike.setdefault(key, _source_of(job, whole))
+        tensors[job.name] = alike.setdefault(key, source_of(job, whole))
     whole.tensors = tuple(each for each in tensors.values() if isinstance(each, MergedSource))
     first, home = plan.inputs[0], _home(plan)
     stamps = {s.path: s for entry in plan.inputs for s in entry.checkpoint.weight_files}
@@ -81,7 +81,8 @@ def of_whole(note: str, *, of: str) -> str:
     return f"{WARNING if text != note else ''}{of}: {text}"
 
 
-def _source_of(job: Job, whole: WholeMerge) -> Source:
+def source_of(job: Job, whole: WholeMerge) -> Source:
+    """Return what a job computes as a source, in the dtype of its arithmetic."""
     own, stored = job.sources[0][1], job.output.dtype
     if job.action != "merge":
         return own if own.out_dtype == stored else Restored(own, stored)

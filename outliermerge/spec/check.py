@@ -37,6 +37,7 @@ from outliermerge.spec.inert import without_inert
 from outliermerge.spec.models import STAND_IN, ModelSpec, base_of, check_required, models_of
 from outliermerge.spec.modules import KEEP, MODULES, OF_WHOLE, keep_of, split
 from outliermerge.spec.parameters import parameter_settings
+from outliermerge.spec.quantize import check_quantize
 from outliermerge.spec.rename import Rename, parse_rename
 from outliermerge.spec.repeated import Repeated, read_repeated
 from outliermerge.spec.settings import Setting, parse_policy
@@ -270,7 +271,7 @@ def _check(
     for name, index in in_order(raw, mistakes):
         entry, path = dict(raw[STAGES][index]), (STAGES, index)
         del entry[NAME]
-        for key in ("output", STAGES):
+        for key in ("output", "format", "quantize", "rounding", STAGES):
             if entry.pop(key, None) is not None:
                 said = f"a stage has no `{key}`: it belongs to the merge of the output"
                 mistakes.add(source.error((*path, key), said, at_key=True))
@@ -349,6 +350,7 @@ def _check_merge(
         )  # fmt: skip
         tokenizer = mistakes.attempt(request, None)
         mistakes.attempt(partial(check_template_name, document.chat_template), None)
+        mistakes.attempt(partial(check_quantize, document.quantize, document.format), None)
     mistakes.refuse()
     assert method is not None
     return MergeSpec(

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from outliermerge.errors import direct_reference
+from outliermerge.spec.quantize import QuantizeField
 from outliermerge.spec.rename import MAP_NAMES
 from outliermerge.spec.settings import SpecPath
 from outliermerge.spec.tokenizer import TokenizerEntry
@@ -249,6 +250,21 @@ class SpecDocument(_SpecEntry):
     )
     out_dtype: DTypeName | None = Field(
         default=None, description="The output's dtype; the base model's own by default."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        description="How bfloat16 and float16 outputs are rounded: `nearest` (default), or "
+        "`stochastic`: up or down at random, so that the mean over seeds is the exact value.",
+    )
+    format: Literal["safetensors", "gguf"] = Field(
+        default="safetensors",
+        description="What the weights are written as: `safetensors` (default), or `gguf`: one file "
+        "for llama.cpp, of models like Llama and Qwen.",
+    )
+    quantize: QuantizeField | None = Field(
+        default=None,
+        description="Quantises the output's weights: `fp8`, `int8`, `mxfp4` or `as-base`, or a "
+        "mapping with `to`, `per`, `quant_method` and `ignore`; with `format: gguf` it is `q8_0`.",
     )
     rename: _RenameField = Field(
         default=None, description="Changes the names of the merge to those of the output."

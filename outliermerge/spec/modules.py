@@ -19,9 +19,10 @@ _INHERITED = ("base_model", "merge_method", "parameters", "missing", "extra", "u
               "other_files", "seed", "dtype", "convert")  # fmt: skip
 OF_WHOLE = ("other_files", "seed", "dtype", "convert")
 """Keys at the top that are for all modules, and that none may have."""
-_NOT_IN_MODULE = (*OF_WHOLE, "out_dtype", "rename", "layout", "tokenizer", "tokenizer_source",
-                  "chat_template", "config_source", "processor_source", "tie_word_embeddings",
-                  "stack", "stages", MODULES, "output")  # fmt: skip
+_NOT_IN_MODULE = (*OF_WHOLE, "out_dtype", "format", "quantize", "rounding", "rename", "layout",
+                  "tokenizer", "tokenizer_source", "chat_template", "config_source",
+                  "processor_source", "tie_word_embeddings", "stack", "stages", MODULES,
+                  "output")  # fmt: skip
 _ONLY_IN_MODULE = ("models", "slices", "modifiers", "vocabulary")
 OF_MODULE = (*(key for key in _INHERITED if key not in OF_WHOLE), *_ONLY_IN_MODULE)
 """The keys of a module, besides its own filters."""

@@ -73,9 +73,10 @@ BAD = {
     "unknown key like no other": (
         HEAD + "zzz: 1\n",
         "6:1: zzz: unknown key 'zzz'. Valid: base_model, chat_template, config_source, convert, "
-        "dtype, extra, layout, merge_method, missing, models, modifiers, modules, other_files, "
-        "out_dtype, output, parameters, processor_source, rename, seed, slices, stack, stages, "
-        "tie_word_embeddings, tokenizer, tokenizer_source, unequal, vocabulary.",
+        "dtype, extra, format, layout, merge_method, missing, models, modifiers, modules, "
+        "other_files, out_dtype, output, parameters, processor_source, quantize, rename, rounding, "
+        "seed, slices, stack, stages, tie_word_embeddings, tokenizer, tokenizer_source, unequal, "
+        "vocabulary.",
     ),
     "unknown key of a model": (
         HEAD + "    paramters: {weight: 1}\n",

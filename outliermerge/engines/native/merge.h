@@ -14,6 +14,8 @@ typedef struct {
     Py_buffer kept;
     uint64_t first; /* the block's first element in the tensor */
     int is_finite;
+    uint64_t rounding[2]; /* keys of random numbers to round by */
+    int is_stochastic;
     Place out;
     char *stored; /* the output: in the caller's buffer, or in scratch memory until written */
     PyObject *digests;
@@ -33,19 +35,21 @@ static const Method *method_of(const char *name, size_t scalar_bytes, size_t vec
     return NULL;
 }
 
-/* Parse (method, scalars, vectors, code, out[, keys, start, row, length[, kept]]). */
+/* Parse (method, scalars, vectors, code, out[, keys, start, row, length[, kept[, rounding]]]). */
 static int take_variant(Variant *variant, PyObject *tuple, const Block *block, Scratch *scratch) {
-    const char *name, *scalars, *vectors, *keys = NULL;
-    Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0, row = 0, length = 0;
+    const char *name, *scalars, *vectors, *keys = NULL, *rounding = NULL;
+    Py_ssize_t scalar_bytes, vector_bytes, key_bytes = 0, row = 0, length = 0, rounding_bytes = 0;
     unsigned long long first = 0;
     PyObject *out;
     int code;
     size_t models = block->num_models, num_pieces = (block->num_elements + PIECE - 1) / PIECE;
     variant->is_finite = 1;
-    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#Knny*", &name, &scalars, &scalar_bytes, &vectors,
+    if (!PyArg_ParseTuple(tuple, "sy#y#CO|y#Knnz*y#", &name, &scalars, &scalar_bytes, &vectors,
                           &vector_bytes, &code, &out, &keys, &key_bytes, &first,
-                          &row, &length, &variant->kept))
+                          &row, &length, &variant->kept, &rounding, &rounding_bytes))
         return 0;
+    if (rounding != NULL && rounding_bytes != sizeof variant->rounding)
+        return PyErr_SetString(PyExc_ValueError, "rounding takes two keys"), 0;
     variant->method = method_of(name, (size_t)scalar_bytes, (size_t)vector_bytes, models);
     if (variant->method == NULL) return 0;
     if (!take_place(&variant->out, out, code, block->num_elements, PyBUF_WRITABLE)) return 0;
@@ -76,6 +80,8 @@ static int take_variant(Variant *variant, PyObject *tuple, const Block *block, S
     }
     memcpy(variant->numbers, scalars, (size_t)scalar_bytes);
     memcpy((char *)variant->numbers + scalar_bytes, vectors, (size_t)vector_bytes);
+    variant->is_stochastic = rounding != NULL && code != FLOAT32;
+    if (variant->is_stochastic) memcpy(variant->rounding, rounding, sizeof variant->rounding);
     if (keys != NULL)
         memcpy(variant->keys, keys, least((size_t)key_bytes, 2 * models * sizeof(uint64_t)));
     variant->call.keys = variant->keys;
@@ -96,8 +102,14 @@ static int merge_piece(Block *block, Variant *variant, size_t start, size_t num)
         load_base(block, i, step);
         variant->call.place = variant->first + start + i;
         variant->method->merge(block, &variant->call, i, step, merged_row);
+        const float *added = block->added;
+        if (variant->is_stochastic) {
+            for (size_t k = 0; k < step; k++) merged_row[k] += added[k];
+            round_row(out->code, merged_row, variant->rounding, variant->call.place, step);
+            added = block->base + ROW; /* -0 */
+        }
         variant->is_finite &=
-            store_row(out->code, merged_row, block->added, stored + piece_bytes(out, i), step);
+            store_row(out->code, merged_row, added, stored + piece_bytes(out, i), step);
     }
     digest(out, stored, num, digest_in(variant->digests, start / PIECE));
     return 1;
@@ -115,9 +127,10 @@ static PyObject *result_of(const Variant *variant, size_t num_models) {
 PyDoc_STRVAR(merge_doc,
              "merge(block, variants[, scratch]) -> (digests, ((is_finite, counts, digests), ...))\n\n"
              "Merge a block in one or several ways. A variant is (method, scalars, vectors, code, out\n"
-             "[, keys, start, row, length[, kept]]): keys are two uint64 for each model, which random numbers\n"
+             "[, keys, start, row, length[, kept[, rounding]]]): keys are two uint64 for each model, which random numbers\n"
              "are made of, and start is the block's first element in the tensor; row and length are\n"
-             "as of drawn, for a method that goes by rows; kept, for della, is what drawn wrote;\n"
+             "as of drawn, for a method that goes by rows; kept, for della, is what drawn wrote, or None;\n"
+             "rounding are two uint64 of random numbers, by which the output is rounded up or down;\n"
              "scalars and vectors are bytes of float32, as many scalars, and as many vectors of a\n"
              "number for each model, as methods() tells; out is a writable buffer, or (file descriptor, position[, descriptor of the same file for\n"
              "direct writes]), of the dtype of code. scratch is a writable buffer with room for all\n"

@@ -61,4 +61,30 @@ static void keep_at_random(float *restrict row, const uint64_t *keys, uint64_t p
         }
 }
 
+/* Make values that a dtype holds exactly: each goes up or down, the likelier the nearer. Those
+ * beyond the largest finite one are left as they are. The same as engines/rounding.py. */
+static void round_row(char code, float *restrict row, const uint64_t *keys, uint64_t place,
+                      size_t num) {
+    const uint64_t second = keys[1];
+    uint64_t counter = counter_of(place, keys);
+    if (code == BFLOAT16)
+        for (size_t i = 0; i < num; i++) {
+            uint32_t bits = bits_of(row[i]), below = (uint32_t)(first_bits(counter, second) >> 48);
+            uint32_t moved = (bits + below) & 0xFFFF0000;
+            row[i] = float_of((bits & MAGNITUDE) < 0x7F7F0000 ? moved : bits);
+            counter += GAMMA;
+        }
+    else
+        for (size_t i = 0; i < num; i++) {
+            uint32_t bits = bits_of(row[i]), size = bits & MAGNITUDE;
+            uint64_t drawn = first_bits(counter, second);
+            uint32_t moved = (bits + (uint32_t)(drawn >> 51)) & 0xFFFFE000;
+            double below = (double)float_of(size < 0x38800000 ? size : 0); /* in steps of 2^-24 */
+            double steps = below * 0x1p24 + (double)(int64_t)(drawn >> 33) * 0x1p-31;
+            uint32_t small = bits_of((float)(int32_t)steps * 0x1p-24f) | (bits & ~(uint32_t)MAGNITUDE);
+            row[i] = float_of(size < 0x38800000 ? small : size < 0x477FE000 ? moved : bits);
+            counter += GAMMA;
+        }
+}
+
 #endif

@@ -1,0 +1,121 @@
+"""Weights as MXFP4, made when they are read: 32 values share a scale, which is a power of 2.
+
+As compressed-tensors' `mxfp4-pack-quantized` has them: a byte holds two codes (E2M1), the first in
+its low bits, and a scale is stored as its exponent plus 127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
+from outliermerge.errors import OutlierMergeError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 32
+_BIAS = 127
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class _OfGroups(Sized):
+    """Bytes of the groups of a weight (…, C), whose columns are whole groups. A Source."""
+
+    source: Source
+
+    _bytes = 1  # of a group
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> DType:
+        return DTYPES["uint8"]
+
+    @property
+    def out_dtype(self) -> DType:
+        return self.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, columns = self.source.shape
+        return (*stack, columns // GROUP * self._bytes)
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.source.stored
+
+    def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with bytes start to stop (excluded).
+
+        Raises:
+            OutlierMergeError: the weight has infinite or NaN values.
+        """
+        if stop == start:
+            return
+        first, last = start // self._bytes, -(-stop // self._bytes)
+        values = reader.values(self.source, first * GROUP, last * GROUP).float()
+        if not bool(values.isfinite().all()):
+            raise OutlierMergeError(
+                f"tensor {shown(self.name)} has values that are infinite or NaN, which mxfp4 "
+                "cannot hold. Check its models, or leave it out by `ignore` of `quantize`."
+            )
+        groups = values.view(-1, GROUP)
+        made, off = self._made(groups, _exponents(groups))
+        array: Any = made.reshape(-1).numpy()
+        out[:] = memoryview(array)[start - first * self._bytes : stop - first * self._bytes]
+        if off is not None:
+            own = slice(-(-start // self._bytes) - first, None)  # counted where a group begins
+            whole = groups[own].double().square()
+            reader.note(self, start, (float(off[own].sum()), float(whole.sum())))
+
+    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the bytes of groups, and the squares of what they are off, if that is noted."""
+        raise NotImplementedError
+
+
+class MxScales(_OfGroups):
+    """The scales of a weight. A Source."""
+
+    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        return (exponents + _BIAS).to(torch.uint8), None
+
+
+class MxCodes(_OfGroups):
+    """The codes of a weight, two in a byte. A Source; it notes how far they are off."""
+
+    _bytes = GROUP // 2
+
+    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        scales = torch.ldexp(torch.ones(exponents.shape), exponents)
+        size = (groups / scales).abs()
+        # Halfway values go to the code that is even.
+        codes = sum(
+            (size > limit if number % 2 == 0 else size >= limit).to(torch.uint8)
+            for number, limit in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+        )
+        assert isinstance(codes, torch.Tensor)
+        values = torch.tensor(_VALUES).index_select(0, codes.view(-1).int()).view_as(groups)
+        off = (values * scales - groups.abs()).double().square()
+        codes = codes | (groups.signbit().to(torch.uint8) << 3)
+        return codes[:, ::2] | (codes[:, 1::2] << 4), off
+
+
+def _exponents(groups: Tensor) -> Tensor:
+    """Return the exponent of each group's scale (B, 1), as compressed-tensors chooses it.
+
+    That of the greatest magnitude, rounded to one bit behind the first, minus 2: 6 is the largest
+    code. Groups of zeros have the smallest.
+    """
+    import torch
+
+    bits = groups.abs().amax(1, keepdim=True).view(torch.int32) + (1 << 21)
+    return ((bits >> 23) - 127 - 2).clamp_(-_BIAS, _BIAS)

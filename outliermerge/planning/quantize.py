@@ -1,0 +1,323 @@
+"""Quantised outputs: each weight becomes codes and scales, which are copies of computed sources.
+
+So the executor, the journal, parts and `verify` know nothing of them. How codes are made is in
+checkpoint/quantized/encoded.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from outliermerge.checkpoint.config import read_json
+from outliermerge.checkpoint.layout import OutputTensor
+from outliermerge.checkpoint.quantized.encoded import Codes, Scales
+from outliermerge.checkpoint.quantized.mx4 import GROUP, MxCodes, MxScales
+from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
+from outliermerge.checkpoint.quantized.tensors import ScaledTensor
+from outliermerge.checkpoint.sources import DTYPES, DType, Source, TensorMeta
+from outliermerge.errors import OutlierMergeError, listing, shown
+from outliermerge.methods.statistics.base import scope_of
+from outliermerge.planning.merged import MergedSource, WholeMerge
+from outliermerge.planning.model_parts import kinds_of
+from outliermerge.planning.plan import Input, Job
+from outliermerge.planning.stages import source_of
+from outliermerge.spec.check import MergeSpec
+from outliermerge.spec.quantize import AS_BASE, QuantizeEntry
+
+_BLOCK = 128
+_CODES = {"fp8": DTYPES["float8_e4m3fn"], "int8": DTYPES["int8"]}
+# Matrices that no tool quantises: rows of tokens and positions, heads, norms, and routers.
+_IGNORED = re.compile(
+    r"(^|\.)(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|score|classifier|output|output_layer"
+    r"|\w*norm\w*|relative_attention_bias|gate|router|shared_expert_gate)(\.(layer|classifier))?"
+    r"\.weight$"
+)
+_IGNORED_KINDS = ("vision", "audio", "projector")
+_TRANSPOSED = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")  # Conv1D
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The jobs of a quantised output, and what its config says of it.
+
+    Attributes:
+        settings: the config's `quantization_config`; None if it has none.
+        note: what a person should know.
+    """
+
+    jobs: tuple[Job, ...]
+    settings: Mapping[str, Any] | None
+    note: str
+
+
+def quantized(
+    spec: MergeSpec, entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]
+) -> Quantized:
+    """Return the jobs that write codes and scales in the place of weights.
+
+    Args:
+        jobs: of the merge; where their outputs are is not known yet.
+
+    Raises:
+        SpecError: the output cannot be quantised so.
+    """
+    try:
+        if entry.to == AS_BASE:
+            return _as_base(inputs[0], jobs)
+        return _anew(entry, inputs, jobs)
+    except OutlierMergeError as error:
+        raise spec.source.error(("quantize",), str(error)) from error
+
+
+def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) -> Quantized:
+    checkpoint = inputs[0].checkpoint
+    if checkpoint.root.is_file() or set(checkpoint.components) != {""}:
+        raise OutlierMergeError(
+            f"{shown(inputs[0].reference)} is no folder of one model with a config.json, which "
+            "says how weights are quantised"
+        )
+    config = read_json(inputs[0].home / "config.json")
+    if (kind := config.get("model_type")) in _TRANSPOSED:
+        raise OutlierMergeError(
+            f"models of the type {kind} store their weights transposed, which no loader of "
+            "quantised weights reads"
+        )
+    kinds = kinds_of(job.name for job in jobs)
+    chosen = {
+        job.name
+        for job in jobs
+        if _is_linear(job)
+        and _fits(entry, job.output.shape)
+        and not _IGNORED.search(job.name)
+        and kinds.get(job.name) not in _IGNORED_KINDS
+        and not any(part in job.name for part in entry.ignore)
+    }
+    if not chosen:
+        sizes = f" of multiples of {_BLOCK}" if entry.scale_of == "block" else ""
+        raise OutlierMergeError(
+            f"no tensor of the output can be quantised: none is a linear layer's matrix{sizes}"
+        )
+    ignored = [
+        job.name.removesuffix(".weight")
+        for job in jobs
+        if _is_linear(job) and job.name not in chosen
+    ]
+    source_by_name = sources_of(jobs, chosen)
+    end = "_scale_inv" if entry.quant_method == "fp8" else "_scale"
+    made: list[Job] = []
+    for job in jobs:
+        source = source_by_name.get(job.name)
+        if source is None or job.name not in chosen:
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
+            continue
+        if entry.to == "mxfp4":
+            stem = job.name.removesuffix("weight")
+            made.append(copy_of(job, f"{stem}weight_scale", MxScales(source), is_companion=True))
+            made.append(copy_of(job, f"{stem}weight_packed", MxCodes(source)))
+            continue
+        scales = _scales(entry, source, job.output.dtype)
+        made.append(copy_of(job, job.name + end, scales, is_companion=True))
+        made.append(copy_of(job, job.name, Codes(scales)))
+    settings = _settings(entry, ignored)
+    packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
+    per = "" if entry.to == "mxfp4" else f" per {entry.scale_of}"
+    note = (
+        f"{len(chosen)} weights are quantised to {entry.to}{per}; "
+        f"{len(jobs) - len(chosen)} tensors are not"
+        + (f", {packed} packed experts among them" if packed else "")
+    )
+    return Quantized(tuple(made), settings, note)
+
+
+def _is_linear(job: Job) -> bool:
+    shape = job.output.shape
+    is_matrix = len(shape) == 2 and min(shape) > 0
+    return is_matrix and job.name.endswith(".weight") and job.output.dtype.is_float
+
+
+def _fits(entry: QuantizeEntry, shape: tuple[int, ...]) -> bool:
+    """Tell whether what multiplies in blocks can take a matrix: DeepSeek-V3 cuts blocks of rows."""
+    if entry.to == "mxfp4":
+        return shape[-1] % GROUP == 0
+    if entry.scale_of != "block":
+        return True
+    whole = shape[1:] if entry.quant_method == "fp8" else shape
+    return all(size % _BLOCK == 0 for size in whole)
+
+
+def sources_of(jobs: Sequence[Job], chosen: Collection[str]) -> dict[str, Source]:
+    """Return the merges to quantise as sources, tied ones as one.
+
+    Where statistics are of the whole model, all merges become sources, so that they are measured
+    together.
+    """
+    whole = WholeMerge()
+    of_model = any(
+        scope_of(need, job.parameters) == "model"
+        for job in jobs
+        if job.action == "merge"
+        for need in job.task.method.needs.values()
+    )
+    made: dict[str, Source] = {}
+    alike: dict[object, Source] = {}
+    for job in jobs:
+        if job.name in chosen or (of_model and job.action == "merge"):
+            key = job.action, job.context.name or job.name, job.sources
+            made[job.name] = alike.setdefault(key, source_of(job, whole))
+    whole.tensors = tuple(s for s in made.values() if isinstance(s, MergedSource))
+    return made
+
+
+def _scales(entry: QuantizeEntry, source: Source, dtype: DType) -> Scales:
+    rows, columns = source.shape
+    block = {"tensor": (rows, columns), "channel": (1, columns), "block": (_BLOCK, _BLOCK)}
+    own = {"tensor": (1,), "channel": (rows, 1)}
+    size = block[entry.scale_of]
+    grid = (-(-rows // size[0]), -(-columns // size[1]))
+    return Scales(
+        source=source,
+        shape=own.get(entry.scale_of, grid),
+        codes=_CODES[entry.to],
+        block=size,
+        scale_dtype=DTYPES["float32"] if entry.quant_method == "fp8" else dtype,
+    )
+
+
+def copy_of(
+    job: Job, name: str, source: Source, *, is_companion: bool = False, is_merge: bool = False
+) -> Job:
+    """Return the job that writes a source in the place of a job, or beside it."""
+    dtype = job.output.dtype if is_merge else source.dtype
+    return replace(
+        job,
+        action="copy",
+        sources=((job.sources[0][0], source),),
+        output=OutputTensor(name, dtype, source.shape, "", 0),
+        parameters={},
+        auxiliary=(),
+        modifiers=(),
+        stochastic=job.stochastic and is_merge,
+        of=job,
+        is_companion=is_companion,
+    )
+
+
+def _settings(entry: QuantizeEntry, ignored: Sequence[str]) -> dict[str, Any]:
+    """Return what a config says of weights that are quantised as this spec says."""
+    if entry.quant_method == "fp8":
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [_BLOCK, _BLOCK],
+            "modules_to_not_convert": list(ignored),
+        }
+    weights: dict[str, Any]
+    if entry.to == "mxfp4":
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": GROUP, "scale_dtype": "torch.uint8"}
+        return _compressed("mxfp4-pack-quantized", weights, None, ignored)
+    is_float, per = entry.to == "fp8", entry.scale_of
+    common = {
+        "num_bits": 8,
+        "type": "float" if is_float else "int",
+        "symmetric": True,
+    }
+    weights = {**common, "dynamic": False, "strategy": per}
+    inputs: dict[str, Any] = {**common, "dynamic": True, "strategy": "token"}
+    if per == "block":
+        weights["block_structure"] = [_BLOCK, _BLOCK]
+        inputs |= {"strategy": "group", "group_size": _BLOCK}
+    layout = "float-quantized" if is_float else "int-quantized"
+    return _compressed(layout, weights, inputs, ignored)
+
+
+def _compressed(
+    layout: str,
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
+    ignored: Sequence[str],
+) -> dict[str, Any]:
+    """Return a config of compressed-tensors: how linear layers' weights and inputs are coded."""
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": layout,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignored),
+    }
+
+
+def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
+    checkpoint = base.checkpoint
+    quantised = {n: s for n, s in checkpoint.tensors.items() if s.stored != (s,)}
+    held = {
+        name: source
+        for name, source in quantised.items()
+        if isinstance(source, ScaledTensor)
+        and isinstance(source.scale, TensorMeta)
+        and source.weight.name == name
+    }
+    what = f"the format of {shown(base.reference)}"
+    if not quantised:
+        raise OutlierMergeError(f"{shown(base.reference)} is not quantised: leave this out")
+    named = {job.name for job in jobs}
+    others = [name for name in quantised if name not in held or name not in named]
+    others += [name for name, source in held.items() if source.zero_point is not None]
+    if others:
+        raise OutlierMergeError(
+            f"{what} cannot be given back: only fp8 and int8 weights with scales can, under the "
+            f"base's names. Such as:\n{listing(others)}\nName what to quantise to instead"
+        )
+    config = read_json(base.home / "config.json")
+    settings = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
+    if settings is None and any(n.endswith("_quant_config.json") for n in checkpoint.left_behind):
+        raise OutlierMergeError(f"{what} cannot be given back: it is described by modelopt's file")
+    scale_names: dict[Source, str] = {meta: name for name, meta in checkpoint.companions.items()}
+    source_by_name = sources_of(jobs, set(held))
+    made: list[Job] = []
+    for job in jobs:
+        source = source_by_name.get(job.name)
+        if job.name not in held:
+            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
+            continue
+        assert source is not None
+        before = held[job.name]
+        made += _given_back(job, source, before, scale_names[before.scale])
+    used = {job.name for job in made}
+    first = next(job for job in jobs if job.name in held)
+    made += (
+        copy_of(first, name, meta, is_companion=True)
+        for name, meta in checkpoint.companions.items()
+        if name not in used
+    )
+    note = f"{len(held)} weights are quantised as {shown(base.reference)} is"
+    return Quantized(tuple(made), settings, note)
+
+
+def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str) -> Iterator[Job]:
+    """Yield the jobs of a weight's scales and codes, in the form that the base has."""
+    if job.action == "copy" and source == before:  # the base's own bytes
+        yield copy_of(job, scale_name, before.scale, is_companion=True)
+        yield copy_of(job, job.name, before.weight)
+        return
+    scales = Scales(
+        source=source,
+        shape=before.scale.shape,
+        codes=before.weight.dtype,
+        block=before.block,
+        scale_dtype=before.scale.dtype,
+        held=before,
+    )
+    yield copy_of(job, scale_name, scales, is_companion=True)
+    yield copy_of(job, job.name, Codes(scales))

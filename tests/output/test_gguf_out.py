@@ -1,0 +1,181 @@
+"""GGUF outputs: as the gguf package writes them, and read back by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import tokenizers
+import torch
+import transformers
+from checkpoints import fine_tune, load_folder
+
+import outliermerge
+from outliermerge.checkpoint.checksum import header_checksum
+from outliermerge.output.manifest import verify_folder
+from outliermerge.output.parts import join, run_part
+from outliermerge.planning.gguf import CUTS
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+KINDS = {
+    "llama": lambda size: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, vocab_size=size, rope_theta=5e5)
+    ),
+    "qwen2": lambda size: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, vocab_size=size, tie_word_embeddings=True)
+    ),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "F16": {"out_dtype": "float16"},
+    "BF16": {},
+    "Q8_0": {"quantize": "q8_0"},
+}
+PRE = {"llama": "llama-bpe", "qwen2": "qwen2"}
+TEXT = "A merge of models, that is all: 12 and 345."
+
+
+def _tokenizer(folder: Path, pre: str) -> int:
+    own = tokenizers.Tokenizer(tokenizers.models.BPE())
+    cut = next(cut for cut, name in CUTS.items() if name == pre)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(cut), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    own.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    own.train_from_iterator([TEXT] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return int(own.get_vocab_size()) + 3  # rows without tokens
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = KINDS[request.param](_tokenizer(folder / "base", PRE[request.param]))
+    model.bfloat16().save_pretrained(folder / "base")
+    fine_tune(folder / "base", folder / "task", seed=1)
+    outliermerge.run(spec_of(folder, out_dtype="float32"), output=folder / "plain")
+    return folder
+
+
+def spec_of(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / "task")}],
+        "parameters": {"weight": 0.5},
+    } | more
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_reads_back_what_was_merged(folder: Path, tmp_path: Path, form: str) -> None:
+    spec = spec_of(folder, format="gguf", **FORMS[form])
+    planned = outliermerge.plan(spec)
+    done = outliermerge.run(spec, output=tmp_path / "out")
+    file = tmp_path / "out" / "model.gguf"
+    assert file.stat().st_size == planned.num_written_bytes
+    assert not [*(tmp_path / "out").glob("*.safetensors*")]
+    assert verify_folder(tmp_path / "out", threads=1) == []
+    plain = load_folder(folder / "plain")
+    reader = gguf.GGUFReader(file)
+    assert len(reader.tensors) == len(plain)
+    embedding = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    assert embedding.tensor_type.name == form
+    if form == "Q8_0":
+        wanted = plain["model.embed_tokens.weight"].numpy()
+        assert numpy.array_equal(embedding.data, gguf.quantize(wanted, embedding.tensor_type))
+        said = done.manifest["tensors"]["token_embd.weight"]["statistics"]["quantization_error"]
+        back = gguf.dequantize(embedding.data, embedding.tensor_type)
+        off = numpy.linalg.norm(back - wanted) / numpy.linalg.norm(wanted)
+        assert said == pytest.approx(off, rel=1e-3)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=file.name, dtype=torch.float32
+    )
+    close = {"F16": 2e-3, "BF16": 6e-3, "Q8_0": 1e-2}[form]
+    found = loaded.state_dict()
+    for name, values in plain.items():
+        assert (found[name].float() - values).norm() <= close * values.norm(), name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "plain")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        ours, theirs = (each(ids).logits for each in (model, loaded))
+    assert (ours - theirs).norm() < 5 * close * ours.norm()
+
+
+def test_the_tokenizer_is_in_the_file(folder: Path, tmp_path: Path) -> None:
+    outliermerge.run(spec_of(folder, format="gguf"), output=tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    own = json.loads((folder / "base" / "tokenizer.json").read_text())
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert {text: tokens.index(text) for text in own["model"]["vocab"]} == own["model"]["vocab"]
+    assert tokens[-1] == f"[PAD{len(tokens) - 1}]"
+    assert fields["tokenizer.ggml.token_type"].contents()[:3] == [3, 3, 1]
+    pre = PRE[fields["general.architecture"].contents()]
+    assert fields["tokenizer.ggml.pre"].contents() == pre
+    assert len(fields["tokenizer.ggml.merges"].contents()) == len(own["model"]["merges"])
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    plain = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    assert again(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
+
+
+def test_the_bytes_are_the_same_on_all_ways_and_changes_are_found(
+    folder: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(folder, format="gguf", quantize="q8_0")
+    outliermerge.run(spec, output=tmp_path / "out")
+    options = outliermerge.RunOptions(threads=3, memory="8MiB")
+    outliermerge.run(spec, output=tmp_path / "threads", options=options)
+    for part in (2, 1):
+        run_part(outliermerge.plan(spec), tmp_path / "parts", part, 2)
+    join(outliermerge.plan(spec), tmp_path / "parts")
+    run_part(outliermerge.plan(spec), tmp_path / "goes_on", 2, 3)
+    outliermerge.run(spec, output=tmp_path / "goes_on")
+    file = tmp_path / "out" / "model.gguf"
+    for way in ("threads", "parts", "goes_on"):
+        assert (tmp_path / way / "model.gguf").read_bytes() == file.read_bytes()
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
+    file.write_bytes(data)
+    assert ["checksum" in text for text in verify_folder(tmp_path / "out", threads=1)] == [True]
+    before = header_checksum(file)
+    data[120] ^= 1
+    file.write_bytes(data)
+    assert header_checksum(file) != before
+    assert any("header changed" in text for text in verify_folder(tmp_path / "out", threads=1))
+
+
+def _change(folder: Path, target: Path, file: str, **values: Any) -> dict[str, Any]:
+    base = target / "base"
+    base.mkdir()
+    for path in (folder / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    said = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps(said | values))
+    return spec_of(folder, base_model=str(base), format="gguf")
+
+
+def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(outliermerge.SpecError, match="quantize: found 'fp8', expected q8_0"):
+        outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))
+    with pytest.raises(outliermerge.SpecError, match="quantize: found 'q8_0', expected `format"):
+        outliermerge.plan(spec_of(folder, quantize="q8_0"))
+    spec = _change(folder, tmp_path, "config.json", rope_parameters={"rope_type": "llama3"})
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'llama3'"):
+        outliermerge.plan(spec)
