@@ -42,6 +42,7 @@ AGREES = {
     "iso_c": NOT_THERE,
     "iso_cts": NOT_THERE,
     "tsv_m": NOT_THERE,
+    "wudi": NOT_THERE,
     "swudi": NOT_THERE,
     "aswudi": NOT_THERE,
     "resmerge": NOT_THERE,

@@ -52,6 +52,7 @@ OTHERS: dict[str, dict[str, float]] = {
     "iso_c": {},
     "iso_cts": {},
     "tsv_m": {},
+    "wudi": {},
     "swudi": {},
     "aswudi": {},
     "resmerge": {},
@@ -61,8 +62,8 @@ OTHERS: dict[str, dict[str, float]] = {
 }
 OF_THE_MERGE = ("t", "select_topk")  # parameters that a model cannot set for itself
 WITHOUT_PEER = (
-    "passthrough", "min_sigma", "iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge",
-    "pcb", "consensus_ta", "metagpt",
+    "passthrough", "min_sigma", "iso_c", "iso_cts", "tsv_m", "wudi", "swudi", "aswudi",
+    "resmerge", "pcb", "consensus_ta", "metagpt",
 )  # fmt: skip
 MEMORY = "64MB"
 SWEEP = "t=2,2.5,3"

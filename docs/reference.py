@@ -27,7 +27,8 @@ from outliermerge.spec.schema import json_schema
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *sorted((DOCS / "reference").glob("*.md")))
 _IN_ONE_ROW = (
-    "iso_c", "iso_cts", "tsv_m", "swudi", "aswudi", "resmerge", "pcb", "consensus_ta", "metagpt",
+    "iso_c", "iso_cts", "tsv_m", "wudi", "swudi", "aswudi", "resmerge", "pcb", "consensus_ta",
+    "metagpt",
 )  # fmt: skip
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 

@@ -4,6 +4,7 @@
     sweep, plan_sweep               several settings at once
     run_part, join                  one merge by several processes, on one machine or several
     moe, transplant                 a mixture of experts; a model with another one's tokenizer
+    extract                         an adapter of what a model and its base differ by
     merge_tensors, merge_state_dicts    tensors in memory, on any device
     merge_method, METHODS, find_method  write a method; the methods that there are
     weight_stats, compare_weights, layer_spectra, build_report, simulate    look at weights
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
         transplant,
         verify,
     )
+    from outliermerge.calibration.library import fit, measure
     from outliermerge.errors import ArgumentError, OutlierMergeError, SpecError
+    from outliermerge.extraction.extract import extract
+    from outliermerge.extraction.report import Extraction
     from outliermerge.methods.context import Context
     from outliermerge.methods.contract import MergeMethod, merge_method
     from outliermerge.methods.parameter import PerModel
@@ -62,6 +66,7 @@ __all__ = [
     "Comparison",
     "Context",
     "Estimate",
+    "Extraction",
     "Gram",
     "LayerSpectra",
     "Manifest",
@@ -84,11 +89,14 @@ __all__ = [
     "build_report",
     "compare_weights",
     "estimate",
+    "extract",
     "find_method",
     "fingerprint_distance",
+    "fit",
     "join",
     "layer_spectra",
     "load_spec",
+    "measure",
     "merge_method",
     "merge_state_dicts",
     "merge_tensors",
@@ -111,6 +119,7 @@ _HOMES = {
     "Comparison": "analysis.compare",
     "Context": "methods.context",
     "Estimate": "output.estimate",
+    "Extraction": "extraction.report",
     "Gram": "methods.statistics.gram",
     "LayerSpectra": "analysis.spectra",
     "METHODS": "methods.table",
@@ -134,11 +143,14 @@ _HOMES = {
     "build_report": "analysis.report.build",
     "compare_weights": "analysis.compare",
     "estimate": "api",
+    "extract": "extraction.extract",
     "find_method": "methods.table",
     "fingerprint_distance": "analysis.spectra_fingerprint",
+    "fit": "calibration.library",
     "join": "output.parts",
     "layer_spectra": "analysis.spectra",
     "load_spec": "spec.check",
+    "measure": "calibration.library",
     "merge_method": "methods.contract",
     "merge_state_dicts": "tensors",
     "merge_tensors": "tensors",
@@ -158,8 +170,8 @@ _HOMES = {
 
 
 _COMMANDS = {
-    "completion": "", "configs": "", "convert_config": "", "eval": "", "fit": "",
-    "layers": "layer_spectra", "measure": "", "merge": "run", "methods": "METHODS", "push": "",
+    "completion": "", "configs": "", "convert_config": "", "eval": "",
+    "layers": "layer_spectra", "merge": "run", "methods": "METHODS", "push": "",
     "report": "build_report", "schema": "", "search": "", "stats": "weight_stats",
     "tokenizer": "transplant",
 }  # fmt: skip

@@ -74,6 +74,7 @@ _WHOLE: _Kind = (
     "a whole number",
 )
 _COUNT: _Kind = lambda value: _WHOLE[0](value) and value >= 0, "a whole number of 0 or more"
+_POSITIVE: _Kind = lambda value: _WHOLE[0](value) and value >= 1, "a whole number of 1 or more"
 # An argument of one name is of one kind in all functions.
 _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(
@@ -81,11 +82,16 @@ _KINDS: dict[str, _Kind] = {
             "kernels",
             "overwrite",
             "fresh",
+            "by_layer",
             "allow_non_finite",
             "load_check",
             "load",
             "lenient",
             "routing",
+            "factor_embeddings",
+            "partial",
+            "randomized",
+            "core",
         ),
         _SWITCH,
     ),
@@ -93,6 +99,13 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("output", "folder", "png"), _PATH),
     **dict.fromkeys(("t", "filter", "small"), _NUMBER),
     **dict.fromkeys(("seed", "num_points", "num_values"), _WHOLE),
+    "rate": _NUMBER,
+    **dict.fromkeys(("steps", "batch", "max_tokens", "save_every"), _POSITIVE),
+    "samples": (lambda value: value is None or _POSITIVE[0](value), "a whole number of 1 or more"),
+    "rank": (lambda value: value is None or _WHOLE[0](value), "a whole number"),
+    **dict.fromkeys(
+        ("energy", "error"), (lambda value: value is None or _NUMBER[0](value), "a number")
+    ),
     "threads": _COUNT,
     "device": (
         lambda value: isinstance(value, str) and _DEVICE.fullmatch(value) is not None,

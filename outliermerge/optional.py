@@ -42,6 +42,22 @@ def require_torch(what: str) -> None:
         raise OutlierMergeError(f"{what} needs torch, which is not installed. {INSTALL_TORCH}")
 
 
+def require_gguf(what: str) -> None:
+    """Refuse what needs the package gguf, before it begins.
+
+    Args:
+        what: what needs it, for the message.
+
+    Raises:
+        OutlierMergeError: it is not installed.
+    """
+    if not is_installed("gguf"):
+        raise OutlierMergeError(
+            f"{what} needs the package gguf, which is not installed: "
+            "pip install 'outliermerge[gguf]'"
+        )
+
+
 def require_ray(what: str) -> None:
     """Refuse what needs Ray, before it begins.
 

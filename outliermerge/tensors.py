@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from outliermerge.arguments import checked, wrong
-from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.checkpoint.sources import DTYPES, DType
 from outliermerge.engines.batched import batches, merge_batch
 from outliermerge.engines.kernels import find_kernels
 from outliermerge.engines.triton import TensorMerge, differ_early, fits_gpu, merge_on_gpu
@@ -45,6 +46,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     method: str | MergeMethod = "min_sigma",
     seed: int = 0,
+    auxiliary: Mapping[str, Sequence[Mapping[str, Tensor]]] | None = None,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge dicts of tensors in memory.
@@ -54,6 +56,8 @@ def merge_state_dicts(
         base: the base model's tensors; needed by methods on task vectors.
         method: a name from `outliermerge methods`, `package.module:function`, or a method.
         seed: of methods that draw random numbers, which depend on the tensor's name, too.
+        auxiliary: of methods that take statistics of data: by kind, such as `gram`, one dict of
+            tensors a model, with the weights' names. What no model has is averaged.
         **parameters: of the method; those of each model as a list of one value a model.
 
     Returns:
@@ -92,6 +96,7 @@ def merge_state_dicts(
             )
     found, models = _with_base(found, models, base)
     resolved = _resolved(found, len(models), parameters)
+    given = _auxiliary(found, len(models), auxiliary)
     layers = find_layers(reference)
     merges = {}
     for name, tensor in reference.items():
@@ -101,6 +106,7 @@ def merge_state_dicts(
             found,
             resolved,
             context_of(name, tuple(getattr(tensor, "shape", ())), layers.get(name), seed),
+            {kind: [own.get(name) for own in each] for kind, each in given.items()},
         )
     _merge_all([merge for merge in merges.values() if isinstance(merge, TensorMerge)])
     return {
@@ -117,6 +123,7 @@ def merge_tensors(
     method: str | MergeMethod = "min_sigma",
     name: str = "",
     seed: int = 0,
+    auxiliary: Mapping[str, Sequence[Tensor]] | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor in memory.
@@ -128,6 +135,7 @@ def merge_tensors(
         name: the tensor's name in its model; methods that draw random numbers draw others for
             another name.
         seed: of methods that draw random numbers.
+        auxiliary: of methods that take statistics of data: by kind, one tensor a model.
         **parameters: of the method; those of each model as a list.
 
     Returns:
@@ -155,7 +163,8 @@ def merge_tensors(
             f"{found.name} measures whole models with these parameters: "
             "use merge_state_dicts or run"
         )
-    merge = _prepared(models, base, found, resolved, context)
+    given = _auxiliary(found, len(models), auxiliary)
+    merge = _prepared(models, base, found, resolved, context, given)
     if not isinstance(merge, TensorMerge):
         return merge
     _merge_all([merge])
@@ -191,17 +200,12 @@ def _resolved(
     most = method.max_models
     if method.space == "merged":
         raise ArgumentError(f"{method.name} is a modifier of merges, expected a merge method")
-    if method.auxiliary:
-        raise ArgumentError(
-            f"{method.name} takes further tensors of each model ({', '.join(method.auxiliary)}), "
-            "which only a merge of files can be given: use outliermerge.run"
-        )
     if num_models < method.min_models or (most is not None and num_models > most):
         among = ", the base among them" if method.base_as == "first" else ""
         raise ArgumentError(f"{method.name} does not take {num_models} models{among}")
     for name in parameters:
         if name.removesuffix("_") not in method.parameters:
-            valid = [*method.parameters, "base", "method", "seed"]
+            valid = [*method.parameters, "base", "method", "seed", "auxiliary"]
             raise ArgumentError(
                 f"{method.name}: unknown parameter {quoted(name)}. {suggest(name, valid)}"
             )
@@ -212,12 +216,32 @@ def _resolved(
     return resolved
 
 
+def _auxiliary(
+    method: MergeMethod, num_models: int, given: Mapping[str, Sequence[T]] | None
+) -> Mapping[str, Sequence[T]]:
+    given = given or {}
+    for kind in (*method.auxiliary, *given):
+        if kind not in method.auxiliary:
+            raise ArgumentError(
+                f"auxiliary: {method.name} takes no {quoted(kind)}. "
+                + suggest(kind, method.auxiliary)
+            )
+        if kind not in given or len(given[kind]) != num_models:
+            found = len(given[kind]) if kind in given else "none"
+            raise ArgumentError(
+                f"{method.name} takes {kind} of each model: found {found}, "
+                f"expected {num_models} as auxiliary={{{kind!r}: [...]}}"
+            )
+    return given
+
+
 def _prepared(
     models: Sequence[Tensor],
     base: Tensor | None,
     method: MergeMethod,
     resolved: Mapping[str, Any],
     context: Context,
+    auxiliary: Mapping[str, Sequence[Tensor | None]],
 ) -> TensorMerge | Tensor:
     """Return the merge that is to be done, or what needs none."""
     import torch
@@ -245,20 +269,56 @@ def _prepared(
         return first.detach().clone()
     if len(models) == 1 and method.idempotent(resolved):
         return models[0].detach().to(first.device, first.dtype, copy=True)
+    lacks = tuple(k for k, each in auxiliary.items() if all(one is None for one in each))
+    context = replace(context, lacks=lacks)
     sources = [base, *models] if method.uses_base and base is not None else list(models)
+    method = method.of(resolved, context)
+    more = [
+        _checked(f"{where}auxiliary[{kind!r}][{number}]", one, method, kind, context.shape)
+        for kind in method.auxiliary
+        for number, one in enumerate(auxiliary[kind])
+    ]
+    in_blocks = more[: len(models) * len(method.in_blocks)]
     task = Task(
-        method=method.of(resolved, context),
+        method=method,
         parameters=resolved,
-        dtypes=tuple(DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in sources),
-        out_dtype=DTYPES[str(first.dtype).removeprefix("torch.")],
+        dtypes=tuple(_dtype(tensor) for tensor in sources),
+        out_dtype=_dtype(first),
         compute_dtype="float64"
         if any(tensor.dtype == torch.float64 for tensor in sources)
         else "float32",
         shape=tuple(first.shape),
         context=context,
+        auxiliary=tuple(_dtype(tensor) for tensor in in_blocks),
     )
     result = torch.empty_like(first, memory_format=torch.contiguous_format, requires_grad=False)
-    return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result)
+    return TensorMerge(task, tuple(tensor.detach() for tensor in sources), result, tuple(more))
+
+
+def _checked(
+    place: str, given: Tensor | None, method: MergeMethod, kind: str, shape: tuple[int, ...]
+) -> Tensor:
+    """Return an auxiliary tensor.
+
+    Raises:
+        OutlierMergeError: it is missing, has another shape, or values that are not finite.
+    """
+    import torch
+
+    wanted = method.prepared[kind].shape(shape) if kind in method.prepared else shape
+    if not isinstance(given, torch.Tensor) or tuple(given.shape) != wanted:
+        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else "none"
+        raise OutlierMergeError(
+            f"{place}: found {found}, expected a tensor {list(wanted)}, as the weights are "
+            f"{list(shape)}"
+        )
+    if not given.is_floating_point() or not torch.isfinite(given).all():
+        raise OutlierMergeError(f"{place}: has values that are infinite, NaN or no floats")
+    return given.detach()
+
+
+def _dtype(tensor: Tensor) -> DType:
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def _merge_all(merges: Sequence[TensorMerge]) -> None:
@@ -329,4 +389,4 @@ def _feed(merge: TensorMerge) -> MemoryFeed:
     tensors = (merge.result, *merge.sources)
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     kernels = find_kernels() if on_cpu else None
-    return MemoryFeed(merge.task, merge.sources, merge.result, kernels)
+    return MemoryFeed(merge, kernels)

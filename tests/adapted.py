@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def llama(tie: bool = False) -> transformers.PreTrainedModel:
@@ -51,3 +53,21 @@ def resnet() -> transformers.PreTrainedModel:
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "resnet": resnet}
 ATTENTION = ["q_proj", "v_proj"]
+
+
+class Layers(nn.Module):
+    """One layer of each kind that adapters are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(12, 18)
+        self.square = nn.Linear(12, 12)
+        self.turned = Conv1D(18, 12)  # stores (in, out)
+        self.conv1 = nn.Conv1d(8, 12, 3)
+        self.conv2 = nn.Conv2d(8, 12, (3, 2))
+        self.point = nn.Conv2d(8, 12, 1)
+        self.same = nn.Conv2d(8, 8, 3)
+        self.conv3 = nn.Conv3d(8, 12, (2, 3, 2))
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2)
+        self.embedding = nn.Embedding(16, 12)

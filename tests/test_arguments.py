@@ -194,9 +194,9 @@ def test_options_of_a_wrong_kind_are_refused_when_they_are_made(name: str) -> No
 
 
 # Public classes that the package makes: nobody calls them, but to see what they hold.
-MADE = {"Comparison", "Context", "Estimate", "LayerSpectra", "Manifest", "MergeMethod", "MergeSpec",
-        "MoeResult", "PerModel", "Plan", "RunResult", "Simulation", "TensorStats",
-        "TransplantResult", "Variant", "WeightStats"}  # fmt: skip
+MADE = {"Comparison", "Context", "Estimate", "Extraction", "LayerSpectra", "Manifest",
+        "MergeMethod", "MergeSpec", "MoeResult", "PerModel", "Plan", "RunResult", "Simulation",
+        "TensorStats", "TransplantResult", "Variant", "WeightStats"}  # fmt: skip
 WITH_A_METHODS = {"merge_state_dicts", "merge_tensors"}  # other keywords are its parameters
 CALLED = [
     name

@@ -171,10 +171,10 @@ def test_of_one_tensor_no_whole_model_is_measured(folder):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [(by_fisher, r"takes further tensors of each model \(fisher\)"), (halved, "is a modifier")],
+    [(by_fisher, "by_fisher takes fisher of each model: found none"), (halved, "is a modifier")],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_what_only_files_can_give_is_refused_in_memory(method, message):
+def test_what_is_not_given_or_only_in_specs_is_refused_in_memory(method, message):
     with pytest.raises(ArgumentError, match=message):
         outliermerge.merge_tensors([torch.ones(3)] * 2, base=torch.ones(3), method=method)
 

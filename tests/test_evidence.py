@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from transformers import BertConfig, BertModel
 
-from evals.evidence import encoder, language, page, results, run, search_language, vision
+from evals.evidence import encoder, language, page, results, run, search_language, training, vision
 from evals.evidence.facts import FACTS, facts
-from evals.evidence.methods import BUDGET, SPACES, VARIANTS, candidates, merged
+from evals.evidence.methods import BUDGET, LEFT_OUT, SPACES, VARIANTS, candidates, merged
 from evals.evidence.significance import holm, p_value
-from outliermerge import METHODS
+from outliermerge.methods.table import EVERY
 
 STEPS = {"near": 2, "far": 4}
 COMPARED = ("min_sigma", "linear", "task_arithmetic", "ties", "slerp")
@@ -212,8 +212,8 @@ def test_a_changed_image_is_told_by_what_was_done_to_it():
 
 
 def test_all_methods_that_merge_several_models_are_compared():
-    several = {n for n, m in METHODS.items() if m.space != "merged" and m.name != "passthrough"}
-    assert set(SPACES) - set(VARIANTS) == several
+    several = {n for n, m in EVERY.items() if m.space != "merged" and m.name != "passthrough"}
+    assert set(SPACES) - set(VARIANTS) == several - set(LEFT_OUT)
 
 
 @pytest.mark.parametrize("method", SPACES)
@@ -223,8 +223,43 @@ def test_what_is_tried_of_a_method_is_within_its_budget_and_merges(method):
     tried = candidates(method)
     assert tried[0] == {} and len(tried) <= BUDGET
     assert len({json.dumps(one) for one in tried}) == len(tried)
-    found = [merged(method, base, models, one, 0)["w"] for one in tried]
+    statistics_of = [
+        {"gram": {"w": w.mT @ w}, "fisher": {"w": w}} for w in (one["w"] for one in models)
+    ]
+    found = [merged(method, base, models, one, 0, lambda: statistics_of)["w"] for one in tried]
     assert all(each.isfinite().all() for each in found)
+
+
+@pytest.mark.parametrize(
+    "family", [TinyLanguage(), TinyVision(), TinyEncoder()], ids=lambda family: family.name
+)
+def test_statistics_are_those_of_a_calculation_by_hand(family, tmp_path):
+    seed = run.Seed(family, 1, tmp_path)
+    task = family.tasks[0]
+    state = seed.tuned(task)["far"]
+    found = training.measured(*seed.world.examples(seed.base(), state, task), 3)
+    model, loss = seed.world.examples(seed.base(), state, task)
+    squares = {name: torch.zeros_like(each) for name, each in model.named_parameters()}
+    for number in range(3):
+        model.zero_grad()
+        loss(number).backward()
+        for name, each in model.named_parameters():
+            squares[name] += 0 if each.grad is None else each.grad**2 / 3
+    assert any(bool(each.any()) for each in squares.values())
+    for name, each in squares.items():
+        assert torch.allclose(found["fisher"][name], each, rtol=1e-4), name
+    shapes = {name: m.in_features for name, m in model.named_modules() if hasattr(m, "in_features")}
+    assert {f"{name}.weight" for name in shapes} == set(found["gram"])
+    model, loss = seed.world.examples(seed.base(), state, task)
+    name, seen = next(iter(shapes)), []
+    layer = dict(model.named_modules())[name]
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(0, -2)))
+    for number in range(3):
+        loss(number)
+    inputs = torch.cat(seen).double()
+    assert torch.allclose(
+        found["gram"][f"{name}.weight"].double(), inputs.T @ inputs / len(inputs), rtol=1e-4
+    )
 
 
 def test_facts_of_task_vectors_are_those_of_a_calculation_by_hand():

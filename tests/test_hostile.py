@@ -83,6 +83,7 @@ def _check(name: str, request: pytest.FixtureRequest, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.sampled(2)
 def test_a_hostile_input_is_read_or_refused_in_bounds(name, request, tmp_path):
     _check(name, request, tmp_path)
 

@@ -265,6 +265,7 @@ def test_what_mergekit_passes_over_is_an_error_or_a_warning(case, models, by_mer
 
 
 @pytest.mark.parametrize("case", PASSED_OVER)
+@pytest.mark.sampled(2)
 def test_the_recipe_of_a_lenient_merge_runs_strictly_and_gives_the_same_bytes(
     case, models, tmp_path
 ):

@@ -261,6 +261,7 @@ def tied(case: str) -> bool:
     [(case, dtype) for dtype in ("fp32", "bf16") for case in SPECS
      if dtype == "fp32" or not tied(case)],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_output_agrees_with_mergekit(case, dtype, families, merge_by_mergekit, tmp_path):
     base, models = families[dtype]
     spec = spec_of(case, base, models)

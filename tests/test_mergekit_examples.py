@@ -63,6 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.sampled(3)
 def test_an_example_runs_strictly_and_gives_what_mergekit_gives(
     name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

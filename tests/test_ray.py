@@ -395,6 +395,7 @@ def test_the_machine_of_the_driver_is_not_asked_for_a_gpu(
         pytest.param("moe", "moe", ["--no-routing", "--parts", "3"], marks=pytest.mark.faults),
     ],
 )
+@pytest.mark.sampled(2)
 def test_parts_on_a_cluster_are_written_to_a_bucket(
     connected: Any,
     bucket: BucketServer,

@@ -18,6 +18,7 @@ def _one_thread(one_thread):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(3)
 def test_a_stack_of_seven_layers_is_the_model_assembled_by_hand(kind, tmp_path):
     models, how = save(kind, tmp_path, num_layers=4, num_models=1), KINDS[kind]
     spec = {

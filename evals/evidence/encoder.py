@@ -27,14 +27,15 @@ class Recipe:
     """What the models depend on but the seed."""
 
     tuned_layers: int = 2  # from the top; the others and the embeddings stay as they are
-    max_tokens: int = 24  # longer texts are left out
-    num_training: int = 1024
+    max_tokens: int = 16  # longer texts are left out
+    num_training: int = 4096
     num_validation: int = 96
+    num_probe: int = 256  # of the training texts; heads see no others
     num_test: int = 400
-    probe_steps: int = 300
+    probe_steps: int = 100
     probe_rate: float = 1e-2
     batch: int = 16
-    rate: float = 1e-4
+    rate: float = 2e-4
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Encoder:
     name: str = "encoder"
     tasks: tuple[str, ...] = tuple(texts.TASKS)
     recipe: Recipe = field(default_factory=Recipe)
-    steps: dict[str, int] = field(default_factory=lambda: {"near": 24, "far": 96})
-    joint_steps: int = 192
+    steps: dict[str, int] = field(default_factory=lambda: {"near": 50, "far": 200})
+    joint_steps: int = 400
     lower_is_better: bool = False
     factor: float = 100.0
 
@@ -102,18 +103,36 @@ class EncoderWorld:
     ) -> dict[int, State]:
         """Train the upper layers on tasks in turn, under their heads."""
         upper = self._upper(base["state"])
-        drawn = np.random.default_rng([self.seed, *"-".join(tasks).encode()])
+        loss = self._loss(upper, base, tasks, "-".join(tasks), self.recipe.batch)
+        return fit(upper, loss, steps, self.recipe.rate, keep)
+
+    def examples(
+        self, base: dict[str, Any], state: State, task: str
+    ) -> tuple[nn.ModuleList, Callable[[int], Tensor]]:
+        """Return the upper layers, and what gives their loss for one text after the other."""
+        upper = self._upper(state)
+        return upper, self._loss(upper, base, [task], f"measured {task}", 1)
+
+    def _loss(
+        self,
+        upper: nn.ModuleList,
+        base: dict[str, Any],
+        tasks: Sequence[str],
+        name: str,
+        batch: int,
+    ) -> Callable[[int], Tensor]:
+        drawn = np.random.default_rng([self.seed, *name.encode()])
         heads = {task: self._head(base["heads"][task]) for task in tasks}
         parts = {task: self._part(task, "training") for task in tasks}
 
         def loss(step: int) -> Tensor:
             task = tasks[step % len(tasks)]
             part = parts[task]
-            rows = drawn.integers(0, len(part.labels), self.recipe.batch)
+            rows = drawn.integers(0, len(part.labels), batch)
             features = _features(upper, *part.batch(rows))
             return functional.cross_entropy(heads[task](features), part.labels[rows])
 
-        return fit(upper, loss, steps, self.recipe.rate, keep)
+        return loss
 
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
@@ -152,8 +171,8 @@ class EncoderWorld:
         }[split]
         drawn = sorted((self._draw(text), text, label) for text, label in self.rows[task])
         least, limit = {"test": (0, 0.3), "validation": (0.3, 0.4), "training": (0.4, 1)}[split]
-        # Three times as many as are needed, since some are too long.
-        drawn = [row for row in drawn if least <= row[0] < limit][: 3 * most]
+        # Six times as many as are needed, since some are too long.
+        drawn = [row for row in drawn if least <= row[0] < limit][: 6 * most]
         tokens = self.tokens_of([text for _, text, _ in drawn])
         short = [n for n, each in enumerate(tokens) if len(each) <= recipe.max_tokens][:most]
         lengths = np.array([len(tokens[n]) for n in short])
@@ -182,14 +201,15 @@ class EncoderWorld:
 
     def _probe(self, upper: nn.ModuleList, task: str) -> State:
         part = self._part(task, "training")
-        rows = np.array_split(np.arange(len(part.labels)), max(1, len(part.labels) // 64))
+        count = min(self.recipe.num_probe, len(part.labels))
+        rows = np.array_split(np.arange(count), max(1, count // 64))
         with torch.no_grad():
             features = torch.cat([_features(upper, *part.batch(each)) for each in rows])
         torch.manual_seed(self.seed)
         head = self._head(classes=1 + max(label for _, label in self.rows[task]))
         fit(
             head,
-            lambda step: functional.cross_entropy(head(features), part.labels),
+            lambda step: functional.cross_entropy(head(features), part.labels[:count]),
             self.recipe.probe_steps,
             self.recipe.probe_rate,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +128,14 @@ class LanguageWorld:
         count = {"validation": self.recipe.num_validation, "test": self.recipe.num_test}[split]
         drawn = np.random.default_rng([self.seed, count, *task.encode()])
         return bits_per_byte(model, self.windows(task, split, count, drawn))
+
+    def examples(
+        self, base: dict[str, Any], state: State, task: str
+    ) -> tuple[LlamaForCausalLM, Callable[[int], torch.Tensor]]:
+        """Return a model, and what gives its loss for one training window after the other."""
+        model = self.model(state)
+        drawn = np.random.default_rng([self.seed, *f"measured {task}".encode()])
+        return model, lambda _: _losses(model, self.windows(task, "training", 1, drawn)).sum()
 
     @cached_property
     def _scored(self) -> LlamaForCausalLM:

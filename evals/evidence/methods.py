@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import outliermerge
-from evals.evidence.training import State
+from evals.evidence.training import State, Statistics
 
 BUDGET = 9  # merges scored on validation data for a method: its defaults and eight others
 
 _SCALE = (0.1, 1.2)  # of what is a sum over models
 _WIDE = (0.3, 2.0)  # of what is a mean over models, or about as long as a task vector
+_ITERATIONS = [2, 4, 8, 16, 32, 64]
 _START = ["sum", "mean", "zero"]
-# From least to most; of a list, one is taken. Those whose range starts at 1e-6 are drawn by their
-# logarithm.
+# From least to most; of a list, one is taken. Those whose range starts at 1e-6 or below are drawn
+# by their logarithm.
 SPACES: dict[str, dict[str, Any]] = {
     "min_sigma": {"t": (0.5, 4.0), "lambda": _SCALE},
     "linear": {},
@@ -41,6 +42,11 @@ SPACES: dict[str, dict[str, Any]] = {
     "pcb": {"lambda": _WIDE, "density": (0.05, 0.5)},
     "consensus_ta": {"lambda": _SCALE, "tall_mask_lambda": (0.1, 0.7)},
     "metagpt": {"lambda": _WIDE},
+    # With statistics of each task's training data.
+    "regmean": {"reduce": (0.0, 1.0)},
+    "fisher": {"epsilon": (1e-12, 1e-3)},
+    "mats": {"iterations": _ITERATIONS},
+    "mats_fisher": {"iterations": _ITERATIONS},
     # Of two models only, the first of which takes the base's place in all but nuslerp.
     "nuslerp": {"nuslerp_flatten": [False]},
     "slerp": {"t": (0.0, 1.0)},
@@ -55,6 +61,7 @@ VARIANTS = {
     "min_sigma_elect": {"conflict": "elect"},
 }
 SPACES |= {name: SPACES["min_sigma"] for name in VARIANTS}
+LEFT_OUT = ("wudi",)  # its 300 steps for each merge are hours; swudi and aswudi solve the same
 WITHOUT_BASE = ("linear", "karcher")  # a base would be one of the models, or only give the names
 PAIRS = ("slerp", "nearswap", "arcee_fusion")
 
@@ -83,7 +90,7 @@ def _place(value: Any, share: float) -> Any:
     if isinstance(value, list):
         return value[int(share * len(value))]
     least, most = value
-    if least == 1e-6:
+    if 0 < least <= 1e-6:
         return least * (most / least) ** share
     return least + share * (most - least)
 
@@ -98,14 +105,27 @@ def _halton(number: int, base: int) -> float:
     return share
 
 
+def takes(method: str) -> tuple[str, ...]:
+    """Return the kinds of statistics that a method takes of each model."""
+    return outliermerge.find_method("min_sigma" if method in VARIANTS else method).auxiliary
+
+
 def merged(
-    method: str, base: State, models: list[State], parameters: Mapping[str, Any], seed: int
+    method: str,
+    base: State,
+    models: list[State],
+    parameters: Mapping[str, Any],
+    seed: int,
+    statistics: Callable[[], Sequence[Statistics]],
 ) -> State:
     """Merge task models in memory by the library."""
+    auxiliary = {kind: [own[kind] for own in statistics()] for kind in takes(method)}
     if method in PAIRS:
         base, models = models[0], models[1:]
     start = None if method in WITHOUT_BASE else base
     given = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
     if method in VARIANTS:
         method, given = "min_sigma", {**given, **VARIANTS[method]}
-    return outliermerge.merge_state_dicts(models, base=start, method=method, seed=seed, **given)
+    return outliermerge.merge_state_dicts(
+        models, base=start, method=method, seed=seed, auxiliary=auxiliary, **given
+    )

@@ -29,9 +29,10 @@ from evals.evidence.facts import facts
 from evals.evidence.families import FAMILIES
 from evals.evidence.methods import SPACES, candidates, merged, methods_of
 from evals.evidence.packages import cache
-from evals.evidence.training import Family, State, World
+from evals.evidence.training import Family, State, Statistics, World, measured
 
 SIZES = (2, 4, 6)
+MEASURED = 128  # examples of a task, for methods that take statistics
 
 # A model to score, and what is to be known of it.
 Scored = tuple[State, Mapping[str, Any]]
@@ -78,6 +79,15 @@ class Seed:
 
         return self._kept(task, make)
 
+    def measured(self, task: str, distance: str) -> Statistics:
+        """Return statistics of a fine-tune on examples of its task."""
+
+        def make() -> Statistics:
+            state = self.tuned(task)[distance]
+            return measured(*self.world.examples(self.base(), state, task), MEASURED)
+
+        return self._kept(f"{distance}-{task}-statistics", make)
+
     def joint(self, size: int) -> dict[str, State]:
         """Return the base trained on several tasks at once."""
         steps = self.family.joint_steps
@@ -112,11 +122,18 @@ class Seed:
         if not record.is_file():
             record.parent.mkdir(parents=True, exist_ok=True)
             _write(record, json.dumps(facts(base, models)).encode())
+        merge = partial(
+            merged,
+            base=base,
+            models=models,
+            seed=self.seed,
+            statistics=lambda: [self.measured(task, distance) for task in tasks],
+        )
         for method in methods_of(size):
-            default = partial(self._default, method, base, models)
-            self._scored(f"{folder}/{method}-default", tasks, default)
+            own = partial(merge, method)
+            self._scored(f"{folder}/{method}-default", tasks, partial(self._default, own))
             if SPACES[method]:
-                chosen = partial(self._chosen, method, base, models, tasks)
+                chosen = partial(self._chosen, own, candidates(method), tasks)
                 self._scored(f"{folder}/{method}-chosen", tasks, chosen)
 
     def score_joint(self) -> None:
@@ -131,21 +148,23 @@ class Seed:
     def _joint_model(self, size: int) -> Scored:
         return self.joint(size)["state"], {}
 
-    def _default(self, method: str, base: State, models: list[State]) -> Scored:
-        return merged(method, base, models, {}, self.seed), {}
+    def _default(self, merge: Callable[..., State]) -> Scored:
+        return merge(parameters={}), {}
 
     def _chosen(
-        self, method: str, base: State, models: list[State], tasks: Sequence[str]
+        self,
+        merge: Callable[..., State],
+        candidates: Sequence[Mapping[str, Any]],
+        tasks: Sequence[str],
     ) -> Scored:
         """Choose a method's parameters by the mean of all tasks' validation scores."""
         tried = []
-        for parameters in candidates(method):
-            state = merged(method, base, models, parameters, self.seed)
+        for parameters in candidates:
+            state = merge(parameters=parameters)
             means = [self._examples(state, task, "validation").mean() for task in tasks]
             tried.append((float(np.mean(means)), parameters))
         best = (min if self.family.lower_is_better else max)(tried, key=lambda one: one[0])
-        state = merged(method, base, models, best[1], self.seed)
-        return state, {"chosen": best[1], "tried": tried}
+        return merge(parameters=best[1]), {"chosen": best[1], "tried": tried}
 
     def _examples(self, state: State, task: str, split: str) -> np.ndarray:
         return self.world.score(self.base(), state, task, split)

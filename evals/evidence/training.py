@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+Statistics = dict[str, State]  # by kind: `gram`, `fisher`
 
 BETAS, WEIGHT_DECAY, CLIP, WARMUP_STEPS = (0.9, 0.95), 0.05, 1.0, 20
 
@@ -30,6 +31,12 @@ class World(Protocol):
 
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Score each example of a split, `validation` or `test`."""
+        ...
+
+    def examples(
+        self, base: dict[str, Any], state: State, task: str
+    ) -> tuple[nn.Module, Callable[[int], Tensor]]:
+        """Return a model, and what gives its loss for one training example after the other."""
         ...
 
 
@@ -87,6 +94,46 @@ def fit(
         if step + 1 in keep:
             kept[step + 1] = copied(model)
     return kept
+
+
+def measured(model: nn.Module, loss_of_example: Callable[[int], Tensor], num: int) -> Statistics:
+    """Measure a model on examples of its task, as `outliermerge measure` does.
+
+    Returns:
+        `gram`: the mean of xxᵀ over the inputs x of each linear layer; `fisher`: the mean over the
+        examples of each parameter's squared gradient.
+    """
+    grams: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def adding(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x_TC = arguments[0].detach().flatten(0, -2).double()
+            grams[name] = grams.get(name, 0) + x_TC.mT @ x_TC
+            counts[name] = counts.get(name, 0) + len(x_TC)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(adding(f"{name}.weight"))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    parameters = dict(model.named_parameters())
+    fishers = {name: torch.zeros_like(each) for name, each in parameters.items()}
+    for number in range(num):
+        gradients = torch.autograd.grad(
+            loss_of_example(number), [*parameters.values()], allow_unused=True
+        )
+        for total, gradient in zip(fishers.values(), gradients, strict=True):
+            if gradient is not None:
+                total += gradient.square() / num
+    for handle in handles:
+        handle.remove()
+    return {
+        "gram": {name: (total / counts[name]).float() for name, total in grams.items()},
+        "fisher": fishers,
+    }
 
 
 def copied(model: nn.Module) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +132,13 @@ class VisionWorld:
         loss = self._loss(model, heads, tasks, "-".join(tasks))
         return fit(model, loss, steps, self.recipe.rate, keep)
 
+    def examples(
+        self, base: dict[str, Any], state: State, task: str
+    ) -> tuple[ViTModel, Callable[[int], Tensor]]:
+        """Return a model, and what gives its loss for one training image after the other."""
+        model, heads = self._model(state), {task: self._head(base["heads"][task])}
+        return model, self._loss(model, heads, [task], f"measured {task}", batch=1)
+
     @torch.inference_mode()
     def score(self, base: dict[str, Any], state: State, task: str, split: str) -> np.ndarray:
         """Return which images are told right."""
@@ -184,8 +191,14 @@ class VisionWorld:
         return head.requires_grad_(state is None)
 
     def _loss(
-        self, model: ViTModel, heads: dict[str, nn.Linear], tasks: Sequence[str], name: str
-    ) -> Any:
+        self,
+        model: ViTModel,
+        heads: dict[str, nn.Linear],
+        tasks: Sequence[str],
+        name: str,
+        batch: int | None = None,
+    ) -> Callable[[int], Tensor]:
+        batch = self.recipe.batch if batch is None else batch
         drawn = np.random.default_rng([self.seed, *name.encode()])
         names = {task: task.partition("-")[::2] for task in tasks}
         data = {name: self._rows(name, "training") for name, _ in names.values()}
@@ -194,7 +207,7 @@ class VisionWorld:
             task = tasks[step % len(tasks)]
             name, change = names[task]
             images, labels, rows = data[name]
-            rows = rows[drawn.integers(0, len(rows), self.recipe.batch)]
+            rows = rows[drawn.integers(0, len(rows), batch)]
             features = _features(model, CHANGES[change](images[rows]))
             return functional.cross_entropy(heads[task](features), labels[rows])
 

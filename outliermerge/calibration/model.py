@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outliermerge.calibration.data import Sample
@@ -53,8 +54,36 @@ def load(reference: str, *, device: str, what: str) -> Loaded:
     Raises:
         OutlierMergeError: it does not load, or is of a kind that is not for this.
     """
-    require_transformers(what)
     import torch
+
+    root, checkpoint, kind = class_of(reference, what)
+    with quiet():
+        try:
+            module, info = kind.from_pretrained(
+                root, dtype="float32" if device == "cpu" else "auto", output_loading_info=True
+            )
+        except Exception as error:  # of many kinds
+            raise OutlierMergeError(f"{shown(reference)}: does not load: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise OutlierMergeError(
+            f"{shown(reference)}: its files lack {len(missing)} tensors: {', '.join(missing[:5])}"
+        )
+    module = module.to(torch.device(device)).eval()
+    pairs, unknown = _paired(module, checkpoint)
+    return Loaded(reference, checkpoint, module, pairs, tuple(unknown), device)
+
+
+def class_of(reference: str, what: str) -> tuple[Path, Checkpoint, Any]:
+    """Return a model's folder, its files and its class in transformers.
+
+    Args:
+        reference: a folder or a hub id.
+        what: what needs it, for messages.
+
+    Raises:
+        OutlierMergeError: it is of a kind that is not for this.
+    """
+    require_transformers(what)
     import transformers
 
     root = resolve(reference)
@@ -80,24 +109,12 @@ def load(reference: str, *, device: str, what: str) -> Loaded:
         raise OutlierMergeError(
             f"{shown(reference)}: its weights are quantised; {what} needs those that are merged"
         )
-    with _quiet():
-        try:
-            module, info = kind.from_pretrained(
-                root, dtype="float32" if device == "cpu" else "auto", output_loading_info=True
-            )
-        except Exception as error:  # of many kinds
-            raise OutlierMergeError(f"{shown(reference)}: does not load: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise OutlierMergeError(
-            f"{shown(reference)}: its files lack {len(missing)} tensors: {', '.join(missing[:5])}"
-        )
-    module = module.to(torch.device(device)).eval()
-    pairs, unknown = _paired(module, checkpoint)
-    return Loaded(reference, checkpoint, module, pairs, tuple(unknown), device)
+    return root, checkpoint, kind
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Let transformers print no warnings and bars."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -232,7 +249,7 @@ class Feeder:
         self._loaded, self._max_tokens = loaded, max_tokens
         kind: Any = AutoProcessor if with_images else AutoTokenizer
         try:
-            with _quiet():
+            with quiet():
                 self._reads: Any = kind.from_pretrained(loaded.checkpoint.root)
         except Exception as error:  # of many kinds
             what = "processor" if with_images else "tokenizer"

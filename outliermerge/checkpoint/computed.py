@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
 
@@ -21,8 +21,9 @@ products, and so the values of adapted and quantised tensors."""
 class ComputedTensor(Sized, ABC):
     """A Source whose values are computed from stored tensors, in groups of rows.
 
-    A tensor (R, …) has R rows; the rows of a vector are its elements. Rows are always computed in
-    the same groups, so values do not depend on the blocks in which they are read.
+    A tensor (R, …) has R rows; the rows of a vector are its elements. Unless it `is_exact`, rows
+    are always computed in the same groups, so that values do not depend on the blocks that are
+    read.
 
     Attributes:
         name: a stored name, for messages.
@@ -35,6 +36,8 @@ class ComputedTensor(Sized, ABC):
     shape: tuple[int, ...]
     out_dtype: DType
     dtype: DType = DTYPES["float32"]
+    is_exact: ClassVar[bool] = False
+    """Whether a row's values do not depend on the rows that are computed with it."""
 
     @property
     @abstractmethod
@@ -63,9 +66,11 @@ class ComputedTensor(Sized, ABC):
         target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))
         columns = self.num_columns  # not 0, because nothing is read of an empty tensor
         group = max(1, GROUP_ELEMENTS // columns)
-        first = start // columns // group * group
+        first, end = start // columns // group * group, self.num_rows
+        if self.is_exact:
+            first, end = start // columns, -(-stop // columns)
         while first * columns < stop:
-            last = min(first + group, self.num_rows)
+            last = min(first + group, end)
             flat = self.rows(reader, first, last).reshape(-1)
             low, high = max(start, first * columns), min(stop, last * columns)
             skipped = first * columns

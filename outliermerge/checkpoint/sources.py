@@ -58,7 +58,9 @@ _TABLE = (
     DType("float64", "F64", 8, True),
 )
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
-DTYPES_BY_CODE = {dtype.code: dtype for dtype in _TABLE}
+# Exponents, of which scales of quantised weights are powers of two, are read as bytes.
+EXPONENTS = DType("uint8", "F8_E8M0", 1, False)
+DTYPES_BY_CODE = {dtype.code: dtype for dtype in (*_TABLE, EXPONENTS)}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

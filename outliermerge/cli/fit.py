@@ -7,7 +7,7 @@ import sys
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
 from outliermerge.cli.terminal import counting_bars
-from outliermerge.errors import ArgumentError, argument, as_path
+from outliermerge.errors import as_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,28 +66,23 @@ def run(options: argparse.Namespace) -> int:
     """Fit weights, write the spec, and print the entropy before and after."""
     from rich.console import Console
 
-    from outliermerge.calibration.data import read_samples
-    from outliermerge.calibration.fit import Wanted, fit
-    from outliermerge.execution.threads import choose_device
-    from outliermerge.spec.check import load_spec
+    from outliermerge.calibration.library import fit
     from outliermerge.spec.text import as_yaml
     from outliermerge.storage.files import write_whole
 
-    if not options.rate > 0:
-        raise ArgumentError(f"{argument('rate')}: found {options.rate}, expected more than 0")
     output = as_path(options.output)
-    spec = load_spec(options.spec)
-    samples = [read_samples(name, limit=options.samples) for name in options.data]
-    device = choose_device(options.device)
     with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
         task = bar.add_task("loading the models", total=None)
         found = fit(
-            spec,
-            samples,
-            wanted=Wanted(
-                options.by, options.steps, options.rate, options.batch, options.max_tokens
-            ),
-            device="cuda:0" if device == "cuda" else device,
+            options.spec,
+            options.data,
+            by=options.by,
+            steps=options.steps,
+            rate=options.rate,
+            batch=options.batch,
+            samples=options.samples,
+            max_tokens=options.max_tokens,
+            device=options.device,
             on_progress=lambda done, total: bar.update(
                 task, description="steps", completed=done, total=total
             ),

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
 from outliermerge.cli.tables import NamedTable
 from outliermerge.cli.terminal import counting_bars, open_console
-from outliermerge.errors import ArgumentError, argument, as_path, suggest
-
-if TYPE_CHECKING:
-    from outliermerge.calibration.data import Sample
-
-    Samples: TypeAlias = Sequence[Sequence[Sample]]
-    Progress: TypeAlias = Callable[[int, int], None]
-    Found: TypeAlias = Sequence[tuple[Path, Mapping[str, Any]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", help="what runs the model: cpu (default), cuda or cuda:N"
     )
     parser.add_argument(
+        "--by-layer",
+        action="store_true",
+        help="have one layer in memory at a time, and all samples between two layers; for gram and "
+        "mean; so is a model measured that does not fit in memory",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="start over instead of going on with a killed run"
     )
     add_json(parser)
@@ -100,31 +95,36 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and print what was written."""
     from rich.console import Console
 
-    from outliermerge.calibration.data import read_samples
-    from outliermerge.execution.threads import choose_device
+    from outliermerge.calibration.library import measure
 
-    _kinds(options.statistics)
-    of_spec = options.model.endswith((".yaml", ".yml"))
-    if not of_spec and len(options.data) > 1:
-        raise ArgumentError(f"{argument('data')}: given twice, expected once for a model")
-    device = choose_device(options.device)
-    device = "cuda:0" if device == "cuda" else device
-    samples = [
-        read_samples(name, limit=options.samples, column=options.column, split=options.split)
-        for name in options.data
-    ]
     with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
         task = bar.add_task("loading the model", total=None)
-
-        def on_progress(done: int, total: int) -> None:
-            bar.update(task, description="samples of all passes", completed=done, total=total)
-
-        measure = _measure_merge if of_spec else _measure_model
-        found = measure(options, samples, device, on_progress)
+        written = measure(
+            options.model,
+            options.data,
+            output=options.output,
+            statistics=options.statistics,
+            fisher=options.fisher,
+            samples=options.samples,
+            max_tokens=options.max_tokens,
+            column=options.column,
+            split=options.split,
+            memory=options.memory,
+            save_every=options.save_every,
+            seed=options.seed,
+            device=options.device,
+            by_layer=options.by_layer,
+            fresh=options.fresh,
+            on_progress=lambda done, total: bar.update(
+                task, description="samples of all passes", completed=done, total=total
+            ),
+        )
     if options.json:
-        print_json([{"output": str(output)} | dict(manifest) for output, manifest in found])
+        print_json(
+            [{"output": str(output)} | dict(manifest) for output, manifest in written.items()]
+        )
         return 0
-    for output, manifest in found:
+    for output, manifest in written.items():
         table = NamedTable("statistic", "tensors", "norm")
         for kind, entry in manifest["statistics"].items():
             table.add_row(kind, str(entry["num_tensors"]), f"{entry['norm']:.4g}")
@@ -141,70 +141,6 @@ def run(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return 0
-
-
-def _measure_model(
-    options: argparse.Namespace, samples: Samples, device: str, on_progress: Progress
-) -> Found:
-    from outliermerge.calibration.measure import Wanted, measure, remove_unfinished
-    from outliermerge.calibration.model import load
-    from outliermerge.checkpoint.layout import parse_bytes
-
-    memory_bytes = parse_bytes(options.memory, "memory")
-    output = as_path(options.output or f"{Path(options.model.rstrip('/')).name}-statistics")
-    if options.fresh:
-        remove_unfinished(output)
-    manifest = measure(
-        load(options.model, device=device, what="measure"),
-        samples[0],
-        output=output,
-        wanted=Wanted(_kinds(options.statistics), options.fisher, options.max_tokens, options.seed),
-        data=options.data[0],
-        memory_bytes=memory_bytes,
-        save_every=options.save_every,
-        on_progress=on_progress,
-    )
-    return [(output, manifest)]
-
-
-def _measure_merge(
-    options: argparse.Namespace, samples: Samples, device: str, on_progress: Progress
-) -> Found:
-    from outliermerge.calibration.measure import remove_unfinished
-    from outliermerge.calibration.regmean_pp import alternation_of, measure_alternating
-    from outliermerge.spec.check import load_spec
-
-    if options.output is not None:
-        raise ArgumentError(f"{argument('output')}: the spec names the folders: leave it out")
-    merge = alternation_of(load_spec(options.model))
-    if len(samples) != len(merge.models):
-        raise ArgumentError(
-            f"{argument('data')}: given {len(samples)} time(s), expected {len(merge.models)}: one "
-            f"for each model of {options.model}"
-        )
-    for folder in merge.folders if options.fresh else ():
-        remove_unfinished(folder)
-    found = measure_alternating(
-        merge,
-        samples,
-        device=device,
-        data=options.data,
-        max_tokens=options.max_tokens,
-        on_progress=on_progress,
-    )
-    return list(zip(merge.folders, found, strict=True))
-
-
-def _kinds(text: str) -> tuple[str, ...]:
-    from outliermerge.checkpoint.measured import KINDS
-
-    kinds = tuple(dict.fromkeys(one.strip() for one in text.split(",")))
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ArgumentError(
-                f"{argument('statistics')}: no statistic {kind!r}. {suggest(kind, KINDS)}"
-            )
-    return kinds
 
 
 COMMAND = Command(

@@ -22,6 +22,7 @@ COMMANDS = {
     "join": "join",
     "verify": "verify",
     "push": "push",
+    "extract": "extract",
     "eval": "evaluate",
     "compare": "compare",
     "stats": "stats",

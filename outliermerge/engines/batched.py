@@ -50,7 +50,7 @@ def batches(merges: Sequence[TensorMerge], *, memory_bytes: int) -> list[list[Te
 def _is_alone(task: Task) -> bool:
     """Tell whether a method gets only the values: no needs, auxiliary tensors or context."""
     method = task.method
-    return not (method.needs or method.takes_context or task.modifiers)
+    return not (method.needs or method.auxiliary or method.takes_context or task.modifiers)
 
 
 def _bytes(merge: TensorMerge) -> int:

@@ -59,11 +59,8 @@ class TorchEngine:
         """
         import torch
 
-        made: dict[str, Any] = dict(needs)
         with self._own.stream():
-            for name, tensors in wholes.items():
-                wide = (one.to(self._own.device, torch.float64) for one in tensors)
-                made[name] = task.method.prepared[name].make(wide, task.parameters)
+            made = made_of(task, needs, wholes, self._own.device)
             if wholes and self._own.device.type == "cuda":  # other streams will read them
                 torch.cuda.synchronize(self._own.device)
         return made
@@ -157,8 +154,8 @@ class TensorEngine:
     def prepare(
         self, task: Task, needs: Mapping[str, list[Any]], wholes: Mapping[str, Iterator[Tensor]]
     ) -> Any:
-        """Return the needs; in memory there are no wholes."""
-        return needs
+        """Return the needs, and what is made of the wholes."""
+        return made_of(task, needs, wholes, self._device)
 
     def measure(
         self,
@@ -212,6 +209,22 @@ class _Own(threading.local):
         import torch
 
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def made_of(
+    task: Task,
+    needs: Mapping[str, Any],
+    wholes: Mapping[str, Iterator[Tensor]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the needs, and what the method makes of the auxiliary tensors that it takes whole."""
+    import torch
+
+    made = dict(needs)
+    for name, tensors in wholes.items():
+        wide = (one.to(device, torch.float64) for one in tensors)
+        made[name] = task.method.prepared[name].make(wide, task.parameters)
+    return made
 
 
 def keywords(task: Task, needs: Mapping[str, Any], like: Tensor) -> dict[str, Any]:

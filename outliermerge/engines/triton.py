@@ -52,11 +52,13 @@ class TensorMerge:
         task: how it is merged.
         sources: the base, where there is one, then the models; all of one shape.
         result: the tensor that is filled.
+        auxiliary: the method's auxiliary tensors: all models' of the first kind, then of the next.
     """
 
     task: Task
     sources: tuple[Tensor, ...]
     result: Tensor
+    auxiliary: tuple[Tensor, ...] = ()
 
     @property
     def num_elements(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import names
 from outliermerge.engines.torch import TensorEngine
+from outliermerge.engines.triton import TensorMerge
 from outliermerge.execution.passes import Measured, NeedKey, Span, spans
 from outliermerge.execution.pipeline import merge_tensor
 from outliermerge.execution.rounds import Steps
@@ -33,12 +34,13 @@ def merge_in_memory(feed: MemoryFeed, known: Measured) -> Steps[None]:
 class MemoryFeed:
     """Sources in memory: kernels take their bytes, torch takes the tensors themselves."""
 
-    def __init__(
-        self, task: Task, sources: Sequence[Tensor], result: Tensor, kernels: Any | None
-    ) -> None:
+    def __init__(self, merge: TensorMerge, kernels: Any | None) -> None:
+        task, result = merge.task, merge.result
         kernels = kernels if task.fits_kernels(names()) else None
         self.task, self._result_E = task, result.view(-1)
-        self._sources = [tensor.detach().reshape(-1) for tensor in sources]
+        in_blocks = merge.auxiliary[: len(task.auxiliary)]
+        self._wholes = merge.auxiliary[len(task.auxiliary) :]
+        self._sources = [tensor.reshape(-1) for tensor in (*merge.sources, *in_blocks)]
         self.engine: KernelEngine | TensorEngine = (
             TensorEngine(result.device) if kernels is None else KernelEngine(kernels)
         )
@@ -49,8 +51,12 @@ class MemoryFeed:
                                   "tensor": max(1, self.num_elements)}[task.cut]  # fmt: skip
 
     def wholes(self, task: Task) -> Mapping[str, Any]:
-        """Return nothing: only a merge of files is given auxiliary tensors."""
-        return {}
+        """Return copies of the auxiliary tensors that the method takes whole, each in its turn."""
+        num = task.num_models
+        return {
+            name: map(_copied, self._wholes[place * num : (place + 1) * num])
+            for place, name in enumerate(task.method.prepared)
+        }
 
     def spans(self) -> list[Span]:
         return spans(self.num_elements, self.measured_elements)
@@ -61,7 +67,8 @@ class MemoryFeed:
     def measure(self, span: Span, passes: Mapping[NeedKey, Pass]) -> dict[NeedKey, Any]:
         """Return what a span contributes to each of some passes."""
         start, stop = span
-        return self.engine.measure(self.task, passes, self._read(span), stop - start, start)
+        sources = self._read(span)[: len(self.task.dtypes)]
+        return self.engine.measure(self.task, passes, sources, stop - start, start)
 
     def merge(self, span: Span, prepared: Sequence[Any]) -> None:
         """Fill a span of the result."""
@@ -79,3 +86,9 @@ class MemoryFeed:
         if isinstance(self.engine, TensorEngine):
             return part_E
         return memoryview(part_E.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    import torch
+
+    return tensor.to(torch.float64, copy=True)

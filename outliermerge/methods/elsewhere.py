@@ -37,7 +37,7 @@ _KNOWN = {
         "tsv_m doge_ta dop expo fw fw_merging surgery trust_region bitdelta knots",
         "iso_c": "isotropic isotropic_merging",
         "tsv_m": "tsv tsvm task_singular_vector",
-        "swudi": "wudi wudi_merging",
+        "wudi": "wudi_merging",
         "passthrough": "depth_upscaling mixtral_upscaling smile_upscaling we_moe wemoe "
         "rankone_moe sparse_we_moe pwe_moe",
     },

@@ -35,7 +35,7 @@ from outliermerge.methods.sparse import (
 from outliermerge.methods.spherical import karcher, multislerp, slerp
 from outliermerge.methods.svc import svc
 from outliermerge.methods.task_arithmetic import task_arithmetic, ties
-from outliermerge.methods.wudi import aswudi, swudi
+from outliermerge.methods.wudi import aswudi, swudi, wudi
 
 _SURE = 0.7  # a name so alike is meant: of a name of four letters, three are right
 
@@ -65,6 +65,7 @@ METHODS: dict[str, MergeMethod] = {
         iso_c,
         iso_cts,
         tsv_m,
+        wudi,
         swudi,
         aswudi,
         resmerge,

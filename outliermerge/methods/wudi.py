@@ -1,7 +1,7 @@
-"""WUDI in closed form: the merged task vector that disturbs each model's inputs least.
+"""WUDI: the merged task vector that disturbs each model's inputs least, by steps or solved.
 
-WUDI's loss is Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖². Where its gradient is 0, τC = D with C = Σ τᵢᵀτᵢ/‖τᵢ‖² and
-D = Σ τᵢτᵢᵀτᵢ/‖τᵢ‖². SWUDI and ASWUDI solve this along some eigenvectors of C, and start from Σ τᵢ.
+WUDI's loss is Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖², and its gradient 2(τC − D) with C = Σ τᵢᵀτᵢ/‖τᵢ‖² and
+D = Σ τᵢτᵢᵀτᵢ/‖τᵢ‖². SWUDI and ASWUDI solve τC = D along some eigenvectors of C, from Σ τᵢ.
 
 Shape suffixes: M models, R rows, C columns (inputs), L eigenvectors.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.matrices import of_each, unless_matrix
@@ -26,6 +26,7 @@ Rank: TypeAlias = Literal["participation", "gavish_donoho"]
 
 _LEAST = 1e-8  # the least eigenvalue that is divided by, as in the published code
 _SMALL = 1e-12  # of ‖τᵢ‖²: below, all is averaged
+_BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8
 
 
 def _workspace(num_sources: int) -> int:
@@ -47,11 +48,9 @@ def _solved(
     """
     import torch
 
-    wide_MRC = deltas_MRC.double() * weight_M.double()[:, None, None]
-    norm_M = wide_MRC.square().sum((1, 2))
-    if not bool((norm_M >= _SMALL).any()):
+    wide_MRC, unit_MRC = _units(deltas_MRC, weight_M)
+    if unit_MRC is None:
         return wide_MRC.mean(0)
-    unit_MRC = wide_MRC / norm_M.clamp(min=_SMALL).sqrt()[:, None, None]
     num_rows, num_columns = wide_MRC.shape[1:]
     stacked_RC = unit_MRC.flatten(0, 1)
     if len(stacked_RC) < num_columns:  # C has the eigenvalues of this smaller matrix, and zeros
@@ -79,10 +78,83 @@ def _solved(
     return merged_RC
 
 
+def _iterated(
+    deltas_MRC: Tensor, weight_M: Tensor, start: str, iterations: int, rate: float
+) -> Tensor:
+    """Return what steps of Adam make of the start."""
+    wide_MRC, unit_MRC = _units(deltas_MRC, weight_M)
+    if unit_MRC is None:
+        return wide_MRC.mean(0)
+    stacked_NC = unit_MRC.flatten(0, 1)
+    is_wide = stacked_NC.shape[0] < stacked_NC.shape[1]
+    inputs_CC = None if is_wide else stacked_NC.mT @ stacked_NC
+    wanted_RC = sum(
+        (delta_RC @ unit_RC.mT) @ unit_RC
+        for delta_RC, unit_RC in zip(wide_MRC, unit_MRC, strict=True)
+    )
+    x_RC = _start(wide_MRC, start).clone()
+    mean_RC, square_RC = x_RC.new_zeros(x_RC.shape), x_RC.new_zeros(x_RC.shape)
+    for step in range(1, iterations + 1):
+        there_RC = (x_RC @ stacked_NC.mT) @ stacked_NC if inputs_CC is None else x_RC @ inputs_CC
+        slope_RC = there_RC.sub_(wanted_RC).mul_(2)
+        mean_RC.lerp_(slope_RC, 1 - _BETAS[0])
+        square_RC.mul_(_BETAS[1]).addcmul_(slope_RC, slope_RC, value=1 - _BETAS[1])
+        size_RC = square_RC.sqrt().div_(math.sqrt(1 - _BETAS[1] ** step)).add_(_ADAM_EPSILON)
+        x_RC.addcdiv_(mean_RC, size_RC, value=-rate / (1 - _BETAS[0] ** step))
+    return x_RC
+
+
+def _units(deltas_MRC: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return τᵢ and τᵢ/‖τᵢ‖ in float64; no second where all are next to nothing."""
+    wide_MRC = deltas_MRC.double() * weight_M.double()[:, None, None]
+    norm_M = wide_MRC.square().sum((1, 2))
+    if not bool((norm_M >= _SMALL).any()):
+        return wide_MRC, None
+    return wide_MRC, wide_MRC / norm_M.clamp(min=_SMALL).sqrt()[:, None, None]
+
+
 def _start(wide_MRC: Tensor, start: str) -> Tensor:
     if start == "zero":
         return wide_MRC.new_zeros(wide_MRC.shape[1:])
     return wide_MRC.sum(0) if start == "sum" else wide_MRC.mean(0)
+
+
+@merge_method(
+    space="delta",
+    cut="tensor",
+    for_tensor=unless_matrix,
+    workspace=_workspace,
+    paper="arXiv 2503.08099",
+)
+def wudi(
+    deltas: Tensor,
+    *,
+    iterations: Annotated[int, Ge(0)] = 300,
+    learning_rate: Annotated[float, Gt(0)] = 1e-5,
+    start: Start = "sum",
+    weight: PerModel = 1.0,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """WUDI: reduce interference with the inputs of each model, by steps of Adam.
+
+    τᵢ = wᵢΔWᵢ; τ from θ by Adam on Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖²; W* = W + λτ.
+
+    A step moves no element by more than about `learning_rate`, whatever the size of task vectors:
+    with 300 steps of 1e-5, by 0.003 at most. `swudi` and `aswudi` solve the same for some of the
+    inputs' directions, in the time of a few steps. Inputs are the last dimension. Tensors that are
+    no matrices are averaged.
+
+    Args:
+        deltas: task vectors.
+        iterations: how many steps.
+        learning_rate: of Adam.
+        start: θ: the sum of τᵢ, their mean, or zero.
+        weight: wᵢ.
+        lambda_: λ, scales the merged task vector.
+    """
+    return of_each(
+        deltas, lambda one: _iterated(one, weight, start, iterations, learning_rate) * lambda_
+    )
 
 
 @merge_method(

@@ -34,13 +34,13 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 _REFUSED = "the output does not load, as the base does not"
 _LEFT = "is left: the same command without the check goes on with it; else remove it."
 _KINDS = ("missing", "unexpected", "mismatched")
-_TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 600
 # "" is the working directory; a file of a model there must not be imported as a module.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from outliermerge.output.load_worker import main; main()"
 )
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -256,7 +256,7 @@ class LoadCheck:
                 stdin=request,
                 stdout=self._answer,
                 stderr=self._errors,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT},
             )
 
     def __enter__(self) -> LoadCheck:
@@ -294,7 +294,7 @@ class LoadCheck:
         if self._process is None:
             return [({"unknown": self._why_none}, None)] * len(self._requests)
         try:
-            code = self._process.wait(_TIMEOUT_SECONDS)
+            code = self._process.wait(TIMEOUT_SECONDS)
             self._answer.seek(0)
             if code == 0:
                 answers: list[Pair] = json.load(self._answer)
@@ -305,7 +305,7 @@ class LoadCheck:
             why = f"the process that asks transformers ended with code {code}: {last[:300]}"
         except subprocess.TimeoutExpired:
             self._process.kill()
-            why = f"transformers did not answer within {_TIMEOUT_SECONDS} s"
+            why = f"transformers did not answer within {TIMEOUT_SECONDS} s"
         return [({"unknown": why}, None)] * len(self._requests)
 
 

@@ -60,7 +60,7 @@ def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
     library, name = part["library"], part["class"]
     try:
         found = _load(library, name, part)
-    except _Unknown as unknown:
+    except Unknown as unknown:
         return {"unknown": str(unknown)}
     except ImportError as error:
         return {"unknown": f"{name} cannot be imported: {_words(error)}"}
@@ -69,7 +69,7 @@ def check_part(part: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """A model cannot be built here, whatever its weights are; the text says why."""
 
 
@@ -80,12 +80,12 @@ def _words(error: Exception) -> str:
 
 
 def _load(library: str, name: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    model_class = _find_class(library, name, part["config"])
+    model_class = find_class(library, name, part["config"])
     if library == "transformers":
-        _check_type(model_class, part["config"])
+        check_type(model_class, part["config"])
     if issubclass(model_class, import_module("transformers").PreTrainedModel):
         by = f"transformers {import_module('transformers').__version__}"
-        model, info = _load_transformers(model_class, part["config"], part["tensors"])
+        model, info = load_transformers(model_class, part["config"], part["tensors"])
     else:
         by = f"diffusers {import_module('diffusers').__version__}"
         model, info = _load_diffusers(model_class, part["config"], part["tensors"])
@@ -106,12 +106,13 @@ def _tied(model: Any, names: Mapping[str, Any]) -> list[list[str]]:
     return sorted([name, other] for name, other in pairs if {name, other} <= names.keys())
 
 
-def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
+def find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
+    """Return a model's class; raise Unknown if there is none here."""
     if find_spec("transformers") is None or (
         library != "transformers" and find_spec("diffusers") is None
     ):
         wanted = "transformers" if library == "transformers" else "diffusers and transformers"
-        raise _Unknown(f"{wanted} must be installed")
+        raise Unknown(f"{wanted} must be installed")
     if library in ("transformers", "diffusers"):
         module: Any = import_module(library)
     else:  # a subpackage of diffusers.pipelines, or a module in the pipeline's folder
@@ -120,13 +121,13 @@ def _find_class(library: str, name: str, config: Mapping[str, Any]) -> Any:
     if isinstance(found, type) and callable(getattr(found, "from_pretrained", None)):
         return found
     if config.get("auto_map"):
-        raise _Unknown(f"{name} needs its own code, which is not run")
+        raise Unknown(f"{name} needs its own code, which is not run")
     version = getattr(import_module("transformers"), "__version__", "")
     known = f"{library} {version}" if library == "transformers" else library
-    raise _Unknown(f"{known} has no {name}")
+    raise Unknown(f"{known} has no {name}")
 
 
-def _check_type(model_class: Any, config: Mapping[str, Any]) -> None:
+def check_type(model_class: Any, config: Mapping[str, Any]) -> None:
     """Refuse a model type that AutoConfig does not know, even if the class accepts it."""
     kind = config.get("model_type")
     known = import_module("transformers").CONFIG_MAPPING
@@ -134,13 +135,14 @@ def _check_type(model_class: Any, config: Mapping[str, Any]) -> None:
     if kind is None or kind in known or kind == own:
         return
     if config.get("auto_map"):
-        raise _Unknown(f"its model_type {kind!r} needs its own code, which is not run")
+        raise Unknown(f"its model_type {kind!r} needs its own code, which is not run")
     raise ValueError(f"model_type {kind!r} of its config is none that transformers knows")
 
 
-def _load_transformers(
+def load_transformers(
     model_class: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[Any, Mapping[str, Any]]:
+    """Return a model on the meta device, and what transformers found in loading it."""
     import torch
 
     if find_spec("accelerate") is None:
@@ -168,6 +170,7 @@ def _load_transformers(
 def _load_diffusers(
     model_class: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[Any, Mapping[str, Any]]:
+    """Return a model on the meta device, and what transformers found in loading it."""
     """Load from a file of tensors without data: diffusers takes no tensors from memory."""
     import torch
 

@@ -42,7 +42,8 @@ def check_apart(plan: Plan, final: Path) -> None:
         files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder
-            roots |= {path.parent for path in files}
+            # What stands beside a model that is a file is no part of it.
+            roots |= {path.parent for path in files} - {entry.checkpoint.root.resolve().parent}
         for place, resolved in places.items():
             for root in roots:
                 if root == resolved or resolved in root.parents or root in resolved.parents:

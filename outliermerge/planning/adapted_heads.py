@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.adapters.config import CONFIG_NAME
+from outliermerge.checkpoint.adapters.products import Multiplied, ProductSum
 from outliermerge.checkpoint.adapters.tensors import (
     InDType,
     LowRankSum,
     ReplacedRows,
     Rescaled,
-    Transposed,
+    transposed,
 )
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.sources import Checkpoint, Source, TensorMeta
@@ -48,7 +49,7 @@ def settle_heads(
     """Decide for each head that a base ties whether it stays tied under an adapter.
 
     Args:
-        folder: the adapter's folder.
+        folder: the adapter's folder, or its only file.
         under: the adapter's base.
         adapted: the base's tensors as the adapter changes them.
         unties: the output has a head of its own, which can take the trained head.
@@ -57,7 +58,7 @@ def settle_heads(
         OutlierMergeError: head and embeddings become different tensors, and the name of one of them
             cannot be determined.
     """
-    config = read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME) if folder.is_dir() else {}
     _refuse_unnamed(folder, config, under, adapted)
     settling = _Settling(config, under, dict(adapted.tensors), unties)
     for head, original in tied_heads(under, filter(is_head, adapted.tensors)).items():
@@ -112,7 +113,9 @@ class _Settling:
                 return  # compared
             is_given = False  # saved unchanged
         if is_given:
-            same = _same_change(own, value) if is_one and not self.unties else None
+            tokens = isinstance(own, ReplacedRows) and isinstance(value, ReplacedRows)
+            may_be_one = (is_one or tokens) and not self.unties
+            same = _same_change(own, value) if may_be_one else None
             if same is None:
                 self._part(head, own)
             else:
@@ -163,34 +166,26 @@ def _is_whole(source: Source) -> bool:
 def _base_of(source: Source) -> Source:
     """Return the tensor that an adapter's change starts from."""
     changed = source.direction if isinstance(source, Rescaled) else source
-    return changed.base if isinstance(changed, LowRankSum) else source
+    return changed.base if isinstance(changed, LowRankSum | ProductSum | Multiplied) else source
 
 
 def _same_change(head: Source, embeddings: Source) -> list[tuple[Source, Source]] | None:
     """Return what must be equal for two changes to be the same; None if they differ."""
     if isinstance(head, ReplacedRows) and isinstance(embeddings, ReplacedRows):
         pairs: list[tuple[Source, Source]] = [(head.new, embeddings.new)]
+        if head.base is not embeddings.base:  # of a resized vocabulary both are saved
+            pairs.append((head.base, embeddings.base))
         is_one = head.indices == embeddings.indices
     elif type(head) is type(embeddings) is LowRankSum:
         assert isinstance(head, LowRankSum) and isinstance(embeddings, LowRankSum)
         a, b = embeddings.lora_a, embeddings.lora_b
         flipped = head.transposed != embeddings.transposed
         pairs = [
-            (head.lora_a, _transposed(b) if flipped else a),
-            (head.lora_b, _transposed(a) if flipped else b),
+            (head.lora_a, transposed(b) if flipped else a),
+            (head.lora_b, transposed(a) if flipped else b),
         ]
         is_one = head.scale == embeddings.scale
     else:
         return None
     fits = all(one.shape == other.shape for one, other in pairs)
     return pairs if is_one and fits else None
-
-
-def _transposed(matrix: TensorMeta) -> Transposed:
-    return Transposed(
-        name=matrix.name,
-        shape=matrix.shape[::-1],
-        out_dtype=matrix.dtype,
-        dtype=matrix.dtype,
-        matrix=matrix,
-    )

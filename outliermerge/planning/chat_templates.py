@@ -142,7 +142,7 @@ def _left_behind(owner: Input, inputs: Sequence[Input]) -> Iterator[str]:
 
 def _template(entry: Input) -> str | None:
     """Return a model's template, the default one of several."""
-    if entry.checkpoint.root.is_file():
+    if entry.is_one_file:
         return None
     found = chat_template(Beside.of(entry).files["tokenizer"])
     if isinstance(found, list):  # of named templates

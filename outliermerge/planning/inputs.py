@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from outliermerge.checkpoint.adapters.adapter import open_adapter
 from outliermerge.checkpoint.adapters.config import base_of_adapter, is_adapter
+from outliermerge.checkpoint.adapters.single_file import is_single_file, open_single_file
+from outliermerge.checkpoint.folders.absent import meant_inside, models_in
 from outliermerge.checkpoint.folders.beside import files_in, sidecars_of
 from outliermerge.checkpoint.folders.folder import open_checkpoint, refuse_unfinished
 from outliermerge.checkpoint.folders.foreign import refuse_foreign_adapter
 from outliermerge.checkpoint.folders.hub import is_hub_id, refuse_absent, resolve
+from outliermerge.checkpoint.quantized.gguf import SUFFIX, gguf_home
 from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.checkpoint.sources import Checkpoint
 from outliermerge.errors import OutlierMergeError, as_path, nearest, quoted, shown
 from outliermerge.planning.adapted_heads import settle_heads
+from outliermerge.planning.adapted_layout import open_over
 from outliermerge.planning.extra_state import one_extra_state
 from outliermerge.planning.one_layout import in_one_layout
 from outliermerge.planning.owners import kind_of
@@ -229,8 +232,11 @@ def open_model(
     refuse_unfinished(root)
     if root.is_dir() and is_adapter(root):
         return _open_adapter(reference, root, rename, role, base, None, unties, stages)
-    checkpoint = dequantize(open_checkpoint(root))
-    return _renamed(Input(reference, role, checkpoint, home=root), rename)
+    checkpoint = open_checkpoint(root)
+    if is_single_file(checkpoint):
+        return _open_adapter(reference, root, rename, role, base, None, unties, stages)
+    home = gguf_home(root) if root.suffix == SUFFIX and root.is_file() else root
+    return _renamed(Input(reference, role, dequantize(checkpoint), home=home), rename)
 
 
 def split_reference(reference: str) -> tuple[str, str]:
@@ -265,10 +271,8 @@ def _open_adapter(
     stages: Mapping[str, Callable[[], Input]],
 ) -> Input:
     """Open an adapter over the model named before the `+`, the base model, or its own base."""
-    if not is_adapter(folder):
-        refuse_foreign_adapter(folder)
-        raise OutlierMergeError(f"{folder}: stands after a `+` but is not a PEFT adapter")
-    trained_on = base_of_adapter(folder)
+    lora = None if folder.is_dir() and is_adapter(folder) else _single_file(folder)
+    trained_on = base_of_adapter(folder) if lora is None else None
     if stem is not None:
         under = open_model(stem, Rename(), role, None, unties=unties, stages=stages)
         if base is not None and _same(under, base):
@@ -279,7 +283,7 @@ def _open_adapter(
         under = open_model(trained_on, Rename(), role, None, unties=unties)
     else:
         raise OutlierMergeError(
-            f"{folder}: a PEFT adapter that names no base: write `base+adapter` as the model"
+            f"{folder}: an adapter that names no base: write `base+adapter` as the model"
         )
     notes: list[str] = []
     if stem is None and trained_on and _last(trained_on) != _last(under.reference):
@@ -296,9 +300,14 @@ def _open_adapter(
         seen[name] = None
         return rename(name) if is_over_base else name
 
+    def tied(head: str) -> str | None:
+        return tied_heads(under, [head]).get(head)
+
     try:
-        adapted = open_adapter(
-            folder, under.checkpoint, target, lambda head: tied_heads(under, [head]).get(head)
+        adapted = (
+            open_over(folder, under, target, tied)
+            if lora is None
+            else open_single_file(lora, under.checkpoint)
         )
     except OutlierMergeError as error:
         best = best_rename([rename(name) for name in seen], under.checkpoint.tensors)
@@ -330,6 +339,22 @@ def _open_adapter(
         return _renamed(entry, rename)
     rename.apply(seen)
     return replace(entry, renamed=rename.counts(seen))
+
+
+def _single_file(root: Path) -> Checkpoint:
+    """Open what stands after a `+` and is no folder of PEFT's: a file that holds an adapter."""
+    if root.is_dir():
+        refuse_foreign_adapter(root)
+    inside = [path for path in models_in(root) if is_adapter(path)]
+    if inside:
+        raise OutlierMergeError(f"{root}: is not an adapter, {meant_inside(inside, 'adapter')}")
+    lora = open_checkpoint(root)
+    if not is_single_file(lora):
+        raise OutlierMergeError(
+            f"{root}: stands after a `+` but is not an adapter that can be read: a folder of "
+            "PEFT's, or a file of kohya's scripts, LyCORIS, diffusers or ComfyUI"
+        )
+    return lora
 
 
 def _renamed(entry: Input, rename: Rename) -> Input:

@@ -93,6 +93,11 @@ class Input:
         return [meta for meta in metas if meta.path in files]
 
     @property
+    def is_one_file(self) -> bool:
+        """Whether it is a file with nothing beside it; of some files a config is made."""
+        return self.checkpoint.root.is_file() and not self.home.is_dir()
+
+    @property
     def tokenizer_home(self) -> Path:
         """Where its tokenizer is: an adapter saved with added tokens has one of its own."""
         root = self.checkpoint.root

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.layout import Shard
+from outliermerge.checkpoint.quantized.packed import turned_in
 from outliermerge.checkpoint.sources import DTYPES, inner
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import ArgumentError, argument
@@ -125,7 +126,7 @@ class Plan:
     @property
     def is_one_file(self) -> bool:
         """Whether the output is a single file, as the reference is."""
-        return self.inputs[0].checkpoint.root.is_file()
+        return self.inputs[0].is_one_file
 
     @property
     def auxiliary_files(self) -> dict[Path, FileStamp | None]:
@@ -229,15 +230,17 @@ class Plan:
     def _held_bytes(self, options: Options) -> int:
         """Return the memory that is held while tensors are merged.
 
-        It is for merges that are read more than once, of which the rest goes to the disk, and for
-        what statistics keep of a tensor: while one is merged, the next is measured.
+        It is for merges that are read more than once and for packed codes that are turned, of which
+        the rest goes to the disk, and for what statistics keep of a tensor: while one is merged,
+        the next is measured.
         """
         held = kept = 0
         for job in self._unlike:
             if job.action == "merge" and options.uses_kernels(job):
                 kept = max(kept, job.task.held_bytes)
             again = read_again(job.num_passes, (source for _, source in job.sources))
-            held = max(held, sum(merge.num_bytes for merge in again))
+            whole = (*again, *turned_in(source for _, source in job.sources))
+            held = max(held, sum(one.num_bytes for one in whole))
         return min(options.memory_bytes, options.threads * held) + 2 * kept
 
     def block_memory_bytes(self, options: Options) -> int:

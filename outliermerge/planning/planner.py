@@ -212,7 +212,7 @@ class _Planner:
             self.spec = without_unused_filters(self.spec, self.used_settings, self.filtered_names)
         checkpoint = self.inputs[0].checkpoint
         written = written_names(self.spec, self.inputs, [draft[0] for draft in drafts])
-        if shard_bytes is None and checkpoint.root.is_dir():
+        if shard_bytes is None and not self.inputs[0].is_one_file:
             shard_bytes = DEFAULT_SHARD_BYTES
         metadata, metadata_notes = kept_metadata(self.inputs)
         shards, placed = plan_layout(

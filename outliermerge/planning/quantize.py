@@ -17,7 +17,7 @@ from outliermerge.checkpoint.quantized.encoded import Codes, Scales
 from outliermerge.checkpoint.quantized.grouped import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.quantized.tensors import ScaledTensor
-from outliermerge.checkpoint.sources import DTYPES, DType, Source
+from outliermerge.checkpoint.sources import DTYPES, DType, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.statistics.base import scope_of
 from outliermerge.planning.merged import MergedSource, WholeMerge
@@ -261,7 +261,13 @@ def _compressed(
 def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     checkpoint = base.checkpoint
     quantised = {n: s for n, s in checkpoint.tensors.items() if s.stored != (s,)}
-    held = {n: s for n, s in quantised.items() if isinstance(s, ScaledTensor)}
+    held = {
+        name: source
+        for name, source in quantised.items()
+        if isinstance(source, ScaledTensor)
+        and isinstance(source.scale, TensorMeta)
+        and source.weight.name == name
+    }
     what = f"the format of {shown(base.reference)}"
     if not quantised:
         raise OutlierMergeError(f"{shown(base.reference)} is not quantised: leave this out")
@@ -277,7 +283,7 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     settings = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
     if settings is None and any(n.endswith("_quant_config.json") for n in checkpoint.left_behind):
         raise OutlierMergeError(f"{what} cannot be given back: it is described by modelopt's file")
-    scale_names = {meta: name for name, meta in checkpoint.companions.items()}
+    scale_names: dict[Source, str] = {meta: name for name, meta in checkpoint.companions.items()}
     source_by_name = sources_of(jobs, set(held))
     made: list[Job] = []
     for job in jobs:

@@ -65,7 +65,7 @@ def choose_sidecars(
         OutlierMergeError: the configs differ so that a merge makes no sense.
     """
     document = spec.document
-    if inputs[0].checkpoint.root.is_file():
+    if inputs[0].is_one_file:
         for key in (*_SOURCES, "tokenizer", "chat_template"):
             if getattr(document, key) is not None:
                 raise spec.source.error(
@@ -77,7 +77,7 @@ def choose_sidecars(
         "processor": input_named(inputs, document.processor_source),
     }
     besides: dict[str, Beside] = {}
-    if not inputs[0].checkpoint.root.is_file():
+    if not inputs[0].is_one_file:
         besides = {entry.reference: Beside.of(entry) for entry in inputs}
     owners = {
         kind: besides.get(entry.reference) or Beside.of(entry)

@@ -100,6 +100,7 @@ SHOWN = ("min_sigma", "ties", "ramplus_tl", "slerp", "model_stock", "passthrough
     ]
     + [("min_sigma", 0, False), ("ties", 1, False), ("min_sigma", 3, True), ("linear", 3, True)],
 )
+@pytest.mark.sampled(4)
 def test_page_of_any_merge_has_three_numbers_and_nothing_empty(
     visit, tmp_path, method, layers, same
 ):

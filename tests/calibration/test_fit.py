@@ -123,3 +123,15 @@ def test_what_cannot_be_fitted_is_told(place, tmp_path, capsys):
     del weights["model.norm.weight"]
     save_tensors(tmp_path / "other", weights)
     assert "model.norm.weight is not in it, expected [32]" in refused(1, **other)
+
+
+def test_the_function_gives_a_spec_that_the_command_writes(place, tmp_path):
+    more = ["--by", "model", "--steps", "2", "--quiet", "-o", str(tmp_path / "fitted.yaml")]
+    assert main(["fit", str(place / "merge.yaml"), "--data", str(place / "data.jsonl"), *more]) == 0
+    spec, data = yaml.safe_load((place / "merge.yaml").read_text()), place / "data.jsonl"
+    found = outliermerge.fit(spec, data, by="model", steps=2)
+    assert found.document == yaml.safe_load((tmp_path / "fitted.yaml").read_text())
+    with pytest.raises(outliermerge.ArgumentError, match="rate: found 0, expected more than 0"):
+        outliermerge.fit(spec, data, rate=0)
+    with pytest.raises(outliermerge.ArgumentError, match="steps: found 0, expected a whole number"):
+        outliermerge.fit(spec, data, steps=0)

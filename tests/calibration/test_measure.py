@@ -312,3 +312,26 @@ def test_what_cannot_be_measured_is_told(place, tmp_path, capsys):
     (folder / "tokenizer.json").unlink()
     assert main(["measure", str(folder), *data, "-o", str(tmp_path / "x")]) == 1
     assert "its tokenizer does not load" in capsys.readouterr().err
+
+
+def test_the_function_measures_as_the_command_does(place, measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    wanted = ["gram", "mean"]
+    found = outliermerge.measure(
+        place / "a", "data.jsonl", output=tmp_path / "out", statistics=wanted
+    )
+    assert list(found) == [tmp_path / "out"]
+    assert list(found[tmp_path / "out"]["statistics"]) == wanted
+    for kind in wanted:
+        whole = load_folder(measured / kind)
+        for name, tensor in load_folder(tmp_path / "out" / kind).items():
+            assert tensor.equal(whole[name])
+    for error, more in {
+        "no statistic 'grams'": {"statistics": "grams"},
+        "statistics: none, expected some of": {"statistics": []},
+        "samples: found 0, expected a whole number of 1 or more": {"samples": 0},
+    }.items():
+        with pytest.raises(outliermerge.ArgumentError, match=error):
+            outliermerge.measure(place / "a", "data.jsonl", **more)
+    with pytest.raises(outliermerge.ArgumentError, match="data: given 2, expected one"):
+        outliermerge.measure(place / "a", ["data.jsonl"] * 2)

@@ -152,4 +152,4 @@ def test_what_cannot_be_merged_layer_by_layer_is_told(place, tmp_path, capsys):
     assert "the spec names the folders" in refused(2, "-o", str(tmp_path / "x"))
     model = ["measure", str(place / "m0"), *["--data", str(place / "d0.jsonl")] * 2]
     assert main(model) == 2
-    assert "given twice" in capsys.readouterr().err
+    assert "given 2, expected one for a model" in capsys.readouterr().err

@@ -246,6 +246,10 @@ def test_adapters_merge_as_the_models_that_peft_makes_of_them(method, two, tmp_p
             spec["parameters"] = {"density": 1.0}
         if method == "pcb":  # of a model, only tensors that an adapter changes are ranked
             spec["parameters"] = {"trim": "tensor"}
+        if (
+            method == "wudi"
+        ):  # a step has the rate's size: rounding decides its sign near slopes of 0
+            spec["parameters"] = {"learning_rate": 1e-8}
         output = outliermerge.run(spec, output=tmp_path / kind).output
         assert outliermerge.verify(output) == []
         return load_folder(output)
@@ -348,7 +352,7 @@ def _copy(source: Path, target: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "adapter_config.json: a PEFT adapter of type IA3; only LORA"),
+        ({"peft_type": "VERA"}, "adapter_config.json: a PEFT adapter of type VERA; only LORA"),
         ({"peft_type": None}, "a PEFT adapter of type None"),
         *(
             ({"init_lora_weights": name}, f"init_lora_weights {name!r} also changed the base's")
@@ -357,7 +361,7 @@ def _copy(source: Path, target: Path, **changes: Any) -> Path:
         ({"use_qalora": True}, "cannot be computed with the settings:\n  use_qalora: True"),
         ({"layer_replication": [[0, 2]]}, "  layer_replication: [[0, 2]]"),
         ({"alora_invocation_tokens": [1]}, "  alora_invocation_tokens: [1]"),
-        ({"target_parameters": ["experts.up"]}, "  target_parameters: ['experts.up']"),
+        ({"use_qalora": True}, "  use_qalora: True"),
         ({"a_key_of_tomorrow": 1}, "  a_key_of_tomorrow: 1"),
         ({"init_lora_weights": "of_tomorrow"}, "'of_tomorrow' also changed the base's weights, or"),
         ({"init_lora_weights": "loftq"}, "Merge it with peft's merge_and_unload() where it was"),
@@ -390,7 +394,8 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
          "A [4, 32] and B [31, 4] do not make a change of [32, 32]: is it an adapter of"),
         (f"{PREFIX}.lora_B.weight", torch.ones(4), "do not make a change of"),
         (f"{PREFIX}.lora_B.weight", torch.ones(32, 4, dtype=torch.int8), "is int8, expected"),
-        (f"{PREFIX}.ia3_l", torch.ones(32, 1), "neither LoRA's nor the base's:\n  " + PREFIX),
+        (f"{PREFIX}.ia3_l", torch.ones(32, 1), ".ia3_l' is not of an adapter of type LORA"),
+        (f"{PREFIX}.hra_u", torch.ones(32, 1), "neither LoRA's nor the base's:\n  " + PREFIX),
         (f"{PREFIX}.lora_C.weight", torch.ones(4), ".lora_C.weight' is of no known kind"),
         (f"{PREFIX}.lora_embedding_A", torch.ones(4, 32), "lora_embedding_A has no use"),
         (f"{PREFIX}.lora_B.bias", torch.ones(31), "lora_bias needs a bias [31] in the base"),
@@ -437,14 +442,14 @@ def test_what_stands_behind_a_plus_must_be_an_adapter(two):
         "base_model": str(two["base"]),
         "models": [{"model": f"{two['base']}+{two['merged1']}"}],
     }
-    with pytest.raises(OutlierMergeError, match=r"stands after a `\+` but is not a PEFT adapter"):
+    with pytest.raises(OutlierMergeError, match=r"stands after a `\+` but is not an adapter"):
         outliermerge.plan(spec)
 
 
 def test_an_adapter_that_names_no_base_is_refused(two, tmp_path):
     adapter = _copy(two["adapter1"], tmp_path / "adapter", base_model_name_or_path=None)
     spec = {"merge_method": "passthrough", "models": [{"model": str(adapter)}]}
-    with pytest.raises(OutlierMergeError, match="a PEFT adapter that names no base"):
+    with pytest.raises(OutlierMergeError, match="an adapter that names no base"):
         outliermerge.plan(spec)
 
 

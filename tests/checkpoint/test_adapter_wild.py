@@ -470,13 +470,27 @@ def test_an_expert_is_adapted_by_its_own_name(tmp_path):
     _assert_same(found, expected)
 
 
-def test_fused_experts_of_transformers_5_are_refused(tmp_path):
+PACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one by one", "packed"])
+@pytest.mark.parametrize("targets", [PACKED, PACKED[1:]], ids=["both", "one"])
+def test_packed_experts_are_adapted_in_either_layout_of_the_base(targets, packed, tmp_path):
+    """Mixtral's files have each expert by itself, and its class all of them in one tensor."""
     save_model("mixtral", tmp_path / "base", dtype=torch.float32)
-    _adapt(tmp_path / "base", tmp_path / "adapter", target_modules=None,
-           target_parameters=["mlp.experts.gate_up_proj"])  # fmt: skip
-    with pytest.raises(OutlierMergeError) as caught:
-        outliermerge.plan(_spec(tmp_path / "base", tmp_path / "adapter"))
-    assert "  target_parameters: ['mlp.experts.gate_up_proj']\nMerge it with" in str(caught.value)
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if packed:
+        model.save_pretrained(tmp_path / "base", save_original_format=False)
+    # With another layer that is adapted, where experts are its neighbours.
+    _adapt(tmp_path / "base", tmp_path / "adapter", target_parameters=targets)
+    reference = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    reference.save_pretrained(tmp_path / "merged", save_original_format=not packed)
+    found = _run(_spec(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out")
+    expected, before = load_folder(tmp_path / "merged"), load_folder(tmp_path / "base")
+    _assert_same(found, expected)
+    changed = [name for name in found if not torch.equal(found[name], before[name])]
+    assert len(changed) > len(PACKED) and all("expert" in n or "q_proj" in n for n in changed)
 
 
 # Tied embeddings.
@@ -601,6 +615,49 @@ def test_added_tokens_of_an_adapter_that_has_no_tokenizer(home, tmp_path):
     assert model.config.vocab_size == 84
 
 
+@pytest.mark.parametrize("num_rows", [84, 72], ids=["grown", "cut"])
+@pytest.mark.parametrize(
+    ("base", "keys"),
+    [
+        ("base", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        ("base", {"trainable_token_indices": [3, 9]}),
+        ("tied", {"trainable_token_indices": [3, 9]}),
+    ],
+    ids=["LoRA of both ends", "trained tokens", "trained tokens of a tied model"],
+)
+def test_adapters_of_a_resized_vocabulary(base, keys, num_rows, home, tmp_path):
+    """peft saves the resized embeddings and head whole, beside their factors."""
+    merged = _adapt(home / base, tmp_path / "adapter", num_rows=num_rows, **keys)
+    _assert_same(_run(_alone(tmp_path / "adapter"), tmp_path / "out"), merged)
+    assert merged["model.embed_tokens.weight"].shape[0] == num_rows
+
+
+def test_trained_tokens_of_a_tied_model_that_differ_in_its_head_are_refused(home, tmp_path):
+    _adapt(home / "tied", tmp_path / "adapter", num_rows=84, trainable_token_indices=[3, 9])
+    weights = tmp_path / "adapter" / WEIGHTS
+    stored = load_file(weights)
+    stored["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] += 1
+    save_file(stored, weights)
+    with pytest.raises(OutlierMergeError, match=r"lm_head\.weight"):
+        outliermerge.run(_alone(tmp_path / "adapter"), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("reference", ["{run}", "{base}+{run}"])
+def test_the_checkpoints_of_a_training_are_named(reference, home, tmp_path):
+    """Trainers save an adapter into each folder `checkpoint-500`, and at the end beside them."""
+    for step in (10, 20):
+        shutil.copytree(home / "one", tmp_path / f"run/checkpoint-{step}")
+    model = reference.format(run=tmp_path / "run", base=home / "base")
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.plan(_spec(home / "base", model))
+    assert all(f"{tmp_path}/run/checkpoint-{step}" in str(caught.value) for step in (10, 20))
+    for name in (WEIGHTS, CONFIG):
+        shutil.copy(home / "two" / name, tmp_path / "run")
+    torch.save({}, tmp_path / "run/checkpoint-10/optimizer.pt")
+    found = _run(_spec(home / "base", model), tmp_path / "out")
+    _assert_same(found, load_folder(home / "two-merged"))
+
+
 def test_an_adapter_with_added_tokens_alone_can_be_loaded(grown, tmp_path):
     folder, merged = grown
     _assert_same(_run(_alone(folder / "adapter"), tmp_path / "out"), merged)
@@ -695,16 +752,53 @@ def test_an_adapter_beside_a_whole_model_is_taken(home, tmp_path):
     _assert_same(found, load_folder(home / "one-merged"))
 
 
-def test_weights_of_llava_beside_its_adapter_are_not_lost_in_silence(home, tmp_path):
-    """LLaVA's own LoRA training saves its trained projector as non_lora_trainables.bin."""
+BESIDE = "non_lora_trainables.bin"
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "", "model."])
+@pytest.mark.parametrize("file", [BESIDE, "non_lora_state_dict.bin"])
+def test_what_llava_trains_beside_its_adapter_is_read(file, start, home, tmp_path):
+    """By the rules of LLaVA's load_pretrained_model."""
     adapter = _copy(home / "one", tmp_path / "adapter")
-    projector = {"base_model.model.model.mm_projector.0.weight": torch.ones(4, 4)}
-    torch.save(projector, adapter / "non_lora_trainables.bin")
-    try:
-        notes = outliermerge.plan(_spec(home / "base", adapter)).notes
-    except OutlierMergeError as error:
-        notes = (str(error),)
-    assert "non_lora_trainables.bin" in "\n".join(notes)
+    norm, head = torch.rand(32), torch.rand(80, 32)
+    trained = {f"{start}model.norm.weight": norm}
+    trained |= {"base_model.model.lm_head.weight": head} if start else {}
+    torch.save(trained, adapter / file)
+    spec = _spec(home / "base", adapter)
+    expected = load_folder(home / "one-merged") | {"model.norm.weight": norm}
+    expected |= {"lm_head.weight": head} if start else {}
+    _assert_same(_run(spec, tmp_path / "out"), expected)
+    notes = "\n".join(outliermerge.plan(spec).notes)
+    assert f"{len(trained)} tensors stored whole" in notes and "left out" not in notes
+
+
+class _Command:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("exit 1",)
+
+
+def _beside(adapter: Path, content: Any, message: str, spec: dict[str, Any]) -> None:
+    torch.save(content, adapter / BESIDE)
+    with pytest.raises(OutlierMergeError) as caught:
+        outliermerge.plan(spec)
+    assert BESIDE in str(caught.value) and message in str(caught.value)
+
+
+def test_what_does_not_fit_beside_an_adapter_is_refused(home, tmp_path):
+    adapter = _copy(home / "one", tmp_path / "adapter")
+    spec, prefix = _spec(home / "base", adapter), "base_model.model.model."
+    projector = f"{prefix}mm_projector.0.weight"
+    _beside(adapter, {projector: torch.ones(4, 4)}, "what was trained beside the LoRA", spec)
+    both = {projector: torch.ones(4, 4), f"{prefix}norm.weight": torch.ones(32)}
+    _beside(adapter, both, "take a base that has it", spec)
+    _beside(adapter, {f"{prefix}norm.weight": torch.ones(0)}, "are empty", spec)
+    _beside(adapter, {f"{prefix}norm.weight": _Command()}, "system", spec)
+    factor = f"{prefix}layers.0.self_attn.q_proj.lora_A.weight"
+    _beside(adapter, both | {factor: torch.ones(4, 32)}, "is of an adapter", spec)
+    (adapter / BESIDE).unlink()
+    (adapter / BESIDE).symlink_to("/etc/passwd")
+    with pytest.raises(OutlierMergeError, match=BESIDE):
+        outliermerge.plan(spec)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["the base itself", "inside the base"])

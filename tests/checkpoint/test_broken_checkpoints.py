@@ -19,6 +19,7 @@ from outliermerge.methods.table import METHODS
 
 GOOD = {"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3)}
 SIZES = "BOOL, U8, I8, U16, I16, U32, I32, U64, I64, C64, F8_E4M3, F8_E5M2, F16, BF16, F32, F64"
+SIZES += ", F8_E8M0"
 
 
 def _spec(folder: Path, text: str) -> Path:
@@ -165,7 +166,7 @@ BROKEN = {
     "a file": (
         _is_file,
         "DIR/bad: is a file, expected a model folder or a file of weights (.safetensors, .bin, "
-        ".pt, .pth, .ckpt)",
+        ".pt, .pth, .ckpt, .gguf)",
     ),
     "empty": (_nothing, "DIR/bad: no weights (*.safetensors, *.bin, *.pt, *.pth): it is empty."),
     "no weights": (
@@ -175,7 +176,7 @@ BROKEN = {
     ),
     "adapter": (
         _adapter,
-        "DIR/bad: a PEFT adapter that names no base: write `base+adapter` as the model",
+        "DIR/bad: an adapter that names no base: write `base+adapter` as the model",
     ),
     "adapter without weights": (
         lambda bad: (bad / "adapter_config.json").write_text("{}"),
@@ -243,9 +244,8 @@ BROKEN = {
     ),
     "scales of float8": (
         _tensor(dtype="F8_E8M0", shape=[8]),
-        f"DIR/bad{FILE}: tensor 'w': unknown dtype 'F8_E8M0' (exponents, the scales of "
-        "quantised weights). Name the model that it "
-        f"was quantised from instead. Supported: {SIZES}",
+        f"DIR/bad{FILE}: tensor 'w' (F8_E8M0) holds exponents, the scales of quantised weights, "
+        "but no layout that can be read has it. Name the model that it was quantised from instead.",
     ),
     "unknown dtype": (
         _tensor(dtype="FOO"),

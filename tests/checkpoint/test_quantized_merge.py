@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from checkpoints import as_many_as, family, load_folder
-from quantizing import METHODS_OF_QUANTISING, dequantised, quantise
+from quantizing import METHODS_OF_QUANTISING, PACKED, dequantised, quantise
+from stopping import stopping_after
 
 import outliermerge
+from outliermerge.cli.main import main
 from outliermerge.methods.table import METHODS
 
 
@@ -73,3 +75,31 @@ def test_the_bytes_do_not_depend_on_memory_or_threads(models, tmp_path):
     one = outliermerge.run(spec, output=tmp_path / "one", threads=1).output
     two = outliermerge.run(spec, output=tmp_path / "two", threads=2, memory="8MB").output
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_models_merge_by_the_command_line_and_go_on(kind, models, tmp_path, monkeypatch):
+    task = quantise(models["fp8 dequantised"], tmp_path / "task", kind)
+    plain = dequantised(task, tmp_path / "plain")
+    original, found = load_folder(models["fp8 dequantised"]), load_folder(plain)
+    for name, value in original.items():  # a code's step is a fifteenth of a group's range
+        torch.testing.assert_close(found[name], value, rtol=0, atol=float(value.abs().max()) / 3)
+
+    def spec(model: Path) -> str:
+        path = tmp_path / f"{model.name}.yaml"
+        path.write_text(
+            f"merge_method: task_arithmetic\nbase_model: {models['base']}\n"
+            f"models:\n  - model: {model}\nparameters:\n  weight: 0.5\n"
+        )
+        return str(path)
+
+    def run(model: Path, output: str, *more: str) -> int:
+        return main(["run", spec(model), "--output", str(tmp_path / output), "--threads=1", *more])
+
+    assert run(plain, "expected") == 0
+    with stopping_after(monkeypatch, 5):
+        assert run(task, "out", "--memory=1MB") != 0
+    assert run(task, "out", "--memory=1MB") == 0
+    ours = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert ours == (tmp_path / "expected" / "model.safetensors").read_bytes()
+    assert outliermerge.verify(tmp_path / "out") == []

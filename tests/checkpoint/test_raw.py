@@ -538,10 +538,9 @@ def test_a_broken_pipeline_is_refused(break_it, message, tmp_path):
 
 # Weights of other formats.
 
-GGUF = (
-    "GGUF{}. Convert it to safetensors: transformers' from_pretrained(…, gguf_file=…), then "
-    "save_pretrained()."
-)
+GGUF = "GGUF{}. Name the file itself as the model."
+MSGPACK = "Flax{}. Convert it to safetensors: from_pretrained(…, from_flax=True) of "
+MSGPACK += "transformers before 5, then save_pretrained()."
 
 
 @pytest.mark.parametrize(
@@ -558,11 +557,7 @@ GGUF = (
             "TensorFlow{}. Convert it to safetensors: from_pretrained(…, from_tf=True) of "
             "transformers before 5, then save_pretrained().",
         ),
-        (
-            "flax_model.msgpack",
-            "Flax{}. Convert it to safetensors: from_pretrained(…, from_flax=True) of "
-            "transformers before 5, then save_pretrained().",
-        ),
+        ("flax_model.msgpack", MSGPACK),
         ("model.onnx", "ONNX{}. Take the model that it was exported from."),
         ("last.ckpt", "a training checkpoint{}. Name the file itself as the model."),
     ],
@@ -578,9 +573,9 @@ def test_a_folder_with_only_another_format_is_told_what_to_do(file, told, tmp_pa
 
 
 def test_a_file_of_another_format_is_told_what_to_do(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"")
+    (tmp_path / "m.msgpack").write_bytes(b"")
 
-    assert _refused(tmp_path / "m.gguf") == "DIR/m.gguf: is " + GGUF.format("")
+    assert _refused(tmp_path / "m.msgpack") == "DIR/m.msgpack: is " + MSGPACK.format("")
 
 
 def test_a_part_of_the_original_llama_format_is_a_file_like_any_other(tmp_path):

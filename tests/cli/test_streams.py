@@ -75,6 +75,7 @@ def folder(tmp_path: Path) -> Path:
         ({"PYTHONIOENCODING": "ascii"}, 0),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_merge_is_made_whoever_reads_of_it(folder, streams, code):
     called = _call(folder, RUN, **streams)
     assert called.returncode == code, called.stderr
@@ -88,6 +89,7 @@ def test_a_merge_is_made_whoever_reads_of_it(folder, streams, code):
 @pytest.mark.parametrize(
     "streams", [{"out": _full}, {"closed": (1,)}, {"PYTHONIOENCODING": "ascii"}]
 )
+@pytest.mark.sampled(2)
 def test_nothing_that_is_printed_ends_in_a_traceback(folder, command, streams):
     called = _call(folder, COMMANDS[command], **streams)
     assert "Traceback" not in called.stderr

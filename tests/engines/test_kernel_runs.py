@@ -226,6 +226,7 @@ def llamas(tmp_path_factory) -> tuple[Path, list[Path]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled(2)
 def test_a_run_by_kernels_gives_the_values_of_one_by_torch(method, llamas, tmp_path):
     spec = spec_of(method, *llamas)
     if method == "ties":

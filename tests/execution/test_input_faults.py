@@ -129,6 +129,7 @@ def _try(workplace: Workplace, case: str, mode: str, *, most: int | None) -> int
 
 
 @pytest.mark.parametrize(("case", "mode"), [*product(CASES, MODES)][::5])
+@pytest.mark.sampled(2)
 def test_a_call_on_an_input_that_fails_is_gone_on_with_or_named(workplace, case, mode):
     _try(workplace, case, mode, most=NUM_OF_KINDS if case in KINDS else NUM_SAMPLED)
 

@@ -141,6 +141,7 @@ def large_spec(method: str, large: tuple[Path, list[Path]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled(2)
 def test_threads_and_memory_change_no_byte(method, large, matrices, tmp_path):
     by_row = "row_" in method or "by rows" in method or method in BY_ROW
     of_matrices = method in OF_MATRICES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import struct
@@ -677,6 +678,61 @@ case(
     "adapter: many patterns",
     lambda f: adapter(f, rank_pattern={f"m{i}.*x": 1 for i in range(50_000)}),
 )
+
+# Adapters in one file, and what is trained beside an adapter.
+
+
+def lora_file(folder: Path, shapes: dict[str, list[int]], **metadata: str) -> list[str]:
+    pair(folder, spec=TASK, tensors={"a.b.weight": 8})
+    for path in (folder / "bad").iterdir():
+        path.unlink()
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    data = header(json.dumps(entries).encode(), bytes(position))
+    (folder / "bad/lora.safetensors").write_bytes(data)
+    return PLAN
+
+
+UP_AND_DOWN = {"lora_up.weight": [8, 1], "lora_down.weight": [1, 1]}
+for name, text in NAMES.items():
+    shapes = {f"lora_unet_{text}.{part}": shape for part, shape in UP_AND_DOWN.items()}
+    case(f"LoRA file: layer {name}", lambda f, s=shapes: lora_file(f, s))
+for number, (first, second) in enumerate(
+    itertools.product(([], [0], [1], [8, 0], [0, 8], [8, 1, 1, 1, 1, 1], [8, 3]), repeat=2)
+):
+    for up, down in (
+        ("lora_up.weight", "lora_down.weight"),
+        ("hada_w1_a", "hada_w1_b"),
+        ("lokr_w1", "lokr_w2"),
+        ("weight", "on_input"),
+        ("diff", "dora_scale"),
+    ):
+        shapes = {f"lora_unet_a_b.{up}": first, f"lora_unet_a_b.{down}": second}
+        case(f"LoRA file: {up} of shapes {number}", lambda f, s=shapes: lora_file(f, s))
+for name, said in {
+    "deep": "[" * 100_000,
+    "list": "[1]",
+    "wrong types": '{"unet.r": "x", "unet.lora_alpha": []}',
+    "slow pattern": '{"unet.r": 1, "unet.lora_alpha": 1, "unet.rank_pattern": {"(a+)+$": 1}}',
+    "kind": '{"unet.peft_type": {"a": 1}}',
+    "no text": "\u0000",
+}.items():
+    shapes = {f"unet.a.b.lora_{x}.weight": [8, 1] if x == "B" else [1, 1] for x in "AB"}
+    case(f"LoRA file: config {name}",
+         lambda f, s=shapes, m=said: lora_file(f, s, lora_adapter_metadata=m))  # fmt: skip
+for name, expression in EXPRESSIONS.items():
+    changes = {"peft_type": "IA3", "feedforward_modules": expression}
+    case(f"adapter: feedforward_modules: {name}", lambda f, c=changes: adapter(f, **c))
+for key in ("target_parameters", "feedforward_modules", "alpha", "peft_version"):
+    for number, value in enumerate(WRONG):
+        for kind in ("LORA", "LOHA", "IA3"):
+            changes = {"peft_type": kind, key: value}
+            case(f"adapter: {kind}, {key} of a wrong type {number}",
+                 lambda f, c=changes: adapter(f, **c))  # fmt: skip
 
 # Manifests.
 

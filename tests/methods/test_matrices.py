@@ -63,7 +63,7 @@ def tsv_m(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
     return a @ b @ torch.diag(torch.cat([s[:each] for s in ss])) @ c @ d
 
 
-def wudi(taus: list[Tensor], p: dict[str, Any], filtered: Any) -> Tensor:
+def solved(taus: list[Tensor], p: dict[str, Any], filtered: Any) -> Tensor:
     c = sum(tau.T @ tau / tau.square().sum() for tau in taus)
     d = sum(tau @ tau.T @ tau / tau.square().sum() for tau in taus)
     values, vectors = torch.linalg.eigh(c)
@@ -76,13 +76,24 @@ def wudi(taus: list[Tensor], p: dict[str, Any], filtered: Any) -> Tensor:
     return theta - theta @ kept + d @ vectors @ torch.diag(f / values) @ vectors.T
 
 
+def wudi(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
+    start = {"sum": sum(taus), "mean": sum(taus) / len(taus), "zero": 0 * taus[0]}
+    x = torch.nn.Parameter(start[p.get("start", "sum")].clone())
+    adam = torch.optim.Adam([x], lr=p.get("learning_rate", 1e-5))
+    for _ in range(p.get("iterations", 300)):
+        adam.zero_grad()
+        sum(((x - tau) @ tau.T).square().sum() / tau.square().sum() for tau in taus).backward()
+        adam.step()
+    return x.detach()
+
+
 def swudi(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
     def filtered(values: Tensor) -> Tensor:
         num = math.ceil(p.get("rank_ratio", 0.65) * len(values))
         last = torch.arange(len(values)) >= len(values) - num
         return (1 - torch.exp(-p.get("time", 300) * values)) * last
 
-    return wudi(taus, p, filtered)
+    return solved(taus, p, filtered)
 
 
 def aswudi(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
@@ -97,7 +108,7 @@ def aswudi(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
             num = max(1, int((y > star / middle * y.median()).sum()))
         return (torch.arange(len(values)) >= len(values) - num).double()
 
-    return wudi(taus, p, filtered)
+    return solved(taus, p, filtered)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -125,7 +136,7 @@ def resmerge(taus: list[Tensor], p: dict[str, Any], name: str) -> Tensor:
     return merged + head / head.norm() * p.get("head_ratio", 0.2) * agreement * merged.norm()
 
 
-ORACLES = {f.__name__: f for f in (iso_c, iso_cts, tsv_m, swudi, aswudi, resmerge)}
+ORACLES = {f.__name__: f for f in (iso_c, iso_cts, tsv_m, wudi, swudi, aswudi, resmerge)}
 CASES: dict[str, dict[str, Any]] = {
     "iso_c": {},
     "iso_c lambda": {"lambda_": 0.7},
@@ -137,6 +148,8 @@ CASES: dict[str, dict[str, Any]] = {
     "swudi": {},
     "swudi mean": {"start": "mean", "time": 10.0, "rank_ratio": 1.0, "lambda_": 0.7},
     "swudi zero": {"start": "zero", "rank_ratio": 0.3},
+    "wudi": {"iterations": 30, "lambda_": 0.7},
+    "wudi from zero": {"iterations": 20, "learning_rate": 0.01, "start": "zero"},
     "aswudi": {"lambda_": 0.7},
     "aswudi by the median": {"rank": "gavish_donoho", "start": "mean"},
     "resmerge": {},
@@ -217,7 +230,9 @@ def test_a_matrix_with_fewer_rows_than_models_is_averaged_by_tsv_m():
     assert torch.equal(merged, torch.full((2, 9), 3.0))
 
 
-@pytest.mark.parametrize("method", ["swudi", "aswudi", "resmerge", "tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize(
+    "method", ["wudi", "swudi", "aswudi", "resmerge", "tsv_m", "iso_c", "iso_cts"]
+)
 def test_changes_of_nothing_or_next_to_nothing_merge_to_as_little(method):
     base, tiny = torch.ones(4, 5, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.float64)
     tiny[1, 2] = 1e-9
@@ -235,7 +250,7 @@ def test_matrices_of_one_shape_are_merged_in_one_call(method, states):
     for each in sources:
         task = outliermerge.tensors._prepared(
             each[1:], each[0], found, found.resolve(3, {}),
-            outliermerge.methods.context.Context(name, each[0].shape),
+            outliermerge.methods.context.Context(name, each[0].shape), {},
         ).task  # fmt: skip
         merges.append(TensorMerge(task, tuple(each), torch.empty_like(each[0])))
     (batch,) = batches(merges, memory_bytes=2**30)

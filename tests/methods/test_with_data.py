@@ -15,7 +15,7 @@ from stopping import stopping_after
 from torch import Tensor
 
 import outliermerge
-from outliermerge import OutlierMergeError, SpecError
+from outliermerge import ArgumentError, OutlierMergeError, SpecError
 from outliermerge.methods.table import WITH_DATA
 
 SHAPES = {
@@ -327,3 +327,58 @@ def test_weights_below_0_are_refused(place):
     spec["models"][0]["parameters"]["weight"] = -1
     with pytest.raises(SpecError, match="expected none below 0"):
         outliermerge.plan(spec)
+
+
+def in_memory(place: Path, kinds: tuple[str, ...]) -> dict[str, list[dict[str, Tensor]]]:
+    return {
+        kind: [load_folder(place / f"s{number}/{kind}") for number in range(3)] for kind in kinds
+    }
+
+
+@pytest.mark.parametrize("method", WITH_DATA)
+def test_a_merge_in_memory_is_that_of_files(method, place, tmp_path):
+    outliermerge.run(spec_of(place, method), output=tmp_path / "out")
+    models = [load_folder(place / f"m{number}") for number in range(3)]
+    auxiliary = in_memory(place, outliermerge.find_method(method).auxiliary)
+    before = [
+        {name: t.clone() for name, t in own.items()} for own in next(iter(auxiliary.values()))
+    ]
+    found = outliermerge.merge_state_dicts(
+        models, method=method, auxiliary=auxiliary, weight=WEIGHTS
+    )
+    for name, tensor in load_folder(tmp_path / "out").items():
+        assert torch.equal(found[name], tensor), name
+    for own, kept in zip(next(iter(auxiliary.values())), before, strict=True):
+        assert all(torch.equal(own[name], kept[name]) for name in own)
+    name = LINEAR[0]
+    alone = outliermerge.merge_tensors(
+        [model[name] for model in models],
+        method=method,
+        auxiliary={kind: [own[name] for own in each] for kind, each in auxiliary.items()},
+        weight=WEIGHTS,
+    )
+    assert torch.equal(alone, found[name])
+
+
+def test_what_is_wrong_with_auxiliary_tensors_in_memory_is_told(place):
+    models = [load_folder(place / f"m{number}") for number in range(3)]
+    grams = in_memory(place, ("gram",))["gram"]
+
+    def refused(error: type[Exception], method: str = "regmean", **auxiliary: Any) -> str:
+        with pytest.raises(error) as raised:
+            outliermerge.merge_state_dicts(models, method=method, auxiliary=auxiliary)
+        return str(raised.value)
+
+    said = "regmean takes gram of each model: found {}, expected 3 as auxiliary={{'gram': [...]}}"
+    assert refused(ArgumentError) == said.format("none")
+    assert refused(ArgumentError, gram=grams[:2]) == said.format(2)
+    assert "takes no 'fisher'" in refused(ArgumentError, gram=grams, fisher=grams)
+    assert "linear takes no 'gram'" in refused(ArgumentError, "linear", gram=grams)
+    name = LINEAR[0]
+    lacking = {other: gram for other, gram in grams[1].items() if other != name}
+    place_ = f"tensor '{name}': auxiliary['gram'][1]: "
+    told = refused(OutlierMergeError, gram=[grams[0], lacking, grams[2]])
+    assert told == f"{place_}found none, expected a tensor [40, 40], as the weights are [150, 40]"
+    spoiled = grams[1] | {name: grams[1][name] * torch.nan}
+    told = refused(OutlierMergeError, gram=[grams[0], spoiled, grams[2]])
+    assert told == f"{place_}has values that are infinite, NaN or no floats"

@@ -77,6 +77,7 @@ def _puts(server: BucketServer) -> Counter[str]:
         ("model_stock", {}),
     ],
 )
+@pytest.mark.sampled(2)
 def test_an_output_in_a_store_is_that_on_a_disk(
     models: Path, server: BucketServer, method: str, more: dict[str, Any]
 ) -> None:

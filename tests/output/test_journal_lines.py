@@ -95,6 +95,7 @@ def _resumed_in_a_copy(lines: list[dict[str, Any]], expected: int) -> None:
 
 @pytest.mark.parametrize("key", ["shards", "marks", "folder", "process", "files", "naming"])
 @pytest.mark.parametrize("value", ODD)
+@pytest.mark.sampled(4)
 def test_other_lines_of_another_form_end_in_no_traceback(lines, key, value):
     found = [line | {key: value} if key in line else line for line in lines]
     assert _run_again(found if found != lines else [*lines, {key: value}]) in (-1, 2)

@@ -294,6 +294,7 @@ def _try(workplace: Workplace, name: str, mode: str, *, most: int | None) -> int
 
 
 @pytest.mark.parametrize(("name", "mode"), [*product(SCENARIOS, MODES)][::7])
+@pytest.mark.sampled(2)
 def test_nothing_is_lost_where_a_call_fails_or_is_the_last(workplace, name, mode):
     _try(workplace, name, mode, most=1 if _is_kind(name) else NUM_SAMPLED)
 

@@ -221,6 +221,7 @@ STEPS = {
         for place, step in enumerate(STEPS)
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_push_that_breaks_goes_on(
     hub: UploadHub, merged: Path, capsys: pytest.CaptureFixture[str], step: str, status: int
 ) -> None:

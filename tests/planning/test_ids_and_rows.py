@@ -211,6 +211,7 @@ def test_each_id_leads_to_its_row(tmp_path, kind, situation):
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("kind", ["vocab.txt", "vocab.json"])
+@pytest.mark.sampled(3)
 def test_each_id_of_a_tokenizer_without_a_json_leads_to_its_row(tmp_path, kind, situation):
     save_models(tmp_path, situation, save_slow, kind)
     for policy, source in product(POLICIES, ("base", "a")):

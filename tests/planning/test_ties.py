@@ -444,6 +444,7 @@ BASES = [("llama", "once"), ("llama", "twice"), ("llama", "as the head"),
         for i, case in enumerate(ADAPTERS)
     ],
 )
+@pytest.mark.sampled(2)
 def test_an_adapter_of_a_tied_model_is_what_was_trained_or_peft_merges(
     kind, how, case, root, tmp_path
 ):

@@ -54,6 +54,7 @@ def num_read_bytes() -> int:
     ],
     ids=["t", "method", "gradient", "dtype", "two"],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_each_output_is_what_its_own_run_gives(settings, names, kernels, spec, tmp_path):
     results = outliermerge.sweep(spec, settings, output=tmp_path / "all", kernels=kernels)
     assert [result.output.name for result in results] == names

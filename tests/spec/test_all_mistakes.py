@@ -238,7 +238,7 @@ parameters: {{desnity: 0.5}}"""
 
 
 def test_a_method_like_no_other_is_told_with_all_that_there_are():
-    with pytest.raises(SpecError, match=r"'qqqq'\. Valid: arcee_fusion, .*, tsv_m\. A method of"):
+    with pytest.raises(SpecError, match=r"'qqqq'\. Valid: arcee_fusion, .*, wudi\. A method of"):
         parse_spec("merge_method: qqqq\nmodels: [{model: a, parameters: {wieght: 1}}]")
 
 

@@ -23,6 +23,8 @@ CONFIG_NAME = "adapter_config.json"
 SCALED_LORA, SCALED_NOISE = "SCALED_LORA", "SCALED_NOISE"
 PATTERNS = ("rank_pattern", "alpha_pattern")
 FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# What LLaVA's trainers, and others after them, save of what was trained beside the LoRA.
+BESIDE_NAMES = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 # Keys that a config may have: they are read here, or do not affect the merged weights.
 _READ = {
     "LORA": {
@@ -35,10 +37,14 @@ _READ = {
         "peft_type",
         "r",
         "rank_pattern",
+        "target_parameters",
         "trainable_token_indices",
         "use_dora",
         "use_rslora",
     },
+    "LOHA": {"alpha", "alpha_pattern", "peft_type", "r", "rank_pattern"},
+    "LOKR": {"alpha", "alpha_pattern", "peft_type", "r", "rank_pattern"},
+    "IA3": {"fan_in_fan_out", "feedforward_modules", "peft_type"},
     # Keys of the adapters of outliermerge.peft.
     SCALED_LORA: {"fan_in_fan_out", "lora_alpha", "peft_type", "r", "train_scale"},
     SCALED_NOISE: {"peft_type", "seed"},
@@ -69,11 +75,15 @@ _WITHOUT_MEANING = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
+    "decompose_both",
+    "decompose_factor",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
     "init",
+    "init_ia3_weights",
+    "init_weights",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -81,14 +91,18 @@ _WITHOUT_MEANING = {
     "lora_ga_config",
     "megatron_core",
     "merge_weights",
+    "module_dropout",
     "modules_to_save",
     "peft_version",
     "qalora_group_size",
+    "rank_dropout",
+    "rank_dropout_scale",
     "revision",
     "runtime_config",
     "seed",
     "target_modules",
     "task_type",
+    "use_effective_conv2d",
     "velora_config",
 }
 # Initialisations that leave the base's weights unchanged. Others (PiSSA, OLoRA, CorDA, LoftQ,
@@ -123,6 +137,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not config:
         raise OutlierMergeError(f"{path}: no JSON object with settings. Fetch it again.")
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is not enough to compute the weights, by its config.
+
+    Args:
+        path: the file that holds the config, for errors.
+    """
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind in _NEVER_MERGED:
         raise OutlierMergeError(
@@ -132,8 +156,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in _READ:
         raise OutlierMergeError(
             f"{path}: a PEFT adapter of type {shown(kind)}; only LORA (with rsLoRA and DoRA), "
-            f"{SCALED_LORA} and {SCALED_NOISE} can be a model. Merge it with peft's "
-            "merge_and_unload(), then save_pretrained()."
+            f"LOHA, LOKR, IA3, {SCALED_LORA} and {SCALED_NOISE} can be a model. Merge it with "
+            "peft's merge_and_unload(), then save_pretrained()."
         )
     initial = config.get("init_lora_weights")
     if initial not in _LEAVES_BASE:
@@ -167,7 +191,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             + listing(f"{shown(key)}: {quoted(config[key])}" for key in unknown)
             + f"\n{advice}"
         )
-    return config
 
 
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:
@@ -215,13 +238,17 @@ _BOOL = ("true or false", _is_bool)
 # Settings with a type that peft and this code rely on; they may be null.
 _TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "r": ("a count", _is_count),
+    "alpha": ("a number", _is_number),
     "lora_alpha": ("a number", _is_number),
     "rank_pattern": ("an object of counts", _are(_is_count)),
     "alpha_pattern": ("an object of numbers", _are(_is_number)),
     "target_modules": _TEXT_OR_TEXTS,
     "exclude_modules": _TEXT_OR_TEXTS,
     "layers_pattern": _TEXT_OR_TEXTS,
+    "feedforward_modules": _TEXT_OR_TEXTS,
     "modules_to_save": _TEXTS,
+    "target_parameters": _TEXTS,
+    "peft_version": ("a text", _is_text),
     "layers_to_transform": (
         "a count or a list of counts",
         lambda value: _is_count(value) or _are_counts(value),
@@ -254,31 +281,40 @@ class LayerPatterns:
         self._patterns: dict[str, Pattern] = {}
         for key in PATTERNS:
             for pattern in config.get(key) or ():
-                self._add(key, pattern)
+                self.ends_with("", pattern, key)
 
-    def _add(self, key: str, pattern: str) -> None:
-        try:
-            # Compiled with the text that peft puts before it, because then flags for the whole
-            # expression are errors.
-            self._patterns[pattern] = Pattern(rf"\A(.*\.)?({pattern})$", self._budget)
-        except PatternError as error:
-            raise OutlierMergeError(
-                f"{self._path}: {key}: {quoted(pattern)} is not a regular expression: "
-                f"{shown(error)}"
-            ) from error
+    def _pattern(self, key: str, pattern: str, text: str) -> Pattern:
+        if text not in self._patterns:
+            try:
+                self._patterns[text] = Pattern(text, self._budget)
+            except PatternError as error:
+                raise OutlierMergeError(
+                    f"{self._path}: {key}: {quoted(pattern)} is not a regular expression: "
+                    f"{shown(error)}"
+                ) from error
+        return self._patterns[text]
 
-    def ends_with(self, module: str, pattern: str) -> bool:
+    def ends_with(self, module: str, pattern: str, key: str = "trainable_token_indices") -> bool:
         """Tell whether a regular expression matches a layer's name, or its end after a dot.
 
         Raises:
             OutlierMergeError: matching takes too long.
         """
-        if module == pattern:
-            return True
-        if pattern not in self._patterns:
-            self._add("trainable_token_indices", pattern)
+        # With the text that peft puts before it, flags for the whole expression are errors.
+        return module == pattern or self._search(key, pattern, rf"\A(.*\.)?({pattern})$", module)
+
+    def is_all(self, module: str, pattern: str, key: str) -> bool:
+        """Tell whether a regular expression matches the whole of a layer's name.
+
+        Raises:
+            OutlierMergeError: it is none, or matching takes too long.
+        """
+        return self._search(key, pattern, rf"\A(?:{pattern})\Z", module)
+
+    def _search(self, key: str, pattern: str, text: str, module: str) -> bool:
+        compiled = self._pattern(key, pattern, text)
         try:
-            return self._patterns[pattern].search(module)
+            return compiled.search(module)
         except TooSlowError as error:
             raise OutlierMergeError(
                 f"{self._path}: the pattern {quoted(pattern)} takes more than {MAX_SECONDS} "
@@ -298,6 +334,16 @@ class LayerPatterns:
                     if self.ends_with(name, pattern):
                         return value
         return default
+
+
+def alpha_key(config: Mapping[str, Any]) -> str:
+    """Return the key of the config's alpha."""
+    return "alpha" if config["peft_type"] in ("LOHA", "LOKR") else "lora_alpha"
+
+
+def matches_end(name: str, wanted: str) -> bool:
+    """Tell whether a name is the wanted one, or ends with it after a dot."""
+    return name == wanted or name.endswith(f".{wanted}")
 
 
 def is_saved_whole(config: Mapping[str, Any], name: str) -> bool:

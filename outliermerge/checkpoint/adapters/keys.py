@@ -14,10 +14,18 @@ WRAPPED = re.compile(r"(\.token_adapter)?\.base_layer\.|\.modules_to_save(\.defa
 KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|token_adapter\.trainable_tokens_delta"
-    r"|scaled_lora_[ABs]|scaled_noise_s)(\.default)?"
+    r"|scaled_lora_[ABs]|scaled_noise_s|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|ia3_l)(\.default)?"
     r"(\.(?P<end>weight|bias))?$"
 )
-OWN_PARTS = {SCALED_LORA: "scaled_lora_", SCALED_NOISE: "scaled_noise_"}
+# What is in the name of a tensor of an adapter, also of a kind that is not known.
+FACTOR = re.compile(r"lora_|token_adapter\.trainable|hada_|lokr_|ia3_")
+OWN_PARTS = {
+    "LOHA": ("hada_",),
+    "LOKR": ("lokr_",),
+    "IA3": ("ia3_",),
+    SCALED_LORA: ("scaled_lora_",),
+    SCALED_NOISE: ("scaled_noise_",),
+}
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from outliermerge.checkpoint.adapters.config import PATTERNS, LayerPatterns
+from outliermerge.checkpoint.adapters.config import PATTERNS, LayerPatterns, matches_end
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import listing, quoted, shown
 
@@ -37,23 +37,20 @@ def notes_of(
     config: Mapping[str, Any], layers: Mapping[str, Sequence[str]], base: Collection[str]
 ) -> Iterator[str]:
     """Yield a note for targets of the config that the base has and the file has nothing for."""
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return
     names = [name for alternatives in layers.values() for name in alternatives]
-    absent = [
-        target
-        for target in targets
-        if isinstance(target, str)
-        and not any(name == target or name.endswith(f".{target}") for name in names)
-        and any(f".{name}".endswith(f".{target}.weight") for name in base)
-    ]
-    if absent:
-        yield (
-            f"its config names {', '.join(map(shown, absent))} among its target_modules, of which "
-            "its file "
-            "holds nothing: they stay as they are in the base"
-        )
+    for key, end in (("target_modules", ".weight"), ("target_parameters", "")):
+        targets = config.get(key)
+        absent = [
+            target
+            for target in (targets if isinstance(targets, list) else ())
+            if not any(matches_end(name, target) for name in names)
+            and any(matches_end(name, f"{target}{end}") for name in base)
+        ]
+        if absent:
+            yield (
+                f"its config names {', '.join(map(shown, absent))} among its {key}, of which its "
+                "file holds nothing: they stay as they are in the base"
+            )
 
 
 def _patterns(

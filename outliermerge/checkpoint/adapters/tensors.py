@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outliermerge.checkpoint.computed import GROUP_ELEMENTS, ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
@@ -76,6 +76,17 @@ class Transposed(ComputedTensor):
         return _columns(reader, self.matrix, first, last).T
 
 
+def transposed(matrix: TensorMeta) -> Transposed:
+    """Return a stored matrix with its two axes swapped."""
+    return Transposed(
+        name=matrix.name,
+        shape=matrix.shape[::-1],
+        out_dtype=matrix.dtype,
+        dtype=matrix.dtype,
+        matrix=matrix,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class InDType(ComputedTensor):
     """A stored tensor, unchanged; an output stores it in the dtype of the base's tensor."""
@@ -95,7 +106,7 @@ class InDType(ComputedTensor):
 class ColumnNorms(ComputedTensor):
     """The L2 norm of each column of a matrix (R, C), as a vector (C,)."""
 
-    matrix: LowRankSum
+    matrix: ComputedTensor
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
@@ -121,10 +132,13 @@ class Rescaled(ComputedTensor):
     Attributes:
         direction: V.
         magnitude: m, one value for each output.
+        by_column: there is one for each index of the second axis of V: where that is the outputs'
+            axis, or where the inputs have the norms, as LyCORIS trained them at first.
     """
 
-    direction: LowRankSum
+    direction: ComputedTensor
     magnitude: TensorMeta
+    by_column: bool
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
@@ -134,7 +148,7 @@ class Rescaled(ComputedTensor):
         """Return rows first to last (excluded) as (last - first, C) of float32."""
         values = self.direction.rows(reader, first, last)
         magnitude = reader.whole(self.magnitude).float().flatten()
-        if not self.direction.transposed:
+        if not self.by_column:
             norms = values.double().square().sum(1).sqrt().float()
             return values * (magnitude[first:last] / norms)[:, None]
         columns = ColumnNorms(
@@ -143,7 +157,11 @@ class Rescaled(ComputedTensor):
             out_dtype=self.out_dtype,
             matrix=self.direction,
         )
-        return values * (magnitude / reader.whole(columns))
+        norms = reader.whole(columns)
+        width = self.num_columns // len(magnitude)
+        if width > 1:  # of a convolution, whose columns are inputs and places
+            norms = norms.view(-1, width).double().square().sum(1).sqrt().float()
+        return values * (magnitude / norms).repeat_interleave(width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +206,11 @@ class ReplacedRows(ComputedTensor):
             if first <= index < last:
                 values[index - first] = reader.whole(self.new)[place].to(values.dtype)
         return values
+
+
+def as_of(source: Source) -> dict[str, Any]:
+    """Return the attributes that a computed tensor takes from the tensor that it changes."""
+    return {"name": source.name, "shape": source.shape, "out_dtype": source.out_dtype}
 
 
 def in_dtype_of(meta: TensorMeta, base: Source | None) -> Source:

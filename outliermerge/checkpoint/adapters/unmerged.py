@@ -27,7 +27,6 @@ _HINT = re.compile(
     "|base_layer|original_module|scaled_noise"
 )
 _MADE = re.compile(r"parametrizations\.|_(?:g|orig)$", re.MULTILINE)
-_OF_PIPELINE = re.compile(r"(?:unet|transformer|text_encoder\w*|diffusion_model)\.")
 _FOR_KOHYA = re.compile(rf"(?:^|[./])(?:{_KOHYA})(?=\.|$)")
 # The parts from which torch makes a weight, next to the original tensor.
 _COMPANIONS = {
@@ -73,19 +72,13 @@ def how_to_merge(names: Iterable[str], parts: Collection[str]) -> str:
         )
     if any(_FLAT.match(name) or _FOR_KOHYA.search(name) for name in parts):
         return (
-            "a LoRA or LyCORIS file as kohya's sd-scripts write it, which is not read. Merge it "
-            "into its base model first: sd-scripts' networks/merge_lora.py or sdxl_merge_lora.py, "
-            "LyCORIS's tools/merge.py."
-        )
-    if any(map(_OF_PIPELINE.match, names)):
-        return (
-            "a LoRA file of diffusers, which is not read. Merge it into its pipeline first: "
-            "load_lora_weights(), fuse_lora(), unload_lora_weights(), save_pretrained()."
+            "an adapter of LyCORIS's of a kind that is not read (OFT, BOFT, GLoRA, …). Merge it "
+            "into its base model first, with LyCORIS's tools/merge.py."
         )
     return (
         "a LoRA or another adapter alone. To read it, peft's adapter_config.json is needed "
-        "beside it, which says how much it changes. Of a LoRA that peft did not make, the "
-        "program that trained it merges it into its base model."
+        "beside it, which says how much it changes, or an alpha beside each layer's factors. Of a "
+        "LoRA that has neither, the program that trained it merges it into its base model."
     )
 
 

@@ -15,6 +15,7 @@ from outliermerge.errors import OutlierMergeError, listing
 from outliermerge.storage.files import load_json
 
 _ADAPTER = r"adapter_model\.(bin|safetensors)"  # safetensors is preferred
+_TRAINED_BESIDE = r"non_lora_(trainables|state_dict)\.bin"
 NO_WEIGHTS = f"weights ({PATTERNS})"
 """What is missing where there are none, for messages."""
 
@@ -65,6 +66,7 @@ def weights_of(names: Collection[str], folder: Path, parts: Collection[str]) -> 
         inside = [name for name in inside if "/" not in name]
         if "adapter_config.json" in inside:
             files = [name for name in inside if re.fullmatch(_ADAPTER, name)][-1:]
+            files += [name for name in inside if re.fullmatch(_TRAINED_BESIDE, name)]
             chosen += [prefix + file for file in files]
         config = read_json(folder / part / "config.json") if "config.json" in inside else {}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from outliermerge.checkpoint.folders.beside import unread_tensors
@@ -76,22 +76,22 @@ def files_beside(
 
 
 def beside_adapter(
-    file: Path, names: Collection[str], metas: Iterable[TensorMeta]
+    files: Sequence[Path], names: Collection[str], metas: Iterable[TensorMeta]
 ) -> tuple[tuple[Path, ...], list[str]]:
     """Return the files of tensors in an adapter's folder that nothing reads, and notes.
 
     Args:
-        file: the adapter's weights.
+        files: those that are read: the adapter's weights, and others with them.
         names: the names that an adapter's weight files can have. from_pretrained ignores those that
-            are not `file`, and whole models in the folder.
+            are not the first of `files`, and whole models in the folder.
         metas: the adapter's tensors.
     """
-    folder = file.parent
-    loaded = {*names, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
+    folder, read = files[0].parent, {file.name for file in files}
+    loaded = {*names, *read, *offered_files(names_in(folder)), *offered_by_hub(folder, [""])}
     other_files, notes = files_beside(folder, loaded, {meta.name: meta for meta in metas})
-    passed_over = sorted(n for n in loaded if n != file.name and (folder / n).exists())
+    passed_over = sorted(n for n in loaded if n not in read and (folder / n).exists())
     if passed_over:
-        notes.append(passed_over_note(folder, file.name, passed_over))
+        notes.append(passed_over_note(folder, files[0].name, passed_over))
     return other_files, notes
 
 

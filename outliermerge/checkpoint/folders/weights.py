@@ -28,9 +28,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<end>\..+)$")
 
 OTHER_FORMATS = (
-    (r"\.gguf$", "GGUF",
-     "Convert it to safetensors: transformers' from_pretrained(…, gguf_file=…), then "
-     "save_pretrained()."),
+    (r"\.gguf$", "GGUF", "Name the file itself as the model."),
     (r"^consolidated\.\d+\.pth$", "the original Llama format",
      "Convert it with transformers' convert_llama_weights_to_hf.py."),
     (r"\.h5$", "TensorFlow",

@@ -204,13 +204,10 @@ def _checked(path: Path, name: str, entry: object, data_start: int) -> TensorMet
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES_BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        # F4, F6_…, F8_E8M0 and other dtypes that only quantised models use.
+        # F4, F6_… and other dtypes that only quantised models use.
         is_code = isinstance(code, str) and code.startswith(("F4", "F6", "F8"))
         more = ". Name the model that it was quantised from instead" if is_code else ""
-        what = " (exponents, the scales of quantised weights)" if code == "F8_E8M0" else ""
-        raise fail(
-            f"unknown dtype {quoted(code)}{what}{more}. Supported: {', '.join(DTYPES_BY_CODE)}"
-        )
+        raise fail(f"unknown dtype {quoted(code)}{more}. Supported: {', '.join(DTYPES_BY_CODE)}")
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_AXES

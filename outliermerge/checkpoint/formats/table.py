@@ -33,6 +33,7 @@ class Format:
 FORMATS = (
     Format("safetensors_file", (".safetensors",)),
     Format("pytorch_file", (".bin", ".pt", ".pth"), needs_torch=True, alone=(".ckpt",)),
+    Format("gguf_file", (), needs_torch=True, alone=(".gguf",)),
 )
 """The formats, the preferred one first."""
 

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterator, Mapping
 
-from outliermerge.checkpoint.sources import TensorMeta
+from outliermerge.checkpoint.sources import EXPONENTS, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
 
 # Names of companions. They count with any shape, because scales can be swizzled.
@@ -62,6 +62,13 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
         OutlierMergeError: there are codes; the message names the tensor, its companion, and what it
             looks like.
     """
+    for name, meta in tensors.items():
+        if meta.dtype == EXPONENTS and name not in read:
+            raise OutlierMergeError(
+                f"{meta.path}: tensor {name!r} ({EXPONENTS.code}) holds exponents, the scales of "
+                "quantised weights, but no layout that can be read has it. Name the model that it "
+                "was quantised from instead."
+            )
     codes = {
         name: meta
         for name, meta in tensors.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from outliermerge.errors import OutlierMergeError
 # What replaces a stored tensor: a computed tensor, or nothing.
 Changes = dict[str, ComputedTensor | None]
 
+TAKE_ORIGINAL = "Name the model that it was quantised from instead."
 CODES = ("float8_e4m3fn", "float8_e5m2", "int8")
 # Tensors stored beside a weight: about its activations, and about the weight itself.
 ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_point",
@@ -22,13 +23,19 @@ ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A component's stored tensors, and the quantisation settings in its config.json."""
+    """A component's stored tensors, and the quantisation settings in its config.json.
+
+    Attributes:
+        renamed: takes up the names of weights by those of the tensors of their codes, where these
+            have others.
+    """
 
     home: Path
     settings: Mapping[str, Any]
     tensors: Mapping[str, TensorMeta]
     out_dtype: DType
     reader: Reading
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, what: str) -> NoReturn:
         raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")

@@ -14,11 +14,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from outliermerge.checkpoint.formats.safetensors_file import read_metadata
-from outliermerge.checkpoint.quantized.model import ACTIVATIONS, CODES, Changes, QuantizedModel
+from outliermerge.checkpoint.quantized.model import (
+    ACTIVATIONS,
+    CODES,
+    TAKE_ORIGINAL,
+    Changes,
+    QuantizedModel,
+)
 from outliermerge.checkpoint.quantized.tensors import RowScaledTensor
 from outliermerge.checkpoint.sources import FLOAT_DTYPES
 
-TAKE_ORIGINAL = "Name the model that it was quantised from instead."
 # ComfyUI's formats of the form codes × scale, and the dtype of their codes.
 _COMFY_FORMATS = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2",
                   "float8_e4m3fn_rowwise": "float8_e4m3fn", "int8_tensorwise": "int8"}  # fmt: skip
@@ -29,7 +34,7 @@ _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 def quanto(model: QuantizedModel) -> Changes:
-    """Read optimum-quanto's 8-bit weights; the returned names do not end in `._data`."""
+    """Read optimum-quanto's 8-bit weights, which are stored as X._data and X._scale."""
     changes: Changes = {}
     for name, weight in model.tensors.items():
         stem = name.removesuffix("._data")
@@ -45,6 +50,7 @@ def quanto(model: QuantizedModel) -> Changes:
         if stem in model.tensors:
             model.broken(name, f"stored beside {stem}, the same weight. Fetch the model again.")
         changes |= scaled_rows(model, name, f"{stem}._scale")
+        model.renamed[name] = stem
     if changes:
         # Layers that are not quantised have scales of their activations as well.
         ends = (".input_scale", ".output_scale")

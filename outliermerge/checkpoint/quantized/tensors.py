@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outliermerge.checkpoint.computed import ComputedTensor
+from outliermerge.checkpoint.quantized.packed import refuse_scale
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
+from outliermerge.errors import OutlierMergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_SMALL_BYTES = 1 << 20  # scales that are kept rather than read again for each group of rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MatrixTensor(ComputedTensor):
     """A tensor of matrices, also stacked (…, R, C); its rows are the rows of the matrices."""
 
-    weight: TensorMeta
+    weight: Source
 
     @property
     def num_rows(self) -> int:
@@ -37,36 +42,91 @@ class ScaledTensor(_MatrixTensor):
     """(code − zero point) × scale × factor; a block of rows and columns shares a scale.
 
     Scales and zero points are (…, R / block rows, C / block columns), both rounded up.
+
+    Attributes:
+        values: the numbers that codes stand for, where they are no numbers themselves.
+        zero: what is taken off all codes, besides.
+        groups: the block of columns of each column (C), where blocks are not in their order.
     """
 
-    scale: TensorMeta
-    zero_point: TensorMeta | None
+    scale: Source
+    zero_point: Source | None = None
     block: tuple[int, int]
-    factor: float
+    factor: float = 1.0
+    values: tuple[float, ...] = ()
+    zero: float = 0.0
+    groups: TensorMeta | None = None
+
+    @property
+    def _parts(self) -> tuple[Source, ...]:
+        parts = (self.weight, self.scale, self.zero_point, self.groups)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Those of its parts that are computed."""
+        return tuple(part for part in self._parts if not isinstance(part, TensorMeta))
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
-        return tuple(meta for meta in (self.weight, self.scale, self.zero_point) if meta)
+        return tuple(meta for part in self._parts for meta in part.stored)
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
         import torch
 
         num_matrix_rows, num_columns = self.shape[-2:]
+        width = -(-num_columns // self.block[1])
         row = torch.arange(first, last)
         matrix, row = row // num_matrix_rows, row % num_matrix_rows
         block_row = matrix * -(-num_matrix_rows // self.block[0]) + row // self.block[0]
+        low, high = int(block_row[0]), int(block_row[-1]) + 1
 
-        def by_element(meta: TensorMeta) -> Tensor:
-            blocks = reader.whole(meta).float().view(-1, -(-num_columns // self.block[1]))
-            wide = blocks[block_row][:, :, None].expand(-1, -1, self.block[1])
+        def by_element(source: Source) -> Tensor:
+            if isinstance(source, TensorMeta) and source.num_bytes <= _SMALL_BYTES:
+                blocks = reader.whole(source).view(-1, width)[low:high].float()
+            else:
+                blocks = reader.values(source, low * width, high * width).float().view(-1, width)
+            if source is self.scale:
+                refuse_not_finite(blocks, source)
+            blocks = blocks[block_row - low]
+            if self.groups is not None and (order := self._order(reader, width)) is not None:
+                return blocks[:, order]
+            wide = blocks[:, :, None].expand(-1, -1, self.block[1])
             return wide.reshape(last - first, -1)[:, :num_columns]
 
         codes = reader.values(self.weight, first * num_columns, last * num_columns)
-        values = _as_float32(codes).view(-1, num_columns)
+        if self.values:
+            values = torch.tensor(self.values).index_select(0, codes.int()).view(-1, num_columns)
+        else:
+            values = _as_float32(codes).view(-1, num_columns)
         if self.zero_point is not None:
             values = values - by_element(self.zero_point)
-        return values * by_element(self.scale) * self.factor
+        if self.zero:
+            values = values - self.zero
+        values = values * by_element(self.scale)
+        return values if self.factor == 1 else values * self.factor
+
+    def _order(self, reader: Reading, width: int) -> Tensor | None:
+        """Return the block of each column, or None where -1 says that they are in order."""
+        assert self.groups is not None
+        order = reader.whole(self.groups)
+        low, high = int(order.min()), int(order.max())
+        if low == -1:
+            return None
+        if low < 0 or high >= width:
+            raise OutlierMergeError(
+                f"{self.groups.path}: tensor {self.groups.name!r}: has the groups {low} to {high}, "
+                f"expected 0 to {width - 1}, as there are scales. Fetch the model again."
+            )
+        return order.long()
+
+
+def refuse_not_finite(scales: Tensor, source: Source) -> None:
+    """Refuse scales that would make weights of nothing."""
+    if not scales.isfinite().all():
+        found = scales[~scales.isfinite()].flatten()[0]
+        refuse_scale(source, f"{float(found)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +149,7 @@ class RowScaledTensor(ComputedTensor):
         columns = self.num_columns
         values = _as_float32(reader.values(self.weight, first * columns, last * columns))
         scale = reader.whole(self.scale).float().flatten()
+        refuse_not_finite(scale, self.scale)
         if self.num_groups:
             scale = scale[first * self.num_groups : last * self.num_groups, None]
             return (values.view(scale.shape[0], -1) * scale).view(last - first, -1)
@@ -120,7 +181,7 @@ class CodeTensor(_MatrixTensor):
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
-        return (self.weight, self.values, *self.absmax.stored)
+        return (*self.weight.stored, self.values, *self.absmax.stored)
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
@@ -139,6 +200,7 @@ class CodeTensor(_MatrixTensor):
         values = reader.whole(self.values).index_select(0, codes.int())
         values = torch.nn.functional.pad(values, (0, end_block * self.block - end))
         absmax = reader.whole(self.absmax).flatten()[first_block:end_block]
+        refuse_not_finite(absmax, self.absmax)
         values = (values.view(-1, self.block) * absmax[:, None]).flatten()[start - begin :]
         values = values[: stop - start].view(last - first, -1)
         return values if self.offset is None else values + self.offset

@@ -1,0 +1,56 @@
+"""A process that asks transformers of which kinds the modules of a model are.
+
+The model is built on torch's meta device, as for `output/load_worker.py`: no memory is needed, and
+no code of a model's folder is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from outliermerge.output.load_worker import Unknown, check_type, find_class, load_transformers
+
+
+def main() -> None:
+    """Read a part, as `load_worker.check_part` takes it; write its kinds, or why it has none.
+
+    The kinds are those of `holding.FACTORED`, by module, or `other`.
+    """
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # text that the libraries print goes to standard error
+    part = json.load(sys.stdin)
+    found: dict[str, Any]
+    try:
+        found = {"kinds": _kinds(part)}
+    except Unknown as unknown:
+        found = {"unknown": str(unknown)}
+    except Exception as error:  # from_pretrained may raise anything for a wrong config
+        found = {"unknown": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    with answer:
+        json.dump(found, answer)
+
+
+def _kinds(part: dict[str, Any]) -> dict[str, str]:
+    if part["library"] != "transformers":
+        raise Unknown(f"{part['class']} is no class of transformers")
+    model_class = find_class(part["library"], part["class"], part["config"])
+    check_type(model_class, part["config"])
+    model, _ = load_transformers(model_class, part["config"], part["tensors"])
+    return {
+        name: _kind(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def _kind(module: Any) -> str:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Conv2d):
+        return "convolution" if module.groups == 1 else "other"
+    kinds = {nn.Linear: "linear", Conv1D: "transposed", nn.Embedding: "embedding"}
+    return next((kind for cls, kind in kinds.items() if isinstance(module, cls)), "other")
