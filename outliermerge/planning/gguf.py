@@ -16,7 +16,7 @@ from typing import Any
 
 from outliermerge.checkpoint.checksum import GGUF_KEY
 from outliermerge.checkpoint.layout import OutputTensor, Shard
-from outliermerge.checkpoint.quantized.q8 import VALUES, Q8Blocks
+from outliermerge.checkpoint.quantized.grouped import GROUP, Q8Blocks
 from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import OutlierMergeError, listing, shown
@@ -113,7 +113,7 @@ def _jobs(plan: Plan, config: Mapping[str, Any]) -> Iterator[Job]:
     packed = {
         job.name
         for job in jobs
-        if is_q8 and len(job.output.shape) == 2 and job.output.shape[1] % VALUES == 0
+        if is_q8 and len(job.output.shape) == 2 and job.output.shape[1] % GROUP == 0
     }
     sources = sources_of(jobs, packed | swapped.keys())
     for job in jobs:

@@ -14,7 +14,7 @@ from typing import Any
 from outliermerge.checkpoint.config import read_json
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.quantized.encoded import Codes, Scales
-from outliermerge.checkpoint.quantized.mx4 import GROUP, MxCodes, MxScales
+from outliermerge.checkpoint.quantized.grouped import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.quantized.tensors import ScaledTensor
 from outliermerge.checkpoint.sources import DTYPES, DType, Source, TensorMeta

@@ -83,7 +83,7 @@ def spec_of(folder: Path, **more: Any) -> dict[str, Any]:
     } | more
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_transformers_reads_back_what_was_merged(folder: Path, tmp_path: Path, form: str) -> None:
     spec = spec_of(folder, format="gguf", **FORMS[form])
@@ -135,6 +135,7 @@ def test_the_tokenizer_is_in_the_file(folder: Path, tmp_path: Path) -> None:
     assert again(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
 
 
+@pytest.mark.sampled(2)
 def test_the_bytes_are_the_same_on_all_ways_and_changes_are_found(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def _change(folder: Path, target: Path, file: str, **values: Any) -> dict[str, A
     return spec_of(folder, base_model=str(base), format="gguf")
 
 
+@pytest.mark.sampled(2)
 def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'fp8', expected q8_0"):
         outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))

@@ -185,7 +185,7 @@ def test_the_manifest_says_how_far_codes_are_off(
     assert some == (12 if output.name == "block" else 14)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "more",
     [
@@ -214,7 +214,7 @@ def test_any_method_is_quantised_as_its_plain_output_would_be(
             assert written[name].equal(rounded[name])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_the_bytes_are_the_same_on_all_ways(output: Path, folder: Path, tmp_path: Path) -> None:
     spec = spec_of(folder, quantize=KINDS[output.name])
     options = outliermerge.RunOptions(threads=3, memory="8MiB")
@@ -238,7 +238,7 @@ def _with_settings(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["int8", "fp8", "channel", "block"])
 def test_as_base_gives_back_what_came_in(folder: Path, tmp_path: Path, kind: str) -> None:
     base = _with_settings(folder / "base", tmp_path / "base", kind)

@@ -1,15 +1,12 @@
-"""Weights as MXFP4, made when they are read: 32 values share a scale, which is a power of 2.
-
-As compressed-tensors' `mxfp4-pack-quantized` has them: a byte holds two codes (E2M1), the first in
-its low bits, and a scale is stored as its exponent plus 127.
-"""
+"""Weights as Q8_0 and MXFP4, made when they are read: 32 values of a row share a scale."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
+from outliermerge.checkpoint.sources import DTYPES, DType, OfSource, Reading, Source
 from outliermerge.errors import OutlierMergeError, shown
 
 if TYPE_CHECKING:
@@ -21,7 +18,7 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
-class _OfGroups(Sized):
+class _Grouped(OfSource):
     """Bytes of the groups of a weight (…, C), whose columns are whole groups. A Source."""
 
     source: Source
@@ -29,28 +26,20 @@ class _OfGroups(Sized):
     _bytes = 1  # of a group
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
     def dtype(self) -> DType:
         return DTYPES["uint8"]
 
     @property
     def out_dtype(self) -> DType:
-        return self.dtype
+        return DTYPES["uint8"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         *stack, columns = self.source.shape
         return (*stack, columns // GROUP * self._bytes)
 
-    @property
-    def stored(self) -> tuple[TensorMeta, ...]:
-        return self.source.stored
-
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
-        """Fill `out` with bytes start to stop (excluded).
+        """Fill `out` with bytes start to stop (excluded), and note how far they are off.
 
         Raises:
             OutlierMergeError: the weight has infinite or NaN values.
@@ -58,14 +47,13 @@ class _OfGroups(Sized):
         if stop == start:
             return
         first, last = start // self._bytes, -(-stop // self._bytes)
-        values = reader.values(self.source, first * GROUP, last * GROUP).float()
-        if not bool(values.isfinite().all()):
+        groups = reader.values(self.source, first * GROUP, last * GROUP).float().view(-1, GROUP)
+        if not bool(groups.isfinite().all()):
             raise OutlierMergeError(
-                f"tensor {shown(self.name)} has values that are infinite or NaN, which mxfp4 "
-                "cannot hold. Check its models, or leave it out by `ignore` of `quantize`."
+                f"tensor {shown(self.name)} has values that are infinite or NaN, which codes of 4 "
+                "or 8 bits cannot hold. Check its models."
             )
-        groups = values.view(-1, GROUP)
-        made, off = self._made(groups, _exponents(groups))
+        made, off = self._made(groups)
         array: Any = made.reshape(-1).numpy()
         out[:] = memoryview(array)[start - first * self._bytes : stop - first * self._bytes]
         if off is not None:
@@ -73,28 +61,53 @@ class _OfGroups(Sized):
             whole = groups[own].double().square()
             reader.note(self, start, (float(off[own].sum()), float(whole.sum())))
 
-    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the bytes of groups, and the squares of what they are off, if that is noted."""
         raise NotImplementedError
 
 
-class MxScales(_OfGroups):
-    """The scales of a weight. A Source."""
+class Q8Blocks(_Grouped):
+    """GGUF's Q8_0 of a weight: a float16 scale, then 32 codes.
 
-    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+    The same bytes as `gguf.quantize(values, GGMLQuantizationType.Q8_0)`.
+    """
+
+    _bytes = 2 + GROUP
+
+    def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        return (exponents + _BIAS).to(torch.uint8), None
+        scales = groups.abs().amax(1, keepdim=True) / 127
+        scaled = groups * torch.where(scales == 0, 0.0, 1 / scales)
+        codes = torch.copysign((scaled.abs() + 0.5).floor(), scaled).to(torch.int8)
+        stored = scales.half()
+        raw = stored.view(torch.uint8)
+        raw = raw if sys.byteorder == "little" else raw.flip(1)
+        off = (codes.double() * stored.double() - groups.double()).square()
+        return torch.cat((raw, codes.view(torch.uint8)), 1), off
 
 
-class MxCodes(_OfGroups):
-    """The codes of a weight, two in a byte. A Source; it notes how far they are off."""
+class MxScales(_Grouped):
+    """The scales of a weight in MXFP4: powers of 2, stored as their exponents plus 127."""
+
+    def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        return (_exponents(groups) + _BIAS).to(torch.uint8), None
+
+
+class MxCodes(_Grouped):
+    """The codes (E2M1) of a weight in MXFP4, two in a byte, the first in its low bits.
+
+    As in compressed-tensors' `mxfp4-pack-quantized`.
+    """
 
     _bytes = GROUP // 2
 
-    def _made(self, groups: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
+        exponents = _exponents(groups)
         scales = torch.ldexp(torch.ones(exponents.shape), exponents)
         size = (groups / scales).abs()
         # Halfway values go to the code that is even.
