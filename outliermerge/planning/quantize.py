@@ -17,7 +17,7 @@ from outliermerge.checkpoint.quantized.encoded import Codes, Scales
 from outliermerge.checkpoint.quantized.grouped import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
 from outliermerge.checkpoint.quantized.tensors import ScaledTensor
-from outliermerge.checkpoint.sources import DTYPES, DType, Source, TensorMeta
+from outliermerge.checkpoint.sources import DTYPES, FLOAT_DTYPES, DType, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.methods.statistics.base import scope_of
 from outliermerge.planning.merged import MergedSource, WholeMerge
@@ -273,7 +273,7 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
         raise OutlierMergeError(f"{shown(base.reference)} is not quantised: leave this out")
     named = {job.name for job in jobs}
     others = [name for name in quantised if name not in held or name not in named]
-    others += [name for name, source in held.items() if source.zero_point is not None]
+    others += [name for name, source in held.items() if not _can_be_given_back(source)]
     if others:
         raise OutlierMergeError(
             f"{what} cannot be given back: only fp8 and int8 weights with scales can, under the "
@@ -303,6 +303,19 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     )
     note = f"{len(held)} weights are quantised as {shown(base.reference)} is"
     return Quantized(tuple(made), settings, note)
+
+
+def _can_be_given_back(source: ScaledTensor) -> bool:
+    """Tell whether a weight is stored as fp8 or int8 with plain scales, and no zero points."""
+    plain = (source.zero_point, source.groups, source.values, source.zero) == (None, None, (), 0.0)
+    scale = source.scale
+    return (
+        plain
+        and isinstance(source.weight, TensorMeta)
+        and source.weight.dtype in (*_CODES.values(), DTYPES["float8_e5m2"])
+        and isinstance(scale, TensorMeta)
+        and scale.dtype.name in FLOAT_DTYPES
+    )
 
 
 def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str) -> Iterator[Job]:
