@@ -275,9 +275,11 @@ def _pre(said: Mapping[str, Any]) -> str:
     cut = said.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    if not patterns and any(step.get("use_regex", True) for step in steps):
+    kinds = {step.get("type") for step in steps}
+    if kinds == {"ByteLevel"} and any(step.get("use_regex", True) for step in steps):
         return "gpt-2"
-    found = CUTS.get(patterns[0]) if len(patterns) == 1 else None
+    is_known = len(patterns) == 1 and kinds <= {"Split", "ByteLevel"}
+    found = CUTS.get(patterns[0]) if is_known else None
     if found is None:
         raise OutlierMergeError(
             "the tokenizer cuts texts as no tokenizer does that is known here (Llama 3, Qwen 2, "

@@ -49,16 +49,16 @@ class Q8Blocks(Sized):
         """Fill `out` with bytes start to stop (excluded), and note how far they are off.
 
         Raises:
-            OutlierMergeError: the weight has infinite or NaN values.
+            OutlierMergeError: the weight has values that are infinite, NaN or too large.
         """
         if stop == start:
             return
         first, last = start // BYTES, -(-stop // BYTES)
         values = reader.values(self.source, first * VALUES, last * VALUES).float()
-        if not bool(values.isfinite().all()):
+        if not bool((values / 127).half().isfinite().all()):  # the scale is a float16
             raise OutlierMergeError(
-                f"tensor {shown(self.name)} has values that are infinite or NaN, which Q8_0 cannot "
-                "hold. Check its models."
+                f"tensor {shown(self.name)} has values that are infinite, NaN or beyond "
+                f"{127 * 65504:,}, which Q8_0 cannot hold. Check its models."
             )
         raw, off = _encoded(values.view(-1, VALUES))
         array: Any = raw.view(-1).numpy()
