@@ -180,6 +180,13 @@ def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None
     spec = _change(folder, tmp_path, "config.json", rope_parameters={"rope_type": "llama3"})
     with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'llama3'"):
         outliermerge.plan(spec)
+    linear = {"type": "linear", "factor": 2.0}  # transformers takes it before rope_parameters
+    spec = _change(folder, tmp_path / "both", "config.json", rope_scaling=linear)
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'linear'"):
+        outliermerge.plan(spec)
+    spec = _change(folder, tmp_path / "gelu", "config.json", hidden_act="gelu")
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*hidden_act is 'gelu'"):
+        outliermerge.plan(spec)
     by_bytes = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     steps = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", **by_bytes}]
     cut = {"type": "Sequence", "pretokenizers": steps}  # SmolLM's
