@@ -68,12 +68,18 @@ def _as_gguf(plan: Plan) -> Plan:
             f"gguf is written of the model types {', '.join(_ARCHITECTURES)}; this is {kind!r}. "
             "Write safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise OutlierMergeError(
+                f"gguf is not written of models with a rope of type {rope_type!r}: write "
+                "safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
+            )
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise OutlierMergeError(
-            f"gguf is not written of models with a rope of type {rope_type!r}: write safetensors, "
-            "and convert them by llama.cpp's convert_hf_to_gguf.py"
+            f"config.json: hidden_act is {activation!r}, and llama.cpp computes models of the type "
+            f"{kind} with silu: write safetensors"
         )
     jobs = tuple(_jobs(plan, config))
     header = _header(jobs, plan, config, contents)
@@ -275,9 +281,11 @@ def _pre(said: Mapping[str, Any]) -> str:
     cut = said.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    if not patterns and any(step.get("use_regex", True) for step in steps):
+    kinds = {step.get("type") for step in steps}
+    if kinds == {"ByteLevel"} and any(step.get("use_regex", True) for step in steps):
         return "gpt-2"
-    found = CUTS.get(patterns[0]) if len(patterns) == 1 else None
+    is_known = len(patterns) == 1 and kinds <= {"Split", "ByteLevel"}
+    found = CUTS.get(patterns[0]) if is_known else None
     if found is None:
         raise OutlierMergeError(
             "the tokenizer cuts texts as no tokenizer does that is known here (Llama 3, Qwen 2, "

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 import transformers
 from checkpoints import fine_tune, load_folder
+from safetensors.torch import save_file
 
 import outliermerge
 from outliermerge.checkpoint.checksum import header_checksum
@@ -164,7 +165,7 @@ def test_the_bytes_are_the_same_on_all_ways_and_changes_are_found(
 
 def _change(folder: Path, target: Path, file: str, **values: Any) -> dict[str, Any]:
     base = target / "base"
-    base.mkdir()
+    base.mkdir(parents=True)
     for path in (folder / "base").iterdir():
         (base / path.name).write_bytes(path.read_bytes())
     said = json.loads((base / file).read_text())
@@ -181,3 +182,29 @@ def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None
     spec = _change(folder, tmp_path, "config.json", rope_parameters={"rope_type": "llama3"})
     with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'llama3'"):
         outliermerge.plan(spec)
+    linear = {"type": "linear", "factor": 2.0}  # transformers takes it before rope_parameters
+    spec = _change(folder, tmp_path / "both", "config.json", rope_scaling=linear)
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'linear'"):
+        outliermerge.plan(spec)
+    spec = _change(folder, tmp_path / "gelu", "config.json", hidden_act="gelu")
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*hidden_act is 'gelu'"):
+        outliermerge.plan(spec)
+    by_bytes = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", **by_bytes}]
+    cut = {"type": "Sequence", "pretokenizers": steps}  # SmolLM's
+    spec = _change(folder, tmp_path / "digits", "tokenizer.json", pre_tokenizer=cut)
+    with pytest.raises(outliermerge.OutlierMergeError, match="format: the tokenizer cuts texts"):
+        outliermerge.plan(spec)
+
+
+def test_values_beyond_the_scales_of_q8_0_are_refused(folder: Path, tmp_path: Path) -> None:
+    tensors = load_folder(folder / "base")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][0, 0] = 1e7
+    (tmp_path / "base").mkdir()
+    for path in (folder / "base").glob("*.json"):
+        (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    spec = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "base")}]}
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"beyond 8,319,008, which Q8_0"):
+        outliermerge.run(spec | {"format": "gguf", "quantize": "q8_0"}, output=tmp_path / "out")

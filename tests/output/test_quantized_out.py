@@ -292,3 +292,16 @@ def test_a_bad_spec_is_refused_with_its_line(folder: Path, tmp_path: Path, line:
     (tmp_path / "spec.yaml").write_text(f"{head}parameters: {{weight: 1}}\n{line}\n")
     with pytest.raises(outliermerge.OutlierMergeError, match=BAD[line]):
         outliermerge.plan(tmp_path / "spec.yaml")
+
+
+def test_small_weights_keep_their_values_beside_scales_of_float16(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float16)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data = (torch.randn(weight.shape) * 2e-4).half()
+    model.save_pretrained(tmp_path / "small")
+    spec = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "small")}]}
+    outliermerge.run(spec | {"quantize": "int8"}, output=tmp_path / "out")
+    found = _values(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
+    assert (found.float() - weight.float()).norm() < 0.02 * weight.float().norm()

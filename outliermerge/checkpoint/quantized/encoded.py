@@ -274,6 +274,6 @@ class _Made:
         # bitsandbytes stores the greatest magnitude itself: its factor is 1 / 127.
         divisor = 1.0 if of.factor != 1 else _LARGEST[of.codes.name]
         exact = (greatest / divisor).to(dtype)
-        smallest = torch.finfo(dtype).tiny
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         made = torch.where(greatest > 0, exact.clamp_min(smallest), 1.0).float()
         return made if before is None else torch.where(keeps, before, made)

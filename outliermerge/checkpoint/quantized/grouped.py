@@ -23,7 +23,8 @@ class _Grouped(OfSource):
 
     source: Source
 
-    _bytes = 1  # of a group
+    _bytes, _form = 1, "MXFP4"  # of a group
+    _most = 3.4028235e38  # the largest magnitude
 
     @property
     def dtype(self) -> DType:
@@ -42,16 +43,16 @@ class _Grouped(OfSource):
         """Fill `out` with bytes start to stop (excluded), and note how far they are off.
 
         Raises:
-            OutlierMergeError: the weight has infinite or NaN values.
+            OutlierMergeError: the weight has values that are infinite, NaN or too large.
         """
         if stop == start:
             return
         first, last = start // self._bytes, -(-stop // self._bytes)
         groups = reader.values(self.source, first * GROUP, last * GROUP).float().view(-1, GROUP)
-        if not bool(groups.isfinite().all()):
+        if not float(groups.abs().max()) <= self._most:
             raise OutlierMergeError(
-                f"tensor {shown(self.name)} has values that are infinite or NaN, which codes of 4 "
-                "or 8 bits cannot hold. Check its models."
+                f"tensor {shown(self.name)} has values that are infinite, NaN or beyond "
+                f"{self._most:,.9g}, which {self._form} cannot hold. Check its models."
             )
         made, off = self._made(groups)
         array: Any = made.reshape(-1).numpy()
@@ -72,7 +73,8 @@ class Q8Blocks(_Grouped):
     The same bytes as `gguf.quantize(values, GGMLQuantizationType.Q8_0)`.
     """
 
-    _bytes = 2 + GROUP
+    _bytes, _form = 2 + GROUP, "Q8_0"
+    _most = 127 * 65504.0  # the scale is a float16
 
     def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
