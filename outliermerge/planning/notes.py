@@ -44,7 +44,9 @@ def reading_notes(spec: MergeSpec, inputs: Sequence[Input]) -> Iterator[str]:
         yield f"{WARNING}without effect, as mergekit passes over it in silence:\n{rows}"
     yield from spec.notes
     for entry in inputs:
-        yield from (f"{entry.reference}: {note}" for note in entry.checkpoint.notes)
+        root = f"{entry.checkpoint.root}: "  # the reference names the model already
+        for note in entry.checkpoint.notes:
+            yield f"{entry.reference}: {note.removeprefix(root)}"
 
 
 def merge_notes(

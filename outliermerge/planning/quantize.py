@@ -270,7 +270,10 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
     }
     what = f"the format of {shown(base.reference)}"
     if not quantised:
-        raise OutlierMergeError(f"{shown(base.reference)} is not quantised: leave this out")
+        raise OutlierMergeError(
+            f"{shown(base.reference)} is not quantised: leave this out, or name a format: "
+            "fp8, int8 or mxfp4"
+        )
     named = {job.name for job in jobs}
     others = [name for name in quantised if name not in held or name not in named]
     others += [name for name, source in held.items() if not _can_be_given_back(source)]

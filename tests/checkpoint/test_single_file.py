@@ -257,6 +257,7 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
         ["x.a.b", "y.a.b"], ["lora_unet_a_b"], "could be in several places of the base: lora_"),
     "none": (["a.b"], ["lora_unet_a_b", "lora_unet_a_c"], "1 of its 2 layers lora_unet_… are none"),
     "no text encoder": (["a.b"], ["lora_unet_a_b", "lora_te_a_c"], "layers lora_te_… are none"),
+    "another part": (["unet/a.b"], ["lora_te_a_b"], "1 of its 1 layers lora_te_… are none"),
     "one layer by two names": (
         ["a.b"], ["lora_unet_a_b", "diffusion_model.a.b"], "are both for 'a.b.weight'"),
 }  # fmt: skip

@@ -106,10 +106,14 @@ def targets_of(group: Group, base: Collection[str]) -> dict[str, str]:
     """
     hits: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     wanted = set(group.layers.values())
+    own = _ROOTS.get(group.part)
+    others = {root for roots in _ROOTS.values() for root in roots} - set(own) if own else set()
     for name in base:
         if not name.endswith(".weight"):
             continue
         for root, tail in _tails(name.removesuffix(".weight")):
+            if root in others:
+                continue
             for alias in {_flat(tail), *map(_flat, _aliases(tail))}:
                 if alias in wanted:
                     hits[root][alias].append(name)
