@@ -304,8 +304,8 @@ def _named(reference: str, module: nn.Module, checkpoint: Checkpoint) -> dict[st
         if len(fitting) != 1 or fitting[0] in found.values():
             raise OutlierMergeError(
                 f"{shown(reference)}: {shown(name)} is no tensor of its files as it is, so that "
-                "the model cannot be measured layer by layer, but only whole, in memory. A merge of "
-                "it with `layout: transformers` brings it into the form that its class has."
+                "the model cannot be measured layer by layer, but only whole, in memory. A merge "
+                "with `layout: transformers` brings it into the form that its class has."
             )
         found[name] = fitting[0]
     return found
