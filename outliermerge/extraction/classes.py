@@ -52,7 +52,8 @@ class Classes:
                 f"than its class, so that peft would not load all of the adapter:\n"
                 f"{listing(map(shown, unknown), limit=5)}\n`layout: transformers` in a spec brings "
                 f"models into the class's layout (of packed experts there is no adapter). "
-                f"Without this check ({argument('load_check', False)}) the adapter has the files' names."
+                f"Without this check ({argument('load_check', False)}) the adapter has the "
+                "files' names."
             )
 
 
