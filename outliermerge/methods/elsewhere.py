@@ -34,7 +34,7 @@ _KNOWN = {
         "ties": "ties_merging emr emr_merging magmax tall_mask randes magnitude_diff_pruning "
         "concrete concrete_subspace concrete_task_arithmetic",
         "task_arithmetic": "adamerging task_wise_adamerging layer_wise_adamerging iso_c iso_cts "
-        "tsv_m doge_ta dop expo fw fw_merging surgery trust_region bitdelta knots",
+        "tsv_m wudi doge_ta dop expo fw fw_merging surgery trust_region bitdelta knots",
         "iso_c": "isotropic isotropic_merging",
         "tsv_m": "tsv tsvm task_singular_vector",
         "wudi": "wudi_merging",
@@ -61,7 +61,7 @@ _SAME = {
     "task_vectors": "task_arithmetic", "ta": "task_arithmetic", "ties_merging": "ties",
     "isotropic": "iso_c", "isotropic_merging": "iso_c", "tsv": "tsv_m", "tsvm": "tsv_m",
     "task_singular_vector": "tsv_m", "pcb_merging": "pcb", "fisher_merging": "fisher",
-    "consensus": "consensus_ta",
+    "consensus": "consensus_ta", "wudi_merging": "wudi",
 }  # fmt: skip
 _PLACES = {
     name: (tool, nearest)
