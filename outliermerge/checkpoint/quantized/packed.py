@@ -135,12 +135,14 @@ def turned(source: Source) -> Source:
 
 def turned_in(sources: Iterable[Source]) -> list[Turned]:
     """Return what is kept as a whole while sources are read."""
-    found, pending = [], list(sources)
+    seen: dict[int, Source] = {}  # a merge of merges may have one in many places
+    pending = list(sources)
     while pending:
         source = pending.pop()
-        found += [source] if isinstance(source, Turned) else []
-        pending += inner(source)
-    return found
+        if id(source) not in seen:
+            seen[id(source)] = source
+            pending += inner(source)
+    return [source for source in seen.values() if isinstance(source, Turned)]
 
 
 @dataclass(frozen=True, kw_only=True)
