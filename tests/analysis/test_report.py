@@ -34,6 +34,7 @@ HOSTILE = "model.layers.0.</script><b id='evil'>ü</b>.weight"
 
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("which", ["pair", "merge"])
+@pytest.mark.sampled(2)
 def test_all_sections_are_drawn_without_errors_requests_or_sideways_scrolling(
     made, visit, which, width
 ):

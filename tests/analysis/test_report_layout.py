@@ -29,6 +29,7 @@ def wait_for_all(page):
 
 
 @pytest.mark.parametrize("plot", ["drift-plot", "heat-plot"])
+@pytest.mark.sampled(2)
 def test_a_heat_map_is_as_wide_as_before_when_a_window_is_wide_again(made, visit, plot):
     room = ("(({ _fullLayout }) => [_fullLayout._size.w, _fullLayout._size.h, _fullLayout.width])"
             f"(document.getElementById('{plot}'))")  # fmt: skip

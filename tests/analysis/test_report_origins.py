@@ -98,6 +98,7 @@ def test_layers_with_the_same_numbers_are_compared(data_of, models, tmp_path):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
+@pytest.mark.sampled(2)
 def test_a_map_shows_which_layers_are_from_where(width, scheme, data_of, models, visit, tmp_path):
     one = sliced(models, (["task0"], 0, 2), (["task1"], 1, 2))
     two = sliced(models, (["task2"], 0, 2), (["task1"], 0, 1))

@@ -420,6 +420,7 @@ def test_wide_tables_say_on_a_phone_that_they_go_on(made, visit):
         pytest.param("pair", 375, "light", marks=pytest.mark.faults),
     ],
 )
+@pytest.mark.sampled(2)
 def test_no_rule_of_accessibility_is_broken(made, visit, which, width, scheme):
     with visit(getattr(made, which), width=width, scheme=scheme) as page:
         draw_all(page)

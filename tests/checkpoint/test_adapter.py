@@ -235,6 +235,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "passthrough"])
+@pytest.mark.sampled(2)
 def test_adapters_merge_as_the_models_that_peft_makes_of_them(method, two, tmp_path):
     def run(kind: str) -> dict[str, torch.Tensor]:
         spec = {

@@ -404,6 +404,7 @@ class TestRefusals:
             ("org/a@v2", "", "the repository has no revision 'v2'."),
         ],
     )
+    @pytest.mark.sampled(2)
     def test_what_the_hub_refuses_is_told_with_what_to_do(
         self, hub: HubServer, tmp_path: Path, name: str, token: str, reason: str
     ) -> None:

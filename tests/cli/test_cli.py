@@ -105,6 +105,7 @@ class TestHelp:
             assert any(line.startswith(f"  outliermerge {name}") for line in examples)
 
     @pytest.mark.parametrize("command", COMMANDS)
+    @pytest.mark.sampled(2)
     def test_every_example_is_a_valid_command_line(
         self, command: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -549,6 +550,7 @@ class TestInterrupt:
             "--version",
         ],
     )
+    @pytest.mark.sampled(3)
     def test_a_reader_that_has_enough_is_no_error(
         self, place: Path, command: str, buffered: bool
     ) -> None:

@@ -162,6 +162,7 @@ def large_sources(kind: str) -> list[Tensor]:
     ("select_topk", "compat"),
     [(0.0, "none"), (1e-9, "none"), (0.1, "none"), (0.1, "mergekit"), (0.9, "none"), (1.0, "none")],
 )
+@pytest.mark.sampled(2)
 def test_sce_selects_and_weighs_the_same_by_kernels_as_by_torch(compat, select_topk, kind):
     sources = large_sources(kind)
     codes = "fbef" if kind != "alike" else "fbbb"

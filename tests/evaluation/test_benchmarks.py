@@ -145,6 +145,7 @@ def model(run: Run, name: str) -> ModelScores:
 
 
 @pytest.mark.parametrize("title", BENCHMARKS)
+@pytest.mark.sampled(2)
 def test_right_answers_score_100(run: Run, title: str) -> None:
     expected, score = BENCHMARKS[title], model(run, "right").tasks[title]
     assert (score.task, score.score, score.stderr) == (expected.task, 100, 0)

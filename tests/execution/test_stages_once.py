@@ -39,6 +39,7 @@ def in_stages(models: list[str], number: int, **last: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("memory", ["1GiB", "2MiB"])
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.sampled(2)
 def test_each_block_of_each_stage_is_merged_once(kernels, memory, models, monkeypatch, tmp_path):
     spec = in_stages(models, 6, parameters={"density": 0.4})
     monkeypatch.setattr(threads, "_read_again", lambda group: frozenset())

@@ -389,6 +389,7 @@ def test_a_model_without_deviation_keeps_every_element_whole(frozen, tmp_path):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("method", [name for name in OF_DELTAS if name in SEVERAL])
+@pytest.mark.sampled(3)
 def test_a_tensor_that_no_model_changed_is_the_bases_byte_for_byte(method, dtype, tmp_path):
     frozen = torch.tensor([-0.0, 0.0, 1.5, -2.0]).to(dtype)
     moved = frozen + 1

@@ -162,6 +162,7 @@ def test_a_run_that_is_alive_does_not(models: Path, server: BucketServer) -> Non
 
 
 @pytest.mark.parametrize("how", ["fails", "killed"])
+@pytest.mark.sampled(2)
 def test_an_old_output_that_lost_its_manifest_is_known_as_ours(
     models: Path, server: BucketServer, linear: dict[str, bytes], tmp_path: Path, how: str
 ) -> None:
@@ -179,6 +180,7 @@ def test_an_old_output_that_lost_its_manifest_is_known_as_ours(
 
 
 @pytest.mark.parametrize("method", ["ties", "linear"])
+@pytest.mark.sampled(2)
 def test_an_old_output_that_is_whole_is_replaced_only_when_asked(
     models: Path, server: BucketServer, tmp_path: Path, method: str
 ) -> None:

@@ -325,6 +325,7 @@ class TestSmall:
 
     @pytest.mark.parametrize("number", range(7))
     @pytest.mark.parametrize("where", [2, 0.5, -3])
+    @pytest.mark.sampled(3)
     def test_a_changed_digit_in_the_journal_costs_one_tensor(
         self, killed: Path, number: int, where: float
     ) -> None:

@@ -64,6 +64,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
         for moment in range(NUM_MOMENTS)
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_killed_run_goes_on_with_the_same_rows_and_tokens(models, tmp_path, monkeypatch, moment):
     chance, number, output = random.Random(moment), moment % 2, tmp_path / "out"
     line = 1 + int(NUM_TENSORS * (moment + chance.random() * 0.9) / NUM_MOMENTS)

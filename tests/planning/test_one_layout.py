@@ -41,6 +41,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     "layouts", [("old", "old"), ("new", "new"), ("old", "new"), ("new", "old")]
 )
 @pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.sampled(2)
 def test_merges_in_any_layouts_are_the_merge_of_the_loaded_models(
     name, layouts, families, tmp_path
 ):

@@ -169,6 +169,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.sampled(2)
 def test_a_bad_spec_is_refused_with_this_message(case, folder, capsys, monkeypatch):
     text, expected = BAD[case]
     monkeypatch.chdir(folder)
