@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from outliermerge.arguments import nothing
 from outliermerge.calibration.data import Sample
 from outliermerge.calibration.measure import Partial, Wanted
-from outliermerge.calibration.model import Feeder, Loaded, class_of, quiet
+from outliermerge.calibration.model import Feeder, Loaded, candidates_of, class_of, quiet
 from outliermerge.calibration.sums import Summing, Sums, Unit, units_of
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.hub import resolve
@@ -289,16 +289,8 @@ def _named(reference: str, module: nn.Module, checkpoint: Checkpoint) -> dict[st
     Raises:
         OutlierMergeError: one has none, or several.
     """
-    by_end: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            by_end.setdefault(".".join(parts[start:]), []).append(name)
     found: dict[str, str] = {}
-    for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        ends = (by_end.get(".".join(parts[start:]), []) for start in range(len(parts)))
-        candidates = [name] if name in checkpoint.tensors else next(filter(None, ends), [])
+    for name, parameter, candidates in candidates_of(module, checkpoint):
         shape = tuple(parameter.shape)
         fitting = [each for each in candidates if checkpoint.tensors[each].shape == shape]
         if len(fitting) != 1 or fitting[0] in found.values():

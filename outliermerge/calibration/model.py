@@ -136,16 +136,8 @@ def _paired(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], 
     """
     found: dict[str, str] = {}
     unknown, taken = [], set[str]()
-    by_end: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            by_end.setdefault(".".join(parts[start:]), []).append(name)
     with Reader() as reader:
-        for name, parameter in module.named_parameters():
-            parts = name.split(".")
-            ends = (by_end.get(".".join(parts[start:]), []) for start in range(len(parts)))
-            candidates = [name] if name in checkpoint.tensors else next(filter(None, ends), [])
+        for name, parameter, candidates in candidates_of(module, checkpoint):
             fitting = [
                 each
                 for each in candidates
@@ -157,6 +149,22 @@ def _paired(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], 
             else:
                 unknown.append(name)
     return found, unknown
+
+
+def candidates_of(
+    module: nn.Module, checkpoint: Checkpoint
+) -> Iterator[tuple[str, nn.Parameter, list[str]]]:
+    """Yield each parameter with the tensors that have its name, or else the longest end of it."""
+    by_end: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            by_end.setdefault(".".join(parts[start:]), []).append(name)
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        ends = (by_end.get(".".join(parts[start:]), []) for start in range(len(parts)))
+        candidates = [name] if name in checkpoint.tensors else next(filter(None, ends), [])
+        yield name, parameter, candidates
 
 
 def _holds(source: Source, values: Tensor, reader: Reader) -> bool:
