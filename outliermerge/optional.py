@@ -42,19 +42,21 @@ def require_torch(what: str) -> None:
         raise OutlierMergeError(f"{what} needs torch, which is not installed. {INSTALL_TORCH}")
 
 
-def require_gguf(what: str) -> None:
-    """Refuse what needs the package gguf, before it begins.
+def require_package(package: str, what: str, extra: str) -> None:
+    """Refuse what needs a package, before it begins.
 
     Args:
+        package: its name, and its module's.
         what: what needs it, for the message.
+        extra: the extra of this package that brings it.
 
     Raises:
         OutlierMergeError: it is not installed.
     """
-    if not is_installed("gguf"):
+    if not is_installed(package):
         raise OutlierMergeError(
-            f"{what} needs the package gguf, which is not installed: "
-            "pip install 'outliermerge[gguf]'"
+            f"{what} needs the package {package}, which is not installed: "
+            f"pip install 'outliermerge[{extra}]'"
         )
 
 

@@ -26,7 +26,7 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Checkpoint, Source
 from outliermerge.display import human_bytes
 from outliermerge.errors import OutlierMergeError, shown
-from outliermerge.optional import is_installed
+from outliermerge.optional import require_package
 from outliermerge.spec.settings import find_layers
 from outliermerge.storage.machine import free_memory_bytes
 
@@ -87,31 +87,27 @@ def measure_by_layer(
             f"{shown(reference)}: Fisher information needs the whole model in memory at once. "
             "Measure gram and mean only, or on a machine with more memory."
         )
-    if not is_installed("greenlet"):
-        raise OutlierMergeError(
-            "to measure layer by layer needs greenlet, which is not installed: pip install greenlet"
-        )
+    require_package("greenlet", "measuring layer by layer", "measure")
     loaded, layers = _loaded(reference, device)
     _refuse_too_many(loaded, samples, wanted.max_tokens)
-    groups = _groups(loaded, layers, units_of(loaded, wanted.statistics))
-    partial_ = Partial(
-        loaded, samples, output, wanted, data=data, num_groups=len(groups),
-        units=[unit for _, group in groups for unit in group],
-    )  # fmt: skip
+    units = units_of(loaded, wanted.statistics)
+    groups = _groups(layers, units)
+    written = Partial(
+        loaded, samples, output, wanted, data=data, num_groups=len(groups), units=units
+    )
     feeder = Feeder(
         loaded, with_images=any(one.images for one in samples), max_tokens=wanted.max_tokens
     )
     sums = Sums()
     summing = Summing(
-        loaded, feeder, [unit for _, group in groups for unit in group], wanted.statistics,
-        fisher="empirical", seed=0, sums=sums,
-    )  # fmt: skip
+        loaded, feeder, units, wanted.statistics, fisher="empirical", seed=0, sums=sums
+    )
 
     def write(layer: str | None) -> None:
         for number, (name, group) in enumerate(groups, start=1):
             if name == layer:
-                if not partial_.has(number):
-                    partial_.write_group(number, group, sums)
+                if not written.has(number):
+                    written.write_group(number, group, sums)
                 for unit in group:
                     for kind in wanted.statistics:
                         sums.tensors.pop(f"{kind}/{unit.inputs}", None)
@@ -127,7 +123,7 @@ def measure_by_layer(
         finally:
             passes.end()
     write(None)
-    return partial_.finish()
+    return written.finish()
 
 
 @dataclass
@@ -304,7 +300,7 @@ def _named(reference: str, module: nn.Module, checkpoint: Checkpoint) -> dict[st
 
 
 def _groups(
-    loaded: Loaded, layers: Mapping[str, _Layer], units: Sequence[Unit]
+    layers: Mapping[str, _Layer], units: Sequence[Unit]
 ) -> list[tuple[str | None, list[Unit]]]:
     """Return the layers that have something to measure with their modules; last what is in none."""
     layer_of = {

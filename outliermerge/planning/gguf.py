@@ -20,7 +20,7 @@ from outliermerge.checkpoint.quantized.grouped import GROUP, Q8Blocks
 from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.optional import is_installed
+from outliermerge.optional import is_installed, require_package
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.planning.quantize import copy_of, sources_of
 from outliermerge.planning.sidecars import sidecar_contents
@@ -56,8 +56,7 @@ def as_gguf(plan: Plan) -> Plan:
 
 
 def _as_gguf(plan: Plan) -> Plan:
-    if not is_installed("gguf"):
-        raise OutlierMergeError("gguf needs the package gguf: pip install 'outliermerge[gguf]'")
+    require_package("gguf", "a GGUF output", "gguf")
     if plan.is_one_file or set(plan.components) != {""}:
         raise OutlierMergeError("the base is no folder of one model, of which gguf could be made")
     contents = {name: _read(content) for name, content in sidecar_contents(plan).items()}

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from outliermerge.checkpoint.sources import DTYPES, TensorMeta, is_name
 from outliermerge.errors import OutlierMergeError, quoted
-from outliermerge.optional import require_gguf
+from outliermerge.optional import require_package
 from outliermerge.storage.files import check_file
 from outliermerge.storage.lfs import refuse_lfs_pointer
 from outliermerge.storage.stamps import open_file
@@ -43,7 +43,7 @@ def read_file(path: Path) -> tuple[list[TensorMeta], list[str], dict[str, str]]:
         OutlierMergeError: the file is truncated, its header breaks the format's rules, or the
             package gguf is not installed.
     """
-    require_gguf(f"reading {path}")
+    require_package("gguf", f"reading {path}", "gguf")
     check_file(path)
     refuse_lfs_pointer(path)
     with open_file(path) as file:
