@@ -265,8 +265,8 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
         name: source
         for name, source in quantised.items()
         if isinstance(source, ScaledTensor)
-        and isinstance(source.scale, TensorMeta)
         and source.weight.name == name
+        and _can_be_given_back(source)
     }
     what = f"the format of {shown(base.reference)}"
     if not quantised:
@@ -276,7 +276,6 @@ def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
         )
     named = {job.name for job in jobs}
     others = [name for name in quantised if name not in held or name not in named]
-    others += [name for name, source in held.items() if not _can_be_given_back(source)]
     if others:
         raise OutlierMergeError(
             f"{what} cannot be given back: only fp8 and int8 weights with scales can, under the "
