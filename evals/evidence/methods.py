@@ -105,11 +105,6 @@ def _halton(number: int, base: int) -> float:
     return share
 
 
-def takes(method: str) -> tuple[str, ...]:
-    """Return the kinds of statistics that a method takes of each model."""
-    return outliermerge.find_method("min_sigma" if method in VARIANTS else method).auxiliary
-
-
 def merged(
     method: str,
     base: State,
@@ -119,13 +114,14 @@ def merged(
     statistics: Callable[[], Sequence[Statistics]],
 ) -> State:
     """Merge task models in memory by the library."""
-    auxiliary = {kind: [own[kind] for own in statistics()] for kind in takes(method)}
     if method in PAIRS:
         base, models = models[0], models[1:]
     start = None if method in WITHOUT_BASE else base
     given = {name + "_" * (name == "lambda"): value for name, value in parameters.items()}
     if method in VARIANTS:
         method, given = "min_sigma", {**given, **VARIANTS[method]}
+    kinds = outliermerge.find_method(method).auxiliary
+    auxiliary = {kind: [own[kind] for own in statistics()] for kind in kinds}
     return outliermerge.merge_state_dicts(
         models, base=start, method=method, seed=seed, auxiliary=auxiliary, **given
     )

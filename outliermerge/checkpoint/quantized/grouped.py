@@ -23,7 +23,8 @@ class _Grouped(OfSource):
 
     source: Source
 
-    _bytes, _form = 1, "MXFP4"  # of a group
+    _form = "MXFP4"
+    _bytes = 1  # of a group
     _most = 3.4028235e38  # the largest magnitude
 
     @property
@@ -73,7 +74,8 @@ class Q8Blocks(_Grouped):
     The same bytes as `gguf.quantize(values, GGMLQuantizationType.Q8_0)`.
     """
 
-    _bytes, _form = 2 + GROUP, "Q8_0"
+    _form = "Q8_0"
+    _bytes = 2 + GROUP
     _most = 127 * 65504.0  # the scale is a float16
 
     def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
