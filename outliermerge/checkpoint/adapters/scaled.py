@@ -38,6 +38,7 @@ class ScaledSum(LowRankSum):
     """
 
     s: TensorMeta | None
+    by_kernels = False
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:

@@ -42,3 +42,9 @@ class QuantizedModel:
 
     def broken(self, name: str, what: str) -> NoReturn:
         raise OutlierMergeError(f"{self.tensors[name].path}: tensor {name!r}: {what}")
+
+    def first_bytes(self, meta: TensorMeta, num_elements: int) -> bytes:
+        """Return the stored bytes of a tensor's first elements."""
+        found = bytearray(num_elements * meta.dtype.num_bytes)
+        meta.read(self.reader, 0, num_elements, memoryview(found))
+        return bytes(found)
