@@ -38,7 +38,6 @@ class ScaledSum(LowRankSum):
     """
 
     s: TensorMeta | None
-    by_kernels = False
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:

@@ -37,7 +37,6 @@ class LowRankSum(ComputedTensor):
     lora_b: TensorMeta
     scale: float
     transposed: bool = False
-    is_exact = True
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
@@ -56,7 +55,8 @@ class LowRankSum(ComputedTensor):
     @property
     def by_kernels(self) -> bool:
         parts = (self.base, self.lora_a, self.lora_b)
-        return not self.transposed and all(map(are_floats, parts))
+        is_plain = type(self) is LowRankSum and not self.transposed
+        return is_plain and all(map(are_floats, parts))
 
     def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
         """Return where kernels compute elements from `first` on; those of `span` can be read."""
@@ -199,14 +199,9 @@ class Rescaled(ComputedTensor):
         return values * (magnitude / norms).repeat_interleave(width)
 
     @property
-    def is_exact(self) -> bool:  # type: ignore[override]
-        """Whether a row's values do not depend on the rows that are computed with it."""
-        return self.direction.is_exact
-
-    @property
     def by_kernels(self) -> bool:
         is_by_row = not self.by_column and are_floats(self.magnitude)
-        return is_by_row and type(self.direction) is LowRankSum and self.direction.by_kernels
+        return is_by_row and isinstance(self.direction, LowRankSum) and self.direction.by_kernels
 
     def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
         """Return where kernels compute elements from `first` on; those of `span` can be read."""

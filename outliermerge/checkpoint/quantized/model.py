@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,11 @@ class QuantizedModel:
     out_dtype: DType
     reader: Reading
     renamed: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def has_activations(self) -> bool:
+        """Whether any tensor is about activations, by its name; most models have none."""
+        return any(name.endswith(ACTIVATIONS) for name in self.tensors)
 
     def refuse(self, what: str) -> NoReturn:
         raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")

@@ -23,7 +23,7 @@ typedef struct {
     Py_buffer scales, zeros, table;
     float numbers[256]; /* what each code stands for, where `table` is given or codes are nibbles */
     float zero, factor, added;
-    int is_scaled;
+    int only_scales, is_plain; /* whether all else, and scales too, would change nothing */
 } Codes;
 
 /* A computed source is made in a block that begins with the tensor's element `first`. */
@@ -111,8 +111,11 @@ static void scale_run(const Codes *codes, size_t block, float *restrict values, 
     const float scale = codes->scales.buf != NULL ? ((const float *)codes->scales.buf)[block] : 1;
     const float point = codes->zeros.buf != NULL ? ((const float *)codes->zeros.buf)[block] : 0;
     const float zero = codes->zero, factor = codes->factor, added = codes->added;
-    for (size_t i = 0; i < num; i++)
-        values[i] = ((values[i] - point) - zero) * scale * factor + added;
+    if (codes->only_scales)
+        for (size_t i = 0; i < num; i++) values[i] *= scale;
+    else
+        for (size_t i = 0; i < num; i++)
+            values[i] = ((values[i] - point) - zero) * scale * factor + added;
 }
 
 /* Multiply a run of values from an element of the tensor on. */
@@ -156,7 +159,7 @@ static int compute_codes(const Computed *computed, int64_t start, size_t num, fl
                                                : byte_of(codes->code, element + (int64_t)step);
         memcpy(some, stored + (at - low), (size_t)(until - at));
         decode(codes, some, odd, into + done, step);
-        if (codes->is_scaled) scale_values(codes, element, into + done, step);
+        if (!codes->is_plain) scale_values(codes, element, into + done, step);
     }
     return 1;
 }
@@ -201,8 +204,9 @@ static int take_codes(Codes *codes, PyObject *tuple, int64_t *first) {
     codes->rows = (size_t)rows, codes->columns = (size_t)columns;
     codes->height = (size_t)height, codes->width = (size_t)width;
     codes->first_row = (size_t)first_row;
-    codes->is_scaled = codes->scales.buf != NULL || codes->zeros.buf != NULL || codes->zero != 0 ||
-                       codes->factor != 1 || codes->added != 0;
+    codes->only_scales = codes->zeros.buf == NULL && codes->zero == 0 && codes->factor == 1 &&
+                         codes->added == 0 && signbit(codes->added); /* -0 + 0 is 0 */
+    codes->is_plain = codes->only_scales && codes->scales.buf == NULL;
     for (int i = 0; i < 256; i++) codes->numbers[i] = (float)i;
     if (codes->table.buf != NULL)
         memcpy(codes->numbers, codes->table.buf,
