@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import forms
 import pytest
 import torch
 from checkpoints import save_tensors
+from forms import FORMS
 from injection import Call, Done, Driver, Injection, try_calls
 from kinds import IMPORTED, KINDS, MODELS, command, save_models, save_specs
 
@@ -37,8 +39,10 @@ CASES = {
     "TIES": ("ties.yaml",),
     "TIES by torch": ("ties.yaml", "--no-kernels"),
     "several threads": ("min_sigma.yaml", "--threads", "3"),
-    **{kind: (f"{kind}.yaml",) for kind in KINDS},
+    **{kind: (f"{kind}.yaml",) for kind in (*KINDS, *FORMS)},
 }
+
+OF_KINDS = (*KINDS, *FORMS)
 
 
 class Workplace:
@@ -63,9 +67,12 @@ class Workplace:
             )
         save_models(root / "models")
         save_specs(root, root / "models", gate_mode="hidden")
+        forms.save_models(root / "forms")
+        forms.save_specs(root, root / "forms")
         self.inputs = [root / name for name in ("base", "task", "pickled")]
         self.inputs += [root / "models" / name for name in MODELS]
-        self.driver = Driver(root / "driver", IMPORTED)
+        self.inputs += [*(root / "forms").iterdir()]
+        self.driver = Driver(root / "driver", (*IMPORTED, *forms.IMPORTED))
         self.calls: dict[str, list[Call]] = {}
         self.expected: dict[str, bytes] = {}
 
@@ -85,8 +92,13 @@ class Workplace:
             done = self.run(case, Injection(kinds=READING, paths=self.inputs))
             assert done.code == 0, done.err
             self.calls[case] = list(done.calls)
-            self.expected[case] = (self.root / "out" / "model.safetensors").read_bytes()
+            self.expected[case] = self.weights()
         return self.calls[case]
+
+    def weights(self) -> bytes:
+        """Return the weights of the output."""
+        (file,) = (self.root / "out").glob("model.*")
+        return file.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +114,7 @@ def _check(workplace: Workplace, case: str, mode: str, number: int) -> None:
     output = workplace.root / "out"
     assert "Traceback" not in done.err, done.err
     if done.code == 0:
-        assert (output / "model.safetensors").read_bytes() == workplace.expected[case]
+        assert workplace.weights() == workplace.expected[case]
         return
     assert done.code == 1, (done.code, done.err)
     assert mode not in ("EINTR", "half"), done.err
@@ -124,14 +136,14 @@ def _try(workplace: Workplace, case: str, mode: str, *, most: int | None) -> int
         calls,
         range(len(calls)),
         lambda number: _check(workplace, case, mode, number),
-        step=max(1, len(calls) // most) if most else EVERY_OF_KINDS if case in KINDS else 1,
+        step=max(1, len(calls) // most) if most else EVERY_OF_KINDS if case in OF_KINDS else 1,
     )
 
 
 @pytest.mark.parametrize(("case", "mode"), [*product(CASES, MODES)][::5])
 @pytest.mark.sampled(2)
 def test_a_call_on_an_input_that_fails_is_gone_on_with_or_named(workplace, case, mode):
-    _try(workplace, case, mode, most=NUM_OF_KINDS if case in KINDS else NUM_SAMPLED)
+    _try(workplace, case, mode, most=NUM_OF_KINDS if case in OF_KINDS else NUM_SAMPLED)
 
 
 @pytest.mark.faults
