@@ -33,6 +33,7 @@ MODES = {
     "half": ("short", 0, "read,pread,preadv"),
     "end of file": ("eof", 0, "pread,preadv"),
 }
+ADAPTER = "adapter"
 CASES = {
     "kernels": ("min_sigma.yaml",),
     "torch": ("min_sigma.yaml", "--no-kernels"),
@@ -40,9 +41,10 @@ CASES = {
     "TIES by torch": ("ties.yaml", "--no-kernels"),
     "several threads": ("min_sigma.yaml", "--threads", "3"),
     **{kind: (f"{kind}.yaml",) for kind in (*KINDS, *FORMS)},
+    ADAPTER: ("lora.yaml", "--rank", "2"),
 }
 
-OF_KINDS = (*KINDS, *FORMS)
+OF_KINDS = (*KINDS, *FORMS, ADAPTER)
 
 
 class Workplace:
@@ -83,7 +85,7 @@ class Workplace:
         spec, *more = CASES[case]
         threads = [] if "--threads" in more else ["--threads", "1"]
         output = ["--output", self.root / "out", "--no-load-check"]
-        word = command(case) if case in KINDS else "run"
+        word = command(case) if case in KINDS else "extract" if case == ADAPTER else "run"
         return self.driver.run([word, self.root / spec, *output, *more, *threads], injection)
 
     def prepare(self, case: str) -> list[Call]:
@@ -97,7 +99,7 @@ class Workplace:
 
     def weights(self) -> bytes:
         """Return the weights of the output."""
-        (file,) = (self.root / "out").glob("model.*")
+        (file,) = (self.root / "out").glob("*model.*")
         return file.read_bytes()
 
 

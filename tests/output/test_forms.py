@@ -55,6 +55,10 @@ def copied(models: Path, target: Path) -> Path:
     return Path(shutil.copytree(models, target))
 
 
+def num_tensors(whole: Path) -> int:
+    return len(json.loads((whole / "outliermerge.json").read_text())["tensors"])
+
+
 def assert_same(output: Path, whole: Path) -> None:
     found, expected = files_of(output), files_of(whole)
     assert found.keys() == expected.keys()
@@ -68,8 +72,7 @@ def assert_same(output: Path, whole: Path) -> None:
 def test_a_run_that_is_stopped_anywhere_goes_on_with_other_threads_and_memory(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_tensors = len(json.loads((whole / "outliermerge.json").read_text())["tensors"])
-    for number in range(1, num_tensors, 3):
+    for number in range(1, num_tensors(whole), 3):
         output = tmp_path / "out"
         with stopping_after(monkeypatch, number), pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec(form, models), output=output, threads=1)
@@ -88,25 +91,37 @@ def test_a_run_goes_on_where_models_were_copied_again_and_not_where_they_are_oth
 ) -> None:
     """Files with other inodes are compared with what was read; a cache may have been cleared."""
     place, output = models.parent / "moved", tmp_path / "out"
+    number = num_tensors(whole) // 2
     models.rename(place)
     try:
         copied(place, models)
-        with stopping_after(monkeypatch, 4), pytest.raises(KeyboardInterrupt):
+        with stopping_after(monkeypatch, number), pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec(form, models), output=output, threads=1)
         shutil.rmtree(models)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         copied(place, models)
         done = outliermerge.run(spec(form, models), output=output)
-        assert done.num_resumed <= 4 if form.startswith("to-") else done.num_resumed == 4
+        assert done.num_resumed <= number if form.startswith("to-") else done.num_resumed == number
         assert_same(output, whole)
         shutil.rmtree(output)
-        with stopping_after(monkeypatch, 4), pytest.raises(KeyboardInterrupt):
+        with stopping_after(monkeypatch, number), pytest.raises(KeyboardInterrupt):
             outliermerge.run(spec(form, models), output=output, threads=1)
         with pytest.raises(OutlierMergeError, match="begun by another merge: the spec"):
             outliermerge.run(spec(form, models, weight=0.25), output=output)
     finally:
         shutil.rmtree(models, ignore_errors=True)
         place.rename(models)
+
+
+@FORM
+@pytest.mark.sampled(4)
+def test_parts_are_joined_to_the_bytes_of_a_run(
+    form: str, models: Path, whole: Path, tmp_path: Path
+) -> None:
+    for part in (3, 1, 2):
+        run_part(outliermerge.plan(spec(form, models)), tmp_path / "out", part, 3)
+    join(outliermerge.plan(spec(form, models)), tmp_path / "out")
+    assert_same(tmp_path / "out", whole)
 
 
 IDENTITIES = """
@@ -193,7 +208,7 @@ def test_a_sweep_makes_what_each_run_makes_and_goes_on(
     file = tmp_path / "spec.yaml"
     file.write_text(yaml.safe_dump(spec(form, models)))
     line = ["sweep", str(file), "--set", "weight=0.5,0.25", "--output", str(tmp_path / "swept")]
-    with stopping_after(monkeypatch, 5):
+    with stopping_after(monkeypatch, num_tensors(whole) // 2):
         assert main([*line, "-q"]) == 130
     assert main([*line, "-q"]) == 0
     assert weights_in(files_of(tmp_path / "swept" / "weight=0.5")) == weights_in(files_of(whole))
@@ -216,7 +231,7 @@ def test_a_stage_is_the_base_and_a_model_of_the_output(
         stage = {"name": "stage", **spec("fp8", models)}
     output = tmp_path / "out"
     final = {"stages": [stage], **last, **own}
-    with stopping_after(monkeypatch, 3), pytest.raises(KeyboardInterrupt):
+    with stopping_after(monkeypatch, num_tensors(whole) // 2), pytest.raises(KeyboardInterrupt):
         outliermerge.run(final, output=output, threads=1)
     outliermerge.run(final, output=output)
     outliermerge.run(final, output=tmp_path / "again" / "out", threads=1, memory="4MiB")

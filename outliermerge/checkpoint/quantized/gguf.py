@@ -191,6 +191,8 @@ def gguf_home(path: Path) -> Path:
             # Once it is there it stays: plans keep the stamps of what they have read.
             with suppress(FileExistsError):
                 (folder / "config.json").hardlink_to(file.name)
+        if (folder / "config.json").read_bytes() != content:
+            raise OutlierMergeError(f"{folder}: holds another file than its name says. Remove it.")
     return folder
 
 
