@@ -18,7 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-minilm eval eval-paper study study-peft paper-table2 paper-table3 \
 	evidence search-language weight-tables test test-gpu test-interop \
-	faults fuzz parity check docs release-check bench bench-check bench-gpu clean
+	faults fuzz parity check docs release-check bench bench-check bench-gpu \
+	bench-fusion-bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -110,6 +111,9 @@ bench-check: $(VENV)/.dev ## measure the 0.5B merges again; fail if a ratio beca
 
 bench-gpu: $(VENV)/.dev ## measure on a CUDA device: from disk, on the device, against mergekit --cuda
 	@$(IN_VENV) $(BIN)/python benchmarks/gpu.py
+
+bench-fusion-bench: $(INTEROP)/.ready ## measure methods on matrices beside FusionBench's [ARGS="--size 1.5B --layers 1"]
+	@$(INTEROP)/bin/python benchmarks/matrices.py $(ARGS)
 
 clean: ## remove the virtual environments and what demo wrote
 	rm -rf $(VENV) $(INTEROP) models merged scores evals/data/tiny docs/_build dist

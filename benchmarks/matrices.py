@@ -1,107 +1,178 @@
-"""Methods on whole matrices beside FusionBench's own functions, on tensors of ViT-B/32's shapes.
+"""Methods on whole matrices, and others, beside FusionBench's own functions, on the same files.
 
-Both merge the same float32 tensors of one vision tower in memory, on the CPU, with all its threads;
-runs alternate. FusionBench is in an environment of its own (`make test-interop` makes it):
+Each tool reads the models, merges and writes in a process of its own, on the CPU, with all its
+threads; what it imports is not timed. Runs alternate. FusionBench is in an environment of its own:
 
-    .venv-interop/bin/python benchmarks/matrices.py [--runs 3] [--models 8] [--layers 12]
+    make bench-fusion-bench [ARGS="--size ViT-B/32 --layers 12 --runs 3 --only iso_c"]
+
+Writes results/matrices.json after every case. A case that is there is measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import resource
-import statistics
-import time
-from collections.abc import Callable
+import shutil
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from measure import progress, surroundings
-from torch import Tensor
-
-import outliermerge
+from build_checkpoints import tensor_shapes
+from measure import alternate, progress, surroundings
+from safetensors import safe_open
+from safetensors.torch import save_file
+from suite import opened, save
 
 RESULT = Path(__file__).parent / "results" / "matrices.json"
-METHODS = ("iso_c", "iso_cts", "tsv_m")
-LAYER = {
-    **{f"self_attn.{part}_proj": (768, 768) for part in ("q", "k", "v", "out")},
-    "mlp.fc1": (3072, 768),
-    "mlp.fc2": (768, 3072),
+WORKER = Path(__file__).with_name("matrices_worker.py")
+METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi", "regmean", "fisher", "task_arithmetic", "ties")
+LAYERS = {"ViT-B/32": 12, "1.5B": 28}
+WITH_DATA = {"regmean": "gram", "fisher": "fisher"}
+PARAMETERS: dict[str, dict[str, Any]] = {  # as FusionBench has them
+    "fisher": {"epsilon": 1e-6},
+    "ties": {"density": 0.2, "trim": "model"},
 }
+RANK = 64
+NOTE = (
+    "float32 models of this shape, changes mostly of rank 64; reading, merging and writing in a "
+    "process that has imported all, on the CPU with all threads; a round's runs follow each other"
+)
 
 
-def drawn(num_layers: int, seed: int) -> dict[str, Tensor]:
-    """Return tensors of the encoder's layers; task vectors of low rank, as of trained models."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
+def shapes(size: str, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a model by name; of a layer all are alike, so some may be left out."""
+    if size == "1.5B":
+        every = tensor_shapes(size)
+        number = {name: name.split(".")[2] for name in every if ".layers." in name}
+        return {n: s for n, s in every.items() if int(number.get(n, 0)) < num_layers}
+    found: dict[str, tuple[int, ...]] = {
+        "embeddings.class_embedding": (768,),
+        "embeddings.patch_embedding.weight": (768, 3, 32, 32),
+        "embeddings.position_embedding.weight": (50, 768),
+    }
     for layer in range(num_layers):
-        for name, (rows, columns) in LAYER.items():
-            small = torch.randn(rows, 64, generator=generator) @ torch.randn(
-                64, columns, generator=generator
+        start = f"encoder.layers.{layer}."
+        for name, rows, columns in (
+            *((f"self_attn.{part}_proj", 768, 768) for part in ("q", "k", "v", "out")),
+            ("mlp.fc1", 3072, 768),
+            ("mlp.fc2", 768, 3072),
+        ):
+            found[f"{start}{name}.weight"] = (rows, columns)
+            found[f"{start}{name}.bias"] = (rows,)
+        for norm in ("layer_norm1", "layer_norm2"):
+            found |= {f"{start}{norm}.weight": (768,), f"{start}{norm}.bias": (768,)}
+    return found | {
+        f"{n}_layernorm.{p}": (768,) for n in ("pre", "post") for p in ("weight", "bias")
+    }
+
+
+def build(size: str, num_layers: int, num_models: int, folder: Path, kinds: set[str]) -> None:
+    """Write a base, models whose changes are mostly of low rank, and statistics of each."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def write(tensors: dict[str, torch.Tensor], name: str) -> None:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text("{}")
+
+    every = shapes(size, num_layers)
+    base = {name: 0.02 * normal(*shape) for name, shape in every.items()}
+    write(base, "base")
+    for number in range(num_models):
+        changed = {}
+        for name, shape in every.items():
+            delta = 0.25 * normal(*shape)
+            if len(shape) == 2:
+                delta += normal(shape[0], RANK) @ normal(RANK, shape[1]) / RANK**0.5
+            changed[name] = base[name] + 1e-3 * delta
+        write(changed, f"model-{number}")
+        if "gram" in kinds:
+            grams = {}
+            for name, shape in every.items():
+                if len(shape) == 2 and "embed" not in name:
+                    inputs = normal(2 * shape[1], shape[1])
+                    grams[name] = inputs.T @ inputs / len(inputs)
+            write(grams, f"gram-{number}")
+        if "fisher" in kinds:
+            write(
+                {n: normal(*shape).square() * 1e-6 for n, shape in every.items()},
+                f"fisher-{number}",
             )
-            noise = torch.randn(rows, columns, generator=generator)
-            found[f"encoder.layers.{layer}.{name}.weight"] = 1e-4 * (small / 8 + noise / 4)
-            found[f"encoder.layers.{layer}.{name}.bias"] = 1e-4 * torch.randn(rows)
-    return found
 
 
-def theirs(method: str, deltas: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what FusionBench merges task vectors to."""
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
-    from fusion_bench.method.task_singular_vector.utils import TSVM_utils
+def spec(method: str, folder: Path, num_models: int) -> dict[str, Any]:
+    """Return the merge as a spec of ours."""
+    models = []
+    for number in range(num_models):
+        model: dict[str, Any] = {"model": str(folder / f"model-{number}")}
+        if kind := WITH_DATA.get(method):
+            model["auxiliary"] = {kind: str(folder / f"{kind}-{number}")}
+        models.append(model)
+    base = {} if method in WITH_DATA else {"base_model": str(folder / "base")}
+    parameters = PARAMETERS.get(method, {})
+    return {"merge_method": method, **base, "models": models, "parameters": parameters}
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        if method == "iso_c":
-            return iso_c(deltas, accelerator="cpu")
-        if method == "iso_cts":
-            return iso_cts(deltas, 0.8, accelerator="cpu")
-        return TSVM_utils.compute_and_sum_svd_mem_reduction(deltas, accelerator="cpu")
 
-
-def timed(function: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = function()
-    return {
-        "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu
-    }, result  # fmt: skip
+def distance(folder: Path) -> float:
+    """Return how far the outputs are from each other, over how far theirs is from the base."""
+    with (
+        safe_open(folder / "outliermerge" / "model.safetensors", "pt") as own,
+        safe_open(folder / "FusionBench" / "model.safetensors", "pt") as theirs,
+        safe_open(folder / "base" / "model.safetensors", "pt") as base,
+    ):
+        apart = change = 0.0
+        for name in theirs.keys():
+            wanted = theirs.get_tensor(name)
+            apart += float((own.get_tensor(name) - wanted).double().square().sum())
+            change += float((wanted - base.get_tensor(name)).double().square().sum())
+    return float((apart / change) ** 0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--size", choices=LAYERS, default="ViT-B/32")
+    parser.add_argument("--layers", type=int, help="so many of them (default: all)")
+    parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--models", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--only", action="append", default=[], choices=METHODS, metavar="METHOD")
     parser.add_argument("--results", type=Path, default=RESULT, help="the JSON file to write")
+    parser.add_argument("--folder", type=Path, help="where to build (default: TMPDIR)")
     options = parser.parse_args()
-    report = surroundings(options.runs, also=("fusion-bench", "torch"))
-    report |= {"num_models": options.models, "num_layers": options.layers, "cases": []}
-    base = {name: torch.zeros_like(tensor) for name, tensor in drawn(options.layers, 0).items()}
-    deltas = [drawn(options.layers, 1 + number) for number in range(options.models)]
-    for method in METHODS:
-        runs: dict[str, list[dict[str, float]]] = {"outliermerge": [], "FusionBench": []}
-        for _ in range(options.runs):
-            own, merged = timed(
-                lambda m=method: outliermerge.merge_state_dicts(deltas, base=base, method=m)
+    now = surroundings(options.runs, also=("fusion-bench", "torch"))
+    report = opened(options.results, now, go_on=True) | {"note": NOTE}
+    num_layers = options.layers or LAYERS[options.size]
+    methods = options.only or METHODS
+    folder = Path(tempfile.mkdtemp(prefix="outliermerge-bench-", dir=options.folder))
+
+    try:
+        kinds = {WITH_DATA[method] for method in methods if method in WITH_DATA}
+        build(options.size, num_layers, options.models, folder, kinds)
+        for method in methods:
+            case: dict[str, Any] = {
+                "name": f"{method}-{options.size}-{num_layers}-{options.models}",
+                "method": method, "size": options.size, "layers": num_layers,
+                "of_layers": LAYERS[options.size], "models": options.models,
+                "load_before": now["load_before"], "date": now["date"],
+            }  # fmt: skip
+            (folder / "spec.json").write_text(json.dumps(spec(method, folder, options.models)))
+            tools = ("outliermerge", "FusionBench")
+            runs, failed = alternate(
+                {tool: [sys.executable, str(WORKER), tool, str(folder)] for tool in tools},
+                options.runs,
+                label=case["name"],
             )
-            other, wanted = timed(lambda m=method: theirs(m, deltas))
-            runs["outliermerge"].append(own)
-            runs["FusionBench"].append(other)
-        far = max(
-            float((merged[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted
-        )
-        report["cases"].append({"method": method, "runs": runs, "relative_distance": far})
-        ratios = {
-            key: statistics.median(one[key] for one in runs["FusionBench"])
-            / statistics.median(one[key] for one in runs["outliermerge"])
-            for key in ("wall_seconds", "cpu_seconds")
-        }
-        progress(f"{method}: {ratios}, relative distance {far:.1e}")
-    report["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(report, indent=1) + "\n")
+            case |= {"runs": runs} | ({"failed": failed} if failed else {})
+            if not failed:
+                case["relative_distance"] = distance(folder)
+            save(report, case, options.results)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    progress(f"wrote {options.results}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 Figures: TypeAlias = dict[str, float]
 
 # What a process may say of itself, as JSON on its standard output.
-SAID = ("work_seconds", "seconds", "sync_seconds")
+SAID = ("work_seconds", "work_cpu_seconds", "seconds", "sync_seconds")
 SAMPLE_MILLISECONDS = 10
 
 

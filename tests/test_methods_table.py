@@ -13,6 +13,7 @@ from outliermerge.methods.table import METHODS
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import matrices_table  # noqa: E402
 import methods_table  # noqa: E402
 import suite  # noqa: E402
 import tables  # noqa: E402
@@ -88,3 +89,26 @@ def test_kernels_without_an_earlier_measurement_have_no_figure_before():
     case = {"nanoseconds": 0.5, "nanoseconds before": 1.25}
     text = tables.kernels({"cases": {"both": case, "now": {"nanoseconds": 0.125}}})
     assert text.splitlines()[2:] == ["| both | 0.50 | 1.25 |", "| now | 0.12 | – |"]
+
+
+def test_the_table_beside_fusion_bench_has_ratios_of_one_round():
+    def run(seconds: float, megabytes: float) -> dict:
+        return {
+            "work_seconds": seconds, "work_cpu_seconds": 2 * seconds,
+            "peak_anonymous_megabytes": megabytes,
+        }  # fmt: skip
+
+    case = {
+        "name": "iso_c-ViT-B/32-2-8", "method": "iso_c", "size": "ViT-B/32", "layers": 2,
+        "of_layers": 12, "models": 8, "load_before": 0.5, "relative_distance": 1.2e-6,
+        "runs": {
+            "outliermerge": [run(1, 30), run(2, 32), run(4, 31)],
+            "FusionBench": [run(8, 900), run(6, 901), run(20, 902)],
+        },
+    }  # fmt: skip
+    about = ABOUT | {"runs": 3, "versions": {"fusion-bench": "0.2"}, "cases": [case]}
+    row = matrices_table.matrices(about).splitlines()[2]
+    assert row == (
+        "| `iso_c`, ViT-B/32, 2 of 12 layers | 8 | 2.0 | 5.0 (3.0–8.0) | 5.0 (3.0–8.0) | 31 | 901 "
+        "| 1e-06 |"
+    )

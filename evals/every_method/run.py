@@ -1,0 +1,176 @@
+"""Every method on two small families: the LLaVA of evals/family, and a CLIP that it trains.
+
+    python evals/every_method/run.py [--seeds 1 2 3]
+
+What was trained, merged and scored is kept in the user's cache; what was stopped goes on where it
+was. Writes results.json and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+import transformers
+
+import outliermerge
+from evals.every_method.clip import Clip
+from evals.every_method.llava import Llava
+from evals.evidence.methods import LEFT_OUT, SPACES, candidates, merged, methods_of
+from evals.evidence.packages import cache, versions
+from evals.evidence.results import AVERAGE, _examples, _row
+from evals.evidence.run import Seed
+from evals.evidence.training import Family, Statistics
+
+RESULTS, TABLE = Path(__file__).with_name("results.json"), Path(__file__).with_name("table.md")
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), Clip())}
+TITLES = {"llava": "LLaVA", "clip": "CLIP"}
+SIZE = 2  # models of a merge
+METHODS = [*methods_of(SIZE), *LEFT_OUT]  # what the study leaves out for its time is quick here
+
+
+class Small(Seed):
+    """One seed of a family of two task models, measured by `outliermerge measure`."""
+
+    def measured(self, task: str, distance: str) -> Statistics:
+        """Return statistics of a fine-tune on examples of its task."""
+        world: Any = self.world
+        state = self.tuned(task)[distance]
+        make = partial(world.statistics, self.base(), state, task)
+        return self._kept(f"{distance}-{task}-statistics", make)
+
+    def score(self) -> None:
+        """Score the models, and the merges by every method: with all defaults first."""
+        tasks, seed, base = self.family.tasks, self.seed, self.base()["state"]
+        for distance in self.family.steps:
+            self.score_parents(distance)
+            merge = partial(
+                merged,
+                base=base,
+                models=[self.tuned(task)[distance] for task in tasks],
+                seed=seed,
+                statistics=lambda at=distance: [self.measured(task, at) for task in tasks],
+            )
+            folder = f"{distance}/{SIZE}"
+            for method in METHODS:
+                make = partial(self._default, partial(merge, method))
+                self._scored(f"{folder}/{method}-default", tasks, make)
+            for method in METHODS:
+                if SPACES.get(method):
+                    tried = candidates(method)
+                    choose = partial(self._chosen, partial(merge, method), tried, tasks)
+                    self._scored(f"{folder}/{method}-chosen", tasks, choose)
+
+
+def collected(seeds: Mapping[str, list[Small]]) -> dict[str, Any]:
+    """Return the scores of all models by family and seed."""
+    found: dict[str, Any] = {}
+    for name, every in seeds.items():
+        found[name] = {"tasks": every[0].family.tasks, "seeds": {}}
+        for seed in every:
+            folder = seed.folder / "scores"
+            (distance,) = seed.family.steps
+            own = folder / distance / str(SIZE)
+            average = _examples(own / f"{AVERAGE}.npz")
+            singles = {"base": folder / "base.npz"}
+            singles |= {task: folder / distance / f"{task}.npz" for task in seed.family.tasks}
+            wanted = [f"{method}-default" for method in METHODS]
+            wanted += [f"{method}-chosen" for method in METHODS if SPACES.get(method)]
+            found[name]["seeds"][str(seed.seed)] = {
+                "models": {model: _row(path, average) for model, path in singles.items()},
+                "merges": {row: _row(own / f"{row}.npz", average) for row in wanted},
+            }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": {one.__name__: one.__version__ for one in (torch, transformers, outliermerge)},
+        "packages": versions(),
+        "recipes": {name: every[0].family.recipe.__dict__ for name, every in seeds.items()},
+        "families": found,
+    }
+
+
+def _cell(rows: list[dict[str, Any]], averages: list[dict[str, Any]] | None) -> str:
+    """Return a mean score, or what it gains over the average with its standard error."""
+    means = [100 * statistics.fmean(row["scores"]) for row in rows]
+    if averages is None:
+        return f"{statistics.fmean(means):.1f}"
+    gains = [a - 100 * statistics.fmean(b["scores"]) for a, b in zip(means, averages, strict=True)]
+    if len(gains) > 1:
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+    else:
+        (row,) = rows
+        error = 100 * float(np.hypot.reduce(row["errors"])) / len(row["errors"])
+    return f"{statistics.fmean(gains):+.1f} ± {error:.1f}"
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return the table: a row for each model and method, of both families."""
+    families = found["families"]
+    first = next(iter(next(iter(families.values()))["seeds"].values()))
+    methods = list(dict.fromkeys(row.rpartition("-")[0] for row in first["merges"]))
+    columns = ("mean", "default", "chosen")
+    heads = [f"{TITLES[name]}, {column}" for name in families for column in columns]
+    lines = ["| | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(heads)]
+
+    def line(title: str, kind: str, name: str) -> str:
+        cells = []
+        for family in families.values():
+            seeds = list(family["seeds"].values())
+            averages = [seed["merges"][AVERAGE] for seed in seeds]
+            if kind == "models":
+                model = name if name == "base" else family["tasks"][int(name)]
+                rows = [seed["models"][model] for seed in seeds]
+                cells += [_cell(rows, None), _cell(rows, averages), "–"]
+                continue
+            for column, ending in zip(columns, ("default", "default", "chosen"), strict=True):
+                if f"{name}-{ending}" not in seeds[0]["merges"] or (
+                    name == "linear" and column != "mean"
+                ):
+                    cells.append("–")
+                    continue
+                rows = [seed["merges"][f"{name}-{ending}"] for seed in seeds]
+                cells.append(_cell(rows, None if column == "mean" else averages))
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    lines.append(line("the base", "models", "base"))
+    lines += [line(f"the {which} task's model", "models", str(n))
+              for n, which in enumerate(("first", "second"))]  # fmt: skip
+    lines += [line(f"`{method}`", "merges", method) for method in methods]
+    seeds = {name: len(family["seeds"]) for name, family in families.items()}
+    said = ", ".join(f"{TITLES[name]}: {num} seed{'s' * (num > 1)}" for name, num in seeds.items())
+    return "\n".join(lines) + f"\n\n{said}; {found['date']}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the CLIP")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    seeds: dict[str, list[Small]] = {}
+    for name, family in FAMILIES.items():
+        numbers = options.seeds if name == "clip" else [0]
+        seeds[name] = [Small(family, number, cache() / "every_method") for number in numbers]
+        for seed in seeds[name]:
+            seed.train()
+            seed.score()
+            print(f"{name}, seed {seed.seed}: scored", flush=True)
+    found = collected(seeds)
+    RESULTS.write_text(json.dumps(found, separators=(",", ":")).replace("},", "},\n") + "\n")
+    TABLE.write_text(table(found))
+    print(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
