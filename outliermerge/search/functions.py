@@ -84,6 +84,9 @@ class FunctionScorer:
         self._takes = {"questions", "folder"} & parameters
         self._models, self.device = models, models.device
 
+    def __reduce__(self) -> tuple[type[FunctionScorer], tuple[str, LoadedModel]]:
+        return FunctionScorer, (self._name, self._models)
+
     def identity(self) -> Mapping[str, Any]:
         """Return the function's name, and a hash of its module's file."""
         module = sys.modules[self._name.partition(":")[0]]

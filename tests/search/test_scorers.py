@@ -17,7 +17,9 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.evaluate import evaluate
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.search.functions import is_function
+from outliermerge.search.process import LateError
 from outliermerge.search.scorer import LoadedModel
+from outliermerge.search.stoppable import Stoppable
 from outliermerge.search.suites import SuiteScorer
 from outliermerge.search.unlabelled import UnlabelledScorer
 from outliermerge.search.workplace import Merged
@@ -93,9 +95,11 @@ class TestSuites:
             with pytest.raises(OutlierMergeError, match="tiny-text: "):
                 scorer.score(model_at(tmp_path), {"sums": ["1"]})
             assert scorer.score(model_at(texts / "a"), {"sums": ["1"]})["sums"].keys() == {"1"}
-            scorer._process.kill()
+            scorer._process.start().kill()
             with pytest.raises(OutlierMergeError, match=r"was killed.*log: "):
                 scorer.score(model_at(texts / "a"), {"sums": ["1"]})
+            with pytest.raises(LateError):
+                scorer.score(model_at(texts / "a"), None, seconds=0.01)
             assert scorer.score(model_at(texts / "a"), {"sums": ["1"]})["sums"].keys() == {"1"}
         finally:
             scorer.close()
@@ -162,6 +166,18 @@ class TestUnlabelled:
         scorer.learn("b", model_at(texts / "b"))
         both = scorer.score(model_at(texts / "a"), None)["agreement"]
         assert all(0.5 <= value < 1 for value in both.values())
+
+    def test_in_a_process_of_its_own_it_agrees_alike(self, texts, lines, tmp_path, in_warm):
+        scorer = Stoppable(UnlabelledScorer("agreement", lines, LoadedModel("cpu")), tmp_path)
+        for name in "ab":
+            scorer.learn(name, model_at(texts / name))
+        try:
+            alone = scorer.score(model_at(texts / "a"), {"agreement": ["2", "4"]}, seconds=300)
+            assert alone == scorer.score(model_at(texts / "a"), {"agreement": ["2", "4"]})
+            with pytest.raises(OutlierMergeError, match="needs models that transformers loads"):
+                scorer.score(model_at(tmp_path), {"agreement": ["2"]}, seconds=300)
+        finally:
+            scorer.close()
 
     def test_a_search_by_agreement(self, texts, lines, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
