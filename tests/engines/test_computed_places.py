@@ -12,7 +12,7 @@ import torch
 from kernel_blocks import MODULES
 from torch import Tensor
 
-from outliermerge.checkpoint.adapters.tensors import LowRankSum, Rescaled
+from outliermerge.checkpoint.adapters.tensors import InDType, LowRankSum, Rescaled
 from outliermerge.checkpoint.computed import ComputedTensor
 from outliermerge.checkpoint.quantized.packed import Unpacked, exponents
 from outliermerge.checkpoint.quantized.tensors import CodeTensor, RowScaledTensor, ScaledTensor
@@ -156,9 +156,18 @@ def test_sums_with_products_of_factors(rank: int, name: str, stored: Stored) -> 
     check(source, rank)
     magnitude = stored(numbers("float32", 45))
     check(made(Rescaled, direction=source, magnitude=magnitude, by_column=False), rank)
+    a, b = stored(numbers("float32", rank, 45)), stored(numbers(name, 100, rank))
+    check(replace(source, lora_a=a, lora_b=b, transposed=True), rank)
     scale = stored(numbers("float32", 1, 1))
     base = made(ScaledTensor, weight=stored(random_codes("int8", *SHAPE)), scale=scale, block=SHAPE)
     check(replace(source, base=base), rank)
+
+
+def test_whole_tensors_of_an_adapter(stored: Stored) -> None:
+    check(made(InDType, whole=stored(numbers("float32", *SHAPE))), 5)
+    assert not made(
+        InDType, dtype=DTYPES["bfloat16"], whole=stored(numbers("bfloat16", 3))
+    ).by_kernels
 
 
 def test_a_scale_that_is_not_finite_is_refused_as_by_torch(stored: Stored) -> None:

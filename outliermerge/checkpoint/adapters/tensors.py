@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.by_kernels import Span, are_floats, floats, place_of
+from outliermerge.checkpoint.by_kernels import (
+    Span,
+    are_floats,
+    codes_place,
+    floats,
+    is_stored,
+    place_of,
+)
 from outliermerge.checkpoint.computed import GROUP_ELEMENTS, ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
 
@@ -55,15 +63,20 @@ class LowRankSum(ComputedTensor):
     @property
     def by_kernels(self) -> bool:
         parts = (self.base, self.lora_a, self.lora_b)
-        is_plain = type(self) is LowRankSum and not self.transposed
-        return is_plain and all(map(are_floats, parts))
+        return type(self) is LowRankSum and all(map(are_floats, parts))
 
     def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
         """Return where kernels compute elements from `first` on; those of `span` can be read."""
         columns, rank = self.num_columns, self.lora_a.shape[0]
         row, end = span[0] // columns, -(-span[1] // columns)
-        left = floats(reader, self.lora_b, row * rank, end * rank)
-        right = reader.whole_floats(self.lora_a)
+        if self.transposed:
+            starts = range(0, rank * self.num_rows, self.num_rows)
+            some = [floats(reader, self.lora_a, at + row, at + end) for at in starts]
+            left = _turned(b"".join(some), end - row)
+            right = _turned(reader.whole_floats(self.lora_b), rank)
+        else:
+            left = floats(reader, self.lora_b, row * rank, end * rank)
+            right = reader.whole_floats(self.lora_a)
         base = place_of(reader, self.base, span, first)
         return ("low_rank", first, base, columns, row, rank, self.scale, left, right, None, None)
 
@@ -72,6 +85,12 @@ class LowRankSum(ComputedTensor):
         if self.transposed:
             return _columns(reader, self.lora_a, first, last).T, reader.whole(self.lora_b).T
         return read_rows(reader, self.lora_b, first, last), reader.whole(self.lora_a).flatten(1)
+
+
+def _turned(matrix: bytes | bytearray, columns: int) -> bytes:
+    """Return a matrix of float32 (R, C), of which C are the columns, as (C, R)."""
+    values = array("f", matrix)
+    return b"".join(values[column::columns].tobytes() for column in range(columns))
 
 
 def _columns(reader: Reading, matrix: TensorMeta, first: int, last: int) -> Tensor:
@@ -123,6 +142,14 @@ class InDType(ComputedTensor):
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
         return read_rows(reader, self.whole, first, last)
+
+    @property
+    def by_kernels(self) -> bool:
+        return is_stored(self.whole, ["float32"])
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        return codes_place(self.whole, span, first)
 
 
 @dataclass(frozen=True, kw_only=True)
