@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import yaml
-from checkpoints import save_lora
 from packing import GPTQ, gptq
 from safetensors.torch import save_file
 
 import outliermerge
+from outliermerge.execution.threads import choose_options
+from outliermerge.output.manifest import identity
 
 WIDTH, WIDE, HALF = 32, 64, 16
 LAYER = "model.layers.0"
@@ -86,6 +87,12 @@ def spec(form: str, root: Path, weight: float = 0.5) -> dict[str, Any]:
     }
 
 
+def identities(root: Path) -> dict[str, Any]:
+    """Return by form what a run that goes on compares."""
+    options = choose_options(device="cpu", memory="1GiB", threads=1, kernels=True)
+    return {form: identity(outliermerge.plan(spec(form, root)), options) for form in FORMS}
+
+
 def save_specs(folder: Path, models: Path, *, start: str = "", end: str = "", **more: Any) -> None:
     """Write a file for each form, with something before and after its name if wanted."""
     for form in FORMS:
@@ -94,6 +101,8 @@ def save_specs(folder: Path, models: Path, *, start: str = "", end: str = "", **
 
 def save_models(root: Path) -> None:
     """Save what the merges read."""
+    from checkpoints import save_lora  # it imports transformers
+
     for seed, name in enumerate(("base", "one", "two")):
         save(root / name, _llama(seed), CONFIG)
     one = _llama(1)

@@ -12,20 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from bucket_server import BucketServer
-from forms import FORMS, save_models, spec
+from forms import FORMS, identities, save_models, spec
 from outputs_elsewhere import bucket_served, files_of, weights_in
 from stopping import stopping_after
 
 import outliermerge
 from outliermerge import OutlierMergeError
 from outliermerge.cli.main import main
-from outliermerge.execution.threads import choose_options
-from outliermerge.output.manifest import identity
 from outliermerge.output.parts import join, run_part
 
 FORM = pytest.mark.parametrize("form", FORMS)
@@ -124,26 +121,17 @@ def test_parts_are_joined_to_the_bytes_of_a_run(
     assert_same(tmp_path / "out", whole)
 
 
-IDENTITIES = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_forms import identities
-print(json.dumps(identities(Path(sys.argv[2]))))
-"""
-
-
-def identities(models: Path) -> dict[str, Any]:
-    """Return by form what a run that goes on compares."""
-    options = choose_options(device="cpu", memory="1GiB", threads=1, kernels=True)
-    return {form: identity(outliermerge.plan(spec(form, models)), options) for form in FORMS}
+IDENTITIES = (
+    "import json, sys, pathlib, forms; "
+    "print(json.dumps(forms.identities(pathlib.Path(sys.argv[1]))))"
+)
 
 
 def test_what_a_run_that_goes_on_compares_is_the_same_in_every_process(
     models: Path, own_cache: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", IDENTITIES, str(Path(__file__).parent), str(models)],
+        [sys.executable, "-c", IDENTITIES, str(models)],
         env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         check=True,
@@ -223,14 +211,11 @@ def test_a_stage_is_the_base_and_a_model_of_the_output(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a form has of its output is asked of the last merge, not of a stage."""
-    document = spec(form, models)
-    own = {key: document.pop(key) for key in ("quantize", "format") if key in document}
-    stage = {"name": "stage", **document} if form != "to-base" else None
-    last = spec(form, models) | {"models": [{"model": "stage"}]}
-    if stage is None:
-        stage = {"name": "stage", **spec("fp8", models)}
-    output = tmp_path / "out"
-    final = {"stages": [stage], **last, **own}
+    last = {key: value for key, value in spec(form, models).items() if key != "convert"}
+    of_output = ("quantize", "format", "rounding", "seed")
+    stage = {key: value for key, value in spec(form, models).items() if key not in of_output}
+    stages = {"stages": [{"name": "stage", **stage}]}
+    final, output = stages | last | {"models": [{"model": "stage"}]}, tmp_path / "out"
     with stopping_after(monkeypatch, num_tensors(whole) // 2), pytest.raises(KeyboardInterrupt):
         outliermerge.run(final, output=output, threads=1)
     outliermerge.run(final, output=output)
