@@ -18,6 +18,7 @@ from outliermerge.checkpoint.quantized.grouped import GROUP, MxCodes, MxScales
 from outliermerge.checkpoint.sources import DTYPES, DType, Source
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.planning.as_base import as_base
+from outliermerge.planning.experts_apart import experts_apart, is_packed
 from outliermerge.planning.model_parts import kinds_of
 from outliermerge.planning.plan import Input, Job
 from outliermerge.planning.quantized_jobs import Quantized, copy_of, sources_of
@@ -68,15 +69,20 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
             f"models of the type {kind} store their weights transposed, which no loader of "
             "quantised weights reads"
         )
-    kinds = kinds_of(job.name for job in jobs)
+    apart = experts_apart(config, jobs)
+    if not _all_fit(entry, [expert.job for own in apart.values() for expert in own]):
+        apart = {}
+    units = [
+        (job, expert)
+        for job in jobs
+        for expert in (apart[job.name] if job.name in apart else [None])
+    ]
+    matrices = [expert.job if expert else job for job, expert in units]
+    kinds = kinds_of(job.name for job in matrices)
     chosen = {
         job.name
-        for job in jobs
-        if _is_linear(job)
-        and _fits(entry, job.output.shape)
-        and not _IGNORED.search(job.name)
-        and kinds.get(job.name) not in _IGNORED_KINDS
-        and not any(part in job.name for part in entry.ignore)
+        for job in matrices
+        if _can_be_quantised(entry, job) and kinds.get(job.name) not in _IGNORED_KINDS
     }
     if not chosen:
         sizes = f" of multiples of {_BLOCK}" if entry.scale_of == "block" else ""
@@ -85,17 +91,18 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         )
     ignored = [
         job.name.removesuffix(".weight")
-        for job in jobs
+        for job in matrices
         if _is_linear(job) and job.name not in chosen
     ]
-    source_by_name = sources_of(jobs, chosen)
+    source_by_name = sources_of(jobs, chosen | apart.keys())
     end = "_scale_inv" if entry.quant_method == "fp8" else "_scale"
     made: list[Job] = []
-    for job in jobs:
-        source = source_by_name.get(job.name)
+    for (whole, expert), job in zip(units, matrices, strict=True):
+        source = source_by_name.get(whole.name)
         if source is None or job.name not in chosen:
             made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
+        source = expert.of(source) if expert else source
         if entry.to == "mxfp4":
             stem = job.name.removesuffix("weight")
             made.append(copy_of(job, f"{stem}weight_scale", MxScales(source), is_companion=True))
@@ -105,14 +112,34 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         made.append(copy_of(job, job.name + end, scales, is_companion=True))
         made.append(copy_of(job, job.name, Codes(scales)))
     settings = _settings(entry, ignored)
-    packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
+    packed = sum(map(is_packed, jobs))
     per = "" if entry.to == "mxfp4" else f" per {entry.scale_of}"
     note = (
         f"{len(chosen)} weights are quantised to {entry.to}{per}; "
-        f"{len(jobs) - len(chosen)} tensors are not"
-        + (f", {packed} packed experts among them" if packed else "")
+        f"{len(matrices) - len(chosen)} tensors are not"
     )
+    if apart:
+        note += f". {packed} packed experts are written one by one, as servers load quantised ones"
+    elif packed:
+        note += (
+            f", {packed} packed experts among them: transformers' table does not say how to write "
+            "them one by one, or they do not fit or are left out. `layout:` of a model that has "
+            "them one by one has them quantised"
+        )
     return Quantized(tuple(made), settings, note)
+
+
+def _all_fit(entry: QuantizeEntry, experts: Sequence[Job]) -> bool:
+    return all(_can_be_quantised(entry, job) for job in experts)
+
+
+def _can_be_quantised(entry: QuantizeEntry, job: Job) -> bool:
+    return (
+        _is_linear(job)
+        and _fits(entry, job.output.shape)
+        and not _IGNORED.search(job.name)
+        and not any(part in job.name for part in entry.ignore)
+    )
 
 
 def _is_linear(job: Job) -> bool:
