@@ -1,4 +1,4 @@
-"""A process that stays and answers line after line, and that can be stopped while it does."""
+"""A process that stays, scores model after model, and can be stopped while it does."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import platform
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.worker_process import end, why_it_ended
+from outliermerge.search.questions import Answers
+from outliermerge.search.workplace import Merged
 
 
 class LateError(OutlierMergeError):
@@ -30,7 +32,8 @@ Begin = Callable[
 class Process:
     """A process that is started when it is needed, and again where it has ended.
 
-    Its first event says that it is ready. Then it answers each line by an event.
+    Its first event says that it is ready. Then it answers each line, with a model and the questions
+    that it is asked, by an event.
 
     Args:
         title: what runs in it, for messages.
@@ -72,8 +75,13 @@ class Process:
             self._taken(self._process, next(self._events, None))
         return self._process
 
-    def ask(self, line: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
-        """Return the event that answers a line.
+    def score(
+        self,
+        model: Merged,
+        questions: Mapping[str, Sequence[str]] | None,
+        seconds: float | None = None,
+    ) -> Answers:
+        """Return the scores of a model.
 
         Args:
             seconds: the process is ended if it takes longer; its start is not counted.
@@ -84,6 +92,7 @@ class Process:
         """
         process = self.start()
         assert process.stdin
+        line = {"model": model.checksum, "path": str(model.path), "questions": questions}
         with _ended_after(process, seconds) as late:
             try:
                 process.stdin.write(json.dumps(line).encode() + b"\n")
@@ -94,7 +103,8 @@ class Process:
         if late.is_set():
             self.end()
             raise LateError(f"took longer than {seconds:g} seconds")
-        return self._taken(process, event)
+        answers: Answers = self._taken(process, event)["answers"]
+        return answers
 
     def end(self) -> None:
         """End it."""

@@ -61,9 +61,7 @@ class Stoppable:
         if seconds is None:
             self._process.end()  # it holds a model
             return self._scorer.score(model, questions)
-        line = {"path": str(model.path), "model": model.checksum, "questions": questions}
-        answers: Answers = self._process.ask(line, seconds)["answers"]
-        return answers
+        return self._process.score(model, questions, seconds)
 
     def close(self) -> None:
         """End what was started."""

@@ -101,9 +101,7 @@ class SuiteScorer:
             LateError: that takes longer than `seconds`.
             OutlierMergeError: it does not load, or a task fails.
         """
-        line = {"model": model.checksum, "path": str(model.path), "questions": questions}
-        answers: Answers = self._process.ask(line, seconds)["answers"]
-        return answers
+        return self._process.score(model, questions, seconds)
 
     def close(self) -> None:
         """End the process, and remove what it wrote, but for a log that says why one failed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import load_folder
+from safetensors.torch import save_file
 from text_models import save_text_model
 
 from outliermerge.cli.main import main as cli
@@ -192,6 +195,23 @@ class TestUnlabelled:
         }
         alone = rows["models.1.weight=1, models.2.weight=0"]
         assert alone["held_out"] >= 0.5  # it is one of the parents
+
+    def test_outputs_that_are_no_numbers_are_told(self, texts, lines, tmp_path):
+        shutil.copytree(texts / "a", tmp_path / "broken")
+        tensors = load_folder(tmp_path / "broken")
+        save_file(
+            {name: each * float("nan") for name, each in tensors.items()},
+            tmp_path / "broken" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        scorer = UnlabelledScorer("entropy", lines, LoadedModel("cpu"))
+        with pytest.raises(OutlierMergeError, match="entropy of text 1 is nan: the model's"):
+            scorer.score(model_at(tmp_path / "broken"), None)
+
+    def test_a_file_without_texts_is_refused(self, tmp_path):
+        (tmp_path / "texts.jsonl").write_text("\n")
+        with pytest.raises(OutlierMergeError, match=r"texts\.jsonl: has no texts"):
+            UnlabelledScorer("entropy", str(tmp_path / "texts.jsonl"), LoadedModel("cpu"))
 
     @pytest.mark.parametrize(
         ("line", "said"),
