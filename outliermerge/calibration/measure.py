@@ -156,8 +156,11 @@ class Partial:
         self._output, self._folder = output, output.with_name(output.name + ".partial")
         self._loaded, self._wanted, self._num_groups = loaded, wanted, num_groups
         measured = sorted({name for unit in units for name in _names(unit)})
+        tensors = {}
         with Reader() as reader:
-            tensors = {n: source_checksum(loaded.checkpoint.tensors[n], reader) for n in measured}
+            for name in measured:
+                tensors[name] = source_checksum(loaded.checkpoint.tensors[name], reader)
+                reader.release([(0, loaded.checkpoint.tensors[name])])
         self._facts = _facts(loaded, samples, wanted, data, tensors)
         self._facts["settings"] |= more or {}
         _begin(self._folder, self._facts | {"num_groups": num_groups})
