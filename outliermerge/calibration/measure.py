@@ -26,6 +26,7 @@ from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.measured import KINDS, STATISTICS_FORMAT, STATISTICS_NAME
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.storage.failures import naming
 from outliermerge.storage.files import load_json, write_whole
 
 _STATE = "sums.safetensors"
@@ -300,7 +301,8 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
                 "it to begin anew."
             )
         return
-    partial.mkdir(parents=True, exist_ok=True)
+    with naming(partial, "made"):
+        partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())
 
 
