@@ -575,3 +575,12 @@ def test_a_suite_that_asks_for_a_judge_is_refused(place, capsys, monkeypatch):
     suite = _write_suite(place / "judge.yaml", [_task("tiny_sums")], judge=True)
     code = cli.main(["eval", str(place / "a"), "--suite", str(suite), "-o", str(place / "judged")])
     assert code == 2 and "needs a judge: set OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_told(place, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    suite = _write_suite(place / "one.yaml", [_task("tiny_sums")])
+    output = str(tmp_path / "file" / "scores")
+    assert cli.main(["eval", str(place / "a"), "--suite", str(suite), "-o", output]) == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {output}: cannot be made: Not a directory (ENOTDIR).\n"
