@@ -37,8 +37,9 @@ def is_by_kernels(source: Source) -> TypeGuard[Computable]:
 
 def is_stored(source: Source | None, dtypes: Sequence[str] = _FLOATS) -> bool:
     """Tell whether kernels can read a stored tensor: its dtype is one of these."""
-    is_there = isinstance(source, TensorMeta) and source.offset is not None
-    return is_there and source.dtype.name in dtypes
+    if not isinstance(source, TensorMeta) or source.offset is None:
+        return False
+    return source.dtype.name in dtypes
 
 
 def are_floats(source: Source) -> bool:
