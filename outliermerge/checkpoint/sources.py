@@ -247,7 +247,8 @@ class Checkpoint:
         other_files: further files of tensors, which are not read and are not copies.
         metadata: for each component's folder the metadata in its files' headers.
         whole: components whose loaders cannot read several shards.
-        companions: stored tensors that others are dequantised with, by name.
+        companions: stored tensors that others are dequantised with, and codes under other names
+            than their weights', by name.
     """
 
     root: Path

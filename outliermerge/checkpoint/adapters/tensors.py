@@ -69,6 +69,8 @@ class LowRankSum(ComputedTensor):
         """Return where kernels compute elements from `first` on; those of `span` can be read."""
         columns, rank = self.num_columns, self.lora_a.shape[0]
         row, end = span[0] // columns, -(-span[1] // columns)
+        left: bytes | bytearray
+        right: bytes | bytearray
         if self.transposed:
             starts = range(0, rank * self.num_rows, self.num_rows)
             some = [floats(reader, self.lora_a, at + row, at + end) for at in starts]

@@ -56,12 +56,12 @@ class Unpacked(OfPacked):
     Attributes:
         order: of the codes in a word of 32 bits, where it is another: which of its columns the
             lowest bits hold, and so on.
-        plus: is added to each word of 32 bits.
+        plus: are added to the words of 32 bits, in turn.
     """
 
     bits: int
     order: tuple[int, ...] = ()
-    plus: int = 0
+    plus: tuple[int, ...] = ()
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of bytes."""
@@ -69,7 +69,8 @@ class Unpacked(OfPacked):
 
         words = self.packed(reader, first, last)
         if self.plus:
-            words = (words.long() + self.plus).to(torch.int32)
+            plus = torch.tensor(self.plus).repeat(-(-words.shape[1] // len(self.plus)))
+            words = (words.long() + plus[: words.shape[1]]).to(torch.int32)
         codes = words.view(torch.uint8)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(last - first, -1)
