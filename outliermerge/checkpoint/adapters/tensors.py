@@ -74,8 +74,8 @@ class LowRankSum(ComputedTensor):
         if self.transposed:
             starts = range(0, rank * self.num_rows, self.num_rows)
             some = [floats(reader, self.lora_a, at + row, at + end) for at in starts]
-            left: bytes | bytearray = _turned(b"".join(some), end - row)
-            right: bytes | bytearray = _turned(reader.whole_floats(self.lora_b), rank)
+            left = _turned(b"".join(some), end - row)
+            right = _turned(reader.whole_floats(self.lora_b), rank)
         else:
             left = floats(reader, self.lora_b, row * rank, end * rank)
             right = reader.whole_floats(self.lora_a)
