@@ -122,6 +122,32 @@ def test_without_torch_kernels_read_adapters_and_codes(models, monkeypatch, mode
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("min_sigma", {}), ("della", {"density": 0.5}), ("ties", {})]
+)
+def test_rows_that_pieces_cut_are_computed_alike(tmp_path, monkeypatch, method, parameters):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    name, shape = "layers.0.q_proj", (140, 1000)
+    base = torch.randn(shape).bfloat16()
+    save_tensors(tmp_path / "base", {f"{name}.weight": base})
+    codes = {"weight": (base + 0.1).to(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(2, 8)}
+    save_tensors(tmp_path / "fp8", {f"{name}.{part}": value for part, value in codes.items()})
+    settings = {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(settings))
+    factors = {"lora_A.weight": torch.randn(3, 1000), "lora_B.weight": torch.randn(140, 3)}
+    factors["lora_magnitude_vector"] = torch.rand(140)
+    named = {f"{name}.{part}": value for part, value in factors.items()}
+    save_lora(tmp_path / "dora", named, target_modules=["q_proj"], use_dora=True, r=3)
+    document = spec("fp8", "base+dora", method=method, parameters=parameters)
+    for threads in (1, 2):
+        outliermerge.run(document, output=f"kernels{threads}", threads=threads)
+    outliermerge.run(document, output="torch", kernels=False)
+    found = [(tmp_path / out / "model.safetensors").read_bytes()
+             for out in ("kernels1", "kernels2", "torch")]  # fmt: skip
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
     monkeypatch.setattr("outliermerge.output.manifest.installed_version", lambda name: None)
     outliermerge.run(spec("a", "b"), output="out")
