@@ -39,6 +39,8 @@ CONFIG = {
     "vocab_size": len(TOKENS),
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
+    "head_dim": 16,  # with these a GGUF file's config has the same keys
+    "rope_theta": 10_000.0,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "tie_word_embeddings": False,

@@ -65,7 +65,7 @@ def assert_same(output: Path, whole: Path) -> None:
 
 
 @FORM
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_a_run_that_is_stopped_anywhere_goes_on_with_other_threads_and_memory(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_with_other_threads_and_memory(
 
 
 @FORM
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_a_run_goes_on_where_models_were_copied_again_and_not_where_they_are_others(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_run_goes_on_where_models_were_copied_again_and_not_where_they_are_oth
 
 
 @FORM
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_parts_are_joined_to_the_bytes_of_a_run(
     form: str, models: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +189,7 @@ def test_models_in_a_store_give_the_same_weights(
 
 
 @FORM
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_a_sweep_makes_what_each_run_makes_and_goes_on(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +206,7 @@ def test_a_sweep_makes_what_each_run_makes_and_goes_on(
 
 
 @FORM
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 def test_a_stage_is_the_base_and_a_model_of_the_output(
     form: str, models: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
