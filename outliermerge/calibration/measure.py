@@ -26,13 +26,14 @@ from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.measured import KINDS, STATISTICS_FORMAT, STATISTICS_NAME
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.storage.failures import naming
 from outliermerge.storage.files import load_json, write_whole
 
 _STATE = "sums.safetensors"
 _IDENTITY = "measures.json"
 DEFINITIONS = {
-    "gram": "mean over the tokens of xxᵀ, x the inputs of a linear layer; float32 of sums in "
-    "float64 of each sample's product in float32",
+    "gram": "mean over the tokens of xxᵀ, x the inputs of a linear layer, or over those that are "
+    "routed to an expert; float32 of sums in float64 of each sample's product in float32",
     "mean": "mean over the tokens of x; float32 of sums in float64",
     "fisher empirical": "mean over the samples of the squared gradient of the log-likelihood of "
     "the data's own labels, summed over a sample's tokens; float32 of sums in float64",
@@ -156,8 +157,11 @@ class Partial:
         self._output, self._folder = output, output.with_name(output.name + ".partial")
         self._loaded, self._wanted, self._num_groups = loaded, wanted, num_groups
         measured = sorted({name for unit in units for name in _names(unit)})
+        tensors = {}
         with Reader() as reader:
-            tensors = {n: source_checksum(loaded.checkpoint.tensors[n], reader) for n in measured}
+            for name in measured:
+                tensors[name] = source_checksum(loaded.checkpoint.tensors[name], reader)
+                reader.release([(0, loaded.checkpoint.tensors[name])])
         self._facts = _facts(loaded, samples, wanted, data, tensors)
         self._facts["settings"] |= more or {}
         _begin(self._folder, self._facts | {"num_groups": num_groups})
@@ -213,6 +217,7 @@ class Partial:
                 save_file(tensors, self._folder / kind / self._file(number))
                 norms[kind], names[kind] = norm_of(tensors), list(tensors)
         record = {"num_tokens": sums.num_tokens, "norms": norms, "names": names}
+        record |= _of_inputs(group, sums)
         write_whole(self._record(number), json.dumps(record).encode())
 
     def finish(self) -> dict[str, Any]:
@@ -237,8 +242,13 @@ class Partial:
             }
         manifest = {"format": STATISTICS_FORMAT, "statistics": kinds, **self._facts}
         manifest["data"] |= {"num_tokens": records[-1]["num_tokens"]}
-        if self._loaded.unknown:
-            manifest["not_measured"] = list(self._loaded.unknown)
+        unseen = [name for record in records for name in record["unseen"]]
+        more = {
+            "turned": [name for record in records for name in record["turned"]],
+            "no_tokens": {n: own for record in records for n, own in record["no_tokens"].items()},
+            "not_measured": [*self._loaded.unknown, *unseen],
+        }
+        manifest |= {key: value for key, value in more.items() if value}
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         write_whole(self._folder / STATISTICS_NAME, text.encode())
         (self._folder / _STATE).unlink(missing_ok=True)
@@ -246,6 +256,10 @@ class Partial:
             path.unlink()
         self._folder.rename(self._output)
         return manifest
+
+    def turned(self, number: int) -> list[str]:
+        """Return the tensors of a group that is done that are stored as (inputs, outputs)."""
+        return list(load_json(self._record(number))["turned"])
 
     def _file(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._num_groups:05d}.safetensors"
@@ -256,6 +270,18 @@ class Partial:
 
 def _names(unit: Unit) -> set[str]:
     return {*unit.parameters, *([unit.inputs] if unit.inputs else [])}
+
+
+def _of_inputs(group: Sequence[Unit], sums: Sums) -> dict[str, Any]:
+    """Return which tensors are turned, which had no tokens, and whose inputs were not seen."""
+    with_inputs = {unit.inputs: unit for unit in group if unit.inputs}
+    no_tokens = {name: sums.without_tokens(unit) for name, unit in with_inputs.items()}
+    unseen = [n for n, unit in with_inputs.items() if unit.packed and no_tokens[n] == ["all"]]
+    return {
+        "turned": [name for name, unit in with_inputs.items() if sums.turned(unit)],
+        "no_tokens": {n: own for n, own in no_tokens.items() if own and n not in unseen},
+        "unseen": unseen,
+    }
 
 
 def _facts(
@@ -297,7 +323,8 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
                 "it to begin anew."
             )
         return
-    partial.mkdir(parents=True, exist_ok=True)
+    with naming(partial, "made"):
+        partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())
 
 

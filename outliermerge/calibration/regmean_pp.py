@@ -135,7 +135,8 @@ def measure_alternating(
                 partial.write_group(place, group, sums)
             done += len(own)
             on_progress(done, total)
-        models.merge(names, [partial.tensors(place, "gram") for partial in partials])
+        grams = [partial.tensors(place, "gram") for partial in partials]
+        models.merge(names, grams, partials[0].turned(place))
     return [partial.finish() for partial in partials]
 
 
@@ -171,22 +172,26 @@ class _Models:
         for name in self._several.names:
             self._several.put(name, self._mean(name))
 
-    def merge(self, names: Sequence[str], grams: Sequence[Mapping[str, Tensor]]) -> None:
+    def merge(
+        self, names: Sequence[str], grams: Sequence[Mapping[str, Tensor]], turned: Sequence[str]
+    ) -> None:
         """Put the merge of a layer into the module: by Gram matrices, or the mean."""
         import torch
 
-        method, parameters = find_method("regmean"), self._parameters
+        parameters = self._parameters
         for name in names or grams[0]:
-            if name not in grams[0]:
+            if not all(name in own for own in grams):
                 self._several.put(name, self._mean(name))
                 continue
             weights_MRC = torch.stack(self._several.read(name))
+            context = Context(name, tuple(weights_MRC.shape[1:]), turned=name in turned)
+            method = find_method("regmean").of(parameters, context)
             made = method.prepared["gram"].make(
                 (own[name].to(weights_MRC.device).double() for own in grams), parameters
             )
             own = method.arguments(parameters, like=weights_MRC.new_empty(0))
-            context = Context(name, tuple(weights_MRC.shape[1:]))
-            merged_RC = method.function(weights_MRC, gram=made, context=context, **own)
+            own |= {"context": context} if method.takes_context else {}
+            merged_RC = method.function(weights_MRC, gram=made, **own)
             self._several.put(name, merged_RC)
 
     def _mean(self, name: str) -> Tensor:

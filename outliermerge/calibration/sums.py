@@ -2,7 +2,7 @@
 
 Sums are float64. Products of one sample's inputs are float32, as the model's own are.
 
-Shape suffixes: T tokens, C columns (inputs).
+Shape suffixes: T tokens, C columns (inputs), E experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from outliermerge.calibration.data import Sample
+from outliermerge.calibration.experts import Note, watched
 from outliermerge.calibration.model import Feeder, Loaded
 from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.rng import uniform
@@ -31,35 +32,47 @@ class Unit:
     Attributes:
         inputs: the name of the tensor whose inputs are summed; None for a module that is no linear
             layer, or shares its weight with another.
-        num_inputs: how many each of them has.
+        num_inputs: how many each of them has; of experts how many at most.
         parameters: the module's own parameters whose Fisher information is summed, by their
             tensors' names.
+        turned: whether the tensor is stored as (inputs, outputs).
+        packed: the module's parameter that holds the matrices of experts; "" for a linear layer.
+        num_experts: how many these are.
     """
 
     module: nn.Module
     inputs: str | None
     num_inputs: int
     parameters: Mapping[str, nn.Parameter]
+    turned: bool = False
+    packed: str = ""
+    num_experts: int = 0
 
     def num_bytes(self, kinds: Sequence[str]) -> int:
         """Return the memory of its sums, and of gradients."""
         size = self.num_inputs if self.inputs else 0
         total = 8 * size * size if "gram" in kinds else 0
         total += 8 * size if "mean" in kinds else 0
+        total *= max(1, self.num_experts)
         # Sums in float64, a gradient and its square in float32.
         return total + sum(16 * one.numel() for one in self.parameters.values())
 
 
 def units_of(loaded: Loaded, kinds: Sequence[str]) -> list[Unit]:
-    """Return the modules of a model that are measured, in its order."""
+    """Return the modules of a model that are measured, in its order.
+
+    Experts of one tensor are made to compute one after the other, so that their inputs can be seen.
+    """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     shared: dict[int, int] = {}
     for module in loaded.module.modules():
         for parameter in module.parameters(recurse=False):
             shared[id(parameter)] = shared.get(id(parameter), 0) + 1
     by_id = {id(one): loaded.names.get(name) for name, one in loaded.module.named_parameters()}
-    found, taken = [], set[int]()
+    found, taken = list[Unit](), set[int]()
+    sees_inputs = not {"gram", "mean"}.isdisjoint(kinds)
     for module in loaded.module.modules():
         own = {}
         for parameter in module.parameters(recurse=False):
@@ -67,13 +80,26 @@ def units_of(loaded: Loaded, kinds: Sequence[str]) -> list[Unit]:
             if "fisher" in kinds and name and id(parameter) not in taken:
                 own[name] = parameter
             taken.add(id(parameter))
-        inputs, num_inputs = None, 0
-        if type(module) is torch.nn.Linear and shared[id(module.weight)] == 1:
-            inputs, num_inputs = by_id.get(id(module.weight)), module.in_features
-        if {"gram", "mean"}.isdisjoint(kinds):
-            inputs = None
-        if own or inputs:
-            found.append(Unit(module, inputs, num_inputs, own))
+        for each, parameter in module.named_parameters(recurse=False):
+            name = by_id.get(id(parameter))
+            if not sees_inputs or name is None or shared[id(parameter)] > 1:
+                continue
+            if each == "weight" and type(module) in (torch.nn.Linear, Conv1D):
+                turned = type(module) is Conv1D
+                num_inputs = parameter.shape[0 if turned else 1]
+                found.append(Unit(module, name, num_inputs, own, turned))
+                own = {}
+            elif parameter.ndim == 3 and "expert" in name:
+                num_experts, *sizes = parameter.shape
+                found.append(
+                    Unit(module, name, max(sizes), own, packed=each, num_experts=num_experts)
+                )
+                own = {}
+        if own:
+            found.append(Unit(module, None, 0, own))
+    choose: Any = getattr(loaded.module, "set_experts_implementation", None)
+    if choose is not None and any(unit.packed for unit in found):
+        choose("eager")
     return found
 
 
@@ -96,7 +122,8 @@ class Sums:
     """The sums of some modules over the samples so far.
 
     Attributes:
-        tensors: by kind and the tensor's name, as `gram/NAME`; and counts, as `tokens/NAME`.
+        tensors: by kind and the tensor's name, as `gram/NAME`; counts, as `tokens/NAME`, for
+            experts one of each; and `turned/NAME` for experts, whose first dimension are inputs.
         num_samples, num_tokens: what was read.
     """
 
@@ -104,13 +131,22 @@ class Sums:
     num_samples: int = 0
     num_tokens: int = 0
 
-    def add(self, name: str, value: Tensor, shape: Sequence[int]) -> None:
-        """Add a value to a sum, in float64."""
+    def add(self, name: str, value: Tensor, shape: Sequence[int], at: Any = ...) -> None:
+        """Add a value to a sum, or to a place in it, in float64."""
         import torch
 
         if name not in self.tensors:
             self.tensors[name] = torch.zeros([*shape], dtype=torch.float64, device=value.device)
-        self.tensors[name] += value
+        self.tensors[name][at] += value
+
+    def turned(self, unit: Unit) -> bool:
+        """Tell whether a module's tensor is stored as (inputs, outputs)."""
+        return unit.turned or bool(self.tensors.get(f"turned/{unit.inputs}", 0))
+
+    def without_tokens(self, unit: Unit) -> list[int | str]:
+        """Return the experts that were given no tokens; "all" where no inputs were seen."""
+        counts = self.tensors.get(f"tokens/{unit.inputs}")
+        return ["all"] if counts is None else (counts == 0).nonzero().flatten().tolist()
 
     def means(self, unit: Unit, kinds: Sequence[str]) -> dict[tuple[str, str], Tensor]:
         """Return the statistics of a module, by kind and name, in float32."""
@@ -118,6 +154,7 @@ class Sums:
 
         found: dict[tuple[str, str], Tensor] = {}
         name = unit.inputs
+        counts = self.tensors.get(f"tokens/{name}", torch.ones(()))
         for kind in kinds:
             if kind == "fisher":
                 for own, parameter in unit.parameters.items():
@@ -125,11 +162,11 @@ class Sums:
                     mean = parameter.new_zeros(()).double() if total is None else total
                     mean = (mean / max(1, self.num_samples)).float().cpu()
                     found[kind, own] = mean.expand(parameter.shape).contiguous()
-            elif name is not None:
+            elif name is not None and (f"{kind}/{name}" in self.tensors or not unit.packed):
                 shape = [unit.num_inputs] * (2 if kind == "gram" else 1)
                 total = self.tensors.get(f"{kind}/{name}", torch.zeros(shape))
-                num = float(self.tensors.get(f"tokens/{name}", torch.ones(())))
-                found[kind, name] = (total / max(1.0, num)).float().cpu().contiguous()
+                num = counts.clamp(min=1).view(-1, *[1] * len(shape)) if unit.packed else counts
+                found[kind, name] = (total / num).float().cpu().contiguous()
         return found
 
 
@@ -164,8 +201,10 @@ class Summing:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Have the modules add up their inputs, and take gradients of their parameters only."""
-        handles = [
-            unit.module.register_forward_pre_hook(self._hook(unit))
+        ends = [
+            watched(unit.module, unit.packed, self._note(unit))
+            if unit.packed
+            else unit.module.register_forward_pre_hook(self._hook(unit)).remove
             for unit in self._units
             if unit.inputs is not None
         ]
@@ -177,8 +216,8 @@ class Summing:
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for end in reversed(ends):
+                end()
 
     def add(self, sample: Sample, number: int) -> None:
         """Add a sample.
@@ -219,6 +258,22 @@ class Summing:
             self.sums.add(f"tokens/{name}", x_TC.new_tensor(float(len(x_TC))), ())
 
         return hook
+
+    def _note(self, unit: Unit) -> Note:
+        """Return what adds up the inputs of a packed tensor's experts."""
+
+        def note(expert: int, inputs_TC: Tensor, turned: bool) -> None:
+            name, num = unit.inputs, unit.num_experts
+            x_TC = inputs_TC.float()
+            size = x_TC.shape[1]
+            if "gram" in self._kinds:
+                self.sums.add(f"gram/{name}", x_TC.mT @ x_TC, (num, size, size), expert)
+            if "mean" in self._kinds:
+                self.sums.add(f"mean/{name}", x_TC.double().sum(0), (num, size), expert)
+            self.sums.add(f"tokens/{name}", x_TC.new_tensor(float(len(x_TC))), (num,), expert)
+            self.sums.tensors[f"turned/{name}"] = x_TC.new_tensor(float(turned))
+
+        return note
 
     def _likelihood(
         self, output: Any, ids: Tensor, num_prompt: int, sample: Sample, number: int

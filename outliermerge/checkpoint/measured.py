@@ -29,11 +29,15 @@ class MeasuredTensor(OfSource):
         source: the tensor that holds the statistic.
         folder: where the statistics are, for messages.
         of_checksum: the checksum of the model's tensor that was measured.
+        turned: the model's tensor is stored as (inputs, outputs).
+        no_tokens: the tensor's experts that were given none; "all" for a layer.
     """
 
     source: Source
     folder: str
     of_checksum: str
+    turned: bool = False
+    no_tokens: tuple[int | str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,8 +81,14 @@ class Statistics:
                 f"{self._folder}: {shown(unknown)} is in {kind}, but not among the tensors of "
                 f"{STATISTICS_NAME}. Measure the model again."
             )
+        is_of_inputs = kind != "fisher"
+        turned = self.manifest.get("turned", ()) if is_of_inputs else ()
+        no_tokens = self.manifest.get("no_tokens", {}) if is_of_inputs else {}
         return {
-            name: MeasuredTensor(source, str(self._folder), checksums[name])
+            name: MeasuredTensor(
+                *(source, str(self._folder), checksums[name], name in turned),
+                tuple(no_tokens.get(name, ())),
+            )
             for name, source in found.items()
         }
 

@@ -162,7 +162,8 @@ def execute(
         kept=frozenset[MergedSource]().union(*map(_read_again, groups)),
         allow_non_finite=options.allow_non_finite,
     )
-    made = Reader(options.memory_bytes, folder, merges, options.cache_bytes)
+    own = find_kernels() if options.kernels else None
+    made = Reader(options.memory_bytes, folder, merges, options.cache_bytes, kernels=own)
     with made as reader, ExitStack() as stack:
         prepare = _nothing
         if options.kernels and options.device == "cpu":

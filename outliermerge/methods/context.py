@@ -23,6 +23,7 @@ class Context:
         seed: the merge's random seed.
         start: the first element of the block.
         lacks: the auxiliary tensors of the method that no model has for this tensor.
+        turned: the models' inputs were measured, and are the tensor's rows, not its columns.
     """
 
     name: str = ""
@@ -32,6 +33,7 @@ class Context:
     seed: int = 0
     start: int = 0
     lacks: tuple[str, ...] = ()
+    turned: bool = False
 
     @property
     def columns(self) -> int:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from annotated_types import Ge
 
 from outliermerge.methods.averaging import check_weights, unless_measured
-from outliermerge.methods.contract import merge_method
+from outliermerge.methods.context import Context
+from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.prepared import Prepared
-from outliermerge.methods.regmean import gram_shape
+from outliermerge.methods.regmean import gram_shape, turned_gram_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,40 @@ def _start(weights: Tensor, weight_M: Tensor, init: str) -> Tensor:
     return total / weight_M.sum()
 
 
+def _for_tensor(context: Context) -> MergeMethod | None:
+    return unless_measured(context) or (mats_turned if context.turned else None)
+
+
+def _merged(
+    weights_MRC: Tensor,
+    gram: Tensor,
+    weight_M: Tensor,
+    iterations: int,
+    init: str,
+    tolerance: float,
+) -> Tensor:
+    """Return the merge of matrices (M, R, C), or of each expert's (M, E, R, C)."""
+    import torch
+
+    if gram.ndim == 4:
+        pairs = zip(weights_MRC.unbind(1), gram.unbind(1), strict=True)
+        of_each = (_merged(*pair, weight_M, iterations, init, tolerance) for pair in pairs)
+        return torch.stack([*of_each])
+    wide_MRC = weights_MRC.double()
+    right_RC = wide_MRC[0] @ gram[0]
+    total_CC = gram[0].clone()
+    for wide_RC, gram_CC in zip(wide_MRC[1:], gram[1:], strict=True):
+        right_RC += wide_RC @ gram_CC
+        total_CC += gram_CC
+    return solved(
+        lambda x_RC: x_RC @ total_CC,
+        right_RC,
+        _start(wide_MRC, weight_M.double(), init if total_CC.any() else "mean"),
+        iterations=iterations,
+        tolerance=tolerance,
+    ).to(weights_MRC.dtype)
+
+
 def _weighted(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
     import torch
 
@@ -73,13 +108,21 @@ def _weighted(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
     )
 
 
+def _weighted_workspace(num_models: int) -> int:
+    return 2 * num_models + 2
+
+
+def _is_from_mean(parameters: Mapping[str, Any]) -> bool:
+    return bool(parameters["init"] == "mean")
+
+
 @merge_method(
     space="weight",
     cut="tensor",
-    prepared={"gram": Prepared(gram_shape, _weighted, lambda num_models: 2 * num_models + 2)},
-    for_tensor=unless_measured,
+    prepared={"gram": Prepared(gram_shape, _weighted, _weighted_workspace)},
+    for_tensor=_for_tensor,
     workspace=lambda num_sources: 2 * num_sources + 14,
-    idempotent=lambda parameters: bool(parameters["init"] == "mean"),
+    idempotent=_is_from_mean,
     check=check_weights,
     paper="arXiv 2312.04339",
 )
@@ -98,7 +141,7 @@ def mats(
 
     Few iterations leave the weights near the start where inputs are rare. Gᵢ as in regmean, whole.
     The published code can start from the base model, too, which is not here. What has no Gram
-    matrix is averaged.
+    matrix, or no inputs, is averaged.
 
     Args:
         weights_MRC: the models' weights.
@@ -108,19 +151,28 @@ def mats(
         tolerance: of the residual, relative to the right side, at which the iteration ends.
         weight: wᵢ.
     """
-    wide_MRC = weights_MRC.double()
-    right_RC = wide_MRC[0] @ gram[0]
-    total_CC = gram[0].clone()
-    for wide_RC, gram_CC in zip(wide_MRC[1:], gram[1:], strict=True):
-        right_RC += wide_RC @ gram_CC
-        total_CC += gram_CC
-    return solved(
-        lambda x_RC: x_RC @ total_CC,
-        right_RC,
-        _start(wide_MRC, weight.double(), init),
-        iterations=iterations,
-        tolerance=tolerance,
-    ).to(weights_MRC.dtype)
+    return _merged(weights_MRC, gram, weight, iterations, init, tolerance)
+
+
+@merge_method(
+    space="weight",
+    cut="tensor",
+    prepared={"gram": Prepared(turned_gram_shape, _weighted, _weighted_workspace)},
+    workspace=lambda num_sources: 2 * num_sources + 14,
+    idempotent=_is_from_mean,
+    check=check_weights,
+)
+def mats_turned(
+    weights: Tensor,
+    *,
+    gram: Tensor,
+    iterations: int = 100,
+    init: Init = "mean",
+    tolerance: float = 1e-5,
+    weight: PerModel = 1.0,
+) -> Tensor:
+    """MaTS of matrices whose rows are the inputs."""
+    return _merged(weights.mT, gram, weight, iterations, init, tolerance).mT
 
 
 @merge_method(
@@ -129,7 +181,7 @@ def mats(
     auxiliary=("fisher",),
     for_tensor=unless_measured,
     workspace=lambda num_sources: 6 * num_sources + 14,
-    idempotent=lambda parameters: bool(parameters["init"] == "mean"),
+    idempotent=_is_from_mean,
     check=check_weights,
     paper="arXiv 2312.04339",
 )

@@ -1,20 +1,21 @@
 """RegMean: the linear layer whose outputs are nearest to all models' on their own data.
 
-For inputs x of model i, Σᵢ Σₓ ‖(W − Wᵢ)x‖² is least where W Σ Gᵢ = Σ WᵢGᵢ, with Gᵢ = Σ xxᵀ.
+For inputs x of model i, Σᵢ Σₓ ‖(W − Wᵢ)x‖² is least where W Σ Gᵢ = Σ WᵢGᵢ, with Gᵢ = Σ xxᵀ. Of
+experts that are one tensor, each is a matrix with Gram matrices of its own.
 
-Shape suffixes: M models, R rows (outputs), C columns (inputs), P rows of a panel.
+Shape suffixes: M models, E experts, R rows (outputs), C columns (inputs), P rows of a panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
 
 from outliermerge.methods.averaging import check_weights, unless_measured
 from outliermerge.methods.context import Context
-from outliermerge.methods.contract import merge_method
+from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.prepared import Prepared
 
@@ -27,36 +28,57 @@ _STORED = 2.0**-24  # the rounding of Gram matrices, which are stored as float32
 
 
 def gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a Gram matrix of inputs, which are the weights' last dimension."""
-    return (shape[-1], shape[-1]) if shape else (0, 0)
+    """Return the shape of the Gram matrices of inputs, which are the weights' last dimension.
+
+    >>> gram_shape((50, 40)), gram_shape((8, 50, 40))
+    ((40, 40), (8, 40, 40))
+    """
+    return (*shape[:-2], shape[-1], shape[-1]) if shape else (0, 0)
 
 
-def reduced(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> list[Tensor]:
-    """Return wᵢGᵢ with off-diagonal elements times `reduce`, changed in place.
+def turned_gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the Gram matrices of inputs, which are the weights' last but one."""
+    return gram_shape((*shape[:-2], *shape[:-3:-1]))
+
+
+def each_of(grams: Tensor) -> tuple[Tensor, ...]:
+    """Return the matrix, or that of each expert."""
+    return grams.unbind(0) if grams.ndim == 3 else (grams,)
+
+
+def _reduce(grams: Sequence[Tensor], parameters: Mapping[str, Any]) -> None:
+    """Make wᵢGᵢ of Gᵢ, with off-diagonal elements times `reduce`.
 
     An input that no model ever has gets a 1 in all of them, so that its column is averaged.
     """
-    found = []
     for gram_CC, weight in zip(grams, parameters["weight"], strict=True):
         diagonal_C = gram_CC.diagonal().clone()
         gram_CC *= parameters["reduce"] * weight
         gram_CC.diagonal().copy_(diagonal_C * weight)
-        found.append(gram_CC)
-    never_C = sum(gram_CC.diagonal() for gram_CC in found) <= 0
-    for gram_CC, weight in zip(found, parameters["weight"], strict=True):
+    never_C = sum(gram_CC.diagonal() for gram_CC in grams) <= 0
+    for gram_CC, weight in zip(grams, parameters["weight"], strict=True):
         gram_CC.diagonal()[never_C] = weight
-    return found
 
 
 def _maps(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
-    """Return Pᵢ = Gᵢ(Σ Gⱼ)⁻¹ (M, C, C): then W = Σ WᵢPᵢ, row by row.
+    """Return Pᵢ = Gᵢ(Σ Gⱼ)⁻¹ (M, C, C), of experts (M, E, C, C): then W = Σ WᵢPᵢ, row by row."""
+    import torch
+
+    found = list(grams)
+    for of_models in zip(*map(each_of, found), strict=True):
+        _solve(of_models, parameters)
+    return torch.stack(found)
+
+
+def _solve(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> None:
+    """Turn Gᵢ into Pᵢ.
 
     The sum is scaled to a diagonal of 1, so that neither its solution nor what is taken for 0
     depends on the units of inputs.
     """
     import torch
 
-    found = reduced(grams, parameters)
+    _reduce(found, parameters)
     total_CC = found[0].clone()
     for gram_CC in found[1:]:
         total_CC += gram_CC
@@ -69,11 +91,10 @@ def _maps(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
             gram_CC.copy_((unit_C[:, None] * solved_CC).mT)
     else:
         _solve_singular(found, total_CC, unit_C, parameters["weight"])
-    return torch.stack(found)
 
 
 def _solve_singular(
-    grams: list[Tensor], total_CC: Tensor, unit_C: Tensor, weights: tuple[float, ...]
+    grams: Sequence[Tensor], total_CC: Tensor, unit_C: Tensor, weights: tuple[float, ...]
 ) -> None:
     """Turn Gᵢ into Gᵢ(Σ Gⱼ)⁺, and into a mean for inputs along which the sum is 0."""
     import torch
@@ -87,6 +108,10 @@ def _solve_singular(
     none_CC *= unit_C / unit_C[:, None]
     for gram_CC, weight in zip(grams, weights, strict=True):
         gram_CC.copy_(gram_CC @ inverse_CC + none_CC * (weight / sum(weights)))
+
+
+def _maps_workspace(num_models: int) -> int:
+    return 2 * num_models + 4
 
 
 def by_panels(weights_MRC: Tensor, context: Context, merged: Callable[[Tensor], Tensor]) -> Tensor:
@@ -111,6 +136,10 @@ def by_panels(weights_MRC: Tensor, context: Context, merged: Callable[[Tensor], 
     return out_RC
 
 
+def _for_tensor(context: Context) -> MergeMethod | None:
+    return unless_measured(context) or (regmean_turned if context.turned else None)
+
+
 def _always(parameters: Mapping[str, Any]) -> bool:
     return True
 
@@ -118,8 +147,8 @@ def _always(parameters: Mapping[str, Any]) -> bool:
 @merge_method(
     space="weight",
     cut="row",
-    prepared={"gram": Prepared(gram_shape, _maps, lambda num_models: 2 * num_models + 4)},
-    for_tensor=unless_measured,
+    prepared={"gram": Prepared(gram_shape, _maps, _maps_workspace)},
+    for_tensor=_for_tensor,
     workspace=lambda num_sources: 3 * num_sources + 6,
     idempotent=_always,
     check=check_weights,
@@ -138,8 +167,9 @@ def regmean(
     Ĝᵢ: wᵢGᵢ with off-diagonal elements times `reduce`; W* = (Σ WᵢĜᵢ)(Σ Ĝᵢ)⁻¹, in float64.
 
     Gᵢ is the mean of xxᵀ over the inputs x of the layer, which `outliermerge measure --statistics
-    gram` writes. With `reduce: 1` the sum can be singular: along inputs that no model has, weights
-    are averaged. What has no Gram matrix (norms, biases, embeddings) is averaged.
+    gram` writes; experts that are one tensor have one each, of the tokens that are routed to them.
+    With `reduce: 1` the sum can be singular: along inputs that no model has, weights are averaged,
+    as is an expert without tokens, and what has no Gram matrix (norms, biases, embeddings).
 
     Args:
         weights_MRC: the models' weights.
@@ -155,4 +185,39 @@ def regmean(
             total_PC += panel_PC @ map_CC
         return total_PC
 
-    return by_panels(weights_MRC, context, merged)
+    if gram.ndim == 3:
+        return by_panels(weights_MRC, context, merged)
+    return _by_expert(weights_MRC, gram, context)
+
+
+def _by_expert(weights: Tensor, maps_MECC: Tensor, context: Context) -> Tensor:
+    """Return the merge of a block of whole experts."""
+    import torch
+
+    shape = context.shape[1:]
+    weights_MERC = weights.view(len(weights), -1, *shape)
+    first, merged = context.start // (shape[0] * shape[1]), []
+    for number, weights_MRC in enumerate(weights_MERC.unbind(1), start=first):
+        total_RC = weights_MRC[0].double() @ maps_MECC[0, number]
+        for own_RC, map_CC in zip(weights_MRC[1:], maps_MECC[1:, number], strict=True):
+            total_RC += own_RC.double() @ map_CC
+        merged.append(total_RC.to(weights.dtype))
+    return torch.stack(merged)
+
+
+@merge_method(
+    space="weight",
+    cut="tensor",
+    prepared={"gram": Prepared(turned_gram_shape, _maps, _maps_workspace)},
+    workspace=lambda num_sources: num_sources + 10,
+    idempotent=_always,
+    check=check_weights,
+)
+def regmean_turned(
+    weights: Tensor, *, gram: Tensor, reduce: float = 0.9, weight: PerModel = 1.0
+) -> Tensor:
+    """RegMean of matrices whose rows are the inputs: W* = Σ PᵢᵀWᵢ, of each expert or the one."""
+    total = gram[0].mT @ weights[0].double()
+    for own, maps in zip(weights[1:], gram[1:], strict=True):
+        total += maps.mT @ own.double()
+    return total.to(weights.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from outliermerge.checkpoint.folders.folder import open_checkpoint
 from outliermerge.checkpoint.folders.hub import resolve
-from outliermerge.checkpoint.measured import Statistics
+from outliermerge.checkpoint.measured import MeasuredTensor, Statistics
 from outliermerge.checkpoint.sources import Source
 from outliermerge.errors import OutlierMergeError, as_path, shown
 from outliermerge.methods.contract import MergeMethod
@@ -31,6 +31,7 @@ class Auxiliaries:
         self._tensors: dict[tuple[str, int], Mapping[str, Source]] = {}
         self._files: dict[tuple[str, int], str] = {}
         self._lacking: dict[str, list[str]] = {}
+        self._without_tokens: list[str] = []
         for model, number in zip(spec.models, model_numbers, strict=True):
             for name in self._names:
                 reference = model.auxiliary.get(name, model.statistics)
@@ -51,6 +52,25 @@ class Auxiliaries:
             for name in self._names
             if not any(tensor in self._tensors[name, number] for number in holders)
         )
+
+    def turned(self, tensor: str, holders: Sequence[int]) -> bool:
+        """Tell whether a tensor whose inputs were measured is stored as (inputs, outputs).
+
+        Raises:
+            OutlierMergeError: its statistics differ in that.
+        """
+        found = {
+            source.turned: self._files[name, number]
+            for name in self._names
+            for number in holders
+            if isinstance(source := self._tensors[name, number].get(tensor), MeasuredTensor)
+        }
+        if len(found) == 2:
+            raise OutlierMergeError(
+                f"{found[True]}: the inputs of {shown(tensor)} are its rows, and in {found[False]} "
+                "they are its columns: these models do not compute alike"
+            )
+        return True in found
 
     def of(
         self, tensor: str, shape: tuple[int, ...], holders: Sequence[int], method: MergeMethod
@@ -84,15 +104,23 @@ class Auxiliaries:
                 found.append(source)
         if lacking := self.lacking(tensor, holders):
             self._lacking.setdefault(" and ".join(lacking), []).append(tensor)
+        unused = [{*one.no_tokens} if isinstance(one, MeasuredTensor) else set() for one in found]
+        if unused and set.intersection(*unused):
+            self._without_tokens.append(tensor)
         return tuple(found)
 
     @property
     def notes(self) -> list[str]:
         """What is to be said of the tensors that were looked up: those that have nothing."""
+        named = self._without_tokens
         return [
             f"{len(tensors)} tensor(s) such as {shown(tensors[0])} have no {names} in the "
             "statistics, and are averaged"
             for names, tensors in self._lacking.items()
+        ] + [
+            f"{len(named)} tensor(s) such as {shown(one)}, or some of their experts, had no tokens "
+            "in any model's data, and are averaged there"
+            for one in named[:1]
         ]
 
 

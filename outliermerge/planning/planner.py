@@ -315,6 +315,8 @@ class _Planner:
         holders = [number for number, _ in sources if number in self.model_numbers]
         if lacks := self.auxiliaries.lacking(original, holders):
             context = replace(context, lacks=lacks)
+        if self.auxiliaries.turned(original, holders):
+            context = replace(context, turned=True)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
         stochastic = self.spec.document.rounding == "stochastic" and output.dtype.is_float
         if action != "merge":

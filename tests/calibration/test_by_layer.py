@@ -35,7 +35,6 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "tied": transformers.Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "convolutions": transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2),
     "experts": transformers.MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1),
 }  # fmt: skip
 
@@ -141,7 +140,6 @@ def test_a_model_that_does_not_fit_is_measured_by_layer(place, tmp_path, monkeyp
     ("name", "more", "said"),
     [
         ("plain", {"statistics": ["fisher"]}, "Fisher information needs the whole model in memory"),
-        ("convolutions", {"statistics": ["gram"]}, "has nothing to measure"),
         ("experts", {"statistics": ["gram"]}, "is no tensor of its files as it is, so that the"),
     ],
 )
