@@ -254,6 +254,7 @@ def further(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("form", ["F16", "Q8_0"])
 def test_further_architectures_are_read_back_as_they_were_merged(
     further: Path, tmp_path: Path, form: str
@@ -332,6 +333,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 def test_what_is_fixed_in_llama_cpp_must_be_as_the_config_says(
     further: Path, tmp_path: Path
 ) -> None:
