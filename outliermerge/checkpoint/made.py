@@ -1,4 +1,4 @@
-"""Tensors whose values no file holds: those that a plan holds, and weights with noise."""
+"""Tensors whose values no file holds: those that a plan holds, and weights plus something."""
 
 from __future__ import annotations
 
@@ -70,3 +70,20 @@ class NoisyTensor(ComputedTensor):
         columns = self.num_columns
         noise = standard_normal(self.seed, self.stream, first * columns, last * columns)
         return values + noise.view_as(values) * self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted(ComputedTensor):
+    """A tensor plus a number: GGUF has the norms of Gemma so."""
+
+    source: Source
+    plus: float
+    is_exact = True
+
+    @property
+    def stored(self) -> tuple[TensorMeta, ...]:
+        return self.source.stored
+
+    def rows(self, reader: Reading, first: int, last: int) -> Tensor:
+        """Return rows first to last (excluded)."""
+        return read_rows(reader, self.source, first, last).float() + self.plus

@@ -7,20 +7,30 @@ any other: each tensor has its place before a byte is read.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outliermerge.checkpoint.checksum import GGUF_KEY
 from outliermerge.checkpoint.layout import OutputTensor, Shard
+from outliermerge.checkpoint.made import HeldTensor, Shifted
 from outliermerge.checkpoint.quantized.grouped import GROUP, Q8Blocks
-from outliermerge.checkpoint.rearranged import Swapped
-from outliermerge.checkpoint.sources import DTYPES
+from outliermerge.checkpoint.rearranged import Swapped, cut, reshaped, stack
+from outliermerge.checkpoint.sources import DTYPES, Source
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.optional import is_installed, require_package
+from outliermerge.planning.gguf_settings import (
+    ARCHITECTURES,
+    Architecture,
+    add_settings,
+    check_config,
+    rope_factors,
+)
 from outliermerge.planning.plan import Job, Plan
 from outliermerge.planning.quantized_jobs import copy_of, sources_of
 from outliermerge.planning.sidecars import sidecar_contents
@@ -28,9 +38,6 @@ from outliermerge.storage.files import small_bytes
 
 FILE = "model.gguf"
 _ALIGNMENT = 32
-# By model type the architecture of llama.cpp. Its llama has the rows of queries and keys in another
-# order: pairs of a rotation lie side by side.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,6 +46,9 @@ CUTS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
 }
+_EXPERT = re.compile(
+    r"(?P<start>.+\.experts)\.(?P<number>\d+)\.(?P<part>(?:gate|up|down)_proj)\.weight"
+)
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 
 
@@ -61,26 +71,8 @@ def _as_gguf(plan: Plan) -> Plan:
         raise OutlierMergeError("the base is no folder of one model, of which gguf could be made")
     contents = {name: _read(content) for name, content in sidecar_contents(plan).items()}
     config = json.loads(contents.get("config.json", b"{}"))
-    kind = config.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise OutlierMergeError(
-            f"gguf is written of the model types {', '.join(_ARCHITECTURES)}; this is {kind!r}. "
-            "Write safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
-        )
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise OutlierMergeError(
-                f"gguf is not written of models with a rope of type {rope_type!r}: write "
-                "safetensors, and convert them by llama.cpp's convert_hf_to_gguf.py"
-            )
-    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise OutlierMergeError(
-            f"config.json: hidden_act is {activation!r}, and llama.cpp computes models of the type "
-            f"{kind} with silu: write safetensors"
-        )
-    jobs = tuple(_jobs(plan, config))
+    known = check_config(config)
+    jobs = tuple(_jobs(plan, config, known))
     header = _header(jobs, plan, config, contents)
     placed, end = [], len(header)
     for job in jobs:
@@ -94,52 +86,121 @@ def _read(content: bytes | Path) -> bytes:
     return content if isinstance(content, bytes) else small_bytes(content)
 
 
-def _jobs(plan: Plan, config: Mapping[str, Any]) -> Iterator[Job]:
+def _jobs(plan: Plan, config: Mapping[str, Any], known: Architecture) -> Iterator[Job]:
     """Yield the jobs under llama.cpp's names, matrices in the type that the spec says."""
     import gguf
 
-    arch = _ARCHITECTURES[config["model_type"]]
-    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
+    kind = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[known.name]
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     is_q8 = (entry := plan.spec.document.quantize) is not None and entry.to == "q8_0"
     jobs = [job for job in plan.jobs if not job.name.endswith("rotary_emb.inv_freq")]
-    new = {job.name: names.get_name(job.name, (".weight", ".bias")) or "" for job in jobs}
+    groups = _groups(jobs)
+    new = {name: names.get_name(name, (".weight", ".bias")) or "" for name in groups}
     if unknown := [name for name, found in new.items() if not found]:
-        raise OutlierMergeError(f"llama.cpp's {arch} has no such tensors:\n{listing(unknown)}")
+        raise OutlierMergeError(
+            f"llama.cpp's {known.name} has no such tensors:\n{listing(unknown)}"
+        )
     if other := [job.name for job in jobs if job.output.dtype.name not in _TYPES]:
         raise OutlierMergeError(f"gguf cannot hold these as they are:\n{listing(other)}")
     heads = {"q_proj": config["num_attention_heads"]}
     heads["k_proj"] = config.get("num_key_value_heads") or heads["q_proj"]
     swapped = {
-        job.name: heads[part]
-        for job in jobs
-        if arch == "llama" and (part := job.name.split(".")[-2]) in heads
+        name: heads[module]
+        for name in groups
+        if known.is_turned and (module := name.split(".")[-2]) in heads
     }
+    gates = {name for name in groups if name.endswith("shared_expert_gate.weight")}
+    shifted = {name for name in groups if known.norm and name.endswith("norm.weight")}
     packed = {
-        job.name
-        for job in jobs
-        if is_q8 and len(job.output.shape) == 2 and job.output.shape[1] % GROUP == 0
+        name
+        for name, parts in groups.items()
+        if is_q8
+        and len(parts[0][0].output.shape) in (2, 3)
+        and not _is_vector(name, parts[0][0].output)
+        and parts[0][0].output.shape[-1] % GROUP == 0
     }
-    sources = sources_of(jobs, packed | swapped.keys())
-    for job in jobs:
-        name, source = new[job.name], sources.get(job.name)
-        own = job.output if len(job.output.shape) > 1 else _wide(job.output)
+    changed = {*packed, *swapped, *shifted, *gates, *(n for n, own in groups.items() if own[0][1])}
+    sources = sources_of(jobs, {job.name for name in changed for job, _ in groups[name]})
+    for name, parts in groups.items():
+        (job, part), *others = parts
+        source = sources.get(job.name)
+        own = replace(job.output, name=new[name])
+        own = replace(own, dtype=DTYPES["float32"]) if _is_vector(name, own) else own
         if source is None:
-            yield replace(job, output=replace(own, name=name))
+            yield replace(job, output=own)
             continue
-        if number := swapped.get(job.name):
+        if part is not None:
+            found = [part(sources[one.name]) for one, _ in parts]
+            source = stack(found) if others or len(found[0].shape) == 2 else found[0]
+            job = _of_experts(job, parts, source.shape)
+        if number := swapped.get(name):
             rows = job.output.shape[0]
             source = Swapped(source, number, 2, rows // number // 2, job.output.shape)
-        if job.name in packed:
-            yield copy_of(job, name, Q8Blocks(source))
+        if name in gates:  # one row
+            source = reshaped(source, source.shape[1:])
+        if name in shifted:
+            source = Shifted(
+                name=job.name, shape=source.shape, out_dtype=DTYPES["float32"], source=source,
+                plus=known.norm,
+            )  # fmt: skip
+        if name in packed:
+            yield copy_of(job, new[name], Q8Blocks(source))
         else:
-            copied = copy_of(job, name, source, is_merge=True)
-            yield replace(copied, output=replace(own, name=name))
+            copied = copy_of(job, new[name], source, is_merge=True)
+            yield replace(copied, output=replace(own, shape=source.shape))
+    if (factors := rope_factors(config)) is not None:
+        shape = (len(factors) // 4,)
+        table = HeldTensor("rope_freqs", shape, f"factors of {config['model_type']}", factors)
+        made = copy_of(jobs[0], "rope_freqs.weight", table, is_companion=True)
+        yield replace(made, of=None)
 
 
-def _wide(output: OutputTensor) -> OutputTensor:
-    """Return a vector as float32, as llama.cpp has them."""
-    return replace(output, dtype=DTYPES["float32"])
+_Part = Callable[[Source], Source]
+
+
+def _groups(jobs: Sequence[Job]) -> dict[str, list[tuple[Job, _Part | None]]]:
+    """Return the tensors of the file by transformers' names, with what they are made of.
+
+    Experts lie in one tensor, gate and up apart: those that are stored one by one are stacked.
+    """
+    groups: dict[str, list[tuple[Job, _Part | None]]] = {}
+    numbered: dict[str, dict[int, Job]] = {}
+    for job in jobs:
+        if found := _EXPERT.fullmatch(job.name):
+            name = f"{found['start']}.{found['part']}.weight"
+            numbered.setdefault(name, {})[int(found["number"])] = job
+            groups.setdefault(name, [])
+        elif job.name.endswith(".experts.gate_up_proj"):
+            half = job.output.shape[1] // 2
+            for place, part in enumerate(("gate_proj", "up_proj")):
+                name = job.name.removesuffix("gate_up_proj") + f"{part}.weight"
+                cuts = partial(cut, axis=1, start=place * half, stop=(place + 1) * half)
+                groups[name] = [(job, cuts)]
+        elif job.name.endswith(".experts.down_proj"):
+            groups[f"{job.name}.weight"] = [(job, _same)]
+        else:
+            groups[job.name] = [(job, None)]
+    for name, own in numbered.items():
+        groups[name] = [(own[number], _same) for number in sorted(own)]
+    return groups
+
+
+def _same(source: Source) -> Source:
+    return source
+
+
+def _of_experts(job: Job, parts: Sequence[tuple[Job, _Part | None]], shape: tuple[int, ...]) -> Job:
+    """Return the job that stands for a tensor of experts, of several or of a part of one."""
+    made = []
+    for place, (owner, _) in enumerate(job.sources):
+        each = [part(one.sources[place][1]) for one, part in parts if part is not None]
+        made.append((owner, stack(each) if len(each[0].shape) == 2 else each[0]))
+    return replace(job, sources=tuple(made), output=replace(job.output, shape=shape))
+
+
+def _is_vector(name: str, output: OutputTensor) -> bool:
+    """Tell whether llama.cpp has a tensor in float32: vectors, and the routers of experts."""
+    return len(output.shape) < 2 or name.endswith((".mlp.gate.weight", "shared_expert_gate.weight"))
 
 
 def _header(
@@ -152,7 +213,7 @@ def _header(
     import gguf
     import numpy
 
-    arch = _ARCHITECTURES[config["model_type"]]
+    arch = ARCHITECTURES[config["model_type"]].name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, FILE)
         writer = gguf.GGUFWriter(path, arch)
@@ -191,22 +252,8 @@ def _add_settings(
 ) -> None:
     import gguf
 
-    num_heads, size = config["num_attention_heads"], config["hidden_size"]
-    head = config.get("head_dim") or size // num_heads
-    rope = config.get("rope_parameters") or {}
     writer.add_name(f"{config['model_type']} merged by {plan.spec.title}")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(size)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(num_heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or num_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))))
-    writer.add_rope_dimension_count(head)
-    writer.add_vocab_size(config["vocab_size"])
+    add_settings(writer, config, ARCHITECTURES[config["model_type"]])
     types = [job.output.dtype.name for job in jobs if len(job.output.shape) > 1]
     common = max(set(types), key=types.count)
     by_dtype = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
@@ -243,6 +290,8 @@ def _add_tokenizer(
         every += [(f"[PAD{n}]".encode(), -1e3, _UNUSED) for n in range(len(every), num_rows)]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
+        if config["model_type"].startswith("gemma"):
+            writer.add_add_space_prefix(False)
         writer.add_token_list([text for text, _, _ in every])
         writer.add_token_scores([score for _, score, _ in every])
         writer.add_token_types([int(kind) for _, _, kind in every])

@@ -137,7 +137,7 @@ def _moved(base: Path, folder: Path, factor: float) -> tuple[Path, torch.Tensor]
     return folder, weight
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("task", ["again", "plain"])
 def test_a_model_merged_with_itself_is_the_same_bytes(
     base: Path, tmp_path: Path, task: str
@@ -152,7 +152,7 @@ def test_a_model_merged_with_itself_is_the_same_bytes(
     assert next(configs)["quantization_config"] == next(configs)["quantization_config"]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 def test_what_is_not_moved_keeps_its_values_and_the_rest_is_near(
     base: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +169,7 @@ def test_what_is_not_moved_keeps_its_values_and_the_rest_is_near(
     assert said == [pytest.approx(whole, rel=1e-3)]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 def test_the_bytes_depend_neither_on_threads_nor_on_memory(base: Path, tmp_path: Path) -> None:
     task, _ = _moved(base, tmp_path / "task", 3.0)
     written = _merge(base, task, tmp_path / "out")

@@ -13,10 +13,13 @@ import tokenizers
 import torch
 import transformers
 from checkpoints import fine_tune, load_folder
+from quantizing import read
 from safetensors.torch import save_file
 
 import outliermerge
 from outliermerge.checkpoint.checksum import header_checksum
+from outliermerge.checkpoint.folders.folder import open_checkpoint
+from outliermerge.checkpoint.quantized.opened import dequantize
 from outliermerge.output.manifest import verify_folder
 from outliermerge.output.parts import join, run_part
 from outliermerge.planning.gguf import CUTS
@@ -31,6 +34,34 @@ KINDS = {
     ),
     "qwen2": lambda size: transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**SIZES, vocab_size=size, tie_word_embeddings=True)
+    ),
+}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+MORE = {
+    "llama3": lambda size: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, vocab_size=size, rope_parameters=_LLAMA3)
+    ),
+    "qwen2moe": lambda size: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **SIZES, **_MOE, vocab_size=size, shared_expert_intermediate_size=32
+        )
+    ),
+    "qwen3moe": lambda size: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **SIZES, **_MOE, vocab_size=size, head_dim=16, norm_topk_prob=True
+        )
+    ),
+    "gemma2": lambda size: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, vocab_size=size, head_dim=16, query_pre_attn_scalar=16)
+    ),
+    "gemma3": lambda size: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **SIZES, vocab_size=size, head_dim=16, query_pre_attn_scalar=16
+        )
     ),
 }
 FORMS: dict[str, dict[str, Any]] = {
@@ -179,12 +210,12 @@ def test_what_cannot_be_written_is_refused(folder: Path, tmp_path: Path) -> None
         outliermerge.plan(spec_of(folder, format="gguf", quantize="fp8"))
     with pytest.raises(outliermerge.SpecError, match="quantize: found 'q8_0', expected `format"):
         outliermerge.plan(spec_of(folder, quantize="q8_0"))
-    spec = _change(folder, tmp_path, "config.json", rope_parameters={"rope_type": "llama3"})
-    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'llama3'"):
+    spec = _change(folder, tmp_path, "config.json", rope_parameters={"rope_type": "dynamic"})
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'dynamic'"):
         outliermerge.plan(spec)
-    linear = {"type": "linear", "factor": 2.0}  # transformers takes it before rope_parameters
-    spec = _change(folder, tmp_path / "both", "config.json", rope_scaling=linear)
-    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'linear'"):
+    both = {"type": "longrope", "factor": 2.0}  # transformers takes it before rope_parameters
+    spec = _change(folder, tmp_path / "both", "config.json", rope_scaling=both)
+    with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*rope of type 'longrope'"):
         outliermerge.plan(spec)
     spec = _change(folder, tmp_path / "gelu", "config.json", hidden_act="gelu")
     with pytest.raises(outliermerge.OutlierMergeError, match=r"format: .*hidden_act is 'gelu'"):
@@ -208,3 +239,105 @@ def test_values_beyond_the_scales_of_q8_0_are_refused(folder: Path, tmp_path: Pa
     spec = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "base")}]}
     with pytest.raises(outliermerge.OutlierMergeError, match=r"beyond 8,319,008, which Q8_0"):
         outliermerge.run(spec | {"format": "gguf", "quantize": "q8_0"}, output=tmp_path / "out")
+
+
+@pytest.fixture(scope="module", params=MORE)
+def further(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = MORE[request.param](_tokenizer(folder / "base", "llama-bpe"))
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.02
+    model.bfloat16().save_pretrained(folder / "base")
+    fine_tune(folder / "base", folder / "task", seed=1)
+    outliermerge.run(spec_of(folder, out_dtype="float32"), output=folder / "plain")
+    return folder
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("form", ["F16", "Q8_0"])
+def test_further_architectures_are_read_back_as_they_were_merged(
+    further: Path, tmp_path: Path, form: str
+) -> None:
+    spec = spec_of(further, format="gguf", **FORMS[form])
+    planned = outliermerge.plan(spec)
+    done = outliermerge.run(spec, output=tmp_path / "out")
+    file = tmp_path / "out" / "model.gguf"
+    assert planned.num_parameters == done.manifest["num_parameters"]
+    assert planned.num_parameters == outliermerge.plan(spec_of(further)).num_parameters
+    plain = transformers.AutoModelForCausalLM.from_pretrained(further / "plain").state_dict()
+    config = transformers.AutoConfig.from_pretrained(further / "plain")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=file.name, config=config, dtype=torch.float32
+    ).state_dict()
+    ours = {
+        name: read(source) for name, source in dequantize(open_checkpoint(file)).tensors.items()
+    }
+    close = {"F16": 2e-3, "Q8_0": 1e-2}[form]
+    assert ours.keys() - plain.keys() == set()
+    for name, values in plain.items():
+        for found in (loaded, ours) if name in ours else (loaded,):
+            assert (found[name].float() - values).norm() <= close * values.norm(), name
+    assert verify_folder(tmp_path / "out", threads=1) == []
+
+
+def test_llama3_frequencies_are_divided_as_transformers_does(folder: Path, tmp_path: Path) -> None:
+    if folder.name[:5] != "llama":
+        pytest.skip("of llama only")
+    spec = _change(folder, tmp_path, "config.json", rope_parameters=_LLAMA3)
+    outliermerge.run(spec, output=tmp_path / "out")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    factors = next(t for t in reader.tensors if t.name == "rope_freqs.weight").data
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "base")
+    theirs, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 5e5 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(plain / torch.from_numpy(factors.copy()), theirs, rtol=1e-6)
+    assert len({float(value) for value in factors}) > 2
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+         {"type": "linear", "factor": 2.0}),
+        (
+            {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "beta_fast": 16.0,
+             "original_max_position_embeddings": 32},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0},
+        ),
+    ],
+)  # fmt: skip
+def test_scaled_ropes_are_in_the_header(
+    folder: Path, tmp_path: Path, rope: dict[str, Any], said: dict[str, Any]
+) -> None:
+    outliermerge.run(
+        _change(folder, tmp_path, "config.json", rope_parameters=rope), output=tmp_path / "out"
+    )
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    start = f"{fields['general.architecture'].contents()}.rope."
+    found = {
+        key.removeprefix(f"{start}scaling."): field.contents()
+        for key, field in fields.items()
+        if key.startswith(f"{start}scaling.")
+    }
+    assert found == said
+    assert fields[f"{start}freq_base"].contents() == 5e5
+
+
+REFUSED = {
+    "qwen3moe": ({"norm_topk_prob": False}, "norm_topk_prob is False, and llama.cpp .* True"),
+    "qwen2moe": ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], and"),
+    "gemma2": ({"query_pre_attn_scalar": 20}, "query_pre_attn_scalar is 20, .* with 16"),
+    "gemma3": ({"layer_types": ["full_attention"] * 2}, r"layer_types is \['full_att"),
+    "llama3": ({"rope_parameters": {"rope_type": "longrope"}}, "rope of type 'longrope'"),
+}
+
+
+@pytest.mark.sampled(3)
+def test_what_is_fixed_in_llama_cpp_must_be_as_the_config_says(
+    further: Path, tmp_path: Path
+) -> None:
+    kind = next(name for name in REFUSED if further.name.startswith(name))
+    values, message = REFUSED[kind]
+    with pytest.raises(outliermerge.OutlierMergeError, match=message):
+        outliermerge.plan(_change(further, tmp_path, "config.json", **values))
