@@ -1,7 +1,8 @@
 """Methods on whole matrices, and others, beside FusionBench's own functions, on the same files.
 
-Each tool reads the models, merges and writes in a process of its own, on the CPU, with all its
-threads; what it imports is not timed. Runs alternate. FusionBench is in an environment of its own:
+Each tool reads the models, merges and writes in a process of its own, on the CPU, with as many
+threads as torch takes (OMP_NUM_THREADS); what it imports is not timed. Runs alternate. FusionBench
+is in an environment of its own:
 
     make bench-fusion-bench [ARGS="--size ViT-B/32 --layers 12 --runs 3 --only iso_c"]
 
@@ -37,7 +38,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {  # as FusionBench has them
 RANK = 64
 NOTE = (
     "float32 models of this shape, changes mostly of rank 64; reading, merging and writing in a "
-    "process that has imported all, on the CPU with all threads; a round's runs follow each other"
+    "process that has imported all, on the CPU; a round's runs follow each other"
 )
 
 
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to build (default: TMPDIR)")
     options = parser.parse_args()
     now = surroundings(options.runs, also=("fusion-bench", "torch"))
+    now["hardware"] += f", {torch.get_num_threads()} thread(s) used"
     report = opened(options.results, now, go_on=True) | {"note": NOTE}
     num_layers = options.layers or LAYERS[options.size]
     methods = options.only or METHODS

@@ -30,7 +30,7 @@ def ours(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
     import outliermerge
 
     def run() -> None:
-        outliermerge.run(spec, output=folder / "outliermerge")
+        outliermerge.run(spec, output=folder / "outliermerge", threads=torch.get_num_threads())
 
     return run
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evals.every_method import clip, run
+from evals.every_method import clip, llava, run
 from evals.evidence import vision
 from outliermerge.methods.table import EVERY
 
@@ -111,3 +111,11 @@ def test_an_image_is_told_by_the_nearest_caption():
 def test_every_method_of_the_package_has_a_row():
     several = {n for n, m in EVERY.items() if m.space != "merged" and m.name != "passthrough"}
     assert several <= set(run.METHODS)
+
+
+def test_the_committed_table_has_what_the_committed_results_say():
+    found = json.loads(run.RESULTS.read_text())
+    assert run.TABLE.read_text() == run.table(found)
+    for family in (llava.Llava(), clip.Clip()):
+        assert found["recipes"][family.name] == dataclasses.asdict(family.recipe)
+        assert found["families"][family.name]["tasks"] == list(family.tasks)

@@ -74,7 +74,7 @@ class Small(Seed):
 
 
 def collected(seeds: Mapping[str, list[Small]]) -> dict[str, Any]:
-    """Return the scores of all models by family and seed."""
+    """Return the scores of all models by family and seed; of chosen ones those that are there."""
     found: dict[str, Any] = {}
     for name, every in seeds.items():
         found[name] = {"tasks": every[0].family.tasks, "seeds": {}}
@@ -86,7 +86,8 @@ def collected(seeds: Mapping[str, list[Small]]) -> dict[str, Any]:
             singles = {"base": folder / "base.npz"}
             singles |= {task: folder / distance / f"{task}.npz" for task in seed.family.tasks}
             wanted = [f"{method}-default" for method in METHODS]
-            wanted += [f"{method}-chosen" for method in METHODS if SPACES.get(method)]
+            chosen = [f"{method}-chosen" for method in METHODS if SPACES.get(method)]
+            wanted += [row for row in chosen if (own / f"{row}.npz").is_file()]
             found[name]["seeds"][str(seed.seed)] = {
                 "models": {model: _row(path, average) for model, path in singles.items()},
                 "merges": {row: _row(own / f"{row}.npz", average) for row in wanted},
@@ -119,42 +120,49 @@ def table(found: Mapping[str, Any]) -> str:
     families = found["families"]
     first = next(iter(next(iter(families.values()))["seeds"].values()))
     methods = list(dict.fromkeys(row.rpartition("-")[0] for row in first["merges"]))
-    columns = ("mean", "default", "chosen")
-    heads = [f"{TITLES[name]}, {column}" for name in families for column in columns]
+    every = {name: list(family["seeds"].values()) for name, family in families.items()}
+
+    def cells(name: str, kind: str, row: str, column: str) -> str:
+        seeds = every[name]
+        if kind == "models" and row != "base":
+            row = families[name]["tasks"][int(row)]
+        ending = "" if kind == "models" else "-chosen" if column == "chosen" else "-default"
+        rows = [seed[kind].get(row + ending) for seed in seeds]
+        if None in rows or (kind == "models" and column == "chosen"):
+            return "–"
+        if row + ending == AVERAGE and column != "mean":
+            return "–"
+        averages = [seed["merges"][AVERAGE] for seed in seeds]
+        return _cell(rows, None if column == "mean" else averages)
+
+    columns = [
+        (name, column)
+        for name, seeds in every.items()
+        for column in ("mean", "default", "chosen")
+        if column != "chosen" or any(row.endswith("chosen") for row in seeds[0]["merges"])
+    ]
+    rows = [
+        ("the base", "models", "base"),
+        ("the first task's model", "models", "0"),
+        ("the second task's model", "models", "1"),
+        *((f"`{method}`", "merges", method) for method in methods),
+    ]
+    heads = [f"{TITLES[name]}, {column}" for name, column in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|:--|" + "--:|" * len(heads)]
-
-    def line(title: str, kind: str, name: str) -> str:
-        cells = []
-        for family in families.values():
-            seeds = list(family["seeds"].values())
-            averages = [seed["merges"][AVERAGE] for seed in seeds]
-            if kind == "models":
-                model = name if name == "base" else family["tasks"][int(name)]
-                rows = [seed["models"][model] for seed in seeds]
-                cells += [_cell(rows, None), _cell(rows, averages), "–"]
-                continue
-            for column, ending in zip(columns, ("default", "default", "chosen"), strict=True):
-                if f"{name}-{ending}" not in seeds[0]["merges"] or (
-                    name == "linear" and column != "mean"
-                ):
-                    cells.append("–")
-                    continue
-                rows = [seed["merges"][f"{name}-{ending}"] for seed in seeds]
-                cells.append(_cell(rows, None if column == "mean" else averages))
-        return f"| {title} | " + " | ".join(cells) + " |"
-
-    lines.append(line("the base", "models", "base"))
-    lines += [line(f"the {which} task's model", "models", str(n))
-              for n, which in enumerate(("first", "second"))]  # fmt: skip
-    lines += [line(f"`{method}`", "merges", method) for method in methods]
-    seeds = {name: len(family["seeds"]) for name, family in families.items()}
-    said = ", ".join(f"{TITLES[name]}: {num} seed{'s' * (num > 1)}" for name, num in seeds.items())
+    for title, kind, row in rows:
+        own = [cells(name, kind, row, column) for name, column in columns]
+        lines.append(f"| {title} | " + " | ".join(own) + " |")
+    said = ", ".join(
+        f"{TITLES[name]}: {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        for name, seeds in every.items()
+    )
     return "\n".join(lines) + f"\n\n{said}; {found['date']}.\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the CLIP")
+    parser.add_argument("--collect", action="store_true", help="only write what has been scored")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -162,7 +170,7 @@ def main() -> None:
     for name, family in FAMILIES.items():
         numbers = options.seeds if name == "clip" else [0]
         seeds[name] = [Small(family, number, cache() / "every_method") for number in numbers]
-        for seed in seeds[name]:
+        for seed in () if options.collect else seeds[name]:
             seed.train()
             seed.score()
             print(f"{name}, seed {seed.seed}: scored", flush=True)
