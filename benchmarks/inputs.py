@@ -1,8 +1,8 @@
 """What it costs to read task models as adapters or quantised: whole processes, alternating.
 
 Merges two task models of 0.5B parameters by min_sigma: as plain bfloat16, as LoRA adapters, as
-DoRA adapters, as fp8, and as bitsandbytes nf4 (6 GB of disk, removed at the end). Beside it the
-other way to merge two adapters: peft's merge_and_unload of each to disk, then the merge.
+DoRA adapters, as fp8, and as bitsandbytes int8 and nf4 (7 GB of disk, removed at the end). Beside
+it the other way to merge two adapters: peft's merge_and_unload of each to disk, then the merge.
 
     python benchmarks/inputs.py [--runs 3] [--size 0.5B]
 """
@@ -71,16 +71,20 @@ def quantised(source: Path, folder: Path, kind: str) -> None:
             codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
             parts = state.as_dict(packed=True)
             tensors |= {name: codes, **{f"{name}.{part}": value for part, value in parts.items()}}
+        elif kind == "int8":
+            most = weight.float().abs().amax(1)
+            tensors[name] = (weight.float() * (127 / most)[:, None]).round().to(torch.int8)
+            tensors[f"{name.removesuffix('weight')}SCB"] = most
         else:
             rows, columns = (-(-size // 128) for size in weight.shape)
             tensors[name] = (weight.float() * 1000).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = torch.full((rows, columns), 1e-3)
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = (
-        {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        if kind == "nf4"
-        else {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    )
+    config["quantization_config"] = {
+        "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }[kind]
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -97,7 +101,7 @@ def main() -> None:
     try:
         base, *models = build(options.size, folder / "plain")
         kinds: dict[str, list[Path]] = {"plain": models}
-        for kind in ("lora", "dora", "fp8", "nf4"):
+        for kind in ("lora", "dora", "fp8", "int8", "nf4"):
             kinds[kind] = [folder / f"{kind}{number}" for number in range(2)]
             for number, path in enumerate(kinds[kind]):
                 if kind in ("lora", "dora"):

@@ -25,6 +25,8 @@ MODULES = (
         "outliermerge.cli.console",
         "outliermerge.cli.logs",
         *(f"outliermerge.cli.{name}" for name in ("run", "plan", "sweep", "join", "verify", "moe")),
+        "outliermerge.cli.extract",
+        "outliermerge.extraction.extract",
         "outliermerge.api",
         "outliermerge.search.sweeps",
         "outliermerge.output.parts",

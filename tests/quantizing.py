@@ -13,6 +13,7 @@ import transformers
 from checkpoints import load_folder
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from packing import AWQ, GPTQ, awq, gptq
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
@@ -82,40 +83,6 @@ METHODS_OF_QUANTISING = {
 }
 
 
-def _words(codes: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """Pack eight codes of a row (R, C) into a whole number of 32 bits."""
-    words = sum(codes[:, n::8].long() << 4 * place for n, place in enumerate(places))
-    return (((words + (1 << 31)) % (1 << 32)) - (1 << 31)).int()
-
-
-def _by_group(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return 4-bit codes (in, out), and zero points and scales (groups, out)."""
-    by_group = values.float().T.reshape(values.shape[1] // 16, 16, -1)
-    low, high = by_group.amin(1), by_group.amax(1)
-    scales = ((high - low) / 14 + 1e-4).half()
-    zeros = (-low / scales.float()).round().clamp(1, 15)
-    codes = (by_group / scales[:, None].float() + zeros[:, None]).round().clamp(0, 15)
-    return codes.flatten(0, 1).int(), zeros.int(), scales
-
-
-def _gptq(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, zeros, scales = _by_group(values)
-    stem = name.removesuffix("weight")
-    return {
-        f"{stem}qweight": _words(codes.T, [*range(8)]).T,
-        f"{stem}qzeros": _words(zeros - 1, [*range(8)]),
-        f"{stem}scales": scales,
-        f"{stem}g_idx": torch.arange(len(codes), dtype=torch.int32) // 16,
-    }
-
-
-def _awq(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, zeros, scales = _by_group(values)
-    stem, places = name.removesuffix("weight"), [0, 4, 1, 5, 2, 6, 3, 7]
-    packed = {"qweight": _words(codes, places), "qzeros": _words(zeros, places), "scales": scales}
-    return {f"{stem}{part}": value for part, value in packed.items()}
-
-
 _INT4 = QuantizationScheme(
     targets=["Linear"],
     weights=QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=16),
@@ -132,8 +99,8 @@ def _int4(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
 
 # Those whose codes are packed, several in a word.
 PACKED = {
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}, _gptq),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, _awq),
+    "gptq": (GPTQ, gptq),
+    "awq": (AWQ, awq),
     "int4": (
         {
             "quant_method": "compressed-tensors",

@@ -166,7 +166,11 @@ def _from_file(path: Path) -> tuple[list[Row], list[str]]:
             f"to be a row of {HUB} in JSON"
         )
     rows, places = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise OutlierMergeError(f"{path}: is no text in UTF-8 ({error})") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

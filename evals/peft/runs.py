@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from evals.peft.study import batches, factor
 from outliermerge.cli.terminal import counting_bars
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.storage.failures import naming
+from outliermerge.storage.files import write_whole
 
 CLIP = 1.0
 LOG_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -153,11 +156,12 @@ def _name(key: Key) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        if {"key", "recipe", "found"} <= record.keys():
-            return record
-    except (ValueError, AttributeError):
-        pass
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    kinds = {"key": list, "recipe": dict, "found": dict}
+    if isinstance(record, dict) and all(isinstance(record.get(k), t) for k, t in kinds.items()):
+        return record
     raise OutlierMergeError(f"{path} is not the record of a run. Remove it to make the run again")
 
 
@@ -176,10 +180,9 @@ def _same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
+    with naming(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -191,15 +194,23 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        torch.save(dict(state), part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        with writing(path):
+            torch.save(dict(state), part)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one message that torch or safetensors cannot write a file or folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free / 1e6
         raise OutlierMergeError(
             f"{path} cannot be written, with {free:,.1f} MB free there: {first_line(error)}"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:

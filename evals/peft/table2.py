@@ -269,19 +269,21 @@ def work(options: argparse.Namespace) -> int:
     """Make the runs that are not there, and the table."""
     import transformers
 
-    commands.hush()
-    device = commands.device_of(options.device)
-    if options.small:
-        options.model, options.data = replicas.table2(options.output / "replica")
-    tasks = options.tasks or (SMALL_TASKS if options.small else tuple(glue.TASKS))
-    seeds = options.seeds or (SMALL_SEEDS if options.small else SEEDS)
-    records, same = (
-        Records(options.output),
-        {"model": options.model, "data": options.data or glue.HUB},
+    device = commands.begin(
+        options,
+        replicas.table2,
+        tasks=(SMALL_TASKS, tuple(glue.TASKS)),
+        seeds=(SMALL_SEEDS, SEEDS),
     )
+    records = Records(options.output)
+    same = {"model": options.model, "data": options.data or glue.HUB}
     records.all(**same)
-    keys = [(name, method, s) for name in tasks for method in options.methods for s in seeds]
-    recipes: dict[Key, Recipe] = {key: recipe_of(key[0], key[1], options) for key in keys}
+    recipes: dict[Key, Recipe] = {
+        (name, method, seed): recipe_of(name, method, options)
+        for name in options.tasks
+        for method in options.methods
+        for seed in options.seeds
+    }
     todo = [key for key, recipe in recipes.items() if records.read(key, recipe) is None]
 
     @lru_cache(1)  # tasks come one after the other
@@ -289,7 +291,7 @@ def work(options: argparse.Namespace) -> int:
         task = glue.TASKS[name]
         tokenizer = commands.pretrained(transformers.AutoTokenizer, options.model)
         splits = ("train", task.validation, *filter(None, [task.beside]))
-        size = recipes[name, options.methods[0], seeds[0]].max_tokens
+        size = recipes[name, options.methods[0], options.seeds[0]].max_tokens
         rows = {split: glue.read(name, split, options.data) for split in splits}
         return {split: glue.texts(task, rows[split], tokenizer, size) for split in splits}
 

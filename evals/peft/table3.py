@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from evals.peft import commands, commonsense, replicas
-from evals.peft.runs import Key, Recipe, Records, progress, train, write_text
+from evals.peft.runs import Key, Recipe, Records, first_line, progress, train, write_text, writing
 from evals.peft.study import Arm, Texts, mean_and_error
 from outliermerge.errors import OutlierMergeError
 
@@ -228,7 +228,8 @@ class Command:
                 micro_batch=self.options.micro_batch,
                 title=title,
             )
-            model.save_pretrained(folder)
+            with writing(folder.parent):
+                model.save_pretrained(folder)
             found["scales"] = [
                 parameter.item() for name, parameter in model.named_parameters() if "_s." in name
             ]
@@ -240,7 +241,13 @@ class Command:
                 "Remove the latter to train it again"
             )
         else:
-            weights = peft.load_peft_weights(str(folder), device="cpu")
+            try:
+                weights = peft.load_peft_weights(str(folder), device="cpu")
+            except Exception as error:  # of several libraries
+                raise OutlierMergeError(
+                    f"{folder} cannot be read: {first_line(error)}. Remove it and "
+                    f"{self.records.path(key)} to train it again"
+                ) from error
             left_out = peft.set_peft_model_state_dict(model, weights).missing_keys
             if absent := [name for name in left_out if "scaled_lora" in name]:
                 raise OutlierMergeError(f"{folder} has no {absent[0]}: it is of another model")
@@ -325,14 +332,16 @@ def work(options: argparse.Namespace) -> int:
     """Make the runs that are not there, and the table."""
     import transformers
 
-    commands.hush()
-    device = commands.device_of(options.device)
-    if options.small:
-        options.model, options.data = replicas.table3(options.output / "replica")
-    tasks = options.tasks or (SMALL_TASKS if options.small else tuple(commonsense.TASKS))
-    ranks = options.ranks or (SMALL_RANKS if options.small else RANKS)
-    seeds = options.seeds or (SMALL_SEEDS if options.small else SEEDS)
-    tests = {task: commonsense.read_test(options.data, task)[: options.limit] for task in tasks}
+    device = commands.begin(
+        options,
+        replicas.table3,
+        tasks=(SMALL_TASKS, tuple(commonsense.TASKS)),
+        ranks=(SMALL_RANKS, RANKS),
+        seeds=(SMALL_SEEDS, SEEDS),
+    )
+    tests = {
+        task: commonsense.read_test(options.data, task)[: options.limit] for task in options.tasks
+    }
     tokenizer = commands.pretrained(transformers.AutoTokenizer, options.model)
     if tokenizer.eos_token_id is None:
         raise OutlierMergeError(f"--model {options.model}: its tokenizer has no end of text")
@@ -340,9 +349,9 @@ def work(options: argparse.Namespace) -> int:
     name = family(options.model)[0]
     recipes: dict[Key, Recipe] = {
         (name, method, rank, seed): recipe_of(rank, options)
-        for rank in ranks
+        for rank in options.ranks
         for method in options.methods
-        for seed in seeds
+        for seed in options.seeds
     }
     todo = [key for key, recipe in recipes.items() if command.lacking(key, recipe)]
     if any(command.records.read(key, recipes[key]) is None for key in todo):

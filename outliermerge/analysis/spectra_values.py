@@ -49,6 +49,7 @@ def matrix_spectra(
 
         def measure(matrix: Sources) -> Spectrum:
             found = _spectrum(reader, matrix, num_values, device)
+            reader.release(enumerate(matrix))
             on_progress(_num_bytes(matrix))
             return found
 

@@ -257,7 +257,9 @@ def _loaded(reference: str, device: str) -> tuple[Loaded, dict[str, _Layer]]:
 
 
 def _value(source: Source, reader: Reader, dtype: Any, device: str) -> Tensor:
-    return reader.values(source, 0, source.num_elements).view(source.shape).to(device, dtype)
+    values = reader.values(source, 0, source.num_elements).view(source.shape).to(device, dtype)
+    reader.release([(0, source)])
+    return values
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from outliermerge.checkpoint.checksum import source_checksum
 from outliermerge.checkpoint.measured import KINDS, STATISTICS_FORMAT, STATISTICS_NAME
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.storage.failures import naming
 from outliermerge.storage.files import load_json, write_whole
 
 _STATE = "sums.safetensors"
@@ -156,8 +157,11 @@ class Partial:
         self._output, self._folder = output, output.with_name(output.name + ".partial")
         self._loaded, self._wanted, self._num_groups = loaded, wanted, num_groups
         measured = sorted({name for unit in units for name in _names(unit)})
+        tensors = {}
         with Reader() as reader:
-            tensors = {n: source_checksum(loaded.checkpoint.tensors[n], reader) for n in measured}
+            for name in measured:
+                tensors[name] = source_checksum(loaded.checkpoint.tensors[name], reader)
+                reader.release([(0, loaded.checkpoint.tensors[name])])
         self._facts = _facts(loaded, samples, wanted, data, tensors)
         self._facts["settings"] |= more or {}
         _begin(self._folder, self._facts | {"num_groups": num_groups})
@@ -319,7 +323,8 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
                 "it to begin anew."
             )
         return
-    partial.mkdir(parents=True, exist_ok=True)
+    with naming(partial, "made"):
+        partial.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity).encode())
 
 

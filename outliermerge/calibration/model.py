@@ -143,6 +143,7 @@ def _paired(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], 
                 for each in candidates
                 if each not in taken and _holds(checkpoint.tensors[each], parameter.data, reader)
             ]
+            reader.release((0, checkpoint.tensors[each]) for each in candidates)
             if len(fitting) == 1:
                 found[name] = fitting[0]
                 taken.add(fitting[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from outliermerge.checkpoint.by_kernels import Span, read_place
 from outliermerge.checkpoint.sources import DTYPES, DType, Reading, Sized, Source, TensorMeta
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class ComputedTensor(Sized, ABC):
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
 
     @property
+    def by_kernels(self) -> bool:
+        """Whether kernels compute it, as `place` says, with the bits of `rows`."""
+        return False
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        raise NotImplementedError
+
+    @property
     def num_rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
@@ -58,11 +68,15 @@ class ComputedTensor(Sized, ABC):
 
     def read(self, reader: Reading, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with elements start to stop (excluded), in `dtype`."""
-        import torch
-
         assert 0 <= start <= stop <= self.num_elements
         if stop == start:
             return
+        if reader.kernels is not None and self.by_kernels:
+            place = self.place(reader, (start, stop), start)
+            read_place(reader, place, self, stop - start, out)
+            return
+        import torch
+
         target = torch.frombuffer(out, dtype=getattr(torch, self.dtype.name))
         columns = self.num_columns  # not 0, because nothing is read of an empty tensor
         group = max(1, GROUP_ELEMENTS // columns)

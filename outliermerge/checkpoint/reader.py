@@ -8,14 +8,15 @@ import sys
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from outliermerge.checkpoint.sources import Source, TensorMeta, inner
+from outliermerge.checkpoint.by_kernels import floats
+from outliermerge.checkpoint.sources import Region, Source, TensorMeta, inner
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES, CachedFiles, FileRange
 from outliermerge.storage.failures import failure, naming
 from outliermerge.storage.stamps import current_watch, open_input
@@ -53,6 +54,8 @@ class Reader:
         merges: computes sources that are merges of others, where there are some.
         cache_bytes: the most bytes that are kept of models which are elsewhere.
         scattered: what is read are small pieces, far apart.
+        kernels: the module of the compiled kernels, which read what they can compute; None where
+            torch is to compute all.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Reader:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         *,
         scattered: bool = False,
+        kernels: Any = None,
     ) -> None:
+        self.kernels = kernels
         self._free_bytes, self._folder, self._merges = held_bytes, folder, merges
         self._once: dict[object, _Once] = {}
         self._noted: dict[object, dict[int, Any]] = {}
@@ -72,7 +77,7 @@ class Reader:
         self._elsewhere = CachedFiles(cache_bytes, scattered=scattered)
         self._pickles: dict[Path, dict[str, Strided]] = {}
         self._strided: tuple[TensorMeta, Tensor] | None = None
-        self._whole: OrderedDict[Source, Tensor] = OrderedDict()
+        self._whole: OrderedDict[object, tuple[int, Any]] = OrderedDict()
         self._num_whole_bytes = 0
         self._lock = threading.Lock()
 
@@ -87,17 +92,39 @@ class Reader:
 
     def whole(self, source: Source) -> Tensor:
         """Return a small tensor (scales, a low-rank factor) in its shape; the latest are cached."""
-        with self._lock:
-            if source in self._whole:
-                self._whole.move_to_end(source)
-                return self._whole[source]
-        values = self.values(source, 0, source.num_elements).view(source.shape)
-        with self._lock:
-            if self._whole.setdefault(source, values) is values:
-                self._num_whole_bytes += source.num_bytes
-            while len(self._whole) > 1 and self._num_whole_bytes > _WHOLE_BYTES:
-                self._num_whole_bytes -= self._whole.popitem(last=False)[0].num_bytes
+
+        def make() -> Tensor:
+            return self.values(source, 0, source.num_elements).view(source.shape)
+
+        values: Tensor = self._latest(source, source.num_bytes, make)
         return values
+
+    def whole_floats(self, source: Source) -> bytearray:
+        """Return a small tensor as float32, read by kernels; the latest are cached."""
+        found: bytearray = self._latest(
+            (source, "floats"),
+            4 * source.num_elements,
+            lambda: floats(self, source, 0, source.num_elements),
+        )
+        return found
+
+    def _latest(self, key: object, num_bytes: int, make: Callable[[], Any]) -> Any:
+        """Return what `make` returned for a key, if it is among the latest, or now."""
+        with self._lock:
+            if key in self._whole:
+                self._whole.move_to_end(key)
+                return self._whole[key][1]
+        value = make()
+        with self._lock:
+            self._forget_whole(key)  # another thread may have made it, too
+            self._whole[key] = num_bytes, value
+            self._num_whole_bytes += num_bytes
+            while len(self._whole) > 1 and self._num_whole_bytes > _WHOLE_BYTES:
+                self._forget_whole(next(iter(self._whole)))
+        return value
+
+    def _forget_whole(self, key: object) -> None:
+        self._num_whole_bytes -= self._whole.pop(key, (0, None))[0]
 
     def once(self, source: object, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source; other threads that ask wait for the first."""
@@ -162,6 +189,9 @@ class Reader:
             with self._lock:
                 entry = self._once.pop(source, None)
                 self._free_bytes += entry.held_bytes if entry is not None else 0
+                for stored in source.stored:
+                    self._forget_whole(stored)
+                    self._forget_whole((stored, "floats"))
             pending += inner(source)
 
     def will_need(self, sources: Iterable[tuple[int, Source]]) -> None:
@@ -230,11 +260,24 @@ class Reader:
             OSError: a file cannot be opened.
             OutlierMergeError: it is elsewhere, and cannot be read or has changed.
         """
-        there = self._elsewhere.hold(wanted)
-        return [
-            (there[path] if path in there else self.descriptor(path), position)
-            for path, position, _ in wanted
-        ]
+        return self.opened([Region(path, at, at, at + count) for path, at, count in wanted])
+
+    def opened(self, places: Sequence[Any]) -> list[Any]:
+        """Return places for kernels, with descriptors where regions have paths, as in `places`.
+
+        Args:
+            places: regions, and tuples of numbers, buffers and such places.
+        """
+        regions = [*_regions(places)]
+        there = self._elsewhere.hold([(one.path, one.low, one.high - one.low) for one in regions])
+
+        def opened(part: Any) -> Any:
+            if isinstance(part, Region):
+                path = part.path
+                return there[path] if path in there else self.descriptor(path), part.position
+            return tuple(map(opened, part)) if isinstance(part, tuple) else part
+
+        return [opened(place) for place in places]
 
     def descriptor(self, path: Path) -> int:
         """Return the descriptor of a file, opened for reading."""
@@ -312,6 +355,14 @@ def _stored(sources: Iterable[tuple[int, Source]]) -> list[FileRange]:
         for meta in source.stored
         if meta.offset is not None
     ]
+
+
+def _regions(places: Iterable[Any]) -> Iterator[Region]:
+    for place in places:
+        if isinstance(place, Region):
+            yield place
+        elif isinstance(place, tuple):
+            yield from _regions(place)
 
 
 def read_exactly(descriptor: int, position: int, out: memoryview) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from outliermerge.display import short_repr
 from outliermerge.storage.stamps import FileStamp
@@ -64,8 +64,28 @@ DTYPES_BY_CODE = {dtype.code: dtype for dtype in (*_TABLE, EXPONENTS)}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+class Region(NamedTuple):
+    """Bytes of a file that kernels read, and the position that they count from.
+
+    Attributes:
+        low, high: the positions of the bytes that must be there.
+    """
+
+    path: Path
+    position: int
+    low: int
+    high: int
+
+
 class Reading(Protocol):
-    """The object that sources are read with; `reader.Reader` reads from files."""
+    """The object that sources are read with; `reader.Reader` reads from files.
+
+    Attributes:
+        kernels: the module of the compiled kernels, or None where torch computes all.
+    """
+
+    @property
+    def kernels(self) -> Any: ...
 
     def read_stored(self, meta: TensorMeta, start: int, stop: int, out: memoryview) -> None:
         """Fill `out` with the stored bytes of elements start to stop."""
@@ -75,6 +95,12 @@ class Reading(Protocol):
 
     def whole(self, source: Source) -> Tensor:
         """Return a small tensor (scales, a low-rank factor) in its shape; the latest are cached."""
+
+    def whole_floats(self, source: Source) -> bytearray:
+        """Return a small tensor as float32, read by kernels; the latest are cached."""
+
+    def opened(self, places: Sequence[Any]) -> list[Any]:
+        """Return places for kernels, with descriptors where regions have paths."""
 
     def once(self, source: object, make: Callable[[], Any]) -> Any:
         """Return what `make` returned for a source, or several, calling it the first time only."""
@@ -221,7 +247,8 @@ class Checkpoint:
         other_files: further files of tensors, which are not read and are not copies.
         metadata: for each component's folder the metadata in its files' headers.
         whole: components whose loaders cannot read several shards.
-        companions: stored tensors that others are dequantised with, by name.
+        companions: stored tensors that others are dequantised with, and codes under other names
+            than their weights', by name.
     """
 
     root: Path

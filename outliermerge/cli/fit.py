@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
-from outliermerge.cli.terminal import counting_bars
+from outliermerge.cli.terminal import counting
 from outliermerge.errors import as_path
 
 
@@ -64,15 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fit weights, write the spec, and print the entropy before and after."""
-    from rich.console import Console
-
     from outliermerge.calibration.library import fit
     from outliermerge.spec.text import as_yaml
     from outliermerge.storage.files import write_whole
 
     output = as_path(options.output)
-    with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
-        task = bar.add_task("loading the models", total=None)
+    with counting("loading the models", "steps", quiet=options.quiet) as on_progress:
         found = fit(
             options.spec,
             options.data,
@@ -83,9 +80,7 @@ def run(options: argparse.Namespace) -> int:
             samples=options.samples,
             max_tokens=options.max_tokens,
             device=options.device,
-            on_progress=lambda done, total: bar.update(
-                task, description="steps", completed=done, total=total
-            ),
+            on_progress=on_progress,
         )
     write_whole(output, as_yaml(found.document).encode())
     if options.json:

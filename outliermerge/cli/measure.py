@@ -7,7 +7,7 @@ import sys
 
 from outliermerge.cli.parts import Command, add_json, count, print_json, say
 from outliermerge.cli.tables import NamedTable
-from outliermerge.cli.terminal import counting_bars, open_console
+from outliermerge.cli.terminal import counting, open_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,12 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and print what was written."""
-    from rich.console import Console
-
     from outliermerge.calibration.library import measure
 
-    with counting_bars(Console(stderr=True), quiet=options.quiet) as bar:
-        task = bar.add_task("loading the model", total=None)
+    with counting("loading the model", "samples of all passes", quiet=options.quiet) as on_progress:
         written = measure(
             options.model,
             options.data,
@@ -115,9 +112,7 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             by_layer=options.by_layer,
             fresh=options.fresh,
-            on_progress=lambda done, total: bar.update(
-                task, description="samples of all passes", completed=done, total=total
-            ),
+            on_progress=on_progress,
         )
     if options.json:
         print_json(

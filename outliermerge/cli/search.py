@@ -86,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the sampler, and of which questions are asked (default 0)",
     )
     parser.add_argument(
+        "--trial-seconds",
+        type=count,
+        metavar="N",
+        help="stop a trial that takes longer, and count it as failed (default: no limit)",
+    )
+    parser.add_argument(
         "--jobs",
         type=count,
         metavar="N",
@@ -132,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         questions=options.questions,
         strategy=options.strategy,
+        trial_seconds=options.trial_seconds,
     )
     names = [name if ":" in name else find_file(name, "suite") for name in options.suite]
     make = partial(_scorer, names, options.device, options.limit)

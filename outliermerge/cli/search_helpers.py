@@ -14,7 +14,7 @@ from outliermerge.errors import ArgumentError, argument, as_path
 from outliermerge.storage.machine import kill_all
 
 _PASSED_ON = ("space", "trials", "sampler", "strategy", "questions", "limit", "seed", "threads",
-              "device")  # fmt: skip
+              "device", "trial_seconds")  # fmt: skip
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -87,7 +87,11 @@ class Helpers:
 
     def _command(self) -> list[str]:
         given = {name: getattr(self._options, name) for name in _PASSED_ON}
-        flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        flags = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in given.items()
+            if value is not None
+        ]
         flags += [f"--suite={name}" for name in self._options.suite]
         words = [self._options.spec, f"--output={self._options.output}"]
         return [sys.executable, "-m", "outliermerge", "search", *words, *flags, "--quiet"]

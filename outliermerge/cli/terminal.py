@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,21 @@ def counting_bars(console: Console, *, quiet: bool) -> Progress:
         console=console,
         disable=quiet or not console.is_terminal,
     )
+
+
+@contextmanager
+def counting(first: str, then: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show one such bar on the standard error; yield what sets the number done and of all.
+
+    Args:
+        first: what it says before the numbers are known.
+        then: what it says after.
+    """
+    from rich.console import Console
+
+    with counting_bars(Console(stderr=True), quiet=quiet) as bars:
+        task = bars.add_task(first, total=None)
+        yield lambda done, total: bars.update(task, description=then, completed=done, total=total)
 
 
 def _columns(counted: str) -> list[ProgressColumn]:

@@ -75,12 +75,14 @@ def run(options: argparse.Namespace) -> int:
 
 def differences_of(folder: Path, options: argparse.Namespace) -> list[str]:
     """Return what of an output differs from its manifest; a bar counts what is read."""
+    from outliermerge.checkpoint.formats.table import SUFFIXES
     from outliermerge.output.manifest import verify_folder
     from outliermerge.storage.machine import num_threads
     from outliermerge.storage.stamps import FileStamp
 
-    shards = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
-    total = sum(FileStamp.of(path).num_bytes for path in shards if path.exists())
+    paths = folder.rglob("*") if folder.is_dir() else [folder]
+    shards = (path for path in paths if path.suffix in SUFFIXES and path.exists())
+    total = sum(FileStamp.of(path).num_bytes for path in shards)
     with progress_bar("verifying", quiet=options.quiet) as bar:
         task: Any = bar.add_task("verifying", total=total)
         return verify_folder(

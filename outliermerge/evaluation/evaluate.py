@@ -40,6 +40,7 @@ from outliermerge.evaluation.suite import Suite, SuiteTask
 from outliermerge.evaluation.worker_process import end, why_it_ended, worker
 from outliermerge.execution.threads import choose_device
 from outliermerge.output.names import as_local
+from outliermerge.storage.failures import naming
 from outliermerge.storage.system import lock
 
 TABLE_NAME, CHART_NAME = "scores.md", "scores.png"
@@ -113,7 +114,8 @@ def evaluate(
         chat_template=document.apply_chat_template and "tokenizer" not in document.model_args,
     )
     for name in ("records", "logs", "work"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        with naming(folder, "made"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
     settings = {
         "model_type": suite.model_type,
         "model_args": document.model_args,

@@ -1,7 +1,8 @@
 """The subprocess of a search: stays, and asks one model after the other some questions.
 
 worker_process.py starts it with a request as a line of JSON on standard input. Each further line
-names a model and, by title of a task, the questions that it is asked.
+names a model and, by title of a task, the questions that it is asked. The first event says that the
+process is ready.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
         except Exception as error:
             tell(event="failed", reason=reason_of(error), is_over=True)
             return
+        tell(event="ready")
         loaded = ""
         for line in sys.stdin:
             asked = json.loads(line)

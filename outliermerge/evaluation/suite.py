@@ -36,6 +36,9 @@ _STAND_INS = {"title": _STAND_IN, "task": _STAND_IN, "metric": _STAND_IN}
 # Metrics of texts' likelihoods. They are no shares of 100.
 _LIKELIHOODS = ("bits_per_byte", "byte_perplexity", "perplexity", "word_perplexity")
 
+# Generation settings that are numbers of something.
+_COUNTS = ("max_gen_toks", "max_new_tokens", "num_beams")
+
 
 class _SuiteEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
@@ -305,3 +308,6 @@ def _wrong_settings(
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
             yield SettingError((*path, name), f"found {quoted(value)}, expected plain values")
+        if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            said = f"found {quoted(value)}, expected a whole number from 1"
+            yield SettingError((*path, name), said)

@@ -17,10 +17,8 @@ from typing import IO, Any
 from outliermerge.storage.machine import kill_all, was_killed
 
 # "" is the working directory; a data set's file there must not be imported as a module.
-_START = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "from outliermerge.evaluation.{} import main; main()"
-)
+_START = "import sys; sys.path[:] = filter(None, sys.path); from {} import main; main()"
+_WORKER = "outliermerge.evaluation.worker"
 # The form of tqdm's progress bars; the number before belongs to the same bar.
 _BAR = re.compile(rb"(\d+)/(\d+) \[")
 
@@ -33,7 +31,7 @@ def worker(
     log: Path,
     environment: Mapping[str, str],
     on_progress: Callable[[int, int], None],
-    program: str = "worker",
+    program: str = _WORKER,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[dict[str, Any]]]]:
     """Start a worker; yield it and its events, and end it when the block is left.
 
@@ -43,7 +41,7 @@ def worker(
         log: the file for everything that the harness prints.
         environment: variables that are added to this process's.
         on_progress: called with the number of questions done and of all questions in a step.
-        program: the module that it runs; `question_worker` reads further lines after the request.
+        program: the module that it runs; another than `worker` reads lines after the request.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", _START.format(program)],
@@ -62,7 +60,7 @@ def worker(
             request = {**request, "parent": os.getpid()}
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-            if program == "worker":
+            if program == _WORKER:
                 process.stdin.close()
         except BrokenPipeError:
             pass  # the worker ended at once: its exit code and log say why

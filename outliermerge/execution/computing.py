@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from outliermerge.checkpoint.by_kernels import is_by_kernels
 from outliermerge.checkpoint.rearranged import Cut, Joined, Swapped
 from outliermerge.checkpoint.sources import Source, inner
 from outliermerge.engines.kernels import find_kernels
@@ -32,6 +33,8 @@ def reads_by_torch(sources: Iterable[Source], options: Options | None = None) ->
             seen.add(source)
         elif isinstance(source, Restored | Joined | Cut | Swapped):
             pending += inner(source)
+        elif options and options.kernels and is_by_kernels(source):
+            continue
         elif source.stored != (source,) or any(meta.offset is None for meta in source.stored):
             return True
     return False

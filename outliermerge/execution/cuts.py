@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from outliermerge.checkpoint.by_kernels import is_by_kernels
 from outliermerge.checkpoint.checksum import DIGEST_BYTES, PIECE_ELEMENTS, piece_digests
 from outliermerge.checkpoint.layout import OutputTensor
 from outliermerge.checkpoint.reader import Reader
-from outliermerge.checkpoint.sources import TensorMeta
+from outliermerge.checkpoint.sources import Region, TensorMeta
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.execution.passes import Span, spans
+from outliermerge.methods.kernel_call import Place
 from outliermerge.planning.plan import Job, Options, Plan, row_elements
 from outliermerge.storage.stamps import other_bytes
 
@@ -66,7 +68,10 @@ class Work:
             (by_element or self.completes_rows)
             and isinstance(engine, KernelEngine)
             and all(
-                isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
+                is_by_kernels(meta)
+                or (
+                    isinstance(meta, TensorMeta) and meta.offset is not None and meta.dtype.is_float
+                )
                 for meta in metas
             )
         )
@@ -84,10 +89,8 @@ class Work:
         last = (span[1] - span[0] - 1) % PIECE_ELEMENTS + 1
         return self._fuses and last * self._smallest > _SHORT_BYTES
 
-    def places(
-        self, reader: Reader, span: Span, *, sources: int | None = None
-    ) -> list[tuple[int, int]]:
-        """Return for each source the file descriptor and position of a span.
+    def places(self, reader: Reader, span: Span, *, sources: int | None = None) -> list[Place]:
+        """Return for each source where kernels read a span.
 
         Raises:
             OSError: a file cannot be opened.
@@ -96,16 +99,15 @@ class Work:
         if self.completes_rows:  # kernels read the whole rows
             row = row_elements(self.job.output.shape)
             start, stop = start // row * row, min(-(-stop // row) * row, self.job.num_elements)
-        wanted, before = [], []
+        wanted: list[Any] = []
         for _, meta in self.job.sources[:sources]:
+            if is_by_kernels(meta):
+                wanted.append(meta.place(reader, (start, stop), span[0]))
+                continue
             assert isinstance(meta, TensorMeta) and meta.offset is not None
-            size = meta.dtype.num_bytes
-            wanted.append((meta.path, meta.offset + start * size, (stop - start) * size))
-            before.append((span[0] - start) * size)
-        return [
-            (descriptor, position + skipped)
-            for (descriptor, position), skipped in zip(reader.places(wanted), before, strict=True)
-        ]
+            ends = [meta.offset + at * meta.dtype.num_bytes for at in (span[0], start, stop)]
+            wanted.append(Region(meta.path, *ends))
+        return reader.opened(wanted)
 
     def note(self, row: int, start: int, digests: bytes) -> None:
         """Record the digests of a source's pieces that were just read, from an element on.

@@ -16,6 +16,7 @@ from outliermerge.errors import OutlierMergeError, argument
 from outliermerge.execution.auxiliary import wholes
 from outliermerge.execution.cuts import Sink, Work
 from outliermerge.execution.passes import NeedKey, Span
+from outliermerge.methods.kernel_call import Place
 from outliermerge.methods.statistics.base import Pass
 from outliermerge.methods.task import Task
 from outliermerge.planning.plan import Job, Options, Plan
@@ -87,8 +88,8 @@ class FileFeed:
     def count(self, num_elements: int) -> None:
         self.work.count(num_elements)
 
-    def places(self, span: Span, *, sources: int | None = None) -> list[tuple[int, int]]:
-        """Return for each source the file descriptor and position of a span."""
+    def places(self, span: Span, *, sources: int | None = None) -> list[Place]:
+        """Return for each source where kernels read a span."""
         return self.work.places(self._reader, span, sources=sources)
 
     def read(self, source: Source, span: Span, slot: object) -> memoryview:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from outliermerge.checkpoint.checksum import piece_digests, tensor_checksum
+from outliermerge.checkpoint.quantized.encoded import codes_in
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.checkpoint.sources import Source
 from outliermerge.engines.base import Engine
@@ -246,7 +247,7 @@ class JobRunner:
             checksum=tensor_checksum(piece for item in items for piece in item.written),
             read={number: tensor_checksum(piece for item in items for piece in item.digests[0])},
             read_bytes=feed.work.read_bytes,
-            statistics=_coding_error(self._reader.noted(meta)),
+            statistics=_coding_error(self._reader.noted(codes_in(meta))),
             non_finite=feed.non_finite(job, items),
         )
 

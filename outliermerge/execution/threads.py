@@ -13,7 +13,7 @@ from typing import Protocol
 
 from outliermerge.arguments import named, nothing
 from outliermerge.checkpoint.layout import parse_bytes
-from outliermerge.checkpoint.quantized.encoded import Codes, Scales
+from outliermerge.checkpoint.quantized.encoded import scales_in
 from outliermerge.checkpoint.reader import Reader
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
@@ -162,7 +162,8 @@ def execute(
         kept=frozenset[MergedSource]().union(*map(_read_again, groups)),
         allow_non_finite=options.allow_non_finite,
     )
-    made = Reader(options.memory_bytes, folder, merges, options.cache_bytes)
+    own = find_kernels() if options.kernels else None
+    made = Reader(options.memory_bytes, folder, merges, options.cache_bytes, kernels=own)
     with made as reader, ExitStack() as stack:
         prepare = _nothing
         if options.kernels and options.device == "cpu":
@@ -230,9 +231,8 @@ def execute(
 
 def scales_of(job: Job) -> int | None:
     """Return what tells the scales that a job writes, or needs for codes; None for other jobs."""
-    source = job.sources[0][1]
-    scales = source.scales if isinstance(source, Codes) else source
-    return id(scales) if isinstance(scales, Scales) else None
+    scales = scales_in(job.sources[0][1])
+    return None if scales is None else id(scales)
 
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:

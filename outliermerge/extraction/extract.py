@@ -20,6 +20,7 @@ from outliermerge.optional import require_torch
 from outliermerge.output.names import as_local
 from outliermerge.planning.plan import Plan
 from outliermerge.spec.check import MergeSpec
+from outliermerge.storage.stamps import Watched, watching
 
 
 @checked
@@ -90,14 +91,15 @@ def extract(
     )
     settings.wanted(of_merge=is_merge(model))
     require_torch("an extraction")
-    pairs = _pairs(model, base, rename)
-    making = Making(
-        pairs, settings, device=choose_device(device), threads=threads,
-        memory_bytes=parse_bytes(str(memory), "memory"),
-        classes=classes_of(pairs.base) if load_check else Classes(),
-    )  # fmt: skip
-    on_total(making.work_bytes)
-    return making.make(as_local(output), on_progress)
+    with watching(Watched()):
+        pairs = _pairs(model, base, rename)
+        making = Making(
+            pairs, settings, device=choose_device(device), threads=threads,
+            memory_bytes=parse_bytes(str(memory), "memory"),
+            classes=classes_of(pairs.base) if load_check else Classes(),
+        )  # fmt: skip
+        on_total(making.work_bytes)
+        return making.make(as_local(output), on_progress)
 
 
 def _pairs(

@@ -24,11 +24,11 @@ from outliermerge.extraction.pair import Pairs
 from outliermerge.extraction.peft_config import peft_config, saved_whole
 from outliermerge.extraction.reading import blocks, difference, in_order
 from outliermerge.extraction.report import Extracted, Extraction, Settings
-from outliermerge.extraction.written import AdapterFolder, refuse_taken
-from outliermerge.planning.inputs import open_model
+from outliermerge.extraction.written import AdapterFolder
+from outliermerge.planning.inputs import open_written
 from outliermerge.planning.merged import bytes_of_merges
-from outliermerge.spec.rename import Rename
 from outliermerge.storage.machine import keep_freed_memory, num_threads
+from outliermerge.storage.stamps import current_watch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,48 +142,48 @@ class Making:
     def make(self, output: Path, on_progress: Callable[[int], None]) -> Extraction:
         """Write the adapter, and return what it is."""
         started = time.perf_counter()
-        refuse_taken(output)
         keep_freed_memory()
         with ExitStack() as stack:
+            folder = stack.enter_context(AdapterFolder(output, list(self._names())))
+            place = folder.final.parent
             reader = stack.enter_context(
-                reader_of_merges(self._memory_bytes, self.workers)
+                reader_of_merges(self._memory_bytes, self.workers, place)
                 if self.pairs.model.made_of
-                else Reader()
+                else Reader(folder=place)
             )
             alone = stack.enter_context(torch_threads())
             pool = stack.enter_context(ThreadPoolExecutor(self.workers, initializer=alone))
             stack.callback(pool.shutdown, cancel_futures=True)
             changed, left_out = self._compare(reader, pool, on_progress)
-            folder = AdapterFolder(output, list(self._names()))
-            try:
-                self._write_factors(reader, pool, folder, on_progress)
-                self._write_whole(reader, folder, changed)
-                self._write_biases(reader, folder, changed)
-                if not self._found:
-                    raise OutlierMergeError(
-                        f"{shown(self.pairs.model.reference)}: has the values of "
-                        f"{shown(self.pairs.base.reference)}: there is nothing to extract"
-                    )
-                self._write_nothing(folder)
-                self.classes.refuse_unknown([*self._ranks, *self._whole])
-                folder.close_weights(self._config())
-                self._read_back(folder.folder)
-                result = Extraction(
-                    output=output,
-                    model=self.pairs.model.reference,
-                    base=self.pairs.base.reference,
-                    settings=self.settings,
-                    tensors=tuple(self._found[n] for n in self.tensors if n in self._found),
-                    num_unchanged=len(self.tensors) - len(self._found) - len(left_out),
-                    left_out=left_out,
-                    notes=self._notes(),
-                    num_bytes=folder.num_bytes,
-                    seconds=time.perf_counter() - started,
+            self._write_factors(reader, pool, folder, on_progress)
+            self._write_whole(reader, folder, changed)
+            self._write_biases(reader, folder, changed)
+            if not self._found:
+                raise OutlierMergeError(
+                    f"{shown(self.pairs.model.reference)}: has the values of "
+                    f"{shown(self.pairs.base.reference)}: there is nothing to extract"
                 )
-                folder.finish(result.as_dict(), self._tokenizer())
-            except BaseException:
-                folder.discard()
-                raise
+            self._write_nothing(folder)
+            self.classes.refuse_unknown([*self._ranks, *self._whole])
+            folder.close_weights(self._config())
+            self._read_back(folder.folder)
+            result = Extraction(
+                output=output,
+                model=self.pairs.model.reference,
+                base=self.pairs.base.reference,
+                settings=self.settings,
+                tensors=tuple(self._found[n] for n in self.tensors if n in self._found),
+                num_unchanged=len(self.tensors) - len(self._found) - len(left_out),
+                left_out=left_out,
+                notes=self._notes(),
+                num_bytes=folder.num_bytes,
+                seconds=time.perf_counter() - started,
+            )
+            if (watched := current_watch()) is not None:
+                watched.check()
+            report = result.as_dict()
+            del report["seconds"]  # so that the same command writes the same bytes
+            folder.finish(report, self._tokenizer())
         return result
 
     def _compare(
@@ -315,6 +315,7 @@ class Making:
         for key, name in keys.items():
             source, before = self.tensors[name][1], folder.num_bytes
             folder.add(_PREFIX + key, source.dtype, source.shape, blocks(source, reader))
+            reader.release([(0, source)])
             norm = changed.get(name, self._norms.get(name, 0.0))
             if norm and key == name:
                 self._add(name, 0, norm, 0.0, folder.num_bytes - before)
@@ -371,7 +372,7 @@ class Making:
 
     def _read_back(self, folder: Path) -> None:
         """Open the adapter as a merge would, and see that it changes what was written."""
-        read = open_model(str(folder), Rename(), "model", self.pairs.base).checkpoint.tensors
+        read = open_written(folder, self.pairs.base).checkpoint.tensors
         for name, found in self._found.items():
             source = read.get(name)
             if found.rank and not (isinstance(source, LowRankSum) and source.scale == 1.0):

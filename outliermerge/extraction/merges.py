@@ -21,6 +21,7 @@ from outliermerge.planning.plan import Plan
 from outliermerge.planning.planner import make_plan
 from outliermerge.planning.stages import as_input
 from outliermerge.spec.check import MergeSpec, load_spec
+from outliermerge.storage.stamps import current_watch
 
 _SPECS = (".yaml", ".yml")
 
@@ -42,6 +43,9 @@ def pairs_of_merge(spec: str | Path | Mapping[str, Any] | MergeSpec | Plan) -> P
         plan = spec
     else:
         plan = make_plan(spec if isinstance(spec, MergeSpec) else load_spec(spec))
+    if (watched := current_watch()) is not None:
+        for path, stamp in plan.files:
+            watched.note(path, stamp)
     name, base = plan.spec.source.file, plan.inputs[0]
     if base.role != "base":
         raise SpecError(
@@ -59,8 +63,12 @@ def pairs_of_merge(spec: str | Path | Mapping[str, Any] | MergeSpec | Plan) -> P
     return pairs.with_twins(twins, plan.notes)
 
 
-def reader_of_merges(memory_bytes: int, threads: int) -> Reader:
-    """Return a reader that computes merges when they are read."""
+def reader_of_merges(memory_bytes: int, threads: int, folder: Path) -> Reader:
+    """Return a reader that computes merges when they are read.
+
+    Args:
+        folder: for unnamed temporary files of what does not fit in memory.
+    """
     options = choose_options(device="cpu", memory=memory_bytes, threads=threads, kernels=True)
     kernels = KernelEngine(find_kernels()) if options.kernels else None
     torch = TorchEngine(["cpu"])
@@ -68,4 +76,4 @@ def reader_of_merges(memory_bytes: int, threads: int) -> Reader:
     def engine_of(task: Task) -> Engine:
         return kernels if kernels is not None and options.kernels_do(task) else torch
 
-    return Reader(memory_bytes, merges=Merges(engine_of))
+    return Reader(memory_bytes, folder, Merges(engine_of))

@@ -14,9 +14,10 @@ CODES = {"bfloat16": "b", "float16": "e", "float32": "f"}
 SPARE_BYTES = 4
 """Behind the bits of what is kept, so that kernels can read more than one byte at once."""
 
-Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int]
-"""Where bytes are: in memory, or in a file, given by its descriptor and the position of the first
-byte. A third number is a second descriptor for direct writes, or -1."""
+Place: TypeAlias = memoryview | tuple[int, int] | tuple[int, int, int] | tuple[Any, ...]
+"""Where elements are: in memory, or in a file, given by its descriptor and the position of the
+first byte; a third number is a second descriptor for direct writes, or -1. A tuple that begins with
+a text says what to compute (checkpoint/by_kernels.py)."""
 
 RawBlock: TypeAlias = (
     tuple[bytes, tuple[Place, ...], int, bool]

@@ -83,6 +83,8 @@ class BucketWriter:
         for shard in self._shards:
             self._starts[shard.file] = end
             self._ready[end] = end + len(shard.header)
+            for start, stop in _gaps(shard, self._jobs[shard.file]):
+                self._ready[end + start] = end + stop
             end += shard.num_bytes
         with self._changed:
             self._advance()
@@ -279,6 +281,15 @@ class BucketWriter:
         return self._frontier > position
 
 
+def _gaps(shard: Shard, jobs: Sequence[Job]) -> Iterator[tuple[int, int]]:
+    """Yield where zeros are behind the tensors of a shard, as in a GGUF file."""
+    starts = [*(job.output.offset for job in jobs[1:]), shard.num_bytes]
+    for job, start in zip(jobs, starts, strict=True):
+        end = job.output.offset + job.output.num_bytes
+        if end < start:
+            yield end, start
+
+
 class _Pieces:
     """Adds the digests of a shard's pieces to those of its tensors, while its bytes pass."""
 
@@ -291,10 +302,13 @@ class _Pieces:
     def _planned(shard: Shard, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         """Yield the end of each piece, and its tensor; first those of the header."""
         yield len(shard.header), ""
+        gaps = dict(_gaps(shard, jobs))
         for output in (job.output for job in jobs):
             size = PIECE_ELEMENTS * output.dtype.num_bytes
             for start in range(0, output.num_bytes, size):
                 yield output.offset + min(start + size, output.num_bytes), output.name
+            if stop := gaps.get(output.offset + output.num_bytes):
+                yield stop, ""
 
     def take(self, content: memoryview) -> None:
         """Take the next bytes of the shard."""

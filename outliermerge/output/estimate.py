@@ -16,6 +16,7 @@ from outliermerge.checkpoint.reader import read_exactly, write_exactly
 from outliermerge.checkpoint.sources import Source, TensorMeta
 from outliermerge.display import human_bytes, short_repr
 from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.execution.computing import reads_by_torch
 from outliermerge.execution.threads import Target, execute
 from outliermerge.output.names import Final
 from outliermerge.planning.plan import Job, Options, Plan
@@ -97,7 +98,10 @@ def estimate_run(plan: Plan, options: Options, output: Final | None) -> Estimate
     Raises:
         ArgumentError: the memory budget is too small.
     """
-    needs_torch = any(options.uses_torch(job) for job in (*plan.jobs, *plan.checks))
+    needs_torch = any(
+        options.uses_torch(job) or reads_by_torch((source for _, source in job.sources), options)
+        for job in (*plan.jobs, *plan.checks)
+    )
     has_torch = "torch" in sys.modules
     program = resident_bytes()
     if program is not None and needs_torch and not has_torch:

@@ -11,7 +11,10 @@ from outliermerge.checkpoint.reader import Reader
 from outliermerge.execution.jobs import JobResult
 from outliermerge.execution.passes import needs_of
 from outliermerge.planning.plan import Job, Plan
+from outliermerge.storage.machine import cache_folder
 from outliermerge.storage.stand_ins import elsewhere, stand_in
+
+_NAMED_BY_CONTENTS = ("stages", "gguf")  # folders of the cache
 
 
 def marks_of(plan: Plan) -> dict[str, list[int]]:
@@ -19,8 +22,8 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
 
     A model that was copied or fetched again has other numbers, even with the same bytes and times.
     The device is not among them: machines that share a disk number it differently. Nor are files
-    of models elsewhere, which may be made anew: their paths tell their contents, and the versions
-    of the objects that they stand for.
+    in our cache, which may be made anew and are other ones on other machines: their paths tell
+    their contents, and the versions of the objects that they stand for.
     """
     return {
         str(path): [stamp.inode, stamp.ctime_ns]
@@ -31,7 +34,7 @@ def marks_of(plan: Plan) -> dict[str, list[int]]:
 
 def _is_told_by_path(path: Path) -> bool:
     if elsewhere(path) is None:
-        return False
+        return any(path.is_relative_to(cache_folder(name)) for name in _NAMED_BY_CONTENTS)
     found = stand_in(path)
     return found is None or bool(found.version)
 
@@ -57,8 +60,13 @@ def made_of_others(jobs: Mapping[str, Job], done: Mapping[str, JobResult]) -> li
     Raises:
         OutlierMergeError: an input cannot be read.
     """
+    found = []
     with Reader() as reader:
-        return [name for name, result in done.items() if not _is_of(jobs[name], result, reader)]
+        for name, result in done.items():
+            if not _is_of(jobs[name], result, reader):
+                found.append(name)
+            reader.release(jobs[name].sources)
+    return found
 
 
 def _is_of(job: Job, result: JobResult, reader: Reader) -> bool:

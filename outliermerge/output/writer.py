@@ -188,8 +188,10 @@ class Progress:
         self.done: dict[str, JobResult] = {}
         self._of_others: set[str] = set()
         self._jobs = {job.name: job for job in plan.jobs}
-        self._of_stages = {
-            job.name for job in plan.jobs if any(plan.inputs[n].made_of for n, _ in job.sources)
+        self._of_merges = {  # of stages, or quantised
+            job.name
+            for job in plan.jobs
+            if job.of is not None or any(plan.inputs[n].made_of for n, _ in job.sources)
         }
         self._marks = dict(marks)
 
@@ -239,10 +241,10 @@ class Progress:
                 if not is_kept:
                     del self.done[name]
         seen = {name: self.done[name] for name in self._of_others if name in self.done}
-        # What stages would give now is not computed only to compare it.
-        of_stages = self._of_stages & seen.keys()
-        known = {name: result for name, result in seen.items() if name not in of_stages}
-        for name in (*of_stages, *made_of_others(self._jobs, known)):
+        # What merges would give now is not computed only to compare it.
+        of_merges = self._of_merges & seen.keys()
+        known = {name: result for name, result in seen.items() if name not in of_merges}
+        for name in (*of_merges, *made_of_others(self._jobs, known)):
             del self.done[name]
 
 

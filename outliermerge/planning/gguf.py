@@ -22,7 +22,7 @@ from outliermerge.checkpoint.sources import DTYPES
 from outliermerge.errors import OutlierMergeError, listing, shown
 from outliermerge.optional import is_installed, require_package
 from outliermerge.planning.plan import Job, Plan
-from outliermerge.planning.quantize import copy_of, sources_of
+from outliermerge.planning.quantized_jobs import copy_of, sources_of
 from outliermerge.planning.sidecars import sidecar_contents
 from outliermerge.storage.files import small_bytes
 

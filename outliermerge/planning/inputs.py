@@ -227,7 +227,8 @@ def open_model(
         return _renamed(replace(stages[reference](), role=role), rename)
     if is_combined(reference):
         stem, last = split_reference(reference)
-        return _open_adapter(reference, resolve(last), rename, role, base, stem, unties, stages)
+        refuse_unfinished(folder := resolve(last))
+        return _open_adapter(reference, folder, rename, role, base, stem, unties, stages)
     root = resolve(reference)
     refuse_unfinished(root)
     if root.is_dir() and is_adapter(root):
@@ -237,6 +238,11 @@ def open_model(
         return _open_adapter(reference, root, rename, role, base, None, unties, stages)
     home = gguf_home(root) if root.suffix == SUFFIX and root.is_file() else root
     return _renamed(Input(reference, role, dequantize(checkpoint), home=home), rename)
+
+
+def open_written(folder: Path, base: Input) -> Input:
+    """Open an adapter of a base that is not finished yet."""
+    return _open_adapter(str(folder), folder, Rename(), "model", base, None, False, _NO_STAGES)
 
 
 def split_reference(reference: str) -> tuple[str, str]:

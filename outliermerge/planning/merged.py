@@ -9,7 +9,7 @@ from functools import cached_property
 
 import xxhash
 
-from outliermerge.checkpoint.quantized.encoded import Scales
+from outliermerge.checkpoint.quantized.fitted import Scales
 from outliermerge.checkpoint.rearranged import Swapped
 from outliermerge.checkpoint.sources import (
     DTYPES,

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from outliermerge.checkpoint.by_kernels import is_by_kernels
 from outliermerge.checkpoint.layout import Shard
 from outliermerge.checkpoint.quantized.packed import turned_in
 from outliermerge.checkpoint.sources import DTYPES, inner
@@ -252,7 +253,8 @@ class Plan:
         for job in self._unlike:
             block = min(self.block_elements(job, options), job.num_elements)
             whole = block * self._bytes_per_element(job, options)
-            if not options.uses_torch(job) and not job.auxiliary:
+            by_torch = options.uses_torch(job) or _num_by_torch(job, options)
+            if not by_torch and not job.auxiliary:
                 sources = sum(source.dtype.num_bytes for _, source in job.sources)
                 piece = min(CHUNK_ELEMENTS, job.num_elements)
                 whole = min(whole, block * job.output.dtype.num_bytes + piece * sources)
@@ -264,8 +266,8 @@ class Plan:
         num_sources = len(job.sources)
         raw = sum(meta.dtype.num_bytes for _, meta in job.sources) + job.output.dtype.num_bytes
         raw += sum(source.dtype.num_bytes for source in job.in_blocks)
-        # Computed sources hold their rows in float32 while they are made.
-        raw += 16 * sum(source.stored != (source,) for _, source in job.sources)
+        # What torch computes of sources is there in float32 several times while it is made.
+        raw += 16 * _num_by_torch(job, options)
         if job.action == "equal" and len({source.dtype for _, source in job.sources}) > 1:
             raw += 48  # their values in 64 bits, which are compared
         if job.action == "merge" and job.task.cut == "row" and options.uses_kernels(job):
@@ -359,6 +361,14 @@ class Plan:
             "stored_names": [source.name for _, source in (job.of or job).sources],
             "parameters": dict((job.of or job).parameters),
         }
+
+
+def _num_by_torch(job: Job, options: Options) -> int:
+    """Return how many sources are computed when they are read, and not by kernels."""
+    return sum(
+        source.stored != (source,) and not (options.kernels and is_by_kernels(source))
+        for _, source in job.sources
+    )
 
 
 def _prepared_bytes(job: Job) -> int:

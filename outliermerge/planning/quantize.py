@@ -7,23 +7,21 @@ checkpoint/quantized/encoded.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from outliermerge.checkpoint.config import read_json
-from outliermerge.checkpoint.layout import OutputTensor
-from outliermerge.checkpoint.quantized.encoded import Codes, Scales
+from outliermerge.checkpoint.quantized.coding import Coding
+from outliermerge.checkpoint.quantized.encoded import Codes
+from outliermerge.checkpoint.quantized.fitted import Scales
 from outliermerge.checkpoint.quantized.grouped import GROUP, MxCodes, MxScales
-from outliermerge.checkpoint.quantized.opened import QUANTIZATION_KEYS
-from outliermerge.checkpoint.quantized.tensors import ScaledTensor
-from outliermerge.checkpoint.sources import DTYPES, FLOAT_DTYPES, DType, Source, TensorMeta
-from outliermerge.errors import OutlierMergeError, listing, shown
-from outliermerge.methods.statistics.base import scope_of
-from outliermerge.planning.merged import MergedSource, WholeMerge
+from outliermerge.checkpoint.sources import DTYPES, DType, Source
+from outliermerge.errors import OutlierMergeError, shown
+from outliermerge.planning.as_base import as_base
+from outliermerge.planning.experts_apart import experts_apart, is_packed
 from outliermerge.planning.model_parts import kinds_of
 from outliermerge.planning.plan import Input, Job
-from outliermerge.planning.stages import source_of
+from outliermerge.planning.quantized_jobs import Quantized, copy_of, sources_of
 from outliermerge.spec.check import MergeSpec
 from outliermerge.spec.quantize import AS_BASE, QuantizeEntry
 
@@ -39,20 +37,6 @@ _IGNORED_KINDS = ("vision", "audio", "projector")
 _TRANSPOSED = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")  # Conv1D
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """The jobs of a quantised output, and what its config says of it.
-
-    Attributes:
-        settings: the config's `quantization_config`; None if it has none.
-        note: what a person should know.
-    """
-
-    jobs: tuple[Job, ...]
-    settings: Mapping[str, Any] | None
-    note: str
-
-
 def quantized(
     spec: MergeSpec, entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]
 ) -> Quantized:
@@ -66,7 +50,7 @@ def quantized(
     """
     try:
         if entry.to == AS_BASE:
-            return _as_base(inputs[0], jobs)
+            return as_base(inputs[0], jobs)
         return _anew(entry, inputs, jobs)
     except OutlierMergeError as error:
         raise spec.source.error(("quantize",), str(error)) from error
@@ -85,15 +69,20 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
             f"models of the type {kind} store their weights transposed, which no loader of "
             "quantised weights reads"
         )
-    kinds = kinds_of(job.name for job in jobs)
+    apart = experts_apart(config, jobs)
+    if not _all_fit(entry, [expert.job for own in apart.values() for expert in own]):
+        apart = {}
+    units = [
+        (job, expert)
+        for job in jobs
+        for expert in (apart[job.name] if job.name in apart else [None])
+    ]
+    matrices = [expert.job if expert else job for job, expert in units]
+    kinds = kinds_of(job.name for job in matrices)
     chosen = {
         job.name
-        for job in jobs
-        if _is_linear(job)
-        and _fits(entry, job.output.shape)
-        and not _IGNORED.search(job.name)
-        and kinds.get(job.name) not in _IGNORED_KINDS
-        and not any(part in job.name for part in entry.ignore)
+        for job in matrices
+        if _can_be_quantised(entry, job) and kinds.get(job.name) not in _IGNORED_KINDS
     }
     if not chosen:
         sizes = f" of multiples of {_BLOCK}" if entry.scale_of == "block" else ""
@@ -102,17 +91,18 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         )
     ignored = [
         job.name.removesuffix(".weight")
-        for job in jobs
+        for job in matrices
         if _is_linear(job) and job.name not in chosen
     ]
-    source_by_name = sources_of(jobs, chosen)
+    source_by_name = sources_of(jobs, chosen | apart.keys())
     end = "_scale_inv" if entry.quant_method == "fp8" else "_scale"
     made: list[Job] = []
-    for job in jobs:
-        source = source_by_name.get(job.name)
+    for (whole, expert), job in zip(units, matrices, strict=True):
+        source = source_by_name.get(whole.name)
         if source is None or job.name not in chosen:
             made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
             continue
+        source = expert.of(source) if expert else source
         if entry.to == "mxfp4":
             stem = job.name.removesuffix("weight")
             made.append(copy_of(job, f"{stem}weight_scale", MxScales(source), is_companion=True))
@@ -122,14 +112,34 @@ def _anew(entry: QuantizeEntry, inputs: Sequence[Input], jobs: Sequence[Job]) ->
         made.append(copy_of(job, job.name + end, scales, is_companion=True))
         made.append(copy_of(job, job.name, Codes(scales)))
     settings = _settings(entry, ignored)
-    packed = sum(len(job.output.shape) == 3 and "expert" in job.name for job in jobs)
+    packed = sum(map(is_packed, jobs))
     per = "" if entry.to == "mxfp4" else f" per {entry.scale_of}"
     note = (
         f"{len(chosen)} weights are quantised to {entry.to}{per}; "
-        f"{len(jobs) - len(chosen)} tensors are not"
-        + (f", {packed} packed experts among them" if packed else "")
+        f"{len(matrices) - len(chosen)} tensors are not"
     )
+    if apart:
+        note += f". {packed} packed experts are written one by one, as servers load quantised ones"
+    elif packed:
+        note += (
+            f", {packed} packed experts among them: transformers' table does not say how to write "
+            "them one by one, or they do not fit or are left out. `layout:` of a model that has "
+            "them one by one has them quantised"
+        )
     return Quantized(tuple(made), settings, note)
+
+
+def _all_fit(entry: QuantizeEntry, experts: Sequence[Job]) -> bool:
+    return all(_can_be_quantised(entry, job) for job in experts)
+
+
+def _can_be_quantised(entry: QuantizeEntry, job: Job) -> bool:
+    return (
+        _is_linear(job)
+        and _fits(entry, job.output.shape)
+        and not _IGNORED.search(job.name)
+        and not any(part in job.name for part in entry.ignore)
+    )
 
 
 def _is_linear(job: Job) -> bool:
@@ -148,29 +158,6 @@ def _fits(entry: QuantizeEntry, shape: tuple[int, ...]) -> bool:
     return all(size % _BLOCK == 0 for size in whole)
 
 
-def sources_of(jobs: Sequence[Job], chosen: Collection[str]) -> dict[str, Source]:
-    """Return the merges to quantise as sources, tied ones as one.
-
-    Where statistics are of the whole model, all merges become sources, so that they are measured
-    together.
-    """
-    whole = WholeMerge()
-    of_model = any(
-        scope_of(need, job.parameters) == "model"
-        for job in jobs
-        if job.action == "merge"
-        for need in job.task.method.needs.values()
-    )
-    made: dict[str, Source] = {}
-    alike: dict[object, Source] = {}
-    for job in jobs:
-        if job.name in chosen or (of_model and job.action == "merge"):
-            key = job.action, job.context.name or job.name, job.sources
-            made[job.name] = alike.setdefault(key, source_of(job, whole))
-    whole.tensors = tuple(s for s in made.values() if isinstance(s, MergedSource))
-    return made
-
-
 def _scales(entry: QuantizeEntry, source: Source, dtype: DType) -> Scales:
     rows, columns = source.shape
     block = {"tensor": (rows, columns), "channel": (1, columns), "block": (_BLOCK, _BLOCK)}
@@ -180,28 +167,9 @@ def _scales(entry: QuantizeEntry, source: Source, dtype: DType) -> Scales:
     return Scales(
         source=source,
         shape=own.get(entry.scale_of, grid),
-        codes=_CODES[entry.to],
+        coding=Coding(_CODES[entry.to]),
         block=size,
         scale_dtype=DTYPES["float32"] if entry.quant_method == "fp8" else dtype,
-    )
-
-
-def copy_of(
-    job: Job, name: str, source: Source, *, is_companion: bool = False, is_merge: bool = False
-) -> Job:
-    """Return the job that writes a source in the place of a job, or beside it."""
-    dtype = job.output.dtype if is_merge else source.dtype
-    return replace(
-        job,
-        action="copy",
-        sources=((job.sources[0][0], source),),
-        output=OutputTensor(name, dtype, source.shape, "", 0),
-        parameters={},
-        auxiliary=(),
-        modifiers=(),
-        stochastic=job.stochastic and is_merge,
-        of=job,
-        is_companion=is_companion,
     )
 
 
@@ -256,83 +224,3 @@ def _compressed(
         "config_groups": {"group_0": group},
         "ignore": list(ignored),
     }
-
-
-def _as_base(base: Input, jobs: Sequence[Job]) -> Quantized:
-    checkpoint = base.checkpoint
-    quantised = {n: s for n, s in checkpoint.tensors.items() if s.stored != (s,)}
-    held = {
-        name: source
-        for name, source in quantised.items()
-        if isinstance(source, ScaledTensor)
-        and source.weight.name == name
-        and _can_be_given_back(source)
-    }
-    what = f"the format of {shown(base.reference)}"
-    if not quantised:
-        raise OutlierMergeError(
-            f"{shown(base.reference)} is not quantised: leave this out, or name a format: "
-            "fp8, int8 or mxfp4"
-        )
-    named = {job.name for job in jobs}
-    others = [name for name in quantised if name not in held or name not in named]
-    if others:
-        raise OutlierMergeError(
-            f"{what} cannot be given back: only fp8 and int8 weights with scales can, under the "
-            f"base's names. Such as:\n{listing(others)}\nName what to quantise to instead"
-        )
-    config = read_json(base.home / "config.json")
-    settings = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
-    if settings is None and any(n.endswith("_quant_config.json") for n in checkpoint.left_behind):
-        raise OutlierMergeError(f"{what} cannot be given back: it is described by modelopt's file")
-    scale_names: dict[Source, str] = {meta: name for name, meta in checkpoint.companions.items()}
-    source_by_name = sources_of(jobs, set(held))
-    made: list[Job] = []
-    for job in jobs:
-        source = source_by_name.get(job.name)
-        if job.name not in held:
-            made.append(job if source is None else copy_of(job, job.name, source, is_merge=True))
-            continue
-        assert source is not None
-        before = held[job.name]
-        made += _given_back(job, source, before, scale_names[before.scale])
-    used = {job.name for job in made}
-    first = next(job for job in jobs if job.name in held)
-    made += (
-        copy_of(first, name, meta, is_companion=True)
-        for name, meta in checkpoint.companions.items()
-        if name not in used
-    )
-    note = f"{len(held)} weights are quantised as {shown(base.reference)} is"
-    return Quantized(tuple(made), settings, note)
-
-
-def _can_be_given_back(source: ScaledTensor) -> bool:
-    """Tell whether a weight is stored as fp8 or int8 with plain scales, and no zero points."""
-    plain = (source.zero_point, source.groups, source.values, source.zero) == (None, None, (), 0.0)
-    scale = source.scale
-    return (
-        plain
-        and isinstance(source.weight, TensorMeta)
-        and source.weight.dtype in (*_CODES.values(), DTYPES["float8_e5m2"])
-        and isinstance(scale, TensorMeta)
-        and scale.dtype.name in FLOAT_DTYPES
-    )
-
-
-def _given_back(job: Job, source: Source, before: ScaledTensor, scale_name: str) -> Iterator[Job]:
-    """Yield the jobs of a weight's scales and codes, in the form that the base has."""
-    if job.action == "copy" and source == before:  # the base's own bytes
-        yield copy_of(job, scale_name, before.scale, is_companion=True)
-        yield copy_of(job, job.name, before.weight)
-        return
-    scales = Scales(
-        source=source,
-        shape=before.scale.shape,
-        codes=before.weight.dtype,
-        block=before.block,
-        scale_dtype=before.scale.dtype,
-        held=before,
-    )
-    yield copy_of(job, scale_name, scales, is_companion=True)
-    yield copy_of(job, job.name, Codes(scales))

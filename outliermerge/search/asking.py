@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from outliermerge.api import plan
 from outliermerge.errors import OutlierMergeError
 from outliermerge.planning.plan import Plan
 from outliermerge.search.ledger import Ledger, Questions, Record, key_of
+from outliermerge.search.process import LateError
 from outliermerge.search.questions import Sample
 from outliermerge.search.scorer import Scorer
 from outliermerge.search.workplace import Merged, Workplace
@@ -27,6 +29,7 @@ class Request:
         record: what the ledger has of it.
         bars: for each step the score below which no further one is asked; None for none.
         sample: what scores are estimated by.
+        seconds: that merging and scoring may take; None for as long as they take.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Request:
     record: Record
     bars: Sequence[float | None] = (None,)
     sample: Sample | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,13 @@ class Bench:
         Args:
             keep: called with the spec and its record after each step that was asked.
         """
-        record, best = request.record, -math.inf
+        record, best, deadline = request.record, -math.inf, None
         try:
+            if request.seconds is not None:
+                self._scorer.start()
+                deadline = time.monotonic() + request.seconds
             for number, (step, bar) in enumerate(zip(request.steps, request.bars, strict=True)):
-                asked = self._ask(request.document, record, step)
+                asked = self._ask(request.document, record, step, deadline)
                 if asked is not record:
                     keep(request.document, asked)
                 record = asked
@@ -88,12 +95,19 @@ class Bench:
                     best = max(best, request.sample.value(record["answers"], step))
                     if best < bar:
                         return Answered(record, number + 1)
+        except LateError:
+            said = f"it took longer than {request.seconds:g} seconds, and was stopped"
+            return Answered(record, reason=said)
         except OutlierMergeError as error:
             return Answered(record, reason=error.marked)
         return Answered(record, len(request.steps))
 
     def _ask(
-        self, document: Mapping[str, Any], record: Record, questions: Questions | None
+        self,
+        document: Mapping[str, Any],
+        record: Record,
+        questions: Questions | None,
+        deadline: float | None,
     ) -> Record:
         """Return the record of a merge that was asked some questions, if it was not before."""
         answers = {task: dict(own) for task, own in record.get("answers", {}).items()}
@@ -106,7 +120,8 @@ class Bench:
         if questions is not None and not lacking:
             return record
         merged = self._merge(document)
-        for task, scores in self._scorer.score(merged, lacking or None).items():
+        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+        for task, scores in self._scorer.score(merged, lacking or None, seconds).items():
             answers.setdefault(task, {}).update(scores)
         return {
             "spec": dict(document),

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ class FunctionScorer:
         self._takes = {"questions", "folder"} & parameters
         self._models, self.device = models, models.device
 
+    def __reduce__(self) -> tuple[type[FunctionScorer], tuple[str, LoadedModel]]:
+        return FunctionScorer, (self._name, self._models)
+
     def identity(self) -> Mapping[str, Any]:
         """Return the function's name, and a hash of its module's file."""
         module = sys.modules[self._name.partition(":")[0]]
@@ -110,9 +114,12 @@ class FunctionScorer:
         if "folder" in self._takes:
             given["folder"] = model.path
         try:
-            with torch.inference_mode():
+            # What it prints is no part of the result, which --json prints.
+            with torch.inference_mode(), redirect_stdout(sys.stderr):
                 found = self._function(loaded, **given)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and asyncio.CancelledError, too
             raise OutlierMergeError(
                 f"{self._name}: failed: {type(error).__name__}: {error}"
             ) from error
@@ -139,7 +146,7 @@ def _answers(name: str, found: Any) -> Answers:
         for question, value in scores.items():
             try:
                 own[str(question)] = float(value)
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # of whatever was returned
                 raise OutlierMergeError(
                     f"{name}: the score of {shown(question)} is {quoted(value)}, expected a number"
                 ) from error

@@ -100,10 +100,11 @@ class Trying:
         listener: Listener,
         *,
         apart: bool,
+        seconds: float | None,
     ) -> None:
         self._spec, self._strategy, self._trials = spec, strategy, trials
         self._ledger, self._questions, self._listener = ledger, questions, listener
-        self._apart = apart
+        self._apart, self._seconds = apart, seconds
         shares = questions.shares()
         self._stops_early = not (apart or strategy.in_order)
         self._steps = shares if self._stops_early else shares[-1:]
@@ -119,8 +120,9 @@ class Trying:
             record = self._ledger.record(document)
             bars = trials.bars(len(self._steps))
             request = Request(
-                f"trial {running.number}", document, self._steps, record, bars, self._questions
-            )
+                f"trial {running.number}", document, self._steps, record, bars, self._questions,
+                self._seconds,
+            )  # fmt: skip
             self._running[request] = running
             yield request
 

@@ -14,8 +14,8 @@ from outliermerge.search.workplace import Merged
 from outliermerge.storage.files import load_json
 
 
-class Scorer(Protocol):
-    """Scores models question by question."""
+class InProcess(Protocol):
+    """Scores models question by question, in the process that calls it."""
 
     learns: bool
     """Whether it is to be shown the parents first."""
@@ -35,6 +35,28 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """End what it has started."""
+
+
+class Scorer(InProcess, Protocol):
+    """Scores models question by question, by a process that can be ended where that is needed."""
+
+    def start(self) -> None:
+        """Start that process, so that its start is not counted."""
+
+    def score(
+        self,
+        model: Merged,
+        questions: Mapping[str, Sequence[str]] | None,
+        seconds: float | None = None,
+    ) -> Answers:
+        """Return the scores of a model.
+
+        Args:
+            seconds: that it may take; None for as long as it takes.
+
+        Raises:
+            LateError: it takes longer.
+        """
 
 
 class LoadedModel:

@@ -10,7 +10,8 @@ from outliermerge.errors import ArgumentError, SpecError, argument, shown
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.search.functions import FunctionScorer, is_function
 from outliermerge.search.questions import Answers
-from outliermerge.search.scorer import LoadedModel, Scorer
+from outliermerge.search.scorer import InProcess, LoadedModel, Scorer
+from outliermerge.search.stoppable import Stoppable
 from outliermerge.search.suites import SuiteScorer
 from outliermerge.search.unlabelled import KINDS, UnlabelledScorer
 from outliermerge.search.workplace import Merged
@@ -24,7 +25,7 @@ def find_scorer(
     Args:
         names: each the file of a suite, package.module:function, entropy:FILE or agreement:FILE.
         device: where models are loaded; a suite names its own, which another than cpu replaces.
-        folder: for the files of a harness.
+        folder: for the files of a process that scores.
         threads: of a harness.
         limit: how many questions of each task of a suite there are.
 
@@ -50,7 +51,8 @@ def find_scorer(
     models = LoadedModel(device)
     scorers = {_short(name): _in_process(name, models) for name in names}
     _refuse_twice([_short(name) for name in names])
-    return next(iter(scorers.values())) if len(scorers) == 1 else SeveralScorers(scorers, models)
+    only = next(iter(scorers.values()))
+    return Stoppable(only if len(scorers) == 1 else SeveralScorers(scorers, models), folder)
 
 
 class SeveralScorers:
@@ -61,7 +63,7 @@ class SeveralScorers:
         models: loads the models for all of them.
     """
 
-    def __init__(self, scorers: Mapping[str, Scorer], models: LoadedModel) -> None:
+    def __init__(self, scorers: Mapping[str, InProcess], models: LoadedModel) -> None:
         self._scorers, self.suites, self.device = scorers, tuple(scorers), models.device
         self.learns = any(scorer.learns for scorer in scorers.values())
 
@@ -105,7 +107,7 @@ def _is_in_process(name: str) -> bool:
     return name.startswith(tuple(f"{kind}:" for kind in KINDS)) or is_function(name)
 
 
-def _in_process(name: str, models: LoadedModel) -> Scorer:
+def _in_process(name: str, models: LoadedModel) -> InProcess:
     kind, _, path = name.partition(":")
     return UnlabelledScorer(kind, path, models) if kind in KINDS else FunctionScorer(name, models)
 

@@ -46,6 +46,7 @@ class Wanted:
         seed: of the sampler, and of which questions are asked.
         questions: how many questions of each task a trial is asked.
         strategy: `sampler`, `greedy-soup` or `prune`.
+        trial_seconds: that a trial may take before it is stopped; None for as long as it takes.
     """
 
     trials: int = 30
@@ -53,6 +54,7 @@ class Wanted:
     seed: int = 0
     questions: int = 100
     strategy: str = "sampler"
+    trial_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -142,7 +144,10 @@ def search(
         if strategy.in_order:  # then one process at a time
             stack.enter_context(exclusive(folder / "work" / "order.lock"))
         strategy.begin(known, questions)
-        trying = Trying(document, strategy, trials, ledger, questions, listener, apart=apart)
+        trying = Trying(
+            document, strategy, trials, ledger, questions, listener,
+            apart=apart, seconds=wanted.trial_seconds,
+        )  # fmt: skip
         sampler = make_sampler(wanted.sampler, wanted.seed, points)
         executor.run(trying.requests(sampler), trying.take, in_order=strategy.in_order)
         trials.wait()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from outliermerge.errors import OutlierMergeError, SpecError, shown
@@ -26,8 +23,9 @@ from outliermerge.evaluation.requests import (
 )
 from outliermerge.evaluation.suite import Suite
 from outliermerge.evaluation.task_files import own_files
-from outliermerge.evaluation.worker_process import why_it_ended, worker
+from outliermerge.evaluation.worker_process import worker
 from outliermerge.execution.threads import choose_device
+from outliermerge.search.process import Process
 from outliermerge.search.questions import Answers
 from outliermerge.search.workplace import Merged
 
@@ -66,16 +64,14 @@ class SuiteScorer:
         if lacking := lacking_by_task(suite):
             raise OutlierMergeError("\n".join(f"{task}: {why}" for task, why in lacking.items()))
         self._suite, self._threads = suite, threads
-        self._folder = folder.absolute() / f"suite-{platform.node()}-{os.getpid()}"
+        self._process = Process(
+            suite.harness.title, folder, "suite", self._begin, name=f"{suite.name}: "
+        )
         self.device = document.device
-        self._stack = ExitStack()
-        self._process: Any = None
-        self._events: Iterator[dict[str, Any]] = iter(())
-        self._log, self._log_start, self._has_failed = self._folder / "suite.log", 0, False
 
     def identity(self) -> Mapping[str, Any]:
         """Return the suite with hashes of its tasks' files, and the versions of what asks it."""
-        fingerprints = Fingerprints(self._folder)
+        fingerprints = Fingerprints(self._process.folder)
         document = self._suite.document.model_dump(mode="json", exclude_defaults=True)
         return {
             "suite": document | {"device": self.device.partition(":")[0]},
@@ -89,71 +85,52 @@ class SuiteScorer:
     def learn(self, name: str, parent: Merged) -> None:
         """Take up nothing."""
 
-    def score(self, model: Merged, questions: Mapping[str, Sequence[str]] | None) -> Answers:
+    def start(self) -> None:
+        """Start the harness."""
+        self._process.start()
+
+    def score(
+        self,
+        model: Merged,
+        questions: Mapping[str, Sequence[str]] | None,
+        seconds: float | None = None,
+    ) -> Answers:
         """Return what a model answers.
 
         Raises:
+            LateError: that takes longer than `seconds`.
             OutlierMergeError: it does not load, or a task fails.
         """
-        if self._process is None:
-            self._start(model.path)
-        line = {"model": model.checksum, "path": str(model.path), "questions": questions}
-        try:
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: its last event says why, or its code and its log
-        for event in self._events:
-            if event["event"] == "failed":
-                self._has_failed = True
-                if event.get("is_over"):
-                    self._end()  # the next model gets a new process
-                raise OutlierMergeError(f"{self._suite.name}: {event['reason']}")
-            answers: Answers = event["answers"]
-            return answers
-        said = why_it_ended(
-            self._suite.harness.title, self._process.wait(), self._log, self._log_start
-        )
-        self._has_failed = True
-        self._end()  # the next model gets a new process
-        raise OutlierMergeError(f"{said} (log: {self._log})")
+        return self._process.score(model, questions, seconds)
 
     def close(self) -> None:
         """End the process, and remove what it wrote, but for a log that says why one failed."""
-        self._end()
-        if not self._has_failed:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._process.close()
 
-    def _end(self) -> None:
-        self._stack.close()
-        self._process = None
-
-    def _start(self, path: Path) -> None:
-        suite, log = self._suite, self._log
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _begin(
+        self, log: Path
+    ) -> AbstractContextManager[tuple[Popen[bytes], Iterator[dict[str, Any]]]]:
+        suite, folder = self._suite, log.parent
         tasks, device = suite.document.tasks, choose_device(self.device)
         request = request_of(
             suite,
             tasks,
-            path=path,
+            path=folder,  # each line names the model's own
             device=device,
             dtype=dtype_of(suite, device),
-            work_folder=self._folder,
+            work_folder=folder,
             answers={
-                task.title: self._folder / f"answers-{number}.jsonl"
-                for number, task in enumerate(tasks)
+                task.title: folder / f"answers-{number}.jsonl" for number, task in enumerate(tasks)
             },
         )
-        self._log_start = log.stat().st_size if log.exists() else 0
-        started = worker(
+        return worker(
             request | {"path_argument": suite.kind.path_argument},
-            folder=suite.data or self._folder,
+            folder=suite.data or folder,
             log=log,
             environment=environment_of(suite, device, self._threads),
             on_progress=lambda done, total: None,
-            program="question_worker",
+            program="outliermerge.evaluation.question_worker",
         )
-        self._process, self._events = self._stack.enter_context(started)
 
 
 def _joined(suites: Sequence[Suite]) -> Suite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ class UnlabelledScorer:
                 parents = self._parents.values()
                 shares = [float((own[name] == said).float().mean()) for own in parents]
                 found[name] = sum(shares) / len(shares)
+            if not math.isfinite(found[name]):
+                raise OutlierMergeError(
+                    f"{self._kind} of text {name} is {found[name]}: the model's outputs are no "
+                    "numbers"
+                )
         return {self._kind: found}
 
     def close(self) -> None:
@@ -133,4 +139,6 @@ def _texts(path: Path) -> dict[str, str]:
         if not isinstance(text, str) or not text:
             raise SpecError(f"{path}:{number}: text: found {quoted(text)}, expected a text")
         found[str(number)] = text
+    if not found:
+        raise SpecError(f"{path}: has no texts")
     return found

@@ -22,6 +22,8 @@ AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 def words(codes: list[list[int]], bits: int, places: list[int] | None = None) -> torch.Tensor:
     """Pack each row of codes into whole numbers of 32 bits."""
+    if bits == 3:  # 32 codes fill three words
+        return torch.tensor([_three_bits(row) for row in codes], dtype=torch.int32)
     number = 32 // bits
     places = places or list(range(number))
     rows = []
@@ -33,6 +35,14 @@ def words(codes: list[list[int]], bits: int, places: list[int] | None = None) ->
             packed.append(word - (1 << 32) if word >= 1 << 31 else word)
         rows.append(packed)
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def _three_bits(row: list[int]) -> list[int]:
+    packed = []
+    for start in range(0, len(row), 32):
+        whole = sum(code << 3 * place for place, code in enumerate(row[start : start + 32]))
+        packed += [whole >> 32 * n & 0xFFFFFFFF for n in range(3)]
+    return [word - (1 << 32) if word >= 1 << 31 else word for word in packed]
 
 
 def codes_of(*shape: int, bits: int, seed: int) -> torch.Tensor:
@@ -76,17 +86,25 @@ def config(kind: str, bits: int = 4, **more) -> dict:
     return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, **layout, **more}
 
 
-KINDS = [("gptq", 2), ("gptq", 4), ("gptq", 8), ("gptq_v2", 4), ("awq", 4)]
+KINDS = [
+    ("gptq", 2),
+    ("gptq", 3),
+    ("gptq_v2", 3),
+    ("gptq", 4),
+    ("gptq", 8),
+    ("gptq_v2", 4),
+    ("awq", 4),
+]
 
 
 @pytest.mark.parametrize(("kind", "bits"), KINDS)
 def test_weights_are_what_the_format_says(tmp_path, kind, bits):
-    stored, expected = model(kind, bits)
-    plain = PLAIN | {"a.bias": torch.ones(OUT)}
+    stored, expected = model(kind, bits, width=64)
+    plain = PLAIN | {"a.bias": torch.ones(64)}
     opened = dequantize(checkpoint(tmp_path, stored | plain, config(kind, bits), dtype="float16"))
     source = opened.tensors["a.weight"]
     assert set(opened.tensors) == {"a.weight", *plain}
-    assert (source.shape, source.out_dtype.name) == ((OUT, IN), "float16")
+    assert (source.shape, source.out_dtype.name) == ((64, IN), "float16")
     assert torch.equal(read(source).double(), expected)  # a product of so few bits is exact
 
 
@@ -111,6 +129,16 @@ def test_zero_points_of_zero_borrow_from_the_next_one_in_version_1(tmp_path):
         for kind, tensors in (("gptq", first), ("gptq_v2", stored))
     ]
     assert torch.equal(*map(read, both))
+
+
+def test_gptqmodel_takes_its_own_numbers_off_zero_points_of_3_bits(tmp_path):
+    stored, expected = model("gptq_v2", 3, width=64)
+    less = torch.tensor([0x24924924, 0x92492492, 0x49249249] * 2)
+    words = stored["a.qzeros"].long() - less
+    stored["a.qzeros"] = ((words + (1 << 31)) % (1 << 32) - (1 << 31)).int()
+    said = config("gptq", 3, meta={"quantizer": ["gptqmodel:5.0.0"]})
+    opened = dequantize(checkpoint(tmp_path, stored, said))
+    assert torch.equal(read(opened.tensors["a.weight"]).double(), expected)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +208,7 @@ def test_broken_tensors_are_refused_by_name(tmp_path, stored, said, name, messag
     [
         (config("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin' cannot be read"),
         (config("gptq", checkpoint_format=["gptq"]), "checkpoint_format ['gptq'] cannot be read"),
-        (config("gptq", bits=3), "GPTQ of 3 bits cannot be read (2, 4, 8 can)"),
+        (config("gptq", bits=5), "GPTQ of 5 bits cannot be read (2, 3, 4, 8 can)"),
         (config("gptq", bits="4"), "GPTQ of '4' bits cannot be read"),
         (config("awq", version="gemv"), "AWQ's version 'gemv' with 4 bits"),
         (config("awq", bits=8), "AWQ's version 'gemm' with 8 bits"),

@@ -165,6 +165,10 @@ def test_the_commands_generation_wins_key_by_key(tmp_path):
         ("dtype: float8\ntasks:\n" + TASK, "FILE:1:8: dtype: found 'float8'"),
         ("model_type: llava\ntasks:\n" + TASK, "FILE:1:13: model_type: lmms_eval has no model "),
         ("generation: 4\ntasks:\n" + TASK, "FILE:1:13: generation: found 4"),
+        (
+            "generation: {max_new_tokens: -3}\ntasks:\n" + TASK,
+            "FILE:1:30: generation.max_new_tokens: found -3, expected a whole number from 1",
+        ),
         ("generation:\ntasks:\n" + TASK, "FILE:1:12: generation: found nothing, "
          "expected a mapping"),
         ("data: ''\ntasks:\n" + TASK, "FILE:1:7: data: must not be empty"),

@@ -51,6 +51,18 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = "layers.0.q_proj"
     factors = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(8, 1)}
     save_lora(tmp_path / "lora", factors, target_modules=["q_proj"])
+    dora = factors | {f"{name}.lora_magnitude_vector": torch.rand(8)}
+    save_lora(tmp_path / "dora", dora, target_modules=["q_proj"], use_dora=True)
+    vector = {f"{name}.ia3_l": torch.rand(8, 1)}
+    save_lora(tmp_path / "ia3", vector)
+    ia3 = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    (tmp_path / "ia3" / "adapter_config.json").write_text(json.dumps(ia3))
+    codes = {f"{name}.weight": values[f"{name}.weight"].to(torch.float8_e4m3fn)}
+    codes[f"{name}.weight_scale_inv"] = torch.ones(1, 1)
+    save_tensors(tmp_path / "fp8", values | whole | codes)
+    (tmp_path / "fp8" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "fp8"}}'
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -100,6 +112,16 @@ def test_without_torch_kernels_merge_to_the_same_bytes(models, monkeypatch, meth
     assert result.manifest["kernels"]
 
 
+@pytest.mark.parametrize("model", ["base+lora", "base+dora", "fp8"])
+def test_without_torch_kernels_read_adapters_and_codes(models, monkeypatch, model):
+    document = spec("a", model, method="min_sigma")
+    outliermerge.run(document, output="by_torch", kernels=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outliermerge.run(document, output="without")
+    files = [models / folder / "model.safetensors" for folder in ("by_torch", "without")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
     monkeypatch.setattr("outliermerge.output.manifest.installed_version", lambda name: None)
     outliermerge.run(spec("a", "b"), output="out")
@@ -109,7 +131,7 @@ def test_the_manifest_says_that_torch_was_not_there(models, monkeypatch):
 @pytest.mark.parametrize(
     ("document", "flags", "why"),
     [
-        (spec("a", "base+lora"), {}, "read from adapters"),
+        (spec("a", "base+ia3"), {}, "read from adapters"),
         (spec("a", "double"), {}, "kernels do not compute with float32, float64"),
         (spec("a", "ids"), {}, "compared as int32 and int64"),
         (spec("a", "b"), {"kernels": False}, "without kernels, as was asked for"),
@@ -202,7 +224,7 @@ def test_torch_that_is_missed_anywhere_is_told_in_one_message(
 
 
 def test_plan_warns_of_a_run_that_would_fail_here(models, no_torch, capsys):
-    assert cli.main(["plan", save_spec(spec("a", "base+lora"))]) == 0
+    assert cli.main(["plan", save_spec(spec("a", "base+ia3"))]) == 0
     assert "warning: a run here would fail: this merge needs torch" in capsys.readouterr().err
 
 

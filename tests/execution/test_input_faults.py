@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+import forms
 import pytest
 import torch
 from checkpoints import save_tensors
+from forms import FORMS
 from injection import Call, Done, Driver, Injection, try_calls
 from kinds import IMPORTED, KINDS, MODELS, command, save_models, save_specs
 
@@ -31,14 +33,18 @@ MODES = {
     "half": ("short", 0, "read,pread,preadv"),
     "end of file": ("eof", 0, "pread,preadv"),
 }
+ADAPTER = "adapter"
 CASES = {
     "kernels": ("min_sigma.yaml",),
     "torch": ("min_sigma.yaml", "--no-kernels"),
     "TIES": ("ties.yaml",),
     "TIES by torch": ("ties.yaml", "--no-kernels"),
     "several threads": ("min_sigma.yaml", "--threads", "3"),
-    **{kind: (f"{kind}.yaml",) for kind in KINDS},
+    **{kind: (f"{kind}.yaml",) for kind in (*KINDS, *FORMS)},
+    ADAPTER: ("lora.yaml", "--rank", "2"),
 }
+
+OF_KINDS = (*KINDS, *FORMS, ADAPTER)
 
 
 class Workplace:
@@ -63,9 +69,12 @@ class Workplace:
             )
         save_models(root / "models")
         save_specs(root, root / "models", gate_mode="hidden")
+        forms.save_models(root / "forms")
+        forms.save_specs(root, root / "forms")
         self.inputs = [root / name for name in ("base", "task", "pickled")]
         self.inputs += [root / "models" / name for name in MODELS]
-        self.driver = Driver(root / "driver", IMPORTED)
+        self.inputs += [*(root / "forms").iterdir()]
+        self.driver = Driver(root / "driver", (*IMPORTED, *forms.IMPORTED))
         self.calls: dict[str, list[Call]] = {}
         self.expected: dict[str, bytes] = {}
 
@@ -76,7 +85,7 @@ class Workplace:
         spec, *more = CASES[case]
         threads = [] if "--threads" in more else ["--threads", "1"]
         output = ["--output", self.root / "out", "--no-load-check"]
-        word = command(case) if case in KINDS else "run"
+        word = command(case) if case in KINDS else "extract" if case == ADAPTER else "run"
         return self.driver.run([word, self.root / spec, *output, *more, *threads], injection)
 
     def prepare(self, case: str) -> list[Call]:
@@ -85,8 +94,13 @@ class Workplace:
             done = self.run(case, Injection(kinds=READING, paths=self.inputs))
             assert done.code == 0, done.err
             self.calls[case] = list(done.calls)
-            self.expected[case] = (self.root / "out" / "model.safetensors").read_bytes()
+            self.expected[case] = self.weights()
         return self.calls[case]
+
+    def weights(self) -> bytes:
+        """Return the weights of the output."""
+        (file,) = (self.root / "out").glob("*model.*")
+        return file.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +116,7 @@ def _check(workplace: Workplace, case: str, mode: str, number: int) -> None:
     output = workplace.root / "out"
     assert "Traceback" not in done.err, done.err
     if done.code == 0:
-        assert (output / "model.safetensors").read_bytes() == workplace.expected[case]
+        assert workplace.weights() == workplace.expected[case]
         return
     assert done.code == 1, (done.code, done.err)
     assert mode not in ("EINTR", "half"), done.err
@@ -124,14 +138,14 @@ def _try(workplace: Workplace, case: str, mode: str, *, most: int | None) -> int
         calls,
         range(len(calls)),
         lambda number: _check(workplace, case, mode, number),
-        step=max(1, len(calls) // most) if most else EVERY_OF_KINDS if case in KINDS else 1,
+        step=max(1, len(calls) // most) if most else EVERY_OF_KINDS if case in OF_KINDS else 1,
     )
 
 
 @pytest.mark.parametrize(("case", "mode"), [*product(CASES, MODES)][::5])
 @pytest.mark.sampled(2)
 def test_a_call_on_an_input_that_fails_is_gone_on_with_or_named(workplace, case, mode):
-    _try(workplace, case, mode, most=NUM_OF_KINDS if case in KINDS else NUM_SAMPLED)
+    _try(workplace, case, mode, most=NUM_OF_KINDS if case in OF_KINDS else NUM_SAMPLED)
 
 
 @pytest.mark.faults

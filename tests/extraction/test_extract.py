@@ -334,7 +334,7 @@ def test_an_output_that_is_taken_and_what_a_killed_run_leaves(
     partial.mkdir()
     (partial / "adapter_model.safetensors").write_bytes(b"half")
     assert main(command) == 0 and not partial.exists()
-    assert main(command) == 1 and "is there already" in capsys.readouterr().err
+    assert main(command) == 1 and "exists already" in capsys.readouterr().err
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
     assert main([*command[:4], "-o", str(tmp_path / "adapter"), "--rank", "2"]) == 1

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import forms
 import pytest
 import torch
 from checkpoints import save_tensors
+from forms import FORMS
 from injection import Call, Done, Driver, Injection, try_calls
 from kinds import KINDS, STAGE, save_models, save_specs
 from safetensors.torch import save_file
@@ -64,6 +66,8 @@ EXPERTS = ("moe", "moe.yaml", "--output", "place/out", "--no-routing")
 KEEP, KEPT = ("--keep", STAGE), ("out", f"out-{STAGE}")
 PART, OTHER = ((*FOLDER, "--part", part) for part in ("1/2", "2/2"))
 JOIN = ("join", "spec.yaml", "--output", "place/out")
+FP8, GGUF = (("run", f"to-{form}.yaml", "--output", "place/out") for form in ("fp8", "gguf"))
+EXTRACT = ("extract", "lora.yaml", "--output", "place/adapter", "--rank", "2")
 UNABLE, SHARED = "without_exchange:main", "with_claims:main"
 SCENARIOS = {
     "folder": Scenario(FOLDER, ("out",)),
@@ -104,6 +108,16 @@ SCENARIOS = {
     "tokenizer": Scenario(TOKENIZER, ("out",)),
     "moe": Scenario(EXPERTS, ("out",)),
     "old moe": Scenario((*EXPERTS, *OVERWRITE), ("out",), overwrites=True),
+    **{
+        form: Scenario(("run", f"{form}.yaml", "--output", "place/out"), ("out",)) for form in FORMS
+    },
+    "old to-gguf": Scenario((*GGUF, *OVERWRITE), ("out",), overwrites=True),
+    "part of to-fp8": Scenario(
+        (*FP8, "--part", "1/2"),
+        ("out",),
+        then=((*FP8, "--part", "2/2"), ("join", "to-fp8.yaml", "--output", "place/out")),
+    ),
+    "adapter": Scenario(EXTRACT, ("adapter",)),
 }
 MODES = {
     "killed before": ("kill_before", 0),
@@ -143,7 +157,10 @@ class Workplace:
         save_models(root / "models")
         for start, weight in (("", 0.5), ("old_", 0.1)):
             save_specs(root, root / "models", start=start, weight=weight)
-        self.driver = Driver(root / "driver")
+        forms.save_models(root / "forms")
+        for start, weight in (("", 0.5), ("old_", 0.1)):
+            forms.save_specs(root, root / "forms", start=start, weight=weight)
+        self.driver = Driver(root / "driver", forms.IMPORTED)
         self.watched = [self.place, self.driver.cache]
         self.calls: dict[str, list[Call]] = {}
         self.before: dict[str, dict[str, bytes]] = {}
@@ -277,7 +294,7 @@ def _points(workplace: Workplace, name: str, mode: str) -> tuple[list[int], str]
 
 
 def _is_kind(name: str) -> bool:
-    return name.removeprefix("old ") in KINDS
+    return name.removeprefix("old ").removeprefix("part of ") in (*KINDS, *FORMS)
 
 
 def _try(workplace: Workplace, name: str, mode: str, *, most: int | None) -> int:

@@ -305,3 +305,53 @@ def test_small_weights_keep_their_values_beside_scales_of_float16(
     outliermerge.run(spec | {"quantize": "int8"}, output=tmp_path / "out")
     found = _values(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
     assert (found.float() - weight.float()).norm() < 0.02 * weight.float().norm()
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of two mixtures, each with its experts packed and one by one."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=32, num_experts=3,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    for number in (1, 2):
+        torch.manual_seed(number)
+        model = transformers.Qwen3MoeForCausalLM(config).bfloat16()
+        for kind in ("packed", "apart"):
+            model.save_pretrained(folder / f"{kind}{number}", save_original_format=kind == "apart")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["fp8", "mxfp4"])
+def test_packed_experts_are_quantised_one_by_one(mixtures: Path, tmp_path: Path, to: str) -> None:
+    found = []
+    for kind in ("packed", "apart"):
+        spec = {
+            "merge_method": "ties",
+            "base_model": str(mixtures / f"{kind}1"),
+            "models": [{"model": str(mixtures / f"{kind}2")}],
+            "parameters": {"density": 1.0, "weight": 0.5},
+            "quantize": to,
+        }
+        planned = outliermerge.plan(spec)
+        outliermerge.run(spec, output=tmp_path / kind)
+        found.append(load_folder(tmp_path / kind))
+        assert any("written one by one" in note for note in planned.notes) == (kind == "packed")
+        said = json.loads((tmp_path / kind / "outliermerge.json").read_text())
+        assert said["num_parameters"] == sum(
+            tensor.numel() for tensor in load_folder(mixtures / "packed1").values()
+        )
+    assert found[0].keys() == found[1].keys()
+    assert any("experts.2.gate_proj.weight_scale" in name for name in found[0])
+    for name, tensor in found[0].items():
+        assert _bits(tensor).equal(_bits(found[1][name])), name
+
+
+def test_packed_experts_that_do_not_fit_stay_as_they_are_with_a_note(mixtures: Path) -> None:
+    spec = {"merge_method": "passthrough", "models": [{"model": str(mixtures / "packed1")}]}
+    for more in ({"to": "fp8", "ignore": ["experts"]}, {"to": "fp8", "ignore": ["down_proj"]}):
+        planned = outliermerge.plan(spec | {"quantize": more})
+        assert any("2 packed experts among them: transformers" in note for note in planned.notes)
+        assert any(job.name.endswith("experts.gate_up_proj") for job in planned.jobs)

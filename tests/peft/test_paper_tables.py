@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from scipy import stats
 from torch import nn
 
@@ -242,6 +243,9 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     with pytest.raises(OutlierMergeError, match=r"a\.pt cannot be written, with .* MB free"):
         train(Line(), tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutlierMergeError, match=r"adapters cannot be written, with .* MB free"):
+        with runs.writing(tmp_path / "adapters"):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
 def test_progress_in_a_log_has_the_time_left(monkeypatch, capsys):
@@ -372,9 +376,10 @@ def test_a_folder_has_runs_of_one_recipe(tmp_path, capsys):
     path.write_text(json.dumps(record | {"recipe": record["recipe"] | {"model": "else"}}))
     assert small2(tmp_path, *more[:2], "--seeds", "2", *more[4:]) == 1
     assert "is of another recipe: model else, now" in capsys.readouterr().err
-    path.write_text("{")
-    assert small2(tmp_path, *more) == 1
-    assert "is not the record of a run. Remove it" in capsys.readouterr().err
+    for text in ("{", '{"key": [], "recipe": [], "found": {}}'):
+        path.write_text(text)
+        assert small2(tmp_path, *more) == 1
+        assert "is not the record of a run. Remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -382,6 +387,7 @@ def test_a_folder_has_runs_of_one_recipe(tmp_path, capsys):
     [
         (None, "has train.jsonl. Each line"),
         ("", "has no rows"),
+        (b"\xff", "is no text in UTF-8"),
         ('{"sentence": "a"', "validation.jsonl:1: is not JSON"),
         ("[1]", "validation.jsonl:1: found [1], expected an object"),
         (
@@ -399,7 +405,10 @@ def test_bad_rows_of_glue_are_told(glue_replica, tmp_path, capsys, line, said):
     data = tmp_path / "data"
     shutil.copytree(Path(glue_replica[1]) / "cola", data / "cola")
     path = data / "cola" / "validation.jsonl"
-    path.unlink() if line is None else path.write_text(line)
+    if line is None:
+        path.unlink()
+    else:
+        path.write_bytes(line if isinstance(line, bytes) else line.encode())
     given = ["--model", glue_replica[0], "--data", str(data), "--output", str(tmp_path / "out")]
     assert table2.main([*given, "--tasks", "cola", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
@@ -489,6 +498,10 @@ def test_table_3_on_the_replica(tmp_path, capsys, monkeypatch):
     scores = records_of(tmp_path)["model-lora_s-4-1"]["scores"]
     assert scores["boolq"] == scaled["scores"]["boolq"] and "piqa" in scores
     assert (tmp_path / "answers" / "model-lora_s-4-1-boolq.jsonl").read_text() == asked
+    adapter = tmp_path / "adapters" / "model-lora_s-4-1" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:99])
+    assert small3(tmp_path, *one, "--tasks", "ARC-Easy") == 1
+    assert "model-lora_s-4-1 cannot be read: " in capsys.readouterr().err
     shutil.rmtree(tmp_path / "adapters")
     assert small3(tmp_path, *one, "--tasks", "ARC-Easy") == 1
     assert "is not there, but" in capsys.readouterr().err
@@ -627,6 +640,8 @@ def test_the_recipes_are_those_of_the_paper():
         (table2, ["--epochs", "0"], "--epochs: found 0, expected 1 or more"),
         (table2, ["--rate", "nan"], "--rate: found nan, expected more than 0"),
         (table2, ["--small", "--data", "d"], "--small makes its own model and data"),
+        (table2, ["--small", "--seeds", "-1"], "--seeds: found -1, expected 0 to 4294967295"),
+        (table2, ["--small", "--output", "s3://bucket/x"], "this is an address: name a path"),
         (table3, ["--small", "--model", "m"], "--small makes its own model and data"),
         (table3, [], "--data: name a copy of LLM-Adapters"),
         (table3, ["--small", "--ranks", "0"], "--ranks: found 0, expected 1 or more"),
@@ -636,6 +651,42 @@ def test_wrong_usage_is_exit_code_2(module, given, said, capsys):
     with pytest.raises(SystemExit) as ended:
         module.main(given)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("AutoModel", "model.safetensors"),
+        ("AutoTokenizer", "tokenizer.json"),
+        ("AutoConfig", "config.json"),
+    ],
+)
+def test_damaged_files_of_a_model_are_told(glue_replica, tmp_path, kind, file):
+    model = tmp_path / "model"
+    shutil.copytree(glue_replica[0], model)
+    whole = (model / file).read_bytes()
+    (model / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OutlierMergeError, match=f"--model .*: {kind} cannot load it: "):
+        commands.pretrained(getattr(transformers, kind), str(model))
+
+
+def test_a_replica_is_made_file_by_file_and_damage_is_undone(tmp_path):
+    def make(folder: Path) -> tuple[str, str]:
+        for name in ("model", "data"):
+            (folder / name).mkdir()
+            (folder / name / "file").write_text(name)
+        return str(folder / "model"), str(folder / "data")
+
+    options = table2.parser().parse_args(["--small", "--device", "cpu", "--seeds", "3"])
+    options.output = tmp_path
+    commands.begin(options, make, seeds=((1, 2), (1,)), tasks=(("cola",), ("rte",)))
+    assert (options.seeds, options.tasks) == ([3], ("cola",))
+    with (Path(options.model) / "file").open() as read:  # as by another process
+        (Path(options.data) / "file").write_text("damaged")
+        commands.begin(options, make)
+        assert read.read() == "model"
+    assert (Path(options.data) / "file").read_text() == "data"
+    assert [path.name for path in tmp_path.iterdir()] == ["replica"]
 
 
 def test_devices_that_are_not_there_are_told():
@@ -658,6 +709,9 @@ def test_a_command_ends_without_a_traceback(capsys):
     assert "stopped; the same command goes on" in ends(KeyboardInterrupt())
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     assert "smaller --micro-batch" in ends(memory)
+    assert "memory is too small: " in ends(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    )
     assert (
         ends(OSError(28, "No space left on device"))
         == "error: [Errno 28] No space left on device\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import load_folder
+from safetensors.torch import save_file
 from text_models import save_text_model
 
 from outliermerge.cli.main import main as cli
@@ -17,7 +20,9 @@ from outliermerge.errors import OutlierMergeError
 from outliermerge.evaluation.evaluate import evaluate
 from outliermerge.evaluation.suite import load_suite
 from outliermerge.search.functions import is_function
+from outliermerge.search.process import LateError
 from outliermerge.search.scorer import LoadedModel
+from outliermerge.search.stoppable import Stoppable
 from outliermerge.search.suites import SuiteScorer
 from outliermerge.search.unlabelled import UnlabelledScorer
 from outliermerge.search.workplace import Merged
@@ -93,9 +98,11 @@ class TestSuites:
             with pytest.raises(OutlierMergeError, match="tiny-text: "):
                 scorer.score(model_at(tmp_path), {"sums": ["1"]})
             assert scorer.score(model_at(texts / "a"), {"sums": ["1"]})["sums"].keys() == {"1"}
-            scorer._process.kill()
+            scorer._process.start().kill()
             with pytest.raises(OutlierMergeError, match=r"was killed.*log: "):
                 scorer.score(model_at(texts / "a"), {"sums": ["1"]})
+            with pytest.raises(LateError):
+                scorer.score(model_at(texts / "a"), None, seconds=0.01)
             assert scorer.score(model_at(texts / "a"), {"sums": ["1"]})["sums"].keys() == {"1"}
         finally:
             scorer.close()
@@ -163,6 +170,18 @@ class TestUnlabelled:
         both = scorer.score(model_at(texts / "a"), None)["agreement"]
         assert all(0.5 <= value < 1 for value in both.values())
 
+    def test_in_a_process_of_its_own_it_agrees_alike(self, texts, lines, tmp_path, in_warm):
+        scorer = Stoppable(UnlabelledScorer("agreement", lines, LoadedModel("cpu")), tmp_path)
+        for name in "ab":
+            scorer.learn(name, model_at(texts / name))
+        try:
+            alone = scorer.score(model_at(texts / "a"), {"agreement": ["2", "4"]}, seconds=300)
+            assert alone == scorer.score(model_at(texts / "a"), {"agreement": ["2", "4"]})
+            with pytest.raises(OutlierMergeError, match="needs models that transformers loads"):
+                scorer.score(model_at(tmp_path), {"agreement": ["2"]}, seconds=300)
+        finally:
+            scorer.close()
+
     def test_a_search_by_agreement(self, texts, lines, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         models = [{"model": str(texts / name)} for name in ("a", "b")]
@@ -176,6 +195,23 @@ class TestUnlabelled:
         }
         alone = rows["models.1.weight=1, models.2.weight=0"]
         assert alone["held_out"] >= 0.5  # it is one of the parents
+
+    def test_outputs_that_are_no_numbers_are_told(self, texts, lines, tmp_path):
+        shutil.copytree(texts / "a", tmp_path / "broken")
+        tensors = load_folder(tmp_path / "broken")
+        save_file(
+            {name: each * float("nan") for name, each in tensors.items()},
+            tmp_path / "broken" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        scorer = UnlabelledScorer("entropy", lines, LoadedModel("cpu"))
+        with pytest.raises(OutlierMergeError, match="entropy of text 1 is nan: the model's"):
+            scorer.score(model_at(tmp_path / "broken"), None)
+
+    def test_a_file_without_texts_is_refused(self, tmp_path):
+        (tmp_path / "texts.jsonl").write_text("\n")
+        with pytest.raises(OutlierMergeError, match=r"texts\.jsonl: has no texts"):
+            UnlabelledScorer("entropy", str(tmp_path / "texts.jsonl"), LoadedModel("cpu"))
 
     @pytest.mark.parametrize(
         ("line", "said"),

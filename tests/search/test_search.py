@@ -105,7 +105,7 @@ class TestWinner:
         assert yaml.safe_load(Path("out/best.yaml").read_text()) == spec
 
     def test_json_has_all_and_nothing_else_is_left(self, place, capsys):
-        assert search("--trials", "3", "--json") == 0
+        assert search("--trials", "3", "--json", suite="scored:loud") == 0
         assert json.loads(capsys.readouterr().out) == result()
         assert not [path for path in Path("out/work").iterdir() if path.suffix != ".lock"]
         assert {path.name for path in Path("out").iterdir()} == {
@@ -398,6 +398,8 @@ class TestRefusals:
             ("scored:TARGETS", "expected a function"),
             ("scored:fails", "failed: RuntimeError: out of luck"),
             ("scored:returns_nan", "expected a finite number"),
+            ("scored:returns_pairs", "expected a number"),
+            ("scored:returns_huge", "expected a number"),
             ("scored:returns_text", "expected a dict of scores"),
             ("scored:two_questions", "at least 4"),
         ],

@@ -295,12 +295,12 @@ class TestGpus:
 
         monkeypatch.setattr(search_helpers.subprocess, "Popen", Process)
         (place / "out" / "work").mkdir(parents=True)
-        options = cli_options(*words(), "--jobs", "2", "--device", "cuda")
+        options = cli_options(*words(), "--jobs", "2", "--device", "cuda", "--trial-seconds", "9")
         gpus = search_helpers.gpus_of(2, ("cuda",))
         with search_helpers.Helpers(options, 2, gpus, print) as helpers:
             helpers.start()
         ((command, visible),) = started
-        assert visible == "1" and "--device=cuda" in command
+        assert visible == "1" and {"--device=cuda", "--trial-seconds=9"} <= set(command)
 
 
 def cli_options(*given: str) -> Any:
@@ -341,6 +341,19 @@ class TestInterrupts:
         assert last == "error: interrupted: the same command goes on from here"
         assert b"Traceback" not in said
         assert not list(Path("out/work").glob("*.process"))
+
+
+class TestLimits:
+    def test_a_trial_that_hangs_is_stopped_and_the_others_are_what_they_would_be(self, place):
+        Path("space.yaml").write_text("lambda: [0.5, 1.4, 0.7]\n")  # means 0.6, 1.68, 0.84
+        given = ["--sampler", "grid"]
+        assert cli([*words("scored:hangs_above"), *given, "--trial-seconds", "5"]) == 0
+        failed = json.loads(Path("out/result.json").read_text())["trials"][1]
+        assert failed["state"] == "failed"
+        assert failed["reason"] == "it took longer than 5 seconds, and was stopped"
+        assert not list(Path("out/work").glob("scoring-*"))
+        assert cli([*words("scored:closeness", output="whole"), *given]) == 0
+        assert [tried()[number] for number in (0, 2)] == [tried("whole")[n] for n in (0, 2)]
 
 
 class TestScorers:

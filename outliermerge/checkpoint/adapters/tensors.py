@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.checkpoint.by_kernels import (
+    Span,
+    are_floats,
+    codes_place,
+    floats,
+    is_stored,
+    place_of,
+)
 from outliermerge.checkpoint.computed import GROUP_ELEMENTS, ComputedTensor, read_rows
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
 
@@ -20,6 +29,9 @@ _MAX_WHOLE_BYTES = 1 << 24
 @dataclass(frozen=True, kw_only=True)
 class LowRankSum(ComputedTensor):
     """W + s·BA (arXiv 2106.09685), or W + s·(BA)ᵀ where the layer stores its weight transposed.
+
+    Products are added up in the order of the ranks. Each product, each sum, the product with s and
+    the sum with W are rounded to float32, so that a value depends on neither blocks nor processors.
 
     Attributes:
         base: W, (R, …).
@@ -40,15 +52,47 @@ class LowRankSum(ComputedTensor):
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
-        left, right = self.factors(reader, first, last)
-        change = (left.float() @ right.float()) * self.scale
-        return read_rows(reader, self.base, first, last).float() + change
+        import torch
+
+        left, right = (factor.float() for factor in self.factors(reader, first, last))
+        change = torch.zeros(last - first, self.num_columns)
+        for k in range(right.shape[0]):
+            change += left[:, k, None] * right[k]
+        return read_rows(reader, self.base, first, last).float() + change * self.scale
+
+    @property
+    def by_kernels(self) -> bool:
+        parts = (self.base, self.lora_a, self.lora_b)
+        return type(self) is LowRankSum and all(map(are_floats, parts))
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        columns, rank = self.num_columns, self.lora_a.shape[0]
+        row, end = span[0] // columns, -(-span[1] // columns)
+        left: bytes | bytearray
+        right: bytes | bytearray
+        if self.transposed:
+            starts = range(0, rank * self.num_rows, self.num_rows)
+            some = [floats(reader, self.lora_a, at + row, at + end) for at in starts]
+            left = _turned(b"".join(some), end - row)
+            right = _turned(reader.whole_floats(self.lora_b), rank)
+        else:
+            left = floats(reader, self.lora_b, row * rank, end * rank)
+            right = reader.whole_floats(self.lora_a)
+        base = place_of(reader, self.base, span, first)
+        return ("low_rank", first, base, columns, row, rank, self.scale, left, right, None, None)
 
     def factors(self, reader: Reading, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return L (last - first, r) and R (r, C): L·R are rows of BA, or of (BA)ᵀ."""
         if self.transposed:
             return _columns(reader, self.lora_a, first, last).T, reader.whole(self.lora_b).T
         return read_rows(reader, self.lora_b, first, last), reader.whole(self.lora_a).flatten(1)
+
+
+def _turned(matrix: bytes | bytearray, columns: int) -> bytes:
+    """Return a matrix of float32 (R, C), of which C are the columns, as (C, R)."""
+    values = array("f", matrix)
+    return b"".join(values[column::columns].tobytes() for column in range(columns))
 
 
 def _columns(reader: Reading, matrix: TensorMeta, first: int, last: int) -> Tensor:
@@ -101,6 +145,14 @@ class InDType(ComputedTensor):
         """Return rows first to last (excluded) as (last - first, C) of `dtype`."""
         return read_rows(reader, self.whole, first, last)
 
+    @property
+    def by_kernels(self) -> bool:
+        return is_stored(self.whole, ["float32"])
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        return codes_place(self.whole, span, first)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnNorms(ComputedTensor):
@@ -123,6 +175,19 @@ class ColumnNorms(ComputedTensor):
             part = self.matrix.rows(reader, row, end)[:, first:last]
             squares += part.double().square().sum(0)
         return squares.sqrt().float()[:, None]
+
+
+def row_norms(values_RC: Tensor) -> Tensor:
+    """Return the L2 norms of rows as float32 (R,).
+
+    Squares are added up in float64 by halves: the second half to the first, until one is left.
+    """
+    squares = values_RC.double().square()
+    while (width := squares.shape[1]) > 1:
+        half = (width + 1) // 2
+        squares[:, : width - half] += squares[:, half:]
+        squares = squares[:, :half]
+    return squares[:, 0].sqrt().float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +214,7 @@ class Rescaled(ComputedTensor):
         values = self.direction.rows(reader, first, last)
         magnitude = reader.whole(self.magnitude).float().flatten()
         if not self.by_column:
-            norms = values.double().square().sum(1).sqrt().float()
-            return values * (magnitude[first:last] / norms)[:, None]
+            return values * (magnitude[first:last] / row_norms(values))[:, None]
         columns = ColumnNorms(
             name=self.name,
             shape=(self.num_columns,),
@@ -162,6 +226,31 @@ class Rescaled(ComputedTensor):
         if width > 1:  # of a convolution, whose columns are inputs and places
             norms = norms.view(-1, width).double().square().sum(1).sqrt().float()
         return values * (magnitude / norms).repeat_interleave(width)
+
+    @property
+    def by_kernels(self) -> bool:
+        is_by_row = not self.by_column and are_floats(self.magnitude)
+        return is_by_row and isinstance(self.direction, LowRankSum) and self.direction.by_kernels
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        row, end = span[0] // self.num_columns, -(-span[1] // self.num_columns)
+        magnitudes = floats(reader, self.magnitude, row, end)
+        norms = self._norms(reader, row, end)
+        return (*self.direction.place(reader, span, first)[:-2], magnitudes, norms)
+
+    def _norms(self, reader: Reading, first: int, last: int) -> bytes:
+        """Return the norms of rows of V; each is computed once while the tensor is read."""
+        columns, made = self.num_columns, reader.once(self, dict[int, bytes])
+        step = max(1, 4 * GROUP_ELEMENTS // columns)
+        for low in range(first // step * step, last, step):
+            if low not in made:  # two threads may compute the same
+                high = min(low + step, self.num_rows)
+                span = low * columns, high * columns
+                place = reader.opened([self.direction.place(reader, span, span[0])])[0]
+                made[low] = reader.kernels.norms(place, high - low, columns)
+        found = b"".join(made[low] for low in range(first // step * step, last, step))
+        return found[4 * (first % step) :]
 
 
 @dataclass(frozen=True, kw_only=True)

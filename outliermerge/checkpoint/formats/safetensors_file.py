@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
-from operator import mul
+from operator import itemgetter, mul
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,10 @@ def _parse(path: Path) -> tuple[list[TensorMeta], dict[str, str]]:
         raise OutlierMergeError(f"{path}: the header's __metadata__ is not an object of texts")
     data_start = 8 + header_length
     known: dict[tuple[Any, ...], tuple[DType, tuple[int, ...], int]] = {}
-    metas = [_tensor(path, name, entry, data_start, known) for name, entry in header.items()]
-    metas.sort(key=lambda meta: (meta.offset or 0, meta.num_bytes))
-    _check_contiguous(path, metas, data_start, num_file_bytes)
-    return metas, metadata or {}
+    placed = [_tensor(path, name, entry, data_start, known) for name, entry in header.items()]
+    placed.sort(key=itemgetter(0, 1))
+    _check_contiguous(path, placed, data_start, num_file_bytes)
+    return [meta for _, _, meta in placed], metadata or {}
 
 
 class _DuplicateKeyError(Exception):
@@ -170,8 +170,8 @@ def _tensor(
     entry: object,
     data_start: int,
     known: dict[tuple[Any, ...], tuple[DType, tuple[int, ...], int]],
-) -> TensorMeta:
-    """Return a tensor of a header.
+) -> tuple[int, int, TensorMeta]:
+    """Return where a tensor of a header begins, its bytes, and the tensor.
 
     Args:
         known: takes up dtypes, shapes and sizes that have been checked; most occur many times.
@@ -182,13 +182,15 @@ def _tensor(
         is_plain = name.isascii() and len(name) <= MAX_TENSOR_NAME
         if is_plain and type(start) is type(stop) is int and 0 <= start <= stop < 2**63:
             if stop - start == num_bytes:
-                return TensorMeta(name, dtype, shape, path, data_start + start)
+                offset = data_start + start
+                return offset, num_bytes, TensorMeta(name, dtype, shape, path, offset)
     except (KeyError, TypeError, ValueError):
         pass  # it is new, or wrong
     meta = _checked(path, name, entry, data_start)
     if all(type(size) is int for size in meta.shape):
         known[meta.dtype.code, meta.shape] = meta.dtype, meta.shape, meta.num_bytes
-    return meta
+    assert meta.offset is not None
+    return meta.offset, meta.num_bytes, meta
 
 
 def _checked(path: Path, name: str, entry: object, data_start: int) -> TensorMeta:
@@ -227,18 +229,17 @@ def _checked(path: Path, name: str, entry: object, data_start: int) -> TensorMet
 
 
 def _check_contiguous(
-    path: Path, metas: list[TensorMeta], data_start: int, num_file_bytes: int
+    path: Path, placed: list[tuple[int, int, TensorMeta]], data_start: int, num_file_bytes: int
 ) -> None:
     position = data_start
-    for meta in metas:
-        if meta.offset != position:
-            assert meta.offset is not None
-            what = "overlaps the tensor before it" if meta.offset < position else "follows a hole"
+    for offset, num_bytes, meta in placed:
+        if offset != position:
+            what = "overlaps the tensor before it" if offset < position else "follows a hole"
             raise OutlierMergeError(
-                f"{path}: tensor {quoted(meta.name)} {what}: it starts at byte {meta.offset}, "
+                f"{path}: tensor {quoted(meta.name)} {what}: it starts at byte {offset}, "
                 f"expected {position}"
             )
-        position += meta.num_bytes
+        position += num_bytes
     if position != num_file_bytes:
         what = "truncated" if position > num_file_bytes else "longer than its tensors"
         raise OutlierMergeError(

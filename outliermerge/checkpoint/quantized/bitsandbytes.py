@@ -29,7 +29,7 @@ def bitsandbytes(model: QuantizedModel) -> Changes:
         if weight.dtype.name == "int8" and stem != name and f"{stem}SCB" in model.tensors:
             if layout := model.tensors.get(f"{stem}weight_format"):
                 changes[f"{stem}weight_format"] = None
-                if (number := int(model.reader.values(layout, 0, 1))) != 0:
+                if (number := model.first_bytes(layout, 1)[0]) != 0:
                     what = f"its weight_format is {number}, of old bitsandbytes versions, expected"
                     model.broken(name, f"{what} 0 (rows). {TAKE_ORIGINAL}")
             changes |= scaled_weight(model, name, f"{stem}SCB", [(1, None)], _INT8_STEP)
@@ -41,7 +41,7 @@ def _four_bit(model: QuantizedModel, name: str, state_name: str) -> Changes:
     try:
         if meta.num_elements > _MAX_STATE:
             raise ValueError(f"it has {meta.num_elements:,} bytes")
-        state = json.loads(bytes(model.reader.values(meta, 0, meta.num_elements).tolist()))
+        state = json.loads(model.first_bytes(meta, meta.num_elements))
         shape, block = tuple(state["shape"]), state["blocksize"]
         nested_block = state.get("nested_blocksize")
         offset = float(state["nested_offset"]) if nested_block else None

@@ -67,10 +67,12 @@ def scaled_weight(
         name=weight.name, shape=weight.shape, out_dtype=model.out_dtype, weight=weight,
         scale=as_scale(scale), zero_point=zero_point, block=fitting[0], factor=factor,
     )  # fmt: skip
-    stem = name.removesuffix("weight")
-    gone = [scale_name, f"{name}_zero_point", f"{name}_activation_scale"]
-    gone += [stem + activation for activation in ACTIVATIONS]
-    return {name: tensor, **{other: None for other in gone if other in model.tensors}}
+    gone = [scale_name] if zero_point is None else [scale_name, f"{name}_zero_point"]
+    if model.has_activations:
+        stem = name.removesuffix("weight")
+        others = (f"{name}_activation_scale", *(stem + activation for activation in ACTIVATIONS))
+        gone += [other for other in others if other in model.tensors]
+    return {name: tensor, **dict.fromkeys(gone)}
 
 
 def as_scale(scale: TensorMeta) -> Source:

@@ -79,12 +79,11 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     if not codes:
         return
     wanted = {place for name in codes for place in (name, name.rpartition(".")[0])}
-    by_place = _by_place(tensors, wanted)
+    by_place = _by_place([name for name in tensors if name not in read], wanted)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
         for other, part in _beside(name, by_place):
-            kind = None if other in read else _kind(name, meta, tensors[other], part)
-            if kind:
+            if kind := _kind(name, meta, tensors[other], part):
                 found.append((name, other, kind))
                 break
     if found:
@@ -164,6 +163,8 @@ def _by_place(tensors: Collection[str], wanted: Container[str]) -> Mapping[str, 
 def _beside(name: str, by_place: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     """Yield possible names of a tensor's companions, each with the part that tells its use."""
     module, _, leaf = name.rpartition(".")
+    if name not in by_place and module not in by_place:
+        return
     for other in dict.fromkeys((*by_place.get(name, ()), *by_place.get(module, ()))):
         if other == name:
             continue

@@ -7,6 +7,7 @@ package gguf dequantises blocks.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -186,9 +187,12 @@ def gguf_home(path: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(content)
             file.flush()
+            os.fsync(file.fileno())
             # Once it is there it stays: plans keep the stamps of what they have read.
             with suppress(FileExistsError):
                 (folder / "config.json").hardlink_to(file.name)
+        if (folder / "config.json").read_bytes() != content:
+            raise OutlierMergeError(f"{folder}: holds another file than its name says. Remove it.")
     return folder
 
 

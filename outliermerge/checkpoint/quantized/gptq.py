@@ -9,7 +9,8 @@ Read as these libraries compute with them on a CPU:
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from outliermerge.checkpoint.quantized.model import TAKE_ORIGINAL, Changes, QuantizedModel
 from outliermerge.checkpoint.quantized.packed import Unpacked, turned
@@ -17,16 +18,19 @@ from outliermerge.checkpoint.quantized.tensors import ScaledTensor
 from outliermerge.checkpoint.sources import DTYPES, FLOAT_DTYPES, Source, TensorMeta
 
 _WORD = 32
-_BITS = (2, 4, 8)
+_BITS = (2, 3, 4, 8)
 # Version 1 stores zero points less 1; all of a word at once, so that one may borrow from the next.
-_FORMATS = {"gptq": 1, "gptq_v2": 0}
+_FORMATS = ("gptq", "gptq_v2")
 _VERSIONS = ("gemm",)
+# What gptqmodel adds to the words of zero points of 3 bits, which straddle words. Writers before it
+# stored each zero point less 1.
+_THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
 # Which of eight columns the lowest bits of a word hold, and so on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def gptq(model: QuantizedModel) -> Changes:
-    """Read GPTQ of 2, 4 and 8 bits, with groups in any order."""
+    """Read GPTQ of 2, 3, 4 and 8 bits, with groups in any order."""
     settings = model.settings
     layout = settings.get("checkpoint_format") or "gptq"
     if not isinstance(layout, str) or layout not in _FORMATS:
@@ -45,7 +49,7 @@ def gptq(model: QuantizedModel) -> Changes:
         width = qweight.shape[1]
         own = next((b for b in _BITS if qzeros.shape[1] * _WORD == width * b), None)
         if own is None or bits not in (None, own):
-            said = f"{bits} bits" if bits is not None else "2, 4 or 8 bits"
+            said = f"{bits} bits" if bits is not None else "2, 3, 4 or 8 bits"
             _misfit(model, name, qweight, qzeros, scales, said)
         rows, groups = qweight.shape[0] * _WORD // own, scales.shape[0]
         group = -(-rows // groups)
@@ -56,11 +60,22 @@ def gptq(model: QuantizedModel) -> Changes:
                          f"({rows},). Fetch the model again.")  # fmt: skip
         if -(-rows // group) != groups:
             _misfit(model, name, qweight, qzeros, scales, f"{own} bits")
-        one_in_each = sum(1 << own * place for place in range(_WORD // own))
-        zeros = _codes(qzeros, (groups, width), own, plus=_FORMATS[layout] * one_in_each)
+        plus: tuple[int, ...] = ()
+        if (is_first := layout == "gptq") and own != 3:
+            plus = (sum(1 << own * place for place in range(_WORD // own)),)
+        elif is_first and _is_by_gptqmodel(settings):
+            plus = _THREE_BITS
+        zeros = _codes(qzeros, (groups, width), own, plus=plus)
         weight = _codes(turned(qweight), (width, rows), own)
-        changes |= _scaled(model, name, weight, zeros, scales, group, g_idx)
+        less = 1.0 if is_first and not plus else 0.0
+        changes |= _scaled(model, name, weight, zeros, scales, group, g_idx, less)
     return changes
+
+
+def _is_by_gptqmodel(settings: Mapping[str, Any]) -> bool:
+    """Tell whether a config names gptqmodel as what wrote the model."""
+    meta = settings.get("meta")
+    return isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer"))
 
 
 def awq(model: QuantizedModel) -> Changes:
@@ -130,7 +145,11 @@ def _misfit(
 
 
 def _codes(
-    packed: Source, shape: tuple[int, ...], bits: int, order: tuple[int, ...] = (), plus: int = 0
+    packed: Source,
+    shape: tuple[int, ...],
+    bits: int,
+    order: tuple[int, ...] = (),
+    plus: tuple[int, ...] = (),
 ) -> Unpacked:
     return Unpacked(
         name=packed.name, shape=shape, out_dtype=DTYPES["uint8"], dtype=DTYPES["uint8"],
@@ -140,13 +159,14 @@ def _codes(
 
 def _scaled(
     model: QuantizedModel, name: str, weight: Source, zeros: Source, scales: TensorMeta,
-    group: int, g_idx: TensorMeta | None,
+    group: int, g_idx: TensorMeta | None, zero: float = 0.0,
 ) -> Changes:  # fmt: skip
     if scales.shape != zeros.shape:
         model.broken(f"{name}.scales", f"{scales.shape}, expected {zeros.shape}")
     tensor = ScaledTensor(
         name=f"{name}.qweight", shape=weight.shape, out_dtype=model.out_dtype, weight=weight,
         scale=turned(scales), zero_point=turned(zeros), block=(1, group), groups=g_idx,
+        zero=zero,
     )  # fmt: skip
     model.renamed[f"{name}.qweight"] = f"{name}.weight"
     gone = (f"{name}.{part}" for part in ("qzeros", "scales", "g_idx"))

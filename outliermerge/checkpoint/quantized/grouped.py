@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from outliermerge.checkpoint.quantized.coding import BIAS, exponents, fp4_codes
+from outliermerge.checkpoint.quantized.mxfp4 import FP4
 from outliermerge.checkpoint.sources import DTYPES, DType, OfSource, Reading, Source
 from outliermerge.errors import OutlierMergeError, shown
 
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 32
-_BIAS = 127
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class MxScales(_Grouped):
     def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        return (_exponents(groups) + _BIAS).to(torch.uint8), None
+        return (_exponents(groups) + BIAS).to(torch.uint8), None
 
 
 class MxCodes(_Grouped):
@@ -111,28 +111,14 @@ class MxCodes(_Grouped):
     def _made(self, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        exponents = _exponents(groups)
-        scales = torch.ldexp(torch.ones(exponents.shape), exponents)
-        size = (groups / scales).abs()
-        # Halfway values go to the code that is even.
-        codes = sum(
-            (size > limit if number % 2 == 0 else size >= limit).to(torch.uint8)
-            for number, limit in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
-        )
-        assert isinstance(codes, torch.Tensor)
-        values = torch.tensor(_VALUES).index_select(0, codes.view(-1).int()).view_as(groups)
-        off = (values * scales - groups.abs()).double().square()
-        codes = codes | (groups.signbit().to(torch.uint8) << 3)
+        powers = _exponents(groups)
+        scales = torch.ldexp(torch.ones(powers.shape), powers)
+        codes = fp4_codes(groups / scales)
+        values = torch.tensor(FP4).index_select(0, codes.view(-1).int()).view_as(groups)
+        off = (values * scales - groups).double().square()
         return codes[:, ::2] | (codes[:, 1::2] << 4), off
 
 
 def _exponents(groups: Tensor) -> Tensor:
-    """Return the exponent of each group's scale (B, 1), as compressed-tensors chooses it.
-
-    That of the greatest magnitude, rounded to one bit behind the first, minus 2: 6 is the largest
-    code. Groups of zeros have the smallest.
-    """
-    import torch
-
-    bits = groups.abs().amax(1, keepdim=True).view(torch.int32) + (1 << 21)
-    return ((bits >> 23) - 127 - 2).clamp_(-_BIAS, _BIAS)
+    """Return the exponent of each group's scale (B, 1)."""
+    return exponents(groups.abs().amax(1, keepdim=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +38,19 @@ class QuantizedModel:
     reader: Reading
     renamed: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def has_activations(self) -> bool:
+        """Whether any tensor is about activations, by its name; most models have none."""
+        return any(name.endswith(ACTIVATIONS) for name in self.tensors)
+
     def refuse(self, what: str) -> NoReturn:
         raise OutlierMergeError(f"{self.home / 'config.json'}: quantization_config: {what}")
 
     def broken(self, name: str, what: str) -> NoReturn:
         raise OutlierMergeError(f"{self.tensors[name].path}: tensor {name!r}: {what}")
+
+    def first_bytes(self, meta: TensorMeta, num_elements: int) -> bytes:
+        """Return the stored bytes of a tensor's first elements."""
+        found = bytearray(num_elements * meta.dtype.num_bytes)
+        meta.read(self.reader, 0, num_elements, memoryview(found))
+        return bytes(found)

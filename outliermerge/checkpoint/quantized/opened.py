@@ -106,7 +106,11 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
         changes |= found
         renamed |= model.renamed
-        companions |= {name: tensors[name] for name, new in found.items() if new is None}
+        companions |= {
+            name: tensors[name]
+            for name, new in found.items()
+            if new is None or name in model.renamed
+        }
         if is_stale:
             notes.append(
                 f"{home}: its config says that weights are quantised with {kind}, but none is: "

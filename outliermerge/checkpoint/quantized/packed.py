@@ -6,11 +6,13 @@ Each of these is a source, so that a `ScaledTensor` is made of them as of stored
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from outliermerge.checkpoint.by_kernels import Span, codes_place, floats, is_stored
 from outliermerge.checkpoint.computed import ComputedTensor
 from outliermerge.checkpoint.sources import DTYPES, OfSource, Reading, Source, TensorMeta, inner
 from outliermerge.errors import OutlierMergeError
@@ -54,12 +56,12 @@ class Unpacked(OfPacked):
     Attributes:
         order: of the codes in a word of 32 bits, where it is another: which of its columns the
             lowest bits hold, and so on.
-        plus: is added to each word of 32 bits.
+        plus: are added to the words of 32 bits, in turn.
     """
 
     bits: int
     order: tuple[int, ...] = ()
-    plus: int = 0
+    plus: tuple[int, ...] = ()
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of bytes."""
@@ -67,7 +69,8 @@ class Unpacked(OfPacked):
 
         words = self.packed(reader, first, last)
         if self.plus:
-            words = (words.long() + self.plus).to(torch.int32)
+            plus = torch.tensor(self.plus).repeat(-(-words.shape[1] // len(self.plus)))
+            words = (words.long() + plus[: words.shape[1]]).to(torch.int32)
         codes = words.view(torch.uint8)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(last - first, -1)
@@ -160,6 +163,16 @@ class PowersOfTwo(OfPacked):
         bits = exponents.int() << 23
         return bits.masked_fill_(exponents == 0, 1 << 22).view(torch.float32)
 
+    @property
+    def by_kernels(self) -> bool:
+        return is_stored(self.source, ["uint8"])
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        assert isinstance(self.source, TensorMeta)
+        bits = [1 << 22, *(code << 23 for code in range(1, NOT_A_NUMBER)), 0x7FC00000]
+        return codes_place(self.source, span, first, table=struct.pack("256I", *bits))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Divided(OfPacked):
@@ -184,6 +197,21 @@ def exponents(scale: Source) -> PowersOfTwo:
     return PowersOfTwo(
         name=scale.name, shape=scale.shape, out_dtype=DTYPES["float32"], source=scale
     )
+
+
+def finite_floats(reader: Reading, scale: Source, start: int, stop: int) -> bytearray:
+    """Return elements start to stop (excluded) of scales as float32, read by kernels.
+
+    Raises:
+        OutlierMergeError: one of them is not finite.
+    """
+    found = floats(reader, scale, start, stop)
+    if not reader.kernels.all_finite("f", found, stop - start):
+        values = struct.unpack(f"{stop - start}f", found)
+        is_exponent = isinstance(scale, PowersOfTwo)
+        wrong = next(value for value in values if not math.isfinite(value))
+        refuse_scale(scale, f"NaN (the exponent {NOT_A_NUMBER})" if is_exponent else f"{wrong}")
+    return found
 
 
 def refuse_scale(scale: Source, what: str) -> None:

@@ -7,11 +7,20 @@ Laying out scales with `expand` is as much faster than gathering them by index.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from outliermerge.checkpoint.by_kernels import (
+    KINDS,
+    Span,
+    are_floats,
+    codes_place,
+    floats,
+    is_stored,
+)
 from outliermerge.checkpoint.computed import ComputedTensor
-from outliermerge.checkpoint.quantized.packed import refuse_scale
+from outliermerge.checkpoint.quantized.packed import Unpacked, finite_floats, refuse_scale
 from outliermerge.checkpoint.sources import Reading, Source, TensorMeta
 from outliermerge.errors import OutlierMergeError
 
@@ -107,6 +116,51 @@ class ScaledTensor(_MatrixTensor):
         values = values * by_element(self.scale)
         return values if self.factor == 1 else values * self.factor
 
+    @property
+    def by_kernels(self) -> bool:
+        if self.groups is not None or self._codes is None or not are_floats(self.scale):
+            return False
+        zero_point = self.zero_point
+        return zero_point is None or are_floats(zero_point) or is_stored(zero_point, [*KINDS])
+
+    @property
+    def _codes(self) -> tuple[TensorMeta, str] | None:
+        """The stored codes and their kind, where kernels can read them."""
+        weight = self.weight
+        if isinstance(weight, TensorMeta) and is_stored(weight, [*KINDS]) and not self.values:
+            return weight, KINDS[weight.dtype.name]
+        source = weight.source if isinstance(weight, Unpacked) else None
+        if isinstance(source, TensorMeta) and source.offset is not None:
+            assert isinstance(weight, Unpacked)
+            is_plain = weight.bits == 4 and not weight.order and not weight.plus
+            if is_plain and 2 * source.num_bytes == weight.num_elements:
+                return source, "l"
+        return None
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        assert self._codes is not None
+        (num_rows, num_columns), (height, width) = self.shape[-2:], self.block
+        per_row, per_matrix = -(-num_columns // width), -(-num_rows // height)
+        row, last = span[0] // num_columns, (span[1] - 1) // num_columns
+        low, high = (at // num_rows * per_matrix + at % num_rows // height for at in (row, last))
+        ends = low * per_row, (high + 1) * per_row
+        zero_point = self.zero_point
+        return codes_place(
+            self._codes[0],
+            span,
+            first,
+            kind=self._codes[1],
+            sizes=(num_rows, num_columns),
+            block=(height, width),
+            first_row=low,
+            scales=finite_floats(reader, self.scale, *ends),
+            zeros=None if zero_point is None else floats(reader, zero_point, *ends),
+            table=struct.pack(f"{len(self.values)}f", *self.values) if self.values else None,
+            zero=self.zero,
+            factor=self.factor,
+        )
+
     def _order(self, reader: Reading, width: int) -> Tensor | None:
         """Return the block of each column, or None where -1 says that they are in order."""
         assert self.groups is not None
@@ -154,6 +208,25 @@ class RowScaledTensor(ComputedTensor):
             scale = scale[first * self.num_groups : last * self.num_groups, None]
             return (values.view(scale.shape[0], -1) * scale).view(last - first, -1)
         return (values * scale).view(last - first, -1)
+
+    @property
+    def by_kernels(self) -> bool:
+        return is_stored(self.weight, [*KINDS]) and is_stored(self.scale)
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        columns, groups = self.num_columns, self.num_groups
+        row = span[0] // columns if groups else 0
+        end = -(-span[1] // columns) * groups if groups else 1
+        return codes_place(
+            self.weight,
+            span,
+            first,
+            sizes=(self.num_rows, columns),
+            block=(1, columns // groups) if groups else (self.num_rows, columns),
+            first_row=row,
+            scales=finite_floats(reader, self.scale, row * groups, end),
+        )
 
 
 def _as_float32(codes: Tensor) -> Tensor:
@@ -204,3 +277,25 @@ class CodeTensor(_MatrixTensor):
         values = (values.view(-1, self.block) * absmax[:, None]).flatten()[start - begin :]
         values = values[: stop - start].view(last - first, -1)
         return values if self.offset is None else values + self.offset
+
+    @property
+    def by_kernels(self) -> bool:
+        is_there = isinstance(self.weight, TensorMeta) and self.weight.offset is not None
+        return is_there and is_stored(self.values, ["float32"]) and are_floats(self.absmax)
+
+    def place(self, reader: Reading, span: Span, first: int) -> tuple[Any, ...]:
+        """Return where kernels compute elements from `first` on; those of `span` can be read."""
+        assert isinstance(self.weight, TensorMeta)
+        low, high = span[0] // self.block, -(-span[1] // self.block)
+        return codes_place(  # a block is a row, of which one scale is for all columns
+            self.weight,
+            span,
+            first,
+            kind="h" if self.bits == 4 else "u",
+            sizes=(-(-self.num_elements // self.block), self.block),
+            block=(1, self.block),
+            first_row=low,
+            scales=finite_floats(reader, self.absmax, low, high),
+            table=bytes(reader.whole_floats(self.values)),
+            added=-0.0 if self.offset is None else self.offset,
+        )

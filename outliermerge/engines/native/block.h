@@ -2,13 +2,7 @@
 #ifndef OUTLIERMERGE_BLOCK_H
 #define OUTLIERMERGE_BLOCK_H
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <errno.h>
-#include <unistd.h>
-
-#include "rows.h"
+#include "places.h"
 #include "xxh3.h"
 
 /* A piece has one digest (its size is PIECE_ELEMENTS of checksum.py) and fits in a core's L2 cache. A row holds one step of a piece in float32
@@ -18,15 +12,6 @@ enum { PIECE = 65536, STEP = 1024, ROW = STEP + 64, EXTRA_ROWS = 3, MAX_SOURCES 
 
 /* Direct writes, which bypass the page cache, write whole pages, and at least DIRECT_BYTES. */
 enum { PAGE = 4096, DIRECT_BYTES = 1 << 18 };
-
-/* Elements in memory or in a file. */
-typedef struct {
-    char code;
-    int file;   /* -1 for memory */
-    int direct; /* the same file, opened for direct writes; -1 where it is not */
-    int64_t position;
-    Py_buffer view;
-} Place;
 
 typedef struct {
     Place *places;
@@ -40,41 +25,6 @@ typedef struct {
     float *added; /* added at the end: the base, or -0, which changes no value */
     float *rows;  /* one for each model, and EXTRA_ROWS more */
 } Block;
-
-INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
-INLINE int is_known(int code) { return code == BFLOAT16 || code == FLOAT16 || code == FLOAT32; }
-
-/* Parse a buffer, or a tuple (file descriptor, position[, descriptor for direct writes]), that has
- * room for num_elements elements of a dtype. */
-static int take_place(Place *place, PyObject *from, int code, size_t num_elements, int flags) {
-    place->code = (char)code;
-    place->file = place->direct = -1;
-    if (!is_known(code)) {
-        PyErr_SetString(PyExc_ValueError, "an unknown dtype");
-        return 0;
-    }
-    if (PyTuple_Check(from)) {
-        long long position;
-        if (!PyArg_ParseTuple(from, "iL|i", &place->file, &position, &place->direct)) return 0;
-        place->position = position;
-        if (place->file >= 0 && position >= 0) return 1;
-        place->file = -1;
-        PyErr_SetString(PyExc_ValueError, "a file descriptor or a position is negative");
-        return 0;
-    }
-    if (PyObject_GetBuffer(from, &place->view, flags)) return 0;
-    if ((size_t)place->view.len / item_bytes(place->code) < num_elements) {
-        PyBuffer_Release(&place->view);
-        PyErr_SetString(PyExc_ValueError, "a buffer is too short");
-        return 0;
-    }
-    return 1;
-}
-
-static void release_place(Place *place) {
-    if (place->file < 0) PyBuffer_Release(&place->view);
-}
 
 static void release_some(Block *block, size_t num_places) {
     for (size_t i = 0; i < num_places; i++) release_place(block->places + i);
@@ -132,7 +82,7 @@ static int take(PyObject *tuple, void *target) {
             release_some(block, i);
             return 0;
         }
-        has_files |= block->places[i].file >= 0;
+        has_files |= !in_memory(block->places + i);
     }
     size_t longest = least(PIECE, block->num_elements) * sizeof(float);
     if (has_files && (block->scratch = PyMem_RawMalloc(num_sources * longest + 1)) == NULL) {
@@ -148,25 +98,6 @@ static int take(PyObject *tuple, void *target) {
         block->base[ROW + i] = -0.0f;
     }
     return Py_CLEANUP_SUPPORTED;
-}
-
-static size_t piece_bytes(const Place *place, size_t num) { return num * item_bytes(place->code); }
-
-static int read_all(const Place *place, size_t start, size_t num, char *into) {
-    size_t left = piece_bytes(place, num);
-    off_t position = (off_t)(place->position + (int64_t)piece_bytes(place, start));
-    while (left > 0) {
-        ssize_t got = pread(place->file, into, left, position);
-        if (got <= 0) {
-            if (got < 0 && errno == EINTR) continue;
-            if (got == 0) errno = 0;
-            return 0;
-        }
-        into += got;
-        position += got;
-        left -= (size_t)got;
-    }
-    return 1;
 }
 
 static int write_bytes(int file, const char *from, size_t left, int64_t position) {
@@ -223,13 +154,13 @@ static int write_all(const Place *place, size_t num, const char *from) {
 /* Read a piece of one source to memory. */
 static int fetch_source(Block *block, size_t source, size_t start, size_t num) {
     const Place *place = block->places + source;
-    if (place->file < 0) {
+    if (in_memory(place)) {
         block->data[source] = (const char *)place->view.buf + piece_bytes(place, start);
         return 1;
     }
     char *into = block->scratch + source * least(PIECE, block->num_elements) * sizeof(float);
     block->data[source] = into;
-    return read_all(place, start, num, into);
+    return read_all(place, (int64_t)start, num, into);
 }
 
 /* Pieces of SHORT_BYTES or fewer have no digest. */
@@ -254,15 +185,6 @@ static int fetch(Block *block, size_t start, size_t num) {
                        (source * num_pieces + start / PIECE) * DIGEST_BYTES);
     }
     return 1;
-}
-
-/* Raise the error of a failed read or write; its last argument is the index of the place. */
-static void raise_failure(int error, size_t place) {
-    PyObject *type = error == 0 ? PyExc_EOFError : PyExc_OSError;
-    PyObject *arguments = error == 0 ? Py_BuildValue("(sn)", "the file ends early", (Py_ssize_t)place)
-                                     : Py_BuildValue("(isn)", error, strerror(error), (Py_ssize_t)place);
-    if (arguments != NULL) PyErr_SetObject(type, arguments);
-    Py_XDECREF(arguments);
 }
 
 /* Release the block and return `result`, or raise if a place failed. */

@@ -8,6 +8,7 @@
  * source, or the number of sources plus the index of the output. Reads and writes that are
  * interrupted or done in part are continued. setup.py compiles this file for several generations of
  * processors. */
+#include "computed.h"
 #include "distribution_calls.h"
 #include "drawn_calls.h"
 #include "gram.h"
@@ -57,10 +58,10 @@ static PyObject *py_copy(PyObject *module, PyObject *args) {
         for (size_t start = 0; start < num_all && !failed; start += PIECE) {
             size_t num = least(PIECE, num_all - start), first = piece_bytes(&from, start);
             char *data = all + first;
-            if (from.file < 0)
+            if (in_memory(&from))
                 memmove(data, (const char *)from.view.buf + first, piece_bytes(&from, num));
             else
-                failed = !read_all(&from, start, num, data);
+                failed = !read_all(&from, (int64_t)start, num, data);
             error = errno;
             if (failed) break;
             is_finite &= are_finite((char)code, data, num);
@@ -153,6 +154,7 @@ static PyMethodDef functions[] = {
     {"patterns", py_patterns, METH_VARARGS, patterns_doc},
     {"tally_patterns", py_tally_patterns, METH_VARARGS, tally_patterns_doc},
     {"filtered_patterns", py_filtered_patterns, METH_VARARGS, filtered_patterns_doc},
+    {"norms", py_norms, METH_VARARGS, norms_doc},
     {"methods", py_methods, METH_NOARGS, methods_doc},
     {"merge", py_merge, METH_VARARGS, merge_doc},
     {"copy", py_copy, METH_VARARGS, copy_doc},

@@ -37,7 +37,7 @@ static int take_rows(Rows *rows, const Block *block, size_t elements, size_t len
         return 0;
     }
     for (size_t i = 0; i < block->num_sources; i++)
-        if (block->places[i].file < 0 && (first % elements || parts % elements)) {
+        if (in_memory(block->places + i) && (first % elements || parts % elements)) {
             PyErr_SetString(PyExc_ValueError, "a buffer does not hold whole rows");
             return 0;
         }
@@ -62,11 +62,9 @@ static const char *stored_at(Block *block, Rows *rows, size_t source, int64_t st
     const Place *place = block->places + source;
     int64_t away = start - (int64_t)piece;
     if (away >= 0 && (size_t)away + num <= num_piece) return at(block, source, (size_t)away);
-    int64_t bytes = start * (int64_t)item_bytes(place->code);
-    if (place->file < 0) return (const char *)place->view.buf + bytes;
-    Place moved = *place;
-    moved.position += bytes;
-    if (read_all(&moved, 0, num, rows->stored)) return rows->stored;
+    if (in_memory(place))
+        return (const char *)place->view.buf + start * (int64_t)item_bytes(place->code);
+    if (read_all(place, start, num, rows->stored)) return rows->stored;
     block->failed = source;
     return NULL;
 }

@@ -7,10 +7,6 @@
 
 #include "convert.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 enum { STRIPE = 64, STRIPES = 16, SECRET_BYTES = 192, DIGEST_BYTES = 16, SHORT_BYTES = 240 };
 
 static const uint64_t PRIME32_1 = 0x9E3779B1u, PRIME32_2 = 0x85EBCA77u, PRIME32_3 = 0xC2B2AE3Du;
