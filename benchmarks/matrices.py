@@ -38,7 +38,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {  # as FusionBench has them
 RANK = 64
 NOTE = (
     "float32 models of this shape, changes mostly of rank 64; reading, merging and writing in a "
-    "process that has imported all, on the CPU; a round's runs follow each other"
+    "process that has imported the tool, on the CPU; a round's runs follow each other"
 )
 
 
