@@ -30,7 +30,9 @@ def ours(folder: Path, spec: dict[str, Any]) -> Callable[[], None]:
     import outliermerge
 
     def run() -> None:
-        outliermerge.run(spec, output=folder / "outliermerge", threads=torch.get_num_threads())
+        outliermerge.run(
+            spec, output=folder / "outliermerge", threads=torch.get_num_threads(), memory="4GiB"
+        )
 
     return run
 
