@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         spec["models"][1]["statistics"] = str(save_statistics(folder, place / "m1", **kinds))
         with pytest.raises(OutlierMergeError) as raised:
-            outliermerge.run(spec, output=tmp_path / "out")
+            outliermerge.run(spec, output=tmp_path / "out", fresh=True)
         return str(raised.value)
 
     grams = load_folder(place / "s1/gram")
@@ -304,12 +305,78 @@ def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
     assert "holds no gram, only fisher: measure" in refused(fisher=grams)
     broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"] * torch.nan}
     assert "layers.0.q.weight has values that are infinite or NaN" in refused(gram=broken)
+    broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"].triu()}
+    assert "layers.0.q.weight has values that are not symmetric" in refused(gram=broken)
     spec["models"][1]["statistics"] = "statistics/none"
     with pytest.raises(OutlierMergeError, match=r"statistics/none: no such folder, expected stat"):
         outliermerge.plan(spec)
     spec["models"][1]["statistics"] = str(place / "m1")
     with pytest.raises(OutlierMergeError, match=r"no statistics\.json in it"):
         outliermerge.plan(spec)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"turned": None},
+        {"turned": [3]},
+        {"no_tokens": [1]},
+        {"no_tokens": {LINEAR[0]: 5}},
+        {"no_tokens": {LINEAR[0]: [[1]]}},
+        {"tensors": []},
+    ],
+)
+def test_a_manifest_of_other_types_is_told(edited, place, tmp_path):
+    shutil.copytree(place / "s1", tmp_path / "s")
+    path = tmp_path / "s/statistics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edited))
+    spec = spec_of(place, "regmean", 2)
+    spec["models"][1]["statistics"] = str(tmp_path / "s")
+    with pytest.raises(OutlierMergeError, match=r"statistics\.json: not statistics of format 1"):
+        outliermerge.plan(spec)
+
+
+def ones(**kinds: Tensor) -> dict[str, Any]:
+    """Return what merges a model of ones with one of threes, by statistics of the second."""
+    (value,) = kinds.values()
+    models = [{"w": torch.ones(2, 3)}, {"w": torch.full((2, 3), 3.0)}]
+    right = torch.eye(3) if "gram" in kinds else torch.ones(2, 3)
+    more = {kind: [{"w": right}, {"w": value}] for kind in kinds}
+    return {"models": models, "auxiliary": more}
+
+
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+@pytest.mark.parametrize(
+    ("gram", "said"),
+    [
+        (-torch.eye(3), "values below 0 on the diagonal"),
+        (torch.eye(3) + torch.tensor([[0, 0.1, 0], [0, 0, 0], [0, 0, 0]]), "are not symmetric"),
+        (2 - torch.eye(3), "values larger than those on its diagonal allow"),
+    ],
+)
+def test_what_can_be_no_gram_matrix_is_refused(method, gram, said):
+    with pytest.raises(OutlierMergeError, match=rf"auxiliary\['gram'\]\[1\]: has .*{said}"):
+        outliermerge.merge_state_dicts(method=method, **ones(gram=gram))
+    half = torch.ones(3, 3).half() + torch.rand(3, 3).half() / 2048  # rounding is let pass
+    outliermerge.merge_state_dicts(method=method, **ones(gram=half))
+
+
+@pytest.mark.parametrize("method", ["fisher", "mats_fisher"])
+def test_what_can_be_no_fisher_information_is_refused(method):
+    wrong = torch.ones(2, 3)
+    wrong[1, 2] = -1e-9
+    said = "Fisher information of w of model 2 has values that are below 0, infinite or NaN. Measur"
+    with pytest.raises(OutlierMergeError, match=said):
+        outliermerge.merge_state_dicts(method=method, **ones(fisher=wrong))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e300])
+def test_a_tensor_of_no_information_is_averaged_from_zero_too(tolerance):
+    given = ones(fisher=torch.zeros(2, 3))
+    given["auxiliary"]["fisher"][0]["w"] = torch.zeros(2, 3)
+    more: dict[str, Any] = {"init": "zero", "tolerance": tolerance}
+    merged = outliermerge.merge_state_dicts(method="mats_fisher", **given, **more)
+    assert merged["w"].equal(torch.full((2, 3), 2.0))
 
 
 def test_the_plan_says_what_is_averaged_and_counts_what_is_read(place):
