@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import outliermerge
 from outliermerge import OutlierMergeError
+from outliermerge.checkpoint.measured import Statistics
 
 
 def ones(**kinds: Tensor) -> dict[str, Any]:
@@ -53,3 +56,28 @@ def test_a_tensor_of_no_information_is_averaged_from_zero_too(tolerance):
     more: dict[str, Any] = {"init": "zero", "tolerance": tolerance}
     merged = outliermerge.merge_state_dicts(method="mats_fisher", **given, **more)
     assert merged["w"].equal(torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"turned": None},
+        {"turned": [3]},
+        {"no_tokens": [1]},
+        {"no_tokens": {"w": 5}},
+        {"no_tokens": {"w": [[1]]}},
+    ],
+)
+def test_a_manifest_of_other_types_is_told(edited: dict[str, Any], tmp_path: Path) -> None:
+    whole = {
+        "format": 1,
+        "statistics": {"gram": {}},
+        "tensors": {"w": "0"},
+        "no_tokens": {"w": [1]},
+    }
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps(whole))
+    assert Statistics(tmp_path).manifest == whole
+    path.write_text(json.dumps(whole | edited))
+    with pytest.raises(OutlierMergeError, match=r"statistics\.json: not statistics of format 1"):
+        Statistics(tmp_path)
