@@ -314,6 +314,8 @@ def _checked(
         )
     if not given.is_floating_point() or not torch.isfinite(given).all():
         raise OutlierMergeError(f"{place}: has values that are infinite, NaN or no floats")
+    if kind in method.prepared and (why := method.prepared[kind].wrong(given)):
+        raise OutlierMergeError(f"{place}: has {why}")
     return given.detach()
 
 

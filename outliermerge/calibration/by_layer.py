@@ -93,7 +93,7 @@ def measure_by_layer(
     units = units_of(loaded, wanted.statistics)
     groups = _groups(layers, units)
     written = Partial(
-        loaded, samples, output, wanted, data=data, num_groups=len(groups), units=units
+        loaded, samples, output, wanted, data=data, groups=[group for _, group in groups]
     )
     feeder = Feeder(
         loaded, with_images=any(one.images for one in samples), max_tokens=wanted.max_tokens

@@ -95,7 +95,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}:{number}", parse_json(line)
             except ValueError as error:
-                raise SpecError(f"{path}:{number}: {shown(error)}, expected {_FORMS}") from error
+                said = shown(error).rstrip(".")
+                raise SpecError(f"{path}:{number}: {said}. Expected {_FORMS}.") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -142,8 +143,12 @@ def _sample(row: Any, where: str, column: str, folder: Path) -> Sample:
     text = row["completion"] if "completion" in row else row.get(column)
     has_images = "images" in row or "image" in row
     text = "" if text is None and has_images else text
-    if not (isinstance(text, str) and isinstance(prompt, str) and (prompt + text or has_images)):
+    if text == "" and prompt == "" and not has_images:
+        raise SpecError(f"{where}: the text is empty; expected {expected}")
+    if not (isinstance(text, str) and isinstance(prompt, str)):
         raise SpecError(f"{where}: found the keys {', '.join(map(str, row))}; expected {expected}")
+    if not (prompt + text).isascii() and any("\ud800" <= one <= "\udfff" for one in prompt + text):
+        raise SpecError(f"{where}: the text has half of a surrogate pair, which is no character")
     images = row.get("images", [row["image"]] if "image" in row else [])
     if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
         raise SpecError(f"{where}: images: expected a list of files")

@@ -90,9 +90,7 @@ def measure(
     """
     units = units_of(loaded, wanted.statistics)
     groups = in_groups(units, wanted.statistics, memory_bytes)
-    partial = Partial(
-        loaded, samples, output, wanted, data=data, num_groups=len(groups), units=units
-    )
+    partial = Partial(loaded, samples, output, wanted, data=data, groups=groups)
     with_images = any(sample.images for sample in samples)
     feeder = Feeder(loaded, with_images=with_images, max_tokens=wanted.max_tokens)
     progress, total = 0, len(groups) * len(samples)
@@ -124,8 +122,7 @@ class Partial:
         output: the folder that it becomes.
         wanted: what is measured.
         data: what the data are called.
-        num_groups: into how many groups the modules are divided.
-        units: the modules.
+        groups: the modules, divided into groups.
         more: what the statistics depend on besides, as JSON values.
 
     Raises:
@@ -141,21 +138,21 @@ class Partial:
         wanted: Wanted,
         *,
         data: str,
-        num_groups: int,
-        units: Sequence[Unit],
+        groups: Sequence[Sequence[Unit]],
         more: Mapping[str, Any] | None = None,
     ) -> None:
         if output.exists():
             raise OutlierMergeError(
                 f"{output}: is there already. Name another folder, or remove it."
             )
+        units = [unit for group in groups for unit in group]
         if not units:
             raise OutlierMergeError(
                 f"{shown(loaded.reference)}: has nothing to measure: no linear layers that are "
                 "tensors of its files"
             )
         self._output, self._folder = output, output.with_name(output.name + ".partial")
-        self._loaded, self._wanted, self._num_groups = loaded, wanted, num_groups
+        self._loaded, self._wanted, self._num_groups = loaded, wanted, len(groups)
         measured = sorted({name for unit in units for name in _names(unit)})
         tensors = {}
         with Reader() as reader:
@@ -164,7 +161,9 @@ class Partial:
                 reader.release([(0, loaded.checkpoint.tensors[name])])
         self._facts = _facts(loaded, samples, wanted, data, tensors)
         self._facts["settings"] |= more or {}
-        _begin(self._folder, self._facts | {"num_groups": num_groups})
+        # Sums that were saved, and groups that are done, are of just these modules.
+        division = [sorted(name for unit in group for name in _names(unit)) for group in groups]
+        _begin(self._folder, self._facts | {"division into passes": division})
 
     def has(self, number: int) -> bool:
         """Tell whether a group is done."""
@@ -188,17 +187,22 @@ class Partial:
 
     def restored(self, number: int) -> Sums:
         """Return the sums that were saved for a group; new ones where there are none."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self._folder / _STATE
         if not path.exists():
             return Sums()
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
-            if int(facts["group"]) != number:
-                return Sums()
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name).to(self._loaded.device) for name in names}
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+                if int(facts["group"]) != number:
+                    return Sums()
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name).to(self._loaded.device) for name in names}
+        except SafetensorError as error:
+            raise OutlierMergeError(
+                f"{path}: is damaged: {shown(error)}. Remove {self._folder} to begin anew."
+            ) from error
         return Sums(tensors, int(facts["num_samples"]), int(facts["num_tokens"]))
 
     def write_group(self, number: int, group: Sequence[Unit], sums: Sums) -> None:
@@ -212,6 +216,12 @@ class Partial:
                 for unit in group
                 for (_, name), tensor in sums.means(unit, [kind]).items()
             }
+            for name, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise OutlierMergeError(
+                        f"{shown(self._loaded.reference)}: {kind} of {shown(name)} is infinite or "
+                        "NaN: the model has such weights, or computes such values of these data"
+                    )
             if tensors:
                 (self._folder / kind).mkdir(exist_ok=True)
                 save_file(tensors, self._folder / kind / self._file(number))
@@ -316,7 +326,11 @@ def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
     path = partial / _IDENTITY
     if path.exists():
         known = load_json(path)
-        others = [key for key, value in identity.items() if known.get(key) != value]
+        others = [
+            key
+            for key, value in identity.items()
+            if not isinstance(known, dict) or known.get(key) != value
+        ]
         if others:
             raise OutlierMergeError(
                 f"{partial}: holds part of other statistics (another {', '.join(others)}). Remove "

@@ -111,7 +111,7 @@ def measure_alternating(
         partials.append(
             Partial(
                 several.loaded(number), own, folder, wanted,
-                data=data[number], num_groups=len(groups), units=units,
+                data=data[number], groups=[group for _, group in groups],
                 more=json.loads(json.dumps(inputs_of)),
             )
         )  # fmt: skip

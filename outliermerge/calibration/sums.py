@@ -303,6 +303,11 @@ class Summing:
             labels = self._drawn(logits, number)
         if labels is None or not len(labels):
             raise OutlierMergeError(f"the sample {shown(sample.text)} has not {what}")
+        if logits.ndim == 2 and not 0 <= int(labels[0]) < logits.shape[-1]:
+            raise OutlierMergeError(
+                f"the sample {shown(sample.text)} has the label {int(labels[0])}, expected a class "
+                f"from 0 to {logits.shape[-1] - 1}"
+            )
         total: Tensor = logits.float().log_softmax(-1).gather(-1, labels[:, None]).sum()
         return total
 

@@ -93,6 +93,10 @@ class Statistics:
         }
 
 
+def _are(kinds: type | tuple[type, ...], values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(one, kinds) for one in values)
+
+
 def read_statistics(folder: Path) -> Mapping[str, Any]:
     """Return the manifest of statistics.
 
@@ -112,6 +116,9 @@ def read_statistics(folder: Path) -> Mapping[str, Any]:
         and isinstance(found.get("statistics"), dict)
         and isinstance(found.get("tensors"), dict)
         and all(isinstance(one, str) for one in found["tensors"].values())
+        and _are(str, found.get("turned", []))
+        and isinstance(no_tokens := found.get("no_tokens", {}), dict)
+        and all(_are((int, str), experts) for experts in no_tokens.values())
     )
     if not is_valid:
         raise OutlierMergeError(f"{path}: not statistics of format {STATISTICS_FORMAT}")

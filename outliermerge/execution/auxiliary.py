@@ -23,20 +23,22 @@ def wholes(task: Task, sources: Sequence[Source], reader: Reader) -> dict[str, I
     """
     num_models = task.num_models
     return {
-        name: _read(sources[number * num_models : (number + 1) * num_models], reader)
-        for number, name in enumerate(task.method.prepared)
+        name: _read(sources[number * num_models : (number + 1) * num_models], reader, kind.wrong)
+        for number, (name, kind) in enumerate(task.method.prepared.items())
     }
 
 
-def _read(sources: Sequence[Source], reader: Reader) -> Iterator[Tensor]:
+def _read(
+    sources: Sequence[Source], reader: Reader, wrong: Callable[[Tensor], str]
+) -> Iterator[Tensor]:
     import torch
 
     for source in sources:
         values = reader.values(source, 0, source.num_elements).view(source.shape)
-        if not torch.isfinite(values).all():
+        finite = bool(torch.isfinite(values).all())
+        if why := wrong(values) if finite else "values that are infinite or NaN":
             raise OutlierMergeError(
-                f"{source.stored[0].path}: {shown(source.name)} has values that are infinite or "
-                "NaN. Measure the model again."
+                f"{source.stored[0].path}: {shown(source.name)} has {why}. Measure the model again."
             )
         yield values
 

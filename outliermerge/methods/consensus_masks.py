@@ -5,7 +5,8 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@merge_method(space="delta", paper="arXiv 2405.07813")
+def _check(parameters: Mapping[str, Any]) -> None:
+    consensus, num_models = parameters["consensus"], len(parameters["weight"])
+    if consensus > num_models:
+        raise ValueError(
+            f"found a consensus of {consensus} with {num_models} model(s), expected at most as "
+            "many as models: no element could be merged"
+        )
+
+
+@merge_method(space="delta", check=_check, paper="arXiv 2405.07813")
 def consensus_ta(
     deltas_ME: Tensor,
     *,

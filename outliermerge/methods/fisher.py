@@ -5,17 +5,35 @@ Shape suffixes: M models, E elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Gt
 
+from outliermerge.errors import OutlierMergeError, shown
 from outliermerge.methods.averaging import check_weights, unless_measured
+from outliermerge.methods.context import Context
 from outliermerge.methods.contract import merge_method
 from outliermerge.methods.parameter import PerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def refuse_no_squares(fisher: Tensor, context: Context) -> None:
+    """Refuse what is no mean of squares: values below 0, infinite or NaN.
+
+    Raises:
+        OutlierMergeError: a model's block has such values.
+    """
+    for number, own in enumerate(fisher if fisher.numel() else ()):
+        low, high = own.aminmax()
+        if not (low >= 0 and high < math.inf):
+            raise OutlierMergeError(
+                f"the Fisher information of {shown(context.name)} of model {number + 1} has values "
+                "that are below 0, infinite or NaN. Measure the model again."
+            )
 
 
 def _always(parameters: Mapping[str, Any]) -> bool:
@@ -35,6 +53,7 @@ def fisher(
     weights_ME: Tensor,
     *,
     fisher: Tensor,
+    context: Context,
     weight: PerModel = 1.0,
     epsilon: Annotated[float, Gt(0)] = 1e-12,
 ) -> Tensor:
@@ -49,9 +68,11 @@ def fisher(
     Args:
         weights_ME: the models' weights.
         fisher: Fᵢ of each model.
+        context: the tensor's name.
         weight: wᵢ.
         epsilon: ε.
     """
+    refuse_no_squares(fisher, context)
     share_ME = (fisher.double() + epsilon).mul_(weight.double()[:, None])
     total_E = share_ME.sum(0)
     merged_E: Tensor = share_ME.mul_(weights_ME).sum(0).div_(total_E).to(weights_ME.dtype)

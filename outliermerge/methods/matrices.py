@@ -75,6 +75,19 @@ def of_each(deltas: Tensor, merged: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.stack([merged(each_MRC).to(deltas.dtype) for each_MRC in deltas.unbind(1)])
 
 
+def eigenvectors(symmetric_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (K,) in ascending order, and eigenvectors (K, K) as columns.
+
+    They are NaN where a value is infinite or NaN, for which LAPACK fails: so a merge can name the
+    tensor and the model whose values these are. The matrix is overwritten then.
+    """
+    import torch
+
+    broken = ~symmetric_KK.isfinite().all()  # no branch, so that many can be done in one call
+    values_K, vectors_KK = torch.linalg.eigh(symmetric_KK.masked_fill_(broken, 0))
+    return values_K.masked_fill_(broken, math.nan), vectors_KK.masked_fill_(broken, math.nan)
+
+
 def decomposed(matrix_RC: Tensor, num: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return left singular vectors (R, L), singular values (L,) and right ones (L, C).
 
@@ -92,13 +105,11 @@ def decomposed(matrix_RC: Tensor, num: int | None = None) -> tuple[Tensor, Tenso
     >>> values.tolist(), ((left * values) @ right).tolist()
     ([4.0, 3.0], [[0.0, 3.0], [4.0, 0.0]])
     """
-    import torch
-
     if matrix_RC.shape[0] > matrix_RC.shape[1]:
         right_CL, values_L, left_LR = decomposed(matrix_RC.mT, num)
         return left_LR.mT, values_L, right_CL.mT
     size = matrix_RC.shape[0]
-    _, vectors_RK = torch.linalg.eigh(matrix_RC @ matrix_RC.mT)
+    _, vectors_RK = eigenvectors(matrix_RC @ matrix_RC.mT)
     left_RL = vectors_RK[:, size - (size if num is None else num) :].flip(1)
     right_LC = left_RL.mT @ matrix_RC
     # More exact than the roots of eigenvalues: the error is some ε of the largest, not √ε.

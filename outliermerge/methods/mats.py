@@ -16,9 +16,10 @@ from annotated_types import Ge
 from outliermerge.methods.averaging import check_weights, unless_measured
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod, merge_method
+from outliermerge.methods.fisher import refuse_no_squares
 from outliermerge.methods.parameter import PerModel
 from outliermerge.methods.prepared import Prepared
-from outliermerge.methods.regmean import gram_shape, turned_gram_shape
+from outliermerge.methods.regmean import gram_shape, turned_gram_shape, wrong_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,8 @@ def solved(
     """
     x, residual = start, right - apply(start)
     direction, size = residual.clone(), float(residual.square().sum())
-    limit = (tolerance * float(right.norm())) ** 2
+    limit = tolerance * float(right.norm())
+    limit *= limit  # infinite where it is too large, which ** refuses
     for _ in range(iterations):
         if size <= limit:
             break
@@ -119,7 +121,7 @@ def _is_from_mean(parameters: Mapping[str, Any]) -> bool:
 @merge_method(
     space="weight",
     cut="tensor",
-    prepared={"gram": Prepared(gram_shape, _weighted, _weighted_workspace)},
+    prepared={"gram": Prepared(gram_shape, _weighted, _weighted_workspace, wrong_gram)},
     for_tensor=_for_tensor,
     workspace=lambda num_sources: 2 * num_sources + 14,
     idempotent=_is_from_mean,
@@ -157,7 +159,7 @@ def mats(
 @merge_method(
     space="weight",
     cut="tensor",
-    prepared={"gram": Prepared(turned_gram_shape, _weighted, _weighted_workspace)},
+    prepared={"gram": Prepared(turned_gram_shape, _weighted, _weighted_workspace, wrong_gram)},
     workspace=lambda num_sources: 2 * num_sources + 14,
     idempotent=_is_from_mean,
     check=check_weights,
@@ -189,6 +191,7 @@ def mats_fisher(
     weights: Tensor,
     *,
     fisher: Tensor,
+    context: Context,
     iterations: Annotated[int, Ge(1)] = 100,
     init: Init = "mean",
     tolerance: Annotated[float, Ge(0)] = 1e-5,
@@ -200,23 +203,25 @@ def mats_fisher(
 
     As `fisher`, but weights of which the data say little stay near the start, the more the fewer
     the iterations. The published code can start from the base model, too, which is not here. What
-    was not measured is averaged.
+    was not measured, or has a Fisher information of 0 throughout, is averaged.
 
     Args:
         weights: the models' weights.
         fisher: Fᵢ of each model.
+        context: the tensor's name.
         iterations: how many at most.
         init: the start: the mean of the models, or zero.
         tolerance: of the residual, relative to the right side, at which the iteration ends.
         weight: wᵢ.
     """
+    refuse_no_squares(fisher, context)
     wide, shape = weights.double(), [-1, *[1] * (weights.ndim - 1)]
     share = fisher.double() * weight.double().view(shape)
     total, right = share.sum(0), (share * wide).sum(0)
     return solved(
         lambda x: x * total,
         right,
-        _start(wide, weight.double(), init),
+        _start(wide, weight.double(), init if total.any() else "mean"),
         iterations=iterations,
         tolerance=tolerance,
     ).to(weights.dtype)

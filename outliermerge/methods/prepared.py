@@ -21,8 +21,10 @@ class Prepared:
             overwritten, and the resolved parameters.
         workspace: returns how many float64 tensors of its size `make` holds at most, its result
             included, for a number of models.
+        wrong: says why a model's tensor cannot be what it is taken for; empty if it can.
     """
 
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     make: Callable[[Iterator[Tensor], Mapping[str, Any]], Tensor]
     workspace: Callable[[int], int]
+    wrong: Callable[[Tensor], str] = lambda tensor: ""

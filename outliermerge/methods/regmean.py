@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _PANEL = 64
 _FULL = 0.999  # from here on, Gram matrices are taken as they are and may be singular
+_SLACK = 1e-3  # of the largest value on the diagonal
 _STORED = 2.0**-24  # the rounding of Gram matrices, which are stored as float32
 
 
@@ -39,6 +40,30 @@ def gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def turned_gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the Gram matrices of inputs, which are the weights' last but one."""
     return gram_shape((*shape[:-2], *shape[:-3:-1]))
+
+
+def wrong_gram(grams: Tensor) -> str:
+    """Say why matrices can be no means of xxᵀ; empty if they can.
+
+    A mean of xxᵀ is symmetric, with no value above √(GᵢᵢGⱼⱼ). Some rounding is let pass, as of
+    matrices that were stored as float16.
+
+    >>> import torch
+    >>> wrong_gram(torch.tensor([[1.0, 0.5], [0.5, 4.0]])), wrong_gram(-torch.eye(2))
+    ('', 'values below 0 on the diagonal')
+    """
+    for gram_CC in each_of(grams) if grams.numel() else ():
+        wide_CC = gram_CC.double()
+        diagonal_C = wide_CC.diagonal()
+        if float(diagonal_C.amin()) < 0:
+            return "values below 0 on the diagonal"
+        slack = _SLACK * float(diagonal_C.amax())
+        if float((wide_CC - wide_CC.mT).abs_().amax()) > slack:
+            return "values that are not symmetric"
+        root_C = diagonal_C.sqrt()
+        if float((wide_CC.abs() - root_C[:, None] * root_C).amax()) > slack:
+            return "values larger than those on its diagonal allow"
+    return ""
 
 
 def each_of(grams: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +172,7 @@ def _always(parameters: Mapping[str, Any]) -> bool:
 @merge_method(
     space="weight",
     cut="row",
-    prepared={"gram": Prepared(gram_shape, _maps, _maps_workspace)},
+    prepared={"gram": Prepared(gram_shape, _maps, _maps_workspace, wrong_gram)},
     for_tensor=_for_tensor,
     workspace=lambda num_sources: 3 * num_sources + 6,
     idempotent=_always,
@@ -208,7 +233,7 @@ def _by_expert(weights: Tensor, maps_MECC: Tensor, context: Context) -> Tensor:
 @merge_method(
     space="weight",
     cut="tensor",
-    prepared={"gram": Prepared(turned_gram_shape, _maps, _maps_workspace)},
+    prepared={"gram": Prepared(turned_gram_shape, _maps, _maps_workspace, wrong_gram)},
     workspace=lambda num_sources: num_sources + 10,
     idempotent=_always,
     check=check_weights,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from annotated_types import Ge, Gt, Interval
 
 from outliermerge.methods.contract import merge_method
-from outliermerge.methods.matrices import of_each, unless_matrix
+from outliermerge.methods.matrices import eigenvectors, of_each, unless_matrix
 from outliermerge.methods.parameter import PerModel
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _solved(
     num_rows, num_columns = wide_MRC.shape[1:]
     stacked_RC = unit_MRC.flatten(0, 1)
     if len(stacked_RC) < num_columns:  # C has the eigenvalues of this smaller matrix, and zeros
-        values_L, vectors_RL = torch.linalg.eigh(stacked_RC @ stacked_RC.mT)
+        values_L, vectors_RL = eigenvectors(stacked_RC @ stacked_RC.mT)
         vectors_CL = stacked_RC.mT @ vectors_RL
         values_L = vectors_CL.square().sum(0)
         is_zero_L = values_L <= values_L.amax() * num_columns * 2.0**-52
@@ -64,7 +64,7 @@ def _solved(
         zeros = values_L.new_zeros(num_columns - len(values_L))
         values_L = torch.cat([values_L.flip(0), zeros])
     else:
-        values_L, vectors_CL = torch.linalg.eigh(stacked_RC.mT @ stacked_RC)
+        values_L, vectors_CL = eigenvectors(stacked_RC.mT @ stacked_RC)
         values_L = values_L.flip(0)
     values_L = values_L.clamp(min=_LEAST)
     filter_L = filtered(values_L, num_rows)[: vectors_CL.shape[1]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from checkpoints import load_folder
 from documents import ROOT
 from families import save_llama
 from PIL import Image
+from safetensors.torch import save_file
 from text_models import save_text_model
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from outliermerge import OutlierMergeError, SpecError
 from outliermerge.calibration.data import Sample, read_samples, samples_hash
 from outliermerge.calibration.measure import Wanted, measure
 from outliermerge.calibration.model import Feeder, Loaded, load
-from outliermerge.calibration.sums import Summing, Sums
+from outliermerge.calibration.sums import Summing, Sums, in_groups, units_of
 from outliermerge.cli.main import main
 
 SAMPLES = [
@@ -176,6 +179,51 @@ def test_part_of_other_statistics_is_not_gone_on_with(loaded, tmp_path):
         measure(loaded, SAMPLES, output=tmp_path / "s", wanted=wanted)
 
 
+def test_sums_of_another_division_are_not_gone_on_with(loaded, tmp_path):
+    """The memory divides modules into as many passes, but others: the sums lack some of them."""
+    units, divisions = units_of(loaded, ("gram",)), dict[int, dict[tuple[int, ...], int]]()
+    for memory in range(30_000, 300_000, 500):
+        sizes = tuple(map(len, in_groups(units, ("gram",), memory)))
+        divisions.setdefault(len(sizes), {}).setdefault(sizes, memory)
+    (_, one), (_, other) = next(list(v.items())[:2] for k, v in divisions.items() if len(v) > 1)
+
+    def stop(done: int, total: int) -> None:
+        if done == len(SAMPLES) + 2:
+            raise KeyboardInterrupt
+
+    given: Any = {"output": tmp_path / "s", "wanted": Wanted(("gram",)), "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        measure(loaded, SAMPLES, memory_bytes=one, on_progress=stop, **given)
+    with pytest.raises(OutlierMergeError, match="another division into passes"):
+        measure(loaded, SAMPLES, memory_bytes=other, **given)
+    state = tmp_path / "s.partial/sums.safetensors"
+    state.write_bytes(state.read_bytes()[:99])
+    with pytest.raises(OutlierMergeError, match=r"sums\.safetensors: is damaged"):
+        measure(loaded, SAMPLES, memory_bytes=one, **given)
+
+
+def test_a_label_that_is_no_class_is_told(loaded):
+    summing = Summing(loaded, Any, [], [], fisher="empirical", seed=0, sums=Sums())
+    for label, said in [(3, "the label 3, expected a class from 0 to 2"), (-1, "the label -1")]:
+        with pytest.raises(OutlierMergeError, match=said):
+            summing._likelihood(
+                SimpleNamespace(logits=torch.zeros(1, 3)), torch.zeros(1, 4), 0,
+                Sample("a", label=label), 0,
+            )  # fmt: skip
+
+
+def test_values_that_are_not_finite_are_named(place, tmp_path, capsys):
+    tensors = load_folder(place / "a")
+    name = next(n for n in tensors if "layers.1" in n and n.endswith("up_proj.weight"))
+    shutil.copytree(place / "a", tmp_path / "m")
+    save_file(tensors | {name: tensors[name] / 0}, tmp_path / "m/model.safetensors")
+    (tmp_path / "d.jsonl").write_text('{"text": "some text"}')
+    words = ["measure", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "-q"]
+    assert main([*words, "--statistics", "gram", "-o", str(tmp_path / "s")]) == 1
+    assert f"gram of {DOWN} is infinite or NaN: the model has" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 def test_drawn_labels_are_the_models_and_the_seeds(loaded):
     def drawn(seed: int, number: int) -> Tensor:
         feeder = Feeder(loaded, with_images=False, max_tokens=9)
@@ -275,7 +323,9 @@ def test_samples_are_read_from_lines_and_parquet(place, tmp_path):
     [
         ('{"text": 3}', r"1: found the keys text; expected \{"),
         ("[1]", r"1: found '\[1\]', expected \{"),
-        ('{"text": "a"}\n{', r"2: .*expected \{"),
+        ('{"text": "a"}\n{', r"2: .*again\. Expected \{"),
+        ('{"text": ""}', "1: the text is empty; expected"),
+        (r'{"text": "\ud800"}', "1: .*surrogate"),
         ('{"text": "a", "images": 3}', "1: images: expected a list of files"),
         ("\n", "holds no samples"),
     ],

@@ -260,6 +260,15 @@ def test_matrices_of_one_shape_are_merged_in_one_call(method, states):
         assert torch.allclose(merge.result, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "swudi", "aswudi", "resmerge"])
+def test_infinite_values_are_passed_through(method):
+    """LAPACK fails on them; a merge of files names the tensor."""
+    states = [{"w": torch.eye(4)}, {"w": torch.full((4, 4), torch.inf)}]
+    base = {"w": torch.zeros(4, 4)}
+    merged = outliermerge.merge_state_dicts(states, base=base, method=method)["w"]
+    assert not merged.isfinite().all()
+
+
 def test_resmerge_refuses_betas_in_the_wrong_order():
     ones = torch.ones(2, 2)
     with pytest.raises(outliermerge.ArgumentError, match=r"beta_min is 0\.9, expected at most"):

@@ -293,7 +293,7 @@ def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         spec["models"][1]["statistics"] = str(save_statistics(folder, place / "m1", **kinds))
         with pytest.raises(OutlierMergeError) as raised:
-            outliermerge.run(spec, output=tmp_path / "out")
+            outliermerge.run(spec, output=tmp_path / "out", fresh=True)
         return str(raised.value)
 
     grams = load_folder(place / "s1/gram")
@@ -304,6 +304,8 @@ def test_what_is_wrong_with_statistics_is_told_by_name(place, tmp_path):
     assert "holds no gram, only fisher: measure" in refused(fisher=grams)
     broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"] * torch.nan}
     assert "layers.0.q.weight has values that are infinite or NaN" in refused(gram=broken)
+    broken = grams | {"layers.0.q.weight": grams["layers.0.q.weight"].triu()}
+    assert "layers.0.q.weight has values that are not symmetric" in refused(gram=broken)
     spec["models"][1]["statistics"] = "statistics/none"
     with pytest.raises(OutlierMergeError, match=r"statistics/none: no such folder, expected stat"):
         outliermerge.plan(spec)
