@@ -85,18 +85,24 @@ def _reduce(grams: Sequence[Tensor], parameters: Mapping[str, Any]) -> None:
         gram_CC.diagonal()[never_C] = weight
 
 
-def _maps(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
-    """Return Pᵢ = Gᵢ(Σ Gⱼ)⁻¹ (M, C, C), of experts (M, E, C, C): then W = Σ WᵢPᵢ, row by row."""
+def _system(grams: Iterator[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+    """Return Ĝᵢ and L with LLᵀ = Σ Ĝᵢ (M + 1, C, C): then W = (Σ WᵢĜᵢ)L⁻ᵀL⁻¹, row by row.
+
+    Of experts (M + 1, E, C, C). Where the sum is singular, Ĝᵢ(Σ Ĝᵢ)⁺ takes the place of Ĝᵢ, and
+    L is the identity.
+    """
     import torch
 
     found = list(grams)
-    for of_models in zip(*map(each_of, found), strict=True):
-        _solve(of_models, parameters)
-    return torch.stack(found)
+    factor = torch.empty_like(found[0])
+    every = zip(*map(each_of, found), each_of(factor), strict=True)
+    for *of_models, factor_CC in every:
+        factor_CC.copy_(_factor(of_models, parameters))
+    return torch.stack([*found, factor])
 
 
-def _solve(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> None:
-    """Turn Gᵢ into Pᵢ.
+def _factor(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
+    """Turn Gᵢ into Ĝᵢ, or Ĝᵢ(Σ Ĝᵢ)⁺, and return L.
 
     The sum is scaled to a diagonal of 1, so that neither its solution nor what is taken for 0
     depends on the units of inputs.
@@ -111,11 +117,9 @@ def _solve(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> None:
     total_CC *= unit_C[:, None] * unit_C
     factor_CC, failed = torch.linalg.cholesky_ex(total_CC)
     if parameters["reduce"] < _FULL and not failed:
-        for gram_CC in found:
-            solved_CC = torch.cholesky_solve(unit_C[:, None] * gram_CC, factor_CC)
-            gram_CC.copy_((unit_C[:, None] * solved_CC).mT)
-    else:
-        _solve_singular(found, total_CC, unit_C, parameters["weight"])
+        return factor_CC.div_(unit_C[:, None])
+    _solve_singular(found, total_CC, unit_C, parameters["weight"])
+    return torch.eye(len(unit_C), dtype=unit_C.dtype, device=unit_C.device)
 
 
 def _solve_singular(
@@ -135,7 +139,7 @@ def _solve_singular(
         gram_CC.copy_(gram_CC @ inverse_CC + none_CC * (weight / sum(weights)))
 
 
-def _maps_workspace(num_models: int) -> int:
+def _system_workspace(num_models: int) -> int:
     return 2 * num_models + 4
 
 
@@ -172,7 +176,7 @@ def _always(parameters: Mapping[str, Any]) -> bool:
 @merge_method(
     space="weight",
     cut="row",
-    prepared={"gram": Prepared(gram_shape, _maps, _maps_workspace, wrong_gram)},
+    prepared={"gram": Prepared(gram_shape, _system, _system_workspace, wrong_gram)},
     for_tensor=_for_tensor,
     workspace=lambda num_sources: 3 * num_sources + 6,
     idempotent=_always,
@@ -203,19 +207,22 @@ def regmean(
         reduce: the factor of off-diagonal elements.
         weight: wᵢ.
     """
-
-    def merged(panel_MPC: Tensor) -> Tensor:
-        total_PC = panel_MPC[0] @ gram[0]
-        for panel_PC, map_CC in zip(panel_MPC[1:], gram[1:], strict=True):
-            total_PC += panel_PC @ map_CC
-        return total_PC
-
     if gram.ndim == 3:
-        return by_panels(weights_MRC, context, merged)
+        return by_panels(weights_MRC, context, lambda panel_MPC: _solved(panel_MPC, gram))
     return _by_expert(weights_MRC, gram, context)
 
 
-def _by_expert(weights: Tensor, maps_MECC: Tensor, context: Context) -> Tensor:
+def _solved(weights_MRC: Tensor, system: Tensor) -> Tensor:
+    """Return (Σ WᵢĜᵢ)L⁻ᵀL⁻¹ (R, C), in float64."""
+    import torch
+
+    total_RC = weights_MRC[0].double() @ system[0]
+    for own_RC, gram_CC in zip(weights_MRC[1:], system[1:-1], strict=True):
+        total_RC += own_RC.double() @ gram_CC
+    return torch.cholesky_solve(total_RC.mT, system[-1]).mT
+
+
+def _by_expert(weights: Tensor, systems: Tensor, context: Context) -> Tensor:
     """Return the merge of a block of whole experts."""
     import torch
 
@@ -223,17 +230,14 @@ def _by_expert(weights: Tensor, maps_MECC: Tensor, context: Context) -> Tensor:
     weights_MERC = weights.view(len(weights), -1, *shape)
     first, merged = context.start // (shape[0] * shape[1]), []
     for number, weights_MRC in enumerate(weights_MERC.unbind(1), start=first):
-        total_RC = weights_MRC[0].double() @ maps_MECC[0, number]
-        for own_RC, map_CC in zip(weights_MRC[1:], maps_MECC[1:, number], strict=True):
-            total_RC += own_RC.double() @ map_CC
-        merged.append(total_RC.to(weights.dtype))
+        merged.append(_solved(weights_MRC, systems[:, number]).to(weights.dtype))
     return torch.stack(merged)
 
 
 @merge_method(
     space="weight",
     cut="tensor",
-    prepared={"gram": Prepared(turned_gram_shape, _maps, _maps_workspace, wrong_gram)},
+    prepared={"gram": Prepared(turned_gram_shape, _system, _system_workspace, wrong_gram)},
     workspace=lambda num_sources: num_sources + 10,
     idempotent=_always,
     check=check_weights,
@@ -241,8 +245,10 @@ def _by_expert(weights: Tensor, maps_MECC: Tensor, context: Context) -> Tensor:
 def regmean_turned(
     weights: Tensor, *, gram: Tensor, reduce: float = 0.9, weight: PerModel = 1.0
 ) -> Tensor:
-    """RegMean of matrices whose rows are the inputs: W* = Σ PᵢᵀWᵢ, of each expert or the one."""
+    """RegMean of matrices whose rows are the inputs: Wᵀ as of others, of each expert or the one."""
+    import torch
+
     total = gram[0].mT @ weights[0].double()
-    for own, maps in zip(weights[1:], gram[1:], strict=True):
-        total += maps.mT @ own.double()
-    return total.to(weights.dtype)
+    for own, gram_CC in zip(weights[1:], gram[1:-1], strict=True):
+        total += gram_CC.mT @ own.double()
+    return torch.cholesky_solve(total, gram[-1]).to(weights.dtype)
