@@ -53,16 +53,18 @@ def wrong_gram(grams: Tensor) -> str:
     ('', 'values below 0 on the diagonal')
     """
     for gram_CC in each_of(grams) if grams.numel() else ():
-        wide_CC = gram_CC.double()
-        diagonal_C = wide_CC.diagonal()
+        diagonal_C = gram_CC.diagonal()
         if float(diagonal_C.amin()) < 0:
             return "values below 0 on the diagonal"
         slack = _SLACK * float(diagonal_C.amax())
-        if float((wide_CC - wide_CC.mT).abs_().amax()) > slack:
-            return "values that are not symmetric"
-        root_C = diagonal_C.sqrt()
-        if float((wide_CC.abs() - root_C[:, None] * root_C).amax()) > slack:
-            return "values larger than those on its diagonal allow"
+        root_C = diagonal_C.double().sqrt()
+        for start in range(0, len(gram_CC), _PANEL):  # whole, it would take longer than merging
+            rows = slice(start, start + _PANEL)
+            rows_PC = gram_CC[rows].double()
+            if float((rows_PC - gram_CC[:, rows].mT).abs_().amax()) > slack:
+                return "values that are not symmetric"
+            if float(rows_PC.abs_().addr_(root_C[rows], root_C, alpha=-1).amax()) > slack:
+                return "values larger than those on its diagonal allow"
     return ""
 
 
@@ -115,9 +117,11 @@ def _factor(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
         total_CC += gram_CC
     unit_C = total_CC.diagonal().rsqrt()
     total_CC *= unit_C[:, None] * unit_C
+    factor_CC: Tensor
     factor_CC, failed = torch.linalg.cholesky_ex(total_CC)
     if parameters["reduce"] < _FULL and not failed:
-        return factor_CC.div_(unit_C[:, None])
+        factor_CC /= unit_C[:, None]
+        return factor_CC
     _solve_singular(found, total_CC, unit_C, parameters["weight"])
     return torch.eye(len(unit_C), dtype=unit_C.dtype, device=unit_C.device)
 
