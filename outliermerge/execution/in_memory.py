@@ -46,8 +46,8 @@ class MemoryFeed:
         )
         self.num_elements = result.numel()
         limit = _BLOCK_ELEMENTS.get(result.device.type, _BLOCK_ELEMENTS["cpu"])
-        row = row_elements(task.shape)
-        self.measured_elements = {"element": limit, "row": max(row, limit // row * row),
+        rows = row_elements(task.shape) * task.rows_at_once
+        self.measured_elements = {"element": limit, "row": max(rows, limit // rows * rows),
                                   "tensor": max(1, self.num_elements)}[task.cut]  # fmt: skip
 
     def wholes(self, task: Task) -> Mapping[str, Any]:

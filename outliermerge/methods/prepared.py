@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+PANEL_ROWS = 256
+"""How many rows of a matrix meet a prepared one at once; blocks begin at multiples of it."""
+
 
 @dataclass(frozen=True)
 class Prepared:

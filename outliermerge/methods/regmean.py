@@ -17,12 +17,11 @@ from outliermerge.methods.averaging import check_weights, unless_measured
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import MergeMethod, merge_method
 from outliermerge.methods.parameter import PerModel
-from outliermerge.methods.prepared import Prepared
+from outliermerge.methods.prepared import PANEL_ROWS, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PANEL = 64
 _FULL = 0.999  # from here on, Gram matrices are taken as they are and may be singular
 _SLACK = 1e-3  # of the largest value on the diagonal
 _STORED = 2.0**-24  # the rounding of Gram matrices, which are stored as float32
@@ -58,8 +57,8 @@ def wrong_gram(grams: Tensor) -> str:
             return "values below 0 on the diagonal"
         slack = _SLACK * float(diagonal_C.amax())
         root_C = diagonal_C.double().sqrt()
-        for start in range(0, len(gram_CC), _PANEL):  # whole, it would take longer than merging
-            rows = slice(start, start + _PANEL)
+        for start in range(0, len(gram_CC), PANEL_ROWS):  # whole, it would take longer than merging
+            rows = slice(start, start + PANEL_ROWS)
             rows_PC = gram_CC[rows].double()
             if float((rows_PC - gram_CC[:, rows].mT).abs_().amax()) > slack:
                 return "values that are not symmetric"
@@ -148,7 +147,7 @@ def _system_workspace(num_models: int) -> int:
 
 
 def by_panels(weights_MRC: Tensor, context: Context, merged: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the merge of rows, in panels of 64 that begin at multiples of 64 in the tensor.
+    """Return the merge of rows, in panels that begin at multiples of their height in the tensor.
 
     A product's last bits depend on its shape and a row's place in it. With panels, they do not
     depend on the blocks.
@@ -159,11 +158,11 @@ def by_panels(weights_MRC: Tensor, context: Context, merged: Callable[[Tensor], 
         merged: merges (M, P, C) to (P, C), row by row, in float64.
     """
     num_rows, num_columns = weights_MRC.shape[1:]
-    first = context.start // num_columns
+    first, height = context.start // num_columns, min(PANEL_ROWS, context.shape[0])
     out_RC = weights_MRC.new_empty((num_rows, num_columns))
-    for start in range(first // _PANEL * _PANEL, first + num_rows, _PANEL):
-        low, high = max(start, first), min(start + _PANEL, first + num_rows)
-        panel_MPC = weights_MRC.new_zeros((len(weights_MRC), _PANEL, num_columns)).double()
+    for start in range(first // height * height, first + num_rows, height):
+        low, high = max(start, first), min(start + height, first + num_rows)
+        panel_MPC = weights_MRC.new_zeros((len(weights_MRC), height, num_columns)).double()
         panel_MPC[:, low - start : high - start] = weights_MRC[:, low - first : high - first]
         out_RC[low - first : high - first] = merged(panel_MPC)[low - start : high - start]
     return out_RC

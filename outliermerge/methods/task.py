@@ -11,6 +11,7 @@ from outliermerge.checkpoint.sources import DType
 from outliermerge.methods.context import Context
 from outliermerge.methods.contract import COARSEST_FIRST, Cut, MergeMethod
 from outliermerge.methods.kernel_call import CODES
+from outliermerge.methods.prepared import PANEL_ROWS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Task:
         """How finely the tensor may be split: the coarsest cut of the method and its modifiers."""
         cuts = {self.method.cut, *(modifier.cut for modifier, _ in self.modifiers)}
         return next(cut for cut in COARSEST_FIRST if cut in cuts)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows the blocks of a method on rows hold, or a multiple of it."""
+        return PANEL_ROWS if self.method.prepared and len(self.shape) == 2 else 1
 
     @property
     def is_delta(self) -> bool:

@@ -87,8 +87,9 @@ class MergedSource(Sized):
     @property
     def block_elements(self) -> int:
         """How many elements are merged at a time; whole rows for methods on rows."""
-        row = row_elements(self.shape) if self.task.cut == "row" else 1
-        return max(row, _BLOCK_ELEMENTS // row * row)
+        is_by_row = self.task.cut == "row"
+        rows = row_elements(self.shape) * self.task.rows_at_once if is_by_row else 1
+        return max(rows, _BLOCK_ELEMENTS // rows * rows)
 
     @cached_property
     def work_bytes(self) -> int:

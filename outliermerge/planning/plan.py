@@ -382,6 +382,6 @@ def _block_unit(job: Job) -> int:
         case "element":
             return CHUNK_ELEMENTS
         case "row":
-            return row_elements(job.output.shape)
+            return row_elements(job.output.shape) * job.task.rows_at_once
         case _:
             return max(1, job.num_elements)

@@ -19,7 +19,7 @@ from outliermerge import ArgumentError, OutlierMergeError, SpecError
 from outliermerge.methods.table import WITH_DATA
 
 SHAPES = {
-    "layers.0.q.weight": (150, 40),
+    "layers.0.q.weight": (300, 40),  # more than a panel
     "layers.0.down.weight": (40, 61),
     "layers.0.norm.weight": (40,),
     "embed.weight": (30, 40),
@@ -145,7 +145,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-SMALL = {"regmean": 500_000, "fisher": 9_000_000, "mats": 3_000_000, "mats_fisher": 3_000_000}
+SMALL = {"regmean": 1_200_000, "fisher": 9_000_000, "mats": 3_000_000, "mats_fisher": 3_000_000}
 
 
 def test_every_method_with_data_is_tried():
@@ -380,7 +380,7 @@ def test_what_is_wrong_with_auxiliary_tensors_in_memory_is_told(place):
     lacking = {other: gram for other, gram in grams[1].items() if other != name}
     place_ = f"tensor '{name}': auxiliary['gram'][1]: "
     told = refused(OutlierMergeError, gram=[grams[0], lacking, grams[2]])
-    assert told == f"{place_}found none, expected a tensor [40, 40], as the weights are [150, 40]"
+    assert told == f"{place_}found none, expected a tensor [40, 40], as the weights are [300, 40]"
     spoiled = grams[1] | {name: grams[1][name] * torch.nan}
     told = refused(OutlierMergeError, gram=[grams[0], spoiled, grams[2]])
     assert told == f"{place_}has values that are infinite, NaN or no floats"
