@@ -209,9 +209,11 @@ class TestStateDicts:
     ) -> None:
         base, models = _family(1)
         _save(tmp_path, base, models)
-        outliermerge.run(_spec(tmp_path, method, num_models=1), output=tmp_path / "out")
+        own = {"consensus": 1} if method == "consensus_ta" else {}  # 2, the default, is refused
+        spec = _spec(tmp_path, method, num_models=1, **own)
+        outliermerge.run(spec, output=tmp_path / "out")
         on_disk = load_folder(tmp_path / "out")
-        in_memory = outliermerge.merge_state_dicts(models, base=base, method=method)
+        in_memory = outliermerge.merge_state_dicts(models, base=base, method=method, **own)
         assert [n for n in on_disk if not _same_bits(in_memory[n], on_disk[n])] == []
 
     @pytest.mark.parametrize("method", SEVERAL)
