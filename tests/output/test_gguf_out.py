@@ -281,9 +281,8 @@ def test_further_architectures_are_read_back_as_they_were_merged(
     assert verify_folder(tmp_path / "out", threads=1) == []
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_llama3_frequencies_are_divided_as_transformers_does(folder: Path, tmp_path: Path) -> None:
-    if folder.name[:5] != "llama":
-        pytest.skip("of llama only")
     spec = _change(folder, tmp_path, "config.json", rope_parameters=_LLAMA3)
     outliermerge.run(spec, output=tmp_path / "out")
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
