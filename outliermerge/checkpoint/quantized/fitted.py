@@ -260,7 +260,7 @@ class _Made:
             return made
         made["keeps"] = keeps = changed == 0
         if (nested := of.held.nested) is not None:
-            # Zeros need no scale of their own: the offset is one that nested scales can always hold.
+            # Zeros need no scale of their own; nested scales can always hold the offset.
             scales = torch.where(greatest > 0, made["scales"], nested.offset or 0.0)
             return made | _nested(reader, nested, scales, keeps, block_row)
 
