@@ -215,6 +215,22 @@ def test_nested_scales_that_are_too_small_are_fitted_again(tmp_path: Path) -> No
     assert codes[0][len(codes[0]) // 2 :].equal(codes[1][len(codes[1]) // 2 :])
 
 
+def test_blocks_that_become_zeros_leave_nested_scales_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stored, config = KINDS["nf4, nested"](torch.randn(SHAPE) * 0.02)
+    base, nested = tmp_path / "base", f"{NAME}.nested_absmax"
+    checkpoint(base, PLAIN | stored, config, dtype="float32")
+    weight = _values(base)
+    weight[0] = 0
+    checkpoint(tmp_path / "task", PLAIN | {NAME: weight}, dtype="float32")
+    written = _merge(base, tmp_path / "task", tmp_path / "out")
+    assert _values(tmp_path / "out").equal(weight)
+    blocks = SHAPE[1] // 64  # of the row of zeros
+    kept = [found[f"{NAME}.absmax"][blocks:] for found in (written, stored)]
+    assert kept[0].equal(kept[1])
+    assert written[nested].equal(stored[nested])
+
+
 def test_transformers_dequantises_what_is_written_as_ours_does(tmp_path: Path) -> None:
     stored = _mxfp4(torch.empty(0))
     base = tmp_path / "base"

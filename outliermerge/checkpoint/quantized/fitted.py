@@ -165,7 +165,7 @@ class Scales(Sized):
         if self.held is None or self.held.groups is None:
             return None
         found = reader.whole(self.held.groups)
-        return None if int(found[0]) == -1 else found.long()
+        return None if int(found.min()) == -1 else found.long()
 
 
 class _Made:
@@ -259,8 +259,10 @@ class _Made:
         if of.held is None:
             return made
         made["keeps"] = keeps = changed == 0
-        if of.held.nested is not None:
-            return made | _nested(reader, of.held.nested, made["scales"], keeps, block_row)
+        if (nested := of.held.nested) is not None:
+            # Zeros need no scale of their own; nested scales can always hold the offset.
+            scales = torch.where(greatest > 0, made["scales"], nested.offset or 0.0)
+            return made | _nested(reader, nested, scales, keeps, block_row)
 
         def kept(source: Source) -> Tensor:
             begin = block_row * num_blocks
