@@ -8,7 +8,7 @@ Shape suffixes: M models, E experts, R rows (outputs), C columns (inputs), P row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Interval
@@ -42,10 +42,10 @@ def turned_gram_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def wrong_gram(grams: Tensor) -> str:
-    """Say why matrices can be no means of xxᵀ; empty if they can.
+    """Say why matrices cannot be means of xxᵀ; empty if they can.
 
-    A mean of xxᵀ is symmetric, with no value above √(GᵢᵢGⱼⱼ). Some rounding is let pass, as of
-    matrices that were stored as float16.
+    A mean of xxᵀ is symmetric, with no value above √(GᵢᵢGⱼⱼ). Rounding errors are allowed, also
+    those of matrices that were stored as float16.
 
     >>> import torch
     >>> wrong_gram(torch.tensor([[1.0, 0.5], [0.5, 4.0]])), wrong_gram(-torch.eye(2))
@@ -57,7 +57,7 @@ def wrong_gram(grams: Tensor) -> str:
             return "values below 0 on the diagonal"
         slack = _SLACK * float(diagonal_C.amax())
         root_C = diagonal_C.double().sqrt()
-        for start in range(0, len(gram_CC), PANEL_ROWS):  # whole, it would take longer than merging
+        for start in range(0, len(gram_CC), PANEL_ROWS):  # the whole at once is much slower
             rows = slice(start, start + PANEL_ROWS)
             rows_PC = gram_CC[rows].double()
             if float((rows_PC - gram_CC[:, rows].mT).abs_().amax()) > slack:
@@ -116,11 +116,12 @@ def _factor(found: Sequence[Tensor], parameters: Mapping[str, Any]) -> Tensor:
         total_CC += gram_CC
     unit_C = total_CC.diagonal().rsqrt()
     total_CC *= unit_C[:, None] * unit_C
-    factor_CC: Tensor
-    factor_CC, failed = torch.linalg.cholesky_ex(total_CC)
-    if parameters["reduce"] < _FULL and not failed:
-        factor_CC /= unit_C[:, None]
-        return factor_CC
+    if parameters["reduce"] < _FULL:
+        factor_CC: Tensor
+        factor_CC, failed = torch.linalg.cholesky_ex(total_CC)
+        if not failed:
+            factor_CC /= unit_C[:, None]
+            return factor_CC
     _solve_singular(found, total_CC, unit_C, parameters["weight"])
     return torch.eye(len(unit_C), dtype=unit_C.dtype, device=unit_C.device)
 
@@ -146,25 +147,22 @@ def _system_workspace(num_models: int) -> int:
     return 2 * num_models + 4
 
 
-def by_panels(weights_MRC: Tensor, context: Context, merged: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the merge of rows, in panels that begin at multiples of their height in the tensor.
+def _by_panels(weights_MRC: Tensor, system: Tensor, context: Context) -> Tensor:
+    """Return the merge of a block of rows, in panels that begin at multiples of their height.
 
     A product's last bits depend on its shape and a row's place in it. With panels, they do not
-    depend on the blocks.
-
-    Args:
-        weights_MRC: a block of rows.
-        context: says where it is.
-        merged: merges (M, P, C) to (P, C), row by row, in float64.
+    depend on the blocks. Blocks of whole panels waste no work.
     """
     num_rows, num_columns = weights_MRC.shape[1:]
     first, height = context.start // num_columns, min(PANEL_ROWS, context.shape[0])
     out_RC = weights_MRC.new_empty((num_rows, num_columns))
     for start in range(first // height * height, first + num_rows, height):
         low, high = max(start, first), min(start + height, first + num_rows)
-        panel_MPC = weights_MRC.new_zeros((len(weights_MRC), height, num_columns)).double()
+        panel_MPC = weights_MRC.new_zeros(
+            (len(weights_MRC), height, num_columns), dtype=system.dtype
+        )
         panel_MPC[:, low - start : high - start] = weights_MRC[:, low - first : high - first]
-        out_RC[low - first : high - first] = merged(panel_MPC)[low - start : high - start]
+        out_RC[low - first : high - first] = _solved(panel_MPC, system)[low - start : high - start]
     return out_RC
 
 
@@ -211,7 +209,7 @@ def regmean(
         weight: wᵢ.
     """
     if gram.ndim == 3:
-        return by_panels(weights_MRC, context, lambda panel_MPC: _solved(panel_MPC, gram))
+        return _by_panels(weights_MRC, gram, context)
     return _by_expert(weights_MRC, gram, context)
 
 
