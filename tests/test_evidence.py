@@ -134,6 +134,20 @@ def test_a_family_goes_from_its_base_to_the_page(family, tmp_path, monkeypatch):
     page.draw(found, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").stat().st_size > 5000
 
+    # Another machine's seeds stay, but not those of another recipe or of other texts.
+    earlier = json.loads(json.dumps({**found, "packages": {"manpages": "6.03"}}))
+    earlier["families"][family.name]["seeds"] = {"2": "kept", "3": "kept"}
+    new = results.collect([family], tmp_path, (1, 2))
+    both = results.with_earlier({**new, "packages": {}}, earlier)
+    assert both["families"][family.name]["seeds"] == {**own["seeds"], "3": "kept"}
+    assert both["packages"] == earlier["packages"]
+    earlier["families"][family.name]["recipe"]["batch"] += 1
+    new = results.collect([family], tmp_path, (1, 2))
+    both = results.with_earlier({**new, "packages": {}}, earlier)
+    assert both["families"][family.name]["seeds"] == own["seeds"]
+    with pytest.raises(SystemExit, match=r"manpages: this machine has version 7"):
+        results.with_earlier({**new, "packages": {"manpages": "7"}}, earlier)
+
     # A second run finds all in the folder, and gives the same.
     def refuse(*arguments):
         raise AssertionError("made again")

@@ -2,6 +2,9 @@
 
     python evals/evidence/results.py
 
+Seeds that results.json has already stay there where the cache lacks them and the recipe is the
+same, so that several machines can make them.
+
 A row of results.json is a model that was scored on the test split. For each task it has the mean
 over the examples, and the standard error of the mean difference from the average of the same
 models, example by example.
@@ -116,9 +119,30 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_earlier(found: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the seeds and the packages of earlier results to what was found.
+
+    Raises:
+        SystemExit: if a package has another version now, since texts and images depend on it.
+    """
+    for package, version in earlier["packages"].items():
+        if found["packages"].setdefault(package, version) != version:
+            raise SystemExit(
+                f"{package}: this machine has version {found['packages'][package]}, and the "
+                f"results are of {version}; remove results.json and make all seeds anew"
+            )
+    for name, family in found["families"].items():
+        old = earlier["families"].get(name, {"seeds": {}})
+        if {**old, "seeds": 0} == {**json.loads(json.dumps(family)), "seeds": 0}:
+            family["seeds"] = dict(sorted({**old["seeds"], **family["seeds"]}.items()))
+    return found
+
+
 def main() -> None:
     found = collect(list(FAMILIES.values()), cache())
     found["packages"] = versions()
+    if RESULTS.is_file():
+        found = with_earlier(found, json.loads(RESULTS.read_text()))
     # A line for each row.
     RESULTS.write_text(json.dumps(found, separators=(",", ":")).replace("},", "},\n") + "\n")
     for name, family in found["families"].items():
