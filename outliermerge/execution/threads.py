@@ -237,6 +237,8 @@ def scales_of(job: Job) -> int | None:
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:
     """Group the jobs that read the same sources in the same way."""
+    if len(targets) == 1:
+        return [[(targets[0], job)] for job in targets[0].jobs]
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
@@ -244,7 +246,7 @@ def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Ta
             by = options.uses_kernels(job), options.uses_torch(job)
             how = (job.action, job.compute_dtype, method.uses_base, job.task.cut, by)
             key = (job.sources, job.auxiliary, how)
-            groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
+            groups.setdefault(key, []).append((target, job))
     return list(groups.values())
 
 

@@ -321,12 +321,12 @@ def make_header(
     return struct.pack("<Q", len(raw)) + raw, [data_start + start for start in starts]
 
 
-def duplicates(metas: Iterable[TensorMeta]) -> str | None:
-    """Return a listing of the tensors that two files both contain, or None."""
+def duplicates(metas: Iterable[TensorMeta]) -> str:
+    """Return a listing of the tensors that two files both contain."""
     seen: dict[str, Path] = {}
     twice: list[str] = []
     for meta in metas:
         if meta.name in seen:
             twice.append(f"{shown(meta.name)} in {seen[meta.name].name} and {meta.path.name}")
         seen[meta.name] = meta.path
-    return listing(twice) if twice else None
+    return listing(twice)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from outliermerge.checkpoint.sources import EXPONENTS, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
@@ -62,8 +62,9 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
         OutlierMergeError: there are codes; the message names the tensor, its companion, and what it
             looks like.
     """
-    for name, meta in tensors.items():
-        if meta.dtype == EXPONENTS and name not in read:
+    unread = {name: meta for name, meta in tensors.items() if name not in read}
+    for name, meta in unread.items():
+        if meta.dtype == EXPONENTS:
             raise OutlierMergeError(
                 f"{meta.path}: tensor {name!r} ({EXPONENTS.code}) holds exponents, the scales of "
                 "quantised weights, but no layout that can be read has it. Name the model that it "
@@ -72,14 +73,11 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     codes = {
         name: meta
         for name, meta in tensors.items()
-        if meta.num_elements > 1
-        and _are_codes(meta)
-        and (name not in read or read[name] is not None)
+        if _are_codes(meta) and (name in unread or read[name] is not None) and meta.num_elements > 1
     }
     if not codes:
         return
-    wanted = {place for name in codes for place in (name, name.rpartition(".")[0])}
-    by_place = _by_place([name for name in tensors if name not in read], wanted)
+    by_place = _by_place(unread)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
         for other, part in _beside(name, by_place):
@@ -131,8 +129,8 @@ def _are_codes(meta: TensorMeta) -> bool:
     )
 
 
-def _by_place(tensors: Collection[str], wanted: Container[str]) -> Mapping[str, list[str]]:
-    """Return names by those of their possible places that are wanted.
+def _by_place(tensors: Iterable[str]) -> Mapping[str, list[str]]:
+    """Return names by their possible places.
 
     The places of scales.a.b_c.d are a.b_c.d, scales.a.b_c and others.
 
@@ -155,8 +153,7 @@ def _by_place(tensors: Collection[str], wanted: Container[str]) -> Mapping[str, 
         if is_word[head]:
             owners.append(tail)
         for owner in owners:
-            if owner in wanted:
-                places[owner].append(name)
+            places[owner].append(name)
     return places
 
 
