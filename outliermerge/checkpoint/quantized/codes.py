@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from outliermerge.checkpoint.sources import EXPONENTS, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
@@ -73,11 +73,12 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     codes = {
         name: meta
         for name, meta in tensors.items()
-        if _are_codes(meta) and (name in unread or read[name] is not None) and meta.num_elements > 1
+        if read.get(name, meta) is not None and _are_codes(meta) and meta.num_elements > 1
     }
     if not codes:
         return
-    by_place = _by_place(unread)
+    wanted = {place for name in codes for place in (name, name.rpartition(".")[0])}
+    by_place = _by_place(unread, wanted)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
         for other, part in _beside(name, by_place):
@@ -129,8 +130,8 @@ def _are_codes(meta: TensorMeta) -> bool:
     )
 
 
-def _by_place(tensors: Iterable[str]) -> Mapping[str, list[str]]:
-    """Return names by their possible places.
+def _by_place(tensors: Iterable[str], wanted: Container[str]) -> Mapping[str, list[str]]:
+    """Return names by those of their possible places that are wanted.
 
     The places of scales.a.b_c.d are a.b_c.d, scales.a.b_c and others.
 
@@ -153,7 +154,8 @@ def _by_place(tensors: Iterable[str]) -> Mapping[str, list[str]]:
         if is_word[head]:
             owners.append(tail)
         for owner in owners:
-            places[owner].append(name)
+            if owner in wanted:
+                places[owner].append(name)
     return places
 
 
