@@ -58,7 +58,7 @@ def headers(content: dict[str, Any]) -> str:
         ["memory MB", "megabytes", "≤ 300"],
     ]
     plans = markdown(
-        ["", "plan, local files", "run until its first bytes", "plan, from the bucket", "goal"],
+        ["", "plan, local files", "run until its first tensor", "plan, from the bucket", "goal"],
         (
             [name, *(number(case[key]) for case in (local, start, bucket)), goal]
             for name, key, goal in rows

@@ -74,7 +74,7 @@ class ScaledTensor(_MatrixTensor):
     @property
     def sources(self) -> tuple[Source, ...]:
         """Those of its parts that are computed."""
-        return tuple(part for part in self._parts if not isinstance(part, TensorMeta))
+        return tuple([part for part in self._parts if not isinstance(part, TensorMeta)])
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
