@@ -1,8 +1,8 @@
 """Plans a merge of models as large as DeepSeek-V3 from headers alone, and says what it would take.
 
 The files have the names and shapes of the real ones, in FP8 with scales, and are sparse: a server
-on the loopback has no more to give than the headers. The plan is the real one. Planned is from
-local files and from the server, and a run of local files is ended when it begins with its first tensor.
+on the loopback has no more to give than the headers. The plan is the real one: of local files,
+and from the server. A run of local files is ended when it begins with its first tensor.
 
     python benchmarks/headers.py [--runs 3] [--latency 30] [--line 1] [--work 10]
 """
