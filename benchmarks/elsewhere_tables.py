@@ -50,8 +50,21 @@ def on_ray(content: dict[str, Any]) -> str:
 
 
 def headers(content: dict[str, Any]) -> str:
-    """What a merge as large as DeepSeek-V3 would take, from headers.py's JSON."""
-    return markdown(
+    """What plans of models as large as DeepSeek-V3 take, and what a merge would take."""
+    local, start, bucket = (content[name] for name in ("local", "start", "bucket"))
+    rows = [
+        ["wall s", "wall_seconds", "≤ 5"],
+        ["processor s", "cpu_seconds", "–"],
+        ["memory MB", "megabytes", "≤ 300"],
+    ]
+    plans = markdown(
+        ["", "plan, local files", "run until its first tensor", "plan, from the bucket", "goal"],
+        (
+            [name, *(number(case[key]) for case in (local, start, bucket)), goal]
+            for name, key, goal in rows
+        ),
+    )
+    costs = markdown(
         ["machines", "TB fetched", "requests", "foretold s"],
         (
             [str(cost["machines"]), f"{cost['fetched_bytes'] / 1e12:.2f}",
@@ -59,3 +72,4 @@ def headers(content: dict[str, Any]) -> str:
             for cost in content["costs"]
         ),
     )  # fmt: skip
+    return f"{plans}\n\n{costs}"

@@ -1,9 +1,10 @@
 """Plans a merge of models as large as DeepSeek-V3 from headers alone, and says what it would take.
 
 The files have the names and shapes of the real ones, in FP8 with scales, and are sparse: a server
-on the loopback has no more to give than the headers. The plan is the real one.
+on the loopback has no more to give than the headers. The plan is the real one: of local files,
+and from the server. A run of local files is ended when it begins with its first tensor.
 
-    python benchmarks/headers.py [--latency 30] [--line 1] [--work 10]
+    python benchmarks/headers.py [--runs 3] [--latency 30] [--line 1] [--work 10]
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import progress, surroundings
+from measure import medians, progress, surroundings
 
 from outliermerge.checkpoint.formats.safetensors_file import make_header
 from outliermerge.checkpoint.sources import DTYPES
@@ -133,59 +136,136 @@ def save_headers(folder: Path) -> int:
     return total
 
 
-def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from range_server import RangeServer
-
+def planned(spec: dict[str, Any]) -> tuple[dict[str, float], Any]:
+    """Return what a plan takes in this process, which has done nothing before, and the plan."""
     import outliermerge
+
+    outliermerge.plan  # noqa: B018 - its modules are loaded before
+    cpu, wall = time.process_time(), time.perf_counter()
+    plan = outliermerge.plan(spec)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall_seconds": wall, "cpu_seconds": cpu, "megabytes": _peak_megabytes()}, plan
+
+
+class _FirstTensorError(Exception):
+    """Ends a run when it begins with its first tensor."""
+
+
+def started(spec: dict[str, Any], output: Path) -> dict[str, float]:
+    """Return what a run takes in this process until it begins with its first tensor.
+
+    The output's files are holes, as no disk is at hand that has room for them.
+    """
+    import outliermerge
+    from outliermerge.execution.jobs import JobRunner
+    from outliermerge.output import folder, writer
+
+    def run(*arguments: Any) -> Any:
+        raise _FirstTensorError
+
+    folder.free_disk_bytes = lambda path: 2**60
+    writer.reserve = os.ftruncate
+    JobRunner.run = run
+    cpu, wall = time.process_time(), time.perf_counter()
+    try:
+        outliermerge.run(spec, output=output)
+    except _FirstTensorError:
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall_seconds": wall, "cpu_seconds": cpu, "megabytes": _peak_megabytes()}
+
+
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a new process, so that nothing else is measured."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def spec_of(models: str) -> dict[str, Any]:
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": f"{models}/base",
+        "models": [{"model": f"{models}/{name}"} for name in ("one", "two")],
+        "dtype": "bfloat16",
+    }
+
+
+def plan_locally(folder: Path) -> dict[str, float]:
+    return planned(spec_of(f"{folder}/bucket"))[0]
+
+
+def start_locally(folder: Path) -> dict[str, float]:
+    return started(spec_of(f"{folder}/bucket"), folder / "out")
+
+
+def plan_from_bucket(environment: dict[str, str]) -> dict[str, float]:
+    os.environ |= environment
+    return planned(spec_of("s3://bucket"))[0]
+
+
+def foretold(environment: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the merge would take from a bucket, on some numbers of machines."""
     from outliermerge.output.cost import Machine, cost_of
 
-    names = ("base", "one", "two")
-    num_bytes = save_headers(folder / "bucket" / names[0])
-    for name in names[1:]:
-        shutil.copytree(
-            folder / "bucket" / names[0], folder / "bucket" / name, copy_function=os.link
-        )
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    with RangeServer(folder, latency_seconds=options.latency / 1000) as server:
-        os.environ |= server.s3()
-        spec = {
-            "merge_method": "task_arithmetic",
-            "base_model": "s3://bucket/base",
-            "models": [{"model": f"s3://bucket/{name}"} for name in names[1:]],
-            "dtype": "bfloat16",
-        }
-        before, began = time.process_time(), time.perf_counter()
-        plan = outliermerge.plan(spec)
-        wall, cpu = time.perf_counter() - began, time.process_time() - before
-        asked = len(server.ranges)
+    os.environ |= environment
+    plan = planned(spec_of("s3://bucket"))[1]
     machine = Machine(
         line_bytes=options.line * 1e9,
         disk_bytes=options.line * 1e9,
         latency_seconds=options.latency / 1000,
         work_bytes=options.work * 1e9,
     )
-    costs = [cost_of(plan, number, machine) for number in MACHINES]
     return {
-        **surroundings(1, also=["obstore"]),
-        "model_gigabytes": round(num_bytes / 1e9, 1),
         "num_tensors": len(plan.jobs),
         "num_parameters": plan.num_parameters,
         "read_gigabytes": round(plan.num_read_bytes / 1e9, 1),
         "written_gigabytes": round(plan.num_written_bytes / 1e9, 1),
-        "plan_wall_seconds": round(wall, 1),
-        "plan_cpu_seconds": round(cpu, 1),  # the server's are among them
+        "costs": [cost_of(plan, number, machine).as_dict() for number in MACHINES],
+    }
+
+
+def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from range_server import RangeServer
+
+    around = surroundings(options.runs, also=["obstore"])
+    num_bytes = save_headers(folder / "bucket/base")
+    for name in ("one", "two"):
+        shutil.copytree(folder / "bucket/base", folder / "bucket" / name, copy_function=os.link)
+    runs: dict[str, list[dict[str, float]]] = {"local": [], "start": [], "bucket": []}
+    with RangeServer(folder, latency_seconds=options.latency / 1000) as server:
+        environment = server.s3() | {"XDG_CACHE_HOME": str(folder / "cache")}
+        for _ in range(options.runs):
+            runs["local"].append(in_process(plan_locally, folder))
+            runs["start"].append(in_process(start_locally, folder))
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            server.ranges.clear()
+            runs["bucket"].append(in_process(plan_from_bucket, environment))
+            for path in folder.glob("out.partial*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            progress(
+                ", ".join(f"{name} {each[-1]['wall_seconds']:.1f} s" for name, each in runs.items())
+            )
+        asked = len(server.ranges)
+        costs = in_process(foretold, environment, options)
+    return {
+        **around,
+        "model_gigabytes": round(num_bytes / 1e9, 1),
+        **{name: medians(each) for name, each in runs.items()},
         "plan_requests": asked,
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
         "line_gigabytes_per_second": options.line,
         "latency_milliseconds": options.latency,
         "work_gigabytes_per_second": options.work,
-        "costs": [cost.as_dict() for cost in costs],
+        **costs,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--runs", type=int, default=3, help="of each (default 3)")
     parser.add_argument("--latency", type=float, default=30, help="milliseconds (default 30)")
     parser.add_argument(
         "--line", type=float, default=1, help="gigabytes a second of a machine (default 1)"

@@ -18,7 +18,7 @@ GROUP_ELEMENTS = 65_536
 products, and so the values of adapted and quantised tensors."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ComputedTensor(Sized, ABC):
     """A Source whose values are computed from stored tensors, in groups of rows.
 

@@ -38,6 +38,12 @@ class DType:
     num_bytes: int
     is_float: bool
 
+    def __repr__(self) -> str:
+        return self.code
+
+    def __hash__(self) -> int:  # plans ask for it for each tensor, as for that of a TensorMeta
+        return hash(self.code)
+
 
 _TABLE = (
     DType("bool", "BOOL", 1, False),
@@ -213,6 +219,13 @@ class TensorMeta(Sized):
     shape: tuple[int, ...]
     path: Path
     offset: int | None
+
+    def __repr__(self) -> str:
+        where = f"{str(self.path)!r} at {self.offset}"
+        return f"TensorMeta({self.name!r} {self.dtype} {[*self.shape]} in {where})"
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.path, self.offset))
 
     @property
     def out_dtype(self) -> DType:

@@ -15,6 +15,7 @@ from outliermerge.arguments import named, nothing
 from outliermerge.checkpoint.layout import parse_bytes
 from outliermerge.checkpoint.quantized.encoded import scales_in
 from outliermerge.checkpoint.reader import Reader
+from outliermerge.checkpoint.sources import inner
 from outliermerge.engines.base import Engine
 from outliermerge.engines.cpu import KernelEngine
 from outliermerge.engines.kernels import find_kernels, names, statistics
@@ -32,6 +33,7 @@ from outliermerge.planning.merged import MergedSource, read_again
 from outliermerge.planning.plan import Job, Options, Plan
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 from outliermerge.storage.machine import free_memory_bytes, keep_freed_memory, num_threads
+from outliermerge.storage.stand_ins import all_elsewhere
 
 _CACHED_SHARE = 0.9  # of free memory; outputs on local disks are written past the page cache
 
@@ -205,7 +207,8 @@ def execute(
 
         def measure_model(target: Target) -> Steps[None]:
             merges = [job for job in target.plan.jobs if job.action == "merge"]
-            if target.jobs and any(needs_of(job.task, "model") for job in merges):
+            unlike = {(job.method, id(job.parameters)): job for job in merges}.values()
+            if target.jobs and any(needs_of(job.task, "model") for job in unlike):
                 reader.read_ahead(job.sources for job in merges)
                 known[id(target)] = yield from runner(target.plan).measure_model(merges)
 
@@ -225,7 +228,8 @@ def execute(
         must_be_equal = [group for group in groups if group[0][1].action == "equal"]
         others = [group for group in groups if group[0][1].action != "equal"]
         run_all(map(run_group, must_be_equal), threads=1, **calls)
-        reader.read_ahead(group[0][1].sources for group in others)
+        if all_elsewhere(path for target in targets for path, _ in target.plan.files):
+            reader.read_ahead(group[0][1].sources for group in others)
         run_all(map(run_group, others), threads=options.threads, **calls)
 
 
@@ -237,6 +241,8 @@ def scales_of(job: Job) -> int | None:
 
 def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Target, Job]]]:
     """Group the jobs that read the same sources in the same way."""
+    if len(targets) == 1:
+        return [[(targets[0], job)] for job in targets[0].jobs]
     groups: dict[object, list[tuple[Target, Job]]] = {}
     for target in targets:
         for job in target.jobs:
@@ -244,7 +250,7 @@ def groups_of(targets: Sequence[Target], options: Options) -> list[list[tuple[Ta
             by = options.uses_kernels(job), options.uses_torch(job)
             how = (job.action, job.compute_dtype, method.uses_base, job.task.cut, by)
             key = (job.sources, job.auxiliary, how)
-            groups.setdefault(key if len(targets) > 1 else job.name, []).append((target, job))
+            groups.setdefault(key, []).append((target, job))
     return list(groups.values())
 
 
@@ -252,6 +258,8 @@ def _read_again(group: Sequence[tuple[Target, Job]]) -> frozenset[MergedSource]:
     """Return the merges that are read more than once for jobs that read the same sources."""
     jobs = [job for _, job in group]
     sources = (*(source for _, source in jobs[0].sources), *jobs[0].auxiliary)
+    if not any(map(inner, sources)):
+        return frozenset()
     return read_again(max(job.num_passes for job in jobs), sources)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,11 +89,17 @@ class Task:
 
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether a backend with kernels of these names supports this merge and its dtypes."""
-        dtypes = {dtype.name for dtype in (*self.dtypes, self.out_dtype)}
-        return (
-            self.method.kernel is not None
-            and self.method.kernel.name in names
-            and not self.modifiers
-            and self.compute_dtype == "float32"
-            and dtypes <= CODES.keys()
-        )
+        fits = kernel_fits(self.method, (*self.dtypes, self.out_dtype), self.compute_dtype, names)
+        return fits and not self.modifiers
+
+
+def kernel_fits(
+    method: MergeMethod, dtypes: Iterable[DType], compute_dtype: str, names: Container[str]
+) -> bool:
+    """Tell whether a backend with kernels of these names has a method's for dtypes."""
+    return (
+        method.kernel is not None
+        and method.kernel.name in names
+        and compute_dtype == "float32"
+        and all(dtype.name in CODES for dtype in dtypes)
+    )

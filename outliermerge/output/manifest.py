@@ -55,7 +55,10 @@ _LEAVINGS = {".git", ".gitattributes", ".gitignore", ".gitmodules", ".huggingfac
 def identity(plan: Plan, options: Options) -> dict[str, Any]:
     """Return the facts that must be equal for a killed run to be continued, in user's words."""
     layout = xxhash.xxh3_128_hexdigest(b"".join(shard.header for shard in plan.shards))
-    pairing = [(job.name, job.action, job.sources) for job in (*plan.jobs, *plan.checks)]
+    pairing = xxhash.xxh3_128()
+    for job in (*plan.jobs, *plan.checks):
+        spelt = repr((job.name, job.action, job.sources))
+        pairing.update(spelt.encode("utf-8", "surrogatepass"))
     return {
         "the outliermerge version": version("outliermerge"),
         "the torch version": installed_version("torch"),
@@ -64,7 +67,7 @@ def identity(plan: Plan, options: Options) -> dict[str, Any]:
         "the spec": plan.spec.as_dict(),
         "the layout of the output (the size of its files, tensors)": layout,
         "how the models' tensors are paired and computed (configs, adapters, tokenizers)": (
-            xxhash.xxh3_128_hexdigest(repr(pairing).encode("utf-8", "surrogatepass"))
+            pairing.hexdigest()
         ),
         **{
             f"the files of {entry.reference}": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def check_apart(plan: Plan, final: Path) -> None:
     own = (final, partial_folder(final), replaced_path(final), journal_path(final))
     places = {place: place.resolve() for place in own}
     for entry in plan.models:
-        files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
         roots = {entry.checkpoint.root.resolve(), entry.home.resolve()}
         if entry.home != entry.checkpoint.root:  # an adapter over a base in another folder
             # What stands beside a model that is a file is no part of it.
+            files = {stamp.path.resolve() for stamp in entry.checkpoint.weight_files}
             roots |= {path.parent for path in files} - {entry.checkpoint.root.resolve().parent}
         for place, resolved in places.items():
             for root in roots:
@@ -53,10 +54,13 @@ def check_apart(plan: Plan, final: Path) -> None:
                     )
     others = dict.fromkeys(plan.auxiliary_files, "auxiliary tensors")
     others |= {path: "file" for path, stamp in plan.files if stamp and path not in others}
+    above = cache(lambda folder: {folder, *folder.parents})  # most files are in a few folders
+    followed = cache(Path.resolve)
     for path, what in others.items():
-        real, link = path.resolve(), path.parent.resolve() / path.name
+        real, folder = path.resolve(), followed(path.parent)
+        around = {real, folder / path.name} | above(real.parent) | above(folder)
         for place, resolved in places.items():
-            if resolved in (real, *real.parents, link, *link.parents):
+            if resolved in around:
                 raise OutlierMergeError(
                     f"{place}: is or holds the {what} {shown(str(path))}, which the merge reads: "
                     "choose another output"

@@ -104,7 +104,7 @@ class Drafter:
 
     def draft(self, name: str) -> Draft | None:
         """Return the draft of a tensor; None if it is left out or does not fit."""
-        found = tuple((number, own[name]) for number, own in self._held if name in own)
+        found = tuple([(number, own[name]) for number, own in self._held if name in own])
         holders = [number for number, _ in found]
         if name not in self.reference:
             return self._draft_extra(name, holders)
@@ -259,9 +259,10 @@ def check_tied(spec: MergeSpec, inputs: Sequence[Input], tied: TiedCopy) -> Job:
 def _are_weights(name: str, held: Sequence[Source]) -> bool:
     """Tell whether a tensor has floats, and one shape, in all models; most have."""
     shape = held[0].shape
-    return not name.endswith("inv_freq") and all(
-        source.dtype.is_float and source.shape == shape for source in held
-    )
+    for source in held:
+        if not source.dtype.is_float or source.shape != shape:
+            return False
+    return not name.endswith("inv_freq")
 
 
 def _describe(source: Source) -> str:

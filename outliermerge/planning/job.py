@@ -16,7 +16,7 @@ from outliermerge.methods.context import Context
 from outliermerge.methods.kernel_call import CODES
 from outliermerge.methods.statistics.base import is_measured_by
 from outliermerge.methods.table import method_named
-from outliermerge.methods.task import Task
+from outliermerge.methods.task import Task, kernel_fits
 from outliermerge.storage.cached_files import DEFAULT_CACHE_BYTES
 
 
@@ -307,7 +307,9 @@ class Job:
     def fits_kernels(self, names: Container[str]) -> bool:
         """Tell whether the CPU kernels, which know methods of these names, can do it."""
         if self.action == "merge":
-            return self.task.fits_kernels(names)
+            dtypes = [self.output.dtype, *(source.dtype for _, source in self.sources)]
+            method = method_named(self.method)
+            return not self.modifiers and kernel_fits(method, dtypes, self.compute_dtype, names)
         source, output = self.sources[0][1].dtype, self.output.dtype
         return not source.is_float or {source.name, output.name} <= CODES.keys()
 
@@ -364,7 +366,7 @@ class Options:
         """Tell whether torch computes a job, or measures what a kernel needs to know."""
         if job.action != "merge" or not self.uses_kernels(job):
             return not self.uses_kernels(job)
-        needs = job.task.method.needs.values()
+        needs = method_named(job.method).needs.values()
         return not all(is_measured_by(need, self.statistics) for need in needs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,12 +175,12 @@ def read_again(num_passes: int, sources: Iterable[Source]) -> frozenset[MergedSo
     Args:
         num_passes: how often the sources are read.
     """
-    counts: Counter[MergedSource] = Counter()
+    counts: dict[MergedSource, int] = {}
     pending = [(num_passes, source) for source in sources]
     while pending:
         passes, source = pending.pop()
         if isinstance(source, MergedSource):
-            counts[source] += passes
+            counts[source] = counts.get(source, 0) + passes
             if counts[source] > passes:  # what it reads has been counted
                 continue
             passes = source.task.method.num_passes(source.task.parameters)

@@ -102,6 +102,9 @@ def _without_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        if was_on and not gc.get_freeze_count():
+            gc.freeze()  # makes all that there is old, so that it is not looked through at once
+            gc.unfreeze()
         if was_on:
             gc.enable()
 
@@ -312,11 +315,12 @@ class _Planner:
         context = context_of(
             original, output.shape, self.layers.get(original), self.spec.document.seed
         )
-        holders = [number for number, _ in sources if number in self.model_numbers]
-        if lacks := self.auxiliaries.lacking(original, holders):
-            context = replace(context, lacks=lacks)
-        if self.auxiliaries.turned(original, holders):
-            context = replace(context, turned=True)
+        holders: list[int] = []
+        if self.method.auxiliary:
+            holders = [number for number, _ in sources if number in self.model_numbers]
+            lacks = self.auxiliaries.lacking(original, holders)
+            turned = self.auxiliaries.turned(original, holders)
+            context = replace(context, lacks=lacks, turned=turned)
         method, dtype = self.spec.method_for(parameters, context), self._compute_dtype(sources)
         stochastic = self.spec.document.rounding == "stochastic" and output.dtype.is_float
         if action != "merge":
@@ -368,5 +372,9 @@ class _Planner:
         return rows
 
     def _compute_dtype(self, sources: tuple[tuple[int, Source], ...]) -> str:
-        wide = any(meta.dtype.name == "float64" for _, meta in sources)
-        return "float64" if wide or self.spec.document.dtype == "float64" else "float32"
+        if self.spec.document.dtype == "float64":
+            return "float64"
+        for _, source in sources:
+            if source.dtype.name == "float64":
+                return "float64"
+        return "float32"

@@ -255,11 +255,16 @@ def find_layers(names: Iterable[str]) -> dict[str, Layer]:
     """
     found: dict[str, tuple[str, int]] = {}
     sizes: dict[str, int] = {}
+    start: str | None = None  # that of the layer that the names before were of
     for name in names:
-        match = _INDEX.search(name)
-        if match and name.find(".", match.end() + 1) > 0:
-            stack, index = name[: match.start(1)], int(match[1])
-            found[name] = (stack, index)
-            sizes[stack] = max(sizes.get(stack, 0), index + 1)
+        if start is None or not name.startswith(start):
+            match = _INDEX.search(name)
+            if match is None:
+                continue
+            start = name[: match.end()]
+            place = name[: match.start(1)], int(match[1])
+        if name.find(".", len(start) + 1) > 0:
+            found[name] = place
+            sizes[place[0]] = max(sizes.get(place[0], 0), place[1] + 1)
     layers = {place: Layer(*place, sizes[place[0]]) for place in dict.fromkeys(found.values())}
     return {name: layers[place] for name, place in found.items()}

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,18 @@ def elsewhere(path: Path) -> Elsewhere | None:
     if home is None:
         return None
     try:
-        record: Any = json.loads((home / _RECORD).read_text("utf-8"))
-        files = {name: StandIn(**entry) for name, entry in record["files"].items()}
-        return Elsewhere(record["address"], record["version"], tuple(record["names"]), files)
+        status = (home / _RECORD).stat()
+        return _recorded(home / _RECORD, status.st_ino, status.st_mtime_ns)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@lru_cache(maxsize=64)
+def _recorded(path: Path, inode: int, mtime_ns: int) -> Elsewhere:
+    """Read a record, which is asked for each file of a model."""
+    record: Any = json.loads(path.read_text("utf-8"))
+    files = {name: StandIn(**entry) for name, entry in record["files"].items()}
+    return Elsewhere(record["address"], record["version"], tuple(record["names"]), files)
 
 
 def all_elsewhere(paths: Iterable[Path]) -> list[Elsewhere]:

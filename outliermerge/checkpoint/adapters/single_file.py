@@ -41,7 +41,8 @@ _PARTS = {
 _NAMED = [(re.compile(rf"^(?P<layer>.+?)(?:{end})$"), part) for end, part in _PARTS.items()]
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>hada_[wt]\d(?:_[ab])?)$"), ""))
 _NAMED.append((re.compile(r"^(?P<layer>.+)\.(?P<part>lokr_[wt]\d(?:_[ab])?)$"), ""))
-# A fast answer, since a model may have many names.
+# A fast answer, since a model may have many names: words that a pattern needs, then the pattern.
+_WORDS = ("lora", "hada_w1", "lokr_w1", ".on_input", ".diff", ".w_norm")
 _HINT = re.compile(
     r"lora_(?:[AB]|down|up|linear_layer)\b|[._]lora\.(?:down|up)\.|hada_w1|lokr_w1"
     r"|\.(?:on_input|diff|w_norm)$",
@@ -53,7 +54,8 @@ _ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o
 
 def is_single_file(lora: Checkpoint) -> bool:
     """Tell whether a file holds nothing but an adapter, and says how much that adds."""
-    if not _HINT.search("\n".join(lora.tensors)):
+    names = "\n".join(lora.tensors)
+    if not any(word in names for word in _WORDS) or not _HINT.search(names):
         return False
     layers: dict[str, set[str]] = defaultdict(set)
     for name in lora.tensors:

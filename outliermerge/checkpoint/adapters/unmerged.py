@@ -22,11 +22,11 @@ _FACTOR = re.compile(
 # kohya's scripts and LyCORIS name modules with underscores in place of all dots.
 _FLAT = re.compile(r"^(?:lora|lycoris|oft|loha|lokr)_(?:unet|te\d?|prior_\w+|transformer)_[^.]+\.")
 _WRAPPED = re.compile(r"^(?P<layer>.+\.)(?:base_layer|original_module)\.")
-_HINT = re.compile(
-    "lora|lycoris|loha|hada_|lok|ia3|lambda_|oft_|hra_u|tokens_delta|dora_"
-    "|base_layer|original_module|scaled_noise"
-)
-_MADE = re.compile(r"parametrizations\.|_(?:g|orig)$", re.MULTILINE)
+# Some of these are in any such name. Looking for words in all names at once is fast, and a model
+# may have many names.
+_HINTS = ("lora", "lycoris", "loha", "hada_", "lok", "ia3", "lambda_", "oft_", "hra_u",
+          "tokens_delta", "dora_", "base_layer", "original_module", "scaled_noise")  # fmt: skip
+_MADE = ("parametrizations.", "_g\n", "_orig\n")
 _FOR_KOHYA = re.compile(rf"(?:^|[./])(?:{_KOHYA})(?=\.|$)")
 # The parts from which torch makes a weight, next to the original tensor.
 _COMPANIONS = {
@@ -44,8 +44,9 @@ def adapter_parts(names: Collection[str]) -> list[str]:
     >>> adapter_parts(["q.base_layer.weight", "q.some_new_kind.default", "norm.weight"])
     ['q.some_new_kind.default']
     """
-    if not _HINT.search("\n".join(names)):
-        return []  # a fast answer, since a model may have many names
+    text = "\n".join(names)
+    if not any(hint in text for hint in _HINTS):
+        return []
     wrapped = [match["layer"] for name in names if (match := _WRAPPED.match(name))]
     layers = tuple(dict.fromkeys(wrapped))
     found = {
@@ -88,7 +89,8 @@ def composed(names: Collection[str]) -> dict[str, str]:
     >>> composed(["conv.weight_g", "conv.weight_v", "conv.bias"])
     {'conv.weight_g': 'conv.weight', 'conv.weight_v': 'conv.weight'}
     """
-    if not _MADE.search("\n".join(names)):
+    text = "\n".join((*names, ""))
+    if not any(hint in text for hint in _MADE):
         return {}
     known = set(names)
     found: dict[str, str] = {}

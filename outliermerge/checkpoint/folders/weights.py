@@ -96,8 +96,8 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
                 refuse_part(path)
     else:
         check_file(index, root)
-        weight_map = _weight_map(index)
-        paths = list(dict.fromkeys(weight_map.values()))
+        weight_map, by_file = _weight_map(index)
+        paths = list(dict.fromkeys(by_file.values()))
     metas: list[TensorMeta] = []
     notes: list[str] = []
     found_metadata: list[dict[str, str]] = []
@@ -107,11 +107,12 @@ def read_weights(folder: Path, root: Path, *, loose: bool) -> Weights | None:
         metas += found_metas
         notes += found_notes
         found_metadata.append(metadata)
-    if twice := duplicates(metas):
-        raise OutlierMergeError(f"{folder}: tensors stored twice:\n{twice}")
+    files = {meta.name: meta.path for meta in metas}
+    if len(files) < len(metas):
+        raise OutlierMergeError(f"{folder}: tensors stored twice:\n{duplicates(metas)}")
     refuse_ungathered(metas)
     if index is not None:
-        notes += _check_index(index, weight_map, metas)
+        notes += _check_index(index, {n: by_file[f] for n, f in weight_map.items()}, files)
     if not metas:
         raise OutlierMergeError(f"{folder}: its weight files hold no tensors")
     if chosen.variant:
@@ -161,8 +162,8 @@ def _is_index_of(path: Path, index: Path | None, paths: list[Path], root: Path) 
     }
 
 
-def _weight_map(index: Path) -> dict[str, Path]:
-    """Return the file of each tensor, after checking that the file is inside the folder."""
+def _weight_map(index: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """Return the file of each tensor, and the paths of these files, all inside the folder."""
     content = load_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if weight_map is None:
@@ -187,18 +188,20 @@ def _weight_map(index: Path) -> dict[str, Path]:
             f"{index}: names files that are not in the folder:\n{listing(missing)}\n"
             "Fetch the model again."
         )
-    return {name: paths[file] for name, file in weight_map.items()}
+    return weight_map, paths
 
 
 def _check_index(
-    index: Path, weight_map: dict[str, Path], metas: list[TensorMeta]
+    index: Path, weight_map: Mapping[str, Path], files: Mapping[str, Path]
 ) -> Iterator[str]:
     """Yield a note on names that an index lists and no shard has; from_pretrained ignores them.
+
+    Args:
+        weight_map, files: the file of each tensor, as the index says and as it is.
 
     Raises:
         OutlierMergeError: the index and the shards do not belong to the same model.
     """
-    files = {meta.name: meta.path for meta in metas}
     if files == weight_map:
         return
     held: dict[str, tuple[int, ...]] = {}

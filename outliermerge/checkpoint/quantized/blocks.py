@@ -18,6 +18,7 @@ from outliermerge.checkpoint.sources import FLOAT_DTYPES, Source, TensorMeta
 Block = tuple[int | None, int | None]
 """The number of rows and columns that share a scale; None is all of them."""
 _SCALES = (None, "float", "ue8m0")
+_SCALE_DTYPES = (*FLOAT_DTYPES, "uint8")
 
 
 def are_sizes(values: Sequence[object]) -> bool:
@@ -39,10 +40,13 @@ def fp8(model: QuantizedModel) -> Changes:
 def scaled(model: QuantizedModel, blocks: Mapping[str, list[Block]]) -> Changes:
     """Read weights with scales; `blocks` gives what a scale may cover, by the end of its name."""
     changes: Changes = {}
-    for name in [name for name, meta in model.tensors.items() if meta.dtype.name in CODES]:
-        end = next((end for end in blocks if f"{name}{end}" in model.tensors), None)
-        if end is not None:
-            changes |= scaled_weight(model, name, name + end, blocks[end])
+    for name, meta in model.tensors.items():
+        if meta.dtype.name not in CODES:
+            continue
+        for end, sizes in blocks.items():
+            if (scale := name + end) in model.tensors:
+                changes.update(scaled_weight(model, name, scale, sizes))
+                break
     return changes
 
 
@@ -52,11 +56,11 @@ def scaled_weight(
     """Replace a weight's codes by their product with scales of one of several sizes of blocks."""
     weight, scale = model.tensors[name], model.tensors[scale_name]
     zero_point = model.tensors.get(f"{name}_zero_point")
-    if len(weight.shape) < 2 or not weight.num_elements:
+    if len(weight.shape) < 2 or 0 in weight.shape:
         model.broken(name, f"has a scale, but is no matrix: its shape is {weight.shape}")
     fitting, grids = _fitting(weight.shape, scale.shape, tuple(blocks))
     is_like = zero_point is None or zero_point.shape == scale.shape
-    if len(fitting) != 1 or scale.dtype.name not in (*FLOAT_DTYPES, "uint8") or not is_like:
+    if len(fitting) != 1 or scale.dtype.name not in _SCALE_DTYPES or not is_like:
         zero = "" if zero_point is None else f" (zero points: {zero_point.shape})"
         model.broken(
             scale_name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from outliermerge.checkpoint.sources import EXPONENTS, TensorMeta
 from outliermerge.errors import OutlierMergeError, listing
@@ -62,8 +62,9 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
         OutlierMergeError: there are codes; the message names the tensor, its companion, and what it
             looks like.
     """
-    for name, meta in tensors.items():
-        if meta.dtype == EXPONENTS and name not in read:
+    unread = {name: meta for name, meta in tensors.items() if name not in read}
+    for name, meta in unread.items():
+        if meta.dtype == EXPONENTS:
             raise OutlierMergeError(
                 f"{meta.path}: tensor {name!r} ({EXPONENTS.code}) holds exponents, the scales of "
                 "quantised weights, but no layout that can be read has it. Name the model that it "
@@ -72,14 +73,12 @@ def refuse_codes(tensors: Mapping[str, TensorMeta], read: Mapping[str, object]) 
     codes = {
         name: meta
         for name, meta in tensors.items()
-        if meta.num_elements > 1
-        and _are_codes(meta)
-        and (name not in read or read[name] is not None)
+        if read.get(name, meta) is not None and _are_codes(meta) and meta.num_elements > 1
     }
     if not codes:
         return
     wanted = {place for name in codes for place in (name, name.rpartition(".")[0])}
-    by_place = _by_place([name for name in tensors if name not in read], wanted)
+    by_place = _by_place(unread, wanted)
     found: list[tuple[str, str, str]] = []
     for name, meta in codes.items():
         for other, part in _beside(name, by_place):
@@ -131,7 +130,7 @@ def _are_codes(meta: TensorMeta) -> bool:
     )
 
 
-def _by_place(tensors: Collection[str], wanted: Container[str]) -> Mapping[str, list[str]]:
+def _by_place(tensors: Iterable[str], wanted: Container[str]) -> Mapping[str, list[str]]:
     """Return names by those of their possible places that are wanted.
 
     The places of scales.a.b_c.d are a.b_c.d, scales.a.b_c and others.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from outliermerge.checkpoint.config import read_json, text_config
 from outliermerge.checkpoint.layout import component_of
@@ -29,11 +29,11 @@ from outliermerge.checkpoint.sources import (
     FLOAT_DTYPES,
     Checkpoint,
     DType,
-    Source,
     TensorMeta,
 )
 from outliermerge.errors import OutlierMergeError, listing
 
+_T = TypeVar("_T")
 # Keys of a config.json that say how its model is quantised; the second is from early versions of
 # compressed-tensors.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -102,8 +102,7 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
                 found, kind = {}, _described(settings)
             else:
                 found, kind = _read(model, config.get("model_type")), _described(settings)
-        inside = {name.removeprefix(prefix): meta for name, meta in tensors.items()}
-        refuse_codes(inside, {name.removeprefix(prefix): new for name, new in found.items()})
+        refuse_codes(_without(prefix, tensors), _without(prefix, found))
         changes |= found
         renamed |= model.renamed
         companions |= {
@@ -121,11 +120,11 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
             notes.append(f"{home}: {num_weights} weights quantised with {kind} are read as float32")
     if not notes:
         return checkpoint
-    replaced: dict[str, Source] = {}
-    for name, stored in checkpoint.tensors.items():
-        source = changes.get(name, stored)
-        if source is not None:
-            replaced[renamed.get(name, name)] = source
+    replaced = {
+        renamed.get(name, name): source
+        for name, stored in checkpoint.tensors.items()
+        if (source := changes.get(name, stored)) is not None
+    }
     gone = [name for name in checkpoint.sidecars if PurePosixPath(name).name in _SETTINGS_FILES]
     return replace(
         checkpoint,
@@ -135,6 +134,12 @@ def dequantize(checkpoint: Checkpoint) -> Checkpoint:
         left_behind=(*checkpoint.left_behind, *gone),
         companions=companions,
     )
+
+
+def _without(prefix: str, named: Mapping[str, _T]) -> Mapping[str, _T]:
+    if not prefix:
+        return named
+    return {name.removeprefix(prefix): value for name, value in named.items()}
 
 
 def _settings(home: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

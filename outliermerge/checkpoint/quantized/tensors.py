@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 1 << 20  # scales that are kept rather than read again for each group of rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _MatrixTensor(ComputedTensor):
     """A tensor of matrices, also stacked (…, R, C); its rows are the rows of the matrices."""
 
@@ -46,7 +46,7 @@ class _MatrixTensor(ComputedTensor):
         return self.shape[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScaledTensor(_MatrixTensor):
     """(code − zero point) × scale × factor; a block of rows and columns shares a scale.
 
@@ -69,16 +69,19 @@ class ScaledTensor(_MatrixTensor):
     @property
     def _parts(self) -> tuple[Source, ...]:
         parts = (self.weight, self.scale, self.zero_point, self.groups)
-        return tuple(part for part in parts if part is not None)
+        return tuple([part for part in parts if part is not None])
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """Those of its parts that are computed."""
-        return tuple(part for part in self._parts if not isinstance(part, TensorMeta))
+        return tuple([part for part in self._parts if not isinstance(part, TensorMeta)])
 
     @property
     def stored(self) -> tuple[TensorMeta, ...]:
-        return tuple(meta for part in self._parts for meta in part.stored)
+        stored: tuple[TensorMeta, ...] = ()
+        for part in self._parts:
+            stored += part.stored
+        return stored
 
     def rows(self, reader: Reading, first: int, last: int) -> Tensor:
         """Return rows first to last (excluded) as (last - first, C) of float32."""
@@ -238,7 +241,7 @@ def _as_float32(codes: Tensor) -> Tensor:
     return table.index_select(0, codes.view(torch.uint8).int())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CodeTensor(_MatrixTensor):
     """bitsandbytes' nf4 and fp4: value of a code × greatest magnitude (absmax) of its block.
 
