@@ -157,9 +157,3 @@ def test_ranks_over_tensors_of_several_dtypes_are_found(method, parameters, stat
     wide = outliermerge.merge_state_dicts([models, other], base=base, method=method, **parameters)
     for name, tensor in merged.items():
         assert torch.allclose(tensor.double(), wide[name], atol=1e-5), name
-
-
-def test_a_consensus_of_more_than_the_models_is_refused(states):
-    base, models = states
-    with pytest.raises(OutlierMergeError, match=r"a consensus of 4 with 3 model\(s\), expected at"):
-        outliermerge.merge_state_dicts(models, base=base, method="consensus_ta", consensus=4)
