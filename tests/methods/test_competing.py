@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import outliermerge
-from outliermerge import OutlierMergeError
 from outliermerge.methods.statistics.base import CHUNK_ELEMENTS
 
 SHAPES = {"wide": (300, 251), "vector": (2003,), "one": (1,), "kernel": (6, 3, 2, 2)}
