@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -191,8 +192,8 @@ def fit(
         >>> fitted = outliermerge.fit("merge.yaml", "chats.jsonl")  # doctest: +SKIP
         >>> outliermerge.run(fitted.document, output="merged")  # doctest: +SKIP
     """
-    if not rate > 0:
-        raise ArgumentError(f"{argument('rate')}: found {rate}, expected more than 0")
+    if not 0 < rate < math.inf:
+        raise ArgumentError(f"{argument('rate')}: found {rate}, expected a number above 0")
     names = [data] if isinstance(data, (str, Path)) else data
     loaded = _spec(spec)
     return fitting.fit(

@@ -139,12 +139,12 @@ def check_required(
     notes = []
     for name, parameter in method.parameters.items():
         entries = settings[name].entries if name in settings else ()
-        given = [(value, entry.path) for entry in entries for value in entry.values]
-        for value, path in given or [(parameter.default, models[-1].path if models else ())]:
+        values = [(value, entry.path) for entry in entries for value in entry.values]
+        for value, path in values or [(parameter.default, models[-1].path if models else ())]:
             try:
                 parameter.check_count(value, len(models))
             except ValueError as error:
-                said = str(error) if given else f"{name} is {value} if it is not given: {error}"
+                said = str(error) if values else f"{name} is {value} if it is not given: {error}"
                 mistakes.found.append(mistakes.source.error(path, said))
     for name, methods in _REQUIRED.items() if mistakes.source.lenient else ():
         given = name in settings or any(name in model.settings for model in models)
